@@ -1,0 +1,1 @@
+"""Replicated token buckets: pure, without I/O, clock or asyncio. Imports nothing of the other layers."""

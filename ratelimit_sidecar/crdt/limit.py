@@ -1,0 +1,82 @@
+"""What a bucket enforces: its rate and capacity, in exact integers.
+
+A limit is `tokens` per `period_us` microseconds. The deficit of a bucket is held scaled by `period_us`, so that it
+drains `tokens` per microsecond and one token costs `period_us`: no rounding anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import gcd
+
+MIN_EXPONENT = 14
+"""Narrowest slot: 2**14 us = 16.4 ms, about the replication flush interval; narrower slots would say no more."""
+
+MAX_EXPONENT = 50
+"""Widest slot: 2**50 us = 35 years."""
+
+SLOTS_PER_REFILL = 32
+"""A bucket refills from empty to full in 32 to 64 slots (DESIGN: the error of a slot's middle is 1/64 capacity)."""
+
+HORIZON_SLOTS = 64
+MIN_HORIZON_US = 10_000_000
+
+MAX_TOKENS = 2**40
+MAX_CAPACITY = 2**40
+MAX_PERIOD_US = 2**50
+DEFAULT_MAX_DEBT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`tokens` per `period_us` microseconds, at most `capacity` at once.
+
+    Args:
+        tokens: refilled in each period; 1 to 2**40. Stored in lowest terms with `period_us`, so that two spellings
+            of one rate are one limit.
+        period_us: microseconds; 1 to 2**50.
+        capacity: tokens a full bucket holds; 0 (always deny) to 2**40.
+        max_debt: the sealed deficit is cut to this many capacities (at least 1); older debt is forgiven.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    tokens: int
+    period_us: int
+    capacity: int
+    max_debt: int = DEFAULT_MAX_DEBT
+
+    ceiling: int = field(init=False, compare=False)
+    """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
+    debt_ceiling: int = field(init=False, compare=False)
+    """The largest sealed deficit, scaled."""
+    exponent: int = field(init=False, compare=False)
+    """Slots are 2**exponent microseconds wide."""
+    horizon_us: int = field(init=False, compare=False)
+    """Consumption older than this is sealed into the base; later deltas of it are ignored."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("tokens", 1, MAX_TOKENS),
+            ("period_us", 1, MAX_PERIOD_US),
+            ("capacity", 0, MAX_CAPACITY),
+            ("max_debt", 1, 1024),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be {low} to {high}, not {value}")
+        divisor = gcd(self.tokens, self.period_us)
+        set_field = object.__setattr__
+        set_field(self, "tokens", self.tokens // divisor)
+        set_field(self, "period_us", self.period_us // divisor)
+        set_field(self, "ceiling", self.capacity * self.period_us)
+        # A capacity of 0 never admits, so it never owes.
+        set_field(self, "debt_ceiling", max(self.ceiling * self.max_debt, self.period_us))
+        slot_us = max(self.ceiling // (self.tokens * SLOTS_PER_REFILL), 1)
+        set_field(self, "exponent", min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT))
+        set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
+
+    def boundary_us(self, now_us: int) -> int:
+        """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike."""
+        return (now_us - self.horizon_us) >> self.exponent << self.exponent
