@@ -71,10 +71,10 @@ class Limit:
         set_field(self, "tokens", self.tokens // divisor)
         set_field(self, "period_us", self.period_us // divisor)
         set_field(self, "ceiling", self.capacity * self.period_us)
-        # A capacity of 0 never admits, so it never owes.
-        set_field(self, "debt_ceiling", max(self.ceiling * self.max_debt, self.period_us))
         slot_us = max(self.ceiling // (self.tokens * SLOTS_PER_REFILL), 1)
         set_field(self, "exponent", min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT))
+        # One slot's refill more: known only by its slots, a bucket that never owed may seem to owe that much.
+        set_field(self, "debt_ceiling", self.ceiling * self.max_debt + (self.tokens << self.exponent))
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
 
     def boundary_us(self, now_us: int) -> int:

@@ -1,0 +1,10 @@
+"""Hypothesis profiles: `make test` runs the default one, `HYPOTHESIS_PROFILE=nightly make test` the long one."""
+
+import os
+
+from hypothesis import settings
+
+# No deadline: on a busy machine a slow example says nothing about the code.
+settings.register_profile("default", deadline=None)
+settings.register_profile("nightly", deadline=None, max_examples=10_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

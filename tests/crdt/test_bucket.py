@@ -1,0 +1,280 @@
+"""What a bucket promises, as properties over random histories (P1, P2, P4, P7 of docs/algorithm.md)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import zip_longest
+
+from crdt.model import deficit_by_formula, most_over_limit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.slot import slot_exponent, slot_id, slot_middle_us
+
+NOW_US = 1_790_000_000_000_000
+HERE, THERE, ELSEWHERE = (Origin(node, 1) for node in ("here", "there", "elsewhere"))
+
+limits = st.builds(
+    Limit,
+    tokens=st.integers(1, 50),
+    period_us=st.sampled_from([1_000_000, 7_000_001, 60_000_000]),
+    capacity=st.integers(1, 60),
+)
+gaps = st.integers(0, 2_000_000) | st.sampled_from([12_000_000, 400_000_000])
+takes = st.lists(st.tuples(gaps, st.integers(0, 8)), max_size=60)
+remote_slots = st.lists(
+    # Each: time passed, how late the news is, tokens.
+    st.tuples(gaps, st.integers(0, 9_000_000), st.integers(1, 9), st.sampled_from([THERE, ELSEWHERE])),
+    max_size=40,
+)
+
+
+def unforgiving(limit: Limit) -> Limit:
+    """The same limit with debt enough for every history drawn here: the formula knows no forgiveness."""
+    return Limit(limit.tokens, limit.period_us, limit.capacity, max_debt=1024)
+
+
+def slot_refill(limit: Limit) -> int:
+    return limit.tokens << limit.exponent
+
+
+@given(limits, takes, st.lists(st.booleans(), max_size=60))
+def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: Limit, history, seals) -> None:
+    """P2, with sealing at any moment and a pause past the horizon in between."""
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    now_us, level, admitted = NOW_US, limit.ceiling, []
+    for (gap_us, hits), seal in zip_longest(history, seals[: len(history)], fillvalue=False):
+        now_us += gap_us
+        if seal:
+            bucket.seal(now_us)
+        level = min(limit.ceiling, level + gap_us * limit.tokens)
+        fits = hits * limit.period_us <= level
+        assert bucket.take(hits, now_us) is fits
+        if fits:
+            level -= hits * limit.period_us
+            admitted.append((now_us, hits))
+        assert bucket.deficit == limit.ceiling - level
+    assert most_over_limit(admitted, limit) <= 0
+
+
+@given(limits, remote_slots)
+def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit: Limit, arrivals) -> None:
+    limit = unforgiving(limit)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    now_us, events, heard = NOW_US, [], Counter()
+    for gap_us, age_us, tokens, origin in arrivals:
+        now_us += gap_us
+        # A slot that is over: its middle has passed, so the formula places it as the bucket does.
+        slot = slot_id(now_us - age_us - (1 << limit.exponent), limit.exponent)
+        heard[origin, slot] += tokens
+        assert bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us) == 1
+        events.append((slot_middle_us(slot), tokens))
+        assert bucket.deficit == deficit_by_formula(events, limit, now_us)
+
+
+@given(limits, takes, remote_slots)
+def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula(
+    limit: Limit, history, arrivals
+) -> None:
+    limit = unforgiving(limit)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    now_us, events, heard = NOW_US, [], Counter()
+    for (gap_us, hits), (_, age_us, tokens, origin) in zip(history, arrivals, strict=False):
+        now_us += gap_us % 200_000
+        if bucket.take(hits, now_us):
+            events.append((now_us, hits))
+        slot = slot_id(now_us - age_us, limit.exponent)
+        heard[origin, slot] += tokens
+        bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us)
+        events.append((slot_middle_us(slot), tokens))
+        assert abs(bucket.deficit - deficit_by_formula(events, limit, now_us)) <= slot_refill(limit)
+
+
+@given(limits, takes, remote_slots, st.randoms(use_true_random=False))
+def test_replicas_that_heard_the_same_fold_to_the_same_bit(limit: Limit, own, remote, rng: random.Random) -> None:
+    here = Bucket(b"k", limit, HERE, NOW_US)
+    there = Bucket(b"k", limit, THERE, NOW_US)
+    now_us = NOW_US
+    for gap_us, hits in own:
+        now_us += gap_us % 200_000
+        rng.choice([here, there]).take(hits, now_us)
+    for _, age_us, tokens, _ in remote:
+        slot = slot_id(now_us - age_us, limit.exponent)
+        rng.choice([here, there]).merge([Entry(ELSEWHERE, slot, tokens)], now_us)
+    exchange = [(there, entry) for entry in here.entries()] + [(here, entry) for entry in there.entries()]
+    exchange *= 2
+    rng.shuffle(exchange)
+    for receiver, entry in exchange:
+        receiver.merge([entry], now_us)
+    assert {(e.origin, e.slot): e.tokens for e in here.entries()} == {
+        (e.origin, e.slot): e.tokens for e in there.entries()
+    }
+    later_us = now_us + rng.randrange(3_000_000)
+    assert here.fold(later_us) == there.fold(later_us)
+    for bucket in (here, there):
+        bucket.seal(now_us)
+        assert abs(bucket.deficit - bucket.fold(now_us)) <= slot_refill(limit)
+
+
+@given(limits, takes, takes)
+def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit: Limit, ours, theirs) -> None:
+    """P4, for partitions inside the horizon and debt inside `max_debt`."""
+    limit = unforgiving(limit)
+    here = Bucket(b"k", limit, HERE, NOW_US)
+    there = Bucket(b"k", limit, THERE, NOW_US)
+    events = []
+    for bucket, history in ((here, ours), (there, theirs)):
+        now_us = NOW_US
+        for gap_us, hits in history:
+            now_us += gap_us % 150_000
+            if bucket.take(hits, now_us):
+                events.append((now_us, hits))
+    healed_us = NOW_US + 9_100_000
+    here_says, there_says = list(here.entries()), list(there.entries())
+    here.merge(there_says, healed_us)
+    there.merge(here_says, healed_us)
+    ideal = deficit_by_formula(events, limit, healed_us)
+    for bucket in (here, there):
+        assert abs(bucket.deficit - ideal) <= slot_refill(limit)
+
+
+@given(limits, remote_slots, st.lists(gaps, min_size=1, max_size=20))
+def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, seal_gaps) -> None:
+    often = Bucket(b"k", limit, HERE, NOW_US)
+    never = Bucket(b"k", limit, HERE, NOW_US)
+    now_us = NOW_US
+    for _, age_us, tokens, origin in arrivals:
+        entry = Entry(origin, slot_id(NOW_US - age_us, limit.exponent), tokens * 40)
+        often.merge([entry], now_us)
+        never.merge([entry], now_us)
+    for gap_us in seal_gaps:
+        now_us += gap_us * limit.horizon_us // 20_000_000
+        often.seal(now_us)
+        assert often.fold(now_us) == never.fold(now_us)
+        assert often.base.deficit <= limit.debt_ceiling
+
+
+@given(limits, takes)
+def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    now_us = NOW_US
+    for gap_us, hits in history:
+        now_us += gap_us
+        bucket.take(hits, now_us)
+    bucket.drain_changed_slots()
+    later_us = now_us + 3 * limit.horizon_us
+    assert bucket.is_idle(later_us)
+    assert list(bucket.entries()) == []
+    assert bucket.fold(later_us) == Bucket(b"k", limit, HERE, later_us).fold(later_us) == 0
+
+
+@given(limits, st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 20_000_000), st.integers(0, 20_000_000))
+def test_joining_bases_is_commutative_and_idempotent(limit: Limit, a: int, b: int, a_age: int, b_age: int) -> None:
+    bases = [Base(limit.boundary_us(NOW_US - age), min(d, limit.debt_ceiling)) for d, age in ((a, a_age), (b, b_age))]
+    folds = set()
+    for order in (bases, bases[::-1], bases * 2):
+        bucket = Bucket(b"k", limit, HERE, NOW_US - 30_000_000)
+        for base in order:
+            bucket.merge_base(base, NOW_US)
+        folds.add((bucket.base, bucket.fold(NOW_US)))
+    assert len(folds) == 1
+
+
+def test_debt_of_concurrent_takes_is_repaid_before_anything_is_admitted() -> None:
+    limit = Limit(tokens=1, period_us=1_000_000, capacity=10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    assert bucket.take(10, NOW_US)
+    bucket.merge([Entry(THERE, slot_id(NOW_US, limit.exponent), 10)], NOW_US)
+    assert bucket.deficit == 20 * limit.period_us
+    assert not bucket.take(1, NOW_US + 10_000_000)
+    assert bucket.take(1, NOW_US + 11_000_000)
+
+
+def test_a_change_of_limit_keeps_what_was_taken() -> None:
+    bucket = Bucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US)
+    assert bucket.take(8, NOW_US)
+    bucket.set_limit(Limit(1, 2_000_000, 20), NOW_US)
+    assert bucket.remaining == 12
+    assert bucket.take(12, NOW_US)
+    assert not bucket.take(1, NOW_US)
+    assert sum(entry.tokens for entry in bucket.entries()) == 20
+
+
+def test_only_slots_written_since_the_last_drain_are_reported() -> None:
+    journal: list[Bucket] = []
+    bucket = Bucket(b"k", Limit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
+    bucket.take(1, NOW_US)
+    bucket.take(1, NOW_US)
+    bucket.take(1, NOW_US + 1_000_000)
+    assert journal == [bucket]
+    assert len(bucket.drain_changed_slots()) == 2
+    assert bucket.drain_changed_slots() == []
+    bucket.take(0, NOW_US + 1_000_000)
+    assert journal == [bucket]
+    bucket.take(1, NOW_US + 1_000_000)
+    assert journal == [bucket, bucket]
+    assert [slot_exponent(slot) for slot in bucket.drain_changed_slots()] == [bucket.limit.exponent]
+
+
+def test_a_count_that_was_heard_before_changes_nothing() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    slot = slot_id(NOW_US, limit.exponent)
+    assert bucket.merge([Entry(THERE, slot, 5)], NOW_US) == 1
+    assert bucket.merge([Entry(THERE, slot, 5), Entry(THERE, slot, 3)], NOW_US) == 0
+    assert bucket.remaining == 5
+
+
+def test_a_peer_cannot_write_entries_of_this_replica() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    assert bucket.take(2, NOW_US)
+    assert bucket.merge([Entry(HERE, slot_id(NOW_US, limit.exponent), 9)], NOW_US) == 0
+    assert bucket.remaining == 8
+
+
+def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    for age_us in (2 * limit.horizon_us, -2 * limit.horizon_us):
+        assert bucket.merge([Entry(THERE, slot_id(NOW_US - age_us, limit.exponent), 9)], NOW_US) == 0
+    assert bucket.remaining == 10
+
+
+def test_an_entry_from_a_clock_slightly_ahead_counts_as_now() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket.merge([Entry(THERE, slot_id(NOW_US + 500_000, limit.exponent), 4)], NOW_US)
+    assert bucket.remaining == 6
+    bucket.advance(NOW_US + 1_000_000)
+    assert bucket.remaining == 7
+
+
+def test_a_base_from_a_clock_that_is_seconds_ahead_is_ignored() -> None:
+    """Else a slot still being written would be sealed, and its count would start again below what peers were told."""
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    assert bucket.take(3, NOW_US)
+    assert not bucket.merge_base(Base(NOW_US + limit.horizon_us, 5 * limit.period_us), NOW_US)
+    assert bucket.take(1, NOW_US)
+    assert [entry.tokens for entry in bucket.entries()] == [4]
+
+
+def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
+    limit = Limit(1, 1_000_000, 10, max_debt=2)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    slot = slot_id(NOW_US, limit.exponent)
+    bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
+    later_us = NOW_US + limit.horizon_us + (2 << limit.exponent)
+    bucket.seal(later_us)
+    owed = limit.debt_ceiling - (later_us - slot_middle_us(slot)) * limit.tokens
+    assert bucket.deficit == bucket.fold(later_us) == owed
+
+
+def test_a_local_bucket_notes_nothing_for_peers() -> None:
+    bucket = Bucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
+    assert bucket.take(1, NOW_US)
+    assert bucket.drain_changed_slots() == []
