@@ -1,0 +1,47 @@
+"""Wall-clock microseconds that never step back, for slots that replicas on other machines must recognise.
+
+Anchored to the wall clock at start and carried by the monotonic clock; `slew` then closes the gap to the wall clock
+by at most `MAX_SLEW_PER_SECOND_US` in a second, so a stepped or wandering system clock neither refills a bucket at
+once nor stops its refill. A suspended machine's monotonic clock stands still: the gap is large then, and is closed
+forward in one step.
+"""
+
+from __future__ import annotations
+
+import time
+
+MAX_SLEW_PER_SECOND_US = 5_000
+"""0.5 %: ten times what NTP itself slews, and still within what P3 promises of the rate."""
+
+JUMP_US = 10_000_000
+"""A wall clock this far ahead was asleep or wrong at the start: waiting for the slew would take half an hour."""
+
+
+class Clock:
+    """Call `slew` about once a second."""
+
+    def __init__(self) -> None:
+        self._offset_us = time.time_ns() // 1_000 - time.monotonic_ns() // 1_000
+        self._slewed_at_us = time.monotonic_ns() // 1_000
+
+    def now_us(self) -> int:
+        """Microseconds since the epoch; never less than at the call before."""
+        return self._offset_us + time.monotonic_ns() // 1_000
+
+    def slew(self) -> int:
+        """Move towards the wall clock by what has become allowed since the last call.
+
+        Returns:
+            The gap before the move, in microseconds: positive when the wall clock was ahead.
+        """
+        mono_us = time.monotonic_ns() // 1_000
+        gap_us = time.time_ns() // 1_000 - mono_us - self._offset_us
+        elapsed_us = mono_us - self._slewed_at_us
+        self._slewed_at_us = mono_us
+        if gap_us >= JUMP_US:
+            self._offset_us += gap_us
+            return gap_us
+        # Below half of the elapsed time, so the sum with the monotonic clock keeps rising.
+        allowed_us = elapsed_us * MAX_SLEW_PER_SECOND_US // 1_000_000
+        self._offset_us += max(-allowed_us, min(gap_us, allowed_us))
+        return gap_us
