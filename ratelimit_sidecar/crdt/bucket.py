@@ -286,8 +286,6 @@ class Bucket:
             if middle_us < boundary_us and deficit > debt_ceiling:
                 deficit = debt_ceiling
                 forgiven = True
-                # What was forgiven here would be forgiven again if more arrived from before.
-                full_at_us = placed_us + 1
             at_us = placed_us
         deficit -= (now_us - at_us) * tokens
         if deficit <= 0:
@@ -307,8 +305,6 @@ class Bucket:
                 sealed.append((slot_middle_us(slot), slots.pop(slot)))
             if not slots:
                 del self.taken[origin]
-        if self._own_slot not in self._own:
-            self._own_slot_end_us = 0
         sealed.sort()
         folded = self._fold_from_base(sealed, boundary_us, boundary_us)
         self.base = Base(boundary_us, folded.deficit)

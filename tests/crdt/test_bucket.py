@@ -19,11 +19,12 @@ HERE, THERE, ELSEWHERE = (Origin(node, 1) for node in ("here", "there", "elsewhe
 
 limits = st.builds(
     Limit,
-    tokens=st.integers(1, 50),
+    tokens=st.integers(1, 50) | st.just(5_000),
     period_us=st.sampled_from([1_000_000, 7_000_001, 60_000_000]),
     capacity=st.integers(1, 60),
+    max_debt=st.integers(1, 4),
 )
-gaps = st.integers(0, 2_000_000) | st.sampled_from([12_000_000, 400_000_000])
+gaps = st.integers(0, 2_000_000) | st.integers(0, 2_000) | st.sampled_from([12_000_000, 400_000_000])
 takes = st.lists(st.tuples(gaps, st.integers(0, 8)), max_size=60)
 remote_slots = st.lists(
     # Each: time passed, how late the news is, tokens.
@@ -141,13 +142,13 @@ def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit:
         assert abs(bucket.deficit - ideal) <= slot_refill(limit)
 
 
-@given(limits, remote_slots, st.lists(gaps, min_size=1, max_size=20))
-def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, seal_gaps) -> None:
+@given(limits, remote_slots, st.integers(1, 60), st.lists(gaps, min_size=1, max_size=20))
+def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, burst: int, seal_gaps) -> None:
     often = Bucket(b"k", limit, HERE, NOW_US)
     never = Bucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
     for _, age_us, tokens, origin in arrivals:
-        entry = Entry(origin, slot_id(NOW_US - age_us, limit.exponent), tokens * 40)
+        entry = Entry(origin, slot_id(NOW_US - age_us, limit.exponent), tokens * burst)
         often.merge([entry], now_us)
         never.merge([entry], now_us)
     for gap_us in seal_gaps:
@@ -155,6 +156,19 @@ def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, seal
         often.seal(now_us)
         assert often.fold(now_us) == never.fold(now_us)
         assert often.base.deficit <= limit.debt_ceiling
+
+
+@given(limits, remote_slots, st.integers(1, 60))
+def test_the_live_level_follows_forgiveness_too(limit: Limit, arrivals, burst: int) -> None:
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    now_us, heard = NOW_US, Counter()
+    for gap_us, age_us, tokens, origin in arrivals:
+        now_us += gap_us
+        slot = slot_id(now_us - age_us - (1 << limit.exponent), limit.exponent)
+        heard[origin, slot] += tokens * burst
+        bucket.seal(now_us)
+        bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us)
+        assert bucket.deficit == bucket.fold(now_us)
 
 
 @given(limits, takes)
@@ -201,6 +215,53 @@ def test_a_change_of_limit_keeps_what_was_taken() -> None:
     assert bucket.take(12, NOW_US)
     assert not bucket.take(1, NOW_US)
     assert sum(entry.tokens for entry in bucket.entries()) == 20
+
+
+def test_a_change_of_limit_keeps_what_the_base_owes_in_tokens() -> None:
+    limit = Limit(1, 100_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket.merge_base(Base(limit.boundary_us(NOW_US), 40 * limit.period_us), NOW_US)
+    owed_tokens = bucket.base.deficit // limit.period_us
+    wider = Limit(3, 7_000_000, 20)
+    bucket.set_limit(wider, NOW_US)
+    assert bucket.base.deficit == owed_tokens * wider.period_us
+
+
+def test_a_change_of_limit_opens_a_slot_of_the_new_width_and_back_again_no_count_falls() -> None:
+    narrow, wide = Limit(1, 1_000_000, 100), Limit(1, 1_000_000, 1_000)
+    bucket = Bucket(b"k", narrow, HERE, NOW_US)
+    for limit in (narrow, wide, narrow):
+        bucket.set_limit(limit, NOW_US)
+        assert bucket.take(2, NOW_US)
+    assert {slot_exponent(entry.slot): entry.tokens for entry in bucket.entries()} == {
+        narrow.exponent: 4,
+        wide.exponent: 2,
+    }
+
+
+def test_a_peers_base_counts_at_once_but_never_beyond_max_debt() -> None:
+    limit = Limit(1, 1_000_000, 10, max_debt=3)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    boundary_us = limit.boundary_us(NOW_US)
+    assert bucket.merge_base(Base(boundary_us, 10**15), NOW_US)
+    assert bucket.base == Base(boundary_us, limit.debt_ceiling)
+    assert bucket.deficit == limit.debt_ceiling - (NOW_US - boundary_us) * limit.tokens
+    assert not bucket.merge_base(Base(boundary_us, 10**15), NOW_US)
+
+
+def test_a_bucket_that_still_owes_from_its_base_is_not_idle() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket.merge_base(Base(limit.boundary_us(NOW_US), limit.debt_ceiling), NOW_US)
+    assert not bucket.is_idle(NOW_US)
+    assert bucket.is_idle(NOW_US + bucket.full_in_us)
+
+
+def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() -> None:
+    bucket = Bucket(b"k", Limit(3, 1_000_000, 10), HERE, NOW_US)
+    assert bucket.take(1, NOW_US)
+    bucket.advance(NOW_US + bucket.full_in_us)
+    assert bucket.deficit == 0
 
 
 def test_only_slots_written_since_the_last_drain_are_reported() -> None:
@@ -278,3 +339,28 @@ def test_a_local_bucket_notes_nothing_for_peers() -> None:
     bucket = Bucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
     assert bucket.take(1, NOW_US)
     assert bucket.drain_changed_slots() == []
+
+
+def test_slots_are_sealed_in_time_order_whoever_wrote_them() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    often, never = Bucket(b"k", limit, HERE, NOW_US), Bucket(b"k", limit, HERE, NOW_US)
+    early, late = (slot_id(NOW_US - age_us, limit.exponent) for age_us in (9_000_000, 1_000_000))
+    for bucket in (often, never):
+        bucket.merge([Entry(THERE, late, 30), Entry(ELSEWHERE, early, 5)], NOW_US)
+    later_us = NOW_US + limit.horizon_us
+    often.seal(later_us)
+    assert list(often.entries()) == []
+    assert often.base.deficit == never.fold(later_us) + (later_us - often.base.boundary_us) * limit.tokens > 0
+
+
+def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgiven_what_it_did_not_owe() -> None:
+    limit = Limit(5_000, 1_000_000, 5, max_debt=1)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    for burst_at_us in (NOW_US, NOW_US + limit.horizon_us + 40_000):
+        level = limit.ceiling
+        for now_us in range(burst_at_us, burst_at_us + 16_000, 1_000):
+            bucket.seal(now_us)
+            level = min(limit.ceiling, level + 1_000 * limit.tokens)
+            assert bucket.take(5, now_us)
+            level -= 5 * limit.period_us
+            assert bucket.deficit == limit.ceiling - level
