@@ -1,0 +1,95 @@
+"""Matching, and the names that buckets have on every replica."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter.key import (
+    EXACT,
+    KEY_ONLY,
+    UNRULED,
+    KeyEntry,
+    decode_bucket_key,
+    encode_bucket_key,
+)
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+
+LIMIT = Limit(1, 1_000_000, 1)
+
+texts = st.text(max_size=5) | st.text(min_size=127, max_size=130)
+key_entries = st.builds(KeyEntry, st.sampled_from([EXACT, KEY_ONLY, UNRULED]), texts, texts)
+
+
+def make_rule(name: str, consistency: Consistency = Consistency.EVENTUAL) -> RuleNode:
+    return RuleNode(Rule(name, LIMIT, consistency=consistency))
+
+
+@given(texts, st.lists(key_entries, max_size=4))
+def test_a_bucket_key_reads_back_as_it_was_written(domain: str, entries: list[KeyEntry]) -> None:
+    assert decode_bucket_key(encode_bucket_key(domain, entries)) == (domain, entries)
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_bucket_key_are_refused_with_value_error(name: bytes) -> None:
+    try:
+        domain, entries = decode_bucket_key(name)
+    except ValueError:
+        return
+    assert len(encode_bucket_key(domain, entries)) <= len(name)
+
+
+def test_keys_that_join_to_the_same_text_have_different_buckets() -> None:
+    ab_c = encode_bucket_key("d", [KeyEntry(EXACT, "a_b", "c")])
+    a_bc = encode_bucket_key("d", [KeyEntry(EXACT, "a", "b_c")])
+    assert ab_c != a_bc
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([("agent", "vip")], "exact"),
+        ([("agent", "other")], "key only"),
+        ([("agent", "vip"), ("path", "/a")], "deeper"),
+        ([("agent", "other"), ("path", "/a")], None),
+        ([("agent", "vip"), ("path", "/a"), ("x", "y")], None),
+        ([("path", "/a")], None),
+    ],
+)
+def test_exact_wins_over_key_only_and_depth_must_equal(entries: list[tuple[str, str]], expected: str | None) -> None:
+    vip = RuleNode(Rule("exact", LIMIT), key_only={"path": make_rule("deeper")})
+    rules = Rules({"api": RuleNode(exact={("agent", "vip"): vip}, key_only={"agent": make_rule("key only")})})
+    match = rules.match("api", entries)
+    assert (match.rule.name if match else None) == expected
+
+
+def test_the_rule_of_a_bucket_is_found_again_from_its_name() -> None:
+    rules = Rules(
+        {"api": RuleNode(exact={("a", "1"): make_rule("one")}, key_only={"a": make_rule("each")})},
+        unruled=Rule("unruled", LIMIT),
+    )
+    for domain, entries in (("api", [("a", "1")]), ("api", [("a", "2")]), ("api", [("b", "")]), ("new", [("a", "1")])):
+        match = rules.match(domain, entries)
+        assert match is not None
+        assert rules.rule_of_key(match.bucket_key) is match.rule
+
+
+def test_a_peer_that_names_a_rule_unknown_or_local_here_gets_no_limit() -> None:
+    rules = Rules({"api": RuleNode(key_only={"a": make_rule("local", Consistency.LOCAL)})})
+    for entry in (KeyEntry(KEY_ONLY, "a", "1"), KeyEntry(EXACT, "a", "1"), KeyEntry(UNRULED, "a", "1")):
+        assert rules.replicated_limit_of_key(encode_bucket_key("api", [entry])) is None
+    assert rules.replicated_limit_of_key(encode_bucket_key("other", [KeyEntry(KEY_ONLY, "a", "1")])) is None
+
+
+def test_every_rule_is_listed_once() -> None:
+    rules = Rules(
+        {
+            "api": RuleNode(
+                exact={("a", "1"): make_rule("one")}, key_only={"a": RuleNode(key_only={"b": make_rule("two")})}
+            )
+        },
+        unruled=Rule("unruled", LIMIT),
+    )
+    assert sorted(rule.name for rule in rules) == ["one", "two", "unruled"]

@@ -1,0 +1,64 @@
+"""Wall microseconds that never step back, whatever the system clock does."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, Clock
+
+
+class SystemClock:
+    def __init__(self) -> None:
+        self.wall_us = 1_790_000_000_000_000
+        self.monotonic_us = 5_000_000
+
+    def pass_time(self, elapsed_us: int) -> None:
+        self.wall_us += elapsed_us
+        self.monotonic_us += elapsed_us
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> SystemClock:
+    system = SystemClock()
+    monkeypatch.setattr(time, "time_ns", lambda: system.wall_us * 1_000)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: system.monotonic_us * 1_000)
+    return system
+
+
+def test_it_tells_wall_time(system: SystemClock) -> None:
+    clock = Clock()
+    system.pass_time(1_234_567)
+    assert clock.now_us() == system.wall_us
+
+
+def test_a_step_back_of_the_system_clock_is_slewed_and_time_never_stands_still(system: SystemClock) -> None:
+    clock = Clock()
+    system.wall_us -= 4_000_000
+    last_us = clock.now_us()
+    for _ in range(900):
+        system.pass_time(1_000_000)
+        clock.slew()
+        passed_us = clock.now_us() - last_us
+        last_us += passed_us
+        assert 1_000_000 - MAX_SLEW_PER_SECOND_US <= passed_us <= 1_000_000
+    assert clock.now_us() == system.wall_us
+
+
+def test_a_step_forward_is_slewed_too(system: SystemClock) -> None:
+    clock = Clock()
+    system.wall_us += 9_000
+    system.pass_time(1_000_000)
+    assert clock.slew() == 9_000
+    assert system.wall_us - clock.now_us() == 9_000 - MAX_SLEW_PER_SECOND_US
+    system.pass_time(1_000_000)
+    clock.slew()
+    assert clock.now_us() == system.wall_us
+
+
+def test_after_a_suspended_machine_wakes_up_the_time_is_right_at_once(system: SystemClock) -> None:
+    clock = Clock()
+    system.wall_us += 3_600_000_000 + JUMP_US
+    clock.slew()
+    assert clock.now_us() == system.wall_us
