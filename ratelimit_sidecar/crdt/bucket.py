@@ -20,6 +20,9 @@ from typing import NamedTuple
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id, slot_middle_us
 
+SEAL_BATCH_SLOTS = 16
+"""Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
+
 
 class Origin(NamedTuple):
     """One life of one replica. A restarted node is a new origin, so no origin ever counts below what it said."""
@@ -47,7 +50,7 @@ class Entry(NamedTuple):
 class Bucket:
     """One limit on one key, as one replica sees it.
 
-    Its slots are forgotten by `seal` alone: whoever holds a bucket calls it (or `is_idle`) now and then.
+    A bucket in use seals itself; one that is not does so when its owner calls `is_idle`.
 
     Args:
         key: canonical bytes naming the bucket on every replica.
@@ -105,13 +108,13 @@ class Bucket:
         """
         self.advance(now_us)
         limit = self.limit
-        after = self.deficit + hits * limit.period_us
-        if after > limit.ceiling:
+        charge = hits * limit.period_us
+        if self.deficit + charge > limit.ceiling:
             return False
         if hits:
-            self.deficit = after
             if self.at_us >= self._own_slot_end_us:
                 self._open_own_slot()
+            self.deficit += charge
             self._own[self._own_slot] += hits
             if not self._own_slot_unsent:
                 self._note_unsent()
@@ -148,6 +151,7 @@ class Bucket:
             The number of entries that told something new.
         """
         self.advance(now_us)
+        self._seal_when_due()
         oldest_us = max(self.base.boundary_us, self.limit.boundary_us(self.at_us))
         newest_us = self.at_us + self.limit.horizon_us
         news = 0
@@ -256,7 +260,14 @@ class Bucket:
         self._unsent.append(self._own_slot)
         self._own_slot_unsent = True
 
+    def _seal_when_due(self) -> None:
+        """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""
+        limit = self.limit
+        if self.at_us - self.base.boundary_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
+            self.seal(self.at_us)
+
     def _open_own_slot(self) -> None:
+        self._seal_when_due()
         self._own_slot = slot_id(self.at_us, self.limit.exponent)
         self._own_slot_unsent = False
         self._own_slot_end_us = slot_end_us(self._own_slot)

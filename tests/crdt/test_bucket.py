@@ -10,7 +10,7 @@ from crdt.model import deficit_by_formula, most_over_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import SEAL_BATCH_SLOTS, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_id, slot_middle_us
 
@@ -364,3 +364,14 @@ def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgive
             assert bucket.take(5, now_us)
             level -= 5 * limit.period_us
             assert bucket.deficit == limit.ceiling - level
+
+
+def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> None:
+    limit = Limit(1_000, 1_000_000, 100)
+    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    most = (limit.horizon_us >> limit.exponent) + SEAL_BATCH_SLOTS + 2
+    for step in range(3 * most):
+        now_us = NOW_US + (step << limit.exponent)
+        assert bucket.take(1, now_us)
+        bucket.merge([Entry(THERE, slot_id(now_us, limit.exponent), 1)], now_us)
+        assert len(list(bucket.entries())) <= 2 * most
