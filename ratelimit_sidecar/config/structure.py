@@ -1,0 +1,227 @@
+"""Sections of a configuration: pydantic models whose errors become `Problem`s with a position and a fix.
+
+Each field says once, by `Expected`, what it takes: the errors and the reference pages both quote it. A key without a
+value (`bucket:` with everything below it commented out) counts as not given, as it does in Go's YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from ratelimit_sidecar.config.document import Document
+from ratelimit_sidecar.config.errors import KeyPath, Problem, did_you_mean, quoted
+from ratelimit_sidecar.config.yaml_data import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a scalar field takes. Stands last in the `Annotated` that it describes.
+
+    Args:
+        text: completes "expected ...".
+        of: "text" when a number found there only lacks its quotes, "plain" when text found there may only have quotes
+            too many.
+        choices: all it may be, for suggestions.
+        not_yet: what it will be able to be in a later release.
+    """
+
+    text: str
+    of: Literal["text", "plain", "choice"] = "choice"
+    choices: tuple[str, ...] = ()
+    not_yet: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.custom_error_schema(
+            handler(source),
+            "unexpected",
+            custom_error_message="{expected}",
+            custom_error_context={"expected": self.text, "rule": self},
+        )
+
+    def fix(self, found: object, source: str) -> str:
+        """What to do about `found`, which is written as `source`; "" when the text says it."""
+        if self.of == "text" and not isinstance(found, str | dict | list | None):
+            return f"write it in quotes: {quoted(source)}"
+        if not isinstance(found, str):
+            return ""
+        if found in self.not_yet:
+            return f"{quoted(found)} is not yet available"
+        if self.of == "plain" and found and not isinstance(resolve(found), str):
+            return "remove the quotes"
+        return did_you_mean(found, self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class FromEnvironment:
+    """The variable that gives a field its value.
+
+    Args:
+        only: the file cannot give it.
+    """
+
+    variable: str
+    only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShownDefault:
+    """How the reference words a default that is computed."""
+
+    text: str
+
+
+class Section(BaseModel):
+    """A mapping with known keys."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    not_yet: ClassVar[frozenset[str]] = frozenset()
+    """Keys that envoyproxy/ratelimit knows in this place and this program does not support yet."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_keys_without_value(cls, data: object) -> object:
+        if not isinstance(data, dict) or None not in data.values():
+            return data
+        keys = keys_of(cls)
+        return {key: value for key, value in data.items() if value is not None or key not in keys}
+
+
+S = TypeVar("S", bound=Section)
+
+
+def unexpected(expected: str, fix: str = "") -> PydanticCustomError:
+    """What a validator raises when it can say more than the field's `Expected`."""
+    return PydanticCustomError("unexpected", "{expected}", {"expected": expected, "fix": fix})
+
+
+def validate(section: type[S], data: object, document: Document, at: KeyPath = ()) -> tuple[S | None, list[Problem]]:
+    """Check `data`, which stands at `at` in the document.
+
+    Returns:
+        The section, or None and everything that is wrong with it.
+    """
+    try:
+        return section.model_validate(data), []
+    except ValidationError as error:
+        return None, [_problem(section, details, document, at) for details in error.errors(include_url=False)]
+
+
+@cache
+def keys_of(section: type[Section]) -> Mapping[str, FieldInfo]:
+    """The fields of a section by their keys in the file."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def file_keys_of(section: type[Section]) -> list[str]:
+    """The keys a file may use."""
+    return [
+        key
+        for key, field in keys_of(section).items()
+        if not any(isinstance(extra, FromEnvironment) and extra.only for extra in field.metadata)
+    ]
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section a field holds (or a list of); None when it holds scalars."""
+    return _section_in(field.annotation)
+
+
+def walk(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every field of a section and those below it, with its path."""
+    for key, field in keys_of(section).items():
+        yield (*at, key), field
+        below = section_of(field)
+        if below is not None:
+            yield from walk(below, (*at, key))
+
+
+def expected_of(field: FieldInfo) -> str:
+    """Completes "expected ..."."""
+    for extra in field.metadata:
+        if isinstance(extra, Expected):
+            return extra.text
+    return _expected_of_type(field.annotation)
+
+
+def mapping_with_keys_of(section: type[Section]) -> str:
+    return f"a mapping with the keys {', '.join(file_keys_of(section))}"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for part in get_args(annotation):
+        section = _section_in(part)
+        if section is not None:
+            return section
+    return None
+
+
+def _expected_of_type(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return mapping_with_keys_of(annotation)
+    if origin is Annotated:
+        texts = [extra.text for extra in parts if isinstance(extra, Expected)]
+        return texts[-1] if texts else _expected_of_type(parts[0])
+    if origin in (Union, UnionType):
+        return _expected_of_type(next(part for part in parts if part is not type(None)))
+    if origin is tuple:
+        return f"a list, each item {_expected_of_type(parts[0])}"
+    raise TypeError(f"{annotation} has no Expected")
+
+
+def _problem(section: type[Section], details: ErrorDetails, document: Document, at: KeyPath) -> Problem:
+    loc = details["loc"]
+    path = (*at, *loc)
+    found = document.describe(path)
+    kind, context, value = details["type"], details.get("ctx", {}), details["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(_section_at(section, loc[:-1]), str(loc[-1]), document, path)
+    if kind == "unexpected":
+        rule = context.get("rule")
+        fix = rule.fix(value, found) if isinstance(rule, Expected) else context["fix"]
+        return document.problem(path, found, context["expected"], fix)
+    if kind == "missing":
+        field = keys_of(_section_at(section, loc[:-1]))[str(loc[-1])]
+        return document.problem(path, "nothing", expected_of(field))
+    if kind == "tuple_type":
+        field = keys_of(_section_at(section, loc[:-1]))[str(loc[-1])]
+        fix = "" if isinstance(value, dict) else f"write it as a list: [{found}]"
+        return document.problem(path, found, expected_of(field), fix)
+    if kind == "model_type":
+        return document.problem(path, found, mapping_with_keys_of(_section_at(section, loc)))
+    raise AssertionError(f"pydantic error {kind} at {loc} has no wording")
+
+
+def _section_at(section: type[Section], loc: KeyPath) -> type[Section]:
+    for step in loc:
+        if isinstance(step, str):
+            below = section_of(keys_of(section)[step])
+            assert below is not None, f"{loc} leads through a scalar"
+            section = below
+    return section
+
+
+def _unknown_key(section: type[Section], key: str, document: Document, path: KeyPath) -> Problem:
+    found, keys = f"the unknown key {quoted(key)}", file_keys_of(section)
+    expected = f"one of {', '.join(keys)}"
+    if key in section.not_yet:
+        found = f"the key {quoted(key)}"
+        fix = "envoyproxy/ratelimit knows it, it is not supported here yet: remove it"
+        return document.problem(path, found, expected, fix)
+    fix = did_you_mean(key, keys)
+    for name, field in keys_of(section).items():
+        below = section_of(field)
+        if below is not None and key in keys_of(below):
+            fix = f"it belongs below {name}: check the indentation"
+    return document.problem(path, found, expected, fix)

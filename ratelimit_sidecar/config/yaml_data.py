@@ -1,0 +1,89 @@
+"""What a YAML document holds: plain scalars, and containers that remember where their entries stood.
+
+Plain scalars resolve by YAML 1.2's core schema, plus yes/no/on/off and `1_000`, which Go's YAML (that of
+envoyproxy/ratelimit) accepts as well. Numbers with a fraction become `Decimal`, so `0.1` is a tenth. Positions are
+1-based; an entry of a mapping stands where its key stands.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import NamedTuple
+
+MAX_NUMBER_CHARS = 64
+"""A longer number is taken as text: nothing here is that large, and reading it would cost."""
+
+_NULLS = frozenset(("", "~", "null", "Null", "NULL"))
+_BOOLS = {
+    spelling: value
+    for word, value in (("true", True), ("yes", True), ("on", True), ("false", False), ("no", False), ("off", False))
+    for spelling in (word, word.capitalize(), word.upper())
+}
+# No leading zeros: 010 is eight in YAML 1.1 and ten in 1.2, so it is neither here.
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_DECIMAL = re.compile(r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9_]*)?(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]{1,3})?")
+
+
+class Position(NamedTuple):
+    line: int
+    column: int
+
+
+START = Position(1, 1)
+
+Entry = tuple[object, Position, str | None]
+"""A value, where it stands, and its source text when it is a scalar but not text."""
+
+
+class YamlMap(dict[str, object]):
+    """A mapping, and where each of its entries stands."""
+
+    __slots__ = ("positions", "sources")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: dict[str, Position] = {}
+        self.sources: dict[str, str] = {}
+        """Source text of the scalars that are not text."""
+
+    def source_of(self, key: str) -> str | None:
+        """The scalar at `key` as it is written in the file; None when there is no scalar."""
+        value = self.get(key)
+        return value if isinstance(value, str) else self.sources.get(key)
+
+    def entry(self, key: str | int) -> Entry | None:
+        if not isinstance(key, str) or key not in self:
+            return None
+        return self[key], self.positions[key], self.sources.get(key)
+
+
+class YamlList(list[object]):
+    """A list, and where each of its items stands."""
+
+    __slots__ = ("positions", "sources")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: list[Position] = []
+        self.sources: dict[int, str] = {}
+        """Source text of the scalars that are not text."""
+
+    def entry(self, index: str | int) -> Entry | None:
+        if not isinstance(index, int) or index >= len(self):
+            return None
+        return self[index], self.positions[index], self.sources.get(index)
+
+
+def resolve(text: str) -> object:
+    """The value of a plain scalar: None, bool, int, Decimal, or the text itself."""
+    if text in _NULLS:
+        return None
+    if text in _BOOLS:
+        return _BOOLS[text]
+    if text[0] in "+-.0123456789" and len(text) <= MAX_NUMBER_CHARS:
+        if _INT.fullmatch(text):
+            return int(text.replace("_", ""))
+        if _DECIMAL.fullmatch(text):
+            return Decimal(text.replace("_", ""))
+    return text
