@@ -1,0 +1,77 @@
+"""gRPC's length-prefixed messages and percent-encoded status text, for calls with one message each way.
+
+A message is a byte of flags (0, or 1 for compressed), four bytes of length, big-endian, and that many bytes
+(grpc/doc/PROTOCOL-HTTP2.md). Statuses for what is wrong with a body follow grpc/doc/statuscodes.md and
+compression.md.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
+
+PREFIX_BYTES = 5
+
+MAX_BODY_BYTES = PREFIX_BYTES + MAX_MESSAGE_BYTES
+
+MAX_STATUS_TEXT = 1_024
+"""Characters of a status message that are sent: it may quote what the caller sent, and travels in a
+header."""
+
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+def frame(message: bytes) -> bytes:
+    """A message as it goes onto the stream, uncompressed."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def unframe(body: bytes, metadata: Metadata) -> bytes:
+    """The one message of a unary call's whole request body.
+
+    Raises:
+        RpcError: UNIMPLEMENTED when it is compressed, or when there is no message or more than one;
+            RESOURCE_EXHAUSTED when it is larger than `MAX_MESSAGE_BYTES`; INTERNAL when the framing is
+            broken.
+    """
+    length = len(body) - PREFIX_BYTES
+    if 0 <= length <= MAX_MESSAGE_BYTES and body[0] == 0 and int.from_bytes(body[1:5], "big") == length:
+        return body[PREFIX_BYTES:]
+    raise _what_is_wrong(body, metadata)
+
+
+def too_large() -> RpcError:
+    """The status for a message beyond the limit."""
+    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {MAX_MESSAGE_BYTES} bytes")
+
+
+def percent_encode(text: str) -> bytes:
+    """A status message as the value of `grpc-message`."""
+    return quote(text[:MAX_STATUS_TEXT], safe=_PLAIN, errors="replace").encode("ascii")
+
+
+def _what_is_wrong(body: bytes, metadata: Metadata) -> RpcError:
+    if not body:
+        return RpcError(Code.UNIMPLEMENTED, "the call carries no message; the method takes exactly one")
+    if len(body) < PREFIX_BYTES:
+        return RpcError(Code.INTERNAL, "the message's length prefix is cut short")
+    flags, length = body[0], int.from_bytes(body[1:5], "big")
+    if length > MAX_MESSAGE_BYTES:
+        return too_large()
+    if flags != 0:
+        return _compressed(flags, metadata)
+    received = len(body) - PREFIX_BYTES
+    if length > received:
+        return RpcError(Code.INTERNAL, f"the message is cut short: {received} of {length} bytes")
+    return RpcError(Code.UNIMPLEMENTED, "the call carries more than one message; the method takes exactly one")
+
+
+def _compressed(flags: int, metadata: Metadata) -> RpcError:
+    if flags != 1:
+        return RpcError(Code.INTERNAL, f"the message's flags are {flags}; they can be 0 or 1")
+    encoding = next((value for name, value in metadata if name == b"grpc-encoding"), b"identity")
+    if encoding == b"identity":
+        return RpcError(Code.INTERNAL, "the message is flagged as compressed, but grpc-encoding names no compression")
+    return RpcError(Code.UNIMPLEMENTED, "compressed messages are not supported")

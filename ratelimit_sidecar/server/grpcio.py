@@ -1,0 +1,135 @@
+"""The second front end: the same handlers on grpc.aio, whose C core speaks HTTP/2 and gRPC; messages stay bytes.
+
+It is several times slower than h2, but an implementation of gRPC that everybody knows: to compare with, and
+to fall back on. Compressed requests, which h2 refuses, the C core decompresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+import grpc
+import grpc.aio
+
+from ratelimit_sidecar.server.limits import (
+    CONNECTION_IDLE_SECONDS,
+    DRAIN_SECONDS,
+    MAX_CALLS,
+    MAX_HEADER_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_STREAMS,
+)
+from ratelimit_sidecar.server.listeners import (
+    SOCKET_FILE_MODE,
+    UNIX_PREFIX,
+    ListenError,
+    listen,
+    unix_path,
+)
+from ratelimit_sidecar.server.rpc import FailureLog, Handlers, RpcError, UnaryHandler
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_OPTIONS = (
+    # Without this a later process could share the port, and neither would know.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_metadata_size", MAX_HEADER_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
+    ("grpc.max_connection_idle_ms", int(CONNECTION_IDLE_SECONDS * 1_000)),
+)
+
+
+class GrpcioFrontEnd:
+    """A `FrontEnd` (see `server.front_end`).
+
+    Args:
+        addresses: as `server.listeners.listen` takes them.
+        drain_seconds: what calls in flight get at a stop before they are cancelled.
+    """
+
+    def __init__(self, handlers: Handlers, addresses: Sequence[str], *, drain_seconds: float = DRAIN_SECONDS) -> None:
+        self.ready = asyncio.Event()
+        self.addresses: Sequence[str] = []
+        self._configured = addresses
+        self._drain_seconds = drain_seconds
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        self._server.add_generic_rpc_handlers(_generic_handlers(handlers))
+
+    async def start(self) -> None:
+        # The C core doesn't tell why it cannot bind, and would take a unix socket away from a live server. So
+        # bind here first, for the checks and their messages, and make room again.
+        for listener in listen(self._configured):
+            listener.close()
+        try:
+            self.addresses = [self._bind(address) for address in self._configured]
+            await self._server.start()
+        except BaseException:
+            await self._server.stop(None)
+            raise
+        self.ready.set()
+
+    async def serve(self) -> None:
+        try:
+            await self._server.wait_for_termination()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        self.ready.clear()
+        await self._server.stop(self._drain_seconds)
+
+    def _bind(self, address: str) -> str:
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ListenError(address, str(error)) from error
+        if not address.startswith(UNIX_PREFIX):
+            return f"{address.rpartition(':')[0]}:{port}"
+        # The C core removes the file itself at the stop.
+        unix_path(address).chmod(SOCKET_FILE_MODE)
+        return address
+
+
+class _Metadata:
+    """A call's metadata as headers, converted only when a handler looks; binary values are decoded already."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        self._context = context
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        for name, value in self._context.invocation_metadata() or ():
+            yield name.encode("ascii"), value if isinstance(value, bytes) else value.encode("utf-8")
+
+
+_Behavior = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
+
+
+def _generic_handlers(handlers: Handlers) -> list[grpc.GenericRpcHandler]:
+    failures = FailureLog()
+    services: dict[str, dict[str, grpc.RpcMethodHandler]] = defaultdict(dict)
+    for path, handler in handlers.items():
+        service, _, method = path.removeprefix("/").partition("/")
+        # No (de)serializers: the behavior is given the bytes.
+        services[service][method] = grpc.unary_unary_rpc_method_handler(_behavior(path, handler, failures))
+    return [grpc.method_handlers_generic_handler(service, methods) for service, methods in services.items()]
+
+
+def _behavior(path: str, handler: UnaryHandler, failures: FailureLog) -> _Behavior:
+    async def call(message: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        try:
+            return handler(message, _Metadata(context))
+        except RpcError as error:
+            status = error
+        except Exception as error:
+            status = failures.status_of(path, error)
+        # This raises; it is out of the except blocks so that what it raises has no context to be logged with.
+        await context.abort(_STATUS_CODES[status.code], status.message)
+        raise AssertionError("abort returned")
+
+    return call

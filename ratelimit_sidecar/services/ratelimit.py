@@ -1,0 +1,83 @@
+"""envoy.service.ratelimit.v3.RateLimitService: the limiter's decision as a unary call, measured and perhaps traced.
+
+What is needed of telemetry is said here as two protocols. A call that isn't sampled costs two clock readings, one
+observation and one look at the headers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter, Plan
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
+
+SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"
+
+
+class LatencyObserver(Protocol):
+    """Takes the time each answered call took."""
+
+    def observe(self, elapsed_ns: int) -> None: ...
+
+
+class RequestTracer(Protocol):
+    """Records the calls whose caller wants them traced."""
+
+    def sampled(self, metadata: Metadata) -> object | None:
+        """The caller's span context when it is sampled, else None; it must be cheap."""
+
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+        """A finished call.
+
+        Args:
+            parent: what `sampled` returned.
+            started_ns: nanoseconds since the epoch, as is ended_ns.
+        """
+
+
+class RateLimitService:
+    """One method, `ShouldRateLimit`.
+
+    Args:
+        now_us: wall clock in microseconds, never less than at the call before.
+    """
+
+    def __init__(
+        self, limiter: Limiter, now_us: Callable[[], int], latency: LatencyObserver, tracer: RequestTracer
+    ) -> None:
+        self.errors = {"invalid": 0, "internal": 0}
+        """Calls without an answer since the start: refused because no rule could answer them, or failed in here."""
+        self._limiter = limiter
+        self._now_us = now_us
+        self._observe = latency.observe
+        self._tracer = tracer
+
+    def handlers(self) -> Handlers:
+        """For a front end."""
+        return {f"/{SERVICE_NAME}/ShouldRateLimit": self.should_rate_limit}
+
+    def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
+        """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT for what `Limiter.decide` calls invalid.
+        """
+        started = time.perf_counter_ns()
+        try:
+            response = self._limiter.decide(request, self._now_us())
+        except InvalidRequest as error:
+            self.errors["invalid"] += 1
+            raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error
+        except Exception:
+            self.errors["internal"] += 1
+            raise
+        elapsed_ns = time.perf_counter_ns() - started
+        self._observe(elapsed_ns)
+        parent = self._tracer.sampled(metadata)
+        if parent is not None:
+            ended_ns = time.time_ns()
+            plan = self._limiter.plan(request)
+            self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
+        return response

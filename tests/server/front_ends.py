@@ -1,0 +1,37 @@
+"""Starts and stops front ends for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
+from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.rpc import Handlers, Metadata
+
+KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
+
+
+def echo(message: bytes, _metadata: Metadata) -> bytes:
+    return message
+
+
+ECHO = {"/test.Echo/Echo": echo}
+
+
+@contextlib.asynccontextmanager
+async def running(
+    kind: str, handlers: Handlers, addresses: Sequence[str] = ("127.0.0.1:0",), drain_seconds: float = 5.0
+) -> AsyncIterator[FrontEnd]:
+    """A front end that answers, and is stopped at the end."""
+    front_end: FrontEnd = KINDS[kind](handlers, addresses, drain_seconds=drain_seconds)
+    await front_end.start()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(front_end.serve())
+        await front_end.ready.wait()
+        try:
+            yield front_end
+        finally:
+            await front_end.stop()

@@ -1,0 +1,181 @@
+"""A client that sends what no gRPC library would send, frame by frame."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+
+import h2.config
+import h2.connection
+import h2.events
+from h2.connection import ConnectionInputs, ConnectionState
+from h2.errors import ErrorCodes
+
+GRPC_HEADERS = ((b"content-type", b"application/grpc"), (b"te", b"trailers"))
+
+
+@dataclass
+class Answer:
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    body: bytes = b""
+    trailers: dict[bytes, bytes] = field(default_factory=dict)
+    reset: int | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def http_status(self) -> int:
+        return int(self.headers[b":status"])
+
+    @property
+    def trailers_only(self) -> bool:
+        return b"grpc-status" in self.headers
+
+    @property
+    def code(self) -> int:
+        return int((self.headers if self.trailers_only else self.trailers)[b"grpc-status"])
+
+    @property
+    def message(self) -> bytes:
+        return (self.headers if self.trailers_only else self.trailers)[b"grpc-message"]
+
+
+class RawClient:
+    """One HTTP/2 connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(header_encoding=None, validate_outbound_headers=False)
+        )
+        # h2 regards a connection as closed once it is told to go; RFC 9113 (6.8) has it finish the open streams.
+        machine = self._h2.state_machine
+        told_to_go = (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY)
+        machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
+        self._answers: defaultdict[int, Answer] = defaultdict(Answer)
+        self.told_to_go = asyncio.Event()
+        self._h2.initiate_connection()
+        self._flush()
+
+    def open(
+        self,
+        path: str,
+        headers: Iterable[tuple[bytes, bytes]] = GRPC_HEADERS,
+        *,
+        method: bytes = b"POST",
+        protocol: bytes | None = None,
+        end: bool = False,
+    ) -> int:
+        """Start a request; with a protocol, an extended CONNECT (RFC 8441)."""
+        stream = self._h2.get_next_available_stream_id()
+        pseudo = [(b":method", method), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"test")]
+        if protocol is not None:
+            pseudo.append((b":protocol", protocol))
+        self._h2.send_headers(stream, [*pseudo, *headers], end_stream=end)
+        self._flush()
+        return stream
+
+    def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
+        self._h2.send_data(stream, data, end_stream=end)
+        self._flush()
+
+    def cancel(self, stream: int) -> None:
+        self._h2.reset_stream(stream, ErrorCodes.CANCEL)
+        self._flush()
+
+    async def call(
+        self, path: str, body: bytes, headers: Iterable[tuple[bytes, bytes]] = GRPC_HEADERS, *, method: bytes = b"POST"
+    ) -> Answer:
+        stream = self.open(path, headers, method=method, end=not body)
+        if body:
+            self.send(stream, body)
+        return await self.answer(stream)
+
+    async def answer(self, stream: int) -> Answer:
+        answer = self._answers[stream]
+        await asyncio.wait_for(answer.ended.wait(), 5)
+        return answer
+
+    async def ping(self) -> None:
+        """Return when the server has read all that was sent so far."""
+        self._ponged = asyncio.Event()
+        self._h2.ping(b"12345678")
+        self._flush()
+        await asyncio.wait_for(self._ponged.wait(), 5)
+
+    async def read(self) -> None:
+        while data := await self._reader.read(65_536):
+            for event in self._h2.receive_data(data):
+                self._take(event)
+            self._flush()
+
+    def _take(self, event: h2.events.Event) -> None:
+        match event:
+            case h2.events.ResponseReceived():
+                self._answers[event.stream_id].headers = dict(event.headers)
+            case h2.events.DataReceived():
+                self._answers[event.stream_id].body += event.data
+            case h2.events.TrailersReceived():
+                self._answers[event.stream_id].trailers = dict(event.headers)
+            case h2.events.StreamReset():
+                self._answers[event.stream_id].reset = event.error_code
+                self._answers[event.stream_id].ended.set()
+            case h2.events.StreamEnded():
+                self._answers[event.stream_id].ended.set()
+            case h2.events.PingAckReceived():
+                self._ponged.set()
+            case h2.events.ConnectionTerminated():
+                self.told_to_go.set()
+
+    def _flush(self) -> None:
+        self._writer.write(self._h2.data_to_send())
+
+
+@contextlib.asynccontextmanager
+async def connected(address: str) -> AsyncIterator[RawClient]:
+    """A client connected to `host:port` or `unix:PATH`."""
+    if address.startswith("unix:"):
+        reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    else:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+    client = RawClient(reader, writer)
+    async with asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(client.read())
+        yield client
+        reading.cancel()
+        writer.close()
+
+
+class ImpatientClient:
+    """A client with one call, on a blocking socket, so that the server's handler can have it give up."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=5)
+        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+        self._h2.initiate_connection()
+        self.gave_up = asyncio.Event()
+
+    def call(self, path: str, body: bytes) -> None:
+        pseudo = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"test")]
+        self._h2.send_headers(1, [*pseudo, *GRPC_HEADERS])
+        self._h2.send_data(1, body, end_stream=True)
+        self._socket.sendall(self._h2.data_to_send())
+
+    def give_up(self) -> None:
+        """Cancel the call, and return when the server has read that."""
+        self._h2.reset_stream(1, ErrorCodes.CANCEL)
+        self._h2.ping(b"12345678")
+        self._socket.sendall(self._h2.data_to_send())
+        events: list[h2.events.Event] = []
+        while not any(isinstance(event, h2.events.PingAckReceived) for event in events):
+            events += self._h2.receive_data(self._socket.recv(65_536))
+        self.gave_up.set()
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,94 @@
+"""How RateLimitService feeds telemetry. What it decides is in tests/limiter and tests/conformance."""
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.limiter.limiter import Limiter, Plan
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
+from ratelimit_sidecar.services.ratelimit import RateLimitService
+
+REQUEST = RateLimitRequest(
+    domain="shop", descriptors=[RateLimitDescriptor(entries=[RateLimitDescriptor.Entry(key="user", value="ada")])]
+).SerializeToString()
+SAMPLED = ((b"traceparent", b"sampled"),)
+NOW_US = 1_700_000_000_000_000
+
+
+@dataclass
+class Observed:
+    """A latency observer and a request tracer in one."""
+
+    latencies_ns: list[int] = field(default_factory=list)
+    looked_at: list[Metadata] = field(default_factory=list)
+    records: list[tuple[object, int, int, Plan, bytes]] = field(default_factory=list)
+
+    def observe(self, elapsed_ns: int) -> None:
+        self.latencies_ns.append(elapsed_ns)
+
+    def sampled(self, metadata: Metadata) -> object | None:
+        self.looked_at.append(metadata)
+        return "the caller" if (b"traceparent", b"sampled") in metadata else None
+
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+        self.records.append((parent, started_ns, ended_ns, plan, response))
+
+
+def service_with(observed: Observed) -> RateLimitService:
+    limiter = Limiter(Rules(), Origin("node", 1))
+    return RateLimitService(limiter, lambda: NOW_US, observed, observed)
+
+
+def test_a_call_that_is_not_sampled_is_timed_and_not_recorded() -> None:
+    observed = Observed()
+    metadata = ((b"traceparent", b"not sampled"),)
+    service_with(observed).should_rate_limit(REQUEST, metadata)
+    assert len(observed.latencies_ns) == 1
+    assert observed.latencies_ns[0] > 0
+    assert observed.looked_at == [metadata]
+    assert observed.records == []
+
+
+def test_a_sampled_call_is_recorded_with_its_plan_and_answer() -> None:
+    observed = Observed()
+    before_ns = time.time_ns()
+    response = service_with(observed).should_rate_limit(REQUEST, SAMPLED)
+    ((parent, started_ns, ended_ns, plan, recorded),) = observed.records
+    assert parent == "the caller"
+    assert before_ns - 1_000_000 <= started_ns < ended_ns <= time.time_ns()
+    assert ended_ns - started_ns == observed.latencies_ns[0]
+    assert plan.domain == "shop"
+    assert recorded == response
+    assert RateLimitResponse.FromString(response).overall_code == RateLimitResponse.OK
+
+
+def test_an_invalid_request_is_counted_and_neither_timed_nor_traced() -> None:
+    observed = Observed()
+    service = service_with(observed)
+    with pytest.raises(RpcError, match="domain must not be empty") as caught:
+        service.should_rate_limit(b"", SAMPLED)
+    assert caught.value.code == Code.INVALID_ARGUMENT
+    assert service.errors == {"invalid": 1, "internal": 0}
+    assert observed == Observed()
+
+
+def test_a_fault_in_the_limiter_is_counted_and_passed_on() -> None:
+    class Broken(Limiter):
+        def decide(self, request: bytes, now_us: int) -> bytes:
+            raise ZeroDivisionError
+
+    observed = Observed()
+    service = RateLimitService(Broken(Rules(), Origin("node", 1)), lambda: NOW_US, observed, observed)
+    with pytest.raises(ZeroDivisionError):
+        service.should_rate_limit(REQUEST, SAMPLED)
+    assert service.errors == {"invalid": 0, "internal": 1}
+    assert observed == Observed()
+
+
+def test_its_method_is_envoys() -> None:
+    assert list(service_with(Observed()).handlers()) == ["/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"]
