@@ -1,0 +1,192 @@
+"""The routes of the admin HTTP server. All are GET, answer JSON (but /metrics), and read; errors are JSON, too.
+
+They share the event loop with the decisions, so each does its work in slices of at most about a millisecond.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import structlog
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
+from ratelimit_sidecar.limiter.key import decode_bucket_key, encode_bucket_key
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.telemetry.exposition import encode_registry
+
+DEFAULT_PAGE_BUCKETS = 100
+MAX_PAGE_BUCKETS = 200
+"""Describing one takes some 5 us."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the console shows.
+
+    Args:
+        peers: called once a request.
+        missing: what the sidecar still waits for before it is ready, in words; empty when it is.
+        now_us: the clock of the decisions.
+    """
+
+    node: str
+    region: str
+    limiter: Limiter
+    registry: CollectorRegistry
+    peers: Callable[[], Sequence[PeerStatus]]
+    missing: Callable[[], Sequence[str]]
+    now_us: Callable[[], int]
+
+
+def create_app(sources: Sources) -> ASGIApp:
+    console = _Console(sources)
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint, _ in console.endpoints]
+    app = Starlette(
+        routes=[Route("/", console.index, methods=["GET"]), *routes],
+        exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
+    )
+    return partial(_log_failures, app)
+
+
+class _Console:
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._pager = BucketPager(sources.limiter.store)
+        self.endpoints: Sequence[tuple[str, Callable[[Request], Awaitable[Response]], str]] = (
+            ("/metrics", self.metrics, "Prometheus metrics"),
+            ("/healthz", self.healthz, "200 while the process lives"),
+            ("/readyz", self.readyz, "200 when requests can be sent here, otherwise 503 and what is missing"),
+            (
+                "/buckets",
+                self.buckets,
+                f"active buckets; ?domain= selects, ?limit= (1 to {MAX_PAGE_BUCKETS}) and ?after= (next) page",
+            ),
+            ("/peers", self.peers, "the replication mesh as this node sees it"),
+        )
+
+    async def index(self, request: Request) -> Response:
+        _no_query(request)
+        return JSONResponse(
+            {
+                "service": "ratelimit-sidecar",
+                "version": __version__,
+                "node": self._sources.node,
+                "region": self._sources.region,
+                "endpoints": {path: description for path, _, description in self.endpoints},
+            }
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        body, content_type = await encode_registry(self._sources.registry, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def healthz(self, _request: Request) -> Response:
+        return JSONResponse({"alive": True})
+
+    async def readyz(self, _request: Request) -> Response:
+        missing = list(self._sources.missing())
+        return JSONResponse({"ready": not missing, "missing": missing}, status_code=503 if missing else 200)
+
+    async def buckets(self, request: Request) -> Response:
+        query = _query(request, "after", "limit", "domain")
+        limit = _page_size(query.get("limit"))
+        after = _cursor_key(query["after"]) if "after" in query else b""
+        prefix = encode_bucket_key(query["domain"], ()) if "domain" in query else b""
+        limiter = self._sources.limiter
+        page = await self._pager.page(after, limit, prefix)
+        now_us = self._sources.now_us()
+        return JSONResponse(
+            {
+                "active": len(limiter.store),
+                "buckets": [describe_bucket(bucket, limiter.rules, now_us) for bucket in page.buckets],
+                "next": _cursor(page.buckets[-1].key) if page.more else None,
+            }
+        )
+
+    async def peers(self, request: Request) -> Response:
+        _no_query(request)
+        return JSONResponse(
+            {
+                "node": self._sources.node,
+                "region": self._sources.region,
+                "peers": [
+                    {**asdict(peer), "protocol_errors": dict(peer.protocol_errors)} for peer in self._sources.peers()
+                ],
+            }
+        )
+
+
+class _BadQuery(Exception):
+    """A query that cannot be answered; its text is for the caller."""
+
+
+def _query(request: Request, *known: str) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            raise _BadQuery(f"unknown parameter {name!r}; known here: {', '.join(known) or 'none'}")
+        if name in given:
+            raise _BadQuery(f"{name} is given twice")
+        given[name] = value
+    return given
+
+
+def _no_query(request: Request) -> None:
+    _query(request)
+
+
+def _page_size(given: str | None) -> int:
+    if given is None:
+        return DEFAULT_PAGE_BUCKETS
+    # int() would take more: signs, spaces, underscores, digits of all scripts.
+    if given.isascii() and given.isdecimal() and len(given) <= 4 and 1 <= int(given) <= MAX_PAGE_BUCKETS:
+        return int(given)
+    raise _BadQuery(f"limit is {given!r}, expected 1 to {MAX_PAGE_BUCKETS}")
+
+
+def _cursor(bucket_key: bytes) -> str:
+    return base64.urlsafe_b64encode(bucket_key).decode().rstrip("=")
+
+
+def _cursor_key(given: str) -> bytes:
+    try:
+        key = base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True)
+        decode_bucket_key(key)
+    except ValueError as error:
+        raise _BadQuery(f"after is {given!r}, expected the `next` of another page") from error
+    return key
+
+
+async def _bad_query(_request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=400)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _failure(_request: Request, _error: Exception) -> Response:
+    return JSONResponse({"error": "internal error; the log has the details"}, status_code=500)
+
+
+async def _log_failures(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Starlette raises a failed request's exception again after its answer, and h2corn would print it as prose."""
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        _log.exception("console_request_failed", path=scope.get("path"))

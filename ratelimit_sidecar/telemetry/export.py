@@ -1,0 +1,130 @@
+"""From a span to the collector: the OpenTelemetry SDK, set up by the standard OTEL_* variables.
+
+Off unless an OTLP endpoint is set or OTEL_TRACES_EXPORTER names otlp. Ended spans go into the SDK's bounded queue
+(OTEL_BSP_*), and a thread of its own exports them: when the collector is slow or dead the oldest spans are lost,
+never a request. The resource is `service.name` = ratelimit-sidecar, `service.instance.id` = the node, `cloud.region` =
+its region; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them. The exporters read the environment
+themselves, so this module does too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+
+import structlog
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
+from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
+
+SERVICE_NAME = "ratelimit-sidecar"
+
+FLUSH_SECONDS = 3.0
+"""How long `Tracing.close` waits for the collector: within the 10 s a container is given to stop, after the drain."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class TracingError(Exception):
+    """The OTEL_* variables ask for something that cannot be had; the text is for the user."""
+
+
+def start_tracing(node: str, region: str) -> Tracing:
+    """Start exporting spans when the environment asks for it.
+
+    Raises:
+        TracingError: a variable has a value that the exporter or the SDK rejects.
+    """
+    if not _wanted():
+        return Tracing(None)
+    try:
+        provider = TracerProvider(resource=_resource(node, region), shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(_exporter()))
+    except Exception as error:
+        # Whatever the SDK and its exporters raise on a value they cannot use: they have no common class.
+        raise TracingError(f"cannot export traces as the OTEL_* variables say: {error}") from error
+    return Tracing(provider)
+
+
+class Tracing:
+    """Owns the SDK's thread and its connection to the collector.
+
+    Args:
+        provider: to be shut down by `close` alone; None when tracing is off.
+    """
+
+    def __init__(self, provider: TracerProvider | None) -> None:
+        self._provider = provider
+        self.tracer: RequestTracer | NoTracer = (
+            NoTracer() if provider is None else RequestTracer(provider.get_tracer("ratelimit_sidecar", __version__))
+        )
+
+    async def close(self, timeout_seconds: float = FLUSH_SECONDS) -> None:
+        """Export what has ended so far; what the collector has not taken within `timeout_seconds` is lost."""
+        provider = self._provider
+        if provider is None:
+            return
+        loop = asyncio.get_running_loop()
+        flushed = asyncio.Event()
+
+        def shut_down() -> None:
+            provider.shutdown()
+            # The loop may have been closed meanwhile.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(flushed.set)
+
+        # Not the loop's executor: its end would be waited for however long the collector is silent.
+        threading.Thread(target=shut_down, name="flush-spans", daemon=True).start()
+        try:
+            await asyncio.wait_for(flushed.wait(), timeout_seconds)
+        except TimeoutError:
+            _log.warning("spans_not_exported", timeout_seconds=timeout_seconds)
+
+
+def _wanted() -> bool:
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    exporters = [name.strip() for name in os.environ.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
+    if exporters:
+        for name in exporters:
+            if name not in ("otlp", "none"):
+                _log.warning("trace_exporter_not_supported", exporter=name, supported="otlp, none")
+        return "otlp" in exporters
+    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _exporter() -> SpanExporter:
+    protocol = (
+        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+    )
+    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
+    repair_otlp_proto()
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter as GrpcSpanExporter,
+        )
+
+        return GrpcSpanExporter()
+    if protocol == "http/protobuf":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+            OTLPSpanExporter as HttpSpanExporter,
+        )
+
+        return HttpSpanExporter()
+    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected grpc or http/protobuf")
+
+
+def _resource(node: str, region: str) -> Resource:
+    ours = {
+        "service.name": SERVICE_NAME,
+        "service.version": __version__,
+        "service.instance.id": node,
+        "cloud.region": region,
+    }
+    return Resource.create({**ours, **OTELResourceDetector().detect().attributes})

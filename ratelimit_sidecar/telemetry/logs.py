@@ -1,0 +1,90 @@
+"""Logs: events with fields on stderr, as JSON lines or as text for people.
+
+Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, asyncio) and Python's
+warnings take the same way out. Nothing is logged on the request path.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Literal, TextIO, TypeVar
+
+import structlog
+from structlog.typing import Processor
+
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+"""LOG_LEVEL, in any case: the spellings of envoyproxy/ratelimit."""
+
+LogFormat = Literal["text", "json"]
+
+FORMATS: Mapping[str, LogFormat] = {"text": "text", "json": "json"}
+"""LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit."""
+
+
+def configure_logs(environ: Mapping[str, str], stream: TextIO | None = None) -> LogFormat:
+    """Send every log of the process one way, as LOG_LEVEL (default info) and LOG_FORMAT (default text) say.
+
+    Args:
+        stream: None for stderr.
+
+    Returns:
+        The format, for what writes to stderr by itself (h2corn).
+
+    Raises:
+        ValueError: a variable has a value it cannot have; the text names it and the values it can have.
+    """
+    level = _choice(environ, "LOG_LEVEL", LEVELS, "info")
+    format_ = _choice(environ, "LOG_FORMAT", FORMATS, "text")
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(_formatter(format_, colors=handler.stream.isatty()))
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    logging.captureWarnings(True)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_annotations(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+    return format_
+
+
+def _annotations() -> list[Processor]:
+    return [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+
+
+def _formatter(format_: LogFormat, colors: bool) -> logging.Formatter:
+    renderers: list[Processor]
+    if format_ == "json":
+        # The traceback as one string: the structured form would carry local variables, and with them secrets.
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        renderers = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=_annotations(),
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+    )
+
+
+_Value = TypeVar("_Value")
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: Mapping[str, _Value], default: str) -> _Value:
+    given = environ.get(name) or default
+    if given.lower() not in choices:
+        raise ValueError(f"{name} is {given!r}, expected one of {', '.join(choices)}")
+    return choices[given.lower()]

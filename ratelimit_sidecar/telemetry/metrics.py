@@ -1,0 +1,412 @@
+"""Every metric of the sidecar, in one table: name, type, labels, help, and how it is read.
+
+Nothing is counted here. At a scrape the collector takes one `Snapshot` of what the other parts count anyway, so a
+metric costs the request path nothing. `docs/reference/metrics.md` is generated from the same table. Label values come
+from the configuration, the mesh and fixed lists, never from a request: the number of series is bounded by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, Protocol
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.limiter import Limiter, RuleCounts
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
+
+_BUCKET_BOUNDS = (*(str(bound_ns / 1e9) for bound_ns in BOUNDS_NS), "+Inf")
+
+
+class PeerStatus(Protocol):
+    """What is read of a peer (`ratelimit_sidecar.replication.status.PeerStatus`, a sibling layer)."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def region(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def connected(self) -> bool: ...
+    @property
+    def lag_seconds(self) -> float: ...
+    @property
+    def pending_buckets(self) -> int: ...
+    @property
+    def batches_sent(self) -> int: ...
+    @property
+    def batches_received(self) -> int: ...
+    @property
+    def entries_sent(self) -> int: ...
+    @property
+    def entries_received(self) -> int: ...
+    @property
+    def reconnects(self) -> int: ...
+    @property
+    def clock_offset_seconds(self) -> float | None: ...
+    @property
+    def protocol_errors(self) -> Mapping[str, int]: ...
+
+
+class Replication(Protocol):
+    """What is read of the mesh as a whole."""
+
+    @property
+    def protocol_errors(self) -> Mapping[str, int]:
+        """Streams closed by this node, by reason, also those whose peer never said who it was."""
+
+    @property
+    def unknown_keys(self) -> int:
+        """Buckets that peers told of and no replicated rule here knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the metrics are read from.
+
+    Args:
+        peers: called once a scrape.
+        request_errors: requests refused, by reason.
+        replication: None when this node has no mesh.
+    """
+
+    node: str
+    region: str
+    limiter: Limiter
+    latency: LatencyHistogram
+    peers: Callable[[], Sequence[PeerStatus]]
+    request_errors: Mapping[str, int]
+    replication: Replication | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of the sources at one scrape.
+
+    Args:
+        rules: domain, rule name, counts; with zeros for a configured rule that no request has met, so that the first
+            increment of an alert's `rate()` is not lost.
+        peers: by the value of the label `peer`.
+    """
+
+    sources: Sources
+    rules: Sequence[tuple[str, str, RuleCounts]]
+    peers: Mapping[str, PeerStatus]
+
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Suffix of the sample's name ("" unless a histogram's), label values, value."""
+
+Kind = Literal["counter", "gauge", "histogram", "info", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One metric.
+
+    Args:
+        name: as exposed, with the suffix that its kind asks for.
+        read: its samples; their label values stand in the order of `labels`.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    read: Callable[[Snapshot], Iterable[Sample]]
+
+
+def _read_decisions(at: Snapshot) -> Iterator[Sample]:
+    for domain, rule, counts in at.rules:
+        yield "", (domain, rule, "OK"), counts.ok
+        if rule:
+            yield "", (domain, rule, "OVER_LIMIT"), counts.over_limit
+
+
+def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        for domain, rule, counts in at.rules:
+            # Descriptors that no rule limits take no tokens and are never denied.
+            if rule:
+                yield "", (at.sources.region, domain, rule), value(counts)
+
+    return read
+
+
+def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        for label, peer in at.peers.items():
+            number = value(peer)
+            if number is not None:
+                yield "", (at.sources.region, label), number
+
+    return read
+
+
+def _read_latency(at: Snapshot) -> Iterator[Sample]:
+    region, latency = at.sources.region, at.sources.latency
+    totals = list(accumulate(latency.counts))
+    for bound, total in zip(_BUCKET_BOUNDS, totals, strict=True):
+        yield "_bucket", (region, bound), total
+    yield "_count", (region,), totals[-1]
+    yield "_sum", (region,), latency.sum_ns / 1e9
+
+
+def _read_peer_info(at: Snapshot) -> Iterator[Sample]:
+    for label, peer in at.peers.items():
+        yield "", (at.sources.region, label, peer.node, peer.region, peer.address), 1
+
+
+def _read_peer_protocol_errors(at: Snapshot) -> Iterator[Sample]:
+    for label, peer in at.peers.items():
+        for reason, count in peer.protocol_errors.items():
+            yield "", (at.sources.region, label, reason), count
+
+
+def _read_protocol_errors(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.replication is not None:
+        for reason, count in at.sources.replication.protocol_errors.items():
+            yield "", (at.sources.region, reason), count
+
+
+def _read_unknown_keys(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.replication is not None:
+        yield "", (at.sources.region,), at.sources.replication.unknown_keys
+
+
+def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
+    for reason, count in at.sources.request_errors.items():
+        yield "", (reason,), count
+
+
+_RULE = ("domain", "rule")
+_OWN_RULE = ("region", *_RULE)
+_PEER = ("region", "peer")
+
+METRICS: tuple[Definition, ...] = (
+    Definition(
+        "ratelimit_build_info",
+        "info",
+        ("version", "node", "region"),
+        "The running version, and the node it runs as; always 1.",
+        lambda at: [("", (__version__, at.sources.node, at.sources.region), 1)],
+    ),
+    Definition(
+        "ratelimit_decisions_total",
+        "counter",
+        (*_RULE, "code"),
+        "Descriptors decided, by rule and code (OK, OVER_LIMIT); rule is empty where no rule limits the descriptor.",
+        _read_decisions,
+    ),
+    Definition(
+        "ratelimit_request_errors_total",
+        "counter",
+        ("reason",),
+        "Requests answered with a gRPC error, by reason.",
+        _read_request_errors,
+    ),
+    Definition(
+        "openclaw_request_latency_seconds",
+        "histogram",
+        ("region",),
+        "Time from a request's message to its answer's, inside this process.",
+        _read_latency,
+    ),
+    Definition(
+        "openclaw_rate_limit_rejections",
+        "unknown",
+        _OWN_RULE,
+        "Descriptors denied by a rule since start. It only rises; untyped, since a counter's name must end in _total.",
+        _read_rules(lambda counts: counts.over_limit),
+    ),
+    Definition(
+        "crdt_token_consumed_total",
+        "counter",
+        _OWN_RULE,
+        "Tokens taken on this node; the sum over all nodes is what a limit admitted.",
+        _read_rules(lambda counts: counts.tokens),
+    ),
+    Definition(
+        "crdt_buckets",
+        "gauge",
+        ("region",),
+        "Active buckets in memory: not full, or with consumption inside the horizon.",
+        lambda at: [("", (at.sources.region,), len(at.sources.limiter.store))],
+    ),
+    Definition(
+        "crdt_buckets_evicted_total",
+        "counter",
+        ("region",),
+        "Idle buckets dropped from memory.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.evicted)],
+    ),
+    Definition(
+        "crdt_sync_lag_seconds",
+        "gauge",
+        _PEER,
+        "Age of the oldest delta the peer has not acknowledged, or the lag of the last acknowledged batch.",
+        _read_peers(lambda peer: peer.lag_seconds),
+    ),
+    Definition(
+        "crdt_pending_buckets",
+        "gauge",
+        _PEER,
+        "Buckets of which the peer has something yet to be sent.",
+        _read_peers(lambda peer: peer.pending_buckets),
+    ),
+    Definition(
+        "crdt_peer_connected",
+        "gauge",
+        _PEER,
+        "1 while a replication stream with the peer is established, otherwise 0.",
+        _read_peers(lambda peer: peer.connected),
+    ),
+    Definition(
+        "crdt_peer_info",
+        "info",
+        (*_PEER, "node", "peer_region", "address"),
+        "Who the peer is; always 1. The label peer is its node id, or its address until it has been reached.",
+        _read_peer_info,
+    ),
+    Definition(
+        "crdt_peer_reconnects_total",
+        "counter",
+        _PEER,
+        "Times the peer came back after it had been lost.",
+        _read_peers(lambda peer: peer.reconnects),
+    ),
+    Definition(
+        "crdt_peer_clock_offset_seconds",
+        "gauge",
+        _PEER,
+        "The peer's clock minus this node's; absent before the first measurement.",
+        _read_peers(lambda peer: peer.clock_offset_seconds),
+    ),
+    Definition(
+        "crdt_batches_sent_total",
+        "counter",
+        _PEER,
+        "Delta batches sent to the peer.",
+        _read_peers(lambda peer: peer.batches_sent),
+    ),
+    Definition(
+        "crdt_batches_received_total",
+        "counter",
+        _PEER,
+        "Delta batches received from the peer and applied.",
+        _read_peers(lambda peer: peer.batches_received),
+    ),
+    Definition(
+        "crdt_entries_sent_total",
+        "counter",
+        _PEER,
+        "Slot entries in the batches sent to the peer.",
+        _read_peers(lambda peer: peer.entries_sent),
+    ),
+    Definition(
+        "crdt_entries_received_total",
+        "counter",
+        _PEER,
+        "Slot entries in the batches received from the peer.",
+        _read_peers(lambda peer: peer.entries_received),
+    ),
+    Definition(
+        "crdt_peer_protocol_errors_total",
+        "counter",
+        (*_PEER, "reason"),
+        "Streams of the peer that this node closed because of what came in on them, by reason.",
+        _read_peer_protocol_errors,
+    ),
+    Definition(
+        "crdt_protocol_errors_total",
+        "counter",
+        ("region", "reason"),
+        "Streams that this node closed because of what came in on them, also before the peer said who it was.",
+        _read_protocol_errors,
+    ),
+    Definition(
+        "crdt_unknown_keys_total",
+        "counter",
+        ("region",),
+        "Buckets that peers told of and no replicated rule here knows: the nodes' rules differ.",
+        _read_unknown_keys,
+    ),
+)
+
+
+def create_registry(sources: Sources) -> CollectorRegistry:
+    """A registry with all metrics of the sidecar, and those of the process and its Python."""
+    registry = CollectorRegistry()
+    registry.register(SidecarCollector(sources))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class SidecarCollector(Collector):
+    """Our own metrics, without those of the process."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    def describe(self) -> Iterable[Metric]:
+        """What `collect` will name, so that registering it reads nothing."""
+        return [_family(definition, ()) for definition in METRICS]
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = _take_snapshot(self._sources)
+        for definition in METRICS:
+            yield _family(definition, definition.read(snapshot))
+
+
+def _family(definition: Definition, samples: Iterable[Sample]) -> Metric:
+    # prometheus_client names a family without the suffix that OpenMetrics prescribes for the samples of its kind.
+    name = definition.name
+    if definition.kind == "counter":
+        name = name.removesuffix("_total")
+    elif definition.kind == "info":
+        name = name.removesuffix("_info")
+    family = Metric(name, definition.help, definition.kind)
+    label_names = (*definition.labels, "le")
+    for suffix, label_values, value in samples:
+        # Only a histogram's buckets have a value for `le`.
+        labels = dict(zip(label_names, label_values, strict=False))
+        family.add_sample(definition.name + suffix, labels, value)
+    return family
+
+
+def _take_snapshot(sources: Sources) -> Snapshot:
+    limiter = sources.limiter
+    counts = _configured(limiter.rules) | limiter.counts
+    rules = [(domain, rule, of_rule) for (domain, rule), of_rule in counts.items()]
+    return Snapshot(sources, rules, _by_label(sources.peers()))
+
+
+def _configured(rules: Rules) -> dict[tuple[str, str], RuleCounts]:
+    """Zeros for every rule, under the labels that `Limiter.counts` will use."""
+    zeros = {}
+    for domain, root in rules.domains.items():
+        for rule in Rules({domain: root}):
+            zeros[domain, rule.name] = RuleCounts()
+    if rules.unruled is not None:
+        zeros["", rules.unruled.name] = RuleCounts()
+    return zeros
+
+
+def _by_label(peers: Iterable[PeerStatus]) -> dict[str, PeerStatus]:
+    labelled: dict[str, PeerStatus] = {}
+    for peer in peers:
+        label = peer.node or peer.address
+        if label in labelled:
+            # The same node under an address it had before: two series with equal labels would spoil the scrape.
+            label = f"{label}@{peer.address}"
+        labelled[label] = peer
+    return labelled

@@ -1,0 +1,186 @@
+"""Spans: one for each sampled request, one for each replicated batch that carries what sampled requests took.
+
+Whoever called (Envoy) decides what is sampled: without a `traceparent` whose sampled flag is set there is no span, and
+a request then costs one pass over its header names. A batch belongs to no request, so its span is the root of a trace
+of its own and *links* to the requests in it: they are remembered by bucket, a minute at most, and each peer's batches
+link to them once. Everything here runs on the event loop and waits for nothing; spans leave the process through
+`telemetry/export.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from opentelemetry.context import Context
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ratelimit_sidecar.limiter.limiter import Plan, Step
+from ratelimit_sidecar.limiter.rules import Consistency
+
+REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
+BATCH_SPAN = "replicate batch"
+
+MAX_BUCKETS = 128
+MAX_REQUESTS_PER_BUCKET = 8
+MAX_AGE_NS = 60_000_000_000
+"""Requests remembered for links; beyond these the oldest are forgotten, and a batch has fewer links."""
+
+_SAMPLED_FLAG_AT = 54
+"""Where the low digit of trace-flags stands: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
+_SAMPLED_DIGITS = b"13579bdf"
+
+_RPC = {
+    # https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
+    "rpc.system.name": "grpc",
+    "rpc.method": REQUEST_SPAN,
+}
+
+Metadata = Iterable[tuple[bytes, bytes]]
+"""Raw request headers; names in lower case."""
+
+
+@dataclass(slots=True)
+class _Taken:
+    """A sampled request that took from a bucket.
+
+    Args:
+        at_ns: when, on the monotonic clock.
+        linked_by: nodes of the peers whose batch has the link.
+    """
+
+    request: SpanContext
+    at_ns: int
+    linked_by: set[str] = field(default_factory=set)
+
+
+class RequestTracer:
+    """Args:
+    tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
+    monotonic_ns: the age of what is remembered is measured on it.
+    """
+
+    def __init__(self, tracer: Tracer, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._tracer = tracer
+        self._monotonic_ns = monotonic_ns
+        self._propagator = TraceContextTextMapPropagator()
+        self._taken: OrderedDict[bytes, deque[_Taken]] = OrderedDict()
+        """By bucket, the one taken from last at the end."""
+
+    def sampled(self, metadata: Metadata) -> Context | None:
+        """The caller's span when it is sampled, to pass to `record`."""
+        for name, value in metadata:
+            if name == b"traceparent":
+                if len(value) > _SAMPLED_FLAG_AT and value[_SAMPLED_FLAG_AT] in _SAMPLED_DIGITS:
+                    return self._parent(value, metadata)
+                return None
+        return None
+
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+        """Make the span of an answered request.
+
+        Args:
+            parent: what `sampled` returned.
+            started_ns: nanoseconds since the epoch; so is `ended_ns`.
+            response: the answer, a serialized RateLimitResponse for `plan`.
+        """
+        assert isinstance(parent, Context)
+        answer = RateLimitResponse.FromString(response)
+        decided = [
+            (step, status.code == RateLimitResponse.OVER_LIMIT)
+            for step, status in zip(plan.steps, answer.statuses, strict=True)
+        ]
+        span = self._tracer.start_span(
+            REQUEST_SPAN,
+            parent,
+            SpanKind.SERVER,
+            attributes={
+                **_RPC,
+                "rpc.response.status_code": "OK",
+                "ratelimit.domain": plan.domain,
+                "ratelimit.code": RateLimitResponse.Code.Name(answer.overall_code),
+                "ratelimit.over_limit": [step.rule.name for step, over in decided if over and step.rule],
+            },
+            start_time=started_ns,
+        )
+        span.end(ended_ns)
+        context = span.get_span_context()
+        if context.trace_flags.sampled:
+            for step, over in decided:
+                if not over and _replicates(step):
+                    self._remember(step.bucket_key, context)
+
+    def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> Span | None:
+        """Start the span of a batch about to be sent to a peer; whoever sends it ends it at the acknowledgement.
+
+        Args:
+            bucket_keys: the buckets in the batch.
+
+        Returns:
+            None when no sampled request took from them that the peer's batches have no link to yet.
+        """
+        if not self._taken:
+            return None
+        oldest_ns = self._monotonic_ns() - MAX_AGE_NS
+        self._forget_before(oldest_ns)
+        # By span, so that a request which took from several of the buckets is one link.
+        links: dict[int, Link] = {}
+        for key in bucket_keys:
+            for taken in self._taken.get(key, ()):
+                if taken.at_ns >= oldest_ns and peer_node not in taken.linked_by:
+                    taken.linked_by.add(peer_node)
+                    links[taken.request.span_id] = Link(taken.request)
+        if not links:
+            return None
+        return self._tracer.start_span(
+            BATCH_SPAN,
+            # Empty: the root of a trace.
+            Context(),
+            SpanKind.PRODUCER,
+            attributes={"ratelimit.peer": peer_node},
+            links=list(links.values()),
+        )
+
+    def _parent(self, traceparent: bytes, metadata: Metadata) -> Context | None:
+        carrier = {
+            "traceparent": [traceparent.decode("latin-1")],
+            "tracestate": [value.decode("latin-1") for name, value in metadata if name == b"tracestate"],
+        }
+        context = self._propagator.extract(carrier, Context())
+        return context if get_current_span(context).get_span_context().is_valid else None
+
+    def _remember(self, bucket_key: bytes, request: SpanContext) -> None:
+        taken = self._taken.setdefault(bucket_key, deque(maxlen=MAX_REQUESTS_PER_BUCKET))
+        taken.append(_Taken(request, self._monotonic_ns()))
+        self._taken.move_to_end(bucket_key)
+        if len(self._taken) > MAX_BUCKETS:
+            self._taken.popitem(last=False)
+
+    def _forget_before(self, oldest_ns: int) -> None:
+        while self._taken:
+            key, taken = next(iter(self._taken.items()))
+            if taken[-1].at_ns >= oldest_ns:
+                return
+            del self._taken[key]
+
+
+class NoTracer:
+    """Stands for a `RequestTracer` while tracing is off."""
+
+    def sampled(self, metadata: Metadata) -> None:
+        return None
+
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+        """Never called, since nothing is sampled."""
+
+    def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> None:
+        return None
+
+
+def _replicates(step: Step) -> bool:
+    rule = step.rule
+    return rule is not None and rule.limit is not None and rule.consistency is not Consistency.LOCAL and step.hits > 0

@@ -1,0 +1,299 @@
+"""What each admin endpoint answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from urllib.parse import quote
+
+import httpx
+import pytest
+from observed import NOW_US, TWO_A_MINUTE, peer, request, small_limiter
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from structlog.testing import capture_logs
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, Sources, create_app
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Rule, Rules
+from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.telemetry import metrics
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+
+
+class Console:
+    """The console of a small limiter; `get` is a request to it."""
+
+    def __init__(self, limiter: Limiter | None = None) -> None:
+        self.limiter = limiter or small_limiter()
+        self.peers: Sequence[PeerStatus] = [peer()]
+        self.missing: list[str] = []
+        self.now_us = NOW_US
+        self.app = create_app(
+            Sources(
+                node="us-1",
+                region="us-east-1",
+                limiter=self.limiter,
+                registry=self._registry(),
+                peers=lambda: self.peers,
+                missing=lambda: self.missing,
+                now_us=lambda: self.now_us,
+            )
+        )
+
+    def _registry(self) -> CollectorRegistry:
+        return metrics.create_registry(
+            metrics.Sources(
+                node="us-1",
+                region="us-east-1",
+                limiter=self.limiter,
+                latency=LatencyHistogram(),
+                peers=lambda: self.peers,
+                request_errors={},
+            )
+        )
+
+    async def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
+            return await client.request(method, path, headers=headers)
+
+    async def buckets(self, query: str = "") -> list[dict]:
+        response = await self.get(f"/buckets{query}")
+        assert response.status_code == 200, response.text
+        return response.json()["buckets"]
+
+    async def every_page(self, query: str) -> list[list[dict]]:
+        pages, after = [], ""
+        while True:
+            body = (await self.get(f"/buckets?{query}{after}")).json()
+            pages.append(body["buckets"])
+            if body["next"] is None:
+                return pages
+            after = f"&after={body['next']}"
+
+
+async def test_the_root_lists_the_endpoints_and_each_of_them_answers() -> None:
+    console = Console()
+    body = (await console.get("/")).json()
+    assert (body["node"], body["region"], body["version"]) == ("us-1", "us-east-1", __version__)
+    assert set(body["endpoints"]) == {"/metrics", "/healthz", "/readyz", "/buckets", "/peers"}
+    for path in body["endpoints"]:
+        assert (await console.get(path)).status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type", "parse"),
+    [
+        ("", "text/plain; version=0.0.4", parse_text),
+        (
+            "application/openmetrics-text;version=1.0.0",
+            "application/openmetrics-text; version=1.0.0",
+            parse_openmetrics,
+        ),
+    ],
+)
+async def test_metrics_come_in_the_format_the_scraper_accepts(accept: str, content_type: str, parse) -> None:
+    console = Console()
+    console.limiter.decide(request(("tenant", "acme")), NOW_US)
+    response = await console.get("/metrics", accept=accept)
+    assert response.headers["content-type"].startswith(content_type)
+    names = {sample.name for family in parse(response.text) for sample in family.samples}
+    assert {"crdt_token_consumed_total", "crdt_sync_lag_seconds", "process_cpu_seconds_total"} <= names
+
+
+async def test_a_living_process_is_healthy_though_not_ready() -> None:
+    console = Console()
+    console.missing = ["peers have not answered yet"]
+    assert (await console.get("/healthz")).status_code == 200
+    response = await console.get("/readyz")
+    assert response.status_code == 503
+    assert response.json() == {"ready": False, "missing": ["peers have not answered yet"]}
+
+
+async def test_it_is_ready_when_nothing_is_missing() -> None:
+    response = await Console().get("/readyz")
+    assert (response.status_code, response.json()) == (200, {"ready": True, "missing": []})
+
+
+async def test_peers_are_listed_with_all_that_is_known_of_them() -> None:
+    body = (await Console().get("/peers")).json()
+    assert (body["node"], body["region"]) == ("us-1", "us-east-1")
+    assert body["peers"] == [
+        {
+            "node": "eu-1",
+            "region": "eu-west-2",
+            "address": "eu.example.com:50051",
+            "connected": True,
+            "lag_seconds": 0.08,
+            "pending_buckets": 3,
+            "batches_sent": 40,
+            "batches_received": 50,
+            "entries_sent": 400,
+            "entries_received": 500,
+            "reconnects": 2,
+            "clock_offset_seconds": 0.002,
+            "last_error": "",
+            "protocol_errors": {"malformed": 1},
+        }
+    ]
+
+
+async def test_a_bucket_is_shown_in_words_and_tokens() -> None:
+    console = Console()
+    console.limiter.decide(request(("tenant", "acme"), hits=2), NOW_US)
+    console.now_us = NOW_US + 15_000_000
+    assert await console.buckets() == [
+        {
+            "domain": "edge",
+            "entries": [{"key": "tenant", "value": "acme", "match": "key"}],
+            "rule": "edge.tenant",
+            "capacity": 2,
+            "remaining": 0,
+            "deficit": 1.5,
+            "debt": 0.0,
+            "full_in_seconds": 45.0,
+            "replicated": True,
+            "origins": 1,
+            "slots": 1,
+        }
+    ]
+
+
+async def test_debt_to_other_replicas_is_shown() -> None:
+    console = Console()
+    raw = request(("tenant", "acme"), hits=2)
+    console.limiter.decide(raw, NOW_US)
+    key = console.limiter.plan(raw).steps[0].bucket_key
+    slot = slot_id(NOW_US, TWO_A_MINUTE.exponent)
+    console.limiter.store.merge(key, None, [Entry(Origin("eu-1", 7), slot, 1)], NOW_US)
+    [bucket] = await console.buckets()
+    # What a peer took is known only by its slot.
+    assert bucket["deficit"] == pytest.approx(3, abs=1 / 32)
+    assert bucket["debt"] == pytest.approx(1, abs=1 / 32)
+    assert bucket["remaining"] == 0
+    assert (bucket["origins"], bucket["slots"]) == (2, 2)
+
+
+async def test_a_bucket_that_nobody_replicates_says_so() -> None:
+    console = Console()
+    console.limiter.decide(request(("ip", "10.0.0.1")), NOW_US)
+    [bucket] = await console.buckets()
+    assert (bucket["rule"], bucket["replicated"]) == ("edge.ip", False)
+
+
+async def test_a_bucket_of_the_limit_for_everything_else_says_that_no_rule_matched() -> None:
+    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    console.limiter.decide(request(("a key", "öäü"), domain="anywhere"), NOW_US)
+    [bucket] = await console.buckets()
+    assert bucket["entries"] == [{"key": "a key", "value": "öäü", "match": "none"}]
+    assert (bucket["domain"], bucket["rule"]) == ("anywhere", "unruled")
+
+
+async def test_looking_at_a_bucket_does_not_touch_it() -> None:
+    console = Console()
+    console.limiter.decide(request(("tenant", "acme")), NOW_US)
+    [bucket] = console.limiter.store
+    before = (bucket.at_us, bucket.deficit, bucket.full_at_us)
+    console.now_us = NOW_US + 10**9
+    await console.buckets()
+    assert (bucket.at_us, bucket.deficit, bucket.full_at_us) == before
+
+
+async def test_pages_together_list_every_bucket_once() -> None:
+    console = Console()
+    for number in range(25):
+        console.limiter.decide(request(("tenant", f"t{number}")), NOW_US)
+    pages = await console.every_page("limit=10")
+    assert [len(page) for page in pages] == [10, 10, 5]
+    values = [bucket["entries"][0]["value"] for page in pages for bucket in page]
+    assert sorted(values) == sorted(f"t{number}" for number in range(25))
+
+
+async def test_the_last_page_says_so_even_when_it_is_full() -> None:
+    console = Console()
+    for number in range(4):
+        console.limiter.decide(request(("tenant", f"t{number}")), NOW_US)
+    assert [len(page) for page in await console.every_page("limit=2")] == [2, 2]
+
+
+async def test_one_domain_can_be_selected() -> None:
+    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    for domain in ("edge", "edge2", "e", "edg", "other domain"):
+        for value in ("1", "2"):
+            console.limiter.decide(request(("k", value), domain=domain), NOW_US)
+    for domain in ("edge", "other domain"):
+        pages = await console.every_page(f"limit=1&domain={quote(domain)}")
+        assert [bucket["domain"] for page in pages for bucket in page] == [domain, domain]
+    assert await console.buckets("?domain=nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("limit=0", f"limit is '0', expected 1 to {MAX_PAGE_BUCKETS}"),
+        (f"limit={MAX_PAGE_BUCKETS + 1}", f"expected 1 to {MAX_PAGE_BUCKETS}"),
+        ("limit=-1", "limit is '-1'"),
+        ("limit=ten", "limit is 'ten'"),
+        ("limit=", "limit is ''"),
+        ("limit=" + "9" * 5000, "limit is"),
+        ("limit=%D9%A1", "limit is"),
+        ("limit=1&limit=2", "limit is given twice"),
+        ("after=***", "after is '***', expected the `next` of another page"),
+        ("after=AAAAA", "after is 'AAAAA'"),
+        ("after=_____w", "after is '_____w'"),
+        ("after=%C3%A4", "after is 'ä'"),
+        ("offset=3", "unknown parameter 'offset'; known here: after, limit, domain"),
+    ],
+)
+async def test_a_bad_query_is_answered_400_with_what_is_wrong(query: str, message: str) -> None:
+    response = await Console().get(f"/buckets?{query}")
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+
+
+async def test_an_unknown_path_and_a_wrong_method_are_answered_in_json() -> None:
+    console = Console()
+    response = await console.get("/nothing")
+    assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
+    response = await console.get("/peers", "POST")
+    assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
+    assert "GET" in response.headers["allow"]
+
+
+async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() -> None:
+    console = Console()
+
+    def broken() -> Sequence[PeerStatus]:
+        raise RuntimeError("the secret detail")
+
+    sources = Sources(
+        node="us-1",
+        region="us-east-1",
+        limiter=console.limiter,
+        registry=CollectorRegistry(),
+        peers=broken,
+        missing=list,
+        now_us=lambda: NOW_US,
+    )
+    console.app = create_app(sources)
+    with capture_logs() as logs:
+        response = await console.get("/peers")
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert [(log["event"], log["path"], log["exc_info"]) for log in logs] == [
+        ("console_request_failed", "/peers", True)
+    ]
+
+
+async def test_every_answer_is_json_that_other_parsers_accept() -> None:
+    console = Console()
+    console.limiter.decide(request(("tenant", "acme")), NOW_US)
+    for path in ("/", "/healthz", "/readyz", "/buckets", "/peers", "/nothing"):
+        response = await console.get(path)
+        assert response.headers["content-type"] == "application/json"
+        json.loads(response.text, parse_constant=pytest.fail)

@@ -1,0 +1,74 @@
+"""A small limiter, requests to it, and peers: what the tests of telemetry and console look at."""
+
+from __future__ import annotations
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.replication.status import PeerStatus
+
+NOW_US = 1_795_000_000_000_000
+
+TWO_A_MINUTE = Limit(tokens=2, period_us=60_000_000, capacity=2)
+
+
+def small_rules() -> Rules:
+    """In domain `edge`: two a minute by `tenant`, the same by `ip` but local, and no limit for `plan=gold`."""
+    return Rules(
+        {
+            "edge": RuleNode(
+                exact={("plan", "gold"): RuleNode(Rule("edge.plan_gold", None))},
+                key_only={
+                    "tenant": RuleNode(Rule("edge.tenant", TWO_A_MINUTE)),
+                    "ip": RuleNode(Rule("edge.ip", TWO_A_MINUTE, consistency=Consistency.LOCAL)),
+                },
+            )
+        }
+    )
+
+
+def small_limiter(rules: Rules | None = None) -> Limiter:
+    return Limiter(rules or small_rules(), Origin("here", 1))
+
+
+def request(*descriptors: tuple[str, str], domain: str = "edge", hits: int = 1) -> bytes:
+    """A serialized RateLimitRequest; each descriptor has one entry, (key, value)."""
+    message = RateLimitRequest(domain=domain, hits_addend=hits)
+    for key, value in descriptors:
+        message.descriptors.add().entries.add(key=key, value=value)
+    return message.SerializeToString()
+
+
+def check_only(descriptor: tuple[str, str]) -> bytes:
+    """A request that asks and takes nothing."""
+    message = RateLimitRequest.FromString(request(descriptor))
+    message.descriptors[0].hits_addend.value = 0
+    return message.SerializeToString()
+
+
+def peer(
+    node: str = "eu-1",
+    address: str = "eu.example.com:50051",
+    *,
+    lag_seconds: float = 0.08,
+    clock_offset_seconds: float | None = 0.002,
+) -> PeerStatus:
+    return PeerStatus(
+        node=node,
+        region="eu-west-2" if node else "",
+        address=address,
+        connected=bool(node),
+        lag_seconds=lag_seconds,
+        pending_buckets=3,
+        batches_sent=40,
+        batches_received=50,
+        entries_sent=400,
+        entries_received=500,
+        reconnects=2,
+        clock_offset_seconds=clock_offset_seconds,
+        last_error="",
+        protocol_errors={"malformed": 1},
+    )

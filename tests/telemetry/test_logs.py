@@ -1,0 +1,120 @@
+"""Every log of the process leaves one way: as JSON lines or as text."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from ratelimit_sidecar.telemetry.logs import configure_logs
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def configured(**environ: str) -> io.StringIO:
+    stream = io.StringIO()
+    # basicConfig(force=True) closes what it replaces; pytest's handlers are still wanted.
+    logging.getLogger().handlers.clear()
+    configure_logs(environ, stream)
+    return stream
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_an_event_is_one_json_line_with_its_fields() -> None:
+    stream = configured(LOG_FORMAT="json")
+    structlog.stdlib.get_logger("mesh").info("peer_connected", peer="eu-1", attempts=2)
+    [line] = lines(stream)
+    assert line.pop("timestamp")
+    assert line == {"event": "peer_connected", "level": "info", "logger": "mesh", "peer": "eu-1", "attempts": 2}
+
+
+def test_what_libraries_log_takes_the_same_way() -> None:
+    stream = configured(LOG_FORMAT="json")
+    logging.getLogger("grpc._server").warning("lost %s", "a stream")
+    [line] = lines(stream)
+    assert (line["event"], line["level"], line["logger"]) == ("lost a stream", "warning", "grpc._server")
+
+
+def test_warnings_of_python_take_the_same_way() -> None:
+    stream = configured(LOG_FORMAT="json")
+    warnings.simplefilter("always")
+    warnings.warn("that will go away", stacklevel=1)
+    [line] = lines(stream)
+    assert "that will go away" in str(line["event"])
+
+
+@pytest.mark.parametrize("format_", ["json", "text"])
+def test_an_exception_brings_its_traceback_but_no_local_variables(format_: str) -> None:
+    stream = configured(LOG_FORMAT=format_)
+    secret = "hunter2"
+    try:
+        raise KeyError(secret[:0])
+    except KeyError:
+        structlog.stdlib.get_logger().exception("task_died")
+        logging.getLogger("asyncio").exception("as a library says it")
+    text = stream.getvalue()
+    assert text.count("Traceback (most recent call last)") == 2
+    assert "test_logs.py" in text
+    assert secret not in text
+
+
+@pytest.mark.parametrize(("given", "format_"), [("JSON", "json"), ("text", "text"), ("", "text")])
+def test_the_format_in_force_is_returned_for_others_to_follow(given: str, format_: str) -> None:
+    logging.getLogger().handlers.clear()
+    assert configure_logs({"LOG_FORMAT": given}, io.StringIO()) == format_
+
+
+def test_text_is_one_readable_line_without_colours_when_nobody_watches() -> None:
+    stream = configured(LOG_FORMAT="text")
+    structlog.stdlib.get_logger("mesh").info("peer_connected", peer="eu-1")
+    [line] = stream.getvalue().splitlines()
+    assert "peer_connected" in line
+    assert "peer=eu-1" in line
+    assert "\x1b" not in line
+
+
+@pytest.mark.parametrize(
+    ("level", "logged"),
+    [
+        ("debug", ["d", "i", "w", "e"]),
+        ("INFO", ["i", "w", "e"]),
+        ("", ["i", "w", "e"]),
+        ("warn", ["w", "e"]),
+        ("warning", ["w", "e"]),
+        ("Error", ["e"]),
+    ],
+)
+def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str]) -> None:
+    stream = configured(LOG_FORMAT="json", LOG_LEVEL=level)
+    for logger in (structlog.stdlib.get_logger("ours"), logging.getLogger("theirs")):
+        logger.debug("d")
+        logger.info("i")
+        logger.warning("w")
+        logger.error("e")
+    assert [line["event"] for line in lines(stream)] == logged * 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [("LOG_LEVEL", "loud", "debug, info, warn, warning, error"), ("LOG_FORMAT", "xml", "text, json")],
+)
+def test_an_impossible_setting_is_refused_with_what_is_possible(variable: str, value: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{variable} is '{value}', expected one of {expected}"):
+        configured(**{variable: value})

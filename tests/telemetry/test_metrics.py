@@ -1,0 +1,239 @@
+"""What /metrics says: names, labels and values, by the parsers of those who read it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+
+import pytest
+from observed import NOW_US, TWO_A_MINUTE, peer, request, small_limiter
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
+from ratelimit_sidecar.telemetry import reference
+from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, encode_registry
+from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
+from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
+
+
+@dataclass
+class Mesh:
+    protocol_errors: dict[str, int] = field(default_factory=lambda: {"malformed": 4})
+    unknown_keys: int = 6
+
+
+def sources(limiter=None, *, peers=(), request_errors=None, latency=None) -> Sources:
+    return Sources(
+        node="us-1",
+        region="us-east-1",
+        limiter=limiter or small_limiter(),
+        latency=latency or LatencyHistogram(),
+        peers=lambda: peers,
+        request_errors=request_errors or {},
+        replication=Mesh(),
+    )
+
+
+def busy_sources() -> Sources:
+    """With at least one sample for every metric."""
+    limiter = small_limiter()
+    for _ in range(3):
+        limiter.decide(request(("tenant", "acme"), ("plan", "gold"), ("nothing", "limits this")), NOW_US)
+    latency = LatencyHistogram()
+    latency.observe(30_000)
+    return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency)
+
+
+def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, labels)
+
+
+def test_an_observation_counts_in_the_bucket_whose_bound_it_reaches() -> None:
+    latency = LatencyHistogram()
+    for elapsed_ns in (0, BOUNDS_NS[0], BOUNDS_NS[0] + 1, BOUNDS_NS[-1], BOUNDS_NS[-1] + 1):
+        latency.observe(elapsed_ns)
+    assert latency.counts[:2] == [2, 1]
+    assert latency.counts[-2:] == [1, 1]
+    assert sum(latency.counts) == 5
+    assert latency.sum_ns == 2 * BOUNDS_NS[0] + 2 * BOUNDS_NS[-1] + 2
+
+
+def test_the_latency_histogram_is_cumulative_and_in_seconds() -> None:
+    latency = LatencyHistogram()
+    for elapsed_ns in (8_000, 20_000, 2_000_000_000):
+        latency.observe(elapsed_ns)
+    registry = create_registry(sources(latency=latency))
+    name = "openclaw_request_latency_seconds"
+    assert sample(registry, f"{name}_bucket", region="us-east-1", le="1e-05") == 1
+    assert sample(registry, f"{name}_bucket", region="us-east-1", le="2.5e-05") == 2
+    assert sample(registry, f"{name}_bucket", region="us-east-1", le="0.1") == 2
+    assert sample(registry, f"{name}_bucket", region="us-east-1", le="+Inf") == 3
+    assert sample(registry, f"{name}_count", region="us-east-1") == 3
+    assert sample(registry, f"{name}_sum", region="us-east-1") == pytest.approx(2.000028)
+
+
+def test_decisions_are_counted_by_domain_rule_and_code() -> None:
+    registry = create_registry(busy_sources())
+
+    def decisions(rule: str, code: str) -> float | None:
+        return sample(registry, "ratelimit_decisions_total", domain="edge", rule=rule, code=code)
+
+    assert decisions("edge.tenant", "OK") == 2
+    assert decisions("edge.tenant", "OVER_LIMIT") == 1
+    assert decisions("edge.plan_gold", "OK") == 3
+    assert decisions("", "OK") == 3
+    assert decisions("", "OVER_LIMIT") is None
+
+
+def test_rejections_and_tokens_carry_region_domain_and_rule() -> None:
+    registry = create_registry(busy_sources())
+    labels = {"region": "us-east-1", "domain": "edge", "rule": "edge.tenant"}
+    assert sample(registry, "openclaw_rate_limit_rejections", **labels) == 1
+    assert sample(registry, "crdt_token_consumed_total", **labels) == 2
+
+
+def test_a_rule_that_no_request_has_met_counts_zero() -> None:
+    rules = Rules({"edge": RuleNode(key_only={"user": RuleNode(Rule("edge.user", TWO_A_MINUTE))})})
+    registry = create_registry(sources(small_limiter(rules)))
+    assert sample(registry, "ratelimit_decisions_total", domain="edge", rule="edge.user", code="OVER_LIMIT") == 0
+    assert sample(registry, "openclaw_rate_limit_rejections", region="us-east-1", domain="edge", rule="edge.user") == 0
+
+
+def test_the_limit_for_what_no_rule_matches_counts_zero_before_its_first_request() -> None:
+    limiter = small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE)))
+    registry = create_registry(sources(limiter))
+    assert sample(registry, "ratelimit_decisions_total", domain="", rule="unruled", code="OK") == 0
+    limiter.decide(request(("any", "thing"), domain="anywhere"), NOW_US)
+    assert sample(registry, "ratelimit_decisions_total", domain="", rule="unruled", code="OK") == 1
+
+
+async def test_callers_cannot_add_series() -> None:
+    limiter = small_limiter()
+    registry = create_registry(sources(limiter))
+    limiter.decide(request(("tenant", "a")), NOW_US)
+    limiter.decide(request(("unknown", "a"), domain="a"), NOW_US)
+    limiter.decide(request(("unknown", "a")), NOW_US)
+    before, _ = await encode_registry(registry, "")
+    for value in range(50):
+        limiter.decide(request(("tenant", f"t{value}"), ("unknown", f"u{value}")), NOW_US)
+        limiter.decide(request(("tenant", "a"), domain=f"d{value}"), NOW_US)
+    after, _ = await encode_registry(registry, "")
+    assert after.count(b"\n") == before.count(b"\n")
+
+
+def test_buckets_and_evictions_are_shown() -> None:
+    limiter = small_limiter()
+    limiter.decide(request(("tenant", "a"), ("tenant", "b")), NOW_US)
+    limiter.store.drain_changes()
+    registry = create_registry(sources(limiter))
+    assert sample(registry, "crdt_buckets", region="us-east-1") == 2
+    limiter.store.sweep(NOW_US + 10**9, 1)
+    assert sample(registry, "crdt_buckets", region="us-east-1") == 1
+    assert sample(registry, "crdt_buckets_evicted_total", region="us-east-1") == 1
+
+
+def test_each_peer_has_its_lag_under_its_node_id() -> None:
+    registry = create_registry(sources(peers=[peer("eu-1", lag_seconds=0.08), peer("ap-1", lag_seconds=1.5)]))
+    assert sample(registry, "crdt_sync_lag_seconds", region="us-east-1", peer="eu-1") == 0.08
+    assert sample(registry, "crdt_sync_lag_seconds", region="us-east-1", peer="ap-1") == 1.5
+
+
+async def test_a_peer_that_was_never_reached_is_named_by_its_address() -> None:
+    registry = create_registry(sources(peers=[peer("", "ap.example.com:50051", clock_offset_seconds=None)]))
+    labels = {"region": "us-east-1", "peer": "ap.example.com:50051"}
+    assert sample(registry, "crdt_peer_connected", **labels) == 0
+    body, _ = await encode_registry(registry, "")
+    assert b"crdt_peer_clock_offset_seconds{" not in body
+
+
+async def test_a_node_known_under_two_addresses_makes_no_duplicate_series() -> None:
+    registry = create_registry(sources(peers=[peer("eu-1", "10.0.0.1:50051"), peer("eu-1", "10.0.0.2:50051")]))
+    body, _ = await encode_registry(registry, "")
+    series = [line.rsplit(b" ", 1)[0] for line in body.splitlines() if not line.startswith(b"#")]
+    assert len(series) == len(set(series))
+    assert sample(registry, "crdt_peer_connected", region="us-east-1", peer="eu-1@10.0.0.2:50051") == 1
+
+
+def test_replication_counters_are_shown_by_peer_and_reason() -> None:
+    registry = create_registry(busy_sources())
+    of_peer = {"region": "us-east-1", "peer": "eu-1"}
+    for name, value in {
+        "crdt_pending_buckets": 3,
+        "crdt_peer_connected": 1,
+        "crdt_peer_reconnects_total": 2,
+        "crdt_peer_clock_offset_seconds": 0.002,
+        "crdt_batches_sent_total": 40,
+        "crdt_batches_received_total": 50,
+        "crdt_entries_sent_total": 400,
+        "crdt_entries_received_total": 500,
+    }.items():
+        assert sample(registry, name, **of_peer) == value, name
+    assert sample(registry, "crdt_peer_protocol_errors_total", **of_peer, reason="malformed") == 1
+    assert sample(registry, "crdt_protocol_errors_total", region="us-east-1", reason="malformed") == 4
+    assert sample(registry, "crdt_unknown_keys_total", region="us-east-1") == 6
+
+
+def test_request_errors_and_the_build_are_shown() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_request_errors_total", reason="invalid") == 1
+    assert sample(registry, "ratelimit_build_info", version=__version__, node="us-1", region="us-east-1") == 1
+
+
+async def test_every_metric_of_the_table_is_exposed_under_its_own_name_in_both_formats() -> None:
+    registry = create_registry(busy_sources())
+    for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
+        body, _ = await encode_registry(registry, accept)
+        exposed = {sample.name: sample.labels for family in parse(body.decode()) for sample in family.samples}
+        for metric in METRICS:
+            name = f"{metric.name}_count" if metric.kind == "histogram" else metric.name
+            assert set(exposed[name]) == set(metric.labels), metric.name
+        assert {"process_cpu_seconds_total", "python_info", "python_gc_collections_total"} <= set(exposed)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_complain_about() -> None:
+    body, _ = asyncio.run(encode_registry(create_registry(busy_sources()), ""))
+    checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("accept", "whole"), [("", generate_latest), (OPENMETRICS, generate_openmetrics)])
+async def test_encoding_in_slices_gives_what_encoding_at_once_gives(accept: str, whole) -> None:
+    registry = CollectorRegistry()
+    registry.register(SidecarCollector(sources(small_limiter(many_rules(3 * SLICE_SAMPLES + 1)))))
+    body, _ = await encode_registry(registry, accept)
+    assert body == whole(registry)
+
+
+async def test_the_loop_runs_between_slices() -> None:
+    registry = create_registry(sources(small_limiter(many_rules(20 * SLICE_SAMPLES))))
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    body, _ = await encode_registry(registry, "")
+    counting.cancel()
+    samples = sum(not line.startswith(b"#") for line in body.splitlines())
+    assert turns >= samples / SLICE_SAMPLES
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    assert reference.PAGE.read_text() == reference.render(), "run python -m ratelimit_sidecar.telemetry.reference"
+
+
+def many_rules(count: int) -> Rules:
+    exact = {("user", f"u{n}"): RuleNode(Rule(f"edge.user_u{n}", TWO_A_MINUTE)) for n in range(count)}
+    return Rules({"edge": RuleNode(exact=exact)})

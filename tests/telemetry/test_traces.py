@@ -1,0 +1,256 @@
+"""Which spans are made, of what, and to whom a batch links."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from observed import NOW_US, check_only, request, small_limiter
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Sampler
+from opentelemetry.trace import Span, SpanKind
+
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.telemetry.traces import (
+    MAX_AGE_NS,
+    MAX_BUCKETS,
+    MAX_REQUESTS_PER_BUCKET,
+    REQUEST_SPAN,
+    NoTracer,
+    RequestTracer,
+)
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+CALLER_ID = "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE_ID}-{CALLER_ID}-01".encode()
+
+STARTED_NS = NOW_US * 1_000
+ENDED_NS = STARTED_NS + 25_000
+
+
+def headers(traceparent: bytes | None = TRACEPARENT, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    plain = [(b"content-type", b"application/grpc"), (b"te", b"trailers"), (b"x-traceparent", TRACEPARENT)]
+    return plain + ([] if traceparent is None else [(b"traceparent", traceparent)]) + list(more)
+
+
+@dataclass
+class Traced:
+    """A limiter whose sampled requests are traced into memory, on a clock that stands still."""
+
+    sampler: Sampler | None = None
+    limiter: Limiter = field(default_factory=small_limiter)
+    now_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider(sampler=self.sampler, shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = RequestTracer(provider.get_tracer("test"), lambda: self.now_ns)
+
+    def decide(self, raw: bytes) -> None:
+        parent = self.tracer.sampled(headers())
+        assert parent is not None
+        response = self.limiter.decide(raw, NOW_US)
+        self.tracer.record(parent, STARTED_NS, ENDED_NS, self.limiter.plan(raw), response)
+
+    def key(self, raw: bytes) -> bytes:
+        return self.limiter.plan(raw).steps[0].bucket_key
+
+    def spans(self) -> list[ReadableSpan]:
+        return list(self.exporter.get_finished_spans())
+
+
+def links(span: Span | None) -> list[int]:
+    assert isinstance(span, ReadableSpan)
+    return [link.context.span_id for link in span.links]
+
+
+@pytest.mark.parametrize("flags", ["01", "03", "0b", "ff"])
+def test_a_request_with_the_sampled_flag_is_sampled(flags: str) -> None:
+    traceparent = TRACEPARENT[:-2] + flags.encode()
+    assert Traced().tracer.sampled(headers(traceparent)) is not None
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        None,
+        b"",
+        TRACEPARENT[:-2] + b"00",
+        TRACEPARENT[:-2] + b"02",
+        TRACEPARENT[:-2] + b"1a",
+        TRACEPARENT[:-1],
+        TRACEPARENT[:-1] + b"x",
+        TRACEPARENT + b"-more",
+        b"ff" + TRACEPARENT[2:],
+        TRACEPARENT.replace(TRACE_ID.encode(), b"0" * 32),
+        TRACEPARENT.replace(CALLER_ID.encode(), b"0" * 16),
+        TRACEPARENT.upper(),
+        b"\xff" * 55,
+        b"1" * 10_000,
+    ],
+)
+def test_any_other_request_is_not(traceparent: bytes | None) -> None:
+    assert Traced().tracer.sampled(headers(traceparent)) is None
+
+
+def test_random_bytes_in_the_header_are_survived() -> None:
+    tracer = Traced().tracer
+    rng = random.Random(1)
+    for _ in range(2_000):
+        garbled = bytearray(TRACEPARENT)
+        for _ in range(rng.randrange(4)):
+            garbled[rng.randrange(len(garbled))] = rng.randrange(256)
+        tracer.sampled(headers(bytes(garbled), (b"tracestate", rng.randbytes(20))))
+
+
+def test_a_request_span_continues_the_callers_trace() -> None:
+    traced = Traced()
+    traced.decide(request(("tenant", "acme")))
+    [span] = traced.spans()
+    assert span.name == REQUEST_SPAN
+    assert span.kind is SpanKind.SERVER
+    assert f"{span.context.trace_id:032x}" == TRACE_ID
+    assert f"{span.parent.span_id:016x}" == CALLER_ID
+    assert (span.start_time, span.end_time) == (STARTED_NS, ENDED_NS)
+
+
+def test_the_callers_tracestate_is_kept() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    parent = traced.tracer.sampled(headers(TRACEPARENT, (b"tracestate", b"vendor=opaque")))
+    response = traced.limiter.decide(raw, NOW_US)
+    traced.tracer.record(parent, STARTED_NS, ENDED_NS, traced.limiter.plan(raw), response)
+    [span] = traced.spans()
+    assert span.context.trace_state.to_header() == "vendor=opaque"
+
+
+def test_a_request_span_says_what_was_decided() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"), ("plan", "gold"), ("nothing", "limits this"), hits=2)
+    traced.decide(raw)
+    traced.decide(raw)
+    admitted, denied = traced.spans()
+    assert dict(admitted.attributes) == {
+        "rpc.system.name": "grpc",
+        "rpc.method": "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit",
+        "rpc.response.status_code": "OK",
+        "ratelimit.domain": "edge",
+        "ratelimit.code": "OK",
+        "ratelimit.over_limit": (),
+    }
+    assert denied.attributes["ratelimit.code"] == "OVER_LIMIT"
+    assert denied.attributes["ratelimit.over_limit"] == ("edge.tenant",)
+
+
+def test_a_batch_links_to_the_sampled_requests_that_took_from_its_buckets() -> None:
+    traced = Traced()
+    acme, other = request(("tenant", "acme")), request(("tenant", "other"))
+    traced.decide(acme)
+    traced.decide(other)
+    traced.decide(acme)
+    first, _, third = (span.context.span_id for span in traced.spans())
+    span = traced.tracer.batch_span("eu-1", [b"untraced", traced.key(acme)])
+    assert links(span) == [first, third]
+    assert span.kind is SpanKind.PRODUCER
+    assert span.parent is None
+    assert dict(span.attributes) == {"ratelimit.peer": "eu-1"}
+
+
+def test_each_peer_gets_a_link_once() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    traced.decide(raw)
+    keys = [traced.key(raw)]
+    assert len(links(traced.tracer.batch_span("eu-1", keys))) == 1
+    assert len(links(traced.tracer.batch_span("ap-1", keys))) == 1
+    assert traced.tracer.batch_span("eu-1", keys) is None
+    assert traced.tracer.batch_span("ap-1", keys) is None
+    traced.decide(raw)
+    assert len(links(traced.tracer.batch_span("eu-1", keys))) == 1
+
+
+def test_a_request_that_took_from_several_buckets_of_a_batch_is_one_link() -> None:
+    traced = Traced()
+    raw = request(("tenant", "a"), ("tenant", "b"))
+    traced.decide(raw)
+    keys = [step.bucket_key for step in traced.limiter.plan(raw).steps]
+    assert len(links(traced.tracer.batch_span("eu-1", keys))) == 1
+    assert len(links(traced.tracer.batch_span("ap-1", keys[:1]))) == 1
+    assert len(links(traced.tracer.batch_span("ap-1", keys[1:]))) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        request(("tenant", "acme"), hits=3),
+        check_only(("tenant", "acme")),
+        request(("ip", "10.0.0.1")),
+        request(("plan", "gold")),
+        request(("nothing", "limits this")),
+    ],
+    ids=["denied", "no hits", "local", "unlimited", "no rule"],
+)
+def test_what_takes_nothing_that_replicates_is_not_linked(raw: bytes) -> None:
+    traced = Traced()
+    traced.decide(raw)
+    assert len(traced.spans()) == 1
+    assert traced.tracer.batch_span("eu-1", [traced.key(raw)]) is None
+
+
+def test_a_request_the_sdk_does_not_sample_is_not_linked() -> None:
+    traced = Traced(sampler=ALWAYS_OFF)
+    raw = request(("tenant", "acme"))
+    traced.decide(raw)
+    assert traced.tracer.batch_span("eu-1", [traced.key(raw)]) is None
+
+
+def test_only_the_newest_requests_of_a_bucket_are_remembered() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    for _ in range(MAX_REQUESTS_PER_BUCKET + 1):
+        # A limiter of its own for each, so that none is denied.
+        traced.limiter = small_limiter()
+        traced.decide(raw)
+    newest = [span.context.span_id for span in traced.spans()][1:]
+    assert links(traced.tracer.batch_span("eu-1", [traced.key(raw)])) == newest
+
+
+def test_only_the_buckets_taken_from_last_are_remembered() -> None:
+    traced = Traced()
+    raws = [request(("tenant", f"t{number}")) for number in range(MAX_BUCKETS)]
+    for raw in [*raws, raws[0], request(("tenant", "one more"))]:
+        traced.decide(raw)
+    assert traced.tracer.batch_span("eu-1", [traced.key(raws[1])]) is None
+    assert len(links(traced.tracer.batch_span("eu-1", [traced.key(raws[0])]))) == 2
+    assert len(links(traced.tracer.batch_span("eu-1", map(traced.key, raws)))) == MAX_BUCKETS - 2
+
+
+def test_a_batch_long_after_a_request_does_not_link_to_it() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    traced.decide(raw)
+    traced.now_ns += MAX_AGE_NS
+    assert traced.tracer.batch_span("eu-1", [traced.key(raw)]) is not None
+    traced.now_ns += 1
+    assert traced.tracer.batch_span("ap-1", [traced.key(raw)]) is None
+    assert not traced.tracer._taken, "what is too old costs nothing any more"
+
+
+def test_a_bucket_in_use_does_not_keep_its_old_requests() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    traced.decide(raw)
+    traced.now_ns += MAX_AGE_NS + 1
+    traced.decide(raw)
+    _, second = (span.context.span_id for span in traced.spans())
+    assert links(traced.tracer.batch_span("eu-1", [traced.key(raw)])) == [second]
+
+
+def test_nothing_is_sampled_or_linked_while_tracing_is_off() -> None:
+    tracer = NoTracer()
+    assert tracer.sampled(headers()) is None
+    assert tracer.batch_span("eu-1", [b"k"]) is None
