@@ -1,0 +1,113 @@
+"""Carries one stream over one gRPC call, from either end: reads, writes, and keeps its time, until one of them is over.
+
+The reader takes the next frame only when the last one has been applied, so gRPC's flow control holds back a peer that
+sends faster than this node applies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc.aio
+import structlog
+
+from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+CHECK_TIME_SECONDS = 0.25
+
+WRITE_SECONDS = 5.0
+"""What the network gets to take one frame; a peer that does not read for so long is given up."""
+
+_CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+"""What reading from or writing to a call raises when the other end, or the connection, has ended it."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Call(Protocol):
+    """What `grpc.aio.StreamStreamCall` and `grpc.aio.ServicerContext` have in common, without (de)serializers."""
+
+    async def read(self) -> bytes:
+        """The next message, or `grpc.aio.EOF`."""
+
+    async def write(self, message: bytes, /) -> None: ...
+
+
+async def carry(
+    call: Call,
+    stream: Stream,
+    *,
+    woken: asyncio.Event,
+    now_us: Callable[[], int],
+    on_heard: Callable[[], None],
+    linger_seconds: float,
+) -> None:
+    """Returns when the stream is over, and has told the replicator so.
+
+    Args:
+        woken: set by the stream's `wake`.
+        on_heard: called after each frame heard.
+        linger_seconds: what the other end gets to hang up first after this one's last frame: a call cancelled sooner
+            may lose that frame.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(_read(call, stream, now_us, on_heard))
+            timer = tasks.create_task(_keep_time(stream, now_us))
+            await _write(call, stream, woken, now_us)
+            timer.cancel()
+            if not reader.done():
+                await asyncio.wait([reader], timeout=linger_seconds)
+            reader.cancel()
+    except Exception:
+        # A fault of this program ends this stream, and no other.
+        _log.exception("stream_failed", address=stream.address)
+        stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
+    finally:
+        stream.lost("the connection was closed", now_us())
+
+
+async def _read(call: Call, stream: Stream, now_us: Callable[[], int], on_heard: Callable[[], None]) -> None:
+    while True:
+        try:
+            raw = await call.read()
+        except grpc.aio.AioRpcError as error:
+            stream.lost(f"{error.code().name}: {error.details()}", now_us())
+            return
+        except _CALL_IS_OVER as error:
+            stream.lost(str(error), now_us())
+            return
+        if raw is grpc.aio.EOF:
+            stream.lost("the peer hung up", now_us())
+            return
+        stream.receive(raw, now_us())
+        on_heard()
+
+
+async def _write(call: Call, stream: Stream, woken: asyncio.Event, now_us: Callable[[], int]) -> None:
+    while True:
+        woken.clear()
+        frame = stream.next_frame(now_us())
+        if frame is not None:
+            try:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await call.write(frame)
+            except TimeoutError:
+                stream.lost(f"the peer has not read for {WRITE_SECONDS:g} s", now_us())
+                return
+            except _CALL_IS_OVER:
+                # The reader learns why.
+                return
+        elif stream.is_over:
+            return
+        else:
+            await woken.wait()
+
+
+async def _keep_time(stream: Stream, now_us: Callable[[], int]) -> None:
+    while not stream.is_over:
+        await asyncio.sleep(CHECK_TIME_SECONDS)
+        stream.check_time(now_us())

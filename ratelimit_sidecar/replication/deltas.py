@@ -1,0 +1,160 @@
+"""Buckets' state to and from Deltas frames.
+
+A slot id (crdt/slot.py) travels as its number, start / width, in runs of one origin and width, each number but a run's
+first as the distance from the one before: in a run of consecutive slots a slot is one byte. A base's deficit is scaled
+by the period of its sender's limit, and so travels with that period, to be rescaled to the receiver's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
+from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
+
+MAX_KEY_BYTES = 1 << 16
+"""A bucket with a longer key stays local. No front end takes a request (server/limits.py) that would have one."""
+
+MAX_TIME_US = 1 << 62
+"""Of slots and boundaries: the year 148,000. Keeps them within what any implementation's integers hold."""
+
+MAX_SLOT_TOKENS = 1 << 48
+"""Taken in one slot: 65,536 times the most that one request can ask for."""
+
+_ROUGH_BUCKET_BYTES = 48
+"""Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
+
+_ROUGH_ENTRY_BYTES = 6
+
+
+class DeltasWriter:
+    """Builds one Deltas frame, whose sequence number the session fills in.
+
+    Args:
+        sender: whose entries need no mention of their origin.
+    """
+
+    def __init__(self, sender: Origin) -> None:
+        self.frame = pb.Frame()
+        self.deltas = self.frame.deltas
+        # A frame without buckets is a Deltas all the same.
+        self.deltas.SetInParent()
+        self.entries = 0
+        """Slot entries written."""
+        self.rough_bytes = 0
+        """About the frame's size: measuring it exactly, bucket by bucket, would cost more than it is worth."""
+        self.keys: list[bytes] = []
+        self._origins = {sender: 0}
+
+    def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
+        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period."""
+        delta = self.deltas.buckets.add(key=bucket.key)
+        self.keys.append(bucket.key)
+        self.entries += len(entries)
+        self.rough_bytes += len(bucket.key) + _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
+        if base is not None:
+            period_us = bucket.limit.period_us
+            tokens, remainder = divmod(base.deficit, period_us)
+            delta.base.boundary_us = base.boundary_us
+            delta.base.tokens = tokens
+            delta.base.remainder = remainder
+            delta.base.period_us = period_us
+        runs: dict[tuple[Origin, int], list[tuple[int, int]]] = {}
+        for origin, slot, tokens in entries:
+            exponent = slot_exponent(slot)
+            number = slot_start_us(slot) >> exponent
+            runs.setdefault((origin, exponent), []).append((number, min(tokens, MAX_SLOT_TOKENS)))
+        for (origin, exponent), counts in runs.items():
+            counts.sort()
+            slots = []
+            before = 0
+            for number, _ in counts:
+                slots.append(number - before)
+                before = number
+            delta.runs.add(
+                origin=self._origin_number(origin),
+                exponent=exponent,
+                slots=slots,
+                tokens=[tokens for _, tokens in counts],
+            )
+
+    def _origin_number(self, origin: Origin) -> int:
+        number = self._origins.get(origin)
+        if number is None:
+            number = self._origins[origin] = len(self._origins)
+            self.deltas.origins.add(node=origin.node, incarnation=origin.incarnation)
+        return number
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a Deltas frame amounted to."""
+
+    entries: int = 0
+    """Slot entries read."""
+    unknown_keys: int = 0
+    """Buckets that no replicated rule of this replica knows: left out."""
+
+
+def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:
+    """Join a peer's deltas into `store`.
+
+    Raises:
+        ProtocolError: bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been joined,
+            which does no harm: they were good, and joining them again changes nothing.
+    """
+    origins = [sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
+    applied = Applied()
+    for delta in deltas.buckets:
+        key = delta.key
+        if not 1 <= len(key) <= MAX_KEY_BYTES:
+            raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
+        entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
+        applied.entries += len(entries)
+        try:
+            base = _read_base(delta.base, store.limit_of_key(key)) if delta.HasField("base") else None
+            # Asks for the limit of the key itself: most deltas have no base, and are decoded once.
+            is_known = store.merge(key, base, entries, now_us)
+        except ValueError as error:
+            raise ProtocolError(Reason.BAD_KEY, str(error)) from error
+        applied.unknown_keys += not is_known
+    return applied
+
+
+def _read_base(base: pb.Base, limit: Limit | None) -> Base | None:
+    """The base, rescaled to the period of `limit`; rounded up, so that no debt is lost on the way."""
+    if not 1 <= base.period_us <= MAX_PERIOD_US or base.remainder >= base.period_us:
+        raise ProtocolError(Reason.BAD_BASE, f"a remainder of {base.remainder} in a period of {base.period_us} us")
+    if base.boundary_us > MAX_TIME_US:
+        raise ProtocolError(Reason.BAD_BASE, "a boundary past MAX_TIME_US")
+    if limit is None:
+        return None
+    period_us = limit.period_us
+    return Base(base.boundary_us, base.tokens * period_us - (-base.remainder * period_us // base.period_us))
+
+
+def _read_run(run: pb.SlotRun, origins: Sequence[Origin]) -> Iterator[Entry]:
+    if run.origin >= len(origins):
+        raise ProtocolError(Reason.MALFORMED, f"origin {run.origin} of a list of {len(origins)}")
+    exponent = run.exponent
+    if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
+        raise ProtocolError(
+            Reason.BAD_SLOT, f"slots of 2**{exponent} us; widths are 2**{MIN_EXPONENT} to 2**{MAX_EXPONENT}"
+        )
+    if len(run.slots) != len(run.tokens):
+        raise ProtocolError(Reason.BAD_SLOT, f"{len(run.slots)} slots with {len(run.tokens)} counts")
+    origin = origins[run.origin]
+    last_number = MAX_TIME_US >> exponent
+    number = 0
+    for index, (step, tokens) in enumerate(zip(run.slots, run.tokens, strict=True)):
+        number += step
+        if number > last_number or (index and not step):
+            raise ProtocolError(Reason.BAD_SLOT, "slots must rise, and lie within MAX_TIME_US")
+        if not 1 <= tokens <= MAX_SLOT_TOKENS:
+            raise ProtocolError(Reason.BAD_SLOT, f"{tokens} tokens in a slot; 1 to {MAX_SLOT_TOKENS} fit")
+        yield Entry(origin, number << exponent | exponent, tokens)

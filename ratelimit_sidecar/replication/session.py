@@ -1,0 +1,288 @@
+"""The conversation of two sidecars over one stream. Sans-I/O: everything that affects its state lives here.
+
+Theory of operation. Both ends say Hello first and may say anything else once they have heard the other's Hello. From
+then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second. The transport keeps order
+and loses nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
+
+    HELLO --Hello heard--> ESTABLISHED
+    either --ProtocolError, close()--> CLOSING --Goodbye taken by next_frame--> CLOSED
+    either --Goodbye heard--> CLOSED
+
+Frames are *pulled*: what is owed (a pong, an acknowledgement, a ping) is a flag, not a queue, and becomes a frame when
+the transport can take one. A peer that does not read so costs no memory. Times are microseconds of this node's clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import (
+    MAX_DETAIL_CHARS,
+    PROTOCOL,
+    ProtocolError,
+    Reason,
+    read_frame,
+    read_hello,
+)
+
+PING_EVERY_US = 1_000_000
+
+SILENCE_US = 5_000_000
+"""Nothing heard for so long, five pings: the peer is dead or cut off."""
+
+STALL_US = 10_000_000
+"""Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
+
+CLOCK_SAMPLES = 8
+"""Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
+
+
+class State(Enum):
+    HELLO = auto()
+    ESTABLISHED = auto()
+    CLOSING = auto()
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What a node says of itself.
+
+    Args:
+        version: of the software, for people.
+    """
+
+    origin: Origin
+    region: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """The peer has said who it is."""
+
+    origin: Origin
+    region: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeltasReceived:
+    """To be applied before `next_frame` is called: that acknowledges them."""
+
+    deltas: pb.Deltas
+
+
+@dataclass(frozen=True, slots=True)
+class DeltasAcknowledged:
+    """The peer has applied the `frames` oldest of the Deltas not acknowledged before."""
+
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockMeasured:
+    """The best current estimate of the peer's clock minus this node's."""
+
+    offset_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft:
+    """The peer closes the stream."""
+
+    reason: str
+    detail: str
+
+
+Event = Established | DeltasReceived | DeltasAcknowledged | ClockMeasured | PeerLeft
+
+
+class Session:
+    """One stream, from the moment it carries frames.
+
+    Args:
+        now_us: when that was.
+    """
+
+    def __init__(self, local: Local, now_us: int) -> None:
+        self._local = local
+        self.state = State.HELLO
+        self.peer: Origin | None = None
+        self.heard_us = now_us
+        """When the last frame arrived."""
+        self._hello_owed = True
+        self._goodbye: pb.Goodbye | None = None
+        self._received = 0
+        self._ack_owed = False
+        self._sent = 0
+        self._unacknowledged: deque[int] = deque()
+        """When each of the Deltas not acknowledged was sent."""
+        self._ping_due_us = now_us
+        self._last_ping = 0
+        self._pings: dict[int, int] = {}
+        """When each ping not answered was sent."""
+        self._pong_owed: tuple[int, int] | None = None
+        self._clock_samples: deque[tuple[int, int]] = deque(maxlen=CLOCK_SAMPLES)
+
+    @property
+    def is_over(self) -> bool:
+        """True when there is nothing more to say or hear."""
+        return self.state is State.CLOSED
+
+    def receive(self, raw: bytes, now_us: int) -> Event | None:
+        """Take one frame in.
+
+        Raises:
+            ProtocolError: the frame breaks the protocol; the session is closing, and has a Goodbye that says why.
+        """
+        if self.state in (State.CLOSING, State.CLOSED):
+            return None
+        self.heard_us = now_us
+        try:
+            return self._receive(read_frame(raw), now_us)
+        except ProtocolError as error:
+            self.close(error.reason, error.detail)
+            raise
+
+    def check_time(self, now_us: int) -> None:
+        """To be called a few times a second.
+
+        Raises:
+            ProtocolError: silent or stalled; the session is closing.
+        """
+        if self.state in (State.CLOSING, State.CLOSED):
+            return
+        silent_us = now_us - self.heard_us
+        unanswered_us = now_us - min([*self._unacknowledged, *self._pings.values()], default=now_us)
+        if silent_us >= SILENCE_US:
+            error = ProtocolError(Reason.SILENT, f"nothing heard for {silent_us / 1e6:.1f} s")
+        elif unanswered_us >= STALL_US:
+            error = ProtocolError(Reason.STALLED, f"no answer for {unanswered_us / 1e6:.1f} s")
+        else:
+            return
+        self.close(error.reason, error.detail)
+        raise error
+
+    def close(self, reason: Reason, detail: str) -> None:
+        """Say Goodbye and nothing else. Does nothing on a session that is closing already."""
+        if self.state not in (State.CLOSING, State.CLOSED):
+            self.state = State.CLOSING
+            self._goodbye = pb.Goodbye(reason=reason, detail=detail[:MAX_DETAIL_CHARS])
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self.state = State.CLOSED
+
+    def next_frame(self, now_us: int) -> bytes | None:
+        """The next frame to be sent now, Deltas excepted; None when none is owed."""
+        frame = self._next_frame(now_us)
+        return None if frame is None else frame.SerializeToString()
+
+    def send_deltas(self, frame: pb.Frame, now_us: int) -> bytes:
+        """Number a Deltas frame, to be sent now.
+
+        The caller bounds how many it leaves unacknowledged.
+        """
+        assert self.state is State.ESTABLISHED
+        self._sent += 1
+        self._unacknowledged.append(now_us)
+        frame.deltas.sequence = self._sent
+        return frame.SerializeToString()
+
+    def _next_frame(self, now_us: int) -> pb.Frame | None:
+        if self.state is State.CLOSED:
+            return None
+        # Even one that closes for SELF says Hello: the dialling end believes that of nobody but itself.
+        if self._hello_owed and (self._goodbye is None or self._goodbye.reason == Reason.SELF):
+            self._hello_owed = False
+            return pb.Frame(hello=self._hello())
+        if self._goodbye is not None:
+            self.state = State.CLOSED
+            return pb.Frame(goodbye=self._goodbye)
+        return self._owed_frame(now_us) if self.state is State.ESTABLISHED else None
+
+    def _owed_frame(self, now_us: int) -> pb.Frame | None:
+        if self._pong_owed is not None:
+            ping_id, received_us = self._pong_owed
+            self._pong_owed = None
+            return pb.Frame(pong=pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us))
+        if self._ack_owed:
+            self._ack_owed = False
+            return pb.Frame(ack=pb.Ack(sequence=self._received))
+        if now_us >= self._ping_due_us:
+            self._ping_due_us = now_us + PING_EVERY_US
+            self._last_ping += 1
+            self._pings[self._last_ping] = now_us
+            return pb.Frame(ping=pb.Ping(id=self._last_ping))
+        return None
+
+    def _hello(self) -> pb.Hello:
+        local = self._local
+        return pb.Hello(
+            protocol=PROTOCOL,
+            node=local.origin.node,
+            region=local.region,
+            incarnation=local.origin.incarnation,
+            version=local.version,
+        )
+
+    def _receive(self, frame: pb.Frame, now_us: int) -> Event | None:
+        kind = frame.WhichOneof("kind")
+        if kind == "goodbye":
+            self.state = State.CLOSED
+            return PeerLeft(frame.goodbye.reason, frame.goodbye.detail[:MAX_DETAIL_CHARS])
+        if (kind == "hello") is not (self.state is State.HELLO):
+            raise ProtocolError(Reason.UNEXPECTED, f"{kind} in state {self.state.name}")
+        match kind:
+            case "hello":
+                return self._receive_hello(frame.hello)
+            case "deltas":
+                return self._receive_deltas(frame.deltas)
+            case "ack":
+                return self._receive_ack(frame.ack)
+            case "ping":
+                self._pong_owed = (frame.ping.id, now_us)
+                return None
+            case "pong":
+                return self._receive_pong(frame.pong, now_us)
+        raise AssertionError(kind)
+
+    def _receive_hello(self, hello: pb.Hello) -> Established:
+        self.peer = read_hello(hello)
+        self.state = State.ESTABLISHED
+        return Established(self.peer, hello.region, hello.version)
+
+    def _receive_deltas(self, deltas: pb.Deltas) -> DeltasReceived:
+        if deltas.sequence != self._received + 1:
+            raise ProtocolError(Reason.UNEXPECTED, f"deltas {deltas.sequence} after deltas {self._received}")
+        self._received = deltas.sequence
+        self._ack_owed = True
+        return DeltasReceived(deltas)
+
+    def _receive_ack(self, ack: pb.Ack) -> DeltasAcknowledged:
+        frames = ack.sequence - (self._sent - len(self._unacknowledged))
+        if not 1 <= frames <= len(self._unacknowledged):
+            raise ProtocolError(
+                Reason.UNEXPECTED,
+                f"acknowledgement of deltas {ack.sequence}; {len(self._unacknowledged)} of {self._sent} are open",
+            )
+        for _ in range(frames):
+            self._unacknowledged.popleft()
+        return DeltasAcknowledged(frames)
+
+    def _receive_pong(self, pong: pb.Pong, now_us: int) -> ClockMeasured:
+        sent_us = self._pings.pop(pong.id, None)
+        if sent_us is None:
+            raise ProtocolError(Reason.UNEXPECTED, f"pong {pong.id}, which answers no open ping")
+        # Pings before it stay unanswered: the peer owes one pong at a time.
+        self._pings = {ping_id: sent for ping_id, sent in self._pings.items() if ping_id > pong.id}
+        round_trip_us = (now_us - sent_us) - (pong.sent_us - pong.received_us)
+        offset_us = ((pong.received_us - sent_us) + (pong.sent_us - now_us)) // 2
+        self._clock_samples.append((round_trip_us, offset_us))
+        # The offset's error is at most half the round trip (RFC 5905, section 8).
+        return ClockMeasured(min(self._clock_samples)[1])

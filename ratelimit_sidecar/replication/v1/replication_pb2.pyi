@@ -1,0 +1,125 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Frame(_message.Message):
+    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    deltas: Deltas
+    ack: Ack
+    ping: Ping
+    pong: Pong
+    goodbye: Goodbye
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "node", "region", "incarnation", "version")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    node: str
+    region: str
+    incarnation: int
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., region: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Deltas(_message.Message):
+    __slots__ = ("sequence", "origins", "buckets", "ends_full_state")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FULL_STATE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    origins: _containers.RepeatedCompositeFieldContainer[Origin]
+    buckets: _containers.RepeatedCompositeFieldContainer[BucketDelta]
+    ends_full_state: bool
+    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ...) -> None: ...
+
+class Origin(_message.Message):
+    __slots__ = ("node", "incarnation")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    incarnation: int
+    def __init__(self, node: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class BucketDelta(_message.Message):
+    __slots__ = ("key", "base", "runs")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    base: Base
+    runs: _containers.RepeatedCompositeFieldContainer[SlotRun]
+    def __init__(self, key: _Optional[bytes] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ...) -> None: ...
+
+class Base(_message.Message):
+    __slots__ = ("boundary_us", "tokens", "remainder", "period_us")
+    BOUNDARY_US_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REMAINDER_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_US_FIELD_NUMBER: _ClassVar[int]
+    boundary_us: int
+    tokens: int
+    remainder: int
+    period_us: int
+    def __init__(self, boundary_us: _Optional[int] = ..., tokens: _Optional[int] = ..., remainder: _Optional[int] = ..., period_us: _Optional[int] = ...) -> None: ...
+
+class SlotRun(_message.Message):
+    __slots__ = ("origin", "exponent", "slots", "tokens")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    origin: int
+    exponent: int
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, origin: _Optional[int] = ..., exponent: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("sequence",)
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ("id", "sent_us")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SENT_US_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    sent_us: int
+    def __init__(self, id: _Optional[int] = ..., sent_us: _Optional[int] = ...) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ("id", "ping_sent_us", "received_us", "sent_us")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PING_SENT_US_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_US_FIELD_NUMBER: _ClassVar[int]
+    SENT_US_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    ping_sent_us: int
+    received_us: int
+    sent_us: int
+    def __init__(self, id: _Optional[int] = ..., ping_sent_us: _Optional[int] = ..., received_us: _Optional[int] = ..., sent_us: _Optional[int] = ...) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ("reason", "detail")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    detail: str
+    def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...

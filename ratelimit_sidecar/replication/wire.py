@@ -1,0 +1,113 @@
+"""Frames of `replication.proto`: their bounds, and the reasons for which a stream is closed.
+
+Whatever a peer sends is either a frame within these bounds or a `ProtocolError`; nothing else is let in.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from google.protobuf.message import DecodeError
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello
+
+PROTOCOL = 1
+"""The newest protocol spoken here."""
+
+OLDEST_PROTOCOL = 1
+"""The oldest that a peer may insist on."""
+
+MAX_FRAME_BYTES = 1 << 20
+"""Far above what `outbox` puts into a batch, so that a peer with other bounds is understood."""
+
+MAX_NAME_BYTES = 255
+"""Of a node or region: as long as a DNS name may be."""
+
+MAX_DETAIL_CHARS = 200
+"""Of a goodbye: it ends in logs and in an HTTP/2 header."""
+
+
+class Reason(StrEnum):
+    """Why a stream is closed, as a Goodbye, a metric's label and a log line show it."""
+
+    MALFORMED = "malformed"
+    """Not a frame of this protocol."""
+    TOO_LARGE = "too_large"
+    UNEXPECTED = "unexpected"
+    """A frame that has no place at this point of the conversation."""
+    BAD_KEY = "bad_key"
+    """Not the name of a bucket."""
+    BAD_BASE = "bad_base"
+    BAD_SLOT = "bad_slot"
+    VERSION = "version"
+    """The peer speaks no protocol known here."""
+    DUPLICATE_NODE = "duplicate_node"
+    """Two live replicas have one node id."""
+    TOO_MANY_PEERS = "too_many_peers"
+    SILENT = "silent"
+    """Nothing was heard for so long that the peer or the way to it must be dead."""
+    STALLED = "stalled"
+    """The peer talks but does not read, or does not apply what it is sent."""
+    INTERNAL = "internal"
+    """A fault of this node; its log has the traceback."""
+    # What follows is nobody's fault and is not counted as an error.
+    SELF = "self"
+    """The stream leads back to this very process."""
+    SUPERSEDED = "superseded"
+    """The peer has restarted and is connected anew."""
+    DRAINING = "draining"
+    """This process is shutting down."""
+
+
+FAULTLESS = frozenset({Reason.SELF, Reason.SUPERSEDED, Reason.DRAINING})
+
+
+class ProtocolError(Exception):
+    """Ends one stream. `detail` is for people: what was found and, where it helps, what to do."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def read_frame(raw: bytes) -> Frame:
+    """Raises:
+    ProtocolError: malformed or too large.
+    """
+    if len(raw) > MAX_FRAME_BYTES:
+        raise ProtocolError(Reason.TOO_LARGE, f"a frame of {len(raw)} bytes; at most {MAX_FRAME_BYTES} are taken")
+    try:
+        frame = Frame.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError(Reason.MALFORMED, "not a Frame") from error
+    if frame.WhichOneof("kind") is None:
+        raise ProtocolError(Reason.MALFORMED, "a Frame of no known kind")
+    return frame
+
+
+def read_origin(node: str, incarnation: int) -> Origin:
+    """Raises:
+    ProtocolError: malformed.
+    """
+    if not node or len(node.encode()) > MAX_NAME_BYTES:
+        raise ProtocolError(Reason.MALFORMED, f"a node id must have 1 to {MAX_NAME_BYTES} bytes")
+    if not incarnation:
+        raise ProtocolError(Reason.MALFORMED, "an incarnation must not be 0")
+    return Origin(node, incarnation)
+
+
+def read_hello(hello: Hello) -> Origin:
+    """The peer a Hello announces.
+
+    Raises:
+        ProtocolError: malformed, or no protocol in common.
+    """
+    if hello.protocol < OLDEST_PROTOCOL:
+        raise ProtocolError(
+            Reason.VERSION, f"the peer speaks protocol {hello.protocol}, the oldest known here is {OLDEST_PROTOCOL}"
+        )
+    if len(hello.region.encode()) > MAX_NAME_BYTES:
+        raise ProtocolError(Reason.MALFORMED, f"a region must have at most {MAX_NAME_BYTES} bytes")
+    return read_origin(hello.node, hello.incarnation)
