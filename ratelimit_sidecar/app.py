@@ -1,0 +1,199 @@
+"""The composition root: the only place that knows every part, and the one owner that opens and closes them.
+
+Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
+is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
+they know. At a stop the order is the other way round: no new requests, answers to those in flight, then what was
+admitted is told to the peers, then the spans are flushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+from enum import Enum
+from math import ceil
+from typing import Literal
+
+import structlog
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.clock import Clock
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
+from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.listeners import ListenError
+from ratelimit_sidecar.services.health import HealthService
+from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.telemetry import metrics
+from ratelimit_sidecar.telemetry.export import start_tracing
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+
+JOIN_SECONDS = 3.0
+"""What reachable peers get to tell what they know before the sidecar says it is ready."""
+
+SWEEP_SECONDS = 0.02
+SWEEP_PASS_SECONDS = 60.0
+SWEEP_LEAST = 20
+"""Every 20 ms so many buckets are looked at that all have been within a minute: 333 of a million, a millisecond."""
+
+SLEW_SECONDS = 1.0
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class FrontEndKind(Enum):
+    """What carries Envoy's calls."""
+
+    H2 = "h2"
+    GRPCIO = "grpcio"
+
+
+class Sidecar:
+    """One process: built from its configuration, then `run` once.
+
+    Raises:
+        ConfigError: the rules are broken.
+        TracingError: the OTEL_* variables are.
+    """
+
+    def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log_format: Literal["text", "json"]) -> None:
+        node, region = config.node.id, config.node.region
+        rules = load_rules(config.rules, unruled=config.bucket, default_consistency=config.engine)
+        self._clock = Clock()
+        self._stop = asyncio.Event()
+        self._joined = False
+        self._tracing = start_tracing(node, region)
+        origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
+        self._limiter = Limiter(rules, origin)
+        self._mesh = Mesh(
+            origin=origin,
+            region=region,
+            version=__version__,
+            store=self._limiter.store,
+            now_us=self._clock.now_us,
+            peers=config.sync.peers,
+            listen=config.listen.sync,
+            tracer=self._tracing.tracer,
+        )
+        latency = LatencyHistogram()
+        service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
+        health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
+        handlers = {**service.handlers(), **health.handlers()}
+        self._front_end: FrontEnd
+        if front_end is FrontEndKind.H2:
+            self._front_end = H2FrontEnd(handlers, config.listen.grpc, log_format=log_format)
+        else:
+            self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc)
+        registry = metrics.create_registry(
+            metrics.Sources(
+                node=node,
+                region=region,
+                limiter=self._limiter,
+                latency=latency,
+                peers=self._mesh.status,
+                request_errors=service.errors,
+                replication=self._mesh,
+            )
+        )
+        console_app = console.create_app(
+            console.Sources(
+                node=node,
+                region=region,
+                limiter=self._limiter,
+                registry=registry,
+                peers=self._mesh.status,
+                missing=self.missing,
+                now_us=self._clock.now_us,
+            )
+        )
+        self._console = ConsoleServer(console_app, config.listen.admin, log_format=log_format)
+        self._config = config
+
+    def missing(self) -> list[str]:
+        """What the sidecar still waits for before it is ready, in words; empty when it is."""
+        if self._stop.is_set():
+            return ["the sidecar is shutting down"]
+        missing = []
+        if not self._front_end.ready.is_set():
+            missing.append("the gRPC front end is starting")
+        if not self._joined:
+            missing.append("peers have not yet told all they know")
+        return missing
+
+    async def run(self) -> None:
+        """Answer until SIGTERM or SIGINT, then drain.
+
+        Raises:
+            ListenError: an address cannot be listened on.
+            ExceptionGroup: a part has failed; the others are closed.
+        """
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, self._stop.set)
+        await self._console.start()
+        try:
+            await self._mesh.start()
+        except OSError as error:
+            raise ListenError(str(self._config.listen.sync), str(error)) from error
+        await self._front_end.start()
+        self._log_start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._console.serve())
+                replicating = tasks.create_task(self._mesh.run())
+                tasks.create_task(self._front_end.serve())
+                chores = [tasks.create_task(chore) for chore in (self._join(), self._sweep(), self._slew())]
+                await self._stop.wait()
+                _log.info("draining")
+                await self._front_end.stop()
+                self._mesh.stop()
+                await replicating
+                await self._console.stop()
+                for chore in chores:
+                    chore.cancel()
+        finally:
+            await self._tracing.close()
+        _log.info("stopped")
+
+    async def _join(self) -> None:
+        if not await self._mesh.joined(JOIN_SECONDS):
+            _log.warning("not_joined", waited_seconds=JOIN_SECONDS, peers=self._config.sync.peers)
+        self._joined = True
+        await self._front_end.ready.wait()
+        _log.info("ready")
+
+    async def _sweep(self) -> None:
+        steps = SWEEP_PASS_SECONDS / SWEEP_SECONDS
+        store = self._limiter.store
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            store.sweep(self._clock.now_us(), max(SWEEP_LEAST, ceil(len(store) / steps)))
+
+    async def _slew(self) -> None:
+        while True:
+            await asyncio.sleep(SLEW_SECONDS)
+            self._clock.slew()
+
+    def _log_start(self) -> None:
+        rules = self._limiter.rules
+        _log.info(
+            "started",
+            version=__version__,
+            node=self._config.node.id,
+            region=self._config.node.region,
+            grpc=list(self._front_end.addresses),
+            admin=self._console.address,
+            sync=self._mesh.bound_address,
+            peers=list(self._config.sync.peers),
+            rules=len(list(rules)),
+        )
+        if not rules.domains and rules.unruled is None:
+            _log.warning("nothing_is_limited", reason="neither rules nor bucket are configured")

@@ -1,0 +1,19 @@
+"""The `ratelimit-sidecar` command: one module a subcommand; parses, prints, calls, nothing else."""
+
+from __future__ import annotations
+
+import click
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.cli.demo import demo
+from ratelimit_sidecar.cli.serve import serve
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, package_name="ratelimit-sidecar")
+def main() -> None:
+    """A rate limiter for Envoy and Istio that answers from memory and shares its limits between regions."""
+
+
+main.add_command(serve)
+main.add_command(demo)

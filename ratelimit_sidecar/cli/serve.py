@@ -1,0 +1,70 @@
+"""`ratelimit-sidecar serve`: answer Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+import uvloop
+
+from ratelimit_sidecar.app import FrontEndKind, Sidecar
+from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.reference import describe_schema
+from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
+from ratelimit_sidecar.server.listeners import ListenError
+from ratelimit_sidecar.telemetry.export import TracingError
+from ratelimit_sidecar.telemetry.logs import configure_logs
+
+BAD_CONFIGURATION = 2
+
+
+class _ServeCommand(click.Command):
+    def format_epilog(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The option list as it is: click would wrap its lines."""
+        formatter.write_paragraph()
+        formatter.write(describe_schema())
+
+
+@click.command(
+    cls=_ServeCommand, short_help="Answer Envoy, and share what is admitted with the sidecars of other regions."
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file with the keys listed below. Without it, the defaults.",
+)
+@click.option(
+    "--frontend",
+    type=click.Choice([kind.value for kind in FrontEndKind]),
+    default=FrontEndKind.H2.value,
+    show_default=True,
+    help="What carries Envoy's calls: h2 (h2corn, several times faster) or grpcio (grpc.aio).",
+)
+def serve(config_path: Path | None, frontend: str) -> None:
+    """Answer Envoy's rate limit service calls from memory, and stream what is admitted to the sidecars elsewhere.
+
+    With no file and no flags it listens for Envoy on port 8081 and for operators on 127.0.0.1:8080, and limits nothing.
+    SIGTERM and SIGINT drain: calls in flight are answered, peers are told what was admitted, and it exits with 0.
+    Exits with 2 when the configuration is broken, with 1 when an address is taken.
+    """
+    try:
+        log_format = configure_logs(os.environ)
+        sidecar_config = load_sidecar_config(config_path, os.environ)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(sidecar_config, FrontEndKind(frontend), log_format))
+    except (ConfigError, TracingError, ValueError) as error:
+        click.echo(str(error), err=True)
+        sys.exit(BAD_CONFIGURATION)
+    except ListenError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+
+
+async def _run(config: SidecarConfig, front_end: FrontEndKind, log_format: Literal["text", "json"]) -> None:
+    await Sidecar(config, front_end, log_format).run()
