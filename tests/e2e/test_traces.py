@@ -1,0 +1,41 @@
+"""One trace from the caller through Envoy into the sidecar, and from there to the batch that carries it on."""
+
+from pathlib import Path
+
+from e2e.cluster import three_regions
+from otlp_receiver import OtlpReceiver
+
+RULES = """
+domain: openclaw
+descriptors:
+  - key: agent
+    rate_limit: {unit: day, requests_per_unit: 20}
+"""
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+CALLER_SPAN_ID = "00f067aa0ba902b7"
+
+ENVOY_FLUSH_S = 15.0
+"""Envoy exports its spans every 5 s."""
+
+
+async def test_a_request_is_one_trace_through_envoy_and_sidecar_and_its_batch_links_to_it(tmp_path: Path) -> None:
+    async with (
+        OtlpReceiver() as receiver,
+        three_regions(
+            tmp_path, RULES, collector=receiver.address, environment={"OTEL_BSP_SCHEDULE_DELAY": "100"}
+        ) as cluster,
+    ):
+        east = cluster.regions[0]
+
+        traceparent = {"traceparent": f"00-{TRACE_ID}-{CALLER_SPAN_ID}-01"}
+        assert (await cluster.ask(east, "claw", traceparent)).status_code == 200
+
+        decision = await receiver.span(lambda span: span.kind == "SERVER" and span.name.endswith("/ShouldRateLimit"))
+        assert decision.trace_id == TRACE_ID
+        batch = await receiver.span(lambda span: (decision.trace_id, decision.span_id) in span.links)
+        assert batch.kind == "PRODUCER"
+        assert batch.resource["service.name"] == "ratelimit-sidecar-us-east-1"
+        parent = await receiver.span(lambda span: span.span_id == decision.parent_span_id, ENVOY_FLUSH_S)
+        assert parent.resource["service.name"] == "envoy-us-east-1"
+        assert parent.trace_id == TRACE_ID
