@@ -1,0 +1,19 @@
+# syntax=docker/dockerfile:1
+FROM python:3.11-slim-bookworm AS build
+RUN python -m venv /opt/venv
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE requirements.lock ./
+COPY ratelimit_sidecar ratelimit_sidecar
+RUN /opt/venv/bin/pip install --no-cache-dir --constraint requirements.lock .
+
+FROM python:3.11-slim-bookworm
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+# Nobody in particular; it owns no file of the image.
+USER 65532:65532
+# Envoy's calls, the other sidecars' calls, HTTP for operators.
+EXPOSE 8081 50051 8080
+HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=3 \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
+ENTRYPOINT ["ratelimit-sidecar"]
+CMD ["serve"]
