@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` shows the sidecar at work, `make test` checks everything. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# What the demo takes, for example: make demo DEMO="--duration 30"
+DEMO ?=
+# What pytest takes, for example: make test TESTS="tests/crdt -x"
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format generate lock clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
+	$(BIN)/ratelimit-sidecar demo $(DEMO)
+
+test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests (TESTS="tests/crdt -x" selects)
+	./dev/system-packages test
+	@echo "==> Tests"
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(READY) ## Style, types and the direction of dependencies
+	@echo "==> Style"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "==> Types"
+	$(BIN)/mypy
+	@echo "==> Layers"
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY) ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: $(READY) ## Write anew all that is generated: protobuf code, reference pages, Envoy configurations
+	$(BIN)/python proto/generate.py
+	$(BIN)/python -m ratelimit_sidecar.config.reference
+	$(BIN)/python -m ratelimit_sidecar.telemetry.reference
+	$(BIN)/python -m ratelimit_sidecar.demo.bootstrap
+
+lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --output-file requirements.lock pyproject.toml
+
+clean: ## Remove the virtual environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml requirements.lock
+	./dev/system-packages setup $(PYTHON)
+	@echo "==> Virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> Packages, as pinned in requirements.lock (a few minutes when none is cached)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
