@@ -69,9 +69,8 @@ class BucketDescription(TypedDict):
     """Its name; None when it is in force no more."""
     capacity: int
     remaining: int
-    deficit: float
-    """Tokens missing to full; what is above the capacity is debt."""
-    debt: float
+    debt: int
+    """Tokens taken beyond the limit."""
     full_in_seconds: float
     replicated: bool
     origins: int
@@ -80,20 +79,18 @@ class BucketDescription(TypedDict):
 
 
 def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescription:
-    """A bucket as it is at `now_us`; the bucket itself stays at the instant of its last event."""
-    limit = bucket.limit
+    """A bucket as it is at `now_us`."""
+    bucket.advance(now_us)
     domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
-    deficit = max(0, bucket.deficit - max(0, now_us - bucket.at_us) * limit.tokens)
     return {
         "domain": domain,
         "entries": [{"key": entry.key, "value": entry.value, "match": _MATCH_NAMES[entry.kind]} for entry in entries],
         "rule": rule.name if rule is not None else None,
-        "capacity": limit.capacity,
-        "remaining": max(0, limit.ceiling - deficit) // limit.period_us,
-        "deficit": deficit / limit.period_us,
-        "debt": max(0, deficit - limit.ceiling) / limit.period_us,
-        "full_in_seconds": deficit / limit.tokens / 1e6,
+        "capacity": bucket.limit.capacity,
+        "remaining": bucket.remaining,
+        "debt": bucket.debt,
+        "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),

@@ -1,27 +1,19 @@
-"""A replicated token bucket: a time-slotted grow-only counter of consumption, and the level as a fold over it.
+"""What was taken, by whom and when: the replicated part of every bucket, a grow-only counter cut into slots of time.
 
-Theory of operation. Replicas share only what was taken and when: `taken[origin][slot] -> tokens`. Only the origin
-writes its entries and counts never fall, so the join is the pointwise maximum (a state-based G-Counter, Shapiro et al.
-2011, cut into slots of time). The deficit D = capacity - level follows from it: D drains at the refill rate, stops
-at zero, and rises by what is taken. In closed form, the reflected process of Lindley and Skorokhod:
+    taken[origin][slot] -> tokens
 
-    D(t) = max(0, sup over s <= t of [taken in (s, t] - rate * (t - s)])
-
-Everything that touches D lives in this file. Units: time in microseconds of wall clock, deficits scaled by the limit's
-`period_us` (so they drain `tokens` a microsecond), consumption in whole tokens. The live pair (deficit at `at_us`,
-`full_at_us`) makes a take O(1): own takes enter at their exact time, a remote slot at its middle, never after now.
+Only the origin writes its entries and counts never fall, so the join is the pointwise maximum (a state-based
+G-Counter, Shapiro et al. 2011). Every algorithm is a fold over this one state: `token_bucket.py` and `window.py`.
+What a slot stands for is the algorithm's affair; here it is a number.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id, slot_middle_us
-
-SEAL_BATCH_SLOTS = 16
-"""Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
+from ratelimit_sidecar.crdt.limit import AnyLimit
 
 
 class Origin(NamedTuple):
@@ -47,10 +39,8 @@ class Entry(NamedTuple):
     tokens: int
 
 
-class Bucket:
-    """One limit on one key, as one replica sees it.
-
-    A bucket in use seals itself; one that is not does so when its owner calls `is_idle`.
+class Bucket(ABC):
+    """One limit on one key, as one replica sees it; a subclass knows how much of it is left.
 
     Args:
         key: canonical bytes naming the bucket on every replica.
@@ -63,13 +53,10 @@ class Bucket:
     __slots__ = (
         "_own",
         "_own_slot",
-        "_own_slot_end_us",
         "_own_slot_unsent",
         "_unsent",
         "at_us",
         "base",
-        "deficit",
-        "full_at_us",
         "journal",
         "key",
         "limit",
@@ -77,161 +64,90 @@ class Bucket:
         "taken",
     )
 
+    limit: AnyLimit
+
     def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
+        self, key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
     ) -> None:
         self.key = key
         self.limit = limit
+        self.at_us = now_us
+        """The last instant given."""
+        self.base = Base(0, 0)
+        """What is left of slots that are forgotten; windows need nothing of them."""
         self.origin = origin
         self.journal = journal
         self.taken: dict[Origin, dict[int, int]] = {}
-        self.base = Base(limit.boundary_us(now_us), 0)
-        self.deficit = 0
-        """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
-        self.at_us = now_us
-        self.full_at_us = now_us
-        """The last instant at which the deficit was zero: later arrivals from before it must refold."""
         self._own: dict[int, int] = {}
-        self._own_slot = 0
-        self._own_slot_end_us = 0
+        self._own_slot = -1
         self._own_slot_unsent = False
         self._unsent: list[int] = []
 
-    def take(self, hits: int, now_us: int) -> bool:
-        """Admit and charge `hits` tokens when the level holds them; O(1).
+    @abstractmethod
+    def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
+        """Admit and charge `hits` tokens when they are left; O(1).
 
         Args:
             hits: 0 or more. 0 checks and charges nothing.
+            always: charge what is denied, too.
 
         Returns:
-            True when admitted. A denied take changes nothing that replicates.
+            True when admitted.
         """
-        self.advance(now_us)
-        limit = self.limit
-        charge = hits * limit.period_us
-        if self.deficit + charge > limit.ceiling:
-            return False
-        if hits:
-            if self.at_us >= self._own_slot_end_us:
-                self._open_own_slot()
-            self.deficit += charge
-            self._own[self._own_slot] += hits
-            if not self._own_slot_unsent:
-                self._note_unsent()
-        return True
 
     @property
+    @abstractmethod
     def remaining(self) -> int:
-        """Whole tokens left at `at_us`; 0 when in debt."""
-        return max(0, (self.limit.ceiling - self.deficit) // self.limit.period_us)
+        """Whole tokens left at `at_us`; 0 when more was taken than the limit."""
 
     @property
+    @abstractmethod
+    def debt(self) -> int:
+        """Whole tokens taken beyond the limit, rounded up, as of `at_us`."""
+
+    @property
+    @abstractmethod
     def full_in_us(self) -> int:
-        """Microseconds from `at_us` until the bucket is full again, rounded up."""
-        return -(-self.deficit // self.limit.tokens)
+        """Microseconds from `at_us` until all tokens are there again, rounded up."""
 
-    def advance(self, now_us: int) -> None:
-        """Drain the live deficit up to `now_us`."""
-        elapsed_us = now_us - self.at_us
-        if elapsed_us > 0:
-            deficit = self.deficit - elapsed_us * self.limit.tokens
-            if deficit <= 0:
-                deficit = 0
-                self.full_at_us = now_us
-            self.deficit = deficit
-            self.at_us = now_us
-
+    @abstractmethod
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
         """Join entries of a peer; idempotent, in any order.
-
-        Entries placed before the base or the horizon are ignored: what they hold is in somebody's base. So are
-        entries further ahead than the horizon is behind: no clock is that wrong and they would count for that long.
 
         Returns:
             The number of entries that told something new.
         """
-        self.advance(now_us)
-        self._seal_when_due()
-        oldest_us = max(self.base.boundary_us, self.limit.boundary_us(self.at_us))
-        newest_us = self.at_us + self.limit.horizon_us
-        news = 0
-        refold = False
-        for origin, slot, tokens in entries:
-            placed_us = slot_middle_us(slot)
-            if not oldest_us <= placed_us <= newest_us or origin == self.origin:
-                continue
-            slots = self.taken.get(origin)
-            added = tokens - (slots.get(slot, 0) if slots else 0)
-            if added <= 0:
-                continue
-            if slots is None:
-                slots = self.taken[origin] = {}
-            slots[slot] = tokens
-            news += 1
-            if placed_us >= self.full_at_us:
-                # No refill has been spilled since, so it is exactly as if the tokens had been taken just now.
-                self.deficit += added * self.limit.period_us
-            else:
-                refold = True
-        if refold:
-            self._refold()
-        return news
 
-    def merge_base(self, other: Base, now_us: int) -> bool:
-        """Join a peer's base: advance the older to the newer boundary, keep the larger deficit.
+    @abstractmethod
+    def advance(self, now_us: int) -> None:
+        """Let time pass up to `now_us`."""
 
-        Args:
-            other: its deficit scaled by this bucket's `period_us`. Ignored when its boundary lies in the younger
-                half of the horizon: only a clock that is seconds wrong puts it there, and sealing a slot that is
-                still being written would let its count fall.
+    @abstractmethod
+    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
+        """Enforce another limit of the same algorithm from now on, and keep what was taken."""
+
+    @abstractmethod
+    def seal(self, now_us: int) -> None:
+        """Forget the slots that no longer count one by one."""
+
+    @abstractmethod
+    def is_idle(self, now_us: int) -> bool:
+        """True when all tokens are there and nothing is held that a peer could miss: it equals an absent bucket."""
+
+    @abstractmethod
+    def fold(self, now_us: int) -> int:
+        """What counts against the limit at `now_us`, as a pure function of the replicated state.
+
+        Replicas with equal state and limit return equal integers. Its unit is the algorithm's.
+        """
+
+    def merge_base(self, _other: Base, _now_us: int) -> bool:
+        """Join a peer's base.
 
         Returns:
-            True when the base changed.
+            True when something changed.
         """
-        self.advance(now_us)
-        if other.boundary_us > self.at_us - self.limit.horizon_us // 2:
-            return False
-        before = self.base
-        boundary_us = max(before.boundary_us, other.boundary_us)
-        if boundary_us > before.boundary_us:
-            self._seal_before(boundary_us)
-        drained = other.deficit - (boundary_us - other.boundary_us) * self.limit.tokens
-        if drained > self.base.deficit:
-            self.base = Base(boundary_us, min(drained, self.limit.debt_ceiling))
-        if self.base == before:
-            return False
-        self._refold()
-        return True
-
-    def seal(self, now_us: int) -> None:
-        """Fold what lies behind the horizon into the base and forget its slots."""
-        self.advance(now_us)
-        boundary_us = self.limit.boundary_us(self.at_us)
-        if boundary_us > self.base.boundary_us and self._seal_before(boundary_us):
-            self._refold()
-
-    def is_idle(self, now_us: int) -> bool:
-        """True when the bucket is full and holds nothing a peer could miss: then it equals an absent bucket."""
-        self.seal(now_us)
-        return not (self.deficit or self.taken or self._unsent)
-
-    def set_limit(self, limit: Limit, now_us: int) -> None:
-        """Enforce another limit from now on; what was taken within the horizon still counts."""
-        self.advance(now_us)
-        scaled = -(-self.base.deficit * limit.period_us // self.limit.period_us)
-        self.base = Base(self.base.boundary_us, min(scaled, limit.debt_ceiling))
-        self.limit = limit
-        # The next take opens a slot of the new width.
-        self._own_slot_end_us = 0
-        self._refold()
-
-    def fold(self, now_us: int) -> int:
-        """The scaled deficit at `now_us` as a pure function of the replicated state.
-
-        Replicas with equal state and limit return equal integers, however far each has sealed.
-        """
-        boundary_us = max(self.base.boundary_us, self.limit.boundary_us(now_us))
-        return self._fold_from_base(self._events(), boundary_us, now_us).deficit
+        return False
 
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
@@ -240,7 +156,7 @@ class Bucket:
                 yield Entry(origin, slot, tokens)
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
-        """This replica's entries of `slots`, less those sealed meanwhile."""
+        """This replica's entries of `slots`, less those forgotten meanwhile."""
         for slot in slots:
             tokens = self._own.get(slot)
             if tokens is not None:
@@ -252,79 +168,43 @@ class Bucket:
         self._own_slot_unsent = False
         return changed
 
-    def _note_unsent(self) -> None:
-        if self.journal is None:
-            return
-        if not self._unsent:
-            self.journal.append(self)
-        self._unsent.append(self._own_slot)
-        self._own_slot_unsent = True
-
-    def _seal_when_due(self) -> None:
-        """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""
-        limit = self.limit
-        if self.at_us - self.base.boundary_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
-            self.seal(self.at_us)
-
-    def _open_own_slot(self) -> None:
-        self._seal_when_due()
-        self._own_slot = slot_id(self.at_us, self.limit.exponent)
+    def _open_own_slot(self, slot: int) -> None:
+        """Write to `slot` from now on."""
+        self._own_slot = slot
         self._own_slot_unsent = False
-        self._own_slot_end_us = slot_end_us(self._own_slot)
-        self._own.setdefault(self._own_slot, 0)
+        self._own.setdefault(slot, 0)
         self.taken[self.origin] = self._own
 
-    def _events(self) -> list[tuple[int, int]]:
-        return sorted((slot_middle_us(slot), tokens) for slots in self.taken.values() for slot, tokens in slots.items())
+    def _write_own(self, hits: int) -> None:
+        """Count `hits` in the slot opened last."""
+        self._own[self._own_slot] += hits
+        if not self._own_slot_unsent and self.journal is not None:
+            if not self._unsent:
+                self.journal.append(self)
+            self._unsent.append(self._own_slot)
+            self._own_slot_unsent = True
 
-    def _fold_from_base(self, events: Iterable[tuple[int, int]], boundary_us: int, now_us: int) -> _Folded:
-        """Fold the base and `events` (instant, tokens; in time order) up to `now_us`.
+    def _hear(self, entry: Entry) -> int:
+        """Join one entry that a subclass has found to be in range.
 
-        Before the boundary the deficit is capped at every event, not once at the end, so the outcome does not depend
-        on how many steps the sealing was done in.
+        Returns:
+            By how much it raised the count; 0 when it told nothing new or is about this replica, who knows best.
         """
-        at_us, deficit = self.base
-        full_at_us = at_us
-        forgiven = False
-        tokens, period_us, debt_ceiling = self.limit.tokens, self.limit.period_us, self.limit.debt_ceiling
-        for middle_us, taken in events:
-            placed_us = min(middle_us, now_us)
-            deficit -= (placed_us - at_us) * tokens
-            if deficit <= 0:
-                deficit = 0
-                full_at_us = placed_us
-            deficit += taken * period_us
-            if middle_us < boundary_us and deficit > debt_ceiling:
-                deficit = debt_ceiling
-                forgiven = True
-            at_us = placed_us
-        deficit -= (now_us - at_us) * tokens
-        if deficit <= 0:
-            return _Folded(0, now_us, forgiven)
-        return _Folded(deficit, full_at_us, forgiven)
+        origin, slot, tokens = entry
+        if origin == self.origin:
+            return 0
+        slots = self.taken.get(origin)
+        added = tokens - (slots.get(slot, 0) if slots else 0)
+        if added <= 0:
+            return 0
+        if slots is None:
+            slots = self.taken[origin] = {}
+        slots[slot] = tokens
+        return added
 
-    def _refold(self) -> None:
-        boundary_us = max(self.base.boundary_us, self.limit.boundary_us(self.at_us))
-        folded = self._fold_from_base(self._events(), boundary_us, self.at_us)
-        self.deficit, self.full_at_us = folded.deficit, folded.full_at_us
-
-    def _seal_before(self, boundary_us: int) -> bool:
-        """Move the base up to `boundary_us`. True when debt was forgiven on the way."""
-        sealed: list[tuple[int, int]] = []
-        for origin, slots in list(self.taken.items()):
-            for slot in [slot for slot in slots if slot_middle_us(slot) < boundary_us]:
-                sealed.append((slot_middle_us(slot), slots.pop(slot)))
+    def _forget_slots(self, forgotten: Iterable[tuple[Origin, int]]) -> None:
+        for origin, slot in forgotten:
+            slots = self.taken[origin]
+            del slots[slot]
             if not slots:
                 del self.taken[origin]
-        sealed.sort()
-        folded = self._fold_from_base(sealed, boundary_us, boundary_us)
-        self.base = Base(boundary_us, folded.deficit)
-        return folded.forgiven
-
-
-class _Folded(NamedTuple):
-    deficit: int
-    full_at_us: int
-    """The last instant from which on late arrivals simply add."""
-    forgiven: bool
-    """True when `max_debt` cut the deficit on the way."""

@@ -7,6 +7,7 @@ drains `tokens` per microsecond and one token costs `period_us`: no rounding any
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from math import gcd
 
 MIN_EXPONENT = 14
@@ -25,6 +26,7 @@ MAX_TOKENS = 2**40
 MAX_CAPACITY = 2**40
 MAX_PERIOD_US = 2**50
 DEFAULT_MAX_DEBT = 4
+MAX_MAX_DEBT = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,13 @@ class Limit:
     """Consumption older than this is sealed into the base; later deltas of it are ignored."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
+        _check_ranges(
+            self,
             ("tokens", 1, MAX_TOKENS),
             ("period_us", 1, MAX_PERIOD_US),
             ("capacity", 0, MAX_CAPACITY),
-            ("max_debt", 1, 1024),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be {low} to {high}, not {value}")
+            ("max_debt", 1, MAX_MAX_DEBT),
+        )
         divisor = gcd(self.tokens, self.period_us)
         set_field = object.__setattr__
         set_field(self, "tokens", self.tokens // divisor)
@@ -80,3 +80,53 @@ class Limit:
     def boundary_us(self, now_us: int) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike."""
         return (now_us - self.horizon_us) >> self.exponent << self.exponent
+
+
+class Window(Enum):
+    """How a `WindowLimit` counts."""
+
+    FIXED = "fixed_window"
+    """From multiples of the period since the epoch, as envoyproxy/ratelimit does."""
+    SLIDING = "sliding_window"
+    """Over the period that ends now."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLimit:
+    """At most `requests` in a window of `period_us` microseconds.
+
+    Args:
+        requests: 0 (always deny) to 2**40.
+        period_us: microseconds; 1 to 2**50.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    requests: int
+    period_us: int
+    window: Window
+
+    exponent: int = field(init=False, compare=False)
+    """A sliding window's slots are 2**exponent microseconds wide: at most 1/64 of the period, but 16 ms at least."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, ("requests", 0, MAX_CAPACITY), ("period_us", 1, MAX_PERIOD_US))
+        slot_us = max(self.period_us // HORIZON_SLOTS, 1)
+        exponent = min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT)
+        object.__setattr__(self, "exponent", exponent)
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens there can be at once."""
+        return self.requests
+
+
+AnyLimit = Limit | WindowLimit
+
+
+def _check_ranges(limit: object, *ranges: tuple[str, int, int]) -> None:
+    for name, low, high in ranges:
+        value = getattr(limit, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be {low} to {high}, not {value}")

@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
-LimitOfKey = Callable[[bytes], Limit | None]
+LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
 
 
@@ -40,7 +42,7 @@ class Store:
     def get(self, key: bytes) -> Bucket | None:
         return self._buckets.get(key)
 
-    def bucket(self, key: bytes, limit: Limit, now_us: int, *, replicated: bool = True) -> Bucket:
+    def bucket(self, key: bytes, limit: AnyLimit, now_us: int, *, replicated: bool = True) -> Bucket:
         """The bucket of `key`, created full when absent, enforcing `limit` from now on; O(1) unless the limit changed.
 
         Args:
@@ -48,7 +50,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = Bucket(key, limit, self.origin, now_us, self._journal if replicated else None)
+            bucket = _make_bucket(key, limit, self.origin, now_us, self._journal if replicated else None)
             self._buckets[key] = bucket
             self._sweep_order.append(bucket)
         elif bucket.limit is not limit and bucket.limit != limit:
@@ -96,3 +98,11 @@ class Store:
                 self._sweep_order.append(bucket)
         self.evicted += dropped
         return dropped
+
+
+def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: list[Bucket] | None) -> Bucket:
+    if isinstance(limit, Limit):
+        return TokenBucket(key, limit, origin, now_us, journal)
+    if limit.window is Window.FIXED:
+        return FixedWindow(key, limit, origin, now_us, journal)
+    return SlidingWindow(key, limit, origin, now_us, journal)

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import merge
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 
 MAX_ERROR_SHARE = 0.01
 """Of all requests. Each may or may not have been charged; with more of them the comparison says nothing."""
@@ -32,14 +33,14 @@ class OneBucket:
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
-        self._bucket: Bucket | None = None
+        self._bucket: TokenBucket | None = None
         self.admitted = 0
 
     def offer(self, at_s: float) -> None:
         """One request; instants may not go back."""
         at_us = round(at_s * 1_000_000)
         if self._bucket is None:
-            self._bucket = Bucket(b"one", self._limit, Origin("one", 1), at_us)
+            self._bucket = TokenBucket(b"one", self._limit, Origin("one", 1), at_us)
         self.admitted += self._bucket.take(1, at_us)
         self._bucket.seal(at_us)
 

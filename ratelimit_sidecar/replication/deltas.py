@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
+from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -126,7 +126,7 @@ def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -
     return applied
 
 
-def _read_base(base: pb.Base, limit: Limit | None) -> Base | None:
+def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:
     """The base, rescaled to the period of `limit`; rounded up, so that no debt is lost on the way."""
     if not 1 <= base.period_us <= MAX_PERIOD_US or base.remainder >= base.period_us:
         raise ProtocolError(Reason.BAD_BASE, f"a remainder of {base.remainder} in a period of {base.period_us} us")

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge, most_within
 
 REPLICAS = 3
@@ -18,7 +19,9 @@ LAG_S = 0.3
 def simulate(limit: Limit, *, seed: int, requests: int, mean_gap_s: float, delivered: bool) -> Verdict:
     """Random requests at random replicas; what one takes reaches each other after up to `LAG_S`, or never."""
     random = Random(seed)
-    replicas = [Bucket(b"demo", limit, Origin(f"replica-{number}", 1), 0, journal=[]) for number in range(REPLICAS)]
+    replicas = [
+        TokenBucket(b"demo", limit, Origin(f"replica-{number}", 1), 0, journal=[]) for number in range(REPLICAS)
+    ]
     one_bucket = OneBucket(limit)
     sent_at: list[list[float]] = [[] for _ in replicas]
     under_way: list[tuple[float, int, int, list[Entry]]] = []

@@ -10,9 +10,10 @@ from crdt.model import deficit_by_formula, most_over_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import SEAL_BATCH_SLOTS, Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_id, slot_middle_us
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE, ELSEWHERE = (Origin(node, 1) for node in ("here", "there", "elsewhere"))
@@ -45,7 +46,7 @@ def slot_refill(limit: Limit) -> int:
 @given(limits, takes, st.lists(st.booleans(), max_size=60))
 def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: Limit, history, seals) -> None:
     """P2, with sealing at any moment and a pause past the horizon in between."""
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, level, admitted = NOW_US, limit.ceiling, []
     for (gap_us, hits), seal in zip_longest(history, seals[: len(history)], fillvalue=False):
         now_us += gap_us
@@ -64,7 +65,7 @@ def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: Limit
 @given(limits, remote_slots)
 def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit: Limit, arrivals) -> None:
     limit = unforgiving(limit)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, events, heard = NOW_US, [], Counter()
     for gap_us, age_us, tokens, origin in arrivals:
         now_us += gap_us
@@ -81,7 +82,7 @@ def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula
     limit: Limit, history, arrivals
 ) -> None:
     limit = unforgiving(limit)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, events, heard = NOW_US, [], Counter()
     for (gap_us, hits), (_, age_us, tokens, origin) in zip(history, arrivals, strict=False):
         now_us += gap_us % 200_000
@@ -96,8 +97,8 @@ def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula
 
 @given(limits, takes, remote_slots, st.randoms(use_true_random=False))
 def test_replicas_that_heard_the_same_fold_to_the_same_bit(limit: Limit, own, remote, rng: random.Random) -> None:
-    here = Bucket(b"k", limit, HERE, NOW_US)
-    there = Bucket(b"k", limit, THERE, NOW_US)
+    here = TokenBucket(b"k", limit, HERE, NOW_US)
+    there = TokenBucket(b"k", limit, THERE, NOW_US)
     now_us = NOW_US
     for gap_us, hits in own:
         now_us += gap_us % 200_000
@@ -124,8 +125,8 @@ def test_replicas_that_heard_the_same_fold_to_the_same_bit(limit: Limit, own, re
 def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit: Limit, ours, theirs) -> None:
     """P4, for partitions inside the horizon and debt inside `max_debt`."""
     limit = unforgiving(limit)
-    here = Bucket(b"k", limit, HERE, NOW_US)
-    there = Bucket(b"k", limit, THERE, NOW_US)
+    here = TokenBucket(b"k", limit, HERE, NOW_US)
+    there = TokenBucket(b"k", limit, THERE, NOW_US)
     events = []
     for bucket, history in ((here, ours), (there, theirs)):
         now_us = NOW_US
@@ -144,8 +145,8 @@ def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit:
 
 @given(limits, remote_slots, st.integers(1, 60), st.lists(gaps, min_size=1, max_size=20))
 def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, burst: int, seal_gaps) -> None:
-    often = Bucket(b"k", limit, HERE, NOW_US)
-    never = Bucket(b"k", limit, HERE, NOW_US)
+    often = TokenBucket(b"k", limit, HERE, NOW_US)
+    never = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
     for _, age_us, tokens, origin in arrivals:
         entry = Entry(origin, slot_id(NOW_US - age_us, limit.exponent), tokens * burst)
@@ -160,7 +161,7 @@ def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, burs
 
 @given(limits, remote_slots, st.integers(1, 60))
 def test_the_live_level_follows_forgiveness_too(limit: Limit, arrivals, burst: int) -> None:
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, heard = NOW_US, Counter()
     for gap_us, age_us, tokens, origin in arrivals:
         now_us += gap_us
@@ -173,7 +174,7 @@ def test_the_live_level_follows_forgiveness_too(limit: Limit, arrivals, burst: i
 
 @given(limits, takes)
 def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
     for gap_us, hits in history:
         now_us += gap_us
@@ -182,7 +183,7 @@ def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
     later_us = now_us + 3 * limit.horizon_us
     assert bucket.is_idle(later_us)
     assert list(bucket.entries()) == []
-    assert bucket.fold(later_us) == Bucket(b"k", limit, HERE, later_us).fold(later_us) == 0
+    assert bucket.fold(later_us) == TokenBucket(b"k", limit, HERE, later_us).fold(later_us) == 0
 
 
 @given(limits, st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 20_000_000), st.integers(0, 20_000_000))
@@ -190,7 +191,7 @@ def test_joining_bases_is_commutative_and_idempotent(limit: Limit, a: int, b: in
     bases = [Base(limit.boundary_us(NOW_US - age), min(d, limit.debt_ceiling)) for d, age in ((a, a_age), (b, b_age))]
     folds = set()
     for order in (bases, bases[::-1], bases * 2):
-        bucket = Bucket(b"k", limit, HERE, NOW_US - 30_000_000)
+        bucket = TokenBucket(b"k", limit, HERE, NOW_US - 30_000_000)
         for base in order:
             bucket.merge_base(base, NOW_US)
         folds.add((bucket.base, bucket.fold(NOW_US)))
@@ -199,7 +200,7 @@ def test_joining_bases_is_commutative_and_idempotent(limit: Limit, a: int, b: in
 
 def test_debt_of_concurrent_takes_is_repaid_before_anything_is_admitted() -> None:
     limit = Limit(tokens=1, period_us=1_000_000, capacity=10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(10, NOW_US)
     bucket.merge([Entry(THERE, slot_id(NOW_US, limit.exponent), 10)], NOW_US)
     assert bucket.deficit == 20 * limit.period_us
@@ -208,7 +209,7 @@ def test_debt_of_concurrent_takes_is_repaid_before_anything_is_admitted() -> Non
 
 
 def test_a_change_of_limit_keeps_what_was_taken() -> None:
-    bucket = Bucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US)
+    bucket = TokenBucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US)
     assert bucket.take(8, NOW_US)
     bucket.set_limit(Limit(1, 2_000_000, 20), NOW_US)
     assert bucket.remaining == 12
@@ -219,7 +220,7 @@ def test_a_change_of_limit_keeps_what_was_taken() -> None:
 
 def test_a_change_of_limit_keeps_what_the_base_owes_in_tokens() -> None:
     limit = Limit(1, 100_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge_base(Base(limit.boundary_us(NOW_US), 40 * limit.period_us), NOW_US)
     owed_tokens = bucket.base.deficit // limit.period_us
     wider = Limit(3, 7_000_000, 20)
@@ -229,7 +230,7 @@ def test_a_change_of_limit_keeps_what_the_base_owes_in_tokens() -> None:
 
 def test_a_change_of_limit_opens_a_slot_of_the_new_width_and_back_again_no_count_falls() -> None:
     narrow, wide = Limit(1, 1_000_000, 100), Limit(1, 1_000_000, 1_000)
-    bucket = Bucket(b"k", narrow, HERE, NOW_US)
+    bucket = TokenBucket(b"k", narrow, HERE, NOW_US)
     for limit in (narrow, wide, narrow):
         bucket.set_limit(limit, NOW_US)
         assert bucket.take(2, NOW_US)
@@ -241,7 +242,7 @@ def test_a_change_of_limit_opens_a_slot_of_the_new_width_and_back_again_no_count
 
 def test_a_peers_base_counts_at_once_but_never_beyond_max_debt() -> None:
     limit = Limit(1, 1_000_000, 10, max_debt=3)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     boundary_us = limit.boundary_us(NOW_US)
     assert bucket.merge_base(Base(boundary_us, 10**15), NOW_US)
     assert bucket.base == Base(boundary_us, limit.debt_ceiling)
@@ -251,14 +252,14 @@ def test_a_peers_base_counts_at_once_but_never_beyond_max_debt() -> None:
 
 def test_a_bucket_that_still_owes_from_its_base_is_not_idle() -> None:
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge_base(Base(limit.boundary_us(NOW_US), limit.debt_ceiling), NOW_US)
     assert not bucket.is_idle(NOW_US)
     assert bucket.is_idle(NOW_US + bucket.full_in_us)
 
 
 def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() -> None:
-    bucket = Bucket(b"k", Limit(3, 1_000_000, 10), HERE, NOW_US)
+    bucket = TokenBucket(b"k", Limit(3, 1_000_000, 10), HERE, NOW_US)
     assert bucket.take(1, NOW_US)
     bucket.advance(NOW_US + bucket.full_in_us)
     assert bucket.deficit == 0
@@ -266,7 +267,7 @@ def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() 
 
 def test_only_slots_written_since_the_last_drain_are_reported() -> None:
     journal: list[Bucket] = []
-    bucket = Bucket(b"k", Limit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
+    bucket = TokenBucket(b"k", Limit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US + 1_000_000)
@@ -282,7 +283,7 @@ def test_only_slots_written_since_the_last_drain_are_reported() -> None:
 
 def test_a_count_that_was_heard_before_changes_nothing() -> None:
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     slot = slot_id(NOW_US, limit.exponent)
     assert bucket.merge([Entry(THERE, slot, 5)], NOW_US) == 1
     assert bucket.merge([Entry(THERE, slot, 5), Entry(THERE, slot, 3)], NOW_US) == 0
@@ -291,7 +292,7 @@ def test_a_count_that_was_heard_before_changes_nothing() -> None:
 
 def test_a_peer_cannot_write_entries_of_this_replica() -> None:
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(2, NOW_US)
     assert bucket.merge([Entry(HERE, slot_id(NOW_US, limit.exponent), 9)], NOW_US) == 0
     assert bucket.remaining == 8
@@ -299,7 +300,7 @@ def test_a_peer_cannot_write_entries_of_this_replica() -> None:
 
 def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     for age_us in (2 * limit.horizon_us, -2 * limit.horizon_us):
         assert bucket.merge([Entry(THERE, slot_id(NOW_US - age_us, limit.exponent), 9)], NOW_US) == 0
     assert bucket.remaining == 10
@@ -307,7 +308,7 @@ def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
 
 def test_an_entry_from_a_clock_slightly_ahead_counts_as_now() -> None:
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge([Entry(THERE, slot_id(NOW_US + 500_000, limit.exponent), 4)], NOW_US)
     assert bucket.remaining == 6
     bucket.advance(NOW_US + 1_000_000)
@@ -317,7 +318,7 @@ def test_an_entry_from_a_clock_slightly_ahead_counts_as_now() -> None:
 def test_a_base_from_a_clock_that_is_seconds_ahead_is_ignored() -> None:
     """Else a slot still being written would be sealed, and its count would start again below what peers were told."""
     limit = Limit(1, 1_000_000, 10)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(3, NOW_US)
     assert not bucket.merge_base(Base(NOW_US + limit.horizon_us, 5 * limit.period_us), NOW_US)
     assert bucket.take(1, NOW_US)
@@ -326,7 +327,7 @@ def test_a_base_from_a_clock_that_is_seconds_ahead_is_ignored() -> None:
 
 def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
     limit = Limit(1, 1_000_000, 10, max_debt=2)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     slot = slot_id(NOW_US, limit.exponent)
     bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
     later_us = NOW_US + limit.horizon_us + (2 << limit.exponent)
@@ -336,14 +337,14 @@ def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
 
 
 def test_a_local_bucket_notes_nothing_for_peers() -> None:
-    bucket = Bucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
+    bucket = TokenBucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
     assert bucket.take(1, NOW_US)
     assert bucket.drain_changed_slots() == []
 
 
 def test_slots_are_sealed_in_time_order_whoever_wrote_them() -> None:
     limit = Limit(1, 1_000_000, 10)
-    often, never = Bucket(b"k", limit, HERE, NOW_US), Bucket(b"k", limit, HERE, NOW_US)
+    often, never = TokenBucket(b"k", limit, HERE, NOW_US), TokenBucket(b"k", limit, HERE, NOW_US)
     early, late = (slot_id(NOW_US - age_us, limit.exponent) for age_us in (9_000_000, 1_000_000))
     for bucket in (often, never):
         bucket.merge([Entry(THERE, late, 30), Entry(ELSEWHERE, early, 5)], NOW_US)
@@ -355,7 +356,7 @@ def test_slots_are_sealed_in_time_order_whoever_wrote_them() -> None:
 
 def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgiven_what_it_did_not_owe() -> None:
     limit = Limit(5_000, 1_000_000, 5, max_debt=1)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     for burst_at_us in (NOW_US, NOW_US + limit.horizon_us):
         level = limit.ceiling
         for now_us in range(burst_at_us, burst_at_us + 60_000, 1_000):
@@ -368,7 +369,7 @@ def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgive
 
 def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> None:
     limit = Limit(1_000, 1_000_000, 100)
-    bucket = Bucket(b"k", limit, HERE, NOW_US)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     most = (limit.horizon_us >> limit.exponent) + SEAL_BATCH_SLOTS + 2
     for step in range(3 * most):
         now_us = NOW_US + (step << limit.exponent)
