@@ -7,7 +7,8 @@ sends faster than this node applies.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import grpc.aio
@@ -62,12 +63,18 @@ async def carry(
             if not reader.done():
                 await asyncio.wait([reader], timeout=linger_seconds)
             reader.cancel()
-    except Exception:
-        # A fault of this program ends this stream, and no other.
-        _log.exception("stream_failed", address=stream.address)
-        stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
     finally:
         stream.lost("the connection was closed", now_us())
+
+
+@contextmanager
+def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
+    """A fault of this program in dealing with a stream ends that stream, and no other."""
+    try:
+        yield
+    except Exception:
+        _log.exception("stream_failed", address=stream.address)
+        stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
 
 
 async def _read(call: Call, stream: Stream, now_us: Callable[[], int], on_heard: Callable[[], None]) -> None:
@@ -83,14 +90,17 @@ async def _read(call: Call, stream: Stream, now_us: Callable[[], int], on_heard:
         if raw is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        stream.receive(raw, now_us())
+        with _faults_of(stream, now_us):
+            stream.receive(raw, now_us())
         on_heard()
 
 
 async def _write(call: Call, stream: Stream, woken: asyncio.Event, now_us: Callable[[], int]) -> None:
     while True:
         woken.clear()
-        frame = stream.next_frame(now_us())
+        frame = None
+        with _faults_of(stream, now_us):
+            frame = stream.next_frame(now_us())
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):

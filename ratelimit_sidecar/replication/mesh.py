@@ -180,9 +180,7 @@ class Mesh:
         except RuntimeError as error:
             await server.stop(None)
             # The C core logs the cause to stderr and keeps it from its caller.
-            raise OSError(
-                f"cannot listen for peers on {self._listen}: the address is taken, or is none of this machine's"
-            ) from error
+            raise OSError("the address is taken, or is none of this machine's") from error
         await server.start()
         self._server = server
         self.bound_address = f"{self._listen.rpartition(':')[0]}:{port}"
@@ -198,8 +196,12 @@ class Mesh:
                 for task in running:
                     task.cancel()
         finally:
-            if self._server is not None:
-                await self._server.stop(None)
+            await self.close()
+
+    async def close(self) -> None:
+        """Free the listener. `run` does so when it ends: this is for who has called `start` and cannot `run`."""
+        if self._server is not None:
+            await self._server.stop(None)
 
     def stop(self) -> None:
         """Let `run` tell the connected peers what they have yet to hear, say goodbye and return: at most 3 s."""

@@ -251,6 +251,7 @@ class Stream:
             if self.peer is not None:
                 self.peer.protocol_errors[error.reason] += 1
         self._leave(str(error), now_us)
+        self.wake()
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
         """Say Goodbye; from now on nothing is sent but that, and nothing heard."""
@@ -262,6 +263,7 @@ class Stream:
         """The connection is gone. To be called once for every stream, however it ended."""
         self._session.lost()
         self._leave(why, now_us)
+        self.wake()
 
     def _handle(self, event: Event, now_us: int) -> None:
         match event:

@@ -1,0 +1,75 @@
+"""Nodes, keys and limits for the tests of the mesh."""
+
+from __future__ import annotations
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
+from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+
+NOW_US = 1_790_000_000_000_000
+SECOND_US = 1_000_000
+
+PER_USER = Limit(10, SECOND_US, 1_000)
+"""Slots of 2 s, a horizon of 134 s: nothing is sealed during a test."""
+
+PER_TEAM = Limit(1_000, SECOND_US, 200)
+"""The narrowest slots and the shortest horizon, 10 s."""
+
+
+def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM) -> Rules:
+    """A limit for each value of `user` and of `team`, and for each `pod` one that is not shared."""
+    return _rules(Rule("user", user), Rule("team", team), Rule("pod", PER_USER, consistency=Consistency.LOCAL))
+
+
+def _rules(*rules: Rule) -> Rules:
+    return Rules({"api": RuleNode(key_only={rule.name: RuleNode(rule) for rule in rules})})
+
+
+RULES = rules_with()
+
+ELSEWHERE = _rules(Rule("nobody", PER_USER))
+"""What only other nodes have a rule for."""
+
+
+def key_of(value: str, key: str = "user", rules: Rules = RULES) -> bytes:
+    return _match(value, key, rules).bucket_key
+
+
+def _match(value: str, key: str, rules: Rules) -> Match:
+    found = rules.match("api", [(key, value)])
+    assert found is not None
+    return found
+
+
+def node(name: str, incarnation: int = 1, *, region: str = "") -> Local:
+    return Local(Origin(name, incarnation), region or f"region of {name}", "0")
+
+
+def store_of(local: Local, rules: Rules = RULES) -> Store:
+    return Store(local.origin, rules.replicated_limit_of_key)
+
+
+def bucket_of(store: Store, value: str, now_us: int, key: str = "user", rules: Rules = RULES) -> Bucket:
+    found = _match(value, key, rules)
+    assert found.rule.limit is not None
+    is_replicated = found.rule.consistency is not Consistency.LOCAL
+    return store.bucket(found.bucket_key, found.rule.limit, now_us, replicated=is_replicated)
+
+
+def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") -> Bucket:
+    """Take from the bucket of that value, which must hold as much."""
+    bucket = bucket_of(store, value, now_us, key)
+    assert bucket.take(hits, now_us)
+    return bucket
+
+
+def frame(**kind: object) -> bytes:
+    """A frame as a peer would send it: `frame(ack=pb.Ack(sequence=1))`."""
+    return pb.Frame(**kind).SerializeToString()
+
+
+def kind_of(raw: bytes | None) -> str | None:
+    return None if raw is None else pb.Frame.FromString(raw).WhichOneof("kind")

@@ -1,0 +1,219 @@
+"""Buckets' state on the wire."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+from replication.builders import ELSEWHERE, NOW_US, PER_TEAM, PER_USER, key_of, node, store_of, take
+
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.replication.deltas import (
+    MAX_KEY_BYTES,
+    MAX_SLOT_TOKENS,
+    MAX_TIME_US,
+    DeltasWriter,
+    apply_deltas,
+)
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
+
+A, B = node("a").origin, node("b").origin
+KEY = key_of("ann")
+
+origins = st.builds(Origin, st.sampled_from(["a", "c", "é"]), st.integers(1, 2**64 - 1)) | st.just(A)
+slots = st.builds(slot_id, st.integers(0, MAX_TIME_US - 1), st.integers(MIN_EXPONENT, MAX_EXPONENT))
+entries = st.lists(
+    st.builds(Entry, origins, slots, st.integers(1, MAX_SLOT_TOKENS)),
+    max_size=40,
+    unique_by=lambda entry: (entry.origin, entry.slot),
+)
+
+
+class Recorder(Store):
+    """Keeps what it is told, in place of joining it."""
+
+    def __init__(self, limit: Limit | None = PER_USER) -> None:
+        super().__init__(B, lambda key: limit)
+        self.told: list[tuple[bytes, Base | None, list[Entry]]] = []
+
+    def merge(self, key, base, entries, now_us):  # type: ignore[no-untyped-def]
+        self.told.append((key, base, list(entries)))
+        return True
+
+
+def sent(bucket: Bucket, base: Base | None, entries: list[Entry]) -> pb.Deltas:
+    writer = DeltasWriter(A)
+    writer.add(bucket, base, entries)
+    assert writer.entries == len(entries)
+    return pb.Frame.FromString(writer.frame.SerializeToString()).deltas
+
+
+def one_run(**fields: object) -> pb.Deltas:
+    run = pb.SlotRun(**{"exponent": MIN_EXPONENT, "slots": [1], "tokens": [1], **fields})
+    return pb.Deltas(buckets=[pb.BucketDelta(key=KEY, runs=[run])])
+
+
+def assert_refused(deltas: pb.Deltas, reason: Reason, store: Store | None = None) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        apply_deltas(store or store_of(node("b")), deltas, A, NOW_US)
+    assert caught.value.reason is reason
+
+
+@given(entries)
+def test_entries_arrive_as_they_were_sent(sent_entries: list[Entry]) -> None:
+    store = Recorder()
+    applied = apply_deltas(store, sent(TokenBucket(KEY, PER_USER, A, NOW_US), None, sent_entries), A, NOW_US)
+    [(key, base, received)] = store.told
+    assert (key, base) == (KEY, None)
+    assert sorted(received) == sorted(sent_entries)
+    assert applied.entries == len(sent_entries)
+
+
+@given(st.integers(0, 2**60), st.integers(0, MAX_TIME_US))
+def test_a_base_arrives_as_it_was_sent_between_nodes_with_one_limit(deficit: int, boundary_us: int) -> None:
+    store = Recorder()
+    base = Base(boundary_us, deficit)
+    apply_deltas(store, sent(TokenBucket(KEY, PER_USER, A, NOW_US), base, []), A, NOW_US)
+    assert store.told == [(KEY, base, [])]
+
+
+def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
+    limit = Limit(1, MAX_PERIOD_US, 2**40, max_debt=1024)
+    store = Recorder(limit)
+    base = Base(NOW_US, limit.debt_ceiling)
+    apply_deltas(store, sent(TokenBucket(KEY, limit, A, NOW_US), base, []), A, NOW_US)
+    assert store.told == [(KEY, base, [])]
+
+
+@given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(0, 10**12))
+def test_a_base_is_rescaled_to_the_receivers_limit_rounding_up(
+    their_period: int, our_period: int, deficit: int
+) -> None:
+    # A prime number of tokens, so that no period is reduced.
+    theirs, ours = (Limit(10_000_019, period_us, 100) for period_us in (their_period, our_period))
+    store = Recorder(ours)
+    apply_deltas(store, sent(TokenBucket(KEY, theirs, A, NOW_US), Base(NOW_US, deficit), []), A, NOW_US)
+    [(_, base, _)] = store.told
+    assert base is not None
+    assert 0 <= base.deficit * their_period - deficit * our_period < their_period
+
+
+def test_a_run_of_consecutive_slots_takes_a_byte_a_slot_beside_the_counts() -> None:
+    first = NOW_US >> MIN_EXPONENT
+    history = [Entry(A, (first + index) << MIN_EXPONENT | MIN_EXPONENT, 9) for index in range(600)]
+    bucket = TokenBucket(KEY, PER_TEAM, A, NOW_US)
+    added = sent(bucket, None, history).ByteSize() - sent(bucket, None, history[:101]).ByteSize()
+    assert added <= 2 * 499 + 2
+
+
+def test_a_typical_delta_is_less_than_twenty_bytes_beside_its_key() -> None:
+    store = store_of(node("a"))
+    bucket = take(store, "ann", 3, NOW_US)
+    delta = sent(bucket, None, list(bucket.own_entries(bucket.drain_changed_slots())))
+    assert delta.ByteSize() - len(KEY) < 20
+
+
+def test_a_count_larger_than_any_real_one_is_sent_as_the_largest() -> None:
+    store = Recorder()
+    huge = Entry(A, slot_id(NOW_US, MIN_EXPONENT), MAX_SLOT_TOKENS * 2)
+    apply_deltas(store, sent(TokenBucket(KEY, PER_USER, A, NOW_US), None, [huge]), A, NOW_US)
+    assert store.told[0][2] == [huge._replace(tokens=MAX_SLOT_TOKENS)]
+
+
+def test_joining_a_peers_deltas_makes_the_bucket_known_here_too() -> None:
+    ours, theirs = store_of(node("b")), store_of(node("a"))
+    bucket = take(theirs, "ann", 400, NOW_US)
+    apply_deltas(ours, sent(bucket, None, list(bucket.entries())), A, NOW_US)
+    known = ours.get(KEY)
+    assert known is not None
+    assert known.remaining == 600
+
+
+@pytest.mark.parametrize(
+    "key", [key_of("ann", "nobody", ELSEWHERE), key_of("ann", "pod")], ids=["no rule", "a local rule"]
+)
+def test_a_bucket_that_no_replicated_rule_knows_is_left_out_and_counted(key: bytes) -> None:
+    store = store_of(node("b"))
+    base = pb.Base(boundary_us=NOW_US, tokens=1, period_us=1)
+    deltas = pb.Deltas(buckets=[pb.BucketDelta(key=key, base=base), *one_run().buckets])
+    assert apply_deltas(store, deltas, A, NOW_US).unknown_keys == 1
+    assert [bucket.key for bucket in store] == [KEY]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [b"", b"\x05", KEY[:-1], KEY + b"\x00", KEY + b"\x09\x00\x00", KEY[:-3] + b"\xff" * 3, bytes(MAX_KEY_BYTES + 1)],
+    ids=["empty", "cut short", "a byte short", "a byte long", "unknown kind", "not UTF-8", "too long"],
+)
+def test_what_is_no_buckets_name_is_refused(key: bytes) -> None:
+    assert_refused(pb.Deltas(buckets=[pb.BucketDelta(key=key)]), Reason.BAD_KEY)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exponent": MIN_EXPONENT - 1},
+        {"exponent": MAX_EXPONENT + 1},
+        {"slots": [5, 0], "tokens": [1, 1]},
+        {"slots": [1, 2]},
+        {"tokens": [1, 2]},
+        {"tokens": [0]},
+        {"tokens": [MAX_SLOT_TOKENS + 1]},
+        {"slots": [(MAX_TIME_US >> MIN_EXPONENT) + 1]},
+        {"slots": [1, 2**64 - 1], "tokens": [1, 1]},
+    ],
+    ids=[
+        "too narrow",
+        "too wide",
+        "a slot twice",
+        "a slot without a count",
+        "a count without a slot",
+        "no tokens",
+        "too many tokens",
+        "after the end of time",
+        "far after it",
+    ],
+)
+def test_a_slot_out_of_bounds_is_refused(fields: dict[str, object]) -> None:
+    assert_refused(one_run(**fields), Reason.BAD_SLOT)
+
+
+def test_a_slot_of_an_origin_that_is_not_listed_is_refused() -> None:
+    assert_refused(one_run(origin=1), Reason.MALFORMED)
+
+
+@pytest.mark.parametrize("origin", [pb.Origin(node="", incarnation=1), pb.Origin(node="c")], ids=["no node", "no life"])
+def test_an_origin_must_name_a_node_and_its_life(origin: pb.Origin) -> None:
+    assert_refused(pb.Deltas(origins=[origin]), Reason.MALFORMED)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        pb.Base(boundary_us=1, tokens=1),
+        pb.Base(boundary_us=1, remainder=5, period_us=5),
+        pb.Base(boundary_us=1, period_us=MAX_PERIOD_US + 1),
+        pb.Base(boundary_us=MAX_TIME_US + 1, period_us=1),
+    ],
+    ids=["no period", "a remainder of a period", "too long a period", "after the end of time"],
+)
+def test_a_base_out_of_bounds_is_refused(base: pb.Base) -> None:
+    assert_refused(pb.Deltas(buckets=[pb.BucketDelta(key=KEY, base=base)]), Reason.BAD_BASE)
+
+
+@given(st.binary(max_size=200))
+def test_whatever_parses_is_applied_or_refused(raw: bytes) -> None:
+    with suppress(DecodeError, ProtocolError):
+        apply_deltas(store_of(node("b")), pb.Deltas.FromString(raw), A, NOW_US)
+
+
+def test_the_largest_key_fits_into_a_frame() -> None:
+    assert MAX_KEY_BYTES < MAX_FRAME_BYTES // 2

@@ -1,0 +1,437 @@
+"""Meshes of several nodes in one process, over real gRPC on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from replication.builders import bucket_of, frame, key_of, node, store_of, take
+from tenacity import RetryCallState
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication import mesh
+from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.replicator import FORGET_US, BatchTracer
+from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES
+
+METHOD = "/ratelimit_sidecar.replication.v1.Replication/Sync"
+
+TIMEOUT_SECONDS = 10
+"""For anything that is waited for; it takes milliseconds, or a few redials."""
+
+
+def now_us() -> int:
+    return time.time_ns() // 1_000
+
+
+def free_addresses(how_many: int) -> list[str]:
+    """Loopback addresses that nobody listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(how_many)]
+    try:
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+class Sidecar:
+    """A store and its mesh."""
+
+    def __init__(self, mesh: Mesh, store: Store, task: asyncio.Task[None]) -> None:
+        self.mesh = mesh
+        self.store = store
+        self.task = task
+
+    def take(self, value: str, hits: int) -> Bucket:
+        return take(self.store, value, hits, now_us())
+
+    def tokens(self, value: str) -> int:
+        """What this node knows to have been taken."""
+        return sum(entry.tokens for entry in bucket_of(self.store, value, now_us()).entries())
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await self.mesh.until(condition)
+
+    async def knows(self, value: str, tokens: int) -> None:
+        await self.until(lambda: self.tokens(value) == tokens)
+
+    def peer(self, name: str) -> PeerStatus | None:
+        return next((status for status in self.mesh.status() if status.node == name), None)
+
+    async def connected_to(self, name: str) -> None:
+        await self.until(lambda: (status := self.peer(name)) is not None and status.connected)
+
+    async def stop(self) -> None:
+        """As on SIGTERM."""
+        self.mesh.stop()
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await self.task
+
+    async def kill(self) -> None:
+        """As by SIGKILL: connections break without a word."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+@asynccontextmanager
+async def sidecar(
+    name: str,
+    *,
+    incarnation: int = 1,
+    listen: str | None = "127.0.0.1:0",
+    peers: Sequence[str] = (),
+    store: Store | None = None,
+    tracer: BatchTracer | None = None,
+    clock: Callable[[], int] = now_us,
+) -> AsyncIterator[Sidecar]:
+    local = node(name, incarnation)
+    own = store_of(local) if store is None else store
+    own_mesh = Mesh(
+        origin=local.origin,
+        region=local.region,
+        version="0",
+        store=own,
+        now_us=clock,
+        peers=peers,
+        listen=listen,
+        tracer=tracer,
+    )
+    await own_mesh.start()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(own_mesh.run())
+            yield Sidecar(own_mesh, own, task)
+            task.cancel()
+    finally:
+        # A test may be over before the task has begun.
+        await own_mesh.close()
+
+
+def address_of(each: Sidecar) -> str:
+    assert each.mesh.bound_address is not None
+    return each.mesh.bound_address
+
+
+async def test_three_nodes_with_one_list_of_peers_that_contains_themselves_share_what_they_take() -> None:
+    addresses = free_addresses(3)
+    async with AsyncExitStack() as stack:
+        nodes = [
+            await stack.enter_async_context(sidecar(name, listen=listen, peers=addresses))
+            for name, listen in zip("abc", addresses, strict=True)
+        ]
+        for each in nodes:
+            assert await each.mesh.joined(TIMEOUT_SECONDS)
+        for hits, each in enumerate(nodes, start=1):
+            each.take("ann", hits * 100)
+        for each in nodes:
+            await each.knows("ann", 600)
+            assert sorted(status.node for status in each.mesh.status()) == sorted(set("abc") - {node_of(each)})
+        at_us = now_us() + 1_000_000
+        assert len({bucket_of(each.store, "ann", at_us).fold(at_us) for each in nodes}) == 1
+
+
+def node_of(each: Sidecar) -> str:
+    return each.store.origin.node
+
+
+async def test_a_killed_node_gets_back_what_it_had_taken_and_the_others_go_on() -> None:
+    addresses = free_addresses(3)
+    async with AsyncExitStack() as stack:
+        a, b, c = [
+            await stack.enter_async_context(sidecar(name, listen=listen, peers=addresses))
+            for name, listen in zip("abc", addresses, strict=True)
+        ]
+        for each in (a, b, c):
+            assert await each.mesh.joined(TIMEOUT_SECONDS)
+        a.take("ann", 700)
+        await b.knows("ann", 700)
+        await a.kill()
+        b.take("ann", 50)
+        await c.knows("ann", 750)
+        a = await stack.enter_async_context(sidecar("a", incarnation=2, listen=addresses[0], peers=addresses))
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert a.tokens("ann") == 750
+        a.take("ann", 10)
+        await b.knows("ann", 760)
+        status = b.peer("a")
+        assert status is not None
+        assert status.reconnects == 1
+
+
+async def test_a_peer_that_only_dials_in_is_told_everything_too() -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        a.take("ann", 5)
+        b.take("ann", 7)
+        await b.knows("ann", 12)
+        await a.knows("ann", 12)
+
+
+async def test_a_peer_that_is_not_there_is_listed_by_its_address_and_found_when_it_comes() -> None:
+    [address] = free_addresses(1)
+    async with sidecar("a", peers=[address]) as a:
+        a.take("ann", 5)
+        # It cannot be reached: nothing to wait for.
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        [status] = a.mesh.status()
+        assert (status.node, status.address, status.connected) == ("", address, False)
+        assert status.last_error.startswith("UNAVAILABLE")
+        await a.until(lambda: a.mesh.status()[0].lag_seconds > 0)
+        async with sidecar("b", listen=address) as b:
+            await b.knows("ann", 5)
+            [status] = a.mesh.status()
+            assert (status.node, status.address, status.connected) == ("b", address, True)
+
+
+async def test_a_node_whose_address_has_passed_to_another_one_is_forgotten_in_time() -> None:
+    [address] = free_addresses(1)
+    jump_us = 0
+    async with sidecar("a", peers=[address], clock=lambda: now_us() + jump_us) as a:
+        async with sidecar("b", listen=address):
+            await a.connected_to("b")
+        async with sidecar("c", listen=address):
+            await a.connected_to("c")
+            assert {status.node for status in a.mesh.status()} == {"b", "c"}
+            jump_us = FORGET_US
+            await a.until(lambda: {status.node for status in a.mesh.status()} == {"c"})
+
+
+async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        async with sidecar("a", peers=[f"127.0.0.1:{mute.getsockname()[1]}"]) as a:
+            assert not await a.mesh.joined(0.05)
+
+
+async def test_a_peer_that_dies_is_missed_at_once_where_its_connection_breaks() -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        await b.kill()
+        await a.until(lambda: (status := a.peer("b")) is not None and not status.connected)
+        # Which of the two is said is a race in gRPC; a peer that vanished without closing would have been "silent".
+        assert a.mesh.status()[0].last_error in {"the peer hung up", "the connection was closed"}
+
+
+async def test_an_address_that_does_not_answer_is_dialled_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: dict[str, float] = {}
+    dials: list[int] = []
+
+    def wait(**given: float) -> Callable[[RetryCallState], float]:
+        bounds.update(given)
+        # The wait's bound doubles with the number of dials.
+        return lambda state: dials.append(state.attempt_number) or 0.0
+
+    monkeypatch.setattr(mesh, "wait_random_exponential", wait)
+    async with sidecar("a", peers=free_addresses(1)) as a:
+        await a.until(lambda: len(dials) >= 3)
+    assert bounds == {"multiplier": mesh.FIRST_REDIAL_SECONDS, "max": mesh.MAX_REDIAL_SECONDS}
+    assert dials[:3] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"\xff\xff", "malformed"),
+        (bytes(MAX_FRAME_BYTES + 1), "too_large"),
+        (frame(ack=pb.Ack(sequence=1)), "unexpected"),
+        (frame(hello=pb.Hello(node="x", incarnation=1)), "version"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_stream_of_garbage_is_closed_with_the_reason_and_counted_and_the_others_go_on(
+    sent: bytes, reason: str
+) -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        async with grpc.aio.insecure_channel(address_of(a)) as channel:
+            call = channel.stream_stream(METHOD)()
+            await call.write(sent)
+            received = await read_all(call)
+            assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert (await call.details()).startswith(f"{reason}: ")
+        assert received[-1].goodbye.reason == reason
+        assert a.mesh.protocol_errors == {reason: 1}
+        b.take("ann", 7)
+        await a.knows("ann", 7)
+        status = a.peer("b")
+        assert status is not None
+        assert (status.connected, status.protocol_errors) == (True, {})
+
+
+async def read_all(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> list[pb.Frame]:
+    """Every frame until the other end closes the stream, whatever the status."""
+    received = []
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        try:
+            while (raw := await call.read()) is not grpc.aio.EOF:
+                received.append(pb.Frame.FromString(raw))
+        except grpc.aio.AioRpcError:
+            pass
+    return received
+
+
+async def test_a_frame_that_no_peer_would_send_is_refused_by_grpc_itself() -> None:
+    async with sidecar("a") as a, grpc.aio.insecure_channel(address_of(a)) as channel:
+        call = channel.stream_stream(METHOD)()
+        await call.write(bytes(8 * MAX_FRAME_BYTES))
+        await read_all(call)
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@asynccontextmanager
+async def broken_peer(answer: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A listener that answers every stream with a broken frame: its address, and the goodbyes it was told."""
+    goodbyes = []
+
+    async def sync(_requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await context.write(answer)
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            said = pb.Frame.FromString(raw)
+            if said.HasField("goodbye"):
+                goodbyes.append(said.goodbye.reason)
+                return
+
+    server = grpc.aio.server()
+    service, _, method = METHOD[1:].partition("/")
+    handler = grpc.stream_stream_rpc_method_handler(sync)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", goodbyes
+    finally:
+        await server.stop(None)
+
+
+async def test_a_dialled_peer_that_sends_garbage_is_told_why_counted_and_dialled_again() -> None:
+    async with (
+        broken_peer(b"\xff\xff") as (address, goodbyes),
+        sidecar("b") as b,
+        sidecar("a", peers=[address, address_of(b)]) as a,
+    ):
+        await a.until(lambda: a.mesh.protocol_errors.get("malformed", 0) >= 3)
+        assert set(goodbyes) == {"malformed"}
+        unreached = next(status for status in a.mesh.status() if status.node == "")
+        assert unreached.address == address
+        assert unreached.last_error == "malformed: not a Frame"
+        assert unreached.protocol_errors["malformed"] >= 2
+        b.take("ann", 7)
+        await a.knows("ann", 7)
+
+
+async def test_two_live_sidecars_with_one_node_id_are_told_apart_by_an_error() -> None:
+    async with (
+        sidecar("a") as a,
+        sidecar("b", incarnation=1, listen=None, peers=[address_of(a)]) as b,
+    ):
+        await a.connected_to("b")
+        async with sidecar("b", incarnation=2, listen=None, peers=[address_of(a)]) as namesake:
+            await namesake.until(lambda: namesake.mesh.status()[0].last_error != "")
+            assert "duplicate_node: two live sidecars have the node id 'b'" in namesake.mesh.status()[0].last_error
+        b.take("ann", 7)
+        await a.knows("ann", 7)
+
+
+class FaultyStore(Store):
+    """Fails to merge, once."""
+
+    has_failed = False
+
+    def merge(self, *args: object) -> bool:
+        if not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("a bug")
+        return super().merge(*args)  # type: ignore[arg-type]
+
+
+async def test_a_fault_of_this_program_ends_one_stream_is_counted_and_the_peer_comes_back() -> None:
+    local = node("a")
+    faulty = FaultyStore(local.origin, store_of(local).limit_of_key)
+    async with sidecar("a", store=faulty) as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        b.take("ann", 7)
+        await a.knows("ann", 7)
+        assert a.mesh.protocol_errors == {"internal": 1}
+        await b.until(lambda: b.mesh.status()[0].last_error != "")
+        assert b.mesh.status()[0].last_error == "the peer closed the stream: internal: the node's log says more"
+
+
+async def test_a_draining_node_first_tells_what_it_has_taken_and_then_says_goodbye() -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        a.take("ann", 5)
+        await a.stop()
+        assert b.tokens("ann") == 5
+        await b.until(lambda: (status := b.peer("a")) is not None and not status.connected)
+        assert b.mesh.status()[0].last_error == "the peer closed the stream: draining: the sidecar is shutting down"
+        assert a.mesh.protocol_errors == b.mesh.protocol_errors == {}
+
+
+async def test_a_node_without_peers_stops_at_once() -> None:
+    async with sidecar("a", listen=None) as a:
+        a.take("ann", 1)
+        async with asyncio.timeout(0.5):
+            await a.stop()
+        assert a.store.drain_changes() == []
+
+
+class Tracer:
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Sequence[bytes]]] = []
+        self.ended = asyncio.Event()
+
+    def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes]) -> Tracer | None:
+        if not bucket_keys:
+            return None
+        self.sent.append((peer_node, bucket_keys))
+        return self
+
+    def end(self) -> None:
+        self.ended.set()
+
+
+async def test_a_batch_is_traced_until_the_peer_has_applied_it() -> None:
+    tracer = Tracer()
+    async with sidecar("a", tracer=tracer) as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        a.take("ann", 5)
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await tracer.ended.wait()
+        assert b.tokens("ann") == 5
+        assert tracer.sent == [("b", (key_of("ann"),))]
+
+
+async def test_a_peers_status_has_its_clock_and_its_lag() -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await a.connected_to("b")
+        a.take("ann", 5)
+        await b.knows("ann", 5)
+        await a.until(lambda: (status := a.peer("b")) is not None and 0 < status.lag_seconds < 2)
+        status = a.peer("b")
+        assert status is not None
+        assert status.region == "region of b"
+        assert status.address.startswith("ipv4:127.0.0.1:")
+        assert status.clock_offset_seconds is not None
+        assert abs(status.clock_offset_seconds) < 1
+
+
+async def test_an_address_that_is_taken_is_named() -> None:
+    async with sidecar("a") as a:
+        with pytest.raises(OSError, match="the address is taken"):
+            async with sidecar("b", listen=address_of(a)):
+                pass
+
+
+async def test_a_peers_list_may_name_an_address_twice() -> None:
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)] * 2) as b:
+        await b.connected_to("a")
+        assert len(b.mesh.status()) == 1

@@ -1,0 +1,362 @@
+"""What a peer has yet to hear: its bounds, its order, and the lag it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from replication.builders import NOW_US, PER_TEAM, PER_USER, SECOND_US, key_of, node, store_of, take
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MIN_EXPONENT
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.deltas import apply_deltas
+from ratelimit_sidecar.replication.outbox import (
+    MAX_BATCH_BUCKETS,
+    MAX_BATCH_BYTES,
+    MAX_BATCH_ENTRIES,
+    MAX_UNACKNOWLEDGED,
+    Batch,
+    Outbox,
+)
+
+A, B, C = (node(name) for name in "abc")
+MS = 1_000
+
+
+def note(outbox: Outbox, store: Store, created_us: int = NOW_US) -> None:
+    """Move what the store's journal holds into the outbox."""
+    for bucket, slots in store.drain_changes():
+        outbox.note(bucket, slots, created_us)
+
+
+def opened(store: Store) -> Outbox:
+    """An outbox whose peer has heard the full state already."""
+    store.drain_changes()
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    for _ in drained(outbox):
+        pass
+    return outbox
+
+
+def drained(outbox: Outbox, now_us: int = NOW_US) -> Iterator[Batch]:
+    """Every batch there is, each acknowledged at once."""
+    while (batch := outbox.take_batch(now_us)) is not None:
+        yield batch
+        assert outbox.acknowledged(now_us) is batch
+
+
+def fill(store: Store, buckets: int) -> None:
+    for index in range(buckets):
+        take(store, f"user {index}", 1, NOW_US)
+
+
+def large_bucket(store: Store) -> Bucket:
+    """30 origins with takes in every slot of the horizon."""
+    bucket = take(store, "ann", 1, NOW_US, key="team")
+    slots = [slot_id(NOW_US - (index << MIN_EXPONENT), MIN_EXPONENT) for index in range(600)]
+    for origin in range(30):
+        bucket.merge([Entry(Origin(f"node {origin}", 1), slot, 1) for slot in slots], NOW_US)
+    return bucket
+
+
+def told(batches: Iterator[Batch] | list[Batch]) -> Store:
+    """A peer's store after these batches."""
+    store = store_of(B)
+    for batch in batches:
+        apply_deltas(store, batch.frame.deltas, A.origin, NOW_US)
+    return store
+
+
+def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    for _ in range(500):
+        take(store, "ann", 1, NOW_US)
+        note(outbox, store)
+    assert outbox.pending_buckets == 1
+    [batch] = drained(outbox)
+    assert batch.entries == 1
+    assert list(told([batch]).get(key_of("ann")).entries()) == [  # type: ignore[union-attr]
+        Entry(A.origin, slot_id(NOW_US, PER_USER.exponent), 500)
+    ]
+
+
+def test_what_is_taken_after_a_change_was_noted_goes_along_with_it() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store)
+    take(store, "ann", 1, NOW_US)
+    assert told(list(drained(outbox))).get(key_of("ann")).remaining == 998  # type: ignore[union-attr]
+
+
+def test_the_oldest_changes_go_first() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    for index, name in enumerate(["ann", "bob", "ann", "cid"]):
+        take(store, name, 1, NOW_US)
+        note(outbox, store, NOW_US + index)
+    [batch] = drained(outbox)
+    assert batch.bucket_keys == (key_of("ann"), key_of("bob"), key_of("cid"))
+    assert batch.created_us == NOW_US
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["full state", "changes"])
+def test_a_batch_is_bounded_in_buckets(changed: bool) -> None:
+    store = store_of(A)
+    outbox = opened(store) if changed else Outbox(store, None)
+    fill(store, 2 * MAX_BATCH_BUCKETS + 1)
+    if changed:
+        note(outbox, store)
+    else:
+        outbox.open(B.origin)
+    batches = list(drained(outbox))
+    assert [len(batch.bucket_keys) for batch in batches] == [MAX_BATCH_BUCKETS, MAX_BATCH_BUCKETS, 1]
+    assert len(told(batches)) == 2 * MAX_BATCH_BUCKETS + 1
+
+
+def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    names = [f"{index}{'x' * 30_000}" for index in range(5)]
+    for name in names:
+        take(store, name, 1, NOW_US)
+    note(outbox, store)
+    batches = list(drained(outbox))
+    assert [len(batch.bucket_keys) for batch in batches] == [3, 2]
+    assert all(batch.frame.ByteSize() < 2 * MAX_BATCH_BYTES for batch in batches)
+
+
+def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
+    store = store_of(A)
+    bucket = large_bucket(store)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    batches = list(drained(outbox))
+    assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
+    assert [batch.ends_full_state for batch in batches] == [False] * (len(batches) - 1) + [True]
+    copy = told(batches).get(bucket.key)
+    assert copy is not None
+    assert sorted(copy.entries()) == sorted(bucket.entries())
+
+
+def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
+    store = store_of(A)
+    large_bucket(store)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    outbox.take_batch(NOW_US)
+    assert outbox.pending_buckets == 1
+    outbox.close()
+    assert outbox.pending_buckets == 0
+
+
+def test_no_more_than_a_few_batches_are_on_their_way() -> None:
+    store = store_of(A)
+    outbox = Outbox(store, None)
+    fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
+    outbox.open(B.origin)
+    assert all(outbox.take_batch(NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
+    assert outbox.take_batch(NOW_US) is None
+    outbox.acknowledged(NOW_US)
+    assert outbox.take_batch(NOW_US) is not None
+
+
+def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases() -> None:
+    store = store_of(A)
+    bucket = take(store, "ann", 900, NOW_US)
+    bucket.merge([Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1_500)], NOW_US)
+    later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
+    bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    [batch] = drained(outbox, later_us)
+    peers = store_of(B)
+    apply_deltas(peers, batch.frame.deltas, A.origin, later_us)
+    copy = peers.get(key_of("ann"))
+    assert copy is not None
+    assert bucket.base.deficit > 0
+    assert copy.base == bucket.base
+    assert copy.fold(later_us) == bucket.fold(later_us)
+
+
+def test_a_peer_is_not_told_what_it_took_itself() -> None:
+    store = store_of(A)
+    store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    [batch] = drained(outbox)
+    assert batch.entries == 0
+
+
+def test_an_earlier_life_of_the_peer_is_told_of() -> None:
+    store = store_of(A)
+    store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    [batch] = drained(outbox)
+    assert batch.entries == 1
+
+
+def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
+    outbox = Outbox(store_of(A), None)
+    outbox.open(B.origin)
+    [batch] = drained(outbox)
+    assert batch.ends_full_state
+    assert batch.frame.deltas.ends_full_state
+    assert not batch.bucket_keys
+
+
+def test_local_buckets_are_not_part_of_it() -> None:
+    store = store_of(A)
+    take(store, "ann", 1, NOW_US, key="pod")
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    note(outbox, store)
+    assert [batch.bucket_keys for batch in drained(outbox)] == [()]
+
+
+def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
+    store = store_of(A)
+    fill(store, 3 * MAX_BATCH_BUCKETS)
+    store.drain_changes()
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    idle_us = NOW_US + 2 * PER_USER.horizon_us
+    batches = list(drained(outbox, idle_us))
+    assert [(batch.bucket_keys, batch.ends_full_state) for batch in batches] == [((), False), ((), False), ((), True)]
+
+
+def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
+    store = store_of(A)
+    fill(store, 4 * MAX_BATCH_BUCKETS)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    for _ in range(8):
+        fill(store, 4 * MAX_BATCH_BUCKETS)
+        note(outbox, store)
+        batch = outbox.take_batch(NOW_US)
+        assert batch is not None
+        outbox.acknowledged(NOW_US)
+    assert batch.ends_full_state
+
+
+def test_slots_sealed_before_they_could_be_sent_are_dropped() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 5, NOW_US, key="team")
+    note(outbox, store)
+    bucket = store.get(key_of("ann", "team"))
+    assert bucket is not None
+    bucket.seal(NOW_US + 2 * PER_TEAM.horizon_us)
+    assert outbox.take_batch(NOW_US) is None
+    assert outbox.is_settled
+
+
+def test_evicted_buckets_are_dropped() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 5, NOW_US)
+    note(outbox, store)
+    assert store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1) == 1
+    assert outbox.take_batch(NOW_US) is None
+
+
+def test_while_the_peer_is_out_of_reach_nothing_is_kept() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store)
+    outbox.close()
+    fill(store, 1_000)
+    note(outbox, store)
+    assert outbox.pending_buckets == 0
+    assert outbox.take_batch(NOW_US) is None
+
+
+def test_a_peer_that_is_back_is_told_the_full_state_although_batches_were_lost() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store)
+    assert outbox.take_batch(NOW_US) is not None
+    outbox.close()
+    take(store, "bob", 1, NOW_US)
+    outbox.open(B.origin)
+    assert {bucket.key for bucket in told(drained(outbox))} == {key_of("ann"), key_of("bob")}
+
+
+def test_lag_is_from_the_creation_of_the_oldest_change_in_a_batch_to_its_acknowledgement() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    for name, created_us in [("ann", NOW_US), ("bob", NOW_US + 15 * MS)]:
+        take(store, name, 1, created_us)
+        note(outbox, store, created_us)
+    outbox.take_batch(NOW_US + 20 * MS)
+    assert outbox.lag_us(NOW_US + 30 * MS) == 30 * MS
+    outbox.acknowledged(NOW_US + 100 * MS)
+    assert outbox.lag_us(NOW_US + 500 * MS) == 100 * MS
+
+
+def test_lag_is_the_age_of_the_oldest_change_while_one_is_waiting_or_on_its_way() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store)
+    assert outbox.lag_us(NOW_US + 7 * MS) == 7 * MS
+    outbox.take_batch(NOW_US + 8 * MS)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store, NOW_US + 8 * MS)
+    assert outbox.lag_us(NOW_US + 9 * MS) == 9 * MS
+    outbox.acknowledged(NOW_US + 10 * MS)
+    assert outbox.lag_us(NOW_US + 11 * MS) == 3 * MS
+
+
+def test_lag_grows_from_the_first_change_that_a_lost_peer_misses_until_it_has_heard_everything() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    outbox.close()
+    assert outbox.lag_us(NOW_US + SECOND_US) == 0
+    take(store, "ann", 1, NOW_US)
+    for second in range(5):
+        take(store, "bob", 1, NOW_US)
+        note(outbox, store, NOW_US + second * SECOND_US)
+    assert outbox.lag_us(NOW_US + 60 * SECOND_US) == 60 * SECOND_US
+    outbox.open(B.origin)
+    outbox.take_batch(NOW_US + 60 * SECOND_US)
+    assert outbox.lag_us(NOW_US + 60 * SECOND_US + 80 * MS) == 60 * SECOND_US + 80 * MS
+    outbox.acknowledged(NOW_US + 60 * SECOND_US + 80 * MS)
+    # From here on it tells how far behind the peer is now, not that it once was cut off.
+    assert outbox.lag_us(NOW_US + 61 * SECOND_US) == 80 * MS
+
+
+def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
+    store = store_of(A)
+    outbox = Outbox(store, NOW_US - SECOND_US)
+    fill(store, 2 * MAX_BATCH_BUCKETS)
+    outbox.open(B.origin)
+    outbox.take_batch(NOW_US)
+    outbox.acknowledged(NOW_US)
+    outbox.close()
+    assert outbox.lag_us(NOW_US + SECOND_US) == 2 * SECOND_US
+
+
+def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, store, NOW_US)
+    outbox.take_batch(NOW_US + MS)
+    outbox.close()
+    assert outbox.lag_us(NOW_US + SECOND_US) == SECOND_US
+
+
+def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
+    store = store_of(A)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    outbox.take_batch(NOW_US)
+    assert outbox.lag_us(NOW_US + SECOND_US) == 0

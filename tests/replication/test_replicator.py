@@ -1,0 +1,370 @@
+"""Peers and their streams: who is who, what is counted, and what is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from replication.builders import ELSEWHERE, NOW_US, SECOND_US, frame, key_of, kind_of, node, store_of, take
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.replicator import FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import Reason
+
+
+class Span:
+    def __init__(self, peer_node: str, bucket_keys: Sequence[bytes]) -> None:
+        self.peer_node = peer_node
+        self.bucket_keys = bucket_keys
+        self.has_ended = False
+
+    def end(self) -> None:
+        assert not self.has_ended
+        self.has_ended = True
+
+
+class Tracer:
+    """Traces the batches that have buckets in them."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes]) -> Span | None:
+        if not bucket_keys:
+            return None
+        self.spans.append(Span(peer_node, bucket_keys))
+        return self.spans[-1]
+
+
+def replicator(name: str, incarnation: int = 1, tracer: Tracer | None = None) -> Replicator:
+    local = node(name, incarnation)
+    return Replicator(local, store_of(local), NOW_US, tracer)
+
+
+def stream_of(owner: Replicator, *, is_dialled: bool = False, now_us: int = NOW_US) -> Stream:
+    return Stream(owner, "far end", is_dialled=is_dialled, wake=lambda: None, now_us=now_us)
+
+
+def hello(name: str, incarnation: int = 1) -> bytes:
+    return frame(hello=pb.Hello(protocol=1, node=name, region="eu", incarnation=incarnation))
+
+
+def exchange(one: Stream, other: Stream, now_us: int = NOW_US) -> None:
+    """Carry frames both ways until neither end has any."""
+    busy = True
+    while busy:
+        busy = False
+        for sender, receiver in ((one, other), (other, one)):
+            while (raw := sender.next_frame(now_us)) is not None:
+                receiver.receive(raw, now_us)
+                busy = True
+
+
+def connected(one: Replicator, other: Replicator, now_us: int = NOW_US) -> tuple[Stream, Stream]:
+    """Streams of a connection that `one` has dialled."""
+    dialled, accepted = stream_of(one, is_dialled=True, now_us=now_us), stream_of(other, now_us=now_us)
+    exchange(dialled, accepted, now_us)
+    return dialled, accepted
+
+
+def test_two_nodes_tell_each_other_everything_and_then_each_change() -> None:
+    a, b = replicator("a"), replicator("b")
+    take(a.store, "ann", 5, NOW_US)
+    take(b.store, "bob", 7, NOW_US)
+    one, other = connected(a, b)
+    assert {bucket.key for bucket in a.store} == {bucket.key for bucket in b.store} == {key_of("ann"), key_of("bob")}
+    take(b.store, "ann", 1, NOW_US)
+    b.flush(NOW_US)
+    exchange(one, other)
+    assert a.store.get(key_of("ann")).remaining == 994  # type: ignore[union-attr]
+
+
+def test_of_two_streams_to_a_peer_the_first_established_carries_the_deltas() -> None:
+    a, b = replicator("a"), replicator("b")
+    first, _ = connected(a, b)
+    second, _ = connected(a, b)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    assert second.next_frame(NOW_US) is None
+    assert kind_of(first.next_frame(NOW_US)) == "deltas"
+
+
+def test_a_peer_counts_what_went_each_way() -> None:
+    a, b = replicator("a"), replicator("b")
+    take(a.store, "ann", 5, NOW_US)
+    connected(a, b)
+    [at_a], [at_b] = a.peers.values(), b.peers.values()
+    assert (at_a.batches_sent, at_a.entries_sent) == (at_b.batches_received, at_b.entries_received) == (1, 1)
+    assert (at_a.batches_received, at_a.entries_received) == (at_b.batches_sent, at_b.entries_sent) == (1, 0)
+
+
+def test_a_peers_status_shows_it() -> None:
+    a, b = replicator("a"), replicator("b")
+    connected(a, b)
+    status = a.peers["b"].status(NOW_US)
+    assert (status.node, status.region, status.address, status.connected) == ("b", "region of b", "far end", True)
+    assert (status.lag_seconds, status.pending_buckets, status.reconnects, status.last_error) == (0.0, 0, 0, "")
+    assert status.clock_offset_seconds == 0.0
+
+
+def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
+    a, b = replicator("a"), replicator("b")
+    one = stream_of(a, is_dialled=True)
+    one.receive(hello("b"), NOW_US)
+    assert not a.peers["b"].full_state_heard
+    one.receive(frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
+    assert a.peers["b"].full_state_heard
+    one.lost("cut", NOW_US)
+    assert not a.peers["b"].full_state_heard
+    assert b.peers == {}
+
+
+def test_an_address_that_leads_back_to_this_process_is_recognised_at_both_ends_and_is_no_error() -> None:
+    a = replicator("a")
+    dialled, accepted = connected(a, a)
+    assert [stream.error.reason for stream in (dialled, accepted) if stream.error] == [Reason.SELF, Reason.SELF]
+    assert dialled.is_over
+    assert accepted.is_over
+    assert a.peers == {}
+    assert a.protocol_errors == {}
+
+
+def test_a_peer_that_merely_says_so_is_not_taken_for_this_process() -> None:
+    dialled = stream_of(replicator("a"), is_dialled=True)
+    dialled.receive(frame(goodbye=pb.Goodbye(reason="self")), NOW_US)
+    assert dialled.error is None
+
+
+def test_another_live_process_with_this_nodes_id_is_refused_with_the_fix() -> None:
+    a, namesake = replicator("a", 1), replicator("a", 2)
+    dialled, accepted = connected(a, namesake)
+    fix = "duplicate_node: two live sidecars have the node id 'a': give each a node.id of its own"
+    assert str(accepted.error) == fix
+    assert dialled.why_ended == f"the peer closed the stream: {fix}"
+    assert dialled.is_over
+    assert accepted.is_over
+    assert a.peers == namesake.peers == {}
+
+
+def test_a_second_life_of_a_peer_that_was_just_heard_from_is_refused() -> None:
+    a = replicator("a")
+    first = stream_of(a)
+    first.receive(hello("b", 1), NOW_US)
+    second = stream_of(a)
+    second.receive(hello("b", 2), NOW_US + RESTART_US - 1)
+    assert second.error is not None
+    assert second.error.reason is Reason.DUPLICATE_NODE
+    assert a.peers["b"].streams == [first]
+    assert a.protocol_errors == {"duplicate_node": 1}
+
+
+def test_a_second_life_of_a_peer_that_has_fallen_silent_takes_its_place() -> None:
+    a = replicator("a")
+    first, second = stream_of(a), stream_of(a)
+    first.receive(hello("b", 1), NOW_US)
+    second.receive(hello("b", 2), NOW_US + RESTART_US)
+    peer = a.peers["b"]
+    assert (peer.streams, peer.incarnation, peer.connections) == ([second], 2, 2)
+    assert first.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="superseded", detail="the node has restarted"))
+    assert a.protocol_errors == {}
+
+
+def test_a_second_life_of_a_peer_whose_streams_are_lost_takes_its_place_at_once() -> None:
+    a = replicator("a")
+    first, second = stream_of(a), stream_of(a)
+    first.receive(hello("b", 1), NOW_US)
+    first.lost("the peer hung up", NOW_US)
+    second.receive(hello("b", 2), NOW_US)
+    assert a.peers["b"].status(NOW_US).reconnects == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"\xff", "malformed"),
+        (frame(deltas=pb.Deltas(sequence=1, buckets=[pb.BucketDelta(key=b"\x09")])), "bad_key"),
+    ],
+    ids=["broken frame", "broken content"],
+)
+def test_a_bad_frame_closes_its_stream_and_is_counted_by_reason(raw: bytes, reason: str) -> None:
+    a = replicator("a")
+    bad, good = stream_of(a), stream_of(a)
+    bad.receive(hello("b"), NOW_US)
+    good.receive(hello("c"), NOW_US)
+    bad.receive(raw, NOW_US)
+    assert pb.Frame.FromString(bad.next_frame(NOW_US) or b"").goodbye.reason == reason
+    assert bad.is_over
+    assert a.protocol_errors == {reason: 1}
+    status = a.peers["b"].status(NOW_US)
+    assert (status.connected, status.protocol_errors) == (False, {reason: 1})
+    assert status.last_error.startswith(reason)
+    assert a.peers["c"].streams == [good]
+
+
+def test_what_was_not_applied_is_not_acknowledged() -> None:
+    stream = stream_of(replicator("a"))
+    stream.receive(hello("b"), NOW_US)
+    stream.receive(frame(deltas=pb.Deltas(sequence=1, buckets=[pb.BucketDelta(key=b"\x09")])), NOW_US)
+    assert pb.Frame.FromString(stream.next_frame(NOW_US) or b"").WhichOneof("kind") == "goodbye"
+    assert stream.next_frame(NOW_US) is None
+
+
+def test_a_stream_that_never_said_whose_it_is_is_counted_too() -> None:
+    a = replicator("a")
+    stream_of(a).receive(b"\xff", NOW_US)
+    assert a.protocol_errors == {"malformed": 1}
+    assert a.peers == {}
+
+
+def test_a_dead_peers_stream_is_closed_by_the_clock() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    stream.check_time(NOW_US + 5 * SECOND_US)
+    assert a.peers["b"].status(NOW_US).last_error.startswith("silent")
+    assert a.protocol_errors == {"silent": 1}
+
+
+def test_buckets_that_no_rule_knows_are_counted() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    buckets = [
+        pb.BucketDelta(key=key_of("x", "nobody", ELSEWHERE)),
+        pb.BucketDelta(key=key_of("y", "nobody", ELSEWHERE)),
+    ]
+    stream.receive(frame(deltas=pb.Deltas(sequence=1, buckets=buckets)), NOW_US)
+    assert a.unknown_keys == 2
+    assert not stream.is_over
+
+
+def test_a_goodbye_is_remembered_as_the_reason() -> None:
+    a, b = replicator("a"), replicator("b")
+    dialled, accepted = connected(a, b)
+    accepted.close(Reason.DRAINING, "the sidecar is shutting down", NOW_US)
+    exchange(dialled, accepted)
+    assert dialled.is_over
+    assert a.peers["b"].last_error == "the peer closed the stream: draining: the sidecar is shutting down"
+
+
+def test_the_first_reason_for_which_a_stream_ended_stays() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    stream.receive(b"\xff", NOW_US)
+    stream.lost("the connection was closed", NOW_US)
+    assert stream.why_ended == a.peers["b"].last_error == "malformed: not a Frame"
+
+
+def test_batches_are_traced_from_sending_to_acknowledgement() -> None:
+    tracer = Tracer()
+    a, b = replicator("a", tracer=tracer), replicator("b")
+    one, other = connected(a, b)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    sent = one.next_frame(NOW_US)
+    assert sent is not None
+    [span] = tracer.spans
+    assert (span.peer_node, span.bucket_keys, span.has_ended) == ("b", (key_of("ann"),), False)
+    other.receive(sent, NOW_US)
+    exchange(one, other)
+    assert span.has_ended
+
+
+def test_a_trace_span_ends_with_the_stream_when_its_batch_is_lost() -> None:
+    tracer = Tracer()
+    a, b = replicator("a", tracer=tracer), replicator("b")
+    one, _ = connected(a, b)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    assert one.next_frame(NOW_US) is not None
+    one.lost("cut", NOW_US)
+    assert [span.has_ended for span in tracer.spans] == [True]
+
+
+def test_a_configured_peer_misses_everything_taken_before_it_was_first_reached() -> None:
+    a, b = replicator("a"), replicator("b")
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US + SECOND_US)
+    dialled = stream_of(a, is_dialled=True)
+    dialled.receive(hello("b"), NOW_US + 9 * SECOND_US)
+    assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 9 * SECOND_US
+    assert b.peers == {}
+
+
+def test_a_peer_that_nobody_had_announced_misses_nothing_before_it_comes() -> None:
+    a = replicator("a")
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    stream_of(a).receive(hello("b"), NOW_US + 9 * SECOND_US)
+    assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 0
+
+
+def test_changes_count_as_made_at_the_flush_before() -> None:
+    a, b = replicator("a"), replicator("b")
+    connected(a, b)
+    a.flush(NOW_US + 20_000)
+    take(a.store, "ann", 1, NOW_US + 39_000)
+    a.flush(NOW_US + 40_000)
+    assert a.peers["b"].outbox.lag_us(NOW_US + 50_000) == 30_000
+
+
+def test_the_journal_is_drained_although_there_are_no_peers() -> None:
+    a = replicator("a")
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    assert a.store.drain_changes() == []
+
+
+def test_a_peer_that_only_dials_in_is_forgotten_a_while_after_it_was_lost() -> None:
+    a = replicator("a")
+    inbound, dialled = stream_of(a), stream_of(a, is_dialled=True)
+    inbound.receive(hello("b"), NOW_US)
+    dialled.receive(hello("c"), NOW_US)
+    a.flush(NOW_US + 2 * FORGET_US)
+    assert set(a.peers) == {"b", "c"}
+    lost_us = NOW_US + 2 * FORGET_US
+    inbound.lost("gone", lost_us)
+    dialled.lost("gone", lost_us)
+    a.flush(lost_us + FORGET_US - 1)
+    assert set(a.peers) == {"b", "c"}
+    a.flush(lost_us + FORGET_US)
+    assert set(a.peers) == {"c"}
+
+
+def test_peers_are_bounded_and_lost_ones_make_room() -> None:
+    a = replicator("a")
+    streams = [stream_of(a) for _ in range(MAX_PEERS)]
+    for index, stream in enumerate(streams):
+        stream.receive(hello(f"b{index}"), NOW_US)
+    refused = stream_of(a)
+    refused.receive(hello("one more"), NOW_US)
+    assert refused.error is not None
+    assert refused.error.reason is Reason.TOO_MANY_PEERS
+    streams[0].lost("gone", NOW_US)
+    stream_of(a).receive(hello("one more"), NOW_US)
+    assert "one more" in a.peers
+    assert len(a.peers) == MAX_PEERS
+
+
+def test_the_configured_address_is_shown_rather_than_the_far_end_of_an_inbound_stream() -> None:
+    a = replicator("a")
+    Stream(a, "b.example:50051", is_dialled=True, wake=lambda: None, now_us=NOW_US).receive(hello("b"), NOW_US)
+    Stream(a, "ipv4:10.0.0.9:41234", is_dialled=False, wake=lambda: None, now_us=NOW_US).receive(hello("b"), NOW_US)
+    assert a.peers["b"].address == "b.example:50051"
+
+
+def test_a_peers_new_life_is_told_what_its_last_one_took() -> None:
+    a = replicator("a")
+    first = replicator("b", 1)
+    take(first.store, "ann", 5, NOW_US)
+    one, _ = connected(first, a)
+    for stream in list(a.peers["b"].streams):
+        stream.lost("killed", NOW_US)
+    second = replicator("b", 2)
+    connected(second, a)
+    bucket = second.store.get(key_of("ann"))
+    assert bucket is not None
+    assert [(entry.origin, entry.tokens) for entry in bucket.entries()] == [(Origin("b", 1), 5)]
+    assert one.peer is not None

@@ -1,0 +1,278 @@
+"""The protocol of one stream, corner by corner."""
+
+from __future__ import annotations
+
+import pytest
+from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
+
+from ratelimit_sidecar.replication.session import (
+    CLOCK_SAMPLES,
+    PING_EVERY_US,
+    SILENCE_US,
+    STALL_US,
+    ClockMeasured,
+    DeltasAcknowledged,
+    DeltasReceived,
+    Established,
+    PeerLeft,
+    Session,
+)
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
+
+
+def hello(**fields: object) -> bytes:
+    return frame(hello=pb.Hello(**{"protocol": 1, "node": "b", "region": "eu", "incarnation": 7, **fields}))
+
+
+def new_session() -> Session:
+    return Session(node("a"), NOW_US)
+
+
+def established() -> Session:
+    """Both hellos are through, and the first ping is sent."""
+    session = new_session()
+    session.receive(hello(), NOW_US)
+    assert [kind_of(session.next_frame(NOW_US)) for _ in range(3)] == ["hello", "ping", None]
+    return session
+
+
+def deltas(sequence: int) -> bytes:
+    return frame(deltas=pb.Deltas(sequence=sequence))
+
+
+def assert_closes(session: Session, raw: bytes, reason: Reason) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        session.receive(raw, NOW_US)
+    assert caught.value.reason is reason
+    said = pb.Frame.FromString(session.next_frame(NOW_US) or b"")
+    assert said.goodbye == pb.Goodbye(reason=reason, detail=caught.value.detail)
+    assert session.is_over
+
+
+def test_a_session_says_hello_first_and_nothing_more_before_it_has_heard_the_peers() -> None:
+    session = new_session()
+    said = pb.Frame.FromString(session.next_frame(NOW_US) or b"").hello
+    assert (said.protocol, said.node, said.region, said.incarnation) == (1, "a", "region of a", 1)
+    assert session.next_frame(NOW_US + 2 * PING_EVERY_US) is None
+
+
+def test_the_peers_hello_establishes_it() -> None:
+    event = new_session().receive(hello(version="1.2"), NOW_US)
+    assert isinstance(event, Established)
+    assert (event.origin.node, event.origin.incarnation, event.region, event.version) == ("b", 7, "eu", "1.2")
+
+
+def test_a_peer_that_speaks_a_newer_protocol_is_spoken_to_in_this_one() -> None:
+    assert isinstance(new_session().receive(hello(protocol=9), NOW_US), Established)
+
+
+def test_a_peer_that_speaks_no_known_protocol_is_told_so() -> None:
+    assert_closes(new_session(), hello(protocol=0), Reason.VERSION)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"node": ""}, {"node": "x" * 256}, {"incarnation": 0}, {"region": "x" * 256}], ids=str
+)
+def test_a_hello_must_name_a_node_and_its_life_within_bounds(fields: dict[str, object]) -> None:
+    assert_closes(new_session(), hello(**fields), Reason.MALFORMED)
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"", b"\x9a\x06\x00"], ids=["garbage", "empty", "unknown kind"])
+def test_what_is_no_frame_closes_the_stream(raw: bytes) -> None:
+    assert_closes(established(), raw, Reason.MALFORMED)
+
+
+def test_a_frame_beyond_the_bound_is_not_even_parsed() -> None:
+    assert_closes(established(), bytes(MAX_FRAME_BYTES + 1), Reason.TOO_LARGE)
+
+
+def test_nothing_may_come_before_the_hello() -> None:
+    assert_closes(new_session(), deltas(1), Reason.UNEXPECTED)
+
+
+def test_a_second_hello_is_unexpected() -> None:
+    assert_closes(established(), hello(), Reason.UNEXPECTED)
+
+
+def test_deltas_are_handed_on_and_then_acknowledged() -> None:
+    session = established()
+    assert isinstance(session.receive(deltas(1), NOW_US), DeltasReceived)
+    assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
+    assert session.next_frame(NOW_US) is None
+
+
+def test_one_acknowledgement_stands_for_all_deltas_heard_before_it() -> None:
+    session = established()
+    for sequence in (1, 2, 3):
+        session.receive(deltas(sequence), NOW_US)
+    assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=3))
+    assert session.next_frame(NOW_US) is None
+
+
+@pytest.mark.parametrize("sequence", [0, 2], ids=["again", "gap"])
+def test_deltas_out_of_turn_are_unexpected(sequence: int) -> None:
+    assert_closes(established(), deltas(sequence), Reason.UNEXPECTED)
+
+
+def test_deltas_sent_are_numbered_from_one() -> None:
+    session = established()
+    sent = [pb.Frame.FromString(session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)) for _ in range(2)]
+    assert [each.deltas.sequence for each in sent] == [1, 2]
+
+
+def test_an_acknowledgement_counts_the_frames_it_is_the_first_to_acknowledge() -> None:
+    session = established()
+    for _ in range(3):
+        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+    assert session.receive(frame(ack=pb.Ack(sequence=2)), NOW_US) == DeltasAcknowledged(2)
+    assert session.receive(frame(ack=pb.Ack(sequence=3)), NOW_US) == DeltasAcknowledged(1)
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 3], ids=["nothing", "again", "not yet sent"])
+def test_an_acknowledgement_of_deltas_that_are_not_open_is_unexpected(sequence: int) -> None:
+    session = established()
+    for _ in range(2):
+        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+    session.receive(frame(ack=pb.Ack(sequence=1)), NOW_US)
+    assert_closes(session, frame(ack=pb.Ack(sequence=sequence)), Reason.UNEXPECTED)
+
+
+def test_a_ping_is_sent_every_second() -> None:
+    session = established()
+    assert session.next_frame(NOW_US + PING_EVERY_US - 1) is None
+    assert session.next_frame(NOW_US + PING_EVERY_US) == frame(ping=pb.Ping(id=2))
+    assert session.next_frame(NOW_US + PING_EVERY_US) is None
+
+
+def test_a_ping_is_answered_with_when_it_was_heard_and_when_the_answer_left() -> None:
+    session = established()
+    session.receive(frame(ping=pb.Ping(id=5)), NOW_US + 10)
+    pong = pb.Pong(id=5, received_us=NOW_US + 10, sent_us=NOW_US + 25)
+    assert session.next_frame(NOW_US + 25) == frame(pong=pong)
+    assert session.next_frame(NOW_US + 25) is None
+
+
+def test_pings_not_answered_yet_share_one_pong() -> None:
+    session = established()
+    for ping_id in (1, 2, 3):
+        session.receive(frame(ping=pb.Ping(id=ping_id)), NOW_US)
+    assert pb.Frame.FromString(session.next_frame(NOW_US) or b"").pong.id == 3
+    assert session.next_frame(NOW_US) is None
+
+
+@pytest.mark.parametrize("offset_us", [-3_000_000, 0, 250_000])
+def test_a_pong_measures_the_peers_clock_without_the_way_and_without_its_pause(offset_us: int) -> None:
+    session = established()
+    # 40 ms there, 5 ms before the answer, 40 ms back.
+    heard_us = NOW_US + 40_000 + offset_us
+    pong = frame(pong=pb.Pong(id=1, received_us=heard_us, sent_us=heard_us + 5_000))
+    assert session.receive(pong, NOW_US + 85_000) == ClockMeasured(offset_us)
+
+
+def test_of_the_last_measurements_the_one_with_the_shortest_round_trip_counts() -> None:
+    session = established()
+    measured = []
+    for ping_id, round_trip_us in enumerate([60_000, 20_000, *[90_000] * CLOCK_SAMPLES], start=1):
+        sent_us = NOW_US + (ping_id - 1) * PING_EVERY_US
+        if ping_id > 1:
+            session.next_frame(sent_us)
+        # All of the delay is on the way back, which reads as an offset of minus half of it.
+        pong = frame(pong=pb.Pong(id=ping_id, received_us=sent_us, sent_us=sent_us))
+        event = session.receive(pong, sent_us + round_trip_us)
+        assert isinstance(event, ClockMeasured)
+        measured.append(event.offset_us)
+    assert measured[:2] == [-30_000, -10_000]
+    assert set(measured[2:-1]) == {-10_000}
+    assert measured[-1] == -45_000
+
+
+def test_a_pong_that_answers_no_open_ping_is_unexpected() -> None:
+    assert_closes(established(), frame(pong=pb.Pong(id=2)), Reason.UNEXPECTED)
+
+
+def test_pings_that_a_later_pong_has_answered_are_closed() -> None:
+    session = established()
+    session.next_frame(NOW_US + PING_EVERY_US)
+    session.receive(frame(pong=pb.Pong(id=2)), NOW_US + PING_EVERY_US)
+    assert_closes(session, frame(pong=pb.Pong(id=1)), Reason.UNEXPECTED)
+
+
+def test_a_peer_not_heard_from_for_five_seconds_is_dead() -> None:
+    session = established()
+    session.check_time(NOW_US + SILENCE_US - 1)
+    with pytest.raises(ProtocolError, match=r"silent: nothing heard for 5\.0 s"):
+        session.check_time(NOW_US + SILENCE_US)
+    assert kind_of(session.next_frame(NOW_US + SILENCE_US)) == "goodbye"
+
+
+def test_a_connection_that_never_says_hello_is_dead_as_soon() -> None:
+    with pytest.raises(ProtocolError, match="silent"):
+        new_session().check_time(NOW_US + SILENCE_US)
+
+
+def test_any_frame_is_a_sign_of_life() -> None:
+    session = established()
+    session.receive(frame(ping=pb.Ping(id=1)), NOW_US + 4 * SECOND_US)
+    session.check_time(NOW_US + 8 * SECOND_US)
+
+
+@pytest.mark.parametrize("owes", ["an acknowledgement", "a pong"])
+def test_a_peer_that_talks_but_owes_an_answer_for_ten_seconds_is_given_up(owes: str) -> None:
+    session = established()
+    if owes == "an acknowledgement":
+        session.receive(frame(pong=pb.Pong(id=1)), NOW_US)
+        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+    session.receive(frame(ping=pb.Ping(id=1)), NOW_US + STALL_US - 1)
+    session.check_time(NOW_US + STALL_US - 1)
+    with pytest.raises(ProtocolError, match=r"stalled: no answer for 10\.0 s"):
+        session.check_time(NOW_US + STALL_US)
+
+
+def test_a_goodbye_ends_it() -> None:
+    session = established()
+    assert session.receive(frame(goodbye=pb.Goodbye(reason="draining", detail="x")), NOW_US) == PeerLeft(
+        "draining", "x"
+    )
+    assert session.is_over
+    assert session.next_frame(NOW_US) is None
+
+
+def test_a_peer_may_say_goodbye_instead_of_hello() -> None:
+    assert isinstance(new_session().receive(frame(goodbye=pb.Goodbye(reason="version")), NOW_US), PeerLeft)
+
+
+def test_closing_says_goodbye_and_nothing_that_was_owed() -> None:
+    session = established()
+    session.receive(deltas(1), NOW_US)
+    session.close(Reason.DRAINING, "shutting down")
+    assert not session.is_over
+    assert session.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="draining", detail="shutting down"))
+    assert session.is_over
+
+
+def test_what_arrives_after_closing_is_not_looked_at() -> None:
+    session = established()
+    session.close(Reason.DRAINING, "")
+    assert session.receive(b"\xff", NOW_US) is None
+
+
+def test_a_session_closes_for_the_first_reason_only() -> None:
+    session = established()
+    session.close(Reason.DRAINING, "")
+    session.close(Reason.STALLED, "")
+    assert pb.Frame.FromString(session.next_frame(NOW_US) or b"").goodbye.reason == "draining"
+
+
+def test_closing_because_the_stream_leads_to_itself_still_says_hello_so_that_the_dialling_end_sees_it_too() -> None:
+    session = new_session()
+    session.close(Reason.SELF, "")
+    assert [kind_of(session.next_frame(NOW_US)) for _ in range(3)] == ["hello", "goodbye", None]
+
+
+def test_a_lost_connection_leaves_nothing_to_say() -> None:
+    session = established()
+    session.receive(deltas(1), NOW_US)
+    session.lost()
+    assert session.next_frame(NOW_US) is None
+    assert session.is_over
