@@ -156,7 +156,7 @@ class _FileReader:
                 exact[key, value] = node
             else:
                 key_only[key] = node
-        return RuleNode(rule, exact, key_only)
+        return RuleNode(rule, exact=exact, key_only=key_only)
 
     def _check_conflicts(self, item: YamlMap, at: KeyPath) -> None:
         """Report keys that contradict or lack each other, whatever their values are."""

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
-from ratelimit_sidecar.limiter.key import decode_bucket_key, encode_bucket_key
+from ratelimit_sidecar.limiter.key import FORMS, decode_bucket_key, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.telemetry.exposition import encode_registry
@@ -105,9 +105,10 @@ class _Console:
         query = _query(request, "after", "limit", "domain")
         limit = _page_size(query.get("limit"))
         after = _cursor_key(query["after"]) if "after" in query else b""
-        prefix = encode_bucket_key(query["domain"], ()) if "domain" in query else b""
+        domain = query.get("domain")
+        prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
         limiter = self._sources.limiter
-        page = await self._pager.page(after, limit, prefix)
+        page = await self._pager.page(after, limit, prefixes)
         now_us = self._sources.now_us()
         return JSONResponse(
             {

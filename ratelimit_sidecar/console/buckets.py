@@ -16,7 +16,16 @@ from typing import NamedTuple, TypedDict
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.key import EXACT, KEY_ONLY, UNRULED, decode_bucket_key
+from ratelimit_sidecar.limiter.key import (
+    EXACT,
+    KEY_ONLY,
+    OVERRIDE,
+    OVERRIDE_LIMIT,
+    PATTERN,
+    UNRULED,
+    WILDCARD_VALUE,
+    decode_bucket_key,
+)
 from ratelimit_sidecar.limiter.rules import Rules
 
 SLICE_BUCKETS = 2_048
@@ -24,7 +33,15 @@ SLICE_BUCKETS = 2_048
 
 _by_key = attrgetter("key")
 
-_MATCH_NAMES = {EXACT: "key_value", KEY_ONLY: "key", UNRULED: "none"}
+_MATCH_NAMES = {
+    EXACT: "key_value",
+    KEY_ONLY: "key",
+    PATTERN: "pattern",
+    WILDCARD_VALUE: "value",
+    UNRULED: "none",
+    OVERRIDE: "override",
+    OVERRIDE_LIMIT: "override_limit",
+}
 
 
 class Page(NamedTuple):
@@ -38,8 +55,8 @@ class BucketPager:
         self._store = store
         self._one_pass = asyncio.Lock()
 
-    async def page(self, after: bytes, limit: int, prefix: bytes = b"") -> Page:
-        """The first `limit` buckets whose key is greater than `after` and begins with `prefix`."""
+    async def page(self, after: bytes, limit: int, prefixes: tuple[bytes, ...] = (b"",)) -> Page:
+        """The first `limit` buckets whose key is greater than `after` and begins with one of `prefixes`."""
         async with self._one_pass:
             buckets = list(self._store)
             first: list[Bucket] = []
@@ -47,7 +64,7 @@ class BucketPager:
                 found = [
                     bucket
                     for bucket in buckets[start : start + SLICE_BUCKETS]
-                    if bucket.key > after and bucket.key.startswith(prefix)
+                    if bucket.key > after and bucket.key.startswith(prefixes)
                 ]
                 # One more than asked for tells whether there are more.
                 first = heapq.nsmallest(limit + 1, first + found, _by_key)
@@ -59,7 +76,9 @@ class EntryDescription(TypedDict):
     key: str
     value: str
     match: str
-    """What the rule names: "key_value", "key" (each value has a bucket of its own), or "none": no rule matched."""
+    """What the rule names: "key_value"; "key" (each value has a bucket of its own); "pattern", with the "value" after
+    it when each has a bucket of its own; or "none": no rule matched. "override": the request gave the limit, which
+    stands in "override_limit"."""
 
 
 class BucketDescription(TypedDict):
@@ -81,7 +100,7 @@ class BucketDescription(TypedDict):
 def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescription:
     """A bucket as it is at `now_us`."""
     bucket.advance(now_us)
-    domain, entries = decode_bucket_key(bucket.key)
+    _, domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
     return {
         "domain": domain,

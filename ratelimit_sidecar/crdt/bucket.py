@@ -119,6 +119,12 @@ class Bucket(ABC):
         """
 
     @abstractmethod
+    def fits_in_us(self, hits: int) -> int:
+        """Microseconds from `at_us` until `hits` would be admitted if nobody took any more; when they are more than
+        the limit ever holds, until all tokens are there.
+        """
+
+    @abstractmethod
     def advance(self, now_us: int) -> None:
         """Let time pass up to `now_us`."""
 

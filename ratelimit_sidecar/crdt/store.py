@@ -61,7 +61,7 @@ class Store:
         """Join what a peer says of one bucket.
 
         Args:
-            base: its deficit scaled by the period of this replica's limit (see `scaled_base`).
+            base: its deficit scaled by the period of this replica's limit.
 
         Returns:
             False when no replicated rule here knows the key: nothing was kept.

@@ -70,6 +70,12 @@ class TokenBucket(Bucket):
         """Microseconds from `at_us` until the bucket is full again, rounded up."""
         return -(-self.deficit // self.limit.tokens)
 
+    def fits_in_us(self, hits: int) -> int:
+        if hits > self.limit.capacity:
+            return self.full_in_us
+        missing = self.deficit + hits * self.limit.period_us - self.limit.ceiling
+        return max(0, -(-missing // self.limit.tokens))
+
     def advance(self, now_us: int) -> None:
         """Drain the live deficit up to `now_us`."""
         elapsed_us = now_us - self.at_us

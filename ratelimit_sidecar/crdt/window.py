@@ -55,6 +55,9 @@ class FixedWindow(Bucket):
         """Microseconds until the next window begins."""
         return (self.window + 1) * self.limit.period_us - self.at_us
 
+    def fits_in_us(self, hits: int) -> int:
+        return 0 if self.count + hits <= self.limit.requests else self.full_in_us
+
     def advance(self, now_us: int) -> None:
         """Enter the window of `now_us` and forget the ones before."""
         if now_us <= self.at_us:
@@ -155,6 +158,15 @@ class SlidingWindow(Bucket):
     def full_in_us(self) -> int:
         """Microseconds until the last slot that holds something is out of the period."""
         return max(0, self._last_end_us + self.limit.period_us - self.at_us) if self.count else 0
+
+    def fits_in_us(self, hits: int) -> int:
+        count, fits_us = self.count, self.at_us
+        for end_us, tokens in sorted((slot_end_us(entry.slot), entry.tokens) for entry in self.entries()):
+            if count + hits <= self.limit.requests:
+                break
+            count -= tokens
+            fits_us = end_us + self.limit.period_us
+        return fits_us - self.at_us
 
     def advance(self, now_us: int) -> None:
         """Let go of the slots that are wholly out of the period that ends at `now_us`."""

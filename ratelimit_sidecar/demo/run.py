@@ -113,8 +113,8 @@ async def _send_traffic(
 def _agents_limit(rules: Path) -> Limit:
     loaded = load_rules([rules], unruled=None, default_consistency=Consistency.EVENTUAL)
     match = loaded.match(DOMAIN, [("agent", AGENT)])
-    if match is None or match.rule.limit is None:
-        raise NotLimited(f"{rules} puts no limit on an agent of the domain {DOMAIN}")
+    if match is None or not isinstance(match.rule.limit, Limit):
+        raise NotLimited(f"{rules} puts no token bucket on an agent of the domain {DOMAIN}")
     return match.rule.limit
 
 

@@ -1,11 +1,12 @@
-"""The canonical name of a bucket: domain, path of the rule, matched values.
+"""The canonical name of a bucket: algorithm, domain, path of the rule, matched values.
 
 Equal on every replica, whatever the order of its files. Every text is preceded by its length, so no two different
 paths share a name ((a_b, c) and (a, b_c) do where keys are joined by underscores). Layout:
 
-    text(domain) { kind:1 text(key) text(value) }*      text(t) = LEB128(bytes in t) t
+    form:1 text(domain) { kind:1 text(key) text(value) }*      text(t) = LEB128(bytes in t) t
 
-kind says how the rule matched the entry, and so which part of the rule's path the value stands for.
+form says what kind of bucket it is, so that a rule whose algorithm or consistency changes begins a new one. kind says
+how the rule matched the entry, and so which part of the rule's path the value stands for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+TOKEN_BUCKET = 0
+FIXED_WINDOW = 1
+SLIDING_WINDOW = 2
+LOCAL = 0x80
+"""Added to the form of a bucket that is never replicated."""
+
 EXACT = 0
 """The rule names key and value."""
 KEY_ONLY = 1
 """The rule names the key; every value has a bucket of its own."""
 UNRULED = 2
 """No rule matched: the entry belongs to the bucket given to every other descriptor."""
+WILDCARD_VALUE = 3
+"""The rule names key and pattern, which stands in the entry before this one; every value has a bucket of its own."""
+PATTERN = 4
+"""A pattern of the rule: alone when all its values share one bucket, else followed by the WILDCARD_VALUE."""
+OVERRIDE = 5
+"""The request itself gave the limit."""
+OVERRIDE_LIMIT = 6
+"""Last entry of such a bucket; key and value are requests per unit and unit."""
 
+_KINDS = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
+FORMS = frozenset(form | local for form in (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW) for local in (0, LOCAL))
 _CONTINUES = 0x80
+_MAX_SHIFT = 28
 
 
 class KeyEntry(NamedTuple):
@@ -29,8 +47,16 @@ class KeyEntry(NamedTuple):
     value: str
 
 
-def encode_bucket_key(domain: str, entries: Iterable[KeyEntry]) -> bytes:
-    out = bytearray()
+class BucketName(NamedTuple):
+    """A name, read."""
+
+    form: int
+    domain: str
+    entries: list[KeyEntry]
+
+
+def encode_bucket_key(form: int, domain: str, entries: Iterable[KeyEntry]) -> bytes:
+    out = bytearray((form,))
     _put_text(out, domain)
     for kind, key, value in entries:
         out.append(kind)
@@ -39,22 +65,24 @@ def encode_bucket_key(domain: str, entries: Iterable[KeyEntry]) -> bytes:
     return bytes(out)
 
 
-def decode_bucket_key(name: bytes) -> tuple[str, list[KeyEntry]]:
-    """The domain and entries of a name.
+def decode_bucket_key(name: bytes) -> BucketName:
+    """Read a name.
 
     Raises:
         ValueError: not a name that `encode_bucket_key` writes.
     """
+    if not name or name[0] not in FORMS:
+        raise ValueError("bucket key of an unknown form")
     entries = []
-    domain, at = _get_text(name, 0)
+    domain, at = _get_text(name, 1)
     while at < len(name):
         kind = name[at]
-        if kind not in (EXACT, KEY_ONLY, UNRULED):
+        if kind not in _KINDS:
             raise ValueError(f"bucket key has an entry of unknown kind {kind}")
         key, at = _get_text(name, at + 1)
         value, at = _get_text(name, at)
         entries.append(KeyEntry(kind, key, value))
-    return domain, entries
+    return BucketName(name[0], domain, entries)
 
 
 def _put_text(out: bytearray, text: str) -> None:
@@ -70,7 +98,7 @@ def _put_text(out: bytearray, text: str) -> None:
 def _get_text(name: bytes, at: int) -> tuple[str, int]:
     length = shift = 0
     while True:
-        if at >= len(name):
+        if at >= len(name) or shift > _MAX_SHIFT:
             raise ValueError("bucket key is cut short")
         byte = name[at]
         at += 1

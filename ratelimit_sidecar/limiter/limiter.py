@@ -2,19 +2,25 @@
 
 A *plan* says which buckets a request takes from and how much. It is a pure function of the request's bytes and the
 rules, so it is kept by those bytes in a bounded cache: a proxy sends the same few thousand requests over and over.
+What is in the answer besides codes and levels is `answer.py`'s affair.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
+from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.limit import AnyLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.rules import Consistency, Rule, Rules
+from ratelimit_sidecar.limiter.answer import Extras
+from ratelimit_sidecar.limiter.counts import CountsByRule
+from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules, Unit
+from ratelimit_sidecar.limiter.settings import Settings
 
 PLAN_CACHE_REQUESTS = 16_384
 """Plans kept; with `PLAN_CACHE_MAX_BYTES` this bounds the cache's memory."""
@@ -32,40 +38,6 @@ class InvalidRequest(Exception):
     """A request that no rule can answer; its text is for the caller."""
 
 
-@dataclass(slots=True)
-class RuleCounts:
-    """What one rule decided since start."""
-
-    ok: int = 0
-    """Descriptors admitted."""
-    over_limit: int = 0
-    """Descriptors denied."""
-    tokens: int = 0
-    """Tokens taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One descriptor of a request: what to take from which bucket.
-
-    Args:
-        rule: None when the descriptor is not limited.
-        hits: tokens; 0 checks and charges nothing.
-    """
-
-    rule: Rule | None
-    bucket_key: bytes
-    hits: int
-    current_limit: RateLimitResponse.RateLimit | None
-    counts: RuleCounts
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    domain: str
-    steps: tuple[Step, ...]
-
-
 class Limiter:
     """Decides for every front end.
 
@@ -73,12 +45,22 @@ class Limiter:
         origin: this replica.
     """
 
-    def __init__(self, rules: Rules, origin: Origin) -> None:
+    def __init__(self, rules: Rules, origin: Origin, settings: Settings | None = None) -> None:
         self.rules = rules
+        self.settings = settings or Settings()
         self.store = Store(origin, rules.replicated_limit_of_key)
-        self.counts: dict[tuple[str, str], RuleCounts] = {}
-        """By (domain, rule name); descriptors that no rule limits count under the name ""."""
+        self.counts = CountsByRule()
+        self._extras = Extras(self.settings)
         self._cached_plan = lru_cache(maxsize=PLAN_CACHE_REQUESTS)(self._make_plan)
+
+    def use_rules(self, rules: Rules) -> None:
+        """Decide by other rules from now on.
+
+        Buckets keep what was taken; one whose limit has changed enforces the new one from its next use on.
+        """
+        self.rules = rules
+        self.store.limit_of_key = rules.replicated_limit_of_key
+        self._cached_plan.cache_clear()
 
     def decide(self, request: bytes, now_us: int) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
@@ -95,34 +77,40 @@ class Limiter:
         Raises:
             InvalidRequest: not a RateLimitRequest, no domain, no descriptors, or a descriptor without entries.
         """
-        response = RateLimitResponse(overall_code=_OK)
-        for step in self.plan(request).steps:
+        plan = self.plan(request)
+        response = RateLimitResponse()
+        over = quotas_over = 0
+        buckets: list[Bucket | None] = []
+        for step in plan.steps:
+            bucket = None
             status = response.statuses.add(code=_OK)
-            counts = step.counts
             rule = step.rule
             if rule is None:
-                counts.ok += 1
-                continue
-            if rule.limit is None:
+                step.counts.ok += 1
+            elif rule.limit is None:
                 status.limit_remaining = _UNLIMITED_REMAINING
-                counts.ok += 1
-                counts.tokens += step.hits
-                continue
-            bucket = self.store.bucket(
-                step.bucket_key, rule.limit, now_us, replicated=rule.consistency is not Consistency.LOCAL
-            )
-            if bucket.take(step.hits, now_us):
-                counts.ok += 1
-                counts.tokens += step.hits
+                step.counts.pass_unlimited(step.hits)
             else:
-                status.code = _OVER_LIMIT
-                response.overall_code = _OVER_LIMIT
-                counts.over_limit += 1
-            status.current_limit.CopyFrom(step.current_limit)
-            status.limit_remaining = min(bucket.remaining, _UNLIMITED_REMAINING)
-            seconds, micros = divmod(bucket.full_in_us, 1_000_000)
-            status.duration_until_reset.seconds = seconds
-            status.duration_until_reset.nanos = micros * 1_000
+                bucket = self.store.bucket(step.bucket_key, rule.limit, now_us, replicated=step.is_replicated)
+                admitted = bucket.take(step.hits, now_us, always=rule.charge_always)
+                remaining = bucket.remaining
+                step.counts.count(step, admitted, bucket)
+                if not admitted and not rule.shadow_mode:
+                    status.code = _OVER_LIMIT
+                    if step.is_quota:
+                        quotas_over += 1
+                    else:
+                        over += 1
+                status.current_limit.CopyFrom(step.current_limit)
+                status.limit_remaining = min(remaining, _UNLIMITED_REMAINING)
+                seconds, micros = divmod(bucket.full_in_us, 1_000_000)
+                status.duration_until_reset.seconds = seconds
+                status.duration_until_reset.nanos = micros * 1_000
+            buckets.append(bucket)
+        is_over = over > 0 or quotas_over == plan.quotas > 0
+        response.overall_code = _OVER_LIMIT if is_over and not self.settings.shadow_mode else _OK
+        if plan.has_extras:
+            self._extras.add(response, plan, buckets)
         raw: bytes = response.SerializeToString()
         return raw
 
@@ -145,28 +133,70 @@ class Limiter:
             raise InvalidRequest("rate limit domain must not be empty")
         if not request.descriptors:
             raise InvalidRequest("rate limit descriptor list must not be empty")
-        hits = request.hits_addend or 1
-        steps = []
         for index, descriptor in enumerate(request.descriptors):
             if not descriptor.entries:
                 raise InvalidRequest(f"rate limit descriptor {index} must have entries")
-            entries = [(entry.key, entry.value) for entry in descriptor.entries]
-            own_hits = descriptor.hits_addend.value if descriptor.HasField("hits_addend") else hits
-            steps.append(self._make_step(request.domain, entries, own_hits))
-        return Plan(request.domain, tuple(steps))
+        matches = [self._match(request.domain, descriptor) for descriptor in request.descriptors]
+        replaced = {name for match in matches if match is not None for name in match.rule.replaces}
+        hits = request.hits_addend or 1
+        steps = [
+            self._make_step(
+                request.domain,
+                None if match is not None and match.rule.limit_name in replaced else match,
+                descriptor.hits_addend.value if descriptor.HasField("hits_addend") else hits,
+            )
+            for match, descriptor in zip(matches, request.descriptors, strict=True)
+        ]
+        return Plan(
+            domain=request.domain,
+            steps=tuple(steps),
+            quotas=sum(step.is_quota for step in steps),
+            hits=hits,
+            descriptors=tuple(
+                tuple((entry.key, entry.value) for entry in descriptor.entries) for descriptor in request.descriptors
+            ),
+            has_extras=self._extras.are_wanted(steps),
+        )
 
-    def _make_step(self, domain: str, entries: list[tuple[str, str]], hits: int) -> Step:
-        match = self.rules.match(domain, entries)
+    def _match(self, domain: str, descriptor: RateLimitDescriptor) -> Match | None:
+        entries = [(entry.key, entry.value) for entry in descriptor.entries]
+        if descriptor.HasField("limit"):
+            override = descriptor.limit
+            unit = _UNITS.get(override.unit)
+            if unit is None:
+                raise InvalidRequest(f"rate limit override has unknown unit {override.unit}")
+            match = self.rules.override(domain, entries, override.requests_per_unit, unit)
+            if match is not None:
+                return match
+        return self.rules.match(domain, entries)
+
+    def _make_step(self, domain: str, match: Match | None, hits: int) -> Step:
         # Only names from the rules become labels of a metric: callers can invent any domain.
         label = domain if domain in self.rules.domains else ""
         if match is None:
-            return Step(None, b"", hits, None, self._counts_of(label, ""))
+            return Step(None, b"", hits, None, self.counts.of(label, "", ""))
         rule = match.rule
         current_limit = RateLimitResponse.RateLimit(
+            name=rule.limit_name,
             requests_per_unit=rule.requests_per_unit,
             unit=RateLimitResponse.RateLimit.UNKNOWN if rule.unit is None else rule.unit.name,
         )
-        return Step(rule, match.bucket_key, hits, current_limit, self._counts_of(label, rule.name))
+        return Step(
+            rule,
+            match.bucket_key,
+            hits,
+            current_limit,
+            self.counts.of(label, match.metric_name, rule.name),
+            is_replicated=rule.consistency is not Consistency.LOCAL,
+            charges_denied=rule.charge_always or _is_fixed_window(rule.limit),
+            is_quota=rule.limit is not None and (rule.quota_mode or self.settings.quota_mode),
+            near_from=int(rule.limit.capacity * self.settings.near_limit_ratio) if rule.limit is not None else 0,
+        )
 
-    def _counts_of(self, domain: str, rule_name: str) -> RuleCounts:
-        return self.counts.setdefault((domain, rule_name), RuleCounts())
+
+def _is_fixed_window(limit: AnyLimit | None) -> bool:
+    return isinstance(limit, WindowLimit) and limit.window is Window.FIXED
+
+
+_UNITS = {number: Unit[name] for name, number in RateLimitResponse.RateLimit.Unit.items() if name in Unit.__members__}
+"""Envoy's enumerations of units, here and in an override (type.v3.RateLimitUnit)."""

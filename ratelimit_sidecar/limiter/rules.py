@@ -1,8 +1,10 @@
 """What is limited: an immutable tree of rules, matched level by level over a descriptor's entries.
 
-At each level the rule that names key and value wins over the one that names the key alone. A rule applies only when its
-depth equals the number of entries: a deeper or shallower match gives no limit. The `unruled` limit, when given,
-is for every descriptor that then has none. Matching is on pairs, as in Envoy's RateLimitDescriptor.
+At each level the first of these leads on: the rule that names key and value; the first wildcard, in file order, that
+fits the value; the rule that names the key alone. A rule applies only when its depth equals the number of entries: a
+deeper or shallower match gives no limit. The `unruled` limit, when given, is for every descriptor that then has
+none. A limit in the request itself overrides all of this in a domain that has rules. Matching is on pairs, as in
+Envoy's RateLimitDescriptor; the order is that of envoyproxy/ratelimit.
 """
 
 from __future__ import annotations
@@ -11,15 +13,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.key import (
     EXACT,
+    FIXED_WINDOW,
     KEY_ONLY,
+    LOCAL,
+    OVERRIDE,
+    OVERRIDE_LIMIT,
+    PATTERN,
+    SLIDING_WINDOW,
+    TOKEN_BUCKET,
     UNRULED,
+    WILDCARD_VALUE,
     KeyEntry,
     decode_bucket_key,
     encode_bucket_key,
 )
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+MAX_REQUESTS_PER_UNIT = 2**32 - 1
+
+_SECOND_US = 1_000_000
 
 
 class Consistency(Enum):
@@ -52,30 +67,94 @@ class Rule:
         limit: None for `unlimited`.
         requests_per_unit: what the answer's current_limit shows; 0 to 2**32 - 1.
         unit: None when the rule was given as a bucket: its refill has no unit of Envoy's.
+        limit_name: the `name` in `rate_limit`: shown in the answer, and what another rule's `replaces` means.
+        replaces: limit names of rules that do not count in a request that this one matches.
+        shadow_mode: decided and charged, but answered with OK.
+        quota_mode: over the limit alone it does not make the answer OVER_LIMIT; all such rules of a request do.
+        charge_always: hits count even when they are denied, into debt.
+        retry_after: a denial says in headers when to come back.
+        body: of the response to a denied request; empty for Envoy's own.
+        metadata: of any form; goes into the answer's dynamic metadata when the rule passes.
+        metric_of_values: the name in metrics ends in all values of the request (`detailed_metric`).
     """
 
     name: str
-    limit: Limit | None
+    limit: AnyLimit | None
     requests_per_unit: int = 0
     unit: Unit | None = None
     consistency: Consistency = Consistency.EVENTUAL
+    limit_name: str = ""
+    replaces: frozenset[str] = frozenset()
+    shadow_mode: bool = False
+    quota_mode: bool = False
+    charge_always: bool = False
+    retry_after: bool = False
+    body: str = ""
+    metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
+    metric_of_values: bool = False
+
+    @property
+    def form(self) -> int:
+        """The first byte of its buckets' names."""
+        local = LOCAL if self.consistency is Consistency.LOCAL else 0
+        if self.limit is None or isinstance(self.limit, Limit):
+            return TOKEN_BUCKET | local
+        return (FIXED_WINDOW if self.limit.window is Window.FIXED else SLIDING_WINDOW) | local
 
 
 @dataclass(frozen=True, slots=True)
 class RuleNode:
-    """One level of the tree: its own rule, and the rules one entry deeper."""
+    """One level of the tree: its own rule, and the rules one entry deeper.
+
+    Args:
+        wildcards: by key, the patterns for its values.
+        shares_bucket: all values that its pattern fits share one bucket (`share_threshold`).
+        value_in_metric: the value of the request stands in the name in metrics (`value_to_metric`).
+    """
 
     rule: Rule | None = None
     exact: Mapping[tuple[str, str], RuleNode] = field(default_factory=dict)
+    wildcards: Mapping[str, WildcardSet[RuleNode]] = field(default_factory=dict)
     key_only: Mapping[str, RuleNode] = field(default_factory=dict)
+    shares_bucket: bool = False
+    value_in_metric: bool = False
+
+    @property
+    def children(self) -> Iterator[RuleNode]:
+        yield from self.exact.values()
+        for wildcards in self.wildcards.values():
+            for _, node in wildcards.patterns:
+                yield node
+        yield from self.key_only.values()
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How one entry of a descriptor was matched.
+
+    Args:
+        kind: EXACT, PATTERN or KEY_ONLY (see `limiter.key`).
+        pattern: what the rules have as value; empty for KEY_ONLY.
+    """
+
+    kind: int
+    key: str
+    value: str
+    pattern: str
+    node: RuleNode
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A rule and the bucket of it that a descriptor falls into."""
+    """A rule and the bucket of it that a descriptor falls into.
+
+    Args:
+        metric_name: the rule's name, with such values of the request as the rules ask for.
+    """
 
     rule: Rule
     bucket_key: bytes
+    metric_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +164,48 @@ class Rules:
     Args:
         domains: the root of each domain's tree.
         unruled: for every descriptor, of any domain, that no rule matches.
+        override_window: how a limit that a request brings is counted: None for a token bucket.
+        override_consistency: how far its bucket is shared.
     """
 
     domains: Mapping[str, RuleNode] = field(default_factory=dict)
     unruled: Rule | None = None
+    override_window: Window | None = None
+    override_consistency: Consistency = Consistency.EVENTUAL
 
     def match(self, domain: str, entries: Sequence[tuple[str, str]]) -> Match | None:
         """The rule for one descriptor; None when it is not limited."""
-        path = self._walk(domain, entries)
-        if path is not None:
-            rule, key_entries = path
-            return Match(rule, encode_bucket_key(domain, key_entries))
+        levels = self.walk(domain, entries)
+        if len(levels) == len(entries) and levels and levels[-1].node.rule is not None:
+            return _match_of_levels(domain, levels, levels[-1].node.rule)
         if self.unruled is not None:
             key_entries = [KeyEntry(UNRULED, key, value) for key, value in entries]
-            return Match(self.unruled, encode_bucket_key(domain, key_entries))
+            key = encode_bucket_key(self.unruled.form, domain, key_entries)
+            return Match(self.unruled, key, self.unruled.name)
         return None
+
+    def override(self, domain: str, entries: Sequence[tuple[str, str]], requests: int, unit: Unit) -> Match | None:
+        """The rule for a descriptor that brings its own limit; None when the domain has no rules."""
+        if domain not in self.domains:
+            return None
+        rule = self._override_rule(domain, requests, unit)
+        key_entries = [KeyEntry(OVERRIDE, key, value) for key, value in entries]
+        key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(requests), unit.name))
+        return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name)
+
+    def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[Level]:
+        """How the entries were matched, as far as they were: fewer levels than entries when one was not."""
+        levels: list[Level] = []
+        node = self.domains.get(domain)
+        for key, value in entries:
+            if node is None:
+                break
+            level = _descend(node, key, value)
+            if level is None:
+                break
+            levels.append(level)
+            node = level.node
+        return levels
 
     def rule_of_key(self, bucket_key: bytes) -> Rule | None:
         """The rule whose bucket has that name; None when no such rule is in force here.
@@ -107,17 +213,23 @@ class Rules:
         Raises:
             ValueError: not a bucket's name.
         """
-        domain, key_entries = decode_bucket_key(bucket_key)
-        if key_entries and all(entry.kind == UNRULED for entry in key_entries):
-            return self.unruled
-        node = self.domains.get(domain)
-        for kind, key, value in key_entries:
-            if node is None:
-                return None
-            node = node.exact.get((key, value)) if kind == EXACT else node.key_only.get(key)
-        return node.rule if node is not None else None
+        form, domain, key_entries = decode_bucket_key(bucket_key)
+        if not key_entries:
+            return None
+        if key_entries[-1].kind == OVERRIDE_LIMIT:
+            rule = self._override_rule_of(domain, key_entries[-1])
+        elif all(entry.kind == UNRULED for entry in key_entries):
+            rule = self.unruled
+        else:
+            node = self.domains.get(domain)
+            for kind, key, value in key_entries:
+                if node is None:
+                    return None
+                node = _child(node, kind, key, value)
+            rule = node.rule if node is not None else None
+        return rule if rule is not None and rule.form == form else None
 
-    def replicated_limit_of_key(self, bucket_key: bytes) -> Limit | None:
+    def replicated_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
         """The limit of a bucket that peers share; None when there is no such rule here, or it is local."""
         rule = self.rule_of_key(bucket_key)
         if rule is None or rule.consistency is Consistency.LOCAL:
@@ -129,25 +241,88 @@ class Rules:
         nodes = list(self.domains.values())
         while nodes:
             node = nodes.pop()
-            nodes += [*node.exact.values(), *node.key_only.values()]
+            nodes += node.children
             if node.rule is not None:
                 yield node.rule
         if self.unruled is not None:
             yield self.unruled
 
-    def _walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> tuple[Rule, list[KeyEntry]] | None:
-        node = self.domains.get(domain)
-        key_entries = []
-        for key, value in entries:
-            if node is None:
-                return None
-            deeper = node.exact.get((key, value))
-            kind = EXACT
-            if deeper is None:
-                deeper = node.key_only.get(key)
-                kind = KEY_ONLY
-            node = deeper
-            key_entries.append(KeyEntry(kind, key, value))
-        if node is None or node.rule is None:
+    def _override_rule(self, domain: str, requests: int, unit: Unit) -> Rule:
+        limit = limit_of_rate(requests, unit, self.override_window)
+        return Rule(f"{domain}.override", limit, requests, unit, self.override_consistency)
+
+    def _override_rule_of(self, domain: str, entry: KeyEntry) -> Rule | None:
+        if domain not in self.domains:
             return None
-        return node.rule, key_entries
+        if not (entry.key.isascii() and entry.key.isdecimal() and int(entry.key) <= MAX_REQUESTS_PER_UNIT):
+            raise ValueError("bucket key with a limit that is no number")
+        if entry.value not in Unit.__members__:
+            raise ValueError("bucket key with an unknown unit")
+        return self._override_rule(domain, int(entry.key), Unit[entry.value])
+
+
+def limit_of_rate(
+    requests: int, unit: Unit, window: Window | None, *, burst: int | None = None, max_debt: int = DEFAULT_MAX_DEBT
+) -> AnyLimit:
+    """The limit of `requests` per `unit`.
+
+    Args:
+        window: None for a token bucket.
+        burst: its capacity; None for `requests`.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+    period_us = unit.value * _SECOND_US
+    if window is not None:
+        return WindowLimit(requests, period_us, window)
+    capacity = requests if burst is None else burst
+    # What holds nothing need not refill.
+    return Limit(requests or 1, period_us, capacity if requests else 0, max_debt)
+
+
+def _descend(node: RuleNode, key: str, value: str) -> Level | None:
+    deeper = node.exact.get((key, value))
+    if deeper is not None:
+        return Level(EXACT, key, value, value, deeper)
+    wildcards = node.wildcards.get(key)
+    if wildcards is not None:
+        found = wildcards.find(value)
+        if found is not None:
+            return Level(PATTERN, key, value, *found)
+    deeper = node.key_only.get(key)
+    return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
+
+
+def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
+    """The node that an entry of a bucket's name leads to."""
+    if kind == EXACT:
+        return node.exact.get((key, value))
+    if kind == KEY_ONLY:
+        return node.key_only.get(key)
+    if kind == PATTERN:
+        wildcards = node.wildcards.get(key)
+        return wildcards.node_of(value) if wildcards is not None else None
+    # The pattern before it has led to the node already.
+    return node if kind == WILDCARD_VALUE else None
+
+
+def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
+    key_entries = []
+    for level in levels:
+        is_pattern = level.kind == PATTERN
+        key_entries.append(KeyEntry(level.kind, level.key, level.pattern if is_pattern else level.value))
+        if is_pattern and not level.node.shares_bucket:
+            key_entries.append(KeyEntry(WILDCARD_VALUE, level.key, level.value))
+    return Match(rule, encode_bucket_key(rule.form, domain, key_entries), _metric_name(domain, levels, rule))
+
+
+def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
+    if not rule.metric_of_values and not any(level.node.value_in_metric for level in levels):
+        return rule.name
+    parts = [domain]
+    for level in levels:
+        shows_value = rule.metric_of_values or level.node.value_in_metric
+        text = level.value if shows_value and not level.node.shares_bucket else level.pattern
+        parts.append(f"{level.key}_{text}" if text else level.key)
+    return ".".join(parts)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter, Plan
+from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.plan import Plan
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
 
 SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"

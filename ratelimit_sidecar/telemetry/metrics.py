@@ -17,7 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.limiter.limiter import Limiter, RuleCounts
+from ratelimit_sidecar.limiter.counts import RuleCounts
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 

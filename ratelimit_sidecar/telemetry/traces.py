@@ -19,7 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ratelimit_sidecar.limiter.limiter import Plan, Step
+from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency
 
 REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"

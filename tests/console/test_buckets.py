@@ -12,11 +12,11 @@ from observed import NOW_US, TWO_A_MINUTE
 from ratelimit_sidecar.console.buckets import SLICE_BUCKETS, BucketPager
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.key import KEY_ONLY, KeyEntry, encode_bucket_key
+from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 
 
 def key(number: int) -> bytes:
-    return encode_bucket_key("edge", [KeyEntry(KEY_ONLY, "user", f"u{number}")])
+    return encode_bucket_key(TOKEN_BUCKET, "edge", [KeyEntry(KEY_ONLY, "user", f"u{number}")])
 
 
 def store_of(numbers) -> Store:

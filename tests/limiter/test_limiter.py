@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
-from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.limiter import PLAN_CACHE_MAX_BYTES, InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.limiter import PLAN_CACHE_MAX_BYTES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
-
-NOW_US = 1_790_000_000_000_000
-OK, OVER_LIMIT = RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
 VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
@@ -29,35 +25,14 @@ RULES = Rules(
 )
 
 
-def make_limiter(rules: Rules = RULES) -> Limiter:
-    return Limiter(rules, Origin("here", 1))
-
-
-def make_request(*descriptors: dict[str, str], domain: str = "api", hits: int = 0) -> bytes:
-    return RateLimitRequest(
-        domain=domain,
-        hits_addend=hits,
-        descriptors=[
-            RateLimitDescriptor(
-                entries=[RateLimitDescriptor.Entry(key=key, value=value) for key, value in entries.items()]
-            )
-            for entries in descriptors
-        ],
-    ).SerializeToString()
-
-
-def decide(limiter: Limiter, request: bytes, now_us: int = NOW_US) -> RateLimitResponse:
-    return RateLimitResponse.FromString(limiter.decide(request, now_us))
-
-
 def test_a_caller_is_denied_once_its_bucket_is_empty_and_admitted_again_when_a_token_has_refilled() -> None:
-    limiter, request = make_limiter(), make_request({"agent": "a"})
+    limiter, request = make_limiter(RULES), make_request({"agent": "a"})
     assert [decide(limiter, request).overall_code for _ in range(21)] == [OK] * 20 + [OVER_LIMIT]
     assert decide(limiter, request, NOW_US + 3_000_000).overall_code == OK
 
 
 def test_the_status_tells_the_limit_what_is_left_and_when_the_bucket_is_full() -> None:
-    [status] = decide(make_limiter(), make_request({"agent": "a"}, hits=5)).statuses
+    [status] = decide(make_limiter(RULES), make_request({"agent": "a"}, hits=5)).statuses
     assert status.code == OK
     assert (status.current_limit.requests_per_unit, status.current_limit.unit) == (
         20,
@@ -68,7 +43,7 @@ def test_the_status_tells_the_limit_what_is_left_and_when_the_bucket_is_full() -
 
 
 def test_statuses_are_in_the_order_of_the_descriptors_and_one_that_is_over_makes_the_answer_over() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     response = decide(limiter, make_request({"agent": "vip"}, {"agent": "a"}, {"colour": "red"}, hits=21))
     assert response.overall_code == OVER_LIMIT
     assert [status.code for status in response.statuses] == [OK, OVER_LIMIT, OK]
@@ -76,20 +51,20 @@ def test_statuses_are_in_the_order_of_the_descriptors_and_one_that_is_over_makes
 
 
 def test_a_descriptor_over_its_limit_does_not_keep_the_others_from_being_charged() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     decide(limiter, make_request({"agent": "a"}, {"agent": "vip"}, hits=21))
     [status] = decide(limiter, make_request({"agent": "vip"})).statuses
     assert status.limit_remaining == 1_000 - 21 - 1
 
 
 def test_each_value_of_a_key_has_its_own_bucket() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     decide(limiter, make_request({"agent": "a"}, hits=20))
     assert decide(limiter, make_request({"agent": "b"}, hits=20)).overall_code == OK
 
 
 def test_a_descriptors_own_hits_override_the_requests_and_zero_only_checks() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     request = RateLimitRequest.FromString(make_request({"agent": "a"}, hits=7))
     request.descriptors[0].hits_addend.value = 0
     [status] = decide(limiter, request.SerializeToString()).statuses
@@ -100,14 +75,14 @@ def test_a_descriptors_own_hits_override_the_requests_and_zero_only_checks() -> 
 
 
 def test_no_limit_applies_to_a_deeper_descriptor_or_another_domain() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     for request in (make_request({"agent": "a", "path": "/"}), make_request({"agent": "a"}, domain="other")):
         [status] = decide(limiter, request).statuses
         assert (status.code, status.HasField("current_limit")) == (OK, False)
 
 
 def test_an_unlimited_rule_says_so() -> None:
-    [status] = decide(make_limiter(), make_request({"agent": "staff"}, hits=10**6)).statuses
+    [status] = decide(make_limiter(RULES), make_request({"agent": "staff"}, hits=10**6)).statuses
     assert (status.code, status.limit_remaining) == (OK, 2**32 - 1)
 
 
@@ -140,11 +115,11 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
 )
 def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_bytes: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        make_limiter().decide(request_bytes, NOW_US)
+        make_limiter(RULES).decide(request_bytes, NOW_US)
 
 
 def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     short, long = make_request({"agent": "a"}), make_request({"agent": "a" * PLAN_CACHE_MAX_BYTES})
     assert limiter.plan(short) is limiter.plan(bytes(bytearray(short)))
     assert limiter.plan(long) is not limiter.plan(long)
@@ -152,7 +127,7 @@ def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep
 
 
 def test_decisions_are_counted_by_rule_and_domains_that_callers_invent_are_counted_together() -> None:
-    limiter = make_limiter()
+    limiter = make_limiter(RULES)
     decide(limiter, make_request({"agent": "a"}, hits=15))
     decide(limiter, make_request({"agent": "b"}, hits=15))
     decide(limiter, make_request({"agent": "b"}, hits=15))

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.key import (
     EXACT,
+    FORMS,
     KEY_ONLY,
+    LOCAL,
+    OVERRIDE,
+    OVERRIDE_LIMIT,
+    PATTERN,
+    TOKEN_BUCKET,
     UNRULED,
+    WILDCARD_VALUE,
     KeyEntry,
     decode_bucket_key,
     encode_bucket_key,
@@ -20,30 +27,31 @@ from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 LIMIT = Limit(1, 1_000_000, 1)
 
 texts = st.text(max_size=5) | st.text(min_size=127, max_size=130)
-key_entries = st.builds(KeyEntry, st.sampled_from([EXACT, KEY_ONLY, UNRULED]), texts, texts)
+kinds = st.sampled_from([EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT])
+key_entries = st.builds(KeyEntry, kinds, texts, texts)
 
 
 def make_rule(name: str, consistency: Consistency = Consistency.EVENTUAL) -> RuleNode:
     return RuleNode(Rule(name, LIMIT, consistency=consistency))
 
 
-@given(texts, st.lists(key_entries, max_size=4))
-def test_a_bucket_key_reads_back_as_it_was_written(domain: str, entries: list[KeyEntry]) -> None:
-    assert decode_bucket_key(encode_bucket_key(domain, entries)) == (domain, entries)
+@given(st.sampled_from(sorted(FORMS)), texts, st.lists(key_entries, max_size=4))
+def test_a_bucket_key_reads_back_as_it_was_written(form: int, domain: str, entries: list[KeyEntry]) -> None:
+    assert decode_bucket_key(encode_bucket_key(form, domain, entries)) == (form, domain, entries)
 
 
 @given(st.binary(max_size=40))
 def test_bytes_that_are_no_bucket_key_are_refused_with_value_error(name: bytes) -> None:
     try:
-        domain, entries = decode_bucket_key(name)
+        form, domain, entries = decode_bucket_key(name)
     except ValueError:
         return
-    assert len(encode_bucket_key(domain, entries)) <= len(name)
+    assert len(encode_bucket_key(form, domain, entries)) <= len(name)
 
 
 def test_keys_that_join_to_the_same_text_have_different_buckets() -> None:
-    ab_c = encode_bucket_key("d", [KeyEntry(EXACT, "a_b", "c")])
-    a_bc = encode_bucket_key("d", [KeyEntry(EXACT, "a", "b_c")])
+    ab_c = encode_bucket_key(TOKEN_BUCKET, "d", [KeyEntry(EXACT, "a_b", "c")])
+    a_bc = encode_bucket_key(TOKEN_BUCKET, "d", [KeyEntry(EXACT, "a", "b_c")])
     assert ab_c != a_bc
 
 
@@ -79,8 +87,11 @@ def test_the_rule_of_a_bucket_is_found_again_from_its_name() -> None:
 def test_a_peer_that_names_a_rule_unknown_or_local_here_gets_no_limit() -> None:
     rules = Rules({"api": RuleNode(key_only={"a": make_rule("local", Consistency.LOCAL)})})
     for entry in (KeyEntry(KEY_ONLY, "a", "1"), KeyEntry(EXACT, "a", "1"), KeyEntry(UNRULED, "a", "1")):
-        assert rules.replicated_limit_of_key(encode_bucket_key("api", [entry])) is None
-    assert rules.replicated_limit_of_key(encode_bucket_key("other", [KeyEntry(KEY_ONLY, "a", "1")])) is None
+        for form in (TOKEN_BUCKET, TOKEN_BUCKET | LOCAL):
+            assert rules.replicated_limit_of_key(encode_bucket_key(form, "api", [entry])) is None
+    assert (
+        rules.replicated_limit_of_key(encode_bucket_key(TOKEN_BUCKET, "other", [KeyEntry(KEY_ONLY, "a", "1")])) is None
+    )
 
 
 def test_every_rule_is_listed_once() -> None:

@@ -8,7 +8,8 @@ from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescript
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.limiter.limiter import Limiter, Plan
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.plan import Plan
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 from ratelimit_sidecar.services.ratelimit import RateLimitService

@@ -1,0 +1,152 @@
+"""What an answer has in it besides codes and levels: headers, a body, dynamic metadata.
+
+Three kinds of headers can tell callers about their limit: envoyproxy/ratelimit's three, on every answer
+(LIMIT_RESPONSE_HEADERS_ENABLED); and for a denial by a rule with `retry_after` Retry-After (RFC 9110, section 10.2.3)
+with the fields of draft-ietf-httpapi-ratelimit-headers, in its current form (RateLimit-Policy, RateLimit) and in
+that of its older versions (RateLimit-Limit, -Remaining, -Reset). Envoy itself can add its x-ratelimit headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+from envoy.config.core.v3.base_pb2 import HeaderValue
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.rules import Rule
+from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+
+_OVER_LIMIT = RateLimitResponse.OVER_LIMIT
+_SECOND_US = 1_000_000
+_OLD_HEADERS = ResponseHeaders()
+
+
+class _Denial(NamedTuple):
+    step: Step
+    rule: Rule
+    bucket: Bucket
+
+    @property
+    def fits_in_us(self) -> int:
+        return self.bucket.fits_in_us(self.step.hits)
+
+
+class Extras:
+    """Adds them to an answer that is otherwise complete."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def are_wanted(self, steps: Sequence[Step]) -> bool:
+        """True when an answer to these steps may get any."""
+        if self._settings.response_headers is not None or self._settings.dynamic_metadata:
+            return True
+        return any(step.rule is not None and (step.rule.retry_after or step.rule.body) for step in steps)
+
+    def add(self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> None:
+        """Args:
+        buckets: one for each step, as it is after the decision; None for a step that is not limited.
+        """
+        names = self._settings.response_headers
+        if names is not None:
+            self._add_limit_headers(response, names)
+        if response.overall_code == _OVER_LIMIT:
+            denials = [
+                _Denial(step, step.rule, bucket)
+                for step, bucket, status in zip(plan.steps, buckets, response.statuses, strict=True)
+                if status.code == _OVER_LIMIT and step.rule is not None and bucket is not None
+            ]
+            bodies = [denial.rule.body for denial in denials if denial.rule.body]
+            if bodies:
+                response.raw_body = bodies[0].encode()
+            longest = max(
+                (denial for denial in denials if denial.rule.retry_after),
+                key=lambda denial: denial.fits_in_us,
+                default=None,
+            )
+            if longest is not None:
+                _add_retry_headers(response, longest, with_old_headers=names is None)
+        if self._settings.dynamic_metadata:
+            response.dynamic_metadata.update(_metadata(response, plan))
+
+    def _add_limit_headers(self, response: RateLimitResponse, names: ResponseHeaders) -> None:
+        """Of the last descriptor over its limit, or else of the first with the least remaining."""
+        limited = [status for status in response.statuses if status.HasField("current_limit")]
+        over = [status for status in limited if status.code == _OVER_LIMIT]
+        if not limited:
+            return
+        shown = over[-1] if over else min(limited, key=lambda status: status.limit_remaining)
+        reset = shown.duration_until_reset
+        _add_headers(
+            response,
+            (names.limit, shown.current_limit.requests_per_unit),
+            (names.remaining, shown.limit_remaining),
+            (names.reset, reset.seconds + (reset.nanos > 0)),
+        )
+
+
+def _add_retry_headers(response: RateLimitResponse, denial: _Denial, *, with_old_headers: bool) -> None:
+    bucket, limit = denial.bucket, denial.bucket.limit
+    wait = _seconds(denial.fits_in_us)
+    reset = _seconds(bucket.full_in_us)
+    name = _structured_string(denial.rule.limit_name or denial.rule.name)
+    _add_headers(
+        response,
+        ("Retry-After", wait),
+        ("RateLimit-Policy", f"{name};q={limit.capacity};w={_window_seconds(limit)}"),
+        ("RateLimit", f"{name};r={bucket.remaining};t={wait}"),
+    )
+    if with_old_headers:
+        _add_headers(
+            response,
+            (_OLD_HEADERS.limit, limit.capacity),
+            (_OLD_HEADERS.remaining, bucket.remaining),
+            (_OLD_HEADERS.reset, reset),
+        )
+
+
+def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> None:
+    response.response_headers_to_add.extend(HeaderValue(key=name, value=str(value)) for name, value in headers)
+
+
+def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
+    merged: dict[str, object] = {}
+    descriptors: list[dict[str, object]] = []
+    for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
+        descriptor: dict[str, object] = {
+            "entries": [f"{key}={value}" for key, value in entries],
+            "hitsAddend": step.hits,
+        }
+        if step.rule is not None and step.rule.unit is not None:
+            unit = step.rule.unit.name
+            descriptor["limit"] = {"requestsPerUnit": step.rule.requests_per_unit, "unit": unit}
+        descriptors.append(descriptor)
+        if step.rule is not None and status.code != _OVER_LIMIT:
+            merged.update(step.rule.metadata)
+    metadata: dict[str, object] = {"domain": plan.domain, "descriptors": descriptors, "hitsAddend": plan.hits}
+    if merged:
+        metadata["metadata"] = merged
+    return metadata
+
+
+def _seconds(duration_us: int) -> int:
+    return ceil(duration_us / _SECOND_US)
+
+
+def _window_seconds(limit: AnyLimit) -> int:
+    """A window's length, or the time in which an empty bucket refills."""
+    if isinstance(limit, Limit):
+        return max(1, _seconds(limit.ceiling // limit.tokens))
+    return _seconds(limit.period_us)
+
+
+def _structured_string(text: str) -> str:
+    """A String of RFC 9651: printable ASCII in quotes."""
+    ascii_text = text.encode("ascii", "replace").decode()
+    printable = "".join(character if character.isprintable() else "?" for character in ascii_text)
+    return '"' + printable.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,31 @@
+"""What holds for every answer, whichever rule it comes from: the process-wide settings of envoyproxy/ratelimit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHeaders:
+    """Names of the headers that tell callers their limit, what is left of it, and in how many seconds it is reset."""
+
+    limit: str = "RateLimit-Limit"
+    remaining: str = "RateLimit-Remaining"
+    reset: str = "RateLimit-Reset"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Args:
+    shadow_mode: the overall code is always OK.
+    quota_mode: every rule is in quota mode.
+    near_limit_ratio: hits above this part of a limit count as near it; 0 to 1.
+    response_headers: None for none.
+    dynamic_metadata: answers carry what was asked and the metadata of the rules that passed.
+    """
+
+    shadow_mode: bool = False
+    quota_mode: bool = False
+    near_limit_ratio: float = 0.8
+    response_headers: ResponseHeaders | None = None
+    dynamic_metadata: bool = False

@@ -1,0 +1,281 @@
+"""What an answer says beyond yes and no, and how rules act on each other in one request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
+from google.protobuf.json_format import MessageToDict
+from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, headers_of, make_limiter, make_request
+
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.limiter import counts as counts_module
+from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+
+def rule(name: str, requests: int = 10, window: Window | None = None, burst: int | None = None, **more: Any) -> Rule:
+    return Rule(f"api.{name}", limit_of_rate(requests, Unit.MINUTE, window, burst=burst), requests, Unit.MINUTE, **more)
+
+
+def rules_of(*rules: Rule, **more: Any) -> Rules:
+    """One rule a key, in the domain `api`."""
+    return Rules({"api": RuleNode(key_only={rule.name.removeprefix("api."): RuleNode(rule) for rule in rules})}, **more)
+
+
+def test_a_rule_in_shadow_mode_says_ok_with_nothing_remaining_and_is_charged() -> None:
+    limiter = make_limiter(rules_of(rule("a", shadow_mode=True)))
+    decide(limiter, make_request({"a": "1"}, hits=10))
+    response = decide(limiter, make_request({"a": "1"}, hits=4))
+    assert (response.overall_code, response.statuses[0].code, response.statuses[0].limit_remaining) == (OK, OK, 0)
+    counts = limiter.counts["api", "api.a"]
+    assert (counts.over_limit, counts.over_limit_hits, counts.shadow_mode_hits) == (1, 4, 4)
+
+
+def test_global_shadow_mode_makes_every_answer_ok_and_leaves_the_statuses() -> None:
+    limiter = make_limiter(rules_of(rule("a")), Settings(shadow_mode=True))
+    response = decide(limiter, make_request({"a": "1"}, hits=11))
+    assert (response.overall_code, response.statuses[0].code) == (OK, OVER_LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ({"q1": 11, "q2": 1, "n": 1}, OK),
+        ({"q1": 11, "q2": 11, "n": 1}, OVER_LIMIT),
+        ({"q1": 1, "q2": 1, "n": 11}, OVER_LIMIT),
+        ({"q1": 1, "q2": 1, "n": 1}, OK),
+        ({"q1": 11, "n": 1}, OVER_LIMIT),
+    ],
+)
+def test_only_all_quota_rules_of_a_request_together_deny_it(over: dict[str, int], expected: int) -> None:
+    limiter = make_limiter(rules_of(rule("q1", quota_mode=True), rule("q2", quota_mode=True), rule("n")))
+    request = RateLimitRequest.FromString(make_request(*({key: "x"} for key in over)))
+    for descriptor, hits in zip(request.descriptors, over.values(), strict=True):
+        descriptor.hits_addend.value = hits
+    assert decide(limiter, request.SerializeToString()).overall_code == expected
+
+
+def test_global_quota_mode_treats_every_rule_so() -> None:
+    limiter = make_limiter(rules_of(rule("a"), rule("b", requests=100)), Settings(quota_mode=True))
+    response = decide(limiter, make_request({"a": "1"}, {"b": "1"}, hits=11))
+    assert [status.code for status in response.statuses] == [OVER_LIMIT, OK]
+    assert response.overall_code == OK
+
+
+def test_a_rule_that_another_replaces_does_not_count_in_that_request() -> None:
+    limiter = make_limiter(
+        rules_of(rule("a", 1, limit_name="small"), rule("b", 100, replaces=frozenset({"small"})), rule("c", 1))
+    )
+    response = decide(limiter, make_request({"a": "1"}, {"b": "1"}, hits=5))
+    assert response.overall_code == OK
+    assert not response.statuses[0].HasField("current_limit")
+    assert decide(limiter, make_request({"a": "1"})).statuses[0].limit_remaining == 0
+    assert decide(limiter, make_request({"c": "1"}, {"b": "1"}, hits=5)).overall_code == OVER_LIMIT
+
+
+def test_the_answer_names_the_limit() -> None:
+    [status] = decide(make_limiter(rules_of(rule("a", limit_name="gold"))), make_request({"a": "1"})).statuses
+    assert status.current_limit.name == "gold"
+
+
+def with_override(raw: bytes, requests: int, unit: int) -> bytes:
+    request = RateLimitRequest.FromString(raw)
+    request.descriptors[0].limit.requests_per_unit = requests
+    request.descriptors[0].limit.unit = unit
+    return request.SerializeToString()
+
+
+def test_a_limit_in_the_request_overrides_the_rule_and_the_lack_of_one_and_is_never_shadowed() -> None:
+    limiter = make_limiter(rules_of(rule("a", shadow_mode=True)))
+    for descriptor in ({"a": "1"}, {"unknown": "1"}):
+        request = with_override(make_request(descriptor), 2, RateLimitUnit.HOUR)
+        responses = [decide(limiter, request) for _ in range(3)]
+        assert [response.overall_code for response in responses] == [OK, OK, OVER_LIMIT]
+        current_limit = responses[0].statuses[0].current_limit
+        assert (current_limit.requests_per_unit, current_limit.unit) == (2, RateLimitResponse.RateLimit.HOUR)
+
+
+def test_a_limit_in_the_request_needs_a_domain_with_rules() -> None:
+    limiter = make_limiter(rules_of(rule("a")))
+    request = with_override(make_request({"a": "1"}, domain="other"), 0, RateLimitUnit.HOUR)
+    assert decide(limiter, request).overall_code == OK
+
+
+def test_a_limit_in_the_request_of_no_unit_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="unknown unit"):
+        decide(make_limiter(rules_of(rule("a"))), with_override(make_request({"a": "1"}), 1, RateLimitUnit.UNKNOWN))
+
+
+def test_buckets_of_limits_in_requests_are_known_to_peers_by_their_name() -> None:
+    limiter = make_limiter(rules_of(rule("a")))
+    request = with_override(make_request({"a": "1"}), 2, RateLimitUnit.HOUR)
+    [step] = limiter.plan(request).steps
+    assert step.rule is not None
+    assert limiter.store.limit_of_key(step.bucket_key) == step.rule.limit
+
+
+def test_hits_of_charge_always_count_into_debt() -> None:
+    limiter = make_limiter(rules_of(rule("tokens", charge_always=True)))
+    assert decide(limiter, make_request({"tokens": "t"}, hits=30)).overall_code == OVER_LIMIT
+    [bucket] = limiter.store
+    assert bucket.debt == 20
+    assert limiter.counts["api", "api.tokens"].tokens == 30
+    assert bucket.fits_in_us(1) == 126_000_000
+    assert decide(limiter, make_request({"tokens": "t"}), NOW_US + 126_000_000).overall_code == OK
+
+
+@pytest.mark.parametrize("window", [Window.FIXED, None])
+def test_hits_near_the_limit_and_over_it_are_counted_apart(window: Window | None) -> None:
+    """At 0.8 of 10 the threshold is 8: of 7 + 3 hits 2 are near, and of 5 more, in a fixed window, all are over."""
+    limiter = make_limiter(rules_of(rule("a", window=window)))
+    for hits in (7, 3, 5):
+        decide(limiter, make_request({"a": "1"}, hits=hits))
+    counts = limiter.counts["api", "api.a"]
+    assert (counts.total_hits, counts.within_limit_hits) == (15, 10)
+    assert (counts.near_limit_hits, counts.over_limit_hits) == (2, 5)
+
+
+def test_a_fixed_window_splits_the_hits_of_the_request_that_crosses_the_limit() -> None:
+    limiter = make_limiter(rules_of(rule("a", window=Window.FIXED)))
+    for hits in (7, 5):
+        decide(limiter, make_request({"a": "1"}, hits=hits))
+    counts = limiter.counts["api", "api.a"]
+    assert (counts.over_limit_hits, counts.near_limit_hits) == (2, 2)
+
+
+def test_response_headers_tell_of_the_descriptor_nearest_its_limit() -> None:
+    limiter = make_limiter(
+        rules_of(rule("a", 10), rule("b", 5)), Settings(response_headers=ResponseHeaders("L", "Rem", "Res"))
+    )
+    assert headers_of(decide(limiter, make_request({"a": "1"}, {"b": "1"}, {"none": "1"}, hits=3))) == {
+        "L": "5",
+        "Rem": "2",
+        "Res": "36",
+    }
+
+
+def test_response_headers_tell_of_the_last_descriptor_over_its_limit() -> None:
+    limiter = make_limiter(
+        rules_of(rule("a", 1), rule("b", 2), rule("c", 100)), Settings(response_headers=ResponseHeaders())
+    )
+    headers = headers_of(decide(limiter, make_request({"a": "1"}, {"b": "1"}, {"c": "1"}, hits=3)))
+    assert (headers["RateLimit-Limit"], headers["RateLimit-Remaining"]) == ("2", "2")
+
+
+def test_no_limit_no_response_headers() -> None:
+    limiter = make_limiter(rules_of(rule("a")), Settings(response_headers=ResponseHeaders()))
+    assert headers_of(decide(limiter, make_request({"none": "1"}))) == {}
+
+
+def test_a_denial_says_when_to_come_back() -> None:
+    limiter = make_limiter(rules_of(rule("a", 6, burst=12, retry_after=True, limit_name='say "when"')))
+    assert headers_of(decide(limiter, make_request({"a": "1"}, hits=12))) == {}
+    headers = headers_of(decide(limiter, make_request({"a": "1"}, hits=2), NOW_US + 1_000_000))
+    assert headers == {
+        "Retry-After": "19",
+        "RateLimit-Policy": '"say \\"when\\"";q=12;w=120',
+        "RateLimit": '"say \\"when\\"";r=0;t=19',
+        "RateLimit-Limit": "12",
+        "RateLimit-Remaining": "0",
+        "RateLimit-Reset": "119",
+    }
+    assert decide(limiter, make_request({"a": "1"}, hits=2), NOW_US + 20_000_000).overall_code == OK
+
+
+def test_of_several_denials_the_one_that_takes_longest_says_when_to_come_back() -> None:
+    limiter = make_limiter(rules_of(rule("a", 60, retry_after=True), rule("b", 1, retry_after=True)))
+    decide(limiter, make_request({"a": "1"}, hits=60))
+    decide(limiter, make_request({"b": "1"}))
+    assert headers_of(decide(limiter, make_request({"a": "1"}, {"b": "1"})))["Retry-After"] == "60"
+
+
+@pytest.mark.parametrize(("window", "seconds"), [(Window.FIXED, "40"), (Window.SLIDING, "41")])
+def test_a_window_says_when_it_has_room_again(window: Window, seconds: str) -> None:
+    limiter = make_limiter(rules_of(rule("a", window=window, retry_after=True)))
+    decide(limiter, make_request({"a": "1"}, hits=10))
+    response = decide(limiter, make_request({"a": "1"}), NOW_US + 20_000_000)
+    assert headers_of(response)["Retry-After"] == seconds
+
+
+def test_a_denial_has_the_rules_body_and_an_admission_has_none() -> None:
+    limiter = make_limiter(rules_of(rule("a", 1, body="slow down, ünïcorn")))
+    assert decide(limiter, make_request({"a": "1"})).raw_body == b""
+    assert decide(limiter, make_request({"a": "1"})).raw_body.decode() == "slow down, ünïcorn"
+
+
+def test_dynamic_metadata_tells_what_was_asked_and_has_the_metadata_of_the_rules_that_passed() -> None:
+    limiter = make_limiter(
+        rules_of(rule("a", metadata={"tier": "gold", "n": [1]}), rule("b", 1, metadata={"tier": "none"})),
+        Settings(dynamic_metadata=True),
+    )
+    response = decide(limiter, make_request({"a": "1"}, {"b": "2"}, hits=3))
+    assert MessageToDict(response.dynamic_metadata) == {
+        "domain": "api",
+        "hitsAddend": 3,
+        "descriptors": [
+            {"entries": ["a=1"], "hitsAddend": 3, "limit": {"requestsPerUnit": 10, "unit": "MINUTE"}},
+            {"entries": ["b=2"], "hitsAddend": 3, "limit": {"requestsPerUnit": 1, "unit": "MINUTE"}},
+        ],
+        "metadata": {"tier": "gold", "n": [1]},
+    }
+
+
+def test_new_rules_keep_what_was_taken_and_enforce_the_new_limit() -> None:
+    limiter = make_limiter(rules_of(rule("a"), rule("b")))
+    decide(limiter, make_request({"a": "1"}, {"b": "1"}, hits=6))
+    limiter.use_rules(rules_of(rule("a"), rule("b", 20)))
+    response = decide(limiter, make_request({"a": "1"}, {"b": "1"}))
+    assert [status.limit_remaining for status in response.statuses] == [3, 13]
+
+
+def test_new_rules_hold_for_what_peers_say_too() -> None:
+    limiter = make_limiter(rules_of(rule("a")))
+    [step] = limiter.plan(make_request({"a": "1"})).steps
+    limiter.use_rules(rules_of(rule("b")))
+    assert not limiter.store.merge(step.bucket_key, None, [Entry(Origin("there", 1), 14, 1)], NOW_US)
+
+
+def test_a_rule_that_becomes_another_kind_begins_a_new_bucket() -> None:
+    limiter = make_limiter(rules_of(rule("a")))
+    request = make_request({"a": "1"})
+    keys = set()
+    for other in (rule("a"), rule("a", window=Window.FIXED), rule("a", consistency=Consistency.LOCAL)):
+        limiter.use_rules(rules_of(other))
+        assert decide(limiter, request).statuses[0].limit_remaining == 9
+        keys.add(limiter.plan(request).steps[0].bucket_key)
+    assert len(keys) == 3
+
+
+def wildcard_rules(shares_bucket: bool = False, **more: Any) -> Rules:
+    node = RuleNode(rule("path_/a*", **more), shares_bucket=shares_bucket)
+    return Rules({"api": RuleNode(wildcards={"path": WildcardSet([("/a*", node)])})})
+
+
+def test_every_value_of_a_wildcard_has_its_own_bucket_unless_they_share_one() -> None:
+    for shares_bucket, remaining in ((False, 9), (True, 8)):
+        limiter = make_limiter(wildcard_rules(shares_bucket))
+        decide(limiter, make_request({"path": "/a1"}))
+        assert decide(limiter, make_request({"path": "/a2"})).statuses[0].limit_remaining == remaining
+        assert len(limiter.store) == (1 if shares_bucket else 2)
+
+
+def test_values_stand_in_metric_names_only_where_rules_say_so_and_never_without_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, detailed = make_limiter(wildcard_rules()), make_limiter(wildcard_rules(metric_of_values=True))
+    monkeypatch.setattr(counts_module, "MAX_NAMES", 2)
+    for limiter in (plain, detailed):
+        for value in ("/a1", "/a2", "/a3", "/a4"):
+            decide(limiter, make_request({"path": value}))
+    assert {name: counts.ok for (_, name), counts in plain.counts.items()} == {"api.path_/a*": 4}
+    assert {name: counts.ok for (_, name), counts in detailed.counts.items()} == {
+        "api.path_/a1": 1,
+        "api.path_/a2": 1,
+        "api.path_/a*": 2,
+    }
