@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+from contextlib import AsyncExitStack
 from enum import Enum
 from math import ceil
 from typing import Literal
@@ -138,12 +139,7 @@ class Sidecar:
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._stop.set)
-        await self._console.start()
-        try:
-            await self._mesh.start()
-        except OSError as error:
-            raise ListenError(str(self._config.listen.sync), str(error)) from error
-        await self._front_end.start()
+        await self._open()
         self._log_start()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -162,6 +158,18 @@ class Sidecar:
         finally:
             await self._tracing.close()
         _log.info("stopped")
+
+    async def _open(self) -> None:
+        async with AsyncExitStack() as opened:
+            await self._console.start()
+            opened.push_async_callback(self._console.stop)
+            try:
+                await self._mesh.start()
+            except OSError as error:
+                raise ListenError(str(self._config.listen.sync), str(error)) from error
+            opened.push_async_callback(self._mesh.close)
+            await self._front_end.start()
+            opened.pop_all()
 
     async def _join(self) -> None:
         if not await self._mesh.joined(JOIN_SECONDS):
