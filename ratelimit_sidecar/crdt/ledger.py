@@ -1,0 +1,165 @@
+"""All strict buckets of one replica, and what it has to say to its peers about them.
+
+Only buckets that somebody asked for of late, or that hold a loan, are looked at in a `tick`, and a bounded number of
+them. A full bucket without loans is dropped: made anew it has no more than it had.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.lending import Loans
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
+
+LimitOfKey = Callable[[bytes], AnyLimit | None]
+"""The limit of a key that a peer names; None when this replica has no strict rule for it."""
+
+MAX_FIRST_NUMBER = 2**31
+
+
+@dataclass(slots=True)
+class Wishes:
+    """What to tell one peer, by bucket key; both in order of their numbers with what was said before."""
+
+    asks: dict[bytes, Ask] = field(default_factory=dict)
+    returns: dict[bytes, Return] = field(default_factory=dict)
+
+
+class Ledger:
+    """Args:
+    limit_of_key: asked when a peer wants to borrow of a key that has no bucket here yet.
+    first_number: for the numbers of asks; random, 0 to 2**31.
+    """
+
+    def __init__(self, shares: Shares, origin: Origin, limit_of_key: LimitOfKey, first_number: int) -> None:
+        self.shares = shares
+        self.limit_of_key = limit_of_key
+        self._origin = origin
+        self._first_number = first_number
+        self._loans: dict[bytes, Loans] = {}
+        self._busy: list[StrictBucket] = []
+        self._active: deque[Loans] = deque()
+        self._active_keys: set[bytes] = set()
+        self._sweep_order: deque[Loans] = deque()
+        self._home = 0
+
+    def __len__(self) -> int:
+        return len(self._loans)
+
+    def __iter__(self) -> Iterator[StrictBucket]:
+        return (loans.bucket for loans in self._loans.values())
+
+    def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+        """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home share changed.
+
+        Args:
+            now_us: see `crdt.strict` for the clock.
+        """
+        loans = self._loans.get(key)
+        if loans is None:
+            return self._make(key, limit, now_us).bucket
+        bucket = loans.bucket
+        if bucket.limit is not limit and bucket.limit != limit:
+            bucket.set_limit(limit, now_us)
+        if bucket.home != self._home:
+            bucket.set_home(self._home, now_us)
+        return bucket
+
+    def tick(self, homes: Mapping[str, int], now_us: int, most: int) -> dict[str, Wishes]:
+        """Look at `most` of the active buckets, in turn.
+
+        Args:
+            homes: by node, the home share of every peer that can be reached.
+
+        Returns:
+            What to tell each peer.
+        """
+        self._home = self.shares.home(max(now_us, self.shares.from_us))
+        for bucket in self._busy:
+            bucket.is_noted = False
+            if bucket.key not in self._active_keys and bucket.key in self._loans:
+                self._active_keys.add(bucket.key)
+                self._active.append(self._loans[bucket.key])
+        self._busy.clear()
+        wishes: dict[str, Wishes] = {}
+        for _ in range(min(most, len(self._active))):
+            loans = self._active.popleft()
+            asks, returns = loans.ask(homes, now_us)
+            for lender, ask in asks.items():
+                wishes.setdefault(lender, Wishes()).asks[loans.bucket.key] = ask
+            for lender, returned in returns.items():
+                wishes.setdefault(lender, Wishes()).returns[loans.bucket.key] = returned
+            if loans.bucket.asked or loans.bucket.lenders:
+                self._active.append(loans)
+            else:
+                self._active_keys.remove(loans.bucket.key)
+        return wishes
+
+    def answer(self, borrower: str, key: bytes, ask: Ask, now_us: int) -> Grant | None:
+        """Lend to a peer.
+
+        Returns:
+            None when no strict rule here knows the key.
+
+        Raises:
+            ValueError: not a bucket's name.
+        """
+        loans = self._known(key, now_us)
+        return loans.answer(borrower, ask, now_us) if loans is not None else None
+
+    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> None:
+        """A lender has answered."""
+        loans = self._loans.get(key)
+        if loans is not None:
+            loans.granted(lender, grant, now_us)
+
+    def returned(self, borrower: str, key: bytes, returned: Return, now_us: int) -> None:
+        """A borrower has given back a part of its loan, or all of it."""
+        loans = self._loans.get(key)
+        if loans is not None:
+            loans.returned(borrower, returned, now_us)
+
+    def lost(self, peer: str) -> None:
+        """The peer cannot be reached: no answer is coming."""
+        for loans in self._active:
+            loans.lost(peer)
+
+    def sweep(self, now_us: int, most: int) -> int:
+        """Drop the full buckets without loans among the next `most`, in turn.
+
+        Returns:
+            The number of buckets dropped.
+        """
+        dropped = 0
+        for _ in range(min(most, len(self._sweep_order))):
+            loans = self._sweep_order.popleft()
+            bucket = loans.bucket
+            if bucket.key not in self._active_keys and not bucket.is_noted and bucket.is_idle(now_us):
+                del self._loans[bucket.key]
+                dropped += 1
+            else:
+                self._sweep_order.append(loans)
+        return dropped
+
+    def _known(self, key: bytes, now_us: int) -> Loans | None:
+        limit = self.limit_of_key(key)
+        if not isinstance(limit, Limit):
+            return None
+        self.bucket(key, limit, now_us)
+        return self._loans[key]
+
+    def _make(self, key: bytes, limit: Limit, now_us: int) -> Loans:
+        shares = self.shares
+        self._home = shares.home(max(now_us, shares.from_us))
+        bucket = StrictBucket(
+            key, limit, self._origin, now_us, home=self._home, from_us=shares.since_us(now_us), busy=self._busy
+        )
+        loans = Loans(bucket, self._first_number)
+        self._loans[key] = loans
+        self._sweep_order.append(loans)
+        return loans
