@@ -17,6 +17,7 @@ from typing import NamedTuple
 TOKEN_BUCKET = 0
 FIXED_WINDOW = 1
 SLIDING_WINDOW = 2
+STRICT_TOKEN_BUCKET = 3
 LOCAL = 0x80
 """Added to the form of a bucket that is never replicated."""
 
@@ -36,7 +37,10 @@ OVERRIDE_LIMIT = 6
 """Last entry of such a bucket; key and value are requests per unit and unit."""
 
 _KINDS = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
-FORMS = frozenset(form | local for form in (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW) for local in (0, LOCAL))
+_WINDOWS_AND_TOKEN_BUCKET = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
+FORMS = frozenset(
+    (STRICT_TOKEN_BUCKET, *_WINDOWS_AND_TOKEN_BUCKET, *(form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET))
+)
 _CONTINUES = 0x80
 _MAX_SHIFT = 28
 

@@ -14,7 +14,8 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Window, WindowLimit
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.answer import Extras
 from ratelimit_sidecar.limiter.counts import CountsByRule
@@ -43,21 +44,38 @@ class Limiter:
 
     Args:
         origin: this replica.
+        ledger: the strict buckets; None where no rule is strict.
+
+    Raises:
+        ValueError: a rule is strict and there is no ledger.
     """
 
-    def __init__(self, rules: Rules, origin: Origin, settings: Settings | None = None) -> None:
-        self.rules = rules
+    def __init__(
+        self, rules: Rules, origin: Origin, settings: Settings | None = None, ledger: Ledger | None = None
+    ) -> None:
         self.settings = settings or Settings()
         self.store = Store(origin, rules.replicated_limit_of_key)
+        self.ledger = ledger
+        self.jumped_us = 0
+        """What the clock has stepped forward since start; strict buckets are given the time without it."""
         self.counts = CountsByRule()
         self._extras = Extras(self.settings)
         self._cached_plan = lru_cache(maxsize=PLAN_CACHE_REQUESTS)(self._make_plan)
+        self.use_rules(rules)
 
     def use_rules(self, rules: Rules) -> None:
         """Decide by other rules from now on.
 
         Buckets keep what was taken; one whose limit has changed enforces the new one from its next use on.
+
+        Raises:
+            ValueError: a rule is strict and there is no ledger; the rules before stay in force.
         """
+        if self.ledger is None:
+            if any(rule.consistency is Consistency.STRICT for rule in rules):
+                raise ValueError("a strict rule needs the members among whom its limit is shared")
+        else:
+            self.ledger.limit_of_key = rules.strict_limit_of_key
         self.rules = rules
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._cached_plan.cache_clear()
@@ -91,8 +109,9 @@ class Limiter:
                 status.limit_remaining = _UNLIMITED_REMAINING
                 step.counts.pass_unlimited(step.hits)
             else:
-                bucket = self.store.bucket(step.bucket_key, rule.limit, now_us, replicated=step.is_replicated)
-                admitted = bucket.take(step.hits, now_us, always=rule.charge_always)
+                at_us = now_us - self.jumped_us if step.is_strict else now_us
+                bucket = self._bucket(step, rule.limit, at_us)
+                admitted = bucket.take(step.hits, at_us, always=rule.charge_always)
                 remaining = bucket.remaining
                 step.counts.count(step, admitted, bucket)
                 if not admitted and not rule.shadow_mode:
@@ -123,6 +142,13 @@ class Limiter:
         if len(request) > PLAN_CACHE_MAX_BYTES:
             return self._make_plan(request)
         return self._cached_plan(request)
+
+    def _bucket(self, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
+        if step.is_strict:
+            assert self.ledger is not None
+            assert isinstance(limit, Limit)
+            return self.ledger.bucket(step.bucket_key, limit, at_us)
+        return self.store.bucket(step.bucket_key, limit, at_us, replicated=step.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:
@@ -187,7 +213,8 @@ class Limiter:
             hits,
             current_limit,
             self.counts.of(label, match.metric_name, rule.name),
-            is_replicated=rule.consistency is not Consistency.LOCAL,
+            is_replicated=rule.consistency is Consistency.EVENTUAL,
+            is_strict=rule.consistency is Consistency.STRICT,
             charges_denied=rule.charge_always or _is_fixed_window(rule.limit),
             is_quota=rule.limit is not None and (rule.quota_mode or self.settings.quota_mode),
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio) if rule.limit is not None else 0,

@@ -18,6 +18,8 @@ class Step:
         rule: None when the descriptor is not limited.
         hits: tokens; 0 checks and charges nothing.
         current_limit: as the answer shows it.
+        is_replicated: peers are told what it takes.
+        is_strict: it takes from this replica's share.
         is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
         charges_denied: hits count although they are denied.
         near_from: tokens above which hits are near the limit.
@@ -29,6 +31,7 @@ class Step:
     current_limit: RateLimitResponse.RateLimit | None
     counts: RuleCounts
     is_replicated: bool = False
+    is_strict: bool = False
     is_quota: bool = False
     charges_denied: bool = False
     near_from: int = 0

@@ -23,6 +23,7 @@ from ratelimit_sidecar.limiter.key import (
     OVERRIDE_LIMIT,
     PATTERN,
     SLIDING_WINDOW,
+    STRICT_TOKEN_BUCKET,
     TOKEN_BUCKET,
     UNRULED,
     WILDCARD_VALUE,
@@ -42,6 +43,8 @@ class Consistency(Enum):
 
     EVENTUAL = "eventual"
     """Decided on what has been heard from all replicas: overshoot is bounded, and repaid as debt."""
+    STRICT = "strict"
+    """Decided on this replica's share of the limit: all together never exceed it. Token buckets only."""
     LOCAL = "local"
     """Never replicated: every sidecar has the whole limit to itself."""
 
@@ -96,6 +99,8 @@ class Rule:
     @property
     def form(self) -> int:
         """The first byte of its buckets' names."""
+        if self.consistency is Consistency.STRICT:
+            return STRICT_TOKEN_BUCKET
         local = LOCAL if self.consistency is Consistency.LOCAL else 0
         if self.limit is None or isinstance(self.limit, Limit):
             return TOKEN_BUCKET | local
@@ -230,11 +235,12 @@ class Rules:
         return rule if rule is not None and rule.form == form else None
 
     def replicated_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket that peers share; None when there is no such rule here, or it is local."""
-        rule = self.rule_of_key(bucket_key)
-        if rule is None or rule.consistency is Consistency.LOCAL:
-            return None
-        return rule.limit
+        """The limit of a bucket whose consumption peers tell each other; None when there is no such rule here."""
+        return self._limit_of_key(bucket_key, Consistency.EVENTUAL)
+
+    def strict_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
+        """The limit of a bucket that peers lend each other shares of; None when there is no such rule here."""
+        return self._limit_of_key(bucket_key, Consistency.STRICT)
 
     def __iter__(self) -> Iterator[Rule]:
         """Every rule, in no particular order."""
@@ -246,6 +252,10 @@ class Rules:
                 yield node.rule
         if self.unruled is not None:
             yield self.unruled
+
+    def _limit_of_key(self, bucket_key: bytes, consistency: Consistency) -> AnyLimit | None:
+        rule = self.rule_of_key(bucket_key)
+        return rule.limit if rule is not None and rule.consistency is consistency else None
 
     def _override_rule(self, domain: str, requests: int, unit: Unit) -> Rule:
         limit = limit_of_rate(requests, unit, self.override_window)

@@ -11,9 +11,11 @@ from google.protobuf.json_format import MessageToDict
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, headers_of, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter import counts as counts_module
-from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
@@ -279,3 +281,32 @@ def test_values_stand_in_metric_names_only_where_rules_say_so_and_never_without_
         "api.path_/a2": 1,
         "api.path_/a*": 2,
     }
+
+
+def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of_what_it_takes() -> None:
+    shares = Shares(Membership(1, {"here": 1, "there": 1}), "here", NOW_US - 600_000_000)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    rules = rules_of(rule("a", consistency=Consistency.STRICT))
+    limiter = Limiter(rules, Origin("here", 1), None, ledger)
+    request = make_request({"a": "1"})
+    assert [decide(limiter, request).overall_code for _ in range(6)] == [OK] * 5 + [OVER_LIMIT]
+    assert (len(limiter.store), len(ledger)) == (0, 1)
+    [step] = limiter.plan(request).steps
+    assert ledger.limit_of_key(step.bucket_key) == rules_of(rule("a")).match("api", [("a", "1")]).rule.limit
+    assert rules.replicated_limit_of_key(step.bucket_key) is None
+
+
+def test_a_step_of_the_clock_refills_no_strict_bucket() -> None:
+    shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    limiter = Limiter(rules_of(rule("a", consistency=Consistency.STRICT)), Origin("here", 1), None, ledger)
+    assert decide(limiter, make_request({"a": "1"}, hits=10)).overall_code == OK
+    limiter.jumped_us = 3_600_000_000
+    assert decide(limiter, make_request({"a": "1"}), NOW_US + 3_600_000_000).overall_code == OVER_LIMIT
+
+
+def test_a_strict_rule_without_members_is_refused() -> None:
+    limiter = make_limiter(rules_of(rule("a")))
+    with pytest.raises(ValueError, match="members"):
+        limiter.use_rules(rules_of(rule("a", consistency=Consistency.STRICT)))
+    assert decide(limiter, make_request({"a": "1"})).overall_code == OK
