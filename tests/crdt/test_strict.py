@@ -291,13 +291,14 @@ def test_what_is_given_back_is_free_at_once_with_its_tokens_unless_it_was_lent_l
     lender, borrower = make_pair()
     borrower.take(50, now_us)
     borrower.borrow("lender", lender.lend("borrower", Ask(1, PARTS // 4), PARTS // 4, 0, now_us), now_us, now_us)
-    returned = borrower.give_back("lender", PARTS // 8, 1, now_us)
+    # Ask 2 is on its way: its grant must not be used any more.
+    returned = borrower.give_back("lender", PARTS // 8, 2, now_us)
     assert borrower.share == PARTS // 2 + PARTS // 8
-    assert not borrower.borrow("lender", Grant(1, PARTS // 4, 0, 0), now_us, now_us)
-    lender.lend("borrower", Ask(2, PARTS // 4), PARTS // 4, 0, now_us)
+    assert not borrower.borrow("lender", Grant(2, PARTS // 4, 0, 0), now_us, now_us)
+    lender.lend("borrower", Ask(3, PARTS // 4), PARTS // 4, 0, now_us)
     lender.take_back("borrower", returned, now_us)
     assert lender.lent_to("borrower") == PARTS // 4
-    lender.take_back("borrower", Return(2, 0, 0), now_us)
+    lender.take_back("borrower", Return(3, 0, 0), now_us)
     assert (lender.lent_to("borrower"), lender.share) == (0, PARTS // 2)
 
 
