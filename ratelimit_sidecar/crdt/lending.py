@@ -15,7 +15,13 @@ from ratelimit_sidecar.crdt.shares import LOAN_US, PARTS
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 
 ASK_AGAIN_US = 500_000
-"""Without an answer for so long, or with less than was asked for, the same lender is asked again."""
+"""Without an answer for so long the same lender is asked again."""
+
+ASK_MORE_US = 250_000
+"""A lender that answered with less than was asked for is asked again after so long."""
+
+STALE_US = 2 * ASK_AGAIN_US
+"""What was asked for or told so long ago may hold no longer: whoever still lacks something has asked again since."""
 
 RENEW_US = LOAN_US // 2
 """A loan that ends so soon is renewed."""
@@ -82,12 +88,12 @@ class Loans:
         bucket = self.bucket
         bucket.advance(now_us)
         self._wanted[borrower] = (ask.parts, now_us)
-        self._wanted = {node: wish for node, wish in self._wanted.items() if now_us - wish[1] < LOAN_US}
+        wishes = self._wishes_at(now_us)
         spare = max(0, bucket.home_now - bucket.kept)
-        fair = _max_min(spare, {node: parts for node, (parts, _) in self._wanted.items()})[borrower]
+        fair = _max_min(spare, wishes).get(borrower, 0)
         # What others hold now they hold until their loans end, whatever would be fair.
         free = max(0, bucket.home_now - (bucket.lent - bucket.lent_to(borrower)))
-        available = min(free, _max_min(spare, {**self._wishes_of_others(borrower), borrower: PARTS})[borrower])
+        available = min(free, _max_min(spare, {**wishes, borrower: PARTS})[borrower])
         return bucket.lend(borrower, ask, min(fair, free), available, now_us)
 
     def granted(self, lender: str, grant: Grant, now_us: int) -> None:
@@ -129,17 +135,21 @@ class Loans:
     def _wishes(self, lacking: int, homes: Mapping[str, int], now_us: int) -> dict[str, int]:
         """From each lender a part of what is lacking, in proportion to what it may have to spare.
 
-        Not capped by that: a lender divides fairly only what it is asked for.
+        Capped by its home, not by what it has to spare: a lender divides fairly only what it is asked for.
         """
         spare = {lender: self._spare_of(lender, home, now_us) for lender, home in homes.items() if home}
+        wishes: dict[str, int] = {}
         total = sum(spare.values())
-        if not total:
-            return {}
-        return {lender: lacking * parts // total for lender, parts in spare.items()}
+        # Those with the least home for what they have to spare first: what they cannot give the others are asked for.
+        for lender in sorted(spare, key=lambda lender: (homes[lender] * PARTS // spare[lender], lender)):
+            wishes[lender] = min(homes[lender], lacking * spare[lender] // total)
+            lacking -= wishes[lender]
+            total -= spare[lender]
+        return wishes
 
     def _spare_of(self, lender: str, home: int, now_us: int) -> int:
         known = self._lenders.get(lender)
-        if known is None or known.available is None or now_us - known.told_us > LOAN_US:
+        if known is None or known.available is None or now_us - known.told_us > STALE_US:
             return home
         return max(known.available, self.bucket.borrowed_from(lender), home >> UNLIKELY_SHIFT)
 
@@ -153,7 +163,7 @@ class Loans:
         if held and self.bucket.loan_ends_in_us(lender) <= RENEW_US:
             return True
         wants_more = parts - held >= (PARTS >> SLACK_SHIFT if held else 1)
-        return wants_more and (known is None or now_us - known.asked_us >= ASK_AGAIN_US or known.available is None)
+        return wants_more and (known is None or now_us - known.asked_us >= ASK_MORE_US)
 
     def _next_ask(self, lender: str, parts: int, now_us: int) -> Ask:
         known = self._lenders.setdefault(lender, _Lender(number=self.first_number))
@@ -162,8 +172,16 @@ class Loans:
         known.is_open = True
         return Ask(known.number, parts)
 
-    def _wishes_of_others(self, borrower: str) -> dict[str, int]:
-        return {node: parts for node, (parts, _) in self._wanted.items() if node != borrower}
+    def _wishes_at(self, now_us: int) -> dict[str, int]:
+        """By borrower, what it wants: what it asked for of late, or else what it holds."""
+        wishes = {}
+        for node, (parts, at_us) in list(self._wanted.items()):
+            wish = parts if now_us - at_us < STALE_US else min(parts, self.bucket.lent_to(node))
+            if wish:
+                wishes[node] = wish
+            elif now_us - at_us >= STALE_US:
+                del self._wanted[node]
+        return wishes
 
 
 def _max_min(spare: int, wishes: Mapping[str, int]) -> dict[str, int]:

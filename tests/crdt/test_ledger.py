@@ -91,3 +91,9 @@ def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     bucket = ledger.bucket(b"k", Limit(100, 1_000_000, 400), NOW_US)
     bucket.advance(NOW_US + 2_000_000)
     assert bucket.remaining == 100
+
+
+def test_an_ask_for_nothing_is_answered_with_nothing() -> None:
+    grant = make_ledger().answer("b", b"k", Ask(1, 0), NOW_US)
+    assert grant is not None
+    assert (grant.parts, grant.tokens) == (0, 0)

@@ -349,3 +349,17 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     assert not borrower.take(75, SIT_OUT_US, always=True)
     assert (borrower.debt, borrower.remaining) == (25, 0)
     assert borrower.fits_in_us(1) == 520_000
+
+
+def test_a_region_gets_the_limit_that_others_wanted_until_a_moment_ago() -> None:
+    """The wishes of those whose demand is over must not hold their fair parts back."""
+    cluster = StrictCluster(Limit(100, SECOND_US, 200), delay_us=80_000)
+    cluster.run(SIT_OUT_US + 2 * SECOND_US)
+    for node in cluster.nodes:
+        cluster.demand(node, 67, 8 * SECOND_US)
+    cluster.run(8 * SECOND_US)
+    cluster.demand("a", 200, 10 * SECOND_US)
+    cluster.run(2 * SECOND_US)
+    before = cluster.total_admitted()
+    cluster.run(5 * SECOND_US)
+    assert cluster.total_admitted() - before >= 0.95 * rate_of(PER_SECOND_100, 5 * SECOND_US)
