@@ -17,6 +17,7 @@ _TCP = "host:port or [ipv6]:port"
 _LISTEN = "an address to listen on, host:port, [ipv6]:port or unix:/path"
 _LISTEN_TCP = f"an address to listen on, {_TCP}"
 _PEER = f"the address of a peer, {_TCP}"
+_XDS_SERVER = f"the address of an xDS server, {_TCP}"
 
 _UNIX = "unix:"
 _BRACKETED = re.compile(r"\[(?P<host>[^][]*)\]:(?P<port>[0-9]{1,5})")
@@ -45,9 +46,17 @@ def _listen_tcp(text: str) -> str:
 
 
 def _peer(text: str) -> str:
-    text = _tcp(text, _PEER)
+    return _callable(text, _PEER, "write the port the peer listens on (listen.sync there)")
+
+
+def _xds_server(text: str) -> str:
+    return _callable(text, _XDS_SERVER, "write the port the server listens on")
+
+
+def _callable(text: str, expected: str, fix: str) -> str:
+    text = _tcp(text, expected)
     if text.rpartition(":")[2].strip("0") == "":
-        raise unexpected(_PEER, "port 0 cannot be called: write the port the peer listens on (listen.sync there)")
+        raise unexpected(expected, f"port 0 cannot be called: {fix}")
     return text
 
 
@@ -92,3 +101,6 @@ TcpListenAddress = Annotated[str, Expected(_LISTEN_TCP, of="text"), AfterValidat
 
 PeerAddress = Annotated[str, Expected(_PEER, of="text"), AfterValidator(_peer)]
 """`host:port` or `[ipv6]:port`, port 1 to 65535."""
+
+XdsServerAddress = Annotated[str, Expected(_XDS_SERVER, of="text"), AfterValidator(_xds_server)]
+"""As `PeerAddress`."""

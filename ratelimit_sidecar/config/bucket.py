@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ratelimit_sidecar.config.structure import Expected, Section
-from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, MAX_PERIOD_US, MAX_TOKENS, Limit
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_CAPACITY, MAX_PERIOD_US, MAX_TOKENS, Limit
 
 _SECOND_US = 1_000_000
 
@@ -50,7 +50,6 @@ class BucketConfig(Section):
         alias="refillRate", description="Tokens added per second, exact in decimals: 0.1 is one token in ten seconds."
     )
 
-    @property
-    def limit(self) -> Limit:
+    def limit(self, max_debt: int = DEFAULT_MAX_DEBT) -> Limit:
         rate = _per_microsecond(self.refill_rate)
-        return Limit(tokens=rate.numerator, period_us=rate.denominator, capacity=self.capacity)
+        return Limit(tokens=rate.numerator, period_us=rate.denominator, capacity=self.capacity, max_debt=max_debt)

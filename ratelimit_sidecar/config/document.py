@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import yaml
 
@@ -40,16 +40,16 @@ class Document:
 
     Args:
         data: `YamlMap`, `YamlList`, str, int, Decimal, bool or None, nested.
-        origin: where the outermost value stands.
+        origin: where the outermost value stands; None when it was not read from text, nor was anything in it.
         problems: what is wrong with it although it could be parsed.
     """
 
     file: str
     data: object = field(default_factory=YamlMap)
-    origin: Position = START
+    origin: Position | None = START
     problems: tuple[Problem, ...] = ()
 
-    def position(self, path: KeyPath) -> Position:
+    def position(self, path: KeyPath) -> Position | None:
         """Where the value at `path` stands; for a missing one, the mapping or list that lacks it."""
         return self._find(path)[1]
 
@@ -69,8 +69,13 @@ class Document:
         return source or "nothing"
 
     def problem(self, path: KeyPath, found: str, expected: str = "", fix: str = "") -> Problem:
-        line, column = self.position(path)
+        line, column = self.position(path) or (None, None)
         return Problem(self.file, line, column, dotted(path), found, expected, fix)
+
+    def place(self, path: KeyPath) -> str:
+        """Where the value at `path` stands, for the text of another problem: `file:line`."""
+        position = self.position(path)
+        return f"{self.file}:{position.line}" if position else self.file
 
     def _find(self, path: KeyPath) -> Entry:
         """Value, position and source at `path`. A missing value is None, at the position of what lacks it."""
@@ -112,14 +117,17 @@ def parse(raw: bytes, file: str) -> Document:
         raise ConfigError([Problem(file, None, None, "", found, "less", "split the file")])
     text = _decode(raw, file)
     builder = _Builder(file)
+    loader = _Loader(text)
     try:
-        for event in yaml.parse(text, Loader=_Loader):
+        while (event := loader.get_event()) is not None:
             builder.feed(event)
     except yaml.MarkedYAMLError as error:
         raise ConfigError([*builder.problems, _syntax_problem(error, text, file)]) from None
     except yaml.YAMLError as error:
         problem = Problem(file, *START, "", f"broken YAML: {quoted(str(error))}", "one YAML document")
         raise ConfigError([*builder.problems, problem]) from None
+    finally:
+        loader.dispose()
     return builder.document()
 
 
@@ -152,7 +160,7 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str, file: str) -> Proble
     line, column = (mark.line + 1, mark.column + 1) if mark else START
     found = f"broken YAML: {error.problem or error.context}"
     lines = text.splitlines()
-    fix = ""
+    fix = "check quotes, brackets and indentation there"
     if line <= len(lines) and lines[line - 1][column - 1 :].startswith("\t"):
         found = "a tab where YAML allows only spaces"
         fix = "indent with spaces"
@@ -161,8 +169,7 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str, file: str) -> Proble
     return Problem(file, line, column, "", found, "one YAML document", fix)
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(NamedTuple):
     data: object
     position: Position
     source: str | None
@@ -201,6 +208,9 @@ class _Builder:
         return Document(self._file, root.data, root.position, tuple(self.problems))
 
     def feed(self, event: yaml.Event) -> None:
+        if isinstance(event, yaml.CollectionEndEvent):
+            self._end()
+            return
         mark = event.start_mark
         position = Position(mark.line + 1, mark.column + 1) if mark else START
         if isinstance(event, yaml.ScalarEvent):
@@ -210,8 +220,6 @@ class _Builder:
             self._add(value)
         elif isinstance(event, yaml.CollectionStartEvent):
             self._start(event, position)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self._end()
         elif isinstance(event, yaml.AliasEvent):
             self._add(self._alias(event, position))
         elif isinstance(event, yaml.DocumentStartEvent) and self._root is not None:
@@ -289,8 +297,11 @@ class _Builder:
     def _add_entry(self, frame: _Frame, container: YamlMap, key: _Value, value: _Value) -> None:
         name = key.data
         if not isinstance(name, str):
-            found = f"{key.source} as a key" if key.source else "a key that is empty, a mapping or a list"
-            self._note(key.position, self._path(), found, "text as a key")
+            if key.source:
+                found, fix = f"{key.source} as a key", f"write it in quotes: {quoted(key.source)}"
+            else:
+                found, fix = "a key that is empty, a mapping or a list", "give the value a name"
+            self._note(key.position, self._path(), found, "text as a key", fix)
             return
         if name == _MERGE and self._merge(frame, value):
             return

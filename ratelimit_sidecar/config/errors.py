@@ -25,8 +25,8 @@ class Problem:
     """One thing to fix.
 
     Args:
-        file: as the user named it, or `ENVIRONMENT`.
-        line: 1-based; None when the file as a whole is meant (it cannot be read).
+        file: as the user named it, or `ENVIRONMENT`, or the name of an xDS resource.
+        line: 1-based; None when the file as a whole is meant (it cannot be read), and in what is no file.
         column: 1-based, in characters; None exactly when line is.
         key: dotted path such as `descriptors[0].rate_limit.unit`; "" for the file as a whole.
         expected: what would have been right; "" when `found` says all there is to say.

@@ -1,6 +1,6 @@
-"""The reference of all options, written from the schema: docs/reference/*.md and the list in `serve --help`.
+"""The reference of all options, written from the schema: pages in docs, and the list in `serve --help`.
 
-`python -m ratelimit_sidecar.config.reference [FOLDER]` writes the pages (FOLDER is docs/reference unless given).
+`python -m ratelimit_sidecar.config.reference [FOLDER]` writes the pages (FOLDER is docs unless given).
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ratelimit_sidecar.config.bucket import BucketConfig
+from ratelimit_sidecar.config.migration import migration_page
 from ratelimit_sidecar.config.rules_file import UNRULED_NAME
 from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile
-from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 from ratelimit_sidecar.config.structure import (
     FromEnvironment,
     Section,
     ShownDefault,
+    environment_of,
     expected_of,
+    is_list,
     keys_of,
     section_of,
-    walk,
 )
 
 CONFIGURATION_EXAMPLE = """\
@@ -34,6 +36,7 @@ listen: {grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"], admin: "127.0.0
 rules: [./rules]
 sync: {protocol: grpc, peers: [eu-west-2.edge.example.com:50051, ap-southeast-1.edge.example.com:50051]}
 bucket: {capacity: 1000, refillRate: 10}
+answers: {response_headers: {enabled: true}}
 """
 
 RULES_EXAMPLE = """\
@@ -41,12 +44,12 @@ domain: shop
 descriptors:
   # Every tenant: 100 a minute, and a bucket of its own.
   - key: tenant
-    rate_limit: {unit: minute, requests_per_unit: 100}
+    rate_limit: {unit: minute, requests_per_unit: 100, name: tenant}
 
   # This tenant: the same rate, and bursts of up to 500.
   - key: tenant
     value: acme
-    rate_limit: {unit: minute, requests_per_unit: 100}
+    rate_limit: {unit: minute, requests_per_unit: 100, name: acme}
     burst: 500
     # Its exports, on top: one in ten seconds, two at once.
     descriptors:
@@ -54,26 +57,55 @@ descriptors:
         value: /export
         bucket: {capacity: 2, refillRate: 0.1}
 
+  # All trial tenants together: 1,000 in a day by the clock, and callers are told when to come back.
+  - key: tenant
+    value: trial-*
+    share_threshold: true
+    algorithm: fixed_window
+    rate_limit: {unit: day, requests_per_unit: 1000}
+    retry_after: true
+    body: "The trial is over for today."
+
+  # Tokens of a language model, reported when they are spent: charged although over, into debt.
+  - key: tokens_of
+    rate_limit: {unit: hour, requests_per_unit: 200000}
+    charge: always
+
+  # A campaign: 500 an hour, whatever else limits the tenant. Not enforced yet.
+  - key: campaign
+    value: summer
+    rate_limit: {unit: hour, requests_per_unit: 500, replaces: [{name: tenant}, {name: acme}]}
+    shadow_mode: true
+
   # Health checks: never limited.
   - key: path
     value: /healthz
     rate_limit: {unlimited: true}
 """
 
-_GENERATED = "<!-- Written by `python -m ratelimit_sidecar.config.reference`; edit the schema, not this page. -->"
+_GENERATED = (
+    "<!-- Written by `python -m ratelimit_sidecar.config.reference`; edit what it is made from, not this page. -->"
+)
 
 _CONFIGURATION_INTRO = """\
 `ratelimit-sidecar serve --config sidecar.yaml` reads one YAML file. Every key may be left out, and so may the file. A
 key without a value counts as left out. Unknown keys, wrong types and impossible values end the start with exit code 2
-and one line for each: `file:line:column: key: what was found, what was expected; the fix`.
+and one line for each: `file:line:column: key: what was found, what was expected; the fix`. `ratelimit-sidecar check
+--config sidecar.yaml` says the same beforehand, also of the rules.
 
 Where a key names an environment variable, the variable is the default and the file wins. An empty variable counts as
-not set.
+not set. Most are those of envoyproxy/ratelimit, [all of which are listed](../migration-from-envoyproxy-ratelimit.md).
+"""
+
+_ENVIRONMENT_ONLY = """\
+Logs go to stderr as `LOG_LEVEL` (debug, info, warn or error; info by default) and `LOG_FORMAT` (text or json) say;
+traces where the `OTEL_*` variables of OpenTelemetry say, none without an endpoint.
 """
 
 _RULES_INTRO = """\
-Rules files are envoyproxy/ratelimit's YAML, with a few keys of our own (`algorithm`, `burst`, `bucket`). A sidecar
-reads the files and folders that `rules` of its [configuration](configuration.md) lists.
+Rules files are envoyproxy/ratelimit's YAML, with a few keys of our own (`algorithm`, `burst`, `bucket`, `consistency`,
+`max_debt`, `charge`, `retry_after`, `body`). A sidecar reads the files and folders that `rules` of its
+[configuration](configuration.md) lists. `ratelimit-sidecar check PATH...` reads them and says what is wrong.
 """
 
 _RULES_MATCHING = """\
@@ -83,34 +115,48 @@ Envoy sends a domain and descriptors; a descriptor is a list of entries, each a 
 level by level: the first against the descriptors of the domain, the second against those below the one that matched,
 and so on.
 
-1. A descriptor with that key and value wins over one with the key alone.
+1. A descriptor with that key and value wins; then the first in the file whose value has a `*` and fits; then the one
+   with the key alone.
 2. A rule applies only when it is as deep as the descriptor has entries: a deeper or shallower match limits nothing.
 3. What no rule limits passes, or falls into the `bucket` of the sidecar's configuration where there is one; each such
    descriptor has a bucket of its own, and counts under the rule name `{unruled}`.
+4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules.
+5. Of the rules that a request meets, those that another one `replaces` do not count.
 
-In metrics a rule is named by its path, `domain.key_value.key`: `shop.tenant_acme.path_/export` in the example.
+In metrics a rule is named by its path, `domain.key_value.key`: `shop.tenant_acme.path_/export` in the example, and
+`shop.tenant_trial-*` for all trials. `value_to_metric` puts the value of the request there, `detailed_metric` all of
+them; a value behind `share_threshold` is always named by its pattern.
 
 ## How a limit is enforced
 
-A token bucket holds `burst` requests (without it, `requests_per_unit`) and refills evenly, `requests_per_unit` in each
-`unit`. So after a quiet time up to `burst` requests pass at once, and in the long run `requests_per_unit` per unit.
-Answers show a `bucket` with its capacity as the limit and without a unit.
+A `token_bucket` holds `burst` requests (without it, `requests_per_unit`) and refills evenly, `requests_per_unit` in
+each `unit`. So after a quiet time up to `burst` requests pass at once, and in the long run `requests_per_unit` per
+unit. Answers show a `bucket` with its capacity as the limit and without a unit.
+
+A `fixed_window` lets `requests_per_unit` pass between two full units of the clock, in UTC: a minute begins at second 0.
+Denied requests count too. That is how envoyproxy/ratelimit counts.
+
+A `sliding_window` lets `requests_per_unit` pass in any time as long as the unit.
+
+A request is denied when one of the limits it meets is over that is not in `quota_mode`, or when all that are in
+`quota_mode` are, of which there must be some. A limit in `shadow_mode` never counts as over.
 """
 
 _RULES_DIFFERENCES = """\
 ## Where envoyproxy/ratelimit differs
 
-Not supported yet, and refused rather than ignored:
-
-- {not_yet}
-- `*` in a value (wildcards)
-
 Accepted there, refused here, because it is nearly always a slip:
 
 - the same key twice in one mapping (there the last one counts)
+- a second document in one file (there it is not read)
 - `rate_limit` with neither `requests_per_unit` nor `unlimited` (there it denies all; write `requests_per_unit: 0`)
-- `requests_per_unit` or an unknown `unit` beside `unlimited: true`
-- a `key` that YAML reads as a number or as true/false, without quotes
+- a unit that does not exist, beside `unlimited: true`
+- a key that exists, in a place where it does nothing, as `unit` beside `key`
+
+Refused there, accepted here:
+
+- `key: a_b, value: c` beside `key: a, value: b_c` on one level (there they are the same)
+- numbers with a fraction as `key` or `value`
 """
 
 
@@ -122,27 +168,35 @@ class Option:
     takes: str
     default: str
     """As it is written in the file, or in words; "" when the key must be given."""
-    variable: FromEnvironment | None
+    variables: FromEnvironment | None
     description: str
 
 
 def options_of(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[Option]:
-    """The options of one section, without those of the sections in it."""
+    """The options of one section, and of those in it that have a variable which brings them."""
     for key, field in keys_of(section).items():
-        if section_of(field) is None:
+        if section_of(field) is None or environment_of(field) is not None:
             yield _option((*at, key), field)
+
+
+def all_options(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[Option]:
+    """The options of a section and of all those below it; a list of sections is one."""
+    for key, field in keys_of(section).items():
+        below = None if is_list(field) else section_of(field)
+        if below is None or environment_of(field) is not None:
+            yield _option((*at, key), field)
+        if below is not None:
+            yield from all_options(below, (*at, key))
 
 
 def describe_schema() -> str:
     """Every option of the sidecar's file as plain text at most 80 columns wide, for `serve --help`."""
     paragraphs = []
-    for path, field in walk(SidecarConfig):
-        if section_of(field) is None:
-            option = _option(path, field)
-            default = f"Default: {option.default}." if option.default else "Required."
-            text = f"{option.description} Takes {option.takes}. {default}".replace("`", "")
-            body = textwrap.wrap(text, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-            paragraphs.append("\n".join([_heading_of(option), *body]))
+    for option in all_options(SidecarConfig):
+        default = f"Default: {option.default}." if option.default else "Required."
+        text = f"{option.description} Takes {option.takes}. {default}".replace("`", "")
+        body = textwrap.wrap(text, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        paragraphs.append("\n".join([*_heading_of(option), *body]))
     return "\n".join(paragraphs) + "\n"
 
 
@@ -150,53 +204,55 @@ def configuration_page() -> str:
     parts = ["# Configuration", _GENERATED, _CONFIGURATION_INTRO.rstrip(), _yaml(CONFIGURATION_EXAMPLE)]
     variables = []
     for key, field in keys_of(SidecarConfig).items():
-        below = section_of(field)
+        below, source = section_of(field), environment_of(field)
+        own = [_option((key,), field)] if below is None or source is not None else []
         if below is not None:
-            parts += [f"## {key}", field.description or "", _table("Key", options_of(below, (key,)))]
-            continue
-        option = _option((key,), field)
-        if option.variable is not None and option.variable.only:
-            variables.append(option)
+            options = [*own, *all_options(below, (key,))]
+            parts += [f"## {key}", field.description or "", _table("Key", options)]
+        elif source is not None and source.only:
+            variables += own
         else:
-            parts += [f"## {key}", _table("Key", [option])]
-    parts += ["## Environment only", _table("Variable", variables)]
+            parts += [f"## {key}", _table("Key", own)]
+    parts += ["## Environment only", _table("Variable", variables), _ENVIRONMENT_ONLY.rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
 def rules_page() -> str:
-    names = [*sorted(Descriptor.not_yet), *(f"rate_limit.{key}" for key in sorted(RateLimit.not_yet))]
-    not_yet = ", ".join(f"`{name}`" for name in names)
     parts = ["# Rules", _GENERATED, _RULES_INTRO.rstrip(), _yaml(RULES_EXAMPLE)]
     parts += ["## The file", _table("Key", options_of(RulesFile))]
     parts += ["## A descriptor", _table("Key", options_of(Descriptor))]
     for key, section in (("rate_limit", RateLimit), ("bucket", BucketConfig)):
-        parts += [f"### {key}", keys_of(Descriptor)[key].description or "", _table("Key", options_of(section))]
-    parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip()]
-    parts += [_RULES_DIFFERENCES.format(not_yet=not_yet).rstrip()]
+        parts += [f"### {key}", keys_of(Descriptor)[key].description or "", _table("Key", all_options(section))]
+    parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip(), _RULES_DIFFERENCES.rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
 def pages() -> Mapping[str, str]:
-    """The text of each page by its file name."""
-    return {"configuration.md": configuration_page(), "rules.md": rules_page()}
+    """The text of each page by its path in docs."""
+    return {
+        "reference/configuration.md": configuration_page(),
+        "reference/rules.md": rules_page(),
+        "migration-from-envoyproxy-ratelimit.md": migration_page(_GENERATED),
+    }
 
 
 def _option(path: tuple[str, ...], field: FieldInfo) -> Option:
-    variables = [extra for extra in field.metadata if isinstance(extra, FromEnvironment)]
     return Option(
         path=path,
         takes=expected_of(field),
         default=_default_of(field),
-        variable=variables[0] if variables else None,
+        variables=environment_of(field),
         description=field.description or "",
     )
 
 
-def _heading_of(option: Option) -> str:
+def _heading_of(option: Option) -> list[str]:
     key = ".".join(option.path)
-    if option.variable is None:
-        return key
-    return option.variable.variable if option.variable.only else f"{key}  (or {option.variable.variable})"
+    if option.variables is None:
+        return [key]
+    if option.variables.only:
+        return [option.variables.names]
+    return textwrap.wrap(f"{key}  (or {option.variables.names})", 80, subsequent_indent="  ")
 
 
 def _default_of(field: FieldInfo) -> str:
@@ -217,11 +273,12 @@ def _table(what: str, options: Iterable[Option]) -> str:
     rows = [f"| {what} | Takes | Default | What it does |", "|---|---|---|---|"]
     for option in options:
         name, default = ".".join(option.path), option.default or "required"
-        if option.variable is not None:
-            if option.variable.only:
-                name = option.variable.variable
+        if option.variables is not None:
+            if option.variables.only:
+                name = option.variables.names
             else:
-                default = f"environment `{option.variable.variable}`, else {default}"
+                names = ", ".join(f"`{variable}`" for variable in option.variables.variables)
+                default = f"environment {names}, else {default}"
         rows.append(f"| `{name}` | {option.takes} | {default} | {option.description} |")
     return "\n".join(rows)
 
@@ -231,10 +288,11 @@ def _yaml(text: str) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     for name, text in pages().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        page = folder / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,59 +1,153 @@
 """The grammar of a rules file, level by level: envoyproxy/ratelimit's, with our own optional keys.
 
 `descriptors` stays raw here: each level is validated on its own, so that one broken descriptor hides no other problem.
-A key of envoyproxy/ratelimit that is not supported yet stands in `not_yet`; supporting it means making it a field.
+What no single key shows is in `rules_checks`.
 """
 
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, ClassVar, Literal
+from math import isfinite
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from ratelimit_sidecar.config.bucket import BucketConfig, TokenCount
-from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault
-from ratelimit_sidecar.limiter.rules import Unit
-
-MAX_REQUESTS_PER_UNIT = 2**32 - 1
-"""It is a uint32 in Envoy's answer."""
+from ratelimit_sidecar.config.structure import AsWritten, Expected, Section, ShownDefault
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_MAX_DEBT, Window
+from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Unit
+from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
 UNITS = tuple(unit.name.lower() for unit in Unit)
 
+NO_UNIT = "UNKNOWN"
+"""In Envoy's enum the unit of what has none; counts as not given."""
+
+AlgorithmName = Literal["token_bucket", "fixed_window", "sliding_window"]
+ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
+BUCKET_ALGORITHM: AlgorithmName = "token_bucket"
+
+MAX_BODY_CHARS = 16_384
+"""It is sent with every denial."""
+
+
+def window_of(algorithm: str) -> Window | None:
+    """How an algorithm of `ALGORITHMS` counts; None for a token bucket."""
+    return None if algorithm == BUCKET_ALGORITHM else Window(algorithm)
+
+
+def is_no_unit(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value.upper() == NO_UNIT)
+
 
 def _to_unit(value: object) -> object:
+    if is_no_unit(value):
+        return None
     return Unit.__members__.get(value.upper(), value) if isinstance(value, str) else value
 
 
-def _check_scalar(value: object) -> object:
-    if not isinstance(value, str | int | Decimal):
-        raise ValueError("not a scalar")
+def _to_consistency(value: object) -> object:
+    return Consistency(value) if value in CONSISTENCIES else value
+
+
+def _to_metadata(value: object) -> object:
+    return _plain(value) if isinstance(value, dict) else value
+
+
+def _plain(value: object) -> object:
+    """Without positions, and with numbers as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Decimal | float):
+        number = float(value)
+        if not isfinite(number):
+            raise ValueError("beyond what a double holds")
+        return number
     return value
 
 
-Text = Annotated[str, Field(min_length=1), Expected("text that is not empty", of="text")]
+CONSISTENCIES = (Consistency.EVENTUAL.value, Consistency.LOCAL.value)
+
+_TEXT = "text that is not empty"
+
+Domain = Annotated[
+    str,
+    AsWritten(),
+    Field(min_length=1),
+    Expected(_TEXT, or_else="write the domain of Envoy's rate limit filter, as in domain: shop"),
+]
+Key = Annotated[
+    str,
+    AsWritten(),
+    Field(min_length=1),
+    Expected(_TEXT, or_else="write the key of the entry that the descriptor matches"),
+]
+ReplacedName = Annotated[
+    str,
+    AsWritten(),
+    Field(min_length=1),
+    Expected(_TEXT, or_else="write the name of the rate_limit it replaces, or remove the entry"),
+]
+Scalar = Annotated[str, Expected("text")]
 Flag = Annotated[bool, Expected("true or false", of="plain")]
-Scalar = Annotated[object, BeforeValidator(_check_scalar), Expected("text")]
-RawDescriptors = Annotated[tuple[Annotated[object, Expected("a descriptor")], ...], Field(strict=False)]
-UnitName = Annotated[Unit, BeforeValidator(_to_unit), Expected(f"one of {', '.join(UNITS)}", choices=UNITS)]
+RawDescriptors = Annotated[
+    tuple[Annotated[object, Expected("a descriptor")], ...],
+    Field(strict=False),
+]
+UnitName = Annotated[
+    Unit | None,
+    BeforeValidator(_to_unit),
+    Expected(
+        f"one of {', '.join(UNITS)}",
+        choices=UNITS,
+        or_else="choose one of them, or give a bucket in place of rate_limit for any other period",
+    ),
+]
 RequestsPerUnit = Annotated[
     int,
     Field(ge=0, le=MAX_REQUESTS_PER_UNIT),
     Expected(f"a whole number from 0 to {MAX_REQUESTS_PER_UNIT}", of="plain"),
 ]
 Algorithm = Annotated[
-    Literal["token_bucket"],
-    Expected("token_bucket", choices=("token_bucket",), not_yet=("fixed_window", "sliding_window")),
+    AlgorithmName,
+    Expected(f"one of {', '.join(ALGORITHMS)}", choices=ALGORITHMS),
+]
+ConsistencyName = Annotated[
+    Consistency,
+    BeforeValidator(_to_consistency),
+    Expected(" or ".join(CONSISTENCIES), choices=CONSISTENCIES, not_yet=("strict",)),
+]
+MaxDebt = Annotated[int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", of="plain")]
+Charge = Annotated[
+    Literal["always"],
+    Expected("always", choices=("always",), or_else="leave the key out to charge only what is let through"),
+]
+Body = Annotated[
+    str,
+    AsWritten(),
+    Field(min_length=1, max_length=MAX_BODY_CHARS),
+    Expected(f"text of 1 to {MAX_BODY_CHARS} characters"),
+]
+Metadata = Annotated[
+    dict[str, object],
+    BeforeValidator(_to_metadata),
+    Expected("a mapping of any form, its numbers within the range of a double"),
 ]
 _NEEDED = ShownDefault("required, unless unlimited")
+
+
+class Replaces(Section):
+    """A limit that does not count where this one does."""
+
+    name: ReplacedName = Field(description="The `name` in the `rate_limit` of the other rule.")
 
 
 class RateLimit(Section):
     """How much of what a descriptor matches is let through."""
 
-    not_yet: ClassVar[frozenset[str]] = frozenset(("name", "replaces", "unit_multiplier"))
-
-    unit: Annotated[UnitName | None, _NEEDED] = Field(
+    unit: Annotated[UnitName, _NEEDED] = Field(
         None, description="What the requests are counted per, in any case. A month has 30 days, a year 365."
     )
     requests_per_unit: Annotated[RequestsPerUnit | None, _NEEDED] = Field(
@@ -63,38 +157,83 @@ class RateLimit(Section):
         False,
         description="`true` in place of the two keys above: everything passes, also where a wider rule would limit.",
     )
+    name: Annotated[Scalar | None, AsWritten()] = Field(
+        None, description="Shown in the answer, and what `replaces` of another rule means."
+    )
+    replaces: Annotated[tuple[Replaces, ...], Field(strict=False)] = Field(
+        (),
+        description="Limits that do not count in a request which this rule matches too: a list of `name: ...`, each"
+        " the `name` of another rule's `rate_limit`.",
+    )
 
 
 class Descriptor(Section):
     """One rule, or one step on the way to deeper ones."""
 
-    not_yet: ClassVar[frozenset[str]] = frozenset(
-        ("shadow_mode", "quota_mode", "detailed_metric", "value_to_metric", "share_threshold", "metadata")
-    )
-
-    key: Text = Field(description="Key of the entry it matches.")
-    value: Annotated[Scalar | None, ShownDefault("every value")] = Field(
+    key: Key = Field(description="Key of the entry it matches.")
+    value: Annotated[Scalar | None, AsWritten(), ShownDefault("every value")] = Field(
         None,
-        description="Value of the entry it matches, taken as written (10 is the text 10). Without it every value"
-        " matches, and each has a bucket of its own.",
+        description=f"Value of the entry it matches; `{WILDCARD}` in it stands for any text, also none, and each value"
+        " has a bucket of its own. Without it every value matches, likewise. Scalars are taken as written: 10 is the"
+        " text 10.",
     )
     rate_limit: RateLimit | None = Field(
         None, description="The limit, in envoyproxy/ratelimit's terms. Without it, or a bucket, what matches passes."
     )
-    algorithm: Annotated[Algorithm | None, ShownDefault("token_bucket")] = Field(
-        None, description="How the limit is enforced: `token_bucket`, so unused requests add up to at most `burst`."
+    shadow_mode: Flag = Field(False, description="Decide, charge and count, but answer OK.")
+    quota_mode: Flag = Field(
+        False,
+        description="Over this limit alone a request is still let through; it is denied when all limits in quota mode"
+        " that it meets are over.",
+    )
+    detailed_metric: Flag = Field(False, description="In metrics, name all values of the request.")
+    value_to_metric: Flag = Field(
+        False, description="In metrics, name the value of this entry in place of its pattern, or of nothing."
+    )
+    share_threshold: Flag = Field(
+        False, description=f"All values that a `value` with `{WILDCARD}` matches share one bucket."
+    )
+    metadata: Metadata | None = Field(
+        None, description="Goes into the dynamic metadata of answers in which this rule lets something through."
+    )
+    algorithm: Annotated[Algorithm | None, ShownDefault("`algorithm` of the sidecar, else token_bucket")] = Field(
+        None,
+        description="How the limit is enforced: `token_bucket`, so unused requests add up to at most `burst`;"
+        " `fixed_window`, counted anew in each unit by the clock, as envoyproxy/ratelimit does; `sliding_window`,"
+        " counted over the unit that ends now.",
     )
     burst: Annotated[TokenCount | None, ShownDefault("requests_per_unit")] = Field(
-        None, description="Requests let through at once after a quiet time."
+        None, description="Requests a token bucket lets through at once after a quiet time."
     )
     bucket: BucketConfig | None = Field(None, description="The limit as a token bucket, in place of rate_limit.")
+    consistency: Annotated[ConsistencyName | None, ShownDefault("as `CRDT_ENGINE` says")] = Field(
+        None,
+        description="How far its buckets are shared: `eventual`, over the whole mesh; `local`, not at all: each sidecar"
+        " has the limit to itself.",
+    )
+    max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
+        None,
+        description="Of older debt a token bucket keeps at most so many times its capacity; the rest is forgiven.",
+    )
+    charge: Annotated[Charge | None, ShownDefault("what is let through")] = Field(
+        None,
+        description="`always` charges requests that are denied too, into debt. Meant for Envoy's"
+        " `apply_on_stream_done`, where the cost is known only afterwards, as with tokens of a language model.",
+    )
+    retry_after: Flag = Field(False, description="A denial says in its headers when to come back.")
+    body: Annotated[Body | None, AsWritten(), ShownDefault("Envoy's own")] = Field(
+        None, description="Body of the response to a denied request."
+    )
     descriptors: RawDescriptors = Field(
         (), description="The same again, for descriptors with one entry more than this level has."
     )
 
 
 class RulesFile(Section):
-    """All rules of one domain."""
+    """Rules of one domain."""
 
-    domain: Text = Field(description="The domain that Envoy's rate limit filter sends; one file has all its rules.")
+    domain: Domain = Field(
+        description="The domain that Envoy's rate limit filter sends. One file has all its rules, unless"
+        " `merge_domains` is on."
+    )
     descriptors: RawDescriptors = Field((), description="The rules for descriptors, by their first entry.")

@@ -6,11 +6,11 @@ value (`bucket:` with everything below it commented out) counts as not given, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 from ratelimit_sidecar.config.document import Document
 from ratelimit_sidecar.config.errors import KeyPath, Problem, did_you_mean, quoted
-from ratelimit_sidecar.config.yaml_data import resolve
+from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,14 @@ class Expected:
             too many.
         choices: all it may be, for suggestions.
         not_yet: what it will be able to be in a later release.
+        or_else: the fix when nothing better is known about what was found.
     """
 
     text: str
     of: Literal["text", "plain", "choice"] = "choice"
     choices: tuple[str, ...] = ()
     not_yet: tuple[str, ...] = ()
+    or_else: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.custom_error_schema(
@@ -51,24 +53,38 @@ class Expected:
         if self.of == "text" and not isinstance(found, str | dict | list | None):
             return f"write it in quotes: {quoted(source)}"
         if not isinstance(found, str):
-            return ""
+            return self.or_else
         if found in self.not_yet:
             return f"{quoted(found)} is not yet available"
         if self.of == "plain" and found and not isinstance(resolve(found), str):
             return "remove the quotes"
-        return did_you_mean(found, self.choices)
+        return did_you_mean(found, self.choices) or self.or_else
+
+
+@dataclass(frozen=True, slots=True)
+class AsWritten:
+    """Marks a text field that takes any scalar as it is written in the file: 10 is the text 10, as in Go's YAML."""
 
 
 @dataclass(frozen=True, slots=True)
 class FromEnvironment:
-    """The variable that gives a field its value.
+    """The variables that give a field its value.
 
     Args:
+        read: from those that are set and not empty, at least one, to what the file would say; None when they say
+            nothing. It raises `environment.Unreadable`, or returns what is then found to be wrong as in a file.
         only: the file cannot give it.
+        secret: what the variables hold must not be shown.
     """
 
-    variable: str
+    variables: tuple[str, ...]
+    read: Callable[[Mapping[str, str]], object]
     only: bool = False
+    secret: bool = False
+
+    @property
+    def names(self) -> str:
+        return ", ".join(self.variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +98,6 @@ class Section(BaseModel):
     """A mapping with known keys."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    not_yet: ClassVar[frozenset[str]] = frozenset()
-    """Keys that envoyproxy/ratelimit knows in this place and this program does not support yet."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +123,7 @@ def validate(section: type[S], data: object, document: Document, at: KeyPath = (
         The section, or None and everything that is wrong with it.
     """
     try:
-        return section.model_validate(data), []
+        return section.model_validate(_as_written(section, data)), []
     except ValidationError as error:
         return None, [_problem(section, details, document, at) for details in error.errors(include_url=False)]
 
@@ -123,16 +136,28 @@ def keys_of(section: type[Section]) -> Mapping[str, FieldInfo]:
 
 def file_keys_of(section: type[Section]) -> list[str]:
     """The keys a file may use."""
-    return [
-        key
-        for key, field in keys_of(section).items()
-        if not any(isinstance(extra, FromEnvironment) and extra.only for extra in field.metadata)
-    ]
+    keys = []
+    for key, field in keys_of(section).items():
+        source = environment_of(field)
+        if source is None or not source.only:
+            keys.append(key)
+    return keys
+
+
+def environment_of(field: FieldInfo) -> FromEnvironment | None:
+    for extra in field.metadata:
+        if isinstance(extra, FromEnvironment):
+            return extra
+    return None
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section a field holds (or a list of); None when it holds scalars."""
     return _section_in(field.annotation)
+
+
+def is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
 
 
 def walk(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -146,14 +171,51 @@ def walk(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 def expected_of(field: FieldInfo) -> str:
     """Completes "expected ..."."""
-    for extra in field.metadata:
-        if isinstance(extra, Expected):
-            return extra.text
-    return _expected_of_type(field.annotation)
+    rule = _rule_of(field)
+    return rule.text if rule else _expected_of_type(field.annotation)
 
 
 def mapping_with_keys_of(section: type[Section]) -> str:
-    return f"a mapping with the keys {', '.join(file_keys_of(section))}"
+    keys = file_keys_of(section)
+    return f"a mapping with the {'key' if len(keys) == 1 else 'keys'} {', '.join(keys)}"
+
+
+@cache
+def _fields_as_written(section: type[Section]) -> tuple[frozenset[str], Mapping[str, type[Section]]]:
+    """The keys of a section that are `AsWritten`, and the sections in it that have such keys, by theirs."""
+    here, below = set(), {}
+    for key, field in keys_of(section).items():
+        inner = section_of(field)
+        if any(isinstance(extra, AsWritten) for extra in field.metadata):
+            here.add(key)
+        elif inner is not None and any(_fields_as_written(inner)):
+            below[key] = inner
+    return frozenset(here), below
+
+
+def _as_written(section: type[Section], data: object) -> object:
+    """The same data, the source text in place of scalars that are to be taken as they are written."""
+    if isinstance(data, YamlList):
+        return [_as_written(section, item) for item in data]
+    if not isinstance(data, YamlMap):
+        return data
+    here, below = _fields_as_written(section)
+    changed: dict[str, object] = {}
+    for key in here & data.sources.keys():
+        if data[key] is not None:
+            changed[key] = data.sources[key]
+    for key in below.keys() & data.keys():
+        inner = _as_written(below[key], data[key])
+        if inner is not data[key]:
+            changed[key] = inner
+    return {**data, **changed} if changed else data
+
+
+def _rule_of(field: FieldInfo) -> Expected | None:
+    for extra in field.metadata:
+        if isinstance(extra, Expected):
+            return extra
+    return None
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -193,7 +255,8 @@ def _problem(section: type[Section], details: ErrorDetails, document: Document, 
         return document.problem(path, found, context["expected"], fix)
     if kind == "missing":
         field = keys_of(_section_at(section, loc[:-1]))[str(loc[-1])]
-        return document.problem(path, "nothing", expected_of(field))
+        rule = _rule_of(field)
+        return document.problem(path, "nothing", expected_of(field), rule.or_else if rule else "")
     if kind == "tuple_type":
         field = keys_of(_section_at(section, loc[:-1]))[str(loc[-1])]
         fix = "" if isinstance(value, dict) else f"write it as a list: [{found}]"
@@ -215,11 +278,7 @@ def _section_at(section: type[Section], loc: KeyPath) -> type[Section]:
 def _unknown_key(section: type[Section], key: str, document: Document, path: KeyPath) -> Problem:
     found, keys = f"the unknown key {quoted(key)}", file_keys_of(section)
     expected = f"one of {', '.join(keys)}"
-    if key in section.not_yet:
-        found = f"the key {quoted(key)}"
-        fix = "envoyproxy/ratelimit knows it, it is not supported here yet: remove it"
-        return document.problem(path, found, expected, fix)
-    fix = did_you_mean(key, keys)
+    fix = did_you_mean(key, keys) or "remove it, or correct its name"
     for name, field in keys_of(section).items():
         below = section_of(field)
         if below is not None and key in keys_of(below):

@@ -32,12 +32,12 @@ class Position(NamedTuple):
 
 START = Position(1, 1)
 
-Entry = tuple[object, Position, str | None]
+Entry = tuple[object, Position | None, str | None]
 """A value, where it stands, and its source text when it is a scalar but not text."""
 
 
 class YamlMap(dict[str, object]):
-    """A mapping, and where each of its entries stands."""
+    """A mapping, and where each of its entries stands, when it was read from text."""
 
     __slots__ = ("positions", "sources")
 
@@ -55,11 +55,11 @@ class YamlMap(dict[str, object]):
     def entry(self, key: str | int) -> Entry | None:
         if not isinstance(key, str) or key not in self:
             return None
-        return self[key], self.positions[key], self.sources.get(key)
+        return self[key], self.positions.get(key), self.sources.get(key)
 
 
 class YamlList(list[object]):
-    """A list, and where each of its items stands."""
+    """A list, and where each of its items stands, when it was read from text."""
 
     __slots__ = ("positions", "sources")
 
@@ -72,7 +72,7 @@ class YamlList(list[object]):
     def entry(self, index: str | int) -> Entry | None:
         if not isinstance(index, int) or index >= len(self):
             return None
-        return self[index], self.positions[index], self.sources.get(index)
+        return self[index], self.positions[index] if self.positions else None, self.sources.get(index)
 
 
 def resolve(text: str) -> object:

@@ -22,7 +22,6 @@ from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge
 from ratelimit_sidecar.demo.regions import Region, Setup, start_regions
 from ratelimit_sidecar.demo.screen import Screen, summary
 from ratelimit_sidecar.demo.traffic import Traffic
-from ratelimit_sidecar.limiter.rules import Consistency
 
 AGENT = "demo"
 """Whose requests the traffic sends. The sidecars are new, so its bucket is full."""
@@ -111,7 +110,7 @@ async def _send_traffic(
 
 
 def _agents_limit(rules: Path) -> Limit:
-    loaded = load_rules([rules], unruled=None, default_consistency=Consistency.EVENTUAL)
+    loaded = load_rules([rules])
     match = loaded.match(DOMAIN, [("agent", AGENT)])
     if match is None or not isinstance(match.rule.limit, Limit):
         raise NotLimited(f"{rules} puts no token bucket on an agent of the domain {DOMAIN}")

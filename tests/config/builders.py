@@ -11,8 +11,11 @@ import pytest
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
-from ratelimit_sidecar.limiter.rules import Consistency, Rules
+from ratelimit_sidecar.limiter.rules import Rule, Rules
+
+STANDARD = RuleDefaults()
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -28,13 +31,20 @@ def sidecar(folder: Path, text: str | bytes, environ: Mapping[str, str] | None =
 def rules(
     *paths: Path,
     unruled: BucketConfig | None = None,
-    default_consistency: Consistency = Consistency.EVENTUAL,
+    defaults: RuleDefaults = STANDARD,
+    merge_domains: bool = False,
 ) -> Rules:
-    return load_rules(paths, unruled=unruled, default_consistency=default_consistency)
+    return load_rules(paths, unruled=unruled, defaults=defaults, merge_domains=merge_domains)
 
 
-def rules_of(folder: Path, text: str | bytes) -> Rules:
-    return rules(write(folder / "rules.yaml", text))
+def rules_of(folder: Path, text: str | bytes, defaults: RuleDefaults = STANDARD) -> Rules:
+    return rules(write(folder / "rules.yaml", text), defaults=defaults)
+
+
+def one_rule(folder: Path, descriptor: str, defaults: RuleDefaults = STANDARD) -> Rule:
+    """The only rule of a file with that one descriptor, written as a flow mapping."""
+    [rule] = rules_of(folder, f"domain: d\ndescriptors:\n  - {descriptor}\n", defaults)
+    return rule
 
 
 def lines(error: pytest.ExceptionInfo[ConfigError], folder: Path) -> list[str]:
@@ -48,7 +58,7 @@ def sidecar_errors(folder: Path, text: str | bytes, environ: Mapping[str, str] |
     return lines(error, folder)
 
 
-def rules_errors(folder: Path, text: str | bytes) -> list[str]:
+def rules_errors(folder: Path, text: str | bytes, defaults: RuleDefaults = STANDARD) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        rules_of(folder, text)
+        rules_of(folder, text, defaults)
     return lines(error, folder)

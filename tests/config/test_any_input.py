@@ -10,16 +10,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ratelimit_sidecar.config.environment import variables_of
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
-from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile
+from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, Replaces, RulesFile
+from ratelimit_sidecar.config.runtime import REFUSED_WHEN_TRUE
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.config.structure import keys_of, walk
-from ratelimit_sidecar.limiter.rules import Consistency
 
 KEYS = sorted(
     {key for path, _ in walk(SidecarConfig) for key in path}
-    | {key for section in (RulesFile, Descriptor, RateLimit) for key in (*keys_of(section), *section.not_yet)}
+    | {key for section in (RulesFile, Descriptor, RateLimit, Replaces) for key in keys_of(section)}
 )
 scalars = (
     st.none()
@@ -27,7 +28,9 @@ scalars = (
     | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["minute", "a:1", "unix:/a", "*", "\0", "\x1b[2J", "grpc", "token_bucket", "1e999", "🦞"])
+    | st.sampled_from(
+        ["minute", "a:1", "unix:/a", "*", "\0", "\x1b[2J", "grpc", "token_bucket", "fixed_window", "1e999", "🦞"]
+    )
 )
 keys = st.sampled_from(KEYS) | st.text(max_size=4)
 structures = st.recursive(
@@ -48,7 +51,7 @@ def load_both(raw: bytes) -> None:
     file.write_bytes(raw)
     for load in (
         lambda: load_sidecar_config(file, {}),
-        lambda: load_rules([file], unruled=None, default_consistency=Consistency.EVENTUAL),
+        lambda: load_rules([file]),
     ):
         lines = error_lines(load)
         assert all(line.isprintable() for line in lines)
@@ -69,6 +72,10 @@ def error_lines(load: Callable[[], object]) -> list[str]:
 @example({"domain": "d", "descriptors": [{"key": "a", "value": "\ud800"}]})
 @example({"bucket": {"capacity": 1, "refillRate": 1e-300}})
 @example({"rules": ["a" * 5000]})
+@example({"domain": "d", "descriptors": [{"key": "a", "rate_limit": {"replaces": [[[{"name": 1}]]]}}]})
+@example({"domain": "d", "descriptors": [{"key": "a", "metadata": {"x": 1e308}}]})
+@example({"xds": {"tls": {"key": "\0"}, "headers": {"a": 1}, "node_metadata": {"": ""}}})
+@example({"answers": {"response_headers": {"limit": "a\n"}, "near_limit_ratio": True}})
 def test_any_structure_is_accepted_or_refused_cleanly(data: object) -> None:
     # JSON is YAML; NaN and the infinities become plain text.
     load_both(json.dumps(data).encode())
@@ -89,3 +96,18 @@ def test_any_mix_of_yaml_syntax_is_accepted_or_refused_cleanly(pieces: list[str]
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_are_accepted_or_refused_cleanly(raw: bytes) -> None:
     load_both(raw)
+
+
+@any_file
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({variable for variable, _ in variables_of(SidecarConfig)} | REFUSED_WHEN_TRUE.keys())),
+        st.text(max_size=8)
+        | st.sampled_from(
+            ["true", "0", "3s", "1.5h", "a:b", "a=b,", "GRPC_XDS_SOTW", "8080", "/", "local", "0.8", "-1"]
+        ),
+        max_size=6,
+    )
+)
+def test_any_environment_is_accepted_or_refused_cleanly(environ: dict[str, str]) -> None:
+    assert all(line.isprintable() for line in error_lines(lambda: load_sidecar_config(None, environ)))

@@ -114,8 +114,9 @@ def test_duplicate_keys_and_keys_that_are_no_text_are_all_reported() -> None:
     assert [str(problem) for problem in document.problems] == [
         f'f.yaml:2:17: b.c: found the key "c" again, {once} 2: remove one of them',
         f'f.yaml:3:1: a: found the key "a" again, {once} 1: remove one of them',
-        "f.yaml:4:1: found 3 as a key, expected text as a key",
-        "f.yaml:6:7: x[0]: found a key that is empty, a mapping or a list, expected text as a key",
+        'f.yaml:4:1: found 3 as a key, expected text as a key; write it in quotes: "3"',
+        "f.yaml:6:7: x[0]: found a key that is empty, a mapping or a list, expected text as a key; give the value a"
+        " name",
     ]
 
 

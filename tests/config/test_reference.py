@@ -10,15 +10,15 @@ from config.builders import rules_of, sidecar
 from ratelimit_sidecar.config.reference import (
     CONFIGURATION_EXAMPLE,
     RULES_EXAMPLE,
+    all_options,
     describe_schema,
-    options_of,
     pages,
 )
-from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile
+from ratelimit_sidecar.config.rules_schema import Descriptor, RulesFile
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.structure import Section, section_of, walk
 
-DOCS = Path(__file__).parents[2] / "docs" / "reference"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", sorted(pages()))
@@ -33,13 +33,15 @@ def test_the_help_lists_every_option_within_80_columns() -> None:
         if section_of(field) is None and path != ("engine",):
             assert f"\n{'.'.join(path)}" in f"\n{text}"
     assert "\nCRDT_ENGINE\n" in text
-    assert "node.region  (or REGION)\n" in text
+    assert "\nnode.region  (or REGION)\n" in text
+    assert "\nlisten.grpc  (or GRPC_UDS, GRPC_HOST, GRPC_PORT)\n" in text
+    assert "\nxds  (or CONFIG_TYPE)\n" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("section", [SidecarConfig, RulesFile, Descriptor, RateLimit])
+@pytest.mark.parametrize("section", [SidecarConfig, RulesFile, Descriptor])
 def test_every_option_is_described(section: type[Section]) -> None:
-    for option in options_of(section):
+    for option in all_options(section):
         assert option.description.endswith(".")
         assert option.takes
 
@@ -54,5 +56,21 @@ def test_the_example_rules_are_valid(tmp_path: Path) -> None:
         "shop.tenant",
         "shop.tenant_acme",
         "shop.tenant_acme.path_/export",
+        "shop.tenant_trial-*",
+        "shop.tokens_of",
+        "shop.campaign_summer",
         "shop.path_/healthz",
     }
+
+
+def test_the_rules_page_lists_every_key_of_a_descriptor() -> None:
+    page = pages()["reference/rules.md"]
+    for option in all_options(Descriptor):
+        assert f"| `{'.'.join(option.path)}` |" in page or f"| `{option.path[-1]}` |" in page
+
+
+def test_the_configuration_page_lists_every_option() -> None:
+    page = pages()["reference/configuration.md"]
+    for option in all_options(SidecarConfig):
+        name = option.variables.names if option.variables and option.variables.only else ".".join(option.path)
+        assert f"| `{name}` |" in page

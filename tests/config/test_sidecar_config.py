@@ -11,16 +11,20 @@ from config.builders import sidecar, sidecar_errors, write
 from pydantic import ValidationError
 
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import Limit, Window
 from ratelimit_sidecar.limiter.rules import Consistency
+from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
 NAME = "expected a name of 1 to 128 printable characters without spaces"
 LISTEN = "expected an address to listen on, host:port, [ipv6]:port or unix:/path"
 LISTEN_TCP = "expected an address to listen on, host:port or [ipv6]:port"
 PEER = "expected the address of a peer, host:port or [ipv6]:port"
 RATE = "expected a number above 0 with at most 12 digits, 9 of them after the point"
-TOP_KEYS = "expected one of node, listen, rules, sync, bucket"
+KEYS = "node, listen, rules, merge_domains, algorithm, xds, sync, bucket, answers"
+TOP_KEYS = f"expected one of {KEYS}"
+NO_TYPO = "remove it, or correct its name"
 
 
 def test_without_a_file_everything_has_a_default_and_the_mesh_stays_closed() -> None:
@@ -33,7 +37,10 @@ def test_without_a_file_everything_has_a_default_and_the_mesh_stays_closed() -> 
     assert config.rules == ()
     assert (config.sync.protocol, config.sync.peers) == ("grpc", ())
     assert config.bucket is None
+    assert config.xds is None
     assert config.engine is Consistency.EVENTUAL
+    assert (config.merge_domains, config.rule_defaults) == (False, RuleDefaults())
+    assert config.settings == Settings()
 
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
@@ -46,6 +53,14 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         rules: [./rules, /]
         sync: {protocol: grpc, peers: [eu-west-2.edge.example.com:50051, "[fe80::1]:50051"]}
         bucket: {capacity: 1000, refillRate: 0.1}
+        merge_domains: true
+        algorithm: sliding_window
+        answers:
+          shadow_mode: true
+          quota_mode: true
+          near_limit_ratio: 0.5
+          response_headers: {enabled: true, limit: L, remaining: Rem, reset: Res}
+          dynamic_metadata: true
         """,
     )
     assert (config.node.id, config.node.region) == ("us-east-1-a", "us-east-1")
@@ -55,7 +70,50 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert config.sync.peers == ("eu-west-2.edge.example.com:50051", "[fe80::1]:50051")
     assert config.bucket is not None
     assert config.bucket.refill_rate == Decimal("0.1")
-    assert config.bucket.limit == Limit(tokens=1, period_us=10_000_000, capacity=1000)
+    assert config.bucket.limit() == Limit(tokens=1, period_us=10_000_000, capacity=1000)
+    assert config.merge_domains is True
+    assert config.rule_defaults == RuleDefaults(window=Window.SLIDING)
+    assert config.settings == Settings(
+        shadow_mode=True,
+        quota_mode=True,
+        near_limit_ratio=0.5,
+        response_headers=ResponseHeaders("L", "Rem", "Res"),
+        dynamic_metadata=True,
+    )
+
+
+def test_every_key_of_xds_can_be_set(tmp_path: Path) -> None:
+    for name in ("ca.pem", "tls.crt", "tls.key"):
+        write(tmp_path / name, "")
+    config = sidecar(
+        tmp_path,
+        """\
+        xds:
+          server: envoy-gateway:18001
+          node_id: rate-limit
+          node_metadata: {zone: a}
+          headers: {X-Token: abc}
+          retry_seconds: 5
+          tls: {ca: ca.pem, certificate: tls.crt, key: tls.key, server_name: envoy-gateway}
+        """,
+    )
+    xds = config.xds
+    assert xds is not None
+    assert (xds.server, xds.node_id, xds.node_metadata) == ("envoy-gateway:18001", "rate-limit", {"zone": "a"})
+    assert (xds.headers, xds.retry_seconds) == ({"x-token": "abc"}, 5.0)
+    assert xds.tls is not None
+    assert (xds.tls.ca, xds.tls.certificate) == (tmp_path / "ca.pem", tmp_path / "tls.crt")
+    assert (xds.tls.key, xds.tls.server_name) == (tmp_path / "tls.key", "envoy-gateway")
+
+
+def test_an_empty_xds_is_there_with_its_defaults(tmp_path: Path) -> None:
+    xds = sidecar(tmp_path, "xds: {}").xds
+    assert xds is not None
+    assert (xds.server, xds.node_id, xds.retry_seconds, xds.tls) == ("localhost:18000", "default", 3.0, None)
+
+
+def test_response_headers_have_to_be_enabled(tmp_path: Path) -> None:
+    assert sidecar(tmp_path, "answers: {response_headers: {limit: L}}").settings.response_headers is None
 
 
 def test_the_mesh_listens_by_default_when_there_are_peers(tmp_path: Path) -> None:
@@ -123,16 +181,16 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "1:1: found nothing, expected a mapping with the keys node, listen, rules, sync, bucket"),
-        ("- a", "1:1: found a list, expected a mapping with the keys node, listen, rules, sync, bucket"),
-        ("x", '1:1: found "x", expected a mapping with the keys node, listen, rules, sync, bucket'),
+        ("", f"1:1: found nothing, expected a mapping with the keys {KEYS}"),
+        ("- a", f"1:1: found a list, expected a mapping with the keys {KEYS}"),
+        ("x", f'1:1: found "x", expected a mapping with the keys {KEYS}'),
         ("nodes: {}", f'1:1: nodes: found the unknown key "nodes", {TOP_KEYS}; did you mean "node"?'),
         ("nodes:", f'1:1: nodes: found the unknown key "nodes", {TOP_KEYS}; did you mean "node"?'),
         (
             "sync: {}\npeers: []",
             f'2:1: peers: found the unknown key "peers", {TOP_KEYS}; it belongs below sync: check the indentation',
         ),
-        ('"a.b": 1', f'1:1: "a.b": found the unknown key "a.b", {TOP_KEYS}'),
+        ('"a.b": 1', f'1:1: "a.b": found the unknown key "a.b", {TOP_KEYS}; {NO_TYPO}'),
         (
             "engine: local",
             '1:1: engine: found the key "engine", expected it in the environment; set the environment variable'
@@ -165,6 +223,30 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("listen: {admin: 'a:1', sync: 'a:1'}",
          '1:24: listen.sync: found "a:1", which listen.admin has already, expected'
          " another address; listen on an address only once"),
+        ("merge_domains: 1", "1:1: merge_domains: found 1, expected true or false"),
+        ("algorithm: leaky", '1:1: algorithm: found "leaky", expected one of token_bucket, fixed_window,'
+         " sliding_window"),
+        ("answers: {near_limit_ratio: 80}", "1:11: answers.near_limit_ratio: found 80, expected a number from 0 to 1"),
+        ("answers: {near_limit_ratio: '0.8'}",
+         '1:11: answers.near_limit_ratio: found "0.8", expected a number from 0 to 1; remove the quotes'),
+        ("answers: {near_limit_ratio: true}",
+         "1:11: answers.near_limit_ratio: found true, expected a number from 0 to 1"),
+        ("answers: {response_headers: {reset: a b}}",
+         '1:30: answers.response_headers.reset: found "a b", expected the name of an HTTP header'),
+        ("answers: {response_headers: true}", "1:11: answers.response_headers: found true, expected a mapping with the"
+         " keys enabled, limit, remaining, reset"),
+        ("xds: localhost", '1:1: xds: found "localhost", expected a mapping with the keys server, node_id,'
+         " node_metadata, headers, retry_seconds, tls"),
+        ("xds: {server: 'http://a:1/'}", '1:7: xds.server: found "http://a:1/", expected the address of an xDS server,'
+         ' host:port or [ipv6]:port; without the scheme: "a:1"'),
+        ("xds: {server: 'a:0'}", '1:7: xds.server: found "a:0", expected the address of an xDS server, host:port or'
+         " [ipv6]:port; port 0 cannot be called: write the port the server listens on"),
+        ("xds: {node_metadata: {a: 1}}", "1:7: xds.node_metadata: found a mapping, expected a mapping of text to text"),
+        ("xds: {headers: {grpc-a: x}}", "1:7: xds.headers: found a mapping, expected a mapping of names, in letters,"
+         " digits and _ . -, to values in printable ASCII"),
+        ("xds: {headers: {a: ü}}", "1:7: xds.headers: found a mapping, expected a mapping of names, in letters, digits"
+         " and _ . -, to values in printable ASCII"),
+        ("xds: {retry_seconds: 0}", "1:7: xds.retry_seconds: found 0, expected a number from 0.2 to 3600"),
         ("sync: {protocol: http}", '1:8: sync.protocol: found "http", expected grpc'),
         ("sync: {peers: [a]}", f'1:16: sync.peers[0]: found "a", {PEER}; add :port'),
         ("sync: {peers: ['unix:']}", f'1:16: sync.peers[0]: found "unix:", {PEER}; a unix socket cannot be used here'),
@@ -223,6 +305,27 @@ def test_a_rules_path_that_does_not_exist_is_told_where_it_is_written(tmp_path: 
     assert sidecar_errors(tmp_path, "rules:\n  - good.yaml\n  - conf/rules\n") == [
         'sidecar.yaml:3:5: rules[1]: found "conf/rules", expected a file or folder that can be read; nothing is there:'
         f' "{tmp_path}/conf/rules"'
+    ]
+
+
+def test_rules_come_from_files_or_over_xds(tmp_path: Path) -> None:
+    write(tmp_path / "good.yaml", "domain: d")
+    assert sidecar_errors(tmp_path, "xds: {}\nrules: [good.yaml]") == [
+        "sidecar.yaml:2:1: rules: found rules beside xds, expected one of the two; remove rules or xds"
+    ]
+    assert sidecar_errors(tmp_path, "rules: [good.yaml]", {"CONFIG_TYPE": "GRPC_XDS_SOTW"}) == [
+        "sidecar.yaml:1:1: rules: found rules beside CONFIG_TYPE of the environment, expected one of the two; remove"
+        " rules or CONFIG_TYPE of the environment"
+    ]
+
+
+def test_files_for_tls_must_be_there_and_a_certificate_needs_its_key(tmp_path: Path) -> None:
+    write(tmp_path / "tls.crt", "")
+    assert sidecar_errors(tmp_path, "xds:\n  tls:\n    ca: ca.pem\n    certificate: tls.crt\n") == [
+        "sidecar.yaml:2:3: xds.tls.key: found nothing, expected the key that belongs to xds.tls.certificate; add it, or"
+        " remove certificate",
+        'sidecar.yaml:3:5: xds.tls.ca: found "ca.pem", expected a file that can be read; nothing is there:'
+        f' "{tmp_path}/ca.pem"',
     ]
 
 

@@ -14,7 +14,6 @@ import yaml
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.demo.bootstrap import REGIONS
-from ratelimit_sidecar.limiter.rules import Consistency
 
 ROOT = Path(__file__).parents[2]
 OPENCLAW = ROOT / "examples/openclaw"
@@ -112,7 +111,7 @@ def test_each_sidecar_is_the_mesh_address_its_peers_have(region: str) -> None:
 
 
 def test_the_example_rules_limit_an_agent_and_anonymous_callers_more() -> None:
-    rules = load_rules([OPENCLAW / "rules"], unruled=None, default_consistency=Consistency.EVENTUAL)
+    rules = load_rules([OPENCLAW / "rules"])
 
     agent = rules.match("openclaw", [("agent", "claw")])
     anonymous = rules.match("openclaw", [("agent", "anonymous")])

@@ -1,0 +1,323 @@
+"""The page about moving from envoyproxy/ratelimit: each of its environment variables, and what becomes of it.
+
+The variables are those of its src/settings/settings.go, in its order. What is the same here is not written down: it is
+what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands only where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ratelimit_sidecar.config.environment import variables_of
+from ratelimit_sidecar.config.runtime import REFUSED_WHEN_TRUE
+from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """A field of `SidecarConfig` reads it.
+
+    Args:
+        note: what to know all the same.
+    """
+
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SameElsewhere:
+    """Read by another part of this program than its configuration."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedBy:
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotNeeded:
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """To come; what happens until then."""
+
+    until_then: str
+
+
+Verdict = Same | SameElsewhere | ReplacedBy | NotNeeded | NotYet
+
+SAME = Same()
+
+_IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
+_NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
+_NO_STATSD = NotNeeded("metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin`")
+_WITH_TLS = NotYet("without `GRPC_SERVER_USE_TLS` it means nothing, as there")
+_BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
+
+VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
+    "Addresses": {
+        "HOST": Same("without it `127.0.0.1`, there `0.0.0.0`: set it where probes come over the network"),
+        "PORT": SAME,
+        "DEBUG_HOST": ReplacedBy("`listen.admin`, which has `/rlconfig` and `/metrics` too"),
+        "DEBUG_PORT": ReplacedBy("`listen.admin`, which has `/rlconfig` and `/metrics` too"),
+        "GRPC_UDS": Same("an absolute path; as there, in place of host and port"),
+        "GRPC_HOST": SAME,
+        "GRPC_PORT": SAME,
+    },
+    "gRPC": {
+        "GRPC_MAX_CONNECTION_AGE": NotNeeded(
+            "connections are never closed for their age. To spread Envoys over new sidecars, give Envoy's cluster a"
+            " `max_connection_duration` (in its `common_http_protocol_options`)"
+        ),
+        "GRPC_MAX_CONNECTION_AGE_GRACE": NotNeeded("connections are never closed for their age"),
+        "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
+        **{
+            variable: NotYet(f"`true` ends the start with an error: {missing}; use {instead}")
+            for variable, (missing, instead) in REFUSED_WHEN_TRUE.items()
+        },
+        "GRPC_SERVER_TLS_CERT": _WITH_TLS,
+        "GRPC_SERVER_TLS_KEY": _WITH_TLS,
+        "GRPC_CLIENT_TLS_CACERT": _WITH_TLS,
+        "GRPC_CLIENT_TLS_SAN": _WITH_TLS,
+    },
+    "Logs": {
+        "LOG_LEVEL": SameElsewhere("without it `info`, there `warn`"),
+        "LOG_FORMAT": SameElsewhere("`text` or `json`"),
+    },
+    "Rules": {
+        "CONFIG_TYPE": SAME,
+        "FORCE_START_WITHOUT_INITIAL_CONFIG": NotNeeded(
+            "files are read before anything is answered, and an xDS server is not waited for: until it has sent rules,"
+            " nothing is limited but by `bucket`, and `/readyz` says so"
+        ),
+        "CONFIG_GRPC_XDS_NODE_ID": SAME,
+        "CONFIG_GRPC_XDS_NODE_METADATA": SAME,
+        "CONFIG_GRPC_XDS_SERVER_URL": Same("`host:port`, without a scheme"),
+        "CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL": Same("it bounds waits that grow"),
+        "CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS": SAME,
+        "CONFIG_GRPC_XDS_SERVER_USE_TLS": SAME,
+        "CONFIG_GRPC_XDS_CLIENT_TLS_CERT": SAME,
+        "CONFIG_GRPC_XDS_CLIENT_TLS_KEY": SAME,
+        "CONFIG_GRPC_XDS_SERVER_TLS_CACERT": SAME,
+        "CONFIG_GRPC_XDS_SERVER_TLS_SAN": SAME,
+        "XDS_CLIENT_BACKOFF_INITIAL_INTERVAL": _BACK_OFF,
+        "XDS_CLIENT_BACKOFF_MAX_INTERVAL": ReplacedBy("`xds.retry_seconds`"),
+        "XDS_CLIENT_BACKOFF_RANDOM_FACTOR": _BACK_OFF,
+        "XDS_CLIENT_BACKOFF_JITTER": _BACK_OFF,
+        "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("responses of several 100,000 rules are taken as they are"),
+        "RUNTIME_ROOT": Same("`rules` in the configuration file wins"),
+        "RUNTIME_SUBDIRECTORY": Same("rules lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`"),
+        "RUNTIME_APPDIRECTORY": Same("without it `config`, as there"),
+        "RUNTIME_IGNOREDOTFILES": NotNeeded("names that begin with a dot are never read"),
+        "RUNTIME_WATCH_ROOT": NotNeeded(
+            "changes are noticed wherever they happen, at the files as well as at links on the way to them"
+        ),
+        "MERGE_DOMAIN_CONFIG": SAME,
+    },
+    "Answers": {
+        "SHADOW_MODE": SAME,
+        "QUOTA_MODE": SAME,
+        "NEAR_LIMIT_RATIO": SAME,
+        "LIMIT_RESPONSE_HEADERS_ENABLED": SAME,
+        "LIMIT_LIMIT_HEADER": SAME,
+        "LIMIT_REMAINING_HEADER": SAME,
+        "LIMIT_RESET_HEADER": SAME,
+        "RESPONSE_DYNAMIC_METADATA": SAME,
+        "STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT": ReplacedBy(
+            "`algorithm`: a `fixed_window` counts denied requests, as without the variable; the others do not, unless"
+            " the rule has `charge: always`"
+        ),
+        "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": NotNeeded(
+            "`/readyz` is never 200 before there are rules; broken files end the start with exit code 2"
+        ),
+    },
+    "Metrics and traces": {
+        "USE_DOG_STATSD": _NO_STATSD,
+        "USE_DOG_STATSD_MOGRIFIERS": _NO_STATSD,
+        "USE_STATSD": _NO_STATSD,
+        "STATSD_HOST": _NO_STATSD,
+        "STATSD_PORT": _NO_STATSD,
+        "STATS_FLUSH_INTERVAL": _NO_STATSD,
+        "EXTRA_TAGS": ReplacedBy("the labels of Prometheus' scrape configuration"),
+        "DISABLE_STATS": NotNeeded("metrics that nobody fetches cost next to nothing"),
+        "USE_PROMETHEUS": NotNeeded("metrics are always there, at `/metrics` of `listen.admin`"),
+        "PROMETHEUS_ADDR": ReplacedBy("`listen.admin`"),
+        "PROMETHEUS_PATH": NotNeeded("the path is always `/metrics`"),
+        "PROMETHEUS_MAPPER_YAML": NotNeeded("metrics have labels from the start, see [Metrics](reference/metrics.md)"),
+        "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are always in seconds, as Prometheus wants them"),
+        "TRACING_ENABLED": ReplacedBy("`OTEL_EXPORTER_OTLP_ENDPOINT`: traces are sent when it is set"),
+        "TRACING_SERVICE_NAME": ReplacedBy("`OTEL_SERVICE_NAME`"),
+        "TRACING_SERVICE_NAMESPACE": ReplacedBy("`OTEL_RESOURCE_ATTRIBUTES`, as in `service.namespace=shop`"),
+        "TRACING_SERVICE_INSTANCE_ID": ReplacedBy("`node.id`"),
+        "TRACING_EXPORTER_PROTOCOL": ReplacedBy(
+            "`OTEL_EXPORTER_OTLP_PROTOCOL`: `grpc`, which is the default, or `http/protobuf`"
+        ),
+        "TRACING_SAMPLING_RATE": ReplacedBy(
+            "Envoy's own sampling: what it traces is traced here too, and nothing else"
+        ),
+    },
+    "Backends": {
+        "BACKEND_TYPE": _IN_MEMORY,
+        "EXPIRATION_JITTER_MAX_SECONDS": NotNeeded("counts that say nothing any more are dropped one by one"),
+        "LOCAL_CACHE_SIZE_IN_BYTES": NotNeeded("every decision is made in memory"),
+        "CACHE_KEY_PREFIX": _IN_MEMORY,
+        **dict.fromkeys(
+            (
+                "REDIS_SOCKET_TYPE",
+                "REDIS_TYPE",
+                "REDIS_URL",
+                "REDIS_POOL_SIZE",
+                "REDIS_AUTH",
+                "REDIS_TLS",
+                "REDIS_TLS_CLIENT_CERT",
+                "REDIS_TLS_CLIENT_KEY",
+                "REDIS_TLS_CACERT",
+                "REDIS_TLS_SKIP_HOSTNAME_VERIFICATION",
+                "REDIS_PIPELINE_WINDOW",
+                "REDIS_PIPELINE_LIMIT",
+                "REDIS_USE_EXPLICIT_PIPELINE",
+                "REDIS_CLUSTER_PIPELINE_PARALLELISM",
+                "REDIS_SENTINEL_AUTH",
+                "REDIS_TIMEOUT",
+                "REDIS_POOL_ON_EMPTY_BEHAVIOR",
+                "REDIS_HEALTH_CHECK_ACTIVE_CONNECTION",
+                "REDIS_STARTUP_INITIAL_INTERVAL",
+                "REDIS_STARTUP_MAX_INTERVAL",
+                "REDIS_STARTUP_MAX_ELAPSED_TIME",
+                "REDIS_PERSECOND",
+                "REDIS_PERSECOND_SOCKET_TYPE",
+                "REDIS_PERSECOND_TYPE",
+                "REDIS_PERSECOND_URL",
+                "REDIS_PERSECOND_POOL_SIZE",
+                "REDIS_PERSECOND_AUTH",
+                "REDIS_PERSECOND_TLS",
+                "REDIS_PERSECOND_SENTINEL_AUTH",
+                "REDIS_PERSECOND_PIPELINE_WINDOW",
+                "REDIS_PERSECOND_PIPELINE_LIMIT",
+                "REDIS_PERSECOND_USE_EXPLICIT_PIPELINE",
+                "REDIS_PERSECOND_CLUSTER_PIPELINE_PARALLELISM",
+                "REDIS_PERSECOND_TIMEOUT",
+                "REDIS_PERSECOND_POOL_ON_EMPTY_BEHAVIOR",
+            ),
+            _IN_MEMORY,
+        ),
+        **dict.fromkeys(
+            (
+                "MEMCACHE_HOST_PORT",
+                "MEMCACHE_MAX_IDLE_CONNS",
+                "MEMCACHE_SRV",
+                "MEMCACHE_SRV_REFRESH",
+                "MEMCACHE_TLS",
+                "MEMCACHE_TLS_CLIENT_CERT",
+                "MEMCACHE_TLS_CLIENT_KEY",
+                "MEMCACHE_TLS_CACERT",
+                "MEMCACHE_TLS_SKIP_HOSTNAME_VERIFICATION",
+            ),
+            _NO_MEMCACHE,
+        ),
+    },
+}
+
+_INTRO = """\
+Rules files, environment and Envoy's filter stay as they are; only the address of the service changes. There is no Redis
+to run: the sidecar decides in memory.
+
+1. Check that the rules are understood. Whatever is wrong with them is listed with file, line, column and a fix.
+
+   ```
+   ratelimit-sidecar check path/to/config
+   ```
+
+2. Say that limits are counted as before, in a `sidecar.yaml` of one line:
+
+   ```yaml
+   algorithm: fixed_window
+   ```
+
+3. Start it where envoyproxy/ratelimit ran, or beside each Envoy, with the same environment:
+
+   ```
+   RUNTIME_ROOT=/data RUNTIME_SUBDIRECTORY=ratelimit ratelimit-sidecar serve --config sidecar.yaml
+   ```
+
+4. Let the cluster that `rate_limit_service` names in Envoy's configuration point to it. Nothing else changes there:
+
+   ```yaml
+   endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8081}}}
+   ```
+
+With `SHADOW_MODE=true` it counts and answers, and denies nothing: a way to look before turning it on.
+"""
+
+_DIFFERENCES = """\
+## What differs
+
+- **The algorithm.** Without step 2 a limit is a token bucket: it refills evenly, so there is no moment at which all
+  clients may begin again, and no burst of twice the limit around it. Rules choose one by one with `algorithm`.
+- **Sharing.** Redis made several instances one. Here the sidecars tell each other what they let through: list them in
+  `sync.peers`. Without peers each sidecar has every limit to itself.
+- **The start.** Counts in Redis are not taken over: every limit begins anew.
+- **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise.
+- **Errors** for requests without domain or descriptors have the gRPC code INVALID_ARGUMENT, there UNKNOWN. Envoy treats
+  both alike.
+- **Rules** that there are accepted and do nothing are refused here in a few cases, and `(a_b, c)` is no longer
+  `(a, b_c)`: see [Rules](reference/rules.md#where-envoyproxyratelimit-differs).
+- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should a folder that
+  `RUNTIME_ROOT` names hold anything else that is read there, the start ends with an error.
+- **Metrics** have other names, and labels: see [Metrics](reference/metrics.md).
+"""
+
+_VARIABLES = """\
+## Its environment variables
+
+A value in the configuration file wins over a variable. Booleans are written as Go takes them (`1`, `t`, `T`, `TRUE`,
+`true`, `True`, and likewise `0` to `False`).
+"""
+
+
+def migration_page(generated: str) -> str:
+    """The page.
+
+    Args:
+        generated: the line that says it is.
+    """
+    parts = ["# Moving from envoyproxy/ratelimit", generated, _INTRO, _DIFFERENCES, _VARIABLES]
+    for group, variables in VARIABLES.items():
+        rows = ["| Variable | Here |", "|---|---|", *(f"| {names} | {text} |" for names, text in _rows(variables))]
+        parts.append("\n".join((f"### {group}", "", *rows)))
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _rows(variables: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
+    """A row for each run of variables of which the same is said."""
+    keys = dict(variables_of(SidecarConfig))
+    names: list[str] = []
+    last = ""
+    for name, verdict in variables.items():
+        text = _said_of(verdict, keys.get(name, ""))
+        if names and text != last:
+            yield ", ".join(names), last
+            names = []
+        names.append(f"`{name}`")
+        last = text
+    if names:
+        yield ", ".join(names), last
+
+
+def _said_of(verdict: Verdict, key: str) -> str:
+    match verdict:
+        case Same(note):
+            return f"same: `{key}`" + (f"; {note}" if note else "")
+        case SameElsewhere(note):
+            return f"same; {note}"
+        case ReplacedBy(what):
+            return f"replaced by {what}"
+        case NotNeeded(because):
+            return f"not needed because {because}"
+        case NotYet(until_then):
+            return f"not yet: {until_then}"

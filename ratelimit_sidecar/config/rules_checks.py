@@ -1,0 +1,119 @@
+"""What is wrong with a descriptor although each of its keys, alone, is right: keys that contradict or lack each other.
+
+Keys of our own are refused where they would do nothing. Those of envoyproxy/ratelimit are, there, accepted anywhere,
+and files that work there must work here; so of theirs only what it refuses itself is refused, and a limit without a
+number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ratelimit_sidecar.config.document import Document
+from ratelimit_sidecar.config.errors import KeyPath, Problem, quoted
+from ratelimit_sidecar.config.rules_schema import ALGORITHMS, BUCKET_ALGORITHM, UNITS, RateLimit, is_no_unit, window_of
+from ratelimit_sidecar.config.structure import expected_of, keys_of
+from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
+from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.limiter.wildcard import WILDCARD
+
+_OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "charge", "retry_after", "body")
+"""Keys of our own that say something about a limit, and so do nothing without one."""
+
+_OF_ADMITTING = ("burst", "max_debt", "charge", "retry_after")
+"""Those that do nothing when the limit lets nothing through, ever."""
+
+_OF_A_BUCKET = ("burst", "max_debt")
+
+
+def contradictions(item: YamlMap, document: Document, at: KeyPath, default_window: Window | None) -> Iterator[Problem]:
+    """What is wrong with the descriptor `item`, which stands at `at`, whatever the values of its keys are.
+
+    Args:
+        default_window: how a limit that names no algorithm counts; None for a token bucket.
+    """
+    given = {key for key, value in item.items() if value is not None and value is not False}
+    rate_limit = item.get("rate_limit")
+    has_bucket = "bucket" in given
+    if "rate_limit" in given and has_bucket:
+        yield document.problem((*at, "bucket"), "a bucket beside rate_limit", "one of the two", "remove one of them")
+    elif has_bucket and "burst" in given:
+        yield document.problem(
+            (*at, "burst"), "burst beside bucket", "bucket alone", "remove it: bucket.capacity is the burst"
+        )
+    if isinstance(rate_limit, YamlMap):
+        yield from _of_rate_limit(rate_limit, document, (*at, "rate_limit"))
+    useless = _why_useless(given, rate_limit)
+    for key in _OF_A_LIMIT:
+        if key in given and key in useless:
+            what, expected, fix = useless[key]
+            yield document.problem((*at, key), f"{key} of {what}", expected.format(key=key), fix.format(key=key))
+    if "rate_limit" in given or has_bucket:
+        yield from _of_algorithm(item, given - useless.keys(), document, at, default_window)
+    value = item.source_of("value") or ""
+    if item.get("share_threshold") is True and WILDCARD not in value:
+        found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
+        fix = f"end the value in {WILDCARD}, or remove share_threshold"
+        yield document.problem((*at, "share_threshold"), found, f"a value with {WILDCARD}", fix)
+
+
+def _why_useless(given: set[str], rate_limit: object) -> dict[str, tuple[str, str, str]]:
+    """The keys that would do nothing: what they are keys of, what was expected, and the fix."""
+    if not given & {"rate_limit", "bucket"}:
+        reason = ("a descriptor without a limit", "rate_limit or bucket beside it", "add one, or remove {key}")
+        return dict.fromkeys(_OF_A_LIMIT, reason)
+    if isinstance(rate_limit, YamlMap):
+        if rate_limit.get("unlimited") is True:
+            return dict.fromkeys(_OF_A_LIMIT, ("a limit that lets all through", "no {key}", "remove {key}"))
+        requests = rate_limit.get("requests_per_unit")
+        if requests == 0 and requests is not False:
+            return dict.fromkeys(_OF_ADMITTING, ("a limit that lets nothing through", "no {key}", "remove {key}"))
+    return {}
+
+
+def _of_algorithm(
+    item: YamlMap, given: set[str], document: Document, at: KeyPath, default_window: Window | None
+) -> Iterator[Problem]:
+    """What a window does not have."""
+    algorithm = item.get("algorithm")
+    if algorithm is None:
+        # A bucket is a token bucket whatever the default is.
+        if default_window is None or "bucket" in given:
+            return
+        name, fix = f"{default_window.value}, the default here", f"add algorithm: {BUCKET_ALGORITHM}, or remove {{key}}"
+    else:
+        if algorithm not in ALGORITHMS or window_of(str(algorithm)) is None:
+            return
+        if "bucket" in given:
+            fix = f"remove algorithm, or give rate_limit in place of bucket: {algorithm} counts requests in a unit"
+            yield document.problem((*at, "algorithm"), f"{algorithm} for a bucket", BUCKET_ALGORITHM, fix)
+            return
+        name, fix = str(algorithm), f"remove {{key}}, or let algorithm be {BUCKET_ALGORITHM}"
+    for key in _OF_A_BUCKET:
+        if key in given:
+            found = f"{key} with the algorithm {name}"
+            yield document.problem((*at, key), found, f"{key} with {BUCKET_ALGORITHM} only", fix.format(key=key))
+
+
+def _of_rate_limit(rate_limit: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
+    unit = rate_limit.get("unit")
+    if rate_limit.get("unlimited") is True:
+        # Their requests_per_unit beside unlimited says nothing, and is accepted as it is there.
+        if isinstance(unit, str) and unit.lower() in UNITS:
+            fix = "remove unit or unlimited"
+            yield document.problem((*at, "unit"), "unit beside unlimited", "one of the two", fix)
+    else:
+        if is_no_unit(unit):
+            expected, fix = expected_of(keys_of(RateLimit)["unit"]), "add unit, or unlimited: true for no limit"
+            yield document.problem((*at, "unit"), document.describe((*at, "unit")), expected, fix)
+        if rate_limit.get("requests_per_unit") is None:
+            expected = expected_of(keys_of(RateLimit)["requests_per_unit"])
+            fix = "add requests_per_unit, 0 to let nothing through"
+            yield document.problem((*at, "requests_per_unit"), "nothing", expected, fix)
+    name = rate_limit.source_of("name")
+    replaces = rate_limit.get("replaces")
+    for index, other in enumerate(replaces if isinstance(replaces, YamlList) else ()):
+        if name and isinstance(other, YamlMap) and other.source_of("name") == name:
+            found, expected = f"{quoted(name)}, the name of the same rate_limit", "the name of another"
+            fix = "remove it, or correct one of the two names"
+            yield document.problem((*at, "replaces", index, "name"), found, expected, fix)

@@ -1,0 +1,161 @@
+"""One document of rules into the tree of its domain.
+
+Each level is checked on its own, so a broken one hides no problem of those below it. The first level is handed in by
+the caller: where domains are merged, several documents grow one tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ratelimit_sidecar.config.bucket import BucketConfig
+from ratelimit_sidecar.config.document import Document
+from ratelimit_sidecar.config.errors import KeyPath, dotted
+from ratelimit_sidecar.config.rules_checks import contradictions
+from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile, window_of
+from ratelimit_sidecar.config.structure import validate
+from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Window
+from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Rule, RuleNode, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.wildcard import WILDCARD, WildcardSet
+
+
+@dataclass(frozen=True, slots=True)
+class RuleDefaults:
+    """What holds for a rule that does not say otherwise, and for a limit that a request brings.
+
+    Args:
+        consistency: how far buckets are shared.
+        window: how a limit is counted; None for a token bucket.
+    """
+
+    consistency: Consistency = Consistency.EVENTUAL
+    window: Window | None = None
+
+
+@dataclass(slots=True)
+class Level:
+    """The descriptors of one level, while it grows."""
+
+    exact: dict[tuple[str, str], RuleNode] = field(default_factory=dict)
+    patterns: dict[str, list[tuple[str, RuleNode]]] = field(default_factory=dict)
+    """By key, in file order."""
+    key_only: dict[str, RuleNode] = field(default_factory=dict)
+    first: dict[tuple[str, str], tuple[Document, KeyPath]] = field(default_factory=dict)
+    """Where each key and value was given first."""
+
+    def add(self, key: str, value: str, node: RuleNode) -> None:
+        if not value:
+            self.key_only[key] = node
+        elif WILDCARD in value:
+            self.patterns.setdefault(key, []).append((value, node))
+        else:
+            self.exact[key, value] = node
+
+    def node(self, rule: Rule | None = None, item: Mapping[str, object] | None = None) -> RuleNode:
+        """The finished level below the descriptor `item` and its `rule`; of a domain, without both."""
+        wildcards = {key: WildcardSet(patterns) for key, patterns in self.patterns.items()}
+        above = item or {}
+        return RuleNode(
+            rule,
+            self.exact,
+            wildcards,
+            self.key_only,
+            shares_bucket=above.get("share_threshold") is True,
+            value_in_metric=above.get("value_to_metric") is True,
+        )
+
+
+def shown_capacity(bucket: BucketConfig) -> int:
+    """What Envoy is shown as requests per unit of a bucket: it has no unit, so its capacity is the nearest."""
+    return min(bucket.capacity, MAX_REQUESTS_PER_UNIT)
+
+
+class TreeReader:
+    """Reads one document, collecting its problems.
+
+    The document is of the grammar in `rules_schema`; with problems, what is read is good for nothing but more of them.
+    """
+
+    def __init__(self, document: Document, defaults: RuleDefaults) -> None:
+        self.problems = list(document.problems)
+        self._document = document
+        self._defaults = defaults
+
+    def read_domain(self) -> str:
+        """The domain; "" when it is missing."""
+        data = self._document.data
+        _, problems = validate(RulesFile, data, self._document)
+        self.problems += problems
+        return _text(data, "domain") if isinstance(data, YamlMap) else ""
+
+    def read_descriptors(self, domain: str, level: Level) -> None:
+        """Add all descriptors to the first `level` of the domain."""
+        if isinstance(self._document.data, YamlMap):
+            self._read_level(self._document.data, (), domain, level)
+
+    def _read_level(self, above: YamlMap, path: KeyPath, name: str, level: Level) -> None:
+        items = above.get("descriptors")
+        for index, item in enumerate(items if isinstance(items, YamlList) else ()):
+            at = (*path, "descriptors", index)
+            descriptor, problems = validate(Descriptor, item, self._document, at)
+            self.problems += problems
+            if not isinstance(item, YamlMap):
+                continue
+            self.problems += contradictions(item, self._document, at, self._defaults.window)
+            key, value = _text(item, "key"), _text(item, "value")
+            if key and (key, value) in level.first:
+                self._duplicate(at, level.first[key, value])
+            level.first.setdefault((key, value), (self._document, at))
+            own_name = f"{name}.{key}_{value}" if value else f"{name}.{key}"
+            below = Level()
+            self._read_level(item, at, own_name, below)
+            level.add(key, value, below.node(self._rule(descriptor, own_name), item))
+
+    def _rule(self, descriptor: Descriptor | None, name: str) -> Rule | None:
+        """What a descriptor limits; None when it limits nothing itself."""
+        if descriptor is None or (descriptor.rate_limit is None and descriptor.bucket is None):
+            return None
+        limit, requests_per_unit, unit = _limit(descriptor, self._defaults.window)
+        rate_limit = descriptor.rate_limit or RateLimit()
+        return Rule(
+            name,
+            limit,
+            requests_per_unit,
+            unit,
+            descriptor.consistency or self._defaults.consistency,
+            limit_name=rate_limit.name or "",
+            replaces=frozenset(other.name for other in rate_limit.replaces),
+            shadow_mode=descriptor.shadow_mode,
+            quota_mode=descriptor.quota_mode,
+            charge_always=descriptor.charge is not None,
+            retry_after=descriptor.retry_after,
+            body=descriptor.body or "",
+            metadata=descriptor.metadata or {},
+            metric_of_values=descriptor.detailed_metric,
+        )
+
+    def _duplicate(self, at: KeyPath, first: tuple[Document, KeyPath]) -> None:
+        document, path = first
+        found = f"the key and value of {dotted(path)} in {document.place(path)} again"
+        fix = "merge the two, or give one another value"
+        self.problems.append(self._document.problem(at, found, "each pair of key and value once a level", fix))
+
+
+def _limit(descriptor: Descriptor, default_window: Window | None) -> tuple[AnyLimit | None, int, Unit | None]:
+    """The limit, its requests per unit and its unit; None when all passes."""
+    max_debt = descriptor.max_debt or DEFAULT_MAX_DEBT
+    if descriptor.bucket is not None:
+        return descriptor.bucket.limit(max_debt), shown_capacity(descriptor.bucket), None
+    rate_limit = descriptor.rate_limit or RateLimit()
+    requests, unit = rate_limit.requests_per_unit, rate_limit.unit
+    if rate_limit.unlimited or requests is None or unit is None:
+        return None, 0, None
+    window = default_window if descriptor.algorithm is None else window_of(descriptor.algorithm)
+    return limit_of_rate(requests, unit, window, burst=descriptor.burst, max_debt=max_debt), requests, unit
+
+
+def _text(item: YamlMap, key: str) -> str:
+    """A scalar as the file writes it; "" when it is missing or no scalar."""
+    return (item.source_of(key) or "") if item.get(key) is not None else ""

@@ -1,0 +1,93 @@
+"""envoyproxy/ratelimit's variables that have no counterpart of their own: several make one value here, or none yet.
+
+Addresses come in halves there. Rules files lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, all of
+whose files are rules; here a folder's files are by their suffix, so what would go unread is an error instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ratelimit_sidecar.config.environment import Unreadable, read_bool
+from ratelimit_sidecar.config.errors import ENVIRONMENT, Problem, quoted
+from ratelimit_sidecar.config.rules_file import is_rules_file
+from ratelimit_sidecar.config.structure import FromEnvironment
+
+DEFAULT_ROOT = "/srv/runtime_data/current"
+DEFAULT_APP_DIRECTORY = "config"
+
+REFUSED_WHEN_TRUE: Mapping[str, tuple[str, str]] = {
+    "GRPC_SERVER_USE_TLS": (
+        "TLS for Envoy's calls is not yet available",
+        "listen.grpc on a unix socket or 127.0.0.1, with Envoy beside it",
+    ),
+}
+"""Variables that ask for protection which is not there: what is missing, and what to do meanwhile. To ignore one would
+be to serve in plain text what its user believes to be encrypted."""
+
+
+def _grpc_address(values: Mapping[str, str]) -> object:
+    socket = values.get("GRPC_UDS")
+    if socket is not None:
+        return [f"unix:{socket}"]
+    return [f"{values.get('GRPC_HOST', '0.0.0.0')}:{values.get('GRPC_PORT', '8081')}"]  # noqa: S104 - the default
+
+
+def _http_address(values: Mapping[str, str]) -> object:
+    return f"{values.get('HOST', '127.0.0.1')}:{values.get('PORT', '8080')}"
+
+
+def _runtime_folder(values: Mapping[str, str]) -> object:
+    if not values.keys() & {"RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY"}:
+        return None
+    folder = Path(values.get("RUNTIME_ROOT", DEFAULT_ROOT), values.get("RUNTIME_SUBDIRECTORY", ""))
+    return [str(folder / values.get("RUNTIME_APPDIRECTORY", DEFAULT_APP_DIRECTORY))]
+
+
+def _xds_when_asked_for(values: Mapping[str, str]) -> object:
+    kind = values["CONFIG_TYPE"]
+    if kind not in ("FILE", "GRPC_XDS_SOTW"):
+        raise Unreadable("FILE or GRPC_XDS_SOTW")
+    return {} if kind == "GRPC_XDS_SOTW" else None
+
+
+GRPC_ADDRESS = FromEnvironment(("GRPC_UDS", "GRPC_HOST", "GRPC_PORT"), _grpc_address)
+HTTP_ADDRESS = FromEnvironment(("HOST", "PORT"), _http_address)
+RUNTIME_FOLDER = FromEnvironment(("RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY", "RUNTIME_APPDIRECTORY"), _runtime_folder)
+XDS_WHEN_ASKED_FOR = FromEnvironment(("CONFIG_TYPE",), _xds_when_asked_for)
+
+
+def refused(environ: Mapping[str, str]) -> Iterator[Problem]:
+    """Variables that cannot be done justice to."""
+    for variable, (missing, fix) in REFUSED_WHEN_TRUE.items():
+        given = environ.get(variable)
+        if given and not _is_false(given):
+            yield Problem(ENVIRONMENT, None, None, variable, quoted(given), f"false: {missing}", f"use {fix}")
+
+
+def _is_false(given: str) -> bool:
+    with suppress(Unreadable):
+        return not read_bool(given)
+    return False
+
+
+def unread(folder: Path) -> Iterator[Problem]:
+    """What envoyproxy/ratelimit would read in its runtime folder and this program does not."""
+    for entry in _entries(folder):
+        if entry.name.startswith(".") or is_rules_file(entry):
+            continue
+        if not entry.is_dir():
+            expected = "a name that ends in .yaml or .yml in a folder of rules"
+            yield Problem(str(entry), None, None, "", f"the name {quoted(entry.name)}", expected, "rename it")
+        elif any(is_rules_file(below) for below in _entries(entry)):
+            expected, fix = "a folder without subfolders", "list both folders under rules in the configuration file"
+            yield Problem(str(entry), None, None, "", "rules in a subfolder", expected, fix)
+
+
+def _entries(folder: Path) -> list[Path]:
+    # What keeps a folder from being read is told by who reads it.
+    with suppress(OSError):
+        return sorted(folder.iterdir())
+    return []

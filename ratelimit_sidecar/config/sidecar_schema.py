@@ -1,0 +1,289 @@
+"""Everything the sidecar can be told, by its file or by the environment, and a default for all of it.
+
+The models below are the one list of options: validation, `serve --help`, docs/reference/configuration.md and the page
+about migration come from them.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
+from ratelimit_sidecar.config.bucket import BucketConfig
+from ratelimit_sidecar.config.environment import duration, flag, number, pairs, switch, text
+from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, window_of
+from ratelimit_sidecar.config.rules_tree import RuleDefaults
+from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
+from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
+from ratelimit_sidecar.limiter.rules import Consistency
+from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+
+DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
+MAX_NAME_CHARS = 128
+MAX_RETRY_SECONDS = 3_600
+
+_ENGINES = {
+    "eventual": Consistency.EVENTUAL,
+    "ubos": Consistency.EVENTUAL,
+    "local": Consistency.LOCAL,
+}
+
+# https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#requests; -bin would be bytes.
+_CALL_HEADER = re.compile(r"(?!grpc-)[0-9a-z_.-]+(?<!-bin)")
+
+
+def _at_least_one(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    if not addresses:
+        raise unexpected("at least one address to listen on", "leave the key out for the default")
+    return addresses
+
+
+def _check_name(text: str) -> str:
+    if not 1 <= len(text) <= MAX_NAME_CHARS or not text.isprintable() or " " in text:
+        raise ValueError("not a name")
+    return text
+
+
+def _to_path(value: object) -> object:
+    return Path(value) if isinstance(value, str) and value and "\0" not in value else value
+
+
+def _to_consistency(value: object) -> object:
+    return _ENGINES.get(value, value) if isinstance(value, str) else value
+
+
+def _to_float(value: object) -> object:
+    return float(value) if type(value) is int or isinstance(value, Decimal) else value
+
+
+def _to_call_headers(headers: dict[str, str]) -> dict[str, str]:
+    lower = {name.lower(): value for name, value in headers.items()}
+    for name, value in lower.items():
+        if not _CALL_HEADER.fullmatch(name) or not value.isascii() or not value.isprintable():
+            raise ValueError("not gRPC metadata")
+    return lower
+
+
+Name = Annotated[
+    str,
+    AfterValidator(_check_name),
+    Expected(f"a name of 1 to {MAX_NAME_CHARS} printable characters without spaces", of="text"),
+]
+FilePath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file", of="text")]
+RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file or folder", of="text")]
+Engine = Annotated[
+    Consistency,
+    BeforeValidator(_to_consistency),
+    Expected("eventual (also spelt ubos) or local", choices=tuple(_ENGINES), not_yet=("strict",)),
+]
+Ratio = Annotated[float, BeforeValidator(_to_float), Field(ge=0, le=1), Expected("a number from 0 to 1", of="plain")]
+RetrySeconds = Annotated[
+    float,
+    BeforeValidator(_to_float),
+    Field(ge=0.2, le=MAX_RETRY_SECONDS),
+    Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", of="plain"),
+]
+# A token, as RFC 9110 has it for field names (5.1).
+HeaderName = Annotated[
+    str,
+    Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"),
+    Expected("the name of an HTTP header", of="text"),
+]
+Texts = Annotated[dict[str, str], Expected("a mapping of text to text")]
+CallHeaders = Annotated[
+    dict[str, str],
+    AfterValidator(_to_call_headers),
+    Expected("a mapping of names, in letters, digits and _ . -, to values in printable ASCII"),
+]
+
+_SETTINGS = Settings()
+_HEADERS = ResponseHeaders()
+
+
+class NodeConfig(Section):
+    """Who this sidecar is."""
+
+    id: Annotated[Name, ShownDefault("the host name")] = Field(
+        default_factory=socket.gethostname, description="Name of this sidecar; no two in one mesh may share it."
+    )
+    region: Annotated[Name, text("REGION")] = Field(
+        "local", description="Region this sidecar runs in; the `region` label of its metrics."
+    )
+
+
+class ListenConfig(Section):
+    """Where this sidecar answers."""
+
+    grpc: Annotated[tuple[ListenAddress, ...], Field(strict=False), AfterValidator(_at_least_one), GRPC_ADDRESS] = (
+        Field(("0.0.0.0:8081",), description="Where Envoy calls the rate limit service; port 0 lets the system pick.")
+    )
+    admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
+        "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
+    )
+    sync: Annotated[
+        TcpListenAddress | None,
+        ShownDefault(f"{DEFAULT_SYNC_ADDRESS} when sync.peers is not empty, otherwise not opened"),
+    ] = Field(None, description="Where the sidecars of the mesh call.")
+
+
+class XdsTlsConfig(Section):
+    """TLS to the xDS server; without it the stream is plain text."""
+
+    ca: Annotated[
+        FilePath | None, text("CONFIG_GRPC_XDS_SERVER_TLS_CACERT"), ShownDefault("the well-known authorities")
+    ] = Field(None, description="PEM file of the authorities whose certificates the server may have.")
+    certificate: Annotated[FilePath | None, text("CONFIG_GRPC_XDS_CLIENT_TLS_CERT")] = Field(
+        None, description="PEM file of this sidecar's own certificate, for a server that asks for one."
+    )
+    key: Annotated[FilePath | None, text("CONFIG_GRPC_XDS_CLIENT_TLS_KEY")] = Field(
+        None, description="PEM file of its private key."
+    )
+    server_name: Annotated[Name | None, text("CONFIG_GRPC_XDS_SERVER_TLS_SAN"), ShownDefault("the host of server")] = (
+        Field(None, description="Name that the server's certificate has to be for.")
+    )
+
+
+class XdsConfig(Section):
+    """The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`."""
+
+    server: Annotated[XdsServerAddress, text("CONFIG_GRPC_XDS_SERVER_URL")] = Field(
+        "localhost:18000", description="Its address."
+    )
+    node_id: Annotated[Name, text("CONFIG_GRPC_XDS_NODE_ID")] = Field(
+        "default", description="The node that this sidecar says it is: the server chooses the rules by it."
+    )
+    node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA")] = Field(
+        {}, description="What else the server is told about the node."
+    )
+    headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", secret=True)] = Field(
+        {}, description="Headers of the call, for example for authorization."
+    )
+    retry_seconds: Annotated[RetrySeconds, duration("CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL")] = Field(
+        3.0, description="The longest wait between two attempts to connect."
+    )
+    tls: Annotated[XdsTlsConfig | None, switch("CONFIG_GRPC_XDS_SERVER_USE_TLS")] = Field(
+        None,
+        description="TLS to the server; it is used when this key is there, or the variable is true. Without it the"
+        " stream is plain text.",
+    )
+
+
+class SyncConfig(Section):
+    """The mesh of sidecars that share their limits."""
+
+    protocol: Annotated[Literal["grpc"], Expected("grpc", choices=("grpc",))] = Field(
+        "grpc", description="How sidecars talk to each other."
+    )
+    peers: Annotated[tuple[PeerAddress, ...], Field(strict=False)] = Field(
+        (), description="The `listen.sync` addresses of the other sidecars; this one itself may be among them."
+    )
+
+
+class ResponseHeadersConfig(Section):
+    """Headers that tell callers the limit nearest to its end."""
+
+    enabled: Annotated[Flag, flag("LIMIT_RESPONSE_HEADERS_ENABLED")] = Field(
+        False, description="Whether they are sent."
+    )
+    limit: Annotated[HeaderName, text("LIMIT_LIMIT_HEADER")] = Field(
+        _HEADERS.limit, description="Name of the header with the limit."
+    )
+    remaining: Annotated[HeaderName, text("LIMIT_REMAINING_HEADER")] = Field(
+        _HEADERS.remaining, description="Name of the header with what is left of it."
+    )
+    reset: Annotated[HeaderName, text("LIMIT_RESET_HEADER")] = Field(
+        _HEADERS.reset, description="Name of the header with the seconds until it is whole again."
+    )
+
+
+class AnswersConfig(Section):
+    """What holds for every answer to Envoy, whichever rule it comes from."""
+
+    shadow_mode: Annotated[Flag, flag("SHADOW_MODE")] = Field(
+        _SETTINGS.shadow_mode,
+        description="Let every request pass, whatever its limits say; they are charged and counted.",
+    )
+    quota_mode: Annotated[Flag, flag("QUOTA_MODE")] = Field(
+        _SETTINGS.quota_mode, description="Treat every rule as if it had `quota_mode`."
+    )
+    near_limit_ratio: Annotated[Ratio, number("NEAR_LIMIT_RATIO")] = Field(
+        _SETTINGS.near_limit_ratio, description="Hits above this part of a limit count as near it, in metrics."
+    )
+    response_headers: ResponseHeadersConfig = Field(
+        default_factory=ResponseHeadersConfig, description="Headers that tell callers the limit nearest to its end."
+    )
+    dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
+        _SETTINGS.dynamic_metadata,
+        description="Tell Envoy what was asked, and the `metadata` of the rules that let it through, as dynamic"
+        " metadata.",
+    )
+
+
+class SidecarConfig(Section):
+    """Everything `ratelimit-sidecar serve` can be told."""
+
+    node: NodeConfig = Field(default_factory=NodeConfig, description="Who this sidecar is.")
+    listen: ListenConfig = Field(default_factory=ListenConfig, description="Where this sidecar answers.")
+    rules: Annotated[tuple[RulesPath, ...], Field(strict=False), RUNTIME_FOLDER] = Field(
+        (),
+        description="Rules files, or folders of them (`*.yaml` and `*.yml`, not their subfolders). Relative paths start"
+        " at the folder of the configuration file.",
+    )
+    merge_domains: Annotated[Flag, flag("MERGE_DOMAIN_CONFIG")] = Field(
+        False, description="Several rules files may have the same domain; their descriptors are put together."
+    )
+    algorithm: Algorithm = Field(
+        BUCKET_ALGORITHM,
+        description="How limits are enforced of rules that name no `algorithm` of their own.",
+    )
+    xds: Annotated[XdsConfig | None, XDS_WHEN_ASKED_FOR] = Field(
+        None,
+        description="The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`. It is asked"
+        " when this key is there, or `CONFIG_TYPE` is `GRPC_XDS_SOTW` and not `FILE`.",
+    )
+    sync: SyncConfig = Field(default_factory=SyncConfig, description="The mesh of sidecars that share their limits.")
+    bucket: BucketConfig | None = Field(
+        None, description="A bucket for every descriptor that no rule matches; without it those are not limited."
+    )
+    answers: AnswersConfig = Field(
+        default_factory=AnswersConfig,
+        description="What holds for every answer to Envoy, whichever rule it comes from.",
+    )
+    engine: Annotated[Engine, text("CRDT_ENGINE", only=True), ShownDefault("eventual")] = Field(
+        Consistency.EVENTUAL,
+        description="How limits are shared: `eventual` (or `ubos`) over the whole mesh, `local` not at all: each"
+        " sidecar has every limit to itself. `consistency` of a rule wins.",
+    )
+
+    @property
+    def rule_defaults(self) -> RuleDefaults:
+        """What holds for rules that do not say otherwise."""
+        return RuleDefaults(self.engine, window_of(self.algorithm))
+
+    @property
+    def settings(self) -> Settings:
+        """What holds for every answer."""
+        answers, headers = self.answers, self.answers.response_headers
+        return Settings(
+            shadow_mode=answers.shadow_mode,
+            quota_mode=answers.quota_mode,
+            near_limit_ratio=answers.near_limit_ratio,
+            response_headers=(
+                ResponseHeaders(headers.limit, headers.remaining, headers.reset) if headers.enabled else None
+            ),
+            dynamic_metadata=answers.dynamic_metadata,
+        )
+
+    @model_validator(mode="after")
+    def _listen_for_peers(self) -> Self:
+        if self.sync.peers and self.listen.sync is None:
+            listen = self.listen.model_copy(update={"sync": DEFAULT_SYNC_ADDRESS})
+            # Frozen for users, not before they have it.
+            object.__setattr__(self, "listen", listen)
+        return self
