@@ -2,17 +2,21 @@
 
 Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
 is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
-they know. At a stop the order is the other way round: no new requests, answers to those in flight, then what was
-admitted is told to the peers, then the spans are flushed.
+they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them. At a stop the order is
+the other way round: no new requests, answers to those in flight, then what was admitted is told to the peers, then the
+spans are flushed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import signal
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from enum import Enum
+from functools import partial
 from math import ceil
 from typing import Literal
 
@@ -20,13 +24,17 @@ import structlog
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.clock import Clock
-from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.rules_source.files import RulesFiles
+from ratelimit_sidecar.rules_source.reloader import Reloader
+from ratelimit_sidecar.rules_source.xds import XdsClient
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -67,13 +75,23 @@ class Sidecar:
 
     def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log_format: Literal["text", "json"]) -> None:
         node, region = config.node.id, config.node.region
-        rules = load_rules(config.rules, unruled=config.bucket, default_consistency=config.engine)
+        self._source: RulesFiles | XdsClient
+        if config.xds is None:
+            self._source = _rules_files(config)
+            rules, source = self._source.read_first(), f"files {', '.join(map(str, config.rules)) or '(none)'}"
+        else:
+            read = _reader_of_resources(config)
+            self._source = XdsClient(config.xds, read)
+            rules, source = read({}), f"xDS server {config.xds.server}"
         self._clock = Clock()
         self._stop = asyncio.Event()
         self._joined = False
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
-        self._limiter = Limiter(rules, origin)
+        self._limiter = Limiter(rules, origin, config.settings)
+        self._reloader = Reloader(
+            self._limiter.use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
+        )
         self._mesh = Mesh(
             origin=origin,
             region=region,
@@ -102,6 +120,7 @@ class Sidecar:
                 peers=self._mesh.status,
                 request_errors=service.errors,
                 replication=self._mesh,
+                rules=self._reloader,
             )
         )
         console_app = console.create_app(
@@ -113,6 +132,8 @@ class Sidecar:
                 peers=self._mesh.status,
                 missing=self.missing,
                 now_us=self._clock.now_us,
+                reloader=self._reloader,
+                should_rate_limit=service.should_rate_limit,
             )
         )
         self._console = ConsoleServer(console_app, config.listen.admin, log_format=log_format)
@@ -125,7 +146,9 @@ class Sidecar:
         missing = []
         if not self._front_end.ready.is_set():
             missing.append("the gRPC front end is starting")
-        if not self._joined:
+        if not self._reloader.has_rules.is_set():
+            missing.append("no rules from the xDS server yet")
+        elif not self._joined:
             missing.append("peers have not yet told all they know")
         return missing
 
@@ -139,19 +162,28 @@ class Sidecar:
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         await self._open()
+        # What is there now stays: no garbage collection has to look at code and rules again while requests wait.
+        gc.collect()
+        gc.freeze()
         self._log_start()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._console.serve())
-                replicating = tasks.create_task(self._mesh.run())
+                replicating = tasks.create_task(self._replicate())
                 tasks.create_task(self._front_end.serve())
-                chores = [tasks.create_task(chore) for chore in (self._join(), self._sweep(), self._slew())]
+                chores = [
+                    tasks.create_task(chore)
+                    for chore in (self._source.run(self._reloader), self._join(), self._sweep(), self._slew())
+                ]
                 await self._stop.wait()
                 _log.info("draining")
                 await self._front_end.stop()
                 self._mesh.stop()
-                await replicating
+                if not self._reloader.has_rules.is_set():
+                    replicating.cancel()
+                await asyncio.wait([replicating])
                 await self._console.stop()
                 for chore in chores:
                     chore.cancel()
@@ -163,20 +195,39 @@ class Sidecar:
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
-            try:
-                await self._mesh.start()
-            except OSError as error:
-                raise ListenError(str(self._config.listen.sync), str(error)) from error
+            if self._reloader.has_rules.is_set():
+                await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
             await self._front_end.start()
             opened.pop_all()
 
+    async def _start_mesh(self) -> None:
+        try:
+            await self._mesh.start()
+        except OSError as error:
+            raise ListenError(str(self._config.listen.sync), str(error)) from error
+
+    async def _replicate(self) -> None:
+        if not self._reloader.has_rules.is_set():
+            # Peers tell all they know at once, and of that a node keeps what it has rules for.
+            await self._reloader.has_rules.wait()
+            await self._start_mesh()
+        await self._mesh.run()
+
     async def _join(self) -> None:
+        await self._reloader.has_rules.wait()
         if not await self._mesh.joined(JOIN_SECONDS):
             _log.warning("not_joined", waited_seconds=JOIN_SECONDS, peers=self._config.sync.peers)
         self._joined = True
         await self._front_end.ready.wait()
         _log.info("ready")
+
+    def _reload(self) -> None:
+        """What SIGHUP asks for."""
+        if isinstance(self._source, RulesFiles):
+            self._source.ask()
+        else:
+            _log.info("nothing_to_reload", reason="the xDS server sends rules by itself")
 
     async def _sweep(self) -> None:
         steps = SWEEP_PASS_SECONDS / SWEEP_SECONDS
@@ -203,5 +254,25 @@ class Sidecar:
             peers=list(self._config.sync.peers),
             rules=len(list(rules)),
         )
-        if not rules.domains and rules.unruled is None:
+        if self._config.xds is None and not rules.domains and rules.unruled is None:
             _log.warning("nothing_is_limited", reason="neither rules nor bucket are configured")
+
+
+def _rules_files(config: SidecarConfig) -> RulesFiles:
+    read = partial(
+        load_rules,
+        config.rules,
+        unruled=config.bucket,
+        defaults=config.rule_defaults,
+        merge_domains=config.merge_domains,
+    )
+    return RulesFiles(config.rules, read)
+
+
+def _reader_of_resources(config: SidecarConfig) -> Callable[[Mapping[str, Mapping[str, object]]], Rules]:
+    return partial(
+        rules_of_resources,
+        unruled=config.bucket,
+        defaults=config.rule_defaults,
+        merge_domains=config.merge_domains,
+    )

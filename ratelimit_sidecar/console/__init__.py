@@ -1,1 +1,1 @@
-"""The admin HTTP server: metrics, health and what the sidecar knows, for people and their tools. It changes nothing."""
+"""The admin HTTP server: metrics, health, rules, and what the sidecar knows, for people and their tools."""

@@ -1,10 +1,12 @@
-"""The routes of the admin HTTP server. All are GET, answer JSON (but /metrics), and read; errors are JSON, too.
+"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does; and
+answer in JSON, but for the few whose form is others' (/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
 
 They share the event loop with the decisions, so each does its work in slices of at most about a millisecond.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,15 +17,19 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
+from ratelimit_sidecar.console.decisions import json_endpoint
+from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.limiter.key import FORMS, decode_bucket_key, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.rules_source.reloader import Reloader
+from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.telemetry.exposition import encode_registry
 
 DEFAULT_PAGE_BUCKETS = 100
@@ -41,6 +47,8 @@ class Sources:
         peers: called once a request.
         missing: what the sidecar still waits for before it is ready, in words; empty when it is.
         now_us: the clock of the decisions.
+        reloader: of the limiter's rules.
+        should_rate_limit: the method of the gRPC service.
     """
 
     node: str
@@ -50,11 +58,13 @@ class Sources:
     peers: Callable[[], Sequence[PeerStatus]]
     missing: Callable[[], Sequence[str]]
     now_us: Callable[[], int]
+    reloader: Reloader
+    should_rate_limit: UnaryHandler
 
 
 def create_app(sources: Sources) -> ASGIApp:
     console = _Console(sources)
-    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint, _ in console.endpoints]
+    routes = [Route(path, endpoint, methods=[method]) for path, method, endpoint, _ in console.endpoints]
     app = Starlette(
         routes=[Route("/", console.index, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
@@ -66,16 +76,25 @@ class _Console:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._pager = BucketPager(sources.limiter.store)
-        self.endpoints: Sequence[tuple[str, Callable[[Request], Awaitable[Response]], str]] = (
-            ("/metrics", self.metrics, "Prometheus metrics"),
-            ("/healthz", self.healthz, "200 while the process lives"),
-            ("/readyz", self.readyz, "200 when requests can be sent here, otherwise 503 and what is missing"),
+        self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
+            ("/metrics", "GET", self.metrics, "Prometheus metrics"),
+            ("/healthz", "GET", self.healthz, "200 while the process lives"),
+            ("/readyz", "GET", self.readyz, "200 when requests can be sent here, otherwise 503 and what is missing"),
+            ("/healthcheck", "GET", self.healthcheck, "the same for envoyproxy/ratelimit's probes: 200 or 500"),
             (
                 "/buckets",
+                "GET",
                 self.buckets,
                 f"active buckets; ?domain= selects, ?limit= (1 to {MAX_PAGE_BUCKETS}) and ?after= (next) page",
             ),
-            ("/peers", self.peers, "the replication mesh as this node sees it"),
+            ("/rlconfig", "GET", self.rlconfig, "the rules in force as text, and why the newest ones are not"),
+            ("/peers", "GET", self.peers, "the replication mesh as this node sees it"),
+            (
+                "/json",
+                "POST",
+                json_endpoint(sources.should_rate_limit),
+                "a RateLimitRequest in JSON: 200 or 429 with the RateLimitResponse, 400 when it is none",
+            ),
         )
 
     async def index(self, request: Request) -> Response:
@@ -86,7 +105,7 @@ class _Console:
                 "version": __version__,
                 "node": self._sources.node,
                 "region": self._sources.region,
-                "endpoints": {path: description for path, _, description in self.endpoints},
+                "endpoints": {path: description for path, _, _, description in self.endpoints},
             }
         )
 
@@ -99,7 +118,20 @@ class _Console:
 
     async def readyz(self, _request: Request) -> Response:
         missing = list(self._sources.missing())
-        return JSONResponse({"ready": not missing, "missing": missing}, status_code=503 if missing else 200)
+        return JSONResponse(
+            {"ready": not missing, "missing": missing, "rules": describe_rules(self._sources.reloader)},
+            status_code=503 if missing else 200,
+        )
+
+    async def healthcheck(self, _request: Request) -> Response:
+        missing = self._sources.missing()
+        return PlainTextResponse("\n".join(missing) or "OK", status_code=500 if missing else 200)
+
+    async def rlconfig(self, request: Request) -> Response:
+        _no_query(request)
+        description = describe_rules(self._sources.reloader)
+        # Rules are never changed, so another thread may read them.
+        return PlainTextResponse(await asyncio.to_thread(dump_rules, self._sources.limiter.rules, description))
 
     async def buckets(self, request: Request) -> Response:
         query = _query(request, "after", "limit", "domain")

@@ -8,12 +8,13 @@ import h2corn
 from starlette.types import ASGIApp
 
 from ratelimit_sidecar.server.hosting import Hosting
+from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 
 MAX_CONNECTIONS = 128
 MAX_REQUESTS = 32
 """At once; more are answered 503."""
-MAX_BODY_BYTES = 1_024
-"""No endpoint has a use for one."""
+MAX_BODY_BYTES = MAX_MESSAGE_BYTES
+"""Of a request to /json, which may be as large as one over gRPC."""
 DRAIN_SECONDS = 2.0
 KEEP_ALIVE_SECONDS = 75.0
 """Longer than Prometheus' default interval (60 s), so that it keeps its connection."""

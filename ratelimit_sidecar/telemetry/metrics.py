@@ -68,6 +68,22 @@ class Replication(Protocol):
         """Buckets that peers told of and no replicated rule here knows."""
 
 
+class RulesStatus(Protocol):
+    """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
+
+    @property
+    def loads(self) -> Mapping[str, int]:
+        """Attempts to put rules in force, by result."""
+
+    @property
+    def last_success_us(self) -> int | None:
+        """When the rules in force were put so, in microseconds since the epoch."""
+
+    @property
+    def trouble(self) -> str:
+        """Why changes at their source may not be noticed at once; "" when they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What the metrics are read from.
@@ -76,6 +92,7 @@ class Sources:
         peers: called once a scrape.
         request_errors: requests refused, by reason.
         replication: None when this node has no mesh.
+        rules: None when the rules never change.
     """
 
     node: str
@@ -85,6 +102,7 @@ class Sources:
     peers: Callable[[], Sequence[PeerStatus]]
     request_errors: Mapping[str, int]
     replication: Replication | None = None
+    rules: RulesStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +205,22 @@ def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
         yield "", (reason,), count
 
 
+def _read_config_loads(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.rules is not None:
+        for result, count in at.sources.rules.loads.items():
+            yield "", (result,), count
+
+
+def _read_config_last_success(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.rules is not None and at.sources.rules.last_success_us is not None:
+        yield "", (), at.sources.rules.last_success_us / 1e6
+
+
+def _read_config_source_up(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.rules is not None:
+        yield "", (), not at.sources.rules.trouble
+
+
 _RULE = ("domain", "rule")
 _OWN_RULE = ("region", *_RULE)
 _PEER = ("region", "peer")
@@ -212,6 +246,27 @@ METRICS: tuple[Definition, ...] = (
         ("reason",),
         "Requests answered with a gRPC error, by reason.",
         _read_request_errors,
+    ),
+    Definition(
+        "ratelimit_config_loads_total",
+        "counter",
+        ("result",),
+        "Times rules were loaded, by result (success, error), the first time included; an error leaves the old ones.",
+        _read_config_loads,
+    ),
+    Definition(
+        "ratelimit_config_last_success_timestamp_seconds",
+        "gauge",
+        (),
+        "When the rules in force were loaded, since the epoch; absent before the first come from an xDS server.",
+        _read_config_last_success,
+    ),
+    Definition(
+        "ratelimit_config_source_up",
+        "gauge",
+        (),
+        "1 while new rules are noticed at once (folders are watched, the xDS server is connected), otherwise 0.",
+        _read_config_source_up,
     ),
     Definition(
         "openclaw_request_latency_seconds",

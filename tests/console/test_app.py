@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from urllib.parse import quote
 
-import httpx
 import pytest
-from observed import NOW_US, TWO_A_MINUTE, peer, request, small_limiter
+from console.small_console import Console
+from observed import NOW_US, TWO_A_MINUTE, request, small_limiter
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -18,71 +18,17 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, Sources, create_app
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 from ratelimit_sidecar.replication.status import PeerStatus
-from ratelimit_sidecar.telemetry import metrics
-from ratelimit_sidecar.telemetry.latency import LatencyHistogram
-
-
-class Console:
-    """The console of a small limiter; `get` is a request to it."""
-
-    def __init__(self, limiter: Limiter | None = None) -> None:
-        self.limiter = limiter or small_limiter()
-        self.peers: Sequence[PeerStatus] = [peer()]
-        self.missing: list[str] = []
-        self.now_us = NOW_US
-        self.app = create_app(
-            Sources(
-                node="us-1",
-                region="us-east-1",
-                limiter=self.limiter,
-                registry=self._registry(),
-                peers=lambda: self.peers,
-                missing=lambda: self.missing,
-                now_us=lambda: self.now_us,
-            )
-        )
-
-    def _registry(self) -> CollectorRegistry:
-        return metrics.create_registry(
-            metrics.Sources(
-                node="us-1",
-                region="us-east-1",
-                limiter=self.limiter,
-                latency=LatencyHistogram(),
-                peers=lambda: self.peers,
-                request_errors={},
-            )
-        )
-
-    async def get(self, path: str, method: str = "GET", **headers: str) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
-            return await client.request(method, path, headers=headers)
-
-    async def buckets(self, query: str = "") -> list[dict]:
-        response = await self.get(f"/buckets{query}")
-        assert response.status_code == 200, response.text
-        return response.json()["buckets"]
-
-    async def every_page(self, query: str) -> list[list[dict]]:
-        pages, after = [], ""
-        while True:
-            body = (await self.get(f"/buckets?{query}{after}")).json()
-            pages.append(body["buckets"])
-            if body["next"] is None:
-                return pages
-            after = f"&after={body['next']}"
 
 
 async def test_the_root_lists_the_endpoints_and_each_of_them_answers() -> None:
     console = Console()
     body = (await console.get("/")).json()
     assert (body["node"], body["region"], body["version"]) == ("us-1", "us-east-1", __version__)
-    assert set(body["endpoints"]) == {"/metrics", "/healthz", "/readyz", "/buckets", "/peers"}
-    for path in body["endpoints"]:
+    readable = {"/metrics", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"}
+    assert set(body["endpoints"]) == {*readable, "/json"}
+    for path in readable:
         assert (await console.get(path)).status_code == 200, path
 
 
@@ -112,12 +58,23 @@ async def test_a_living_process_is_healthy_though_not_ready() -> None:
     assert (await console.get("/healthz")).status_code == 200
     response = await console.get("/readyz")
     assert response.status_code == 503
-    assert response.json() == {"ready": False, "missing": ["peers have not answered yet"]}
+    body = response.json()
+    assert (body["ready"], body["missing"]) == (False, ["peers have not answered yet"])
 
 
 async def test_it_is_ready_when_nothing_is_missing() -> None:
     response = await Console().get("/readyz")
-    assert (response.status_code, response.json()) == (200, {"ready": True, "missing": []})
+    body = response.json()
+    assert (response.status_code, body["ready"], body["missing"]) == (200, True, [])
+
+
+async def test_the_probes_of_envoyproxy_ratelimit_get_200_and_ok_or_500() -> None:
+    console = Console()
+    response = await console.get("/healthcheck")
+    assert (response.status_code, response.text) == (200, "OK")
+    console.missing = ["the sidecar is shutting down"]
+    response = await console.get("/healthcheck")
+    assert (response.status_code, response.text) == (500, "the sidecar is shutting down")
 
 
 async def test_peers_are_listed_with_all_that_is_known_of_them() -> None:
@@ -266,6 +223,8 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
         peers=broken,
         missing=list,
         now_us=lambda: NOW_US,
+        reloader=console.reloader,
+        should_rate_limit=console.service.should_rate_limit,
     )
     console.app = create_app(sources)
     with capture_logs() as logs:

@@ -30,7 +30,14 @@ class Mesh:
     unknown_keys: int = 6
 
 
-def sources(limiter=None, *, peers=(), request_errors=None, latency=None) -> Sources:
+@dataclass
+class Reloads:
+    loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
+    last_success_us: int | None = NOW_US
+    trouble: str = ""
+
+
+def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=None) -> Sources:
     return Sources(
         node="us-1",
         region="us-east-1",
@@ -39,6 +46,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None) -> Sou
         peers=lambda: peers,
         request_errors=request_errors or {},
         replication=Mesh(),
+        rules=rules or Reloads(),
     )
 
 
@@ -237,3 +245,19 @@ def test_the_reference_page_is_up_to_date() -> None:
 def many_rules(count: int) -> Rules:
     exact = {("user", f"u{n}"): RuleNode(Rule(f"edge.user_u{n}", TWO_A_MINUTE)) for n in range(count)}
     return Rules({"edge": RuleNode(exact=exact)})
+
+
+def test_loads_of_rules_are_counted_by_result_with_the_time_of_the_last_good_one() -> None:
+    registry = create_registry(sources())
+    assert sample(registry, "ratelimit_config_loads_total", result="success") == 2
+    assert sample(registry, "ratelimit_config_loads_total", result="error") == 1
+    assert sample(registry, "ratelimit_config_last_success_timestamp_seconds") == NOW_US / 1e6
+    assert sample(registry, "ratelimit_config_source_up") == 1
+
+
+def test_rules_that_have_not_come_yet_have_no_time_and_their_source_is_down() -> None:
+    waiting = Reloads({"success": 0, "error": 0}, None, "not connected yet")
+    registry = create_registry(sources(rules=waiting))
+    assert sample(registry, "ratelimit_config_loads_total", result="success") == 0
+    assert sample(registry, "ratelimit_config_last_success_timestamp_seconds") is None
+    assert sample(registry, "ratelimit_config_source_up") == 0

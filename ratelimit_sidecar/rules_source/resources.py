@@ -1,0 +1,91 @@
+"""The resources of an xDS server as the data that a rules file of the same content holds, to be checked as one.
+
+A field that proto3 does not send is a key that the file does not have, with one exception: 0 requests per unit is a
+limit, and proto3 does not send zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import DecodeError
+
+from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
+from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import (
+    RateLimitConfig,
+    RateLimitDescriptor,
+    RateLimitPolicy,
+    RateLimitUnit,
+)
+
+TYPE_URL = f"type.googleapis.com/{RateLimitConfig.DESCRIPTOR.full_name}"
+
+Data = dict[str, object]
+
+
+def data_of(response: DiscoveryResponse) -> Mapping[str, Data]:
+    """By the names of the resources, which errors then quote as they would a file's.
+
+    Raises:
+        ConfigError: some are not `RateLimitConfig`s, or the response is about something else.
+    """
+    if response.type_url != TYPE_URL:
+        # Without resources it would read as: there are no rules any more.
+        raise ConfigError([Problem("response", None, None, "", f"the type {quoted(response.type_url)}", TYPE_URL)])
+    found: dict[str, Data] = {}
+    problems: list[Problem] = []
+    for index, resource in enumerate(response.resources):
+        config = RateLimitConfig()
+        place = f"resource {index}"
+        if resource.type_url != TYPE_URL:
+            problems.append(Problem(place, None, None, "", f"the type {quoted(resource.type_url)}", TYPE_URL))
+            continue
+        try:
+            config.ParseFromString(resource.value)
+        except DecodeError:
+            problems.append(Problem(place, None, None, "", "bytes that are none", TYPE_URL))
+            continue
+        # Names should be there and be unique; nothing depends on it here but who is blamed.
+        name = config.name if config.name and config.name not in found else f"{config.name} ({place})".lstrip()
+        found[name] = _config(config)
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _config(config: RateLimitConfig) -> Data:
+    return {"domain": config.domain, "descriptors": [_descriptor(below) for below in config.descriptors]}
+
+
+def _descriptor(descriptor: RateLimitDescriptor) -> Data:
+    data: Data = {"key": descriptor.key}
+    if descriptor.value:
+        data["value"] = descriptor.value
+    if descriptor.HasField("rate_limit"):
+        data["rate_limit"] = _policy(descriptor.rate_limit)
+    for flag in ("shadow_mode", "quota_mode", "detailed_metric"):
+        if getattr(descriptor, flag):
+            data[flag] = True
+    if descriptor.HasField("metadata"):
+        data["metadata"] = MessageToDict(descriptor.metadata)
+    if descriptor.descriptors:
+        data["descriptors"] = [_descriptor(below) for below in descriptor.descriptors]
+    return data
+
+
+def _policy(policy: RateLimitPolicy) -> Data:
+    data: Data = {}
+    if policy.unit != RateLimitUnit.UNKNOWN:
+        names = RateLimitUnit.DESCRIPTOR.values_by_number
+        data["unit"] = names[policy.unit].name if policy.unit in names else str(policy.unit)
+    if policy.unlimited:
+        data["unlimited"] = True
+    if policy.requests_per_unit or not policy.unlimited:
+        data["requests_per_unit"] = policy.requests_per_unit
+    if policy.name:
+        data["name"] = policy.name
+    if policy.replaces:
+        data["replaces"] = [{"name": replaced.name} for replaced in policy.replaces]
+    return data

@@ -1,0 +1,54 @@
+"""What a client says on an ADS stream, state of the world, about resources of one type. No I/O.
+
+The protocol (Envoy's documentation, "xDS REST and gRPC protocol"): a stream begins with a request that names the node
+and the type. Every response is answered, before the next one is read, by a request with its nonce: with its version
+when it was accepted (ACK), with the version accepted last and the error when it was not (NACK). No resource names means
+all: each response holds every resource there is, and what it lacks is gone.
+"""
+
+from __future__ import annotations
+
+from envoy.config.core.v3.base_pb2 import Node
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+
+MAX_ERROR_CHARS = 4_096
+"""Of a NACK's error: for a server's log, not for a document."""
+
+_INVALID_ARGUMENT = 3
+
+
+class Subscription:
+    """Args:
+    node: who asks.
+    """
+
+    def __init__(self, type_url: str, node: Node) -> None:
+        self.version = ""
+        """That was accepted last; "" before the first."""
+        self._type_url = type_url
+        self._node = node
+
+    def begin(self) -> DiscoveryRequest:
+        """What to send first on a new stream.
+
+        It asks for everything, also when something was accepted on a former stream. A version there would spare the
+        server an answer; but some (Envoy Gateway) count their versions from their own start, and take their third one
+        for that of the server before them.
+        """
+        return self._request("", "")
+
+    def accept(self, response: DiscoveryResponse) -> DiscoveryRequest:
+        """The answer to resources that are in force now."""
+        self.version = response.version_info
+        return self._request(self.version, response.nonce)
+
+    def reject(self, response: DiscoveryResponse, why: str) -> DiscoveryRequest:
+        """The answer to resources that cannot be used."""
+        request = self._request(self.version, response.nonce)
+        request.error_detail.code = _INVALID_ARGUMENT
+        request.error_detail.message = why if len(why) <= MAX_ERROR_CHARS else f"{why[: MAX_ERROR_CHARS - 1]}…"
+        return request
+
+    def _request(self, version: str, nonce: str) -> DiscoveryRequest:
+        # Servers may need the node in the first request only; there are some that look for it in each.
+        return DiscoveryRequest(version_info=version, node=self._node, type_url=self._type_url, response_nonce=nonce)

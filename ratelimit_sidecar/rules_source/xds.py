@@ -1,0 +1,150 @@
+"""Rules from an xDS server, over one ADS stream on grpc.aio that is dialled again for ever.
+
+What is said on the stream is decided in `subscription`. A server that is away, or was never there, changes nothing:
+the rules it gave last stay, over any number of streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+import grpc
+import grpc.aio
+import structlog
+from envoy.config.core.v3.base_pb2 import Node
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from google.protobuf.message import DecodeError
+from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
+
+from ratelimit_sidecar import __version__
+from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.rules_source.reloader import Reloader
+from ratelimit_sidecar.rules_source.resources import TYPE_URL, Data, data_of
+from ratelimit_sidecar.rules_source.subscription import Subscription
+
+METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
+
+NETWORK_SECONDS = 5.0
+"""For a TCP and a TLS handshake; and for one request to be taken."""
+
+FIRST_REDIAL_SECONDS = 0.2
+"""Waits are random up to a bound that doubles from this one to `retry_seconds` ("full jitter")."""
+
+LASTING_SECONDS = 10.0
+"""A stream that lasted so long was in order: the server is dialled again at once, and the waits start afresh."""
+
+MAX_RESPONSE_BYTES = 32 * 1024 * 1024
+"""Several 100,000 rules; what is larger ends the stream."""
+
+_MAX_PROBLEMS_TOLD = 50
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    # A stream may be silent for days: this notices a server that has vanished. No sooner, because servers in Go hang up
+    # on clients that ask more often than every 5 minutes (keepalive.EnforcementPolicy).
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Each dial is a connection of its own: a shared one would bring its own back-off along.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class XdsClient:
+    """Args:
+    config: where to ask, and as whom.
+    read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
+    """
+
+    def __init__(self, config: XdsConfig, read: Callable[[Mapping[str, Data]], Rules]) -> None:
+        self._config = config
+        self._read = read
+        node = Node(id=config.node_id, user_agent_name="ratelimit-sidecar", user_agent_version=__version__)
+        node.metadata.update(config.node_metadata)
+        self._subscription = Subscription(TYPE_URL, node)
+
+    async def run(self, reloader: Reloader) -> None:
+        """Put in force what the server sends, until cancelled."""
+        reloader.trouble = "not connected yet"
+        redial = AsyncRetrying(
+            wait=wait_random_exponential(multiplier=FIRST_REDIAL_SECONDS, max=self._config.retry_seconds),
+            retry=retry_if_result(lambda lasted: not lasted),
+        )
+        while True:
+            await redial(self._dial, reloader)
+
+    async def _dial(self, reloader: Reloader) -> bool:
+        """Dial once, and follow the stream until it is lost.
+
+        Returns:
+            True when it lasted.
+        """
+        loop = asyncio.get_running_loop()
+        dialled_at = loop.time()
+        try:
+            why = await self._follow(reloader)
+        except TimeoutError:
+            why = f"no progress within {NETWORK_SECONDS:g} s"
+        except grpc.aio.AioRpcError as error:
+            why = f"{error.code().name}: {error.details()}"
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            # Writing to a stream that the other end, or the connection, has ended.
+            why = str(error)
+        except OSError as error:
+            why = str(error)
+        except Exception:
+            _log.exception("xds_stream_failed", server=self._config.server)
+            why = "an internal error; the log has the details"
+        if why != reloader.trouble:
+            _log.warning("xds_disconnected", server=self._config.server, why=why)
+        reloader.trouble = why
+        return loop.time() - dialled_at >= LASTING_SECONDS
+
+    async def _follow(self, reloader: Reloader) -> str:
+        """Returns why the stream has ended."""
+        async with await self._channel() as channel:
+            call = channel.stream_stream(METHOD)(metadata=tuple(self._config.headers.items()))
+            async with asyncio.timeout(NETWORK_SECONDS):
+                await call.wait_for_connection()
+            await _write(call, self._subscription.begin())
+            reloader.trouble = ""
+            _log.info("xds_connected", server=self._config.server, version=self._subscription.version)
+            while True:
+                raw = await call.read()
+                if raw is grpc.aio.EOF:
+                    return "the server hung up"
+                try:
+                    response = DiscoveryResponse.FromString(raw)
+                except DecodeError:
+                    return "the server sent something else than a DiscoveryResponse"
+                await _write(call, await self._answer(response, reloader))
+
+    async def _answer(self, response: DiscoveryResponse, reloader: Reloader) -> DiscoveryRequest:
+        rejected = await reloader.load(lambda: self._read(data_of(response)), response.version_info)
+        if rejected is None:
+            return self._subscription.accept(response)
+        return self._subscription.reject(response, "\n".join(map(str, islice(rejected.problems, _MAX_PROBLEMS_TOLD))))
+
+    async def _channel(self) -> grpc.aio.Channel:
+        tls = self._config.tls
+        if tls is None:
+            return grpc.aio.insecure_channel(self._config.server, options=_OPTIONS)
+        credentials = await asyncio.to_thread(_credentials, tls)
+        options = (*_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name)) if tls.server_name else _OPTIONS
+        return grpc.aio.secure_channel(self._config.server, credentials, options=options)
+
+
+async def _write(call: grpc.aio.StreamStreamCall[bytes, bytes], request: DiscoveryRequest) -> None:
+    async with asyncio.timeout(NETWORK_SECONDS):
+        await call.write(request.SerializeToString())
+
+
+def _credentials(tls: XdsTlsConfig) -> grpc.ChannelCredentials:
+    """Read anew at each dial, so that rotated files are taken up."""
+    ca, key, certificate = (None if file is None else file.read_bytes() for file in (tls.ca, tls.key, tls.certificate))
+    return grpc.ssl_channel_credentials(ca, key, certificate)

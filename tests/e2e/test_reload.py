@@ -1,0 +1,160 @@
+"""New rules while requests come in."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import grpc.aio
+import httpx
+from e2e.sidecars import ask, sidecar_command, status
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+
+from ratelimit_sidecar.demo.ports import HOST, free_ports
+from ratelimit_sidecar.demo.processes import Children
+
+LIMIT = 1_000_000
+"""A year: 0.03 are refilled in a second."""
+
+USERS = 8
+"""Ask all the time, one request after the other."""
+
+WITHIN_S = 20.0
+"""It takes half a second; the rest is for a busy machine."""
+
+BROKEN = "domain: shop\ndescriptors:\n  - key: user\n    rate_limit: {unit: fortnight, requests_per_unit: 1}\n"
+
+
+def rules(*, plans: int) -> str:
+    return f"""
+domain: shop
+descriptors:
+  - key: user
+    rate_limit: {{unit: year, requests_per_unit: {LIMIT}}}
+  - key: plan
+    rate_limit: {{unit: year, requests_per_unit: {plans}}}
+"""
+
+
+def replace_file(file: Path, text: str) -> None:
+    """As editors and deployments do it."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.rename(file)
+
+
+class Load:
+    """Users that ask until they are told to stop."""
+
+    def __init__(self, stub: RateLimitServiceStub) -> None:
+        self.answered: Counter[str] = Counter()
+        self.wrong: list[object] = []
+        self._stub = stub
+        self._stopping = False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(USERS):
+                tasks.create_task(self._keep_asking(f"user {number}"))
+
+    async def _keep_asking(self, user: str) -> None:
+        request = ask("shop", "user", user)
+        while not self._stopping:
+            try:
+                answer = await self._stub.ShouldRateLimit(request, timeout=5)
+            except grpc.aio.AioRpcError as error:
+                self.wrong.append(error)
+                continue
+            self.answered[user] += 1
+            limit = answer.statuses[0].current_limit.requests_per_unit
+            if (answer.overall_code, limit) != (RateLimitResponse.OK, LIMIT):
+                self.wrong.append(answer)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something holds in the sidecar."""
+    async with asyncio.timeout(WITHIN_S):
+        while not await condition():  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(0.02)
+
+
+async def test_a_reload_under_load_loses_no_request_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    file = tmp_path / "rules.yaml"
+    file.write_text(rules(plans=100))
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=5) as console,
+    ):
+        sidecar = await children.start(sidecar_command(tmp_path, ports, {"rules": [str(file)]}))
+
+        async def reloads() -> dict:
+            response = await console.get("/readyz")
+            assert response.status_code == 200
+            return response.json()["rules"]
+
+        async def is_rejected() -> bool:
+            return (await reloads())["rejected"] is not None
+
+        async def is_accepted() -> bool:
+            return not await is_rejected()
+
+        async with grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel, asyncio.TaskGroup() as tasks:
+            stub = RateLimitServiceStub(channel)
+            load = Load(stub)
+            tasks.create_task(load.run())
+
+            async def plan(hits: int) -> tuple[int, int]:
+                """The limit and what is left of it."""
+                found = await status(stub, "shop", "plan", "free", hits)
+                return found.current_limit.requests_per_unit, found.limit_remaining
+
+            async def has_limit(number: int) -> bool:
+                return (await plan(0))[0] == number
+
+            async def has_loaded_again() -> bool:
+                metrics = (await console.get("/metrics")).text
+                return 'ratelimit_config_loads_total{result="success"} 4.0' in metrics
+
+            assert await plan(30) == (100, 70)
+            first = await reloads()
+
+            replace_file(file, rules(plans=200))
+            await until(lambda: has_limit(200))
+            assert await plan(0) == (200, 170)
+            second = await reloads()
+            assert second["rejected"] is None
+            assert second["in_force"] == 2
+
+            replace_file(file, BROKEN)
+            await until(is_rejected)
+            third = await reloads()
+            assert third["loaded_at"] == second["loaded_at"] >= first["loaded_at"]
+            assert f"{file}:4:" in third["rejected"]["problems"][0]
+            assert "fortnight" in (await console.get("/rlconfig")).text
+            assert await plan(10) == (200, 160)
+
+            replace_file(file, rules(plans=50))
+            await until(is_accepted)
+            assert await plan(0) == (50, 10)
+
+            sidecar.signal(signal.SIGHUP)
+            await until(has_loaded_again)
+            assert await plan(0) == (50, 10)
+
+            load.stop()
+
+        assert load.wrong == []
+        assert len(load.answered) == USERS
+        # Nothing was forgotten and nothing was counted twice, whichever rules a request was decided by.
+        async with grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel:
+            for user, answered in load.answered.items():
+                left = (await status(RateLimitServiceStub(channel), "shop", "user", user, hits=0)).limit_remaining
+                assert left - (LIMIT - answered) in (0, 1), user

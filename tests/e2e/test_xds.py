@@ -1,0 +1,120 @@
+"""Sidecars whose rules come from an xDS server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import grpc.aio
+import httpx
+from e2e.sidecars import sidecar_command, status
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from rules_source.xds_server import XdsServer, broken, config, serving
+
+from ratelimit_sidecar.demo.ports import HOST, free_ports
+from ratelimit_sidecar.demo.processes import Children
+
+WITHIN_S = 20.0
+"""It takes a fraction of a second; the rest is for a busy machine."""
+
+
+def xds(port: int) -> dict[str, str]:
+    """The environment that envoyproxy/ratelimit has at Envoy Gateway, as far as it is about rules."""
+    return {
+        "CONFIG_TYPE": "GRPC_XDS_SOTW",
+        "CONFIG_GRPC_XDS_SERVER_URL": f"{HOST}:{port}",
+        "CONFIG_GRPC_XDS_NODE_ID": "envoy-ratelimit",
+        "CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL": "200ms",
+    }
+
+
+async def until_ready(console: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(WITHIN_S):
+        while (await console.get("/readyz")).status_code != 200:  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(0.02)
+
+
+async def test_it_answers_before_the_server_is_there_and_is_ready_and_limits_once_it_has_sent_rules(
+    tmp_path: Path,
+) -> None:
+    ports = free_ports(1)
+    own = ports.regions[0]
+    command = sidecar_command(tmp_path, own, {}, environment=xds(ports.upstream), ready_path="/healthz")
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        grpc.aio.insecure_channel(f"{HOST}:{own.grpc}") as channel,
+    ):
+        await children.start(command)
+        stub = RateLimitServiceStub(channel)
+
+        waiting = await console.get("/readyz")
+        assert waiting.status_code == 503
+        assert waiting.json()["missing"] == ["no rules from the xDS server yet"]
+        assert (await console.get("/healthcheck")).status_code == 500
+        async with asyncio.timeout(WITHIN_S):
+            while "UNAVAILABLE" not in (await console.get("/rlconfig")).text:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.02)
+        assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OK
+
+        server = XdsServer()
+        server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))
+        async with serving(server, f"{HOST}:{ports.upstream}"):
+            await until_ready(console)
+            codes = [(await status(stub, "shop", "user", "eve")).code for _ in range(2)]
+            assert codes == [RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT]
+            first, _ = await server.heard(), await server.heard()
+            assert first.node.id == "envoy-ratelimit"
+
+            server.publish("2", broken("shop"))
+            nack = await server.heard()
+            assert nack.version_info == "1"
+            assert "descriptors[0].rate_limit.unit" in nack.error_detail.message
+            assert "descriptors[0].rate_limit.unit" in (await console.get("/rlconfig")).text
+            assert (await console.get("/readyz")).status_code == 200
+
+        assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OVER_LIMIT
+
+
+async def test_it_can_be_stopped_before_it_has_any_rules(tmp_path: Path) -> None:
+    ports = free_ports(1)
+    peers = {"sync": {"peers": [f"{HOST}:{ports.regions[0].sync}"]}}
+    command = sidecar_command(tmp_path, ports.regions[0], peers, environment=xds(ports.upstream), ready_path="/healthz")
+    async with Children(tmp_path) as children:
+        sidecar = await children.start(command)
+        sidecar.signal(signal.SIGTERM)
+        async with asyncio.timeout(WITHIN_S):
+            assert await sidecar.wait() == 0, sidecar.log.read_text()
+
+
+async def test_a_sidecar_that_comes_back_learns_from_its_peers_what_its_rules_are_about(tmp_path: Path) -> None:
+    """Peers tell all they know as soon as they are connected, and nothing can be made of it without rules."""
+    ports = free_ports(2)
+    environment = xds(ports.upstream)
+    peers = {"sync": {"peers": [f"{HOST}:{region.sync}" for region in ports.regions]}}
+    first, second = (
+        sidecar_command(tmp_path, region, peers, name=name, environment=environment, ready_path=ready_path)
+        for name, region, ready_path in zip(("first", "second"), ports.regions, ("/readyz", "/healthz"), strict=True)
+    )
+    server = XdsServer()
+    rules = config("shop", "user", unit="DAY", requests_per_unit=20)
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.regions[1].admin}", trust_env=False, timeout=5) as console,
+        grpc.aio.insecure_channel(f"{HOST}:{ports.regions[0].grpc}") as channel,
+        grpc.aio.insecure_channel(f"{HOST}:{ports.regions[1].grpc}") as other_channel,
+    ):
+        async with serving(server, f"{HOST}:{ports.upstream}"):
+            server.publish("1", rules)
+            await children.start(first)
+        assert (await status(RateLimitServiceStub(channel), "shop", "user", "eve", hits=15)).limit_remaining == 5
+
+        await children.start(second)
+        late = XdsServer()
+        late.publish("1", rules)
+        async with serving(late, f"{HOST}:{ports.upstream}"):
+            await until_ready(console)
+            left = (await status(RateLimitServiceStub(other_channel), "shop", "user", "eve", hits=0)).limit_remaining
+            assert left == 5

@@ -1,0 +1,175 @@
+"""What becomes of attempts to load rules."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from observed import small_limiter
+from rules_source.loading import BROKEN, NOW_US, Recorder, rules_of, rules_of_texts
+from structlog.testing import capture_logs
+
+from ratelimit_sidecar.config.errors import ConfigError, Problem
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.rules_source.reloader import MAX_PROBLEMS_LOGGED, SWITCH_SECONDS, Loaded, Reloader
+
+
+def broken() -> Rules:
+    return rules_of_texts({"a.yaml": BROKEN, "b.yaml": "fine", "c.yaml": BROKEN})
+
+
+async def test_good_rules_are_put_in_force_and_counted() -> None:
+    recorder = Recorder("files: a.yaml")
+    with capture_logs() as logs:
+        rejected = await recorder.reloader.load(lambda: rules_of("one", "two"), "7")
+    assert rejected is None
+    assert recorder.in_force == ["one", "two"]
+    assert recorder.reloader.loaded == Loaded(2, "7", NOW_US)
+    assert recorder.reloader.last_success_us == NOW_US
+    assert recorder.reloader.loads == {"success": 1, "error": 0}
+    assert [(log["event"], log["rules"], log["version"], log["source"]) for log in logs] == [
+        ("rules_loaded", 2, "7", "files: a.yaml")
+    ]
+
+
+async def test_bad_rules_leave_the_old_ones_in_force_and_each_problem_is_logged_by_its_parts() -> None:
+    recorder = Recorder("files: rules")
+    await recorder.reloader.load(lambda: rules_of("old"))
+    recorder.now_us += 5
+    with capture_logs() as logs:
+        rejected = await recorder.reloader.load(broken)
+    assert recorder.in_force == ["old"]
+    assert recorder.reloader.loaded == Loaded(1, "", NOW_US)
+    assert recorder.reloader.loads == {"success": 1, "error": 1}
+    assert rejected is not None
+    assert rejected is recorder.reloader.rejected
+    assert rejected.at_us == NOW_US + 5
+    assert [problem.file for problem in rejected.problems] == ["a.yaml", "c.yaml"]
+    parts = {
+        "line": 3,
+        "column": 5,
+        "key": "domain",
+        "found": "nothing of use",
+        "expected": "a domain",
+        "fix": "mend it",
+    }
+    assert logs == [
+        {"event": "rules_problem", "log_level": "error", "file": "a.yaml", **parts},
+        {"event": "rules_problem", "log_level": "error", "file": "c.yaml", **parts},
+        {
+            "event": "rules_rejected",
+            "log_level": "error",
+            "source": "files: rules",
+            "version": "",
+            "problems": 2,
+            "in_force": "the rules from before",
+        },
+    ]
+
+
+async def test_the_next_good_rules_end_the_rejection() -> None:
+    recorder = Recorder()
+    await recorder.reloader.load(broken)
+    assert recorder.reloader.loaded is None
+    await recorder.reloader.load(lambda: rules_of("new"))
+    assert recorder.reloader.rejected is None
+    assert recorder.reloader.loads == {"success": 1, "error": 1}
+
+
+async def test_of_very_many_problems_only_the_first_are_logged() -> None:
+    def hopeless() -> Rules:
+        raise ConfigError([Problem("a.yaml", line, 1, "", "noise") for line in range(1, 10_000)])
+
+    recorder = Recorder()
+    with capture_logs() as logs:
+        await recorder.reloader.load(hopeless)
+    assert [log["event"] for log in logs] == ["rules_problem"] * MAX_PROBLEMS_LOGGED + ["rules_rejected"]
+    assert logs[-1]["problems"] == 9_999
+
+
+async def test_a_fault_in_reading_is_a_rejection_with_its_traceback_in_the_log() -> None:
+    def faulty() -> Rules:
+        raise ZeroDivisionError("secret")
+
+    recorder = Recorder("files: a.yaml")
+    await recorder.reloader.load(lambda: rules_of("old"))
+    with capture_logs() as logs:
+        rejected = await recorder.reloader.load(faulty)
+    assert rejected is not None
+    assert [problem.file for problem in rejected.problems] == ["files: a.yaml"]
+    assert recorder.in_force == ["old"]
+    assert (logs[0]["event"], logs[0]["exc_info"]) == ("rules_load_failed", True)
+
+
+async def test_a_fault_in_putting_them_in_force_is_a_rejection_too() -> None:
+    def cannot(_rules: Rules) -> None:
+        raise RuntimeError
+
+    reloader = Reloader(cannot, lambda: NOW_US, "somewhere", None)
+    assert await reloader.load(lambda: rules_of("new")) is not None
+    assert (reloader.loads, reloader.loaded) == ({"success": 0, "error": 1}, None)
+
+
+async def test_the_loop_runs_while_rules_are_read() -> None:
+    may_end = threading.Event()
+
+    def slow() -> Rules:
+        assert may_end.wait(20)
+        return rules_of("new")
+
+    recorder = Recorder()
+    loading = asyncio.create_task(recorder.reloader.load(slow))
+    await asyncio.sleep(0)
+    may_end.set()
+    assert await loading is None
+
+
+@pytest.mark.parametrize("read", [lambda: rules_of("new"), broken])
+async def test_while_rules_are_read_threads_switch_often_and_nothing_is_collected(read: Callable[[], Rules]) -> None:
+    seen = []
+
+    def observed() -> Rules:
+        seen.append((sys.getswitchinterval(), gc.isenabled()))
+        return read()
+
+    before = sys.getswitchinterval()
+    gc.unfreeze()
+    await Recorder().reloader.load(observed)
+    assert seen == [(pytest.approx(SWITCH_SECONDS), False)]
+    assert (sys.getswitchinterval(), gc.isenabled()) == (before, True)
+    assert gc.get_freeze_count() > 0
+
+
+async def test_old_rules_are_freed_although_nothing_is_collected(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "domain: shop\ndescriptors: [{key: user, value: a*, rate_limit: {unit: day, requests_per_unit: 1}}]\n"
+    )
+    limiter = small_limiter()
+    reloader = Reloader(limiter.use_rules, lambda: NOW_US, "files", None)
+    assert await reloader.load(lambda: load_rules([file])) is None
+    old = weakref.ref(limiter.rules.domains["shop"].wildcards["user"])
+    assert old() is not None
+    assert await reloader.load(lambda: rules_of("new")) is None
+    assert old() is None
+
+
+def test_rules_in_force_from_the_start_count_as_loaded() -> None:
+    used: list[Rules] = []
+    reloader = Reloader(used.append, lambda: NOW_US, "files: a.yaml", rules_of("one", "two"))
+    assert reloader.loaded == Loaded(2, "", NOW_US)
+    assert reloader.loads == {"success": 1, "error": 0}
+    assert used == []
+
+
+def test_without_any_there_is_no_success() -> None:
+    reloader = Reloader(lambda _: None, lambda: NOW_US, "an xDS server", None)
+    assert reloader.last_success_us is None
+    assert reloader.loads == {"success": 0, "error": 0}
