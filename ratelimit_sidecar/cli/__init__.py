@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.cli.check import check
 from ratelimit_sidecar.cli.demo import demo
+from ratelimit_sidecar.cli.explain import explain
 from ratelimit_sidecar.cli.serve import serve
 
 
@@ -16,4 +18,6 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(check)
 main.add_command(demo)
+main.add_command(explain)

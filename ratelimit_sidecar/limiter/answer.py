@@ -8,7 +8,7 @@ that of its older versions (RateLimit-Limit, -Remaining, -Reset). Envoy itself c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class Extras:
         """
         names = self._settings.response_headers
         if names is not None:
-            self._add_limit_headers(response, names)
+            self._add_limit_headers(response, plan, names)
         if response.overall_code == _OVER_LIMIT:
             denials = [
                 _Denial(step, step.rule, bucket)
@@ -74,10 +74,14 @@ class Extras:
         if self._settings.dynamic_metadata:
             response.dynamic_metadata.update(_metadata(response, plan))
 
-    def _add_limit_headers(self, response: RateLimitResponse, names: ResponseHeaders) -> None:
-        """Of the last descriptor over its limit, or else of the first with the least remaining."""
+    def _add_limit_headers(self, response: RateLimitResponse, plan: Plan, names: ResponseHeaders) -> None:
+        """Of the last descriptor over a limit that is no quota, or else of the first with the least remaining."""
         limited = [status for status in response.statuses if status.HasField("current_limit")]
-        over = [status for status in limited if status.code == _OVER_LIMIT]
+        over = [
+            status
+            for step, status in zip(plan.steps, response.statuses, strict=True)
+            if status.code == _OVER_LIMIT and not step.is_quota
+        ]
         if not limited:
             return
         shown = over[-1] if over else min(limited, key=lambda status: status.limit_remaining)
@@ -127,11 +131,21 @@ def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
             descriptor["limit"] = {"requestsPerUnit": step.rule.requests_per_unit, "unit": unit}
         descriptors.append(descriptor)
         if step.rule is not None and status.code != _OVER_LIMIT:
-            merged.update(step.rule.metadata)
+            merged = _merge(merged, step.rule.metadata)
     metadata: dict[str, object] = {"domain": plan.domain, "descriptors": descriptors, "hitsAddend": plan.hits}
     if merged:
         metadata["metadata"] = merged
     return metadata
+
+
+def _merge(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+    """Both, to any depth; where they disagree the first counts, as in envoyproxy/ratelimit."""
+    merged = {**second, **first}
+    for key in first.keys() & second.keys():
+        one, other = first[key], second[key]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            merged[key] = _merge(one, other)
+    return merged
 
 
 def _seconds(duration_us: int) -> int:

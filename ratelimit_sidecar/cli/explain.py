@@ -1,0 +1,193 @@
+"""`ratelimit-sidecar explain`: why a request is answered as it is, or who of many would have been denied."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from ratelimit_sidecar.cli.explain_output import explanation_json, explanation_text, replay_json, replay_text
+from ratelimit_sidecar.cli.trace_file import FORMAT, BadLine, TraceLine, read_trace
+from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.limiter.explanation import explain as explain_request
+from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.replay import Replay
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.settings import Settings
+
+BROKEN_INPUT = 2
+MAX_BAD_LINES_SHOWN = 20
+_PROGRESS_LINES = 1_000
+
+
+class _ExplainCommand(click.Command):
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The format of a trace."""
+        formatter.write_paragraph()
+        formatter.write_text(FORMAT)
+
+
+@click.command(cls=_ExplainCommand, short_help="Say why a request is answered as it is, or replay many offline.")
+@click.option(
+    "--rules",
+    "rules_paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="PATH",
+    help="Rules file, or a folder of them; can be given several times. Without it, those that the configuration names.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="sidecar.yaml, for what holds beside the rules: the default algorithm, answers, the bucket for all else.",
+)
+@click.option(
+    "--trace",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Replay the requests in this file (- for stdin) and say who would have been denied, in place of one request.",
+)
+@click.option(
+    "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Output."
+)
+@click.argument("domain", required=False)
+@click.argument("descriptors", nargs=-1, metavar="KEY=VALUE[,KEY=VALUE]...")
+def explain(
+    *,
+    rules_paths: Sequence[Path],
+    config_path: Path | None,
+    trace: BinaryIO | None,
+    output_format: str,
+    domain: str | None,
+    descriptors: Sequence[str],
+) -> None:
+    """Say why a request is answered as it is: level by level what matched, the rule, its bucket, and what a full
+    bucket answers. Several descriptors make one request. In a value write \\, for a comma.
+
+    With --trace, requests of the past are replayed with their own times, as if nothing were in shadow mode, and it is
+    said who would have been denied: what to look at before enforcement is turned on.
+
+    \b
+      ratelimit-sidecar explain --rules rules/ shop plan=gold,user=eve
+      ratelimit-sidecar explain --rules rules/ --trace yesterday.jsonl
+
+    Exits with 0, or with 2 when the rules, the configuration, the arguments or lines of the trace are broken.
+    """
+    if trace is None and (domain is None or not descriptors):
+        raise click.UsageError("give a domain and at least one key=value, or --trace")
+    if trace is not None and domain is not None:
+        raise click.UsageError("give a request or --trace, not both")
+    try:
+        rules, settings = _load(rules_paths, config_path)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(BROKEN_INPUT)
+    if trace is not None:
+        _replay(rules, settings, trace, output_format)
+        return
+    assert domain is not None
+    try:
+        explanation = explain_request(
+            rules, settings, domain, [_entries(text) for text in descriptors], time.time_ns() // 1_000
+        )
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error
+    if output_format == "json":
+        click.echo(json.dumps(explanation_json(explanation), indent=2, ensure_ascii=False))
+    else:
+        _echo_lines(explanation_text(explanation))
+
+
+def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules, Settings]:
+    config = load_sidecar_config(config_path, os.environ)
+    paths = rules_paths or config.rules
+    if not paths:
+        raise click.UsageError("no rules: give --rules, or a --config that names some")
+    rules = load_rules(paths, unruled=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains)
+    return rules, config.settings
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
+    r"""`key=value,key=value`, with \, for a comma and \\ for a backslash."""
+    return [_entry(part, text) for part in _split(text)]
+
+
+def _split(text: str) -> list[str]:
+    parts = [""]
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            parts[-1] += next(characters, "\\")
+        elif character == ",":
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _entry(part: str, text: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not key or not equals:
+        raise click.UsageError(f"{text!r} is no descriptor: expected key=value, or several with commas between")
+    return key, value
+
+
+def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:
+    replay = Replay(rules, settings)
+    bad_lines = 0
+    for number, outcome in _asked(replay, trace):
+        bad_lines += 1
+        if bad_lines <= MAX_BAD_LINES_SHOWN:
+            click.echo(f"{trace.name}:{number}: {outcome}", err=True)
+    if bad_lines > MAX_BAD_LINES_SHOWN:
+        click.echo(f"{trace.name}: {bad_lines - MAX_BAD_LINES_SHOWN:,} more broken lines", err=True)
+    if output_format == "json":
+        click.echo(json.dumps({**replay_json(replay), "broken_lines": bad_lines}, indent=2, ensure_ascii=False))
+    else:
+        _echo_lines(replay_text(replay))
+    if bad_lines:
+        sys.exit(BROKEN_INPUT)
+
+
+def _asked(replay: Replay, trace: BinaryIO) -> Iterator[tuple[int, Exception]]:
+    """Replay all lines; gives those that are broken."""
+    for line in _with_progress(read_trace(trace), trace):
+        if isinstance(line.request, BadLine):
+            yield line.number, line.request
+            continue
+        try:
+            replay.ask(line.request, line.at_us)
+        except InvalidRequest as error:
+            yield line.number, error
+
+
+def _with_progress(lines: Iterator[TraceLine], trace: BinaryIO) -> Iterator[TraceLine]:
+    """The same lines; a terminal is shown how far they are, where the end is known."""
+    if not (sys.stderr.isatty() and trace.seekable()):
+        yield from lines
+        return
+    size_bytes = os.fstat(trace.fileno()).st_size
+    with click.progressbar(length=size_bytes, label="replaying", file=sys.stderr) as progress:
+        unshown_bytes = 0
+        for line in lines:
+            yield line
+            unshown_bytes += line.size_bytes
+            if line.number % _PROGRESS_LINES == 0:
+                progress.update(unshown_bytes)
+                unshown_bytes = 0
+        progress.update(unshown_bytes)
+
+
+def _echo_lines(lines: Iterator[str]) -> None:
+    for line in lines:
+        click.echo(line)

@@ -1,0 +1,145 @@
+"""Requests from a file for `explain --trace`: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import BinaryIO, NamedTuple
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from google.protobuf.json_format import ParseDict, ParseError
+
+MAX_LINE_BYTES = 1_048_576
+
+FORMAT = """\
+A trace has one JSON object a line:
+
+\b
+  {"time": 1767225600.25, "domain": "shop", "descriptors": [[["user", "eve"]]]}
+  {"time": "2026-01-01T00:00:01Z", "domain": "shop", "hits": 2,
+   "descriptors": [[["plan", "gold"], ["user", "eve"]],
+                   {"entries": [{"key": "path", "value": "/"}]}]}
+
+\b
+  time         seconds since the epoch, or ISO 8601 (UTC, unless it says otherwise)
+  domain       of Envoy's rate limit filter
+  descriptors  each a list of [key, value], or a RateLimitDescriptor as JSON
+  hits         the request's hits_addend; 1 when absent
+"""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND_US = 1_000_000
+_LAST_SECOND = 253_402_300_799
+"""Of the year 9999."""
+_KNOWN = ("time", "domain", "descriptors", "hits")
+
+
+class BadLine(Exception):
+    """A line that is no request; its text says why."""
+
+
+class TraceLine(NamedTuple):
+    """Args:
+    number: from 1.
+    size_bytes: of the line, to tell how far the reading is.
+    request: or what is wrong with the line.
+    """
+
+    number: int
+    size_bytes: int
+    at_us: int
+    request: RateLimitRequest | BadLine
+
+
+def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
+    """All lines but empty ones, one at a time."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        size = len(line)
+        try:
+            if size > MAX_LINE_BYTES:
+                size += _skip_line(file)
+                raise BadLine(f"longer than {MAX_LINE_BYTES} bytes")
+            if not line.strip():
+                continue
+            at_us, request = parse_line(line)
+        except BadLine as error:
+            yield TraceLine(number, size, 0, error)
+        else:
+            yield TraceLine(number, size, at_us, request)
+
+
+def parse_line(line: bytes) -> tuple[int, RateLimitRequest]:
+    """When a request was made, in microseconds since the epoch, and the request.
+
+    Raises:
+        BadLine: it is none.
+    """
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise BadLine(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise BadLine("nested too deeply") from error
+    if not isinstance(item, dict):
+        raise BadLine("not a JSON object")
+    unknown = [name for name in item if name not in _KNOWN]
+    if unknown:
+        raise BadLine(f"unknown key {unknown[0]!r}; known are {', '.join(_KNOWN)}")
+    if "time" not in item:
+        raise BadLine("no time")
+    descriptors = item.get("descriptors")
+    if not isinstance(descriptors, list):
+        raise BadLine("descriptors is no list")
+    try:
+        request = RateLimitRequest(domain=item.get("domain"), hits_addend=item.get("hits"))
+        for descriptor in descriptors:
+            _add_descriptor(request, descriptor)
+    except (TypeError, ValueError, ParseError) as error:
+        raise BadLine(f"no rate limit request: {' '.join(str(error).split())}") from error
+    return _microseconds(item["time"]), request
+
+
+def _add_descriptor(request: RateLimitRequest, item: object) -> None:
+    descriptor = request.descriptors.add()
+    if isinstance(item, dict):
+        ParseDict(item, descriptor)
+        return
+    if not isinstance(item, list):
+        raise BadLine(f"a descriptor is neither a list of [key, value] nor an object: {json.dumps(item)}")
+    # Not by way of ParseDict: it takes longer than the decision.
+    for pair in item:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadLine(f"an entry of a descriptor is no [key, value] of texts: {json.dumps(pair)}")
+        descriptor.entries.add(key=pair[0], value=pair[1])
+
+
+def _microseconds(value: object) -> int:
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError as error:
+            raise BadLine(f"time is neither a number of seconds nor ISO 8601: {value!r}") from error
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        since = moment - _EPOCH
+        at_us = (since.days * 86_400 + since.seconds) * _SECOND_US + since.microseconds
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        # A double still tells microseconds apart in this range.
+        at_us = round(value * _SECOND_US) if 0 <= value <= _LAST_SECOND else -1
+    else:
+        raise BadLine(f"time is neither a number of seconds nor ISO 8601: {value!r}")
+    if at_us < 0:
+        raise BadLine(f"time is before 1970 or after 9999: {value}")
+    return at_us
+
+
+def _skip_line(file: BinaryIO) -> int:
+    skipped = 0
+    while part := file.readline(MAX_LINE_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped

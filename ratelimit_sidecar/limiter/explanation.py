@@ -1,0 +1,210 @@
+"""Why a request is answered as it is: level by level what was tried, the rule, its bucket, and the decision.
+
+The decision is the limiter's own, not worked out a second time. The rest reads the rules as `Rules.walk` does, and adds
+what matching has no need of: what did not fit, and what would have fitted but came later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, KeyEntry, decode_bucket_key
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Level, Match, RuleNode, Rules
+from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.variants import alone
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+Entries = Sequence[tuple[str, str]]
+
+MAX_MISFITS = 5
+"""Patterns that do not fit are named up to here, and counted beyond."""
+
+MAX_NAMES = 10
+"""Keys or domains that the rules do have, named where nothing matches."""
+
+
+class Result(Enum):
+    """What came of one way to match an entry."""
+
+    MATCHES = "matches"
+    FITS_TOO = "fits too, but comes later"
+    DOES_NOT_FIT = "does not fit"
+    ABSENT = "no such rule"
+
+
+class Way(Enum):
+    """The ways to match an entry, in their order."""
+
+    EXACT = "exact"
+    WILDCARD = "wildcard"
+    KEY = "key"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Args:
+    pattern: of a WILDCARD; else empty.
+    """
+
+    way: Way
+    pattern: str
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class LevelExplanation:
+    """How one entry was matched.
+
+    Args:
+        attempts: in the order in which they count; of the patterns that do not fit only the first `MAX_MISFITS`.
+        misfits: patterns that do not fit, in all.
+        keys: what the rules at this level have, when nothing matches; at most `MAX_NAMES`.
+    """
+
+    key: str
+    value: str
+    attempts: tuple[Attempt, ...]
+    misfits: int
+    keys: tuple[str, ...]
+
+    @property
+    def match(self) -> Attempt | None:
+        return next((attempt for attempt in self.attempts if attempt.result is Result.MATCHES), None)
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorExplanation:
+    """One descriptor of a request.
+
+    Args:
+        levels: as far as entries were matched, and the first that was not.
+        match: None when no rule limits it.
+        why_unlimited: in words, when there is no match; else empty.
+        is_replaced: its rule does not count here, because another descriptor's rule `replaces` it.
+        status: what the limiter answers.
+    """
+
+    entries: tuple[tuple[str, str], ...]
+    levels: tuple[LevelExplanation, ...]
+    match: Match | None
+    why_unlimited: str
+    is_replaced: bool
+    status: RateLimitResponse.DescriptorStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Args:
+    response: what the limiter answers to the whole request.
+    """
+
+    domain: str
+    descriptors: tuple[DescriptorExplanation, ...]
+    response: RateLimitResponse
+
+
+def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence[Entries], now_us: int) -> Explanation:
+    """Decide a request on full buckets, and say why.
+
+    Raises:
+        InvalidRequest: as `Limiter.decide`.
+    """
+    request = RateLimitRequest(domain=domain)
+    for entries in descriptors:
+        descriptor = request.descriptors.add()
+        for key, value in entries:
+            descriptor.entries.add(key=key, value=value)
+    raw = request.SerializeToString()
+    limiter = Limiter(alone(rules), Origin("explain", 1), settings)
+    steps = limiter.plan(raw).steps
+    response = RateLimitResponse.FromString(limiter.decide(raw, now_us))
+    explained = []
+    for entries, step, status in zip(descriptors, steps, response.statuses, strict=True):
+        match = rules.match(domain, entries)
+        explained.append(
+            DescriptorExplanation(
+                entries=tuple(entries),
+                levels=tuple(_explain_levels(rules, domain, entries)),
+                match=match,
+                why_unlimited="" if match is not None else _why_unlimited(rules, domain, entries),
+                is_replaced=match is not None and step.rule is None,
+                status=status,
+            )
+        )
+    return Explanation(domain, tuple(explained), response)
+
+
+def readable_bucket_name(bucket_key: bytes) -> str:
+    """A bucket's name for people: `shop / plan=gold / path=/api/* (all values share it)`."""
+    _, domain, entries = decode_bucket_key(bucket_key)
+    parts = [domain]
+    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+        if entry.kind != PATTERN:
+            parts.append(f"{entry.key}={entry.value}")
+        elif not _is_value_of_pattern(following):
+            parts.append(f"{entry.key}={entry.value} (all values share it)")
+    return " / ".join(parts)
+
+
+def _is_value_of_pattern(entry: KeyEntry | None) -> bool:
+    return entry is not None and entry.kind == WILDCARD_VALUE
+
+
+def _explain_levels(rules: Rules, domain: str, entries: Entries) -> Iterator[LevelExplanation]:
+    levels = rules.walk(domain, entries)
+    node = rules.domains.get(domain)
+    for index, (key, value) in enumerate(entries):
+        if node is None:
+            return
+        level = levels[index] if index < len(levels) else None
+        yield _explain_level(node, key, value, level)
+        node = level.node if level is not None else None
+
+
+def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) -> LevelExplanation:
+    matched = level.kind if level is not None else None
+    has_exact, has_key = (key, value) in node.exact, key in node.key_only
+    attempts = [Attempt(Way.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
+    misfits = 0
+    wildcards = node.wildcards.get(key)
+    for pattern, _ in wildcards.patterns if wildcards is not None else ():
+        if level is not None and matched == PATTERN and pattern == level.pattern:
+            attempts.append(Attempt(Way.WILDCARD, pattern, Result.MATCHES))
+        elif WildcardSet([(pattern, None)]).find(value) is not None:
+            attempts.append(Attempt(Way.WILDCARD, pattern, Result.FITS_TOO))
+        else:
+            misfits += 1
+            if misfits <= MAX_MISFITS:
+                attempts.append(Attempt(Way.WILDCARD, pattern, Result.DOES_NOT_FIT))
+    if has_key:
+        attempts.append(Attempt(Way.KEY, "", Result.MATCHES if matched == KEY_ONLY else Result.FITS_TOO))
+    else:
+        attempts.append(Attempt(Way.KEY, "", Result.ABSENT))
+    return LevelExplanation(key, value, tuple(attempts), misfits, () if level is not None else _keys_of(node))
+
+
+def _keys_of(node: RuleNode) -> tuple[str, ...]:
+    keys = {key for key, _ in node.exact} | node.wildcards.keys() | node.key_only.keys()
+    return tuple(sorted(keys)[:MAX_NAMES])
+
+
+def _why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
+    root = rules.domains.get(domain)
+    if root is None:
+        known = ", ".join(sorted(rules.domains)[:MAX_NAMES]) or "none"
+        return f"no rules for the domain {domain}; there are rules for: {known}"
+    levels = rules.walk(domain, entries)
+    node = levels[-1].node if levels else root
+    below = _keys_of(node)
+    if len(levels) < len(entries):
+        key, value = entries[len(levels)]
+        return f"nothing matches {key}={value}" if below else f"the rules end before {key}={value}"
+    if below:
+        return f"the rules go deeper: they have limits for an entry more, with the key {' or '.join(below)}"
+    return "the rules name it, but set no limit"

@@ -1,0 +1,131 @@
+"""Requests of the past through the limiter, as if nothing were in shadow mode: who would have been denied.
+
+Time is that of the requests. One limiter decides all of them: what several replicas admit beyond a limit at the same
+time is not in it. Memory is bounded however many there are: by the buckets that are not full at a time, as in a
+sidecar; by the rules; and by `MAX_DESCRIPTORS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.variants import alone, enforced
+
+MAX_DESCRIPTORS = 10_000
+"""Denied descriptors told apart. Beyond, the half denied least often is given up, and counted as others."""
+
+_LEAST_TO_SWEEP = 1_000
+"""Full buckets are dropped each time that as many descriptors were decided as buckets were left the last time, but at
+least so many: so there are at most twice as many as needed, and a descriptor pays for one bucket's look."""
+
+_OVER_LIMIT = RateLimitResponse.OVER_LIMIT
+
+Entries = tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one rule or descriptor was asked and denied.
+
+    Args:
+        first_denied_us: when it was denied first; None when it never was.
+        in_shadow_mode: it would have been let through, as the rules are now.
+    """
+
+    asked: int = 0
+    denied: int = 0
+    first_denied_us: int | None = None
+    in_shadow_mode: bool = False
+
+    def count(self, denied: bool, now_us: int) -> None:
+        self.asked += 1
+        if denied:
+            self.denied += 1
+            if self.first_denied_us is None:
+                self.first_denied_us = now_us
+
+
+class Replay:
+    """Give it requests in order; its attributes tell what became of them so far."""
+
+    def __init__(self, rules: Rules, settings: Settings) -> None:
+        self.requests = Tally(in_shadow_mode=settings.shadow_mode)
+        """Whole requests: denied when the overall code is OVER_LIMIT."""
+        self.rules: dict[str, Tally] = {}
+        """Descriptors by the name of the rule that limits them."""
+        self.unlimited = 0
+        """Descriptors that no rule limits."""
+        self.denied_descriptors: dict[tuple[str, Entries], Tally] = {}
+        """By (domain, entries), counted from the first denial on."""
+        self.other_denials = 0
+        """Denials of descriptors that are not among them any more."""
+        self.late = 0
+        """Requests older than the one before them; they count as if they had come at its time."""
+        self.first_us: int | None = None
+        self.now_us = 0
+        self._shadowed = {rule.name for rule in rules if rule.shadow_mode}
+        self._until_sweep = _LEAST_TO_SWEEP
+        self._limiter = Limiter(enforced(alone(rules)), Origin("replay", 1), replace(settings, shadow_mode=False))
+
+    def ask(self, request: RateLimitRequest, at_us: int) -> bool:
+        """Replay one request.
+
+        Args:
+            at_us: when it was made, in microseconds since the epoch.
+
+        Returns:
+            True when it would have been denied.
+
+        Raises:
+            InvalidRequest: as `Limiter.decide`.
+        """
+        raw = request.SerializeToString()
+        plan = self._limiter.plan(raw)
+        if self.first_us is None:
+            self.first_us = at_us
+        elif at_us < self.now_us:
+            self.late += 1
+        self.now_us = max(self.now_us, at_us)
+        response = RateLimitResponse.FromString(self._limiter.decide(raw, self.now_us))
+        denied: bool = response.overall_code == _OVER_LIMIT
+        self.requests.count(denied, self.now_us)
+        for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
+            if step.rule is None:
+                self.unlimited += 1
+            else:
+                self._count(plan.domain, step.rule.name, entries, status.code == _OVER_LIMIT)
+        self._until_sweep -= len(plan.steps)
+        if self._until_sweep <= 0:
+            self._sweep()
+        return denied
+
+    def _sweep(self) -> None:
+        store = self._limiter.store
+        store.sweep(self.now_us, len(store))
+        self._until_sweep = max(_LEAST_TO_SWEEP, len(store))
+
+    def _count(self, domain: str, rule_name: str, entries: Entries, denied: bool) -> None:
+        tally = self.rules.get(rule_name)
+        if tally is None:
+            tally = self.rules[rule_name] = Tally(in_shadow_mode=rule_name in self._shadowed)
+        tally.count(denied, self.now_us)
+        of_descriptor = self.denied_descriptors.get((domain, entries))
+        if of_descriptor is None:
+            if not denied:
+                return
+            if len(self.denied_descriptors) >= MAX_DESCRIPTORS:
+                self._give_up_half()
+            of_descriptor = self.denied_descriptors[domain, entries] = Tally()
+        of_descriptor.count(denied, self.now_us)
+
+    def _give_up_half(self) -> None:
+        by_denials = sorted(self.denied_descriptors.items(), key=lambda item: item[1].denied, reverse=True)
+        kept, given_up = by_denials[: MAX_DESCRIPTORS // 2], by_denials[MAX_DESCRIPTORS // 2 :]
+        self.denied_descriptors = dict(kept)
+        self.other_denials += sum(tally.denied for _, tally in given_up)

@@ -1,0 +1,48 @@
+"""The same tree of rules with every rule changed in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+_K = TypeVar("_K")
+
+
+def alone(rules: Rules) -> Rules:
+    """For one replica that is asked everything: each limit is whole, and shared with nobody."""
+    changed = changed_rules(rules, lambda rule: replace(rule, consistency=Consistency.LOCAL))
+    return replace(changed, override_consistency=Consistency.LOCAL)
+
+
+def enforced(rules: Rules) -> Rules:
+    """With none in shadow mode."""
+    return changed_rules(rules, lambda rule: replace(rule, shadow_mode=False))
+
+
+def changed_rules(rules: Rules, change: Callable[[Rule], Rule]) -> Rules:
+    return replace(
+        rules,
+        domains=_changed_nodes(rules.domains, change),
+        unruled=None if rules.unruled is None else change(rules.unruled),
+    )
+
+
+def _changed_nodes(nodes: Mapping[_K, RuleNode], change: Callable[[Rule], Rule]) -> dict[_K, RuleNode]:
+    return {key: _changed_node(node, change) for key, node in nodes.items()}
+
+
+def _changed_node(node: RuleNode, change: Callable[[Rule], Rule]) -> RuleNode:
+    return replace(
+        node,
+        rule=None if node.rule is None else change(node.rule),
+        exact=_changed_nodes(node.exact, change),
+        wildcards={
+            key: WildcardSet((pattern, _changed_node(below, change)) for pattern, below in wildcards.patterns)
+            for key, wildcards in node.wildcards.items()
+        },
+        key_only=_changed_nodes(node.key_only, change),
+    )

@@ -1,0 +1,49 @@
+"""Explanations, where the command line does not reach."""
+
+from __future__ import annotations
+
+import pytest
+from limiter.requests import NOW_US, OK
+
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter.explanation import explain, readable_bucket_name
+from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+TEN_A_SECOND = Limit(10, 1_000_000, 10)
+
+
+@pytest.mark.parametrize("consistency", Consistency)
+def test_the_answer_is_that_of_a_whole_full_bucket_whoever_shares_it(consistency: Consistency) -> None:
+    rule = Rule("api.user", TEN_A_SECOND, 10, consistency=consistency)
+    rules = Rules({"api": RuleNode(key_only={"user": RuleNode(rule)})})
+    for _ in range(2):
+        (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
+        assert descriptor.match is not None
+        assert descriptor.match.rule is rule
+        assert (descriptor.status.code, descriptor.status.limit_remaining) == (OK, 9)
+
+
+def test_a_bucket_is_named_by_what_tells_it_from_others() -> None:
+    leaf = RuleNode(Rule("rule", TEN_A_SECOND))
+    patterns = WildcardSet(
+        [("/own/*", RuleNode(key_only={"user": leaf})), ("/*", RuleNode(key_only={"user": leaf}, shares_bucket=True))]
+    )
+    rules = Rules({"api": RuleNode(wildcards={"path": patterns}, exact={("a", "1"): leaf})})
+    names = []
+    for entries in ([("path", "/own/x"), ("user", "eve")], [("path", "/x"), ("user", "eve")], [("a", "1")]):
+        match = rules.match("api", entries)
+        assert match is not None
+        names.append(readable_bucket_name(match.bucket_key))
+    assert names == [
+        "api / path=/own/x / user=eve",
+        "api / path=/* (all values share it) / user=eve",
+        "api / a=1",
+    ]
+
+
+def test_a_request_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="must have entries"):
+        explain(Rules(), Settings(), "api", [[]], NOW_US)

@@ -1,0 +1,105 @@
+"""Replaying requests of the past: enforced, and bounded in memory."""
+
+from __future__ import annotations
+
+import pytest
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from limiter.requests import NOW_US, OVER_LIMIT, decide, make_limiter, make_request
+
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter import replay as replay_module
+from ratelimit_sidecar.limiter.replay import Replay
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+ONE_A_SECOND = Limit(1, 1_000_000, 1)
+SECOND_US = 1_000_000
+
+
+def request(*descriptors: dict[str, str]) -> RateLimitRequest:
+    return RateLimitRequest.FromString(make_request(*descriptors))
+
+
+def user(name: object) -> RateLimitRequest:
+    return request({"user": str(name)})
+
+
+def rules_of_users(*, shadow_mode: bool = False, limit: Limit = ONE_A_SECOND) -> Rules:
+    return Rules({"api": RuleNode(key_only={"user": RuleNode(Rule("api.user", limit, shadow_mode=shadow_mode))})})
+
+
+def test_it_denies_what_a_limiter_denies() -> None:
+    rules = rules_of_users()
+    replay, limiter = Replay(rules, Settings()), make_limiter(rules)
+    instants = [NOW_US + step * 300_000 for step in range(50)]
+    denied = [decide(limiter, make_request({"user": "eve"}), at_us).overall_code == OVER_LIMIT for at_us in instants]
+    assert [replay.ask(user("eve"), at_us) for at_us in instants] == denied
+    assert (replay.requests.asked, replay.requests.denied) == (50, sum(denied))
+
+
+@pytest.mark.parametrize("kind", ["exact", "wildcard", "key", "below"])
+def test_rules_in_shadow_mode_are_enforced_wherever_they_stand(kind: str) -> None:
+    node = RuleNode(Rule("api.rule", Limit(1, 1, 0), shadow_mode=True))
+    root = {
+        "exact": RuleNode(exact={("user", "eve"): node}),
+        "wildcard": RuleNode(wildcards={"user": WildcardSet([("e*", node)])}),
+        "key": RuleNode(key_only={"user": node}),
+        "below": RuleNode(key_only={"plan": RuleNode(key_only={"user": node})}),
+    }[kind]
+    entries = {"plan": "gold", "user": "eve"} if kind == "below" else {"user": "eve"}
+    replay = Replay(Rules({"api": root}), Settings())
+    assert replay.ask(request(entries), NOW_US)
+    assert replay.rules["api.rule"].in_shadow_mode
+
+
+def test_global_shadow_mode_is_not_kept_and_quota_mode_is() -> None:
+    rules = Rules(
+        {
+            "api": RuleNode(
+                key_only={"a": RuleNode(Rule("api.a", Limit(1, 1, 0))), "b": RuleNode(Rule("api.b", ONE_A_SECOND))}
+            )
+        }
+    )
+    assert Replay(rules, Settings(shadow_mode=True)).ask(request({"a": ""}), NOW_US)
+    assert not Replay(rules, Settings(quota_mode=True)).ask(request({"a": ""}, {"b": ""}), NOW_US)
+
+
+def test_buckets_that_are_full_again_are_dropped() -> None:
+    replay = Replay(rules_of_users(), Settings())
+    for number in range(20_000):
+        replay.ask(user(number), NOW_US + number * SECOND_US)
+    assert len(replay._limiter.store) < 2_100
+    assert replay._limiter.store.evicted > 17_000
+
+
+def test_buckets_in_use_are_kept() -> None:
+    replay = Replay(rules_of_users(limit=Limit(1, 3_600 * SECOND_US, 1)), Settings())
+    for number in range(5_000):
+        replay.ask(user(number), NOW_US)
+    assert all(replay.ask(user(number), NOW_US + SECOND_US) for number in range(5_000))
+
+
+def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replay_module, "MAX_DESCRIPTORS", 10)
+    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), Settings())
+    for _ in range(3):
+        replay.ask(user("often"), NOW_US)
+    for number in range(100):
+        replay.ask(user(number), NOW_US)
+    kept = replay.denied_descriptors
+    assert len(kept) <= 10
+    assert kept["api", (("user", "often"),)].denied == 3
+    assert sum(tally.denied for tally in kept.values()) + replay.other_denials == replay.requests.denied == 103
+
+
+def test_a_descriptor_is_told_apart_from_its_first_denial_on() -> None:
+    replay = Replay(rules_of_users(), Settings())
+    for at_us in (0, 500_000, 600_000, 2_000_000):
+        replay.ask(user("eve"), at_us)
+    replay.ask(user("ada"), 2_000_000)
+    (((domain, entries), tally),) = replay.denied_descriptors.items()
+    assert (domain, entries) == ("api", (("user", "eve"),))
+    assert (tally.denied, tally.first_denied_us) == (2, 500_000)
