@@ -1,0 +1,270 @@
+"""Every case of the corpus, asked of the decision itself, over both front ends, by an independent client and as JSON.
+
+Time is the test's own. A front end lives as long as the module; each case gives it a limiter of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import grpclib.client
+import httpx
+import pytest
+import pytest_asyncio
+import yaml
+from conformance.answers import Answer, Refusal, answer_of, check, message_of
+from conformance.corpus import Case, cases
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from google.protobuf.json_format import MessageToJson, ParseDict
+from prometheus_client import CollectorRegistry
+from server.front_ends import KINDS, running
+
+from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.console.app import Sources, create_app
+from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.rules_source.reloader import Reloader
+from ratelimit_sidecar.server.rpc import Metadata
+from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+
+with warnings.catch_warnings():
+    # It uses what pydantic will remove in its next major version.
+    warnings.simplefilter("ignore")
+    from envoy_data_plane.envoy.service.ratelimit import v3 as typed_rls
+
+on_the_loop_of_the_module = pytest.mark.asyncio(loop_scope="module")
+
+ALL = tuple(cases())
+ANSWERED = [pytest.param(case, id=case.case) for case in ALL if case.requests]
+BROKEN = [pytest.param(case, id=case.case) for case in ALL if case.problems]
+
+START_US = 15_330 * 86_400 * 1_000_000
+"""Windows of seven, of thirty and of 365 days begin here: 15,330 is their least common multiple."""
+
+Ask = Callable[[RateLimitRequest], Awaitable[Answer | Refusal]]
+
+
+class NoTelemetry:
+    def observe(self, elapsed_ns: int) -> None: ...
+
+    def sampled(self, metadata: object) -> None: ...
+
+    def record(self, *_: object) -> None: ...
+
+
+@dataclass
+class Subject:
+    """The limiter that a case is about, behind a handler that stays the same."""
+
+    limiter: Limiter
+    now_us: int = START_US
+
+    def __post_init__(self) -> None:
+        self._service = RateLimitService(self.limiter, lambda: self.now_us, NoTelemetry(), NoTelemetry())
+
+    def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
+        return self._service.should_rate_limit(request, metadata)
+
+
+class Stage:
+    """Where the subject of the current case stands."""
+
+    subject: Subject
+
+    def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
+        return self.subject.should_rate_limit(request, metadata)
+
+
+def subject_of(case: Case, folder: Path) -> Subject:
+    """Read what the case says as the sidecar does.
+
+    Raises:
+        ConfigError: the rules are broken.
+    """
+    rules_folder = folder / "rules"
+    rules_folder.mkdir()
+    for name, text in case.all_files.items():
+        (rules_folder / name).write_text(text)
+    (folder / "sidecar.yaml").write_text(yaml.safe_dump({"rules": ["rules"], **case.config}))
+    config = load_sidecar_config(folder / "sidecar.yaml", case.environment)
+    rules = load_rules(
+        config.rules, unruled=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
+    )
+    return Subject(Limiter(rules, Origin("node", 1), config.settings))
+
+
+async def play(case: Case, subject: Subject, ask: Ask) -> None:
+    for request in case.requests:
+        if request.at is not None:
+            subject.now_us = START_US + round(request.at * 1_000_000)
+        for _ in range(request.times):
+            check(request, await ask(message_of(request, case.domain)))
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    return Stage()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(KINDS))
+async def front_end(request: pytest.FixtureRequest, stage: Stage) -> AsyncIterator[str]:
+    """The address of a running one."""
+    handlers = {f"/{SERVICE_NAME}/ShouldRateLimit": stage.should_rate_limit}
+    async with running(request.param, handlers) as started:
+        yield started.addresses[0]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def official_client(front_end: str) -> AsyncIterator[Ask]:
+    async with grpc.aio.insecure_channel(front_end) as channel:
+        stub = RateLimitServiceStub(channel)
+
+        async def ask(request: RateLimitRequest) -> Answer | Refusal:
+            try:
+                return answer_of(await stub.ShouldRateLimit(request, timeout=5))
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+                return Refusal(error.details())
+
+        yield ask
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def independent_client(front_end: str) -> AsyncIterator[Ask]:
+    """One with another HTTP/2, another gRPC and other message types: grpclib and envoy-data-plane."""
+    host, _, port = front_end.rpartition(":")
+    async with grpclib.client.Channel(host, int(port)) as channel:
+        stub = typed_rls.RateLimitServiceAsyncStub(channel, timeout=5)
+
+        async def ask(request: RateLimitRequest) -> Answer | Refusal:
+            typed = typed_rls.RateLimitRequest.parse(request.SerializeToString())
+            try:
+                answer = await stub.should_rate_limit(typed)
+            except grpclib.GRPCError as error:
+                if error.status != grpclib.const.Status.INVALID_ARGUMENT:
+                    raise
+                return Refusal(error.message or "")
+            return answer_of(RateLimitResponse.FromString(bytes(answer)))
+
+        yield ask
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def json_client(stage: Stage) -> AsyncIterator[Ask]:
+    """One of the console's POST /json."""
+    limiter = Limiter(Rules(), Origin("node", 1))
+    console = ConsoleServer(
+        create_app(
+            Sources(
+                node="node",
+                region="local",
+                limiter=limiter,
+                registry=CollectorRegistry(),
+                peers=list,
+                missing=list,
+                now_us=lambda: START_US,
+                reloader=Reloader(limiter.use_rules, lambda: START_US, "files", limiter.rules),
+                should_rate_limit=stage.should_rate_limit,
+            )
+        ),
+        "127.0.0.1:0",
+    )
+    await console.start()
+    async with (
+        asyncio.TaskGroup() as tasks,
+        httpx.AsyncClient(base_url=f"http://{console.address}", trust_env=False) as client,
+    ):
+        tasks.create_task(console.serve())
+
+        async def ask(request: RateLimitRequest) -> Answer | Refusal:
+            response = await client.post("/json", content=MessageToJson(request))
+            if response.status_code == httpx.codes.BAD_REQUEST:
+                return Refusal(response.json()["error"])
+            answer = answer_of(ParseDict(response.json(), RateLimitResponse()))
+            assert response.status_code == {"OK": 200, "OVER_LIMIT": 429}[answer.code]
+            return answer
+
+        try:
+            yield ask
+        finally:
+            await console.stop()
+
+
+@on_the_loop_of_the_module
+@pytest.mark.parametrize("case", ANSWERED)
+async def test_the_decision_is_as_the_case_says(case: Case, tmp_path: Path) -> None:
+    subject = subject_of(case, tmp_path)
+
+    async def ask(request: RateLimitRequest) -> Answer | Refusal:
+        try:
+            raw = subject.limiter.decide(request.SerializeToString(), subject.now_us)
+        except InvalidRequest as error:
+            return Refusal(str(error))
+        return answer_of(RateLimitResponse.FromString(raw))
+
+    await play(case, subject, ask)
+
+    counted = {name: counts for (domain, name), counts in subject.limiter.counts.items() if domain == case.domain}
+    for name, expected in case.counts.items():
+        mentioned = expected.model_dump(exclude_none=True)
+        attributes = {count: count if count == "total_hits" else f"{count}_hits" for count in mentioned}
+        assert {count: getattr(counted[name], attribute) for count, attribute in attributes.items()} == mentioned
+    assert not set(case.not_counted) & set(counted)
+
+
+@on_the_loop_of_the_module
+@pytest.mark.parametrize("case", ANSWERED)
+async def test_a_front_end_answers_as_the_case_says(
+    case: Case, official_client: Ask, stage: Stage, tmp_path: Path
+) -> None:
+    stage.subject = subject_of(case, tmp_path)
+    await play(case, stage.subject, official_client)
+
+
+@on_the_loop_of_the_module
+@pytest.mark.parametrize("case", ANSWERED)
+async def test_an_independent_client_is_answered_as_the_case_says(
+    case: Case, independent_client: Ask, stage: Stage, tmp_path: Path
+) -> None:
+    stage.subject = subject_of(case, tmp_path)
+    await play(case, stage.subject, independent_client)
+
+
+@on_the_loop_of_the_module
+@pytest.mark.parametrize("case", ANSWERED)
+async def test_the_answer_in_json_is_as_the_case_says(
+    case: Case, json_client: Ask, stage: Stage, tmp_path: Path
+) -> None:
+    stage.subject = subject_of(case, tmp_path)
+    await play(case, stage.subject, json_client)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_with_rules_is_said_where_it_stands(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        subject_of(case, tmp_path)
+    found = [
+        (Path(problem.file).name, f"{problem.line}:{problem.column}", problem.key) for problem in caught.value.problems
+    ]
+    assert found == [(problem.file, problem.at, problem.key) for problem in case.problems], str(caught.value)
+    for expected, problem in zip(case.problems, caught.value.problems, strict=True):
+        assert all(part in problem.message for part in expected.says), problem.message
+
+
+def test_the_corpus_has_every_case_once_and_is_as_large_as_it_should_be() -> None:
+    names = Counter(case.case for case in ALL)
+    assert [name for name, times in names.items() if times > 1] == []
+    assert len(ALL) >= 120
