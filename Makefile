@@ -12,7 +12,7 @@ DEMO ?=
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format generate lock clean
+.PHONY: help demo test lint format generate simulate lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,6 +43,9 @@ generate: $(READY) ## Write anew all that is generated: protobuf code, reference
 	$(BIN)/python -m ratelimit_sidecar.config.reference
 	$(BIN)/python -m ratelimit_sidecar.telemetry.reference
 	$(BIN)/python -m ratelimit_sidecar.demo.bootstrap
+
+simulate: $(READY) ## Simulate admission over several regions: tables and charts into docs/simulation.md, from seeds
+	$(BIN)/python -m benchmarks.admission
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --output-file requirements.lock pyproject.toml

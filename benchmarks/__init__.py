@@ -1,0 +1,1 @@
+"""What the sidecar promises, measured. Each package is run by one command and writes its numbers into docs/."""

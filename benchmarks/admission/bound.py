@@ -1,0 +1,85 @@
+"""The most that `eventual` can admit beyond the limit, from what is known beforehand (proof: docs/simulation.md).
+
+A region misses at most what the others admitted and it could not yet have heard of. From region j to region i that is
+what j admits within a wait and a one-way delay, `_delivery_us`; and j admits at most what it is asked for, and at most
+what a bucket of its own would. What was admitted on the other side of a cut can have been sealed before it is told:
+then it is missing until the debt is repaid, beside the usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from benchmarks.admission.demand import Request
+from benchmarks.admission.network import Cut, Network
+from benchmarks.admission.policies.eventual import CHECK_TIME_US, CONNECT_US, MAX_REDIAL_US
+from benchmarks.admission.policies.policy import FLUSH_US
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
+
+
+def bound(limit: Limit, requests: Sequence[Request], network: Network) -> int:
+    """Tokens, rounded up.
+
+    Args:
+        network: after the run: only then is it known for how long losses delayed a message.
+    """
+    regions = frozenset(range(len(network.topology.regions)))
+    asked_us = [[request.at_us for request in requests if request.region == region] for region in sorted(regions)]
+    connected = _overshoot(limit, asked_us, network, regions)
+    lasting = [cut for cut in network.cuts if cut.ends_connections]
+    return connected + sum(
+        max(_beyond(limit, asked_us, network, cut, side) for side in (cut.isolated, regions - cut.isolated))
+        for cut in lasting
+    )
+
+
+def slot_refill(limit: Limit) -> int:
+    """What a remote entry placed half a slot too early lets drain too much: tokens, rounded up."""
+    return -(-(limit.tokens << limit.exponent) // (2 * limit.period_us))
+
+
+def _overshoot(limit: Limit, asked_us: Sequence[Sequence[int]], network: Network, group: Set[int]) -> int:
+    """Of regions that are connected."""
+    return slot_refill(limit) + max(
+        sum(_unheard(limit, asked_us[other], network, other, region) for other in group if other != region)
+        for region in group
+    )
+
+
+def _unheard(limit: Limit, asked_us: Sequence[int], network: Network, origin: int, target: int) -> int:
+    """The most that `origin` can have admitted and `target` not heard of."""
+    span_us = _delivery_us(network, origin, target)
+    return min(_most_within(asked_us, span_us), _one_bucket(limit, span_us))
+
+
+def _delivery_us(network: Network, origin: int, target: int) -> int:
+    """The longest from an admission to its being heard of."""
+    there_us, back_us = network.longest_us[origin][target], network.longest_us[target][origin]
+    # A batch waits while so many are unacknowledged. Every other of them was sent a flush later at least.
+    wait_us = there_us + back_us - ((MAX_UNACKNOWLEDGED - 1) // 2 - 1) * FLUSH_US
+    return max(FLUSH_US, wait_us) + there_us
+
+
+def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], network: Network, cut: Cut, side: Set[int]) -> int:
+    """The most that one side of a cut can have admitted before the other side hears of it again."""
+    round_trip_us = max(map(max, network.topology.one_way_us)) * 2
+    # An attempt that has begun during the cut, a wait, the handshake, both Hellos, and the full state.
+    again_us = CONNECT_US + MAX_REDIAL_US + CHECK_TIME_US + 2 * round_trip_us + FLUSH_US
+    span_us = round_trip_us + cut.end_us - cut.start_us + again_us
+    asked = sum(_most_within(asked_us[region], span_us) for region in side)
+    return min(asked, _one_bucket(limit, span_us) + _overshoot(limit, asked_us, network, side))
+
+
+def _one_bucket(limit: Limit, span_us: int) -> int:
+    """The most that one bucket admits within `span_us`, its events known by their slots."""
+    return limit.capacity + (span_us + (1 << limit.exponent)) * limit.tokens // limit.period_us
+
+
+def _most_within(times_us: Sequence[int], span_us: int) -> int:
+    most = first = 0
+    for last, at_us in enumerate(times_us):
+        while times_us[first] < at_us - span_us:
+            first += 1
+        most = max(most, last - first + 1)
+    return most

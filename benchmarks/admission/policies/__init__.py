@@ -1,0 +1,1 @@
+"""Ways to enforce one limit over several regions: one module each, behind `policy.Policy`."""
