@@ -38,7 +38,8 @@ class Limit:
             of one rate are one limit.
         period_us: microseconds; 1 to 2**50.
         capacity: tokens a full bucket holds; 0 (always deny) to 2**40.
-        max_debt: the sealed deficit is cut to this many capacities (at least 1); older debt is forgiven.
+        max_debt: the sealed deficit is cut to this many capacities (at least 1), or to the refill of the horizon when
+            that is more; older debt is forgiven.
 
     Raises:
         ValueError: a number is outside its range.
@@ -73,9 +74,11 @@ class Limit:
         set_field(self, "ceiling", self.capacity * self.period_us)
         slot_us = max(self.ceiling // (self.tokens * SLOTS_PER_REFILL), 1)
         set_field(self, "exponent", min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT))
-        # One slot's refill more: known only by its slots, a bucket that never owed may seem to owe that much.
-        set_field(self, "debt_ceiling", self.ceiling * self.max_debt + (self.tokens << self.exponent))
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
+        # What refills within the horizon is never forgiven: it is what several replicas under load admit in a partition
+        # that ends within it. One slot's refill more: known only by its slots, a bucket that never owed may seem to.
+        debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
+        set_field(self, "debt_ceiling", debt_ceiling + (self.tokens << self.exponent))
 
     def boundary_us(self, now_us: int) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike."""

@@ -24,8 +24,9 @@ MAX_BATCH_ENTRIES = 1_024
 MAX_BATCH_BYTES = 1 << 16
 """Rough. Together these keep building a batch, and applying it, to a few milliseconds between two decisions."""
 
-MAX_UNACKNOWLEDGED = 4
-"""Batches on their way. At 80 ms there and back, 4 x 256 buckets still are over 10,000 buckets a second."""
+MAX_UNACKNOWLEDGED = 32
+"""Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
+back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
 
 
 @dataclass(frozen=True, slots=True)
