@@ -31,6 +31,9 @@ PLAN_CACHE_MAX_BYTES = 1_024
 
 _UNLIMITED_REMAINING = 2**32 - 1
 
+_MAX_DURATION_US = 315_576_000_000 * 1_000_000
+"""The largest google.protobuf.Duration: 10,000 years."""
+
 _OK = RateLimitResponse.OK
 _OVER_LIMIT = RateLimitResponse.OVER_LIMIT
 
@@ -122,7 +125,7 @@ class Limiter:
                         over += 1
                 status.current_limit.CopyFrom(step.current_limit)
                 status.limit_remaining = min(remaining, _UNLIMITED_REMAINING)
-                seconds, micros = divmod(bucket.full_in_us, 1_000_000)
+                seconds, micros = divmod(min(bucket.full_in_us, _MAX_DURATION_US), 1_000_000)
                 status.duration_until_reset.seconds = seconds
                 status.duration_until_reset.nanos = micros * 1_000
             buckets.append(bucket)

@@ -24,6 +24,9 @@ MAX_BATCH_ENTRIES = 1_024
 MAX_BATCH_BYTES = 1 << 16
 """Rough. Together these keep building a batch, and applying it, to a few milliseconds between two decisions."""
 
+LAG_SHOWN_US = 60_000_000
+"""So that a scraper with a usual interval sees the lag of a link that is seldom used."""
+
 MAX_UNACKNOWLEDGED = 32
 """Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
 back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
@@ -72,6 +75,7 @@ class Outbox:
         self._full_rest: tuple[bytes, list[Entry]] | None = None
         self._full_state_owed = False
         self._in_flight: deque[Batch] = deque()
+        self._acknowledged_us = 0
         self._last_lag_us = 0
 
     @property
@@ -85,9 +89,14 @@ class Outbox:
         return not (self.pending_buckets or self._full_state_owed or self._in_flight)
 
     def lag_us(self, now_us: int) -> int:
-        """The age of the oldest change not acknowledged; with none, the lag of the last acknowledged batch."""
+        """The age of the oldest change not acknowledged; with none, the lag of the batch acknowledged last.
+
+        That is shown for `LAG_SHOWN_US`; on a quiet link there is nothing to lag behind.
+        """
         oldest_us = self._oldest_unacknowledged_us()
-        return self._last_lag_us if oldest_us is None else now_us - oldest_us
+        if oldest_us is not None:
+            return now_us - oldest_us
+        return self._last_lag_us if now_us - self._acknowledged_us < LAG_SHOWN_US else 0
 
     def note(self, bucket: Bucket, slots: Iterable[int], created_us: int) -> None:
         """Own entries of `slots` have changed.
@@ -148,6 +157,7 @@ class Outbox:
     def acknowledged(self, now_us: int) -> Batch:
         """The oldest batch on its way has been applied; returns it."""
         batch = self._in_flight.popleft()
+        self._acknowledged_us = now_us
         self._last_lag_us = now_us - (batch.sent_us if batch.created_us is None else batch.created_us)
         if batch.ends_full_state:
             self._undelivered_since_us = None

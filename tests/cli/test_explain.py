@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +175,7 @@ def test_text_shows_the_way_in_marks(command: Explain) -> None:
     ]
     assert "  rule     shop.plan_go*.user" in lines
     assert "  limit    token bucket: holds 20, refills at 20 per minute (one every 3 s)" in lines
+    assert "  bucket   shop / plan=gold / user=eve" in lines
     assert "  answer   OK, 19 remaining, reset in 3 s" in lines
 
 
@@ -188,6 +194,15 @@ def test_the_configuration_gives_rules_and_the_bucket_for_all_else(command: Expl
     result = CliRunner().invoke(explain, ["--config", str(config), "--format", "json", "shop", "user=ada"])
     (descriptor,) = json.loads(result.stdout)["descriptors"]
     assert (descriptor["rule"], descriptor["bucket"]["capacity"], descriptor["remaining"]) == ("bucket", 7, 6)
+
+
+def test_the_environment_counts_as_it_does_for_serve(command: Explain) -> None:
+    other = command.folder / "other.yaml"
+    other.write_text("domain: shop\ndescriptors: [{key: host, rate_limit: {unit: day, requests_per_unit: 5}}]")
+    arguments = ["--rules", str(command.rules), "--rules", str(other), "shop", "host=a"]
+    assert CliRunner().invoke(explain, arguments).exit_code == 2
+    merged = CliRunner().invoke(explain, arguments, env={"MERGE_DOMAIN_CONFIG": "true"})
+    assert "  rule     shop.host" in merged.stdout
 
 
 def test_a_comma_and_an_equals_sign_can_be_in_a_value(command: Explain) -> None:
@@ -301,6 +316,16 @@ def test_a_replay_counts_hits_and_takes_descriptors_as_protobuf_writes_them(comm
     assert command.json("--trace", trace)["requests"]["denied"] == 3
 
 
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
 def test_times_are_numbers_of_seconds_or_iso_8601_with_or_without_a_zone() -> None:
     expected = 1_767_225_600_250_000
     for written in (
@@ -314,9 +339,10 @@ def test_times_are_numbers_of_seconds_or_iso_8601_with_or_without_a_zone() -> No
 
 
 def test_a_request_older_than_the_one_before_counts_at_its_time_and_is_told_of(command: Explain) -> None:
-    trace = command.trace(ask(100, EVE), ask(90, EVE), ask(100, EVE))
+    trace = command.trace(ask(100, EVE), ask(100, EVE), ask(90, EVE))
     replayed = command.json("--trace", trace)
     assert (replayed["late_requests"], replayed["requests"]["denied"]) == (1, 1)
+    assert replayed["requests"]["first_denied"] == replayed["to"] == "1970-01-01T00:01:40.000Z"
     assert "1 were older than the one before them" in command.text("--trace", trace)
 
 
@@ -367,7 +393,7 @@ def test_of_many_broken_lines_the_first_are_shown(command: Explain) -> None:
 def test_a_line_too_long_for_memory_is_skipped(command: Explain) -> None:
     trace = command.trace(ask(0, EVE), "x" * (3 * MAX_LINE_BYTES), ask(0, EVE))
     result = command.run("--trace", trace, "--format", "json")
-    assert "2: longer than 1048576 bytes" in result.stderr
+    assert result.stderr == f"{trace}:2: longer than 1048576 bytes\n"
     assert json.loads(result.stdout)["requests"]["asked"] == 2
 
 
@@ -375,6 +401,23 @@ def test_a_trace_can_come_from_stdin(command: Explain) -> None:
     lines = "\n".join(json.dumps(ask(0, EVE)) for _ in range(3))
     result = command.run("--trace", "-", "--format", "json", stdin=lines.encode())
     assert (result.exit_code, json.loads(result.stdout)["requests"]["denied"]) == (0, 1)
+
+
+def test_a_terminal_is_shown_how_far_it_is(command: Explain) -> None:
+    trace = command.trace(*(ask(second, EVE) for second in range(3_000)))
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        finished = subprocess.run(
+            [sys.executable, "-m", "ratelimit_sidecar", "explain", "--rules", str(command.rules), "--trace", trace],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            check=True,
+        )
+        os.close(theirs)
+        shown = terminal.read(65_536).decode()
+    assert "replaying" in shown
+    assert "100%" in shown
+    assert finished.stdout.startswith(b"3,000 requests ")
 
 
 json_values = st.recursive(

@@ -18,12 +18,12 @@ TEN_A_SECOND = Limit(10, 1_000_000, 10)
 @pytest.mark.parametrize("consistency", Consistency)
 def test_the_answer_is_that_of_a_whole_full_bucket_whoever_shares_it(consistency: Consistency) -> None:
     rule = Rule("api.user", TEN_A_SECOND, 10, consistency=consistency)
-    rules = Rules({"api": RuleNode(key_only={"user": RuleNode(rule)})})
-    for _ in range(2):
-        (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
-        assert descriptor.match is not None
-        assert descriptor.match.rule is rule
-        assert (descriptor.status.code, descriptor.status.limit_remaining) == (OK, 9)
+    for rules in (Rules({"api": RuleNode(key_only={"user": RuleNode(rule)})}), Rules(unruled=rule)):
+        for _ in range(2):
+            (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
+            assert descriptor.match is not None
+            assert descriptor.match.rule is rule
+            assert (descriptor.status.code, descriptor.status.limit_remaining) == (OK, 9)
 
 
 def test_a_bucket_is_named_by_what_tells_it_from_others() -> None:

@@ -137,3 +137,10 @@ def test_decisions_are_counted_by_rule_and_domains_that_callers_invent_are_count
     assert (counts.ok, counts.over_limit, counts.tokens) == (2, 1, 30)
     assert limiter.counts["", ""].ok == 3
     assert len(limiter.counts) == 2
+
+
+def test_a_bucket_that_takes_longer_to_refill_than_a_duration_can_say_is_answered_all_the_same() -> None:
+    slow = Rule("api.slow", Limit(1, 10**15, 2**40))
+    limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(slow)})}))
+    [status] = decide(limiter, make_request({"slow": "1"}, hits=2**32 - 1)).statuses
+    assert status.duration_until_reset.seconds == 315_576_000_000

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from limiter.requests import NOW_US, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter import replay as replay_module
 from ratelimit_sidecar.limiter.replay import Replay
-from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -63,6 +64,15 @@ def test_global_shadow_mode_is_not_kept_and_quota_mode_is() -> None:
     )
     assert Replay(rules, Settings(shadow_mode=True)).ask(request({"a": ""}), NOW_US)
     assert not Replay(rules, Settings(quota_mode=True)).ask(request({"a": ""}, {"b": ""}), NOW_US)
+
+
+@pytest.mark.parametrize("consistency", Consistency)
+def test_a_limit_that_the_request_brings_counts_whole(consistency: Consistency) -> None:
+    replay = Replay(Rules({"api": RuleNode()}, override_consistency=consistency), Settings())
+    asked = user("eve")
+    asked.descriptors[0].limit.requests_per_unit = 2
+    asked.descriptors[0].limit.unit = RateLimitUnit.DAY
+    assert [replay.ask(asked, NOW_US) for _ in range(3)] == [False, False, True]
 
 
 def test_buckets_that_are_full_again_are_dropped() -> None:

@@ -360,3 +360,18 @@ def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     outbox.open(B.origin)
     outbox.take_batch(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
+
+
+def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
+    store = store_of(A)
+    outbox = Outbox(store, None)
+    outbox.open(B.origin)
+    outbox.take_batch(NOW_US)
+    outbox.acknowledged(NOW_US)
+    fill(store, 1)
+    for bucket, slots in store.drain_changes():
+        outbox.note(bucket, slots, NOW_US)
+    assert outbox.take_batch(NOW_US)
+    outbox.acknowledged(NOW_US + 3 * SECOND_US)
+    assert outbox.lag_us(NOW_US + 4 * SECOND_US) == 3 * SECOND_US
+    assert outbox.lag_us(NOW_US + 64 * SECOND_US) == 0
