@@ -378,15 +378,18 @@ def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> N
         assert len(list(bucket.entries())) <= 2 * most
 
 
-@given(limits, remote_slots, st.integers(0, 40))
+@given(limits, remote_slots, st.integers(1, 40), st.integers(0, 33))
 def test_the_base_of_a_peer_that_heard_the_same_and_sealed_later_changes_no_fold(
-    limit: Limit, arrivals, later_slots: int
+    limit: Limit, arrivals, burst: int, later_percent: int
 ) -> None:
     here, there = TokenBucket(b"k", limit, HERE, NOW_US), TokenBucket(b"k", limit, THERE, NOW_US)
-    entries = [Entry(ELSEWHERE, slot_id(NOW_US - age_us, limit.exponent), tokens) for _, age_us, tokens, _ in arrivals]
+    entries = [
+        Entry(origin, slot_id(NOW_US - age_us * limit.horizon_us // 10_000_000, limit.exponent), tokens * burst)
+        for _, age_us, tokens, origin in arrivals
+    ]
     for bucket in (here, there):
-        bucket.merge(entries, NOW_US)
-    later_us = NOW_US + min(limit.horizon_us // 3, later_slots << limit.exponent)
+        bucket.merge([entry for entry in entries if entry.origin == ELSEWHERE], NOW_US)
+    later_us = NOW_US + limit.horizon_us * later_percent // 100
     there.seal(later_us)
     before = here.fold(later_us)
     here.merge_base(there.base, later_us)
