@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import zip_longest
 
+import pytest
 from crdt.model import deficit_by_formula, most_over_limit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -378,19 +379,19 @@ def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> N
         assert len(list(bucket.entries())) <= 2 * most
 
 
-@given(limits, remote_slots, st.integers(1, 40), st.integers(0, 33))
-def test_the_base_of_a_peer_that_heard_the_same_and_sealed_later_changes_no_fold(
-    limit: Limit, arrivals, burst: int, later_percent: int
+@pytest.mark.parametrize("sealed_first", [HERE, THERE])
+def test_the_base_of_a_peer_that_heard_the_same_and_sealed_earlier_or_later_changes_no_fold(
+    sealed_first: Origin,
 ) -> None:
+    limit = Limit(1, 1_000_000, 32)
     here, there = TokenBucket(b"k", limit, HERE, NOW_US), TokenBucket(b"k", limit, THERE, NOW_US)
-    entries = [
-        Entry(origin, slot_id(NOW_US - age_us * limit.horizon_us // 10_000_000, limit.exponent), tokens * burst)
-        for _, age_us, tokens, origin in arrivals
+    heard = [
+        Entry(ELSEWHERE, slot_id(NOW_US - limit.horizon_us * tenths // 10, limit.exponent), 120) for tenths in (8, 3)
     ]
     for bucket in (here, there):
-        bucket.merge([entry for entry in entries if entry.origin == ELSEWHERE], NOW_US)
-    later_us = NOW_US + limit.horizon_us * later_percent // 100
-    there.seal(later_us)
+        bucket.merge(heard, NOW_US)
+    later_us = NOW_US + limit.horizon_us // 3
+    (here if sealed_first == HERE else there).seal(later_us)
     before = here.fold(later_us)
     here.merge_base(there.base, later_us)
     assert here.fold(later_us) == before == there.fold(later_us)
