@@ -203,7 +203,8 @@ class Limiter:
         # Only names from the rules become labels of a metric: callers can invent any domain.
         label = domain if domain in self.rules.domains else ""
         if match is None:
-            return Step(None, b"", hits, None, self.counts.of(label, "", ""))
+            # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
+            return Step(None, b"", hits, None, self.counts.of(label, "", ""), is_quota=self.settings.quota_mode)
         rule = match.rule
         current_limit = RateLimitResponse.RateLimit(
             name=rule.limit_name,

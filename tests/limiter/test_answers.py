@@ -70,6 +70,12 @@ def test_global_quota_mode_treats_every_rule_so() -> None:
     assert response.overall_code == OK
 
 
+def test_in_global_quota_mode_what_is_not_limited_is_a_quota_that_passes() -> None:
+    limiter = make_limiter(rules_of(rule("a")), Settings(quota_mode=True))
+    assert decide(limiter, make_request({"a": "1"}, hits=11)).overall_code == OVER_LIMIT
+    assert decide(limiter, make_request({"a": "1"}, {"none": "1"}, hits=11)).overall_code == OK
+
+
 def test_a_rule_that_another_replaces_does_not_count_in_that_request() -> None:
     limiter = make_limiter(
         rules_of(rule("a", 1, limit_name="small"), rule("b", 100, replaces=frozenset({"small"})), rule("c", 1))
