@@ -145,15 +145,17 @@ class Sidecar:
         self._config = config
 
     def missing(self) -> list[str]:
-        """What the sidecar still waits for before it is ready, in words; empty when it is."""
+        """What the sidecar still waits for before it answers as well as it can, in words; empty when it does.
+
+        Rules that an xDS server has yet to send are not among it: only the console's /readyz waits for them, so that
+        nobody restarts a sidecar because there are none.
+        """
         if self._stop.is_set():
             return ["the sidecar is shutting down"]
         missing = []
         if not self._front_end.ready.is_set():
             missing.append("the gRPC front end is starting")
-        if not self._reloader.has_rules.is_set():
-            missing.append("no rules from the xDS server yet")
-        elif not self._joined:
+        if self._reloader.has_rules.is_set() and not self._joined:
             missing.append("peers have not yet told all they know")
         return missing
 

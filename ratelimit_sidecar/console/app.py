@@ -45,7 +45,7 @@ class Sources:
 
     Args:
         peers: called once a request.
-        missing: what the sidecar still waits for before it is ready, in words; empty when it is.
+        missing: what the sidecar still waits for before it answers, in words; empty when it does.
         now_us: the clock of the decisions.
         reloader: of the limiter's rules.
         should_rate_limit: the method of the gRPC service.
@@ -80,7 +80,12 @@ class _Console:
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
             ("/readyz", "GET", self.readyz, "200 when requests can be sent here, otherwise 503 and what is missing"),
-            ("/healthcheck", "GET", self.healthcheck, "the same for envoyproxy/ratelimit's probes: 200 or 500"),
+            (
+                "/healthcheck",
+                "GET",
+                self.healthcheck,
+                "as envoyproxy/ratelimit has it: 200 or 500; unlike /readyz it does not wait for an xDS server's rules",
+            ),
             (
                 "/buckets",
                 "GET",
@@ -117,13 +122,17 @@ class _Console:
         return JSONResponse({"alive": True})
 
     async def readyz(self, _request: Request) -> Response:
+        reloader = self._sources.reloader
         missing = list(self._sources.missing())
+        if reloader.loaded is None:
+            missing.append(f"no rules from {reloader.source} yet")
         return JSONResponse(
-            {"ready": not missing, "missing": missing, "rules": describe_rules(self._sources.reloader)},
+            {"ready": not missing, "missing": missing, "rules": describe_rules(reloader)},
             status_code=503 if missing else 200,
         )
 
     async def healthcheck(self, _request: Request) -> Response:
+        # Envoy Gateway restarts its rate limit service by this, also while it has no rules for it.
         missing = self._sources.missing()
         return PlainTextResponse("\n".join(missing) or "OK", status_code=500 if missing else 200)
 

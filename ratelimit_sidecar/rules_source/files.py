@@ -7,8 +7,8 @@ are seen. And every `CHECK_SECONDS` the files are looked at anyway: network and 
 events, a process may be out of inotify instances, and a folder further up may be moved.
 
 Either is only a hint: whether there is something to do is decided by the text. The look comes after the watch has
-begun, so nothing that happens in between is missed; and equal text (a `touch`, the noise of a busy folder) is left
-alone.
+begun, so nothing that happens in between is missed (`watchfiles.awatch` would not say when that is, hence its backend
+is used, as its documentation allows); and equal text (a `touch`, the noise of a busy folder) is left alone.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class RulesFiles:
             look = await self._look()
             if self._is_asked or look.texts != self._known:
                 self._is_asked = False
+                self._woken.clear()
                 self._known = look.texts
                 await reloader.load(self._read)
             if must_begin_anew or look.folders != folders:

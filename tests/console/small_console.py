@@ -29,14 +29,19 @@ class Console:
 
     Args:
         decide: in place of the limiter's own service.
+        has_rules: False when their source has yet to give any.
     """
 
-    def __init__(self, limiter: Limiter | None = None, decide: UnaryHandler | None = None) -> None:
+    def __init__(
+        self, limiter: Limiter | None = None, decide: UnaryHandler | None = None, has_rules: bool = True
+    ) -> None:
         self.limiter = limiter or small_limiter()
         self.peers: Sequence[PeerStatus] = [peer()]
         self.missing: list[str] = []
         self.now_us = NOW_US
-        self.reloader = Reloader(self.limiter.use_rules, lambda: self.now_us, "files rules", self.limiter.rules)
+        self.reloader = Reloader(
+            self.limiter.use_rules, lambda: self.now_us, "files rules", self.limiter.rules if has_rules else None
+        )
         self.service = RateLimitService(self.limiter, lambda: self.now_us, LatencyHistogram(), NoTracer())
         self.app = create_app(
             Sources(

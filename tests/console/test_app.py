@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 from console.small_console import Console
-from observed import NOW_US, TWO_A_MINUTE, request, small_limiter
+from observed import NOW_US, TWO_A_MINUTE, request, small_limiter, small_rules
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -75,6 +75,16 @@ async def test_the_probes_of_envoyproxy_ratelimit_get_200_and_ok_or_500() -> Non
     console.missing = ["the sidecar is shutting down"]
     response = await console.get("/healthcheck")
     assert (response.status_code, response.text) == (500, "the sidecar is shutting down")
+
+
+async def test_only_readiness_waits_for_rules_that_have_not_come_yet() -> None:
+    console = Console(has_rules=False)
+    response = await console.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["missing"] == ["no rules from files rules yet"]
+    assert (await console.get("/healthcheck")).status_code == 200
+    await console.reloader.load(small_rules)
+    assert (await console.get("/readyz")).status_code == 200
 
 
 async def test_peers_are_listed_with_all_that_is_known_of_them() -> None:
