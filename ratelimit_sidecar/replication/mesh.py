@@ -20,9 +20,10 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import Call, carry
+from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.replicator import BatchTracer, Peer, Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
 from ratelimit_sidecar.replication.wire import FAULTLESS, MAX_FRAME_BYTES, Reason
 
@@ -100,6 +101,7 @@ class Mesh:
     now_us: wall clock in microseconds, never stepping back.
     peers: `host:port` of siblings; this node's own may be among them.
     listen: `host:port`; None to dial only. Port 0 takes a free one.
+    lending: None when no limit is strict.
     """
 
     def __init__(
@@ -113,9 +115,13 @@ class Mesh:
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
+        lending: Lending | None = None,
     ) -> None:
         self._now_us = now_us
-        self._replicator = Replicator(Local(origin, region, version), store, now_us(), tracer)
+        self._lending = lending
+        membership = None if lending is None else lending.membership
+        local = Local(origin, region, version, membership)
+        self._replicator = Replicator(local, store, now_us(), tracer, lending)
         self._targets = [_Target(address) for address in dict.fromkeys(peers)]
         self._listen = listen
         self._server: grpc.aio.Server | None = None
@@ -136,6 +142,10 @@ class Mesh:
     def unknown_keys(self) -> int:
         """Buckets that peers told of and no replicated rule here knows."""
         return self._replicator.unknown_keys
+
+    def membership_status(self) -> MembershipStatus | None:
+        """Who shares strict limits; None when no limit is strict."""
+        return None if self._lending is None else self._lending.status()
 
     def status(self) -> list[PeerStatus]:
         """Every peer known by name, then every configured address that has led to nobody yet."""
@@ -250,7 +260,7 @@ class Mesh:
     async def _accept(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry a stream that a peer has dialled."""
         if self._stopping.is_set():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, Reason.DRAINING)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(Reason.DRAINING.value))
         stream = await self._carry(context, context.peer(), None)
         error = stream.error
         if error is not None:
@@ -329,6 +339,8 @@ class Mesh:
             self._carried[stream] = peer
             if len(peer.streams) == 1:
                 _log.info("peer_connected", peer=peer.node, region=peer.region, address=stream.address)
+            if self._lending is not None and self._lending.conflicts_with(peer.node):
+                _log.warning("peer_shows_other_members", peer=peer.node, epoch=self._lending.membership.epoch)
             if target is not None:
                 self._note_reached(target, peer)
         offset_us = peer.clock_offset_us or 0

@@ -3,7 +3,8 @@
 Theory of operation. A *peer* is another node, by its id, whatever the streams to it; a *stream* is a session over one
 connection, of which two nodes may have two, as each may dial the other. Both carry deltas inwards, but outwards one of
 them is in use, the first established; when it is lost the next takes over, from the full state on. (Moving to a better
-one would cost a full state and gain nothing: any live stream is as good.)
+one would cost a full state and gain nothing: any live stream is as good.) The stream in use also carries what this node
+has to say as a borrower; a loan is granted on the stream on which it was asked for.
 
 Everything that affects a peer lives here: who it is (its incarnation), which stream is in use, what it has yet to hear.
 """
@@ -15,8 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Wishes
+from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import apply_deltas
+from ratelimit_sidecar.replication.lending import Lending
+from ratelimit_sidecar.replication.loans import LoanOutbox
 from ratelimit_sidecar.replication.outbox import Batch, Outbox
 from ratelimit_sidecar.replication.session import (
     ClockMeasured,
@@ -24,6 +29,7 @@ from ratelimit_sidecar.replication.session import (
     DeltasReceived,
     Established,
     Event,
+    LoansReceived,
     Local,
     PeerLeft,
     Session,
@@ -56,7 +62,7 @@ class BatchTracer(Protocol):
 
 
 class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas."""
+    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
 
     def __init__(self, store: Store, node: str, undelivered_since_us: int | None) -> None:
         self.node = node
@@ -79,6 +85,11 @@ class Peer:
         self.entries_sent = self.entries_received = 0
         self.connections = 0
         self.protocol_errors: Counter[str] = Counter()
+
+    @property
+    def lends(self) -> bool:
+        """True while it can be asked for loans."""
+        return bool(self.streams) and self.streams[0].lends
 
     def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
         """A batch of its outbox is on its way."""
@@ -126,12 +137,21 @@ class Replicator:
     Args:
         now_us: the start of the process, or near it.
         tracer: None when nothing is traced.
+        lending: None on a node without strict limits; otherwise `local` shows its membership.
     """
 
-    def __init__(self, local: Local, store: Store, now_us: int, tracer: BatchTracer | None = None) -> None:
+    def __init__(
+        self,
+        local: Local,
+        store: Store,
+        now_us: int,
+        tracer: BatchTracer | None = None,
+        lending: Lending | None = None,
+    ) -> None:
         self.local = local
         self.store = store
         self.tracer = tracer
+        self.lending = lending
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
@@ -142,7 +162,8 @@ class Replicator:
         self._flushed_us = now_us
 
     def flush(self, now_us: int) -> None:
-        """Move own changes from the store's journal to what the peers have yet to hear; every few milliseconds."""
+        """Move own changes from the store's journal, and what the ledger has to say, to what the peers have yet to
+        hear; every few milliseconds."""
         changes = self.store.drain_changes()
         # Nobody has noted when each change was made, only that it was not before the last flush.
         created_us, self._flushed_us = self._flushed_us, now_us
@@ -154,6 +175,8 @@ class Replicator:
                     peer.outbox.note(bucket, slots, created_us)
                 if peer.streams:
                     peer.streams[0].wake()
+        if self.lending is not None:
+            self._borrow(self.lending)
         self.forget_peers(now_us - FORGET_US)
 
     def forget_peers(self, lost_before_us: int) -> None:
@@ -165,6 +188,8 @@ class Replicator:
         ]
         for node in gone:
             del self.peers[node]
+            if self.lending is not None:
+                self.lending.forget(node)
 
     def is_settled(self) -> bool:
         """True when every connected peer has acknowledged everything."""
@@ -174,6 +199,13 @@ class Replicator:
         """Every established stream."""
         for peer in self.peers.values():
             yield from peer.streams
+
+    def _borrow(self, lending: Lending) -> None:
+        lenders = {peer.node: peer.streams[0] for peer in self.peers.values() if peer.lends}
+        for node, wishes in lending.tick(lenders).items():
+            # A return to a peer out of reach need not arrive: its loan ends by itself.
+            if node in lenders:
+                lenders[node].tell(wishes)
 
 
 class Stream:
@@ -190,6 +222,7 @@ class Stream:
     ) -> None:
         self._replicator = replicator
         self._session = Session(replicator.local, now_us)
+        self._loans = LoanOutbox()
         self.address = address
         self.is_dialled = is_dialled
         self.wake = wake
@@ -206,6 +239,11 @@ class Stream:
     def is_over(self) -> bool:
         """True when there is nothing more to send or to hear: the connection should be closed."""
         return self._session.is_over
+
+    @property
+    def lends(self) -> bool:
+        """True when loans can be asked for and granted on it."""
+        return self._session.lends
 
     @property
     def heard_us(self) -> int:
@@ -234,13 +272,23 @@ class Stream:
         """The next frame to be sent now; None when there is none before the next `wake`."""
         raw = self._session.next_frame(now_us)
         peer = self.peer
-        if raw is not None or peer is None or peer.streams[0] is not self:
+        if raw is not None or peer is None:
             return raw
+        loans = self._loans.take_frame()
+        if loans is not None:
+            return self._session.send_loans(loans)
+        if peer.streams[0] is not self:
+            return None
         batch = peer.outbox.take_batch(now_us)
         if batch is None:
             return None
         peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.frame, now_us)
+
+    def tell(self, wishes: Wishes) -> None:
+        """Send the peer what the ledger has to say to it."""
+        self._loans.add(wishes)
+        self.wake()
 
     def fail(self, error: ProtocolError, now_us: int) -> None:
         """Close the stream for `error`, which is counted."""
@@ -267,8 +315,8 @@ class Stream:
 
     def _handle(self, event: Event, now_us: int) -> None:
         match event:
-            case Established(origin, region):
-                self._join(self._find_peer(origin, now_us), origin, region)
+            case Established(origin, region, _, membership):
+                self._join(self._find_peer(origin, now_us), origin, region, membership)
             case PeerLeft(reason, detail):
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
             case DeltasReceived(deltas):
@@ -277,6 +325,8 @@ class Stream:
                 assert self.peer is not None
                 for _ in range(frames):
                     self.peer.acknowledged(now_us)
+            case LoansReceived(loans):
+                self._lend(loans)
             case ClockMeasured(offset_us):
                 assert self.peer is not None
                 self.peer.clock_offset_us = offset_us
@@ -291,6 +341,12 @@ class Stream:
         peer.entries_received += applied.entries
         if deltas.ends_full_state:
             peer.full_state_heard = True
+
+    def _lend(self, loans: pb.Loans) -> None:
+        replicator = self._replicator
+        assert self.peer is not None
+        assert replicator.lending is not None
+        replicator.unknown_keys += replicator.lending.receive(self.peer.node, loans, self._loans)
 
     def _find_peer(self, origin: Origin, now_us: int) -> Peer:
         replicator = self._replicator
@@ -315,7 +371,7 @@ class Stream:
                 stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
         return peer
 
-    def _join(self, peer: Peer, origin: Origin, region: str) -> None:
+    def _join(self, peer: Peer, origin: Origin, region: str, membership: Shown | None) -> None:
         self.peer = peer
         self.has_joined = True
         peer.incarnation = origin.incarnation
@@ -327,6 +383,8 @@ class Stream:
         if len(peer.streams) == 1:
             peer.connections += 1
             peer.outbox.open(origin)
+        if self._replicator.lending is not None:
+            self._replicator.lending.hear(peer.node, membership)
 
     def _leave(self, why: str, now_us: int) -> None:
         """Stop being the peer's stream; another one of the peer's, if there is one, takes over."""
@@ -347,6 +405,8 @@ class Stream:
             peer.lost_us = now_us
             peer.full_state_heard = False
             peer.clock_offset_us = None
+            if self._replicator.lending is not None:
+                self._replicator.lending.lost(peer.node)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

@@ -1,8 +1,9 @@
 """The conversation of two sidecars over one stream. Sans-I/O: everything that affects its state lives here.
 
 Theory of operation. Both ends say Hello first and may say anything else once they have heard the other's Hello. From
-then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second. The transport keeps order
-and loses nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
+then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second; between two that have
+shown each other a membership there are Loans, too, of which none is acknowledged. The transport keeps order and loses
+nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
 
     HELLO --Hello heard--> ESTABLISHED
     either --ProtocolError, close()--> CLOSING --Goodbye taken by next_frame--> CLOSED
@@ -19,14 +20,18 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
+    LOANS_PROTOCOL,
     MAX_DETAIL_CHARS,
     PROTOCOL,
     ProtocolError,
     Reason,
     read_frame,
     read_hello,
+    read_membership,
+    write_membership,
 )
 
 PING_EVERY_US = 1_000_000
@@ -54,11 +59,13 @@ class Local:
 
     Args:
         version: of the software, for people.
+        membership: who shares strict limits; None without them.
     """
 
     origin: Origin
     region: str
     version: str
+    membership: Shown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Established:
     origin: Origin
     region: str
     version: str
+    membership: Shown | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,13 @@ class DeltasAcknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class LoansReceived:
+    """The peer asks for loans, gives some back, or answers."""
+
+    loans: pb.Loans
+
+
+@dataclass(frozen=True, slots=True)
 class ClockMeasured:
     """The best current estimate of the peer's clock minus this node's."""
 
@@ -99,7 +114,7 @@ class PeerLeft:
     detail: str
 
 
-Event = Established | DeltasReceived | DeltasAcknowledged | ClockMeasured | PeerLeft
+Event = Established | DeltasReceived | DeltasAcknowledged | LoansReceived | ClockMeasured | PeerLeft
 
 
 class Session:
@@ -113,6 +128,8 @@ class Session:
         self._local = local
         self.state = State.HELLO
         self.peer: Origin | None = None
+        self.lends = False
+        """True when Loans may be sent and received: both ends speak of them and have shown a membership."""
         self.heard_us = now_us
         """When the last frame arrived."""
         self._hello_owed = True
@@ -194,6 +211,12 @@ class Session:
         frame.deltas.sequence = self._sent
         return frame.SerializeToString()
 
+    def send_loans(self, frame: pb.Frame) -> bytes:
+        """A Loans frame, to be sent now."""
+        assert self.state is State.ESTABLISHED
+        assert self.lends
+        return frame.SerializeToString()
+
     def _next_frame(self, now_us: int) -> pb.Frame | None:
         if self.state is State.CLOSED:
             return None
@@ -223,13 +246,16 @@ class Session:
 
     def _hello(self) -> pb.Hello:
         local = self._local
-        return pb.Hello(
+        hello = pb.Hello(
             protocol=PROTOCOL,
             node=local.origin.node,
             region=local.region,
             incarnation=local.origin.incarnation,
             version=local.version,
         )
+        if local.membership is not None:
+            hello.membership.CopyFrom(write_membership(local.membership))
+        return hello
 
     def _receive(self, frame: pb.Frame, now_us: int) -> Event | None:
         kind = frame.WhichOneof("kind")
@@ -238,11 +264,16 @@ class Session:
             return PeerLeft(frame.goodbye.reason, frame.goodbye.detail[:MAX_DETAIL_CHARS])
         if (kind == "hello") is not (self.state is State.HELLO):
             raise ProtocolError(Reason.UNEXPECTED, f"{kind} in state {self.state.name}")
+        return self._receive_kind(kind, frame, now_us)
+
+    def _receive_kind(self, kind: str | None, frame: pb.Frame, now_us: int) -> Event | None:
         match kind:
             case "hello":
                 return self._receive_hello(frame.hello)
             case "deltas":
                 return self._receive_deltas(frame.deltas)
+            case "loans":
+                return self._receive_loans(frame.loans)
             case "ack":
                 return self._receive_ack(frame.ack)
             case "ping":
@@ -253,9 +284,11 @@ class Session:
         raise AssertionError(kind)
 
     def _receive_hello(self, hello: pb.Hello) -> Established:
-        self.peer = read_hello(hello)
+        peer, membership = read_hello(hello), read_membership(hello)
+        self.peer = peer
+        self.lends = membership is not None and self._local.membership is not None and hello.protocol >= LOANS_PROTOCOL
         self.state = State.ESTABLISHED
-        return Established(self.peer, hello.region, hello.version)
+        return Established(peer, hello.region, hello.version, membership)
 
     def _receive_deltas(self, deltas: pb.Deltas) -> DeltasReceived:
         if deltas.sequence != self._received + 1:
@@ -263,6 +296,11 @@ class Session:
         self._received = deltas.sequence
         self._ack_owed = True
         return DeltasReceived(deltas)
+
+    def _receive_loans(self, loans: pb.Loans) -> LoansReceived:
+        if not self.lends:
+            raise ProtocolError(Reason.UNEXPECTED, "loans between nodes of which one has shown no membership")
+        return LoansReceived(loans)
 
     def _receive_ack(self, ack: pb.Ack) -> DeltasAcknowledged:
         frames = ack.sequence - (self._sent - len(self._unacknowledged))

@@ -43,3 +43,28 @@ class PeerStatus:
     clock_offset_seconds: float | None
     last_error: str
     protocol_errors: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipStatus:
+    """Who shares strict limits, as this node sees it at one instant. Counters count from this process's start.
+
+    Args:
+        epoch: of the membership that this node is configured with.
+        home_share: of each strict limit, what is this node's own now, before loans; 0 to 1.
+        settled: the home share is the one that the membership gives. Before, it is less: the process has just
+            started, or not every member has shown this epoch yet.
+        conflicts: nodes that show other members under the same epoch: a mistake in the configuration of one of the
+            two, during which this one uses the smaller share.
+        buckets: strict buckets in memory.
+        loans_granted: asks of peers answered with a loan.
+        loans_received: asks that peers have answered with a loan.
+    """
+
+    epoch: int
+    home_share: float
+    settled: bool
+    conflicts: tuple[str, ...]
+    buckets: int
+    loans_granted: int
+    loans_received: int

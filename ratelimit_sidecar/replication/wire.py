@@ -10,19 +10,29 @@ from enum import StrEnum
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello
+from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The newest protocol spoken here."""
 
 OLDEST_PROTOCOL = 1
 """The oldest that a peer may insist on."""
+
+LOANS_PROTOCOL = 2
+"""The oldest with Loans: to a peer that speaks an older one they would be no frames at all."""
 
 MAX_FRAME_BYTES = 1 << 20
 """Far above what `outbox` puts into a batch, so that a peer with other bounds is understood."""
 
 MAX_NAME_BYTES = 255
 """Of a node or region: as long as a DNS name may be."""
+
+MAX_MEMBERS = 256
+"""Of a membership: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
+
+MAX_WEIGHT = 1 << 32
+MAX_EPOCH = 1 << 62
 
 MAX_DETAIL_CHARS = 200
 """Of a goodbye: it ends in logs and in an HTTP/2 header."""
@@ -40,6 +50,8 @@ class Reason(StrEnum):
     """Not the name of a bucket."""
     BAD_BASE = "bad_base"
     BAD_SLOT = "bad_slot"
+    BAD_LOAN = "bad_loan"
+    """A loan with a number out of its range."""
     VERSION = "version"
     """The peer speaks no protocol known here."""
     DUPLICATE_NODE = "duplicate_node"
@@ -111,3 +123,33 @@ def read_hello(hello: Hello) -> Origin:
     if len(hello.region.encode()) > MAX_NAME_BYTES:
         raise ProtocolError(Reason.MALFORMED, f"a region must have at most {MAX_NAME_BYTES} bytes")
     return read_origin(hello.node, hello.incarnation)
+
+
+def write_membership(shown: Shown) -> Membership:
+    """What `read_membership` reads."""
+    members = [Member(node=node, weight=weight) for node, weight in shown.weights.items()]
+    return Membership(epoch=shown.epoch, members=members)
+
+
+def read_membership(hello: Hello) -> Shown | None:
+    """What a Hello says of the sender's membership; None when it has none.
+
+    Raises:
+        ProtocolError: malformed.
+    """
+    if not hello.HasField("membership"):
+        return None
+    epoch, members = hello.membership.epoch, hello.membership.members
+    if not 1 <= epoch <= MAX_EPOCH:
+        raise ProtocolError(Reason.MALFORMED, f"a membership of epoch {epoch}; 1 to 2**62 are possible")
+    if len(members) > MAX_MEMBERS:
+        raise ProtocolError(Reason.MALFORMED, f"a membership of {len(members)} nodes; at most {MAX_MEMBERS} are taken")
+    for member in members:
+        if not member.node or len(member.node.encode()) > MAX_NAME_BYTES or member.weight > MAX_WEIGHT:
+            raise ProtocolError(
+                Reason.MALFORMED, f"a member must have a name of 1 to {MAX_NAME_BYTES} bytes and a weight up to 2**32"
+            )
+    weights = {member.node: member.weight for member in members}
+    if len(weights) < len(members):
+        raise ProtocolError(Reason.MALFORMED, "a membership that names a node twice")
+    return Shown(epoch, weights)

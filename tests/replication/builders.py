@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.session import Local
@@ -19,9 +21,22 @@ PER_TEAM = Limit(1_000, SECOND_US, 200)
 """The narrowest slots and the shortest horizon, 10 s."""
 
 
-def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM) -> Rules:
-    """A limit for each value of `user` and of `team`, and for each `pod` one that is not shared."""
-    return _rules(Rule("user", user), Rule("team", team), Rule("pod", PER_USER, consistency=Consistency.LOCAL))
+PER_PLAN = Limit(100, SECOND_US, 100)
+
+PAIR = Membership(1, {"a": 1, "b": 1})
+
+SIT_OUT_US = LOAN_US + LOAN_GUARD_US
+"""How long after its start a replica has no home share."""
+
+
+def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM, plan: Limit = PER_PLAN) -> Rules:
+    """A limit for each value of `user` and of `team`, a strict one of `plan`, and for each `pod` one of its own."""
+    return _rules(
+        Rule("user", user),
+        Rule("team", team),
+        Rule("plan", plan, consistency=Consistency.STRICT),
+        Rule("pod", PER_USER, consistency=Consistency.LOCAL),
+    )
 
 
 def _rules(*rules: Rule) -> Rules:
@@ -44,12 +59,18 @@ def _match(value: str, key: str, rules: Rules) -> Match:
     return found
 
 
-def node(name: str, incarnation: int = 1, *, region: str = "") -> Local:
-    return Local(Origin(name, incarnation), region or f"region of {name}", "0")
+def node(name: str, incarnation: int = 1, *, region: str = "", membership: Shown | None = None) -> Local:
+    return Local(Origin(name, incarnation), region or f"region of {name}", "0", membership)
 
 
 def store_of(local: Local, rules: Rules = RULES) -> Store:
     return Store(local.origin, rules.replicated_limit_of_key)
+
+
+def ledger_of(
+    name: str, membership: Membership, started_us: int, rules: Rules = RULES, *, first_number: int = 0
+) -> Ledger:
+    return Ledger(Shares(membership, name, started_us), Origin(name, 1), rules.strict_limit_of_key, first_number)
 
 
 def bucket_of(store: Store, value: str, now_us: int, key: str = "user", rules: Rules = RULES) -> Bucket:

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, count
 from random import Random
 
-from replication.builders import NOW_US, RULES, SECOND_US, bucket_of, node, store_of
+from replication.builders import NOW_US, RULES, SECOND_US, bucket_of, ledger_of, node, store_of
 
 from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.replicator import Peer, Replicator, Stream
 
 MS = 1_000
@@ -25,15 +29,18 @@ MAX_REDIAL_US = 400 * MS
 
 
 class Node:
-    """One life of one sidecar. Its wall clock is `skew_us` ahead of the cluster's."""
+    """One life of one sidecar. Its clock, the one of loans as well, is `skew_us` ahead of the cluster's."""
 
     def __init__(self, cluster: Cluster, name: str, incarnation: int, skew_us: int, rules: Rules) -> None:
         self.cluster = cluster
-        self.local = node(name, incarnation)
         self.skew_us = skew_us
         self.rules = rules
+        first_number = cluster.random.getrandbits(31)
+        self.ledger = ledger_of(name, cluster.membership, self.now_us, rules, first_number=first_number)
+        lending = Lending(self.ledger, lambda: self.now_us)
+        self.local = node(name, incarnation, membership=lending.membership)
         self.store = store_of(self.local, rules)
-        self.replicator = Replicator(self.local, self.store, self.now_us)
+        self.replicator = Replicator(self.local, self.store, self.now_us, lending=lending)
         self.is_up = True
 
     @property
@@ -42,6 +49,12 @@ class Node:
 
     def bucket(self, value: str, key: str = "user") -> Bucket:
         return bucket_of(self.store, value, self.now_us, key, self.rules)
+
+    def strict_bucket(self, value: str) -> StrictBucket:
+        found = self.rules.match("api", [("plan", value)])
+        assert found is not None
+        assert isinstance(found.rule.limit, Limit)
+        return self.ledger.bucket(found.bucket_key, found.rule.limit, self.now_us)
 
     def peer(self, name: str) -> Peer:
         return self.replicator.peers[name]
@@ -130,7 +143,7 @@ class Connection:
 
 
 class Cluster:
-    """Every node dials every other one, for ever.
+    """Every node dials every other one, for ever, and has an equal share of strict limits.
 
     Args:
         delay_us: shortest and longest way of a frame.
@@ -149,6 +162,8 @@ class Cluster:
         self.random = Random(seed)
         self.now_us = NOW_US
         self.nodes: dict[str, Node] = {}
+        self.membership = Membership(1, dict.fromkeys(names, 1))
+        """What nodes started from now on are configured with."""
         self.connections: list[Connection] = []
         self._delay_us = delay_us
         self._skew_us = skew_us
@@ -208,7 +223,7 @@ class Cluster:
     def crash(self, name: str) -> None:
         """End a process: the others' connections to it break."""
         self.nodes[name].is_up = False
-        for end in self._ends_at(name):
+        for end in self.ends_at(name):
             end.hang_up()
 
     def cut(self, one: str, other: str) -> None:
@@ -233,6 +248,13 @@ class Cluster:
                     end.sent.clear()
                     end.close()
 
+    def hang_up(self, one: str, other: str) -> None:
+        """`one` closes its oldest connection to `other`, where all that is on its way still arrives before that."""
+        for end in self.ends_at(one):
+            if end.is_open and other in end.connection.names:
+                end.hang_up()
+                return
+
     def is_cut(self, connection: Connection) -> bool:
         return connection.names in self._cuts
 
@@ -246,7 +268,7 @@ class Cluster:
         if end.stream.is_dialled:
             self._dial_later(end.owner.local.origin.node, end.stream.address)
 
-    def _ends_at(self, name: str) -> list[End]:
+    def ends_at(self, name: str) -> list[End]:
         return [end for connection in self.connections for end in connection.ends if end.owner is self.nodes[name]]
 
     def _dial_later(self, dialler: str, listener: str) -> None:
@@ -267,7 +289,7 @@ class Cluster:
     def _check_time(self, each: Node) -> None:
         if not each.is_up:
             return
-        for end in self._ends_at(each.local.origin.node) if self.nodes[each.local.origin.node] is each else ():
+        for end in self.ends_at(each.local.origin.node) if self.nodes[each.local.origin.node] is each else ():
             if end.is_open:
                 end.stream.check_time(each.now_us)
         self.after(CHECK_TIME_US, lambda: self._check_time(each))

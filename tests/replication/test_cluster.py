@@ -120,7 +120,7 @@ def test_a_restarted_node_gets_back_what_it_had_taken_before() -> None:
     assert_converged(cluster)
 
 
-def test_a_cut_off_node_is_told_of_by_whoever_it_still_reaches() -> None:
+def test_a_node_that_joins_is_told_of_others_by_whoever_it_reaches() -> None:
     cluster = Cluster(4, "ab")
     cluster.run_until_settled()
     take(cluster["a"].store, "ann", 5, cluster.now_us)

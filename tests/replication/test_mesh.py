@@ -11,12 +11,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
-from replication.builders import bucket_of, frame, key_of, node, store_of, take
+from replication.builders import PAIR, PER_PLAN, SIT_OUT_US, bucket_of, frame, key_of, ledger_of, node, store_of, take
 from tenacity import RetryCallState
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import mesh
+from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.replicator import FORGET_US, BatchTracer
 from ratelimit_sidecar.replication.status import PeerStatus
@@ -93,6 +94,7 @@ async def sidecar(
     store: Store | None = None,
     tracer: BatchTracer | None = None,
     clock: Callable[[], int] = now_us,
+    lending: Lending | None = None,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
     own = store_of(local) if store is None else store
@@ -105,6 +107,7 @@ async def sidecar(
         peers=peers,
         listen=listen,
         tracer=tracer,
+        lending=lending,
     )
     await own_mesh.start()
     try:
@@ -435,3 +438,28 @@ async def test_a_peers_list_may_name_an_address_twice() -> None:
     async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)] * 2) as b:
         await b.connected_to("a")
         assert len(b.mesh.status()) == 1
+
+
+def lending_of(name: str) -> Lending:
+    """Of a node that has its home share, a half of each strict limit."""
+    return Lending(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
+
+
+async def test_a_node_in_want_borrows_over_the_mesh_what_another_one_has_to_spare() -> None:
+    borrower, lender = lending_of("a"), lending_of("b")
+    async with (
+        sidecar("b", lending=lender) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], lending=borrower) as a,
+    ):
+        await a.connected_to("b")
+        bucket = borrower.ledger.bucket(key_of("gold", "plan"), PER_PLAN, now_us())
+        assert not bucket.take(80, now_us())
+        await a.until(lambda: bucket.borrowed_from("b") > 0)
+        assert bucket.take(80, now_us())
+        statuses = [each.mesh.membership_status() for each in (a, b)]
+        assert [status and (status.loans_received, status.loans_granted) for status in statuses] == [(1, 0), (0, 1)]
+
+
+async def test_a_node_without_strict_limits_has_no_membership() -> None:
+    async with sidecar("a", listen=None) as a:
+        assert a.mesh.membership_status() is None

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, SECOND_US, frame, key_of, kind_of, node, store_of, take
+from replication.builders import (
+    ELSEWHERE,
+    NOW_US,
+    PAIR,
+    PER_PLAN,
+    SECOND_US,
+    SIT_OUT_US,
+    frame,
+    key_of,
+    kind_of,
+    ledger_of,
+    node,
+    store_of,
+    take,
+)
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.shares import PARTS
+from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.replication.lending import TICK_EVERY_US, Lending
+from ratelimit_sidecar.replication.loans import MAX_BATCH_LOANS
 from ratelimit_sidecar.replication.replicator import FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
@@ -42,12 +60,42 @@ def replicator(name: str, incarnation: int = 1, tracer: Tracer | None = None) ->
     return Replicator(local, store_of(local), NOW_US, tracer)
 
 
-def stream_of(owner: Replicator, *, is_dialled: bool = False, now_us: int = NOW_US) -> Stream:
-    return Stream(owner, "far end", is_dialled=is_dialled, wake=lambda: None, now_us=now_us)
+def stream_of(
+    owner: Replicator, *, is_dialled: bool = False, now_us: int = NOW_US, wake: Callable[[], None] = lambda: None
+) -> Stream:
+    return Stream(owner, "far end", is_dialled=is_dialled, wake=wake, now_us=now_us)
 
 
-def hello(name: str, incarnation: int = 1) -> bytes:
-    return frame(hello=pb.Hello(protocol=1, node=name, region="eu", incarnation=incarnation))
+MEMBERS = pb.Membership(epoch=1, members=[pb.Member(node=name, weight=1) for name in "ab"])
+PLAN = key_of("gold", "plan")
+
+
+class Strict(Replicator):
+    """Of a member that has its home share, a half of each strict limit; the clock of its loans is a number."""
+
+    def __init__(self, name: str) -> None:
+        self.strict_us = NOW_US
+        self.ledger = ledger_of(name, PAIR, NOW_US - 2 * SIT_OUT_US)
+        lending = Lending(self.ledger, lambda: self.strict_us)
+        local = node(name, membership=lending.membership)
+        super().__init__(local, store_of(local), NOW_US, lending=lending)
+
+    def plan(self, value: str = "gold") -> StrictBucket:
+        return self.ledger.bucket(key_of(value, "plan"), PER_PLAN, self.strict_us)
+
+    def use_up(self, value: str = "gold") -> None:
+        """Want more than the home share, and say so to the peers."""
+        bucket = self.plan(value)
+        bucket.take(bucket.remaining, self.strict_us)
+        assert not bucket.take(30, self.strict_us)
+
+    def say(self) -> None:
+        self.strict_us += TICK_EVERY_US
+        self.flush(NOW_US)
+
+
+def hello(name: str, incarnation: int = 1, **fields: object) -> bytes:
+    return frame(hello=pb.Hello(**{"protocol": 2, "node": name, "region": "eu", "incarnation": incarnation, **fields}))
 
 
 def exchange(one: Stream, other: Stream, now_us: int = NOW_US) -> None:
@@ -59,6 +107,14 @@ def exchange(one: Stream, other: Stream, now_us: int = NOW_US) -> None:
             while (raw := sender.next_frame(now_us)) is not None:
                 receiver.receive(raw, now_us)
                 busy = True
+
+
+def said_by(stream: Stream) -> list[bytes]:
+    """All that it has to send now."""
+    said = []
+    while (raw := stream.next_frame(NOW_US)) is not None:
+        said.append(raw)
+    return said
 
 
 def connected(one: Replicator, other: Replicator, now_us: int = NOW_US) -> tuple[Stream, Stream]:
@@ -368,3 +424,151 @@ def test_a_peers_new_life_is_told_what_its_last_one_took() -> None:
     assert bucket is not None
     assert [(entry.origin, entry.tokens) for entry in bucket.entries()] == [(Origin("b", 1), 5)]
     assert one.peer is not None
+
+
+def test_a_member_in_want_borrows_of_another_one() -> None:
+    a, b = Strict("a"), Strict("b")
+    one, other = connected(a, b)
+    a.use_up()
+    a.say()
+    exchange(one, other)
+    assert a.plan().borrowed_from("b") == b.plan().lent_to("a") > 0
+
+
+def test_asks_go_out_on_the_stream_in_use_before_any_deltas_and_are_granted_where_they_came_in() -> None:
+    a, b = Strict("a"), Strict("b")
+    (a1, b1), (a2, b2) = [(stream_of(a), stream_of(b)) for _ in range(2)]
+    said = {stream: stream.next_frame(NOW_US) or b"" for stream in (a1, b1, a2, b2)}
+    # The first stream is in use at one end, the second at the other.
+    for receiver, sender in ((a1, b1), (b2, a2), (a2, b2), (b1, a1)):
+        receiver.receive(said[sender], NOW_US)
+    for one, other in ((a1, b1), (a2, b2)):
+        exchange(one, other)
+    assert (a.peers["b"].streams, b.peers["a"].streams) == ([a1, a2], [b2, b1])
+    a.use_up()
+    take(a.store, "ann", 1, NOW_US)
+    a.say()
+    assert said_by(a2) == []
+    asks, deltas = said_by(a1)
+    assert (kind_of(asks), kind_of(deltas)) == ("loans", "deltas")
+    b1.receive(asks, NOW_US)
+    assert said_by(b2) == []
+    [grants] = said_by(b1)
+    assert [grant.key for grant in pb.Frame.FromString(grants).loans.grants] == [PLAN]
+
+
+def test_a_stream_is_woken_when_there_is_something_to_ask_for() -> None:
+    a = Strict("a")
+    woken: list[None] = []
+    stream = stream_of(a, wake=lambda: woken.append(None))
+    stream.receive(hello("b", membership=MEMBERS), NOW_US)
+    a.say()
+    woken.clear()
+    a.use_up()
+    a.say()
+    assert woken
+
+
+def test_more_loans_than_a_frame_takes_go_out_in_several() -> None:
+    a, b = Strict("a"), Strict("b")
+    one, _ = connected(a, b)
+    for index in range(MAX_BATCH_LOANS + 1):
+        a.use_up(f"{index}")
+    a.say()
+    frames = [pb.Frame.FromString(one.next_frame(NOW_US) or b"") for _ in range(2)]
+    assert [len(each.loans.asks) for each in frames] == [MAX_BATCH_LOANS, 1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"protocol": 1}, {"protocol": 1, "membership": MEMBERS}, {}], ids=["old", "odd", "not strict"]
+)
+def test_a_peer_that_cannot_lend_is_not_asked_and_hears_what_is_eventual(fields: dict[str, object]) -> None:
+    a = Strict("a")
+    stream = stream_of(a)
+    stream.receive(hello("b", **fields), NOW_US)
+    said_by(stream)
+    a.use_up()
+    take(a.store, "ann", 1, NOW_US)
+    a.say()
+    assert [kind_of(raw) for raw in said_by(stream)] == ["deltas"]
+
+
+def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
+    a = Strict("a")
+    assert a.lending is not None
+    stream_of(a).receive(hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
+    assert a.lending.status().conflicts == ("c",)
+    a.forget_peers(NOW_US)
+    assert a.lending.status().conflicts == ("c",)
+    for stream in list(a.streams()):
+        stream.lost("gone", NOW_US)
+    a.forget_peers(NOW_US)
+    assert a.lending.status().conflicts == ()
+
+
+def test_what_was_asked_for_on_a_lost_stream_is_asked_for_anew_on_the_next_one() -> None:
+    a, b = Strict("a"), Strict("b")
+    one, other = connected(a, b)
+    a.use_up()
+    a.say()
+    for stream in (one, other):
+        stream.lost("cut", NOW_US)
+    one, other = connected(a, b)
+    # Half a second before an ask without an answer is made again, did it not know that none is coming.
+    a.say()
+    exchange(one, other)
+    assert a.plan().borrowed_from("b") > 0
+
+
+def test_while_another_stream_of_the_lender_lives_nothing_is_given_up() -> None:
+    a, b = Strict("a"), Strict("b")
+    first, first_at_b = connected(a, b)
+    second, second_at_b = connected(a, b)
+    a.use_up()
+    a.say()
+    exchange(first, first_at_b)
+    held = a.plan().borrowed_from("b")
+    first.lost("cut", NOW_US)
+    first_at_b.lost("cut", NOW_US)
+    a.strict_us += 1_100_000
+    a.say()
+    exchange(second, second_at_b)
+    assert held > a.plan().borrowed_from("b") == b.plan().lent_to("a") == 0
+
+
+def test_a_return_to_a_lender_out_of_reach_is_not_sent() -> None:
+    a, b = Strict("a"), Strict("b")
+    one, other = connected(a, b)
+    a.use_up()
+    a.say()
+    exchange(one, other)
+    for stream in (one, other):
+        stream.lost("cut", NOW_US)
+    a.strict_us += 1_100_000
+    a.say()
+    one, other = connected(a, b)
+    exchange(one, other)
+    assert b.plan().lent_to("a") > 0
+
+
+def test_buckets_to_borrow_of_that_no_strict_rule_knows_are_counted() -> None:
+    a = Strict("a")
+    stream = stream_of(a)
+    stream.receive(hello("b", membership=MEMBERS), NOW_US)
+    stream.receive(frame(loans=pb.Loans(asks=[pb.LoanAsk(key=key_of("ann"), number=1, parts=PARTS)])), NOW_US)
+    assert a.unknown_keys == 1
+    assert not stream.is_over
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"),
+    [(pb.LoanAsk(key=PLAN, parts=PARTS + 1), "bad_loan"), (pb.LoanAsk(key=b"\x09"), "bad_key")],
+    ids=["number", "key"],
+)
+def test_a_bad_loan_closes_its_stream_and_is_counted_by_reason(ask: pb.LoanAsk, reason: str) -> None:
+    a = Strict("a")
+    stream = stream_of(a)
+    stream.receive(hello("b", membership=MEMBERS), NOW_US)
+    stream.receive(frame(loans=pb.Loans(asks=[ask])), NOW_US)
+    assert pb.Frame.FromString(stream.next_frame(NOW_US) or b"").goodbye.reason == reason
+    assert a.protocol_errors == {reason: 1}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
+from ratelimit_sidecar.config import sidecar_schema as config
+from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.session import (
     CLOCK_SAMPLES,
     PING_EVERY_US,
@@ -14,19 +16,43 @@ from ratelimit_sidecar.replication.session import (
     DeltasAcknowledged,
     DeltasReceived,
     Established,
+    LoansReceived,
     PeerLeft,
     Session,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
+from ratelimit_sidecar.replication.wire import (
+    MAX_EPOCH,
+    MAX_FRAME_BYTES,
+    MAX_MEMBERS,
+    MAX_NAME_BYTES,
+    MAX_WEIGHT,
+    PROTOCOL,
+    ProtocolError,
+    Reason,
+)
+
+MEMBERSHIP = Shown(3, {"a": 2, "b": 1})
 
 
 def hello(**fields: object) -> bytes:
-    return frame(hello=pb.Hello(**{"protocol": 1, "node": "b", "region": "eu", "incarnation": 7, **fields}))
+    return frame(hello=pb.Hello(**{"protocol": PROTOCOL, "node": "b", "region": "eu", "incarnation": 7, **fields}))
+
+
+def membership(epoch: int = 3, **weights: int) -> pb.Membership:
+    members = [pb.Member(node=name, weight=weight) for name, weight in weights.items()]
+    return pb.Membership(epoch=epoch, members=members)
 
 
 def new_session() -> Session:
     return Session(node("a"), NOW_US)
+
+
+def lending_session(**fields: object) -> Session:
+    """Its node has a membership; the peer has said hello."""
+    session = Session(node("a", membership=MEMBERSHIP), NOW_US)
+    session.receive(hello(**fields), NOW_US)
+    return session
 
 
 def established() -> Session:
@@ -53,7 +79,8 @@ def assert_closes(session: Session, raw: bytes, reason: Reason) -> None:
 def test_a_session_says_hello_first_and_nothing_more_before_it_has_heard_the_peers() -> None:
     session = new_session()
     said = pb.Frame.FromString(session.next_frame(NOW_US) or b"").hello
-    assert (said.protocol, said.node, said.region, said.incarnation) == (1, "a", "region of a", 1)
+    assert (said.protocol, said.node, said.region, said.incarnation) == (2, "a", "region of a", 1)
+    assert not said.HasField("membership")
     assert session.next_frame(NOW_US + 2 * PING_EVERY_US) is None
 
 
@@ -76,6 +103,83 @@ def test_a_peer_that_speaks_no_known_protocol_is_told_so() -> None:
 )
 def test_a_hello_must_name_a_node_and_its_life_within_bounds(fields: dict[str, object]) -> None:
     assert_closes(new_session(), hello(**fields), Reason.MALFORMED)
+
+
+def test_a_node_with_strict_limits_shows_its_membership() -> None:
+    said = pb.Frame.FromString(Session(node("a", membership=MEMBERSHIP), NOW_US).next_frame(NOW_US) or b"").hello
+    assert said.membership == membership(3, a=2, b=1)
+
+
+def test_a_peer_that_has_strict_limits_is_heard_to_have_its_membership() -> None:
+    event = new_session().receive(hello(membership=membership(4, b=1, c=0)), NOW_US)
+    assert isinstance(event, Established)
+    assert event.membership == Shown(4, {"b": 1, "c": 0})
+
+
+def test_a_peer_without_strict_limits_shows_no_membership() -> None:
+    event = new_session().receive(hello(), NOW_US)
+    assert isinstance(event, Established)
+    assert event.membership is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        membership(0, b=1),
+        membership(2**62 + 1, b=1),
+        pb.Membership(epoch=1, members=[pb.Member(node=f"n{index}", weight=1) for index in range(MAX_MEMBERS + 1)]),
+        pb.Membership(epoch=1, members=[pb.Member(weight=1)]),
+        pb.Membership(epoch=1, members=[pb.Member(node="x" * 256, weight=1)]),
+        membership(1, b=2**32 + 1),
+        pb.Membership(epoch=1, members=[pb.Member(node="b", weight=1), pb.Member(node="b", weight=2)]),
+    ],
+    ids=["no epoch", "epoch", "members", "no name", "name", "weight", "twice"],
+)
+def test_a_membership_must_be_within_bounds(bad: pb.Membership) -> None:
+    assert_closes(new_session(), hello(membership=bad), Reason.MALFORMED)
+
+
+def test_as_many_members_as_a_mesh_may_have_are_taken() -> None:
+    members = [pb.Member(node=f"{index:0>255}", weight=2**32) for index in range(MAX_MEMBERS)]
+    event = new_session().receive(hello(membership=pb.Membership(epoch=2**62, members=members)), NOW_US)
+    assert isinstance(event, Established)
+
+
+def test_whatever_membership_can_be_configured_is_within_those_bounds() -> None:
+    assert config.MAX_MEMBERS <= MAX_MEMBERS
+    assert config.MAX_MEMBER_BYTES <= MAX_NAME_BYTES
+    assert config.MAX_WEIGHT <= MAX_WEIGHT
+    assert config.MAX_EPOCH <= MAX_EPOCH
+
+
+def test_nodes_that_have_shown_each_other_a_membership_send_each_other_loans() -> None:
+    session = lending_session(membership=membership(b=1))
+    loans = pb.Loans(asks=[pb.LoanAsk(key=b"k", number=1, parts=2)])
+    assert session.receive(frame(loans=loans), NOW_US) == LoansReceived(loans)
+    assert session.send_loans(pb.Frame(loans=loans)) == frame(loans=loans)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"protocol": 1, "membership": membership(b=1)}], ids=["no membership", "older protocol"]
+)
+def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_loans_neither_gets_nor_sends_any(
+    fields: dict[str, object],
+) -> None:
+    session = lending_session(**fields)
+    assert not session.lends
+    assert_closes_after_hello(session, frame(loans=pb.Loans()))
+
+
+def test_a_node_without_membership_takes_no_loans_of_a_peer_that_has_one() -> None:
+    session = new_session()
+    session.receive(hello(membership=membership(b=1)), NOW_US)
+    assert not session.lends
+    assert_closes_after_hello(session, frame(loans=pb.Loans()))
+
+
+def assert_closes_after_hello(session: Session, raw: bytes) -> None:
+    assert kind_of(session.next_frame(NOW_US)) == "hello"
+    assert_closes(session, raw, Reason.UNEXPECTED)
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"", b"\x9a\x06\x00"], ids=["garbage", "empty", "unknown kind"])

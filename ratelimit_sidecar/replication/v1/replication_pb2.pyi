@@ -7,34 +7,54 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye")
+    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "loans")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    LOANS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     deltas: Deltas
     ack: Ack
     ping: Ping
     pong: Pong
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    loans: Loans
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., loans: _Optional[_Union[Loans, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "node", "region", "incarnation", "version")
+    __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMBERSHIP_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     node: str
     region: str
     incarnation: int
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., region: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    membership: Membership
+    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., region: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ...) -> None: ...
+
+class Membership(_message.Message):
+    __slots__ = ("epoch", "members")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("node", "weight")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    weight: int
+    def __init__(self, node: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Deltas(_message.Message):
     __slots__ = ("sequence", "origins", "buckets", "ends_full_state")
@@ -123,3 +143,49 @@ class Goodbye(_message.Message):
     reason: str
     detail: str
     def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Loans(_message.Message):
+    __slots__ = ("returns", "asks", "grants")
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
+    ASKS_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
+    returns: _containers.RepeatedCompositeFieldContainer[LoanReturn]
+    asks: _containers.RepeatedCompositeFieldContainer[LoanAsk]
+    grants: _containers.RepeatedCompositeFieldContainer[LoanGrant]
+    def __init__(self, returns: _Optional[_Iterable[_Union[LoanReturn, _Mapping]]] = ..., asks: _Optional[_Iterable[_Union[LoanAsk, _Mapping]]] = ..., grants: _Optional[_Iterable[_Union[LoanGrant, _Mapping]]] = ...) -> None: ...
+
+class LoanAsk(_message.Message):
+    __slots__ = ("key", "number", "parts")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    number: int
+    parts: int
+    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+
+class LoanGrant(_message.Message):
+    __slots__ = ("key", "number", "parts", "tokens", "available")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    number: int
+    parts: int
+    tokens: int
+    available: int
+    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ..., available: _Optional[int] = ...) -> None: ...
+
+class LoanReturn(_message.Message):
+    __slots__ = ("key", "number", "parts", "tokens")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    number: int
+    parts: int
+    tokens: int
+    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
