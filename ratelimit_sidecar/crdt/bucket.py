@@ -4,16 +4,23 @@
 
 Only the origin writes its entries and counts never fall, so the join is the pointwise maximum (a state-based
 G-Counter, Shapiro et al. 2011). Every algorithm is a fold over this one state: `token_bucket.py` and `window.py`.
-What a slot stands for is the algorithm's affair; here it is a number.
+A slot names its own width, so slots from before and after a change of the limit live side by side; which of them
+count, and when, is the algorithm's affair.
+
+Most buckets hold one or two slots, and there may be a million: the own slot being written is two attributes, and what
+else there may be is made when it is needed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.untracked_dict import untrack
+
+_NO_SLOT = -1
 
 
 class Origin(NamedTuple):
@@ -29,6 +36,9 @@ class Base(NamedTuple):
 
     boundary_us: int
     deficit: int
+
+
+NO_BASE = Base(0, 0)
 
 
 class Entry(NamedTuple):
@@ -51,17 +61,17 @@ class Bucket(ABC):
     """
 
     __slots__ = (
+        "_heard",
         "_own",
         "_own_slot",
         "_own_slot_unsent",
+        "_own_tokens",
         "_unsent",
         "at_us",
-        "base",
         "journal",
         "key",
         "limit",
         "origin",
-        "taken",
     )
 
     limit: AnyLimit
@@ -73,15 +83,16 @@ class Bucket(ABC):
         self.limit = limit
         self.at_us = now_us
         """The last instant given."""
-        self.base = Base(0, 0)
-        """What is left of slots that are forgotten; windows need nothing of them."""
         self.origin = origin
         self.journal = journal
-        self.taken: dict[Origin, dict[int, int]] = {}
-        self._own: dict[int, int] = {}
-        self._own_slot = -1
+        self._own_slot = _NO_SLOT
+        """The slot opened last, with `_own_tokens` in it; own slots before it are in `_own`."""
+        self._own_tokens = 0
         self._own_slot_unsent = False
-        self._unsent: list[int] = []
+        self._own: dict[int, int] | None = None
+        self._heard: dict[Origin, dict[int, int]] | None = None
+        """Slots of all other origins; none of the dicts in it is empty."""
+        self._unsent: list[int] | None = None
 
     @abstractmethod
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -147,6 +158,16 @@ class Bucket(ABC):
         Replicas with equal state and limit return equal integers. Its unit is the algorithm's.
         """
 
+    @property
+    def base(self) -> Base:
+        """What is left of slots that are forgotten; windows need nothing of them."""
+        return NO_BASE
+
+    @property
+    def telling_base(self) -> Base | None:
+        """The base, for a peer; None when it says nothing that its absence does not."""
+        return None
+
     def merge_base(self, _other: Base, _now_us: int) -> bool:
         """Join a peer's base.
 
@@ -155,37 +176,73 @@ class Bucket(ABC):
         """
         return False
 
+    @property
+    def taken(self) -> dict[Origin, dict[int, int]]:
+        """A copy of the replicated state."""
+        taken = {origin: dict(slots) for origin, slots in (self._heard or {}).items()}
+        own = dict(self._own or {})
+        if self._own_slot != _NO_SLOT:
+            own[self._own_slot] = self._own_tokens
+        if own:
+            taken[self.origin] = own
+        return taken
+
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
-        for origin, slots in self.taken.items():
-            for slot, tokens in slots.items():
-                yield Entry(origin, slot, tokens)
+        if self._own_slot != _NO_SLOT:
+            yield Entry(self.origin, self._own_slot, self._own_tokens)
+        if self._own is not None:
+            for slot, tokens in self._own.items():
+                yield Entry(self.origin, slot, tokens)
+        if self._heard is not None:
+            for origin, slots in self._heard.items():
+                for slot, tokens in slots.items():
+                    yield Entry(origin, slot, tokens)
+
+    def _slots(self) -> Iterator[int]:
+        """The slots of all entries."""
+        if self._own_slot != _NO_SLOT:
+            yield self._own_slot
+        yield from self._own or ()
+        for slots in (self._heard or {}).values():
+            yield from slots
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
         """This replica's entries of `slots`, less those forgotten meanwhile."""
         for slot in slots:
-            tokens = self._own.get(slot)
-            if tokens is not None:
-                yield Entry(self.origin, slot, tokens)
+            if slot == self._own_slot:
+                yield Entry(self.origin, slot, self._own_tokens)
+            elif self._own is not None and slot in self._own:
+                yield Entry(self.origin, slot, self._own[slot])
 
     def drain_changed_slots(self) -> list[int]:
         """Own slots written since the last call; the next write puts the bucket into the journal again."""
-        changed, self._unsent = self._unsent, []
+        changed, self._unsent = self._unsent, None
         self._own_slot_unsent = False
-        return changed
+        return changed or []
+
+    @property
+    def _holds_nothing(self) -> bool:
+        """True when there is no slot that counts, or that a peer could miss."""
+        return self._own_slot == _NO_SLOT and not self._own and not self._heard and not self._unsent
 
     def _open_own_slot(self, slot: int) -> None:
-        """Write to `slot` from now on."""
+        """Write to `slot` from now on: at once, so that no slot without tokens is ever held."""
+        if self._own_slot != _NO_SLOT:
+            if self._own is None:
+                self._own = {}
+            self._own[self._own_slot] = self._own_tokens
         self._own_slot = slot
-        self._own_slot_unsent = False
-        self._own.setdefault(slot, 0)
-        self.taken[self.origin] = self._own
+        # Written to before, if the limit has changed and changed back: the count goes on.
+        self._own_tokens = self._own.pop(slot, 0) if self._own is not None else 0
+        self._own_slot_unsent = self._unsent is not None and slot in self._unsent
 
     def _write_own(self, hits: int) -> None:
         """Count `hits` in the slot opened last."""
-        self._own[self._own_slot] += hits
+        self._own_tokens += hits
         if not self._own_slot_unsent and self.journal is not None:
-            if not self._unsent:
+            if self._unsent is None:
+                self._unsent = []
                 self.journal.append(self)
             self._unsent.append(self._own_slot)
             self._own_slot_unsent = True
@@ -199,18 +256,41 @@ class Bucket(ABC):
         origin, slot, tokens = entry
         if origin == self.origin:
             return 0
-        slots = self.taken.get(origin)
-        added = tokens - (slots.get(slot, 0) if slots else 0)
+        heard = self._heard
+        if heard is None:
+            heard = self._heard = {}
+        slots = heard.get(origin)
+        if slots is None:
+            if tokens <= 0:
+                return 0
+            heard[origin] = {slot: tokens}
+            # Every new value of a dict brings it back into sight.
+            untrack(heard)
+            return tokens
+        added = tokens - slots.get(slot, 0)
         if added <= 0:
             return 0
-        if slots is None:
-            slots = self.taken[origin] = {}
         slots[slot] = tokens
         return added
 
-    def _forget_slots(self, forgotten: Iterable[tuple[Origin, int]]) -> None:
-        for origin, slot in forgotten:
-            slots = self.taken[origin]
-            del slots[slot]
-            if not slots:
-                del self.taken[origin]
+    def _forget(self, is_past: Callable[[int], bool]) -> list[Entry]:
+        """Drop the slots that are past; returns what was in them."""
+        forgotten = []
+        if self._own_slot != _NO_SLOT and is_past(self._own_slot):
+            forgotten.append(Entry(self.origin, self._own_slot, self._own_tokens))
+            self._own_slot, self._own_tokens = _NO_SLOT, 0
+        if self._own is not None:
+            forgotten += _pop_past(self.origin, self._own, is_past)
+            self._own = self._own or None
+        if self._heard is not None:
+            for origin in list(self._heard):
+                slots = self._heard[origin]
+                forgotten += _pop_past(origin, slots, is_past)
+                if not slots:
+                    del self._heard[origin]
+            self._heard = self._heard or None
+        return forgotten
+
+
+def _pop_past(origin: Origin, slots: dict[int, int], is_past: Callable[[int], bool]) -> list[Entry]:
+    return [Entry(origin, slot, slots.pop(slot)) for slot in list(slots) if is_past(slot)]

@@ -13,18 +13,31 @@ from math import gcd
 MIN_EXPONENT = 14
 """Narrowest slot: 2**14 us = 16.4 ms, about the replication flush interval; narrower slots would say no more."""
 
+SMALL_STATE_EXPONENT = 17
+"""The least that keeps a bucket's state small: a horizon of 10 s is 77 slots of 2**17 us = 131 ms."""
+
 MAX_EXPONENT = 50
 """Widest slot: 2**50 us = 35 years."""
 
 SLOTS_PER_REFILL = 32
-"""A bucket refills from empty to full in 32 to 64 slots (DESIGN: the error of a slot's middle is 1/64 capacity)."""
+"""A bucket that refills in 4 s or more does so in 32 to 64 slots: the error of a slot's middle is 1/64 capacity."""
+
+MAX_REFILLS_PER_SLOT = 2
+"""What was taken in a slot counts at one instant. Where that is many times the capacity, a bucket that was never
+overdrawn seems to be, and more is denied than ought to be: up to twice it hardly matters (docs/algorithm.md).
+"""
+
+SLOTS_PER_PERIOD = 32
+"""Of a sliding window: it holds 32 to 64 slots, and a token comes back up to 1/32 of the period late."""
 
 HORIZON_SLOTS = 64
 MIN_HORIZON_US = 10_000_000
+"""Whatever is delivered within this time counts in full."""
 
 MAX_TOKENS = 2**40
 MAX_CAPACITY = 2**40
 MAX_PERIOD_US = 2**50
+MIN_WINDOW_US = 1 << MIN_EXPONENT
 DEFAULT_MAX_DEBT = 4
 MAX_MAX_DEBT = 1_024
 
@@ -72,8 +85,7 @@ class Limit:
         set_field(self, "tokens", self.tokens // divisor)
         set_field(self, "period_us", self.period_us // divisor)
         set_field(self, "ceiling", self.capacity * self.period_us)
-        slot_us = max(self.ceiling // (self.tokens * SLOTS_PER_REFILL), 1)
-        set_field(self, "exponent", min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT))
+        set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
         # What refills within the horizon is never forgiven: it is what several replicas under load admit in a partition
         # that ends within it. One slot's refill more: known only by its slots, a bucket that never owed may seem to.
@@ -100,7 +112,7 @@ class WindowLimit:
 
     Args:
         requests: 0 (always deny) to 2**40.
-        period_us: microseconds; 1 to 2**50.
+        period_us: microseconds; 2**14 (the narrowest slot) to 2**50.
 
     Raises:
         ValueError: a number is outside its range.
@@ -111,13 +123,14 @@ class WindowLimit:
     window: Window
 
     exponent: int = field(init=False, compare=False)
-    """A sliding window's slots are 2**exponent microseconds wide: at most 1/64 of the period, but 16 ms at least."""
+    """Slots are 2**exponent microseconds wide: at most 1/32 of a sliding window, and the greater part of a fixed one;
+    but 16 ms at least.
+    """
 
     def __post_init__(self) -> None:
-        _check_ranges(self, ("requests", 0, MAX_CAPACITY), ("period_us", 1, MAX_PERIOD_US))
-        slot_us = max(self.period_us // HORIZON_SLOTS, 1)
-        exponent = min(max(slot_us.bit_length() - 1, MIN_EXPONENT), MAX_EXPONENT)
-        object.__setattr__(self, "exponent", exponent)
+        _check_ranges(self, ("requests", 0, MAX_CAPACITY), ("period_us", MIN_WINDOW_US, MAX_PERIOD_US))
+        slot_us = self.period_us if self.window is Window.FIXED else self.period_us // SLOTS_PER_PERIOD
+        object.__setattr__(self, "exponent", max(_floor_log2(slot_us), MIN_EXPONENT))
 
     @property
     def capacity(self) -> int:
@@ -126,6 +139,17 @@ class WindowLimit:
 
 
 AnyLimit = Limit | WindowLimit
+
+
+def _token_bucket_exponent(refill_us: int) -> int:
+    """The width of the slots of a bucket that an empty one refills in `refill_us`."""
+    for_precision = _floor_log2(refill_us // SLOTS_PER_REFILL)
+    for_size = min(_floor_log2(refill_us * MAX_REFILLS_PER_SLOT), SMALL_STATE_EXPONENT)
+    return min(max(for_precision, for_size, MIN_EXPONENT), MAX_EXPONENT)
+
+
+def _floor_log2(number: int) -> int:
+    return max(number, 1).bit_length() - 1
 
 
 def _check_ranges(limit: object, *ranges: tuple[str, int, int]) -> None:

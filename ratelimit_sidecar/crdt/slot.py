@@ -2,7 +2,7 @@
 
 The id is the slot's start with the exponent in the low bits, which are free because a start is a multiple of
 2**14 or more. So ids sort by start, name their own width, and slots of different widths (before and after a limit
-changed) live in one map without being regrouped.
+changed) live in one map. They are not regrouped: whoever has heard the parts of a slot would count its sum again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def slot_end_us(slot: int) -> int:
     return (slot & ~_EXPONENT_MASK) + (1 << (slot & _EXPONENT_MASK))
 
 
-def slot_middle_us(slot: int) -> int:
-    """Where consumption known only by its slot is placed."""
-    return (slot & ~_EXPONENT_MASK) + (1 << (slot & _EXPONENT_MASK) >> 1)
+def placed_us(slot: int, exponent: int) -> int:
+    """Where a bucket whose own slots are 2**`exponent` us wide places consumption known only by its slot.
+
+    In the middle; but of a wider slot, from before the limit changed, as if the slot ended after such a width: its
+    middle may be hours ahead, and all of it would be held to have been taken just now, again and again until then.
+    """
+    width = slot & _EXPONENT_MASK
+    return (slot & ~_EXPONENT_MASK) + (1 << (width if width < exponent else exponent) >> 1)

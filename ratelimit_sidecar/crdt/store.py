@@ -2,42 +2,73 @@
 
 Holds active buckets only: an idle one equals an absent one, so `sweep` drops it and nobody can tell. Changes collect
 in a journal that holds a bucket at most once, so it is bounded by the buckets, however long nobody drains it.
+
+Anybody can invent keys, so buckets are limited to `max_buckets`. At the limit no live bucket is forgotten, which
+would give its tokens back: a new key gets no bucket (its caller then takes from one that such keys share), and what
+peers tell of it is not kept, as if it had not been delivered. `sweep` makes room again.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
+
+DEFAULT_MAX_BUCKETS = 1_000_000
+"""About 0.6 GB of buckets with two slots each."""
+
+ROOM_SHARE = 0.9
+"""A full store counts as full until it holds less than this part of its limit, lest an alarm come and go."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
 
 
+class StoreFull(Exception):
+    """There is no room for a bucket of a new key."""
+
+
 class Store:
     """Args:
     origin: this replica.
-    limit_of_key: asked when a peer mentions a key that has no bucket here yet.
+    limit_of_key: asked when a peer mentions a key.
+    max_buckets: at least 1.
+    has_room_always: True for keys that get a bucket also when there are `max_buckets`. There must be few of them.
     """
 
-    def __init__(self, origin: Origin, limit_of_key: LimitOfKey) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        limit_of_key: LimitOfKey,
+        *,
+        max_buckets: int = DEFAULT_MAX_BUCKETS,
+        has_room_always: Callable[[bytes], bool] = lambda _key: False,
+    ) -> None:
+        assert max_buckets >= 1
         self.origin = origin
         self.limit_of_key = limit_of_key
-        self._buckets: dict[bytes, Bucket] = {}
+        self.max_buckets = max_buckets
+        self._has_room_always = has_room_always
+        self._buckets = UntrackedDict[Bucket]()
         self._journal: list[Bucket] = []
-        self._sweep_order: deque[Bucket] = deque()
+        self._to_sweep: list[Bucket] = []
+        self._next_shard = 0
         self.evicted = 0
         """Idle buckets dropped since start."""
+        self.refused_keys = 0
+        """Times since start that a peer told of a key that got no bucket."""
+        self.full_since_us: int | None = None
+        """When a key first got no bucket; None when there is room again."""
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def __iter__(self) -> Iterator[Bucket]:
-        return iter(self._buckets.values())
+        return self._buckets.values()
 
     def get(self, key: bytes) -> Bucket | None:
         return self._buckets.get(key)
@@ -47,18 +78,24 @@ class Store:
 
         Args:
             replicated: False keeps what is taken from a new bucket to this replica.
+
+        Raises:
+            StoreFull: there is none, and no room for one.
         """
         bucket = self._buckets.get(key)
         if bucket is None:
+            if len(self._buckets) >= self.max_buckets and not self._has_room_always(key):
+                if self.full_since_us is None:
+                    self.full_since_us = now_us
+                raise StoreFull
             bucket = _make_bucket(key, limit, self.origin, now_us, self._journal if replicated else None)
-            self._buckets[key] = bucket
-            self._sweep_order.append(bucket)
+            self._buckets.add(key, bucket)
         elif bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
         return bucket
 
     def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> bool:
-        """Join what a peer says of one bucket.
+        """Join what a peer says of one bucket; without room for a new one nothing is kept.
 
         Args:
             base: its deficit scaled by the period of this replica's limit.
@@ -69,7 +106,11 @@ class Store:
         limit = self.limit_of_key(key)
         if limit is None:
             return False
-        bucket = self.bucket(key, limit, now_us)
+        try:
+            bucket = self.bucket(key, limit, now_us)
+        except StoreFull:
+            self.refused_keys += 1
+            return True
         if base is not None:
             bucket.merge_base(base, now_us)
         bucket.merge(entries, now_us)
@@ -83,20 +124,23 @@ class Store:
         return changed
 
     def sweep(self, now_us: int, most: int) -> int:
-        """Seal the next `most` buckets in turn and drop the idle ones; a call resumes where the last one stopped.
+        """Look at the next `most` buckets in turn and drop the idle ones; a call resumes where the last one stopped.
 
         Returns:
             The number of buckets dropped.
         """
         dropped = 0
-        for _ in range(min(most, len(self._sweep_order))):
-            bucket = self._sweep_order.popleft()
+        for _ in range(min(most, len(self._buckets))):
+            while not self._to_sweep:
+                self._to_sweep.extend(self._buckets.shards[self._next_shard].values())
+                self._next_shard = (self._next_shard + 1) % SHARDS
+            bucket = self._to_sweep.pop()
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
                 dropped += 1
-            else:
-                self._sweep_order.append(bucket)
         self.evicted += dropped
+        if len(self._buckets) < self.max_buckets * ROOM_SHARE:
+            self.full_since_us = None
         return dropped
 
 

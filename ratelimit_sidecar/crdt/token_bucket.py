@@ -16,17 +16,20 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id, slot_middle_us
+from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
+from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_id, slot_start_us
 
 SEAL_BATCH_SLOTS = 16
 """Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
+
+MIN_BASE_AGE_US = MIN_HORIZON_US // 2
+"""No replica seals what is younger than the horizon; half of the shortest one is left for clocks that differ."""
 
 
 class TokenBucket(Bucket):
     """One in use seals itself; one that is not does so when its owner calls `is_idle`."""
 
-    __slots__ = ("_own_slot_end_us", "deficit", "full_at_us")
+    __slots__ = ("_base_deficit", "_base_us", "_own_slot_end_us", "_sealed_until_us", "deficit", "full_at_us")
 
     limit: Limit
 
@@ -34,12 +37,16 @@ class TokenBucket(Bucket):
         self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
     ) -> None:
         super().__init__(key, limit, origin, now_us, journal)
-        self.base = Base(limit.boundary_us(now_us), 0)
+        self._base_us = limit.boundary_us(now_us)
+        self._base_deficit = 0
         self.deficit = 0
         """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
         self.full_at_us = now_us
         """The last instant at which the deficit was zero: later arrivals from before it must refold."""
         self._own_slot_end_us = 0
+        """When the next own slot has to be opened."""
+        self._sealed_until_us = 0
+        """The end of an own slot that was sealed before it was over: the limit had wider slots then."""
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         """See `Bucket.take`. What is denied changes nothing that replicates, unless charged `always`: then it
@@ -98,48 +105,61 @@ class TokenBucket(Bucket):
         """
         self.advance(now_us)
         self._seal_when_due()
-        oldest_us = max(self.base.boundary_us, self.limit.boundary_us(self.at_us))
-        newest_us = self.at_us + self.limit.horizon_us
+        limit, at_us = self.limit, self.at_us
+        exponent, period_us = limit.exponent, limit.period_us
+        oldest_us = max(self._base_us, limit.boundary_us(at_us))
+        newest_us = at_us + limit.horizon_us
         news = 0
         refold = False
         for entry in entries:
-            placed_us = slot_middle_us(entry.slot)
-            if not oldest_us <= placed_us <= newest_us:
+            entry_us = placed_us(entry.slot, exponent)
+            if not oldest_us <= entry_us <= newest_us:
                 continue
             added = self._hear(entry)
             if not added:
                 continue
             news += 1
-            if placed_us >= self.full_at_us:
-                # No refill has been spilled since, so it is exactly as if the tokens had been taken just now.
-                self.deficit += added * self.limit.period_us
+            if entry_us >= self.full_at_us:
+                # No refill was spilled since, so the deficit has been linear from there to now.
+                self.deficit += added * period_us
             else:
                 refold = True
         if refold:
             self._refold()
         return news
 
+    @property
+    def base(self) -> Base:
+        return Base(self._base_us, self._base_deficit)
+
+    @property
+    def telling_base(self) -> Base | None:
+        """See `Bucket.telling_base`. One that is ahead of the horizon tells from when on slots are missing here: the
+        limit had a shorter horizon for a while.
+        """
+        is_ahead = self._base_us > self.limit.boundary_us(self.at_us)
+        return self.base if self._base_deficit or is_ahead else None
+
     def merge_base(self, other: Base, now_us: int) -> bool:
         """Join a peer's base: advance the older to the newer boundary, keep the larger deficit.
 
         Args:
-            other: its deficit scaled by this bucket's `period_us`. Ignored when its boundary lies in the younger
-                half of the horizon: only a clock that is seconds wrong puts it there, and sealing a slot that is
-                still being written would let its count fall.
+            other: its deficit scaled by this bucket's `period_us`. Ignored when its boundary is too young to have
+                been reached: then its clock is seconds wrong.
 
         Returns:
             True when the base changed.
         """
         self.advance(now_us)
-        if other.boundary_us > self.at_us - self.limit.horizon_us // 2:
+        if other.boundary_us > self.at_us - MIN_BASE_AGE_US:
             return False
         before = self.base
         boundary_us = max(before.boundary_us, other.boundary_us)
         if boundary_us > before.boundary_us:
             self._seal_before(boundary_us)
         drained = other.deficit - (boundary_us - other.boundary_us) * self.limit.tokens
-        if drained > self.base.deficit:
-            self.base = Base(boundary_us, min(drained, self.limit.debt_ceiling))
+        if drained > self._base_deficit:
+            self._base_deficit = min(drained, self.limit.debt_ceiling)
         if self.base == before:
             return False
         self._refold()
@@ -149,20 +169,31 @@ class TokenBucket(Bucket):
         """Fold what lies behind the horizon into the base and forget its slots."""
         self.advance(now_us)
         boundary_us = self.limit.boundary_us(self.at_us)
-        if boundary_us > self.base.boundary_us and self._seal_before(boundary_us):
+        if boundary_us > self._base_us and self._seal_before(boundary_us):
             self._refold()
 
     def is_idle(self, now_us: int) -> bool:
-        """True when the bucket is full and holds nothing a peer could miss: then it equals an absent bucket."""
-        self.seal(now_us)
-        return not (self.deficit or self.taken or self._unsent)
+        """True when the bucket is full and nothing in it counts or is missed by a peer: then it equals an absent one.
+
+        An own slot must also be over: a bucket made anew would count it from zero, below what peers were told.
+        """
+        self.advance(now_us)
+        if self.deficit or self._unsent:
+            self._seal_when_due()
+            return False
+        # Not sealed for this: most buckets looked at are dropped or have not been used for less than the horizon.
+        exponent, boundary_us = self.limit.exponent, self.limit.boundary_us(self.at_us)
+        for slot in self._slots():
+            if placed_us(slot, exponent) >= boundary_us or slot_end_us(slot) > self.at_us:
+                return False
+        return self.at_us >= self._sealed_until_us
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """See `Bucket.set_limit`; what was taken within the horizon still counts."""
+        """See `Bucket.set_limit`; what was taken within the horizon still counts, at the new rate."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
-        scaled = -(-self.base.deficit * limit.period_us // self.limit.period_us)
-        self.base = Base(self.base.boundary_us, min(scaled, limit.debt_ceiling))
+        scaled = -(-self._base_deficit * limit.period_us // self.limit.period_us)
+        self._base_deficit = min(scaled, limit.debt_ceiling)
         self.limit = limit
         # The next take opens a slot of the new width.
         self._own_slot_end_us = 0
@@ -173,23 +204,32 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        boundary_us = max(self.base.boundary_us, self.limit.boundary_us(now_us))
-        return self._fold_from_base(self._events(), boundary_us, now_us).deficit
+        boundary_us = max(self._base_us, self.limit.boundary_us(now_us))
+        return self._fold_from_base(self._events(self.entries()), boundary_us, now_us).deficit
 
     def _seal_when_due(self) -> None:
         """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""
         limit = self.limit
-        if self.at_us - self.base.boundary_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
+        if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
 
     def _open_slot_of_now(self) -> None:
+        """Write to the slot of now; of one that began before the base only to a part that did not.
+
+        Such a slot may have been sealed and forgotten, and counted anew it would say less than peers were told. It
+        happens only after a change of the limit. A slot that begins later was never sealed, and powers of two nest.
+        """
         self._seal_when_due()
-        slot = slot_id(self.at_us, self.limit.exponent)
+        exponent = self.limit.exponent
+        while slot_start_us(slot_id(self.at_us, exponent)) < self._base_us:
+            exponent -= 1
+        slot = slot_id(self.at_us, exponent)
         self._own_slot_end_us = slot_end_us(slot)
         self._open_own_slot(slot)
 
-    def _events(self) -> list[tuple[int, int]]:
-        return sorted((slot_middle_us(slot), tokens) for slots in self.taken.values() for slot, tokens in slots.items())
+    def _events(self, entries: Iterable[Entry]) -> list[tuple[int, int]]:
+        exponent = self.limit.exponent
+        return sorted((placed_us(slot, exponent), tokens) for _, slot, tokens in entries)
 
     def _fold_from_base(self, events: Iterable[tuple[int, int]], boundary_us: int, now_us: int) -> _Folded:
         """Fold the base and `events` (instant, tokens; in time order) up to `now_us`.
@@ -197,38 +237,44 @@ class TokenBucket(Bucket):
         Before the boundary the deficit is capped at every event, not once at the end, so the outcome does not depend
         on how many steps the sealing was done in.
         """
-        at_us, deficit = self.base
+        at_us, deficit = self._base_us, self._base_deficit
         full_at_us = at_us
         forgiven = False
         tokens, period_us, debt_ceiling = self.limit.tokens, self.limit.period_us, self.limit.debt_ceiling
-        for middle_us, taken in events:
-            placed_us = min(middle_us, now_us)
-            deficit -= (placed_us - at_us) * tokens
+        for entry_us, taken in events:
+            event_us = min(entry_us, now_us)
+            deficit -= (event_us - at_us) * tokens
             if deficit <= 0:
                 deficit = 0
-                full_at_us = placed_us
+                full_at_us = event_us
             deficit += taken * period_us
-            if middle_us < boundary_us and deficit > debt_ceiling:
+            if entry_us < boundary_us and deficit > debt_ceiling:
                 deficit = debt_ceiling
                 forgiven = True
-            at_us = placed_us
+            at_us = event_us
         deficit -= (now_us - at_us) * tokens
         if deficit <= 0:
             return _Folded(0, now_us, forgiven)
         return _Folded(deficit, full_at_us, forgiven)
 
     def _refold(self) -> None:
-        boundary_us = max(self.base.boundary_us, self.limit.boundary_us(self.at_us))
-        folded = self._fold_from_base(self._events(), boundary_us, self.at_us)
+        boundary_us = max(self._base_us, self.limit.boundary_us(self.at_us))
+        folded = self._fold_from_base(self._events(self.entries()), boundary_us, self.at_us)
         self.deficit, self.full_at_us = folded.deficit, folded.full_at_us
 
     def _seal_before(self, boundary_us: int) -> bool:
         """Move the base up to `boundary_us`. True when debt was forgiven on the way."""
-        sealed = [entry for entry in self.entries() if slot_middle_us(entry.slot) < boundary_us]
-        events = sorted((slot_middle_us(entry.slot), entry.tokens) for entry in sealed)
-        folded = self._fold_from_base(events, boundary_us, boundary_us)
-        self._forget_slots((entry.origin, entry.slot) for entry in sealed)
-        self.base = Base(boundary_us, folded.deficit)
+        exponent = self.limit.exponent
+        own_slot = self._own_slot
+        sealed = self._forget(lambda slot: placed_us(slot, exponent) < boundary_us)
+        folded = self._fold_from_base(self._events(sealed), boundary_us, boundary_us)
+        self._base_us, self._base_deficit = boundary_us, folded.deficit
+        if self._own_slot != own_slot:
+            # Sealed while it was written to.
+            self._own_slot_end_us = 0
+        for entry in sealed:
+            if entry.origin is self.origin and slot_end_us(entry.slot) > self.at_us:
+                self._sealed_until_us = max(self._sealed_until_us, slot_end_us(entry.slot))
         return folded.forgiven
 
 

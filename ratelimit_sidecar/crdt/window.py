@@ -1,9 +1,12 @@
 """Counting windows as folds over the same replicated state as the token bucket's: what was taken, and when.
 
-A fixed window's slot is the window itself, so its sum is exact whatever the window's length; the slot id then holds the
-window's number in place of a start. A sliding window sums slots of time, and lets go of one only when all of it is
-out of the period: no period ever holds more than the limit, and a token comes back up to one slot late. What replicas
-admit at the same time beyond the limit is not debt here: it is forgotten with its window.
+A fixed window has one slot, the one of its width (rounded down to a power of two) in which it begins: its sum is exact
+whatever its length. A sliding window sums slots of time, and lets go of one only when all of it is out of the period:
+no period ever holds more than the limit, and a token comes back up to one slot late. What replicas admit at the same
+time beyond the limit is not debt here: it is forgotten with its window.
+
+The period may change, and change back. So slots of another width than the limit's are kept, and heard of, for as long
+as they could count under a limit that has such slots.
 """
 
 from __future__ import annotations
@@ -11,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, AnyLimit, WindowLimit
-from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
 
 
 class FixedWindow(Bucket):
     """Counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
 
-    __slots__ = ("count", "window")
+    __slots__ = ("_end_us", "_slot", "count")
 
     limit: WindowLimit
 
@@ -26,18 +29,17 @@ class FixedWindow(Bucket):
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
     ) -> None:
         super().__init__(key, limit, origin, now_us, journal)
-        self.window = now_us // limit.period_us
-        """Number of the current window, counted from the epoch."""
         self.count = 0
-        """Tokens taken in it by all replicas."""
+        """Tokens taken in the current window by all replicas."""
+        self._slot = self._end_us = 0
+        self._enter_window()
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
         count = self.count + hits
         if hits:
-            slot = _slot_of_window(self.window)
-            if slot != self._own_slot:
-                self._open_own_slot(slot)
+            if self._slot != self._own_slot:
+                self._open_own_slot(self._slot)
             self._write_own(hits)
             self.count = count
         return count <= self.limit.requests
@@ -53,7 +55,7 @@ class FixedWindow(Bucket):
     @property
     def full_in_us(self) -> int:
         """Microseconds until the next window begins."""
-        return (self.window + 1) * self.limit.period_us - self.at_us
+        return self._end_us - self.at_us
 
     def fits_in_us(self, hits: int) -> int:
         return 0 if self.count + hits <= self.limit.requests else self.full_in_us
@@ -63,25 +65,29 @@ class FixedWindow(Bucket):
         if now_us <= self.at_us:
             return
         self.at_us = now_us
-        window = now_us // self.limit.period_us
-        if window != self.window:
-            self.window = window
-            self._count_again()
+        if now_us >= self._end_us:
+            self._enter_window()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
         """See `Bucket.merge`. Of windows before the current one nothing counts; of the next one it is kept, for a peer
         whose clock is ahead.
         """
         self.advance(now_us)
+        next_slot = _slot_of_window(self.limit, self._end_us)
         news = 0
         for entry in entries:
-            window = slot_start_us(entry.slot) >> MIN_EXPONENT
-            if not self.window <= window <= self.window + 1:
+            slot = entry.slot
+            if slot_exponent(slot) == self.limit.exponent:
+                is_ahead = slot > next_slot
+            else:
+                # The longest window with such a slot is almost twice as long.
+                is_ahead = slot_start_us(slot) > self.at_us + (2 << slot_exponent(slot))
+            if is_ahead or self._is_past(slot):
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
-                if window == self.window:
+                if slot == self._slot:
                     self.count += added
         return news
 
@@ -90,34 +96,42 @@ class FixedWindow(Bucket):
 
     def is_idle(self, now_us: int) -> bool:
         self.advance(now_us)
-        return not (self.taken or self._unsent)
+        self._forget(self._is_past)
+        return self._holds_nothing
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """Enforce another limit from now on. One with another period begins a new count: its windows are others."""
+        """Enforce another limit from now on. One with another period has other windows, with counts of their own."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
-        if limit.period_us != self.limit.period_us:
-            self._forget_slots([(entry.origin, entry.slot) for entry in self.entries()])
-            self._own_slot = -1
-            self.window = self.at_us // limit.period_us
-            self.count = 0
         self.limit = limit
+        self._enter_window()
 
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`."""
-        slot = _slot_of_window(now_us // self.limit.period_us)
-        return sum(slots.get(slot, 0) for slots in self.taken.values())
+        return self._sum(_slot_of_window(self.limit, now_us))
 
-    def _count_again(self) -> None:
-        current = _slot_of_window(self.window)
-        self._forget_slots([(entry.origin, entry.slot) for entry in self.entries() if entry.slot < current])
-        self.count = sum(slots.get(current, 0) for slots in self.taken.values())
+    def _enter_window(self) -> None:
+        period_us = self.limit.period_us
+        self._slot = _slot_of_window(self.limit, self.at_us)
+        self._end_us = self.at_us - self.at_us % period_us + period_us
+        self._forget(self._is_past)
+        self.count = self._sum(self._slot)
+
+    def _sum(self, slot: int) -> int:
+        return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
+
+    def _is_past(self, slot: int) -> bool:
+        exponent = slot_exponent(slot)
+        if exponent == self.limit.exponent:
+            return slot < self._slot
+        # The window begins within the slot and is less than twice as long.
+        return slot_end_us(slot) + (2 << exponent) <= self.at_us
 
 
 class SlidingWindow(Bucket):
     """Counts what was admitted over the period that ends now."""
 
-    __slots__ = ("_expires_us", "_last_end_us", "_own_slot_end_us", "count")
+    __slots__ = ("_first_leaves_us", "_last_leaves_us", "_own_slot_end_us", "count")
 
     limit: WindowLimit
 
@@ -127,10 +141,8 @@ class SlidingWindow(Bucket):
         super().__init__(key, limit, origin, now_us, journal)
         self.count = 0
         """Tokens in the slots that are not wholly out of the period, of all replicas."""
-        self._expires_us = 0
-        """When the oldest slot held is out of the period; 0 when none is held."""
-        self._last_end_us = 0
-        """When the newest slot held ends."""
+        self._first_leaves_us = self._last_leaves_us = 0
+        """When the first and the last of them will be; 0 when there is none."""
         self._own_slot_end_us = 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -141,7 +153,7 @@ class SlidingWindow(Bucket):
                 slot = slot_id(self.at_us, self.limit.exponent)
                 self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
-                self._note_slot(slot)
+                self._note(self._leaves_us(slot))
             self.count += hits
             self._write_own(hits)
         return admitted
@@ -157,39 +169,38 @@ class SlidingWindow(Bucket):
     @property
     def full_in_us(self) -> int:
         """Microseconds until the last slot that holds something is out of the period."""
-        return max(0, self._last_end_us + self.limit.period_us - self.at_us) if self.count else 0
+        return max(0, self._last_leaves_us - self.at_us)
 
     def fits_in_us(self, hits: int) -> int:
         count, fits_us = self.count, self.at_us
-        for end_us, tokens in sorted((slot_end_us(entry.slot), entry.tokens) for entry in self.entries()):
+        for leaves_us, tokens in sorted(self._counting(self.at_us)):
             if count + hits <= self.limit.requests:
                 break
             count -= tokens
-            fits_us = end_us + self.limit.period_us
+            fits_us = leaves_us
         return fits_us - self.at_us
 
     def advance(self, now_us: int) -> None:
         """Let go of the slots that are wholly out of the period that ends at `now_us`."""
         self.at_us = max(self.at_us, now_us)
-        if self._expires_us and self.at_us >= self._expires_us:
+        if self._first_leaves_us and self.at_us >= self._first_leaves_us:
             self._count_again()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Slots out of the period, or more than a period ahead, are ignored."""
+        """See `Bucket.merge`. Slots that are past, or as far ahead as they would be kept, are ignored."""
         self.advance(now_us)
         news = 0
         for entry in entries:
-            if (
-                not self.at_us - self.limit.period_us
-                < slot_end_us(entry.slot)
-                <= self.at_us + self.limit.period_us + (1 << self.limit.exponent)
-            ):
+            slot = entry.slot
+            if self._is_past(slot) or slot_start_us(slot) > self.at_us + _kept_us(slot):
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
-                self.count += added
-                self._note_slot(entry.slot)
+                leaves_us = self._leaves_us(slot)
+                if leaves_us > self.at_us:
+                    self.count += added
+                    self._note(leaves_us)
         return news
 
     def seal(self, now_us: int) -> None:
@@ -197,10 +208,11 @@ class SlidingWindow(Bucket):
 
     def is_idle(self, now_us: int) -> bool:
         self.advance(now_us)
-        return not (self.taken or self._unsent)
+        self._forget(self._is_past)
+        return self._holds_nothing
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """Enforce another limit from now on; what was taken within its period, and is still known, counts."""
+        """Enforce another limit from now on; what was taken within its period counts, as far as it is still known."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
         self.limit = limit
@@ -209,26 +221,44 @@ class SlidingWindow(Bucket):
 
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
-        since_us = now_us - self.limit.period_us
-        return sum(entry.tokens for entry in self.entries() if slot_end_us(entry.slot) > since_us)
+        return sum(tokens for _, tokens in self._counting(now_us))
 
-    def _note_slot(self, slot: int) -> None:
-        end_us = slot_end_us(slot)
-        expires_us = end_us + self.limit.period_us
-        self._expires_us = min(self._expires_us, expires_us) if self._expires_us else expires_us
-        self._last_end_us = max(self._last_end_us, end_us)
+    def _counting(self, now_us: int) -> list[tuple[int, int]]:
+        """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
+        slots = [(self._leaves_us(entry.slot), entry.tokens) for entry in self.entries()]
+        return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us]
+
+    def _leaves_us(self, slot: int) -> int:
+        """When a slot is wholly out of the period.
+
+        One from before the limit changed may be wider, and is treated as if it ended after the limit's width; or its
+        limit may have had a shorter period, by the end of which whoever has that limit still has forgotten it.
+        """
+        end_us = slot_start_us(slot) + (1 << min(slot_exponent(slot), self.limit.exponent))
+        return min(end_us + self.limit.period_us, slot_end_us(slot) + _kept_us(slot))
+
+    def _note(self, leaves_us: int) -> None:
+        first_us = self._first_leaves_us
+        self._first_leaves_us = min(first_us, leaves_us) if first_us else leaves_us
+        self._last_leaves_us = max(self._last_leaves_us, leaves_us)
 
     def _count_again(self) -> None:
-        since_us = self.at_us - self.limit.period_us
-        self._forget_slots(
-            [(entry.origin, entry.slot) for entry in self.entries() if slot_end_us(entry.slot) <= since_us]
-        )
-        self._expires_us = self._last_end_us = 0
+        self._forget(self._is_past)
+        self._first_leaves_us = self._last_leaves_us = 0
         self.count = 0
-        for entry in self.entries():
-            self.count += entry.tokens
-            self._note_slot(entry.slot)
+        for leaves_us, tokens in self._counting(self.at_us):
+            self.count += tokens
+            self._note(leaves_us)
+
+    def _is_past(self, slot: int) -> bool:
+        return slot_end_us(slot) + _kept_us(slot) <= self.at_us
 
 
-def _slot_of_window(window: int) -> int:
-    return window << MIN_EXPONENT | MIN_EXPONENT
+def _slot_of_window(limit: WindowLimit, time_us: int) -> int:
+    """The slot in which the window of `time_us` begins: no two windows begin in the same, none is shorter than it."""
+    return slot_id(time_us - time_us % limit.period_us, limit.exponent)
+
+
+def _kept_us(slot: int) -> int:
+    """The longest period with such slots."""
+    return 2 * SLOTS_PER_PERIOD << slot_exponent(slot)

@@ -7,6 +7,9 @@ paths share a name ((a_b, c) and (a, b_c) do where keys are joined by underscore
 
 form says what kind of bucket it is, so that a rule whose algorithm or consistency changes begins a new one. kind says
 how the rule matched the entry, and so which part of the rule's path the value stands for.
+
+Callers choose the values, and so how many names there are. When there are too many buckets, those of new names are
+merged into the *overflow bucket* of their rule, whose name has nothing of a caller's in it (`overflow_key`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ TOKEN_BUCKET = 0
 FIXED_WINDOW = 1
 SLIDING_WINDOW = 2
 STRICT_TOKEN_BUCKET = 3
+OVERFLOW = 0x40
+"""Added to the form of a rule's overflow bucket."""
 LOCAL = 0x80
 """Added to the form of a bucket that is never replicated."""
 
@@ -38,9 +43,12 @@ OVERRIDE_LIMIT = 6
 
 _KINDS = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
 _WINDOWS_AND_TOKEN_BUCKET = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
-FORMS = frozenset(
-    (STRICT_TOKEN_BUCKET, *_WINDOWS_AND_TOKEN_BUCKET, *(form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET))
+_FORMS_OF_VALUES = (
+    STRICT_TOKEN_BUCKET,
+    *_WINDOWS_AND_TOKEN_BUCKET,
+    *(form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET),
 )
+FORMS = frozenset((*_FORMS_OF_VALUES, *(form | OVERFLOW for form in _FORMS_OF_VALUES)))
 _CONTINUES = 0x80
 _MAX_SHIFT = 28
 
@@ -87,6 +95,44 @@ def decode_bucket_key(name: bytes) -> BucketName:
         value, at = _get_text(name, at)
         entries.append(KeyEntry(kind, key, value))
     return BucketName(name[0], domain, entries)
+
+
+def overflow_key(name: bytes) -> bytes:
+    """The name of the bucket that takes the place of `name`, and of all others of its rule, when it gets none.
+
+    Pure, so equal on every replica; an overflow bucket's name is its own. There are as many as there are rules, one
+    for what no rule matches, and for limits given by requests one for each domain, unit and power of two.
+
+    Raises:
+        ValueError: not a name.
+    """
+    form, domain, entries = decode_bucket_key(name)
+    kept = [kept for entry in entries if (kept := _without_values(entry)) is not None]
+    if entries and all(entry.kind == UNRULED for entry in entries):
+        # Callers choose the domain and the keys, too.
+        domain, kept = "", [KeyEntry(UNRULED, "", "")]
+    return encode_bucket_key(form | OVERFLOW, domain, kept)
+
+
+def is_of_rule_alone(name: bytes) -> bool:
+    """True when nothing in the name is a caller's choice: there are few such names.
+
+    Raises:
+        ValueError: not a name.
+    """
+    return overflow_key(name)[1:] == name[1:]
+
+
+def _without_values(entry: KeyEntry) -> KeyEntry | None:
+    """What of an entry is the rule's."""
+    kind, key, value = entry
+    if kind == KEY_ONLY:
+        return KeyEntry(kind, key, "")
+    if kind == OVERRIDE_LIMIT:
+        # The next lower power of two: the requests' own limits may be as many as their values.
+        requests = int(key) if key.isascii() and key.isdecimal() else 0
+        return KeyEntry(kind, str(1 << requests.bit_length() - 1 if requests else 0), value)
+    return None if kind in (WILDCARD_VALUE, OVERRIDE) else entry
 
 
 def _put_text(out: bytearray, text: str) -> None:

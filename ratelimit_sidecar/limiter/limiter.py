@@ -7,6 +7,7 @@ What is in the answer besides codes and levels is `answer.py`'s affair.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
@@ -16,9 +17,10 @@ from google.protobuf.message import DecodeError
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.limiter.answer import Extras
 from ratelimit_sidecar.limiter.counts import CountsByRule
+from ratelimit_sidecar.limiter.key import is_of_rule_alone, overflow_key
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
@@ -48,20 +50,31 @@ class Limiter:
     Args:
         origin: this replica.
         ledger: the strict buckets; None where no rule is strict.
+        max_buckets: other keys than the first so many share one bucket for each rule, until there is room again.
 
     Raises:
         ValueError: a rule is strict and there is no ledger.
     """
 
     def __init__(
-        self, rules: Rules, origin: Origin, settings: Settings | None = None, ledger: Ledger | None = None
+        self,
+        rules: Rules,
+        origin: Origin,
+        settings: Settings | None = None,
+        ledger: Ledger | None = None,
+        *,
+        max_buckets: int = DEFAULT_MAX_BUCKETS,
     ) -> None:
         self.settings = settings or Settings()
-        self.store = Store(origin, rules.replicated_limit_of_key)
+        self.store = Store(
+            origin, rules.replicated_limit_of_key, max_buckets=max_buckets, has_room_always=is_of_rule_alone
+        )
         self.ledger = ledger
         self.jumped_us = 0
         """What the clock has stepped forward since start; strict buckets are given the time without it."""
         self.counts = CountsByRule()
+        self.overflow_decisions: Counter[tuple[str, str]] = Counter()
+        """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
         self._extras = Extras(self.settings)
         self._cached_plan = lru_cache(maxsize=PLAN_CACHE_REQUESTS)(self._make_plan)
         self.use_rules(rules)
@@ -113,7 +126,7 @@ class Limiter:
                 step.counts.pass_unlimited(step.hits)
             else:
                 at_us = now_us - self.jumped_us if step.is_strict else now_us
-                bucket = self._bucket(step, rule.limit, at_us)
+                bucket = self._bucket(plan.domain, step, rule.limit, at_us)
                 admitted = bucket.take(step.hits, at_us, always=rule.charge_always)
                 remaining = bucket.remaining
                 step.counts.count(step, admitted, bucket)
@@ -146,12 +159,20 @@ class Limiter:
             return self._make_plan(request)
         return self._cached_plan(request)
 
-    def _bucket(self, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
+    def _bucket(self, domain: str, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
         if step.is_strict:
             assert self.ledger is not None
             assert isinstance(limit, Limit)
             return self.ledger.bucket(step.bucket_key, limit, at_us)
-        return self.store.bucket(step.bucket_key, limit, at_us, replicated=step.is_replicated)
+        try:
+            return self.store.bucket(step.bucket_key, limit, at_us, replicated=step.is_replicated)
+        except StoreFull:
+            key = overflow_key(step.bucket_key)
+            rule = self.rules.rule_of_key(key)
+            assert rule is not None
+            assert rule.limit is not None
+            self.overflow_decisions[self._label(domain), rule.name] += 1
+            return self.store.bucket(key, rule.limit, at_us, replicated=step.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:
@@ -187,6 +208,10 @@ class Limiter:
             has_extras=self._extras.are_wanted(steps),
         )
 
+    def _label(self, domain: str) -> str:
+        """Only names from the rules become labels of a metric: callers can invent any domain."""
+        return domain if domain in self.rules.domains else ""
+
     def _match(self, domain: str, descriptor: RateLimitDescriptor) -> Match | None:
         entries = [(entry.key, entry.value) for entry in descriptor.entries]
         if descriptor.HasField("limit"):
@@ -200,8 +225,7 @@ class Limiter:
         return self.rules.match(domain, entries)
 
     def _make_step(self, domain: str, match: Match | None, hits: int) -> Step:
-        # Only names from the rules become labels of a metric: callers can invent any domain.
-        label = domain if domain in self.rules.domains else ""
+        label = self._label(domain)
         if match is None:
             # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
             return Step(None, b"", hits, None, self.counts.of(label, "", ""), is_quota=self.settings.quota_mode)

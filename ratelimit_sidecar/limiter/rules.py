@@ -19,6 +19,7 @@ from ratelimit_sidecar.limiter.key import (
     FIXED_WINDOW,
     KEY_ONLY,
     LOCAL,
+    OVERFLOW,
     OVERRIDE,
     OVERRIDE_LIMIT,
     PATTERN,
@@ -30,6 +31,7 @@ from ratelimit_sidecar.limiter.key import (
     KeyEntry,
     decode_bucket_key,
     encode_bucket_key,
+    is_of_rule_alone,
 )
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -219,7 +221,7 @@ class Rules:
             ValueError: not a bucket's name.
         """
         form, domain, key_entries = decode_bucket_key(bucket_key)
-        if not key_entries:
+        if not key_entries or (form & OVERFLOW and not is_of_rule_alone(bucket_key)):
             return None
         if key_entries[-1].kind == OVERRIDE_LIMIT:
             rule = self._override_rule_of(domain, key_entries[-1])
@@ -232,7 +234,7 @@ class Rules:
                     return None
                 node = _child(node, kind, key, value)
             rule = node.rule if node is not None else None
-        return rule if rule is not None and rule.form == form else None
+        return rule if rule is not None and rule.form | OVERFLOW == form | OVERFLOW else None
 
     def replicated_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
         """The limit of a bucket whose consumption peers tell each other; None when there is no such rule here."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.slot import slot_exponent, slot_id, slot_middle_us
+from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
 
 NOW_US = 1_790_000_000_000_000
@@ -74,7 +74,7 @@ def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit:
         slot = slot_id(now_us - age_us - (1 << limit.exponent), limit.exponent)
         heard[origin, slot] += tokens
         assert bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us) == 1
-        events.append((slot_middle_us(slot), tokens))
+        events.append((placed_us(slot, limit.exponent), tokens))
         assert bucket.deficit == deficit_by_formula(events, limit, now_us)
 
 
@@ -92,7 +92,7 @@ def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula
         slot = slot_id(now_us - age_us, limit.exponent)
         heard[origin, slot] += tokens
         bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us)
-        events.append((slot_middle_us(slot), tokens))
+        events.append((placed_us(slot, limit.exponent), tokens))
         assert abs(bucket.deficit - deficit_by_formula(events, limit, now_us)) <= slot_refill(limit)
 
 
@@ -183,7 +183,6 @@ def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
     bucket.drain_changed_slots()
     later_us = now_us + 3 * limit.horizon_us
     assert bucket.is_idle(later_us)
-    assert list(bucket.entries()) == []
     assert bucket.fold(later_us) == TokenBucket(b"k", limit, HERE, later_us).fold(later_us) == 0
 
 
@@ -333,7 +332,7 @@ def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
     bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
     later_us = NOW_US + limit.horizon_us + (2 << limit.exponent)
     bucket.seal(later_us)
-    owed = limit.debt_ceiling - (later_us - slot_middle_us(slot)) * limit.tokens
+    owed = limit.debt_ceiling - (later_us - placed_us(slot, limit.exponent)) * limit.tokens
     assert bucket.deficit == bucket.fold(later_us) == owed
 
 
