@@ -13,7 +13,7 @@ import asyncio
 import gc
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
 from enum import Enum
 from functools import partial
@@ -23,14 +23,18 @@ from typing import Literal
 import structlog
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.clock import Clock
+from ratelimit_sidecar.clock import JUMP_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -93,7 +97,8 @@ class Sidecar:
         self._joined = False
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
-        self._limiter = Limiter(rules, origin, config.settings)
+        ledger = _ledger(config, rules, origin, self._clock.now_us())
+        self._limiter = Limiter(rules, origin, config.settings, ledger)
         self._reloader = Reloader(
             self._limiter.use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
         )
@@ -106,6 +111,7 @@ class Sidecar:
             peers=config.sync.peers,
             listen=config.listen.sync,
             tracer=self._tracing.tracer,
+            lending=None if ledger is None else Lending(ledger, self._strict_us),
         )
         latency = LatencyHistogram()
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
@@ -126,6 +132,7 @@ class Sidecar:
                 request_errors=service.errors,
                 replication=self._mesh,
                 rules=self._reloader,
+                membership=self._mesh.membership_status,
             )
         )
         console_app = console.create_app(
@@ -135,6 +142,7 @@ class Sidecar:
                 limiter=self._limiter,
                 registry=registry,
                 peers=self._mesh.status,
+                membership=self._mesh.membership_status,
                 missing=self.missing,
                 now_us=self._clock.now_us,
                 reloader=self._reloader,
@@ -181,10 +189,7 @@ class Sidecar:
                 tasks.create_task(self._console.serve())
                 replicating = tasks.create_task(self._replicate())
                 tasks.create_task(self._front_end.serve())
-                chores = [
-                    tasks.create_task(chore)
-                    for chore in (self._source.run(self._reloader), self._join(), self._sweep(), self._slew())
-                ]
+                chores = [tasks.create_task(chore) for chore in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
                 await self._front_end.stop()
@@ -198,6 +203,15 @@ class Sidecar:
         finally:
             await self._tracing.close()
         _log.info("stopped")
+
+    def _chores(self) -> Iterator[Coroutine[None, None, None]]:
+        """What is done beside answering, until the stop."""
+        yield self._source.run(self._reloader)
+        yield self._join()
+        yield self._slew()
+        yield self._sweep(self._limiter.store, self._clock.now_us)
+        if self._limiter.ledger is not None:
+            yield self._sweep(self._limiter.ledger, self._strict_us)
 
     async def _open(self) -> None:
         async with AsyncExitStack() as opened:
@@ -237,22 +251,27 @@ class Sidecar:
         else:
             _log.info("nothing_to_reload", reason="the xDS server sends rules by itself")
 
-    async def _sweep(self) -> None:
+    def _strict_us(self) -> int:
+        """The clock of strict limits, which never steps."""
+        return self._clock.now_us() - self._limiter.jumped_us
+
+    async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
         steps = SWEEP_PASS_SECONDS / SWEEP_SECONDS
-        store = self._limiter.store
         left = step = 0
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             if left <= 0:
-                left = len(store)
+                left = len(buckets)
                 step = max(SWEEP_LEAST, ceil(left / steps))
             left -= step
-            store.sweep(self._clock.now_us(), step)
+            buckets.sweep(now_us(), step)
 
     async def _slew(self) -> None:
         while True:
             await asyncio.sleep(SLEW_SECONDS)
-            self._clock.slew()
+            gap_us = self._clock.slew()
+            if gap_us >= JUMP_US:
+                self._limiter.jumped_us += gap_us
 
     def _log_start(self) -> None:
         rules = self._limiter.rules
@@ -269,6 +288,18 @@ class Sidecar:
         )
         if self._config.xds is None and not rules.domains and rules.unruled is None:
             _log.warning("nothing_is_limited", reason="neither rules nor bucket are configured")
+        members = self._config.sync.members
+        if members is not None and self._config.node.id not in members:
+            reason = "this node is not among sync.members: of strict limits it can only borrow"
+            _log.warning("no_home_share", node=self._config.node.id, members=list(members), reason=reason)
+
+
+def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) -> Ledger | None:
+    """None when no limit can be strict."""
+    if config.membership is None:
+        return None
+    shares = Shares(config.membership, origin.node, now_us)
+    return Ledger(shares, origin, rules.strict_limit_of_key, secrets.randbelow(MAX_FIRST_NUMBER))
 
 
 def _rules_files(config: SidecarConfig) -> RulesFiles:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 
 NOW_US = 1_795_000_000_000_000
 
@@ -32,6 +34,32 @@ def small_rules() -> Rules:
 
 def small_limiter(rules: Rules | None = None) -> Limiter:
     return Limiter(rules or small_rules(), Origin("here", 1))
+
+
+def strict_limiter() -> Limiter:
+    """In domain `edge` two a minute by `tenant`, strict; of that a half is this node's own, for long."""
+    rules = Rules(
+        {
+            "edge": RuleNode(
+                key_only={"tenant": RuleNode(Rule("edge.tenant", TWO_A_MINUTE, consistency=Consistency.STRICT))}
+            )
+        }
+    )
+    shares = Shares(Membership(1, {"here": 1, "there": 1}), "here", NOW_US - 10 * TWO_A_MINUTE.period_us)
+    origin = Origin("here", 1)
+    return Limiter(rules, origin, ledger=Ledger(shares, origin, rules.strict_limit_of_key, first_number=0))
+
+
+def membership(*, conflicts: tuple[str, ...] = ("eu-1",), settled: bool = True) -> MembershipStatus:
+    return MembershipStatus(
+        epoch=3,
+        home_share=0.25,
+        settled=settled,
+        conflicts=conflicts,
+        buckets=7,
+        loans_granted=11,
+        loans_received=13,
+    )
 
 
 def request(*descriptors: tuple[str, str], domain: str = "edge", hits: int = 1) -> bytes:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -71,18 +71,20 @@ def check(paths: Sequence[Path], config_path: Path | None, format_: str) -> None
 
 def _check(paths: Sequence[Path], config_path: Path | None) -> Findings:
     problems: list[Problem] = []
-    config, merge_domains = SidecarConfig(), True
+    config, merge_domains, has_members = SidecarConfig(), True, True
     try:
         config = load_sidecar_config(config_path, os.environ)
         merge_domains = config.merge_domains
+        has_members = config_path is None or config.rule_defaults.has_members
     except ConfigError as error:
         # What it would have said of rules is unknown: they are blamed only for what is wrong in any case.
         problems += error.problems
+    defaults = replace(config.rule_defaults, has_members=has_members)
     rules_paths = [*paths, *(config.rules if config_path is not None else ())]
     files, _ = find_rules_files(rules_paths)
     domains = rules = None
     try:
-        loaded = load_rules(rules_paths, defaults=config.rule_defaults, merge_domains=merge_domains)
+        loaded = load_rules(rules_paths, defaults=defaults, merge_domains=merge_domains)
         domains, rules = len(loaded.domains), sum(1 for _ in loaded)
     except ConfigError as error:
         problems += error.problems

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -113,7 +114,11 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
     paths = rules_paths or config.rules
     if not paths:
         raise click.UsageError("no rules: give --rules, or a --config that names some")
-    rules = load_rules(paths, unruled=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains)
+    defaults = config.rule_defaults
+    if config_path is None:
+        # Who shares strict limits is nowhere else, and makes no difference to one request.
+        defaults = replace(defaults, has_members=True)
+    rules = load_rules(paths, unruled=config.bucket, defaults=defaults, merge_domains=config.merge_domains)
     return rules, config.settings
 
 

@@ -34,7 +34,11 @@ CONFIGURATION_EXAMPLE = """\
 node: {id: us-east-1-a, region: us-east-1}
 listen: {grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"], admin: "127.0.0.1:8080", sync: "0.0.0.0:50051"}
 rules: [./rules]
-sync: {protocol: grpc, peers: [eu-west-2.edge.example.com:50051, ap-southeast-1.edge.example.com:50051]}
+sync:
+  protocol: grpc
+  peers: [eu-west-2.edge.example.com:50051, ap-southeast-1.edge.example.com:50051]
+  # For strict limits: who shares them.
+  members: {us-east-1-a: 2, eu-west-2-a: 1, ap-southeast-1-a: 1}
 bucket: {capacity: 1000, refillRate: 10}
 answers: {response_headers: {enabled: true}}
 """

@@ -11,10 +11,19 @@ from collections.abc import Iterator
 
 from ratelimit_sidecar.config.document import Document
 from ratelimit_sidecar.config.errors import KeyPath, Problem, quoted
-from ratelimit_sidecar.config.rules_schema import ALGORITHMS, BUCKET_ALGORITHM, UNITS, RateLimit, is_no_unit, window_of
+from ratelimit_sidecar.config.rules_schema import (
+    ALGORITHMS,
+    BUCKET_ALGORITHM,
+    UNITS,
+    RateLimit,
+    RuleDefaults,
+    is_no_unit,
+    window_of,
+)
 from ratelimit_sidecar.config.structure import expected_of, keys_of
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
 _OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "charge", "retry_after", "body")
@@ -26,12 +35,8 @@ _OF_ADMITTING = ("burst", "max_debt", "charge", "retry_after")
 _OF_A_BUCKET = ("burst", "max_debt")
 
 
-def contradictions(item: YamlMap, document: Document, at: KeyPath, default_window: Window | None) -> Iterator[Problem]:
-    """What is wrong with the descriptor `item`, which stands at `at`, whatever the values of its keys are.
-
-    Args:
-        default_window: how a limit that names no algorithm counts; None for a token bucket.
-    """
+def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:
+    """What is wrong with the descriptor `item`, which stands at `at`, whatever the values of its keys are."""
     given = {key for key, value in item.items() if value is not None and value is not False}
     rate_limit = item.get("rate_limit")
     has_bucket = "bucket" in given
@@ -49,7 +54,9 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, default_windo
             what, expected, fix = useless[key]
             yield document.problem((*at, key), f"{key} of {what}", expected.format(key=key), fix.format(key=key))
     if "rate_limit" in given or has_bucket:
-        yield from _of_algorithm(item, given - useless.keys(), document, at, default_window)
+        yield from _of_algorithm(item, given - useless.keys(), document, at, defaults.window)
+        if "consistency" not in useless:
+            yield from _of_strict(item, given, document, at, defaults)
     value = item.source_of("value") or ""
     if item.get("share_threshold") is True and WILDCARD not in value:
         found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
@@ -93,6 +100,38 @@ def _of_algorithm(
         if key in given:
             found = f"{key} with the algorithm {name}"
             yield document.problem((*at, key), found, f"{key} with {BUCKET_ALGORITHM} only", fix.format(key=key))
+
+
+def _of_strict(
+    item: YamlMap, given: set[str], document: Document, at: KeyPath, defaults: RuleDefaults
+) -> Iterator[Problem]:
+    """What a strict limit needs, and what it does not have."""
+    strict, eventual = Consistency.STRICT.value, Consistency.EVENTUAL.value
+    algorithm, window = item.get("algorithm"), ""
+    if "bucket" not in given:
+        if algorithm is None and defaults.window is not None:
+            window = f"{defaults.window.value}, the default here"
+        elif algorithm in ALGORITHMS and algorithm != BUCKET_ALGORITHM:
+            window = str(algorithm)
+    if "consistency" not in given:
+        if window and defaults.consistency is Consistency.STRICT:
+            fix = f"let algorithm be {BUCKET_ALGORITHM}, or add consistency: {eventual}"
+            expected = f"{BUCKET_ALGORITHM}, which alone can be {strict}"
+            yield document.problem((*at, "algorithm"), f"{window}, of a {strict} limit", expected, fix)
+        return
+    if item.get("consistency") != strict:
+        return
+    if not defaults.has_members:
+        expected = "it where the configuration of the sidecar has sync.members"
+        fix = f"list there who shares the limit, or let consistency be {eventual}"
+        yield document.problem((*at, "consistency"), strict, expected, fix)
+    if window:
+        fix = f"let algorithm be {BUCKET_ALGORITHM}, or consistency {eventual}"
+        found, expected = f"{strict} with the algorithm {window}", f"{strict} with {BUCKET_ALGORITHM} only"
+        yield document.problem((*at, "consistency"), found, expected, fix)
+    elif "max_debt" in given:
+        fix = "remove it: what is charged into debt is never forgiven"
+        yield document.problem((*at, "max_debt"), f"max_debt with consistency {strict}", "no max_debt", fix)
 
 
 def _of_rate_limit(rate_limit: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:

@@ -13,7 +13,8 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document, load, unreadable
 from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
 from ratelimit_sidecar.config.resource import document_of_resource
-from ratelimit_sidecar.config.rules_tree import Level, RuleDefaults, TreeReader, shown_capacity
+from ratelimit_sidecar.config.rules_schema import RuleDefaults
+from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacity
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 
 UNRULED_NAME = "bucket"

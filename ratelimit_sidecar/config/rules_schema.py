@@ -6,6 +6,7 @@ What no single key shows is in `rules_checks`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from decimal import Decimal
 from math import isfinite
 from typing import Annotated, Literal, get_args
@@ -29,6 +30,21 @@ BUCKET_ALGORITHM: AlgorithmName = "token_bucket"
 
 MAX_BODY_CHARS = 16_384
 """It is sent with every denial."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleDefaults:
+    """What holds for a rule that does not say otherwise, and for a limit that a request brings.
+
+    Args:
+        consistency: how far buckets are shared.
+        window: how a limit is counted; None for a token bucket.
+        has_members: limits may be strict: it is configured among whom they are shared.
+    """
+
+    consistency: Consistency = Consistency.EVENTUAL
+    window: Window | None = None
+    has_members: bool = False
 
 
 def window_of(algorithm: str) -> Window | None:
@@ -68,7 +84,7 @@ def _plain(value: object) -> object:
     return value
 
 
-CONSISTENCIES = (Consistency.EVENTUAL.value, Consistency.LOCAL.value)
+CONSISTENCIES = tuple(consistency.value for consistency in Consistency)
 
 _TEXT = "text that is not empty"
 
@@ -117,7 +133,7 @@ Algorithm = Annotated[
 ConsistencyName = Annotated[
     Consistency,
     BeforeValidator(_to_consistency),
-    Expected(" or ".join(CONSISTENCIES), choices=CONSISTENCIES, not_yet=("strict",)),
+    Expected(f"one of {', '.join(CONSISTENCIES)}", choices=CONSISTENCIES),
 ]
 MaxDebt = Annotated[int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", of="plain")]
 Charge = Annotated[
@@ -208,8 +224,9 @@ class Descriptor(Section):
     bucket: BucketConfig | None = Field(None, description="The limit as a token bucket, in place of rate_limit.")
     consistency: Annotated[ConsistencyName | None, ShownDefault("as `CRDT_ENGINE` says")] = Field(
         None,
-        description="How far its buckets are shared: `eventual`, over the whole mesh; `local`, not at all: each sidecar"
-        " has the limit to itself.",
+        description="How far its buckets are shared: `eventual`, over the whole mesh; `strict`, in shares that the"
+        " `sync.members` of the sidecars lend each other, so that together they never exceed the limit, token buckets"
+        " only; `local`, not at all: each sidecar has the limit to itself.",
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,

@@ -13,25 +13,12 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document
 from ratelimit_sidecar.config.errors import KeyPath, dotted
 from ratelimit_sidecar.config.rules_checks import contradictions
-from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile, window_of
+from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RuleDefaults, RulesFile, window_of
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Window
-from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Rule, RuleNode, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Rule, RuleNode, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.wildcard import WILDCARD, WildcardSet
-
-
-@dataclass(frozen=True, slots=True)
-class RuleDefaults:
-    """What holds for a rule that does not say otherwise, and for a limit that a request brings.
-
-    Args:
-        consistency: how far buckets are shared.
-        window: how a limit is counted; None for a token bucket.
-    """
-
-    consistency: Consistency = Consistency.EVENTUAL
-    window: Window | None = None
 
 
 @dataclass(slots=True)
@@ -103,7 +90,7 @@ class TreeReader:
             self.problems += problems
             if not isinstance(item, YamlMap):
                 continue
-            self.problems += contradictions(item, self._document, at, self._defaults.window)
+            self.problems += contradictions(item, self._document, at, self._defaults)
             key, value = _text(item, "key"), _text(item, "value")
             if key and (key, value) in level.first:
                 self._duplicate(at, level.first[key, value])

@@ -11,10 +11,12 @@ from pathlib import Path
 from ratelimit_sidecar.config.document import Document, load
 from ratelimit_sidecar.config.environment import Completed, complete
 from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, KeyPath, Problem, dotted, quoted
+from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import refused, unread
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.yaml_data import YamlMap
+from ratelimit_sidecar.limiter.rules import Consistency
 
 __all__ = ["SidecarConfig", "load_sidecar_config"]
 
@@ -84,6 +86,7 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
             yield from unread(path)
     if config.xds is not None:
         yield from _of_xds(config, document, completed)
+    yield from _of_members(config, document)
 
 
 def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
@@ -101,6 +104,30 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
         if files[name] is None and files[other] is not None:
             fix = f"add it, or remove {other}"
             yield document.problem(("xds", "tls", name), "nothing", f"the {name} that belongs to xds.tls.{other}", fix)
+
+
+def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+    """What strict limits need to be shared safely."""
+    sync, is_strict = config.sync, config.engine is Consistency.STRICT
+    if sync.members is None:
+        if is_strict:
+            fix = "list in it the node ids of all sidecars that share limits"
+            yield document.problem(("engine",), "strict", "it beside sync.members", fix)
+        for key, is_given in (("epoch", sync.epoch > 1), ("previous_members", sync.previous_members is not None)):
+            if is_given:
+                found, fix = f"{key} without members", f"add members, or remove {key}"
+                yield document.problem(("sync", key), found, "sync.members beside it", fix)
+        return
+    if is_strict and config.algorithm != BUCKET_ALGORITHM:
+        found, fix = f"{config.algorithm} of strict limits", "remove it, or let CRDT_ENGINE be eventual"
+        yield document.problem(("algorithm",), found, f"{BUCKET_ALGORITHM}, which alone can be strict", fix)
+    if sync.epoch > 1 and sync.previous_members is None:
+        expected = f"the members of epoch {sync.epoch - 1}"
+        fix = "add them: without them this sidecar would use its new share beside others that still use their old ones"
+        yield document.problem(("sync", "previous_members"), "nothing", expected, fix)
+    if sync.epoch == 1 and sync.previous_members is not None:
+        fix = "let epoch be one more than it was with them"
+        yield document.problem(("sync", "previous_members"), "members before epoch 1", "an epoch above 1", fix)
 
 
 def _unreachable(path: Path, at: KeyPath, document: Document, expected: str) -> Iterator[Problem]:

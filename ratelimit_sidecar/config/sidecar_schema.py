@@ -17,10 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.environment import duration, flag, number, pairs, switch, text
-from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, window_of
-from ratelimit_sidecar.config.rules_tree import RuleDefaults
+from ratelimit_sidecar.config.errors import quoted
+from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, RuleDefaults, window_of
 from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
 from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
+from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
@@ -28,9 +29,16 @@ DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
 MAX_NAME_CHARS = 128
 MAX_RETRY_SECONDS = 3_600
 
+MAX_MEMBERS = 256
+MAX_MEMBER_BYTES = 255
+MAX_WEIGHT = 1_000_000
+MAX_EPOCH = 1_000_000_000
+"""Within what sidecars take of each other (replication/wire.py)."""
+
 _ENGINES = {
     "eventual": Consistency.EVENTUAL,
     "ubos": Consistency.EVENTUAL,
+    "strict": Consistency.STRICT,
     "local": Consistency.LOCAL,
 }
 
@@ -48,6 +56,27 @@ def _check_name(text: str) -> str:
     if not 1 <= len(text) <= MAX_NAME_CHARS or not text.isprintable() or " " in text:
         raise ValueError("not a name")
     return text
+
+
+def _check_members(members: dict[str, int]) -> dict[str, int]:
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise unexpected(f"1 to {MAX_MEMBERS} nodes")
+    for node, weight in members.items():
+        try:
+            is_name = len(_check_name(node).encode()) <= MAX_MEMBER_BYTES
+        except ValueError:
+            is_name = False
+        if not is_name:
+            expected = (
+                f"node ids, each 1 to {MAX_NAME_CHARS} printable characters without spaces, in {MAX_MEMBER_BYTES} bytes"
+                " at most"
+            )
+            raise unexpected(expected, f"correct {quoted(node)}")
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise unexpected(f"weights from 0 to {MAX_WEIGHT}", f"correct the one of {quoted(node)}")
+    if not any(members.values()):
+        raise unexpected("a weight above 0", "give at least one of them 1")
+    return members
 
 
 def _to_path(value: object) -> object:
@@ -80,8 +109,14 @@ RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a f
 Engine = Annotated[
     Consistency,
     BeforeValidator(_to_consistency),
-    Expected("eventual (also spelt ubos) or local", choices=tuple(_ENGINES), not_yet=("strict",)),
+    Expected("eventual (also spelt ubos), strict or local", choices=tuple(_ENGINES)),
 ]
+Members = Annotated[
+    dict[str, int],
+    Expected("a mapping of node ids to weights, whole numbers, as in a: 1"),
+    AfterValidator(_check_members),
+]
+Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCH), Expected(f"a whole number from 1 to {MAX_EPOCH}", of="plain")]
 Ratio = Annotated[float, BeforeValidator(_to_float), Field(ge=0, le=1), Expected("a number from 0 to 1", of="plain")]
 RetrySeconds = Annotated[
     float,
@@ -183,6 +218,17 @@ class SyncConfig(Section):
     peers: Annotated[tuple[PeerAddress, ...], Field(strict=False)] = Field(
         (), description="The `listen.sync` addresses of the other sidecars; this one itself may be among them."
     )
+    members: Members | None = Field(
+        None,
+        description="Who shares strict limits: every sidecar's `node.id`, this one's too, and its weight; the same on"
+        " all of them. A weight by the sum of all is the part of each limit that is the sidecar's own.",
+    )
+    epoch: Epoch = Field(1, description="Number of these members; one more with each change of them.")
+    previous_members: Members | None = Field(
+        None,
+        description="The members of the epoch before, while `epoch` is above 1. A node that leaves is stopped before"
+        " the new epoch is rolled out.",
+    )
 
 
 class ResponseHeadersConfig(Section):
@@ -257,14 +303,21 @@ class SidecarConfig(Section):
     )
     engine: Annotated[Engine, text("CRDT_ENGINE", only=True), ShownDefault("eventual")] = Field(
         Consistency.EVENTUAL,
-        description="How limits are shared: `eventual` (or `ubos`) over the whole mesh, `local` not at all: each"
-        " sidecar has every limit to itself. `consistency` of a rule wins.",
+        description="How limits are shared: `eventual` (or `ubos`) over the whole mesh; `strict` in shares that the"
+        " `sync.members` lend each other; `local` not at all: each sidecar has every limit to itself. `consistency` of"
+        " a rule wins.",
     )
 
     @property
     def rule_defaults(self) -> RuleDefaults:
         """What holds for rules that do not say otherwise."""
-        return RuleDefaults(self.engine, window_of(self.algorithm))
+        return RuleDefaults(self.engine, window_of(self.algorithm), has_members=self.sync.members is not None)
+
+    @property
+    def membership(self) -> Membership | None:
+        """Who shares strict limits; None when no limit can be strict."""
+        sync = self.sync
+        return None if sync.members is None else Membership(sync.epoch, sync.members, sync.previous_members)
 
     @property
     def settings(self) -> Settings:

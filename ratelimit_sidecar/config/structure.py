@@ -30,14 +30,12 @@ class Expected:
         of: "text" when a number found there only lacks its quotes, "plain" when text found there may only have quotes
             too many.
         choices: all it may be, for suggestions.
-        not_yet: what it will be able to be in a later release.
         or_else: the fix when nothing better is known about what was found.
     """
 
     text: str
     of: Literal["text", "plain", "choice"] = "choice"
     choices: tuple[str, ...] = ()
-    not_yet: tuple[str, ...] = ()
     or_else: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -54,8 +52,6 @@ class Expected:
             return f"write it in quotes: {quoted(source)}"
         if not isinstance(found, str):
             return self.or_else
-        if found in self.not_yet:
-            return f"{quoted(found)} is not yet available"
         if self.of == "plain" and found and not isinstance(resolve(found), str):
             return "remove the quotes"
         return did_you_mean(found, self.choices) or self.or_else

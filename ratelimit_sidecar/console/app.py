@@ -25,9 +25,10 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import FORMS, decode_bucket_key, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.telemetry.exposition import encode_registry
@@ -45,6 +46,7 @@ class Sources:
 
     Args:
         peers: called once a request.
+        membership: the same; gives None when no limit can be strict.
         missing: what the sidecar still waits for before it answers, in words; empty when it does.
         now_us: the clock of the decisions.
         reloader: of the limiter's rules.
@@ -56,6 +58,7 @@ class Sources:
     limiter: Limiter
     registry: CollectorRegistry
     peers: Callable[[], Sequence[PeerStatus]]
+    membership: Callable[[], MembershipStatus | None]
     missing: Callable[[], Sequence[str]]
     now_us: Callable[[], int]
     reloader: Reloader
@@ -75,7 +78,9 @@ def create_app(sources: Sources) -> ASGIApp:
 class _Console:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        self._pager = BucketPager(sources.limiter.store)
+        limiter = sources.limiter
+        # An empty ledger is false.
+        self._pager = BucketPager(limiter.store, () if limiter.ledger is None else limiter.ledger)
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
@@ -151,20 +156,26 @@ class _Console:
         limiter = self._sources.limiter
         page = await self._pager.page(after, limit, prefixes)
         now_us = self._sources.now_us()
+        strict_us = now_us - limiter.jumped_us
         return JSONResponse(
             {
-                "active": len(limiter.store),
-                "buckets": [describe_bucket(bucket, limiter.rules, now_us) for bucket in page.buckets],
+                "active": len(limiter.store) + len(limiter.ledger or ()),
+                "buckets": [
+                    describe_bucket(bucket, limiter.rules, strict_us if isinstance(bucket, StrictBucket) else now_us)
+                    for bucket in page.buckets
+                ],
                 "next": _cursor(page.buckets[-1].key) if page.more else None,
             }
         )
 
     async def peers(self, request: Request) -> Response:
         _no_query(request)
+        membership = self._sources.membership()
         return JSONResponse(
             {
                 "node": self._sources.node,
                 "region": self._sources.region,
+                "membership": None if membership is None else asdict(membership),
                 "peers": [
                     {**asdict(peer), "protocol_errors": dict(peer.protocol_errors)} for peer in self._sources.peers()
                 ],

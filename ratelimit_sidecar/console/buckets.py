@@ -1,21 +1,24 @@
-"""The buckets of a store, page by page in the order of their keys, while requests are decided in between.
+"""All buckets in memory, page by page in the order of their keys, while requests are decided in between.
 
 A cursor is the last key of the page before, and a page holds the next greater ones. So the server keeps nothing between
 pages, and a bucket that is there from the first page to the last is listed exactly once, whatever comes and goes
-meanwhile. The price is a pass over the store for each page, since a dict has no order to seek in. The pass goes in
-slices of `SLICE_BUCKETS`, over a list of references that lives as long as the request (8 bytes a bucket; taking
-it is the one step that grows with the store: 2 to 4 ms per 100,000 buckets) and only one request at a time makes one.
+meanwhile. The price is a pass over all buckets for each page, since a dict has no order to seek in. The pass goes in
+slices of `SLICE_BUCKETS`, over a list of references that lives as long as the request (8 bytes a bucket; taking it is
+the one step that grows with their number: 2 to 4 ms per 100,000 buckets) and only one request at a time makes one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple, TypedDict
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.shares import PARTS
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import (
     EXACT,
     KEY_ONLY,
@@ -51,14 +54,14 @@ class Page(NamedTuple):
 
 
 class BucketPager:
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, *stores: Iterable[Bucket]) -> None:
+        self._stores = stores
         self._one_pass = asyncio.Lock()
 
     async def page(self, after: bytes, limit: int, prefixes: tuple[bytes, ...] = (b"",)) -> Page:
         """The first `limit` buckets whose key is greater than `after` and begins with one of `prefixes`."""
         async with self._one_pass:
-            buckets = list(self._store)
+            buckets = list(chain(*self._stores))
             first: list[Bucket] = []
             for start in range(0, len(buckets), SLICE_BUCKETS):
                 found = [
@@ -92,13 +95,16 @@ class BucketDescription(TypedDict):
     """Tokens taken beyond the limit."""
     full_in_seconds: float
     replicated: bool
+    share: float | None
+    """Of a strict limit the part that this node uses now: its own, less what is lent, and what is borrowed. What
+    remains and is owed is of that part."""
     origins: int
     """Replicas, present and past lives of them, with consumption inside the horizon."""
     slots: int
 
 
 def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescription:
-    """A bucket as it is at `now_us`."""
+    """A bucket as it is at `now_us`, by its own clock."""
     bucket.advance(now_us)
     _, domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
@@ -111,6 +117,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescript
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
+        "share": bucket.share / PARTS if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }

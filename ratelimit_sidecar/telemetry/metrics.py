@@ -68,6 +68,23 @@ class Replication(Protocol):
         """Buckets that peers told of and no replicated rule here knows."""
 
 
+class MembershipStatus(Protocol):
+    """What is read of who shares strict limits (`ratelimit_sidecar.replication.status.MembershipStatus`)."""
+
+    @property
+    def home_share(self) -> float: ...
+    @property
+    def settled(self) -> bool: ...
+    @property
+    def conflicts(self) -> Sequence[str]: ...
+    @property
+    def buckets(self) -> int: ...
+    @property
+    def loans_granted(self) -> int: ...
+    @property
+    def loans_received(self) -> int: ...
+
+
 class RulesStatus(Protocol):
     """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
 
@@ -93,6 +110,7 @@ class Sources:
         request_errors: requests refused, by reason.
         replication: None when this node has no mesh.
         rules: None when the rules never change.
+        membership: called once a scrape; gives None when no limit can be strict.
     """
 
     node: str
@@ -103,6 +121,7 @@ class Sources:
     request_errors: Mapping[str, int]
     replication: Replication | None = None
     rules: RulesStatus | None = None
+    membership: Callable[[], MembershipStatus | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +137,7 @@ class Snapshot:
     sources: Sources
     rules: Sequence[tuple[str, str, RuleCounts]]
     peers: Mapping[str, PeerStatus]
+    membership: MembershipStatus | None
 
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -200,6 +220,27 @@ def _read_unknown_keys(at: Snapshot) -> Iterator[Sample]:
         yield "", (at.sources.region,), at.sources.replication.unknown_keys
 
 
+def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
+    limiter = at.sources.limiter
+    decisions = dict.fromkeys(_configured(limiter.rules), 0) | limiter.overflow_decisions
+    for labels, count in decisions.items():
+        yield "", labels, count
+
+
+def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        if at.membership is not None:
+            yield "", (at.sources.region,), value(at.membership)
+
+    return read
+
+
+def _read_loans(at: Snapshot) -> Iterator[Sample]:
+    if at.membership is not None:
+        yield "", (at.sources.region, "granted"), at.membership.loans_granted
+        yield "", (at.sources.region, "received"), at.membership.loans_received
+
+
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
     for reason, count in at.sources.request_errors.items():
         yield "", (reason,), count
@@ -239,6 +280,13 @@ METRICS: tuple[Definition, ...] = (
         (*_RULE, "code"),
         "Descriptors decided, by rule and code (OK, OVER_LIMIT); rule is empty where no rule limits the descriptor.",
         _read_decisions,
+    ),
+    Definition(
+        "ratelimit_overflow_decisions_total",
+        "counter",
+        _RULE,
+        "Descriptors decided by the bucket that a rule's new keys share while there are crdt_buckets_limit of them.",
+        _read_overflow_decisions,
     ),
     Definition(
         "ratelimit_request_errors_total",
@@ -330,6 +378,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Active buckets in memory: not full, or with consumption inside the horizon.",
         lambda at: [("", (at.sources.region,), len(at.sources.limiter.store))],
+    ),
+    Definition(
+        "crdt_buckets_limit",
+        "gauge",
+        ("region",),
+        "Buckets from which on new keys get none of their own (max_buckets).",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.max_buckets)],
+    ),
+    Definition(
+        "crdt_refused_keys_total",
+        "counter",
+        ("region",),
+        "Times a peer told of a key that had no bucket here, when there was no room for one: it was not kept.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.refused_keys)],
     ),
     Definition(
         "crdt_buckets_evicted_total",
@@ -429,6 +491,41 @@ METRICS: tuple[Definition, ...] = (
         "Buckets that peers told of and no replicated rule here knows: the nodes' rules differ.",
         _read_unknown_keys,
     ),
+    Definition(
+        "ratelimit_strict_home_share",
+        "gauge",
+        ("region",),
+        "Part of each strict limit that is this node's own now, before loans, 0 to 1; absent without sync.members.",
+        _read_membership(lambda membership: membership.home_share),
+    ),
+    Definition(
+        "ratelimit_strict_membership_settled",
+        "gauge",
+        ("region",),
+        "1 while the home share is what sync.members gives; 0 after a start, or until all members show the epoch.",
+        _read_membership(lambda membership: membership.settled),
+    ),
+    Definition(
+        "ratelimit_strict_membership_conflicts",
+        "gauge",
+        ("region",),
+        "Nodes that show other members under the same epoch; while there are any, the smaller share is used.",
+        _read_membership(lambda membership: len(membership.conflicts)),
+    ),
+    Definition(
+        "ratelimit_strict_buckets",
+        "gauge",
+        ("region",),
+        "Strict buckets in memory: not full, lent or borrowed, or lately so.",
+        _read_membership(lambda membership: membership.buckets),
+    ),
+    Definition(
+        "ratelimit_strict_loans_total",
+        "counter",
+        ("region", "direction"),
+        "Loans of shares of strict limits, renewals included: granted to peers, or received from them.",
+        _read_loans,
+    ),
 )
 
 
@@ -478,7 +575,7 @@ def _take_snapshot(sources: Sources) -> Snapshot:
     limiter = sources.limiter
     counts = _configured(limiter.rules) | limiter.counts
     rules = [(domain, rule, of_rule) for (domain, rule), of_rule in counts.items()]
-    return Snapshot(sources, rules, _by_label(sources.peers()))
+    return Snapshot(sources, rules, _by_label(sources.peers()), sources.membership())
 
 
 def _configured(rules: Rules) -> dict[tuple[str, str], RuleCounts]:

@@ -171,3 +171,19 @@ def test_without_a_configuration_rules_of_the_environment_are_not_read(monkeypat
     write("b.yaml", GOOD.format(domain="b"))
     monkeypatch.setattr("os.environ", {"RUNTIME_ROOT": "data"})
     assert check("b.yaml").output == "1 file, 1 domain, 1 rule: no problems\n"
+
+
+STRICT = """\
+domain: d
+descriptors: [{key: a, consistency: strict, rate_limit: {unit: day, requests_per_unit: 1}}]
+"""
+
+
+def test_strict_rules_are_only_blamed_for_missing_members_where_a_configuration_could_have_them() -> None:
+    write("rules.yaml", STRICT)
+    write("sidecar.yaml", "node: {id: a}")
+    write("strict.yaml", "sync: {members: {a: 1}}")
+    assert check("rules.yaml").exit_code == check("rules.yaml", "--config", "strict.yaml").exit_code == 0
+    blamed = check("rules.yaml", "--config", "sidecar.yaml")
+    assert blamed.exit_code == 1
+    assert "sync.members" in blamed.output

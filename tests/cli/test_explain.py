@@ -443,3 +443,15 @@ def test_any_descriptor_is_one_or_a_bad_line(descriptor: object) -> None:
 def test_any_bytes_are_a_request_or_a_bad_line(line: bytes) -> None:
     with contextlib.suppress(BadLine):
         parse_line(line)
+
+
+def test_a_strict_rule_is_explained_without_the_members_that_share_it(tmp_path: Path) -> None:
+    explained = Explain(tmp_path)
+    explained.rules.write_text(
+        "domain: d\ndescriptors: [{key: a, consistency: strict, rate_limit: {unit: day, requests_per_unit: 7}}]\n"
+    )
+    assert "7" in explained.text("d", "a=b")
+    (tmp_path / "sidecar.yaml").write_text("node: {id: a}")
+    refused = explained.run("--config", str(tmp_path / "sidecar.yaml"), "d", "a=b")
+    assert refused.exit_code == 2
+    assert "sync.members" in refused.stderr

@@ -145,10 +145,11 @@ def test_broken_yaml_is_told_with_its_place_and_where_to_look(tmp_path: Path) ->
         (f"{{key: a, {BUCKET}, algorithm: token-bucket}}", '3:52: descriptors[0].algorithm: found "token-bucket",'
          f' {ALGORITHMS}; did you mean "token_bucket"?'),
         (f"{{key: a, {DAILY}, algorithm: 5}}", f"3:61: descriptors[0].algorithm: found 5, {ALGORITHMS}"),
-        (f"{{key: a, {DAILY}, consistency: strict}}", '3:61: descriptors[0].consistency: found "strict", expected'
-         ' eventual or local; "strict" is not yet available'),
+        (f"{{key: a, {DAILY}, consistency: strict}}", "3:61: descriptors[0].consistency: found strict, expected it"
+         " where the configuration of the sidecar has sync.members; list there who shares the limit, or let consistency"
+         " be eventual"),
         (f"{{key: a, {DAILY}, consistency: locale}}", '3:61: descriptors[0].consistency: found "locale", expected'
-         ' eventual or local; did you mean "local"?'),
+         ' one of eventual, strict, local; did you mean "local"?'),
         (f"{{key: a, {DAILY}, max_debt: 0}}",
          "3:61: descriptors[0].max_debt: found 0, expected a whole number from 1 to 1024"),
         (f"{{key: a, {DAILY}, max_debt: 1025}}",

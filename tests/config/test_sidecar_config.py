@@ -155,17 +155,17 @@ def test_region_comes_from_the_environment_unless_the_file_has_it(tmp_path: Path
     [
         (
             {"CRDT_ENGINE": "strict"},
-            'environment: CRDT_ENGINE: found "strict", expected eventual (also spelt ubos) or local; "strict" is not'
-            " yet available",
+            'environment: CRDT_ENGINE: found "strict", expected it beside sync.members; list in it the node ids of all'
+            " sidecars that share limits",
         ),
         (
             {"CRDT_ENGINE": "foo"},
-            'environment: CRDT_ENGINE: found "foo", expected eventual (also spelt ubos) or local',
+            'environment: CRDT_ENGINE: found "foo", expected eventual (also spelt ubos), strict or local',
         ),
         (
             {"CRDT_ENGINE": "Eventual"},
-            'environment: CRDT_ENGINE: found "Eventual", expected eventual (also spelt ubos) or local; did you mean'
-            ' "eventual"?',
+            'environment: CRDT_ENGINE: found "Eventual", expected eventual (also spelt ubos), strict or local; did you'
+            ' mean "eventual"?',
         ),
         ({"REGION": "two words"}, f'environment: REGION: found "two words", {NAME}'),
     ],

@@ -174,6 +174,7 @@ async def json_client(stage: Stage) -> AsyncIterator[Ask]:
                 limiter=limiter,
                 registry=CollectorRegistry(),
                 peers=list,
+                membership=lambda: None,
                 missing=list,
                 now_us=lambda: START_US,
                 reloader=Reloader(limiter.use_rules, lambda: START_US, "files", limiter.rules),

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from ratelimit_sidecar.console.app import Sources, create_app
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.services.ratelimit import RateLimitService
@@ -37,6 +37,7 @@ class Console:
     ) -> None:
         self.limiter = limiter or small_limiter()
         self.peers: Sequence[PeerStatus] = [peer()]
+        self.membership: MembershipStatus | None = None
         self.missing: list[str] = []
         self.now_us = NOW_US
         self.reloader = Reloader(
@@ -50,6 +51,7 @@ class Console:
                 limiter=self.limiter,
                 registry=self._registry(),
                 peers=lambda: self.peers,
+                membership=lambda: self.membership,
                 missing=lambda: self.missing,
                 now_us=lambda: self.now_us,
                 reloader=self.reloader,

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 from console.small_console import Console
-from observed import NOW_US, TWO_A_MINUTE, request, small_limiter, small_rules
+from observed import NOW_US, TWO_A_MINUTE, membership, request, small_limiter, small_rules, strict_limiter
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -110,6 +110,33 @@ async def test_peers_are_listed_with_all_that_is_known_of_them() -> None:
     ]
 
 
+async def test_who_shares_strict_limits_is_shown_beside_the_peers() -> None:
+    console = Console()
+    assert (await console.get("/peers")).json()["membership"] is None
+    console.membership = membership()
+    assert (await console.get("/peers")).json()["membership"] == {
+        "epoch": 3,
+        "home_share": 0.25,
+        "settled": True,
+        "conflicts": ["eu-1"],
+        "buckets": 7,
+        "loans_granted": 11,
+        "loans_received": 13,
+    }
+
+
+async def test_a_strict_bucket_is_shown_as_the_part_of_it_that_this_node_has() -> None:
+    console = Console(strict_limiter())
+    console.limiter.decide(request(("tenant", "acme")), NOW_US)
+    # A step of the wall clock refills nothing.
+    console.limiter.jumped_us = 3_600_000_000
+    console.now_us = NOW_US + console.limiter.jumped_us + 15_000_000
+    body = (await console.get("/buckets?domain=edge")).json()
+    [bucket] = body["buckets"]
+    assert (body["active"], bucket["rule"], bucket["capacity"]) == (1, "edge.tenant", 2)
+    assert (bucket["share"], bucket["remaining"], bucket["full_in_seconds"]) == (0.5, 0, 45.0)
+
+
 async def test_a_bucket_is_shown_in_words_and_tokens() -> None:
     console = Console()
     console.limiter.decide(request(("tenant", "acme"), hits=2), NOW_US)
@@ -124,6 +151,7 @@ async def test_a_bucket_is_shown_in_words_and_tokens() -> None:
             "debt": 0,
             "full_in_seconds": 45.0,
             "replicated": True,
+            "share": None,
             "origins": 1,
             "slots": 1,
         }
@@ -231,6 +259,7 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
         limiter=console.limiter,
         registry=CollectorRegistry(),
         peers=broken,
+        membership=lambda: None,
         missing=list,
         now_us=lambda: NOW_US,
         reloader=console.reloader,

@@ -12,9 +12,11 @@ import grpc
 import grpc.aio
 import pytest
 from replication.builders import PAIR, PER_PLAN, SIT_OUT_US, bucket_of, frame, key_of, ledger_of, node, store_of, take
+from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
 from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import mesh
 from ratelimit_sidecar.replication.lending import Lending
@@ -458,6 +460,24 @@ async def test_a_node_in_want_borrows_over_the_mesh_what_another_one_has_to_spar
         assert bucket.take(80, now_us())
         statuses = [each.mesh.membership_status() for each in (a, b)]
         assert [status and (status.loans_received, status.loans_granted) for status in statuses] == [(1, 0), (0, 1)]
+
+
+async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_share() -> None:
+    ledger = ledger_of("b", Membership(1, {"a": 1, "b": 3}), now_us() - 2 * SIT_OUT_US)
+    with capture_logs() as logs:
+        async with (
+            sidecar("a", lending=lending_of("a")) as a,
+            sidecar("b", listen=None, peers=[address_of(a)], lending=Lending(ledger, now_us)) as b,
+        ):
+            await a.connected_to("b")
+            await b.connected_to("a")
+            for each, peer in ((a, "b"), (b, "a")):
+                status = each.mesh.membership_status()
+                assert status is not None
+                assert status.conflicts == (peer,)
+                assert status.home_share == (0.25 if each is a else 0.5)
+    warned = [log for log in logs if log["event"] == "peer_shows_other_members"]
+    assert sorted(log["peer"] for log in warned) == ["a", "b"]
 
 
 async def test_a_node_without_strict_limits_has_no_membership() -> None:

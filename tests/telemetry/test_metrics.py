@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass, field
 
 import pytest
-from observed import NOW_US, TWO_A_MINUTE, peer, request, small_limiter
+from observed import NOW_US, TWO_A_MINUTE, membership, peer, request, small_limiter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -37,7 +37,7 @@ class Reloads:
     trouble: str = ""
 
 
-def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=None) -> Sources:
+def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None) -> Sources:
     return Sources(
         node="us-1",
         region="us-east-1",
@@ -47,6 +47,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         request_errors=request_errors or {},
         replication=Mesh(),
         rules=rules or Reloads(),
+        membership=lambda: shared,
     )
 
 
@@ -57,7 +58,7 @@ def busy_sources() -> Sources:
         limiter.decide(request(("tenant", "acme"), ("plan", "gold"), ("nothing", "limits this")), NOW_US)
     latency = LatencyHistogram()
     latency.observe(30_000)
-    return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency)
+    return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership())
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
@@ -187,6 +188,19 @@ def test_replication_counters_are_shown_by_peer_and_reason() -> None:
     assert sample(registry, "crdt_peer_protocol_errors_total", **of_peer, reason="malformed") == 1
     assert sample(registry, "crdt_protocol_errors_total", region="us-east-1", reason="malformed") == 4
     assert sample(registry, "crdt_unknown_keys_total", region="us-east-1") == 6
+
+
+def test_who_shares_strict_limits_is_shown() -> None:
+    registry = create_registry(busy_sources())
+    for name, value in {"home_share": 0.25, "membership_settled": 1, "membership_conflicts": 1, "buckets": 7}.items():
+        assert sample(registry, f"ratelimit_strict_{name}", region="us-east-1") == value, name
+    for direction, value in {"granted": 11, "received": 13}.items():
+        assert sample(registry, "ratelimit_strict_loans_total", region="us-east-1", direction=direction) == value
+
+
+def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
+    registry = create_registry(sources())
+    assert b"ratelimit_strict_home_share{" not in generate_latest(registry)
 
 
 def test_request_errors_and_the_build_are_shown() -> None:
