@@ -1,9 +1,9 @@
 """Wall-clock microseconds that never step back, for slots that replicas on other machines must recognise.
 
-Anchored to the wall clock at start and carried by the monotonic clock; `slew` then closes the gap to the wall clock
-by at most `MAX_SLEW_PER_SECOND_US` in a second, so a stepped or wandering system clock neither refills a bucket at
-once nor stops its refill. A suspended machine's monotonic clock stands still: the gap is large then, and is closed
-forward in one step.
+Anchored to the wall clock at start and carried by Linux's CLOCK_BOOTTIME, which goes on while the machine is suspended:
+a loan of a strict limit ends in time then, too. `slew` closes the gap to the wall clock by at most
+`MAX_SLEW_PER_SECOND_US` in a second, so a stepped or wandering system clock neither refills a bucket at once nor stops
+its refill. Only a wall clock far ahead, which was wrong when this process started, is followed in one step.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ MAX_SLEW_PER_SECOND_US = 5_000
 """0.5 %: ten times what NTP itself slews, and still within what P3 promises of the rate."""
 
 JUMP_US = 10_000_000
-"""A wall clock this far ahead was asleep or wrong at the start: waiting for the slew would take half an hour."""
+"""A wall clock this far ahead was wrong at the start: waiting for the slew would take half an hour."""
 
 
 class Clock:
     """Call `slew` about once a second."""
 
     def __init__(self) -> None:
-        self._offset_us = time.time_ns() // 1_000 - time.monotonic_ns() // 1_000
-        self._slewed_at_us = time.monotonic_ns() // 1_000
+        self._offset_us = time.time_ns() // 1_000 - _steady_us()
+        self._slewed_at_us = _steady_us()
 
     def now_us(self) -> int:
         """Microseconds since the epoch; never less than at the call before."""
-        return self._offset_us + time.monotonic_ns() // 1_000
+        return self._offset_us + _steady_us()
 
     def slew(self) -> int:
         """Move towards the wall clock by what has become allowed since the last call.
@@ -34,7 +34,7 @@ class Clock:
         Returns:
             The gap before the move, in microseconds: positive when the wall clock was ahead.
         """
-        mono_us = time.monotonic_ns() // 1_000
+        mono_us = _steady_us()
         gap_us = time.time_ns() // 1_000 - mono_us - self._offset_us
         elapsed_us = mono_us - self._slewed_at_us
         self._slewed_at_us = mono_us
@@ -45,3 +45,7 @@ class Clock:
         allowed_us = elapsed_us * MAX_SLEW_PER_SECOND_US // 1_000_000
         self._offset_us += max(-allowed_us, min(gap_us, allowed_us))
         return gap_us
+
+
+def _steady_us() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000

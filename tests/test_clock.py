@@ -12,18 +12,22 @@ from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, Clock
 class SystemClock:
     def __init__(self) -> None:
         self.wall_us = 1_790_000_000_000_000
-        self.monotonic_us = 5_000_000
+        self.boottime_us = 5_000_000
+
+    def boottime_ns(self, clock: int) -> int:
+        assert clock == time.CLOCK_BOOTTIME
+        return self.boottime_us * 1_000
 
     def pass_time(self, elapsed_us: int) -> None:
         self.wall_us += elapsed_us
-        self.monotonic_us += elapsed_us
+        self.boottime_us += elapsed_us
 
 
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch) -> SystemClock:
     system = SystemClock()
     monkeypatch.setattr(time, "time_ns", lambda: system.wall_us * 1_000)
-    monkeypatch.setattr(time, "monotonic_ns", lambda: system.monotonic_us * 1_000)
+    monkeypatch.setattr(time, "clock_gettime_ns", system.boottime_ns)
     return system
 
 
@@ -57,8 +61,16 @@ def test_a_step_forward_is_slewed_too(system: SystemClock) -> None:
     assert clock.now_us() == system.wall_us
 
 
-def test_after_a_suspended_machine_wakes_up_the_time_is_right_at_once(system: SystemClock) -> None:
+def test_a_suspended_machine_loses_no_time(system: SystemClock) -> None:
+    """CLOCK_BOOTTIME went on, so there is no gap to close, and strict buckets see no step."""
+    clock = Clock()
+    system.pass_time(3_600_000_000)
+    assert clock.now_us() == system.wall_us
+    assert clock.slew() == 0
+
+
+def test_a_wall_clock_that_was_far_behind_at_the_start_is_followed_in_one_step(system: SystemClock) -> None:
     clock = Clock()
     system.wall_us += 3_600_000_000 + JUMP_US
-    clock.slew()
+    assert clock.slew() == 3_600_000_000 + JUMP_US
     assert clock.now_us() == system.wall_us

@@ -112,8 +112,14 @@ class Loans:
         self.bucket.take_back(borrower, returned, now_us)
 
     def lost(self, peer: str) -> None:
-        """The peer cannot be reached: no answer is coming."""
-        self._lenders.pop(peer, None)
+        """The peer cannot be reached: no answer is coming.
+
+        Its asks go on being numbered from the last: a grant with a number that was passed is not used, and a return
+        that is still on its way must not be taken for one of the loans after it.
+        """
+        known = self._lenders.get(peer)
+        if known is not None:
+            self._lenders[peer] = _Lender(known.number)
         self._wanted.pop(peer, None)
 
     def _returns(self, lacking: int, now_us: int) -> dict[str, Return]:
@@ -157,13 +163,12 @@ class Loans:
         if not parts:
             return False
         known = self._lenders.get(lender)
-        if known is not None and known.is_open and now_us - known.asked_us < ASK_AGAIN_US:
+        if known is not None and now_us - known.asked_us < (ASK_AGAIN_US if known.is_open else ASK_MORE_US):
             return False
         held = self.bucket.borrowed_from(lender)
         if held and self.bucket.loan_ends_in_us(lender) <= RENEW_US:
             return True
-        wants_more = parts - held >= (PARTS >> SLACK_SHIFT if held else 1)
-        return wants_more and (known is None or now_us - known.asked_us >= ASK_MORE_US)
+        return parts - held >= (PARTS >> SLACK_SHIFT if held else 1)
 
     def _next_ask(self, lender: str, parts: int, now_us: int) -> Ask:
         known = self._lenders.setdefault(lender, _Lender(number=self.first_number))

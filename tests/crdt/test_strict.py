@@ -323,6 +323,21 @@ def test_an_answer_to_an_ask_of_a_former_life_is_not_used() -> None:
     assert ask.number == 1_001
 
 
+def test_after_the_way_to_a_lender_was_lost_asks_are_numbered_on_and_the_first_grant_is_used() -> None:
+    cluster = StrictCluster(PER_SECOND_100, nodes=("a", "b"), delay_us=10_000)
+    cluster.run(SIT_OUT_US + 2 * SECOND_US)
+    cluster.demand("a", 1_000, 20 * SECOND_US)
+    cluster.run(12 * SECOND_US)
+    cluster.cut = {frozenset("ab")}
+    for node, peer in ("ab", "ba"):
+        cluster.replicas[node].loans.lost(peer)
+    cluster.run(LOAN_US)
+    assert cluster.replicas["a"].bucket.borrowed_from("b") == 0
+    cluster.cut.clear()
+    cluster.run(SECOND_US)
+    assert cluster.replicas["a"].bucket.borrowed_from("b") > 0
+
+
 def test_a_region_without_demand_gives_back_what_it_borrowed() -> None:
     cluster = StrictCluster(PER_SECOND_100, delay_us=10_000)
     cluster.run(SIT_OUT_US + 2 * SECOND_US)
