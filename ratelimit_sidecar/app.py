@@ -55,7 +55,7 @@ JOIN_SECONDS = 3.0
 SWEEP_SECONDS = 0.01
 SWEEP_PASS_SECONDS = 60.0
 SWEEP_LEAST = 10
-"""Every 10 ms so many buckets are looked at that all have been within a minute: 167 of a million, half a millisecond."""
+"""Every 10 ms so many buckets are looked at that all have been within a minute: 167 of a million, in half a ms."""
 
 SLEW_SECONDS = 1.0
 

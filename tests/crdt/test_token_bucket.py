@@ -394,3 +394,22 @@ def test_the_base_of_a_peer_that_heard_the_same_and_sealed_earlier_or_later_chan
     before = here.fold(later_us)
     here.merge_base(there.base, later_us)
     assert here.fold(later_us) == before == there.fold(later_us)
+
+
+@given(limits, takes, takes, st.integers(-500_000, 500_000))
+def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(limit: Limit, ours, theirs, skew_us: int) -> None:
+    """Beside the one slot's refill that placing by slots costs anyway; here in tokens times `period_us`."""
+    limit = unforgiving(limit)
+    here = TokenBucket(b"k", limit, HERE, NOW_US)
+    there = TokenBucket(b"k", limit, THERE, NOW_US + skew_us)
+    events = []
+    for bucket, history, ahead_us in ((here, ours, 0), (there, theirs, skew_us)):
+        now_us = NOW_US
+        for gap_us, hits in history:
+            now_us += gap_us % 120_000
+            if bucket.take(hits, now_us + ahead_us):
+                events.append((now_us, hits))
+    heard_us = NOW_US + 7_200_000
+    here.merge(list(there.entries()), heard_us)
+    ideal = deficit_by_formula(events, limit, heard_us)
+    assert abs(here.deficit - ideal) <= slot_refill(limit) + abs(skew_us) * limit.tokens

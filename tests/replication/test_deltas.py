@@ -217,3 +217,23 @@ def test_whatever_parses_is_applied_or_refused(raw: bytes) -> None:
 
 def test_the_largest_key_fits_into_a_frame() -> None:
     assert MAX_KEY_BYTES < MAX_FRAME_BYTES // 2
+
+
+@pytest.mark.parametrize(
+    "limit", [Limit(1_000, 1_000_000, 1_000), Limit(10, 1_000_000, 100), Limit(20, 60_000_000, 20)]
+)
+def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_kilobyte(limit: Limit) -> None:
+    regions = [Origin(node, 2**63 + 1) for node in ("us-east-1-a", "eu-west-2-a", "ap-southeast-1-a")]
+    buckets = [TokenBucket(KEY, limit, region, NOW_US, []) for region in regions]
+    now_us = NOW_US
+    while now_us < NOW_US + 2 * limit.horizon_us:
+        now_us += limit.period_us // limit.tokens + 1
+        for bucket in buckets:
+            bucket.take(1, now_us)
+    told, *others = buckets
+    for other in others:
+        told.merge(list(other.entries()), now_us)
+    told.seal(now_us)
+    writer = DeltasWriter(regions[0])
+    writer.add(told, told.telling_base, list(told.entries()))
+    assert len(writer.frame.SerializeToString()) < 1_000
