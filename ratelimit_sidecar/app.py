@@ -32,6 +32,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.key import is_of_rule_alone
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.lending import Lending
@@ -98,7 +99,7 @@ class Sidecar:
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
-        self._limiter = Limiter(rules, origin, config.settings, ledger)
+        self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
         self._reloader = Reloader(
             self._limiter.use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
         )
@@ -263,8 +264,15 @@ class Sidecar:
             if left <= 0:
                 left = len(buckets)
                 step = max(SWEEP_LEAST, ceil(left / steps))
+                self._warn_when_full(buckets)
             left -= step
             buckets.sweep(now_us(), step)
+
+    def _warn_when_full(self, buckets: Store | Ledger) -> None:
+        """Once a pass: what overflows is counted, and shown in the metrics."""
+        if len(buckets) >= buckets.max_buckets:
+            overflowed = sum(self._limiter.overflow_decisions.values())
+            _log.warning("buckets_full", max_buckets=buckets.max_buckets, overflow_decisions=overflowed)
 
     async def _slew(self) -> None:
         while True:
@@ -299,7 +307,14 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
     if config.membership is None:
         return None
     shares = Shares(config.membership, origin.node, now_us)
-    return Ledger(shares, origin, rules.strict_limit_of_key, secrets.randbelow(MAX_FIRST_NUMBER))
+    return Ledger(
+        shares,
+        origin,
+        rules.strict_limit_of_key,
+        secrets.randbelow(MAX_FIRST_NUMBER),
+        max_buckets=config.max_buckets,
+        has_room_always=is_of_rule_alone,
+    )
 
 
 def _rules_files(config: SidecarConfig) -> RulesFiles:

@@ -22,6 +22,7 @@ from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, F
 from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
 from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
 from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
 from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
@@ -32,6 +33,7 @@ MAX_RETRY_SECONDS = 3_600
 MAX_MEMBERS = 256
 MAX_MEMBER_BYTES = 255
 MAX_WEIGHT = 1_000_000
+MAX_BUCKETS = 100_000_000
 MAX_EPOCH = 1_000_000_000
 """Within what sidecars take of each other (replication/wire.py)."""
 
@@ -117,6 +119,9 @@ Members = Annotated[
     AfterValidator(_check_members),
 ]
 Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCH), Expected(f"a whole number from 1 to {MAX_EPOCH}", of="plain")]
+MaxBuckets = Annotated[
+    int, Field(ge=1, le=MAX_BUCKETS), Expected(f"a whole number from 1 to {MAX_BUCKETS}", of="plain")
+]
 Ratio = Annotated[float, BeforeValidator(_to_float), Field(ge=0, le=1), Expected("a number from 0 to 1", of="plain")]
 RetrySeconds = Annotated[
     float,
@@ -296,6 +301,11 @@ class SidecarConfig(Section):
     sync: SyncConfig = Field(default_factory=SyncConfig, description="The mesh of sidecars that share their limits.")
     bucket: BucketConfig | None = Field(
         None, description="A bucket for every descriptor that no rule matches; without it those are not limited."
+    )
+    max_buckets: MaxBuckets = Field(
+        DEFAULT_MAX_BUCKETS,
+        description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. Above it new"
+        " keys of a rule share one bucket, until there is room again; no live bucket is forgotten.",
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,

@@ -14,6 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.lending import Loans
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
@@ -34,9 +35,21 @@ class Ledger:
     """Args:
     limit_of_key: asked when a peer wants to borrow of a key that has no bucket here yet.
     first_number: for the numbers of asks; random, 0 to 2**31.
+    max_buckets: as in `crdt.store`; so is `has_room_always`.
     """
 
-    def __init__(self, shares: Shares, origin: Origin, limit_of_key: LimitOfKey, first_number: int) -> None:
+    def __init__(
+        self,
+        shares: Shares,
+        origin: Origin,
+        limit_of_key: LimitOfKey,
+        first_number: int,
+        *,
+        max_buckets: int = DEFAULT_MAX_BUCKETS,
+        has_room_always: Callable[[bytes], bool] = lambda _key: False,
+    ) -> None:
+        self.max_buckets = max_buckets
+        self._has_room_always = has_room_always
         self.shares = shares
         self.limit_of_key = limit_of_key
         self._origin = origin
@@ -59,9 +72,14 @@ class Ledger:
 
         Args:
             now_us: see `crdt.strict` for the clock.
+
+        Raises:
+            StoreFull: there is none, and no room for one.
         """
         loans = self._loans.get(key)
         if loans is None:
+            if len(self._loans) >= self.max_buckets and not self._has_room_always(key):
+                raise StoreFull
             return self._make(key, limit, now_us).bucket
         bucket = loans.bucket
         if bucket.limit is not limit and bucket.limit != limit:
@@ -104,7 +122,7 @@ class Ledger:
         """Lend to a peer.
 
         Returns:
-            None when no strict rule here knows the key.
+            None when no strict rule here knows the key, or there is no room for its bucket.
 
         Raises:
             ValueError: not a bucket's name.
@@ -150,7 +168,10 @@ class Ledger:
         limit = self.limit_of_key(key)
         if not isinstance(limit, Limit):
             return None
-        self.bucket(key, limit, now_us)
+        try:
+            self.bucket(key, limit, now_us)
+        except StoreFull:
+            return None
         return self._loans[key]
 
     def _make(self, key: bytes, limit: Limit, now_us: int) -> Loans:

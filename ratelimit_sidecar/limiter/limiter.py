@@ -160,19 +160,22 @@ class Limiter:
         return self._cached_plan(request)
 
     def _bucket(self, domain: str, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
-        if step.is_strict:
-            assert self.ledger is not None
-            assert isinstance(limit, Limit)
-            return self.ledger.bucket(step.bucket_key, limit, at_us)
         try:
-            return self.store.bucket(step.bucket_key, limit, at_us, replicated=step.is_replicated)
+            return self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
             key = overflow_key(step.bucket_key)
             rule = self.rules.rule_of_key(key)
             assert rule is not None
             assert rule.limit is not None
             self.overflow_decisions[self._label(domain), rule.name] += 1
-            return self.store.bucket(key, rule.limit, at_us, replicated=step.is_replicated)
+            return self._bucket_of_key(step, key, rule.limit, at_us)
+
+    def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
+        if step.is_strict:
+            assert self.ledger is not None
+            assert isinstance(limit, Limit)
+            return self.ledger.bucket(key, limit, at_us)
+        return self.store.bucket(key, limit, at_us, replicated=step.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:

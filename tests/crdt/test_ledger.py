@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS, Membership, Shares
+from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import Ask, Return
 
 LIMIT = Limit(100, 1_000_000, 100)
@@ -97,3 +100,21 @@ def test_an_ask_for_nothing_is_answered_with_nothing() -> None:
     grant = make_ledger().answer("b", b"k", Ask(1, 0), NOW_US)
     assert grant is not None
     assert (grant.parts, grant.tokens) == (0, 0)
+
+
+def test_a_full_ledger_has_no_room_for_new_keys_and_lends_nothing_of_them() -> None:
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", STARTED_US)
+    ledger = Ledger(
+        shares,
+        Origin("a", 1),
+        lambda _key: LIMIT,
+        first_number=0,
+        max_buckets=1,
+        has_room_always=lambda key: key == b"rule",
+    )
+    ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
+    with pytest.raises(StoreFull):
+        ledger.bucket(b"other", LIMIT, NOW_US)
+    assert ledger.answer("b", b"other", Ask(1, 1), NOW_US) is None
+    assert ledger.bucket(b"rule", LIMIT, NOW_US).take(1, NOW_US)
+    assert ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)

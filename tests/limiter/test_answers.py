@@ -15,6 +15,7 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter import counts as counts_module
+from ratelimit_sidecar.limiter.key import is_of_rule_alone
 from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
@@ -316,3 +317,23 @@ def test_a_strict_rule_without_members_is_refused() -> None:
     with pytest.raises(ValueError, match="members"):
         limiter.use_rules(rules_of(rule("a", consistency=Consistency.STRICT)))
     assert decide(limiter, make_request({"a": "1"})).overall_code == OK
+
+
+@pytest.mark.parametrize("consistency", [Consistency.EVENTUAL, Consistency.STRICT])
+def test_with_too_many_keys_new_ones_share_one_bucket_and_old_ones_keep_their_own(consistency: Consistency) -> None:
+    shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
+    ledger = Ledger(
+        shares,
+        Origin("here", 1),
+        lambda key: None,
+        first_number=0,
+        max_buckets=1,
+        has_room_always=is_of_rule_alone,
+    )
+    limiter = Limiter(rules_of(rule("a", consistency=consistency)), Origin("here", 1), None, ledger, max_buckets=1)
+    decide(limiter, make_request({"a": "old"}, hits=4))
+    for number in range(10):
+        assert decide(limiter, make_request({"a": f"new {number}"})).overall_code == OK
+    assert decide(limiter, make_request({"a": "newest"})).overall_code == OVER_LIMIT
+    assert decide(limiter, make_request({"a": "old"})).statuses[0].limit_remaining == 5
+    assert limiter.overflow_decisions["api", "api.a"] == 11
