@@ -39,7 +39,7 @@ def take_from(bucket: Bucket) -> Callable[[int], object]:
 
 
 def hear_late(delay_us: int, *, busy: bool) -> Callable[[int], object]:
-    """A delta 40 ms old. In a bucket that is never full it simply adds; in one that is, the slots are folded again."""
+    """A delta 40 ms old. In a bucket that is never full it simply adds; in one that was, slots may be folded again."""
     limit = LIMIT if busy else Limit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US, [])
     if busy:
@@ -83,7 +83,7 @@ def main() -> None:
             1,
         ),
         "late delta, added": (hear_late(40_000, busy=True), ROUNDS, 1),
-        "late delta, folded again": (hear_late(1_500_000, busy=False), ROUNDS // 20, 200_000),
+        "late delta, full since": (hear_late(1_500_000, busy=False), ROUNDS // 20, 200_000),
     }
     results = {name: measure(*step) for name, step in steps.items()}
     base = results["empty loop"]

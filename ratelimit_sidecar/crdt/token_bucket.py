@@ -29,7 +29,15 @@ MIN_BASE_AGE_US = MIN_HORIZON_US // 2
 class TokenBucket(Bucket):
     """One in use seals itself; one that is not does so when its owner calls `is_idle`."""
 
-    __slots__ = ("_base_deficit", "_base_us", "_own_slot_end_us", "_sealed_until_us", "deficit", "full_at_us")
+    __slots__ = (
+        "_base_deficit",
+        "_base_us",
+        "_full_from_us",
+        "_own_slot_end_us",
+        "_sealed_until_us",
+        "deficit",
+        "full_at_us",
+    )
 
     limit: Limit
 
@@ -43,6 +51,8 @@ class TokenBucket(Bucket):
         """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
         self.full_at_us = now_us
         """The last instant at which the deficit was zero: later arrivals from before it must refold."""
+        self._full_from_us = now_us
+        """From here to `full_at_us` the deficit was zero all along, or longer: refill was spilled."""
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
         self._sealed_until_us = 0
@@ -89,6 +99,8 @@ class TokenBucket(Bucket):
         if elapsed_us > 0:
             deficit = self.deficit - elapsed_us * self.limit.tokens
             if deficit <= 0:
+                if self.deficit:
+                    self._full_from_us = self.at_us - (-self.deficit // self.limit.tokens)
                 deficit = 0
                 self.full_at_us = now_us
             self.deficit = deficit
@@ -122,6 +134,11 @@ class TokenBucket(Bucket):
             if entry_us >= self.full_at_us:
                 # No refill was spilled since, so the deficit has been linear from there to now.
                 self.deficit += added * period_us
+                continue
+            # Refill that was spilled since pays for it first, and only once.
+            paid_us = max(entry_us, self._full_from_us) - (-added * period_us // limit.tokens)
+            if paid_us <= self.full_at_us:
+                self._full_from_us = paid_us
             else:
                 refold = True
         if refold:
@@ -252,15 +269,16 @@ class TokenBucket(Bucket):
                 deficit = debt_ceiling
                 forgiven = True
             at_us = event_us
-        deficit -= (now_us - at_us) * tokens
-        if deficit <= 0:
-            return _Folded(0, now_us, forgiven)
-        return _Folded(deficit, full_at_us, forgiven)
+        full_from_us = at_us - (-deficit // tokens)
+        if full_from_us <= now_us:
+            return _Folded(0, now_us, full_from_us, forgiven)
+        return _Folded(deficit - (now_us - at_us) * tokens, full_at_us, full_at_us, forgiven)
 
     def _refold(self) -> None:
         boundary_us = max(self._base_us, self.limit.boundary_us(self.at_us))
         folded = self._fold_from_base(self._events(self.entries()), boundary_us, self.at_us)
         self.deficit, self.full_at_us = folded.deficit, folded.full_at_us
+        self._full_from_us = folded.full_from_us
 
     def _seal_before(self, boundary_us: int) -> bool:
         """Move the base up to `boundary_us`. True when debt was forgiven on the way."""
@@ -282,5 +300,7 @@ class _Folded(NamedTuple):
     deficit: int
     full_at_us: int
     """The last instant from which on late arrivals simply add."""
+    full_from_us: int
+    """From here to there nothing but refill that was spilled."""
     forgiven: bool
     """True when `max_debt` cut the deficit on the way."""
