@@ -101,7 +101,7 @@ class Sidecar:
         ledger = _ledger(config, rules, origin, self._clock.now_us())
         self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
         self._reloader = Reloader(
-            self._limiter.use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
+            self._use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
         )
         self._mesh = Mesh(
             origin=origin,
@@ -114,6 +114,7 @@ class Sidecar:
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
         )
+        self._mesh.use_rules(rules.digest)
         latency = LatencyHistogram()
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
         health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
@@ -244,6 +245,10 @@ class Sidecar:
         self._joined = True
         await self._front_end.ready.wait()
         _log.info("ready")
+
+    def _use_rules(self, rules: Rules) -> None:
+        self._limiter.use_rules(rules)
+        self._mesh.use_rules(rules.digest)
 
     def _reload(self) -> None:
         """What SIGHUP asks for."""

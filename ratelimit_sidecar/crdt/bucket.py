@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
 _NO_SLOT = -1
@@ -47,6 +48,18 @@ class Entry(NamedTuple):
     origin: Origin
     slot: int
     tokens: int
+
+
+class Settled(NamedTuple):
+    """The part of a bucket's state that replicas can compare.
+
+    Args:
+        deficit: what older entries amount to, by the algorithm; 0 when they do not count.
+        entries: in no particular order.
+    """
+
+    deficit: int
+    entries: list[Entry]
 
 
 class Bucket(ABC):
@@ -220,6 +233,24 @@ class Bucket(ABC):
         changed, self._unsent = self._unsent, None
         self._own_slot_unsent = False
         return changed or []
+
+    def heard_entries(self, slots: Iterable[tuple[Origin, int]]) -> Iterator[Entry]:
+        """Other replicas' entries of `slots`, less those forgotten meanwhile."""
+        heard = self._heard or {}
+        for origin, slot in slots:
+            tokens = heard.get(origin, {}).get(slot)
+            if tokens is not None:
+                yield Entry(origin, slot, tokens)
+
+    def entries_since(self, since_us: int) -> Iterator[Entry]:
+        """The entries that may have been written since `since_us`, by the clocks of their origins."""
+        return (entry for entry in self.entries() if slot_end_us(entry.slot) > since_us)
+
+    def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
+        """What all replicas hold alike that have heard of everything written up to `until_us`, and go on holding at
+        least until `kept_until_us`; None when that is what an absent bucket holds.
+        """
+        return None
 
     @property
     def _holds_nothing(self) -> bool:

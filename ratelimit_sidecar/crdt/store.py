@@ -70,6 +70,11 @@ class Store:
     def __iter__(self) -> Iterator[Bucket]:
         return self._buckets.values()
 
+    def walk(self) -> Iterator[Bucket]:
+        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        for shard in self._buckets.shards:
+            yield from list(shard.values())
+
     def get(self, key: bytes) -> Bucket | None:
         return self._buckets.get(key)
 
@@ -94,27 +99,27 @@ class Store:
             bucket.set_limit(limit, now_us)
         return bucket
 
-    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> bool:
+    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> int | None:
         """Join what a peer says of one bucket; without room for a new one nothing is kept.
 
         Args:
             base: its deficit scaled by the period of this replica's limit.
 
         Returns:
-            False when no replicated rule here knows the key: nothing was kept.
+            The number of entries that told something new; None when no replicated rule here knows the key: then
+            nothing was kept.
         """
         limit = self.limit_of_key(key)
         if limit is None:
-            return False
+            return None
         try:
             bucket = self.bucket(key, limit, now_us)
         except StoreFull:
             self.refused_keys += 1
-            return True
+            return 0
         if base is not None:
             bucket.merge_base(base, now_us)
-        bucket.merge(entries, now_us)
-        return True
+        return bucket.merge(entries, now_us)
 
     def drain_changes(self) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the own slots written since the last call."""

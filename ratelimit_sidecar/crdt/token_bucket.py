@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_id, slot_start_us
 
@@ -223,6 +223,24 @@ class TokenBucket(Bucket):
         """
         boundary_us = max(self._base_us, self.limit.boundary_us(now_us))
         return self._fold_from_base(self._events(self.entries()), boundary_us, now_us).deficit
+
+    def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
+        """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
+        there the deficit is compared, and of what is placed later the slots that are over.
+        """
+        limit = self.limit
+        from_us = max(limit.boundary_us(kept_until_us), self._base_us)
+        earlier, entries = [], []
+        for entry in self.entries():
+            if placed_us(entry.slot, limit.exponent) < from_us:
+                earlier.append(entry)
+            elif slot_end_us(entry.slot) <= until_us:
+                entries.append(entry)
+        deficit = self._fold_from_base(self._events(earlier), from_us, from_us).deficit
+        if not entries and deficit <= (kept_until_us - from_us) * limit.tokens:
+            # It is full by then: some have dropped it.
+            return None
+        return Settled(deficit, entries)
 
     def _seal_when_due(self) -> None:
         """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""

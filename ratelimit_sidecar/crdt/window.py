@@ -11,9 +11,9 @@ as they could count under a limit that has such slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
 
@@ -109,6 +109,18 @@ class FixedWindow(Bucket):
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`."""
         return self._sum(_slot_of_window(self.limit, now_us))
+
+    def entries_since(self, since_us: int) -> Iterator[Entry]:
+        """See `Bucket.entries_since`. All: takes are counted in the slot in which their window began."""
+        return self.entries()
+
+    def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
+        """See `Bucket.settled`: the current window, unless it began after `until_us` or ends before `kept_until_us`."""
+        begins_us = self._end_us - self.limit.period_us
+        if begins_us > until_us or self._end_us <= kept_until_us:
+            return None
+        entries = [entry for entry in self.entries() if entry.slot == self._slot]
+        return Settled(0, entries) if entries else None
 
     def _enter_window(self) -> None:
         period_us = self.limit.period_us
@@ -222,6 +234,15 @@ class SlidingWindow(Bucket):
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
         return sum(tokens for _, tokens in self._counting(now_us))
+
+    def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
+        """See `Bucket.settled`."""
+        entries = [
+            entry
+            for entry in self.entries()
+            if slot_end_us(entry.slot) <= until_us and self._leaves_us(entry.slot) > kept_until_us
+        ]
+        return Settled(0, entries) if entries else None
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """When they leave, and tokens, of the slots in the period that ends at `now_us`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from hashlib import blake2b
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.key import (
@@ -179,6 +180,17 @@ class Rules:
     unruled: Rule | None = None
     override_window: Window | None = None
     override_consistency: Consistency = Consistency.EVENTUAL
+
+    digest: int = field(init=False, compare=False)
+    """Of 64 bits, never 0; equal on replicas on which the same takes amount to the same."""
+
+    def __post_init__(self) -> None:
+        shared = sorted(
+            f"{rule.name} {rule.form} {rule.limit}" for rule in self if rule.consistency is not Consistency.LOCAL
+        )
+        text = "\n".join([*shared, f"{self.override_window} {self.override_consistency}"])
+        digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
+        object.__setattr__(self, "digest", digest)
 
     def match(self, domain: str, entries: Sequence[tuple[str, str]]) -> Match | None:
         """The rule for one descriptor; None when it is not limited."""

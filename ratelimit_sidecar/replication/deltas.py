@@ -7,13 +7,14 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven, KeyNumbersHeard
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
@@ -37,9 +38,10 @@ class DeltasWriter:
 
     Args:
         sender: whose entries need no mention of their origin.
+        numbers: of the stream it is for; None when its peer knows of none.
     """
 
-    def __init__(self, sender: Origin) -> None:
+    def __init__(self, sender: Origin, numbers: KeyNumbersGiven | None = None) -> None:
         self.frame = pb.Frame()
         self.deltas = self.frame.deltas
         # A frame without buckets is a Deltas all the same.
@@ -50,13 +52,24 @@ class DeltasWriter:
         """About the frame's size: measuring it exactly, bucket by bucket, would cost more than it is worth."""
         self.keys: list[bytes] = []
         self._origins = {sender: 0}
+        self._numbers = numbers
 
-    def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
-        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period."""
-        delta = self.deltas.buckets.add(key=bucket.key)
+    def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry], *, is_told_often: bool = False) -> None:
+        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period.
+
+        Args:
+            is_told_often: its key is worth a number.
+        """
+        delta = self.deltas.buckets.add()
+        is_new = True
+        if is_told_often and self._numbers is not None:
+            delta.number, is_new = self._numbers.number(bucket.key)
+        if is_new:
+            delta.key = bucket.key
+            self.rough_bytes += len(bucket.key)
         self.keys.append(bucket.key)
         self.entries += len(entries)
-        self.rough_bytes += len(bucket.key) + _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
+        self.rough_bytes += _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
         if base is not None:
             period_us = bucket.limit.period_us
             tokens, remainder = divmod(base.deficit, period_us)
@@ -101,29 +114,57 @@ class Applied:
     """Buckets that no replicated rule of this replica knows: left out."""
 
 
-def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:
-    """Join a peer's deltas into `store`.
+OnNews = Callable[[Bucket, Sequence[Entry]], None]
+"""Told of a bucket and entries of which at least one was news."""
 
-    Raises:
-        ProtocolError: bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been joined,
-            which does no harm: they were good, and joining them again changes nothing.
+
+class DeltasReader:
+    """Reads the Deltas of one stream.
+
+    Args:
+        sender: the peer.
     """
-    origins = [sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
-    applied = Applied()
-    for delta in deltas.buckets:
-        key = delta.key
+
+    def __init__(self, sender: Origin) -> None:
+        self._sender = sender
+        self._numbers = KeyNumbersHeard()
+
+    def apply(self, store: Store, deltas: pb.Deltas, now_us: int, on_news: OnNews | None = None) -> Applied:
+        """Join a peer's deltas into `store`.
+
+        Raises:
+            ProtocolError: bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been joined,
+                which does no harm: they were good, and joining them again changes nothing.
+        """
+        origins = [self._sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
+        applied = Applied()
+        for delta in deltas.buckets:
+            key = self._read_key(delta)
+            entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
+            applied.entries += len(entries)
+            try:
+                base = _read_base(delta.base, store.limit_of_key(key)) if delta.HasField("base") else None
+                # Asks for the limit of the key itself: most deltas have no base, and are decoded once.
+                news = store.merge(key, base, entries, now_us)
+            except ValueError as error:
+                raise ProtocolError(Reason.BAD_KEY, str(error)) from error
+            if news is None:
+                applied.unknown_keys += 1
+            elif news and on_news is not None:
+                bucket = store.get(key)
+                assert bucket is not None
+                on_news(bucket, entries)
+        return applied
+
+    def _read_key(self, delta: pb.BucketDelta) -> bytes:
+        key, number = delta.key, delta.number
+        if not key and number:
+            return self._numbers.key(number)
         if not 1 <= len(key) <= MAX_KEY_BYTES:
             raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
-        entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
-        applied.entries += len(entries)
-        try:
-            base = _read_base(delta.base, store.limit_of_key(key)) if delta.HasField("base") else None
-            # Asks for the limit of the key itself: most deltas have no base, and are decoded once.
-            is_known = store.merge(key, base, entries, now_us)
-        except ValueError as error:
-            raise ProtocolError(Reason.BAD_KEY, str(error)) from error
-        applied.unknown_keys += not is_known
-    return applied
+        if number:
+            self._numbers.hear(number, key)
+        return key
 
 
 def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:

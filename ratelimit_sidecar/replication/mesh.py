@@ -21,7 +21,8 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.replicator import BatchTracer, Peer, Replicator, Stream
+from ratelimit_sidecar.replication.peer import BatchTracer, Peer
+from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
@@ -143,6 +144,10 @@ class Mesh:
         """Buckets that peers told of and no replicated rule here knows."""
         return self._replicator.unknown_keys
 
+    def use_rules(self, digest: int) -> None:
+        """Other rules are in force; see `Replicator.use_rules`."""
+        self._replicator.use_rules(digest)
+
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""
         return None if self._lending is None else self._lending.status()
@@ -156,6 +161,8 @@ class Mesh:
                 node="",
                 region="",
                 address=target.address,
+                version="",
+                protocol=0,
                 connected=False,
                 lag_seconds=0.0 if since_us is None else (now_us - since_us) / 1e6,
                 pending_buckets=0,
@@ -163,6 +170,10 @@ class Mesh:
                 batches_received=0,
                 entries_sent=0,
                 entries_received=0,
+                bytes_sent=0,
+                bytes_received=0,
+                resyncs=0,
+                rules_match=None,
                 reconnects=0,
                 clock_offset_seconds=None,
                 last_error=target.last_error,
@@ -171,7 +182,8 @@ class Mesh:
             for target in self._targets
             if not target.node and not target.is_self
         ]
-        return [peer.status(now_us) for peer in self._replicator.peers.values()] + unreached
+        rules = self._replicator.rules
+        return [peer.status(now_us, rules) for peer in self._replicator.peers.values()] + unreached
 
     async def start(self) -> None:
         """Bind the listener, if there is one; peers can connect from here on.

@@ -1,9 +1,16 @@
 """What one peer has yet to hear: a set of buckets and slots, never a queue of messages.
 
 Ten thousand takes on a bucket between two batches are one entry with the newest count, so an outbox is bounded by the
-live buckets whatever the peer does. It holds own slots written since they were last sent (`changed`) and, once a stream
-to the peer is there, the buckets of which the peer must hear everything (`full`: all origins' entries and the base). A
-peer out of reach gets a full state when it is back, so until then nothing is kept but since when it misses something.
+live buckets whatever the peer does. While a stream to the peer is there it holds
+
+- own slots written since they were last sent (`changed`),
+- others' slots that the peer would not hear of but through this node (`relayed`),
+- buckets in which a comparison has found the peer to be wrong (`told`: all origins' entries and the base),
+- at the stream's start, every bucket that may tell the peer something (`walk`).
+
+Of a peer out of reach nothing is kept but since when it misses something: a bucket's slots say themselves when they
+were written, so the walk of the next stream finds what is newer than that. A peer that never was told everything, or
+has forgotten it in a restart, is told all there is.
 
 Lag, by this node's clock alone: from the creation of the oldest delta unacknowledged to its acknowledgement.
 """
@@ -17,12 +24,20 @@ from dataclasses import dataclass
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasWriter
+from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 MAX_BATCH_BUCKETS = 256
 MAX_BATCH_ENTRIES = 1_024
 MAX_BATCH_BYTES = 1 << 16
 """Rough. Together these keep building a batch, and applying it, to a few milliseconds between two decisions."""
+
+WALK_BUCKETS = 512
+"""Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
+
+RESUME_MARGIN_US = 2_000_000
+"""A walk goes so far back behind the moment since when the peer misses something: others' slots are on their clocks,
+and were heard of a while after they were written."""
 
 LAG_SHOWN_US = 60_000_000
 """So that a scraper with a usual interval sees the lag of a link that is seldom used."""
@@ -41,7 +56,7 @@ class Batch:
         entries: slot entries in it.
         created_us: of the oldest change in it; None when it tells of no change, only of state.
         sent_us: when it was taken from the outbox.
-        ends_full_state: with it the peer has heard everything known when the stream began.
+        ends_full_state: with it the peer has heard everything known when the walk began.
     """
 
     frame: pb.Frame
@@ -69,11 +84,20 @@ class Outbox:
         self._undelivered_since_us = undelivered_since_us
         self._is_open = False
         self._peer: Origin | None = None
-        # Both are emptied from the front, which a plain dict does in time proportional to what was removed before.
+        self._numbers: KeyNumbersGiven | None = None
+        # These are emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._changed: OrderedDict[bytes, _Change] = OrderedDict()
-        self._full: deque[bytes] = deque()
-        self._full_rest: tuple[bytes, list[Entry]] | None = None
-        self._full_state_owed = False
+        self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
+        self._told: OrderedDict[bytes, None] = OrderedDict()
+        self._walk: deque[bytes] = deque()
+        self._walk_since_us = 0
+        self._walk_owed = False
+        self._rest: tuple[bytes, list[Entry]] | None = None
+        """Of a bucket that did not fit into a batch."""
+        self._is_told_all = False
+        """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
+        self._missing_since_us = 0
+        """While there is no stream: since when the peer may miss something that this node knows."""
         self._in_flight: deque[Batch] = deque()
         self._acknowledged_us = 0
         self._last_lag_us = 0
@@ -81,12 +105,18 @@ class Outbox:
     @property
     def pending_buckets(self) -> int:
         """Buckets of which the peer has something yet to be sent; 0 while it is out of reach."""
-        return len(self._changed) + len(self._full) + (self._full_rest is not None)
+        waiting = len(self._changed) + len(self._relayed) + len(self._told) + len(self._walk)
+        return waiting + (self._rest is not None)
 
     @property
     def is_settled(self) -> bool:
         """True when everything noted so far has been acknowledged."""
-        return not (self.pending_buckets or self._full_state_owed or self._in_flight)
+        return not (self.pending_buckets or self._walk_owed or self._in_flight)
+
+    @property
+    def is_walking(self) -> bool:
+        """True until the peer has acknowledged what the stream's start has to tell it."""
+        return self._walk_owed or any(batch.ends_full_state for batch in self._in_flight)
 
     def lag_us(self, now_us: int) -> int:
         """The age of the oldest change not acknowledged; with none, the lag of the batch acknowledged last.
@@ -114,23 +144,59 @@ class Outbox:
         else:
             change.slots.update(dict.fromkeys(slots))
 
-    def open(self, peer: Origin) -> None:
-        """A stream to `peer` is there, which is told everything from now on."""
+    def note_relayed(self, bucket: Bucket, entries: Iterable[Entry]) -> None:
+        """These entries of others are news that the peer hears of from nobody else."""
+        if self._is_open:
+            slots = self._relayed.setdefault(bucket.key, {})
+            for entry in entries:
+                slots[entry.origin, entry.slot] = None
+
+    def tell(self, key: bytes) -> None:
+        """The peer has to hear everything about one bucket."""
+        if self._is_open:
+            self._told[key] = None
+
+    def open(self, peer: Origin, *, compares: bool) -> None:
+        """A stream to `peer` is there, which is told everything from now on.
+
+        Args:
+            compares: it speaks a protocol in which a walk may leave out what the peer was told on an earlier stream,
+                and keys have numbers.
+        """
         assert not self._is_open
         self._is_open = True
+        resumes = compares and self._is_told_all and self._peer == peer
+        self._is_told_all = resumes
         self._peer = peer
-        self._full.extend(bucket.key for bucket in self._store if bucket.journal is not None)
-        self._full_state_owed = True
+        self._numbers = KeyNumbersGiven() if compares else None
+        self._start_walk(self._missing_since_us - RESUME_MARGIN_US if resumes else 0)
 
-    def close(self) -> None:
-        """The stream is gone. Whatever was on its way may be lost: the next one starts from the full state."""
+    def close(self, now_us: int) -> None:
+        """The stream is gone, and whatever was on its way may be lost."""
         self._undelivered_since_us = self._oldest_unacknowledged_us()
+        undelivered_us = self._undelivered_since_us
+        self._missing_since_us = now_us if undelivered_us is None else undelivered_us
+        if self.is_walking:
+            # It may miss what this walk should have told.
+            self._missing_since_us = min(self._missing_since_us, self._walk_since_us + RESUME_MARGIN_US)
         self._is_open = False
         self._changed.clear()
-        self._full.clear()
-        self._full_rest = None
-        self._full_state_owed = False
+        self._relayed.clear()
+        self._told.clear()
+        self._walk.clear()
+        self._walk_owed = False
+        self._rest = None
         self._in_flight.clear()
+
+    def walk_again(self, since_us: int) -> None:
+        """The peer may have missed something since then: what it does not hear of from others any more."""
+        if self._is_open and not self._walk_owed:
+            self._start_walk(since_us)
+
+    def _start_walk(self, since_us: int) -> None:
+        self._walk.extend(bucket.key for bucket in self._store if bucket.journal is not None)
+        self._walk_since_us = since_us
+        self._walk_owed = True
 
     def take_batch(self, now_us: int) -> Batch | None:
         """The next batch; None when there is nothing to tell, or enough is on its way.
@@ -139,14 +205,19 @@ class Outbox:
         """
         if not self._is_open or len(self._in_flight) >= MAX_UNACKNOWLEDGED:
             return None
-        writer = DeltasWriter(self._store.origin)
-        created_us = self._write_changes(writer)
+        writer = DeltasWriter(self._store.origin, self._numbers)
+        # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
+        share = 2 if self._walk_owed or self._told else 1
+        created_us = self._write_changes(writer, share)
+        self._write_relayed(writer, share)
+        self._write_rest(writer)
+        self._write_told(writer, now_us)
         ends_full_state = False
-        if self._full_state_owed:
-            self._write_full_state(writer, now_us)
-            ends_full_state = not self._full and self._full_rest is None
+        if self._walk_owed:
+            self._write_walk(writer, now_us)
+            ends_full_state = not self._walk and self._rest is None
             if ends_full_state:
-                self._full_state_owed = False
+                self._walk_owed = False
                 writer.deltas.ends_full_state = True
         elif not writer.keys:
             return None
@@ -161,12 +232,11 @@ class Outbox:
         self._last_lag_us = now_us - (batch.sent_us if batch.created_us is None else batch.created_us)
         if batch.ends_full_state:
             self._undelivered_since_us = None
+            self._is_told_all = True
         return batch
 
-    def _write_changes(self, writer: DeltasWriter) -> int | None:
+    def _write_changes(self, writer: DeltasWriter, share: int) -> int | None:
         """Returns when the oldest of the changes written was made."""
-        # Half of each batch stays for the full state, lest busy buckets keep it from ever ending.
-        share = 2 if self._full_state_owed else 1
         created_us = None
         while self._changed and _has_room(writer, share):
             key, change = self._changed.popitem(last=False)
@@ -175,39 +245,70 @@ class Outbox:
                 continue
             entries = list(bucket.own_entries(change.slots))
             if entries:
-                writer.add(bucket, None, entries)
+                writer.add(bucket, None, entries, is_told_often=True)
                 created_us = _earlier(created_us, change.created_us)
         return created_us
 
-    def _write_full_state(self, writer: DeltasWriter, now_us: int) -> None:
-        if self._full_rest is not None and _has_room(writer):
-            key, entries = self._full_rest
-            self._full_rest = None
+    def _write_relayed(self, writer: DeltasWriter, share: int) -> None:
+        while self._relayed and _has_room(writer, share):
+            key, slots = self._relayed.popitem(last=False)
             bucket = self._store.get(key)
-            if bucket is not None:
-                self._write_all_that_fit(writer, bucket, None, entries)
-        for _ in range(min(len(self._full), MAX_BATCH_BUCKETS)):
-            if self._full_rest is not None or not _has_room(writer):
+            if bucket is None or len(key) > MAX_KEY_BYTES:
+                continue
+            entries = list(bucket.heard_entries(slots))
+            if entries:
+                self._write_all_that_fit(writer, bucket, None, entries, is_told_often=True)
+
+    def _write_rest(self, writer: DeltasWriter) -> None:
+        if self._rest is None or not _has_room(writer):
+            return
+        key, entries = self._rest
+        self._rest = None
+        bucket = self._store.get(key)
+        if bucket is not None:
+            self._write_all_that_fit(writer, bucket, None, entries)
+
+    def _write_told(self, writer: DeltasWriter, now_us: int) -> None:
+        while self._told and self._rest is None and _has_room(writer):
+            key, _ = self._told.popitem(last=False)
+            self._write_whole(writer, key, 0, now_us)
+
+    def _write_walk(self, writer: DeltasWriter, now_us: int) -> None:
+        for _ in range(min(len(self._walk), WALK_BUCKETS)):
+            if self._rest is not None or not _has_room(writer):
                 break
-            bucket = self._store.get(self._full.popleft())
-            if bucket is None or len(bucket.key) > MAX_KEY_BYTES:
-                continue
-            bucket.seal(now_us)
-            # The peer knows its own entries best.
-            entries = [entry for entry in bucket.entries() if entry.origin != self._peer]
-            # A base without deficit says nothing that its absence does not.
-            base = bucket.base if bucket.base.deficit else None
-            if not entries and base is None:
-                continue
+            self._write_whole(writer, self._walk.popleft(), self._walk_since_us, now_us)
+
+    def _write_whole(self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int) -> None:
+        """Tell of one bucket all that may have been written since."""
+        bucket = self._store.get(key)
+        if bucket is None or len(key) > MAX_KEY_BYTES:
+            return
+        if bucket.base.boundary_us <= since_us and next(bucket.entries_since(since_us), None) is None:
+            return
+        # What was sealed after `since_us` is told in the base.
+        bucket.seal(now_us)
+        # The peer knows its own entries best.
+        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != self._peer]
+        base = bucket.telling_base
+        if base is not None and base.boundary_us <= since_us:
+            base = None
+        if entries or base is not None:
             self._write_all_that_fit(writer, bucket, base, entries)
 
     def _write_all_that_fit(
-        self, writer: DeltasWriter, bucket: Bucket, base: Base | None, entries: list[Entry]
+        self,
+        writer: DeltasWriter,
+        bucket: Bucket,
+        base: Base | None,
+        entries: list[Entry],
+        *,
+        is_told_often: bool = False,
     ) -> None:
-        fitting = MAX_BATCH_ENTRIES - writer.entries
-        writer.add(bucket, base, entries[:fitting])
+        fitting = max(0, MAX_BATCH_ENTRIES - writer.entries)
+        writer.add(bucket, base, entries[:fitting], is_told_often=is_told_often)
         if len(entries) > fitting:
-            self._full_rest = (bucket.key, entries[fitting:])
+            self._rest = (bucket.key, entries[fitting:])
 
     def _oldest_unacknowledged_us(self) -> int | None:
         oldest_us = self._undelivered_since_us

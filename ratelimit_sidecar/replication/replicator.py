@@ -4,27 +4,30 @@ Theory of operation. A *peer* is another node, by its id, whatever the streams t
 connection, of which two nodes may have two, as each may dial the other. Both carry deltas inwards, but outwards one of
 them is in use, the first established; when it is lost the next takes over, from the full state on. (Moving to a better
 one would cost a full state and gain nothing: any live stream is as good.) The stream in use also carries what this node
-has to say as a borrower; a loan is granted on the stream on which it was asked for.
+has to say as a borrower, and the sums of what it holds (`anti_entropy`); a loan is granted, and sums are answered, on
+the stream on which they came. What peers cannot hear from each other is passed on (`relay`).
 
 Everything that affects a peer lives here: who it is (its incarnation), which stream is in use, what it has yet to hear.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.ledger import Wishes
-from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.deltas import apply_deltas
+from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
+from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
-from ratelimit_sidecar.replication.outbox import Batch, Outbox
+from ratelimit_sidecar.replication.peer import BatchTracer, Peer
+from ratelimit_sidecar.replication.relay import WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
     ClockMeasured,
+    ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
     Established,
@@ -33,10 +36,10 @@ from ratelimit_sidecar.replication.session import (
     Local,
     PeerLeft,
     Session,
+    StandingReceived,
 )
-from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
+from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
 MAX_PEERS = 256
 """A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the memory."""
@@ -46,89 +49,6 @@ RESTART_US = 2_000_000
 
 FORGET_US = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
-
-
-class BatchSpan(Protocol):
-    """A trace span that is open while a batch is on its way."""
-
-    def end(self) -> None: ...
-
-
-class BatchTracer(Protocol):
-    """Links batches to the sampled requests in them."""
-
-    def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes], /) -> BatchSpan | None:
-        """The span of a batch sent now; None when no sampled request is in it."""
-
-
-class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
-
-    def __init__(self, store: Store, node: str, undelivered_since_us: int | None) -> None:
-        self.node = node
-        self.region = ""
-        self.address = ""
-        self.incarnation = 0
-        self.is_configured = False
-        """True once a configured address has led to it."""
-        self.streams: list[Stream] = []
-        self.outbox = Outbox(store, undelivered_since_us)
-        self.full_state_heard = False
-        """True when it has told everything it knew when its stream began."""
-        self.clock_offset_us: int | None = None
-        self.is_skewed = False
-        """True when the clock offset has been warned about."""
-        self.last_error = ""
-        self.lost_us = 0
-        self._spans: deque[BatchSpan | None] = deque()
-        self.batches_sent = self.batches_received = 0
-        self.entries_sent = self.entries_received = 0
-        self.connections = 0
-        self.protocol_errors: Counter[str] = Counter()
-
-    @property
-    def lends(self) -> bool:
-        """True while it can be asked for loans."""
-        return bool(self.streams) and self.streams[0].lends
-
-    def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
-        """A batch of its outbox is on its way."""
-        self.batches_sent += 1
-        self.entries_sent += batch.entries
-        self._spans.append(None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys))
-
-    def acknowledged(self, now_us: int) -> None:
-        """It has applied the oldest batch on its way."""
-        self.outbox.acknowledged(now_us)
-        self._end_span()
-
-    def end_spans(self) -> None:
-        """Whatever was on its way is given up."""
-        while self._spans:
-            self._end_span()
-
-    def _end_span(self) -> None:
-        span = self._spans.popleft()
-        if span is not None:
-            span.end()
-
-    def status(self, now_us: int) -> PeerStatus:
-        return PeerStatus(
-            node=self.node,
-            region=self.region,
-            address=self.address,
-            connected=bool(self.streams),
-            lag_seconds=self.outbox.lag_us(now_us) / 1e6,
-            pending_buckets=self.outbox.pending_buckets,
-            batches_sent=self.batches_sent,
-            batches_received=self.batches_received,
-            entries_sent=self.entries_sent,
-            entries_received=self.entries_received,
-            reconnects=max(0, self.connections - 1),
-            clock_offset_seconds=None if self.clock_offset_us is None else self.clock_offset_us / 1e6,
-            last_error=self.last_error,
-            protocol_errors=dict(self.protocol_errors),
-        )
 
 
 class Replicator:
@@ -159,6 +79,12 @@ class Replicator:
         """Buckets that peers told of and no replicated rule here knows."""
         self.first_change_us: int | None = None
         """When this node first took anything: whoever was never reached misses everything since."""
+        self.rules = 0
+        """See `use_rules`."""
+        self.standing = 0
+        """Counts up whenever what a Standing says changes."""
+        self.relay = Relay(local.origin.node)
+        self.summing = Summing(store, now_us)
         self._flushed_us = now_us
 
     def flush(self, now_us: int) -> None:
@@ -177,7 +103,42 @@ class Replicator:
                     peer.streams[0].wake()
         if self.lending is not None:
             self._borrow(self.lending)
+        done = self.summing.step(now_us)
+        if done is not None:
+            for stream in self.streams():
+                stream.passed(done, now_us)
         self.forget_peers(now_us - FORGET_US)
+
+    def use_rules(self, digest: int) -> None:
+        """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
+        the same takes amount to something else there.
+
+        Args:
+            digest: of 64 bits, not 0.
+        """
+        if digest != self.rules:
+            self.rules = digest
+            self.announce()
+
+    def announce(self) -> None:
+        """Tell all peers how this node stands."""
+        self.standing += 1
+        for stream in self.streams():
+            stream.wake()
+
+    def find_ways(self, now_us: int) -> None:
+        """A stream of this node or of a peer has come or gone: find out what to pass on to whom."""
+        for peer in self.relay.update(self.peers):
+            peer.outbox.walk_again(now_us - WALK_BACK_US)
+            peer.streams[0].wake()
+
+    def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """News from a peer, for those that cannot hear it themselves."""
+        for entry in entries:
+            for peer in self.relay.to_be_told(entry.origin.node):
+                if peer is not sender:
+                    peer.outbox.note_relayed(bucket, (entry,))
+                    peer.streams[0].wake()
 
     def forget_peers(self, lost_before_us: int) -> None:
         """Forget the peers that only ever dialled in and were lost by then."""
@@ -223,6 +184,9 @@ class Stream:
         self._replicator = replicator
         self._session = Session(replicator.local, now_us)
         self._loans = LoanOutbox()
+        self._reader: DeltasReader | None = None
+        self._exchange: Exchange | None = None
+        self._standing_told = 0
         self.address = address
         self.is_dialled = is_dialled
         self.wake = wake
@@ -246,6 +210,11 @@ class Stream:
         return self._session.lends
 
     @property
+    def compares(self) -> bool:
+        """True when both ends can compare what they hold."""
+        return self._session.compares
+
+    @property
     def heard_us(self) -> int:
         """When the last frame arrived."""
         return self._session.heard_us
@@ -256,9 +225,22 @@ class Stream:
             event = self._session.receive(raw, now_us)
             if event is not None:
                 self._handle(event, now_us)
+            if self.peer is not None:
+                self.peer.bytes_received += len(raw)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
+
+    def passed(self, done: Pass, now_us: int) -> None:
+        """This node has summed up what it holds."""
+        peer = self.peer
+        assert peer is not None
+        is_in_time = not peer.outbox.is_walking and peer.full_state_heard and peer.outbox.lag_us(now_us) < SETTLE_US
+        if self._exchange is None or not is_in_time or peer.rules_match(self._replicator.rules) is False:
+            return
+        if peer.streams[0] is self:
+            self._exchange.passed(done)
+            self.wake()
 
     def check_time(self, now_us: int) -> None:
         """To be called a few times a second: pings, and notices a dead peer, which leaves the stream closing."""
@@ -272,11 +254,21 @@ class Stream:
         """The next frame to be sent now; None when there is none before the next `wake`."""
         raw = self._session.next_frame(now_us)
         peer = self.peer
-        if raw is not None or peer is None:
+        if peer is None:
             return raw
+        if raw is None:
+            raw = self._next_frame(peer, now_us)
+        if raw is not None:
+            peer.bytes_sent += len(raw)
+        return raw
+
+    def _next_frame(self, peer: Peer, now_us: int) -> bytes | None:
         loans = self._loans.take_frame()
         if loans is not None:
             return self._session.send_loans(loans)
+        comparison = self._take_comparison()
+        if comparison is not None:
+            return self._session.send_comparison(comparison)
         if peer.streams[0] is not self:
             return None
         batch = peer.outbox.take_batch(now_us)
@@ -284,6 +276,16 @@ class Stream:
             return None
         peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.frame, now_us)
+
+    def _take_comparison(self) -> pb.Frame | None:
+        if self._exchange is None:
+            return None
+        replicator = self._replicator
+        if self._standing_told != replicator.standing:
+            self._standing_told = replicator.standing
+            reaches = sorted(peer.node for peer in replicator.peers.values() if peer.streams)
+            return pb.Frame(standing=pb.Standing(reaches=reaches, rules=replicator.rules))
+        return self._exchange.take_frame()
 
     def tell(self, wishes: Wishes) -> None:
         """Send the peer what the ledger has to say to it."""
@@ -315,8 +317,8 @@ class Stream:
 
     def _handle(self, event: Event, now_us: int) -> None:
         match event:
-            case Established(origin, region, _, membership):
-                self._join(self._find_peer(origin, now_us), origin, region, membership)
+            case Established():
+                self._join(self._find_peer(event.origin, now_us), event, now_us)
             case PeerLeft(reason, detail):
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
             case DeltasReceived(deltas):
@@ -327,15 +329,22 @@ class Stream:
                     self.peer.acknowledged(now_us)
             case LoansReceived(loans):
                 self._lend(loans)
+            case StandingReceived(standing):
+                self._hear_standing(standing, now_us)
+            case ComparisonReceived(frame):
+                assert self._exchange is not None
+                assert self.peer is not None
+                self.peer.resyncs += self._exchange.receive(frame)
             case ClockMeasured(offset_us):
                 assert self.peer is not None
                 self.peer.clock_offset_us = offset_us
 
     def _apply(self, deltas: pb.Deltas, now_us: int) -> None:
-        peer, sender = self.peer, self._session.peer
+        peer, replicator = self.peer, self._replicator
         assert peer is not None
-        assert sender is not None
-        applied = apply_deltas(self._replicator.store, deltas, sender, now_us)
+        assert self._reader is not None
+        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        applied = self._reader.apply(replicator.store, deltas, now_us, on_news)
         self._replicator.unknown_keys += applied.unknown_keys
         peer.batches_received += 1
         peer.entries_received += applied.entries
@@ -371,20 +380,35 @@ class Stream:
                 stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
         return peer
 
-    def _join(self, peer: Peer, origin: Origin, region: str, membership: Shown | None) -> None:
+    def _hear_standing(self, standing: pb.Standing, now_us: int) -> None:
+        assert self.peer is not None
+        self.peer.reaches = read_reaches(standing)
+        self.peer.rules = standing.rules
+        self._replicator.find_ways(now_us)
+
+    def _join(self, peer: Peer, who: Established, now_us: int) -> None:
+        replicator, origin, compares = self._replicator, who.origin, self._session.compares
         self.peer = peer
         self.has_joined = True
+        self._reader = DeltasReader(origin)
+        if compares:
+            leads = replicator.local.origin.node < peer.node
+            self._exchange = Exchange(replicator.summing, replicator.store, leads=leads, tell=peer.outbox.tell)
         peer.incarnation = origin.incarnation
-        peer.region = region
+        peer.region = who.region
+        peer.version = who.version
+        peer.protocol = who.protocol
         if self.is_dialled or not peer.is_configured:
             peer.address = self.address
         peer.is_configured |= self.is_dialled
         peer.streams.append(self)
         if len(peer.streams) == 1:
             peer.connections += 1
-            peer.outbox.open(origin)
-        if self._replicator.lending is not None:
-            self._replicator.lending.hear(peer.node, membership)
+            peer.outbox.open(origin, compares=compares)
+            replicator.announce()
+            replicator.find_ways(now_us)
+        if replicator.lending is not None:
+            replicator.lending.hear(peer.node, who.membership)
 
     def _leave(self, why: str, now_us: int) -> None:
         """Stop being the peer's stream; another one of the peer's, if there is one, takes over."""
@@ -396,15 +420,20 @@ class Stream:
         was_in_use = peer.streams[0] is self
         peer.streams.remove(self)
         if was_in_use:
-            peer.outbox.close()
+            peer.outbox.close(now_us)
             peer.end_spans()
             if peer.streams:
-                peer.outbox.open(Origin(peer.node, peer.incarnation))
-                peer.streams[0].wake()
+                next_stream = peer.streams[0]
+                peer.outbox.open(Origin(peer.node, peer.incarnation), compares=next_stream.compares)
+                next_stream.wake()
         if not peer.streams:
             peer.lost_us = now_us
             peer.full_state_heard = False
             peer.clock_offset_us = None
+            peer.reaches = None
+            peer.rules = 0
+            self._replicator.announce()
+            self._replicator.find_ways(now_us)
             if self._replicator.lending is not None:
                 self._replicator.lending.lost(peer.node)
 

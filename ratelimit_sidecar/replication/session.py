@@ -2,7 +2,8 @@
 
 Theory of operation. Both ends say Hello first and may say anything else once they have heard the other's Hello. From
 then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second; between two that have
-shown each other a membership there are Loans, too, of which none is acknowledged. The transport keeps order and loses
+shown each other a membership there are Loans, too, and between two that speak protocol 3 comparisons, of which none is
+acknowledged. The transport keeps order and loses
 nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
 
     HELLO --Hello heard--> ESTABLISHED
@@ -23,6 +24,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
+    COMPARING_PROTOCOL,
     LOANS_PROTOCOL,
     MAX_DETAIL_CHARS,
     PROTOCOL,
@@ -41,6 +43,11 @@ SILENCE_US = 5_000_000
 
 STALL_US = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
+
+MAX_FRAMES = 10_000
+FRAMES_WITHIN_US = 5_000_000
+"""More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
+in frames that each take a millisecond to apply."""
 
 CLOCK_SAMPLES = 8
 """Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
@@ -75,6 +82,7 @@ class Established:
     origin: Origin
     region: str
     version: str
+    protocol: int
     membership: Shown | None
 
 
@@ -100,6 +108,20 @@ class LoansReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class StandingReceived:
+    """The peer says whom it hears from, and what rules it has."""
+
+    standing: pb.Standing
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReceived:
+    """The peer compares what both hold."""
+
+    frame: pb.Digest | pb.Summary | pb.Pull
+
+
+@dataclass(frozen=True, slots=True)
 class ClockMeasured:
     """The best current estimate of the peer's clock minus this node's."""
 
@@ -114,7 +136,16 @@ class PeerLeft:
     detail: str
 
 
-Event = Established | DeltasReceived | DeltasAcknowledged | LoansReceived | ClockMeasured | PeerLeft
+Event = (
+    Established
+    | DeltasReceived
+    | DeltasAcknowledged
+    | LoansReceived
+    | StandingReceived
+    | ComparisonReceived
+    | ClockMeasured
+    | PeerLeft
+)
 
 
 class Session:
@@ -130,8 +161,12 @@ class Session:
         self.peer: Origin | None = None
         self.lends = False
         """True when Loans may be sent and received: both ends speak of them and have shown a membership."""
+        self.compares = False
+        """True when both ends know of Standing, comparisons and numbers for keys."""
         self.heard_us = now_us
         """When the last frame arrived."""
+        self._frames = 0
+        self._frames_since_us = now_us
         self._hello_owed = True
         self._goodbye: pb.Goodbye | None = None
         self._received = 0
@@ -161,6 +196,7 @@ class Session:
             return None
         self.heard_us = now_us
         try:
+            self._count_frame(now_us)
             return self._receive(read_frame(raw), now_us)
         except ProtocolError as error:
             self.close(error.reason, error.detail)
@@ -216,6 +252,21 @@ class Session:
         assert self.state is State.ESTABLISHED
         assert self.lends
         return frame.SerializeToString()
+
+    def send_comparison(self, frame: pb.Frame) -> bytes:
+        """A Standing or a frame of a comparison, to be sent now."""
+        assert self.state is State.ESTABLISHED
+        assert self.compares
+        return frame.SerializeToString()
+
+    def _count_frame(self, now_us: int) -> None:
+        if now_us - self._frames_since_us >= FRAMES_WITHIN_US:
+            self._frames, self._frames_since_us = 0, now_us
+        self._frames += 1
+        if self._frames > MAX_FRAMES:
+            raise ProtocolError(
+                Reason.TOO_FAST, f"more than {MAX_FRAMES} frames within {FRAMES_WITHIN_US // 1_000_000} s"
+            )
 
     def _next_frame(self, now_us: int) -> pb.Frame | None:
         if self.state is State.CLOSED:
@@ -276,19 +327,19 @@ class Session:
                 return self._receive_loans(frame.loans)
             case "ack":
                 return self._receive_ack(frame.ack)
-            case "ping":
-                self._pong_owed = (frame.ping.id, now_us)
-                return None
-            case "pong":
-                return self._receive_pong(frame.pong, now_us)
-        raise AssertionError(kind)
+            case "ping" | "pong":
+                return self._receive_ping_or_pong(frame, now_us)
+        assert kind is not None
+        return self._receive_comparison(kind, frame)
 
     def _receive_hello(self, hello: pb.Hello) -> Established:
         peer, membership = read_hello(hello), read_membership(hello)
         self.peer = peer
         self.lends = membership is not None and self._local.membership is not None and hello.protocol >= LOANS_PROTOCOL
+        self.compares = hello.protocol >= COMPARING_PROTOCOL
         self.state = State.ESTABLISHED
-        return Established(peer, hello.region, hello.version, membership)
+        protocol = min(hello.protocol, PROTOCOL)
+        return Established(peer, hello.region, hello.version[:MAX_DETAIL_CHARS], protocol, membership)
 
     def _receive_deltas(self, deltas: pb.Deltas) -> DeltasReceived:
         if deltas.sequence != self._received + 1:
@@ -302,6 +353,13 @@ class Session:
             raise ProtocolError(Reason.UNEXPECTED, "loans between nodes of which one has shown no membership")
         return LoansReceived(loans)
 
+    def _receive_comparison(self, kind: str, frame: pb.Frame) -> StandingReceived | ComparisonReceived:
+        if not self.compares:
+            raise ProtocolError(Reason.UNEXPECTED, f"{kind} from a peer that said it speaks an older protocol")
+        if kind == "standing":
+            return StandingReceived(frame.standing)
+        return ComparisonReceived(getattr(frame, kind))
+
     def _receive_ack(self, ack: pb.Ack) -> DeltasAcknowledged:
         frames = ack.sequence - (self._sent - len(self._unacknowledged))
         if not 1 <= frames <= len(self._unacknowledged):
@@ -313,7 +371,11 @@ class Session:
             self._unacknowledged.popleft()
         return DeltasAcknowledged(frames)
 
-    def _receive_pong(self, pong: pb.Pong, now_us: int) -> ClockMeasured:
+    def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | None:
+        if frame.HasField("ping"):
+            self._pong_owed = (frame.ping.id, now_us)
+            return None
+        pong = frame.pong
         sent_us = self._pings.pop(pong.id, None)
         if sent_us is None:
             raise ProtocolError(Reason.UNEXPECTED, f"pong {pong.id}, which answers no open ping")

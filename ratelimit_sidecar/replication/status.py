@@ -14,6 +14,8 @@ class PeerStatus:
         node: the peer's node id; "" for a configured address that has not been reached yet.
         region: "" as long as `node` is.
         address: the configured address, or the far end of the connection for a peer that only dials in.
+        version: of its software; "" before it was first reached.
+        protocol: that is spoken with it, the lower of both nodes' newest; 0 before it was first reached.
         connected: a stream is established.
         lag_seconds: the age of this node's oldest delta the peer has not acknowledged; with none outstanding, the
             lag of the last acknowledged batch.
@@ -22,6 +24,10 @@ class PeerStatus:
         batches_received: delta batches received and applied.
         entries_sent: slot entries in the batches sent.
         entries_received: slot entries in the batches received.
+        bytes_sent: of frames of all kinds, as the protocol has them: before HTTP/2 and TLS.
+        bytes_received: likewise.
+        resyncs: buckets exchanged with the peer because a comparison of both nodes' state found that they differ.
+        rules_match: False while the peer replicates under other rules than this node; None while that is not known.
         reconnects: times the peer came back after it had been lost.
         clock_offset_seconds: the peer's clock minus this node's, positive when the peer is ahead; None before the
             first measurement.
@@ -32,6 +38,8 @@ class PeerStatus:
     node: str
     region: str
     address: str
+    version: str
+    protocol: int
     connected: bool
     lag_seconds: float
     pending_buckets: int
@@ -39,6 +47,10 @@ class PeerStatus:
     batches_received: int
     entries_sent: int
     entries_received: int
+    bytes_sent: int
+    bytes_received: int
+    resyncs: int
+    rules_match: bool | None
     reconnects: int
     clock_offset_seconds: float | None
     last_error: str

@@ -11,9 +11,9 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
-from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership
+from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership, Standing
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The newest protocol spoken here."""
 
 OLDEST_PROTOCOL = 1
@@ -21,6 +21,9 @@ OLDEST_PROTOCOL = 1
 
 LOANS_PROTOCOL = 2
 """The oldest with Loans: to a peer that speaks an older one they would be no frames at all."""
+
+COMPARING_PROTOCOL = 3
+"""The oldest with numbers for keys, Standing, and the frames by which nodes compare what they hold."""
 
 MAX_FRAME_BYTES = 1 << 20
 """Far above what `outbox` puts into a batch, so that a peer with other bounds is understood."""
@@ -52,6 +55,10 @@ class Reason(StrEnum):
     BAD_SLOT = "bad_slot"
     BAD_LOAN = "bad_loan"
     """A loan with a number out of its range."""
+    BAD_DIGEST = "bad_digest"
+    """A comparison with a number out of its range, or of another number of sums than it must have."""
+    TOO_FAST = "too_fast"
+    """More frames than an honest peer has to send."""
     VERSION = "version"
     """The peer speaks no protocol known here."""
     DUPLICATE_NODE = "duplicate_node"
@@ -153,3 +160,17 @@ def read_membership(hello: Hello) -> Shown | None:
     if len(weights) < len(members):
         raise ProtocolError(Reason.MALFORMED, "a membership that names a node twice")
     return Shown(epoch, weights)
+
+
+def read_reaches(standing: Standing) -> frozenset[str]:
+    """The nodes that a peer says it has a stream to.
+
+    Raises:
+        ProtocolError: malformed.
+    """
+    reaches = standing.reaches
+    if len(reaches) > MAX_MEMBERS or any(not node or len(node.encode()) > MAX_NAME_BYTES for node in reaches):
+        raise ProtocolError(
+            Reason.MALFORMED, f"a peer reaches at most {MAX_MEMBERS} nodes, with names of 1 to {MAX_NAME_BYTES} bytes"
+        )
+    return frozenset(reaches)

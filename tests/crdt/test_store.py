@@ -85,7 +85,7 @@ def test_a_peers_base_is_joined() -> None:
     store = make_store()
     boundary_us = LIMIT.boundary_us(NOW_US)
     owed = 10 * LIMIT.period_us + (NOW_US - boundary_us) * LIMIT.tokens
-    assert store.merge(b"known", Base(boundary_us, min(owed, LIMIT.debt_ceiling)), [], NOW_US)
+    assert store.merge(b"known", Base(boundary_us, min(owed, LIMIT.debt_ceiling)), [], NOW_US) is not None
     bucket = store.get(b"known")
     assert bucket is not None
     assert bucket.base.deficit == min(owed, LIMIT.debt_ceiling)
@@ -93,7 +93,7 @@ def test_a_peers_base_is_joined() -> None:
 
 def test_a_key_without_a_rule_here_is_refused_and_kept_nowhere() -> None:
     store = make_store()
-    assert not store.merge(b"foreign", None, [Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 7)], NOW_US)
+    assert store.merge(b"foreign", None, [Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 7)], NOW_US) is None
     assert len(store) == 0
 
 

@@ -247,7 +247,7 @@ def test_new_rules_hold_for_what_peers_say_too() -> None:
     limiter = make_limiter(rules_of(rule("a")))
     [step] = limiter.plan(make_request({"a": "1"})).steps
     limiter.use_rules(rules_of(rule("b")))
-    assert not limiter.store.merge(step.bucket_key, None, [Entry(Origin("there", 1), 14, 1)], NOW_US)
+    assert limiter.store.merge(step.bucket_key, None, [Entry(Origin("there", 1), 14, 1)], NOW_US) is None
 
 
 def test_a_rule_that_becomes_another_kind_begins_a_new_bucket() -> None:

@@ -8,6 +8,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
+from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
@@ -85,6 +86,11 @@ def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") ->
     bucket = bucket_of(store, value, now_us, key)
     assert bucket.take(hits, now_us)
     return bucket
+
+
+def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:
+    """Hear these as the first of a stream."""
+    return DeltasReader(sender).apply(store, deltas, now_us)
 
 
 def frame(**kind: object) -> bytes:

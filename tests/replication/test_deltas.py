@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-from replication.builders import ELSEWHERE, NOW_US, PER_TEAM, PER_USER, key_of, node, store_of, take
+from replication.builders import ELSEWHERE, NOW_US, PER_TEAM, PER_USER, apply_deltas, key_of, node, store_of, take
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
@@ -20,7 +20,6 @@ from ratelimit_sidecar.replication.deltas import (
     MAX_SLOT_TOKENS,
     MAX_TIME_US,
     DeltasWriter,
-    apply_deltas,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason

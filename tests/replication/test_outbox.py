@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from replication.builders import NOW_US, PER_TEAM, PER_USER, SECOND_US, key_of, node, store_of, take
+from replication.builders import NOW_US, PER_TEAM, PER_USER, SECOND_US, apply_deltas, key_of, node, store_of, take
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.deltas import apply_deltas
 from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
+    WALK_BUCKETS,
     Batch,
     Outbox,
 )
@@ -35,7 +35,7 @@ def opened(store: Store) -> Outbox:
     """An outbox whose peer has heard the full state already."""
     store.drain_changes()
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     for _ in drained(outbox):
         pass
     return outbox
@@ -112,7 +112,7 @@ def test_a_batch_is_bounded_in_buckets(changed: bool) -> None:
     if changed:
         note(outbox, store)
     else:
-        outbox.open(B.origin)
+        outbox.open(B.origin, compares=True)
     batches = list(drained(outbox))
     assert [len(batch.bucket_keys) for batch in batches] == [MAX_BATCH_BUCKETS, MAX_BATCH_BUCKETS, 1]
     assert len(told(batches)) == 2 * MAX_BATCH_BUCKETS + 1
@@ -134,7 +134,7 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     store = store_of(A)
     bucket = large_bucket(store)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     batches = list(drained(outbox))
     assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
     assert [batch.ends_full_state for batch in batches] == [False] * (len(batches) - 1) + [True]
@@ -147,10 +147,10 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     outbox.take_batch(NOW_US)
     assert outbox.pending_buckets == 1
-    outbox.close()
+    outbox.close(NOW_US)
     assert outbox.pending_buckets == 0
 
 
@@ -158,7 +158,7 @@ def test_no_more_than_a_few_batches_are_on_their_way() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
     fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     assert all(outbox.take_batch(NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
     assert outbox.take_batch(NOW_US) is None
     outbox.acknowledged(NOW_US)
@@ -172,7 +172,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
     later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     [batch] = drained(outbox, later_us)
     peers = store_of(B)
     apply_deltas(peers, batch.frame.deltas, A.origin, later_us)
@@ -187,7 +187,7 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     [batch] = drained(outbox)
     assert batch.entries == 0
 
@@ -196,14 +196,14 @@ def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     [batch] = drained(outbox)
     assert batch.entries == 1
 
 
 def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
     outbox = Outbox(store_of(A), None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     [batch] = drained(outbox)
     assert batch.ends_full_state
     assert batch.frame.deltas.ends_full_state
@@ -214,17 +214,17 @@ def test_local_buckets_are_not_part_of_it() -> None:
     store = store_of(A)
     take(store, "ann", 1, NOW_US, key="pod")
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     note(outbox, store)
     assert [batch.bucket_keys for batch in drained(outbox)] == [()]
 
 
 def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
     store = store_of(A)
-    fill(store, 3 * MAX_BATCH_BUCKETS)
+    fill(store, 3 * WALK_BUCKETS)
     store.drain_changes()
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     idle_us = NOW_US + 2 * PER_USER.horizon_us
     batches = list(drained(outbox, idle_us))
     assert [(batch.bucket_keys, batch.ends_full_state) for batch in batches] == [((), False), ((), False), ((), True)]
@@ -234,7 +234,7 @@ def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     store = store_of(A)
     fill(store, 4 * MAX_BATCH_BUCKETS)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     for _ in range(8):
         fill(store, 4 * MAX_BATCH_BUCKETS)
         note(outbox, store)
@@ -270,7 +270,7 @@ def test_while_the_peer_is_out_of_reach_nothing_is_kept() -> None:
     outbox = opened(store)
     take(store, "ann", 1, NOW_US)
     note(outbox, store)
-    outbox.close()
+    outbox.close(NOW_US)
     fill(store, 1_000)
     note(outbox, store)
     assert outbox.pending_buckets == 0
@@ -283,9 +283,9 @@ def test_a_peer_that_is_back_is_told_the_full_state_although_batches_were_lost()
     take(store, "ann", 1, NOW_US)
     note(outbox, store)
     assert outbox.take_batch(NOW_US) is not None
-    outbox.close()
+    outbox.close(NOW_US)
     take(store, "bob", 1, NOW_US)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     assert {bucket.key for bucket in told(drained(outbox))} == {key_of("ann"), key_of("bob")}
 
 
@@ -318,14 +318,14 @@ def test_lag_is_the_age_of_the_oldest_change_while_one_is_waiting_or_on_its_way(
 def test_lag_grows_from_the_first_change_that_a_lost_peer_misses_until_it_has_heard_everything() -> None:
     store = store_of(A)
     outbox = opened(store)
-    outbox.close()
+    outbox.close(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
     take(store, "ann", 1, NOW_US)
     for second in range(5):
         take(store, "bob", 1, NOW_US)
         note(outbox, store, NOW_US + second * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US) == 60 * SECOND_US
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     outbox.take_batch(NOW_US + 60 * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US + 80 * MS) == 60 * SECOND_US + 80 * MS
     outbox.acknowledged(NOW_US + 60 * SECOND_US + 80 * MS)
@@ -337,10 +337,10 @@ def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing(
     store = store_of(A)
     outbox = Outbox(store, NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
-    outbox.close()
+    outbox.close(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 2 * SECOND_US
 
 
@@ -350,14 +350,14 @@ def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation
     take(store, "ann", 1, NOW_US)
     note(outbox, store, NOW_US)
     outbox.take_batch(NOW_US + MS)
-    outbox.close()
+    outbox.close(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == SECOND_US
 
 
 def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     outbox.take_batch(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
 
@@ -365,7 +365,7 @@ def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
 def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
-    outbox.open(B.origin)
+    outbox.open(B.origin, compares=True)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
     fill(store, 1)

@@ -158,7 +158,7 @@ def test_a_peer_counts_what_went_each_way() -> None:
 def test_a_peers_status_shows_it() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)
-    status = a.peers["b"].status(NOW_US)
+    status = a.peers["b"].status(NOW_US, 0)
     assert (status.node, status.region, status.address, status.connected) == ("b", "region of b", "far end", True)
     assert (status.lag_seconds, status.pending_buckets, status.reconnects, status.last_error) == (0.0, 0, 0, "")
     assert status.clock_offset_seconds == 0.0
@@ -232,7 +232,7 @@ def test_a_second_life_of_a_peer_whose_streams_are_lost_takes_its_place_at_once(
     first.receive(hello("b", 1), NOW_US)
     first.lost("the peer hung up", NOW_US)
     second.receive(hello("b", 2), NOW_US)
-    assert a.peers["b"].status(NOW_US).reconnects == 1
+    assert a.peers["b"].status(NOW_US, 0).reconnects == 1
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_bad_frame_closes_its_stream_and_is_counted_by_reason(raw: bytes, reas
     assert pb.Frame.FromString(bad.next_frame(NOW_US) or b"").goodbye.reason == reason
     assert bad.is_over
     assert a.protocol_errors == {reason: 1}
-    status = a.peers["b"].status(NOW_US)
+    status = a.peers["b"].status(NOW_US, 0)
     assert (status.connected, status.protocol_errors) == (False, {reason: 1})
     assert status.last_error.startswith(reason)
     assert a.peers["c"].streams == [good]
@@ -278,7 +278,7 @@ def test_a_dead_peers_stream_is_closed_by_the_clock() -> None:
     stream = stream_of(a)
     stream.receive(hello("b"), NOW_US)
     stream.check_time(NOW_US + 5 * SECOND_US)
-    assert a.peers["b"].status(NOW_US).last_error.startswith("silent")
+    assert a.peers["b"].status(NOW_US, 0).last_error.startswith("silent")
     assert a.protocol_errors == {"silent": 1}
 
 

@@ -79,7 +79,7 @@ def assert_closes(session: Session, raw: bytes, reason: Reason) -> None:
 def test_a_session_says_hello_first_and_nothing_more_before_it_has_heard_the_peers() -> None:
     session = new_session()
     said = pb.Frame.FromString(session.next_frame(NOW_US) or b"").hello
-    assert (said.protocol, said.node, said.region, said.incarnation) == (2, "a", "region of a", 1)
+    assert (said.protocol, said.node, said.region, said.incarnation) == (PROTOCOL, "a", "region of a", 1)
     assert not said.HasField("membership")
     assert session.next_frame(NOW_US + 2 * PING_EVERY_US) is None
 

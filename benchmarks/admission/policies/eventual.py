@@ -62,9 +62,9 @@ class _CountingStore(Store):
         """Tokens of other origins that have ever entered the bucket by their slots."""
         self._counted: dict[tuple[Origin, int], int] = {}
 
-    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> bool:
+    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> int | None:
         entries = list(entries)
-        is_known = super().merge(key, base, entries, now_us)
+        news = super().merge(key, base, entries, now_us)
         taken = self._buckets[key].taken
         for origin, slot, tokens in entries:
             # One that came after its slot was sealed has been ignored.
@@ -73,7 +73,7 @@ class _CountingStore(Store):
             if origin != self.origin and is_held and tokens > before:
                 self._counted[origin, slot] = tokens
                 self.heard += tokens - before
-        return is_known
+        return news
 
 
 class _Node:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "loans")
+    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "loans", "standing", "digest", "summary", "pull")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,10 @@ class Frame(_message.Message):
     PONG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     LOANS_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     deltas: Deltas
     ack: Ack
@@ -22,7 +26,11 @@ class Frame(_message.Message):
     pong: Pong
     goodbye: Goodbye
     loans: Loans
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., loans: _Optional[_Union[Loans, _Mapping]] = ...) -> None: ...
+    standing: Standing
+    digest: Digest
+    summary: Summary
+    pull: Pull
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., loans: _Optional[_Union[Loans, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership")
@@ -77,14 +85,16 @@ class Origin(_message.Message):
     def __init__(self, node: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class BucketDelta(_message.Message):
-    __slots__ = ("key", "base", "runs")
+    __slots__ = ("key", "base", "runs", "number")
     KEY_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     base: Base
     runs: _containers.RepeatedCompositeFieldContainer[SlotRun]
-    def __init__(self, key: _Optional[bytes] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ...) -> None: ...
+    number: int
+    def __init__(self, key: _Optional[bytes] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Base(_message.Message):
     __slots__ = ("boundary_us", "tokens", "remainder", "period_us")
@@ -189,3 +199,43 @@ class LoanReturn(_message.Message):
     parts: int
     tokens: int
     def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Standing(_message.Message):
+    __slots__ = ("reaches", "rules")
+    REACHES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    reaches: _containers.RepeatedScalarFieldContainer[str]
+    rules: int
+    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ...) -> None: ...
+
+class Digest(_message.Message):
+    __slots__ = ("at_us", "segments", "sums")
+    AT_US_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    at_us: int
+    segments: _containers.RepeatedScalarFieldContainer[int]
+    sums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, at_us: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., sums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Summary(_message.Message):
+    __slots__ = ("at_us", "range", "keys", "states")
+    AT_US_FIELD_NUMBER: _ClassVar[int]
+    RANGE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    at_us: int
+    range: int
+    keys: _containers.RepeatedScalarFieldContainer[int]
+    states: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, at_us: _Optional[int] = ..., range: _Optional[int] = ..., keys: _Optional[_Iterable[int]] = ..., states: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Pull(_message.Message):
+    __slots__ = ("at_us", "range", "keys")
+    AT_US_FIELD_NUMBER: _ClassVar[int]
+    RANGE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    at_us: int
+    range: int
+    keys: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, at_us: _Optional[int] = ..., range: _Optional[int] = ..., keys: _Optional[_Iterable[int]] = ...) -> None: ...

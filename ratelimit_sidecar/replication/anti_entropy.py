@@ -1,0 +1,371 @@
+"""Finds out what two nodes hold differently, and moves only that. Sans-I/O; frames as in `replication.proto`.
+
+Deltas tell a peer what changes. What it has missed all the same (it had no room for the bucket, or no rule; the way to
+a third node was cut for a while) is found by comparing, as Dynamo's replicas do (DeCandia et al. 2007, section 4.7),
+with one level of ranges instead of a tree: a few thousand sums are few enough to send.
+
+Every `EVERY_US`, at the same instants by every node's clock, each node sums up its buckets by range of keys, once for
+all its peers. Two nodes that have heard the same must come to the same sums although deltas are under way and they seal
+at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over for
+`SETTLE_US`, and what older ones amount to. Then the node with the lower id sends its sums, and where they differ both
+name their buckets, and tell each other all about those that differ. A bucket that changed meanwhile is left alone: its
+next delta says how much it holds.
+
+The work is bounded: a pass takes the buckets in steps, and when there are too many for `PASS_WORK`, only some segments
+of the key space, others the next time.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from zlib import crc32
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+EVERY_US = 4_000_000
+
+SETTLE_US = 2_000_000
+"""What deltas get to arrive everywhere, and clocks to differ, before a slot that is over is compared."""
+
+KEPT_US = 7_000_000
+"""A pass, and what follows from it, is over by then: three seconds before anything that it compares may be sealed."""
+
+LATE_US = 1_000_000
+"""A pass is not begun so long after its instant: it would not end in time."""
+
+SEGMENTS = 16
+SEGMENT_RANGES = 64
+RANGES = SEGMENTS * SEGMENT_RANGES
+
+LOOK_WORK = 2
+SUM_WORK = 40
+ENTRY_WORK = 6
+"""In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each entry in it."""
+
+STEP_WORK = 10_000
+"""Of one step: 1 ms between two decisions."""
+
+PASS_WORK = EVERY_US * 10 // 20
+"""Of one pass: 5 % of the time."""
+
+MAX_PULL_KEYS = 4_096
+"""In one frame."""
+
+MAX_EXCHANGED = 16_384
+"""Buckets that are told, and as many that are asked for, because of one pass: some 2 MB. The rest is found again."""
+
+_MAX_ORIGINS = 4_096
+"""Of which the hash is remembered."""
+
+
+def key_hash(key: bytes) -> int:
+    """Of 64 bits; says which bucket is meant among those of one range."""
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
+
+
+def range_of(key: bytes) -> int:
+    return crc32(key) % RANGES
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    keys: list[bytes] = field(default_factory=list)
+    states: array[int] = field(default_factory=lambda: array("Q"))
+
+
+class Pass:
+    """What this node holds, as of one instant.
+
+    Args:
+        at_us: a multiple of EVERY_US by this node's clock.
+        segments: those it is about.
+    """
+
+    def __init__(self, at_us: int, segments: Iterable[int]) -> None:
+        self.at_us = at_us
+        self.segments = frozenset(segments)
+        self.sums = [0] * RANGES
+        self._ranges: dict[int, _Range] = {}
+
+    def add(self, range_number: int, key: bytes, state: int) -> None:
+        self.sums[range_number] = (self.sums[range_number] + state) & 0xFFFF_FFFF_FFFF_FFFF
+        found = self._ranges.get(range_number)
+        if found is None:
+            found = self._ranges[range_number] = _Range()
+        found.keys.append(key)
+        found.states.append(state)
+
+    def buckets(self, range_number: int) -> dict[int, tuple[bytes, int]]:
+        """Key and state of the buckets of a range, by the key's hash."""
+        found = self._ranges.get(range_number)
+        if found is None:
+            return {}
+        return {key_hash(key): (key, state) for key, state in zip(found.keys, found.states, strict=True)}
+
+
+class Summing:
+    """One node's passes.
+
+    Args:
+        now_us: the start, or near it.
+    """
+
+    def __init__(self, store: Store, now_us: int) -> None:
+        self._store = store
+        self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
+        self._current: Pass | None = None
+        self._walk: Iterator[Bucket] = iter(())
+        self._looking = self._summing = 0
+        """Work done in the current pass."""
+        self._segments_a_pass = SEGMENTS
+        self._passes_skipped = 0
+        self._done: deque[Pass] = deque(maxlen=2)
+        self._origins: dict[Origin, int] = {}
+
+    def step(self, now_us: int) -> Pass | None:
+        """Do a little of the work; every few milliseconds.
+
+        Returns:
+            The pass that has just been done.
+        """
+        current = self._current
+        if current is None:
+            if now_us < self._due_us:
+                return None
+            at_us = now_us // EVERY_US * EVERY_US
+            self._due_us = at_us + EVERY_US
+            if now_us > at_us + LATE_US or not self._is_to_be_done(at_us):
+                return None
+            current = self._current = self._begin(at_us)
+        elif now_us >= current.at_us + EVERY_US:
+            # Too slow, or the machine was asleep.
+            self._current = None
+            return None
+        if not self._take_step(current):
+            return None
+        self._current = None
+        self._plan_next(len(current.segments))
+        self._done.append(current)
+        return current
+
+    def find(self, at_us: int) -> Pass | None:
+        """The pass of that instant, if it is done and one of the last two."""
+        return next((each for each in self._done if each.at_us == at_us), None)
+
+    def state(self, bucket: Bucket, at_us: int) -> int:
+        """A hash of 64 bits of what replicas hold alike of a bucket; 0 when that is nothing."""
+        settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+        return 0 if settled is None else self._hash(bucket.key, settled)
+
+    def _begin(self, at_us: int) -> Pass:
+        # The same on every node, and in the long run each segment as often as any other one.
+        first = crc32(at_us.to_bytes(8, "little")) % SEGMENTS
+        self._walk = self._store.walk()
+        self._looking = self._summing = 0
+        return Pass(at_us, ((first + number) % SEGMENTS for number in range(self._segments_a_pass)))
+
+    def _take_step(self, current: Pass) -> bool:
+        """True when the pass is done."""
+        left = STEP_WORK + LOOK_WORK * len(self._store) // 200
+        at_us, segments = current.at_us, current.segments
+        for bucket in self._walk:
+            left -= LOOK_WORK
+            self._looking += LOOK_WORK
+            range_number = crc32(bucket.key) % RANGES
+            if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
+                settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+                work = SUM_WORK
+                if settled is not None:
+                    work += ENTRY_WORK * len(settled.entries)
+                    current.add(range_number, bucket.key, self._hash(bucket.key, settled))
+                left -= work
+                self._summing += work
+            if left <= 0:
+                return False
+        return True
+
+    def _plan_next(self, segments: int) -> None:
+        a_segment = max(1, self._summing // segments)
+        self._segments_a_pass = max(1, min(SEGMENTS, (PASS_WORK - self._looking) // a_segment))
+
+    def _is_to_be_done(self, at_us: int) -> bool:
+        """False for a part of the passes when even one segment is more than a pass may cost. Which, all nodes agree on:
+        the more often one does them, the more of another's are among them."""
+        work = self._looking + self._summing // max(1, self._segments_a_pass)
+        stride = 1
+        while work > stride * PASS_WORK:
+            stride *= 2
+        return at_us // EVERY_US % stride == 0
+
+    def _hash(self, key: bytes, settled: Settled) -> int:
+        rows = sorted((self._origin(entry.origin), entry.slot, entry.tokens) for entry in settled.entries)
+        numbers = [number & 0xFFFF_FFFF_FFFF_FFFF for row in rows for number in row]
+        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+        state = blake2b(key + settled.deficit.to_bytes(16, "little") + packed, digest_size=8).digest()
+        return int.from_bytes(state, "little")
+
+    def _origin(self, origin: Origin) -> int:
+        number = self._origins.get(origin)
+        if number is None:
+            if len(self._origins) >= _MAX_ORIGINS:
+                self._origins.clear()
+            number = self._origins[origin] = key_hash(origin.node.encode() + origin.incarnation.to_bytes(8, "little"))
+        return number
+
+
+class Exchange:
+    """The comparisons with the peer of one stream.
+
+    Args:
+        leads: True at the node with the lower id.
+        tell: called with the key of a bucket of which the peer has to hear everything.
+    """
+
+    def __init__(self, summing: Summing, store: Store, *, leads: bool, tell: Callable[[bytes], None]) -> None:
+        self._summing = summing
+        self._store = store
+        self._leads = leads
+        self._tell = tell
+        self._own: Pass | None = None
+        """Whose Digest is yet to be sent."""
+        self._theirs: pb.Digest | None = None
+        """That came before this node's own pass was done."""
+        self._differing: dict[int, None] = {}
+        """Ranges whose Summary is yet to be sent, of the pass `_differing_us`."""
+        self._differing_us = 0
+        self._summarised: set[int] = set()
+        """Ranges whose Summary has come in answer to the Digest of `_summarised_us`."""
+        self._summarised_us = 0
+        self._pulls: deque[pb.Pull] = deque()
+        self._exchanged_us = 0
+        self._told = self._pulled = 0
+        """Buckets, because of the pass `_exchanged_us`."""
+
+    def passed(self, own: Pass) -> None:
+        """This node has done a pass."""
+        if self._leads:
+            self._own = own
+        elif self._theirs is not None and self._theirs.at_us == own.at_us:
+            self._compare(self._theirs, own)
+            self._theirs = None
+
+    def take_frame(self) -> pb.Frame | None:
+        """The next frame to be sent; None when there is none."""
+        if self._own is not None:
+            own, self._own = self._own, None
+            self._summarised_us = own.at_us
+            self._summarised.clear()
+            segments = sorted(own.segments)
+            sums = [
+                own.sums[number]
+                for segment in segments
+                for number in range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES)
+            ]
+            return pb.Frame(digest=pb.Digest(at_us=own.at_us, segments=segments, sums=sums))
+        while self._differing:
+            number = next(iter(self._differing))
+            del self._differing[number]
+            done = self._summing.find(self._differing_us)
+            if done is None:
+                self._differing.clear()
+                break
+            buckets = done.buckets(number)
+            states = [state for _, state in buckets.values()]
+            return pb.Frame(summary=pb.Summary(at_us=done.at_us, range=number, keys=buckets, states=states))
+        return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
+
+    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> int:
+        """Returns:
+            The number of buckets found to differ that the peer is now told of, or asked for.
+
+        Raises:
+            ProtocolError: bad_digest.
+        """
+        if frame.at_us > MAX_TIME_US:
+            raise ProtocolError(Reason.BAD_DIGEST, "an instant past MAX_TIME_US")
+        if isinstance(frame, pb.Digest):
+            self._receive_digest(frame)
+            return 0
+        if frame.range >= RANGES:
+            raise ProtocolError(Reason.BAD_DIGEST, f"range {frame.range} of {RANGES}")
+        own = self._summing.find(frame.at_us)
+        if self._exchanged_us != frame.at_us:
+            self._exchanged_us = frame.at_us
+            self._told = self._pulled = 0
+        if isinstance(frame, pb.Pull):
+            if len(frame.keys) > MAX_PULL_KEYS:
+                raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys in a Pull; {MAX_PULL_KEYS} are taken")
+            return 0 if own is None else self._receive_pull(frame, own)
+        if len(frame.keys) != len(frame.states):
+            raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
+        if own is None or frame.at_us != self._summarised_us or frame.range in self._summarised:
+            # Of a pass that is over.
+            return 0
+        self._summarised.add(frame.range)
+        return self._receive_summary(frame, own)
+
+    def _receive_digest(self, digest: pb.Digest) -> None:
+        segments = digest.segments
+        if len(set(segments)) < len(segments) or any(segment >= SEGMENTS for segment in segments):
+            raise ProtocolError(Reason.BAD_DIGEST, "a segment twice, or one that there is not")
+        if len(digest.sums) != len(segments) * SEGMENT_RANGES:
+            raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(segments)} segments")
+        own = self._summing.find(digest.at_us)
+        if own is None:
+            self._theirs = digest
+        else:
+            self._compare(digest, own)
+
+    def _compare(self, theirs: pb.Digest, own: Pass) -> None:
+        self._differing.clear()
+        self._differing_us = own.at_us
+        sums = iter(theirs.sums)
+        for segment in theirs.segments:
+            for number in range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES):
+                differs = next(sums) != own.sums[number]
+                if differs and segment in own.segments:
+                    self._differing[number] = None
+
+    def _receive_summary(self, summary: pb.Summary, own: Pass) -> int:
+        theirs = dict(zip(summary.keys, summary.states, strict=True))
+        pulled = []
+        told = 0
+        for hashed, (key, state) in own.buckets(summary.range).items():
+            their_state = theirs.pop(hashed, None)
+            if their_state == state:
+                continue
+            bucket = self._store.get(key)
+            if bucket is None or self._summing.state(bucket, own.at_us) != state:
+                # It has changed since, and its next delta will say how much it holds.
+                continue
+            told += self._tell_of(key)
+            if their_state is not None:
+                pulled.append(hashed)
+        # What this node has no settled state of.
+        pulled += theirs
+        pulled = pulled[: MAX_EXCHANGED - self._pulled]
+        self._pulled += len(pulled)
+        for start in range(0, len(pulled), MAX_PULL_KEYS):
+            keys = pulled[start : start + MAX_PULL_KEYS]
+            self._pulls.append(pb.Pull(at_us=own.at_us, range=summary.range, keys=keys))
+        return told + sum(hashed in theirs for hashed in pulled)
+
+    def _receive_pull(self, pull: pb.Pull, own: Pass) -> int:
+        buckets = own.buckets(pull.range)
+        return sum(self._tell_of(buckets[hashed][0]) for hashed in pull.keys if hashed in buckets)
+
+    def _tell_of(self, key: bytes) -> bool:
+        if self._told >= MAX_EXCHANGED:
+            return False
+        self._told += 1
+        self._tell(key)
+        return True

@@ -1,0 +1,61 @@
+"""Numbers in place of bucket keys: on one stream, in one direction, a key that is told of again and again is sent once.
+
+There are `MAX_NUMBERS` of them. When all are given away, the key that was told of longest ago loses its number to the
+new one, and the frame that says so comes before any that uses it: streams keep order. So neither end grows with the
+keys that clients invent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+MAX_NUMBERS = 16_384
+"""1 to so many: 3 bytes each, and some 3 MB at either end of a stream when all are in use."""
+
+
+class KeyNumbersGiven:
+    """The sender's side."""
+
+    def __init__(self) -> None:
+        self._numbers: OrderedDict[bytes, int] = OrderedDict()
+
+    def number(self, key: bytes) -> tuple[int, bool]:
+        """The number of `key`, and whether it is new to the peer, who then has to be sent the key along with it."""
+        number = self._numbers.get(key)
+        if number is not None:
+            self._numbers.move_to_end(key)
+            return number, False
+        if len(self._numbers) < MAX_NUMBERS:
+            number = len(self._numbers) + 1
+        else:
+            _, number = self._numbers.popitem(last=False)
+        self._numbers[key] = number
+        return number, True
+
+
+class KeyNumbersHeard:
+    """The receiver's side."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, bytes] = {}
+
+    def hear(self, number: int, key: bytes) -> None:
+        """From now on `number` means `key`.
+
+        Raises:
+            ProtocolError: bad_key.
+        """
+        if not 1 <= number <= MAX_NUMBERS:
+            raise ProtocolError(Reason.BAD_KEY, f"number {number} for a key; 1 to {MAX_NUMBERS} are given")
+        self._keys[number] = key
+
+    def key(self, number: int) -> bytes:
+        """Raises:
+        ProtocolError: bad_key.
+        """
+        key = self._keys.get(number)
+        if key is None:
+            raise ProtocolError(Reason.BAD_KEY, f"a bucket without a key, and nothing has number {number}")
+        return key

@@ -1,0 +1,119 @@
+"""What a node knows of another one, whatever the streams to it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.outbox import Batch, Outbox
+from ratelimit_sidecar.replication.status import PeerStatus
+
+if TYPE_CHECKING:
+    from ratelimit_sidecar.replication.replicator import Stream
+
+
+class BatchSpan(Protocol):
+    """A trace span that is open while a batch is on its way."""
+
+    def end(self) -> None: ...
+
+
+class BatchTracer(Protocol):
+    """Links batches to the sampled requests in them."""
+
+    def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes], /) -> BatchSpan | None:
+        """The span of a batch sent now; None when no sampled request is in it."""
+
+
+class Peer:
+    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
+
+    def __init__(self, store: Store, node: str, undelivered_since_us: int | None) -> None:
+        self.node = node
+        self.region = ""
+        self.address = ""
+        self.incarnation = 0
+        self.version = ""
+        self.protocol = 0
+        self.is_configured = False
+        """True once a configured address has led to it."""
+        self.streams: list[Stream] = []
+        self.outbox = Outbox(store, undelivered_since_us)
+        self.full_state_heard = False
+        """True when it has told everything it knew when its stream began."""
+        self.reaches: frozenset[str] | None = None
+        """Nodes that it has a stream to; None while it has not said."""
+        self.rules = 0
+        """A digest of the rules it replicates by; 0 while it has not said."""
+        self.clock_offset_us: int | None = None
+        self.is_skewed = False
+        """True when the clock offset has been warned about."""
+        self.last_error = ""
+        self.lost_us = 0
+        self._spans: deque[BatchSpan | None] = deque()
+        self.batches_sent = self.batches_received = 0
+        self.entries_sent = self.entries_received = 0
+        self.bytes_sent = self.bytes_received = 0
+        self.resyncs = 0
+        """Buckets told or asked for because a comparison found them to differ."""
+        self.connections = 0
+        self.protocol_errors: Counter[str] = Counter()
+
+    @property
+    def lends(self) -> bool:
+        """True while it can be asked for loans."""
+        return bool(self.streams) and self.streams[0].lends
+
+    def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
+        """A batch of its outbox is on its way."""
+        self.batches_sent += 1
+        self.entries_sent += batch.entries
+        self._spans.append(None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys))
+
+    def acknowledged(self, now_us: int) -> None:
+        """It has applied the oldest batch on its way."""
+        self.outbox.acknowledged(now_us)
+        self._end_span()
+
+    def end_spans(self) -> None:
+        """Whatever was on its way is given up."""
+        while self._spans:
+            self._end_span()
+
+    def _end_span(self) -> None:
+        span = self._spans.popleft()
+        if span is not None:
+            span.end()
+
+    def rules_match(self, rules: int) -> bool | None:
+        """Whether it replicates by the rules with that digest; None while that is not known."""
+        return self.rules == rules if self.rules and rules else None
+
+    def status(self, now_us: int, rules: int) -> PeerStatus:
+        """Args:
+        rules: a digest of this node's rules.
+        """
+        return PeerStatus(
+            node=self.node,
+            region=self.region,
+            address=self.address,
+            version=self.version,
+            protocol=self.protocol,
+            connected=bool(self.streams),
+            lag_seconds=self.outbox.lag_us(now_us) / 1e6,
+            pending_buckets=self.outbox.pending_buckets,
+            batches_sent=self.batches_sent,
+            batches_received=self.batches_received,
+            entries_sent=self.entries_sent,
+            entries_received=self.entries_received,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            resyncs=self.resyncs,
+            rules_match=self.rules_match(rules),
+            reconnects=max(0, self.connections - 1),
+            clock_offset_seconds=None if self.clock_offset_us is None else self.clock_offset_us / 1e6,
+            last_error=self.last_error,
+            protocol_errors=dict(self.protocol_errors),
+        )
