@@ -20,7 +20,8 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.replicator import Peer, Replicator, Stream
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.replicator import Replicator, Stream
 
 MS = 1_000
 FLUSH_US = 20 * MS

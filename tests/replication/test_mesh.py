@@ -21,7 +21,8 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import mesh
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.replicator import FORGET_US, BatchTracer
+from ratelimit_sidecar.replication.peer import BatchTracer
+from ratelimit_sidecar.replication.replicator import FORGET_US
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from replication.builders import NOW_US, PER_TEAM, PER_USER, SECOND_US, apply_deltas, key_of, node, store_of, take
@@ -48,9 +48,9 @@ def drained(outbox: Outbox, now_us: int = NOW_US) -> Iterator[Batch]:
         assert outbox.acknowledged(now_us) is batch
 
 
-def fill(store: Store, buckets: int) -> None:
+def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
     for index in range(buckets):
-        take(store, f"user {index}", 1, NOW_US)
+        take(store, f"user {index}", 1, now_us)
 
 
 def large_bucket(store: Store) -> Bucket:
@@ -68,6 +68,10 @@ def told(batches: Iterator[Batch] | list[Batch]) -> Store:
     for batch in batches:
         apply_deltas(store, batch.frame.deltas, A.origin, NOW_US)
     return store
+
+
+def keys_told(batches: Iterable[Batch]) -> set[bytes]:
+    return {key for batch in batches for key in batch.bucket_keys}
 
 
 def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
@@ -331,6 +335,134 @@ def test_lag_grows_from_the_first_change_that_a_lost_peer_misses_until_it_has_he
     outbox.acknowledged(NOW_US + 60 * SECOND_US + 80 * MS)
     # From here on it tells how far behind the peer is now, not that it once was cut off.
     assert outbox.lag_us(NOW_US + 61 * SECOND_US) == 80 * MS
+
+
+def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
+    store = store_of(A)
+    take(store, "old", 1, NOW_US)
+    lost_us = NOW_US + 60 * SECOND_US
+    outbox = opened(store)
+    outbox.close(lost_us)
+    take(store, "new", 2, lost_us + SECOND_US)
+    note(outbox, store, lost_us)
+    other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
+    store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
+    outbox.open(B.origin, compares=True)
+    batches = list(drained(outbox, lost_us + 2 * SECOND_US))
+    assert keys_told(batches) == {key_of("new"), key_of("heard")}
+    assert batches[-1].ends_full_state
+    assert outbox.is_settled
+
+
+def test_a_peer_that_was_away_is_told_the_base_of_what_was_sealed_meanwhile() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    outbox.close(NOW_US)
+    bucket = take(store, "ann", 900, NOW_US)
+    back_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
+    # All of it has been repaid but for what was taken in debt.
+    bucket.take(2_000, NOW_US, always=True)
+    note(outbox, store)
+    outbox.open(B.origin, compares=True)
+    peers = store_of(B)
+    for batch in drained(outbox, back_us):
+        apply_deltas(peers, batch.frame.deltas, A.origin, back_us)
+    copy = peers.get(key_of("ann"))
+    assert copy is not None
+    assert copy.fold(back_us) == bucket.fold(back_us) > 0
+
+
+def test_what_was_on_its_way_when_the_stream_was_lost_is_told_again() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    take(store, "ann", 1, NOW_US + 60 * SECOND_US)
+    note(outbox, store, NOW_US + 60 * SECOND_US)
+    assert outbox.take_batch(NOW_US + 60 * SECOND_US) is not None
+    # Noticed only long after.
+    outbox.close(NOW_US + 90 * SECOND_US)
+    outbox.open(B.origin, compares=True)
+    assert keys_told(drained(outbox, NOW_US + 90 * SECOND_US)) == {key_of("ann")}
+
+
+@pytest.mark.parametrize(
+    ("peer", "compares"), [(Origin("b", 2), True), (B.origin, False)], ids=["restarted", "of an older protocol"]
+)
+def test_a_peer_that_may_have_forgotten_is_told_everything(peer: Origin, compares: bool) -> None:
+    store = store_of(A)
+    take(store, "old", 1, NOW_US)
+    outbox = opened(store)
+    outbox.close(NOW_US + 60 * SECOND_US)
+    outbox.open(peer, compares=compares)
+    assert keys_told(drained(outbox, NOW_US + 61 * SECOND_US)) == {key_of("old")}
+
+
+def test_a_peer_that_was_lost_before_it_had_been_told_everything_is_told_everything() -> None:
+    store = store_of(A)
+    fill(store, 2 * MAX_BATCH_BUCKETS)
+    store.drain_changes()
+    outbox = Outbox(store, None)
+    outbox.open(B.origin, compares=True)
+    outbox.take_batch(NOW_US)
+    outbox.acknowledged(NOW_US)
+    outbox.close(NOW_US + 60 * SECOND_US)
+    outbox.open(B.origin, compares=True)
+    assert len(keys_told(drained(outbox, NOW_US + 60 * SECOND_US))) == 2 * MAX_BATCH_BUCKETS
+
+
+def test_a_peer_that_is_lost_again_while_it_is_told_what_it_missed_is_told_from_the_first_time_on() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    lost_us = NOW_US + 60 * SECOND_US
+    outbox.close(lost_us)
+    fill(store, 2 * MAX_BATCH_BUCKETS, lost_us + SECOND_US)
+    note(outbox, store, lost_us)
+    outbox.open(B.origin, compares=True)
+    outbox.take_batch(lost_us + 2 * SECOND_US)
+    outbox.close(lost_us + 100 * SECOND_US)
+    outbox.open(B.origin, compares=True)
+    assert len(keys_told(drained(outbox, lost_us + 101 * SECOND_US))) == 2 * MAX_BATCH_BUCKETS
+
+
+def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told_in_whole() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    slot = slot_id(NOW_US, PER_USER.exponent)
+    store.merge(key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
+    bucket = take(store, "ann", 1, NOW_US)
+    store.drain_changes()
+    outbox.note_relayed(bucket, [Entry(C.origin, slot, 4)])
+    [batch] = drained(outbox)
+    peers = store_of(B)
+    apply_deltas(peers, batch.frame.deltas, A.origin, NOW_US)
+    copy = peers.get(bucket.key)
+    assert copy is not None
+    assert copy.taken == {C.origin: {slot: 5}}
+    outbox.tell(bucket.key)
+    [batch] = drained(outbox)
+    apply_deltas(peers, batch.frame.deltas, A.origin, NOW_US)
+    assert copy.taken == bucket.taken
+
+
+def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
+    store = store_of(A)
+    bucket = take(store, "ann", 1, NOW_US)
+    outbox = Outbox(store, None)
+    outbox.tell(bucket.key)
+    outbox.note_relayed(bucket, bucket.entries())
+    outbox.walk_again(NOW_US)
+    assert outbox.pending_buckets == 0
+
+
+def test_a_key_that_is_told_of_again_is_a_number() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    sizes = []
+    for index in range(3):
+        take(store, "a user with quite a long name, to see the difference", 1, NOW_US + index)
+        note(outbox, store)
+        [batch] = drained(outbox)
+        sizes.append(batch.frame.ByteSize())
+    assert sizes[1] == sizes[2] <= sizes[0] - 50
 
 
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:

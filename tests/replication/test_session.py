@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
@@ -9,16 +11,20 @@ from ratelimit_sidecar.config import sidecar_schema as config
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.session import (
     CLOCK_SAMPLES,
+    FRAMES_WITHIN_US,
+    MAX_FRAMES,
     PING_EVERY_US,
     SILENCE_US,
     STALL_US,
     ClockMeasured,
+    ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
     Established,
     LoansReceived,
     PeerLeft,
     Session,
+    StandingReceived,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
@@ -30,6 +36,7 @@ from ratelimit_sidecar.replication.wire import (
     PROTOCOL,
     ProtocolError,
     Reason,
+    read_reaches,
 )
 
 MEMBERSHIP = Shown(3, {"a": 2, "b": 1})
@@ -380,3 +387,57 @@ def test_a_lost_connection_leaves_nothing_to_say() -> None:
     session.lost()
     assert session.next_frame(NOW_US) is None
     assert session.is_over
+
+
+COMPARISONS = [
+    frame(standing=pb.Standing()),
+    frame(digest=pb.Digest()),
+    frame(summary=pb.Summary()),
+    frame(pull=pb.Pull()),
+]
+
+
+@pytest.mark.parametrize("raw", COMPARISONS, ids=kind_of)
+def test_comparisons_are_for_peers_that_speak_of_them(raw: bytes) -> None:
+    session = new_session()
+    session.receive(hello(protocol=2), NOW_US)
+    assert not session.compares
+    said = [kind_of(session.next_frame(NOW_US)) for _ in range(3)]
+    assert said == ["hello", "ping", None]
+    assert_closes(session, raw, Reason.UNEXPECTED)
+
+
+@pytest.mark.parametrize("raw", COMPARISONS, ids=kind_of)
+def test_comparisons_are_handed_on(raw: bytes) -> None:
+    session = established()
+    event = session.receive(raw, NOW_US)
+    kind = pb.Frame.FromString(raw).WhichOneof("kind")
+    assert isinstance(event, StandingReceived if kind == "standing" else ComparisonReceived)
+
+
+@pytest.mark.parametrize(("theirs", "spoken"), [(1, 1), (2, 2), (PROTOCOL, PROTOCOL), (PROTOCOL + 9, PROTOCOL)])
+def test_both_ends_speak_the_older_ones_protocol(theirs: int, spoken: int) -> None:
+    event = new_session().receive(hello(protocol=theirs), NOW_US)
+    assert isinstance(event, Established)
+    assert event.protocol == spoken
+
+
+def test_a_peer_that_sends_more_than_it_could_have_to_say_is_too_fast() -> None:
+    session = established()
+    now_us = NOW_US
+    for index in range(3 * MAX_FRAMES):
+        # As fast as is allowed: a second's worth in a second.
+        now_us = NOW_US + index * FRAMES_WITHIN_US // (MAX_FRAMES - 1)
+        session.receive(frame(ping=pb.Ping(id=index)), now_us)
+    for index in range(MAX_FRAMES):
+        with suppress(ProtocolError):
+            session.receive(frame(ping=pb.Ping(id=index)), now_us)
+    said = pb.Frame.FromString(session.next_frame(now_us) or b"")
+    assert said.goodbye.reason == Reason.TOO_FAST
+
+
+@pytest.mark.parametrize("reaches", [[""], ["x" * (MAX_NAME_BYTES + 1)], ["x"] * (MAX_MEMBERS + 1)])
+def test_a_standing_has_bounds(reaches: list[str]) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        read_reaches(pb.Standing(reaches=reaches))
+    assert caught.value.reason is Reason.MALFORMED

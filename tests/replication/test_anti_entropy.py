@@ -1,0 +1,340 @@
+"""What replicas hold differently is found and moved, and nothing else is; on virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, key_of, node, rules_with, store_of, take
+from replication.cluster import Cluster, Node
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication import anti_entropy
+from ratelimit_sidecar.replication.anti_entropy import (
+    EVERY_US,
+    KEPT_US,
+    MAX_EXCHANGED,
+    MAX_PULL_KEYS,
+    RANGES,
+    SEGMENT_RANGES,
+    SEGMENTS,
+    SETTLE_US,
+    Exchange,
+    Pass,
+    Summing,
+    key_hash,
+    range_of,
+)
+from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+HEALS_US = EVERY_US + SETTLE_US + 2 * SECOND_US
+"""From when a slot is over until all have found that some missed it: a pass, what settles before it, and the way."""
+
+SLOT_US = 1 << PER_USER.exponent
+
+ALGORITHMS = {
+    "token_bucket": PER_USER,
+    "fixed_window": WindowLimit(1_000, 60 * SECOND_US, Window.FIXED),
+    "sliding_window": WindowLimit(1_000, 60 * SECOND_US, Window.SLIDING),
+}
+
+
+def lose_changes(each: Node) -> None:
+    """Nobody will be told what it has taken since the last flush."""
+    assert each.store.drain_changes()
+
+
+def resyncs(cluster: Cluster) -> int:
+    return sum(peer.resyncs for each in cluster for peer in each.replicator.peers.values())
+
+
+def entries_sent(cluster: Cluster) -> int:
+    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+
+
+def taken_at(each: Node, value: str, key: str = "user") -> int:
+    bucket = each.store.get(key_of(value, key, each.rules))
+    return 0 if bucket is None else sum(entry.tokens for entry in bucket.entries())
+
+
+def assert_all_hold(cluster: Cluster, tokens: int, value: str = "ann") -> None:
+    assert [taken_at(each, value) for each in cluster] == [tokens] * len(cluster.nodes)
+
+
+@pytest.mark.parametrize("limit", ALGORITHMS.values(), ids=list(ALGORITHMS))
+def test_a_lost_update_is_found_and_nothing_else_is_moved(limit: Limit | WindowLimit) -> None:
+    cluster = Cluster(1, "abc", rules=rules_with(user=limit))
+    cluster.run_until_settled()
+    for value in ("ann", "bob", "cem"):
+        cluster["a"].bucket(value).take(3, cluster["a"].now_us)
+    cluster.run(SECOND_US)
+    sent = entries_sent(cluster)
+    cluster["a"].bucket("bob").take(4, cluster["a"].now_us)
+    lose_changes(cluster["a"])
+    cluster.run((1 << limit.exponent) + HEALS_US)
+    assert_all_hold(cluster, 7, "bob")
+    # Both entries of "bob", from a to each of the others and, as they have it from a, back.
+    assert entries_sent(cluster) - sent <= 8
+    assert 2 <= resyncs(cluster) <= 6
+
+
+def test_what_was_forgotten_by_all_but_one_comes_back_from_it() -> None:
+    cluster = Cluster(2, "ab")
+    cluster.run_until_settled()
+    for name, elsewhere in (("a", "x"), ("b", "y")):
+        stranger = Entry(Origin(elsewhere, 9), slot_id(cluster.now_us - 3 * SLOT_US, PER_USER.exponent), 5)
+        cluster[name].store.merge(key_of("ann"), None, [stranger], cluster.now_us)
+    cluster.run(HEALS_US)
+    assert_all_hold(cluster, 10)
+
+
+def test_debt_of_long_ago_is_compared_by_what_it_amounts_to() -> None:
+    limit = Limit(1, SECOND_US, 50)
+    cluster = Cluster(3, "ab", rules=rules_with(user=limit))
+    cluster.run_until_settled()
+    cluster["a"].bucket("ann").take(200, cluster["a"].now_us, always=True)
+    lose_changes(cluster["a"])
+    # Before anybody compares, all of it is sealed.
+    long_us = limit.horizon_us + 3 * SECOND_US
+    cluster.now_us += long_us
+    cluster.run(HEALS_US)
+    levels = {each.bucket("ann").fold(cluster.now_us) for each in cluster}
+    assert len(levels) == 1
+    assert levels.pop() > 0
+
+
+def test_a_rule_that_comes_later_learns_what_was_taken_before() -> None:
+    cluster = Cluster(4, "ab")
+    cluster.run_until_settled()
+    b = cluster["b"]
+    b.store.limit_of_key = ELSEWHERE.replicated_limit_of_key
+    b.replicator.use_rules(ELSEWHERE.digest)
+    cluster["a"].replicator.use_rules(b.rules.digest)
+    take(cluster["a"].store, "ann", 5, cluster["a"].now_us)
+    cluster.run(SLOT_US + HEALS_US)
+    # As long as they have other rules nothing is compared.
+    assert (taken_at(b, "ann"), resyncs(cluster)) == (0, 0)
+    b.store.limit_of_key = b.rules.replicated_limit_of_key
+    b.replicator.use_rules(b.rules.digest)
+    cluster.run(HEALS_US)
+    assert_all_hold(cluster, 5)
+
+
+@pytest.mark.parametrize("skew_us", [0, 500_000])
+@pytest.mark.parametrize("algorithm", ["token_bucket", "sliding_window"])
+def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: int) -> None:
+    cluster = Cluster(5, "abc", rules=rules_with(user=ALGORITHMS[algorithm]), skew_us=skew_us)
+    cluster.run_until_settled()
+    for _ in range(600):
+        cluster.run(50_000)
+        for each in cluster:
+            for key in ("user", "team"):
+                each.bucket(cluster.random.choice("xyz"), key).take(1, each.now_us)
+    assert resyncs(cluster) == 0
+    # Not because there was nothing to compare.
+    assert all(peer.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
+
+
+def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
+    told: list[bytes] = []
+    summing = Summing(store_of(node("a")), NOW_US)
+    own = Pass(EVERY_US, range(SEGMENTS))
+    keys = [key_of(f"user {index}") for index in range(MAX_EXCHANGED + 1)]
+    number = 7
+    for key in keys:
+        own.add(number, key, 1)
+    summing._done.append(own)
+    exchange = Exchange(summing, summing._store, leads=False, tell=told.append)
+    hashes = [key_hash(key) for key in keys]
+    for start in range(0, len(hashes), MAX_PULL_KEYS):
+        exchange.receive(pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
+    assert told == keys[:MAX_EXCHANGED]
+
+
+def test_buckets_that_change_meanwhile_are_left_alone() -> None:
+    # A fixed window counts up to its end, so it is never settled while it is in use.
+    rules = rules_with(user=WindowLimit(1_000_000, 3_600 * SECOND_US, Window.FIXED))
+    cluster = Cluster(6, "ab", rules=rules)
+    cluster.run_until_settled()
+    for _ in range(1_000):
+        cluster.run(10_000)
+        for each in cluster:
+            each.bucket("ann").take(1, each.now_us)
+    assert resyncs(cluster) == 0
+
+
+def sums_of(store: Store, at_us: int) -> Pass:
+    summing = Summing(store, at_us - 1)
+    done = summing.step(at_us)
+    now_us = at_us
+    while done is None:
+        now_us += 20_000
+        done = summing.step(now_us)
+    return done
+
+
+def test_sums_do_not_depend_on_how_far_a_replica_has_sealed_nor_on_what_is_under_way() -> None:
+    at_us = NOW_US // EVERY_US * EVERY_US + 100 * EVERY_US
+    limit = Limit(100, SECOND_US, 100)
+    rules = rules_with(user=limit)
+    stores = [store_of(node(name), rules) for name in "ab"]
+    events = [(at_us - SETTLE_US - age_us, 7) for age_us in range(200_000, limit.horizon_us * 2, 70_000)]
+    entries: dict[int, int] = {}
+    for event_us, tokens in events:
+        slot = slot_id(event_us, limit.exponent)
+        entries[slot] = entries.get(slot, 0) + tokens
+    for store in stores:
+        for slot, tokens in sorted(entries.items()):
+            heard = Entry(Origin("c", 1), slot, tokens)
+            store.merge(key_of("ann"), None, [heard], slot + 300_000)
+    early, late = (store.get(key_of("ann")) for store in stores)
+    assert early is not None
+    assert late is not None
+    late.seal(at_us + KEPT_US)
+    assert early.base != late.base
+    # And b knows more of what is not yet settled.
+    under_way = Entry(Origin("c", 1), slot_id(at_us - SETTLE_US, limit.exponent), 50)
+    stores[1].merge(key_of("ann"), None, [under_way], at_us)
+    sums = [sums_of(store, at_us).sums for store in stores]
+    assert sums[0] == sums[1]
+    assert any(sums[0])
+
+
+def test_an_idle_bucket_counts_like_an_absent_one() -> None:
+    store = store_of(node("a"))
+    bucket = take(store, "ann", 3, NOW_US)
+    at_us = NOW_US // EVERY_US * EVERY_US + 2 * EVERY_US
+    number = range_of(bucket.key)
+    assert sums_of(store, at_us).sums[number] != 0
+    assert not any(sums_of(store, at_us + PER_USER.horizon_us).sums)
+
+
+def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_entropy, "STEP_WORK", 2_000)
+    monkeypatch.setattr(anti_entropy, "PASS_WORK", 8_000)
+    store = store_of(node("a"))
+    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    for index in range(1_000):
+        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
+    summing = Summing(store, at_us - 1)
+    steps, seen = 0, set[int]()
+    for number in range(64):
+        now_us = at_us + number * EVERY_US
+        done = summing.step(now_us)
+        while done is None and now_us < at_us + (number + 1) * EVERY_US - 20_000:
+            steps += number == 0
+            now_us += 20_000
+            done = summing.step(now_us)
+        if done is not None and number:
+            assert len(done.segments) < SEGMENTS
+            seen |= done.segments
+    assert steps > 5
+    assert seen == set(range(SEGMENTS))
+
+
+def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
+    store = store_of(node("a"))
+    for index in range(1_000):
+        take(store, f"user {index}", 1, NOW_US)
+    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    summing = Summing(store, at_us - 1)
+    assert summing.step(at_us) is None
+    # The machine slept; the next pass is the one after that.
+    assert summing.step(at_us + 2 * EVERY_US + 1) is None
+    assert summing.find(at_us) is None
+    assert summing.step(at_us + 2 * EVERY_US + 2) is None
+    while summing.find(at_us + 2 * EVERY_US) is None:
+        summing.step(at_us + 2 * EVERY_US + 3)
+
+
+def exchange_of_nothing(*, leads: bool = True) -> Exchange:
+    def tell(_key: bytes) -> None:
+        raise AssertionError("there is nothing to tell")
+
+    store = store_of(node("a"))
+    return Exchange(Summing(store, NOW_US), store, leads=leads, tell=tell)
+
+
+ZEROES = [0] * SEGMENT_RANGES
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pb.Digest(at_us=MAX_TIME_US + 1),
+        pb.Digest(segments=[SEGMENTS], sums=ZEROES),
+        pb.Digest(segments=[0, 0], sums=ZEROES * 2),
+        pb.Digest(segments=[0], sums=ZEROES[1:]),
+        pb.Summary(range=RANGES),
+        pb.Summary(keys=[1], states=[]),
+        pb.Pull(range=RANGES),
+        pb.Pull(keys=range(MAX_PULL_KEYS + 1)),
+    ],
+    ids=lambda frame: f"{type(frame).__name__} {str(frame)[:20]}".replace("\n", " "),
+)
+def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        exchange_of_nothing().receive(frame)
+    assert caught.value.reason is Reason.BAD_DIGEST
+
+
+@pytest.mark.parametrize("frame", [pb.Summary(keys=[1], states=[2]), pb.Pull(keys=[1])], ids=["summary", "pull"])
+def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb.Pull) -> None:
+    exchange = exchange_of_nothing()
+    assert exchange.receive(frame) == 0
+    assert exchange.take_frame() is None
+
+
+def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> None:
+    exchange = exchange_of_nothing()
+    done = sums_of(exchange._store, EVERY_US)
+    exchange._summing._done.append(done)
+    summary = pb.Summary(at_us=EVERY_US, keys=[1], states=[2])
+    assert exchange.receive(summary) == 0
+    exchange.passed(done)
+    assert (exchange.take_frame() or pb.Frame()).HasField("digest")
+    assert exchange.receive(summary) == 1
+    assert exchange.receive(summary) == 0
+
+
+def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
+    """A node that has sent its sums, in which "ann" has a part; `step` is what happens to the bucket since."""
+    store = store_of(node("a"))
+    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    bucket = take(store, "ann", 3, at_us - SETTLE_US - 2 * SLOT_US)
+    told: list[bytes] = []
+    summing = Summing(store, at_us - 1)
+    done = summing.step(at_us)
+    assert done is not None
+    exchange = Exchange(summing, store, leads=True, tell=told.append)
+    exchange.passed(done)
+    exchange.take_frame()
+    step(bucket)
+    return exchange, told, done, bucket
+
+
+def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for_as_well() -> None:
+    for theirs, pulls in (({}, 0), ({key_hash(key_of("ann")): 1}, 1)):
+        exchange, told, done, bucket = differing(lambda _bucket: None)
+        summary = pb.Summary(at_us=done.at_us, range=range_of(bucket.key), keys=theirs.keys(), states=theirs.values())
+        assert exchange.receive(summary) == 1
+        assert told == [bucket.key]
+        frame = exchange.take_frame()
+        assert (0 if frame is None else len(frame.pull.keys)) == pulls
+
+
+def test_a_bucket_that_has_changed_since_is_not_told() -> None:
+    def hear(bucket: Bucket) -> None:
+        late = Entry(Origin("c", 1), slot_id(bucket.at_us - SLOT_US, PER_USER.exponent), 5)
+        assert bucket.merge([late], bucket.at_us) == 1
+
+    exchange, told, done, bucket = differing(hear)
+    assert exchange.receive(pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == 0
+    assert not told

@@ -1,0 +1,46 @@
+"""Numbers in place of keys: both ends agree, and neither grows with the keys."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit_sidecar.replication import key_numbers
+from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERS, KeyNumbersGiven, KeyNumbersHeard
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+
+@given(st.lists(st.integers(0, 12).map(lambda number: b"key %d" % number), max_size=200))
+def test_the_receiver_finds_the_key_that_was_meant_however_often_numbers_change_hands(keys: list[bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(key_numbers, "MAX_NUMBERS", 5)
+        given_out, heard = KeyNumbersGiven(), KeyNumbersHeard()
+        for key in keys:
+            number, is_new = given_out.number(key)
+            if is_new:
+                heard.hear(number, key)
+            assert heard.key(number) == key
+            assert 1 <= number <= 5
+
+
+def test_a_key_keeps_its_number_while_it_is_used() -> None:
+    given_out = KeyNumbersGiven()
+    first, is_new = given_out.number(b"hot")
+    assert is_new
+    for index in range(2 * MAX_NUMBERS):
+        given_out.number(b"%d" % index)
+        assert given_out.number(b"hot") == (first, False)
+
+
+@pytest.mark.parametrize("number", [0, MAX_NUMBERS + 1])
+def test_a_number_out_of_range_is_refused(number: int) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        KeyNumbersHeard().hear(number, b"key")
+    assert caught.value.reason is Reason.BAD_KEY
+
+
+def test_a_number_that_nothing_has_is_refused() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        KeyNumbersHeard().key(1)
+    assert caught.value.reason is Reason.BAD_KEY

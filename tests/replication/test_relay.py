@@ -1,0 +1,138 @@
+"""What two nodes that are cut off from each other take reaches them through others."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from replication.builders import SECOND_US, key_of, node, store_of
+from replication.cluster import MS, Cluster, Node
+
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.relay import Relay
+from ratelimit_sidecar.replication.session import SILENCE_US
+
+
+def taken_at(each: Node, value: str) -> int:
+    bucket = each.store.get(key_of(value))
+    return 0 if bucket is None else sum(entry.tokens for entry in bucket.entries())
+
+
+def assert_all_hold(cluster: Cluster, tokens: int, value: str = "ann") -> None:
+    assert {each.local.origin.node: taken_at(each, value) for each in cluster} == dict.fromkeys(cluster.nodes, tokens)
+
+
+def cut_to(cluster: Cluster, links: set[frozenset[str]]) -> None:
+    """Cut all links but these, and wait until everybody has noticed."""
+    for one, other in combinations(cluster.nodes, 2):
+        if frozenset((one, other)) not in links:
+            cluster.cut(one, other)
+    cluster.run(SILENCE_US + SECOND_US)
+
+
+def links(*pairs: str) -> set[frozenset[str]]:
+    return {frozenset(pair) for pair in pairs}
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        ("abc", links("ab", "ac")),
+        ("abc", links("ca", "cb")),
+        # Two that could do it.
+        ("abcd", links("ab", "ac", "db", "dc", "ad")),
+        # Nobody reaches both ends.
+        ("abcd", links("ab", "bc", "cd")),
+        ("abcde", links("ca", "ae", "eb", "bd")),
+    ],
+    ids=["cut triangle", "through the last", "two ways", "chain", "long chain"],
+)
+def test_what_anybody_takes_reaches_everybody_within_a_few_hops(names: str, left: set[frozenset[str]]) -> None:
+    cluster = Cluster(1, names)
+    cluster.run_until_settled()
+    cut_to(cluster, left)
+    expected = 0
+    for each in cluster:
+        each.bucket("ann").take(2, each.now_us)
+        expected += 2
+        # A flush and the way of at most 80 ms, from hop to hop.
+        cluster.run(100 * MS * len(names))
+        assert_all_hold(cluster, expected)
+
+
+def test_what_was_taken_before_the_cut_was_noticed_is_passed_on_then() -> None:
+    cluster = Cluster(2, "abc")
+    cluster.run_until_settled()
+    cluster.cut("b", "c")
+    for _ in range(10):
+        for name in "bc":
+            cluster[name].bucket("ann").take(1, cluster[name].now_us)
+        cluster.run(400 * MS)
+    cluster.run(SILENCE_US - 4 * SECOND_US + SECOND_US)
+    assert_all_hold(cluster, 20)
+
+
+def test_when_the_one_that_passes_on_is_gone_another_one_does() -> None:
+    cluster = Cluster(3, "abcd")
+    cluster.run_until_settled()
+    cut_to(cluster, links("ab", "ac", "db", "dc", "ad"))
+    cluster["b"].bucket("ann").take(2, cluster["b"].now_us)
+    cluster.crash("a")
+    cluster.run(SECOND_US)
+    cluster["b"].bucket("ann").take(3, cluster["b"].now_us)
+    cluster.run(SECOND_US)
+    assert taken_at(cluster["c"], "ann") == 5
+
+
+def entries_sent(cluster: Cluster) -> int:
+    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+
+
+@pytest.mark.parametrize(("cut", "sent"), [(False, 3), (True, 3)], ids=["whole", "one link cut"])
+def test_nothing_is_passed_on_that_the_other_hears_itself_and_by_one_only(cut: bool, sent: int) -> None:
+    cluster = Cluster(4, "abcd")
+    cluster.run_until_settled()
+    if cut:
+        cut_to(cluster, links("ab", "ac", "ad", "bd", "cd"))
+    before = entries_sent(cluster)
+    cluster["b"].bucket("ann").take(1, cluster["b"].now_us)
+    cluster.run(SECOND_US)
+    assert_all_hold(cluster, 1)
+    # To each of the three others once, by whomever.
+    assert entries_sent(cluster) - before == sent
+
+
+class Connected:
+    """Stands for a stream, of which a relay asks only whether there is one."""
+
+
+@pytest.fixture
+def peers() -> dict[str, Peer]:
+    store = store_of(node("b"))
+    found = {}
+    for name in "acd":
+        peer = found[name] = Peer(store, name, None)
+        peer.streams.append(Connected())  # type: ignore[arg-type]
+    return found
+
+
+def reach(peers: dict[str, Peer], **reaches: str) -> None:
+    for name, peer in peers.items():
+        peer.reaches = frozenset(reaches[name]) if name in reaches else None
+
+
+def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
+    relay = Relay("b")
+    reach(peers, c="bd", d="bc")
+    assert peers["a"] not in relay.update(peers)
+    assert [peers["a"] in relay.to_be_told(origin) for origin in "cd"] == [False, False]
+
+
+def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) -> None:
+    relay = Relay("b")
+    reach(peers, a="bd", c="bd", d="abc")
+    # Of c and a, b is the lowest that reaches both.
+    assert relay.update(peers) == [peers["a"], peers["c"]]
+    assert relay.update(peers) == []
+    assert list(relay.to_be_told("a")) == [peers["c"]]
+    assert list(relay.to_be_told("d")) == []
