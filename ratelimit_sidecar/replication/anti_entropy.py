@@ -48,14 +48,17 @@ RANGES = SEGMENTS * SEGMENT_RANGES
 
 LOOK_WORK = 2
 SUM_WORK = 40
-ENTRY_WORK = 6
-"""In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each entry in it."""
+ENTRY_WORK = 15
+"""In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
 
-STEP_WORK = 10_000
-"""Of one step: 1 ms between two decisions."""
+STEP_WORK = 8_000
+"""Of one step, and the share of it that a pass needs for looking at all buckets: 1 ms between two decisions."""
 
-PASS_WORK = EVERY_US * 10 // 20
-"""Of one pass: 5 % of the time."""
+STEPS = 170
+"""Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
+
+PASS_WORK = STEPS * STEP_WORK
+"""Of one pass: 4 % of the time, and 1 % for each 200,000 buckets."""
 
 MAX_PULL_KEYS = 4_096
 """In one frame."""
@@ -175,7 +178,7 @@ class Summing:
 
     def _take_step(self, current: Pass) -> bool:
         """True when the pass is done."""
-        left = STEP_WORK + LOOK_WORK * len(self._store) // 200
+        left = STEP_WORK + LOOK_WORK * len(self._store) // STEPS
         at_us, segments = current.at_us, current.segments
         for bucket in self._walk:
             left -= LOOK_WORK
@@ -195,7 +198,7 @@ class Summing:
 
     def _plan_next(self, segments: int) -> None:
         a_segment = max(1, self._summing // segments)
-        self._segments_a_pass = max(1, min(SEGMENTS, (PASS_WORK - self._looking) // a_segment))
+        self._segments_a_pass = max(1, min(SEGMENTS, PASS_WORK // a_segment))
 
     def _is_to_be_done(self, at_us: int) -> bool:
         """False for a part of the passes when even one segment is more than a pass may cost. Which, all nodes agree on:
