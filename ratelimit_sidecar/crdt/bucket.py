@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
@@ -69,8 +70,8 @@ class Bucket(ABC):
         key: canonical bytes naming the bucket on every replica.
         origin: this replica; its entries are the ones `take` writes.
         now_us: wall clock. Later calls may not pass a smaller one; a smaller one counts as the last.
-        journal: a list the bucket appends itself to when own entries change (see `drain_changed_slots`). None for a
-            bucket that is never replicated.
+        journal: the bucket appends itself to it when own entries change (see `drain_changed_slots`). None for a bucket
+            that is never replicated.
     """
 
     __slots__ = (
@@ -90,7 +91,7 @@ class Bucket(ABC):
     limit: AnyLimit
 
     def __init__(
-        self, key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
+        self, key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
         self.key = key
         self.limit = limit

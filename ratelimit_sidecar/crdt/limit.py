@@ -27,6 +27,9 @@ MAX_REFILLS_PER_SLOT = 2
 overdrawn seems to be, and more is denied than ought to be: up to twice it hardly matters (docs/algorithm.md).
 """
 
+URGENT_SHARE = 8
+"""What has less than one part in so many left is nearly used up: peers are told at once."""
+
 SLOTS_PER_PERIOD = 32
 """Of a sliding window: it holds 32 to 64 slots, and a token comes back up to 1/32 of the period late."""
 
@@ -65,6 +68,8 @@ class Limit:
 
     ceiling: int = field(init=False, compare=False)
     """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
+    urgent_deficit: int = field(init=False, compare=False)
+    """From here on the bucket is nearly used up, scaled."""
     debt_ceiling: int = field(init=False, compare=False)
     """The largest sealed deficit, scaled."""
     exponent: int = field(init=False, compare=False)
@@ -85,6 +90,7 @@ class Limit:
         set_field(self, "tokens", self.tokens // divisor)
         set_field(self, "period_us", self.period_us // divisor)
         set_field(self, "ceiling", self.capacity * self.period_us)
+        set_field(self, "urgent_deficit", self.ceiling - self.ceiling // URGENT_SHARE)
         set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
         # What refills within the horizon is never forgiven: it is what several replicas under load admit in a partition
@@ -131,6 +137,10 @@ class WindowLimit:
         _check_ranges(self, ("requests", 0, MAX_CAPACITY), ("period_us", MIN_WINDOW_US, MAX_PERIOD_US))
         slot_us = self.period_us if self.window is Window.FIXED else self.period_us // SLOTS_PER_PERIOD
         object.__setattr__(self, "exponent", max(_floor_log2(slot_us), MIN_EXPONENT))
+        object.__setattr__(self, "urgent_count", self.requests - self.requests // URGENT_SHARE)
+
+    urgent_count: int = field(init=False, compare=False)
+    """From here on the window is nearly used up."""
 
     @property
     def capacity(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
@@ -54,7 +55,7 @@ class Store:
         self.max_buckets = max_buckets
         self._has_room_always = has_room_always
         self._buckets = UntrackedDict[Bucket]()
-        self._journal: list[Bucket] = []
+        self.journal = Journal()
         self._to_sweep: list[Bucket] = []
         self._next_shard = 0
         self.evicted = 0
@@ -93,7 +94,7 @@ class Store:
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull
-            bucket = _make_bucket(key, limit, self.origin, now_us, self._journal if replicated else None)
+            bucket = _make_bucket(key, limit, self.origin, now_us, self.journal if replicated else None)
             self._buckets.add(key, bucket)
         elif bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
@@ -123,9 +124,9 @@ class Store:
 
     def drain_changes(self) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the own slots written since the last call."""
-        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self._journal]
-        # Emptied in place: every bucket holds this list.
-        self._journal.clear()
+        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal]
+        # Emptied in place: every bucket holds it.
+        self.journal.clear()
         return changed
 
     def sweep(self, now_us: int, most: int) -> int:
@@ -149,7 +150,7 @@ class Store:
         return dropped
 
 
-def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: list[Bucket] | None) -> Bucket:
+def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None) -> Bucket:
     if isinstance(limit, Limit):
         return TokenBucket(key, limit, origin, now_us, journal)
     if limit.window is Window.FIXED:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_id, slot_start_us
 
@@ -41,9 +42,7 @@ class TokenBucket(Bucket):
 
     limit: Limit
 
-    def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
-    ) -> None:
+    def __init__(self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
         super().__init__(key, limit, origin, now_us, journal)
         self._base_us = limit.boundary_us(now_us)
         self._base_deficit = 0
@@ -69,8 +68,11 @@ class TokenBucket(Bucket):
         if hits and (admitted or always):
             if self.at_us >= self._own_slot_end_us:
                 self._open_slot_of_now()
+            before = self.deficit
             self.deficit += charge
             self._write_own(hits)
+            if before < limit.urgent_deficit <= self.deficit and self.journal is not None:
+                self.journal.on_urgent()
         return admitted
 
     @property

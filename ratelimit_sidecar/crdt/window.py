@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin, Settled
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
 
@@ -26,7 +27,7 @@ class FixedWindow(Bucket):
     limit: WindowLimit
 
     def __init__(
-        self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
+        self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
         super().__init__(key, limit, origin, now_us, journal)
         self.count = 0
@@ -41,6 +42,8 @@ class FixedWindow(Bucket):
             if self._slot != self._own_slot:
                 self._open_own_slot(self._slot)
             self._write_own(hits)
+            if self.count < self.limit.urgent_count <= count and self.journal is not None:
+                self.journal.on_urgent()
             self.count = count
         return count <= self.limit.requests
 
@@ -148,7 +151,7 @@ class SlidingWindow(Bucket):
     limit: WindowLimit
 
     def __init__(
-        self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: list[Bucket] | None = None
+        self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
         super().__init__(key, limit, origin, now_us, journal)
         self.count = 0
@@ -166,8 +169,11 @@ class SlidingWindow(Bucket):
                 self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
                 self._note(self._leaves_us(slot))
+            before = self.count
             self.count += hits
             self._write_own(hits)
+            if before < self.limit.urgent_count <= self.count and self.journal is not None:
+                self.journal.on_urgent()
         return admitted
 
     @property

@@ -1,0 +1,24 @@
+"""Which buckets have own entries that no peer has been told of yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ratelimit_sidecar.crdt.bucket import Bucket
+
+
+class Journal(list["Bucket"]):
+    """Each bucket at most once."""
+
+    __slots__ = ("on_urgent",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
+        """Called when a bucket gets nearly used up: others, who do not know, go on admitting. O(1), and does no I/O."""
+
+
+def _wait_for_the_next_flush() -> None:
+    pass
