@@ -34,7 +34,7 @@ class Origin(NamedTuple):
 
 
 class Base(NamedTuple):
-    """Everything placed before `boundary_us`, folded into the scaled deficit at that instant."""
+    """All slots that began before `boundary_us`, folded into the scaled deficit at that instant."""
 
     boundary_us: int
     deficit: int
@@ -283,11 +283,11 @@ class Bucket(ABC):
         """Join one entry that a subclass has found to be in range.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new or is about this replica, who knows best.
+            By how much it raised the count; 0 when it told nothing new.
         """
         origin, slot, tokens = entry
         if origin == self.origin:
-            return 0
+            return self._recall(slot, tokens)
         heard = self._heard
         if heard is None:
             heard = self._heard = {}
@@ -305,11 +305,22 @@ class Bucket(ABC):
         slots[slot] = tokens
         return added
 
-    def _forget(self, is_past: Callable[[int], bool]) -> list[Entry]:
-        """Drop the slots that are past; returns what was in them."""
+    def _recall(self, slot: int, tokens: int) -> int:
+        """Hear of an own slot. Nobody knows better than this replica, unless it has forgotten the slot: it dropped the
+        bucket as idle, and then got a limit under which the slot counts again, or does so for a peer.
+        """
+        own = self._own or {}
+        if tokens <= 0 or slot == self._own_slot or slot in own or slot_end_us(slot) > self.at_us:
+            return 0
+        own[slot] = tokens
+        self._own = own
+        return tokens
+
+    def _forget(self, is_past: Callable[[int], bool]) -> list[tuple[Origin, int, int]]:
+        """Drop the slots that are past; returns what was in them, as entries are written."""
         forgotten = []
         if self._own_slot != _NO_SLOT and is_past(self._own_slot):
-            forgotten.append(Entry(self.origin, self._own_slot, self._own_tokens))
+            forgotten.append((self.origin, self._own_slot, self._own_tokens))
             self._own_slot, self._own_tokens = _NO_SLOT, 0
         if self._own is not None:
             forgotten += _pop_past(self.origin, self._own, is_past)
@@ -324,5 +335,5 @@ class Bucket(ABC):
         return forgotten
 
 
-def _pop_past(origin: Origin, slots: dict[int, int], is_past: Callable[[int], bool]) -> list[Entry]:
-    return [Entry(origin, slot, slots.pop(slot)) for slot in list(slots) if is_past(slot)]
+def _pop_past(origin: Origin, slots: dict[int, int], is_past: Callable[[int], bool]) -> list[tuple[Origin, int, int]]:
+    return [(origin, slot, slots.pop(slot)) for slot in list(slots) if is_past(slot)]

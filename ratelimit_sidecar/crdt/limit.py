@@ -74,6 +74,8 @@ class Limit:
     """The largest sealed deficit, scaled."""
     exponent: int = field(init=False, compare=False)
     """Slots are 2**exponent microseconds wide."""
+    slot_refill: int = field(init=False, compare=False)
+    """What refills while a slot lasts, scaled."""
     horizon_us: int = field(init=False, compare=False)
     """Consumption older than this is sealed into the base; later deltas of it are ignored."""
 
@@ -92,11 +94,12 @@ class Limit:
         set_field(self, "ceiling", self.capacity * self.period_us)
         set_field(self, "urgent_deficit", self.ceiling - self.ceiling // URGENT_SHARE)
         set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
+        set_field(self, "slot_refill", self.tokens << self.exponent)
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
         # What refills within the horizon is never forgiven: it is what several replicas under load admit in a partition
         # that ends within it. One slot's refill more: known only by its slots, a bucket that never owed may seem to.
         debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
-        set_field(self, "debt_ceiling", debt_ceiling + (self.tokens << self.exponent))
+        set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
 
     def boundary_us(self, now_us: int) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike."""

@@ -1,8 +1,9 @@
 """A slot is a span of 2**exponent microseconds of wall time; its id is one integer.
 
 The id is the slot's start with the exponent in the low bits, which are free because a start is a multiple of
-2**14 or more. So ids sort by start, name their own width, and slots of different widths (before and after a limit
-changed) live in one map. They are not regrouped: whoever has heard the parts of a slot would count its sum again.
+2**14 or more. So ids sort by start (a slot whose id is less than a boundary began before it), name their own width, and
+slots of different widths (before and after a limit changed) live in one map. They are not regrouped: whoever has heard
+the parts of a slot would count its sum again.
 """
 
 from __future__ import annotations

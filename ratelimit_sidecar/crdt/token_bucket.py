@@ -7,7 +7,8 @@ taken. In closed form, the reflected process of Lindley and Skorokhod:
 
 Everything that touches D lives in this file. Units: time in microseconds of wall clock, deficits scaled by the limit's
 `period_us` (so they drain `tokens` a microsecond), consumption in whole tokens. The live pair (deficit at `at_us`,
-`full_at_us`) makes a take O(1): own takes enter at their exact time, a remote slot at its middle, never after now.
+`full_at_us`) makes a take O(1): own takes enter at their exact time, a remote slot at its middle, never after now. It
+adds what refill that was spilled since (`spilled.py`) does not pay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import NamedTuple
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
-from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
+from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
 SEAL_BATCH_SLOTS = 16
 """Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
@@ -33,9 +35,9 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
-        "_full_from_us",
         "_own_slot_end_us",
         "_sealed_until_us",
+        "_spilled",
         "deficit",
         "full_at_us",
     )
@@ -49,9 +51,9 @@ class TokenBucket(Bucket):
         self.deficit = 0
         """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
         self.full_at_us = now_us
-        """The last instant at which the deficit was zero: later arrivals from before it must refold."""
-        self._full_from_us = now_us
-        """From here to `full_at_us` the deficit was zero all along, or longer: refill was spilled."""
+        """No refill was spilled since: what was taken after it simply adds, however late it is heard of."""
+        self._spilled: SpilledRefill | None = None
+        """Only of a bucket that heard, late, of what was taken before `full_at_us`."""
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
         self._sealed_until_us = 0
@@ -101,8 +103,8 @@ class TokenBucket(Bucket):
         if elapsed_us > 0:
             deficit = self.deficit - elapsed_us * self.limit.tokens
             if deficit <= 0:
-                if self.deficit:
-                    self._full_from_us = self.at_us - (-self.deficit // self.limit.tokens)
+                if self._spilled is not None and deficit:
+                    self._spilled.note(-deficit, now_us)
                 deficit = 0
                 self.full_at_us = now_us
             self.deficit = deficit
@@ -111,38 +113,40 @@ class TokenBucket(Bucket):
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
         """Join entries of a peer; idempotent, in any order.
 
-        Entries placed before the base or the horizon are ignored: what they hold is in somebody's base. So are
-        entries further ahead than the horizon is behind: no clock is that wrong and they would count for that long.
+        Slots that began before the base or the horizon are ignored: what they hold is in somebody's base. So are
+        slots further ahead than the horizon is behind: no clock is that wrong and they would count for that long.
 
         Returns:
             The number of entries that told something new.
         """
         self.advance(now_us)
         self._seal_when_due()
-        limit, at_us = self.limit, self.at_us
+        limit, at_us, spilled = self.limit, self.at_us, self._spilled
         exponent, period_us = limit.exponent, limit.period_us
         oldest_us = max(self._base_us, limit.boundary_us(at_us))
         newest_us = at_us + limit.horizon_us
         news = 0
         refold = False
         for entry in entries:
-            entry_us = placed_us(entry.slot, exponent)
-            if not oldest_us <= entry_us <= newest_us:
+            slot = entry.slot
+            if not oldest_us <= slot <= newest_us:
                 continue
             added = self._hear(entry)
             if not added:
                 continue
             news += 1
+            entry_us = placed_us(slot, exponent)
+            charge = added * period_us
             if entry_us >= self.full_at_us:
-                # No refill was spilled since, so the deficit has been linear from there to now.
-                self.deficit += added * period_us
+                self.deficit += charge
                 continue
-            # Refill that was spilled since pays for it first, and only once.
-            paid_us = max(entry_us, self._full_from_us) - (-added * period_us // limit.tokens)
-            if paid_us <= self.full_at_us:
-                self._full_from_us = paid_us
-            else:
+            # A narrower slot, from before the limit changed, has its middle elsewhere.
+            is_narrower = slot_exponent(slot) < exponent
+            unpaid = None if spilled is None or is_narrower else spilled.pay(charge, entry_us)
+            if unpaid is None:
                 refold = True
+            else:
+                self.deficit += unpaid
         if refold:
             self._refold()
         return news
@@ -201,9 +205,9 @@ class TokenBucket(Bucket):
             self._seal_when_due()
             return False
         # Not sealed for this: most buckets looked at are dropped or have not been used for less than the horizon.
-        exponent, boundary_us = self.limit.exponent, self.limit.boundary_us(self.at_us)
+        boundary_us = self.limit.boundary_us(self.at_us)
         for slot in self._slots():
-            if placed_us(slot, exponent) >= boundary_us or slot_end_us(slot) > self.at_us:
+            if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
         return self.at_us >= self._sealed_until_us
 
@@ -224,7 +228,7 @@ class TokenBucket(Bucket):
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
         boundary_us = max(self._base_us, self.limit.boundary_us(now_us))
-        return self._fold_from_base(self._events(self.entries()), boundary_us, now_us).deficit
+        return self._fold_from_base(self._events(self.entries(), now_us), boundary_us, now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
@@ -234,11 +238,11 @@ class TokenBucket(Bucket):
         from_us = max(limit.boundary_us(kept_until_us), self._base_us)
         earlier, entries = [], []
         for entry in self.entries():
-            if placed_us(entry.slot, limit.exponent) < from_us:
+            if entry.slot < from_us:
                 earlier.append(entry)
             elif slot_end_us(entry.slot) <= until_us:
                 entries.append(entry)
-        deficit = self._fold_from_base(self._events(earlier), from_us, from_us).deficit
+        deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, from_us, None).deficit
         if not entries and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It is full by then: some have dropped it.
             return None
@@ -258,18 +262,21 @@ class TokenBucket(Bucket):
         """
         self._seal_when_due()
         exponent = self.limit.exponent
-        while slot_start_us(slot_id(self.at_us, exponent)) < self._base_us:
+        while slot_id(self.at_us, exponent) < self._base_us:
             exponent -= 1
         slot = slot_id(self.at_us, exponent)
         self._own_slot_end_us = slot_end_us(slot)
         self._open_own_slot(slot)
 
-    def _events(self, entries: Iterable[Entry]) -> list[tuple[int, int]]:
+    def _events(self, entries: Iterable[tuple[Origin, int, int]], last_us: int) -> list[tuple[int, int]]:
+        """What was taken and when, in time order, all of it by `last_us`."""
         exponent = self.limit.exponent
-        return sorted((placed_us(slot, exponent), tokens) for _, slot, tokens in entries)
+        return sorted([(min(placed_us(slot, exponent), last_us), tokens) for _, slot, tokens in entries])
 
-    def _fold_from_base(self, events: Iterable[tuple[int, int]], boundary_us: int, now_us: int) -> _Folded:
-        """Fold the base and `events` (instant, tokens; in time order) up to `now_us`.
+    def _fold_from_base(
+        self, events: Iterable[tuple[int, int]], boundary_us: int, now_us: int, spilled: SpilledRefill | None
+    ) -> _Folded:
+        """Fold the base and `events` (instant, tokens; in time order) up to `now_us`, and note what is spilled.
 
         Before the boundary the deficit is capped at every event, not once at the end, so the outcome does not depend
         on how many steps the sealing was done in.
@@ -278,49 +285,54 @@ class TokenBucket(Bucket):
         full_at_us = at_us
         forgiven = False
         tokens, period_us, debt_ceiling = self.limit.tokens, self.limit.period_us, self.limit.debt_ceiling
-        for entry_us, taken in events:
-            event_us = min(entry_us, now_us)
+        for event_us, taken in events:
             deficit -= (event_us - at_us) * tokens
             if deficit <= 0:
+                if spilled is not None and deficit:
+                    spilled.note(-deficit, event_us)
                 deficit = 0
                 full_at_us = event_us
             deficit += taken * period_us
-            if entry_us < boundary_us and deficit > debt_ceiling:
+            if event_us < boundary_us and deficit > debt_ceiling:
                 deficit = debt_ceiling
                 forgiven = True
             at_us = event_us
-        full_from_us = at_us - (-deficit // tokens)
-        if full_from_us <= now_us:
-            return _Folded(0, now_us, full_from_us, forgiven)
-        return _Folded(deficit - (now_us - at_us) * tokens, full_at_us, full_at_us, forgiven)
+        deficit -= (now_us - at_us) * tokens
+        if deficit <= 0:
+            if spilled is not None and deficit:
+                spilled.note(-deficit, now_us)
+            return _Folded(0, now_us, forgiven)
+        return _Folded(deficit, full_at_us, forgiven)
 
     def _refold(self) -> None:
         boundary_us = max(self._base_us, self.limit.boundary_us(self.at_us))
-        folded = self._fold_from_base(self._events(self.entries()), boundary_us, self.at_us)
+        self._spilled = SpilledRefill(self.limit, self._base_us) if self._heard is not None else None
+        events = self._events(self.entries(), self.at_us)
+        folded = self._fold_from_base(events, boundary_us, self.at_us, self._spilled)
         self.deficit, self.full_at_us = folded.deficit, folded.full_at_us
-        self._full_from_us = folded.full_from_us
 
     def _seal_before(self, boundary_us: int) -> bool:
         """Move the base up to `boundary_us`. True when debt was forgiven on the way."""
-        exponent = self.limit.exponent
         own_slot = self._own_slot
-        sealed = self._forget(lambda slot: placed_us(slot, exponent) < boundary_us)
-        folded = self._fold_from_base(self._events(sealed), boundary_us, boundary_us)
+        sealed = self._forget(lambda slot: slot < boundary_us)
+        # A peer with narrower slots may have a boundary amid one of ours, which is then placed before it all the same.
+        events = self._events(sealed, boundary_us - 1)
+        folded = self._fold_from_base(events, boundary_us, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
         if self._own_slot != own_slot:
             # Sealed while it was written to.
             self._own_slot_end_us = 0
-        for entry in sealed:
-            if entry.origin is self.origin and slot_end_us(entry.slot) > self.at_us:
-                self._sealed_until_us = max(self._sealed_until_us, slot_end_us(entry.slot))
+        if self._heard is None:
+            self._spilled = None
+        for origin, slot, _ in sealed:
+            if origin is self.origin and slot_end_us(slot) > self.at_us:
+                self._sealed_until_us = max(self._sealed_until_us, slot_end_us(slot))
         return folded.forgiven
 
 
 class _Folded(NamedTuple):
     deficit: int
     full_at_us: int
-    """The last instant from which on late arrivals simply add."""
-    full_from_us: int
-    """From here to there nothing but refill that was spilled."""
+    """No refill was spilled since."""
     forgiven: bool
     """True when `max_debt` cut the deficit on the way."""

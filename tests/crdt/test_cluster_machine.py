@@ -93,7 +93,6 @@ class Cluster(RuleBasedStateMachine):
         self.cut: set[frozenset[int]] = set()
         self.events: list[Event] = []
         self.told: dict[tuple[Origin, int], int] = defaultdict(int)
-        self.lives = {(replica.origin) for replica in self.replicas}
 
     def replica(self, number: int) -> tuple[Replica, int]:
         replica = self.replicas[number % len(self.replicas)]
@@ -256,8 +255,12 @@ class TokenBucketCluster(Cluster):
         Limit(2, SECOND_US, 2, max_debt=1),
     )
     is_exact = True
-    """False from when something was told too late for its slot, until the bucket is full."""
+    """False from when something was told too late for its slot, or all who knew of it have restarted, until the
+    bucket is full.
+    """
     healed_us = START_US
+    healed_lives = frozenset(Origin(f"node-{number}", 1) for number in range(4))
+    """Who knew everything at `healed_us`."""
 
     def slack_us(self) -> int:
         return (1 << self.first_limit.exponent) + MAX_SKEW_US
@@ -278,6 +281,9 @@ class TokenBucketCluster(Cluster):
         unheard = [event for event in self.events if event.true_us >= self.healed_us]
         self.healed_us = self.true_us
         self.is_exact &= all(self.would_be_held(event, now_us) for event in unheard)
+        lives = {replica.origin for replica in self.replicas}
+        self.is_exact &= not lives.isdisjoint(self.healed_lives)
+        self.healed_lives = lives
         ideal = deficit_by_formula([(event.true_us, event.tokens) for event in self.events], limit, now_us)
         slack = self.slack_us() * limit.tokens
         for replica in self.replicas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from itertools import zip_longest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id
+from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.spilled import CELLS, SpilledRefill
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
 
 NOW_US = 1_790_000_000_000_000
@@ -94,6 +96,28 @@ def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula
         bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us)
         events.append((placed_us(slot, limit.exponent), tokens))
         assert abs(bucket.deficit - deficit_by_formula(events, limit, now_us)) <= slot_refill(limit)
+
+
+@given(limits, takes, remote_slots)
+def test_own_takes_amid_arrivals_no_later_than_spilled_refill_is_known_equal_the_formula_exactly(
+    limit: Limit, history, arrivals
+) -> None:
+    """Nothing is folded again, so own takes keep their exact time."""
+    limit = unforgiving(limit)
+    slot_us = 1 << limit.exponent
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
+    first = slot_id(NOW_US - 3 * slot_us, limit.exponent)
+    bucket.merge([Entry(THERE, first, 1)], NOW_US)
+    now_us, events, heard = NOW_US, [(placed_us(first, limit.exponent), 1)], Counter({(THERE, first): 1})
+    for (gap_us, hits), (_, age_us, tokens, origin) in zip(history, arrivals, strict=False):
+        now_us += gap_us % 300_000
+        if bucket.take(hits, now_us):
+            events.append((now_us, hits))
+        slot = slot_id(now_us - slot_us - age_us % ((CELLS - 2) * slot_us), limit.exponent)
+        heard[origin, slot] += tokens
+        bucket.merge([Entry(origin, slot, heard[origin, slot])], now_us)
+        events.append((placed_us(slot, limit.exponent), tokens))
+        assert bucket.deficit == deficit_by_formula(events, limit, now_us)
 
 
 @given(limits, takes, remote_slots, st.randoms(use_true_random=False))
@@ -290,12 +314,23 @@ def test_a_count_that_was_heard_before_changes_nothing() -> None:
     assert bucket.remaining == 5
 
 
-def test_a_peer_cannot_write_entries_of_this_replica() -> None:
+def test_a_peer_cannot_write_to_slots_that_this_replica_holds() -> None:
     limit = Limit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
-    assert bucket.take(2, NOW_US)
+    slot = slot_id(NOW_US, limit.exponent)
+    assert bucket.take(2, slot_end_us(slot) - 1)
+    assert bucket.merge([Entry(HERE, slot, 9)], slot_end_us(slot)) == 0
+    assert bucket.take(2, slot_end_us(slot))
+    assert bucket.merge([Entry(HERE, slot, 9)], slot_end_us(slot)) == 0
+    assert bucket.debt == 0
+    assert sum(entry.tokens for entry in bucket.entries()) == 4
+
+
+def test_a_peer_cannot_write_to_a_slot_of_this_replica_that_is_not_over() -> None:
+    limit = Limit(1, 1_000_000, 10)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.merge([Entry(HERE, slot_id(NOW_US, limit.exponent), 9)], NOW_US) == 0
-    assert bucket.remaining == 8
+    assert bucket.remaining == 10
 
 
 def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
@@ -413,3 +448,85 @@ def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(limit: Limit,
     here.merge(list(there.entries()), heard_us)
     ideal = deficit_by_formula(events, limit, heard_us)
     assert abs(here.deficit - ideal) <= slot_refill(limit) + abs(skew_us) * limit.tokens
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_what_was_sealed_under_a_limit_with_narrower_slots_is_in_the_base_for_everybody(is_sealed: bool) -> None:
+    """Found by the cluster machine: the slot began before the narrow limit's boundary, and its middle is after it."""
+    wide, narrow = Limit(1, 60_000_000, 5), Limit(10, 1_000_000, 10)
+    here, there = TokenBucket(b"k", wide, HERE, NOW_US), TokenBucket(b"k", wide, THERE, NOW_US)
+    slot_us = 1 << wide.exponent
+    taken_us = (NOW_US // slot_us + 2) * slot_us - 1
+    assert here.take(1, taken_us)
+    there.merge(list(here.entries()), taken_us)
+    now_us = taken_us + 3_000_000
+    here.set_limit(narrow, now_us)
+    if is_sealed:
+        here.seal(now_us)
+    here.set_limit(wide, now_us)
+    for receiver, sender in ((here, there), (there, here)) * 2:
+        if sender.telling_base:
+            receiver.merge_base(sender.telling_base, now_us)
+        receiver.merge(list(sender.entries()), now_us)
+    assert here.base == there.base
+    assert here.taken == there.taken
+    assert here.fold(now_us) == there.fold(now_us) > 0
+
+
+@pytest.mark.parametrize("first_to_change", [HERE, THERE])
+def test_a_replica_that_forgot_its_own_takes_under_a_limit_with_a_shorter_horizon_hears_of_them(
+    first_to_change: Origin,
+) -> None:
+    """Found by the cluster machine: it dropped the bucket as idle, while peers still counted, or again."""
+    narrow, wide = Limit(10, 1_000_000, 10), Limit(1, 60_000_000, 5)
+    here, there = TokenBucket(b"k", narrow, HERE, NOW_US), TokenBucket(b"k", narrow, THERE, NOW_US)
+    assert here.take(1, NOW_US)
+    there.merge(list(here.entries()), NOW_US)
+    here.drain_changed_slots()
+    if first_to_change == THERE:
+        there.set_limit(wide, NOW_US)
+    now_us = NOW_US + narrow.horizon_us + (2 << narrow.exponent)
+    assert here.is_idle(now_us)
+    here = TokenBucket(b"k", wide, HERE, now_us)
+    there.set_limit(wide, now_us)
+    assert here.merge(list(there.entries()), now_us) == 1
+    assert here.merge(list(there.entries()), now_us) == 0
+    assert here.taken == there.taken
+    assert here.fold(now_us) == there.fold(now_us) == here.deficit > 0
+
+
+@pytest.mark.parametrize("age_us", range(0, 300_000, 20_000))
+def test_a_late_slot_narrower_than_those_of_the_limit_is_paid_with_what_was_spilled_since_its_own_middle(
+    age_us: int,
+) -> None:
+    narrow, wide = Limit(1_000, 1_000_000, 10), Limit(10, 1_000_000, 10)
+    assert narrow.exponent < wide.exponent
+    bucket = TokenBucket(b"k", wide, HERE, NOW_US)
+    bucket.merge([Entry(THERE, slot_id(NOW_US - 1_000_000, wide.exponent), 1)], NOW_US)
+    bucket.merge([Entry(ELSEWHERE, slot_id(NOW_US - age_us, narrow.exponent), 3)], NOW_US)
+    assert bucket.deficit == bucket.fold(NOW_US)
+
+
+def test_what_is_sealed_at_a_peers_boundary_amid_a_slot_is_cut_to_max_debt_too() -> None:
+    wide, narrow = Limit(1, 60_000_000, 5), Limit(10, 1_000_000, 10)
+    bucket = TokenBucket(b"k", wide, HERE, NOW_US)
+    slot = slot_id(NOW_US - narrow.horizon_us, wide.exponent)
+    bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
+    assert bucket.merge_base(Base(slot_start_us(slot) + 1_000_000, 0), NOW_US)
+    assert not list(bucket.entries())
+    assert 0 < bucket.base.deficit <= wide.debt_ceiling
+
+
+def test_what_late_deltas_need_is_held_only_while_there_are_slots_of_peers() -> None:
+    def is_held() -> bool:
+        return any(isinstance(held, SpilledRefill) for held in gc.get_referents(bucket))
+
+    limit = Limit(10, 1_000_000, 10)
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US)
+    assert bucket.take(1, NOW_US)
+    bucket.set_limit(Limit(10, 1_000_000, 11), NOW_US)
+    assert not is_held()
+    bucket.merge([Entry(THERE, slot_id(NOW_US - 1_000_000, limit.exponent), 1)], NOW_US)
+    assert is_held()
+    bucket.seal(NOW_US + 2 * limit.horizon_us)
+    assert not is_held()
