@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.slot import slot_id
@@ -55,7 +56,7 @@ def take_from(bucket: Bucket) -> Callable[[int], object]:
 
 def heard_late() -> Bucket:
     """A bucket that keeps what is spilled, which at each take is something."""
-    bucket = TokenBucket(b"k", LIMIT, HERE, NOW_US, [])
+    bucket = TokenBucket(b"k", LIMIT, HERE, NOW_US, Journal())
     bucket.merge((Entry(THERE, slot_id(NOW_US - 1_000_000, LIMIT.exponent), 1),), NOW_US)
     return bucket
 
@@ -65,7 +66,7 @@ def hear_late(delay_us: int, *, busy: bool) -> Callable[[int], object]:
     is making the delta.
     """
     limit = LIMIT if busy else Limit(10, 1_000_000, 10)
-    bucket = TokenBucket(b"k", limit, HERE, NOW_US, [])
+    bucket = TokenBucket(b"k", limit, HERE, NOW_US, Journal())
     if busy:
         bucket.take(limit.capacity, NOW_US)
     counts: dict[int, int] = {}
@@ -144,7 +145,7 @@ def mixed_load(limit: Limit, load: float) -> Mixed:
     for node in ("there", "elsewhere"):
         events += deltas_of(rng, Origin(node, 1), per_second, limit.exponent)
     events.sort(key=lambda event: event[0])
-    bucket = CountingBucket(b"k", limit, HERE, NOW_US, [])
+    bucket = CountingBucket(b"k", limit, HERE, NOW_US, Journal())
     times_ns = []
     for at_us, entry in events:
         if entry is None:
@@ -170,10 +171,10 @@ def main() -> None:
     fixed, sliding = (WindowLimit(2**40, 60_000_000, window) for window in Window)
     steps: dict[str, tuple[Callable[[int], object], int, int]] = {
         "empty loop": (empty_loop(), ROUNDS, 1),
-        "take, token bucket": (take_from(TokenBucket(b"k", LIMIT, HERE, NOW_US, [])), ROUNDS, 1),
+        "take, token bucket": (take_from(TokenBucket(b"k", LIMIT, HERE, NOW_US, Journal())), ROUNDS, 1),
         "take, once late deltas came": (take_from(heard_late()), ROUNDS, 1),
-        "take, fixed window": (take_from(FixedWindow(b"k", fixed, HERE, NOW_US, [])), ROUNDS, 1),
-        "take, sliding window": (take_from(SlidingWindow(b"k", sliding, HERE, NOW_US, [])), ROUNDS, 1),
+        "take, fixed window": (take_from(FixedWindow(b"k", fixed, HERE, NOW_US, Journal())), ROUNDS, 1),
+        "take, sliding window": (take_from(SlidingWindow(b"k", sliding, HERE, NOW_US, Journal())), ROUNDS, 1),
         "take, strict": (
             take_from(StrictBucket(b"k", LIMIT, HERE, NOW_US, home=PARTS, from_us=NOW_US - 10_000_000)),
             ROUNDS,

@@ -271,16 +271,20 @@ class Outbox:
     def _write_told(self, writer: DeltasWriter, now_us: int) -> None:
         while self._told and self._rest is None and _has_room(writer):
             key, _ = self._told.popitem(last=False)
-            self._write_whole(writer, key, 0, now_us)
+            # Own takes too, which the peer may have forgotten: see `Bucket._recall`.
+            self._write_whole(writer, key, 0, now_us, None)
 
     def _write_walk(self, writer: DeltasWriter, now_us: int) -> None:
         for _ in range(min(len(self._walk), WALK_BUCKETS)):
             if self._rest is not None or not _has_room(writer):
                 break
-            self._write_whole(writer, self._walk.popleft(), self._walk_since_us, now_us)
+            # The peer knows its own entries best.
+            self._write_whole(writer, self._walk.popleft(), self._walk_since_us, now_us, self._peer)
 
-    def _write_whole(self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int) -> None:
-        """Tell of one bucket all that may have been written since."""
+    def _write_whole(
+        self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int, all_but: Origin | None
+    ) -> None:
+        """Tell of one bucket all that may have been written since, but for what one origin took."""
         bucket = self._store.get(key)
         if bucket is None or len(key) > MAX_KEY_BYTES:
             return
@@ -288,8 +292,7 @@ class Outbox:
             return
         # What was sealed after `since_us` is told in the base.
         bucket.seal(now_us)
-        # The peer knows its own entries best.
-        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != self._peer]
+        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != all_but]
         base = bucket.telling_base
         if base is not None and base.boundary_us <= since_us:
             base = None

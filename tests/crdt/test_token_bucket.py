@@ -12,7 +12,8 @@ from crdt.model import deficit_by_formula, most_over_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.spilled import CELLS, SpilledRefill
@@ -290,7 +291,7 @@ def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() 
 
 
 def test_only_slots_written_since_the_last_drain_are_reported() -> None:
-    journal: list[Bucket] = []
+    journal = Journal()
     bucket = TokenBucket(b"k", Limit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
@@ -79,7 +80,7 @@ def test_a_sliding_window_denies_only_what_a_period_longer_by_one_slot_would(
 @pytest.mark.parametrize("make", [fixed, sliding])
 @given(st.lists(st.tuples(gaps, st.integers(0, 6), st.booleans()), max_size=40), st.randoms(use_true_random=False))
 def test_windows_that_heard_the_same_fold_to_the_same_number(make, history, rng: random.Random) -> None:
-    replicas: list[Bucket] = [make(10, origin=origin, journal=[]) for origin in (HERE, THERE, ELSEWHERE)]
+    replicas: list[Bucket] = [make(10, origin=origin, journal=Journal()) for origin in (HERE, THERE, ELSEWHERE)]
     now_us = NOW_US
     for gap_us, hits, deliver in history:
         now_us += gap_us
@@ -161,7 +162,7 @@ def test_a_denied_take_does_not_count_in_a_sliding_window() -> None:
 
 @pytest.mark.parametrize("make", [fixed, sliding])
 def test_a_window_is_idle_once_nothing_in_it_counts_and_peers_were_told(make) -> None:
-    journal: list[Bucket] = []
+    journal = Journal()
     window = make(10, journal=journal)
     window.take(1, NOW_US)
     later_us = NOW_US + 3 * MINUTE_US

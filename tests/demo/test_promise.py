@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge, most_within
@@ -20,7 +21,7 @@ def simulate(limit: Limit, *, seed: int, requests: int, mean_gap_s: float, deliv
     """Random requests at random replicas; what one takes reaches each other after up to `LAG_S`, or never."""
     random = Random(seed)
     replicas = [
-        TokenBucket(b"demo", limit, Origin(f"replica-{number}", 1), 0, journal=[]) for number in range(REPLICAS)
+        TokenBucket(b"demo", limit, Origin(f"replica-{number}", 1), 0, journal=Journal()) for number in range(REPLICAS)
     ]
     one_bucket = OneBucket(limit)
     sent_at: list[list[float]] = [[] for _ in replicas]
