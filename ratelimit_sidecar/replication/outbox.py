@@ -35,6 +35,10 @@ MAX_BATCH_BYTES = 1 << 16
 WALK_BUCKETS = 512
 """Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
 
+WALK_BATCH_BUCKETS = 64
+"""Told of in whole in one batch: such batches follow each other, and decisions wait for half a millisecond while one is
+written."""
+
 RESUME_MARGIN_US = 2_000_000
 """A walk goes so far back behind the moment since when the peer misses something: others' slots are on their clocks,
 and were heard of a while after they were written."""
@@ -211,10 +215,11 @@ class Outbox:
         created_us = self._write_changes(writer, share)
         self._write_relayed(writer, share)
         self._write_rest(writer)
-        self._write_told(writer, now_us)
+        most_keys = len(writer.keys) + WALK_BATCH_BUCKETS
+        self._write_told(writer, most_keys, now_us)
         ends_full_state = False
         if self._walk_owed:
-            self._write_walk(writer, now_us)
+            self._write_walk(writer, most_keys, now_us)
             ends_full_state = not self._walk and self._rest is None
             if ends_full_state:
                 self._walk_owed = False
@@ -268,15 +273,15 @@ class Outbox:
         if bucket is not None:
             self._write_all_that_fit(writer, bucket, None, entries)
 
-    def _write_told(self, writer: DeltasWriter, now_us: int) -> None:
-        while self._told and self._rest is None and _has_room(writer):
+    def _write_told(self, writer: DeltasWriter, most_keys: int, now_us: int) -> None:
+        while self._told and self._rest is None and _has_room(writer, most_keys=most_keys):
             key, _ = self._told.popitem(last=False)
             # Own takes too, which the peer may have forgotten: see `Bucket._recall`.
             self._write_whole(writer, key, 0, now_us, None)
 
-    def _write_walk(self, writer: DeltasWriter, now_us: int) -> None:
+    def _write_walk(self, writer: DeltasWriter, most_keys: int, now_us: int) -> None:
         for _ in range(min(len(self._walk), WALK_BUCKETS)):
-            if self._rest is not None or not _has_room(writer):
+            if self._rest is not None or not _has_room(writer, most_keys=most_keys):
                 break
             # The peer knows its own entries best.
             self._write_whole(writer, self._walk.popleft(), self._walk_since_us, now_us, self._peer)
@@ -322,10 +327,10 @@ class Outbox:
         return oldest_us
 
 
-def _has_room(writer: DeltasWriter, share: int = 1) -> bool:
+def _has_room(writer: DeltasWriter, share: int = 1, most_keys: int = MAX_BATCH_BUCKETS) -> bool:
     """True when the batch has not filled a `share`-th of any of its bounds."""
     return (
-        len(writer.keys) * share < MAX_BATCH_BUCKETS
+        len(writer.keys) * share < min(most_keys, MAX_BATCH_BUCKETS)
         and writer.entries * share < MAX_BATCH_ENTRIES
         and writer.rough_bytes * share < MAX_BATCH_BYTES
     )
