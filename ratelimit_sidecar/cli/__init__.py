@@ -8,6 +8,7 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.cli.check import check
 from ratelimit_sidecar.cli.demo import demo
 from ratelimit_sidecar.cli.explain import explain
+from ratelimit_sidecar.cli.peers import peers
 from ratelimit_sidecar.cli.serve import serve
 
 
@@ -21,3 +22,4 @@ main.add_command(serve)
 main.add_command(check)
 main.add_command(demo)
 main.add_command(explain)
+main.add_command(peers)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
+from ratelimit_sidecar.cli.table import table
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.limiter.explanation import (
     MAX_MISFITS,
@@ -68,7 +69,7 @@ def replay_text(replay: Replay) -> Iterator[str]:
     if replay.unlimited:
         yield f"{replay.unlimited:,} descriptors are limited by no rule"
     yield ""
-    yield from _table(
+    yield from table(
         ("rule", "descriptors", "denied", "", "first denied"),
         (
             (
@@ -84,7 +85,7 @@ def replay_text(replay: Replay) -> Iterator[str]:
     if not replay.denied_descriptors:
         return
     yield ""
-    yield from _table(
+    yield from table(
         ("descriptor", "denied", "first denied"),
         (
             (f"{domain}: {_joined(entries)}", f"{tally.denied:,}", _first(tally))
@@ -256,18 +257,6 @@ def _refill_per_second(limit: Limit) -> float:
 
 def _most_denied(tallies: Iterable[tuple[Any, Tally]]) -> list[tuple[Any, Tally]]:
     return sorted(tallies, key=lambda item: (-item[1].denied, -item[1].asked, item[0]))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Columns of numbers, which begin with a digit, to the right."""
-    cells = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        first, *others = (
-            text.ljust(width) if index in (0, len(widths) - 1) else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *others]).rstrip()
 
 
 def _joined(entries: Iterable[tuple[str, str]]) -> str:
