@@ -10,9 +10,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO ?=
 # What pytest takes, for example: make test TESTS="tests/crdt -x"
 TESTS ?=
+# What the soak test takes, for example: make soak SOAK="--seconds 600 --nodes 5"
+SOAK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format generate simulate lock clean
+.PHONY: help demo test lint format generate simulate soak lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -46,6 +48,9 @@ generate: $(READY) ## Write anew all that is generated: protobuf code, reference
 
 simulate: $(READY) ## Simulate admission over several regions: tables and charts into docs/simulation.md, from seeds
 	$(BIN)/python -m benchmarks.admission
+
+soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
+	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --output-file requirements.lock pyproject.toml

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, Clock
+from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US, Clock
 
 
 class SystemClock:
@@ -37,7 +37,22 @@ def test_it_tells_wall_time(system: SystemClock) -> None:
     assert clock.now_us() == system.wall_us
 
 
-def test_a_step_back_of_the_system_clock_is_slewed_and_time_never_stands_still(system: SystemClock) -> None:
+def test_time_stands_still_rather_than_going_back(system: SystemClock) -> None:
+    clock = Clock()
+    system.wall_us -= 100_000
+    # However long nobody slewed.
+    system.pass_time(3_600_000_000)
+    before_us = clock.now_us()
+    clock.slew()
+    assert clock.now_us() == before_us
+    system.pass_time(MAX_SLEW_US - 1)
+    assert clock.now_us() == before_us
+    system.pass_time(2)
+    assert clock.now_us() == before_us + 1
+    assert clock.now_us() == system.wall_us + 100_000 - MAX_SLEW_US
+
+
+def test_a_step_back_of_the_system_clock_is_slewed(system: SystemClock) -> None:
     clock = Clock()
     system.wall_us -= 4_000_000
     last_us = clock.now_us()
@@ -47,6 +62,7 @@ def test_a_step_back_of_the_system_clock_is_slewed_and_time_never_stands_still(s
         passed_us = clock.now_us() - last_us
         last_us += passed_us
         assert 1_000_000 - MAX_SLEW_PER_SECOND_US <= passed_us <= 1_000_000
+    system.pass_time(MAX_SLEW_PER_SECOND_US)
     assert clock.now_us() == system.wall_us
 
 

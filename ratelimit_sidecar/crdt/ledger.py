@@ -158,6 +158,8 @@ class Ledger:
             loans = self._sweep_order.popleft()
             bucket = loans.bucket
             if bucket.key not in self._active_keys and not bucket.is_noted and bucket.is_idle(now_us):
+                # A grant may still be on its way: made anew, the bucket must not ask under a number it has used.
+                self._first_number = max(self._first_number, loans.last_number)
                 del self._loans[bucket.key]
                 dropped += 1
             else:

@@ -61,6 +61,11 @@ class Loans:
     _wanted: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By borrower, the parts it asked for last, and when."""
 
+    @property
+    def last_number(self) -> int:
+        """Of its asks to any lender."""
+        return max((lender.number for lender in self._lenders.values()), default=self.first_number)
+
     def ask(self, homes: Mapping[str, int], now_us: int) -> tuple[dict[str, Ask], dict[str, Return]]:
         """What to tell each lender now.
 

@@ -160,6 +160,11 @@ class Outbox:
         if self._is_open:
             self._told[key] = None
 
+    def missed_since(self, since_us: int | None) -> None:
+        """The peer is one that should have been reached: what it has not been told yet it has missed since then."""
+        if not self._is_told_all:
+            self._undelivered_since_us = _earlier(self._undelivered_since_us, since_us)
+
     def open(self, peer: Origin, *, compares: bool) -> None:
         """A stream to `peer` is there, which is told everything from now on.
 

@@ -148,9 +148,21 @@ class Replicator:
             if not peer.streams and not peer.is_configured and peer.lost_us <= lost_before_us
         ]
         for node in gone:
-            del self.peers[node]
-            if self.lending is not None:
-                self.lending.forget(node)
+            self._forget(node)
+
+    def release(self, node: str) -> None:
+        """No configured address leads to that peer any more: without a stream it is forgotten at once."""
+        peer = self.peers.get(node)
+        if peer is None:
+            return
+        peer.is_configured = False
+        if not peer.streams:
+            self._forget(node)
+
+    def _forget(self, node: str) -> None:
+        del self.peers[node]
+        if self.lending is not None:
+            self.lending.forget(node)
 
     def is_settled(self) -> bool:
         """True when every connected peer has acknowledged everything."""
@@ -176,10 +188,19 @@ class Stream:
         address: of the far end.
         is_dialled: True when this node has dialled a configured address.
         wake: called when `next_frame` may have something new.
+        check_peer: asked about who the peer says it is, and its region, before that has any effect; raises
+            ProtocolError to refuse it.
     """
 
     def __init__(
-        self, replicator: Replicator, address: str, *, is_dialled: bool, wake: Callable[[], None], now_us: int
+        self,
+        replicator: Replicator,
+        address: str,
+        *,
+        is_dialled: bool,
+        wake: Callable[[], None],
+        now_us: int,
+        check_peer: Callable[[Origin, str], None] | None = None,
     ) -> None:
         self._replicator = replicator
         self._session = Session(replicator.local, now_us)
@@ -190,12 +211,15 @@ class Stream:
         self.address = address
         self.is_dialled = is_dialled
         self.wake = wake
+        self._check_peer = check_peer
         self.peer: Peer | None = None
         """Whose stream it is: from the peer's Hello until the stream is closing."""
         self.has_joined = False
         """True from the peer's Hello on, if it was accepted."""
         self.error: ProtocolError | None = None
         """What this node closes the stream for."""
+        self.peer_reason = ""
+        """What the peer has closed it for, as its Goodbye says."""
         self.why_ended = ""
         """Set when the stream is closing or over, by whichever end."""
 
@@ -318,8 +342,11 @@ class Stream:
     def _handle(self, event: Event, now_us: int) -> None:
         match event:
             case Established():
+                if self._check_peer is not None:
+                    self._check_peer(event.origin, event.region)
                 self._join(self._find_peer(event.origin, now_us), event, now_us)
             case PeerLeft(reason, detail):
+                self.peer_reason = reason
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
             case DeltasReceived(deltas):
                 self._apply(deltas, now_us)
@@ -400,6 +427,9 @@ class Stream:
         peer.protocol = who.protocol
         if self.is_dialled or not peer.is_configured:
             peer.address = self.address
+        if self.is_dialled and not peer.is_configured:
+            # It may have dialled in first.
+            peer.outbox.missed_since(self._replicator.first_change_us)
         peer.is_configured |= self.is_dialled
         peer.streams.append(self)
         if len(peer.streams) == 1:

@@ -88,6 +88,27 @@ def test_a_full_bucket_without_loans_is_dropped_and_no_other() -> None:
     assert len(ledger) == 0
 
 
+def test_a_bucket_made_anew_uses_no_grant_to_an_ask_from_before_it_was_dropped() -> None:
+    here, there = make_ledger("a"), make_ledger("b")
+    bucket = here.bucket(b"k", LIMIT, NOW_US)
+    bucket.take(50, NOW_US)
+    assert not bucket.take(40, NOW_US)
+    late = there.answer("a", b"k", here.tick(HOMES, NOW_US, most=10)["b"].asks[b"k"], NOW_US)
+    assert late is not None
+    assert late.parts > 0
+    # The answer does not come. Nobody wants anything any more, and the bucket is dropped.
+    later_us = NOW_US + LOAN_US + LOAN_GUARD_US + 3_000_000
+    here.tick(HOMES, later_us, most=10)
+    assert here.sweep(later_us, most=10) == 1
+    bucket = here.bucket(b"k", LIMIT, later_us)
+    bucket.take(50, later_us)
+    assert not bucket.take(40, later_us)
+    here.tick(HOMES, later_us, most=10)
+    # Now it comes: the lender's loan has ended long ago.
+    here.granted("b", b"k", late, later_us)
+    assert bucket.share == PARTS // 2
+
+
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(50, NOW_US)

@@ -357,6 +357,16 @@ def test_a_peer_that_nobody_had_announced_misses_nothing_before_it_comes() -> No
     assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 0
 
 
+def test_a_configured_peer_that_dialled_in_first_has_missed_what_it_has_not_been_told_all_the_same() -> None:
+    a = replicator("a")
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US + SECOND_US)
+    stream_of(a).receive(hello("b"), NOW_US + 9 * SECOND_US)
+    dialled = stream_of(a, is_dialled=True)
+    dialled.receive(hello("b"), NOW_US + 9 * SECOND_US)
+    assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 9 * SECOND_US
+
+
 def test_changes_count_as_made_at_the_flush_before() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)

@@ -1,0 +1,50 @@
+"""A node's clock: what `ratelimit_sidecar.clock.Clock` makes of a system clock that is wrong, on virtual time."""
+
+from __future__ import annotations
+
+from simulation.loop import Loop
+
+from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US
+
+
+class NodeClock:
+    """The monotonic clock is the true time, also while the machine is suspended, as CLOCK_BOOTTIME is.
+
+    Args:
+        system_ahead_us: the machine's system clock minus the true time; may be set anew at any moment, as a time
+            server or an operator sets a clock.
+    """
+
+    def __init__(self, loop: Loop, system_ahead_us: int) -> None:
+        self.system_ahead_us = system_ahead_us
+        self.ahead_us = system_ahead_us
+        """What the process takes the time for, minus the true time."""
+        self.jumped_us = 0
+        self._loop = loop
+        self._slewed_at_us = loop.now_us
+        self._floor_us = 0
+
+    def now_us(self) -> int:
+        return max(self._loop.now_us + self.ahead_us, self._floor_us)
+
+    def strict_us(self) -> int:
+        """The clock of strict limits, which never steps."""
+        return self.now_us() - self.jumped_us
+
+    def slew(self) -> int:
+        """To be called about once a second.
+
+        Returns:
+            By how much the clock has jumped; 0 nearly always.
+        """
+        gap_us = self.system_ahead_us - self.ahead_us
+        elapsed_us = self._loop.now_us - self._slewed_at_us
+        self._slewed_at_us = self._loop.now_us
+        if gap_us >= JUMP_US:
+            self.ahead_us += gap_us
+            self.jumped_us += gap_us
+            return gap_us
+        allowed_us = min(elapsed_us * MAX_SLEW_PER_SECOND_US // 1_000_000, MAX_SLEW_US)
+        self._floor_us = self.now_us()
+        self.ahead_us += max(-allowed_us, min(gap_us, allowed_us))
+        return 0

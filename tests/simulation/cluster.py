@@ -1,0 +1,454 @@
+"""Whole sidecars on one virtual clock and network, with everything they do looked at from outside.
+
+Everything drawn at random comes from one seed. `digest` is of every frame that arrived and every decision, in order and
+with its instant: two runs with one digest are one run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from random import Random
+from zlib import crc32
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from simulation.loop import MS, SECOND_US, START_US, Loop
+from simulation.network import End, Network, Way
+from simulation.node import Node
+from simulation.oracles import BrokenPromise, EventualOracle, LagWatch, LocalOracle, StrictOracle, held
+from simulation.sizes import entries_in
+from simulation.trace import text_of
+from simulation.workload import TOKEN_RULES, WINDOW_RULES, Request, RulesEditions
+
+from ratelimit_sidecar.crdt import untracked_dict
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry
+from ratelimit_sidecar.crdt.limit import Limit, Window
+from ratelimit_sidecar.crdt.shares import PARTS, Membership
+from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.anti_entropy import EVERY_US, KEPT_US, RANGES
+from ratelimit_sidecar.replication.wire import Reason
+
+_OK = RateLimitResponse.OK
+
+ENTRIES_PER_BUCKET = 200
+"""What a node may keep of one bucket for one peer: its slots of the longest that an unread stream lives, twice."""
+
+ENTRIES_PER_PEER = 2_000
+"""What it may keep for one peer besides: batches on their way and their keys, streams, pings, loans."""
+
+ENTRIES_PER_NODE = 4 * RANGES
+"""What it may keep for all peers: the sums of every range, of two comparisons done and one under way."""
+
+_NEVER_US = 1 << 62
+
+
+@contextmanager
+def stable_order() -> Iterator[None]:
+    """While it lasts, stores go through their buckets in the same order in every process.
+
+    They cut themselves into shards by `hash`, which is salted in every process anew.
+    """
+    untracked_dict.hash = crc32  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del untracked_dict.hash  # type: ignore[attr-defined]
+
+
+class Cluster:
+    """Args:
+    names: of the nodes, a letter each.
+    dials: for each node, whom it dials; by default everybody else.
+    system_ahead_us: for each node, how far its system clock is ahead when it starts.
+    trace: takes a line for everything that happens.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        names: str,
+        editions: RulesEditions,
+        *,
+        ways: dict[tuple[str, str], Way] | None = None,
+        dials: dict[str, str] | None = None,
+        system_ahead_us: dict[str, int] | None = None,
+        window_bytes: int = 1 << 16,
+        trace: Callable[[str], None] | None = None,
+    ) -> None:
+        self.loop = Loop()
+        self.random = Random(f"{seed} network")
+        self.names = names
+        pairs = [(one, other) for one in names for other in names if one != other]
+        self.network = Network(self.loop, self.random, ways or {pair: Way() for pair in pairs}, window_bytes)
+        self.membership = Membership(1, dict.fromkeys(names, 1))
+        """What nodes started from now on are configured with."""
+        self.dials = dials or {name: names.replace(name, "") for name in names}
+        self.system_ahead_us = system_ahead_us or dict.fromkeys(names, 0)
+        self.editions = editions
+        self.rules = dict.fromkeys(names, editions.first)
+        """What each node is configured with."""
+        self.nodes: dict[str, Node] = {}
+        self.frames = self.decisions = self.admitted = 0
+        self.protocol_errors: Counter[str] = Counter()
+        """Of all lives that have ended."""
+        self.drains = 0
+        """Clean stops after which every connected peer had everything."""
+        self.clocks_agree = True
+        """False exempts from the promises that are made for clocks at most a second apart."""
+        self.trace = trace
+        self._digest = blake2b(digest_size=16)
+        self._oracles: dict[bytes, EventualOracle] = {}
+        self._strict: dict[bytes, StrictOracle] = {}
+        self._local: dict[tuple[Node, bytes], LocalOracle] = {}
+        self._lags: dict[Node, LagWatch] = {}
+        self._reloaded_us: dict[Node, int] = {}
+        self._least_ahead_us = min(self.system_ahead_us.values())
+        self._most_ahead_us = max(self.system_ahead_us.values())
+        for name in names:
+            self.start(name)
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def live(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.is_up]
+
+    @property
+    def overshoots(self) -> int:
+        """Admissions beyond an eventual limit that were explained by what had not been delivered."""
+        return sum(oracle.overshoots for oracle in self._oracles.values())
+
+    @property
+    def loans(self) -> int:
+        """Granted by the lives that still are."""
+        return sum(node.lending.loans_granted for node in self.live)
+
+    def run(self, for_us: int) -> None:
+        self.loop.run(for_us)
+
+    def start(self, name: str) -> Node:
+        """Start a node, or start it again with nothing in memory."""
+        self.tell(f"{name} starts")
+        self.nodes[name] = node = Node(
+            self,
+            name,
+            system_ahead_us=self.system_ahead_us[name],
+            rules=self.rules[name],
+            targets=self.dials[name],
+            membership=self.membership,
+        )
+        self._lags[node] = LagWatch()
+        self.note_clock(node)
+        return node
+
+    def crash(self, name: str, *, powered: bool = True) -> None:
+        """End a process at once.
+
+        Args:
+            powered: False takes the machine with it, and the others hear nothing of it.
+        """
+        node = self.nodes[name]
+        if not node.is_up:
+            return
+        self.tell(f"{name} {'ends' if powered else 'loses power'}")
+        for other in self.live:
+            if name in other.replicator.peers:
+                # What this life has applied it may have acknowledged, and nobody can know better of the next.
+                self._oldest_unapplied_us(other, node)
+        node.stop(powered=powered)
+        self.protocol_errors.update(node.replicator.protocol_errors)
+        for end in list(node.ends):
+            if powered:
+                end.hang_up()
+            else:
+                end.close("")
+
+    def take(self, name: str, request: Request) -> None:
+        """Envoy asks the node, which answers if it is there."""
+        node = self.nodes[name]
+        if not node.is_serving:
+            return
+        raw = node.decide(request.raw)
+        self.decisions += 1
+        self._digest.update(b"%d %b %b\n" % (self.loop.now_us, name.encode(), raw))
+        response = RateLimitResponse.FromString(raw)
+        for descriptor, status in zip(request.descriptors, response.statuses, strict=True):
+            is_admitted = status.code == _OK
+            self.admitted += is_admitted
+            if self.trace is not None:
+                verdict = "admits" if is_admitted else "denies"
+                self.tell(f"{name} {verdict} {request.hits} of {descriptor.value!r}, {status.limit_remaining} left")
+            self._note_decision(node, descriptor.rule, descriptor.bucket_key, request.hits, is_admitted=is_admitted)
+
+    def use_rules(self, name: str, rules: Rules) -> None:
+        """Give a node other rules, also for when it starts again."""
+        self.rules[name] = rules
+        node = self.nodes[name]
+        if node.is_up and node.limiter.rules is not rules:
+            node.use_rules(rules)
+            self._reloaded_us[node] = node.now_us
+
+    def rule_known_us(self, node: Node, key: bytes) -> int:
+        """From when on, by the clocks of all, it has heard all of a bucket; what it heard without a rule is lost."""
+        reloaded_us = self._reloaded_us.get(node)
+        if reloaded_us is None or self.editions.first.replicated_limit_of_key(key) is not None:
+            return 0
+        return reloaded_us + self._most_ahead_us - self._least_ahead_us
+
+    def set_clock(self, name: str, ahead_us: int) -> None:
+        """Set the system clock of a machine."""
+        self.system_ahead_us[name] = ahead_us
+        self.nodes[name].clock.system_ahead_us = ahead_us
+
+    def heal(self) -> None:
+        """End every fault but those that lie in a clock. What is down is started."""
+        self.tell("everything is healed")
+        for way in self.network.ways.values():
+            way.loss = 0.0
+        for source, target in self.network.ways:
+            self.network.heal(source, target)
+        for name in self.names:
+            self.use_rules(name, self.editions.second)
+            node = self.nodes[name]
+            node.read_us = 0
+            if not node.is_up or node.is_draining:
+                self.crash(name)
+                self.start(name)
+
+    # What the nodes and the network report.
+
+    def note_frame(self, source: End, target: End, raw: bytes) -> None:
+        self.frames += 1
+        self._digest.update(
+            b"%d %b %b %b\n" % (self.loop.now_us, source.owner.name.encode(), target.owner.name.encode(), raw)
+        )
+        if self.trace is not None:
+            self.tell(f"{source.owner.name} -> {target.owner.name}  {text_of(raw)}")
+
+    def note_clock(self, node: Node) -> None:
+        self._least_ahead_us = min(self._least_ahead_us, node.clock.ahead_us)
+        self._most_ahead_us = max(self._most_ahead_us, node.clock.ahead_us)
+
+    def note_drained(self, node: Node, *, is_settled: bool) -> None:
+        """A node is about to exit: when all is acknowledged, its peers must hold it."""
+        self.tell(f"{node.name} has drained{'' if is_settled else ', as far as there was time'}")
+        if not is_settled:
+            return
+        self.drains += 1
+        if not self.clocks_agree:
+            return
+        for name, other in self.nodes.items():
+            if name in node.replicator.peers and node.replicator.peers[name].streams and other.is_up:
+                oldest_us = self._oldest_unapplied_us(node, other)
+                if oldest_us is not None:
+                    ago_ms = (node.now_us - oldest_us) / MS
+                    raise BrokenPromise(f"clean stop: {name} lacks what {node.name} took {ago_ms:.1f} ms ago")
+
+    def look(self, node: Node) -> None:
+        """A few times a second, just after a flush of the node."""
+        if self.clocks_agree:
+            self._look_at_lag(node)
+        self._look_at_shares()
+
+    def tell(self, line: str) -> None:
+        if self.trace is not None:
+            self.trace(f"{(self.loop.now_us - START_US) / SECOND_US:10.4f}  {line}")
+
+    # What must hold when all is quiet.
+
+    def differences(self) -> list[str]:
+        """Where live nodes differ in what they hold (P1); empty when they agree to the bit."""
+        nodes = self.live
+        at_us = max(node.now_us for node in nodes)
+        found = []
+        for key in sorted({bucket.key for node in nodes for bucket in node.store if bucket.journal is not None}):
+            first, second = (
+                rules.replicated_limit_of_key(key) for rules in (self.editions.first, self.editions.second)
+            )
+            assert second is not None
+            if first is not None and first.exponent != second.exponent:
+                # What one replica has sealed another still knows by its slots; that passes with the longer horizon.
+                continue
+            buckets = [_in_force(node, key) for node in nodes]
+            folds = [0 if bucket is None else bucket.fold(at_us) for bucket in buckets]
+            # Replicas that went over to another rate at different moments may have sealed different deficits.
+            if first in (None, second) and len(set(folds)) > 1:
+                shown = ", ".join(f"{node.name}: {fold}" for node, fold in zip(nodes, folds, strict=True))
+                found.append(f"{key!r} folds to {shown}")
+                continue
+            states = {
+                node.name: set() if bucket is None else _recent_state(bucket, at_us)
+                for node, bucket in zip(nodes, buckets, strict=True)
+            }
+            everything = set().union(*states.values())
+            lacking = {name: sorted(everything - state) for name, state in states.items() if everything - state}
+            if lacking:
+                shown = ", ".join(f"{name} lacks {entries}" for name, entries in lacking.items())
+                found.append(f"of {key!r} {shown}")
+        return found
+
+    def unknown(self) -> list[tuple[str, Entry]]:
+        """Names of live nodes, and what they have not heard of that others took."""
+        return [
+            (node.name, entry)
+            for other in self.live
+            for bucket in other.store
+            for entry in bucket.entries()
+            for node in self.live
+            if entry.origin == other.origin != node.origin
+            if held(node.store.get(bucket.key), entry.origin, entry.slot) < entry.tokens
+        ]
+
+    def check_levels(self) -> None:
+        """The live level is that of the fold, but for one slot's refill and that of the clocks' difference."""
+        spread_us = self._most_ahead_us - self._least_ahead_us
+        for node in self.live:
+            for bucket in node.store:
+                if isinstance(bucket, TokenBucket):
+                    limit = bucket.limit
+                    # Debt behind the horizon is cut when it is sealed, and in the fold at once.
+                    bucket.seal(node.now_us)
+                    error = abs(bucket.deficit - bucket.fold(bucket.at_us))
+                    widest = max((slot_exponent(slot) for slots in bucket.taken.values() for slot in slots), default=0)
+                    if error > limit.tokens * ((1 << max(limit.exponent, widest)) + spread_us):
+                        raise BrokenPromise(f"level: {bucket.key!r} on {node.name} is off by {error / limit.period_us}")
+
+    def check_protocol_errors(self, allowed: frozenset[Reason]) -> None:
+        errors = self.protocol_errors.copy()
+        for node in self.live:
+            errors.update(node.replicator.protocol_errors)
+        wrong = {reason: count for reason, count in errors.items() if reason not in allowed}
+        if wrong:
+            raise BrokenPromise(f"protocol errors among correct nodes: {wrong}")
+
+    def is_settled(self) -> bool:
+        """Every node is connected to every other one and has been acknowledged everything."""
+        return all(
+            sum(bool(peer.streams) and peer.outbox.is_settled for peer in node.replicator.peers.values())
+            >= len(self.names) - 1
+            for node in self.live
+        )
+
+    def _note_decision(self, node: Node, rule: str, key: bytes, hits: int, *, is_admitted: bool) -> None:
+        limit = self.editions.most.get(rule)
+        if rule == "plan" and is_admitted:
+            assert limit is not None
+            oracle = self._strict.get(key)
+            if oracle is None:
+                oracle = self._strict[key] = StrictOracle(rule, limit)
+            oracle.admitted(hits, self.loop.now_us)
+        elif rule == "pod":
+            assert limit is not None
+            local = self._local.get((node, key))
+            if local is None:
+                local = self._local[node, key] = LocalOracle(rule, limit)
+            local.decided(hits, node.now_us, admitted=is_admitted)
+        elif (rule in TOKEN_RULES and is_admitted) or rule in WINDOW_RULES:
+            bucket = node.store.get(key)
+            if bucket is None or (rule == "sliding" and not is_admitted):
+                # A node whose rules do not know the key lets pass whatever there is.
+                return
+            self._lags[node].taken.append((node.now_us, key, bucket._own_slot, bucket._own_tokens))
+            if rule in TOKEN_RULES and self.clocks_agree:
+                assert limit is not None
+                self._note_eventual(bucket, rule, limit, hits)
+
+    def _note_eventual(self, bucket: Bucket, rule: str, limit: Limit, hits: int) -> None:
+        oracle = self._oracles.get(bucket.key)
+        if oracle is None:
+            oracle = self._oracles[bucket.key] = EventualOracle(rule, limit, self.editions.exponent[rule])
+        oracle.admitted(bucket, hits, self.loop.now_us, self._most_ahead_us - self._least_ahead_us)
+
+    def _look_at_lag(self, node: Node) -> None:
+        now_us = node.now_us
+        for peer in node.replicator.peers.values():
+            other = self.nodes[peer.node]
+            lag_us = node.lag_us(peer.node)
+            if not other.is_up or peer.incarnation != other.origin.incarnation:
+                # Nobody knows what a life that has ended knew.
+                continue
+            oldest_us = self._oldest_unapplied_us(node, other)
+            if oldest_us is not None and lag_us < now_us - oldest_us:
+                raise BrokenPromise(
+                    f"lag: {node.name} shows {lag_us / MS:.1f} ms to {peer.node}, which lacks what was taken"
+                    f" {(now_us - oldest_us) / MS:.1f} ms ago"
+                )
+
+    def _oldest_unapplied_us(self, node: Node, other: Node) -> int | None:
+        watch = self._lags[node]
+        if not node.replicator.peers[other.name].is_configured:
+            # One that only dials in misses nothing from before its coming.
+            watch.applied.setdefault(other.name, len(watch.taken))
+        return watch.oldest_unapplied_us(other.name, node.origin, other.store, _boundary_of(other), _boundary_of(node))
+
+    def look_at_memory(self, node: Node) -> None:
+        """Every other second."""
+        buckets = len(node.store) + len(node.ledger)
+        peers = max(1, len(node.replicator.peers))
+        most = ENTRIES_PER_NODE + peers * (ENTRIES_PER_PEER + ENTRIES_PER_BUCKET * buckets)
+        for peer in node.replicator.peers.values():
+            if peer.outbox.pending_buckets > 2 * len(node.store) + 1:
+                raise BrokenPromise(f"memory: {node.name} has {peer.outbox.pending_buckets} pending for {peer.node}")
+        entries = entries_in(node.replicator, [end.stream for end in node.ends])
+        if entries > most:
+            raise BrokenPromise(f"memory: {node.name} keeps {entries} entries for {peers} peers and {buckets} buckets")
+
+    def _look_at_shares(self) -> None:
+        """More than admissions show, as it needs no demand."""
+        shares: Counter[bytes] = Counter()
+        levels: Counter[bytes] = Counter()
+        for node in self.live:
+            strict_us = node.clock.strict_us()
+            for bucket in node.ledger:
+                bucket.advance(strict_us)
+                shares[bucket.key] += bucket.share
+                levels[bucket.key] += max(0, bucket.level) * SECOND_US // bucket.limit.period_us
+        for key, share in shares.items():
+            if share > PARTS:
+                raise BrokenPromise(f"strict: shares of {key!r} sum to {share / PARTS}")
+        for key, level in levels.items():
+            if level > self.editions.most["plan"].capacity * SECOND_US * PARTS:
+                raise BrokenPromise(f"strict: levels of {key!r} sum to {level / SECOND_US / PARTS} tokens")
+
+
+def _boundary_of(node: Node) -> Callable[[bytes], int]:
+    """By bucket key, the end of the last slot that the node need not know of any more, or never needed to."""
+
+    def boundary_us(key: bytes) -> int:
+        limit = node.store.limit_of_key(key)
+        if limit is None:
+            return _NEVER_US
+        bucket = node.store.get(key)
+        known_us = node.cluster.rule_known_us(node, key)
+        if isinstance(limit, Limit):
+            base_us = 0 if bucket is None else bucket.base.boundary_us
+            return max(limit.boundary_us(node.now_us), base_us, known_us) + (1 << limit.exponent)
+        now_us, period_us = node.now_us, limit.period_us
+        if limit.window is Window.FIXED:
+            return slot_start_us(slot_id(now_us - now_us % period_us, limit.exponent))
+        return now_us - period_us
+
+    return boundary_us
+
+
+def _in_force(node: Node, key: bytes) -> Bucket | None:
+    """The bucket as the next decision on it will see it: by the limit that is in force now."""
+    limit = node.store.limit_of_key(key)
+    if limit is None or node.store.get(key) is None:
+        return None
+    return node.store.bucket(key, limit, node.now_us)
+
+
+def _recent_state(bucket: Bucket, at_us: int) -> set[Entry]:
+    """The entries that comparing makes equal: of older ones it is what they amount to."""
+    limit = bucket.limit
+    if not isinstance(limit, Limit):
+        return set()
+    oldest_us = max(bucket.base.boundary_us, limit.boundary_us(at_us)) + KEPT_US + EVERY_US
+    return {entry for entry in bucket.entries() if placed_us(entry.slot, limit.exponent) >= oldest_us}

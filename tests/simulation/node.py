@@ -1,0 +1,242 @@
+"""One life of one sidecar: the decision path, the store, the ledger, the mesh's state machines, and what drives them.
+
+What `app.py` and `replication/mesh.py` do with tasks and sockets is done here by one tick every flush; the rest is the
+product's own code.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from simulation.clock import NodeClock
+from simulation.loop import MS, SECOND_US
+from simulation.network import End
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.limiter.key import is_of_rule_alone
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
+from ratelimit_sidecar.replication.dialler import (
+    CONNECT_SECONDS,
+    FIRST_REDIAL_SECONDS,
+    LASTING_SECONDS,
+    MAX_REDIAL_SECONDS,
+)
+from ratelimit_sidecar.replication.lending import Lending
+from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, FLUSH_SECONDS, GOODBYE_SECONDS
+from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.wire import Reason
+
+if TYPE_CHECKING:
+    from simulation.cluster import Cluster
+
+FLUSH_US = int(FLUSH_SECONDS * SECOND_US)
+CHECK_TIME_TICKS = int(CHECK_TIME_SECONDS / FLUSH_SECONDS)
+SLEW_TICKS = int(1 / FLUSH_SECONDS)
+LOOK_TICKS = SLEW_TICKS // 2
+MEMORY_TICKS = 2 * SLEW_TICKS
+SWEEP_BUCKETS = 1_000
+"""In a second; `app.py` does as much in steps of 10 ms."""
+
+CONNECT_US = int(CONNECT_SECONDS * SECOND_US)
+POLL_DRAIN_US = 5 * MS
+
+
+class _Target:
+    """A configured address, dialled again for ever (`replication/dialler.py`)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dialled_us = 0
+        self.attempts = 0
+
+
+class Node:
+    """Args:
+    targets: the nodes that it dials.
+    membership: who shares strict limits.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        *,
+        system_ahead_us: int,
+        rules: Rules,
+        targets: str,
+        membership: Membership,
+    ) -> None:
+        draw = cluster.random
+        self.cluster = cluster
+        self.name = name
+        self.clock = NodeClock(cluster.loop, system_ahead_us)
+        self.is_up = True
+        """False when the process has ended."""
+        self.is_powered = True
+        """False when the machine has: then nobody answers for it."""
+        self.is_draining = False
+        self.resumes_us = 0
+        """When a suspended process goes on."""
+        self.read_us = 0
+        """What it needs to read a frame: slow when it is much."""
+        self.ends: list[End] = []
+        self.protocol_errors: Counter[str] = Counter()
+        now_us = self.clock.now_us()
+        self.origin = Origin(name, draw.getrandbits(63) + 1)
+        shares = Shares(membership, name, now_us)
+        first_number = draw.randrange(MAX_FIRST_NUMBER)
+        self.ledger = Ledger(
+            shares, self.origin, rules.strict_limit_of_key, first_number, has_room_always=is_of_rule_alone
+        )
+        self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
+        self.store = self.limiter.store
+        self.lending = Lending(self.ledger, self.clock.strict_us)
+        local = Local(self.origin, f"region of {name}", "0", self.lending.membership)
+        self.replicator = Replicator(local, self.store, now_us, lending=self.lending)
+        self.replicator.use_rules(rules.digest)
+        self._targets = {target: _Target(target) for target in targets}
+        self._ticks = draw.randrange(SLEW_TICKS)
+        cluster.loop.after(draw.randrange(FLUSH_US), self._tick)
+        for target in self._targets.values():
+            cluster.loop.after(draw.randrange(20 * MS), self._dial, target)
+
+    @property
+    def now_us(self) -> int:
+        return self.clock.now_us()
+
+    @property
+    def is_serving(self) -> bool:
+        """True when a request of now is answered now."""
+        return self.is_up and not self.is_draining and self.cluster.loop.now_us >= self.resumes_us
+
+    def decide(self, request: bytes) -> bytes:
+        return self.limiter.decide(request, self.clock.now_us())
+
+    def use_rules(self, rules: Rules) -> None:
+        """Decide by other rules from now on."""
+        self.limiter.use_rules(rules)
+        self.replicator.use_rules(rules.digest)
+
+    def lag_us(self, peer: str) -> int:
+        """What the node shows for its lag behind a peer."""
+        status = self.replicator.peers[peer].status(self.clock.now_us(), self.replicator.rules)
+        return round(status.lag_seconds * SECOND_US)
+
+    def stop(self, *, powered: bool) -> None:
+        """End the process, or the machine: `Cluster.crash` ends the connections."""
+        self.is_up = False
+        self.is_powered = powered
+
+    def suspend(self, for_us: int) -> None:
+        """The process stands still: SIGSTOP, or a machine that sleeps."""
+        self.resumes_us = self.cluster.loop.now_us + for_us
+        self.cluster.loop.at(self.resumes_us, self._resume)
+
+    def drain(self) -> None:
+        """What SIGTERM does: take no more, tell the peers what they have yet to hear, say goodbye, exit."""
+        if self.is_draining:
+            return
+        self.is_draining = True
+        self.replicator.flush(self.clock.now_us())
+        self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
+
+    def note_ended(self, stream: Stream) -> None:
+        """A connection of this node is gone: one that it had dialled is dialled again."""
+        target = self._targets.get(stream.address) if stream.is_dialled else None
+        if target is not None:
+            lasted = self.cluster.loop.now_us - target.dialled_us >= LASTING_SECONDS * SECOND_US
+            self._dial_again(target, lasted=lasted)
+
+    def _resume(self) -> None:
+        if self.is_up and self.cluster.loop.now_us >= self.resumes_us:
+            for end in self.ends:
+                end.schedule()
+                end.pump_soon()
+
+    def _tick(self) -> None:
+        if not self.is_up:
+            return
+        loop = self.cluster.loop
+        if loop.now_us < self.resumes_us:
+            loop.at(self.resumes_us, self._tick)
+            return
+        now_us = self.clock.now_us()
+        self.replicator.flush(now_us)
+        self._ticks = ticks = self._ticks + 1
+        if not ticks % CHECK_TIME_TICKS:
+            for end in list(self.ends):
+                end.check_time()
+        if not ticks % LOOK_TICKS:
+            self.cluster.look(self)
+        if not ticks % SLEW_TICKS:
+            self.store.sweep(now_us, SWEEP_BUCKETS)
+            self.ledger.sweep(self.clock.strict_us(), SWEEP_BUCKETS)
+            jumped_us = self.clock.slew()
+            self.limiter.jumped_us += jumped_us
+            self.cluster.note_clock(self)
+        if not ticks % MEMORY_TICKS:
+            self.cluster.look_at_memory(self)
+        loop.after(FLUSH_US, self._tick)
+
+    def _dial_again(self, target: _Target, *, lasted: bool) -> None:
+        if lasted:
+            target.attempts = 0
+            self.cluster.loop.soon(lambda: self._dial(target))
+            return
+        target.attempts += 1
+        longest_s = min(FIRST_REDIAL_SECONDS * 2 ** (target.attempts - 1), MAX_REDIAL_SECONDS)
+        self.cluster.loop.after(int(self.cluster.random.random() * longest_s * SECOND_US), self._dial, target)
+
+    def _dial(self, target: _Target) -> None:
+        cluster, network = self.cluster, self.cluster.network
+        if not self.is_up or self.is_draining:
+            return
+        if cluster.loop.now_us < self.resumes_us:
+            cluster.loop.at(self.resumes_us, self._dial, target)
+            return
+        target.dialled_us = cluster.loop.now_us
+        there_us = network.draw_delay_us(self.name, target.name)
+        back_us = network.draw_delay_us(target.name, self.name)
+        cluster.loop.after(there_us + back_us, self._finish_dial, target)
+
+    def _finish_dial(self, target: _Target) -> None:
+        """The handshake is over, if it got through: one that does not is repeated by TCP until the time is up."""
+        cluster, network = self.cluster, self.cluster.network
+        if not self.is_up or self.is_draining:
+            return
+        listener = cluster.nodes[target.name]
+        is_cut = network.is_cut(self.name, target.name) or network.is_cut(target.name, self.name)
+        now_us = cluster.loop.now_us
+        if is_cut or not listener.is_powered or now_us < max(listener.resumes_us, self.resumes_us):
+            if now_us - target.dialled_us >= CONNECT_US:
+                self._dial_again(target, lasted=False)
+            else:
+                # TCP sends its first packet again after 1 s and after 3 s.
+                cluster.loop.at(min(now_us + SECOND_US, target.dialled_us + CONNECT_US), self._finish_dial, target)
+        elif not listener.is_up or listener.is_draining:
+            self._dial_again(target, lasted=False)
+        else:
+            network.connect(self, listener)
+
+    def _await_settled(self, until_us: int) -> None:
+        if not self.is_up:
+            return
+        loop = self.cluster.loop
+        is_settled = self.replicator.is_settled()
+        if not is_settled and loop.now_us < until_us:
+            loop.after(POLL_DRAIN_US, self._await_settled, until_us)
+            return
+        self.cluster.note_drained(self, is_settled=is_settled)
+        for end in list(self.ends):
+            end.stream.close(Reason.DRAINING, "the sidecar is shutting down", self.clock.now_us())
+        loop.after(int(GOODBYE_SECONDS * SECOND_US), self._exit)
+
+    def _exit(self) -> None:
+        if self.is_up:
+            self.cluster.crash(self.name)

@@ -1,0 +1,171 @@
+"""Whole sidecars through whatever a seed brings: every promise holds all along, and all agree in the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from simulation.oracles import BrokenPromise
+from simulation.run import Outcome, failure_of, replay, run_seed
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.strict import Grant, StrictBucket
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.replication.outbox import Outbox
+from ratelimit_sidecar.replication.replicator import Replicator
+
+IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+
+SEEDS = 10_000 if IS_NIGHTLY else 320
+BATCH = 20
+
+
+def assert_promises_are_kept(seeds: range, nodes: int = 3, seconds: float = 10) -> list[Outcome]:
+    outcomes, failures = [], []
+    for seed in seeds:
+        try:
+            outcomes.append(run_seed(seed, nodes, seconds))
+        except Exception as error:
+            failures.append(f"seed {seed}: {failure_of(error)}\n  {replay(seed, nodes, seconds)}")
+    assert not failures, "\n".join(failures)
+    return outcomes
+
+
+def run_all(seeds: range) -> None:
+    for seed in seeds:
+        run_seed(seed)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_three_nodes_keep_every_promise(first: int) -> None:
+    assert_promises_are_kept(range(first, first + BATCH))
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 5])
+def test_so_do_more_and_fewer_nodes(nodes: int) -> None:
+    assert_promises_are_kept(range(1_000 if IS_NIGHTLY else 6), nodes)
+
+
+def test_so_do_nodes_that_run_for_long() -> None:
+    """Past the horizon, so that what goes wrong meets sealed buckets."""
+    assert_promises_are_kept(range(1_000 if IS_NIGHTLY else 4), seconds=40)
+
+
+def test_those_runs_are_about_something() -> None:
+    """Lest the promises be kept by doing nothing."""
+    outcomes = assert_promises_are_kept(range(20))
+    assert sum(outcome.decisions for outcome in outcomes) > 20 * 100
+    assert 0.3 < sum(outcome.admitted for outcome in outcomes) / sum(outcome.decisions for outcome in outcomes) < 0.95
+    assert sum(outcome.loans for outcome in outcomes) > 20
+    assert sum(outcome.drains for outcome in outcomes) > 1
+    assert sum(outcome.frames for outcome in outcomes) > 20 * 200
+    assert sum(outcome.overshoots for outcome in outcomes) > 5
+
+
+def test_one_seed_is_one_run_to_the_byte_in_every_process() -> None:
+    program = "from simulation.run import run_seed\nfor seed in range(12): print(run_seed(seed))"
+    tests = str(Path(__file__).parents[1])
+    transcripts = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": tests, "PYTHONHASHSEED": salt},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for salt in ("1", "2")
+    }
+    assert len(transcripts) == 1
+    assert transcripts.pop().count("digest=") == 12
+
+
+def test_a_failing_seed_is_replayed_by_the_command_shown_with_it() -> None:
+    command = replay(3, nodes=4, seconds=2)
+    assert command.startswith("PYTHONPATH=tests python -m ")
+    shown = subprocess.run(
+        [sys.executable, *command.split()[2:]],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert str(run_seed(3, nodes=4, seconds=2)) in shown
+    assert "a -> b  hello {" in shown
+    assert "everything is healed" in shown
+
+
+# What is looked for is found: each of these breaks the product in one way.
+
+
+def never_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deltas are acknowledged and forgotten."""
+    monkeypatch.setattr(TokenBucket, "merge", lambda _self, _entries, _now_us: 0)
+
+
+def forgets_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new stream begins without the state before it."""
+    opened = Outbox.open
+
+    def open_without_state(self: Outbox, peer: Origin, *, compares: bool) -> None:
+        opened(self, peer, compares=compares)
+        self._walk.clear()
+
+    monkeypatch.setattr(Outbox, "open", open_without_state)
+
+
+def shows_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outbox, "lag_us", lambda _self, _now_us: 0)
+
+
+def lends_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lend(_self: StrictBucket, _borrower: str, ask: object, parts: int, available: int, _now_us: int) -> Grant:
+        return Grant(ask.number, parts, 0, available)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(StrictBucket, "lend", lend)
+
+
+def admits_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = TokenBucket.take
+
+    def take_anyway(self: TokenBucket, hits: int, now_us: int, *, always: bool = False) -> bool:
+        take(self, hits, now_us, always=True)
+        return True
+
+    monkeypatch.setattr(TokenBucket, "take", take_anyway)
+
+
+def leaves_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replicator, "is_settled", lambda _self: True)
+
+
+def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = Replicator.flush
+
+    def flush_and_keep(self: Replicator, now_us: int) -> None:
+        self.kept = [*getattr(self, "kept", ()), *([now_us] * 400)]  # type: ignore[attr-defined]
+        flush(self, now_us)
+
+    monkeypatch.setattr(Replicator, "flush", flush_and_keep)
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        (never_hears, "convergence|lag|clean stop"),
+        (forgets_what_was_cut_off, "convergence|lag"),
+        (shows_no_lag, "lag"),
+        (lends_what_it_keeps, "strict"),
+        (admits_everything, "eventual|local"),
+        (leaves_without_a_word, "clean stop"),
+        (keeps_every_change, "memory"),
+    ],
+)
+def test_a_broken_product_is_found_within_a_few_seeds(
+    fault: object, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)  # type: ignore[operator]
+    with pytest.raises(BrokenPromise, match=f"^({what}):"):
+        run_all(range(40))
