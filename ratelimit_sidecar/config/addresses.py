@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -91,6 +91,16 @@ def _shape_fix(text: str) -> str:
     if ":" not in text:
         return "add :port"
     return ""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, as the types below take it, is reached from its own machine alone."""
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        # A name: this one alone is the machine's own by definition (RFC 6761, 6.3).
+        return host.removesuffix(".").lower() == "localhost"
 
 
 ListenAddress = Annotated[str, Expected(_LISTEN, of="text"), AfterValidator(_listen)]

@@ -37,6 +37,7 @@ rules: [./rules]
 sync:
   protocol: grpc
   peers: [eu-west-2.edge.example.com:50051, ap-southeast-1.edge.example.com:50051]
+  tls: {certificate: tls/tls.crt, key: tls/tls.key, ca: tls/ca.crt, peer_names: "{node}.edge.example.com"}
   # For strict limits: who shares them.
   members: {us-east-1-a: 2, eu-west-2-a: 1, ap-southeast-1-a: 1}
 bucket: {capacity: 1000, refillRate: 10}

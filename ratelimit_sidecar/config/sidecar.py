@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from ratelimit_sidecar.config.addresses import is_loopback
 from ratelimit_sidecar.config.document import Document, load
 from ratelimit_sidecar.config.environment import Completed, complete
 from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, KeyPath, Problem, dotted, quoted
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import refused, unread
-from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
+from ratelimit_sidecar.config.sidecar_schema import SidecarConfig, SyncTlsConfig
 from ratelimit_sidecar.config.structure import validate
+from ratelimit_sidecar.config.tls_files import read_checked
 from ratelimit_sidecar.config.yaml_data import YamlMap
 from ratelimit_sidecar.limiter.rules import Consistency
 
@@ -59,6 +61,11 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         rules = () if xds is not None else rules
     else:
         rules = tuple(folder / path for path in rules)
+    sync = config.sync
+    if sync.tls is not None:
+        tls = sync.tls
+        of_node = {"certificate": folder / tls.certificate, "key": folder / tls.key, "ca": folder / tls.ca}
+        sync = sync.model_copy(update={"tls": tls.model_copy(update=of_node)})
     if xds is not None and xds.tls is not None:
         files = {"ca": xds.tls.ca, "certificate": xds.tls.certificate, "key": xds.tls.key}
         given = {
@@ -67,7 +74,7 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
             if path is not None
         }
         xds = xds.model_copy(update={"tls": xds.tls.model_copy(update=given)})
-    return config.model_copy(update={"rules": rules, "xds": xds})
+    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync})
 
 
 def _contradictions(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
@@ -86,6 +93,7 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
             yield from unread(path)
     if config.xds is not None:
         yield from _of_xds(config, document, completed)
+    yield from _of_mesh(config, document)
     yield from _of_members(config, document)
 
 
@@ -104,6 +112,43 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
         if files[name] is None and files[other] is not None:
             fix = f"add it, or remove {other}"
             yield document.problem(("xds", "tls", name), "nothing", f"the {name} that belongs to xds.tls.{other}", fix)
+
+
+def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+    """What a mesh needs that leaves this machine."""
+    sync, listen = config.sync, config.listen.sync
+    tls = sync.tls
+    if tls is not None:
+        files = {"certificate": tls.certificate, "key": tls.key, "ca": tls.ca}
+        missing = [
+            problem
+            for name, path in files.items()
+            for problem in _unreachable(path, ("sync", "tls", name), document, "a file that can be read")
+        ]
+        yield from missing or _unusable(tls, document)
+        if sync.insecure:
+            yield document.problem(("sync", "insecure"), "true", "it without sync.tls", "remove one of the two")
+        return
+    if sync.insecure:
+        return
+    addresses: list[tuple[KeyPath, str]] = [(("sync", "peers", i), text) for i, text in enumerate(sync.peers)]
+    if listen is not None:
+        addresses.insert(0, (("listen", "sync"), listen))
+    for at, address in addresses:
+        if not is_loopback(address):
+            expected = "an address of this machine alone, as 127.0.0.1, for a mesh without encryption"
+            fix = "add sync.tls with certificate, key and ca; or, in a network of sidecars alone, sync.insecure: true"
+            yield document.problem(at, quoted(address), expected, fix)
+            # One is enough: the fix is for all of them.
+            return
+
+
+def _unusable(tls: SyncTlsConfig, document: Document) -> Iterator[Problem]:
+    try:
+        read_checked(tls.certificate, tls.key, tls.ca)
+    except OSError as error:
+        found = f"files that cannot be used ({error})"
+        yield document.problem(("sync", "tls"), found, "a certificate, its key and the authorities of all sidecars")
 
 
 def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:

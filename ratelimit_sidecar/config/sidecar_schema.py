@@ -27,6 +27,10 @@ from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
 DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
+DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
+"""Where the mesh is neither encrypted nor said to need no encryption."""
+
+MAX_PATTERN_CHARS = 255
 MAX_NAME_CHARS = 128
 MAX_RETRY_SECONDS = 3_600
 
@@ -81,6 +85,14 @@ def _check_members(members: dict[str, int]) -> dict[str, int]:
     return members
 
 
+def _check_pattern(text: str) -> str:
+    if not 1 <= len(text) <= MAX_PATTERN_CHARS or not text.isprintable() or " " in text:
+        raise ValueError("not a name")
+    if re.search("[{}]", text.replace("{node}", "").replace("{region}", "")):
+        raise ValueError("other braces")
+    return text
+
+
 def _to_path(value: object) -> object:
     return Path(value) if isinstance(value, str) and value and "\0" not in value else value
 
@@ -108,6 +120,11 @@ Name = Annotated[
 ]
 FilePath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file", of="text")]
 RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file or folder", of="text")]
+PeerNames = Annotated[
+    str,
+    AfterValidator(_check_pattern),
+    Expected("a DNS name or URI, in which {node}, {region} and * may stand", of="text"),
+]
 Engine = Annotated[
     Consistency,
     BeforeValidator(_to_consistency),
@@ -168,7 +185,10 @@ class ListenConfig(Section):
     )
     sync: Annotated[
         TcpListenAddress | None,
-        ShownDefault(f"{DEFAULT_SYNC_ADDRESS} when sync.peers is not empty, otherwise not opened"),
+        ShownDefault(
+            f"{DEFAULT_SYNC_ADDRESS} when sync.peers is not empty, 127.0.0.1 without sync.tls and sync.insecure;"
+            " otherwise not opened"
+        ),
     ] = Field(None, description="Where the sidecars of the mesh call.")
 
 
@@ -214,6 +234,19 @@ class XdsConfig(Section):
     )
 
 
+class SyncTlsConfig(Section):
+    """TLS between sidecars, which show each other certificates; the files are read again when they change."""
+
+    certificate: FilePath = Field(description="PEM file of this sidecar's certificate, and those between it and `ca`.")
+    key: FilePath = Field(description="PEM file of its private key, not encrypted.")
+    ca: FilePath = Field(description="PEM file of the authorities that sign the certificates of all sidecars.")
+    peer_names: PeerNames = Field(
+        "{node}",
+        description="The name that a sidecar's certificate must be for, a DNS name or URI among its subject alternative"
+        " names: `{node}` and `{region}` stand for the sidecar's own, `*` for any one part between dots or slashes.",
+    )
+
+
 class SyncConfig(Section):
     """The mesh of sidecars that share their limits."""
 
@@ -221,7 +254,17 @@ class SyncConfig(Section):
         "grpc", description="How sidecars talk to each other."
     )
     peers: Annotated[tuple[PeerAddress, ...], Field(strict=False)] = Field(
-        (), description="The `listen.sync` addresses of the other sidecars; this one itself may be among them."
+        (),
+        description="The `listen.sync` addresses of the other sidecars; this one itself may be among them. A name may"
+        " stand for many: it is resolved every few seconds, and each of its addresses is called.",
+    )
+    tls: SyncTlsConfig | None = Field(
+        None, description="TLS between sidecars, which show each other certificates. All of a mesh have it, or none."
+    )
+    insecure: Flag = Field(
+        False,
+        description="Talk to other machines without TLS: whoever reaches `listen.sync` can then use up any limit."
+        " For a network of sidecars alone.",
     )
     members: Members | None = Field(
         None,
@@ -346,7 +389,9 @@ class SidecarConfig(Section):
     @model_validator(mode="after")
     def _listen_for_peers(self) -> Self:
         if self.sync.peers and self.listen.sync is None:
-            listen = self.listen.model_copy(update={"sync": DEFAULT_SYNC_ADDRESS})
+            is_open = self.sync.tls is not None or self.sync.insecure
+            address = DEFAULT_SYNC_ADDRESS if is_open else DEFAULT_LOOPBACK_SYNC_ADDRESS
+            listen = self.listen.model_copy(update={"sync": address})
             # Frozen for users, not before they have it.
             object.__setattr__(self, "listen", listen)
         return self

@@ -15,7 +15,21 @@ import grpc.aio
 import structlog
 
 from ratelimit_sidecar.replication.replicator import Stream
-from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
+
+SERVICE = DESCRIPTOR.services_by_name["Replication"].full_name
+METHOD = f"/{SERVICE}/Sync"
+"""The call that a stream is."""
+
+OPTIONS = (
+    # Above what a session takes, so that the session can say what is wrong; beyond this the C core does.
+    ("grpc.max_receive_message_length", 4 * MAX_FRAME_BYTES),
+    # Sessions notice a dead peer by its silence; this frees the sockets of connections whose other end has vanished.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+"""Of the connection, at either end."""
 
 CHECK_TIME_SECONDS = 0.25
 

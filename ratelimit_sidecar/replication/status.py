@@ -11,9 +11,9 @@ class PeerStatus:
     """One peer at one instant. Counters count from this process's start.
 
     Args:
-        node: the peer's node id; "" for a configured address that has not been reached yet.
+        node: the peer's node id; "" for an address that has not been reached yet, or a name that is not resolved.
         region: "" as long as `node` is.
-        address: the configured address, or the far end of the connection for a peer that only dials in.
+        address: the address dialled, or the far end of the connection for a peer that only dials in.
         version: of its software; "" before it was first reached.
         protocol: that is spoken with it, the lower of both nodes' newest; 0 before it was first reached.
         connected: a stream is established.

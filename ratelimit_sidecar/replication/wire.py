@@ -63,6 +63,8 @@ class Reason(StrEnum):
     """The peer speaks no protocol known here."""
     DUPLICATE_NODE = "duplicate_node"
     """Two live replicas have one node id."""
+    CERTIFICATE = "certificate"
+    """The peer's certificate is not for the node that it says it is."""
     TOO_MANY_PEERS = "too_many_peers"
     SILENT = "silent"
     """Nothing was heard for so long that the peer or the way to it must be dead."""
@@ -73,13 +75,15 @@ class Reason(StrEnum):
     # What follows is nobody's fault and is not counted as an error.
     SELF = "self"
     """The stream leads back to this very process."""
+    REDUNDANT = "redundant"
+    """The dialling node reaches the peer under another address already."""
     SUPERSEDED = "superseded"
     """The peer has restarted and is connected anew."""
     DRAINING = "draining"
     """This process is shutting down."""
 
 
-FAULTLESS = frozenset({Reason.SELF, Reason.SUPERSEDED, Reason.DRAINING})
+FAULTLESS = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING})
 
 
 class ProtocolError(Exception):

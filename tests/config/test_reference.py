@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from config.builders import rules_of, sidecar
 
 from ratelimit_sidecar.config.reference import (
@@ -48,6 +49,7 @@ def test_every_option_is_described(section: type[Section]) -> None:
 
 def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
     (tmp_path / "rules").mkdir()
+    Authority().write(tmp_path / "tls", "us-east-1-a.edge.example.com")
     assert sidecar(tmp_path, CONFIGURATION_EXAMPLE).node.id == "us-east-1-a"
 
 

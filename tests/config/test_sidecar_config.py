@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from config.builders import sidecar, sidecar_errors, write
 from pydantic import ValidationError
 
@@ -45,13 +46,17 @@ def test_without_a_file_everything_has_a_default_and_the_mesh_stays_closed() -> 
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
     (tmp_path / "rules").mkdir()
+    Authority().write(tmp_path, "us-east-1-a.us-east-1.mesh.example.com")
     config = sidecar(
         tmp_path,
         """\
         node: {id: us-east-1-a, region: us-east-1}
         listen: {grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"], admin: "[::1]:0", sync: "10.0.0.1:50051"}
         rules: [./rules, /]
-        sync: {protocol: grpc, peers: [eu-west-2.edge.example.com:50051, "[fe80::1]:50051"]}
+        sync:
+          protocol: grpc
+          peers: [eu-west-2.edge.example.com:50051, "[fe80::1]:50051"]
+          tls: {certificate: tls.crt, key: tls.key, ca: ca.crt, peer_names: "*.{region}.mesh.example.com"}
         bucket: {capacity: 1000, refillRate: 0.1}
         merge_domains: true
         algorithm: sliding_window
@@ -68,6 +73,9 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert (config.listen.admin, config.listen.sync) == ("[::1]:0", "10.0.0.1:50051")
     assert config.rules == (tmp_path / "rules", Path("/"))
     assert config.sync.peers == ("eu-west-2.edge.example.com:50051", "[fe80::1]:50051")
+    assert config.sync.tls is not None
+    assert (config.sync.tls.certificate, config.sync.tls.key) == (tmp_path / "tls.crt", tmp_path / "tls.key")
+    assert (config.sync.tls.ca, config.sync.tls.peer_names) == (tmp_path / "ca.crt", "*.{region}.mesh.example.com")
     assert config.bucket is not None
     assert config.bucket.refill_rate == Decimal("0.1")
     assert config.bucket.limit() == Limit(tokens=1, period_us=10_000_000, capacity=1000)
@@ -117,12 +125,12 @@ def test_response_headers_have_to_be_enabled(tmp_path: Path) -> None:
 
 
 def test_the_mesh_listens_by_default_when_there_are_peers(tmp_path: Path) -> None:
-    assert sidecar(tmp_path, "sync: {peers: [eu:50051]}").listen.sync == "0.0.0.0:50051"
+    assert sidecar(tmp_path, "sync: {peers: [eu:50051], insecure: true}").listen.sync == "0.0.0.0:50051"
 
 
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
-        sidecar(tmp_path, "sync: {peers: [eu:50051]}").node.region = "elsewhere"
+        sidecar(tmp_path, "node: {id: a}").node.region = "elsewhere"
 
 
 def test_a_key_without_a_value_counts_as_left_out(tmp_path: Path) -> None:
@@ -220,8 +228,8 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
          " write the absolute path of the socket, as in unix:/run/ratelimit/rls.sock"),
         ("listen: {grpc: [a:1, a:1]}", '1:22: listen.grpc[1]: found "a:1", which listen.grpc[0] has already, expected'
          " another address; listen on an address only once"),
-        ("listen: {admin: 'a:1', sync: 'a:1'}",
-         '1:24: listen.sync: found "a:1", which listen.admin has already, expected'
+        ("listen: {admin: '[::1]:1', sync: '[::1]:1'}",
+         '1:28: listen.sync: found "[::1]:1", which listen.admin has already, expected'
          " another address; listen on an address only once"),
         ("merge_domains: 1", "1:1: merge_domains: found 1, expected true or false"),
         ("algorithm: leaky", '1:1: algorithm: found "leaky", expected one of token_bucket, fixed_window,'
@@ -252,7 +260,8 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("sync: {peers: ['unix:']}", f'1:16: sync.peers[0]: found "unix:", {PEER}; a unix socket cannot be used here'),
         ("sync: {peers: ['a:0']}", f'1:16: sync.peers[0]: found "a:0", {PEER}; port 0 cannot be called: write the port'
          " the peer listens on (listen.sync there)"),
-        ("sync: {peers: [a:1, b:1, a:1]}", '1:26: sync.peers[2]: found "a:1", which sync.peers[0] has already, expected'
+        ("sync: {peers: [a:1, b:1, a:1], insecure: true}",
+         '1:26: sync.peers[2]: found "a:1", which sync.peers[0] has already, expected'
          " another address; list each peer once; is another one missing?"),
         ("bucket: {capacity: 1}", f"1:1: bucket.refillRate: found nothing, {RATE}"),
         ("bucket: {capacity: '10', refillRate: 1}",
@@ -330,7 +339,7 @@ def test_files_for_tls_must_be_there_and_a_certificate_needs_its_key(tmp_path: P
 
 
 def test_a_sidecar_may_be_among_its_own_peers(tmp_path: Path) -> None:
-    config = sidecar(tmp_path, "listen: {sync: 'a:50051'}\nsync: {peers: ['a:50051', 'b:50051']}")
+    config = sidecar(tmp_path, "listen: {sync: 'a:50051'}\nsync: {peers: ['a:50051', 'b:50051'], insecure: true}")
     assert config.sync.peers == ("a:50051", "b:50051")
 
 

@@ -4,128 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import grpc.aio
 import pytest
-from replication.builders import PAIR, PER_PLAN, SIT_OUT_US, bucket_of, frame, key_of, ledger_of, node, store_of, take
+from replication.builders import (
+    PAIR,
+    PER_PLAN,
+    PER_USER,
+    SIT_OUT_US,
+    bucket_of,
+    frame,
+    key_of,
+    ledger_of,
+    node,
+    store_of,
+)
+from replication.meshes import TIMEOUT_SECONDS, address_of, free_addresses, node_of, now_us, sidecar
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
-from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import mesh
+from ratelimit_sidecar.replication import dialler, mesh
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.replicator import FORGET_US
-from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES
 
 METHOD = "/ratelimit_sidecar.replication.v1.Replication/Sync"
-
-TIMEOUT_SECONDS = 10
-"""For anything that is waited for; it takes milliseconds, or a few redials."""
-
-
-def now_us() -> int:
-    return time.time_ns() // 1_000
-
-
-def free_addresses(how_many: int) -> list[str]:
-    """Loopback addresses that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(how_many)]
-    try:
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-class Sidecar:
-    """A store and its mesh."""
-
-    def __init__(self, mesh: Mesh, store: Store, task: asyncio.Task[None]) -> None:
-        self.mesh = mesh
-        self.store = store
-        self.task = task
-
-    def take(self, value: str, hits: int) -> Bucket:
-        return take(self.store, value, hits, now_us())
-
-    def tokens(self, value: str) -> int:
-        """What this node knows to have been taken."""
-        return sum(entry.tokens for entry in bucket_of(self.store, value, now_us()).entries())
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            await self.mesh.until(condition)
-
-    async def knows(self, value: str, tokens: int) -> None:
-        await self.until(lambda: self.tokens(value) == tokens)
-
-    def peer(self, name: str) -> PeerStatus | None:
-        return next((status for status in self.mesh.status() if status.node == name), None)
-
-    async def connected_to(self, name: str) -> None:
-        await self.until(lambda: (status := self.peer(name)) is not None and status.connected)
-
-    async def stop(self) -> None:
-        """As on SIGTERM."""
-        self.mesh.stop()
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            await self.task
-
-    async def kill(self) -> None:
-        """As by SIGKILL: connections break without a word."""
-        self.task.cancel()
-        await asyncio.wait([self.task])
-
-
-@asynccontextmanager
-async def sidecar(
-    name: str,
-    *,
-    incarnation: int = 1,
-    listen: str | None = "127.0.0.1:0",
-    peers: Sequence[str] = (),
-    store: Store | None = None,
-    tracer: BatchTracer | None = None,
-    clock: Callable[[], int] = now_us,
-    lending: Lending | None = None,
-) -> AsyncIterator[Sidecar]:
-    local = node(name, incarnation)
-    own = store_of(local) if store is None else store
-    own_mesh = Mesh(
-        origin=local.origin,
-        region=local.region,
-        version="0",
-        store=own,
-        now_us=clock,
-        peers=peers,
-        listen=listen,
-        tracer=tracer,
-        lending=lending,
-    )
-    await own_mesh.start()
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(own_mesh.run())
-            yield Sidecar(own_mesh, own, task)
-            task.cancel()
-    finally:
-        # A test may be over before the task has begun.
-        await own_mesh.close()
-
-
-def address_of(each: Sidecar) -> str:
-    assert each.mesh.bound_address is not None
-    return each.mesh.bound_address
 
 
 async def test_three_nodes_with_one_list_of_peers_that_contains_themselves_share_what_they_take() -> None:
@@ -144,10 +53,6 @@ async def test_three_nodes_with_one_list_of_peers_that_contains_themselves_share
             assert sorted(status.node for status in each.mesh.status()) == sorted(set("abc") - {node_of(each)})
         at_us = now_us() + 1_000_000
         assert len({bucket_of(each.store, "ann", at_us).fold(at_us) for each in nodes}) == 1
-
-
-def node_of(each: Sidecar) -> str:
-    return each.store.origin.node
 
 
 async def test_a_killed_node_gets_back_what_it_had_taken_and_the_others_go_on() -> None:
@@ -236,10 +141,10 @@ async def test_an_address_that_does_not_answer_is_dialled_with_growing_waits(mon
         # The wait's bound doubles with the number of dials.
         return lambda state: dials.append(state.attempt_number) or 0.0
 
-    monkeypatch.setattr(mesh, "wait_random_exponential", wait)
+    monkeypatch.setattr(dialler, "wait_random_exponential", wait)
     async with sidecar("a", peers=free_addresses(1)) as a:
         await a.until(lambda: len(dials) >= 3)
-    assert bounds == {"multiplier": mesh.FIRST_REDIAL_SECONDS, "max": mesh.MAX_REDIAL_SECONDS}
+    assert bounds == {"multiplier": dialler.FIRST_REDIAL_SECONDS, "max": dialler.MAX_REDIAL_SECONDS}
     assert dials[:3] == [1, 2, 3]
 
 
@@ -484,3 +389,14 @@ async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_
 async def test_a_node_without_strict_limits_has_no_membership() -> None:
     async with sidecar("a", listen=None) as a:
         assert a.mesh.membership_status() is None
+
+
+async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "FLUSH_SECONDS", 3_600.0)
+    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)]) as a:
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        # Not yet: the next flush is an hour away.
+        a.take("ann", 100)
+        a.take("bob", PER_USER.capacity - 1)
+        await b.knows("bob", PER_USER.capacity - 1)
+        assert b.tokens("ann") == 100

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
-from ratelimit_sidecar.replication.mesh import CONNECT_SECONDS, FIRST_REDIAL_SECONDS, MAX_REDIAL_SECONDS
+from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, FIRST_REDIAL_SECONDS, MAX_REDIAL_SECONDS
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
 

@@ -1,0 +1,258 @@
+"""The streams that a node dials: the names of its peers resolved again and again, each address dialled for ever.
+
+Two targets that lead to one node are dialled once: the second stream is closed as redundant when the peer has said who
+it is, and that target waits until the other's stream is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import grpc
+import grpc.aio
+import structlog
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, Call
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.progress import Progress
+from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.resolver import Resolver
+from ratelimit_sidecar.replication.targets import Name, Target, Targets, host_of, port_of
+from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, UntrustedError
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+CONNECT_SECONDS = 2.0
+"""For TCP and TLS handshakes over any distance, with one packet lost."""
+
+FIRST_REDIAL_SECONDS = 0.2
+MAX_REDIAL_SECONDS = 1.0
+"""Waits are random up to a bound that doubles from the first of these to the second ("full jitter")."""
+
+MISCONFIGURED_REDIAL_SECONDS = 30.0
+"""When only people can mend what is wrong with the other end, or with this one."""
+
+PARKED_SECONDS = 60.0
+"""Before an address that led to a peer connected under another one is tried again: it may lead to a new node now."""
+
+LASTING_SECONDS = 10.0
+"""A stream that lasted so long was in order: its address is dialled again at once, and the waits start afresh."""
+
+_MISCONFIGURED = frozenset({Reason.CERTIFICATE, Reason.DUPLICATE_NODE})
+
+_CHANNEL_OPTIONS = (
+    *OPTIONS,
+    # Siblings are reached directly: a proxy of the environment is for the way out.
+    ("grpc.enable_http_proxy", 0),
+    # Each dial is a connection of its own: a shared one would bring its own back-off along.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_log = structlog.stdlib.get_logger(__name__)
+
+Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
+"""Carries a stream that was dialled until it is over."""
+
+
+class Dialler:
+    """Args:
+    peers: `host:port`, as configured.
+    certificate: None to dial in plain text.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[str],
+        *,
+        replicator: Replicator,
+        carry: Carry,
+        progress: Progress,
+        now_us: Callable[[], int],
+        resolver: Resolver,
+        certificate: NodeCertificate | None,
+    ) -> None:
+        self.targets = Targets(peers)
+        self._replicator = replicator
+        self._carry = carry
+        self._progress = progress
+        self._now_us = now_us
+        self._resolver = resolver
+        self._certificate = certificate
+        self._is_stopping = False
+        self._dialling: dict[Target, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Dial until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for target in self.targets:
+                self._start(target, tasks)
+            for name in self.targets.names:
+                tasks.create_task(self._keep_resolved(name, tasks))
+
+    def stop(self) -> None:
+        """Dial no more; streams go on."""
+        self._is_stopping = True
+
+    def has_joined(self) -> bool:
+        """Whether every peer that can be reached has told everything it knows."""
+        return all(name.is_settled for name in self.targets.names) and all(map(self._has_joined, self.targets))
+
+    def _has_joined(self, target: Target) -> bool:
+        peer = self._replicator.peers.get(target.node)
+        return target.is_self or target.has_failed or (peer is not None and peer.full_state_heard)
+
+    def refuse_redundant(self, target: Target, origin: Origin) -> None:
+        """To be asked when a dialled peer says who it is.
+
+        Raises:
+            ProtocolError: another target's stream leads to this very process.
+        """
+        peer = self._replicator.peers.get(origin.node)
+        if peer is not None and peer.incarnation == origin.incarnation:
+            for stream in peer.streams:
+                if stream.is_dialled:
+                    self._note_reached(target, origin.node)
+                    raise ProtocolError(Reason.REDUNDANT, f"{origin.node} is connected as {stream.address} already")
+
+    def note_joined(self, target: Target, peer: Peer) -> None:
+        """The peer at the other end of a target's stream has been accepted."""
+        self._note_reached(target, peer.node)
+
+    def _note_reached(self, target: Target, node: str) -> None:
+        former, target.node = target.node, node
+        peer = self._replicator.peers.get(former)
+        if peer is not None and not self.targets.leads_to(former):
+            # Its address has passed to another node; nobody dials it any more.
+            peer.is_configured = False
+
+    def _start(self, target: Target, tasks: asyncio.TaskGroup) -> None:
+        self._dialling[target] = tasks.create_task(self._keep_dialled(target))
+
+    async def _keep_resolved(self, name: Name, tasks: asyncio.TaskGroup) -> None:
+        host, port = host_of(name.configured), port_of(name.configured)
+        while True:
+            try:
+                addresses = await self._resolver.addresses(host, port)
+            except (OSError, UnicodeError) as error:
+                self._note_unresolved(name, getattr(error, "strerror", None) or str(error))
+            else:
+                if not addresses:
+                    self._note_unresolved(name, "it has no addresses")
+                else:
+                    found = [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in addresses]
+                    for target in self.targets.resolved(name, found, self._now_us()):
+                        _log.info("peer_address_found", name=name.configured, address=target.address)
+                        self._start(target, tasks)
+            self._retire()
+            self._progress.made()
+            await asyncio.sleep(self._resolver.every_seconds * random.uniform(0.8, 1.2))
+
+    def _note_unresolved(self, name: Name, why: str) -> None:
+        if not name.error:
+            _log.warning("name_not_resolved", name=name.configured, why=why, kept=list(name.addresses))
+        name.is_settled, name.error = True, why
+
+    def _retire(self) -> None:
+        for target in self.targets.take_retired(self._now_us()):
+            _log.info("peer_address_gone", address=target.address, peer=target.node)
+            self._dialling.pop(target).cancel()
+            if not self.targets.leads_to(target.node):
+                self._replicator.release(target.node)
+
+    async def _keep_dialled(self, target: Target) -> None:
+        backoff = wait_random_exponential(multiplier=FIRST_REDIAL_SECONDS, max=MAX_REDIAL_SECONDS)
+        redial = AsyncRetrying(
+            wait=partial(redial_seconds, target, backoff),
+            retry=retry_if_result(lambda lasted: not lasted and not self._is_done_with(target)),
+        )
+        while not self._is_done_with(target):
+            await redial(self._dial, target)
+
+    def _is_done_with(self, target: Target) -> bool:
+        return target.is_self or self._is_stopping
+
+    async def _dial(self, target: Target) -> bool:
+        """Dial once, unless its peer is connected under another address, and carry the stream until it is lost.
+
+        Returns:
+            True when it lasted.
+        """
+        if self.targets.is_reached_otherwise(target):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PARKED_SECONDS):
+                    await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
+        dialled_us = self._now_us()
+        target.is_misconfigured = False
+        try:
+            async with self._call(target) as (call, certificate):
+                stream = await self._carry(call, target, certificate)
+        except TimeoutError:
+            self._note_unreached(target, f"not connected within {CONNECT_SECONDS:g} s")
+        except grpc.aio.AioRpcError as error:
+            self._note_unreached(target, f"{error.code().name}: {error.details()}")
+        except UntrustedError as error:
+            self._note_unreached(target, str(error))
+        except OSError as error:
+            self._note_unreached(target, f"UNAVAILABLE: {error.strerror or error}")
+        except Exception:
+            _log.exception("peer_dial_failed", address=target.address)
+            self._note_unreached(target, f"{Reason.INTERNAL}: see this node's log")
+        else:
+            self._note_ended(target, stream)
+        self._progress.made()
+        return self._now_us() - dialled_us >= LASTING_SECONDS * 1e6
+
+    @asynccontextmanager
+    async def _call(self, target: Target) -> AsyncIterator[tuple[Call, PeerCertificate | None]]:
+        """A call on a connection of its own; with TLS, and the certificate of the other end."""
+        async with asyncio.timeout(CONNECT_SECONDS) as connecting:
+            if self._certificate is None:
+                shown, channel = None, grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
+            else:
+                pinned = await self._certificate.look_at(host_of(target.address), port_of(target.address))
+                shown, credentials = pinned.certificate, self._certificate.channel_credentials(pinned)
+                options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", pinned.server_name))
+                channel = grpc.aio.secure_channel(target.address, credentials, options=options)
+            async with channel:
+                call = channel.stream_stream(METHOD)()
+                await call.wait_for_connection()
+                connecting.reschedule(None)
+                yield call, shown
+
+    def _note_ended(self, target: Target, stream: Stream) -> None:
+        error = stream.error
+        if error is not None and error.reason is Reason.SELF:
+            target.is_self = True
+            _log.info("peer_is_this_node", address=target.address)
+            return
+        if error is not None and error.reason is Reason.REDUNDANT:
+            if error.detail != target.last_error:
+                _log.info("peer_has_two_addresses", peer=target.node, address=target.address, why=error.detail)
+            target.last_error = error.detail
+            return
+        if error is not None:
+            target.protocol_errors[error.reason] += 1
+        reasons = {stream.peer_reason, None if error is None else error.reason}
+        is_refused = not stream.has_joined or bool(reasons & _MISCONFIGURED)
+        target.is_misconfigured |= Reason.CERTIFICATE in reasons
+        # That two nodes have one id is told by itself.
+        self._note_unreached(target, stream.why_ended, is_told=not is_refused or Reason.DUPLICATE_NODE in reasons)
+
+    def _note_unreached(self, target: Target, why: str, *, is_told: bool = False) -> None:
+        if why != target.last_error and not is_told:
+            _log.warning("peer_unreachable", address=target.address, why=why)
+        target.has_failed = True
+        target.last_error = why
+        peer = self._replicator.peers.get(target.node)
+        if peer is not None:
+            peer.last_error = why
+
+
+def redial_seconds(target: Target, backoff: Callable[[RetryCallState], float], state: RetryCallState) -> float:
+    """How long to wait before the next dial."""
+    return MISCONFIGURED_REDIAL_SECONDS if target.is_misconfigured else backoff(state)

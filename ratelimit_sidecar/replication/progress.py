@@ -1,0 +1,21 @@
+"""Something that others wait for the effects of: a frame was heard, a stream or a dial has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Progress:
+    def __init__(self) -> None:
+        self._made = asyncio.Event()
+
+    def made(self) -> None:
+        """Let everybody who waits look again."""
+        self._made.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds: it is asked whenever progress was made."""
+        while not condition():
+            self._made.clear()
+            await self._made.wait()

@@ -1,0 +1,296 @@
+"""Who is in a mesh: names and their addresses, peers under several of them, and two nodes with one id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+from replication.meshes import TIMEOUT_SECONDS, address_of, events, free_addresses, now_us, sidecar, told
+from structlog.testing import capture_logs
+from tenacity import RetryCallState
+
+from ratelimit_sidecar.replication import dialler
+from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, redial_seconds
+from ratelimit_sidecar.replication.mesh import CERTAIN_US
+from ratelimit_sidecar.replication.resolver import Resolver, system_addresses
+from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
+
+
+class Names:
+    """What names resolve to, as a test says. What is missing has no address."""
+
+    def __init__(self, **addresses: list[str]) -> None:
+        self.addresses = addresses
+        self.asked = 0
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        self.asked += 1
+        try:
+            return self.addresses[host]
+        except KeyError:
+            raise OSError(-2, "Name or service not known") from None
+
+    @property
+    def resolver(self) -> Resolver:
+        return Resolver(self, every_seconds=0.01)
+
+
+def port_free_on_loopback() -> int:
+    """Of every address of 127.0.0.0/8, which are all this machine's."""
+    return port_of(free_addresses(1)[0])
+
+
+async def test_every_address_of_a_name_is_dialled_and_new_ones_when_they_come() -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2"])
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}"),
+        sidecar("c", listen=f"127.0.0.3:{port}"),
+        sidecar("a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver) as a,
+    ):
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert [(status.node, status.address) for status in a.mesh.status()] == [("b", f"127.0.0.2:{port}")]
+        names.addresses["mesh"].append("127.0.0.3")
+        await a.connected_to("c")
+
+
+async def test_a_node_finds_itself_behind_a_name_and_ignores_it() -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"])
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}", peers=[f"mesh:{port}"], resolver=names.resolver) as b,
+        sidecar("c", listen=f"127.0.0.3:{port}", peers=[f"mesh:{port}"], resolver=names.resolver) as c,
+    ):
+        for each, other in ((b, "c"), (c, "b")):
+            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert [status.node for status in each.mesh.status()] == [other]
+
+
+async def test_an_address_that_is_gone_is_dialled_no_more_after_a_while_and_its_peer_forgotten() -> None:
+    port, names, jump_us = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"]), 0
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}"),
+        sidecar(
+            "a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver, clock=lambda: now_us() + jump_us
+        ) as a,
+    ):
+        async with sidecar("c", listen=f"127.0.0.3:{port}"):
+            await a.connected_to("b")
+            await a.connected_to("c")
+        await a.until(lambda: (status := a.peer("c")) is not None and not status.connected)
+        names.addresses["mesh"].remove("127.0.0.3")
+        asked = names.asked
+        await a.until(lambda: names.asked >= asked + 2)
+        assert a.peer("c") is not None
+        with capture_logs() as logs:
+            jump_us = GRACE_US
+            await a.until(lambda: a.peer("c") is None)
+            assert events(logs, "peer_address_gone")[0]["address"] == f"127.0.0.3:{port}"
+            await a.connected_to("b")
+
+
+async def test_a_name_that_cannot_be_resolved_keeps_its_addresses_and_is_told_once() -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2"])
+    with capture_logs() as logs:
+        async with sidecar("a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver) as a:
+            async with sidecar("b", listen=f"127.0.0.2:{port}"):
+                await a.connected_to("b")
+                del names.addresses["mesh"]
+                await a.until(lambda: a.mesh.status()[-1].last_error == "Name or service not known")
+                assert [(status.node, status.address) for status in a.mesh.status()] == [
+                    ("b", f"127.0.0.2:{port}"),
+                    ("", f"mesh:{port}"),
+                ]
+            async with sidecar("b", listen=f"127.0.0.2:{port}", incarnation=2):
+                await a.connected_to("b")
+            asked = names.asked
+            await a.until(lambda: names.asked >= asked + 2)
+            [line] = events(logs, "name_not_resolved")
+            assert (line["name"], line["kept"]) == (f"mesh:{port}", [f"127.0.0.2:{port}"])
+            names.addresses["mesh"] = ["127.0.0.2"]
+            await a.until(lambda: [status.node for status in a.mesh.status()] == ["b"])
+
+
+async def test_a_name_without_addresses_does_not_hold_up_who_waits_for_the_peers() -> None:
+    names = Names(empty=[])
+    async with sidecar("a", listen=None, peers=["nowhere:1", "empty:1"], resolver=names.resolver) as a:
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert [(status.address, status.last_error) for status in a.mesh.status()] == [
+            ("nowhere:1", "Name or service not known"),
+            ("empty:1", "it has no addresses"),
+        ]
+
+
+async def test_the_system_resolves_the_machines_own_name() -> None:
+    assert {"127.0.0.1", "::1"} & set(await system_addresses("localhost", 1))
+    with pytest.raises(OSError, match=r"not known|No address|Temporary failure"):
+        await system_addresses("nowhere.invalid", 1)
+
+
+class Way:
+    """Carries connections to another address, until it is cut."""
+
+    def __init__(self, to: str) -> None:
+        self.opened = 0
+        self._host, _, port = to.rpartition(":")
+        self._port = int(port)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._is_cut = False
+        self.address = ""
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        self.opened += 1
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers += [writer, far_writer]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._pump(reader, far_writer))
+            tasks.create_task(self._pump(far_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+        except ConnectionError:
+            pass
+        writer.transport.abort()
+
+    def cut(self) -> None:
+        self._is_cut = True
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+@asynccontextmanager
+async def way(to: str) -> AsyncIterator[Way]:
+    found = Way(to)
+    server = await asyncio.start_server(found.carry, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    found.address = f"{host}:{port}"
+    try:
+        yield found
+    finally:
+        server.close()
+        found.cut()
+
+
+async def test_a_peer_under_two_addresses_has_one_stream_and_the_other_address_when_that_is_lost() -> None:
+    with capture_logs() as logs:
+        async with (
+            sidecar("b") as b,
+            way(address_of(b)) as one,
+            way(address_of(b)) as other,
+            sidecar("a", listen=None, peers=[one.address, other.address]) as a,
+        ):
+            await a.until(lambda: bool(events(logs, "peer_has_two_addresses")))
+            assert await a.mesh.joined(TIMEOUT_SECONDS)
+            line = events(logs, "peer_has_two_addresses")[0]
+            parked, used = (one, other) if line["address"] == one.address else (other, one)
+            [status] = a.mesh.status()
+            assert (status.node, status.address, status.connected) == ("b", used.address, True)
+            assert a.mesh.protocol_errors == b.mesh.protocol_errors == {}
+            assert events(logs, "stream_refused") == []
+            used.cut()
+            await a.until(lambda: (status := a.peer("b")) is not None and status.address == parked.address)
+            await a.connected_to("b")
+            a.take("ann", 7)
+            await b.knows("ann", 7)
+            assert len(a.mesh.status()) == 1
+
+
+async def test_an_address_of_a_connected_peer_waits_and_is_not_dialled_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+    async with (
+        sidecar("b") as b,
+        way(address_of(b)) as one,
+        way(address_of(b)) as other,
+        sidecar("a", listen=None, peers=[one.address, other.address]) as a,
+    ):
+        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        # Time enough for a dial each.
+        for hits in range(1, 21):
+            a.take(f"user {hits}", hits)
+            await b.knows(f"user {hits}", hits)
+        assert sorted([one.opened, other.opened]) == [1, 1]
+
+
+async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jump_us = 0
+    waits: list[bool] = []
+
+    def redial_soon(target: Target, *_: object) -> float:
+        waits.append(target.is_misconfigured)
+        return 0.01
+
+    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
+
+    def clock() -> int:
+        return now_us() + jump_us
+
+    with capture_logs() as logs:
+        async with (
+            sidecar("a", incarnation=1, clock=clock) as a,
+            sidecar("a", incarnation=2, listen=None, peers=[address_of(a)], clock=clock) as namesake,
+        ):
+            await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
+            # It may be the same node, just restarted.
+            assert events(logs, "two_nodes_with_one_id") == []
+            assert not any(waits)
+            jump_us = CERTAIN_US
+            # Once by each of them.
+            for error in await told(logs, "two_nodes_with_one_id", times=2):
+                assert (error["log_level"], error["node"]) == ("error", "a")
+                assert error["fix"] == "give each a node.id of its own"
+                assert any("127.0.0.1" in address for address in error["addresses"])
+            tried = a.mesh.protocol_errors["duplicate_node"]
+            await a.until(lambda: a.mesh.protocol_errors["duplicate_node"] >= tried + 3)
+            assert len(events(logs, "two_nodes_with_one_id")) == 2
+            assert waits[-1]
+            [status] = namesake.mesh.status()
+            assert "two live sidecars have the node id 'a'" in status.last_error
+            assert events(logs, "peer_unreachable") == events(logs, "stream_refused") == []
+
+
+async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.01)
+    jump_us = 0
+    with capture_logs() as logs:
+        async with (
+            sidecar("a") as a,
+            sidecar("b", incarnation=1, listen=None, peers=[address_of(a)]) as b,
+        ):
+            await a.connected_to("b")
+            await told(logs, "peer_connected", times=2)
+            async with sidecar(
+                "b", incarnation=2, listen=None, peers=[address_of(a)], clock=lambda: now_us() + jump_us
+            ) as namesake:
+                # Refused twice, so it has noted the first time.
+                await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
+                jump_us = CERTAIN_US
+                # The first to be certain is the one whose clock has jumped.
+                error = (await told(logs, "two_nodes_with_one_id"))[0]
+                assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
+                [status] = namesake.mesh.status()
+                assert status.last_error.startswith("the peer closed the stream: duplicate_node: two live sidecars")
+            status_of_b = a.peer("b")
+            assert status_of_b is not None
+            assert status_of_b.last_error.startswith("duplicate_node: two live sidecars have the node id 'b'")
+            b.take("ann", 7)
+            await a.knows("ann", 7)
+            # Those of a and of the first b: the second was never connected.
+            assert len(events(logs, "peer_connected")) == 2
+            assert events(logs, "peer_lost") == events(logs, "peer_unreachable") == []
+
+
+@pytest.mark.parametrize(("is_misconfigured", "seconds"), [(False, 1.5), (True, MISCONFIGURED_REDIAL_SECONDS)])
+def test_what_only_people_can_mend_is_tried_seldom(is_misconfigured: bool, seconds: float) -> None:
+    target = Target("10.0.0.1:1", is_misconfigured=is_misconfigured)
+    backoff: Callable[[RetryCallState], float] = lambda _: 1.5  # noqa: E731
+    state = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type]
+    assert redial_seconds(target, backoff, state) == seconds

@@ -1,0 +1,284 @@
+"""Meshes whose nodes show each other certificates, over real TLS on loopback."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from certificates import Authority
+from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, told
+from structlog.testing import capture_logs
+
+from ratelimit_sidecar.replication import dialler
+from ratelimit_sidecar.replication.carrier import METHOD
+from ratelimit_sidecar.replication.targets import Target
+from ratelimit_sidecar.replication.tls import NodeCertificate
+
+
+async def last_error_of(each: Sidecar) -> str:
+    """Of the only address it dials."""
+    await each.until(lambda: each.mesh.status()[0].last_error != "")
+    return each.mesh.status()[0].last_error
+
+
+async def test_nodes_with_certificates_of_one_authority_share_what_they_take(tmp_path: Path) -> None:
+    authority, addresses = Authority(), free_addresses(2)
+    of_a, of_b = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "b", "b")
+    async with (
+        sidecar("a", listen=addresses[0], peers=addresses, certificate=of_a) as a,
+        sidecar("b", listen=addresses[1], peers=addresses, certificate=of_b) as b,
+    ):
+        for each in (a, b):
+            assert await each.mesh.joined(TIMEOUT_SECONDS)
+        a.take("ann", 5)
+        b.take("ann", 7)
+        for each in (a, b):
+            await each.knows("ann", 12)
+            assert each.mesh.protocol_errors == {}
+        # Each has dialled itself too, and knows its own certificate.
+        assert [status.node for status in a.mesh.status()] == ["b"]
+
+
+async def test_a_node_of_another_authority_is_not_trusted_by_who_dials_it(tmp_path: Path) -> None:
+    of_a, of_b = Authority().of(tmp_path / "a", "a"), Authority().of(tmp_path / "b", "b")
+    async with (
+        sidecar("b", certificate=of_b) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], certificate=of_a) as a,
+    ):
+        assert await last_error_of(a) == (
+            "its certificate is not trusted: unable to get local issuer certificate; is it of the authority in"
+            " sync.tls.ca?"
+        )
+        assert b.mesh.status() == []
+
+
+async def test_a_node_of_another_authority_is_not_trusted_by_whom_it_dials(tmp_path: Path) -> None:
+    authority = Authority()
+    of_a, of_b = Authority().write(tmp_path / "a", "a"), authority.of(tmp_path / "b", "b")
+    # It trusts, and isn't trusted.
+    authority_of_b = (tmp_path / "b" / "ca.crt").read_bytes()
+    of_a.ca.write_bytes(authority_of_b)
+    async with (
+        sidecar("b", certificate=of_b) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], certificate=NodeCertificate(of_a)) as a,
+    ):
+        assert "does it trust this node's certificate?" in await last_error_of(a)
+        assert b.mesh.status() == []
+
+
+async def test_a_client_without_a_certificate_gets_no_stream(tmp_path: Path) -> None:
+    of_b = Authority().of(tmp_path, "b")
+    async with sidecar("b", certificate=of_b) as b:
+        credentials = grpc.ssl_channel_credentials((tmp_path / "ca.crt").read_bytes())
+        options = (("grpc.ssl_target_name_override", "b"),)
+        async with grpc.aio.secure_channel(address_of(b), credentials, options=options) as channel:
+            call = channel.stream_stream(METHOD)()
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        async with grpc.aio.insecure_channel(address_of(b)) as channel:
+            call = channel.stream_stream(METHOD)()
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert b.mesh.status() == []
+
+
+async def test_who_answers_without_tls_is_told_apart(tmp_path: Path) -> None:
+    of_a = Authority().of(tmp_path, "a")
+    async with sidecar("b") as b, sidecar("a", listen=None, peers=[address_of(b)], certificate=of_a) as a:
+        assert (await last_error_of(a)).endswith("does it have sync.tls?")
+
+
+async def test_a_dialled_node_must_be_the_one_that_its_certificate_is_for(tmp_path: Path) -> None:
+    authority = Authority()
+    of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c", "d")
+    async with (
+        sidecar("b", certificate=of_c) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], certificate=of_a) as a,
+    ):
+        await a.until(lambda: a.mesh.protocol_errors == {"certificate": 1})
+        assert await last_error_of(a) == "certificate: the certificate of 'b' must be for b; it is for c, d"
+        assert a.mesh.status()[0].node == ""
+        b.take("ann", 7)
+        assert a.tokens("ann") == 0
+
+
+async def test_a_certificate_for_another_node_is_looked_at_again_seldom_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[bool] = []
+
+    def redial_soon(target: Target, *_: object) -> float:
+        waits.append(target.is_misconfigured)
+        return 0.01
+
+    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
+    authority = Authority()
+    of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c")
+    with capture_logs() as logs:
+        async with (
+            sidecar("a", certificate=of_a) as a,
+            sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c) as b,
+        ):
+            await a.until(lambda: a.mesh.protocol_errors.get("certificate", 0) >= 4)
+            await b.until(lambda: len(waits) >= 3)
+    assert all(waits)
+    assert len(events(logs, "stream_refused")) == len(events(logs, "peer_unreachable")) == 1
+
+
+async def test_a_node_that_dials_in_must_be_the_one_that_its_certificate_is_for(tmp_path: Path) -> None:
+    authority = Authority()
+    of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c")
+    async with (
+        sidecar("a", certificate=of_a) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c) as b,
+    ):
+        await a.until(lambda: a.mesh.protocol_errors == {"certificate": 1})
+        assert "certificate: the certificate of 'b' must be for b; it is for c" in await last_error_of(b)
+        assert a.mesh.status() == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "of_a", "of_b"),
+    [
+        ("{node}.mesh.example", "a.mesh.example", "b.mesh.example"),
+        ("{node}.mesh.example", "A.Mesh.Example", "B.MESH.example"),
+        ("*.mesh.example", "x.mesh.example", "*.mesh.example"),
+    ],
+)
+async def test_certificates_may_be_for_names_made_of_the_node(
+    tmp_path: Path, pattern: str, of_a: str, of_b: str
+) -> None:
+    authority = Authority()
+    async with (
+        sidecar("a", certificate=authority.of(tmp_path / "a", of_a, peer_names=pattern)) as a,
+        sidecar(
+            "b",
+            listen=None,
+            peers=[address_of(a)],
+            certificate=authority.of(tmp_path / "b", of_b, peer_names=pattern),
+        ) as b,
+    ):
+        await b.connected_to("a")
+        await a.connected_to("b")
+
+
+async def test_certificates_may_be_for_uris_where_their_common_name_serves_grpc(tmp_path: Path) -> None:
+    authority, pattern = Authority(), "spiffe://mesh/ns/ratelimit/sa/{node}"
+    certificates = {
+        name: NodeCertificate(
+            authority.write_with_uri(tmp_path / name, pattern.replace("{node}", name), "sidecar", peer_names=pattern)
+        )
+        for name in "ab"
+    }
+    async with (
+        sidecar("a", certificate=certificates["a"]) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=certificates["b"]) as b,
+    ):
+        await b.connected_to("a")
+        await a.connected_to("b")
+
+
+async def test_a_server_with_a_uri_and_no_name_for_grpc_is_told_what_it_lacks(tmp_path: Path) -> None:
+    authority, pattern = Authority(), "spiffe://mesh/{node}"
+    of_b = NodeCertificate(authority.write_with_uri(tmp_path / "b", "spiffe://mesh/b", "", peer_names=pattern))
+    of_a = authority.of(tmp_path / "a", "a", peer_names=pattern)
+    async with (
+        sidecar("b", certificate=of_b) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], certificate=of_a) as a,
+    ):
+        assert (await last_error_of(a)).startswith("its certificate must have a DNS name")
+
+
+async def test_renewed_certificates_are_taken_up_without_a_restart_while_streams_go_on(tmp_path: Path) -> None:
+    before, after = Authority(), Authority()
+    of_a, of_b = before.of(tmp_path / "a", "a"), before.of(tmp_path / "b", "b")
+    async with (
+        sidecar("a", certificate=of_a) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b,
+    ):
+        await a.connected_to("b")
+        after.write(tmp_path / "a", "a")
+        async with sidecar("c", listen=None, peers=[address_of(a)], certificate=after.of(tmp_path / "c", "c")) as c:
+            await c.connected_to("a")
+            c.take("ann", 5)
+            b.take("ann", 7)
+            await a.knows("ann", 12)
+        status = a.peer("b")
+        assert status is not None
+        assert (status.connected, status.reconnects) == (True, 0)
+
+
+async def test_a_dialling_node_shows_its_renewed_certificate_at_the_next_dial(tmp_path: Path) -> None:
+    before, after = Authority(), Authority()
+    [address] = free_addresses(1)
+    of_b = before.of(tmp_path / "b", "b")
+    async with sidecar("b", listen=None, peers=[address], certificate=of_b) as b:
+        async with sidecar("a", listen=address, certificate=before.of(tmp_path / "a", "a")):
+            await b.connected_to("a")
+        after.write(tmp_path / "b", "b")
+        async with sidecar("a", incarnation=2, listen=address, certificate=after.of(tmp_path / "a", "a")):
+            await b.connected_to("a")
+
+
+def without_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda folder: Authority().write(folder / "new", "a").key.replace(folder / "tls.key"), "not belong together"),
+        (lambda folder: without_the_end(folder / "tls.key"), "not a certificate and its key"),
+        (lambda folder: without_the_end(folder / "tls.crt"), "not a certificate and its key, in PEM"),
+        (lambda folder: (folder / "ca.crt").write_bytes(b""), "no certificates in PEM"),
+        (lambda folder: (folder / "tls.key").unlink(), "No such file or directory"),
+    ],
+    ids=["the key is another's", "half a key", "half a certificate", "no authority", "no key"],
+)
+async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_once(
+    tmp_path: Path, break_it: Callable[[Path], object], why: str
+) -> None:
+    authority = Authority()
+    of_a, of_b, of_c = (authority.of(tmp_path / name, name) for name in "abc")
+    async with sidecar("a", certificate=of_a) as a:
+        break_it(tmp_path / "a")
+        with capture_logs() as logs:
+            for name, certificate in (("b", of_b), ("c", of_c)):
+                async with sidecar(name, listen=None, peers=[address_of(a)], certificate=certificate) as each:
+                    await each.connected_to("a")
+            [error] = await told(logs, "certificate_not_renewed")
+            assert why in str(error["why"])
+            assert len(await told(logs, "certificate_not_renewed")) == 1
+            # In order again, it is renewed.
+            authority.write(tmp_path / "a", "a")
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b, incarnation=2) as b:
+                await b.connected_to("a")
+                await told(logs, "certificate_renewed")
+
+
+async def test_without_usable_files_a_mesh_does_not_start(tmp_path: Path) -> None:
+    config = Authority().write(tmp_path, "a")
+    Authority().write(tmp_path / "other", "a").key.replace(config.key)
+    with pytest.raises(OSError, match="they do not belong together"):
+        async with sidecar("a", certificate=NodeCertificate(config)):
+            pass
+
+
+async def test_a_pinned_certificate_is_all_that_is_trusted(tmp_path: Path) -> None:
+    """Who answers the second handshake of a dial must be who answered the first."""
+    authority = Authority()
+    of_a, of_b, of_c = (authority.of(tmp_path / name, name) for name in "abc")
+    of_a.load()
+    async with sidecar("b", certificate=of_b) as b, sidecar("c", certificate=of_c) as c:
+        host, _, port = address_of(b).rpartition(":")
+        pinned = await of_a.look_at(host, int(port))
+        assert pinned.certificate.names == {"b"}
+        assert pinned.pem == ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pinned.pem.decode())).encode()
+        options = (("grpc.ssl_target_name_override", "c"),)
+        credentials = of_a.channel_credentials(pinned)
+        async with grpc.aio.secure_channel(address_of(c), credentials, options=options) as channel:
+            call = channel.stream_stream(METHOD)()
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            assert "CERTIFICATE_VERIFY_FAILED" in await call.details()
