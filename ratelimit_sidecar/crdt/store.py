@@ -101,18 +101,24 @@ class Store:
         return bucket
 
     def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> int | None:
+        """See `join`.
+
+        Returns:
+            None when no replicated rule here knows the key: then nothing was kept.
+        """
+        limit = self.limit_of_key(key)
+        return None if limit is None else self.join(key, limit, base, entries, now_us)
+
+    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Iterable[Entry], now_us: int) -> int:
         """Join what a peer says of one bucket; without room for a new one nothing is kept.
 
         Args:
-            base: its deficit scaled by the period of this replica's limit.
+            limit: what `limit_of_key` says of the key.
+            base: its deficit scaled by the period of that limit.
 
         Returns:
-            The number of entries that told something new; None when no replicated rule here knows the key: then
-            nothing was kept.
+            The number of entries that told something new.
         """
-        limit = self.limit_of_key(key)
-        if limit is None:
-            return None
         try:
             bucket = self.bucket(key, limit, now_us)
         except StoreFull:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven, KeyNumbersHeard
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
@@ -77,6 +77,13 @@ class DeltasWriter:
             delta.base.tokens = tokens
             delta.base.remainder = remainder
             delta.base.period_us = period_us
+        if len(entries) == 1:
+            # Nearly all there is to say under load, two times faster.
+            [(origin, slot, tokens)] = entries
+            exponent = slot_exponent(slot)
+            number, tokens = slot_start_us(slot) >> exponent, min(tokens, MAX_SLOT_TOKENS)
+            delta.runs.add(origin=self._origin_number(origin), exponent=exponent, slots=(number,), tokens=(tokens,))
+            return
         runs: dict[tuple[Origin, int], list[tuple[int, int]]] = {}
         for origin, slot, tokens in entries:
             exponent = slot_exponent(slot)
@@ -128,6 +135,9 @@ class DeltasReader:
     def __init__(self, sender: Origin) -> None:
         self._sender = sender
         self._numbers = KeyNumbersHeard()
+        self._limit_of_key: LimitOfKey | None = None
+        self._limits: dict[int, AnyLimit | None] = {}
+        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
 
     def apply(self, store: Store, deltas: pb.Deltas, now_us: int, on_news: OnNews | None = None) -> Applied:
         """Join a peer's deltas into `store`.
@@ -138,33 +148,42 @@ class DeltasReader:
         """
         origins = [self._sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
         applied = Applied()
+        if self._limit_of_key is not store.limit_of_key:
+            self._limit_of_key = store.limit_of_key
+            self._limits.clear()
         for delta in deltas.buckets:
-            key = self._read_key(delta)
+            key, limit = self._read_key(delta, store.limit_of_key)
             entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
             applied.entries += len(entries)
-            try:
-                base = _read_base(delta.base, store.limit_of_key(key)) if delta.HasField("base") else None
-                # Asks for the limit of the key itself: most deltas have no base, and are decoded once.
-                news = store.merge(key, base, entries, now_us)
-            except ValueError as error:
-                raise ProtocolError(Reason.BAD_KEY, str(error)) from error
-            if news is None:
+            base = _read_base(delta.base, limit) if delta.HasField("base") else None
+            if limit is None:
                 applied.unknown_keys += 1
-            elif news and on_news is not None:
+                continue
+            news = store.join(key, limit, base, entries, now_us)
+            if news and on_news is not None:
                 bucket = store.get(key)
                 assert bucket is not None
                 on_news(bucket, entries)
         return applied
 
-    def _read_key(self, delta: pb.BucketDelta) -> bytes:
+    def _read_key(self, delta: pb.BucketDelta, limit_of_key: LimitOfKey) -> tuple[bytes, AnyLimit | None]:
+        """A bucket's key, and its limit here."""
         key, number = delta.key, delta.number
         if not key and number:
-            return self._numbers.key(number)
-        if not 1 <= len(key) <= MAX_KEY_BYTES:
+            key = self._numbers.key(number)
+            if number in self._limits:
+                return key, self._limits[number]
+        elif not 1 <= len(key) <= MAX_KEY_BYTES:
             raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
-        if number:
+        elif number:
             self._numbers.hear(number, key)
-        return key
+        try:
+            limit = limit_of_key(key)
+        except ValueError as error:
+            raise ProtocolError(Reason.BAD_KEY, str(error)) from error
+        if number:
+            self._limits[number] = limit
+        return key, limit
 
 
 def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:

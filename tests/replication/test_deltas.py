@@ -8,7 +8,18 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-from replication.builders import ELSEWHERE, NOW_US, PER_TEAM, PER_USER, apply_deltas, key_of, node, store_of, take
+from replication.builders import (
+    ELSEWHERE,
+    NOW_US,
+    PER_TEAM,
+    PER_USER,
+    RULES,
+    apply_deltas,
+    key_of,
+    node,
+    store_of,
+    take,
+)
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
@@ -19,8 +30,10 @@ from ratelimit_sidecar.replication.deltas import (
     MAX_KEY_BYTES,
     MAX_SLOT_TOKENS,
     MAX_TIME_US,
+    DeltasReader,
     DeltasWriter,
 )
+from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 
@@ -43,9 +56,9 @@ class Recorder(Store):
         super().__init__(B, lambda key: limit)
         self.told: list[tuple[bytes, Base | None, list[Entry]]] = []
 
-    def merge(self, key, base, entries, now_us):  # type: ignore[no-untyped-def]
+    def join(self, key, limit, base, entries, now_us):  # type: ignore[no-untyped-def]
         self.told.append((key, base, list(entries)))
-        return True
+        return len(self.told[-1][2])
 
 
 def sent(bucket: Bucket, base: Base | None, entries: list[Entry]) -> pb.Deltas:
@@ -236,3 +249,18 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
     writer = DeltasWriter(regions[0])
     writer.add(told, told.telling_base, list(told.entries()))
     assert len(writer.frame.SerializeToString()) < 1_000
+
+
+def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
+    store = store_of(node("b"))
+    writer, reader = DeltasWriter(A, KeyNumbersGiven()), DeltasReader(A)
+    bucket = TokenBucket(KEY, PER_USER, A, NOW_US)
+    for tokens, rules, unknown in ((1, RULES, 0), (2, ELSEWHERE, 1), (3, RULES, 0)):
+        store.limit_of_key = rules.replicated_limit_of_key
+        writer = DeltasWriter(A, writer._numbers)
+        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)], is_told_often=True)
+        assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
+        assert reader.apply(store, writer.deltas, NOW_US).unknown_keys == unknown
+    held = store.get(KEY)
+    assert held is not None
+    assert [entry.tokens for entry in held.entries()] == [3]

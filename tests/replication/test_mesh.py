@@ -257,11 +257,11 @@ class FaultyStore(Store):
 
     has_failed = False
 
-    def merge(self, *args: object) -> bool:
+    def join(self, *args: object) -> int:
         if not self.has_failed:
             self.has_failed = True
             raise RuntimeError("a bug")
-        return super().merge(*args)  # type: ignore[arg-type]
+        return super().join(*args)  # type: ignore[arg-type]
 
 
 async def test_a_fault_of_this_program_ends_one_stream_is_counted_and_the_peer_comes_back() -> None:

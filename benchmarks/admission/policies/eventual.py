@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
 from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, FIRST_REDIAL_SECONDS, MAX_REDIAL_SECONDS
@@ -62,9 +62,9 @@ class _CountingStore(Store):
         """Tokens of other origins that have ever entered the bucket by their slots."""
         self._counted: dict[tuple[Origin, int], int] = {}
 
-    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> int | None:
+    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Iterable[Entry], now_us: int) -> int:
         entries = list(entries)
-        news = super().merge(key, base, entries, now_us)
+        news = super().join(key, limit, base, entries, now_us)
         taken = self._buckets[key].taken
         for origin, slot, tokens in entries:
             # One that came after its slot was sealed has been ignored.
