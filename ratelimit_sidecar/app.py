@@ -37,6 +37,7 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
@@ -49,8 +50,9 @@ from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+from ratelimit_sidecar.telemetry.stalls import StallMonitor
 
-JOIN_SECONDS = 3.0
+JOIN_SECONDS = 10.0
 """What reachable peers get to tell what they know before the sidecar says it is ready."""
 
 SWEEP_SECONDS = 0.01
@@ -111,11 +113,13 @@ class Sidecar:
             now_us=self._clock.now_us,
             peers=config.sync.peers,
             listen=config.listen.sync,
+            certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
         )
         self._mesh.use_rules(rules.digest)
         latency = LatencyHistogram()
+        self._stalls = StallMonitor()
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
         health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
         handlers = {**service.handlers(), **health.handlers()}
@@ -135,6 +139,7 @@ class Sidecar:
                 replication=self._mesh,
                 rules=self._reloader,
                 membership=self._mesh.membership_status,
+                loop=self._stalls,
             )
         )
         console_app = console.create_app(
@@ -211,6 +216,7 @@ class Sidecar:
         yield self._source.run(self._reloader)
         yield self._join()
         yield self._slew()
+        yield self._stalls.run()
         yield self._sweep(self._limiter.store, self._clock.now_us)
         if self._limiter.ledger is not None:
             yield self._sweep(self._limiter.ledger, self._strict_us)

@@ -42,11 +42,11 @@ class Extras:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def are_wanted(self, steps: Sequence[Step]) -> bool:
-        """True when an answer to these steps may get any."""
+    def are_wanted(self, rule: Rule | None) -> bool:
+        """True when an answer to a descriptor under that rule may get any."""
         if self._settings.response_headers is not None or self._settings.dynamic_metadata:
             return True
-        return any(step.rule is not None and (step.rule.retry_after or step.rule.body) for step in steps)
+        return rule is not None and (rule.retry_after or bool(rule.body))
 
     def add(self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> None:
         """Args:
@@ -80,7 +80,7 @@ class Extras:
         over = [
             status
             for step, status in zip(plan.steps, response.statuses, strict=True)
-            if status.code == _OVER_LIMIT and not step.is_quota
+            if status.code == _OVER_LIMIT and not step.terms.is_quota
         ]
         if not limited:
             return

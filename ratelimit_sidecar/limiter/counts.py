@@ -22,47 +22,55 @@ class RuleCounts:
     """Descriptors admitted."""
     over_limit: int = 0
     """Descriptors denied, or that would have been but for shadow mode."""
-    tokens: int = 0
-    """Tokens taken from buckets."""
-    total_hits: int = 0
+    admitted_hits: int = 0
+    """Hits of admitted descriptors that have a limit."""
+    unlimited_hits: int = 0
+    denied_hits: int = 0
+    charged_hits: int = 0
+    """Of those denied: taken all the same."""
     over_limit_hits: int = 0
     """Of a request that crosses the limit only those beyond it."""
     near_limit_hits: int = 0
     """Above the near-limit ratio and not over; of a request that crosses it only those beyond it."""
-    within_limit_hits: int = 0
     shadow_mode_hits: int = 0
     """Hits of descriptors that shadow mode let pass."""
 
-    def pass_unlimited(self, hits: int) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens taken from buckets."""
+        return self.admitted_hits + self.charged_hits
+
+    @property
+    def within_limit_hits(self) -> int:
+        return self.admitted_hits + self.unlimited_hits
+
+    @property
+    def total_hits(self) -> int:
+        return self.within_limit_hits + self.denied_hits
+
+    def pass_unlimited(self, hits: int, *, is_ruled: bool) -> None:
+        """A descriptor that needs no bucket.
+
+        Args:
+            is_ruled: a rule says so; hits of others are not counted.
+        """
         self.ok += 1
-        self.total_hits += hits
-        self.within_limit_hits += hits
+        if is_ruled:
+            self.unlimited_hits += hits
 
-    def count(self, step: Step, admitted: bool, bucket: Bucket) -> None:
-        """A decision, with the bucket as it is afterwards."""
-        hits = step.hits
-        self.total_hits += hits
-        if admitted:
-            self.ok += 1
-            self.tokens += hits
-            self.within_limit_hits += hits
-            near = bucket.limit.capacity - bucket.remaining - step.near_from
-            if near > 0:
-                self.near_limit_hits += min(hits, near)
-        else:
-            self._count_denied(step, bucket)
-
-    def _count_denied(self, step: Step, bucket: Bucket) -> None:
-        hits = step.hits
+    def deny(self, step: Step, bucket: Bucket) -> None:
+        """A denied descriptor, with the bucket as it is afterwards. An admitted one `Limiter.decide` counts itself."""
+        hits, terms = step.hits, step.terms
         self.over_limit += 1
+        self.denied_hits += hits
         over = hits
-        if step.charges_denied:
-            self.tokens += hits
+        if terms.charges_denied:
+            self.charged_hits += hits
             over = min(hits, bucket.debt)
             # What was still under the limit when these hits came.
-            self.near_limit_hits += min(hits - over, bucket.limit.capacity - step.near_from)
+            self.near_limit_hits += min(hits - over, bucket.limit.capacity - terms.near_from)
         self.over_limit_hits += over
-        if step.rule is not None and step.rule.shadow_mode:
+        if terms.is_shadow:
             self.shadow_mode_hits += hits
 
 

@@ -49,6 +49,7 @@ _FORMS_OF_VALUES = (
     *(form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET),
 )
 FORMS = frozenset((*_FORMS_OF_VALUES, *(form | OVERFLOW for form in _FORMS_OF_VALUES)))
+_BYTES = tuple(bytes((number,)) for number in range(256))
 _CONTINUES = 0x80
 _MAX_SHIFT = 28
 
@@ -68,13 +69,10 @@ class BucketName(NamedTuple):
 
 
 def encode_bucket_key(form: int, domain: str, entries: Iterable[KeyEntry]) -> bytes:
-    out = bytearray((form,))
-    _put_text(out, domain)
+    parts = [_BYTES[form], _text(domain)]
     for kind, key, value in entries:
-        out.append(kind)
-        _put_text(out, key)
-        _put_text(out, value)
-    return bytes(out)
+        parts += _BYTES[kind], _text(key), _text(value)
+    return b"".join(parts)
 
 
 def decode_bucket_key(name: bytes) -> BucketName:
@@ -135,14 +133,17 @@ def _without_values(entry: KeyEntry) -> KeyEntry | None:
     return None if kind in (WILDCARD_VALUE, OVERRIDE) else entry
 
 
-def _put_text(out: bytearray, text: str) -> None:
+def _text(text: str) -> bytes:
     raw = text.encode()
     length = len(raw)
+    if length < _CONTINUES:
+        return _BYTES[length] + raw
+    prefix = bytearray()
     while length >= _CONTINUES:
-        out.append(length & 0x7F | _CONTINUES)
+        prefix.append(length & 0x7F | _CONTINUES)
         length >>= 7
-    out.append(length)
-    out += raw
+    prefix.append(length)
+    return bytes(prefix) + raw
 
 
 def _get_text(name: bytes, at: int) -> tuple[str, int]:

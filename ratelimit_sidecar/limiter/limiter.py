@@ -8,7 +8,8 @@ What is in the answer besides codes and levels is `answer.py`'s affair.
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
@@ -20,21 +21,20 @@ from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.limiter.answer import Extras
 from ratelimit_sidecar.limiter.counts import CountsByRule
+from ratelimit_sidecar.limiter.encoding import (
+    OVERALL_OK,
+    OVERALL_OVER_LIMIT,
+    bare_status,
+    encode_status,
+    status_head,
+)
 from ratelimit_sidecar.limiter.key import is_of_rule_alone, overflow_key
-from ratelimit_sidecar.limiter.plan import Plan, Step
-from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules, Unit
+from ratelimit_sidecar.limiter.plan import Plan, Step, Terms
+from ratelimit_sidecar.limiter.plan_cache import PlanCache
+from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
 
-PLAN_CACHE_REQUESTS = 16_384
-"""Plans kept; with `PLAN_CACHE_MAX_BYTES` this bounds the cache's memory."""
-
-PLAN_CACHE_MAX_BYTES = 1_024
-"""A longer request is planned anew each time."""
-
-_UNLIMITED_REMAINING = 2**32 - 1
-
-_MAX_DURATION_US = 315_576_000_000 * 1_000_000
-"""The largest google.protobuf.Duration: 10,000 years."""
+_MAX_UINT32 = 2**32 - 1
 
 _OK = RateLimitResponse.OK
 _OVER_LIMIT = RateLimitResponse.OVER_LIMIT
@@ -42,6 +42,11 @@ _OVER_LIMIT = RateLimitResponse.OVER_LIMIT
 
 class InvalidRequest(Exception):
     """A request that no rule can answer; its text is for the caller."""
+
+
+class PlanCounts(NamedTuple):
+    found: int
+    made: int
 
 
 class Limiter:
@@ -76,7 +81,18 @@ class Limiter:
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
         self._extras = Extras(self.settings)
-        self._cached_plan = lru_cache(maxsize=PLAN_CACHE_REQUESTS)(self._make_plan)
+        # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
+        self._unlimited = Terms(
+            None,
+            None,
+            bare_status(_OK, 0),
+            is_quota=self.settings.quota_mode,
+            has_extras=self._extras.are_wanted(None),
+        )
+        self._terms: dict[int, Terms] = {}
+        """By the id of the rule."""
+        self._plans = PlanCache()
+        self._plans_found = self._plans_made = 0
         self.use_rules(rules)
 
     def use_rules(self, rules: Rules) -> None:
@@ -94,7 +110,8 @@ class Limiter:
             self.ledger.limit_of_key = rules.strict_limit_of_key
         self.rules = rules
         self.store.limit_of_key = rules.replicated_limit_of_key
-        self._cached_plan.cache_clear()
+        self._plans = PlanCache()
+        self._terms.clear()
 
     def decide(self, request: bytes, now_us: int) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
@@ -112,40 +129,48 @@ class Limiter:
             InvalidRequest: not a RateLimitRequest, no domain, no descriptors, or a descriptor without entries.
         """
         plan = self.plan(request)
-        response = RateLimitResponse()
+        statuses = b""
         over = quotas_over = 0
+        evicted = self.store.evicted
         buckets: list[Bucket | None] = []
         for step in plan.steps:
-            bucket = None
-            status = response.statuses.add(code=_OK)
-            rule = step.rule
-            if rule is None:
-                step.counts.ok += 1
-            elif rule.limit is None:
-                status.limit_remaining = _UNLIMITED_REMAINING
-                step.counts.pass_unlimited(step.hits)
-            else:
-                at_us = now_us - self.jumped_us if step.is_strict else now_us
-                bucket = self._bucket(plan.domain, step, rule.limit, at_us)
-                admitted = bucket.take(step.hits, at_us, always=rule.charge_always)
+            terms, hits, counts = step.terms, step.hits, step.counts
+            if terms.limit is None:
+                counts.pass_unlimited(hits, is_ruled=terms.rule is not None)
+                statuses += terms.ok_head
+                buckets.append(None)
+                continue
+            at_us = now_us - self.jumped_us if terms.is_strict else now_us
+            bucket = step.bucket
+            if bucket is None or step.evicted != evicted:
+                bucket = self._bucket(plan.domain, step, terms.limit, at_us)
+            if bucket.take(hits, at_us, always=terms.charges_always):
                 remaining = bucket.remaining
-                step.counts.count(step, admitted, bucket)
-                if not admitted and not rule.shadow_mode:
-                    status.code = _OVER_LIMIT
-                    if step.is_quota:
+                counts.ok += 1
+                counts.admitted_hits += hits
+                near = bucket.limit.capacity - remaining - terms.near_from
+                if near > 0:
+                    counts.near_limit_hits += min(hits, near)
+                beginning = terms.ok_head
+            else:
+                remaining = bucket.remaining
+                counts.deny(step, bucket)
+                beginning = terms.over_head
+                if not terms.is_shadow:
+                    if terms.is_quota:
                         quotas_over += 1
                     else:
                         over += 1
-                status.current_limit.CopyFrom(step.current_limit)
-                status.limit_remaining = min(remaining, _UNLIMITED_REMAINING)
-                seconds, micros = divmod(min(bucket.full_in_us, _MAX_DURATION_US), 1_000_000)
-                status.duration_until_reset.seconds = seconds
-                status.duration_until_reset.nanos = micros * 1_000
+            statuses += encode_status(beginning, remaining, bucket.full_in_us)
             buckets.append(bucket)
         is_over = over > 0 or quotas_over == plan.quotas > 0
-        response.overall_code = _OVER_LIMIT if is_over and not self.settings.shadow_mode else _OK
-        if plan.has_extras:
-            self._extras.add(response, plan, buckets)
+        overall = OVERALL_OVER_LIMIT if is_over and not self.settings.shadow_mode else OVERALL_OK
+        answer = overall + statuses
+        return self._with_extras(answer, plan, buckets) if plan.has_extras else answer
+
+    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None]) -> bytes:
+        response = RateLimitResponse.FromString(answer)
+        self._extras.add(response, plan, buckets)
         raw: bytes = response.SerializeToString()
         return raw
 
@@ -155,13 +180,23 @@ class Limiter:
         Raises:
             InvalidRequest: as `decide`.
         """
-        if len(request) > PLAN_CACHE_MAX_BYTES:
-            return self._make_plan(request)
-        return self._cached_plan(request)
+        plan = self._plans.plans.get(request)
+        if plan is not None:
+            self._plans_found += 1
+            return plan
+        plan = self._make_plan(request)
+        self._plans_made += 1
+        self._plans.keep(request, plan)
+        return plan
+
+    @property
+    def plan_counts(self) -> PlanCounts:
+        """How often a plan was there already, and how often it was made, since start."""
+        return PlanCounts(self._plans_found, self._plans_made)
 
     def _bucket(self, domain: str, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
         try:
-            return self._bucket_of_key(step, step.bucket_key, limit, at_us)
+            bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
             key = overflow_key(step.bucket_key)
             rule = self.rules.rule_of_key(key)
@@ -169,13 +204,16 @@ class Limiter:
             assert rule.limit is not None
             self.overflow_decisions[self._label(domain), rule.name] += 1
             return self._bucket_of_key(step, key, rule.limit, at_us)
+        if not step.terms.is_strict:
+            step.bucket, step.evicted = bucket, self.store.evicted
+        return bucket
 
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
-        if step.is_strict:
+        if step.terms.is_strict:
             assert self.ledger is not None
             assert isinstance(limit, Limit)
             return self.ledger.bucket(key, limit, at_us)
-        return self.store.bucket(key, limit, at_us, replicated=step.is_replicated)
+        return self.store.bucket(key, limit, at_us, replicated=step.terms.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:
@@ -186,37 +224,34 @@ class Limiter:
             raise InvalidRequest("rate limit domain must not be empty")
         if not request.descriptors:
             raise InvalidRequest("rate limit descriptor list must not be empty")
-        for index, descriptor in enumerate(request.descriptors):
-            if not descriptor.entries:
-                raise InvalidRequest(f"rate limit descriptor {index} must have entries")
-        matches = [self._match(request.domain, descriptor) for descriptor in request.descriptors]
-        replaced = {name for match in matches if match is not None for name in match.rule.replaces}
+        domain = request.domain
         hits = request.hits_addend or 1
+        messages = list(request.descriptors)
+        descriptors = tuple([tuple([(entry.key, entry.value) for entry in of.entries]) for of in messages])
+        if not all(descriptors):
+            raise InvalidRequest(f"rate limit descriptor {descriptors.index(())} must have entries")
+        matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
+        replaced = {name for match in matches if match is not None for name in match.rule.replaces}
+        if replaced:
+            matches = [None if match is not None and match.rule.limit_name in replaced else match for match in matches]
         steps = [
-            self._make_step(
-                request.domain,
-                None if match is not None and match.rule.limit_name in replaced else match,
-                descriptor.hits_addend.value if descriptor.HasField("hits_addend") else hits,
-            )
-            for match, descriptor in zip(matches, request.descriptors, strict=True)
+            self._make_step(domain, match, of.hits_addend.value if of.HasField("hits_addend") else hits)
+            for match, of in zip(matches, messages, strict=True)
         ]
         return Plan(
-            domain=request.domain,
-            steps=tuple(steps),
-            quotas=sum(step.is_quota for step in steps),
+            domain,
+            tuple(steps),
+            quotas=sum([step.terms.is_quota for step in steps]),
             hits=hits,
-            descriptors=tuple(
-                tuple((entry.key, entry.value) for entry in descriptor.entries) for descriptor in request.descriptors
-            ),
-            has_extras=self._extras.are_wanted(steps),
+            descriptors=descriptors,
+            has_extras=any(step.terms.has_extras for step in steps),
         )
 
     def _label(self, domain: str) -> str:
         """Only names from the rules become labels of a metric: callers can invent any domain."""
         return domain if domain in self.rules.domains else ""
 
-    def _match(self, domain: str, descriptor: RateLimitDescriptor) -> Match | None:
-        entries = [(entry.key, entry.value) for entry in descriptor.entries]
+    def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: RateLimitDescriptor) -> Match | None:
         if descriptor.HasField("limit"):
             override = descriptor.limit
             unit = _UNITS.get(override.unit)
@@ -228,27 +263,39 @@ class Limiter:
         return self.rules.match(domain, entries)
 
     def _make_step(self, domain: str, match: Match | None, hits: int) -> Step:
-        label = self._label(domain)
         if match is None:
-            # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
-            return Step(None, b"", hits, None, self.counts.of(label, "", ""), is_quota=self.settings.quota_mode)
+            return Step(self._unlimited, b"", hits, self.counts.of(self._label(domain), "", ""))
         rule = match.rule
+        terms = self._terms.get(id(rule))
+        if terms is None:
+            terms = self._make_terms(rule)
+            if not match.is_override:
+                # It holds the rule, so no other can come to have its id.
+                self._terms[id(rule)] = terms
+        counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
+        return Step(terms, match.bucket_key, hits, counts)
+
+    def _make_terms(self, rule: Rule) -> Terms:
+        if rule.limit is None:
+            return Terms(rule, None, bare_status(_OK, _MAX_UINT32), has_extras=self._extras.are_wanted(rule))
         current_limit = RateLimitResponse.RateLimit(
             name=rule.limit_name,
             requests_per_unit=rule.requests_per_unit,
             unit=RateLimitResponse.RateLimit.UNKNOWN if rule.unit is None else rule.unit.name,
         )
-        return Step(
+        return Terms(
             rule,
-            match.bucket_key,
-            hits,
-            current_limit,
-            self.counts.of(label, match.metric_name, rule.name),
+            rule.limit,
+            status_head(_OK, current_limit),
+            status_head(_OK if rule.shadow_mode else _OVER_LIMIT, current_limit),
+            is_shadow=rule.shadow_mode,
             is_replicated=rule.consistency is Consistency.EVENTUAL,
             is_strict=rule.consistency is Consistency.STRICT,
+            is_quota=rule.quota_mode or self.settings.quota_mode,
+            charges_always=rule.charge_always,
             charges_denied=rule.charge_always or _is_fixed_window(rule.limit),
-            is_quota=rule.limit is not None and (rule.quota_mode or self.settings.quota_mode),
-            near_from=int(rule.limit.capacity * self.settings.near_limit_ratio) if rule.limit is not None else 0,
+            near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
+            has_extras=self._extras.are_wanted(rule),
         )
 
 

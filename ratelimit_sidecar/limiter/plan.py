@@ -1,51 +1,79 @@
-"""What a request asks for: which buckets it takes from and how much. A value, made from the request and the rules."""
+"""What a request asks for: which buckets it takes from and how much. Made from the request's bytes and the rules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One descriptor of a request: what to take from which bucket.
+class Terms:
+    """What is the same for every descriptor that a rule limits.
 
     Args:
-        rule: None when the descriptor is not limited.
-        hits: tokens; 0 checks and charges nothing.
-        current_limit: as the answer shows it.
+        rule: None for descriptors that no rule limits.
+        limit: None when there is none to check.
+        ok_head: the beginning of the status of an admitted descriptor (see `encoding`); without a limit all of it.
+        over_head: of a denied one.
+        is_shadow: a denied descriptor is answered with OK.
         is_replicated: peers are told what it takes.
         is_strict: it takes from this replica's share.
         is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
-        charges_denied: hits count although they are denied.
+        charges_always: denied hits are charged, into debt.
+        charges_denied: hits count although they are denied, be it so or because the algorithm counts them.
         near_from: tokens above which hits are near the limit.
+        has_extras: the answer has more in it than codes and levels, or may have.
     """
 
     rule: Rule | None
-    bucket_key: bytes
-    hits: int
-    current_limit: RateLimitResponse.RateLimit | None
-    counts: RuleCounts
+    limit: AnyLimit | None
+    ok_head: bytes
+    over_head: bytes = b""
+    is_shadow: bool = False
     is_replicated: bool = False
     is_strict: bool = False
     is_quota: bool = False
+    charges_always: bool = False
     charges_denied: bool = False
     near_from: int = 0
+    has_extras: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+@dataclass(slots=True)
+class Step:
+    """One descriptor of a request: what to take from which bucket. A value, but for what is remembered in it.
+
+    Args:
+        hits: tokens; 0 checks and charges nothing.
+        bucket: where it took from last.
+        evicted: the store's count of dropped buckets then. While it stands, `bucket` is still the one.
+    """
+
+    terms: Terms
+    bucket_key: bytes
+    hits: int
+    counts: RuleCounts
+    bucket: Bucket | None = field(default=None, compare=False, repr=False)
+    evicted: int = field(default=-1, compare=False, repr=False)
+
+    @property
+    def rule(self) -> Rule | None:
+        return self.terms.rule
+
+
+class Plan(NamedTuple):
     """All of a request.
 
     Args:
         quotas: steps in quota mode.
         hits: the request's hits addend, for descriptors without their own.
         descriptors: their entries, in order.
-        has_extras: the answer has more in it than codes and levels, or may have.
+        has_extras: as that of the terms of one of them.
     """
 
     domain: str

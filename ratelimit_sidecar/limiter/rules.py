@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
+from typing import NamedTuple
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.key import (
@@ -136,8 +137,7 @@ class RuleNode:
         yield from self.key_only.values()
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """How one entry of a descriptor was matched.
 
     Args:
@@ -152,17 +152,18 @@ class Level:
     node: RuleNode
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """A rule and the bucket of it that a descriptor falls into.
 
     Args:
         metric_name: the rule's name, with such values of the request as the rules ask for.
+        is_override: the rule was made for this request, from the limit in it.
     """
 
     rule: Rule
     bucket_key: bytes
     metric_name: str
+    is_override: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ class Rules:
         rule = self._override_rule(domain, requests, unit)
         key_entries = [KeyEntry(OVERRIDE, key, value) for key, value in entries]
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(requests), unit.name))
-        return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name)
+        return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name, is_override=True)
 
     def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[Level]:
         """How the entries were matched, as far as they were: fewer levels than entries when one was not."""

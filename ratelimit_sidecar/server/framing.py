@@ -23,9 +23,14 @@ header."""
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
+_PREFIXES = tuple(b"\0" + length.to_bytes(4, "big") for length in range(1_024))
+"""Of the uncompressed messages that there nearly always are."""
+
+
 def frame(message: bytes) -> bytes:
     """A message as it goes onto the stream, uncompressed."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+    length = len(message)
+    return (_PREFIXES[length] if length < len(_PREFIXES) else b"\0" + length.to_bytes(4, "big")) + message
 
 
 def unframe(body: bytes, metadata: Metadata) -> bytes:
@@ -37,6 +42,8 @@ def unframe(body: bytes, metadata: Metadata) -> bytes:
             broken.
     """
     length = len(body) - PREFIX_BYTES
+    if 0 <= length < len(_PREFIXES) and body.startswith(_PREFIXES[length]):
+        return body[PREFIX_BYTES:]
     if 0 <= length <= MAX_MESSAGE_BYTES and body[0] == 0 and int.from_bytes(body[1:5], "big") == length:
         return body[PREFIX_BYTES:]
     raise _what_is_wrong(body, metadata)

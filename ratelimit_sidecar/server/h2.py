@@ -63,35 +63,7 @@ class H2FrontEnd(Hosting):
     ) -> None:
         self._handlers = dict(handlers)
         self._failures = FailureLog()
-        every_path = h2corn.RequestPolicy(
-            path="/*",
-            # The limit on a message is kept here, where it can be answered with a gRPC status.
-            max_request_body_size=0,
-            timeout_request_body_idle=BODY_IDLE_SECONDS,
-            h2_timeout_response_stall=BODY_IDLE_SECONDS,
-        )
-        config = h2corn.Config(
-            lifespan="off",
-            grpc=True,
-            # gRPC needs trailers.
-            http1=False,
-            access_log=False,
-            date_header=False,
-            log_format=log_format,
-            request_policies=(every_path,),
-            max_concurrent_streams=MAX_STREAMS,
-            limit_concurrency=MAX_CALLS,
-            limit_connections=MAX_CONNECTIONS,
-            h2_max_header_list_size=MAX_HEADER_BYTES,
-            h2_max_header_block_size=MAX_HEADER_BYTES,
-            # A whole message of the largest size fits, and little more is read of a larger one.
-            h2_initial_stream_window_size=2 * MAX_BODY_BYTES,
-            h2_initial_connection_window_size=16 * MAX_BODY_BYTES,
-            timeout_handshake=HANDSHAKE_SECONDS,
-            timeout_keep_alive=CONNECTION_IDLE_SECONDS,
-            timeout_graceful_shutdown=drain_seconds,
-        )
-        super().__init__(self._call, addresses, config)
+        super().__init__(self._call, addresses, server_config(drain_seconds, log_format))
 
     async def _call(self, scope: h2corn.Scope, receive: h2corn.Receive, send: h2corn.Send) -> None:
         """One request, as an ASGI application."""
@@ -109,9 +81,15 @@ class H2FrontEnd(Hosting):
                 return
             assert handler is not None
         try:
-            body = await _read(receive)
-            if body is None:
+            event = await receive()
+            if event["type"] != "http.request":
                 return
+            body = event.get("body", b"")
+            if event.get("more_body"):
+                whole = await _read_rest(body, receive)
+                if whole is None:
+                    return
+                body = whole
             answer = handler(unframe(body, headers), headers)
         except RpcError as error:
             await _send_all(_status(error), send)
@@ -125,8 +103,43 @@ class H2FrontEnd(Hosting):
         await send(_OK_TRAILERS)
 
 
-async def _read(receive: h2corn.Receive) -> bytes | None:
+def server_config(drain_seconds: float = DRAIN_SECONDS, log_format: Literal["text", "json"] = "text") -> h2corn.Config:
+    """How h2corn serves gRPC here, whatever the application: all but where to bind."""
+    every_path = h2corn.RequestPolicy(
+        path="/*",
+        # The limit on a message is kept here, where it can be answered with a gRPC status.
+        max_request_body_size=0,
+        timeout_request_body_idle=BODY_IDLE_SECONDS,
+        h2_timeout_response_stall=BODY_IDLE_SECONDS,
+    )
+    return h2corn.Config(
+        lifespan="off",
+        grpc=True,
+        # gRPC needs trailers.
+        http1=False,
+        access_log=False,
+        date_header=False,
+        log_format=log_format,
+        request_policies=(every_path,),
+        max_concurrent_streams=MAX_STREAMS,
+        limit_concurrency=MAX_CALLS,
+        limit_connections=MAX_CONNECTIONS,
+        h2_max_header_list_size=MAX_HEADER_BYTES,
+        h2_max_header_block_size=MAX_HEADER_BYTES,
+        # A whole message of the largest size fits, and little more is read of a larger one.
+        h2_initial_stream_window_size=2 * MAX_BODY_BYTES,
+        h2_initial_connection_window_size=16 * MAX_BODY_BYTES,
+        timeout_handshake=HANDSHAKE_SECONDS,
+        timeout_keep_alive=CONNECTION_IDLE_SECONDS,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+
+
+async def _read_rest(body: bytes, receive: h2corn.Receive) -> bytes | None:
     """The whole body of a request.
+
+    Args:
+        body: its first part.
 
     Returns:
         None when the client gave up.
@@ -134,17 +147,13 @@ async def _read(receive: h2corn.Receive) -> bytes | None:
     Raises:
         RpcError: it is larger than a message may be; the rest is not read.
     """
-    event = await receive()
-    if event["type"] != "http.request":
-        return None
-    body = event.get("body", b"")
-    if not event.get("more_body"):
-        return body
     parts: bytearray | None = None
-    while event.get("more_body"):
+    more = True
+    while more:
         event = await receive()
         if event["type"] != "http.request":
             return None
+        more = event.get("more_body", False)
         # Nearly always a call is one part, and then the bare end of the stream.
         if part := event.get("body", b""):
             if parts is None:

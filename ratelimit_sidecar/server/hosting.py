@@ -14,6 +14,9 @@ import h2corn
 
 from ratelimit_sidecar.server.listeners import Listener, listen
 
+RUNTIME_THREADS = 1
+"""Python answers on one thread; a second one for I/O would compete with it. h2corn has them once in a process."""
+
 
 class Hosting:
     """Its life is that of a front end (see `server.front_end`).
@@ -52,7 +55,9 @@ class Hosting:
         if self._stopping:
             return
         descriptors = tuple(f"fd://{listener.socket.fileno()}" for listener in self._listeners)
-        self._server = h2corn.Server(self._app, replace(self._config, bind=descriptors))
+        self._server = h2corn.Server(
+            self._app, replace(self._config, bind=descriptors, runtime_threads=RUNTIME_THREADS)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._server.serve())

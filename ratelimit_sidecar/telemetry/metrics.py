@@ -35,6 +35,10 @@ class PeerStatus(Protocol):
     @property
     def address(self) -> str: ...
     @property
+    def version(self) -> str: ...
+    @property
+    def protocol(self) -> int: ...
+    @property
     def connected(self) -> bool: ...
     @property
     def lag_seconds(self) -> float: ...
@@ -49,11 +53,31 @@ class PeerStatus(Protocol):
     @property
     def entries_received(self) -> int: ...
     @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def bytes_received(self) -> int: ...
+    @property
+    def resyncs(self) -> int: ...
+    @property
+    def rules_match(self) -> bool | None: ...
+    @property
     def reconnects(self) -> int: ...
     @property
     def clock_offset_seconds(self) -> float | None: ...
     @property
     def protocol_errors(self) -> Mapping[str, int]: ...
+
+
+class CertificateStatus(Protocol):
+    """What is read of this node's certificate (`ratelimit_sidecar.replication.tls.NodeCertificate`)."""
+
+    @property
+    def not_after_s(self) -> float | None:
+        """When it ends, in seconds since the epoch; None when that is not known."""
+
+    @property
+    def failed_renewals(self) -> int:
+        """Times that its files were read again and could not be used."""
 
 
 class Replication(Protocol):
@@ -66,6 +90,10 @@ class Replication(Protocol):
     @property
     def unknown_keys(self) -> int:
         """Buckets that peers told of and no replicated rule here knows."""
+
+    @property
+    def certificate(self) -> CertificateStatus | None:
+        """None in plain text."""
 
 
 class MembershipStatus(Protocol):
@@ -83,6 +111,15 @@ class MembershipStatus(Protocol):
     def loans_granted(self) -> int: ...
     @property
     def loans_received(self) -> int: ...
+
+
+class LoopStatus(Protocol):
+    """What is read of the event loop (`ratelimit_sidecar.telemetry.stalls.StallMonitor`)."""
+
+    @property
+    def longest_seconds(self) -> float: ...
+    @property
+    def long_stalls(self) -> int: ...
 
 
 class RulesStatus(Protocol):
@@ -111,6 +148,7 @@ class Sources:
         replication: None when this node has no mesh.
         rules: None when the rules never change.
         membership: called once a scrape; gives None when no limit can be strict.
+        loop: None where nobody measures it.
     """
 
     node: str
@@ -122,6 +160,7 @@ class Sources:
     replication: Replication | None = None
     rules: RulesStatus | None = None
     membership: Callable[[], MembershipStatus | None] = lambda: None
+    loop: LoopStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +239,9 @@ def _read_latency(at: Snapshot) -> Iterator[Sample]:
 
 def _read_peer_info(at: Snapshot) -> Iterator[Sample]:
     for label, peer in at.peers.items():
-        yield "", (at.sources.region, label, peer.node, peer.region, peer.address), 1
+        # No protocol is spoken before the peer is reached.
+        protocol = str(peer.protocol or "")
+        yield "", (at.sources.region, label, peer.node, peer.region, peer.address, peer.version, protocol), 1
 
 
 def _read_peer_protocol_errors(at: Snapshot) -> Iterator[Sample]:
@@ -218,6 +259,17 @@ def _read_protocol_errors(at: Snapshot) -> Iterator[Sample]:
 def _read_unknown_keys(at: Snapshot) -> Iterator[Sample]:
     if at.sources.replication is not None:
         yield "", (at.sources.region,), at.sources.replication.unknown_keys
+
+
+def _read_certificate(value: Callable[[CertificateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        replication = at.sources.replication
+        if replication is not None and replication.certificate is not None:
+            number = value(replication.certificate)
+            if number is not None:
+                yield "", (at.sources.region,), number
+
+    return read
 
 
 def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
@@ -239,6 +291,20 @@ def _read_loans(at: Snapshot) -> Iterator[Sample]:
     if at.membership is not None:
         yield "", (at.sources.region, "granted"), at.membership.loans_granted
         yield "", (at.sources.region, "received"), at.membership.loans_received
+
+
+def _read_plans(at: Snapshot) -> Iterator[Sample]:
+    counts = at.sources.limiter.plan_counts
+    yield "", ("found",), counts.found
+    yield "", ("made",), counts.made
+
+
+def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        if at.sources.loop is not None:
+            yield "", (at.sources.region,), value(at.sources.loop)
+
+    return read
 
 
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
@@ -322,6 +388,27 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Time from a request's message to its answer's, inside this process.",
         _read_latency,
+    ),
+    Definition(
+        "ratelimit_plans_total",
+        "counter",
+        ("result",),
+        "Requests whose plan was remembered (found), or had to be made since they were not seen lately (made).",
+        _read_plans,
+    ),
+    Definition(
+        "ratelimit_event_loop_longest_stall_seconds",
+        "gauge",
+        ("region",),
+        "Longest time in the last one to two minutes in which nothing was answered; up to 4 ms short of the truth.",
+        _read_loop(lambda loop: loop.longest_seconds),
+    ),
+    Definition(
+        "ratelimit_event_loop_stalls_total",
+        "counter",
+        ("region",),
+        "Times that nothing was answered for more than 5 ms.",
+        _read_loop(lambda loop: loop.long_stalls),
     ),
     Definition(
         "openclaw_rate_limit_rejections",
@@ -424,7 +511,7 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "crdt_peer_info",
         "info",
-        (*_PEER, "node", "peer_region", "address"),
+        (*_PEER, "node", "peer_region", "address", "version", "protocol"),
         "Who the peer is; always 1. The label peer is its node id, or its address until it has been reached.",
         _read_peer_info,
     ),
@@ -471,6 +558,34 @@ METRICS: tuple[Definition, ...] = (
         _read_peers(lambda peer: peer.entries_received),
     ),
     Definition(
+        "crdt_bytes_sent_total",
+        "counter",
+        _PEER,
+        "Bytes of frames of all kinds sent to the peer, before HTTP/2 and TLS.",
+        _read_peers(lambda peer: peer.bytes_sent),
+    ),
+    Definition(
+        "crdt_bytes_received_total",
+        "counter",
+        _PEER,
+        "Bytes of frames of all kinds received from the peer, before HTTP/2 and TLS.",
+        _read_peers(lambda peer: peer.bytes_received),
+    ),
+    Definition(
+        "crdt_resyncs_total",
+        "counter",
+        _PEER,
+        "Buckets exchanged with the peer because a comparison of both nodes' state found that they differ.",
+        _read_peers(lambda peer: peer.resyncs),
+    ),
+    Definition(
+        "crdt_peer_rules_match",
+        "gauge",
+        _PEER,
+        "1 while the peer replicates under this node's rules, 0 while under others; absent while that is not known.",
+        _read_peers(lambda peer: peer.rules_match),
+    ),
+    Definition(
         "crdt_peer_protocol_errors_total",
         "counter",
         (*_PEER, "reason"),
@@ -490,6 +605,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Buckets that peers told of and no replicated rule here knows: the nodes' rules differ.",
         _read_unknown_keys,
+    ),
+    Definition(
+        "crdt_mesh_certificate_not_after_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When this node's certificate for the mesh ends, since the epoch: the one in force; absent without sync.tls.",
+        _read_certificate(lambda certificate: certificate.not_after_s),
+    ),
+    Definition(
+        "crdt_mesh_certificate_failed_renewals_total",
+        "counter",
+        ("region",),
+        "Times the files of sync.tls were read again and could not be used: what was read before stays in force.",
+        _read_certificate(lambda certificate: certificate.failed_renewals),
     ),
     Definition(
         "ratelimit_strict_home_share",

@@ -7,7 +7,8 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.limiter import PLAN_CACHE_MAX_BYTES, InvalidRequest
+from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.plan_cache import MAX_PLANS, MAX_REQUEST_BYTES, PlanCache
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
@@ -120,7 +121,7 @@ def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_by
 
 def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep() -> None:
     limiter = make_limiter(RULES)
-    short, long = make_request({"agent": "a"}), make_request({"agent": "a" * PLAN_CACHE_MAX_BYTES})
+    short, long = make_request({"agent": "a"}), make_request({"agent": "a" * MAX_REQUEST_BYTES})
     assert limiter.plan(short) is limiter.plan(bytes(bytearray(short)))
     assert limiter.plan(long) is not limiter.plan(long)
     assert limiter.plan(long) == limiter.plan(long)
@@ -144,3 +145,38 @@ def test_a_bucket_that_takes_longer_to_refill_than_a_duration_can_say_is_answere
     limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(slow)})}))
     [status] = decide(limiter, make_request({"slow": "1"}, hits=2**32 - 1)).statuses
     assert status.duration_until_reset.seconds == 315_576_000_000
+
+
+def test_a_bucket_that_was_dropped_meanwhile_is_taken_from_anew() -> None:
+    limiter, request = make_limiter(RULES), make_request({"agent": "a"})
+    decide(limiter, request)
+    later_us = NOW_US + 3_600_000_000
+    limiter.store.drain_changes()
+    assert limiter.store.sweep(later_us, 10) == 1
+    decide(limiter, request, later_us)
+    [bucket] = limiter.store
+    assert bucket.remaining == 19
+
+
+def test_a_plan_asked_for_again_and_again_is_kept_however_many_values_are_invented() -> None:
+    limiter, often = make_limiter(RULES), make_request({"agent": "often"})
+    kept = limiter.plan(often)
+    for number in range(2 * MAX_PLANS):
+        limiter.plan(make_request({"agent": f"a{number}"}))
+    assert limiter.plan(often) is kept
+
+
+def test_a_plan_asked_for_twice_is_kept_also_when_there_are_many() -> None:
+    limiter, late = make_limiter(RULES), make_request({"agent": "late"})
+    for number in range(MAX_PLANS):
+        limiter.plan(make_request({"agent": f"a{number}"}))
+    assert limiter.plan(late) is not limiter.plan(late)
+    assert limiter.plan(late) is limiter.plan(late)
+
+
+def test_plans_are_bounded() -> None:
+    cache = PlanCache()
+    plan = make_limiter(RULES).plan(make_request({"agent": "a"}))
+    for number in [*range(MAX_PLANS + 10)] * 2:
+        cache.keep(b"%d" % number, plan)
+    assert len(cache.plans) == MAX_PLANS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from observed import NOW_US, TWO_A_MINUTE, membership, peer, request, small_limiter
@@ -25,9 +25,21 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
 
 @dataclass
+class Certificate:
+    not_after_s: float | None = 1_800_000_000.5
+    failed_renewals: int = 3
+
+
+@dataclass
 class Mesh:
     protocol_errors: dict[str, int] = field(default_factory=lambda: {"malformed": 4})
     unknown_keys: int = 6
+    certificate: Certificate | None = field(default_factory=lambda: Certificate())
+
+
+class Loop:
+    longest_seconds = 0.006
+    long_stalls = 2
 
 
 @dataclass
@@ -48,6 +60,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         replication=Mesh(),
         rules=rules or Reloads(),
         membership=lambda: shared,
+        loop=Loop(),
     )
 
 
@@ -183,11 +196,26 @@ def test_replication_counters_are_shown_by_peer_and_reason() -> None:
         "crdt_batches_received_total": 50,
         "crdt_entries_sent_total": 400,
         "crdt_entries_received_total": 500,
+        "crdt_bytes_sent_total": 6_000,
+        "crdt_bytes_received_total": 7_000,
+        "crdt_resyncs_total": 4,
+        "crdt_peer_rules_match": 1,
     }.items():
         assert sample(registry, name, **of_peer) == value, name
     assert sample(registry, "crdt_peer_protocol_errors_total", **of_peer, reason="malformed") == 1
     assert sample(registry, "crdt_protocol_errors_total", region="us-east-1", reason="malformed") == 4
     assert sample(registry, "crdt_unknown_keys_total", region="us-east-1") == 6
+
+
+def test_what_a_peer_runs_is_shown_once_it_has_said_so() -> None:
+    unreached = replace(peer("", "10.0.0.9:50051"), version="", protocol=0, rules_match=None)
+    registry = create_registry(sources(peers=[peer(), unreached]))
+    known, unknown = {"region": "us-east-1", "peer": "eu-1"}, {"region": "us-east-1", "peer": "10.0.0.9:50051"}
+    who = {"node": "eu-1", "peer_region": "eu-west-2", "address": "eu.example.com:50051"}
+    assert sample(registry, "crdt_peer_info", **known, **who, version="1.2.3", protocol="3") == 1
+    nobody = {"node": "", "peer_region": "", "address": "10.0.0.9:50051", "version": "", "protocol": ""}
+    assert sample(registry, "crdt_peer_info", **unknown, **nobody) == 1
+    assert sample(registry, "crdt_peer_rules_match", **unknown) is None
 
 
 def test_who_shares_strict_limits_is_shown() -> None:
@@ -201,6 +229,23 @@ def test_who_shares_strict_limits_is_shown() -> None:
 def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
     registry = create_registry(sources())
     assert b"ratelimit_strict_home_share{" not in generate_latest(registry)
+
+
+def test_the_longest_stall_of_the_loop_and_the_number_of_long_ones_are_shown() -> None:
+    registry = create_registry(sources())
+    assert sample(registry, "ratelimit_event_loop_longest_stall_seconds", region="us-east-1") == 0.006
+    assert sample(registry, "ratelimit_event_loop_stalls_total", region="us-east-1") == 2
+
+
+def test_plans_are_counted_by_whether_they_were_remembered_over_reloads() -> None:
+    limiter = small_limiter()
+    registry = create_registry(sources(limiter))
+    for _ in range(3):
+        limiter.decide(request(("tenant", "a")), NOW_US)
+    limiter.use_rules(limiter.rules)
+    limiter.decide(request(("tenant", "a")), NOW_US)
+    assert sample(registry, "ratelimit_plans_total", result="found") == 2
+    assert sample(registry, "ratelimit_plans_total", result="made") == 2
 
 
 def test_request_errors_and_the_build_are_shown() -> None:

@@ -1,0 +1,53 @@
+"""`python -m benchmarks.front_end`: requests a second and latency of the whole server, beside an empty handler.
+
+The base is an empty handler on the same front end, in the same round; grpc.aio's is an echo. The sidecar replicates to
+two live peers, which run beside it on the same cores. h2load and servers share the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import click
+
+from benchmarks.serving.h2load import LOADS, Load, grpc_load
+from benchmarks.serving.requests import DENIED, ONE_DESCRIPTOR, TWO_OF_THREE
+from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
+from benchmarks.serving.servers import Server, running_servers
+
+
+def measure(server: Server, request: bytes, load: Load, seconds: float) -> Figures:
+    """The processor time is the server's alone: it says what a request costs, however busy the machine is."""
+    cpu_seconds = server.cpu_seconds
+    measured = grpc_load(server.address, request, load, seconds)
+    cpu_us = (server.cpu_seconds - cpu_seconds) * 1e6 / (measured.per_second * seconds)
+    return {"requests/s": measured.per_second, "mean us": measured.mean_us, "CPU us": cpu_us}
+
+
+@click.command()
+@round_options(rounds=9, seconds=1.0)
+def main(rounds: int, seconds: float, as_json: bool) -> None:
+    """Measure front ends with and without the decision."""
+    with running_servers() as servers:
+        empty = servers.empty_handler("h2")
+        echo = servers.empty_handler("grpcio")
+        sidecar, *_peers = servers.mesh(3)
+        targets = {
+            "empty handler": (empty, ONE_DESCRIPTOR),
+            "one descriptor": (sidecar, ONE_DESCRIPTOR),
+            "two descriptors of three entries": (sidecar, TWO_OF_THREE),
+            "one descriptor, denied": (sidecar, DENIED),
+            "grpc.aio echo": (echo, ONE_DESCRIPTOR),
+        }
+        results = []
+        for load in LOADS:
+            variants: dict[str, Callable[[], Figures]] = {
+                name: partial(measure, server, request, load, seconds) for name, (server, request) in targets.items()
+            }
+            results += alternate(f"{load} connections x streams", variants, rounds)
+    print_results(results, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

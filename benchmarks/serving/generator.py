@@ -1,0 +1,262 @@
+"""HTTP/2 load in which every request can ask for another key; h2load sends the same body again and again.
+
+    python -m benchmarks.serving.generator ADDRESS --keys 1000000 --seconds 5 [--rate 10000]
+
+Frames are laid from prepared parts and answers only counted, by their frame headers (RFC 9113, section 4.1), so a
+request costs a few microseconds and the server remains what is measured. Closed loop, or at a rate, for which latency
+counts from when a request was due: a server that stalls is not spared the requests that it held up.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import click
+
+from benchmarks.serving.h2load import Load, LoadFailed
+from benchmarks.serving.requests import METHOD, framed, request
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_END_STREAM, _END_HEADERS, _ACK = 0x1, 0x4, 0x1
+_FRAME_BYTES = 9
+_MAX_WINDOW = 2**31 - 1
+_READ_BYTES = 1 << 18
+
+ANSWER_WITHIN_SECONDS = 10.0
+
+PACE_SECONDS = 0.0001
+"""At a rate, how often it is looked for what is due and what was answered; a latency is so much longer at most."""
+
+_KEY_DIGITS = 7
+_KEYED_BODY = framed(request([("tenant", "tenant-" + "0" * _KEY_DIGITS)])).rpartition(b"0" * _KEY_DIGITS)[0]
+"""Of the request for any key, less its digits, which stand last."""
+
+Body = Callable[[], bytes]
+"""Gives the next request's framed message; raises StopIteration when there are no more."""
+
+
+def uniform(keys: int) -> Body:
+    """Requests for one descriptor whose key is drawn from so many, each as likely as any other."""
+    draw = random.Random(1).random
+    return lambda: _KEYED_BODY + b"%07d" % int(draw() * keys)
+
+
+def each(keys: int) -> Body:
+    """A request for each of the keys that `uniform` draws from, once."""
+    return map(_KEYED_BODY.__add__, (b"%07d" % number for number in range(keys))).__next__
+
+
+@dataclass(slots=True)
+class Answered:
+    """Args:
+    latencies_ns: of each answer, in the order they came.
+    """
+
+    seconds: float
+    latencies_ns: list[int]
+
+    @property
+    def per_second(self) -> float:
+        return len(self.latencies_ns) / self.seconds
+
+    def percentile_us(self, percent: float) -> float:
+        ordered = sorted(self.latencies_ns)
+        return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] / 1e3
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: socket.socket
+    next_stream: int = 1
+    buffer: bytes = b""
+    began_ns: dict[int, int] = field(default_factory=dict)
+    """When the requests under way were due, by stream."""
+
+
+class Generator:
+    """Holds the connections; `with Generator(address, Load(2, 16)) as generator: generator.run(...)`."""
+
+    def __init__(self, address: str, load: Load) -> None:
+        self._streams = load.streams
+        authority = "localhost" if address.startswith("unix:") else address
+        block = _header_block(authority)
+        self._head = _frame_head(len(block), _HEADERS, _END_HEADERS), block
+        self._selector = selectors.DefaultSelector()
+        self._connections = [_Connection(_connect(address)) for _ in range(load.connections)]
+        for connection in self._connections:
+            connection.socket.sendall(
+                _PREFACE
+                + _frame(_SETTINGS, 0, 0, struct.pack(">HI", 4, _MAX_WINDOW))
+                + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _MAX_WINDOW - 65_535))
+            )
+            self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+        self._latencies_ns: list[int] = []
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._connections:
+            connection.socket.close()
+        self._selector.close()
+
+    def run(self, body: Body, seconds: float | None, rate: float | None = None) -> Answered:
+        """Send for a while, then wait for what is under way.
+
+        Args:
+            seconds: None until there are no more requests.
+            rate: requests a second over all connections; None for as many as are answered.
+
+        Raises:
+            LoadFailed: a request was refused, or the server has gone.
+        """
+        self._latencies_ns = []
+        began_ns = time.perf_counter_ns()
+        ends_ns = began_ns + int((ANSWER_WITHIN_SECONDS * 1_000 if seconds is None else seconds) * 1e9)
+        with suppress(StopIteration):
+            self._send_until(ends_ns, body, rate)
+        elapsed = (time.perf_counter_ns() - began_ns) / 1e9
+        in_time = len(self._latencies_ns)
+        deadline_ns = time.perf_counter_ns() + int(ANSWER_WITHIN_SECONDS * 1e9)
+        while any(connection.began_ns for connection in self._connections):
+            if time.perf_counter_ns() > deadline_ns:
+                raise LoadFailed(f"requests without an answer after {ANSWER_WITHIN_SECONDS:g} s")
+            self._receive(0.5)
+        return Answered(elapsed * len(self._latencies_ns) / max(1, in_time), self._latencies_ns)
+
+    def _send_until(self, ends_ns: int, body: Body, rate: float | None) -> None:
+        began_ns = time.perf_counter_ns()
+        due_ns = deque[int]()
+        sent = 0
+        while (now_ns := time.perf_counter_ns()) < ends_ns:
+            timeout = 0.5
+            if rate is None:
+                for connection in self._connections:
+                    self._send(connection, body, [now_ns] * (self._streams - len(connection.began_ns)))
+            else:
+                ought = int((now_ns - began_ns) * rate / 1e9)
+                due_ns.extend(began_ns + int(number * 1e9 / rate) for number in range(sent, ought))
+                sent = ought
+                for connection in self._connections:
+                    free = self._streams - len(connection.began_ns)
+                    self._send(connection, body, [due_ns.popleft() for _ in range(min(free, len(due_ns)))])
+                # Selectors wait for whole milliseconds.
+                time.sleep(PACE_SECONDS)
+                timeout = 0.0
+            self._receive(timeout)
+
+    def _send(self, connection: _Connection, body: Body, due_ns: list[int]) -> None:
+        if not due_ns:
+            return
+        head, block = self._head
+        parts: list[bytes] = []
+        stream = connection.next_stream
+        for due in due_ns:
+            try:
+                message = body()
+            except StopIteration:
+                # What is laid out already is sent first.
+                if not parts:
+                    raise
+                break
+            number = stream.to_bytes(4, "big")
+            parts += head, number, block, _frame_head(len(message), _DATA, _END_STREAM), number, message
+            connection.began_ns[stream] = due
+            stream += 2
+        connection.next_stream = stream
+        connection.socket.sendall(b"".join(parts))
+
+    def _receive(self, timeout: float) -> None:
+        for key, _ in self._selector.select(timeout):
+            connection: _Connection = key.data
+            data = connection.socket.recv(_READ_BYTES)
+            if not data:
+                raise LoadFailed("the server has closed a connection")
+            self._read_frames(connection, connection.buffer + data)
+
+    def _read_frames(self, connection: _Connection, data: bytes) -> None:
+        now_ns = time.perf_counter_ns()
+        at, end = 0, len(data)
+        while end - at >= _FRAME_BYTES:
+            after = at + _FRAME_BYTES + (data[at] << 16 | data[at + 1] << 8 | data[at + 2])
+            if after > end:
+                break
+            kind, flags = data[at + 3], data[at + 4]
+            if kind == _HEADERS and flags & _END_STREAM:
+                stream = int.from_bytes(data[at + 5 : at + 9], "big")
+                self._latencies_ns.append(now_ns - connection.began_ns.pop(stream))
+            elif kind in (_RST_STREAM, _GOAWAY):
+                raise LoadFailed(f"the server has refused a request (frame of type {kind})")
+            elif kind in (_SETTINGS, _PING) and not flags & _ACK:
+                payload = data[at + _FRAME_BYTES : after] if kind == _PING else b""
+                connection.socket.sendall(_frame(kind, _ACK, 0, payload))
+            at = after
+        connection.buffer = data[at:]
+
+
+def _connect(address: str) -> socket.socket:
+    if address.startswith("unix:"):
+        connected = socket.socket(socket.AF_UNIX)
+        connected.connect(address.removeprefix("unix:"))
+        return connected
+    host, _, port = address.rpartition(":")
+    connected = socket.create_connection((host.strip("[]"), int(port)))
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected
+
+
+def _header_block(authority: str) -> bytes:
+    """In HPACK (RFC 7541), with names of its static table and nothing added to the dynamic one."""
+    post, http, authority_index, path_index = 0x83, 0x86, 1, 4
+    content_type = b"\x0f" + bytes((31 - 15,)) + _string(b"application/grpc")
+    te = b"\x00" + _string(b"te") + _string(b"trailers")
+    return (
+        bytes((post, http, path_index))
+        + _string(METHOD.encode())
+        + bytes((authority_index,))
+        + _string(authority.encode())
+        + content_type
+        + te
+    )
+
+
+def _string(text: bytes) -> bytes:
+    assert len(text) < 127
+    return bytes((len(text),)) + text
+
+
+def _frame_head(length: int, kind: int, flags: int) -> bytes:
+    return length.to_bytes(3, "big") + bytes((kind, flags))
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return _frame_head(len(payload), kind, flags) + stream.to_bytes(4, "big") + payload
+
+
+@click.command()
+@click.argument("address")
+@click.option("--keys", default=1_000_000, show_default=True, type=click.IntRange(1, 10**_KEY_DIGITS))
+@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1))
+@click.option("--rate", type=click.FloatRange(1), help="Requests a second; as many as are answered unless given.")
+@click.option("--connections", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--streams", default=100, show_default=True, type=click.IntRange(1, 1_000), help="On each connection.")
+def main(address: str, *, keys: int, seconds: float, rate: float | None, connections: int, streams: int) -> None:
+    """Send, and print what was answered as JSON."""
+    with Generator(address, Load(connections, streams)) as generator:
+        answered = generator.run(uniform(keys), seconds, rate)
+    percentiles = {f"p{percent:g}_us": answered.percentile_us(percent) for percent in (50, 99, 99.9)}
+    click.echo(json.dumps({"per_second": answered.per_second, **percentiles}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A RateLimitResponse's codes and levels as bytes, laid by hand: a third of the time that building a message takes.
+
+What a rule's statuses have in common (code, current_limit) is laid once, as their *head*; a decision adds how much
+remains and when the bucket is full again. Field numbers are those of envoy/service/ratelimit/v3/rls.proto, the result
+is to the byte what protobuf itself writes, which a property test holds it to. Numbers are LEB128, seven bits a byte.
+"""
+
+from __future__ import annotations
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+
+_TABLE_BITS = 14
+_TABLE_MASK = (1 << _TABLE_BITS) - 1
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+_LAST = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
+"""Numbers that end here: one or two bytes."""
+
+_MORE = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))
+"""Their lowest 14 bits, when more follow."""
+
+_DURATION = tuple(bytes((0x22, length)) for length in range(20))
+"""The beginning of duration_until_reset, which is that long."""
+
+OVERALL_OK: bytes = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
+OVERALL_OVER_LIMIT: bytes = RateLimitResponse(overall_code=RateLimitResponse.OVER_LIMIT).SerializeToString()
+"""The beginning of an answer."""
+
+_MAX_UINT32 = 2**32 - 1
+_SECOND_US = 1_000_000
+_MAX_DURATION_US = 315_576_000_000 * _SECOND_US
+"""The largest google.protobuf.Duration: 10,000 years."""
+
+
+def varint(number: int) -> bytes:
+    """Args:
+    number: 0 or more.
+    """
+    if number <= _TABLE_MASK:
+        return _LAST[number]
+    return _MORE[number & _TABLE_MASK] + varint(number >> _TABLE_BITS)
+
+
+def status_head(code: int, current_limit: RateLimitResponse.RateLimit | None) -> bytes:
+    """What the statuses of one rule and code begin with."""
+    raw: bytes = RateLimitResponse.DescriptorStatus(code=code, current_limit=current_limit).SerializeToString()
+    return raw
+
+
+def bare_status(code: int, remaining: int) -> bytes:
+    """A status that tells of no bucket, as a field of an answer."""
+    status = RateLimitResponse.DescriptorStatus(code=code, limit_remaining=remaining)
+    raw: bytes = RateLimitResponse(statuses=[status]).SerializeToString()
+    return raw
+
+
+def encode_status(head: bytes, remaining: int, reset_us: int) -> bytes:
+    """A status with the levels of a bucket, as a field of an answer.
+
+    Args:
+        head: from `status_head`.
+        remaining: tokens; 0 or more. The field holds no more than 2**32 - 1.
+        reset_us: microseconds until the bucket is full; 0 or more. Protobuf has no more than 10,000 years.
+    """
+    duration, nanos = b"", reset_us * 1_000
+    if reset_us >= _SECOND_US:
+        seconds, micros = divmod(min(reset_us, _MAX_DURATION_US), _SECOND_US)
+        duration, nanos = b"\x08" + varint(seconds), micros * 1_000
+    # The usual sizes of numbers stand here: a call for each would cost a tenth of the whole.
+    if nanos >> 2 * _TABLE_BITS:
+        duration += b"\x10" + varint(nanos)
+    elif nanos > _TABLE_MASK:
+        duration += b"\x10" + _MORE[nanos & _TABLE_MASK] + _LAST[nanos >> _TABLE_BITS]
+    elif nanos:
+        duration += b"\x10" + _LAST[nanos]
+    if remaining >> 2 * _TABLE_BITS:
+        body = head + b"\x18" + varint(min(remaining, _MAX_UINT32)) + _DURATION[len(duration)] + duration
+    elif remaining > _TABLE_MASK:
+        left = _MORE[remaining & _TABLE_MASK] + _LAST[remaining >> _TABLE_BITS]
+        body = head + b"\x18" + left + _DURATION[len(duration)] + duration
+    elif remaining:
+        body = head + b"\x18" + _LAST[remaining] + _DURATION[len(duration)] + duration
+    else:
+        body = head + _DURATION[len(duration)] + duration
+    # A name of the rules is in it, which may be long.
+    return b"\x12" + varint(len(body)) + body

@@ -1,0 +1,61 @@
+"""How long the event loop was kept from going round, as requests feel it: by a callback, the collector, or the system.
+
+A timer goes off every few milliseconds, and how late it is is measured. A stall may have begun up to a period before
+the timer was due, so what is shown is up to `PERIOD_SECONDS` less than the stall, never more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+PERIOD_SECONDS = 0.004
+"""250 times a second a few microseconds: a third of a percent of a processor."""
+
+LONG_NS = 5_000_000
+"""A quarter of what Envoy waits for an answer by default."""
+
+WINDOW_NS = 60_000_000_000
+
+
+class StallMonitor:
+    """Args:
+    monotonic_ns: what is measured with.
+    """
+
+    def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self.long_stalls = 0
+        """Since start, those longer than `LONG_NS`."""
+        self._monotonic_ns = monotonic_ns
+        self._window_from_ns = monotonic_ns()
+        self._longest_ns = 0
+        self._longest_before_ns = 0
+        """In the window before this one."""
+
+    @property
+    def longest_seconds(self) -> float:
+        """The longest stall in the last one to two minutes, so that scrapes up to a minute apart all see it."""
+        self._turn_window()
+        return max(self._longest_ns, self._longest_before_ns) / 1e9
+
+    def note(self, late_ns: int) -> None:
+        """The timer went off that much too late."""
+        self._turn_window()
+        self._longest_ns = max(self._longest_ns, late_ns)
+        self.long_stalls += late_ns > LONG_NS
+
+    async def run(self) -> None:
+        """Measure for ever."""
+        while True:
+            due_ns = self._monotonic_ns() + int(PERIOD_SECONDS * 1e9)
+            await asyncio.sleep(PERIOD_SECONDS)
+            self.note(max(0, self._monotonic_ns() - due_ns))
+
+    def _turn_window(self) -> None:
+        now_ns = self._monotonic_ns()
+        passed = (now_ns - self._window_from_ns) // WINDOW_NS
+        if passed:
+            self._longest_before_ns = self._longest_ns if passed == 1 else 0
+            self._longest_ns = 0
+            self._window_from_ns += passed * WINDOW_NS
