@@ -103,9 +103,10 @@ class Replicator:
                     peer.streams[0].wake()
         if self.lending is not None:
             self._borrow(self.lending)
-        done = self.summing.step(now_us)
+        streams = [stream for stream in self.streams() if stream.compares]
+        done = self.summing.step(now_us) if streams else None
         if done is not None:
-            for stream in self.streams():
+            for stream in streams:
                 stream.passed(done, now_us)
         self.forget_peers(now_us - FORGET_US)
 
