@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slo
 class FixedWindow(Bucket):
     """Counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
 
-    __slots__ = ("_end_us", "_slot", "count")
+    __slots__ = ("_end_us", "_slot", "_written_us", "count")
 
     limit: WindowLimit
 
@@ -32,7 +32,7 @@ class FixedWindow(Bucket):
         super().__init__(key, limit, origin, now_us, journal)
         self.count = 0
         """Tokens taken in the current window by all replicas."""
-        self._slot = self._end_us = 0
+        self._slot = self._end_us = self._written_us = 0
         self._enter_window()
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -42,6 +42,7 @@ class FixedWindow(Bucket):
             if self._slot != self._own_slot:
                 self._open_own_slot(self._slot)
             self._write_own(hits)
+            self._written_us = self.at_us
             if self.count < self.limit.urgent_count <= count and self.journal is not None:
                 self.journal.on_urgent()
             self.count = count
@@ -90,6 +91,7 @@ class FixedWindow(Bucket):
             added = self._hear(entry)
             if added:
                 news += 1
+                self._written_us = self.at_us
                 if slot == self._slot:
                     self.count += added
         return news
@@ -114,8 +116,8 @@ class FixedWindow(Bucket):
         return self._sum(_slot_of_window(self.limit, now_us))
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
-        """See `Bucket.entries_since`. All: takes are counted in the slot in which their window began."""
-        return self.entries()
+        """See `Bucket.entries_since`. All or nothing: takes are counted in the slot in which their window began."""
+        return self.entries() if self._written_us > since_us else iter(())
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`: the current window, unless it began after `until_us` or ends before `kept_until_us`."""

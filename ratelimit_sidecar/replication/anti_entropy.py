@@ -20,14 +20,15 @@ from __future__ import annotations
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from zlib import crc32
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
+from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -170,8 +171,9 @@ class Summing:
         return 0 if settled is None else self._hash(bucket.key, settled)
 
     def _begin(self, at_us: int) -> Pass:
-        # The same on every node, and in the long run each segment as often as any other one.
-        first = crc32(at_us.to_bytes(8, "little")) % SEGMENTS
+        # The same on every node; each segment has its turn, also for one that does only every second, fourth ... pass.
+        number = at_us // EVERY_US
+        first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
         self._walk = self._store.walk()
         self._looking = self._summing = 0
         return Pass(at_us, ((first + number) % SEGMENTS for number in range(self._segments_a_pass)))
@@ -210,8 +212,11 @@ class Summing:
         return at_us // EVERY_US % stride == 0
 
     def _hash(self, key: bytes, settled: Settled) -> int:
-        rows = sorted((self._origin(entry.origin), entry.slot, entry.tokens) for entry in settled.entries)
-        numbers = [number & 0xFFFF_FFFF_FFFF_FFFF for row in rows for number in row]
+        # As they travel.
+        rows = sorted(
+            [(self._origin(origin), slot, min(tokens, MAX_SLOT_TOKENS)) for origin, slot, tokens in settled.entries]
+        )
+        numbers = [number for row in rows for number in row]
         packed = struct.pack(f"<{len(numbers)}Q", *numbers)
         state = blake2b(key + settled.deficit.to_bytes(16, "little") + packed, digest_size=8).digest()
         return int.from_bytes(state, "little")
@@ -230,20 +235,19 @@ class Exchange:
 
     Args:
         leads: True at the node with the lower id.
-        tell: called with the key of a bucket of which the peer has to hear everything.
     """
 
-    def __init__(self, summing: Summing, store: Store, *, leads: bool, tell: Callable[[bytes], None]) -> None:
+    def __init__(self, summing: Summing, store: Store, peer: Peer, *, leads: bool) -> None:
         self._summing = summing
         self._store = store
+        self._peer = peer
         self._leads = leads
-        self._tell = tell
         self._own: Pass | None = None
         """Whose Digest is yet to be sent."""
         self._theirs: pb.Digest | None = None
         """That came before this node's own pass was done."""
         self._differing: dict[int, None] = {}
-        """Ranges whose Summary is yet to be sent, of the pass `_differing_us`."""
+        """Ranges whose Summary is yet to be sent, of the pass `_differing_us`: the newest with a Digest of the peer."""
         self._differing_us = 0
         self._summarised: set[int] = set()
         """Ranges whose Summary has come in answer to the Digest of `_summarised_us`."""
@@ -301,12 +305,12 @@ class Exchange:
         if frame.range >= RANGES:
             raise ProtocolError(Reason.BAD_DIGEST, f"range {frame.range} of {RANGES}")
         own = self._summing.find(frame.at_us)
-        if self._exchanged_us != frame.at_us:
-            self._exchanged_us = frame.at_us
+        if isinstance(frame, pb.Pull) and len(frame.keys) > MAX_PULL_KEYS:
+            raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys in a Pull; {MAX_PULL_KEYS} are taken")
+        if own is not None and own.at_us > self._exchanged_us:
+            self._exchanged_us = own.at_us
             self._told = self._pulled = 0
         if isinstance(frame, pb.Pull):
-            if len(frame.keys) > MAX_PULL_KEYS:
-                raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys in a Pull; {MAX_PULL_KEYS} are taken")
             return 0 if own is None else self._receive_pull(frame, own)
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
@@ -322,6 +326,9 @@ class Exchange:
             raise ProtocolError(Reason.BAD_DIGEST, "a segment twice, or one that there is not")
         if len(digest.sums) != len(segments) * SEGMENT_RANGES:
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(segments)} segments")
+        if digest.at_us <= self._differing_us:
+            # Each is answered once.
+            return
         own = self._summing.find(digest.at_us)
         if own is None:
             self._theirs = digest
@@ -344,7 +351,7 @@ class Exchange:
         told = 0
         for hashed, (key, state) in own.buckets(summary.range).items():
             their_state = theirs.pop(hashed, None)
-            if their_state == state:
+            if their_state == state or (their_state is None and self._peer.is_full):
                 continue
             bucket = self._store.get(key)
             if bucket is None or self._summing.state(bucket, own.at_us) != state:
@@ -353,8 +360,9 @@ class Exchange:
             told += self._tell_of(key)
             if their_state is not None:
                 pulled.append(hashed)
-        # What this node has no settled state of.
-        pulled += theirs
+        if self._store.full_since_us is None:
+            # What this node has no settled state of.
+            pulled += theirs
         pulled = pulled[: MAX_EXCHANGED - self._pulled]
         self._pulled += len(pulled)
         for start in range(0, len(pulled), MAX_PULL_KEYS):
@@ -370,5 +378,5 @@ class Exchange:
         if self._told >= MAX_EXCHANGED:
             return False
         self._told += 1
-        self._tell(key)
+        self._peer.outbox.tell(key)
         return True

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
-from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven, KeyNumbersHeard
+from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven, KeyNumbersHeard
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
@@ -26,6 +26,12 @@ MAX_TIME_US = 1 << 62
 
 MAX_SLOT_TOKENS = 1 << 48
 """Taken in one slot: 65,536 times the most that one request can ask for."""
+
+MAX_FRAME_BUCKETS = 2_048
+MAX_FRAME_ENTRIES = 8_192
+MAX_FRAME_ORIGINS = 1_024
+"""Taken from one frame, which is applied between two decisions. Far above what is sent, so that a peer with other
+bounds is understood."""
 
 _ROUGH_BUCKET_BYTES = 48
 """Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
@@ -62,7 +68,7 @@ class DeltasWriter:
         """
         delta = self.deltas.buckets.add()
         is_new = True
-        if is_told_often and self._numbers is not None:
+        if is_told_often and self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
             delta.number, is_new = self._numbers.number(bucket.key)
         if is_new:
             delta.key = bucket.key
@@ -143,9 +149,10 @@ class DeltasReader:
         """Join a peer's deltas into `store`.
 
         Raises:
-            ProtocolError: bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been joined,
-                which does no harm: they were good, and joining them again changes nothing.
+            ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
+                joined, which does no harm: they were good, and joining them again changes nothing.
         """
+        _check_size(deltas)
         origins = [self._sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
         applied = Applied()
         if self._limit_of_key is not store.limit_of_key:
@@ -153,8 +160,10 @@ class DeltasReader:
             self._limits.clear()
         for delta in deltas.buckets:
             key, limit = self._read_key(delta, store.limit_of_key)
+            applied.entries += sum([len(run.slots) for run in delta.runs])
+            if applied.entries > MAX_FRAME_ENTRIES:
+                raise ProtocolError(Reason.TOO_LARGE, f"more than {MAX_FRAME_ENTRIES} slots in a frame")
             entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
-            applied.entries += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
             if limit is None:
                 applied.unknown_keys += 1
@@ -184,6 +193,15 @@ class DeltasReader:
         if number:
             self._limits[number] = limit
         return key, limit
+
+
+def _check_size(deltas: pb.Deltas) -> None:
+    if len(deltas.buckets) > MAX_FRAME_BUCKETS or len(deltas.origins) > MAX_FRAME_ORIGINS:
+        raise ProtocolError(
+            Reason.TOO_LARGE,
+            f"{len(deltas.buckets)} buckets and {len(deltas.origins)} origins in a frame; at most {MAX_FRAME_BUCKETS}"
+            f" and {MAX_FRAME_ORIGINS} are taken",
+        )
 
 
 def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:

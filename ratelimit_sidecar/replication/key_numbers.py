@@ -14,6 +14,9 @@ from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 MAX_NUMBERS = 16_384
 """1 to so many: 3 bytes each, and some 3 MB at either end of a stream when all are in use."""
 
+MAX_NUMBERED_KEY_BYTES = 512
+"""A longer key has no number, lest a stream keep a gigabyte of them."""
+
 
 class KeyNumbersGiven:
     """The sender's side."""
@@ -47,6 +50,10 @@ class KeyNumbersHeard:
         Raises:
             ProtocolError: bad_key.
         """
+        if len(key) > MAX_NUMBERED_KEY_BYTES:
+            raise ProtocolError(
+                Reason.BAD_KEY, f"a number for a key of {len(key)} bytes; at most {MAX_NUMBERED_KEY_BYTES} have one"
+            )
         if not 1 <= number <= MAX_NUMBERS:
             raise ProtocolError(Reason.BAD_KEY, f"number {number} for a key; 1 to {MAX_NUMBERS} are given")
         self._keys[number] = key

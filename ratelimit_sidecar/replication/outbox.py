@@ -18,7 +18,7 @@ Lag, by this node's clock alone: from the creation of the oldest delta unacknowl
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
@@ -93,9 +93,17 @@ class Outbox:
         self._changed: OrderedDict[bytes, _Change] = OrderedDict()
         self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
         self._told: OrderedDict[bytes, None] = OrderedDict()
-        self._walk: deque[bytes] = deque()
+        self._walk: Iterator[Bucket] = iter(())
+        self._walk_next: Bucket | None = None
+        """The bucket that is looked at next; None when there is no walk, or it has ended."""
+        self._walk_left = 0
+        """About how many follow."""
         self._walk_since_us = 0
+        self._walked_since_us = 0
+        """The earliest of the walks not acknowledged."""
         self._walk_owed = False
+        self._next_walk_since_us: int | None = None
+        """Of a walk to follow the one under way."""
         self._rest: tuple[bytes, list[Entry]] | None = None
         """Of a bucket that did not fit into a batch."""
         self._is_told_all = False
@@ -109,8 +117,8 @@ class Outbox:
     @property
     def pending_buckets(self) -> int:
         """Buckets of which the peer has something yet to be sent; 0 while it is out of reach."""
-        waiting = len(self._changed) + len(self._relayed) + len(self._told) + len(self._walk)
-        return waiting + (self._rest is not None)
+        walked = self._walk_left if self._walk_next is not None else 0
+        return len(self._changed) + len(self._relayed) + len(self._told) + walked + (self._rest is not None)
 
     @property
     def is_settled(self) -> bool:
@@ -131,6 +139,11 @@ class Outbox:
         if oldest_us is not None:
             return now_us - oldest_us
         return self._last_lag_us if now_us - self._acknowledged_us < LAG_SHOWN_US else 0
+
+    def is_behind(self, since_us: int) -> bool:
+        """True when a change from before `since_us` is unacknowledged."""
+        oldest_us = self._oldest_unacknowledged_us()
+        return oldest_us is not None and oldest_us < since_us
 
     def note(self, bucket: Bucket, slots: Iterable[int], created_us: int) -> None:
         """Own entries of `slots` have changed.
@@ -187,23 +200,37 @@ class Outbox:
         self._missing_since_us = now_us if undelivered_us is None else undelivered_us
         if self.is_walking:
             # It may miss what this walk should have told.
-            self._missing_since_us = min(self._missing_since_us, self._walk_since_us + RESUME_MARGIN_US)
+            self._missing_since_us = min(self._missing_since_us, self._walked_since_us + RESUME_MARGIN_US)
+        if self._next_walk_since_us is not None:
+            self._missing_since_us = min(self._missing_since_us, self._next_walk_since_us + RESUME_MARGIN_US)
+        if self._in_flight:
+            # What was passed on or told in them, of whatever age, is lost as well.
+            self._missing_since_us = min(self._missing_since_us, self._in_flight[0].sent_us)
+        self._next_walk_since_us = None
         self._is_open = False
         self._changed.clear()
         self._relayed.clear()
         self._told.clear()
-        self._walk.clear()
+        self._walk = iter(())
+        self._walk_next = None
         self._walk_owed = False
         self._rest = None
         self._in_flight.clear()
 
     def walk_again(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""
-        if self._is_open and not self._walk_owed:
+        if self._is_open and self._walk_owed:
+            # It has passed some buckets already, and may not go back so far.
+            self._next_walk_since_us = _earlier(self._next_walk_since_us, since_us)
+        elif self._is_open:
             self._start_walk(since_us)
 
     def _start_walk(self, since_us: int) -> None:
-        self._walk.extend(bucket.key for bucket in self._store if bucket.journal is not None)
+        self._walk = self._store.walk()
+        self._walk_next = next(self._walk, None)
+        self._walk_left = len(self._store)
+        # One before may be unacknowledged: should the stream be lost, the next one begins as far back as that.
+        self._walked_since_us = min(since_us, self._walked_since_us) if self.is_walking else since_us
         self._walk_since_us = since_us
         self._walk_owed = True
 
@@ -218,14 +245,14 @@ class Outbox:
         # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
         share = 2 if self._walk_owed or self._told else 1
         created_us = self._write_changes(writer, share)
-        self._write_relayed(writer, share)
         self._write_rest(writer)
+        self._write_relayed(writer, share)
         most_keys = len(writer.keys) + WALK_BATCH_BUCKETS
         self._write_told(writer, most_keys, now_us)
         ends_full_state = False
         if self._walk_owed:
             self._write_walk(writer, most_keys, now_us)
-            ends_full_state = not self._walk and self._rest is None
+            ends_full_state = self._walk_next is None and self._rest is None
             if ends_full_state:
                 self._walk_owed = False
                 writer.deltas.ends_full_state = True
@@ -233,6 +260,9 @@ class Outbox:
             return None
         batch = Batch(writer.frame, tuple(writer.keys), writer.entries, created_us, now_us, ends_full_state)
         self._in_flight.append(batch)
+        if ends_full_state and self._next_walk_since_us is not None:
+            next_us, self._next_walk_since_us = self._next_walk_since_us, None
+            self._start_walk(next_us)
         return batch
 
     def acknowledged(self, now_us: int) -> Batch:
@@ -260,7 +290,7 @@ class Outbox:
         return created_us
 
     def _write_relayed(self, writer: DeltasWriter, share: int) -> None:
-        while self._relayed and _has_room(writer, share):
+        while self._relayed and self._rest is None and _has_room(writer, share):
             key, slots = self._relayed.popitem(last=False)
             bucket = self._store.get(key)
             if bucket is None or len(key) > MAX_KEY_BYTES:
@@ -285,11 +315,15 @@ class Outbox:
             self._write_whole(writer, key, 0, now_us, None)
 
     def _write_walk(self, writer: DeltasWriter, most_keys: int, now_us: int) -> None:
-        for _ in range(min(len(self._walk), WALK_BUCKETS)):
-            if self._rest is not None or not _has_room(writer, most_keys=most_keys):
-                break
-            # The peer knows its own entries best.
-            self._write_whole(writer, self._walk.popleft(), self._walk_since_us, now_us, self._peer)
+        for _ in range(WALK_BUCKETS):
+            bucket = self._walk_next
+            if bucket is None or self._rest is not None or not _has_room(writer, most_keys=most_keys):
+                return
+            self._walk_next = next(self._walk, None)
+            self._walk_left = max(1, self._walk_left - 1)
+            if bucket.journal is not None:
+                # The peer knows its own entries best.
+                self._write_whole(writer, bucket.key, self._walk_since_us, now_us, self._peer)
 
     def _write_whole(
         self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int, all_but: Origin | None

@@ -45,6 +45,8 @@ class Peer:
         """True when it has told everything it knew when its stream began."""
         self.reaches: frozenset[str] | None = None
         """Nodes that it has a stream to; None while it has not said."""
+        self.is_full = False
+        """True when it has no room for buckets of new keys."""
         self.rules = 0
         """A digest of the rules it replicates by; 0 while it has not said."""
         self.clock_offset_us: int | None = None

@@ -8,6 +8,7 @@ circles.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ratelimit_sidecar.replication.peer import Peer
@@ -15,6 +16,13 @@ from ratelimit_sidecar.replication.peer import Peer
 WALK_BACK_US = 10_000_000
 """How far back a node is told what it may have missed when another one begins to pass things on to it: twice the
 silence after which the two that are cut off from each other notice."""
+
+EVERY_US = 500_000
+"""Between two looks at who reaches whom, of which a gap has to outlast one: while nodes start, what one has said is
+behind what it knows, and there seem to be gaps everywhere."""
+
+MAX_ORIGINS = 1_024
+"""That are looked at. A peer can name any."""
 
 
 class Relay:
@@ -24,49 +32,62 @@ class Relay:
         self._node = node
         self._peers: tuple[Peer, ...] = ()
         """Those that are connected."""
+        self._reached_by: Counter[str] = Counter()
+        """By node, who has a stream to it: a bit for each node, the lowest for the lowest id."""
+        self._own_bit = 1
         self._of_origin: dict[str, tuple[Peer, ...]] = {}
         self._missed: dict[str, frozenset[str]] = {}
         """By peer, the origins that this node passes on to it."""
+        self._lasting: dict[str, frozenset[str]] = {}
+        """Of these, the ones since the look before the last, of which the peer has been told what it had missed."""
         self.is_needed = False
         """False when all peers reach each other."""
 
-    def update(self, peers: Mapping[str, Peer]) -> list[Peer]:
-        """Somebody's streams have changed.
+    def look(self, peers: Mapping[str, Peer]) -> list[Peer]:
+        """See who reaches whom now.
 
         Returns:
-            Peers that must now be told of origins of which this node told them nothing before.
+            Peers that must be told what they have missed of origins that this node now passes on to them.
         """
         self._peers = tuple(peer for peer in peers.values() if peer.streams)
-        self._of_origin.clear()
         nodes = {peer.node for peer in self._peers}
-        self.is_needed = any(peer.reaches is not None and nodes - peer.reaches - {peer.node} for peer in self._peers)
+        bits = {node: 1 << number for number, node in enumerate(sorted(nodes | {self._node}))}
+        self._own_bit = bits[self._node]
+        self._reached_by = Counter(dict.fromkeys(nodes, self._own_bit))
+        for peer in self._peers:
+            for node in peer.reaches or ():
+                self._reached_by[node] |= bits[peer.node]
+        self._of_origin.clear()
         before, self._missed = self._missed, {}
+        told, self._lasting = self._lasting, {}
+        self.is_needed = any(peer.reaches is not None and nodes - peer.reaches - {peer.node} for peer in self._peers)
         late = []
         if self.is_needed:
-            known = nodes.union(*(peer.reaches or () for peer in self._peers)) - {self._node}
+            origins = sorted(self._reached_by.keys() - {self._node})[:MAX_ORIGINS]
+            self._of_origin = {
+                origin: tuple(peer for peer in self._peers if self._must_tell(peer, origin)) for origin in origins
+            }
             for peer in self._peers:
-                missed = frozenset(origin for origin in known if self._must_tell(peer, origin))
-                self._missed[peer.node] = missed
-                if missed - before.get(peer.node, frozenset()):
+                missed = frozenset(origin for origin in origins if peer in self._of_origin[origin])
+                lasting = missed & before.get(peer.node, frozenset())
+                self._missed[peer.node], self._lasting[peer.node] = missed, lasting
+                if lasting - told.get(peer.node, frozenset()):
                     late.append(peer)
         return late
+
+    @property
+    def is_to_look_again(self) -> bool:
+        """True when there is a gap that may not last."""
+        return self._missed != self._lasting
 
     def to_be_told(self, origin: str) -> Iterable[Peer]:
         """The peers to whom this node passes on what `origin` takes."""
         found = self._of_origin.get(origin)
-        if found is None:
-            found = tuple(peer for peer in self._peers if self._must_tell(peer, origin))
-            self._of_origin[origin] = found
-        return found
+        # A node that nobody reaches has ended, and what was heard of it is news to all who have not heard it.
+        return found if found is not None else (peer for peer in self._peers if self._must_tell(peer, origin))
 
     def _must_tell(self, peer: Peer, origin: str) -> bool:
         if peer.reaches is None or origin == peer.node or origin in peer.reaches:
             return False
-        reach_both = [
-            other.node
-            for other in self._peers
-            if other.reaches is not None and peer.node in other.reaches and origin in other.reaches
-        ]
-        if any(other.node == origin for other in self._peers):
-            reach_both.append(self._node)
-        return not reach_both or min(reach_both) == self._node
+        reach_both = self._reached_by[peer.node] & self._reached_by.get(origin, 0)
+        return not reach_both or reach_both & -reach_both == self._own_bit

@@ -24,7 +24,7 @@ from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
-from ratelimit_sidecar.replication.relay import WALK_BACK_US, Relay
+from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
     ClockMeasured,
     ComparisonReceived,
@@ -84,6 +84,9 @@ class Replicator:
         self.standing = 0
         """Counts up whenever what a Standing says changes."""
         self.relay = Relay(local.origin.node)
+        self._ways_changed = False
+        self._ways_looked_us = 0
+        self._was_full = False
         self.summing = Summing(store, now_us)
         self._flushed_us = now_us
 
@@ -108,6 +111,11 @@ class Replicator:
         if done is not None:
             for stream in streams:
                 stream.passed(done, now_us)
+        self._find_ways(now_us)
+        is_full = self.store.full_since_us is not None
+        if is_full != self._was_full:
+            self._was_full = is_full
+            self.announce()
         self.forget_peers(now_us - FORGET_US)
 
     def use_rules(self, digest: int) -> None:
@@ -127,17 +135,25 @@ class Replicator:
         for stream in self.streams():
             stream.wake()
 
-    def find_ways(self, now_us: int) -> None:
-        """A stream of this node or of a peer has come or gone: find out what to pass on to whom."""
-        for peer in self.relay.update(self.peers):
+    def change_ways(self) -> None:
+        """A stream of this node or of a peer has come or gone."""
+        self._ways_changed = True
+
+    def _find_ways(self, now_us: int) -> None:
+        if not self._ways_changed or now_us - self._ways_looked_us < EVERY_US:
+            return
+        self._ways_looked_us = now_us
+        for peer in self.relay.look(self.peers):
             peer.outbox.walk_again(now_us - WALK_BACK_US)
             peer.streams[0].wake()
+        self._ways_changed = self.relay.is_to_look_again
 
     def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """News from a peer, for those that cannot hear it themselves."""
         for entry in entries:
             for peer in self.relay.to_be_told(entry.origin.node):
-                if peer is not sender:
+                # Who reaches whom was looked at a moment ago.
+                if peer is not sender and peer.streams:
                     peer.outbox.note_relayed(bucket, (entry,))
                     peer.streams[0].wake()
 
@@ -260,7 +276,8 @@ class Stream:
         """This node has summed up what it holds."""
         peer = self.peer
         assert peer is not None
-        is_in_time = not peer.outbox.is_walking and peer.full_state_heard and peer.outbox.lag_us(now_us) < SETTLE_US
+        outbox = peer.outbox
+        is_in_time = peer.full_state_heard and not outbox.is_walking and not outbox.is_behind(now_us - SETTLE_US)
         if self._exchange is None or not is_in_time or peer.rules_match(self._replicator.rules) is False:
             return
         if peer.streams[0] is self:
@@ -309,12 +326,18 @@ class Stream:
         if self._standing_told != replicator.standing:
             self._standing_told = replicator.standing
             reaches = sorted(peer.node for peer in replicator.peers.values() if peer.streams)
-            return pb.Frame(standing=pb.Standing(reaches=reaches, rules=replicator.rules))
+            full = replicator.store.full_since_us is not None
+            return pb.Frame(standing=pb.Standing(reaches=reaches, rules=replicator.rules, full=full))
         return self._exchange.take_frame()
 
     def tell(self, wishes: Wishes) -> None:
         """Send the peer what the ledger has to say to it."""
         self._loans.add(wishes)
+        self.wake()
+
+    def tell_standing_again(self) -> None:
+        """The peer may have missed how this node stands."""
+        self._standing_told = 0
         self.wake()
 
     def fail(self, error: ProtocolError, now_us: int) -> None:
@@ -345,7 +368,7 @@ class Stream:
             case Established():
                 if self._check_peer is not None:
                     self._check_peer(event.origin, event.region)
-                self._join(self._find_peer(event.origin, now_us), event, now_us)
+                self._join(self._find_peer(event.origin, now_us), event)
             case PeerLeft(reason, detail):
                 self.peer_reason = reason
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
@@ -358,7 +381,7 @@ class Stream:
             case LoansReceived(loans):
                 self._lend(loans)
             case StandingReceived(standing):
-                self._hear_standing(standing, now_us)
+                self._hear_standing(standing)
             case ComparisonReceived(frame):
                 assert self._exchange is not None
                 assert self.peer is not None
@@ -408,20 +431,24 @@ class Stream:
                 stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
         return peer
 
-    def _hear_standing(self, standing: pb.Standing, now_us: int) -> None:
-        assert self.peer is not None
-        self.peer.reaches = read_reaches(standing)
-        self.peer.rules = standing.rules
-        self._replicator.find_ways(now_us)
+    def _hear_standing(self, standing: pb.Standing) -> None:
+        peer = self.peer
+        assert peer is not None
+        peer.rules = standing.rules
+        peer.is_full = standing.full
+        reaches = read_reaches(standing)
+        if reaches != peer.reaches:
+            peer.reaches = reaches
+            self._replicator.change_ways()
 
-    def _join(self, peer: Peer, who: Established, now_us: int) -> None:
+    def _join(self, peer: Peer, who: Established) -> None:
         replicator, origin, compares = self._replicator, who.origin, self._session.compares
         self.peer = peer
         self.has_joined = True
         self._reader = DeltasReader(origin)
         if compares:
             leads = replicator.local.origin.node < peer.node
-            self._exchange = Exchange(replicator.summing, replicator.store, leads=leads, tell=peer.outbox.tell)
+            self._exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
         peer.incarnation = origin.incarnation
         peer.region = who.region
         peer.version = who.version
@@ -437,7 +464,7 @@ class Stream:
             peer.connections += 1
             peer.outbox.open(origin, compares=compares)
             replicator.announce()
-            replicator.find_ways(now_us)
+            replicator.change_ways()
         if replicator.lending is not None:
             replicator.lending.hear(peer.node, who.membership)
 
@@ -457,6 +484,9 @@ class Stream:
                 next_stream = peer.streams[0]
                 peer.outbox.open(Origin(peer.node, peer.incarnation), compares=next_stream.compares)
                 next_stream.wake()
+        for stream in peer.streams:
+            # The newest Standing may have been on its way on this one, and an older one on the others.
+            stream.tell_standing_again()
         if not peer.streams:
             peer.lost_us = now_us
             peer.full_state_heard = False
@@ -464,7 +494,7 @@ class Stream:
             peer.reaches = None
             peer.rules = 0
             self._replicator.announce()
-            self._replicator.find_ways(now_us)
+            self._replicator.change_ways()
             if self._replicator.lending is not None:
                 self._replicator.lending.lost(peer.node)
 

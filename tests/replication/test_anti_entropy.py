@@ -29,6 +29,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
     range_of,
 )
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -141,15 +142,16 @@ def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: in
 
 
 def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
-    told: list[bytes] = []
-    summing = Summing(store_of(node("a")), NOW_US)
+    store = store_of(node("a"))
+    summing = Summing(store, NOW_US)
     own = Pass(EVERY_US, range(SEGMENTS))
     keys = [key_of(f"user {index}") for index in range(MAX_EXCHANGED + 1)]
     number = 7
     for key in keys:
         own.add(number, key, 1)
     summing._done.append(own)
-    exchange = Exchange(summing, summing._store, leads=False, tell=told.append)
+    told: list[bytes] = []
+    exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
     hashes = [key_hash(key) for key in keys]
     for start in range(0, len(hashes), MAX_PULL_KEYS):
         exchange.receive(pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
@@ -166,6 +168,13 @@ def test_buckets_that_change_meanwhile_are_left_alone() -> None:
         for each in cluster:
             each.bucket("ann").take(1, each.now_us)
     assert resyncs(cluster) == 0
+
+
+def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
+    """Is told of buckets by `tell`."""
+    peer = Peer(store, "b", None)
+    peer.outbox.tell = tell  # type: ignore[method-assign]
+    return peer
 
 
 def sums_of(store: Store, at_us: int) -> Pass:
@@ -259,7 +268,7 @@ def exchange_of_nothing(*, leads: bool = True) -> Exchange:
         raise AssertionError("there is nothing to tell")
 
     store = store_of(node("a"))
-    return Exchange(Summing(store, NOW_US), store, leads=leads, tell=tell)
+    return Exchange(Summing(store, NOW_US), store, peer_that(tell, store), leads=leads)
 
 
 ZEROES = [0] * SEGMENT_RANGES
@@ -313,7 +322,7 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pa
     summing = Summing(store, at_us - 1)
     done = summing.step(at_us)
     assert done is not None
-    exchange = Exchange(summing, store, leads=True, tell=told.append)
+    exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
     exchange.passed(done)
     exchange.take_frame()
     step(bucket)
@@ -338,3 +347,82 @@ def test_a_bucket_that_has_changed_since_is_not_told() -> None:
     exchange, told, done, bucket = differing(hear)
     assert exchange.receive(pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == 0
     assert not told
+
+
+def test_a_quiet_node_compares_soon_after_a_stall() -> None:
+    cluster = Cluster(7, "ab")
+    cluster.run_until_settled()
+    cluster.cut("a", "b")
+    take(cluster["a"].store, "ann", 1, cluster["a"].now_us)
+    cluster.run(3 * SECOND_US)
+    cluster.heal("a", "b")
+    cluster.run_until_settled()
+    take(cluster["b"].store, "bob", 2, cluster["b"].now_us)
+    lose_changes(cluster["b"])
+    cluster.run(SLOT_US + HEALS_US)
+    assert taken_at(cluster["a"], "bob") == 2
+
+
+def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
+    cluster = Cluster(8, "ab")
+    cluster.run_until_settled()
+    b = cluster["b"]
+    take(b.store, "mine", 1, b.now_us)
+    b.store.max_buckets = 1
+    for index in range(50):
+        take(cluster["a"].store, f"user {index}", 1, cluster["a"].now_us)
+    cluster.run(SLOT_US + HEALS_US)
+    assert (len(b.store), b.store.full_since_us is not None) == (1, True)
+    assert resyncs(cluster) == 0
+    # There is room again: now it is.
+    b.store.max_buckets = 100
+    b.store.full_since_us = None
+    cluster.run(HEALS_US)
+    assert len(b.store) == 51
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
+def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
+    summing = Summing(store_of(node("a")), NOW_US)
+    summing._segments_a_pass = 1
+    start = NOW_US // EVERY_US // stride * stride
+    # At a moment at which the order changes, too.
+    for start_pass in (start, start // 4096 * 4096 - 20 * stride):
+        passes = [summing._begin((start_pass + number * stride) * EVERY_US) for number in range(2 * SEGMENTS)]
+        assert {segment for each in passes for segment in each.segments} == set(range(SEGMENTS))
+
+
+def whole_pass(names: int) -> tuple[Store, Summing, Pass]:
+    """A store of so many buckets and its pass, all of one range as far as a peer is concerned."""
+    store = store_of(node("a"))
+    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    for index in range(names):
+        take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
+    summing = Summing(store, at_us - 1)
+    now_us = at_us
+    while (done := summing.step(now_us)) is None:
+        now_us += 20_000
+    return store, summing, done
+
+
+def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anti_entropy, "MAX_EXCHANGED", 10)
+    store, summing, done = whole_pass(50)
+    told: list[bytes] = []
+    exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
+    for bucket in store:
+        number = range_of(bucket.key)
+        exchange.receive(pb.Pull(at_us=done.at_us, range=number, keys=[key_hash(bucket.key)]))
+        exchange.receive(pb.Pull(at_us=1, range=number))
+    assert len(told) == 10
+
+
+def test_a_digest_is_answered_once() -> None:
+    store, summing, done = whole_pass(50)
+    exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)
+    digest = pb.Digest(at_us=done.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
+    for summaries in (RANGES, 0):
+        exchange.receive(digest)
+        for _ in range(summaries):
+            assert exchange.take_frame() is not None
+        assert exchange.take_frame() is None

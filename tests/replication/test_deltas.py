@@ -27,13 +27,16 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.replication.deltas import (
+    MAX_FRAME_BUCKETS,
+    MAX_FRAME_ENTRIES,
+    MAX_FRAME_ORIGINS,
     MAX_KEY_BYTES,
     MAX_SLOT_TOKENS,
     MAX_TIME_US,
     DeltasReader,
     DeltasWriter,
 )
-from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
+from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 
@@ -264,3 +267,26 @@ def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
     held = store.get(KEY)
     assert held is not None
     assert [entry.tokens for entry in held.entries()] == [3]
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        one_run(slots=[1] * (MAX_FRAME_ENTRIES + 1), tokens=[1] * (MAX_FRAME_ENTRIES + 1)),
+        pb.Deltas(buckets=[pb.BucketDelta(key=KEY)] * (MAX_FRAME_BUCKETS + 1)),
+        pb.Deltas(origins=[pb.Origin(node="x", incarnation=1)] * (MAX_FRAME_ORIGINS + 1)),
+    ],
+    ids=["slots", "buckets", "origins"],
+)
+def test_a_frame_that_would_take_long_to_apply_is_too_large(deltas: pb.Deltas) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        apply_deltas(store_of(node("b")), deltas, A, NOW_US)
+    assert caught.value.reason is Reason.TOO_LARGE
+
+
+def test_a_long_key_is_sent_in_full_each_time() -> None:
+    writer = DeltasWriter(A, KeyNumbersGiven())
+    bucket = TokenBucket(b"x" * (MAX_NUMBERED_KEY_BYTES + 1), PER_USER, A, NOW_US)
+    for _ in range(2):
+        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), 1)], is_told_often=True)
+    assert [(delta.key, delta.number) for delta in writer.deltas.buckets] == [(bucket.key, 0)] * 2

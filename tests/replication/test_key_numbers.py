@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.replication import key_numbers
-from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERS, KeyNumbersGiven, KeyNumbersHeard
+from ratelimit_sidecar.replication.key_numbers import (
+    MAX_NUMBERED_KEY_BYTES,
+    MAX_NUMBERS,
+    KeyNumbersGiven,
+    KeyNumbersHeard,
+)
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 
@@ -43,4 +48,10 @@ def test_a_number_out_of_range_is_refused(number: int) -> None:
 def test_a_number_that_nothing_has_is_refused() -> None:
     with pytest.raises(ProtocolError) as caught:
         KeyNumbersHeard().key(1)
+    assert caught.value.reason is Reason.BAD_KEY
+
+
+def test_a_long_key_has_no_number() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        KeyNumbersHeard().hear(1, b"x" * (MAX_NUMBERED_KEY_BYTES + 1))
     assert caught.value.reason is Reason.BAD_KEY

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
-from replication.builders import NOW_US, PER_TEAM, PER_USER, SECOND_US, apply_deltas, key_of, node, store_of, take
+from replication.builders import (
+    NOW_US,
+    PER_TEAM,
+    PER_USER,
+    SECOND_US,
+    apply_deltas,
+    bucket_of,
+    key_of,
+    node,
+    rules_with,
+    store_of,
+    take,
+)
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MIN_EXPONENT
+from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.outbox import (
@@ -510,3 +522,96 @@ def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -
     outbox.acknowledged(NOW_US + 3 * SECOND_US)
     assert outbox.lag_us(NOW_US + 4 * SECOND_US) == 3 * SECOND_US
     assert outbox.lag_us(NOW_US + 64 * SECOND_US) == 0
+
+
+NARROW = [slot_id(NOW_US - (index << MIN_EXPONENT), MIN_EXPONENT) for index in range(100)]
+
+
+def pass_on_many(outbox: Outbox, store: Store, buckets: int) -> int:
+    """Note 100 slots of another node in each of so many buckets; returns how much was taken in them."""
+    for index in range(buckets):
+        bucket = bucket_of(store, f"team {index}", NOW_US, "team")
+        entries = [Entry(C.origin, slot, 1) for slot in NARROW]
+        assert bucket.merge(entries, NOW_US) == len(NARROW)
+        outbox.note_relayed(bucket, entries)
+    return buckets * len(NARROW)
+
+
+def tokens_of(store: Store) -> int:
+    return sum(entry.tokens for bucket in store for entry in bucket.entries())
+
+
+def test_all_that_is_passed_on_arrives_however_much_it_is() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    taken = pass_on_many(outbox, store, 40)
+    assert tokens_of(told(drained(outbox))) == taken
+
+
+def test_a_bucket_told_in_parts_is_not_cut_short_by_what_is_passed_on() -> None:
+    store = store_of(A)
+    big = large_bucket(store)
+    outbox = opened(store)
+    outbox.tell(big.key)
+    first = outbox.take_batch(NOW_US)
+    assert first is not None
+    pass_on_many(outbox, store, 11)
+    assert tokens_of(told([first, *drained_later(outbox)])) == tokens_of(store)
+
+
+def drained_later(outbox: Outbox) -> Iterator[Batch]:
+    """Every batch there is; none is acknowledged before the last."""
+    while (batch := outbox.take_batch(NOW_US)) is not None:
+        yield batch
+
+
+def test_a_walk_asked_for_while_one_is_under_way_follows_it() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    back_us = NOW_US + 10 * SECOND_US
+    outbox.close(back_us)
+    bucket = bucket_of(store, "ann", NOW_US, "team")
+    bucket.merge([Entry(C.origin, slot_id(back_us - 5 * SECOND_US, MIN_EXPONENT), 3)], back_us - 5 * SECOND_US)
+    outbox.open(B.origin, compares=True)
+    outbox.walk_again(back_us - 10 * SECOND_US)
+    assert tokens_of(told(drained(outbox, back_us))) == 3
+    assert outbox.is_settled
+
+
+def test_what_was_passed_on_in_vain_is_in_the_walk_of_the_next_stream() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    assert pass_on_many(outbox, store, 1) == 100
+    assert outbox.take_batch(NOW_US) is not None
+    # Silence is noticed only after a while.
+    lost_us = NOW_US + 5 * SECOND_US
+    outbox.close(lost_us)
+    outbox.open(B.origin, compares=True)
+    assert tokens_of(told(drained(outbox, lost_us))) == 100
+
+
+def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_followed_it() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    outbox.close(NOW_US)
+    heard_us, back_us = NOW_US + 20 * SECOND_US, NOW_US + 60 * SECOND_US
+    bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
+    outbox.open(B.origin, compares=True)
+    assert outbox.take_batch(back_us) is not None
+    outbox.walk_again(back_us - 10 * SECOND_US)
+    assert outbox.take_batch(back_us) is not None
+    outbox.close(back_us)
+    outbox.open(B.origin, compares=True)
+    assert tokens_of(told(drained(outbox, back_us))) == 3
+
+
+def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_to_meanwhile() -> None:
+    day = WindowLimit(1_000, 86_400 * SECOND_US, Window.FIXED)
+    store = store_of(A, rules_with(user=day))
+    for name, hits_at_us in (("old", NOW_US), ("new", NOW_US + 61 * SECOND_US)):
+        bucket_of(store, name, hits_at_us, rules=rules_with(user=day)).take(1, hits_at_us)
+    store.drain_changes()
+    outbox = opened(store)
+    outbox.close(NOW_US + 60 * SECOND_US)
+    outbox.open(B.origin, compares=True)
+    assert keys_told(drained(outbox, NOW_US + 62 * SECOND_US)) == {key_of("new", rules=rules_with(user=day))}

@@ -9,7 +9,7 @@ from replication.builders import SECOND_US, key_of, node, store_of
 from replication.cluster import MS, Cluster, Node
 
 from ratelimit_sidecar.replication.peer import Peer
-from ratelimit_sidecar.replication.relay import Relay
+from ratelimit_sidecar.replication.relay import MAX_ORIGINS, Relay
 from ratelimit_sidecar.replication.session import SILENCE_US
 
 
@@ -124,15 +124,60 @@ def reach(peers: dict[str, Peer], **reaches: str) -> None:
 def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, c="bd", d="bc")
-    assert peers["a"] not in relay.update(peers)
+    assert peers["a"] not in [*relay.look(peers), *relay.look(peers)]
     assert [peers["a"] in relay.to_be_told(origin) for origin in "cd"] == [False, False]
 
 
 def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="bd", c="bd", d="abc")
-    # Of c and a, b is the lowest that reaches both.
-    assert relay.update(peers) == [peers["a"], peers["c"]]
-    assert relay.update(peers) == []
+    # Of c and a, b is the lowest that reaches both. But perhaps they only seem not to.
+    assert relay.look(peers) == []
+    assert relay.is_to_look_again
+    assert relay.look(peers) == [peers["a"], peers["c"]]
+    assert not relay.is_to_look_again
+    assert relay.look(peers) == []
     assert list(relay.to_be_told("a")) == [peers["c"]]
     assert list(relay.to_be_told("d")) == []
+
+
+def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) -> None:
+    relay = Relay("b")
+    reach(peers, a="b", c="b", d="b")
+    relay.look(peers)
+    for number in range(10_000):
+        assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
+    assert len(relay._of_origin) < 10
+    for peer in peers.values():
+        peer.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
+    relay.look(peers)
+    assert len(relay._of_origin) <= MAX_ORIGINS
+
+
+def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() -> None:
+    cluster = Cluster(5, "abc")
+    cluster.run_until_settled()
+    for index in range(100):
+        for name in "ab":
+            cluster[name].bucket(f"user {index}").take(1, cluster[name].now_us)
+    cluster.run(SECOND_US)
+    cluster.crash("c")
+    cluster.run(SECOND_US)
+    before = [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")]
+    cluster.start("c")
+    cluster.run_until_settled()
+    cluster.run(2 * SECOND_US)
+    assert [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")] == before
+    assert_all_hold(cluster, 2, "user 7")
+
+
+def test_what_was_passed_on_in_vain_arrives_with_the_next_stream() -> None:
+    cluster = Cluster(6, "abc")
+    cluster.run_until_settled()
+    cut_to(cluster, links("ab", "bc"))
+    cluster.cut("b", "c")
+    cluster["a"].bucket("ann").take(2, cluster["a"].now_us)
+    cluster.run(2 * SILENCE_US)
+    cluster.heal("b", "c")
+    cluster.run(SECOND_US)
+    assert taken_at(cluster["c"], "ann") == 2

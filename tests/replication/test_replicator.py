@@ -582,3 +582,26 @@ def test_a_bad_loan_closes_its_stream_and_is_counted_by_reason(ask: pb.LoanAsk, 
     stream.receive(frame(loans=pb.Loans(asks=[ask])), NOW_US)
     assert pb.Frame.FromString(stream.next_frame(NOW_US) or b"").goodbye.reason == reason
     assert a.protocol_errors == {reason: 1}
+
+
+def test_an_older_standing_that_comes_late_does_not_stay() -> None:
+    a, b, c = (replicator(name) for name in "abc")
+    (a1, b1), (a2, b2) = connected(a, b), connected(b, a)[::-1]
+    ac, ca = connected(a, c)
+    late = said_by(a2)
+    exchange(a1, b1)
+    assert b.peers["a"].reaches == {"b", "c"}
+    ac.lost("cut", NOW_US)
+    # What tells of it is lost with the second stream, on which an older one comes in after all.
+    lost = said_by(a2)
+    exchange(a1, b1)
+    assert b.peers["a"].reaches == {"b"}
+    assert lost
+    for raw in late:
+        b2.receive(raw, NOW_US)
+    assert b.peers["a"].reaches == {"b", "c"}
+    for stream in (a2, b2):
+        stream.lost("reset", NOW_US)
+    exchange(a1, b1)
+    assert b.peers["a"].reaches == {"b"}
+    assert ca.peer is not None

@@ -215,7 +215,9 @@ class Node:
         now_us = cluster.loop.now_us
         if is_cut or not listener.is_powered or now_us < max(listener.resumes_us, self.resumes_us):
             if now_us - target.dialled_us >= CONNECT_US:
-                self._dial_again(target, lasted=False)
+                # Nobody has answered: `dialler.redial_seconds` waits no longer.
+                target.attempts += 1
+                self._dial(target)
             else:
                 # TCP sends its first packet again after 1 s and after 3 s.
                 cluster.loop.at(min(now_us + SECOND_US, target.dialled_us + CONNECT_US), self._finish_dial, target)

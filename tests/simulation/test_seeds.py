@@ -111,7 +111,7 @@ def forgets_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def open_without_state(self: Outbox, peer: Origin, *, compares: bool) -> None:
         opened(self, peer, compares=compares)
-        self._walk.clear()
+        self._walk_next = None
 
     monkeypatch.setattr(Outbox, "open", open_without_state)
 

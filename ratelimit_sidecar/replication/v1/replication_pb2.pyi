@@ -201,12 +201,14 @@ class LoanReturn(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Standing(_message.Message):
-    __slots__ = ("reaches", "rules")
+    __slots__ = ("reaches", "rules", "full")
     REACHES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
     reaches: _containers.RepeatedScalarFieldContainer[str]
     rules: int
-    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ...) -> None: ...
+    full: bool
+    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ...) -> None: ...
 
 class Digest(_message.Message):
     __slots__ = ("at_us", "segments", "sums")
