@@ -17,13 +17,19 @@ from ratelimit_sidecar.replication.tls import NodeCertificate
 class Authority:
     """Signs certificates, and writes them where a node's configuration says."""
 
-    def __init__(self) -> None:
-        self._authority = trustme.CA()
+    def __init__(self, signed: trustme.CA | None = None) -> None:
+        self._authority = trustme.CA() if signed is None else signed
 
-    def write(self, folder: Path, *names: str, peer_names: str = "{node}") -> SyncTlsConfig:
+    def child(self) -> Authority:
+        """One that this one has signed."""
+        return Authority(self._authority.create_child_ca())
+
+    def write(
+        self, folder: Path, *names: str, peer_names: str = "{node}", not_after: datetime | None = None
+    ) -> SyncTlsConfig:
         """A certificate for these DNS names or IP addresses, in the files of a node."""
         config = config_in(folder, peer_names)
-        issued = self._authority.issue_cert(*names)
+        issued = self._authority.issue_cert(*names, not_after=not_after)
         config.certificate.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
         issued.private_key_pem.write_to_path(config.key)
         self._authority.cert_pem.write_to_path(config.ca)

@@ -126,8 +126,8 @@ def _text(body: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> Iterat
 
 def _row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        peer["node"] or _UNKNOWN,
-        peer["region"] or _UNKNOWN,
+        _printable(peer["node"]) or _UNKNOWN,
+        _printable(peer["region"]) or _UNKNOWN,
         peer["address"],
         "yes" if peer["connected"] else "NO",
         _version(peer),
@@ -140,13 +140,18 @@ def _row(peer: Mapping[str, Any]) -> tuple[str, ...]:
         _count(peer.get("resyncs")),
         f"{peer['reconnects']:,}",
         _offset(peer["clock_offset_seconds"]),
-        peer["last_error"],
+        _printable(peer["last_error"]),
     )
+
+
+def _printable(told: str) -> str:
+    """What a peer has told, without what a terminal would take for a command or for a line's end."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in told)
 
 
 def _version(peer: Mapping[str, Any]) -> str:
     version, protocol = peer.get("version"), peer.get("protocol")
-    return f"{version} ({protocol})" if version else _UNKNOWN
+    return f"{_printable(version)} ({protocol})" if version else _UNKNOWN
 
 
 def _duration(seconds: float) -> str:

@@ -28,7 +28,8 @@ from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, 
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 CONNECT_SECONDS = 2.0
-"""For TCP and TLS handshakes over any distance, with one packet lost."""
+"""For TCP and TLS handshakes over any distance, with one packet lost. A dial with TLS has two of each, and twice the
+time."""
 
 FIRST_REDIAL_SECONDS = 0.2
 MAX_REDIAL_SECONDS = 1.0
@@ -51,6 +52,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     # Each dial is a connection of its own: a shared one would bring its own back-off along.
     ("grpc.use_local_subchannel_pool", 1),
+    # Of a dial that was given up, gRPC keeps the connection until it has given it up itself: by default 20 s.
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1_000)),
 )
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -187,11 +190,12 @@ class Dialler:
                 async with asyncio.timeout(PARKED_SECONDS):
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
         dialled_us = self._now_us()
-        target.is_misconfigured = False
+        target.is_misconfigured = target.is_mute = False
         try:
             async with self._call(target) as (call, certificate):
                 stream = await self._carry(call, target, certificate)
         except TimeoutError:
+            target.is_mute = True
             self._note_unreached(target, f"not connected within {CONNECT_SECONDS:g} s")
         except grpc.aio.AioRpcError as error:
             self._note_unreached(target, f"{error.code().name}: {error.details()}")
@@ -215,6 +219,7 @@ class Dialler:
                 shown, channel = None, grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
             else:
                 pinned = await self._certificate.look_at(host_of(target.address), port_of(target.address))
+                connecting.reschedule(asyncio.get_running_loop().time() + CONNECT_SECONDS)
                 shown, credentials = pinned.certificate, self._certificate.channel_credentials(pinned)
                 options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", pinned.server_name))
                 channel = grpc.aio.secure_channel(target.address, credentials, options=options)
@@ -255,4 +260,7 @@ class Dialler:
 
 def redial_seconds(target: Target, backoff: Callable[[RetryCallState], float], state: RetryCallState) -> float:
     """How long to wait before the next dial."""
-    return MISCONFIGURED_REDIAL_SECONDS if target.is_misconfigured else backoff(state)
+    if target.is_misconfigured:
+        return MISCONFIGURED_REDIAL_SECONDS
+    # Who has waited for an answer in vain has waited long enough: a network that heals is used at once.
+    return 0.0 if target.is_mute else backoff(state)

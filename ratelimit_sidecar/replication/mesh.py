@@ -102,7 +102,8 @@ class Mesh:
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
         )
-        self._certificate = certificate
+        self.certificate = certificate
+        """Of this node; None in plain text."""
         self._refusals = Refusals()
         self._listen = listen
         self._server: grpc.aio.Server | None = None
@@ -171,8 +172,8 @@ class Mesh:
         Raises:
             OSError: the address cannot be listened on, or the files of the certificate cannot be used.
         """
-        if self._certificate is not None:
-            self._certificate.load()
+        if self.certificate is not None:
+            self.certificate.load()
         if self._listen is None:
             return
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
@@ -181,10 +182,10 @@ class Mesh:
         method = METHOD.rpartition("/")[2]
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {method: handler})])
         try:
-            if self._certificate is None:
+            if self.certificate is None:
                 port = server.add_insecure_port(self._listen)
             else:
-                port = server.add_secure_port(self._listen, self._certificate.server_credentials())
+                port = server.add_secure_port(self._listen, self.certificate.server_credentials())
         except RuntimeError as error:
             await server.stop(None)
             # The C core logs the cause to stderr and keeps it from its caller.
@@ -199,6 +200,8 @@ class Mesh:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._flush_forever())]
                 running.append(tasks.create_task(self._dialler.run()))
+                if self.certificate is not None:
+                    running.append(tasks.create_task(self.certificate.keep_read()))
                 await self._stopping.wait()
                 await self._drain()
                 for task in running:
@@ -260,7 +263,7 @@ class Mesh:
         """Carry a stream that a peer has dialled."""
         if self._stopping.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(Reason.DRAINING.value))
-        certificate = None if self._certificate is None else of_client(context.auth_context())
+        certificate = None if self.certificate is None else of_client(context.auth_context())
         stream = await self._carry(context, context.peer(), None, certificate)
         error = stream.error
         if error is not None:
@@ -284,8 +287,8 @@ class Mesh:
         def check_peer(origin: Origin, region: str) -> None:
             nonlocal claimed
             claimed = origin.node
-            if certificate is not None and self._certificate is not None:
-                certificate.check(self._certificate.peer_names, origin, region)
+            if certificate is not None and self.certificate is not None:
+                certificate.check(self.certificate.peer_names, origin, region)
             if target is not None:
                 self._dialler.refuse_redundant(target, origin)
 

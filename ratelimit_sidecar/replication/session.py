@@ -312,7 +312,7 @@ class Session:
         kind = frame.WhichOneof("kind")
         if kind == "goodbye":
             self.state = State.CLOSED
-            return PeerLeft(frame.goodbye.reason, frame.goodbye.detail[:MAX_DETAIL_CHARS])
+            return PeerLeft(frame.goodbye.reason[:MAX_DETAIL_CHARS], frame.goodbye.detail[:MAX_DETAIL_CHARS])
         if (kind == "hello") is not (self.state is State.HELLO):
             raise ProtocolError(Reason.UNEXPECTED, f"{kind} in state {self.state.name}")
         return self._receive_kind(kind, frame, now_us)

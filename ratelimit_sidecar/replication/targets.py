@@ -43,6 +43,8 @@ class Target:
     is_misconfigured: bool = False
     """True when its last dial showed what only people can mend: an id that two nodes have, a certificate for another
     node."""
+    is_mute: bool = False
+    """True when its last dial got no answer in time."""
 
     @property
     def family(self) -> int:

@@ -6,8 +6,9 @@ first is made by Python's ssl module, which checks the chain against the authori
 connects, and is given this one certificate as all that it trusts. Whoever answers must hold its private key, so the
 names read in the first handshake are those of the other end of the second.
 
-The files are read again at each handshake. What cannot be used, as when the new certificate is there and its key is
-not yet, changes nothing: what was read before stays in force.
+The files are read again at each handshake, and every minute, so that what is wrong with them is known before it
+matters. What cannot be used, as when the new certificate is there and its key is not yet, changes nothing: what was
+read before stays in force.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import grpc.aio
 import structlog
 
 from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
-from ratelimit_sidecar.config.tls_files import TlsFiles, read, read_checked
+from ratelimit_sidecar.config.tls_files import TlsFiles, not_after_s, read, read_checked
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+READ_SECONDS = 60.0
+"""How often the files are read without a handshake: streams may last for months, and certificates do not."""
 
 _MAX_NAMES_TOLD = 5
 
@@ -90,6 +94,10 @@ class NodeCertificate:
         self._files: TlsFiles | None = None
         self._context: ssl.SSLContext | None = None
         self._error = ""
+        self.failed_renewals = 0
+        """Times that the files were read again and could not be used."""
+        self.not_after_s: float | None = None
+        """When the certificate in force ends, in seconds since the epoch; None when that cannot be read in it."""
 
     def load(self) -> None:
         """Read the files for the first time.
@@ -97,7 +105,21 @@ class NodeCertificate:
         Raises:
             OSError: they cannot be read, or are no certificate, key and authority that belong together.
         """
+        self._read()
+
+    async def keep_read(self) -> None:
+        """Read the files again and again, until cancelled. To be called after `load`."""
+        while True:
+            await asyncio.sleep(READ_SECONDS)
+            await asyncio.to_thread(self._in_force)
+
+    def _read(self) -> None:
         self._files, self._context = read_checked(*self._paths)
+        try:
+            self.not_after_s = not_after_s(self._files.certificate)
+        except ValueError:
+            # OpenSSL takes it: that is what counts.
+            self.not_after_s = None
 
     def _in_force(self) -> tuple[TlsFiles, ssl.SSLContext]:
         with self._lock:
@@ -106,10 +128,11 @@ class NodeCertificate:
             error = ""
             try:
                 if read(*self._paths) != self._files:
-                    self._files, self._context = read_checked(*self._paths)
+                    self._read()
                     _log.info("certificate_renewed", file=str(self._paths[0]))
             except OSError as refused:
                 error = str(refused)
+                self.failed_renewals += 1
             if error and error != self._error:
                 _log.error("certificate_not_renewed", why=error, until_then="what was read before stays in force")
             self._error = error
@@ -178,13 +201,7 @@ def _pinned(shown: Mapping[str, object], der: bytes) -> Pinned:
         names.setdefault(kind, []).append(name)
     dns, uri = names.get("DNS", []), names.get("URI", [])
     subject = [value for part in shown.get("subject", ()) for key, value in part if key == "commonName"]  # type: ignore[attr-defined]
-    # What stands for a whole domain is compared with a name in that domain.
-    comparable = [
-        *(name for name in dns if not name.startswith("*")),
-        *(name.replace("*", "any", 1) for name in dns if name.startswith("*")),
-        *names.get("IP Address", []),
-        *subject,
-    ]
+    comparable = [*dns, *names.get("IP Address", []), *subject]
     if not comparable:
         raise UntrustedError("its certificate must have a DNS name, beside others: gRPC takes no server without")
     pem = ssl.DER_cert_to_PEM_cert(der).encode()
@@ -198,7 +215,7 @@ def _expression(pattern: str, node: str, region: str) -> re.Pattern[str]:
     any_part = "[^/]+" if is_uri else "[^.]+"
     parts = {"{node}": re.escape(node), "{region}": re.escape(region), "*": any_part}
     text = "".join(parts.get(part) or re.escape(part) for part in re.split(r"(\{node\}|\{region\}|\*)", pattern))
-    return re.compile(text, re.NOFLAG if is_uri else re.IGNORECASE)
+    return re.compile(text, re.NOFLAG if is_uri else re.IGNORECASE | re.ASCII)
 
 
 def _server_configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:

@@ -128,6 +128,15 @@ async def test_what_a_sidecar_of_another_version_does_not_tell_is_a_dash() -> No
     assert cells[8:10] == ["-", "-"]
 
 
+async def test_nothing_that_a_peer_has_told_moves_the_cursor_or_ends_the_line() -> None:
+    told = {"node": "\x1b[2J", "region": "a\nb", "version": "\r1", "last_error": "caf\u00e9 \u202e"}
+    with answering(200, await body_of(NEAR, **told)) as url:
+        result = run("--admin", url)
+    line = result.output.splitlines()[-1]
+    assert line.startswith("\\x1b[2J  a\\nb    10.0.0.2:50051  yes        \\r1 (3)")
+    assert line.endswith("  caf\u00e9 \\u202e")
+
+
 async def test_rules_that_differ_stand_out() -> None:
     with answering(200, await body_of(NEAR, rules_match=False)) as url:
         result = run("--admin", url)

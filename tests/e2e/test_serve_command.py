@@ -1,5 +1,6 @@
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from e2e.cluster import three_regions
@@ -15,9 +16,12 @@ descriptors:
 """
 
 
-def config(folder: Path, *, grpc: int, admin: int) -> str:
+def config(folder: Path, *, grpc: int, admin: int, peers: Sequence[str] = ()) -> str:
     file = folder / "sidecar.yaml"
-    file.write_text(f"listen: {{grpc: ['127.0.0.1:{grpc}'], admin: '127.0.0.1:{admin}'}}\n")
+    file.write_text(
+        f"listen: {{grpc: ['127.0.0.1:{grpc}'], admin: '127.0.0.1:{admin}', sync: '127.0.0.1:0'}}\n"
+        f"sync: {{peers: {list(peers)}}}\n"
+    )
     return str(file)
 
 
@@ -67,3 +71,16 @@ async def test_bad_rules_are_told_by_file_and_line_and_end_it_with_2(tmp_path: P
     assert code == 2
     assert "rules.yaml:4:" in serve.output
     assert "fortnight" in serve.output
+
+
+async def test_a_peer_that_accepts_and_says_nothing_does_not_keep_it_from_being_ready(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        peers = [f"127.0.0.1:{mute.getsockname()[1]}"]
+        file = config(tmp_path, grpc=ports.grpc, admin=ports.admin, peers=peers)
+        async with command("serve", "--config", file) as serve:
+            await serve.printed("] ready ")
+            # Not before it has waited for it.
+            assert serve.output.index("peer_unreachable") < serve.output.index("] ready ")
+            serve.signal(signal.SIGTERM)
+            assert await serve.ended() == 0

@@ -22,7 +22,17 @@ from replication.builders import (
     node,
     store_of,
 )
-from replication.meshes import TIMEOUT_SECONDS, address_of, free_addresses, node_of, now_us, sidecar
+from replication.meshes import (
+    TIMEOUT_SECONDS,
+    Sidecar,
+    address_of,
+    events,
+    free_addresses,
+    node_of,
+    now_us,
+    sidecar,
+    told,
+)
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
@@ -32,7 +42,7 @@ from ratelimit_sidecar.replication import dialler, mesh
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.replicator import FORGET_US
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
 
 METHOD = "/ratelimit_sidecar.replication.v1.Replication/Sync"
 
@@ -287,6 +297,96 @@ async def test_a_draining_node_first_tells_what_it_has_taken_and_then_says_goodb
         assert a.mesh.protocol_errors == b.mesh.protocol_errors == {}
 
 
+def hello(name: str) -> bytes:
+    return frame(hello=pb.Hello(protocol=PROTOCOL, node=name, region="eu", incarnation=1, version="0"))
+
+
+@asynccontextmanager
+async def dialled(each: Sidecar) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
+    """A stream to it, on which nothing has been said."""
+    async with grpc.aio.insecure_channel(address_of(each)) as channel:
+        yield channel.stream_stream(METHOD)()
+
+
+async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_not_acknowledge_as_long_as_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As long as nothing moves it, no peer is taken for dead.
+    at_us = now_us()
+    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 3_600.0)
+    async with sidecar("a", clock=lambda: at_us) as a, dialled(a) as mute:
+        await mute.write(hello("b"))
+        await a.connected_to("b")
+        a.take("ann", 5)
+        a.mesh.stop()
+        async with dialled(a) as late, asyncio.timeout(TIMEOUT_SECONDS):
+            assert await late.code() is grpc.StatusCode.UNAVAILABLE
+            assert await late.details() == "draining"
+        assert not a.task.done()
+        # That is all it waits for.
+        mute.cancel()
+        await a.stop()
+
+
+async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_us = now_us()
+    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(mesh, "GOODBYE_SECONDS", 0.01)
+    async with sidecar("a", clock=lambda: at_us) as a, dialled(a) as mute:
+        await mute.write(hello("b"))
+        await a.connected_to("b")
+        a.take("ann", 5)
+        await a.stop()
+
+
+async def test_streams_that_are_dialled_in_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "MAX_STREAMS", 1)
+    async with sidecar("a") as a, dialled(a) as one:
+        await one.write(hello("b"))
+        await a.connected_to("b")
+        async with dialled(a) as one_more, asyncio.timeout(TIMEOUT_SECONDS):
+            assert await one_more.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_peers_are_dialled_directly_whatever_proxy_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    [nobody] = free_addresses(1)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, f"http://{nobody}")
+    for name in ("no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
+        await b.connected_to("a")
+
+
+async def test_a_peer_whose_clock_is_off_is_warned_about_once() -> None:
+    off_us = 2 * mesh.SKEW_US
+    with capture_logs() as logs:
+        async with (
+            sidecar("a") as a,
+            sidecar("b", listen=None, peers=[address_of(a)], clock=lambda: now_us() + off_us) as b,
+        ):
+            await told(logs, "peer_clock_skewed", times=2)
+            for hits in range(1, 11):
+                a.take(f"user {hits}", hits)
+                await b.knows(f"user {hits}", hits)
+    warned = {line["peer"]: line["offset_seconds"] for line in events(logs, "peer_clock_skewed")}
+    assert warned == {"a": pytest.approx(-off_us / 1e6, abs=0.05), "b": pytest.approx(off_us / 1e6, abs=0.05)}
+    assert len(events(logs, "peer_clock_skewed")) == 2
+
+
+async def test_what_a_peer_calls_itself_may_be_no_ascii() -> None:
+    async with sidecar("a") as a, dialled(a) as call:
+        await call.write(hello("☃"))
+        await a.connected_to("☃")
+        async with dialled(a) as namesake:
+            await namesake.write(
+                frame(hello=pb.Hello(protocol=PROTOCOL, node="☃", region="eu", incarnation=2, version="0"))
+            )
+            await read_all(namesake)
+            assert await namesake.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert "\\u2603" in await namesake.details()
+
+
 async def test_a_node_without_peers_stops_at_once() -> None:
     async with sidecar("a", listen=None) as a:
         a.take("ann", 1)
@@ -382,7 +482,8 @@ async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_
                 assert status is not None
                 assert status.conflicts == (peer,)
                 assert status.home_share == (0.25 if each is a else 0.5)
-    warned = [log for log in logs if log["event"] == "peer_shows_other_members"]
+            # Each says so with the first frame after the Hello by which it is connected.
+            warned = await told(logs, "peer_shows_other_members", times=2)
     assert sorted(log["peer"] for log in warned) == ["a", "b"]
 
 

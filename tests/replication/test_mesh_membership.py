@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from replication.meshes import TIMEOUT_SECONDS, address_of, events, free_addresses, now_us, sidecar, told
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
-from ratelimit_sidecar.replication import dialler
+from ratelimit_sidecar.replication import dialler, mesh, targets
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, redial_seconds
 from ratelimit_sidecar.replication.mesh import CERTAIN_US
-from ratelimit_sidecar.replication.resolver import Resolver, system_addresses
+from ratelimit_sidecar.replication.replicator import FORGET_US, Replicator
+from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 
 
@@ -89,6 +91,125 @@ async def test_an_address_that_is_gone_is_dialled_no_more_after_a_while_and_its_
             await a.connected_to("b")
 
 
+async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+    dials = Counter[str]()
+
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dials[writer.get_extra_info("sockname")[0]] += 1
+        writer.transport.abort()
+
+    port, names, jump_us = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"]), 0
+    with capture_logs() as logs:
+        async with (
+            await asyncio.start_server(hang_up, "127.0.0.2", port),
+            await asyncio.start_server(hang_up, "127.0.0.3", port),
+            sidecar(
+                "a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver, clock=lambda: now_us() + jump_us
+            ) as a,
+        ):
+            await a.until(lambda: min(dials["127.0.0.2"], dials["127.0.0.3"]) >= 3)
+            names.addresses["mesh"].remove("127.0.0.3")
+            asked = names.asked
+            await a.until(lambda: names.asked >= asked + 2)
+            jump_us = GRACE_US
+            await told(logs, "peer_address_gone")
+            before = dials.copy()
+            await a.until(lambda: dials["127.0.0.2"] >= before["127.0.0.2"] + 20)
+            # One may have been under way.
+            assert dials["127.0.0.3"] <= before["127.0.0.3"] + 1
+
+
+async def test_a_dial_that_was_given_up_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 0.01)
+    hung_up, waits = asyncio.Event(), list[bool]()
+
+    def redial_soon(target: Target, *_: object) -> float:
+        waits.append(target.is_mute)
+        return 0.01
+
+    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while await reader.read(65_536):
+                pass
+        hung_up.set()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with server, sidecar("a", listen=None, peers=[f"{host}:{port}"]) as a, asyncio.timeout(TIMEOUT_SECONDS):
+        await a.until(lambda: a.mesh.status()[0].last_error == "not connected within 0.01 s")
+        await a.until(lambda: bool(waits) and waits[-1])
+        await hung_up.wait()
+        server.close()
+        # Now it is refused.
+        await a.until(lambda: not waits[-1])
+
+
+async def test_a_node_that_drains_dials_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 3_600.0)
+    dials = Counter[str]()
+
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dials[writer.get_extra_info("sockname")[0]] += 1
+        writer.transport.abort()
+
+    port = port_free_on_loopback()
+    async with (
+        await asyncio.start_server(hang_up, "127.0.0.2", port),
+        await asyncio.start_server(hang_up, "127.0.0.3", port),
+        sidecar("a", listen=None, peers=[f"127.0.0.2:{port}"]) as a,
+        sidecar("b", listen=None, peers=[f"127.0.0.3:{port}"]) as b,
+    ):
+        await a.until(lambda: dials["127.0.0.2"] >= 3)
+        monkeypatch.setattr(Replicator, "is_settled", lambda _: False)
+        a.mesh.stop()
+        before = dials.copy()
+        await b.until(lambda: dials["127.0.0.3"] >= before["127.0.0.3"] + 20)
+        assert not a.task.done()
+        # One may have been under way.
+        assert dials["127.0.0.2"] <= before["127.0.0.2"] + 1
+
+
+async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # No clock has to jump, so the stream lives on.
+    monkeypatch.setattr(targets, "GRACE_US", 0)
+    port, names, jump_us = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"]), 0
+    with capture_logs() as logs:
+        async with sidecar(
+            "a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver, clock=lambda: now_us() + jump_us
+        ) as a:
+            async with sidecar("b", listen=f"0.0.0.0:{port}"):
+                [parked] = await told(logs, "peer_has_two_addresses")
+                names.addresses["mesh"].remove(parked["address"].rpartition(":")[0])
+                [gone] = await told(logs, "peer_address_gone")
+                assert gone["address"] == parked["address"]
+                assert events(logs, "peer_lost") == []
+            # It is not one that only dials in, which would be forgotten.
+            jump_us = FORGET_US
+            asked = names.asked
+            await a.until(lambda: names.asked >= asked + 10)
+            assert [status.node for status in a.mesh.status()] == ["b"]
+
+
+async def test_an_address_of_a_connected_peer_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "PARKED_SECONDS", 0.01)
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+    async with (
+        sidecar("b") as b,
+        way(address_of(b)) as one,
+        way(address_of(b)) as other,
+        sidecar("a", listen=None, peers=[one.address, other.address]) as a,
+    ):
+        await a.until(lambda: sorted([one.opened, other.opened])[1] >= 4)
+        assert sorted([one.opened, other.opened])[0] == 1
+
+
 async def test_a_name_that_cannot_be_resolved_keeps_its_addresses_and_is_told_once() -> None:
     port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2"])
     with capture_logs() as logs:
@@ -119,12 +240,6 @@ async def test_a_name_without_addresses_does_not_hold_up_who_waits_for_the_peers
             ("nowhere:1", "Name or service not known"),
             ("empty:1", "it has no addresses"),
         ]
-
-
-async def test_the_system_resolves_the_machines_own_name() -> None:
-    assert {"127.0.0.1", "::1"} & set(await system_addresses("localhost", 1))
-    with pytest.raises(OSError, match=r"not known|No address|Temporary failure"):
-        await system_addresses("nowhere.invalid", 1)
 
 
 class Way:
@@ -288,9 +403,17 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypa
             assert events(logs, "peer_lost") == events(logs, "peer_unreachable") == []
 
 
-@pytest.mark.parametrize(("is_misconfigured", "seconds"), [(False, 1.5), (True, MISCONFIGURED_REDIAL_SECONDS)])
-def test_what_only_people_can_mend_is_tried_seldom(is_misconfigured: bool, seconds: float) -> None:
-    target = Target("10.0.0.1:1", is_misconfigured=is_misconfigured)
+@pytest.mark.parametrize(
+    ("target", "seconds"),
+    [
+        (Target("10.0.0.1:1"), 1.5),
+        (Target("10.0.0.1:1", is_misconfigured=True), MISCONFIGURED_REDIAL_SECONDS),
+        (Target("10.0.0.1:1", is_mute=True), 0.0),
+    ],
+)
+def test_what_only_people_can_mend_is_tried_seldom_and_what_did_not_answer_at_once(
+    target: Target, seconds: float
+) -> None:
     backoff: Callable[[RetryCallState], float] = lambda _: 1.5  # noqa: E731
     state = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type]
     assert redial_seconds(target, backoff, state) == seconds

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -13,10 +16,19 @@ from certificates import Authority
 from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, told
 from structlog.testing import capture_logs
 
-from ratelimit_sidecar.replication import dialler
+from ratelimit_sidecar.replication import dialler, tls
 from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.targets import Target
-from ratelimit_sidecar.replication.tls import NodeCertificate
+from ratelimit_sidecar.replication.tls import NodeCertificate, Pinned
+
+ENDS = datetime(2100, 1, 1, tzinfo=UTC)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def last_error_of(each: Sidecar) -> str:
@@ -125,6 +137,39 @@ async def test_a_certificate_for_another_node_is_looked_at_again_seldom_and_told
             await b.until(lambda: len(waits) >= 3)
     assert all(waits)
     assert len(events(logs, "stream_refused")) == len(events(logs, "peer_unreachable")) == 1
+
+
+async def test_what_was_for_people_to_mend_and_is_no_longer_is_tried_as_often_as_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[bool] = []
+
+    def redial_soon(target: Target, *_: object) -> float:
+        waits.append(target.is_misconfigured)
+        return 0.01
+
+    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
+    authority, [address] = Authority(), free_addresses(1)
+    of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c")
+    async with sidecar("a", listen=None, peers=[address], certificate=of_a) as a:
+        async with sidecar("b", listen=address, certificate=of_c):
+            await a.until(lambda: bool(waits) and waits[-1])
+        await a.until(lambda: not waits[-1])
+
+
+async def test_a_refusal_after_all_was_in_order_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.01)
+    authority = Authority()
+    of_a, of_b, of_c = (authority.of(tmp_path / name, name) for name in "abc")
+    with capture_logs() as logs:
+        async with sidecar("a", certificate=of_a) as a:
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c):
+                await a.until(lambda: a.mesh.protocol_errors.get("certificate", 0) >= 3)
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b:
+                await told(logs, "peer_connected", times=2)
+                await b.connected_to("a")
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c, incarnation=2):
+                await told(logs, "stream_refused", times=2)
 
 
 async def test_a_node_that_dials_in_must_be_the_one_that_its_certificate_is_for(tmp_path: Path) -> None:
@@ -258,6 +303,97 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
                 await told(logs, "certificate_renewed")
 
 
+async def test_files_are_read_every_minute_though_nobody_dials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "READ_SECONDS", 0.01)
+    authority, soon, later = Authority(), ENDS, ENDS + timedelta(days=1)
+    of_a = NodeCertificate(authority.write(tmp_path / "a", "a", not_after=soon))
+    with capture_logs() as logs:
+        async with sidecar("a", certificate=of_a) as a:
+            assert a.mesh.certificate is not None
+            assert a.mesh.certificate.not_after_s == soon.timestamp()
+            (tmp_path / "a" / "ca.crt").rename(tmp_path / "away")
+            await told(logs, "certificate_not_renewed")
+            failed = a.mesh.certificate.failed_renewals
+            assert failed > 0
+            await until(lambda: of_a.failed_renewals > failed)
+            assert of_a.not_after_s == soon.timestamp()
+            authority.write(tmp_path / "a", "a", not_after=later)
+            await told(logs, "certificate_renewed")
+            assert of_a.not_after_s == later.timestamp()
+            (tmp_path / "a" / "ca.crt").unlink()
+            # Told again, since it was in order meanwhile.
+            await told(logs, "certificate_not_renewed", times=2)
+
+
+async def test_a_certificate_whose_end_cannot_be_read_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_certificate: bytes) -> float:
+        raise ValueError("not as strict as is asked for here")
+
+    monkeypatch.setattr(tls, "not_after_s", refuse)
+    authority = Authority()
+    of_a, of_b = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "b", "b")
+    async with (
+        sidecar("a", certificate=of_a) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b,
+    ):
+        await b.connected_to("a")
+        assert of_a.not_after_s is None
+
+
+async def test_certificates_between_a_nodes_and_the_authoritys_are_shown_along(tmp_path: Path) -> None:
+    authority = Authority()
+    root = authority.write(tmp_path, "root").ca.read_bytes()
+    configs = {name: authority.child().write(tmp_path / name, name) for name in "ab"}
+    for config in configs.values():
+        config.ca.write_bytes(root)
+    async with (
+        sidecar("a", certificate=NodeCertificate(configs["a"])) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=NodeCertificate(configs["b"])) as b,
+    ):
+        await b.connected_to("a")
+        await a.connected_to("b")
+
+
+async def test_a_certificate_that_has_ended_is_trusted_by_nobody(tmp_path: Path) -> None:
+    authority = Authority()
+    of_a = authority.of(tmp_path / "a", "a")
+    of_b = NodeCertificate(authority.write(tmp_path / "b", "b", not_after=datetime.now(UTC) - timedelta(minutes=1)))
+    async with (
+        sidecar("b", certificate=of_b) as b,
+        sidecar("a", peers=[address_of(b)], certificate=of_a) as a,
+    ):
+        assert (await last_error_of(a)).startswith("its certificate is not trusted: certificate has expired")
+        async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as dialling:
+            assert "does it trust this node's certificate?" in await last_error_of(dialling)
+
+
+class Far(NodeCertificate):
+    """Its handshakes take their time, each."""
+
+    async def look_at(self, host: str, port: int) -> Pinned:
+        await asyncio.sleep(0.6)
+        return await super().look_at(host, port)
+
+    def channel_credentials(self, pinned: Pinned) -> grpc.ChannelCredentials:
+        time.sleep(0.6)
+        return super().channel_credentials(pinned)
+
+
+async def test_each_of_the_two_handshakes_has_the_whole_time_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 1.0)
+    authority = Authority()
+    of_a, of_b = authority.of(tmp_path / "a", "a"), Far(authority.write(tmp_path / "b", "b"))
+    async with (
+        sidecar("a", certificate=of_a) as a,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b,
+    ):
+        await b.connected_to("a")
+
+
 async def test_without_usable_files_a_mesh_does_not_start(tmp_path: Path) -> None:
     config = Authority().write(tmp_path, "a")
     Authority().write(tmp_path / "other", "a").key.replace(config.key)
@@ -278,7 +414,10 @@ async def test_a_pinned_certificate_is_all_that_is_trusted(tmp_path: Path) -> No
         assert pinned.pem == ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pinned.pem.decode())).encode()
         options = (("grpc.ssl_target_name_override", "c"),)
         credentials = of_a.channel_credentials(pinned)
-        async with grpc.aio.secure_channel(address_of(c), credentials, options=options) as channel:
+        async with (
+            grpc.aio.secure_channel(address_of(c), credentials, options=options) as channel,
+            asyncio.timeout(TIMEOUT_SECONDS),
+        ):
             call = channel.stream_stream(METHOD)()
             assert await call.code() is grpc.StatusCode.UNAVAILABLE
             assert "CERTIFICATE_VERIFY_FAILED" in await call.details()

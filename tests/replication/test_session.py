@@ -28,6 +28,7 @@ from ratelimit_sidecar.replication.session import (
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
+    MAX_DETAIL_CHARS,
     MAX_EPOCH,
     MAX_FRAME_BYTES,
     MAX_MEMBERS,
@@ -347,6 +348,13 @@ def test_a_goodbye_ends_it() -> None:
     )
     assert session.is_over
     assert session.next_frame(NOW_US) is None
+
+
+def test_of_a_goodbye_a_little_is_kept() -> None:
+    long = "x" * (MAX_DETAIL_CHARS + 1)
+    assert established().receive(frame(goodbye=pb.Goodbye(reason=long, detail=long)), NOW_US) == PeerLeft(
+        long[1:], long[1:]
+    )
 
 
 def test_a_peer_may_say_goodbye_instead_of_hello() -> None:

@@ -34,7 +34,7 @@ class Certificate:
 class Mesh:
     protocol_errors: dict[str, int] = field(default_factory=lambda: {"malformed": 4})
     unknown_keys: int = 6
-    certificate: Certificate | None = field(default_factory=lambda: Certificate())
+    certificate: Certificate | None = field(default_factory=Certificate)
 
 
 class Loop:
@@ -229,6 +229,27 @@ def test_who_shares_strict_limits_is_shown() -> None:
 def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
     registry = create_registry(sources())
     assert b"ratelimit_strict_home_share{" not in generate_latest(registry)
+
+
+def test_when_the_meshs_certificate_ends_and_how_often_it_could_not_be_renewed_is_shown() -> None:
+    registry = create_registry(sources())
+    for name, value in {"not_after_timestamp_seconds": 1_800_000_000.5, "failed_renewals_total": 3}.items():
+        assert sample(registry, f"crdt_mesh_certificate_{name}", region="us-east-1") == value
+
+
+@pytest.mark.parametrize(
+    ("certificate", "left"), [(None, []), (Certificate(not_after_s=None), ["failed_renewals_total"])]
+)
+def test_of_a_certificate_that_is_not_there_or_whose_end_is_not_known_nothing_is_made_up(
+    certificate: Certificate | None, left: list[str]
+) -> None:
+    shown = replace(sources(), replication=Mesh(certificate=certificate))
+    registry = create_registry(shown)
+    names = ("not_after_timestamp_seconds", "failed_renewals_total")
+    found = [
+        name for name in names if sample(registry, f"crdt_mesh_certificate_{name}", region="us-east-1") is not None
+    ]
+    assert found == left
 
 
 def test_the_longest_stall_of_the_loop_and_the_number_of_long_ones_are_shown() -> None:
