@@ -245,13 +245,17 @@ class Dialler:
         reasons = {stream.peer_reason, None if error is None else error.reason}
         is_refused = not stream.has_joined or bool(reasons & _MISCONFIGURED)
         target.is_misconfigured |= Reason.CERTIFICATE in reasons
-        # That two nodes have one id is told by itself.
-        self._note_unreached(target, stream.why_ended, is_told=not is_refused or Reason.DUPLICATE_NODE in reasons)
+        is_taken = Reason.DUPLICATE_NODE in reasons
+        # That two nodes have one id is told by itself. Or there are no two, and the peer has yet to notice that the life
+        # of this node before has ended: then it can be reached, as one whose stream was just lost.
+        self._note_unreached(
+            target, stream.why_ended, is_told=not is_refused or is_taken, has_failed=is_refused and not is_taken
+        )
 
-    def _note_unreached(self, target: Target, why: str, *, is_told: bool = False) -> None:
+    def _note_unreached(self, target: Target, why: str, *, is_told: bool = False, has_failed: bool = True) -> None:
         if why != target.last_error and not is_told:
             _log.warning("peer_unreachable", address=target.address, why=why)
-        target.has_failed = True
+        target.has_failed |= has_failed
         target.last_error = why
         peer = self._replicator.peers.get(target.node)
         if peer is not None:

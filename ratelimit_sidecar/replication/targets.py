@@ -33,7 +33,7 @@ class Target:
     """Whom it led to last."""
     is_self: bool = False
     has_failed: bool = False
-    """True when at least one dial has come to nothing."""
+    """True when at least one dial has shown that nobody can be reached there, or nobody who would talk."""
     last_error: str = ""
     protocol_errors: Counter[str] = field(default_factory=Counter)
     stream: Stream | None = None

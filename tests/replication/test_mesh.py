@@ -501,3 +501,17 @@ async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up(monke
         a.take("bob", PER_USER.capacity - 1)
         await b.knows("bob", PER_USER.capacity - 1)
         assert b.tokens("ann") == 100
+
+
+async def test_a_restarted_node_has_not_joined_while_a_peer_takes_it_for_a_second_one() -> None:
+    async with sidecar("b") as b, sidecar("a", listen=None, peers=[address_of(b)]) as before:
+        assert await before.mesh.joined(TIMEOUT_SECONDS)
+        before.take("ann", 7)
+        await b.knows("ann", 7)
+        async with sidecar("a", incarnation=2, listen=None, peers=[address_of(b)]) as restarted:
+            await restarted.until(lambda: any("duplicate_node" in each.last_error for each in restarted.mesh.status()))
+            assert not await restarted.mesh.joined(0.1)
+            # Now b notices that the life before has ended.
+            await before.kill()
+            assert await restarted.mesh.joined(TIMEOUT_SECONDS)
+            assert restarted.tokens("ann") == 7
