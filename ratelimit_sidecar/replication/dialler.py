@@ -246,8 +246,8 @@ class Dialler:
         is_refused = not stream.has_joined or bool(reasons & _MISCONFIGURED)
         target.is_misconfigured |= Reason.CERTIFICATE in reasons
         is_taken = Reason.DUPLICATE_NODE in reasons
-        # That two nodes have one id is told by itself. Or there are no two, and the peer has yet to notice that the life
-        # of this node before has ended: then it can be reached, as one whose stream was just lost.
+        # That two nodes have one id is told by itself. Or there are no two, and the peer has yet to notice that the
+        # life of this node before has ended: then it can be reached, as one whose stream was just lost.
         self._note_unreached(
             target, stream.why_ended, is_told=not is_refused or is_taken, has_failed=is_refused and not is_taken
         )

@@ -91,6 +91,7 @@ class Mesh:
         membership = None if lending is None else lending.membership
         local = Local(origin, region, version, membership)
         self._replicator = Replicator(local, store, now_us(), tracer, lending)
+        self._replicator.has_joined = False
         self._progress = Progress()
         """Made whenever a frame was heard or a stream or dial has ended."""
         self._dialler = Dialler(
@@ -220,16 +221,20 @@ class Mesh:
         self._stopping.set()
 
     async def joined(self, timeout_seconds: float) -> bool:
-        """Wait until every configured peer that can be reached has told everything it knows.
+        """Wait until every configured peer that can be reached has told what it knows. To be called once, at the start:
+        then one peer tells everything, and the others what is recent.
 
         Returns:
             False when the time ran out first.
         """
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(timeout_seconds):
                 await self.until(self._dialler.has_joined)
-                return True
-        return False
+        except TimeoutError:
+            return False
+        finally:
+            self._replicator.join()
+        return True
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds: it is asked whenever a frame was heard or a stream or dial has ended."""

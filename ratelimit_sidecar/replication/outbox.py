@@ -18,7 +18,7 @@ Lag, by this node's clock alone: from the creation of the oldest delta unacknowl
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
@@ -35,9 +35,12 @@ MAX_BATCH_BYTES = 1 << 16
 WALK_BUCKETS = 512
 """Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
 
-WALK_BATCH_BUCKETS = 64
+WALK_BATCH_BUCKETS = 128
 """Told of in whole in one batch: such batches follow each other, and decisions wait for half a millisecond while one is
 written."""
+
+RECENT_US = 10_000_000
+"""A peer that is told everything by another node is told own takes of so long: what that one may not have heard yet."""
 
 RESUME_MARGIN_US = 2_000_000
 """A walk goes so far back behind the moment since when the peer misses something: others' slots are on their clocks,
@@ -99,9 +102,14 @@ class Outbox:
         self._walk_left = 0
         """About how many follow."""
         self._walk_since_us = 0
+        self._walk_own_only = False
         self._walked_since_us = 0
         """The earliest of the walks not acknowledged."""
         self._walk_owed = False
+        self._awaits_wish = False
+        """True until the peer has said whether it wants to be told everything."""
+        self._is_told_recent = False
+        """True when it did not."""
         self._next_walk_since_us: int | None = None
         """Of a walk to follow the one under way."""
         self._rest: tuple[bytes, list[Entry]] | None = None
@@ -123,12 +131,13 @@ class Outbox:
     @property
     def is_settled(self) -> bool:
         """True when everything noted so far has been acknowledged."""
-        return not (self.pending_buckets or self._walk_owed or self._in_flight)
+        return not (self.pending_buckets or self._awaits_wish or self._walk_owed or self._in_flight)
 
     @property
     def is_walking(self) -> bool:
         """True until the peer has acknowledged what the stream's start has to tell it."""
-        return self._walk_owed or any(batch.ends_full_state for batch in self._in_flight)
+        is_waiting = self._awaits_wish or self._walk_owed
+        return is_waiting or any(batch.ends_full_state for batch in self._in_flight)
 
     def lag_us(self, now_us: int) -> int:
         """The age of the oldest change not acknowledged; with none, the lag of the batch acknowledged last.
@@ -182,8 +191,8 @@ class Outbox:
         """A stream to `peer` is there, which is told everything from now on.
 
         Args:
-            compares: it speaks a protocol in which a walk may leave out what the peer was told on an earlier stream,
-                and keys have numbers.
+            compares: it speaks a protocol in which a walk may leave out what the peer was told on an earlier stream or
+                by others (see `wish`), and keys have numbers.
         """
         assert not self._is_open
         self._is_open = True
@@ -191,14 +200,40 @@ class Outbox:
         self._is_told_all = resumes
         self._peer = peer
         self._numbers = KeyNumbersGiven() if compares else None
-        self._start_walk(self._missing_since_us - RESUME_MARGIN_US if resumes else 0)
+        self._is_told_recent = False
+        if resumes:
+            self._start_walk(self._missing_since_us - RESUME_MARGIN_US)
+        elif compares:
+            self._awaits_wish = True
+        else:
+            self._start_walk(0)
+
+    def wish(self, now_us: int, recent: Iterable[bytes] | None) -> None:
+        """The peer, which this node has never told everything, wants to be told something.
+
+        Args:
+            recent: keys of the buckets of which it wants to be told own takes of the last RECENT_US; None when it wants
+                to be told everything.
+        """
+        wants_all = recent is None
+        if self._awaits_wish:
+            self._awaits_wish = False
+            self._is_told_recent = not wants_all
+            if recent is None:
+                self._start_walk(0)
+            else:
+                self._start_walk(now_us - RECENT_US, [*filter(None, map(self._store.get, recent))])
+        elif wants_all and self._is_told_recent:
+            # The one that told it is gone.
+            self._is_told_recent = False
+            self.walk_again(0)
 
     def close(self, now_us: int) -> None:
         """The stream is gone, and whatever was on its way may be lost."""
         self._undelivered_since_us = self._oldest_unacknowledged_us()
         undelivered_us = self._undelivered_since_us
         self._missing_since_us = now_us if undelivered_us is None else undelivered_us
-        if self.is_walking:
+        if self.is_walking and not self._awaits_wish:
             # It may miss what this walk should have told.
             self._missing_since_us = min(self._missing_since_us, self._walked_since_us + RESUME_MARGIN_US)
         if self._next_walk_since_us is not None:
@@ -207,6 +242,7 @@ class Outbox:
             # What was passed on or told in them, of whatever age, is lost as well.
             self._missing_since_us = min(self._missing_since_us, self._in_flight[0].sent_us)
         self._next_walk_since_us = None
+        self._awaits_wish = False
         self._is_open = False
         self._changed.clear()
         self._relayed.clear()
@@ -219,16 +255,19 @@ class Outbox:
 
     def walk_again(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""
+        if self._awaits_wish:
+            return
         if self._is_open and self._walk_owed:
             # It has passed some buckets already, and may not go back so far.
             self._next_walk_since_us = _earlier(self._next_walk_since_us, since_us)
         elif self._is_open:
             self._start_walk(since_us)
 
-    def _start_walk(self, since_us: int) -> None:
-        self._walk = self._store.walk()
+    def _start_walk(self, since_us: int, recent: Sequence[Bucket] | None = None) -> None:
+        self._walk_own_only = recent is not None
+        self._walk = self._store.walk() if recent is None else iter(recent)
         self._walk_next = next(self._walk, None)
-        self._walk_left = len(self._store)
+        self._walk_left = len(self._store) if recent is None else len(recent)
         # One before may be unacknowledged: should the stream be lost, the next one begins as far back as that.
         self._walked_since_us = min(since_us, self._walked_since_us) if self.is_walking else since_us
         self._walk_since_us = since_us
@@ -321,9 +360,19 @@ class Outbox:
                 return
             self._walk_next = next(self._walk, None)
             self._walk_left = max(1, self._walk_left - 1)
-            if bucket.journal is not None:
+            if bucket.journal is None:
+                continue
+            if self._walk_own_only:
+                self._write_own(writer, bucket)
+            else:
                 # The peer knows its own entries best.
                 self._write_whole(writer, bucket.key, self._walk_since_us, now_us, self._peer)
+
+    def _write_own(self, writer: DeltasWriter, bucket: Bucket) -> None:
+        own = self._store.origin
+        entries = [entry for entry in bucket.entries_since(self._walk_since_us) if entry.origin == own]
+        if entries and len(bucket.key) <= MAX_KEY_BYTES and self._store.get(bucket.key) is bucket:
+            self._write_all_that_fit(writer, bucket, None, entries)
 
     def _write_whole(
         self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int, all_but: Origin | None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.outbox import Batch, Outbox
 from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.replication.replicator import Stream
@@ -45,6 +46,12 @@ class Peer:
         """True when it has told everything it knew when its stream began."""
         self.reaches: frozenset[str] | None = None
         """Nodes that it has a stream to; None while it has not said."""
+        self.has_joined = False
+        """True when it says that it has heard from its peers what they know."""
+        self.wish: pb.Wish = pb.UNDECIDED
+        """What it wants to be told."""
+        self.own_wish: pb.Wish = pb.UNDECIDED
+        """What this node wants to be told by it."""
         self.is_full = False
         """True when it has no room for buckets of new keys."""
         self.rules = 0

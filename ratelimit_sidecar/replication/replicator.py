@@ -12,8 +12,8 @@ Everything that affects a peer lives here: who it is (its incarnation), which st
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -23,6 +23,7 @@ from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
+from ratelimit_sidecar.replication.outbox import RECENT_US
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
@@ -81,12 +82,18 @@ class Replicator:
         """When this node first took anything: whoever was never reached misses everything since."""
         self.rules = 0
         """See `use_rules`."""
+        self.has_joined = True
+        """False from a start until peers have told what they know, or nobody waits for that any more."""
+        self._source: Peer | None = None
+        """Before that, the peer that tells everything: told it by all, a node would take so many times longer."""
         self.standing = 0
         """Counts up whenever what a Standing says changes."""
         self.relay = Relay(local.origin.node)
         self._ways_changed = False
         self._ways_looked_us = 0
         self._was_full = False
+        self._recent: OrderedDict[bytes, int] = OrderedDict()
+        """When own entries of a bucket last changed, for RECENT_US."""
         self.summing = Summing(store, now_us)
         self._flushed_us = now_us
 
@@ -98,6 +105,7 @@ class Replicator:
         created_us, self._flushed_us = self._flushed_us, now_us
         if changes and self.first_change_us is None:
             self.first_change_us = created_us
+        self._note_recent(changes, now_us)
         for peer in self.peers.values():
             if changes:
                 for bucket, slots in changes:
@@ -118,6 +126,13 @@ class Replicator:
             self.announce()
         self.forget_peers(now_us - FORGET_US)
 
+    def _note_recent(self, changes: Iterable[tuple[Bucket, list[int]]], now_us: int) -> None:
+        for bucket, _ in changes:
+            self._recent[bucket.key] = now_us
+            self._recent.move_to_end(bucket.key)
+        while self._recent and next(iter(self._recent.values())) < now_us - RECENT_US:
+            self._recent.popitem(last=False)
+
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
         the same takes amount to something else there.
@@ -134,6 +149,38 @@ class Replicator:
         self.standing += 1
         for stream in self.streams():
             stream.wake()
+
+    def join(self) -> None:
+        """Peers have told what they know, or nobody waits for that any more."""
+        if not self.has_joined:
+            self.has_joined = True
+            self.announce()
+
+    def wish(self, peer: Peer) -> None:
+        """Decide what to be told by a peer that has said how it stands. What was once wanted is not taken back."""
+        if peer.own_wish == pb.UNDECIDED and self.has_joined:
+            # A node that has just started knows nothing that is old and that this one does not.
+            wish = pb.EVERYTHING if peer.has_joined else pb.RECENT
+        else:
+            if self._source is None and peer.has_joined and not self.has_joined:
+                self._source = peer
+            wish = pb.EVERYTHING if self._source is peer else max(peer.own_wish, pb.RECENT)
+        if wish != peer.own_wish:
+            peer.own_wish = wish
+            self.announce()
+
+    def grant_wish(self, peer: Peer, now_us: int) -> None:
+        """Begin to tell a peer what it has said that it wants to be told."""
+        peer.outbox.wish(now_us, None if peer.wish == pb.EVERYTHING else self._recent)
+
+    def lose(self, peer: Peer) -> None:
+        """The last stream of a peer has ended. If it was to tell everything, and has not, another one is asked."""
+        if self._source is not peer or self.has_joined or peer.full_state_heard:
+            return
+        self._source = None
+        for other in self.peers.values():
+            if other.streams and other.own_wish != pb.UNDECIDED:
+                self.wish(other)
 
     def change_ways(self) -> None:
         """A stream of this node or of a peer has come or gone."""
@@ -308,7 +355,7 @@ class Stream:
         loans = self._loans.take_frame()
         if loans is not None:
             return self._session.send_loans(loans)
-        comparison = self._take_comparison()
+        comparison = self._take_comparison(peer)
         if comparison is not None:
             return self._session.send_comparison(comparison)
         if peer.streams[0] is not self:
@@ -319,15 +366,17 @@ class Stream:
         peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.frame, now_us)
 
-    def _take_comparison(self) -> pb.Frame | None:
+    def _take_comparison(self, peer: Peer) -> pb.Frame | None:
         if self._exchange is None:
             return None
         replicator = self._replicator
         if self._standing_told != replicator.standing:
             self._standing_told = replicator.standing
             reaches = sorted(peer.node for peer in replicator.peers.values() if peer.streams)
-            full = replicator.store.full_since_us is not None
-            return pb.Frame(standing=pb.Standing(reaches=reaches, rules=replicator.rules, full=full))
+            standing = pb.Standing(reaches=reaches, rules=replicator.rules, joined=replicator.has_joined)
+            standing.full = replicator.store.full_since_us is not None
+            standing.wish = peer.own_wish
+            return pb.Frame(standing=standing)
         return self._exchange.take_frame()
 
     def tell(self, wishes: Wishes) -> None:
@@ -381,7 +430,7 @@ class Stream:
             case LoansReceived(loans):
                 self._lend(loans)
             case StandingReceived(standing):
-                self._hear_standing(standing)
+                self._hear_standing(standing, now_us)
             case ComparisonReceived(frame):
                 assert self._exchange is not None
                 assert self.peer is not None
@@ -431,11 +480,16 @@ class Stream:
                 stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
         return peer
 
-    def _hear_standing(self, standing: pb.Standing) -> None:
+    def _hear_standing(self, standing: pb.Standing, now_us: int) -> None:
         peer = self.peer
         assert peer is not None
         peer.rules = standing.rules
         peer.is_full = standing.full
+        peer.has_joined = standing.joined
+        self._replicator.wish(peer)
+        if standing.wish != pb.UNDECIDED:
+            peer.wish = standing.wish
+            self._replicator.grant_wish(peer, now_us)
         reaches = read_reaches(standing)
         if reaches != peer.reaches:
             peer.reaches = reaches
@@ -483,12 +537,16 @@ class Stream:
             if peer.streams:
                 next_stream = peer.streams[0]
                 peer.outbox.open(Origin(peer.node, peer.incarnation), compares=next_stream.compares)
+                if peer.wish != pb.UNDECIDED:
+                    self._replicator.grant_wish(peer, now_us)
                 next_stream.wake()
         for stream in peer.streams:
             # The newest Standing may have been on its way on this one, and an older one on the others.
             stream.tell_standing_again()
         if not peer.streams:
             peer.lost_us = now_us
+            self._replicator.lose(peer)
+            peer.wish = peer.own_wish = pb.UNDECIDED
             peer.full_state_heard = False
             peer.clock_offset_us = None
             peer.reaches = None

@@ -28,6 +28,7 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
+    RECENT_US,
     WALK_BATCH_BUCKETS,
     WALK_BUCKETS,
     Batch,
@@ -44,11 +45,17 @@ def note(outbox: Outbox, store: Store, created_us: int = NOW_US) -> None:
         outbox.note(bucket, slots, created_us)
 
 
+def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
+    """A stream is there, and its peer wants to be told everything."""
+    outbox.open(peer, compares=compares)
+    outbox.wish(NOW_US, None)
+
+
 def opened(store: Store) -> Outbox:
     """An outbox whose peer has heard the full state already."""
     store.drain_changes()
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     for _ in drained(outbox):
         pass
     return outbox
@@ -131,7 +138,7 @@ def test_a_batch_is_bounded_in_buckets(changed: bool, most: int) -> None:
     if changed:
         note(outbox, store)
     else:
-        outbox.open(B.origin, compares=True)
+        open_stream(outbox)
     batches = list(drained(outbox))
     assert [len(batch.bucket_keys) for batch in batches] == [most, most, 1]
     assert len(told(batches)) == 2 * most + 1
@@ -153,7 +160,7 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     store = store_of(A)
     bucket = large_bucket(store)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     batches = list(drained(outbox))
     assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
     assert [batch.ends_full_state for batch in batches] == [False] * (len(batches) - 1) + [True]
@@ -166,7 +173,7 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US)
     assert outbox.pending_buckets == 1
     outbox.close(NOW_US)
@@ -177,7 +184,7 @@ def test_no_more_than_a_few_batches_are_on_their_way() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
     fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert all(outbox.take_batch(NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
     assert outbox.take_batch(NOW_US) is None
     outbox.acknowledged(NOW_US)
@@ -191,7 +198,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
     later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     [batch] = drained(outbox, later_us)
     peers = store_of(B)
     apply_deltas(peers, batch.frame.deltas, A.origin, later_us)
@@ -206,7 +213,7 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 0
 
@@ -215,14 +222,14 @@ def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 1
 
 
 def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
     outbox = Outbox(store_of(A), None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.ends_full_state
     assert batch.frame.deltas.ends_full_state
@@ -233,7 +240,7 @@ def test_local_buckets_are_not_part_of_it() -> None:
     store = store_of(A)
     take(store, "ann", 1, NOW_US, key="pod")
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     note(outbox, store)
     assert [batch.bucket_keys for batch in drained(outbox)] == [()]
 
@@ -243,7 +250,7 @@ def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
     fill(store, 3 * WALK_BUCKETS)
     store.drain_changes()
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     idle_us = NOW_US + 2 * PER_USER.horizon_us
     batches = list(drained(outbox, idle_us))
     assert [(batch.bucket_keys, batch.ends_full_state) for batch in batches] == [((), False), ((), False), ((), True)]
@@ -253,7 +260,7 @@ def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     store = store_of(A)
     fill(store, 4 * MAX_BATCH_BUCKETS)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     for _ in range(4 * MAX_BATCH_BUCKETS // WALK_BATCH_BUCKETS):
         fill(store, 4 * MAX_BATCH_BUCKETS)
         note(outbox, store)
@@ -304,7 +311,7 @@ def test_a_peer_that_is_back_is_told_the_full_state_although_batches_were_lost()
     assert outbox.take_batch(NOW_US) is not None
     outbox.close(NOW_US)
     take(store, "bob", 1, NOW_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert {bucket.key for bucket in told(drained(outbox))} == {key_of("ann"), key_of("bob")}
 
 
@@ -344,7 +351,7 @@ def test_lag_grows_from_the_first_change_that_a_lost_peer_misses_until_it_has_he
         take(store, "bob", 1, NOW_US)
         note(outbox, store, NOW_US + second * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US) == 60 * SECOND_US
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US + 60 * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US + 80 * MS) == 60 * SECOND_US + 80 * MS
     outbox.acknowledged(NOW_US + 60 * SECOND_US + 80 * MS)
@@ -362,7 +369,7 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     note(outbox, store, lost_us)
     other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
     store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     batches = list(drained(outbox, lost_us + 2 * SECOND_US))
     assert keys_told(batches) == {key_of("new"), key_of("heard")}
     assert batches[-1].ends_full_state
@@ -378,7 +385,7 @@ def test_a_peer_that_was_away_is_told_the_base_of_what_was_sealed_meanwhile() ->
     # All of it has been repaid but for what was taken in debt.
     bucket.take(2_000, NOW_US, always=True)
     note(outbox, store)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     peers = store_of(B)
     for batch in drained(outbox, back_us):
         apply_deltas(peers, batch.frame.deltas, A.origin, back_us)
@@ -395,7 +402,7 @@ def test_what_was_on_its_way_when_the_stream_was_lost_is_told_again() -> None:
     assert outbox.take_batch(NOW_US + 60 * SECOND_US) is not None
     # Noticed only long after.
     outbox.close(NOW_US + 90 * SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 90 * SECOND_US)) == {key_of("ann")}
 
 
@@ -407,7 +414,7 @@ def test_a_peer_that_may_have_forgotten_is_told_everything(peer: Origin, compare
     take(store, "old", 1, NOW_US)
     outbox = opened(store)
     outbox.close(NOW_US + 60 * SECOND_US)
-    outbox.open(peer, compares=compares)
+    open_stream(outbox, peer, compares=compares)
     assert keys_told(drained(outbox, NOW_US + 61 * SECOND_US)) == {key_of("old")}
 
 
@@ -416,11 +423,11 @@ def test_a_peer_that_was_lost_before_it_had_been_told_everything_is_told_everyth
     fill(store, 2 * MAX_BATCH_BUCKETS)
     store.drain_changes()
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
     outbox.close(NOW_US + 60 * SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert len(keys_told(drained(outbox, NOW_US + 60 * SECOND_US))) == 2 * MAX_BATCH_BUCKETS
 
 
@@ -431,10 +438,10 @@ def test_a_peer_that_is_lost_again_while_it_is_told_what_it_missed_is_told_from_
     outbox.close(lost_us)
     fill(store, 2 * MAX_BATCH_BUCKETS, lost_us + SECOND_US)
     note(outbox, store, lost_us)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(lost_us + 2 * SECOND_US)
     outbox.close(lost_us + 100 * SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert len(keys_told(drained(outbox, lost_us + 101 * SECOND_US))) == 2 * MAX_BATCH_BUCKETS
 
 
@@ -484,7 +491,7 @@ def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing(
     store = store_of(A)
     outbox = Outbox(store, NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
     outbox.close(NOW_US)
@@ -504,7 +511,7 @@ def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation
 def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
 
@@ -512,7 +519,7 @@ def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
 def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
     store = store_of(A)
     outbox = Outbox(store, None)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
     fill(store, 1)
@@ -572,7 +579,7 @@ def test_a_walk_asked_for_while_one_is_under_way_follows_it() -> None:
     outbox.close(back_us)
     bucket = bucket_of(store, "ann", NOW_US, "team")
     bucket.merge([Entry(C.origin, slot_id(back_us - 5 * SECOND_US, MIN_EXPONENT), 3)], back_us - 5 * SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     outbox.walk_again(back_us - 10 * SECOND_US)
     assert tokens_of(told(drained(outbox, back_us))) == 3
     assert outbox.is_settled
@@ -586,7 +593,7 @@ def test_what_was_passed_on_in_vain_is_in_the_walk_of_the_next_stream() -> None:
     # Silence is noticed only after a while.
     lost_us = NOW_US + 5 * SECOND_US
     outbox.close(lost_us)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert tokens_of(told(drained(outbox, lost_us))) == 100
 
 
@@ -596,12 +603,12 @@ def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_follow
     outbox.close(NOW_US)
     heard_us, back_us = NOW_US + 20 * SECOND_US, NOW_US + 60 * SECOND_US
     bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert outbox.take_batch(back_us) is not None
     outbox.walk_again(back_us - 10 * SECOND_US)
     assert outbox.take_batch(back_us) is not None
     outbox.close(back_us)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert tokens_of(told(drained(outbox, back_us))) == 3
 
 
@@ -613,5 +620,42 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
     store.drain_changes()
     outbox = opened(store)
     outbox.close(NOW_US + 60 * SECOND_US)
-    outbox.open(B.origin, compares=True)
+    open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 62 * SECOND_US)) == {key_of("new", rules=rules_with(user=day))}
+
+
+def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:
+    store = store_of(A)
+    take(store, "old", 1, NOW_US)
+    now_us = NOW_US + 60 * SECOND_US
+    take(store, "recent", 1, now_us - RECENT_US // 2)
+    # Whoever has taken it tells of it.
+    heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
+    store.merge(key_of("recent"), None, [heard], now_us)
+    store.merge(key_of("heard"), None, [heard], now_us)
+    store.drain_changes()
+    outbox = Outbox(store, None)
+    outbox.open(B.origin, compares=True)
+    # Nothing until it has said so.
+    assert outbox.take_batch(now_us) is None
+    assert not outbox.is_settled
+    assert outbox.is_walking
+    outbox.wish(now_us, [key_of("recent"), key_of("gone")])
+    [batch] = drained(outbox, now_us)
+    assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
+    assert outbox.is_settled
+    # The other node is gone before it has told everything.
+    outbox.wish(now_us, None)
+    assert keys_told(drained(outbox, now_us)) == {key_of("old"), key_of("recent"), key_of("heard")}
+    # To say it again changes nothing.
+    outbox.wish(now_us, None)
+    assert outbox.is_settled
+
+
+def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everything_before() -> None:
+    store = store_of(A)
+    take(store, "old", 1, NOW_US)
+    outbox = opened(store)
+    outbox.close(NOW_US + 60 * SECOND_US)
+    open_stream(outbox)
+    assert keys_told(drained(outbox, NOW_US + 61 * SECOND_US)) == set()

@@ -68,7 +68,7 @@ def test_what_was_taken_before_the_cut_was_noticed_is_passed_on_then() -> None:
         for name in "bc":
             cluster[name].bucket("ann").take(1, cluster[name].now_us)
         cluster.run(400 * MS)
-    cluster.run(SILENCE_US - 4 * SECOND_US + SECOND_US)
+    cluster.run(SILENCE_US - 4 * SECOND_US + 2 * SECOND_US)
     assert_all_hold(cluster, 20)
 
 

@@ -605,3 +605,79 @@ def test_an_older_standing_that_comes_late_does_not_stay() -> None:
     exchange(a1, b1)
     assert b.peers["a"].reaches == {"b"}
     assert ca.peer is not None
+
+
+def starting(name: str) -> Replicator:
+    """A node that waits for its peers to tell what they know."""
+    found = replicator(name)
+    found.has_joined = False
+    return found
+
+
+OLD_US = NOW_US - 30 * SECOND_US
+
+
+def knowing(name: str, *values: str) -> Replicator:
+    """A node that has long been there."""
+    found = replicator(name)
+    for value in values:
+        take(found.store, value, 1, OLD_US)
+    found.flush(OLD_US)
+    return found
+
+
+def known_to(each: Replicator) -> set[bytes]:
+    return {bucket.key for bucket in each.store}
+
+
+def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by_the_others() -> None:
+    a, b, c = starting("a"), knowing("b", "ann", "bob"), knowing("c", "ann", "bob")
+    take(c.store, "cem", 1, NOW_US - SECOND_US)
+    c.flush(NOW_US)
+    connected(a, b)
+    connected(a, c)
+    assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
+    assert (b.peers["a"].entries_sent, c.peers["a"].entries_sent) == (2, 1)
+    assert all(peer.full_state_heard for peer in a.peers.values())
+
+
+def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
+    a, b, c = starting("a"), knowing("b", "ann"), knowing("c", "ann")
+    one, other = stream_of(a), stream_of(b)
+    # It has heard how b stands, and what it then says is on its way.
+    while not a.peers or a.peers["b"].own_wish != pb.EVERYTHING:
+        for sender, receiver in ((one, other), (other, one)):
+            for raw in said_by(sender):
+                receiver.receive(raw, NOW_US)
+    ac, ca = connected(a, c)
+    assert known_to(a) == set()
+    one.lost("reset", NOW_US)
+    exchange(ac, ca)
+    assert known_to(a) == {key_of("ann")}
+
+
+def test_nodes_that_start_together_wait_for_one_that_has_been_there() -> None:
+    a, b = starting("a"), starting("b")
+    take(b.store, "old", 1, OLD_US)
+    one, other = connected(a, b)
+    assert known_to(a) == set()
+    # It has given up waiting, or been told by others.
+    b.join()
+    exchange(one, other)
+    assert known_to(a) == {key_of("old")}
+
+
+def test_a_node_that_has_been_there_is_told_by_one_that_has_just_started_what_is_recent() -> None:
+    a, b = knowing("a"), starting("b")
+    take(b.store, "old", 1, OLD_US)
+    b.flush(OLD_US)
+    take(b.store, "recent", 1, NOW_US)
+    b.flush(NOW_US)
+    connected(a, b)
+    assert known_to(a) == {key_of("recent")}
+
+
+def test_two_nodes_that_have_been_there_tell_each_other_everything_when_they_first_meet() -> None:
+    a, b = knowing("a", "ann"), knowing("b", "bob")
+    connected(a, b)
+    assert known_to(a) == known_to(b) == {key_of("ann"), key_of("bob")}

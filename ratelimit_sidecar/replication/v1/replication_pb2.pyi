@@ -1,10 +1,20 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Wish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNDECIDED: _ClassVar[Wish]
+    RECENT: _ClassVar[Wish]
+    EVERYTHING: _ClassVar[Wish]
+UNDECIDED: Wish
+RECENT: Wish
+EVERYTHING: Wish
 
 class Frame(_message.Message):
     __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "loans", "standing", "digest", "summary", "pull")
@@ -201,14 +211,18 @@ class LoanReturn(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Standing(_message.Message):
-    __slots__ = ("reaches", "rules", "full")
+    __slots__ = ("reaches", "rules", "full", "joined", "wish")
     REACHES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    WISH_FIELD_NUMBER: _ClassVar[int]
     reaches: _containers.RepeatedScalarFieldContainer[str]
     rules: int
     full: bool
-    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ...) -> None: ...
+    joined: bool
+    wish: Wish
+    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ..., joined: _Optional[bool] = ..., wish: _Optional[_Union[Wish, str]] = ...) -> None: ...
 
 class Digest(_message.Message):
     __slots__ = ("at_us", "segments", "sums")
