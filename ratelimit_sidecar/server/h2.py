@@ -86,10 +86,15 @@ class H2FrontEnd(Hosting):
                 return
             body = event.get("body", b"")
             if event.get("more_body"):
-                whole = await _read_rest(body, receive)
-                if whole is None:
+                # Nearly always a call is one part, and then the bare end of the stream.
+                event = await receive()
+                if event["type"] != "http.request":
                     return
-                body = whole
+                if event.get("body") or event.get("more_body"):
+                    whole = await _read_rest(body, event, receive)
+                    if whole is None:
+                        return
+                    body = whole
             answer = handler(unframe(body, headers), headers)
         except RpcError as error:
             await _send_all(_status(error), send)
@@ -135,11 +140,12 @@ def server_config(drain_seconds: float = DRAIN_SECONDS, log_format: Literal["tex
     )
 
 
-async def _read_rest(body: bytes, receive: h2corn.Receive) -> bytes | None:
+async def _read_rest(body: bytes, event: h2corn.HTTPRequest, receive: h2corn.Receive) -> bytes | None:
     """The whole body of a request.
 
     Args:
         body: its first part.
+        event: its second.
 
     Returns:
         None when the client gave up.
@@ -147,21 +153,17 @@ async def _read_rest(body: bytes, receive: h2corn.Receive) -> bytes | None:
     Raises:
         RpcError: it is larger than a message may be; the rest is not read.
     """
-    parts: bytearray | None = None
-    more = True
-    while more:
-        event = await receive()
-        if event["type"] != "http.request":
+    parts = bytearray(body)
+    while True:
+        parts += event.get("body", b"")
+        if len(parts) > MAX_BODY_BYTES:
+            raise too_large()
+        if not event.get("more_body"):
+            return bytes(parts)
+        following = await receive()
+        if following["type"] != "http.request":
             return None
-        more = event.get("more_body", False)
-        # Nearly always a call is one part, and then the bare end of the stream.
-        if part := event.get("body", b""):
-            if parts is None:
-                parts = bytearray(body)
-            parts += part
-            if len(parts) > MAX_BODY_BYTES:
-                raise too_large()
-    return body if parts is None else bytes(parts)
+        event = following
 
 
 def _refusal(scope: h2corn.HTTPScope, *, known: bool) -> _Answer | None:
