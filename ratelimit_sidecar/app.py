@@ -64,8 +64,8 @@ SLEW_SECONDS = 1.0
 
 GC_THRESHOLDS = (10_000, 5, 1_000_000)
 """Practically no collection of the oldest generation: with 100,000 buckets it stops the loop for over 100 ms, and Envoy
-lets pass what is not answered in 20 ms. Buckets and plans are in no cycle, so counting references frees them. The middle
-one is collected at 50,000 objects that have survived once: that takes 2 to 4 ms, at 200,000 it took 8.
+lets pass what is not answered in 20 ms. Buckets and plans are in no cycle, so counting references frees them. The
+middle one is collected at 50,000 objects that have survived once: that takes 2 to 4 ms, at 200,000 it took 8.
 """
 
 _log = structlog.stdlib.get_logger(__name__)

@@ -88,9 +88,7 @@ class H2FrontEnd(Hosting):
             if event.get("more_body"):
                 # Nearly always a call is one part, and then the bare end of the stream.
                 event = await receive()
-                if event["type"] != "http.request":
-                    return
-                if event.get("body") or event.get("more_body"):
+                if event["type"] != "http.request" or event.get("body") or event.get("more_body"):
                     whole = await _read_rest(body, event, receive)
                     if whole is None:
                         return
@@ -140,7 +138,7 @@ def server_config(drain_seconds: float = DRAIN_SECONDS, log_format: Literal["tex
     )
 
 
-async def _read_rest(body: bytes, event: h2corn.HTTPRequest, receive: h2corn.Receive) -> bytes | None:
+async def _read_rest(body: bytes, event: h2corn.ReceiveMessage, receive: h2corn.Receive) -> bytes | None:
     """The whole body of a request.
 
     Args:
@@ -154,16 +152,14 @@ async def _read_rest(body: bytes, event: h2corn.HTTPRequest, receive: h2corn.Rec
         RpcError: it is larger than a message may be; the rest is not read.
     """
     parts = bytearray(body)
-    while True:
+    while event["type"] == "http.request":
         parts += event.get("body", b"")
         if len(parts) > MAX_BODY_BYTES:
             raise too_large()
         if not event.get("more_body"):
             return bytes(parts)
-        following = await receive()
-        if following["type"] != "http.request":
-            return None
-        event = following
+        event = await receive()
+    return None
 
 
 def _refusal(scope: h2corn.HTTPScope, *, known: bool) -> _Answer | None:
