@@ -36,6 +36,9 @@ CHECK_TIME_SECONDS = 0.25
 WRITE_SECONDS = 5.0
 """What the network gets to take one frame; a peer that does not read for so long is given up."""
 
+WALK_PAUSE_SECONDS = 0.002
+"""After each frame while a peer is told all that it may lack: for decisions, here and there."""
+
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""
 
@@ -125,6 +128,8 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, now_us: Calla
             except _CALL_IS_OVER:
                 # The reader learns why.
                 return
+            if stream.is_walking:
+                await asyncio.sleep(WALK_PAUSE_SECONDS)
         elif stream.is_over:
             return
         else:

@@ -298,6 +298,12 @@ class Stream:
         return self._session.lends
 
     @property
+    def is_walking(self) -> bool:
+        """True while the peer is told on it what it may lack."""
+        peer = self.peer
+        return peer is not None and peer.streams[0] is self and peer.outbox.is_walking
+
+    @property
     def compares(self) -> bool:
         """True when both ends can compare what they hold."""
         return self._session.compares
