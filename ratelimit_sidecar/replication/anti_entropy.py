@@ -71,13 +71,19 @@ _MAX_ORIGINS = 4_096
 """Of which the hash is remembered."""
 
 
-def key_hash(key: bytes) -> int:
-    """Of 64 bits; says which bucket is meant among those of one range."""
-    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
+def hash64(raw: bytes) -> int:
+    """Of a key, it says which bucket is meant among those of one range."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 def range_of(key: bytes) -> int:
     return crc32(key) % RANGES
+
+
+def _ranges_of(segments: Iterable[int]) -> Iterator[int]:
+    """In the order in which a Digest has their sums."""
+    for segment in segments:
+        yield from range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,7 @@ class Pass:
         found = self._ranges.get(range_number)
         if found is None:
             return {}
-        return {key_hash(key): (key, state) for key, state in zip(found.keys, found.states, strict=True)}
+        return {hash64(key): (key, state) for key, state in zip(found.keys, found.states, strict=True)}
 
 
 class Summing:
@@ -131,7 +137,6 @@ class Summing:
         self._looking = self._summing = 0
         """Work done in the current pass."""
         self._segments_a_pass = SEGMENTS
-        self._passes_skipped = 0
         self._done: deque[Pass] = deque(maxlen=2)
         self._origins: dict[Origin, int] = {}
 
@@ -167,7 +172,7 @@ class Summing:
 
     def state(self, bucket: Bucket, at_us: int) -> int:
         """A hash of 64 bits of what replicas hold alike of a bucket; 0 when that is nothing."""
-        settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+        settled = _settled(bucket, at_us)
         return 0 if settled is None else self._hash(bucket.key, settled)
 
     def _begin(self, at_us: int) -> Pass:
@@ -185,9 +190,9 @@ class Summing:
         for bucket in self._walk:
             left -= LOOK_WORK
             self._looking += LOOK_WORK
-            range_number = crc32(bucket.key) % RANGES
+            range_number = range_of(bucket.key)
             if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
-                settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+                settled = _settled(bucket, at_us)
                 work = SUM_WORK
                 if settled is not None:
                     work += ENTRY_WORK * len(settled.entries)
@@ -218,16 +223,19 @@ class Summing:
         )
         numbers = [number for row in rows for number in row]
         packed = struct.pack(f"<{len(numbers)}Q", *numbers)
-        state = blake2b(key + settled.deficit.to_bytes(16, "little") + packed, digest_size=8).digest()
-        return int.from_bytes(state, "little")
+        return hash64(key + settled.deficit.to_bytes(16, "little") + packed)
 
     def _origin(self, origin: Origin) -> int:
         number = self._origins.get(origin)
         if number is None:
             if len(self._origins) >= _MAX_ORIGINS:
                 self._origins.clear()
-            number = self._origins[origin] = key_hash(origin.node.encode() + origin.incarnation.to_bytes(8, "little"))
+            number = self._origins[origin] = hash64(origin.node.encode() + origin.incarnation.to_bytes(8, "little"))
         return number
+
+
+def _settled(bucket: Bucket, at_us: int) -> Settled | None:
+    return bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
 
 
 class Exchange:
@@ -272,11 +280,7 @@ class Exchange:
             self._summarised_us = own.at_us
             self._summarised.clear()
             segments = sorted(own.segments)
-            sums = [
-                own.sums[number]
-                for segment in segments
-                for number in range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES)
-            ]
+            sums = [own.sums[number] for number in _ranges_of(segments)]
             return pb.Frame(digest=pb.Digest(at_us=own.at_us, segments=segments, sums=sums))
         while self._differing:
             number = next(iter(self._differing))
@@ -338,12 +342,9 @@ class Exchange:
     def _compare(self, theirs: pb.Digest, own: Pass) -> None:
         self._differing.clear()
         self._differing_us = own.at_us
-        sums = iter(theirs.sums)
-        for segment in theirs.segments:
-            for number in range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES):
-                differs = next(sums) != own.sums[number]
-                if differs and segment in own.segments:
-                    self._differing[number] = None
+        for number, their_sum in zip(_ranges_of(theirs.segments), theirs.sums, strict=True):
+            if number // SEGMENT_RANGES in own.segments and their_sum != own.sums[number]:
+                self._differing[number] = None
 
     def _receive_summary(self, summary: pb.Summary, own: Pass) -> int:
         theirs = dict(zip(summary.keys, summary.states, strict=True))

@@ -81,14 +81,12 @@ class _Change:
 
 
 class Outbox:
-    """Args:
-    undelivered_since_us: the creation of the first own change that the peer cannot have heard; None when there is
-        none.
-    """
+    """What one peer has yet to hear."""
 
-    def __init__(self, store: Store, undelivered_since_us: int | None) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._undelivered_since_us = undelivered_since_us
+        self._undelivered_since_us: int | None = None
+        """The creation of the first own change that the peer cannot have heard; None when there is none."""
         self._is_open = False
         self._peer: Origin | None = None
         self._numbers: KeyNumbersGiven | None = None
@@ -215,15 +213,14 @@ class Outbox:
             recent: keys of the buckets of which it wants to be told own takes of the last RECENT_US; None when it wants
                 to be told everything.
         """
-        wants_all = recent is None
         if self._awaits_wish:
             self._awaits_wish = False
-            self._is_told_recent = not wants_all
+            self._is_told_recent = recent is not None
             if recent is None:
                 self._start_walk(0)
             else:
                 self._start_walk(now_us - RECENT_US, [*filter(None, map(self._store.get, recent))])
-        elif wants_all and self._is_told_recent:
+        elif recent is None and self._is_told_recent:
             # The one that told it is gone.
             self._is_told_recent = False
             self.walk_again(0)
@@ -255,12 +252,12 @@ class Outbox:
 
     def walk_again(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""
-        if self._awaits_wish:
+        if not self._is_open or self._awaits_wish:
             return
-        if self._is_open and self._walk_owed:
+        if self._walk_owed:
             # It has passed some buckets already, and may not go back so far.
             self._next_walk_since_us = _earlier(self._next_walk_since_us, since_us)
-        elif self._is_open:
+        else:
             self._start_walk(since_us)
 
     def _start_walk(self, since_us: int, recent: Sequence[Bucket] | None = None) -> None:
@@ -314,13 +311,17 @@ class Outbox:
             self._is_told_all = True
         return batch
 
+    def _tellable(self, key: bytes) -> Bucket | None:
+        """None when it was dropped meanwhile, or has a key that no peer takes."""
+        return self._store.get(key) if len(key) <= MAX_KEY_BYTES else None
+
     def _write_changes(self, writer: DeltasWriter, share: int) -> int | None:
         """Returns when the oldest of the changes written was made."""
         created_us = None
         while self._changed and _has_room(writer, share):
             key, change = self._changed.popitem(last=False)
-            bucket = self._store.get(key)
-            if bucket is None or len(key) > MAX_KEY_BYTES:
+            bucket = self._tellable(key)
+            if bucket is None:
                 continue
             entries = list(bucket.own_entries(change.slots))
             if entries:
@@ -331,8 +332,8 @@ class Outbox:
     def _write_relayed(self, writer: DeltasWriter, share: int) -> None:
         while self._relayed and self._rest is None and _has_room(writer, share):
             key, slots = self._relayed.popitem(last=False)
-            bucket = self._store.get(key)
-            if bucket is None or len(key) > MAX_KEY_BYTES:
+            bucket = self._tellable(key)
+            if bucket is None:
                 continue
             entries = list(bucket.heard_entries(slots))
             if entries:
@@ -371,15 +372,15 @@ class Outbox:
     def _write_own(self, writer: DeltasWriter, bucket: Bucket) -> None:
         own = self._store.origin
         entries = [entry for entry in bucket.entries_since(self._walk_since_us) if entry.origin == own]
-        if entries and len(bucket.key) <= MAX_KEY_BYTES and self._store.get(bucket.key) is bucket:
+        if entries and self._tellable(bucket.key) is bucket:
             self._write_all_that_fit(writer, bucket, None, entries)
 
     def _write_whole(
         self, writer: DeltasWriter, key: bytes, since_us: int, now_us: int, all_but: Origin | None
     ) -> None:
         """Tell of one bucket all that may have been written since, but for what one origin took."""
-        bucket = self._store.get(key)
-        if bucket is None or len(key) > MAX_KEY_BYTES:
+        bucket = self._tellable(key)
+        if bucket is None:
             return
         if bucket.base.boundary_us <= since_us and next(bucket.entries_since(since_us), None) is None:
             return

@@ -31,7 +31,7 @@ class BatchTracer(Protocol):
 class Peer:
     """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
 
-    def __init__(self, store: Store, node: str, undelivered_since_us: int | None) -> None:
+    def __init__(self, store: Store, node: str) -> None:
         self.node = node
         self.region = ""
         self.address = ""
@@ -41,7 +41,7 @@ class Peer:
         self.is_configured = False
         """True once a configured address has led to it."""
         self.streams: list[Stream] = []
-        self.outbox = Outbox(store, undelivered_since_us)
+        self.outbox = Outbox(store)
         self.full_state_heard = False
         """True when it has told everything it knew when its stream began."""
         self.reaches: frozenset[str] | None = None

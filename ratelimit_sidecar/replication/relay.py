@@ -35,10 +35,10 @@ class Relay:
         self._reached_by: Counter[str] = Counter()
         """By node, who has a stream to it: a bit for each node, the lowest for the lowest id."""
         self._own_bit = 1
-        self._of_origin: dict[str, tuple[Peer, ...]] = {}
-        self._missed: dict[str, frozenset[str]] = {}
+        self._of_origin: dict[str, list[Peer]] = {}
+        self._missed: dict[str, set[str]] = {}
         """By peer, the origins that this node passes on to it."""
-        self._lasting: dict[str, frozenset[str]] = {}
+        self._lasting: dict[str, set[str]] = {}
         """Of these, the ones since the look before the last, of which the peer has been told what it had missed."""
         self.is_needed = False
         """False when all peers reach each other."""
@@ -64,14 +64,15 @@ class Relay:
         late = []
         if self.is_needed:
             origins = sorted(self._reached_by.keys() - {self._node})[:MAX_ORIGINS]
-            self._of_origin = {
-                origin: tuple(peer for peer in self._peers if self._must_tell(peer, origin)) for origin in origins
-            }
+            self._missed = {node: set() for node in nodes}
+            for origin in origins:
+                to_be_told = self._of_origin[origin] = [p for p in self._peers if self._must_tell(p, origin)]
+                for peer in to_be_told:
+                    self._missed[peer.node].add(origin)
             for peer in self._peers:
-                missed = frozenset(origin for origin in origins if peer in self._of_origin[origin])
-                lasting = missed & before.get(peer.node, frozenset())
-                self._missed[peer.node], self._lasting[peer.node] = missed, lasting
-                if lasting - told.get(peer.node, frozenset()):
+                lasting = self._missed[peer.node] & before.get(peer.node, set())
+                self._lasting[peer.node] = lasting
+                if lasting - told.get(peer.node, set()):
                     late.append(peer)
         return late
 

@@ -378,7 +378,7 @@ class Stream:
         replicator = self._replicator
         if self._standing_told != replicator.standing:
             self._standing_told = replicator.standing
-            reaches = sorted(peer.node for peer in replicator.peers.values() if peer.streams)
+            reaches = sorted(other.node for other in replicator.peers.values() if other.streams)
             standing = pb.Standing(reaches=reaches, rules=replicator.rules, joined=replicator.has_joined)
             standing.full = replicator.store.full_since_us is not None
             standing.wish = peer.own_wish
@@ -476,9 +476,7 @@ class Stream:
                 replicator.forget_peers(now_us)
             if len(replicator.peers) >= MAX_PEERS:
                 raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers are known already")
-            # A node that this one was not told of misses nothing before it comes.
-            since_us = replicator.first_change_us if self.is_dialled else None
-            peer = replicator.peers[origin.node] = Peer(replicator.store, origin.node, since_us)
+            peer = replicator.peers[origin.node] = Peer(replicator.store, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
             if now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US:
                 raise _duplicate_node(origin.node)
@@ -516,7 +514,7 @@ class Stream:
         if self.is_dialled or not peer.is_configured:
             peer.address = self.address
         if self.is_dialled and not peer.is_configured:
-            # It may have dialled in first.
+            # One that nobody has configured misses nothing before it comes. One that is may have dialled in first.
             peer.outbox.missed_since(self._replicator.first_change_us)
         peer.is_configured |= self.is_dialled
         peer.streams.append(self)

@@ -25,7 +25,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
     Exchange,
     Pass,
     Summing,
-    key_hash,
+    hash64,
     range_of,
 )
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
@@ -152,7 +152,7 @@ def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
     summing._done.append(own)
     told: list[bytes] = []
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
-    hashes = [key_hash(key) for key in keys]
+    hashes = [hash64(key) for key in keys]
     for start in range(0, len(hashes), MAX_PULL_KEYS):
         exchange.receive(pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
     assert told == keys[:MAX_EXCHANGED]
@@ -172,7 +172,7 @@ def test_buckets_that_change_meanwhile_are_left_alone() -> None:
 
 def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
     """Is told of buckets by `tell`."""
-    peer = Peer(store, "b", None)
+    peer = Peer(store, "b")
     peer.outbox.tell = tell  # type: ignore[method-assign]
     return peer
 
@@ -330,7 +330,7 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pa
 
 
 def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for_as_well() -> None:
-    for theirs, pulls in (({}, 0), ({key_hash(key_of("ann")): 1}, 1)):
+    for theirs, pulls in (({}, 0), ({hash64(key_of("ann")): 1}, 1)):
         exchange, told, done, bucket = differing(lambda _bucket: None)
         summary = pb.Summary(at_us=done.at_us, range=range_of(bucket.key), keys=theirs.keys(), states=theirs.values())
         assert exchange.receive(summary) == 1
@@ -412,7 +412,7 @@ def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkey
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
     for bucket in store:
         number = range_of(bucket.key)
-        exchange.receive(pb.Pull(at_us=done.at_us, range=number, keys=[key_hash(bucket.key)]))
+        exchange.receive(pb.Pull(at_us=done.at_us, range=number, keys=[hash64(bucket.key)]))
         exchange.receive(pb.Pull(at_us=1, range=number))
     assert len(told) == 10
 

@@ -54,7 +54,7 @@ def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = Tru
 def opened(store: Store) -> Outbox:
     """An outbox whose peer has heard the full state already."""
     store.drain_changes()
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     for _ in drained(outbox):
         pass
@@ -133,7 +133,7 @@ def test_the_oldest_changes_go_first() -> None:
 )
 def test_a_batch_is_bounded_in_buckets(changed: bool, most: int) -> None:
     store = store_of(A)
-    outbox = opened(store) if changed else Outbox(store, None)
+    outbox = opened(store) if changed else Outbox(store)
     fill(store, 2 * most + 1)
     if changed:
         note(outbox, store)
@@ -159,7 +159,7 @@ def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
 def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     store = store_of(A)
     bucket = large_bucket(store)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     batches = list(drained(outbox))
     assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
@@ -172,7 +172,7 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     outbox.take_batch(NOW_US)
     assert outbox.pending_buckets == 1
@@ -182,7 +182,7 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
 
 def test_no_more_than_a_few_batches_are_on_their_way() -> None:
     store = store_of(A)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
     open_stream(outbox)
     assert all(outbox.take_batch(NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
@@ -197,7 +197,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
     bucket.merge([Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1_500)], NOW_US)
     later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox, later_us)
     peers = store_of(B)
@@ -212,7 +212,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
 def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 0
@@ -221,14 +221,14 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
 def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 1
 
 
 def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
-    outbox = Outbox(store_of(A), None)
+    outbox = Outbox(store_of(A))
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.ends_full_state
@@ -239,7 +239,7 @@ def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else(
 def test_local_buckets_are_not_part_of_it() -> None:
     store = store_of(A)
     take(store, "ann", 1, NOW_US, key="pod")
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     note(outbox, store)
     assert [batch.bucket_keys for batch in drained(outbox)] == [()]
@@ -249,7 +249,7 @@ def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
     store = store_of(A)
     fill(store, 3 * WALK_BUCKETS)
     store.drain_changes()
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     idle_us = NOW_US + 2 * PER_USER.horizon_us
     batches = list(drained(outbox, idle_us))
@@ -259,7 +259,7 @@ def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
 def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     store = store_of(A)
     fill(store, 4 * MAX_BATCH_BUCKETS)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     for _ in range(4 * MAX_BATCH_BUCKETS // WALK_BATCH_BUCKETS):
         fill(store, 4 * MAX_BATCH_BUCKETS)
@@ -422,7 +422,7 @@ def test_a_peer_that_was_lost_before_it_had_been_told_everything_is_told_everyth
     store = store_of(A)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     store.drain_changes()
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
@@ -468,7 +468,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
 def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
     store = store_of(A)
     bucket = take(store, "ann", 1, NOW_US)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     outbox.tell(bucket.key)
     outbox.note_relayed(bucket, bucket.entries())
     outbox.walk_again(NOW_US)
@@ -489,7 +489,8 @@ def test_a_key_that_is_told_of_again_is_a_number() -> None:
 
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
     store = store_of(A)
-    outbox = Outbox(store, NOW_US - SECOND_US)
+    outbox = Outbox(store)
+    outbox.missed_since(NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     open_stream(outbox)
     outbox.take_batch(NOW_US)
@@ -510,7 +511,7 @@ def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation
 
 def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     store = store_of(A)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     outbox.take_batch(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
@@ -518,7 +519,7 @@ def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
 
 def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
     store = store_of(A)
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     open_stream(outbox)
     outbox.take_batch(NOW_US)
     outbox.acknowledged(NOW_US)
@@ -634,7 +635,7 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     store.merge(key_of("recent"), None, [heard], now_us)
     store.merge(key_of("heard"), None, [heard], now_us)
     store.drain_changes()
-    outbox = Outbox(store, None)
+    outbox = Outbox(store)
     outbox.open(B.origin, compares=True)
     # Nothing until it has said so.
     assert outbox.take_batch(now_us) is None

@@ -111,7 +111,7 @@ def peers() -> dict[str, Peer]:
     store = store_of(node("b"))
     found = {}
     for name in "acd":
-        peer = found[name] = Peer(store, name, None)
+        peer = found[name] = Peer(store, name)
         peer.streams.append(Connected())  # type: ignore[arg-type]
     return found
 
