@@ -4,17 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# The package once more, its hot modules compiled; with COMPILED_PATH it is found before the sources.
+COMPILED := build/compiled
+COMPILED_READY := $(COMPILED)/.compiled
+COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
+COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
+SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar -name '*.py')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # What the demo takes, for example: make demo DEMO="--duration 30"
 DEMO ?=
 # What pytest takes, for example: make test TESTS="tests/crdt -x"
 TESTS ?=
+# What is measured, and how, for example: make benchmark BENCHMARK="front_end --rounds 3"
+BENCHMARK ?= decision
 # What the soak test takes, for example: make soak SOAK="--seconds 600 --nodes 5"
 SOAK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format generate simulate soak lock clean
+.PHONY: help demo test test-compiled lint compile benchmark format generate simulate soak lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -22,10 +30,24 @@ help: ## Show this list
 demo: $(READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
 	$(BIN)/ratelimit-sidecar demo $(DEMO)
 
-test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests (TESTS="tests/crdt -x" selects)
+test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
 	@echo "==> Tests"
 	$(BIN)/python -m pytest $(TESTS)
+ifeq ($(TESTS),)
+	$(MAKE) test-compiled
+endif
+
+# The demo needs a checkout, which what is compiled is not.
+test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
+	@echo "==> Tests of the compiled modules"
+	$(COMPILED_PATH) $(BIN)/python -m pytest -m "not interpreted" $(COMPILED_TESTS) \
+		--ignore tests/e2e/test_demo_command.py
+
+compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)
+
+benchmark: $(COMPILED_READY) ## Measure the compiled sidecar (BENCHMARK="front_end --rounds 3"; docs/performance.md lists them)
+	$(COMPILED_PATH) $(BIN)/python -m benchmarks.$(BENCHMARK)
 
 lint: $(READY) ## Style, types and the direction of dependencies
 	@echo "==> Style"
@@ -55,8 +77,8 @@ soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --output-file requirements.lock pyproject.toml
 
-clean: ## Remove the virtual environment and the caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove the virtual environment, what is compiled and the caches
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml requirements.lock
 	./dev/system-packages setup $(PYTHON)
@@ -64,4 +86,12 @@ $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	@echo "==> Packages, as pinned in requirements.lock (a few minutes when none is cached)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+$(COMPILED_READY): $(READY) $(SOURCES)
+	./dev/system-packages compile $(BIN)/python
+	@echo "==> Hot modules compiled by mypyc, in $(COMPILED)"
+	rm -rf build
+	RATELIMIT_SIDECAR_COMPILE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --target $(COMPILED) .
 	@touch $@

@@ -1,20 +1,24 @@
 """`python -m benchmarks.compare HOST:PORT`: this sidecar and any other server of the same gRPC service, in one run.
 
-The other one has to be up, with a rule for the descriptor asked for: a wide limit, so that both admit. Both are asked
-for the same, in turn. A few servers and how to give them such a rule stand in docs/performance.md.
+The other one has to be up, with a rule for every value of the descriptor's key: a wide limit, so that both admit. Both
+are asked for the same, in turn. A few servers and how to give them such a rule stand in docs/performance.md.
+
+Servers admit what they have no rule for, and h2load takes a gRPC error for an answer; both are cheaper than a decision.
+So before the load a server has to admit one hit and deny more hits than any limit, and after each round to admit one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from uuid import uuid4
 
 import click
 import grpc
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
-from benchmarks.serving.h2load import LOADS, Load, grpc_load
+from benchmarks.serving.h2load import LOADS, Load, LoadFailed, grpc_load
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import first_answer, running_servers
 
@@ -25,9 +29,17 @@ descriptors:
     rate_limit: {{unit: minute, requests_per_unit: 100000000}}
 """
 
+ANSWER_WITHIN_SECONDS = 5.0
+MOST_HITS = 2**32 - 1
+"""The most that a request can ask for: its `hits_addend` is a uint32."""
+
 
 def measure(address: str, request: bytes, load: Load, seconds: float) -> Figures:
-    measured = grpc_load(address, request, load, seconds)
+    try:
+        measured = grpc_load(address, request, load, seconds)
+    except LoadFailed as error:
+        raise click.ClickException(f"{address} under {load}: {error}") from error
+    ensure_it_admits(address, request)
     return {"requests/s": measured.per_second, "mean us": measured.mean_us}
 
 
@@ -39,12 +51,12 @@ def measure(address: str, request: bytes, load: Load, seconds: float) -> Figures
 @round_options(rounds=9, seconds=1.0)
 def main(address: str, *, domain: str, key: str, value: str, rounds: int, seconds: float, as_json: bool) -> None:
     """Measure this sidecar beside the server at ADDRESS (host:port, or unix:/path)."""
-    entry = RateLimitDescriptor.Entry(key=key, value=value)
-    request = RateLimitRequest(domain=domain, descriptors=[RateLimitDescriptor(entries=[entry])]).SerializeToString()
-    ensure_it_limits(address, request)
+    request = serialized(domain, key, value)
+    ensure_it_limits(address, domain, key)
+    ensure_it_admits(address, request)
     with running_servers() as servers:
         sidecar, *_peers = servers.mesh(3, rules=RULES.format(domain=domain, key=key))
-        ensure_it_limits(sidecar.address, request)
+        ensure_it_limits(sidecar.address, domain, key)
         results = []
         for load in LOADS:
             variants: dict[str, Callable[[], Figures]] = {
@@ -55,13 +67,47 @@ def main(address: str, *, domain: str, key: str, value: str, rounds: int, second
     print_results(results, as_json=as_json)
 
 
-def ensure_it_limits(address: str, request: bytes) -> None:
-    try:
-        answer = RateLimitResponse.FromString(first_answer(address, 5.0, request))
-    except grpc.RpcError as error:
-        raise click.ClickException(f"{address} does not answer: {error}") from error
-    if answer.overall_code != RateLimitResponse.OK:
+def serialized(domain: str, key: str, value: str, hits: int = 0) -> bytes:
+    """
+    Args:
+        hits: 0 leaves them out, as Envoy does, and means one.
+    """
+    entry = RateLimitDescriptor.Entry(key=key, value=value)
+    descriptors = [RateLimitDescriptor(entries=[entry])]
+    raw: bytes = RateLimitRequest(domain=domain, descriptors=descriptors, hits_addend=hits).SerializeToString()
+    return raw
+
+
+def ensure_it_limits(address: str, domain: str, key: str) -> None:
+    """
+    Raises:
+        click.ClickException: it has no rule for the key, or does not answer.
+    """
+    # A value of its own: some servers count the hits that they deny.
+    if overall_code(address, serialized(domain, key, uuid4().hex, MOST_HITS)) != RateLimitResponse.OVER_LIMIT:
+        raise click.ClickException(
+            f"{address} does not deny {MOST_HITS:,} hits at once on the key {key} of the domain {domain}: "
+            "it needs a rule for every value of that key"
+        )
+
+
+def ensure_it_admits(address: str, request: bytes) -> None:
+    """
+    Raises:
+        click.ClickException: it denies the request, or does not answer.
+    """
+    if overall_code(address, request) != RateLimitResponse.OK:
         raise click.ClickException(f"{address} does not admit the request: it needs a wider limit for it")
+
+
+def overall_code(address: str, request: bytes) -> int:
+    try:
+        answer = RateLimitResponse.FromString(first_answer(address, ANSWER_WITHIN_SECONDS, request))
+    except grpc.RpcError as error:
+        reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+        raise click.ClickException(f"{address} does not answer: {reason}") from error
+    code: int = answer.overall_code
+    return code
 
 
 if __name__ == "__main__":

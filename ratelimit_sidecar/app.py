@@ -23,6 +23,7 @@ from typing import Literal
 import structlog
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar import limiter as limiter_package
 from ratelimit_sidecar.clock import JUMP_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
@@ -298,6 +299,7 @@ class Sidecar:
         _log.info(
             "started",
             version=__version__,
+            compiled=str(limiter_package.__file__).endswith(".so"),
             node=self._config.node.id,
             region=self._config.node.region,
             grpc=list(self._front_end.addresses),

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
-_NO_SLOT = -1
+_NO_SLOT: Final = -1
 
 
 class Origin(NamedTuple):
@@ -84,17 +84,11 @@ class Bucket(ABC):
         "at_us",
         "journal",
         "key",
-        "limit",
         "origin",
     )
 
-    limit: AnyLimit
-
-    def __init__(
-        self, key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None = None
-    ) -> None:
+    def __init__(self, key: bytes, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
         self.key = key
-        self.limit = limit
         self.at_us = now_us
         """The last instant given."""
         self.origin = origin
@@ -107,6 +101,11 @@ class Bucket(ABC):
         self._heard: dict[Origin, dict[int, int]] | None = None
         """Slots of all other origins; none of the dicts in it is empty."""
         self._unsent: list[int] | None = None
+
+    @property
+    @abstractmethod
+    def limit(self) -> AnyLimit:
+        """What it enforces; see `set_limit`."""
 
     @abstractmethod
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -245,7 +244,9 @@ class Bucket(ABC):
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
         """The entries that may have been written since `since_us`, by the clocks of their origins."""
-        return (entry for entry in self.entries() if slot_end_us(entry.slot) > since_us)
+        for entry in self.entries():
+            if slot_end_us(entry.slot) > since_us:
+                yield entry
 
     def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
         """What all replicas hold alike that have heard of everything written up to `until_us`, and go on holding at
@@ -275,7 +276,7 @@ class Bucket(ABC):
         if not self._own_slot_unsent and self.journal is not None:
             if self._unsent is None:
                 self._unsent = []
-                self.journal.append(self)
+                self.journal.buckets.append(self)
             self._unsent.append(self._own_slot)
             self._own_slot_unsent = True
 

@@ -9,13 +9,12 @@ if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket
 
 
-class Journal(list["Bucket"]):
-    """Each bucket at most once."""
-
-    __slots__ = ("on_urgent",)
+class Journal:
+    __slots__ = ("buckets", "on_urgent")
 
     def __init__(self) -> None:
-        super().__init__()
+        self.buckets: list[Bucket] = []
+        """Each at most once."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
         """Called when a bucket gets nearly used up: others, who do not know, go on admitting. O(1), and does no I/O."""
 

@@ -65,7 +65,8 @@ class Ledger:
         return len(self._loans)
 
     def __iter__(self) -> Iterator[StrictBucket]:
-        return (loans.bucket for loans in self._loans.values())
+        for loans in self._loans.values():
+            yield loans.bucket
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home share changed.

@@ -8,7 +8,9 @@ the parts of a slot would count its sum again.
 
 from __future__ import annotations
 
-_EXPONENT_MASK = 63
+from typing import Final
+
+_EXPONENT_MASK: Final = 63
 
 
 def slot_id(time_us: int, exponent: int) -> int:

@@ -130,9 +130,9 @@ class Store:
 
     def drain_changes(self) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the own slots written since the last call."""
-        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal]
+        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets]
         # Emptied in place: every bucket holds it.
-        self.journal.clear()
+        self.journal.buckets.clear()
         return changed
 
     def sweep(self, now_us: int, most: int) -> int:

@@ -90,6 +90,7 @@ class StrictBucket(Bucket):
         "_busy",
         "_ceiling",
         "_lent",
+        "_limit",
         "_next_change_us",
         "_refill",
         "_taken_numbers",
@@ -102,8 +103,6 @@ class StrictBucket(Bucket):
         "share",
     )
 
-    limit: Limit
-
     def __init__(
         self,
         key: bytes,
@@ -115,7 +114,8 @@ class StrictBucket(Bucket):
         from_us: int,
         busy: list[StrictBucket] | None = None,
     ) -> None:
-        super().__init__(key, limit, origin, min(from_us, now_us))
+        super().__init__(key, origin, min(from_us, now_us))
+        self._limit = limit
         self._busy = busy if busy is not None else []
         self.is_noted = False
         """True while it is in the list of busy ones; whoever empties the list resets it."""
@@ -137,6 +137,10 @@ class StrictBucket(Bucket):
         self._share_again()
         self.advance(now_us)
 
+    @property
+    def limit(self) -> Limit:
+        return self._limit
+
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
         self._roll_window()
@@ -144,7 +148,7 @@ class StrictBucket(Bucket):
         if not self.is_noted:
             self.is_noted = True
             self._busy.append(self)
-        charge = (hits * self.limit.period_us) << 32
+        charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
         if admitted or always:
             self.level -= charge
@@ -153,11 +157,11 @@ class StrictBucket(Bucket):
     @property
     def remaining(self) -> int:
         """Whole tokens this replica can still admit by itself at `at_us`."""
-        return max(0, self.level // (self.limit.period_us << 32))
+        return max(0, self.level // (self._limit.period_us << 32))
 
     @property
     def debt(self) -> int:
-        return max(0, -(self.level // (self.limit.period_us << 32)))
+        return max(0, -(self.level // (self._limit.period_us << 32)))
 
     @property
     def full_in_us(self) -> int:
@@ -167,7 +171,7 @@ class StrictBucket(Bucket):
         return max(0, -(-(self._ceiling - self.level) // self._refill))
 
     def fits_in_us(self, hits: int) -> int:
-        charge = (hits * self.limit.period_us) << 32
+        charge = (hits * self._limit.period_us) << 32
         if charge > self._ceiling or not self._refill:
             return self.full_in_us
         return max(0, -(-(charge - self.level) // self._refill))
@@ -186,8 +190,8 @@ class StrictBucket(Bucket):
         assert isinstance(limit, Limit)
         self.advance(now_us)
         # Rounded down: no token is won by a change.
-        self.level = self.level * limit.period_us // self.limit.period_us
-        self.limit = limit
+        self.level = self.level * limit.period_us // self._limit.period_us
+        self._limit = limit
         self._window_us = _demand_window_us(limit)
         self._window = self.at_us // self._window_us
         self._share_again()
@@ -222,12 +226,12 @@ class StrictBucket(Bucket):
         """Parts whose refill would meet the demand of late, and a quarter more; at most all."""
         asked = self.asked
         elapsed_us = self._window_us + self.at_us % self._window_us
-        return min(PARTS, asked * self.limit.period_us * PARTS * 5 // (self.limit.tokens * elapsed_us * 4))
+        return min(PARTS, asked * self._limit.period_us * PARTS * 5 // (self._limit.tokens * elapsed_us * 4))
 
     @property
     def is_short(self) -> bool:
         """True when the level would not last for the demand of late once more."""
-        return self.level < (self.asked * self.limit.period_us) << 32
+        return self.level < (self.asked * self._limit.period_us) << 32
 
     @property
     def kept(self) -> int:
@@ -235,7 +239,7 @@ class StrictBucket(Bucket):
         needed = self.needed
         if not self.is_short:
             # While the level lasts, it is enough to go on holding four times what is asked for.
-            needed = min(needed, self.asked * 4 * PARTS // max(1, self.limit.capacity))
+            needed = min(needed, self.asked * 4 * PARTS // max(1, self._limit.capacity))
         return max(self.home_now >> RESERVE_SHIFT, needed)
 
     def lent_to(self, borrower: str) -> int:
@@ -279,7 +283,7 @@ class StrictBucket(Bucket):
             self._lent.setdefault(borrower, []).append(loan)
             self._share_again()
         # The part of a token that is cut and not sent is lost; refill brings it back.
-        tokens = max(0, before - self.level) // (self.limit.period_us << 32)
+        tokens = max(0, before - self.level) // (self._limit.period_us << 32)
         return Grant(ask.number, parts, tokens, available)
 
     def borrow(self, lender: str, grant: Grant, asked_us: int, now_us: int) -> bool:
@@ -317,7 +321,7 @@ class StrictBucket(Bucket):
             self._borrowed[lender] = loan._replace(parts=kept)
         before = self.level
         self._share_again()
-        tokens = max(0, before - self.level) // (self.limit.period_us << 32)
+        tokens = max(0, before - self.level) // (self._limit.period_us << 32)
         return Return(last_asked, kept, tokens)
 
     def take_back(self, borrower: str, returned: Return, now_us: int) -> None:
@@ -340,7 +344,7 @@ class StrictBucket(Bucket):
         return self.home if self.at_us >= self.from_us else 0
 
     def _add_tokens(self, tokens: int) -> None:
-        self.level = min(self._ceiling, self.level + (tokens * self.limit.period_us << 32))
+        self.level = min(self._ceiling, self.level + (tokens * self._limit.period_us << 32))
 
     def _refill_until(self, now_us: int) -> None:
         elapsed_us = now_us - self.at_us
@@ -363,8 +367,8 @@ class StrictBucket(Bucket):
         self._next_change_us = min(ends, default=_NEVER_US)
         own = max(0, self.home_now - self.lent)
         self.share = own + sum(loan.parts for loan in self._borrowed.values())
-        self._refill = self.limit.tokens * self.share
-        self._ceiling = self.limit.ceiling * self.share
+        self._refill = self._limit.tokens * self.share
+        self._ceiling = self._limit.ceiling * self.share
         self.level = min(self.level, self._ceiling)
 
     def _keep_loans(self, borrower: str, loans: list[_Lent]) -> None:

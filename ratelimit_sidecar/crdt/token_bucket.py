@@ -14,7 +14,7 @@ adds what refill that was spilled since (`spilled.py`) does not pay.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal
@@ -22,10 +22,10 @@ from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
-SEAL_BATCH_SLOTS = 16
+SEAL_BATCH_SLOTS: Final = 16
 """Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
 
-MIN_BASE_AGE_US = MIN_HORIZON_US // 2
+MIN_BASE_AGE_US: Final = MIN_HORIZON_US // 2
 """No replica seals what is younger than the horizon; half of the shortest one is left for clocks that differ."""
 
 
@@ -35,6 +35,7 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
+        "_limit",
         "_own_slot_end_us",
         "_sealed_until_us",
         "_spilled",
@@ -42,10 +43,9 @@ class TokenBucket(Bucket):
         "full_at_us",
     )
 
-    limit: Limit
-
     def __init__(self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
-        super().__init__(key, limit, origin, now_us, journal)
+        super().__init__(key, origin, now_us, journal)
+        self._limit = limit
         self._base_us = limit.boundary_us(now_us)
         self._base_deficit = 0
         self.deficit = 0
@@ -59,12 +59,16 @@ class TokenBucket(Bucket):
         self._sealed_until_us = 0
         """The end of an own slot that was sealed before it was over: the limit had wider slots then."""
 
+    @property
+    def limit(self) -> Limit:
+        return self._limit
+
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         """See `Bucket.take`. What is denied changes nothing that replicates, unless charged `always`: then it
         becomes debt.
         """
         self.advance(now_us)
-        limit = self.limit
+        limit = self._limit
         charge = hits * limit.period_us
         admitted = self.deficit + charge <= limit.ceiling
         if hits and (admitted or always):
@@ -80,28 +84,28 @@ class TokenBucket(Bucket):
     @property
     def remaining(self) -> int:
         """Whole tokens left at `at_us`; 0 when in debt."""
-        return max(0, (self.limit.ceiling - self.deficit) // self.limit.period_us)
+        return max(0, (self._limit.ceiling - self.deficit) // self._limit.period_us)
 
     @property
     def debt(self) -> int:
-        return max(0, -((self.limit.ceiling - self.deficit) // self.limit.period_us))
+        return max(0, -((self._limit.ceiling - self.deficit) // self._limit.period_us))
 
     @property
     def full_in_us(self) -> int:
         """Microseconds from `at_us` until the bucket is full again, rounded up."""
-        return -(-self.deficit // self.limit.tokens)
+        return -(-self.deficit // self._limit.tokens)
 
     def fits_in_us(self, hits: int) -> int:
-        if hits > self.limit.capacity:
+        if hits > self._limit.capacity:
             return self.full_in_us
-        missing = self.deficit + hits * self.limit.period_us - self.limit.ceiling
-        return max(0, -(-missing // self.limit.tokens))
+        missing = self.deficit + hits * self._limit.period_us - self._limit.ceiling
+        return max(0, -(-missing // self._limit.tokens))
 
     def advance(self, now_us: int) -> None:
         """Drain the live deficit up to `now_us`."""
         elapsed_us = now_us - self.at_us
         if elapsed_us > 0:
-            deficit = self.deficit - elapsed_us * self.limit.tokens
+            deficit = self.deficit - elapsed_us * self._limit.tokens
             if deficit <= 0:
                 if self._spilled is not None and deficit:
                     self._spilled.note(-deficit, now_us)
@@ -121,7 +125,7 @@ class TokenBucket(Bucket):
         """
         self.advance(now_us)
         self._seal_when_due()
-        limit, at_us, spilled = self.limit, self.at_us, self._spilled
+        limit, at_us, spilled = self._limit, self.at_us, self._spilled
         exponent, period_us = limit.exponent, limit.period_us
         oldest_us = max(self._base_us, limit.boundary_us(at_us))
         newest_us = at_us + limit.horizon_us
@@ -160,7 +164,7 @@ class TokenBucket(Bucket):
         """See `Bucket.telling_base`. One that is ahead of the horizon tells from when on slots are missing here: the
         limit had a shorter horizon for a while.
         """
-        is_ahead = self._base_us > self.limit.boundary_us(self.at_us)
+        is_ahead = self._base_us > self._limit.boundary_us(self.at_us)
         return self.base if self._base_deficit or is_ahead else None
 
     def merge_base(self, other: Base, now_us: int) -> bool:
@@ -180,9 +184,9 @@ class TokenBucket(Bucket):
         boundary_us = max(before.boundary_us, other.boundary_us)
         if boundary_us > before.boundary_us:
             self._seal_before(boundary_us)
-        drained = other.deficit - (boundary_us - other.boundary_us) * self.limit.tokens
+        drained = other.deficit - (boundary_us - other.boundary_us) * self._limit.tokens
         if drained > self._base_deficit:
-            self._base_deficit = min(drained, self.limit.debt_ceiling)
+            self._base_deficit = min(drained, self._limit.debt_ceiling)
         if self.base == before:
             return False
         self._refold()
@@ -191,7 +195,7 @@ class TokenBucket(Bucket):
     def seal(self, now_us: int) -> None:
         """Fold what lies behind the horizon into the base and forget its slots."""
         self.advance(now_us)
-        boundary_us = self.limit.boundary_us(self.at_us)
+        boundary_us = self._limit.boundary_us(self.at_us)
         if boundary_us > self._base_us and self._seal_before(boundary_us):
             self._refold()
 
@@ -205,7 +209,7 @@ class TokenBucket(Bucket):
             self._seal_when_due()
             return False
         # Not sealed for this: most buckets looked at are dropped or have not been used for less than the horizon.
-        boundary_us = self.limit.boundary_us(self.at_us)
+        boundary_us = self._limit.boundary_us(self.at_us)
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
@@ -215,9 +219,9 @@ class TokenBucket(Bucket):
         """See `Bucket.set_limit`; what was taken within the horizon still counts, at the new rate."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
-        scaled = -(-self._base_deficit * limit.period_us // self.limit.period_us)
+        scaled = -(-self._base_deficit * limit.period_us // self._limit.period_us)
         self._base_deficit = min(scaled, limit.debt_ceiling)
-        self.limit = limit
+        self._limit = limit
         # The next take opens a slot of the new width.
         self._own_slot_end_us = 0
         self._refold()
@@ -227,14 +231,14 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        boundary_us = max(self._base_us, self.limit.boundary_us(now_us))
+        boundary_us = max(self._base_us, self._limit.boundary_us(now_us))
         return self._fold_from_base(self._events(self.entries(), now_us), boundary_us, now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
         there the deficit is compared, and of what is placed later the slots that are over.
         """
-        limit = self.limit
+        limit = self._limit
         from_us = max(limit.boundary_us(kept_until_us), self._base_us)
         earlier, entries = [], []
         for entry in self.entries():
@@ -250,7 +254,7 @@ class TokenBucket(Bucket):
 
     def _seal_when_due(self) -> None:
         """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""
-        limit = self.limit
+        limit = self._limit
         if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
 
@@ -261,7 +265,7 @@ class TokenBucket(Bucket):
         happens only after a change of the limit. A slot that begins later was never sealed, and powers of two nest.
         """
         self._seal_when_due()
-        exponent = self.limit.exponent
+        exponent = self._limit.exponent
         while slot_id(self.at_us, exponent) < self._base_us:
             exponent -= 1
         slot = slot_id(self.at_us, exponent)
@@ -270,7 +274,7 @@ class TokenBucket(Bucket):
 
     def _events(self, entries: Iterable[tuple[Origin, int, int]], last_us: int) -> list[tuple[int, int]]:
         """What was taken and when, in time order, all of it by `last_us`."""
-        exponent = self.limit.exponent
+        exponent = self._limit.exponent
         return sorted([(min(placed_us(slot, exponent), last_us), tokens) for _, slot, tokens in entries])
 
     def _fold_from_base(
@@ -284,7 +288,7 @@ class TokenBucket(Bucket):
         at_us, deficit = self._base_us, self._base_deficit
         full_at_us = at_us
         forgiven = False
-        tokens, period_us, debt_ceiling = self.limit.tokens, self.limit.period_us, self.limit.debt_ceiling
+        tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
         for event_us, taken in events:
             deficit -= (event_us - at_us) * tokens
             if deficit <= 0:
@@ -305,8 +309,8 @@ class TokenBucket(Bucket):
         return _Folded(deficit, full_at_us, forgiven)
 
     def _refold(self) -> None:
-        boundary_us = max(self._base_us, self.limit.boundary_us(self.at_us))
-        self._spilled = SpilledRefill(self.limit, self._base_us) if self._heard is not None else None
+        boundary_us = max(self._base_us, self._limit.boundary_us(self.at_us))
+        self._spilled = SpilledRefill(self._limit, self._base_us) if self._heard is not None else None
         events = self._events(self.entries(), self.at_us)
         folded = self._fold_from_base(events, boundary_us, self.at_us, self._spilled)
         self.deficit, self.full_at_us = folded.deficit, folded.full_at_us

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from itertools import chain
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 V = TypeVar("V")
 
-SHARDS = 256
+SHARDS: Final = 256
 """Of a million keys each shard holds 4,000, and grows within 0.1 ms."""
 
 # A prototype of its own: attributes of `ctypes.pythonapi` are shared by everybody who sets argument types on them.
@@ -61,4 +60,5 @@ class UntrackedDict(Generic[V]):
         self._length -= 1
 
     def values(self) -> Iterator[V]:
-        return chain.from_iterable(shard.values() for shard in self.shards)
+        for shard in self.shards:
+            yield from shard.values()

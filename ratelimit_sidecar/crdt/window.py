@@ -22,18 +22,21 @@ from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slo
 class FixedWindow(Bucket):
     """Counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
 
-    __slots__ = ("_end_us", "_slot", "_written_us", "count")
-
-    limit: WindowLimit
+    __slots__ = ("_end_us", "_limit", "_slot", "_written_us", "count")
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
-        super().__init__(key, limit, origin, now_us, journal)
+        super().__init__(key, origin, now_us, journal)
+        self._limit = limit
         self.count = 0
         """Tokens taken in the current window by all replicas."""
         self._slot = self._end_us = self._written_us = 0
         self._enter_window()
+
+    @property
+    def limit(self) -> WindowLimit:
+        return self._limit
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -43,18 +46,18 @@ class FixedWindow(Bucket):
                 self._open_own_slot(self._slot)
             self._write_own(hits)
             self._written_us = self.at_us
-            if self.count < self.limit.urgent_count <= count and self.journal is not None:
+            if self.count < self._limit.urgent_count <= count and self.journal is not None:
                 self.journal.on_urgent()
             self.count = count
-        return count <= self.limit.requests
+        return count <= self._limit.requests
 
     @property
     def remaining(self) -> int:
-        return max(0, self.limit.requests - self.count)
+        return max(0, self._limit.requests - self.count)
 
     @property
     def debt(self) -> int:
-        return max(0, self.count - self.limit.requests)
+        return max(0, self.count - self._limit.requests)
 
     @property
     def full_in_us(self) -> int:
@@ -62,7 +65,7 @@ class FixedWindow(Bucket):
         return self._end_us - self.at_us
 
     def fits_in_us(self, hits: int) -> int:
-        return 0 if self.count + hits <= self.limit.requests else self.full_in_us
+        return 0 if self.count + hits <= self._limit.requests else self.full_in_us
 
     def advance(self, now_us: int) -> None:
         """Enter the window of `now_us` and forget the ones before."""
@@ -77,11 +80,11 @@ class FixedWindow(Bucket):
         whose clock is ahead.
         """
         self.advance(now_us)
-        next_slot = _slot_of_window(self.limit, self._end_us)
+        next_slot = _slot_of_window(self._limit, self._end_us)
         news = 0
         for entry in entries:
             slot = entry.slot
-            if slot_exponent(slot) == self.limit.exponent:
+            if slot_exponent(slot) == self._limit.exponent:
                 is_ahead = slot > next_slot
             else:
                 # The longest window with such a slot is almost twice as long.
@@ -108,12 +111,12 @@ class FixedWindow(Bucket):
         """Enforce another limit from now on. One with another period has other windows, with counts of their own."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
-        self.limit = limit
+        self._limit = limit
         self._enter_window()
 
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`."""
-        return self._sum(_slot_of_window(self.limit, now_us))
+        return self._sum(_slot_of_window(self._limit, now_us))
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
         """See `Bucket.entries_since`. All or nothing: takes are counted in the slot in which their window began."""
@@ -121,15 +124,15 @@ class FixedWindow(Bucket):
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`: the current window, unless it began after `until_us` or ends before `kept_until_us`."""
-        begins_us = self._end_us - self.limit.period_us
+        begins_us = self._end_us - self._limit.period_us
         if begins_us > until_us or self._end_us <= kept_until_us:
             return None
         entries = [entry for entry in self.entries() if entry.slot == self._slot]
         return Settled(0, entries) if entries else None
 
     def _enter_window(self) -> None:
-        period_us = self.limit.period_us
-        self._slot = _slot_of_window(self.limit, self.at_us)
+        period_us = self._limit.period_us
+        self._slot = _slot_of_window(self._limit, self.at_us)
         self._end_us = self.at_us - self.at_us % period_us + period_us
         self._forget(self._is_past)
         self.count = self._sum(self._slot)
@@ -139,7 +142,7 @@ class FixedWindow(Bucket):
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
-        if exponent == self.limit.exponent:
+        if exponent == self._limit.exponent:
             return slot < self._slot
         # The window begins within the slot and is less than twice as long.
         return slot_end_us(slot) + (2 << exponent) <= self.at_us
@@ -148,43 +151,46 @@ class FixedWindow(Bucket):
 class SlidingWindow(Bucket):
     """Counts what was admitted over the period that ends now."""
 
-    __slots__ = ("_first_leaves_us", "_last_leaves_us", "_own_slot_end_us", "count")
-
-    limit: WindowLimit
+    __slots__ = ("_first_leaves_us", "_last_leaves_us", "_limit", "_own_slot_end_us", "count")
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
-        super().__init__(key, limit, origin, now_us, journal)
+        super().__init__(key, origin, now_us, journal)
+        self._limit = limit
         self.count = 0
         """Tokens in the slots that are not wholly out of the period, of all replicas."""
         self._first_leaves_us = self._last_leaves_us = 0
         """When the first and the last of them will be; 0 when there is none."""
         self._own_slot_end_us = 0
 
+    @property
+    def limit(self) -> WindowLimit:
+        return self._limit
+
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
-        admitted = self.count + hits <= self.limit.requests
+        admitted = self.count + hits <= self._limit.requests
         if hits and (admitted or always):
             if self.at_us >= self._own_slot_end_us:
-                slot = slot_id(self.at_us, self.limit.exponent)
+                slot = slot_id(self.at_us, self._limit.exponent)
                 self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
                 self._note(self._leaves_us(slot))
             before = self.count
             self.count += hits
             self._write_own(hits)
-            if before < self.limit.urgent_count <= self.count and self.journal is not None:
+            if before < self._limit.urgent_count <= self.count and self.journal is not None:
                 self.journal.on_urgent()
         return admitted
 
     @property
     def remaining(self) -> int:
-        return max(0, self.limit.requests - self.count)
+        return max(0, self._limit.requests - self.count)
 
     @property
     def debt(self) -> int:
-        return max(0, self.count - self.limit.requests)
+        return max(0, self.count - self._limit.requests)
 
     @property
     def full_in_us(self) -> int:
@@ -194,7 +200,7 @@ class SlidingWindow(Bucket):
     def fits_in_us(self, hits: int) -> int:
         count, fits_us = self.count, self.at_us
         for leaves_us, tokens in sorted(self._counting(self.at_us)):
-            if count + hits <= self.limit.requests:
+            if count + hits <= self._limit.requests:
                 break
             count -= tokens
             fits_us = leaves_us
@@ -235,7 +241,7 @@ class SlidingWindow(Bucket):
         """Enforce another limit from now on; what was taken within its period counts, as far as it is still known."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
-        self.limit = limit
+        self._limit = limit
         self._own_slot_end_us = 0
         self._count_again()
 
@@ -263,8 +269,8 @@ class SlidingWindow(Bucket):
         One from before the limit changed may be wider, and is treated as if it ended after the limit's width; or its
         limit may have had a shorter period, by the end of which whoever has that limit still has forgotten it.
         """
-        end_us = slot_start_us(slot) + (1 << min(slot_exponent(slot), self.limit.exponent))
-        return min(end_us + self.limit.period_us, slot_end_us(slot) + _kept_us(slot))
+        end_us = slot_start_us(slot) + (1 << min(slot_exponent(slot), self._limit.exponent))
+        return min(end_us + self._limit.period_us, slot_end_us(slot) + _kept_us(slot))
 
     def _note(self, leaves_us: int) -> None:
         first_us = self._first_leaves_us

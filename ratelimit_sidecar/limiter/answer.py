@@ -115,7 +115,7 @@ def _add_retry_headers(response: RateLimitResponse, denial: _Denial, *, with_old
 
 
 def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> None:
-    response.response_headers_to_add.extend(HeaderValue(key=name, value=str(value)) for name, value in headers)
+    response.response_headers_to_add.extend([HeaderValue(key=name, value=str(value)) for name, value in headers])
 
 
 def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:

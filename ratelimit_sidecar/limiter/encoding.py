@@ -7,10 +7,12 @@ is to the byte what protobuf itself writes, which a property test holds it to. N
 
 from __future__ import annotations
 
+from typing import Final
+
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
-_TABLE_BITS = 14
-_TABLE_MASK = (1 << _TABLE_BITS) - 1
+_TABLE_BITS: Final = 14
+_TABLE_MASK: Final = (1 << _TABLE_BITS) - 1
 
 
 def _varint(number: int) -> bytes:
@@ -22,22 +24,22 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-_LAST = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
+_LAST: Final = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
 """Numbers that end here: one or two bytes."""
 
-_MORE = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))
+_MORE: Final = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))
 """Their lowest 14 bits, when more follow."""
 
-_DURATION = tuple(bytes((0x22, length)) for length in range(20))
+_DURATION: Final = tuple(bytes((0x22, length)) for length in range(20))
 """The beginning of duration_until_reset, which is that long."""
 
-OVERALL_OK: bytes = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
-OVERALL_OVER_LIMIT: bytes = RateLimitResponse(overall_code=RateLimitResponse.OVER_LIMIT).SerializeToString()
+OVERALL_OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
+OVERALL_OVER_LIMIT: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OVER_LIMIT).SerializeToString()
 """The beginning of an answer."""
 
-_MAX_UINT32 = 2**32 - 1
-_SECOND_US = 1_000_000
-_MAX_DURATION_US = 315_576_000_000 * _SECOND_US
+_MAX_UINT32: Final = 2**32 - 1
+_SECOND_US: Final = 1_000_000
+_MAX_DURATION_US: Final = 315_576_000_000 * _SECOND_US
 """The largest google.protobuf.Duration: 10,000 years."""
 
 

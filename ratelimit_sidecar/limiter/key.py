@@ -46,9 +46,9 @@ _WINDOWS_AND_TOKEN_BUCKET = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
 _FORMS_OF_VALUES = (
     STRICT_TOKEN_BUCKET,
     *_WINDOWS_AND_TOKEN_BUCKET,
-    *(form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET),
+    *[form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET],
 )
-FORMS = frozenset((*_FORMS_OF_VALUES, *(form | OVERFLOW for form in _FORMS_OF_VALUES)))
+FORMS = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORMS_OF_VALUES]))
 _BYTES = tuple(bytes((number,)) for number in range(256))
 _CONTINUES = 0x80
 _MAX_SHIFT = 28
@@ -105,7 +105,7 @@ def overflow_key(name: bytes) -> bytes:
         ValueError: not a name.
     """
     form, domain, entries = decode_bucket_key(name)
-    kept = [kept for entry in entries if (kept := _without_values(entry)) is not None]
+    kept = [bare for entry in entries if (bare := _without_values(entry)) is not None]
     if entries and all(entry.kind == UNRULED for entry in entries):
         # Callers choose the domain and the keys, too.
         domain, kept = "", [KeyEntry(UNRULED, "", "")]

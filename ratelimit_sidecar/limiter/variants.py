@@ -41,7 +41,7 @@ def _changed_node(node: RuleNode, change: Callable[[Rule], Rule]) -> RuleNode:
         rule=None if node.rule is None else change(node.rule),
         exact=_changed_nodes(node.exact, change),
         wildcards={
-            key: WildcardSet((pattern, _changed_node(below, change)) for pattern, below in wildcards.patterns)
+            key: WildcardSet([(pattern, _changed_node(below, change)) for pattern, below in wildcards.patterns])
             for key, wildcards in node.wildcards.items()
         },
         key_only=_changed_nodes(node.key_only, change),

@@ -181,7 +181,7 @@ class Summing:
         first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
         self._walk = self._store.walk()
         self._looking = self._summing = 0
-        return Pass(at_us, ((first + number) % SEGMENTS for number in range(self._segments_a_pass)))
+        return Pass(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_pass)])
 
     def _take_step(self, current: Pass) -> bool:
         """True when the pass is done."""

@@ -153,7 +153,7 @@ class DeltasReader:
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
         _check_size(deltas)
-        origins = [self._sender, *(read_origin(origin.node, origin.incarnation) for origin in deltas.origins)]
+        origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         applied = Applied()
         if self._limit_of_key is not store.limit_of_key:
             self._limit_of_key = store.limit_of_key

@@ -85,7 +85,7 @@ class Relay:
         """The peers to whom this node passes on what `origin` takes."""
         found = self._of_origin.get(origin)
         # A node that nobody reaches has ended, and what was heard of it is news to all who have not heard it.
-        return found if found is not None else (peer for peer in self._peers if self._must_tell(peer, origin))
+        return found if found is not None else [peer for peer in self._peers if self._must_tell(peer, origin)]
 
     def _must_tell(self, peer: Peer, origin: str) -> bool:
         if peer.reaches is None or origin == peer.node or origin in peer.reaches:

@@ -7,12 +7,13 @@ compression.md.
 
 from __future__ import annotations
 
+from typing import Final
 from urllib.parse import quote
 
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
-PREFIX_BYTES = 5
+PREFIX_BYTES: Final = 5
 
 MAX_BODY_BYTES = PREFIX_BYTES + MAX_MESSAGE_BYTES
 
@@ -23,7 +24,7 @@ header."""
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
-_PREFIXES = tuple(b"\0" + length.to_bytes(4, "big") for length in range(1_024))
+_PREFIXES: Final = tuple(b"\0" + length.to_bytes(4, "big") for length in range(1_024))
 """Of the uncompressed messages that there nearly always are."""
 
 

@@ -8,7 +8,7 @@ the trailers with the status. A call that fails is answered by headers alone, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import h2corn
 
@@ -26,16 +26,16 @@ from ratelimit_sidecar.server.limits import (
 )
 from ratelimit_sidecar.server.rpc import Code, FailureLog, Handlers, RpcError
 
-_CONTENT_TYPE = (b"content-type", b"application/grpc")
-_TE_TRAILERS = (b"te", b"trailers")
+_CONTENT_TYPE: Final = (b"content-type", b"application/grpc")
+_TE_TRAILERS: Final = (b"te", b"trailers")
 
-_START: h2corn.HTTPResponseStart = {
+_START: Final[h2corn.HTTPResponseStart] = {
     "type": "http.response.start",
     "status": 200,
     "headers": [_CONTENT_TYPE],
     "trailers": True,
 }
-_OK_TRAILERS: h2corn.HTTPResponseTrailers = {
+_OK_TRAILERS: Final[h2corn.HTTPResponseTrailers] = {
     "type": "http.response.trailers",
     "headers": [(b"grpc-status", b"0")],
 }
@@ -97,8 +97,8 @@ class H2FrontEnd(Hosting):
         except RpcError as error:
             await _send_all(_status(error), send)
             return
-        except Exception as error:
-            await _send_all(_status(self._failures.status_of(path, error)), send)
+        except Exception as failure:
+            await _send_all(_status(self._failures.status_of(path, failure)), send)
             return
         # When the client is gone, most likely after its timeout, this raises, and h2corn drops it without a word.
         await send(_START)

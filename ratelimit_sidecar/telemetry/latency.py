@@ -6,9 +6,12 @@ Written and read on the event loop alone.
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Final
 
-BOUNDS_NS = (
-    10_000,
+FIRST_BOUND_NS: Final = 10_000
+
+BOUNDS_NS: Final = (
+    FIRST_BOUND_NS,
     25_000,
     50_000,
     100_000,
@@ -34,5 +37,6 @@ class LatencyHistogram:
         self.sum_ns = 0
 
     def observe(self, elapsed_ns: int) -> None:
-        self.counts[bisect_left(BOUNDS_NS, elapsed_ns)] += 1
+        # Nearly all of them, without a search.
+        self.counts[0 if elapsed_ns <= FIRST_BOUND_NS else bisect_left(BOUNDS_NS, elapsed_ns)] += 1
         self.sum_ns += elapsed_ns

@@ -296,13 +296,13 @@ def test_only_slots_written_since_the_last_drain_are_reported() -> None:
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US + 1_000_000)
-    assert journal == [bucket]
+    assert journal.buckets == [bucket]
     assert len(bucket.drain_changed_slots()) == 2
     assert bucket.drain_changed_slots() == []
     bucket.take(0, NOW_US + 1_000_000)
-    assert journal == [bucket]
+    assert journal.buckets == [bucket]
     bucket.take(1, NOW_US + 1_000_000)
-    assert journal == [bucket, bucket]
+    assert journal.buckets == [bucket, bucket]
     assert [slot_exponent(slot) for slot in bucket.drain_changed_slots()] == [bucket.limit.exponent]
 
 

@@ -169,7 +169,7 @@ def test_a_window_is_idle_once_nothing_in_it_counts_and_peers_were_told(make) ->
     assert not window.is_idle(later_us)
     window.drain_changed_slots()
     assert window.is_idle(later_us)
-    assert journal == [window]
+    assert journal.buckets == [window]
 
 
 @pytest.mark.parametrize("make", [fixed, sliding])

@@ -141,6 +141,7 @@ def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: in
     assert all(peer.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
 
 
+@pytest.mark.interpreted
 def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
     store = store_of(node("a"))
     summing = Summing(store, NOW_US)
@@ -274,6 +275,7 @@ def exchange_of_nothing(*, leads: bool = True) -> Exchange:
 ZEROES = [0] * SEGMENT_RANGES
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "frame",
     [
@@ -294,6 +296,7 @@ def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) ->
     assert caught.value.reason is Reason.BAD_DIGEST
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("frame", [pb.Summary(keys=[1], states=[2]), pb.Pull(keys=[1])], ids=["summary", "pull"])
 def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb.Pull) -> None:
     exchange = exchange_of_nothing()
@@ -301,6 +304,7 @@ def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb
     assert exchange.take_frame() is None
 
 
+@pytest.mark.interpreted
 def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> None:
     exchange = exchange_of_nothing()
     done = sums_of(exchange._store, EVERY_US)
@@ -329,6 +333,7 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pa
     return exchange, told, done, bucket
 
 
+@pytest.mark.interpreted
 def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for_as_well() -> None:
     for theirs, pulls in (({}, 0), ({hash64(key_of("ann")): 1}, 1)):
         exchange, told, done, bucket = differing(lambda _bucket: None)
@@ -339,6 +344,7 @@ def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for
         assert (0 if frame is None else len(frame.pull.keys)) == pulls
 
 
+@pytest.mark.interpreted
 def test_a_bucket_that_has_changed_since_is_not_told() -> None:
     def hear(bucket: Bucket) -> None:
         late = Entry(Origin("c", 1), slot_id(bucket.at_us - SLOT_US, PER_USER.exponent), 5)
@@ -405,6 +411,7 @@ def whole_pass(names: int) -> tuple[Store, Summing, Pass]:
     return store, summing, done
 
 
+@pytest.mark.interpreted
 def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anti_entropy, "MAX_EXCHANGED", 10)
     store, summing, done = whole_pass(50)
@@ -417,6 +424,7 @@ def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkey
     assert len(told) == 10
 
 
+@pytest.mark.interpreted
 def test_a_digest_is_answered_once() -> None:
     store, summing, done = whole_pass(50)
     exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)

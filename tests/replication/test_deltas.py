@@ -22,6 +22,7 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -82,6 +83,7 @@ def assert_refused(deltas: pb.Deltas, reason: Reason, store: Store | None = None
     assert caught.value.reason is reason
 
 
+@pytest.mark.interpreted
 @given(entries)
 def test_entries_arrive_as_they_were_sent(sent_entries: list[Entry]) -> None:
     store = Recorder()
@@ -92,6 +94,7 @@ def test_entries_arrive_as_they_were_sent(sent_entries: list[Entry]) -> None:
     assert applied.entries == len(sent_entries)
 
 
+@pytest.mark.interpreted
 @given(st.integers(0, 2**60), st.integers(0, MAX_TIME_US))
 def test_a_base_arrives_as_it_was_sent_between_nodes_with_one_limit(deficit: int, boundary_us: int) -> None:
     store = Recorder()
@@ -100,6 +103,7 @@ def test_a_base_arrives_as_it_was_sent_between_nodes_with_one_limit(deficit: int
     assert store.told == [(KEY, base, [])]
 
 
+@pytest.mark.interpreted
 def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
     limit = Limit(1, MAX_PERIOD_US, 2**40, max_debt=1024)
     store = Recorder(limit)
@@ -108,6 +112,7 @@ def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
     assert store.told == [(KEY, base, [])]
 
 
+@pytest.mark.interpreted
 @given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(0, 10**12))
 def test_a_base_is_rescaled_to_the_receivers_limit_rounding_up(
     their_period: int, our_period: int, deficit: int
@@ -136,6 +141,7 @@ def test_a_typical_delta_is_less_than_twenty_bytes_beside_its_key() -> None:
     assert delta.ByteSize() - len(KEY) < 20
 
 
+@pytest.mark.interpreted
 def test_a_count_larger_than_any_real_one_is_sent_as_the_largest() -> None:
     store = Recorder()
     huge = Entry(A, slot_id(NOW_US, MIN_EXPONENT), MAX_SLOT_TOKENS * 2)
@@ -239,7 +245,7 @@ def test_the_largest_key_fits_into_a_frame() -> None:
 )
 def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_kilobyte(limit: Limit) -> None:
     regions = [Origin(node, 2**63 + 1) for node in ("us-east-1-a", "eu-west-2-a", "ap-southeast-1-a")]
-    buckets = [TokenBucket(KEY, limit, region, NOW_US, []) for region in regions]
+    buckets = [TokenBucket(KEY, limit, region, NOW_US, Journal()) for region in regions]
     now_us = NOW_US
     while now_us < NOW_US + 2 * limit.horizon_us:
         now_us += limit.period_us // limit.tokens + 1

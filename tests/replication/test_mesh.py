@@ -274,6 +274,7 @@ class FaultyStore(Store):
         return super().join(*args)  # type: ignore[arg-type]
 
 
+@pytest.mark.interpreted
 async def test_a_fault_of_this_program_ends_one_stream_is_counted_and_the_peer_comes_back() -> None:
     local = node("a")
     faulty = FaultyStore(local.origin, store_of(local).limit_of_key)

@@ -62,6 +62,7 @@ def test_there_are_recordings() -> None:
     assert RECORDINGS
 
 
+@pytest.mark.interpreted
 def test_all_that_an_older_node_says_is_understood(recording: Recording) -> None:
     party = replay(recording).party
     a = Origin("a", 11)
@@ -80,6 +81,7 @@ def test_all_that_an_older_node_says_is_understood(recording: Recording) -> None
     assert status.last_error == "the peer closed the stream: draining: the sidecar is shutting down"
 
 
+@pytest.mark.interpreted
 def test_an_older_node_understands_all_that_it_is_told(recording: Recording) -> None:
     said = frames_of_then(recording, replay(recording).said)
     kinds = [frame.WhichOneof("kind") for frame in said]

@@ -436,6 +436,7 @@ def test_a_peers_new_life_is_told_what_its_last_one_took() -> None:
     assert one.peer is not None
 
 
+@pytest.mark.interpreted
 def test_a_member_in_want_borrows_of_another_one() -> None:
     a, b = Strict("a"), Strict("b")
     one, other = connected(a, b)
@@ -445,6 +446,7 @@ def test_a_member_in_want_borrows_of_another_one() -> None:
     assert a.plan().borrowed_from("b") == b.plan().lent_to("a") > 0
 
 
+@pytest.mark.interpreted
 def test_asks_go_out_on_the_stream_in_use_before_any_deltas_and_are_granted_where_they_came_in() -> None:
     a, b = Strict("a"), Strict("b")
     (a1, b1), (a2, b2) = [(stream_of(a), stream_of(b)) for _ in range(2)]
@@ -467,6 +469,7 @@ def test_asks_go_out_on_the_stream_in_use_before_any_deltas_and_are_granted_wher
     assert [grant.key for grant in pb.Frame.FromString(grants).loans.grants] == [PLAN]
 
 
+@pytest.mark.interpreted
 def test_a_stream_is_woken_when_there_is_something_to_ask_for() -> None:
     a = Strict("a")
     woken: list[None] = []
@@ -479,6 +482,7 @@ def test_a_stream_is_woken_when_there_is_something_to_ask_for() -> None:
     assert woken
 
 
+@pytest.mark.interpreted
 def test_more_loans_than_a_frame_takes_go_out_in_several() -> None:
     a, b = Strict("a"), Strict("b")
     one, _ = connected(a, b)
@@ -489,6 +493,7 @@ def test_more_loans_than_a_frame_takes_go_out_in_several() -> None:
     assert [len(each.loans.asks) for each in frames] == [MAX_BATCH_LOANS, 1]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "fields", [{"protocol": 1}, {"protocol": 1, "membership": MEMBERS}, {}], ids=["old", "odd", "not strict"]
 )
@@ -503,6 +508,7 @@ def test_a_peer_that_cannot_lend_is_not_asked_and_hears_what_is_eventual(fields:
     assert [kind_of(raw) for raw in said_by(stream)] == ["deltas"]
 
 
+@pytest.mark.interpreted
 def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     a = Strict("a")
     assert a.lending is not None
@@ -516,6 +522,7 @@ def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     assert a.lending.status().conflicts == ()
 
 
+@pytest.mark.interpreted
 def test_what_was_asked_for_on_a_lost_stream_is_asked_for_anew_on_the_next_one() -> None:
     a, b = Strict("a"), Strict("b")
     one, other = connected(a, b)
@@ -530,6 +537,7 @@ def test_what_was_asked_for_on_a_lost_stream_is_asked_for_anew_on_the_next_one()
     assert a.plan().borrowed_from("b") > 0
 
 
+@pytest.mark.interpreted
 def test_while_another_stream_of_the_lender_lives_nothing_is_given_up() -> None:
     a, b = Strict("a"), Strict("b")
     first, first_at_b = connected(a, b)
@@ -546,6 +554,7 @@ def test_while_another_stream_of_the_lender_lives_nothing_is_given_up() -> None:
     assert held > a.plan().borrowed_from("b") == b.plan().lent_to("a") == 0
 
 
+@pytest.mark.interpreted
 def test_a_return_to_a_lender_out_of_reach_is_not_sent() -> None:
     a, b = Strict("a"), Strict("b")
     one, other = connected(a, b)
@@ -561,6 +570,7 @@ def test_a_return_to_a_lender_out_of_reach_is_not_sent() -> None:
     assert b.plan().lent_to("a") > 0
 
 
+@pytest.mark.interpreted
 def test_buckets_to_borrow_of_that_no_strict_rule_knows_are_counted() -> None:
     a = Strict("a")
     stream = stream_of(a)
@@ -570,6 +580,7 @@ def test_buckets_to_borrow_of_that_no_strict_rule_knows_are_counted() -> None:
     assert not stream.is_over
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("ask", "reason"),
     [(pb.LoanAsk(key=PLAN, parts=PARTS + 1), "bad_loan"), (pb.LoanAsk(key=b"\x09"), "bad_key")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from replication.builders import NOW_US
 
 from ratelimit_sidecar.replication.replicator import Stream
@@ -57,6 +58,7 @@ def test_an_address_that_comes_back_in_time_was_never_gone() -> None:
     assert targets.take_retired(NOW_US + 2 * GRACE_US) == []
 
 
+@pytest.mark.interpreted
 def test_an_address_that_is_gone_is_kept_while_its_stream_lives() -> None:
     targets = Targets(["mesh.example:1"])
     [name] = targets.names
@@ -106,6 +108,7 @@ def test_of_a_name_with_both_families_the_one_that_is_not_listened_on_is_not_mis
     assert addresses(targets.unreached()) == ["10.0.0.2:1"]
 
 
+@pytest.mark.interpreted
 def test_a_target_waits_while_another_one_is_connected_to_its_node() -> None:
     targets = Targets(["10.0.0.1:1", "10.0.0.2:1"])
     one, other = targets

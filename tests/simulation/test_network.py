@@ -165,6 +165,7 @@ def test_a_clean_stop_leaves_no_connection_and_all_it_took_with_the_peers() -> N
     assert len(cluster.nodes["b"].store) == 1
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("seed", range(5))
 def test_the_simulated_clock_does_what_the_products_clock_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Random(seed)

@@ -151,6 +151,7 @@ def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replicator, "flush", flush_and_keep)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("fault", "what"),
     [

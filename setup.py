@@ -1,0 +1,46 @@
+"""What pyproject.toml cannot say: with RATELIMIT_SIDECAR_COMPILE=1 the modules that every request and every replicated
+bucket passes through are compiled to machine code by mypyc, which needs a C compiler and Python's headers.
+
+They are ordinary Python and do the same without it, a few times slower. `make compile` compiles for the benchmarks and
+for the tests that are run again on the result; the image has it as well.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+COMPILED = (
+    "clock.py",
+    "crdt/*.py",
+    "limiter/*.py",
+    "replication/anti_entropy.py",
+    "replication/deltas.py",
+    "replication/key_numbers.py",
+    "replication/lending.py",
+    "replication/loans.py",
+    "replication/outbox.py",
+    "replication/peer.py",
+    "replication/relay.py",
+    "replication/replicator.py",
+    "replication/session.py",
+    "replication/status.py",
+    "replication/wire.py",
+    "server/framing.py",
+    "server/h2.py",
+    "server/rpc.py",
+    "services/ratelimit.py",
+    "telemetry/latency.py",
+    "telemetry/traces.py",
+)
+
+if os.environ.get("RATELIMIT_SIDECAR_COMPILE") == "1":
+    from mypyc.build import mypycify
+
+    sources = [file for pattern in COMPILED for file in sorted(map(str, Path("ratelimit_sidecar").glob(pattern)))]
+    # `make lint` checks the types, with all stubs and plugins at hand; here they may be missing.
+    extensions = mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
+else:
+    extensions = []
+
+setup(ext_modules=extensions)
