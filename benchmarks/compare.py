@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import click
 import grpc
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from benchmarks.serving.h2load import LOADS, Load, LoadFailed, grpc_load
+from benchmarks.serving.requests import request
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import first_answer, running_servers
 
@@ -34,12 +34,12 @@ MOST_HITS = 2**32 - 1
 """The most that a request can ask for: its `hits_addend` is a uint32."""
 
 
-def measure(address: str, request: bytes, load: Load, seconds: float) -> Figures:
+def measure(address: str, asked: bytes, load: Load, seconds: float) -> Figures:
     try:
-        measured = grpc_load(address, request, load, seconds)
+        measured = grpc_load(address, asked, load, seconds)
     except LoadFailed as error:
         raise click.ClickException(f"{address} under {load}: {error}") from error
-    ensure_it_admits(address, request)
+    ensure_it_admits(address, asked)
     return {"requests/s": measured.per_second, "mean us": measured.mean_us}
 
 
@@ -51,31 +51,20 @@ def measure(address: str, request: bytes, load: Load, seconds: float) -> Figures
 @round_options(rounds=9, seconds=1.0)
 def main(address: str, *, domain: str, key: str, value: str, rounds: int, seconds: float, as_json: bool) -> None:
     """Measure this sidecar beside the server at ADDRESS (host:port, or unix:/path)."""
-    request = serialized(domain, key, value)
+    asked = request([(key, value)], domain=domain)
     ensure_it_limits(address, domain, key)
-    ensure_it_admits(address, request)
+    ensure_it_admits(address, asked)
     with running_servers() as servers:
         sidecar, *_peers = servers.mesh(3, rules=RULES.format(domain=domain, key=key))
         ensure_it_limits(sidecar.address, domain, key)
         results = []
         for load in LOADS:
             variants: dict[str, Callable[[], Figures]] = {
-                name: partial(measure, at, request, load, seconds)
+                name: partial(measure, at, asked, load, seconds)
                 for name, at in (("this sidecar", sidecar.address), (address, address))
             }
             results += alternate(f"{load} connections x streams", variants, rounds)
     print_results(results, as_json=as_json)
-
-
-def serialized(domain: str, key: str, value: str, hits: int = 0) -> bytes:
-    """
-    Args:
-        hits: 0 leaves them out, as Envoy does, and means one.
-    """
-    entry = RateLimitDescriptor.Entry(key=key, value=value)
-    descriptors = [RateLimitDescriptor(entries=[entry])]
-    raw: bytes = RateLimitRequest(domain=domain, descriptors=descriptors, hits_addend=hits).SerializeToString()
-    return raw
 
 
 def ensure_it_limits(address: str, domain: str, key: str) -> None:
@@ -84,25 +73,28 @@ def ensure_it_limits(address: str, domain: str, key: str) -> None:
         click.ClickException: it has no rule for the key, or does not answer.
     """
     # A value of its own: some servers count the hits that they deny.
-    if overall_code(address, serialized(domain, key, uuid4().hex, MOST_HITS)) != RateLimitResponse.OVER_LIMIT:
+    if (
+        overall_code(address, request([(key, uuid4().hex)], domain=domain, hits=MOST_HITS))
+        != RateLimitResponse.OVER_LIMIT
+    ):
         raise click.ClickException(
             f"{address} does not deny {MOST_HITS:,} hits at once on the key {key} of the domain {domain}: "
             "it needs a rule for every value of that key"
         )
 
 
-def ensure_it_admits(address: str, request: bytes) -> None:
+def ensure_it_admits(address: str, asked: bytes) -> None:
     """
     Raises:
         click.ClickException: it denies the request, or does not answer.
     """
-    if overall_code(address, request) != RateLimitResponse.OK:
+    if overall_code(address, asked) != RateLimitResponse.OK:
         raise click.ClickException(f"{address} does not admit the request: it needs a wider limit for it")
 
 
-def overall_code(address: str, request: bytes) -> int:
+def overall_code(address: str, asked: bytes) -> int:
     try:
-        answer = RateLimitResponse.FromString(first_answer(address, ANSWER_WITHIN_SECONDS, request))
+        answer = RateLimitResponse.FromString(first_answer(address, ANSWER_WITHIN_SECONDS, asked))
     except grpc.RpcError as error:
         reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
         raise click.ClickException(f"{address} does not answer: {reason}") from error

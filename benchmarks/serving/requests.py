@@ -36,10 +36,15 @@ descriptors:
 Entries = list[tuple[str, str]]
 
 
-def request(*descriptors: Entries) -> bytes:
-    """A serialized RateLimitRequest."""
+def request(*descriptors: Entries, domain: str = DOMAIN, hits: int = 0) -> bytes:
+    """A serialized RateLimitRequest.
+
+    Args:
+        hits: its hits addend; 0 leaves it out, as Envoy does, and means one.
+    """
     message = RateLimitRequest(
-        domain=DOMAIN,
+        domain=domain,
+        hits_addend=hits,
         descriptors=[
             RateLimitDescriptor(entries=[RateLimitDescriptor.Entry(key=key, value=value) for key, value in entries])
             for entries in descriptors
