@@ -24,7 +24,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
-from ratelimit_sidecar.replication.mesh import FLUSH_SECONDS
+from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.wire import PROTOCOL

@@ -10,15 +10,19 @@ Only a wall clock far ahead, which was wrong when this process started, is follo
 from __future__ import annotations
 
 import time
+from typing import Final
 
-MAX_SLEW_PER_SECOND_US = 5_000
+MAX_SLEW_PER_SECOND_US: Final = 5_000
 """0.5 %: ten times what NTP itself slews, and still within what P3 promises of the rate."""
 
-MAX_SLEW_US = 2 * MAX_SLEW_PER_SECOND_US
+MAX_SLEW_US: Final = 2 * MAX_SLEW_PER_SECOND_US
 """In one go, however long ago the last one was: so long the clock may stand still."""
 
-JUMP_US = 10_000_000
+JUMP_US: Final = 10_000_000
 """A wall clock this far ahead was wrong at the start: waiting for the slew would take half an hour."""
+
+
+_BOOTTIME: Final = time.CLOCK_BOOTTIME
 
 
 class Clock:
@@ -55,4 +59,4 @@ class Clock:
 
 
 def _steady_us() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000
+    return time.clock_gettime_ns(_BOOTTIME) // 1_000

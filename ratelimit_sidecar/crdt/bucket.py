@@ -40,7 +40,7 @@ class Base(NamedTuple):
     deficit: int
 
 
-NO_BASE = Base(0, 0)
+NO_BASE: Final = Base(0, 0)
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.lending import Loans
@@ -20,7 +21,7 @@ from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no strict rule for it."""
 
-MAX_FIRST_NUMBER = 2**31
+MAX_FIRST_NUMBER: Final = 2**31
 
 
 @dataclass(slots=True)

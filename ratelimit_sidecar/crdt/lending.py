@@ -10,26 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from ratelimit_sidecar.crdt.shares import LOAN_US, PARTS
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 
-ASK_AGAIN_US = 500_000
+ASK_AGAIN_US: Final = 500_000
 """Without an answer for so long the same lender is asked again."""
 
-ASK_MORE_US = 250_000
+ASK_MORE_US: Final = 250_000
 """A lender that answered with less than was asked for is asked again after so long."""
 
-STALE_US = 2 * ASK_AGAIN_US
+STALE_US: Final = 2 * ASK_AGAIN_US
 """What was asked for or told so long ago may hold no longer: whoever still lacks something has asked again since."""
 
-RENEW_US = LOAN_US // 2
+RENEW_US: Final = LOAN_US // 2
 """A loan that ends so soon is renewed."""
 
-SLACK_SHIFT = 6
+SLACK_SHIFT: Final = 6
 """Less than a sixty-fourth of the limit is not worth an ask, nor a return."""
 
-UNLIKELY_SHIFT = 4
+UNLIKELY_SHIFT: Final = 4
 """A lender with nothing to spare a moment ago is still asked as if for a sixteenth of its home."""
 
 

@@ -9,40 +9,41 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from math import gcd
+from typing import Final
 
-MIN_EXPONENT = 14
+MIN_EXPONENT: Final = 14
 """Narrowest slot: 2**14 us = 16.4 ms, about the replication flush interval; narrower slots would say no more."""
 
-SMALL_STATE_EXPONENT = 17
+SMALL_STATE_EXPONENT: Final = 17
 """The least that keeps a bucket's state small: a horizon of 10 s is 77 slots of 2**17 us = 131 ms."""
 
-MAX_EXPONENT = 50
+MAX_EXPONENT: Final = 50
 """Widest slot: 2**50 us = 35 years."""
 
-SLOTS_PER_REFILL = 32
+SLOTS_PER_REFILL: Final = 32
 """A bucket that refills in 4 s or more does so in 32 to 64 slots: the error of a slot's middle is 1/64 capacity."""
 
-MAX_REFILLS_PER_SLOT = 2
+MAX_REFILLS_PER_SLOT: Final = 2
 """What was taken in a slot counts at one instant. Where that is many times the capacity, a bucket that was never
 overdrawn seems to be, and more is denied than ought to be: up to twice it hardly matters (docs/algorithm.md).
 """
 
-URGENT_SHARE = 8
+URGENT_SHARE: Final = 8
 """What has less than one part in so many left is nearly used up: peers are told at once."""
 
-SLOTS_PER_PERIOD = 32
+SLOTS_PER_PERIOD: Final = 32
 """Of a sliding window: it holds 32 to 64 slots, and a token comes back up to 1/32 of the period late."""
 
-HORIZON_SLOTS = 64
-MIN_HORIZON_US = 10_000_000
+HORIZON_SLOTS: Final = 64
+MIN_HORIZON_US: Final = 10_000_000
 """Whatever is delivered within this time counts in full."""
 
-MAX_TOKENS = 2**40
-MAX_CAPACITY = 2**40
-MAX_PERIOD_US = 2**50
-MIN_WINDOW_US = 1 << MIN_EXPONENT
-DEFAULT_MAX_DEBT = 4
-MAX_MAX_DEBT = 1_024
+MAX_TOKENS: Final = 2**40
+MAX_CAPACITY: Final = 2**40
+MAX_PERIOD_US: Final = 2**50
+MIN_WINDOW_US: Final = 1 << MIN_EXPONENT
+DEFAULT_MAX_DEBT: Final = 4
+MAX_MAX_DEBT: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)

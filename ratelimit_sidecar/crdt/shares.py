@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
-PARTS = 1 << 32
+PARTS: Final = 1 << 32
 """The whole of a limit."""
 
-LOAN_US = 2_400_000
+LOAN_US: Final = 2_400_000
 """How long a borrower may use a loan, from its asking for it, on its own clock."""
 
-LOAN_GUARD_US = 120_000
+LOAN_GUARD_US: Final = 120_000
 """How much longer the lender does without, from its granting it: 5 %, while two clocks slewed by up to 0.5 % each
 differ by 1 %."""
 

@@ -9,13 +9,15 @@ Amounts are scaled as deficits are. Only buckets that hear from peers have one.
 
 from __future__ import annotations
 
+from typing import Final
+
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
-CELLS = 16
+CELLS: Final = 16
 """2 s or more of slots 131 ms wide, 0.26 s of the narrowest: what comes later than this has the slots folded again."""
 
-_NONE = [0] * CELLS
+_NONE: Final = [0] * CELLS
 
 
 class SpilledRefill:

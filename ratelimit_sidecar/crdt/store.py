@@ -11,6 +11,7 @@ peers tell of it is not kept, as if it had not been delivered. `sweep` makes roo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
@@ -19,10 +20,10 @@ from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
-DEFAULT_MAX_BUCKETS = 1_000_000
+DEFAULT_MAX_BUCKETS: Final = 1_000_000
 """About 0.6 GB of buckets with two slots each."""
 
-ROOM_SHARE = 0.9
+ROOM_SHARE: Final = 0.9
 """A full store counts as full until it holds less than this part of its limit, lest an alarm come and go."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]

@@ -17,21 +17,21 @@ microseconds of a clock that never steps and runs within 1 % of everybody else's
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS
 
-LEAST_DEMAND_WINDOW_US = 500_000
+LEAST_DEMAND_WINDOW_US: Final = 500_000
 """Demand is what was asked for in the current window and the one before. A window is at least the time in which two
 tokens refill: of a limit per hour a second says nothing.
 """
 
-RESERVE_SHIFT = 5
+RESERVE_SHIFT: Final = 5
 """A thirty-second of the home share is never lent, so that a region that wakes up can serve at once."""
 
-_NEVER_US = 1 << 62
+_NEVER_US: Final = 1 << 62
 
 
 class Ask(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from envoy.config.core.v3.base_pb2 import HeaderValue
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
@@ -21,9 +21,9 @@ from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
-_OVER_LIMIT = RateLimitResponse.OVER_LIMIT
-_SECOND_US = 1_000_000
-_OLD_HEADERS = ResponseHeaders()
+_OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
+_SECOND_US: Final = 1_000_000
+_OLD_HEADERS: Final = ResponseHeaders()
 
 
 class _Denial(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
@@ -22,7 +23,7 @@ from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
 Entries = Sequence[tuple[str, str]]
 
-MAX_MISFITS = 5
+MAX_MISFITS: Final = 5
 """Patterns that do not fit are named up to here, and counted beyond."""
 
 MAX_NAMES = 10

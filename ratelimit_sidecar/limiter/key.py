@@ -15,43 +15,43 @@ merged into the *overflow bucket* of their rule, whose name has nothing of a cal
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-TOKEN_BUCKET = 0
-FIXED_WINDOW = 1
-SLIDING_WINDOW = 2
-STRICT_TOKEN_BUCKET = 3
-OVERFLOW = 0x40
+TOKEN_BUCKET: Final = 0
+FIXED_WINDOW: Final = 1
+SLIDING_WINDOW: Final = 2
+STRICT_TOKEN_BUCKET: Final = 3
+OVERFLOW: Final = 0x40
 """Added to the form of a rule's overflow bucket."""
-LOCAL = 0x80
+LOCAL: Final = 0x80
 """Added to the form of a bucket that is never replicated."""
 
-EXACT = 0
+EXACT: Final = 0
 """The rule names key and value."""
-KEY_ONLY = 1
+KEY_ONLY: Final = 1
 """The rule names the key; every value has a bucket of its own."""
-UNRULED = 2
+UNRULED: Final = 2
 """No rule matched: the entry belongs to the bucket given to every other descriptor."""
-WILDCARD_VALUE = 3
+WILDCARD_VALUE: Final = 3
 """The rule names key and pattern, which stands in the entry before this one; every value has a bucket of its own."""
-PATTERN = 4
+PATTERN: Final = 4
 """A pattern of the rule: alone when all its values share one bucket, else followed by the WILDCARD_VALUE."""
-OVERRIDE = 5
+OVERRIDE: Final = 5
 """The request itself gave the limit."""
-OVERRIDE_LIMIT = 6
+OVERRIDE_LIMIT: Final = 6
 """Last entry of such a bucket; key and value are requests per unit and unit."""
 
-_KINDS = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
-_WINDOWS_AND_TOKEN_BUCKET = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
-_FORMS_OF_VALUES = (
+_KINDS: Final = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
+_WINDOWS_AND_TOKEN_BUCKET: Final = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
+_FORMS_OF_VALUES: Final = (
     STRICT_TOKEN_BUCKET,
     *_WINDOWS_AND_TOKEN_BUCKET,
     *[form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET],
 )
-FORMS = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORMS_OF_VALUES]))
-_BYTES = tuple(bytes((number,)) for number in range(256))
-_CONTINUES = 0x80
-_MAX_SHIFT = 28
+FORMS: Final = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORMS_OF_VALUES]))
+_BYTES: Final = tuple(bytes((number,)) for number in range(256))
+_CONTINUES: Final = 0x80
+_MAX_SHIFT: Final = 28
 
 
 class KeyEntry(NamedTuple):

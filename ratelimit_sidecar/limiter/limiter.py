@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
@@ -34,10 +34,10 @@ from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
 
-_MAX_UINT32 = 2**32 - 1
+_MAX_UINT32: Final = 2**32 - 1
 
-_OK = RateLimitResponse.OK
-_OVER_LIMIT = RateLimitResponse.OVER_LIMIT
+_OK: Final = RateLimitResponse.OK
+_OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 
 
 class InvalidRequest(Exception):

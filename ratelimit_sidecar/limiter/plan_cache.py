@@ -8,15 +8,16 @@ overwrites an older one of the same place. When one is let in, the plan that has
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 from ratelimit_sidecar.limiter.plan import Plan
 
-MAX_PLANS = 16_384
+MAX_PLANS: Final = 16_384
 
-MAX_REQUEST_BYTES = 1_024
+MAX_REQUEST_BYTES: Final = 1_024
 """The plan of a longer request is never kept; with `MAX_PLANS` this bounds the memory."""
 
-_SEEN_PLACES = 1 << 16
+_SEEN_PLACES: Final = 1 << 16
 
 
 class PlanCache:

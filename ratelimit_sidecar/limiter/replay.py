@@ -8,6 +8,7 @@ sidecar; by the rules; and by `MAX_DESCRIPTORS`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
@@ -20,11 +21,11 @@ from ratelimit_sidecar.limiter.variants import alone, enforced
 MAX_DESCRIPTORS = 10_000
 """Denied descriptors told apart. Beyond, the half denied least often is given up, and counted as others."""
 
-_LEAST_TO_SWEEP = 1_000
+_LEAST_TO_SWEEP: Final = 1_000
 """Full buckets are dropped each time that as many descriptors were decided as buckets were left the last time, but at
 least so many: so there are at most twice as many as needed, and a descriptor pays for one bucket's look."""
 
-_OVER_LIMIT = RateLimitResponse.OVER_LIMIT
+_OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 
 Entries = tuple[tuple[str, str], ...]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.key import (
@@ -37,9 +37,9 @@ from ratelimit_sidecar.limiter.key import (
 )
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
-MAX_REQUESTS_PER_UNIT = 2**32 - 1
+MAX_REQUESTS_PER_UNIT: Final = 2**32 - 1
 
-_SECOND_US = 1_000_000
+_SECOND_US: Final = 1_000_000
 
 
 class Consistency(Enum):

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Final
 from zlib import crc32
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
@@ -32,42 +33,42 @@ from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
-EVERY_US = 4_000_000
+EVERY_US: Final = 4_000_000
 
-SETTLE_US = 2_000_000
+SETTLE_US: Final = 2_000_000
 """What deltas get to arrive everywhere, and clocks to differ, before a slot that is over is compared."""
 
-KEPT_US = 7_000_000
+KEPT_US: Final = 7_000_000
 """A pass, and what follows from it, is over by then: three seconds before anything that it compares may be sealed."""
 
-LATE_US = 1_000_000
+LATE_US: Final = 1_000_000
 """A pass is not begun so long after its instant: it would not end in time."""
 
-SEGMENTS = 16
-SEGMENT_RANGES = 64
-RANGES = SEGMENTS * SEGMENT_RANGES
+SEGMENTS: Final = 16
+SEGMENT_RANGES: Final = 64
+RANGES: Final = SEGMENTS * SEGMENT_RANGES
 
-LOOK_WORK = 2
-SUM_WORK = 40
-ENTRY_WORK = 15
+LOOK_WORK: Final = 2
+SUM_WORK: Final = 40
+ENTRY_WORK: Final = 15
 """In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
 
 STEP_WORK = 8_000
 """Of one step, and the share of it that a pass needs for looking at all buckets: 1 ms between two decisions."""
 
-STEPS = 170
+STEPS: Final = 170
 """Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
 
 PASS_WORK = STEPS * STEP_WORK
 """Of one pass: 4 % of the time, and 1 % for each 200,000 buckets."""
 
-MAX_PULL_KEYS = 4_096
+MAX_PULL_KEYS: Final = 4_096
 """In one frame."""
 
 MAX_EXCHANGED = 16_384
 """Buckets that are told, and as many that are asked for, because of one pass: some 2 MB. The rest is found again."""
 
-_MAX_ORIGINS = 4_096
+_MAX_ORIGINS: Final = 4_096
 """Of which the hash is remembered."""
 
 

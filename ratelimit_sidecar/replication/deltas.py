@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
@@ -18,25 +19,25 @@ from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, Ke
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
-MAX_KEY_BYTES = 1 << 16
+MAX_KEY_BYTES: Final = 1 << 16
 """A bucket with a longer key stays local. No front end takes a request (server/limits.py) that would have one."""
 
-MAX_TIME_US = 1 << 62
+MAX_TIME_US: Final = 1 << 62
 """Of slots and boundaries: the year 148,000. Keeps them within what any implementation's integers hold."""
 
-MAX_SLOT_TOKENS = 1 << 48
+MAX_SLOT_TOKENS: Final = 1 << 48
 """Taken in one slot: 65,536 times the most that one request can ask for."""
 
-MAX_FRAME_BUCKETS = 2_048
-MAX_FRAME_ENTRIES = 8_192
-MAX_FRAME_ORIGINS = 1_024
+MAX_FRAME_BUCKETS: Final = 2_048
+MAX_FRAME_ENTRIES: Final = 8_192
+MAX_FRAME_ORIGINS: Final = 1_024
 """Taken from one frame, which is applied between two decisions. Far above what is sent, so that a peer with other
 bounds is understood."""
 
-_ROUGH_BUCKET_BYTES = 48
+_ROUGH_BUCKET_BYTES: Final = 48
 """Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
 
-_ROUGH_ENTRY_BYTES = 6
+_ROUGH_ENTRY_BYTES: Final = 6
 
 
 class DeltasWriter:

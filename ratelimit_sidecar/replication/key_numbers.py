@@ -8,13 +8,14 @@ keys that clients invent.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_NUMBERS = 16_384
 """1 to so many: 3 bytes each, and some 3 MB at either end of a stream when all are in use."""
 
-MAX_NUMBERED_KEY_BYTES = 512
+MAX_NUMBERED_KEY_BYTES: Final = 512
 """A longer key has no number, lest a stream keep a gigabyte of them."""
 
 

@@ -6,6 +6,7 @@ Sans-I/O, with a clock of its own: loans are timed by one that never steps (crdt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger, Wishes
 from ratelimit_sidecar.crdt.shares import PARTS, Shown, home_parts
@@ -15,13 +16,13 @@ from ratelimit_sidecar.replication.status import MembershipStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
-TICK_EVERY_US = 50_000
+TICK_EVERY_US: Final = 50_000
 
-TICK_WORK = 512
+TICK_WORK: Final = 512
 """A tick looks at so many pairs of a bucket and a peer, of which each takes some 4 us: 2 ms, 4 % of the time. With
 two peers it gets round 2,000 busy buckets while half a loan passes, when it has to be renewed."""
 
-_NOTHING = Shown(0, {})
+_NOTHING: Final = Shown(0, {})
 """What a peer without a membership shows: an epoch before the first."""
 
 

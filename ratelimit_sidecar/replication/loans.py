@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.limit import MAX_CAPACITY
@@ -20,19 +21,19 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
-MAX_NUMBER = 1 << 62
+MAX_NUMBER: Final = 1 << 62
 """Of an ask. They begin below 2**31 and rise by one a few times a second."""
 
-MAX_PENDING = 1_024
+MAX_PENDING: Final = 1_024
 """Asks on one stream; returns; grants. More than a node makes until an ask without an answer is made anew."""
 
-MAX_BATCH_LOANS = 32
+MAX_BATCH_LOANS: Final = 32
 """Sent in one frame. An ask takes some 50 us to answer: 2 ms between two decisions."""
 
-MAX_BATCH_BYTES = 1 << 16
+MAX_BATCH_BYTES: Final = 1 << 16
 """Rough, of keys: a frame takes no further loan when it has as much."""
 
-MAX_FRAME_LOANS = 1_024
+MAX_FRAME_LOANS: Final = 1_024
 """Taken from one frame. Far above what is sent, so that a peer with other bounds is understood."""
 
 

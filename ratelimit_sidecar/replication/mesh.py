@@ -18,6 +18,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
 from ratelimit_sidecar.replication.dialler import Dialler
+from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
 from ratelimit_sidecar.replication.progress import Progress
@@ -29,11 +30,6 @@ from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
-
-FLUSH_SECONDS = 0.02
-
-URGENT_FLUSH_SECONDS = 0.002
-"""Between two flushes when buckets get nearly used up (`crdt/journal.py`)."""
 
 DRAIN_SECONDS = 2.0
 """What connected peers get at a stop to acknowledge what they have yet to hear."""
@@ -241,15 +237,9 @@ class Mesh:
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:
-        urgent = asyncio.Event()
-        self._replicator.store.journal.on_urgent = urgent.set
-        while True:
-            urgent.clear()
-            self._replicator.flush(self._now_us())
-            await asyncio.sleep(URGENT_FLUSH_SECONDS)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FLUSH_SECONDS - URGENT_FLUSH_SECONDS):
-                    await urgent.wait()
+        flushing = Flushing(lambda: self._replicator.flush(self._now_us()))
+        self._replicator.store.journal.on_urgent = flushing.hurry
+        await flushing.run()
 
     async def _drain(self) -> None:
         self._replicator.flush(self._now_us())

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
@@ -27,29 +28,29 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasWriter
 from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
-MAX_BATCH_BUCKETS = 256
-MAX_BATCH_ENTRIES = 1_024
-MAX_BATCH_BYTES = 1 << 16
+MAX_BATCH_BUCKETS: Final = 256
+MAX_BATCH_ENTRIES: Final = 1_024
+MAX_BATCH_BYTES: Final = 1 << 16
 """Rough. Together these keep building a batch, and applying it, to a few milliseconds between two decisions."""
 
-WALK_BUCKETS = 512
+WALK_BUCKETS: Final = 512
 """Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
 
-WALK_BATCH_BUCKETS = 128
+WALK_BATCH_BUCKETS: Final = 128
 """Told of in whole in one batch: such batches follow each other, and decisions wait for half a millisecond while one is
 written."""
 
-RECENT_US = 10_000_000
+RECENT_US: Final = 10_000_000
 """A peer that is told everything by another node is told own takes of so long: what that one may not have heard yet."""
 
-RESUME_MARGIN_US = 2_000_000
+RESUME_MARGIN_US: Final = 2_000_000
 """A walk goes so far back behind the moment since when the peer misses something: others' slots are on their clocks,
 and were heard of a while after they were written."""
 
-LAG_SHOWN_US = 60_000_000
+LAG_SHOWN_US: Final = 60_000_000
 """So that a scraper with a usual interval sees the lag of a link that is seldom used."""
 
-MAX_UNACKNOWLEDGED = 32
+MAX_UNACKNOWLEDGED: Final = 32
 """Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
 back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from ratelimit_sidecar.replication.peer import Peer
 
-WALK_BACK_US = 10_000_000
+WALK_BACK_US: Final = 10_000_000
 """How far back a node is told what it may have missed when another one begins to pass things on to it: twice the
 silence after which the two that are cut off from each other notice."""
 
-EVERY_US = 500_000
+EVERY_US: Final = 500_000
 """Between two looks at who reaches whom, of which a gap has to outlast one: while nodes start, what one has said is
 behind what it knows, and there seem to be gaps everywhere."""
 
-MAX_ORIGINS = 1_024
+MAX_ORIGINS: Final = 1_024
 """That are looked at. A peer can name any."""
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.ledger import Wishes
@@ -42,13 +43,13 @@ from ratelimit_sidecar.replication.session import (
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
-MAX_PEERS = 256
+MAX_PEERS: Final = 256
 """A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the memory."""
 
-RESTART_US = 2_000_000
+RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
 
-FORGET_US = 600_000_000
+FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
 
 

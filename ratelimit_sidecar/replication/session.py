@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
@@ -36,20 +37,20 @@ from ratelimit_sidecar.replication.wire import (
     write_membership,
 )
 
-PING_EVERY_US = 1_000_000
+PING_EVERY_US: Final = 1_000_000
 
-SILENCE_US = 5_000_000
+SILENCE_US: Final = 5_000_000
 """Nothing heard for so long, five pings: the peer is dead or cut off."""
 
-STALL_US = 10_000_000
+STALL_US: Final = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
 
-MAX_FRAMES = 10_000
-FRAMES_WITHIN_US = 5_000_000
+MAX_FRAMES: Final = 10_000
+FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
 in frames that each take a millisecond to apply."""
 
-CLOCK_SAMPLES = 8
+CLOCK_SAMPLES: Final = 8
 """Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
 
 

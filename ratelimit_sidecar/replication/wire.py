@@ -6,6 +6,7 @@ Whatever a peer sends is either a frame within these bounds or a `ProtocolError`
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -13,31 +14,31 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership, Standing
 
-PROTOCOL = 3
+PROTOCOL: Final = 3
 """The newest protocol spoken here."""
 
-OLDEST_PROTOCOL = 1
+OLDEST_PROTOCOL: Final = 1
 """The oldest that a peer may insist on."""
 
-LOANS_PROTOCOL = 2
+LOANS_PROTOCOL: Final = 2
 """The oldest with Loans: to a peer that speaks an older one they would be no frames at all."""
 
-COMPARING_PROTOCOL = 3
+COMPARING_PROTOCOL: Final = 3
 """The oldest with numbers for keys, Standing, and the frames by which nodes compare what they hold."""
 
-MAX_FRAME_BYTES = 1 << 20
+MAX_FRAME_BYTES: Final = 1 << 20
 """Far above what `outbox` puts into a batch, so that a peer with other bounds is understood."""
 
-MAX_NAME_BYTES = 255
+MAX_NAME_BYTES: Final = 255
 """Of a node or region: as long as a DNS name may be."""
 
-MAX_MEMBERS = 256
+MAX_MEMBERS: Final = 256
 """Of a membership: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
 
-MAX_WEIGHT = 1 << 32
-MAX_EPOCH = 1 << 62
+MAX_WEIGHT: Final = 1 << 32
+MAX_EPOCH: Final = 1 << 62
 
-MAX_DETAIL_CHARS = 200
+MAX_DETAIL_CHARS: Final = 200
 """Of a goodbye: it ends in logs and in an HTTP/2 header."""
 
 
@@ -83,7 +84,7 @@ class Reason(StrEnum):
     """This process is shutting down."""
 
 
-FAULTLESS = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING})
+FAULTLESS: Final = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING})
 
 
 class ProtocolError(Exception):

@@ -15,9 +15,9 @@ from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 PREFIX_BYTES: Final = 5
 
-MAX_BODY_BYTES = PREFIX_BYTES + MAX_MESSAGE_BYTES
+MAX_BODY_BYTES: Final = PREFIX_BYTES + MAX_MESSAGE_BYTES
 
-MAX_STATUS_TEXT = 1_024
+MAX_STATUS_TEXT: Final = 1_024
 """Characters of a status message that are sent: it may quote what the caller sent, and travels in a
 header."""
 

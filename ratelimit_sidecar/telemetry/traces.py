@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from opentelemetry.context import Context
@@ -25,14 +26,14 @@ from ratelimit_sidecar.limiter.rules import Consistency
 REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 BATCH_SPAN = "replicate batch"
 
-MAX_BUCKETS = 128
-MAX_REQUESTS_PER_BUCKET = 8
-MAX_AGE_NS = 60_000_000_000
+MAX_BUCKETS: Final = 128
+MAX_REQUESTS_PER_BUCKET: Final = 8
+MAX_AGE_NS: Final = 60_000_000_000
 """Requests remembered for links; beyond these the oldest are forgotten, and a batch has fewer links."""
 
-_SAMPLED_FLAG_AT = 54
+_SAMPLED_FLAG_AT: Final = 54
 """Where the low digit of trace-flags stands: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
-_SAMPLED_DIGITS = b"13579bdf"
+_SAMPLED_DIGITS: Final = b"13579bdf"
 
 _RPC = {
     # https://opentelemetry.io/docs/specs/semconv/rpc/grpc/

@@ -38,7 +38,7 @@ from tenacity import RetryCallState
 
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import dialler, mesh
+from ratelimit_sidecar.replication import dialler, flushing, mesh
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.replicator import FORGET_US
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -494,7 +494,7 @@ async def test_a_node_without_strict_limits_has_no_membership() -> None:
 
 
 async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "FLUSH_SECONDS", 3_600.0)
+    monkeypatch.setattr(flushing, "FLUSH_SECONDS", 3_600.0)
     async with sidecar("b") as b, sidecar("a", peers=[address_of(b)]) as a:
         assert await a.mesh.joined(TIMEOUT_SECONDS)
         # Not yet: the next flush is an hour away.

@@ -26,8 +26,9 @@ from ratelimit_sidecar.replication.dialler import (
     LASTING_SECONDS,
     MAX_REDIAL_SECONDS,
 )
+from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, FLUSH_SECONDS, GOODBYE_SECONDS
+from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, GOODBYE_SECONDS
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.wire import Reason
