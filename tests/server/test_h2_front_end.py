@@ -9,6 +9,8 @@ from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, ImpatientClient, connected
 
 from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.h2 import SENT, H2FrontEnd, server_config
+from ratelimit_sidecar.server.hosting import Hosting
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError
 
@@ -210,3 +212,55 @@ async def test_a_silent_connection_holds_up_a_stop_for_a_handshake_at_most(monke
         async with asyncio.timeout(5):
             await front_end.stop()
         writer.close()
+
+
+async def test_h2corns_sends_are_done_at_once_and_say_so_by_their_type() -> None:
+    """On which the front end's speed rests, not what it answers."""
+    types = []
+
+    async def application(_scope, _receive, send) -> None:
+        for message in ({"type": "http.response.start", "status": 200}, {"type": "http.response.body"}):
+            sent = send(message)
+            types.append(type(sent).__name__)
+            await sent
+
+    hosting = Hosting(application, ["127.0.0.1:0"], server_config())
+    await hosting.start()
+    serving = asyncio.create_task(hosting.serve())
+    await hosting.ready.wait()
+    async with connected(hosting.addresses[0]) as client:
+        await client.call(PATH, b"")
+    await hosting.stop()
+    await serving
+    assert types == [SENT, SENT]
+
+
+@pytest.mark.parametrize("slow", [{0}, {1}, {2}, {0, 1, 2}, set()])
+async def test_a_send_that_is_not_done_at_once_is_waited_for_before_the_next(slow: set[int]) -> None:
+    class Done:
+        def __await__(self):
+            return iter(())
+
+    Done.__name__ = SENT
+    events = []
+
+    async def finish(number: int) -> None:
+        await asyncio.sleep(0)
+        events.append(f"{number} done")
+
+    def send(_message):
+        number = sum("sent" in event for event in events)
+        events.append(f"{number} sent")
+        return finish(number) if number in slow else Done()
+
+    async def receive():
+        return next(received)
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": GRPC_HEADERS, "extensions": {}}
+    front_end = H2FrontEnd(ECHO, [])
+    for _ in range(2):
+        events.clear()
+        received = iter([{"type": "http.request", "body": frame(b"hello")}])
+        await front_end._call(scope, receive, send)
+        steps = [(number, step) for number in range(3) for step in ("sent", "done")]
+        assert events == [f"{number} {step}" for number, step in steps if step == "sent" or number in slow]
