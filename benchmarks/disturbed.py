@@ -1,77 +1,140 @@
 """`python -m benchmarks.disturbed`: latency while 10,000 buckets a second replicate, and while a peer is down.
 
-Three sidecars replicate to each other. One is asked at a steady rate, far below what it can do, for keys drawn from
-100,000; what is measured is the time from when a request was due to its answer. The rounds alternate between quiet and
-10,000 such requests a second at another sidecar, each in a bucket of its own, all of which this one hears of. Then the
-third sidecar is killed, and the rounds go on. The longest stall of the event loop is the sidecar's own metric.
+One sidecar is asked at a steady rate, far below what it can do. Each request has five descriptors, with values drawn
+from 100,000: so 10,000 buckets a second are taken from without as many requests. Measured is the time from when a
+request was due to its answer. The rounds alternate between three kinds:
+
+- quiet, the base: the rule is one whose buckets are not shared (`consistency: local`);
+- as many buckets a second are told to the sidecar by its two peers together;
+- and the requests are for a shared rule as well, so that it tells those that it takes from to both peers.
+
+Then one peer is killed, and the rounds go on. The peers are without a front end, and get a processor only while nobody
+else wants one (`serving/bare_peer.py`); how many buckets a second did come in and go out is among the figures.
+
+The processor's part is told from the rest: how much of one the process takes, and its event loop's thread; how long
+that thread waits for one; and the longest stall of the loop in a round, with such waiting and without it.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import click
 
-from benchmarks.serving.generator import Generator, uniform
+from benchmarks.serving.bare_peer import BarePeer, bare_peer
+from benchmarks.serving.generator import Generator, each, uniform
 from benchmarks.serving.h2load import Load
-from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
-from benchmarks.serving.servers import Server, running_servers
+from benchmarks.serving.observed_sidecar import Observed, observed_sidecar, print_longest_stalls
+from benchmarks.serving.requests import RULES
+from benchmarks.serving.rounds import Figures, Result, alternate, print_results, round_options
+from benchmarks.serving.servers import Server, Servers, running_servers, wait_until
+from ratelimit_sidecar.demo.ports import HOST
 
 KEYS = 100_000
 ASKED_PER_SECOND = 2_000
-REPLICATED_PER_SECOND = 10_000
+DESCRIPTORS = 5
+TOLD_PER_SECOND = ASKED_PER_SECOND * DESCRIPTORS
+PEERS = 2
 SETTLE_SECONDS = 1.0
 
+SHARED, LOCAL = "tenant", "local_tenant"
+DISTURBED_RULES = f"""\
+{RULES}
+  - key: {LOCAL}
+    consistency: local
+    rate_limit: {{unit: minute, requests_per_unit: 100000000}}
+"""
 
-def measure(generator: Generator, seconds: float) -> Figures:
-    answered = generator.run(uniform(KEYS), seconds, ASKED_PER_SECOND)
-    return {f"p{percent:g} us": answered.percentile_us(percent) for percent in (50, 99, 99.9)}
+QUIET = "quiet"
+HEARD = "heard/s"
+LEAST_TOLD = 0.95
+"""Of what the peers are told to take: what is less is said."""
 
 
-def measure_while_replicating(generator: Generator, busy: Server, seconds: float) -> Figures:
-    with replicating(busy, seconds + 2 * SETTLE_SECONDS):
-        generator.run(uniform(KEYS), SETTLE_SECONDS, ASKED_PER_SECOND)
-        return measure(generator, seconds)
+def measure(
+    sidecar: Observed, generator: Generator, peers: Sequence[BarePeer], rule: str, told: float, *, seconds: float
+) -> Figures:
+    """One round.
+
+    Args:
+        rule: that is asked for.
+        told: buckets a second, by all peers together.
+    """
+    for peer in peers:
+        peer.take(told / len(peers))
+    body = uniform(KEYS, rule, DESCRIPTORS)
+    generator.run(body, SETTLE_SECONDS, ASKED_PER_SECOND)
+    entries, began = entries_heard_and_sent(sidecar.server), time.perf_counter()
+    figures = sidecar.measure(generator, body, ASKED_PER_SECOND, seconds)
+    elapsed = time.perf_counter() - began
+    heard, sent = (
+        (after - before) / elapsed
+        for after, before in zip(entries_heard_and_sent(sidecar.server), entries, strict=True)
+    )
+    return {**figures, HEARD: heard, "sent/s": sent}
 
 
-@contextmanager
-def replicating(busy: Server, seconds: float) -> Iterator[None]:
-    """Let a sidecar be asked by another process meanwhile."""
-    options = ["--keys", str(KEYS), "--rate", str(REPLICATED_PER_SECOND), "--seconds", str(seconds)]
-    argv = [sys.executable, "-m", "benchmarks.serving.generator", busy.address, *options]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)  # noqa: S603
-    try:
-        yield
-    finally:
-        process.wait()
+def entries_heard_and_sent(sidecar: Server) -> tuple[float, float]:
+    """Since its start, from and to all peers."""
+    return sum(sidecar.metric("crdt_entries_received_total")), sum(sidecar.metric("crdt_entries_sent_total"))
+
+
+def start_mesh(servers: Servers) -> tuple[Observed, list[BarePeer]]:
+    """A sidecar and its peers, connected."""
+    ports = [servers.ports() for _ in range(1 + PEERS)]
+    addresses = [f"{HOST}:{of.sync}" for of in ports]
+    sidecar = observed_sidecar(servers, peers=tuple(addresses[1:]), ports=ports[0], rules=DISTURBED_RULES)
+    rules_file = servers.rules_file(sidecar.server.name)
+    peers = [
+        bare_peer(
+            servers,
+            f"peer-{index}",
+            rules_file,
+            ports=ports[index],
+            peers=addresses[:index] + addresses[index + 1 :],
+            keys=KEYS,
+        )
+        for index in range(1, 1 + PEERS)
+    ]
+    wait_until(lambda: sidecar.server.metric("crdt_peer_connected") == [1.0] * PEERS)
+    return sidecar, peers
 
 
 @click.command()
 @round_options(rounds=7, seconds=3.0)
 def main(rounds: int, seconds: float, as_json: bool) -> None:
-    """Measure the latency of one sidecar of three."""
+    """Measure the latency of a sidecar while it replicates with two peers, and when one of them is gone."""
     with running_servers() as servers:
-        asked, busy, third = servers.mesh(3)
-        with Generator(asked.address, Load(2, 1_000)) as generator:
-            quiet = partial(measure, generator, seconds)
-            replicating_in = partial(measure_while_replicating, generator, busy, seconds)
-            heard = asked.metric("crdt_entries_received_total")
-            results = alternate("all peers up", {"quiet": quiet, "10,000 buckets/s replicate": replicating_in}, rounds)
-            entries = sum(asked.metric("crdt_entries_received_total")) - sum(heard)
-            longest = asked.metric("ratelimit_event_loop_longest_stall_seconds")[0]
-            third.kill()
-            results += alternate(
-                "a peer is down", {"quiet": quiet, "10,000 buckets/s replicate": replicating_in}, rounds
-            )
-            longest_down = asked.metric("ratelimit_event_loop_longest_stall_seconds")[0]
+        sidecar, peers = start_mesh(servers)
+        with Generator(sidecar.server.address, Load(2, 1_000)) as generator:
+            for rule in (SHARED, LOCAL):
+                generator.run(each(KEYS, rule), None)
+            wait_until(lambda: sidecar.server.metric("crdt_pending_buckets") == [0.0] * PEERS)
+            of_round = partial(measure, sidecar, generator, peers, seconds=seconds)
+            variants: dict[str, Callable[[], Figures]] = {
+                QUIET: partial(of_round, LOCAL, 0),
+                f"{TOLD_PER_SECOND:,} buckets/s in": partial(of_round, LOCAL, TOLD_PER_SECOND),
+                f"{TOLD_PER_SECOND:,} buckets/s in and out": partial(of_round, SHARED, TOLD_PER_SECOND),
+            }
+            results = alternate("all peers up", variants, rounds)
+            peers.pop().server.kill()
+            results += alternate("a peer is down", variants, rounds)
     print_results(results, as_json=as_json)
     if not as_json:
-        print(f"\n  heard {entries:,.0f} entries; longest stall of the event loop {longest * 1e3:.1f} ms,")
-        print(f"  while a peer is down {longest_down * 1e3:.1f} ms")
+        print_longest_stalls(results)
+        for rows in too_little_told(results):
+            print(f"\nThe peers got too little of the processors to tell {TOLD_PER_SECOND:,} a second: {rows}")
+
+
+def too_little_told(results: Sequence[Result]) -> list[str]:
+    """Group and variant where the peers have told clearly less than they were to."""
+    return [
+        f"{result.group}, {result.variant}"
+        for result in results
+        if result.figure == HEARD and result.variant != QUIET and result.value.median < LEAST_TOLD * TOLD_PER_SECOND
+    ]
 
 
 if __name__ == "__main__":

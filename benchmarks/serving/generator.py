@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import select
 import selectors
 import socket
 import struct
@@ -34,26 +35,34 @@ _READ_BYTES = 1 << 18
 
 ANSWER_WITHIN_SECONDS = 10.0
 
-PACE_SECONDS = 0.0001
-"""At a rate, how often it is looked for what is due and what was answered; a latency is so much longer at most."""
-
 _KEY_DIGITS = 7
-_KEYED_BODY = framed(request([("tenant", "tenant-" + "0" * _KEY_DIGITS)])).rpartition(b"0" * _KEY_DIGITS)[0]
-"""Of the request for any key, less its digits, which stand last."""
-
 Body = Callable[[], bytes]
 """Gives the next request's framed message; raises StopIteration when there are no more."""
 
 
-def uniform(keys: int) -> Body:
-    """Requests for one descriptor whose key is drawn from so many, each as likely as any other."""
+def uniform(keys: int, rule: str = "tenant", descriptors: int = 1) -> Body:
+    """Requests whose values are drawn from so many, each as likely as any other.
+
+    Args:
+        rule: the key of each descriptor.
+        descriptors: in each request, at least 1; by chance two of them may be for the same value.
+    """
     draw = random.Random(1).random
-    return lambda: _KEYED_BODY + b"%07d" % int(draw() * keys)
+    body = _body_of_numbers(rule, descriptors)
+    drawn = range(descriptors)
+    return lambda: body % tuple([int(draw() * keys) for _ in drawn])
 
 
-def each(keys: int) -> Body:
-    """A request for each of the keys that `uniform` draws from, once."""
-    return map(_KEYED_BODY.__add__, (b"%07d" % number for number in range(keys))).__next__
+def each(keys: int, rule: str = "tenant") -> Body:
+    """A request with one descriptor for each of the values that `uniform` draws from, once."""
+    return map(_body_of_numbers(rule, 1).__mod__, range(keys)).__next__
+
+
+def _body_of_numbers(rule: str, descriptors: int) -> bytes:
+    """What `%` makes a request's framed message of; all are of one length, so prefixes need not be made anew."""
+    zeros = "0" * _KEY_DIGITS
+    message = framed(request(*[[(rule, f"tenant-{zeros}")]] * descriptors))
+    return message.replace(b"%", b"%%").replace(zeros.encode(), b"%%0%dd" % _KEY_DIGITS)
 
 
 @dataclass(slots=True)
@@ -81,6 +90,9 @@ class _Connection:
     buffer: bytes = b""
     began_ns: dict[int, int] = field(default_factory=dict)
     """When the requests under way were due, by stream."""
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
 
 
 class Generator:
@@ -139,21 +151,22 @@ class Generator:
         due_ns = deque[int]()
         sent = 0
         while (now_ns := time.perf_counter_ns()) < ends_ns:
-            timeout = 0.5
             if rate is None:
                 for connection in self._connections:
                     self._send(connection, body, [now_ns] * (self._streams - len(connection.began_ns)))
+                self._receive(0.5)
             else:
-                ought = int((now_ns - began_ns) * rate / 1e9)
+                ought = int((now_ns - began_ns) * rate / 1e9) + 1
                 due_ns.extend(began_ns + int(number * 1e9 / rate) for number in range(sent, ought))
                 sent = ought
                 for connection in self._connections:
                     free = self._streams - len(connection.began_ns)
                     self._send(connection, body, [due_ns.popleft() for _ in range(min(free, len(due_ns)))])
-                # Selectors wait for whole milliseconds.
-                time.sleep(PACE_SECONDS)
-                timeout = 0.0
-            self._receive(timeout)
+                next_due_ns = min(began_ns + int(sent * 1e9 / rate), ends_ns)
+                # The selector waits for whole milliseconds, this for microseconds.
+                wait_seconds = max(0, next_due_ns - time.perf_counter_ns()) / 1e9
+                for connection in select.select(self._connections, (), (), wait_seconds)[0]:
+                    self._receive_from(connection)
 
     def _send(self, connection: _Connection, body: Body, due_ns: list[int]) -> None:
         if not due_ns:
@@ -178,11 +191,13 @@ class Generator:
 
     def _receive(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):
-            connection: _Connection = key.data
-            data = connection.socket.recv(_READ_BYTES)
-            if not data:
-                raise LoadFailed("the server has closed a connection")
-            self._read_frames(connection, connection.buffer + data)
+            self._receive_from(key.data)
+
+    def _receive_from(self, connection: _Connection) -> None:
+        data = connection.socket.recv(_READ_BYTES)
+        if not data:
+            raise LoadFailed("the server has closed a connection")
+        self._read_frames(connection, connection.buffer + data)
 
     def _read_frames(self, connection: _Connection, data: bytes) -> None:
         now_ns = time.perf_counter_ns()

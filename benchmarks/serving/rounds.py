@@ -22,18 +22,19 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median and the quartiles around it."""
+    """A median, the quartiles around it, and the largest value."""
 
     median: float
     low: float
     high: float
+    largest: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) == 1:
-            return cls(values[0], values[0], values[0])
+            return cls(values[0], values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
+        return cls(median, low, high, max(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,14 @@ class Result:
     """One figure of one variant over all rounds.
 
     Args:
-        ratio: to the same figure of the base in the same round.
+        ratio: to the same figure of the base in the same round; None when the base has none, or it was zero.
     """
 
     group: str
     variant: str
     figure: str
     value: Spread
-    ratio: Spread
+    ratio: Spread | None
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -57,8 +58,9 @@ class Result:
             "figure": self.figure,
             "median": self.value.median,
             "quartiles": [self.value.low, self.value.high],
-            "ratio": self.ratio.median,
-            "ratio_quartiles": [self.ratio.low, self.ratio.high],
+            "largest": self.value.largest,
+            "ratio": self.ratio and self.ratio.median,
+            "ratio_quartiles": self.ratio and [self.ratio.low, self.ratio.high],
         }
 
 
@@ -80,11 +82,15 @@ def alternate(group: str, variants: Mapping[str, Callable[[], Figures]], rounds:
             name,
             figure,
             Spread.of([of_round[figure] for of_round in figures]),
-            Spread.of([of_round[figure] / of_base[figure] for of_round, of_base in zip(figures, base, strict=True)]),
+            _ratio([of_round[figure] for of_round in figures], [of_base.get(figure, 0.0) for of_base in base]),
         )
         for name, figures in measured.items()
         for figure in figures[0]
     ]
+
+
+def _ratio(values: Sequence[float], base: Sequence[float]) -> Spread | None:
+    return Spread.of([value / of_base for value, of_base in zip(values, base, strict=True)]) if all(base) else None
 
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -118,8 +124,10 @@ def print_results(results: Sequence[Result], *, as_json: bool) -> None:
         if result.group != group:
             group = result.group
             print(f"\n{group}")
-        ratio = f"{result.ratio.median:6.2f}  ({result.ratio.low:.2f}-{result.ratio.high:.2f})"
-        print(f"  {result.variant:<{width}}  {result.figure:<12}{result.value.median:>14,.1f}{ratio:>22}")
+        ratio = ""
+        if result.ratio is not None:
+            ratio = f"{result.ratio.median:6.2f}  ({result.ratio.low:.2f}-{result.ratio.high:.2f})"
+        print(f"  {result.variant:<{width}}  {result.figure:<14}{result.value.median:>14,.1f}{ratio:>22}")
 
 
 def _progress(text: str) -> None:

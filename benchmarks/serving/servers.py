@@ -105,11 +105,13 @@ class Servers:
         self._wait(server)
         return server
 
-    def run(self, name: str, argv: Sequence[str], *, address: str, admin: str = "") -> Server:
+    def run(
+        self, name: str, argv: Sequence[str], *, address: str, admin: str = "", stdin: int = subprocess.DEVNULL
+    ) -> Server:
         """Start a program without waiting for it."""
         log = (self.folder / f"{name.replace(' ', '-')}.log").open("ab")
         self._stack.callback(log.close)
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: S603
+        process = subprocess.Popen(argv, stdin=stdin, stdout=log, stderr=log)  # noqa: S603
         server = Server(name, address, admin, process)
         self._stack.callback(_stop, process)
         return server
@@ -138,15 +140,17 @@ class Servers:
         grpc_addresses: Sequence[str] | None = None,
         config: Mapping[str, object] | None = None,
         rules: str = RULES,
+        program: Sequence[str] = ("ratelimit_sidecar",),
     ) -> Server:
         """
         Args:
             config: of sidecar.yaml, besides its name, rules, peers and where it listens.
             rules: the text of a rules file; "" for none.
+            program: module and first arguments of what runs the sidecar's commands.
         """
         ports = ports or self.ports()
         addresses = list(grpc_addresses or [f"{HOST}:{ports.grpc}"])
-        rules_file = self.folder / f"{name}-rules.yaml"
+        rules_file = self.rules_file(name)
         rules_file.write_text(rules)
         file = self.folder / f"{name}.yaml"
         admin = f"{HOST}:{ports.admin}"
@@ -154,8 +158,12 @@ class Servers:
         rules_files = [str(rules_file)] if rules else []
         settings = {"node": {"id": name}, "listen": listen, "rules": rules_files, "sync": {"peers": list(peers)}}
         file.write_text(yaml.safe_dump({**settings, **(config or {})}))
-        argv = [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", str(file)]
+        argv = [sys.executable, "-m", *program, "serve", "--config", str(file)]
         return self.run(name, argv, address=addresses[0], admin=admin)
+
+    def rules_file(self, name: str) -> Path:
+        """Of the sidecar of that name."""
+        return self.folder / f"{name}-rules.yaml"
 
     def mesh(self, count: int, **options: Any) -> list[Server]:
         """Sidecars that replicate to each other, connected.

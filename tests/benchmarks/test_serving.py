@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import pytest
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 from benchmarks.serving.generator import Generator, each, uniform
 from benchmarks.serving.h2load import Load
-from benchmarks.serving.requests import RULES
-from benchmarks.serving.rounds import Figures, Result, alternate
+from benchmarks.serving.requests import DOMAIN, RULES
+from benchmarks.serving.rounds import Figures, Result, Spread, alternate, print_results
 from benchmarks.serving.servers import Servers, running_servers
 
 
@@ -26,9 +28,45 @@ def only(results: list[Result], variant: str) -> Result:
 
 def test_the_ratio_is_taken_within_each_round_so_that_a_slow_moment_for_both_does_not_count() -> None:
     results = alternate("load", {"base": giving(100, 10, 100), "half": giving(50, 5, 50)}, rounds=3)
-    assert only(results, "half").ratio.median == 0.5
-    assert (only(results, "half").ratio.low, only(results, "half").ratio.high) == (0.5, 0.5)
+    half = only(results, "half")
+    assert half.ratio == Spread(0.5, 0.5, 0.5, 0.5)
+    assert half.value == Spread(median=50, low=27.5, high=50, largest=50)
     assert only(results, "base").value.median == 100
+
+
+def test_a_figure_that_was_zero_in_the_base_or_is_not_there_has_no_ratio() -> None:
+    variants = {"quiet": lambda: {"heard/s": 0.0}, "busy": lambda: {"heard/s": 10.0, "in force ms": 3.0}}
+    results = alternate("load", variants, rounds=2)
+    assert [(result.figure, result.ratio) for result in results if result.variant == "busy"] == [
+        ("heard/s", None),
+        ("in force ms", None),
+    ]
+    as_json = only(results, "quiet").as_json()
+    assert (as_json["median"], as_json["ratio"], as_json["ratio_quartiles"]) == (0, None, None)
+
+
+def test_a_table_leaves_the_ratio_out_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    variants = {"quiet": lambda: {"heard/s": 0.0, "p50 us": 2.0}, "busy": lambda: {"heard/s": 10.0, "p50 us": 3.0}}
+    print_results(alternate("load", variants, rounds=1), as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == [["busy", "heard/s", "10.0"], ["busy", "p50", "us", "3.0", "1.50", "(1.50-1.50)"]]
+
+
+def test_a_request_of_several_descriptors_asks_for_drawn_values_of_one_rule() -> None:
+    body = uniform(1_000, "agent", descriptors=3)
+    entries = []
+    for _ in range(100):
+        framed = body()
+        message = framed[5:]
+        assert struct.unpack(">BI", framed[:5]) == (0, len(message))
+        read = RateLimitRequest.FromString(message)
+        assert read.domain == DOMAIN
+        entries += [[(entry.key, entry.value) for entry in descriptor.entries] for descriptor in read.descriptors]
+    assert len(entries) == 300
+    [keys, values] = zip(*(entry for [entry] in entries), strict=True)
+    assert set(keys) == {"agent"}
+    assert set(values) <= {f"tenant-{number:07}" for number in range(1_000)}
+    assert len(set(values)) > 200
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +83,17 @@ def test_the_generator_asks_for_each_key_once_and_counts_every_answer(servers: S
         assert len(generator.run(uniform(100), 0.5, rate=100).latencies_ns) == pytest.approx(50, abs=2)
     # The first answer, for which the server was waited, had a key of its own.
     assert sidecar.metric("crdt_buckets") == [101]
+
+
+def test_at_a_rate_latency_counts_from_when_a_request_was_due(servers: Servers) -> None:
+    """One stream: each request waits for the answer to the one before, and all but the first are due at once."""
+    sidecar = servers.sidecar("late", rules=RULES)
+    with Generator(sidecar.address, Load(1, 1)) as generator:
+        answered = generator.run(uniform(1), 0.2, rate=1e6)
+    first, *_, last = answered.latencies_ns
+    assert first < last
+    # The last one was sent when the time was over, and due long before.
+    assert last > 0.5 * 0.2e9
 
 
 def test_the_empty_handler_answers_the_same_load(servers: Servers) -> None:

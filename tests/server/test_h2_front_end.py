@@ -256,7 +256,7 @@ async def test_a_send_that_is_not_done_at_once_is_waited_for_before_the_next(slo
     async def receive():
         return next(received)
 
-    scope = {"type": "http", "method": "POST", "path": PATH, "headers": GRPC_HEADERS, "extensions": {}}
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": list(GRPC_HEADERS), "extensions": {}}
     front_end = H2FrontEnd(ECHO, [])
     for _ in range(2):
         events.clear()
