@@ -114,6 +114,7 @@ class Mesh:
         with self.stopwatch:
             for region in self.regions:
                 region.replicator.flush(self.now_us)
+                region.replicator.tend(self.now_us)
             if self.now_us % CHECK_TIME_US < FLUSH_US:
                 for stream in self._other_end:
                     stream.check_time(self.now_us)

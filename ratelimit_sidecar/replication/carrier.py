@@ -15,6 +15,7 @@ import grpc.aio
 import structlog
 
 from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.turns import Turns
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 
@@ -59,6 +60,7 @@ async def carry(
     stream: Stream,
     *,
     woken: asyncio.Event,
+    turns: Turns,
     now_us: Callable[[], int],
     on_heard: Callable[[], None],
     linger_seconds: float,
@@ -67,15 +69,16 @@ async def carry(
 
     Args:
         woken: set by the stream's `wake`.
+        turns: of all the node's streams.
         on_heard: called after each frame heard.
         linger_seconds: what the other end gets to hang up first after this one's last frame: a call cancelled sooner
             may lose that frame.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            reader = tasks.create_task(_read(call, stream, now_us, on_heard))
+            reader = tasks.create_task(_read(call, stream, turns, now_us, on_heard))
             timer = tasks.create_task(_keep_time(stream, now_us))
-            await _write(call, stream, woken, now_us)
+            await _write(call, stream, woken, turns, now_us)
             timer.cancel()
             if not reader.done():
                 await asyncio.wait([reader], timeout=linger_seconds)
@@ -94,7 +97,14 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
         stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
 
 
-async def _read(call: Call, stream: Stream, now_us: Callable[[], int], on_heard: Callable[[], None]) -> None:
+async def _read(
+    call: Call, stream: Stream, turns: Turns, now_us: Callable[[], int], on_heard: Callable[[], None]
+) -> None:
+    def apply() -> None:
+        with _faults_of(stream, now_us):
+            stream.receive(raw, now_us())
+        on_heard()
+
     while True:
         try:
             raw = await call.read()
@@ -107,17 +117,18 @@ async def _read(call: Call, stream: Stream, now_us: Callable[[], int], on_heard:
         if raw is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
+        await turns.do(apply)
+
+
+async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns, now_us: Callable[[], int]) -> None:
+    def next_frame() -> bytes | None:
         with _faults_of(stream, now_us):
-            stream.receive(raw, now_us())
-        on_heard()
+            return stream.next_frame(now_us())
+        return None
 
-
-async def _write(call: Call, stream: Stream, woken: asyncio.Event, now_us: Callable[[], int]) -> None:
     while True:
         woken.clear()
-        frame = None
-        with _faults_of(stream, now_us):
-            frame = stream.next_frame(now_us())
+        frame = await turns.do(next_frame)
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):

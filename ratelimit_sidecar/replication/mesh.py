@@ -29,6 +29,7 @@ from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
+from ratelimit_sidecar.replication.turns import Turns
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
 
 DRAIN_SECONDS = 2.0
@@ -88,6 +89,7 @@ class Mesh:
         local = Local(origin, region, version, membership)
         self._replicator = Replicator(local, store, now_us(), tracer, lending)
         self._replicator.has_joined = False
+        self._turns = Turns()
         self._progress = Progress()
         """Made whenever a frame was heard or a stream or dial has ended."""
         self._dialler = Dialler(
@@ -237,9 +239,13 @@ class Mesh:
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:
-        flushing = Flushing(lambda: self._replicator.flush(self._now_us()))
+        flushing = Flushing(self._flush)
         self._replicator.store.journal.on_urgent = flushing.hurry
         await flushing.run()
+
+    async def _flush(self) -> None:
+        await self._turns.do(lambda: self._replicator.flush(self._now_us()))
+        await self._turns.do(lambda: self._replicator.tend(self._now_us()))
 
     async def _drain(self) -> None:
         self._replicator.flush(self._now_us())
@@ -314,6 +320,7 @@ class Mesh:
                 call,
                 stream,
                 woken=woken,
+                turns=self._turns,
                 now_us=self._now_us,
                 on_heard=note_heard,
                 # A listener ends its calls with a status, which nothing overtakes.

@@ -100,7 +100,7 @@ class Replicator:
 
     def flush(self, now_us: int) -> None:
         """Move own changes from the store's journal, and what the ledger has to say, to what the peers have yet to
-        hear; every few milliseconds."""
+        hear; every few milliseconds, and then `tend`."""
         changes = self.store.drain_changes()
         # Nobody has noted when each change was made, only that it was not before the last flush.
         created_us, self._flushed_us = self._flushed_us, now_us
@@ -115,6 +115,10 @@ class Replicator:
                     peer.streams[0].wake()
         if self.lending is not None:
             self._borrow(self.lending)
+
+    def tend(self, now_us: int) -> None:
+        """Do a little of the work that has no hurry: comparing with the peers, finding ways around broken links,
+        forgetting who has gone."""
         streams = [stream for stream in self.streams() if stream.compares]
         done = self.summing.step(now_us) if streams else None
         if done is not None:

@@ -224,3 +224,12 @@ def test_a_file_without_end_is_read_up_to_the_bound(monkeypatch: pytest.MonkeyPa
 def test_what_a_problem_quotes_stays_on_one_printable_line() -> None:
     document = parsed('a: "\\e[31mred\\n' + "x" * 100 + '"')
     assert document.describe(("a",)) == '"\\u001b[31mred\\n' + "x" * 51 + '\\u2026"'
+
+
+@pytest.mark.parametrize("place", [0, 65_535, 65_536, 200_000])
+def test_a_control_character_is_found_wherever_it_stands(place: int) -> None:
+    text = "a" * place + "\x07" + "b" * 70_000
+    with pytest.raises(ConfigError) as error:
+        parse(text.encode(), "f.yaml")
+    [problem] = error.value.problems
+    assert (problem.line, problem.column) == (1, place + 1)

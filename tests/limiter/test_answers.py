@@ -243,6 +243,39 @@ def test_new_rules_keep_what_was_taken_and_enforce_the_new_limit() -> None:
     assert [status.limit_remaining for status in response.statuses] == [3, 13]
 
 
+class Closed(dict[str, RuleNode]):
+    """Domains that cannot be gone through any more once they are closed; one of them can be looked up."""
+
+    closed = False
+
+    def values(self) -> Any:
+        assert not self.closed
+        return super().values()
+
+    __iter__ = items = keys = values  # type: ignore[assignment]
+
+
+def test_new_rules_come_in_force_without_a_look_at_each() -> None:
+    domains = Closed(rules_of(rule("a", 20)).domains)
+    rules = Rules(domains)
+    limiter = make_limiter(rules_of(rule("a")))
+    domains.closed = True
+    limiter.use_rules(rules)
+    assert decide(limiter, make_request({"a": "1"})).statuses[0].limit_remaining == 19
+
+
+def test_old_rules_and_what_was_made_of_them_are_handed_over_as_they_are() -> None:
+    old = rules_of(rule("a"), rule("b"))
+    limiter = make_limiter(old)
+    for value in ("1", "2", "3"):
+        decide(limiter, make_request({"a": value}, {"b": value}))
+    retired = limiter.use_rules(rules_of(rule("c")))
+    assert retired.rules is old
+    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+    decide(limiter, make_request({"c": "1"}))
+    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+
+
 def test_new_rules_hold_for_what_peers_say_too() -> None:
     limiter = make_limiter(rules_of(rule("a")))
     [step] = limiter.plan(make_request({"a": "1"})).steps

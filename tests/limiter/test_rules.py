@@ -104,3 +104,24 @@ def test_every_rule_is_listed_once() -> None:
         unruled=Rule("unruled", LIMIT),
     )
     assert sorted(rule.name for rule in rules) == ["one", "two", "unruled"]
+
+
+def test_the_digest_is_of_the_shared_rules_in_any_order() -> None:
+    one, two, local = make_rule("one"), make_rule("two"), make_rule("three", Consistency.LOCAL)
+    rules = Rules({"api": RuleNode(key_only={"a": one, "b": two})})
+    same = Rules({"api": RuleNode(key_only={"c": local, "b": two, "a": one})})
+    assert rules.digest == same.digest != 0
+    others = [
+        Rules({"api": RuleNode(key_only={"a": one})}),
+        Rules({"api": RuleNode(key_only={"a": one, "b": RuleNode(Rule("two", Limit(2, 1_000_000, 1)))})}),
+        Rules({"api": RuleNode(key_only={"a": one, "b": make_rule("two", Consistency.STRICT)})}),
+        Rules({"api": RuleNode(key_only={"a": one, "b": two})}, override_consistency=Consistency.LOCAL),
+    ]
+    assert len({rules.digest, *[other.digest for other in others]}) == 5
+
+
+@pytest.mark.parametrize("consistency", Consistency)
+def test_rules_know_whether_one_of_them_is_strict(consistency: Consistency) -> None:
+    deep = Rules({"api": RuleNode(key_only={"a": RuleNode(key_only={"b": make_rule("b", consistency)})})})
+    unruled = Rules(unruled=Rule("unruled", LIMIT, consistency=consistency))
+    assert deep.has_strict == unruled.has_strict == (consistency is Consistency.STRICT)

@@ -285,6 +285,7 @@ class Cluster:
     def _flush(self, each: Node) -> None:
         if each.is_up:
             each.replicator.flush(each.now_us)
+            each.replicator.tend(each.now_us)
             self.after(FLUSH_US, lambda: self._flush(each))
 
     def _check_time(self, each: Node) -> None:

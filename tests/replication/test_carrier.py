@@ -11,6 +11,7 @@ from replication.meshes import TIMEOUT_SECONDS
 from ratelimit_sidecar.replication import carrier
 from ratelimit_sidecar.replication.carrier import carry
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.turns import Turns
 
 
 class Silent:
@@ -34,6 +35,7 @@ async def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyP
             Silent(),
             stream,
             woken=woken,
+            turns=Turns(),
             # For the session no time passes, so it misses nothing.
             now_us=lambda: NOW_US,
             on_heard=lambda: None,

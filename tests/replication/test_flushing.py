@@ -44,7 +44,11 @@ async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda
     """
     loop = asyncio.get_running_loop()
     began, flushes = loop.time(), list[float]()
-    flushing = Flushing(lambda: flushes.append(round(loop.time() - began, 6)))
+
+    async def flush() -> None:
+        flushes.append(round(loop.time() - began, 6))
+
+    flushing = Flushing(flush)
     during(flushing)
     running = asyncio.create_task(flushing.run())
     await asyncio.sleep(seconds)
@@ -87,7 +91,7 @@ def test_nothing_is_flushed_for_what_gets_urgent_before_or_after(runner: asyncio
 def test_a_flush_that_fails_ends_it(runner: asyncio.Runner) -> None:
     calls = 0
 
-    def flush() -> None:
+    async def flush() -> None:
         nonlocal calls
         calls += 1
         if calls == 2:

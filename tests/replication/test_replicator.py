@@ -388,14 +388,14 @@ def test_a_peer_that_only_dials_in_is_forgotten_a_while_after_it_was_lost() -> N
     inbound, dialled = stream_of(a), stream_of(a, is_dialled=True)
     inbound.receive(hello("b"), NOW_US)
     dialled.receive(hello("c"), NOW_US)
-    a.flush(NOW_US + 2 * FORGET_US)
+    a.tend(NOW_US + 2 * FORGET_US)
     assert set(a.peers) == {"b", "c"}
     lost_us = NOW_US + 2 * FORGET_US
     inbound.lost("gone", lost_us)
     dialled.lost("gone", lost_us)
-    a.flush(lost_us + FORGET_US - 1)
+    a.tend(lost_us + FORGET_US - 1)
     assert set(a.peers) == {"b", "c"}
-    a.flush(lost_us + FORGET_US)
+    a.tend(lost_us + FORGET_US)
     assert set(a.peers) == {"c"}
 
 

@@ -169,6 +169,7 @@ class Node:
             return
         now_us = self.clock.now_us()
         self.replicator.flush(now_us)
+        self.replicator.tend(now_us)
         self._ticks = ticks = self._ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):

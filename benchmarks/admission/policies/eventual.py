@@ -89,6 +89,7 @@ class _Node:
 
     def flush(self) -> None:
         self.replicator.flush(self._timeline.now_us)
+        self.replicator.tend(self._timeline.now_us)
 
     def check_time(self) -> None:
         for end in list(self.ends):
