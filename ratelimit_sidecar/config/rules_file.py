@@ -12,10 +12,11 @@ from pathlib import Path
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document, load, unreadable
 from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
+from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data, pieces_of_rules
 from ratelimit_sidecar.config.resource import document_of_resource
 from ratelimit_sidecar.config.rules_schema import RuleDefaults
 from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacity
-from ratelimit_sidecar.limiter.rules import Rule, Rules
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 
 UNRULED_NAME = "bucket"
 """Name, in metrics, of the rule for descriptors that no other matches; a rule's own name has a dot in it."""
@@ -112,29 +113,54 @@ def _rules_of(
     defaults: RuleDefaults,
     merge_domains: bool,
 ) -> Rules:
-    domains: dict[str, Level] = {}
-    first: dict[str, Document] = {}
-    for document in documents:
-        reader = TreeReader(document, defaults)
-        domain = reader.read_domain()
-        level = Level()
-        if domain in first and not merge_domains:
-            found = f"{quoted(domain)}, which {first[domain].place(('domain',))} has already"
-            fix = "put all descriptors of a domain into one file, or turn merge_domains on"
-            problems.append(document.problem(("domain",), found, "another domain", fix))
-        elif domain:
-            first.setdefault(domain, document)
-            level = domains.setdefault(domain, level)
-        reader.read_descriptors(domain, level)
-        problems += reader.problems
+    roots = _read_all(documents, problems, defaults, merge_domains)
     if problems:
+        pieces = pieces_of_rules(root for _, root in roots)
+        roots.clear()
+        let_go(pieces)
         raise ConfigError(problems)
     return Rules(
-        domains={domain: level.node() for domain, level in domains.items()},
+        domains=dict(roots),
         unruled=None if unruled is None else _unruled_rule(unruled, defaults),
         override_window=defaults.window,
         override_consistency=defaults.consistency,
     )
+
+
+def _read_all(
+    documents: Iterable[Document], problems: list[Problem], defaults: RuleDefaults, merge_domains: bool
+) -> list[tuple[str, RuleNode]]:
+    """The trees of all domains; what is wrong with the documents is added to `problems`."""
+    levels: list[tuple[str, Level]] = []
+    domains: dict[str, Level] = {}
+    first: dict[str, Document] = {}
+    data: list[object] = []
+    for document in documents:
+        data.append(document.data)
+        reader = TreeReader(document, defaults)
+        domain = reader.read_domain()
+        if domain in first and not merge_domains:
+            found = f"{quoted(domain)}, which {first[domain].place(('domain',))} has already"
+            fix = "put all descriptors of a domain into one file, or turn merge_domains on"
+            problems.append(document.problem(("domain",), found, "another domain", fix))
+        level = domains.get(domain) if merge_domains else None
+        if level is None:
+            level = Level()
+            levels.append((domain, level))
+        if domain:
+            first.setdefault(domain, document)
+            domains[domain] = level
+        reader.read_descriptors(domain, level)
+        problems += reader.problems
+        # What was read is given back below.
+        del document, reader
+    first.clear()
+    for _, level in levels:
+        level.forget_places()
+    pieces = pieces_of_data(data)
+    data.clear()
+    let_go(pieces)
+    return [(domain, level.node()) for domain, level in levels]
 
 
 def _unruled_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
@@ -47,6 +48,18 @@ class InvalidRequest(Exception):
 class PlanCounts(NamedTuple):
     found: int
     made: int
+
+
+@dataclass(slots=True)
+class Retired:
+    """What a limiter has decided by until other rules came in force, and now nobody else refers to.
+
+    To free it at once can take tens of milliseconds: that is left to who has time (`rules_source.reloader`).
+    """
+
+    rules: Rules | None
+    plans: dict[bytes, Plan]
+    terms: dict[int, Terms]
 
 
 class Limiter:
@@ -93,25 +106,32 @@ class Limiter:
         """By the id of the rule."""
         self._plans = PlanCache()
         self._plans_found = self._plans_made = 0
+        self.rules = rules
         self.use_rules(rules)
 
-    def use_rules(self, rules: Rules) -> None:
+    def use_rules(self, rules: Rules) -> Retired:
         """Decide by other rules from now on.
 
-        Buckets keep what was taken; one whose limit has changed enforces the new one from its next use on.
+        Buckets keep what was taken; one whose limit has changed enforces the new one from its next use on. However
+        many rules and plans there are, this takes the same time.
+
+        Returns:
+            What those before leave behind.
 
         Raises:
             ValueError: a rule is strict and there is no ledger; the rules before stay in force.
         """
         if self.ledger is None:
-            if any(rule.consistency is Consistency.STRICT for rule in rules):
+            if rules.has_strict:
                 raise ValueError("a strict rule needs the members among whom its limit is shared")
         else:
             self.ledger.limit_of_key = rules.strict_limit_of_key
+        retired = Retired(self.rules, self._plans.plans, self._terms)
         self.rules = rules
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()
-        self._terms.clear()
+        self._terms = {}
+        return retired
 
     def decide(self, request: bytes, now_us: int) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.

@@ -7,7 +7,7 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -161,10 +161,10 @@ class DeltasReader:
             self._limits.clear()
         for delta in deltas.buckets:
             key, limit = self._read_key(delta, store.limit_of_key)
-            applied.entries += sum([len(run.slots) for run in delta.runs])
-            if applied.entries > MAX_FRAME_ENTRIES:
-                raise ProtocolError(Reason.TOO_LARGE, f"more than {MAX_FRAME_ENTRIES} slots in a frame")
-            entries = [entry for run in delta.runs for entry in _read_run(run, origins)]
+            entries: list[Entry] = []
+            for run in delta.runs:
+                _read_run(run, origins, entries, MAX_FRAME_ENTRIES - applied.entries)
+            applied.entries += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
             if limit is None:
                 applied.unknown_keys += 1
@@ -217,23 +217,26 @@ def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:
     return Base(base.boundary_us, base.tokens * period_us - (-base.remainder * period_us // base.period_us))
 
 
-def _read_run(run: pb.SlotRun, origins: Sequence[Origin]) -> Iterator[Entry]:
-    if run.origin >= len(origins):
-        raise ProtocolError(Reason.MALFORMED, f"origin {run.origin} of a list of {len(origins)}")
-    exponent = run.exponent
+def _read_run(run: pb.SlotRun, origins: Sequence[Origin], entries: list[Entry], most: int) -> None:
+    """Append the run's entries, with which there may be `most` of them."""
+    origin_number, exponent, slots, tokens_of_slots = run.origin, run.exponent, run.slots, run.tokens
+    if origin_number >= len(origins):
+        raise ProtocolError(Reason.MALFORMED, f"origin {origin_number} of a list of {len(origins)}")
     if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
         raise ProtocolError(
             Reason.BAD_SLOT, f"slots of 2**{exponent} us; widths are 2**{MIN_EXPONENT} to 2**{MAX_EXPONENT}"
         )
-    if len(run.slots) != len(run.tokens):
-        raise ProtocolError(Reason.BAD_SLOT, f"{len(run.slots)} slots with {len(run.tokens)} counts")
-    origin = origins[run.origin]
+    if len(slots) != len(tokens_of_slots):
+        raise ProtocolError(Reason.BAD_SLOT, f"{len(slots)} slots with {len(tokens_of_slots)} counts")
+    if len(entries) + len(slots) > most:
+        raise ProtocolError(Reason.TOO_LARGE, f"more than {MAX_FRAME_ENTRIES} slots in a frame")
+    origin = origins[origin_number]
     last_number = MAX_TIME_US >> exponent
     number = 0
-    for index, (step, tokens) in enumerate(zip(run.slots, run.tokens, strict=True)):
+    for index, (step, tokens) in enumerate(zip(slots, tokens_of_slots, strict=True)):
         number += step
         if number > last_number or (index and not step):
             raise ProtocolError(Reason.BAD_SLOT, "slots must rise, and lie within MAX_TIME_US")
         if not 1 <= tokens <= MAX_SLOT_TOKENS:
             raise ProtocolError(Reason.BAD_SLOT, f"{tokens} tokens in a slot; 1 to {MAX_SLOT_TOKENS} fit")
-        yield Entry(origin, number << exponent | exponent, tokens)
+        entries.append(Entry(origin, number << exponent | exponent, tokens))

@@ -6,8 +6,6 @@ limit, and proto3 does not send zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
@@ -25,7 +23,7 @@ TYPE_URL = f"type.googleapis.com/{RateLimitConfig.DESCRIPTOR.full_name}"
 Data = dict[str, object]
 
 
-def data_of(response: DiscoveryResponse) -> Mapping[str, Data]:
+def data_of(response: DiscoveryResponse) -> dict[str, Data]:
     """By the names of the resources, which errors then quote as they would a file's.
 
     Raises:

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
 from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -125,10 +126,21 @@ class XdsClient:
                 await _write(call, await self._answer(response, reloader))
 
     async def _answer(self, response: DiscoveryResponse, reloader: Reloader) -> DiscoveryRequest:
-        rejected = await reloader.load(lambda: self._read(data_of(response)), response.version_info)
+        rejected = await reloader.load(lambda: self._rules_of(response), response.version_info)
         if rejected is None:
             return self._subscription.accept(response)
         return self._subscription.reject(response, "\n".join(map(str, islice(rejected.problems, _MAX_PROBLEMS_TOLD))))
+
+    def _rules_of(self, response: DiscoveryResponse) -> Rules:
+        """Runs in a thread."""
+        resources = data_of(response)
+        try:
+            return self._read(resources)
+        finally:
+            pieces = pieces_of_data(resources.values())
+            # An exception keeps the frames that have it.
+            resources.clear()
+            let_go(pieces)
 
     async def _channel(self) -> grpc.aio.Channel:
         tls = self._config.tls
