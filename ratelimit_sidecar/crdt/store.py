@@ -129,11 +129,15 @@ class Store:
             bucket.merge_base(base, now_us)
         return bucket.merge(entries, now_us)
 
-    def drain_changes(self) -> list[tuple[Bucket, list[int]]]:
-        """Buckets with the own slots written since the last call."""
-        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets]
+    def drain_changes(self, most: int | None = None) -> list[tuple[Bucket, list[int]]]:
+        """Buckets with the own slots written since they were last drained, in the order of the first of these writes.
+
+        Args:
+            most: buckets; None for all.
+        """
+        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets[:most]]
         # Emptied in place: every bucket holds it.
-        self.journal.buckets.clear()
+        del self.journal.buckets[:most]
         return changed
 
     def sweep(self, now_us: int, most: int) -> int:

@@ -62,6 +62,9 @@ STEPS: Final = 170
 PASS_WORK = STEPS * STEP_WORK
 """Of one pass: 4 % of the time, and 1 % for each 200,000 buckets."""
 
+FREED_RANGES: Final = 16
+"""In a step: of a pass, all within half of the next one."""
+
 MAX_PULL_KEYS: Final = 4_096
 """In one frame."""
 
@@ -115,6 +118,10 @@ class Pass:
         found.keys.append(key)
         found.states.append(state)
 
+    def ranges(self) -> Iterable[_Range]:
+        """Those with buckets."""
+        return self._ranges.values()
+
     def buckets(self, range_number: int) -> dict[int, tuple[bytes, int]]:
         """Key and state of the buckets of a range, by the key's hash."""
         found = self._ranges.get(range_number)
@@ -139,6 +146,8 @@ class Summing:
         """Work done in the current pass."""
         self._segments_a_pass = SEGMENTS
         self._done: deque[Pass] = deque(maxlen=2)
+        self._left: list[_Range] = []
+        """Of passes that are of no use any more: to free all of one at once takes milliseconds."""
         self._origins: dict[Origin, int] = {}
 
     def step(self, now_us: int) -> Pass | None:
@@ -147,6 +156,7 @@ class Summing:
         Returns:
             The pass that has just been done.
         """
+        del self._left[-FREED_RANGES:]
         current = self._current
         if current is None:
             if now_us < self._due_us:
@@ -158,12 +168,15 @@ class Summing:
             current = self._current = self._begin(at_us)
         elif now_us >= current.at_us + EVERY_US:
             # Too slow, or the machine was asleep.
+            self._left += current.ranges()
             self._current = None
             return None
         if not self._take_step(current):
             return None
         self._current = None
         self._plan_next(len(current.segments))
+        if len(self._done) == self._done.maxlen:
+            self._left += self._done.popleft().ranges()
         self._done.append(current)
         return current
 

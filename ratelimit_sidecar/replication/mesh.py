@@ -244,11 +244,13 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        await self._turns.do(lambda: self._replicator.flush(self._now_us()))
+        while await self._turns.do(lambda: self._replicator.flush(self._now_us())):
+            pass
         await self._turns.do(lambda: self._replicator.tend(self._now_us()))
 
     async def _drain(self) -> None:
-        self._replicator.flush(self._now_us())
+        while self._replicator.flush(self._now_us()):
+            pass
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self.until(self._replicator.is_settled)

@@ -69,6 +69,16 @@ def test_changes_are_reported_once_however_often_a_bucket_was_taken_from() -> No
     assert list(bucket.own_entries([slot])) == [Entry(HERE, slot, 6)]
 
 
+def test_changes_can_be_drained_some_at_a_time_the_oldest_first() -> None:
+    store = make_store()
+    keys = [b"known%d" % number for number in range(5)]
+    for key in keys:
+        store.bucket(key, LIMIT, NOW_US).take(1, NOW_US)
+    assert [bucket.key for bucket, _ in store.drain_changes(2)] == keys[:2]
+    store.bucket(keys[0], LIMIT, NOW_US).take(1, NOW_US)
+    assert [bucket.key for bucket, _ in store.drain_changes(9)] == [*keys[2:], keys[0]]
+
+
 def test_local_buckets_are_never_reported() -> None:
     store = make_store()
     store.bucket(b"local", LIMIT, NOW_US, replicated=False).take(1, NOW_US)

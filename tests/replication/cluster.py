@@ -284,7 +284,8 @@ class Cluster:
 
     def _flush(self, each: Node) -> None:
         if each.is_up:
-            each.replicator.flush(each.now_us)
+            while each.replicator.flush(each.now_us):
+                pass
             each.replicator.tend(each.now_us)
             self.after(FLUSH_US, lambda: self._flush(each))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, key_of, node, rules_with, store_of, take
@@ -15,6 +16,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import anti_entropy
 from ratelimit_sidecar.replication.anti_entropy import (
     EVERY_US,
+    FREED_RANGES,
     KEPT_US,
     MAX_EXCHANGED,
     MAX_PULL_KEYS,
@@ -22,6 +24,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
     SEGMENT_RANGES,
     SEGMENTS,
     SETTLE_US,
+    STEPS,
     Exchange,
     Pass,
     Summing,
@@ -139,6 +142,22 @@ def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: in
     assert resyncs(cluster) == 0
     # Not because there was nothing to compare.
     assert all(peer.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
+
+
+def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
+    store = store_of(node("a"))
+    for index in range(500):
+        take(store, f"user {index}", 1, NOW_US)
+    summing, now_us, passes, left = Summing(store, NOW_US), NOW_US, 0, []
+    while passes < 3:
+        now_us += 20_000
+        passes += summing.step(now_us) is not None
+    while summing._left:
+        left.append(len(summing._left))
+        summing.step(now_us)
+    assert left[0] > 100
+    assert all(before - after <= FREED_RANGES for before, after in pairwise(left))
+    assert len(left) < STEPS / 2
 
 
 @pytest.mark.interpreted

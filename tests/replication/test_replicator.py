@@ -26,7 +26,7 @@ from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.lending import TICK_EVERY_US, Lending
 from ratelimit_sidecar.replication.loans import MAX_BATCH_LOANS
-from ratelimit_sidecar.replication.replicator import FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
+from ratelimit_sidecar.replication.replicator import FLUSH_BUCKETS, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -374,6 +374,24 @@ def test_changes_count_as_made_at_the_flush_before() -> None:
     take(a.store, "ann", 1, NOW_US + 39_000)
     a.flush(NOW_US + 40_000)
     assert a.peers["b"].outbox.lag_us(NOW_US + 50_000) == 30_000
+
+
+def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_waits() -> None:
+    a, b = replicator("a"), replicator("b")
+    connected(a, b)
+    a.flush(NOW_US + 20_000)
+    for number in range(2 * FLUSH_BUCKETS + 1):
+        take(a.store, f"user-{number}", 1, NOW_US + 39_000)
+    outbox = a.peers["b"].outbox
+    flushed = []
+    for go in range(3):
+        more = a.flush(NOW_US + 40_000 + go)
+        flushed.append((more, outbox.pending_buckets))
+        take(a.store, f"late-{go}", 1, NOW_US + 40_000 + go)
+    assert flushed == [(True, FLUSH_BUCKETS), (True, 2 * FLUSH_BUCKETS), (False, 2 * FLUSH_BUCKETS + 1)]
+    assert outbox.lag_us(NOW_US + 50_000) == 30_000
+    assert not a.flush(NOW_US + 60_000)
+    assert outbox.pending_buckets == 2 * FLUSH_BUCKETS + 4
 
 
 def test_the_journal_is_drained_although_there_are_no_peers() -> None:

@@ -144,7 +144,8 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        self.replicator.flush(self.clock.now_us())
+        while self.replicator.flush(self.clock.now_us()):
+            pass
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -168,7 +169,8 @@ class Node:
             loop.at(self.resumes_us, self._tick)
             return
         now_us = self.clock.now_us()
-        self.replicator.flush(now_us)
+        while self.replicator.flush(now_us):
+            pass
         self.replicator.tend(now_us)
         self._ticks = ticks = self._ticks + 1
         if not ticks % CHECK_TIME_TICKS:

@@ -88,7 +88,8 @@ class _Node:
         self.ends: list[_End] = []
 
     def flush(self) -> None:
-        self.replicator.flush(self._timeline.now_us)
+        while self.replicator.flush(self._timeline.now_us):
+            pass
         self.replicator.tend(self._timeline.now_us)
 
     def check_time(self) -> None:
