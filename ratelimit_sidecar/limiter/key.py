@@ -15,6 +15,7 @@ merged into the *overflow bucket* of their rule, whose name has nothing of a cal
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Final, NamedTuple
 
 TOKEN_BUCKET: Final = 0
@@ -52,6 +53,11 @@ FORMS: Final = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORM
 _BYTES: Final = tuple(bytes((number,)) for number in range(256))
 _CONTINUES: Final = 0x80
 _MAX_SHIFT: Final = 28
+
+
+def hash64(raw: bytes) -> int:
+    """A hash of 64 bits, the same on every replica."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 class KeyEntry(NamedTuple):

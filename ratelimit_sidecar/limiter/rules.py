@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
@@ -33,6 +32,7 @@ from ratelimit_sidecar.limiter.key import (
     KeyEntry,
     decode_bucket_key,
     encode_bucket_key,
+    hash64,
     is_of_rule_alone,
 )
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
@@ -190,11 +190,11 @@ class Rules:
 
     def __post_init__(self) -> None:
         # A sum, in which the order of rules does not matter: to sort 20,000 would keep Python's lock for 5 ms.
-        digest = _digest(f"{self.override_window} {self.override_consistency}")
+        digest = hash64(f"{self.override_window} {self.override_consistency}".encode())
         has_strict = False
         for rule in self:
             if rule.consistency is not Consistency.LOCAL:
-                digest += _digest(f"{rule.name} {rule.form} {rule.limit}")
+                digest += hash64(f"{rule.name} {rule.form} {rule.limit}".encode())
             if rule.consistency is Consistency.STRICT:
                 has_strict = True
         object.__setattr__(self, "digest", digest % 2**64 or 1)
@@ -311,10 +311,6 @@ def limit_of_rate(
     capacity = requests if burst is None else burst
     # What holds nothing need not refill.
     return Limit(requests or 1, period_us, capacity if requests else 0, max_debt)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _descend(node: RuleNode, key: str, value: str) -> Level | None:

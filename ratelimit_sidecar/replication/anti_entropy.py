@@ -22,12 +22,12 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Final
 from zlib import crc32
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.key import hash64
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -73,11 +73,6 @@ MAX_EXCHANGED = 16_384
 
 _MAX_ORIGINS: Final = 4_096
 """Of which the hash is remembered."""
-
-
-def hash64(raw: bytes) -> int:
-    """Of a key, it says which bucket is meant among those of one range."""
-    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 def range_of(key: bytes) -> int:

@@ -13,6 +13,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.key import hash64
 from ratelimit_sidecar.replication import anti_entropy
 from ratelimit_sidecar.replication.anti_entropy import (
     EVERY_US,
@@ -28,7 +29,6 @@ from ratelimit_sidecar.replication.anti_entropy import (
     Exchange,
     Pass,
     Summing,
-    hash64,
     range_of,
 )
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
