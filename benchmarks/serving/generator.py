@@ -1,7 +1,5 @@
 """HTTP/2 load in which every request can ask for another key; h2load sends the same body again and again.
 
-    python -m benchmarks.serving.generator ADDRESS --keys 1000000 --seconds 5 [--rate 10000]
-
 Frames are laid from prepared parts and answers only counted, by their frame headers (RFC 9113, section 4.1), so a
 request costs a few microseconds and the server remains what is measured. Closed loop, or at a rate, for which latency
 counts from when a request was due: a server that stalls is not spared the requests that it held up.
@@ -9,7 +7,6 @@ counts from when a request was due: a server that stalls is not spared the reque
 
 from __future__ import annotations
 
-import json
 import random
 import select
 import selectors
@@ -20,8 +17,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-
-import click
 
 from benchmarks.serving.h2load import Load, LoadFailed
 from benchmarks.serving.requests import METHOD, framed, request
@@ -256,22 +251,3 @@ def _frame_head(length: int, kind: int, flags: int) -> bytes:
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return _frame_head(len(payload), kind, flags) + stream.to_bytes(4, "big") + payload
-
-
-@click.command()
-@click.argument("address")
-@click.option("--keys", default=1_000_000, show_default=True, type=click.IntRange(1, 10**_KEY_DIGITS))
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1))
-@click.option("--rate", type=click.FloatRange(1), help="Requests a second; as many as are answered unless given.")
-@click.option("--connections", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--streams", default=100, show_default=True, type=click.IntRange(1, 1_000), help="On each connection.")
-def main(address: str, *, keys: int, seconds: float, rate: float | None, connections: int, streams: int) -> None:
-    """Send, and print what was answered as JSON."""
-    with Generator(address, Load(connections, streams)) as generator:
-        answered = generator.run(uniform(keys), seconds, rate)
-    percentiles = {f"p{percent:g}_us": answered.percentile_us(percent) for percent in (50, 99, 99.9)}
-    click.echo(json.dumps({"per_second": answered.per_second, **percentiles}))
-
-
-if __name__ == "__main__":
-    main()
