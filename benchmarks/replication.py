@@ -113,9 +113,7 @@ class Mesh:
             assert stream.error is None, stream.error
         with self.stopwatch:
             for region in self.regions:
-                while region.replicator.flush(self.now_us):
-                    pass
-                region.replicator.tend(self.now_us)
+                region.replicator.flush(self.now_us)
             if self.now_us % CHECK_TIME_US < FLUSH_US:
                 for stream in self._other_end:
                     stream.check_time(self.now_us)

@@ -244,13 +244,12 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        while await self._turns.do(lambda: self._replicator.flush(self._now_us())):
+        while await self._turns.do(lambda: self._replicator.note_changes(self._now_us())):
             pass
         await self._turns.do(lambda: self._replicator.tend(self._now_us()))
 
     async def _drain(self) -> None:
-        while self._replicator.flush(self._now_us()):
-            pass
+        self._replicator.flush(self._now_us())
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self.until(self._replicator.is_settled)

@@ -104,12 +104,19 @@ class Replicator:
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
 
-    def flush(self, now_us: int) -> bool:
-        """Move own changes from the store's journal, and what the ledger has to say, to what the peers have yet to
-        hear; every few milliseconds, and then `tend`.
+    def flush(self, now_us: int) -> None:
+        """Move all own changes from the store's journal to what the peers have yet to hear, and `tend`; every few
+        milliseconds. Who has other things to do in between does it in pieces: `note_changes`, then `tend`.
+        """
+        while self.note_changes(now_us) or self.store.journal.buckets:
+            pass
+        self.tend(now_us)
+
+    def note_changes(self, now_us: int) -> bool:
+        """Move own changes of FLUSH_BUCKETS buckets from the journal to what the peers have yet to hear.
 
         Returns:
-            True when it has to be called again for the rest: it moves FLUSH_BUCKETS at a time.
+            True when it has to be called again, for the rest of those that were in it when the first piece was moved.
         """
         if not self._unflushed:
             self._unflushed = len(self.store.journal.buckets)
@@ -127,13 +134,13 @@ class Replicator:
                     peer.outbox.note(bucket, slots, created_us)
                 if peer.streams:
                     peer.streams[0].wake()
-        if self.lending is not None:
-            self._borrow(self.lending)
         return self._unflushed > 0
 
     def tend(self, now_us: int) -> None:
-        """Do a little of the work that has no hurry: comparing with the peers, finding ways around broken links,
-        forgetting who has gone."""
+        """What a flush does besides: tell lenders what the ledger has to say, compare a little with the peers, find
+        ways around broken links, forget who has gone."""
+        if self.lending is not None:
+            self._borrow(self.lending)
         streams = [stream for stream in self.streams() if stream.compares]
         done = self.summing.step(now_us) if streams else None
         if done is not None:

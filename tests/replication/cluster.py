@@ -284,9 +284,7 @@ class Cluster:
 
     def _flush(self, each: Node) -> None:
         if each.is_up:
-            while each.replicator.flush(each.now_us):
-                pass
-            each.replicator.tend(each.now_us)
+            each.replicator.flush(each.now_us)
             self.after(FLUSH_US, lambda: self._flush(each))
 
     def _check_time(self, each: Node) -> None:

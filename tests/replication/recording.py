@@ -111,9 +111,8 @@ def converse() -> list[tuple[int, bytes]]:
         a.take(f"user-{step}", step + 1)
         if step == 4:
             a.want(30)
-        for each in (a, b):
-            each.flush(now_us)
-            each.tend(now_us)
+        a.flush(now_us)
+        b.flush(now_us)
         one.check_time(now_us)
         other.check_time(now_us)
         exchange()

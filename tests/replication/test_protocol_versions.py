@@ -36,7 +36,6 @@ def replay(recording: Recording) -> Replay:
     for now_us, raw in recording.frames:
         party.clock_us = now_us
         party.flush(now_us)
-        party.tend(now_us)
         replayed.stream.check_time(now_us)
         replayed.say_all(now_us)
         replayed.stream.receive(raw, now_us)

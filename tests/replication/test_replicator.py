@@ -385,13 +385,25 @@ def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_wa
     outbox = a.peers["b"].outbox
     flushed = []
     for go in range(3):
-        more = a.flush(NOW_US + 40_000 + go)
+        more = a.note_changes(NOW_US + 40_000 + go)
         flushed.append((more, outbox.pending_buckets))
         take(a.store, f"late-{go}", 1, NOW_US + 40_000 + go)
     assert flushed == [(True, FLUSH_BUCKETS), (True, 2 * FLUSH_BUCKETS), (False, 2 * FLUSH_BUCKETS + 1)]
     assert outbox.lag_us(NOW_US + 50_000) == 30_000
-    assert not a.flush(NOW_US + 60_000)
+    assert not a.note_changes(NOW_US + 60_000)
     assert outbox.pending_buckets == 2 * FLUSH_BUCKETS + 4
+
+
+def test_a_flush_moves_all_there_is_also_when_one_in_pieces_is_under_way() -> None:
+    a, b = replicator("a"), replicator("b")
+    connected(a, b)
+    for number in range(2 * FLUSH_BUCKETS):
+        take(a.store, f"user-{number}", 1, NOW_US)
+    assert a.note_changes(NOW_US + 20_000)
+    take(a.store, "late", 1, NOW_US + 20_000)
+    a.flush(NOW_US + 20_000)
+    assert a.peers["b"].outbox.pending_buckets == 2 * FLUSH_BUCKETS + 1
+    assert a.store.drain_changes() == []
 
 
 def test_the_journal_is_drained_although_there_are_no_peers() -> None:
@@ -406,14 +418,14 @@ def test_a_peer_that_only_dials_in_is_forgotten_a_while_after_it_was_lost() -> N
     inbound, dialled = stream_of(a), stream_of(a, is_dialled=True)
     inbound.receive(hello("b"), NOW_US)
     dialled.receive(hello("c"), NOW_US)
-    a.tend(NOW_US + 2 * FORGET_US)
+    a.flush(NOW_US + 2 * FORGET_US)
     assert set(a.peers) == {"b", "c"}
     lost_us = NOW_US + 2 * FORGET_US
     inbound.lost("gone", lost_us)
     dialled.lost("gone", lost_us)
-    a.tend(lost_us + FORGET_US - 1)
+    a.flush(lost_us + FORGET_US - 1)
     assert set(a.peers) == {"b", "c"}
-    a.tend(lost_us + FORGET_US)
+    a.flush(lost_us + FORGET_US)
     assert set(a.peers) == {"c"}
 
 

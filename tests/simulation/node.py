@@ -144,8 +144,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        while self.replicator.flush(self.clock.now_us()):
-            pass
+        self.replicator.flush(self.clock.now_us())
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -169,9 +168,7 @@ class Node:
             loop.at(self.resumes_us, self._tick)
             return
         now_us = self.clock.now_us()
-        while self.replicator.flush(now_us):
-            pass
-        self.replicator.tend(now_us)
+        self.replicator.flush(now_us)
         self._ticks = ticks = self._ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):

@@ -173,8 +173,6 @@ def test_the_simulated_clock_does_what_the_products_clock_does(seed: int, monkey
     simulated = NodeClock(loop, 300 * MS)
 
     class Time:
-        CLOCK_BOOTTIME = 7
-
         @staticmethod
         def time_ns() -> int:
             return (loop.now_us + simulated.system_ahead_us) * 1_000

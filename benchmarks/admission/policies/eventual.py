@@ -88,9 +88,7 @@ class _Node:
         self.ends: list[_End] = []
 
     def flush(self) -> None:
-        while self.replicator.flush(self._timeline.now_us):
-            pass
-        self.replicator.tend(self._timeline.now_us)
+        self.replicator.flush(self._timeline.now_us)
 
     def check_time(self) -> None:
         for end in list(self.ends):
