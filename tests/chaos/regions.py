@@ -43,9 +43,12 @@ RULES = f"""
 domain: {DOMAIN}
 descriptors:
   - key: user
+    algorithm: fixed_window
     rate_limit: {{unit: year, requests_per_unit: {LIMIT}}}
 """
-"""A token is refilled every five minutes: what is missing in a bucket is what was taken, exactly."""
+"""Nothing is refilled before the year is over: what is missing is what was taken, exactly. Of a token bucket a part of
+what others took, up to a 64th of its capacity, may be refilled at once: it is placed in the middle of its slot, which
+is days wide for a unit of a year, and half of the time is over."""
 
 USERS = tuple(f"user-{number}" for number in range(20))
 PAUSE_S = 0.02
