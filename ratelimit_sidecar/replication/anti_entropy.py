@@ -54,7 +54,10 @@ ENTRY_WORK: Final = 15
 """In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
 
 STEP_WORK = 8_000
-"""Of one step, and the share of it that a pass needs for looking at all buckets: 1 ms between two decisions."""
+"""Of one step, and the share of it that a pass needs for looking at all buckets."""
+
+PIECE_WORK: Final = 2_500
+"""A step is taken in pieces of so much: a quarter of a millisecond between two decisions."""
 
 STEPS: Final = 170
 """Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
@@ -137,6 +140,8 @@ class Summing:
         self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
         self._current: Pass | None = None
         self._walk: Iterator[Bucket] = iter(())
+        self._step_left = 0
+        """Work to be done in the current step; 0 or less between two of them."""
         self._looking = self._summing = 0
         """Work done in the current pass."""
         self._segments_a_pass = SEGMENTS
@@ -145,30 +150,37 @@ class Summing:
         """Of passes that are of no use any more: to free all of one at once takes milliseconds."""
         self._origins: dict[Origin, int] = {}
 
+    @property
+    def is_stepping(self) -> bool:
+        """True while a step is not done: then `step` does the next piece of it."""
+        return self._step_left > 0
+
     def step(self, now_us: int) -> Pass | None:
-        """Do a little of the work; every few milliseconds.
+        """Begin a step, every few milliseconds, or go on with it.
 
         Returns:
             The pass that has just been done.
         """
-        del self._left[-FREED_RANGES:]
+        if self._step_left <= 0:
+            del self._left[-FREED_RANGES:]
         current = self._current
-        if current is None:
-            if now_us < self._due_us:
-                return None
-            at_us = now_us // EVERY_US * EVERY_US
-            self._due_us = at_us + EVERY_US
-            if now_us > at_us + LATE_US or not self._is_to_be_done(at_us):
-                return None
-            current = self._current = self._begin(at_us)
-        elif now_us >= current.at_us + EVERY_US:
+        if current is not None and now_us >= current.at_us + EVERY_US:
             # Too slow, or the machine was asleep.
             self._left += current.ranges()
             self._current = None
+            self._step_left = 0
             return None
-        if not self._take_step(current):
+        if current is None:
+            at_us = self._due(now_us)
+            if at_us is None:
+                return None
+            current = self._current = self._begin(at_us)
+        if self._step_left <= 0:
+            self._step_left = STEP_WORK + LOOK_WORK * len(self._store) // STEPS
+        if not self._take_piece(current):
             return None
         self._current = None
+        self._step_left = 0
         self._plan_next(len(current.segments))
         if len(self._done) == self._done.maxlen:
             self._left += self._done.popleft().ranges()
@@ -184,6 +196,16 @@ class Summing:
         settled = _settled(bucket, at_us)
         return 0 if settled is None else self._hash(bucket.key, settled)
 
+    def _due(self, now_us: int) -> int | None:
+        """The instant of the next pass, when it is to be begun."""
+        if now_us < self._due_us:
+            return None
+        at_us = now_us // EVERY_US * EVERY_US
+        self._due_us = at_us + EVERY_US
+        if now_us > at_us + LATE_US or not self._is_to_be_done(at_us):
+            return None
+        return at_us
+
     def _begin(self, at_us: int) -> Pass:
         # The same on every node; each segment has its turn, also for one that does only every second, fourth ... pass.
         number = at_us // EVERY_US
@@ -192,9 +214,9 @@ class Summing:
         self._looking = self._summing = 0
         return Pass(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_pass)])
 
-    def _take_step(self, current: Pass) -> bool:
+    def _take_piece(self, current: Pass) -> bool:
         """True when the pass is done."""
-        left = STEP_WORK + LOOK_WORK * len(self._store) // STEPS
+        piece = left = min(self._step_left, PIECE_WORK)
         at_us, segments = current.at_us, current.segments
         for bucket in self._walk:
             left -= LOOK_WORK
@@ -209,6 +231,7 @@ class Summing:
                 left -= work
                 self._summing += work
             if left <= 0:
+                self._step_left -= piece - left
                 return False
         return True
 

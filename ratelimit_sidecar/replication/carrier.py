@@ -100,10 +100,17 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
 async def _read(
     call: Call, stream: Stream, turns: Turns, now_us: Callable[[], int], on_heard: Callable[[], None]
 ) -> None:
-    def apply() -> None:
+    def hear() -> bool:
         with _faults_of(stream, now_us):
-            stream.receive(raw, now_us())
+            stream.hear(raw, now_us())
+        return apply()
+
+    def apply() -> bool:
+        with _faults_of(stream, now_us):
+            if stream.apply(now_us()):
+                return True
         on_heard()
+        return False
 
     while True:
         try:
@@ -117,10 +124,17 @@ async def _read(
         if raw is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        await turns.do(apply)
+        is_unfinished = await turns.do(hear)
+        while is_unfinished:
+            is_unfinished = await turns.do(apply)
 
 
 async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns, now_us: Callable[[], int]) -> None:
+    def write() -> bool:
+        with _faults_of(stream, now_us):
+            return stream.write(now_us())
+        return False
+
     def next_frame() -> bytes | None:
         with _faults_of(stream, now_us):
             return stream.next_frame(now_us())
@@ -128,6 +142,8 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
 
     while True:
         woken.clear()
+        while await turns.do(write):
+            pass
         frame = await turns.do(next_frame)
         if frame is not None:
             try:

@@ -7,7 +7,7 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,7 @@ from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONE
 from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven, KeyNumbersHeard
+from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
@@ -31,8 +32,7 @@ MAX_SLOT_TOKENS: Final = 1 << 48
 MAX_FRAME_BUCKETS: Final = 2_048
 MAX_FRAME_ENTRIES: Final = 8_192
 MAX_FRAME_ORIGINS: Final = 1_024
-"""Taken from one frame, which is applied between two decisions. Far above what is sent, so that a peer with other
-bounds is understood."""
+"""Taken from one frame. Far above what is sent, so that a peer with other bounds is understood."""
 
 _ROUGH_BUCKET_BYTES: Final = 48
 """Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
@@ -120,8 +120,10 @@ class DeltasWriter:
 
 @dataclass(slots=True)
 class Applied:
-    """What a Deltas frame amounted to."""
+    """What a piece of a Deltas frame amounted to."""
 
+    is_last: bool = False
+    """True when all of the frame has been applied."""
     entries: int = 0
     """Slot entries read."""
     unknown_keys: int = 0
@@ -141,39 +143,60 @@ class DeltasReader:
 
     def __init__(self, sender: Origin) -> None:
         self._sender = sender
+        self._origins: list[Origin] = []
+        self._left: Iterator[pb.BucketDelta] = iter(())
+        """Of the frame that is being applied."""
+        self._entries = 0
+        """Read of it."""
+        self._pace = Pace()
         self._numbers = KeyNumbersHeard()
         self._limit_of_key: LimitOfKey | None = None
         self._limits: dict[int, AnyLimit | None] = {}
         """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
 
-    def apply(self, store: Store, deltas: pb.Deltas, now_us: int, on_news: OnNews | None = None) -> Applied:
-        """Join a peer's deltas into `store`.
+    def begin(self, deltas: pb.Deltas) -> None:
+        """Take a frame, to be applied in pieces.
+
+        Raises:
+            ProtocolError: too_large or malformed.
+        """
+        _check_size(deltas)
+        self._origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
+        self._left = iter(deltas.buckets)
+        self._entries = 0
+
+    def apply(self, store: Store, now_us: int, on_news: OnNews | None = None) -> Applied:
+        """Join the next piece of the frame into `store`.
 
         Raises:
             ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
-        _check_size(deltas)
-        origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         applied = Applied()
         if self._limit_of_key is not store.limit_of_key:
             self._limit_of_key = store.limit_of_key
             self._limits.clear()
-        for delta in deltas.buckets:
+        for delta in self._left:
             key, limit = self._read_key(delta, store.limit_of_key)
             entries: list[Entry] = []
             for run in delta.runs:
-                _read_run(run, origins, entries, MAX_FRAME_ENTRIES - applied.entries)
+                _read_run(run, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
+            self._entries += len(entries)
             applied.entries += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
             if limit is None:
                 applied.unknown_keys += 1
-                continue
-            news = store.join(key, limit, base, entries, now_us)
-            if news and on_news is not None:
-                bucket = store.get(key)
-                assert bucket is not None
-                on_news(bucket, entries)
+            else:
+                news = store.join(key, limit, base, entries, now_us)
+                if news and on_news is not None:
+                    bucket = store.get(key)
+                    assert bucket is not None
+                    on_news(bucket, entries)
+            if self._pace.ends_piece(len(entries)):
+                return applied
+        # It would keep the frame.
+        self._left = iter(())
+        applied.is_last = True
         return applied
 
     def _read_key(self, delta: pb.BucketDelta, limit_of_key: LimitOfKey) -> tuple[bytes, AnyLimit | None]:

@@ -27,8 +27,8 @@ MAX_NUMBER: Final = 1 << 62
 MAX_PENDING: Final = 1_024
 """Asks on one stream; returns; grants. More than a node makes until an ask without an answer is made anew."""
 
-MAX_BATCH_LOANS: Final = 32
-"""Sent in one frame. An ask takes some 50 us to answer: 2 ms between two decisions."""
+MAX_BATCH_LOANS: Final = 16
+"""Sent in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
 
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough, of keys: a frame takes no further loan when it has as much."""

@@ -246,6 +246,8 @@ class Mesh:
     async def _flush(self) -> None:
         while await self._turns.do(lambda: self._replicator.note_changes(self._now_us())):
             pass
+        while await self._turns.do(lambda: self._replicator.compare(self._now_us())):
+            pass
         await self._turns.do(lambda: self._replicator.tend(self._now_us()))
 
     async def _drain(self) -> None:

@@ -17,8 +17,8 @@ Lag, by this node's clock alone: from the creation of the oldest delta unacknowl
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,22 +26,24 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasWriter
 from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
+from ratelimit_sidecar.replication.key_queue import KeyQueue
+from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.recent import RECENT_US, RecentBuckets
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 MAX_BATCH_BUCKETS: Final = 256
 MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
-"""Rough. Together these keep building a batch, and applying it, to a few milliseconds between two decisions."""
+"""Rough. Together these keep building a batch, and applying it, to a millisecond or two, in pieces."""
 
 WALK_BUCKETS: Final = 512
 """Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
 
 WALK_BATCH_BUCKETS: Final = 128
-"""Told of in whole in one batch: such batches follow each other, and decisions wait for half a millisecond while one is
-written."""
+"""Told of in whole in one batch: such batches follow each other, and the peer has decisions to make in between."""
 
-RECENT_US: Final = 10_000_000
-"""A peer that is told everything by another node is told own takes of so long: what that one may not have heard yet."""
+FREED_PARTS: Final = 8
+"""In one go, of what was to be told to a peer that is gone: a few hundred buckets when there were some thousands."""
 
 RESUME_MARGIN_US: Final = 2_000_000
 """A walk goes so far back behind the moment since when the peer misses something: others' slots are on their clocks,
@@ -81,6 +83,21 @@ class _Change:
     slots: dict[int, None]
 
 
+class _Draft:
+    """A batch that is being written.
+
+    Args:
+        begun_us: when that began.
+    """
+
+    def __init__(self, writer: DeltasWriter, begun_us: int) -> None:
+        self.writer = writer
+        self.begun_us = begun_us
+        self.created_us: int | None = None
+        self.ends_full_state = False
+        self.pace = Pace()
+
+
 class Outbox:
     """What one peer has yet to hear."""
 
@@ -91,10 +108,12 @@ class Outbox:
         self._is_open = False
         self._peer: Origin | None = None
         self._numbers: KeyNumbersGiven | None = None
-        # These are emptied from the front, which a plain dict does in time proportional to what was removed before.
-        self._changed: OrderedDict[bytes, _Change] = OrderedDict()
-        self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
-        self._told: OrderedDict[bytes, None] = OrderedDict()
+        self._changed = KeyQueue[_Change]()
+        self._relayed = KeyQueue[dict[tuple[Origin, int], None]]()
+        self._told = KeyQueue[bool]()
+        """The values are of no use."""
+        self._cleared: list[object] = []
+        """What waited in them for a peer that is gone, in parts."""
         self._walk: Iterator[Bucket] = iter(())
         self._walk_next: Bucket | None = None
         """The bucket that is looked at next; None when there is no walk, or it has ended."""
@@ -117,6 +136,9 @@ class Outbox:
         """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
         self._missing_since_us = 0
         """While there is no stream: since when the peer may miss something that this node knows."""
+        self._draft: _Draft | None = None
+        self._pieces: Iterator[None] = iter(())
+        """Of the draft: those yet to be written."""
         self._in_flight: deque[Batch] = deque()
         self._acknowledged_us = 0
         self._last_lag_us = 0
@@ -125,18 +147,22 @@ class Outbox:
     def pending_buckets(self) -> int:
         """Buckets of which the peer has something yet to be sent; 0 while it is out of reach."""
         walked = self._walk_left if self._walk_next is not None else 0
-        return len(self._changed) + len(self._relayed) + len(self._told) + walked + (self._rest is not None)
+        drafted = 0 if self._draft is None else len(self._draft.writer.keys)
+        queued = len(self._changed) + len(self._relayed) + len(self._told) + (self._rest is not None)
+        return queued + walked + drafted
 
     @property
     def is_settled(self) -> bool:
         """True when everything noted so far has been acknowledged."""
-        return not (self.pending_buckets or self._awaits_wish or self._walk_owed or self._in_flight)
+        is_idle = self._draft is None and not self._in_flight
+        return is_idle and not (self.pending_buckets or self._awaits_wish or self._walk_owed)
 
     @property
     def is_walking(self) -> bool:
         """True until the peer has acknowledged what the stream's start has to tell it."""
         is_waiting = self._awaits_wish or self._walk_owed
-        return is_waiting or any(batch.ends_full_state for batch in self._in_flight)
+        is_drafted = self._draft is not None and self._draft.ends_full_state
+        return is_waiting or is_drafted or any(batch.ends_full_state for batch in self._in_flight)
 
     def lag_us(self, now_us: int) -> int:
         """The age of the oldest change not acknowledged; with none, the lag of the batch acknowledged last.
@@ -165,21 +191,24 @@ class Outbox:
             return
         change = self._changed.get(bucket.key)
         if change is None:
-            self._changed[bucket.key] = _Change(created_us, dict.fromkeys(slots))
+            self._changed.add(bucket.key, _Change(created_us, dict.fromkeys(slots)))
         else:
             change.slots.update(dict.fromkeys(slots))
 
     def note_relayed(self, bucket: Bucket, entries: Iterable[Entry]) -> None:
         """These entries of others are news that the peer hears of from nobody else."""
         if self._is_open:
-            slots = self._relayed.setdefault(bucket.key, {})
+            slots = self._relayed.get(bucket.key)
+            if slots is None:
+                slots = {}
+                self._relayed.add(bucket.key, slots)
             for entry in entries:
                 slots[entry.origin, entry.slot] = None
 
     def tell(self, key: bytes) -> None:
         """The peer has to hear everything about one bucket."""
-        if self._is_open:
-            self._told[key] = None
+        if self._is_open and self._told.get(key) is None:
+            self._told.add(key, True)
 
     def missed_since(self, since_us: int | None) -> None:
         """The peer is one that should have been reached: what it has not been told yet it has missed since then."""
@@ -207,12 +236,12 @@ class Outbox:
         else:
             self._start_walk(0)
 
-    def wish(self, now_us: int, recent: Iterable[bytes] | None) -> None:
+    def wish(self, now_us: int, recent: RecentBuckets | None) -> None:
         """The peer, which this node has never told everything, wants to be told something.
 
         Args:
-            recent: keys of the buckets of which it wants to be told own takes of the last RECENT_US; None when it wants
-                to be told everything.
+            recent: the buckets of which it wants to be told own takes of the last RECENT_US; None when it wants to be
+                told everything.
         """
         if self._awaits_wish:
             self._awaits_wish = False
@@ -220,7 +249,7 @@ class Outbox:
             if recent is None:
                 self._start_walk(0)
             else:
-                self._start_walk(now_us - RECENT_US, [*filter(None, map(self._store.get, recent))])
+                self._start_walk(now_us - RECENT_US, recent)
         elif recent is None and self._is_told_recent:
             # The one that told it is gone.
             self._is_told_recent = False
@@ -236,20 +265,28 @@ class Outbox:
             self._missing_since_us = min(self._missing_since_us, self._walked_since_us + RESUME_MARGIN_US)
         if self._next_walk_since_us is not None:
             self._missing_since_us = min(self._missing_since_us, self._next_walk_since_us + RESUME_MARGIN_US)
+        # What was passed on or told in these, of whatever age, is lost as well.
         if self._in_flight:
-            # What was passed on or told in them, of whatever age, is lost as well.
             self._missing_since_us = min(self._missing_since_us, self._in_flight[0].sent_us)
+        if self._draft is not None:
+            self._missing_since_us = min(self._missing_since_us, self._draft.begun_us)
         self._next_walk_since_us = None
         self._awaits_wish = False
         self._is_open = False
-        self._changed.clear()
-        self._relayed.clear()
-        self._told.clear()
+        self._cleared += self._changed.clear()
+        self._cleared += self._relayed.clear()
+        self._cleared += self._told.clear()
+        self._draft = None
+        self._pieces = iter(())
         self._walk = iter(())
         self._walk_next = None
         self._walk_owed = False
         self._rest = None
         self._in_flight.clear()
+
+    def tidy(self) -> None:
+        """Free a part of what a peer that is gone has not heard."""
+        del self._cleared[-FREED_PARTS:]
 
     def walk_again(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""
@@ -261,45 +298,47 @@ class Outbox:
         else:
             self._start_walk(since_us)
 
-    def _start_walk(self, since_us: int, recent: Sequence[Bucket] | None = None) -> None:
+    def _start_walk(self, since_us: int, recent: RecentBuckets | None = None) -> None:
         self._walk_own_only = recent is not None
-        self._walk = self._store.walk() if recent is None else iter(recent)
+        self._walk = self._store.walk() if recent is None else filter(None, map(self._store.get, recent.keys()))
         self._walk_next = next(self._walk, None)
-        self._walk_left = len(self._store) if recent is None else len(recent)
+        self._walk_left = len(self._store if recent is None else recent)
         # One before may be unacknowledged: should the stream be lost, the next one begins as far back as that.
         self._walked_since_us = min(since_us, self._walked_since_us) if self.is_walking else since_us
         self._walk_since_us = since_us
         self._walk_owed = True
+
+    def write(self, now_us: int) -> bool:
+        """Write a piece of the next batch.
+
+        Returns:
+            True when it is not whole yet; otherwise it is what `take_batch` returns, if there is anything to tell.
+        """
+        if self._draft is None:
+            has_news = self._walk_owed or self._changed or self._relayed or self._told or self._rest is not None
+            if not self._is_open or not has_news or len(self._in_flight) >= MAX_UNACKNOWLEDGED:
+                return False
+            self._draft = _Draft(DeltasWriter(self._store.origin, self._numbers), now_us)
+            self._pieces = self._write(self._draft, now_us)
+        for _ in self._pieces:
+            return True
+        return False
 
     def take_batch(self, now_us: int) -> Batch | None:
         """The next batch; None when there is nothing to tell, or enough is on its way.
 
         A batch of the full state may be empty: it has looked at a batch's worth of buckets and found them idle.
         """
-        if not self._is_open or len(self._in_flight) >= MAX_UNACKNOWLEDGED:
+        while self.write(now_us):
+            pass
+        draft, self._draft = self._draft, None
+        if draft is None:
             return None
-        writer = DeltasWriter(self._store.origin, self._numbers)
-        # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
-        share = 2 if self._walk_owed or self._told else 1
-        created_us = self._write_changes(writer, share)
-        self._write_rest(writer)
-        self._write_relayed(writer, share)
-        most_keys = len(writer.keys) + WALK_BATCH_BUCKETS
-        self._write_told(writer, most_keys, now_us)
-        ends_full_state = False
-        if self._walk_owed:
-            self._write_walk(writer, most_keys, now_us)
-            ends_full_state = self._walk_next is None and self._rest is None
-            if ends_full_state:
-                self._walk_owed = False
-                writer.deltas.ends_full_state = True
-        elif not writer.keys:
+        writer = draft.writer
+        if not (writer.keys or draft.ends_full_state or self._walk_owed):
             return None
-        batch = Batch(writer.frame, tuple(writer.keys), writer.entries, created_us, now_us, ends_full_state)
+        batch = Batch(writer.frame, tuple(writer.keys), writer.entries, draft.created_us, now_us, draft.ends_full_state)
         self._in_flight.append(batch)
-        if ends_full_state and self._next_walk_since_us is not None:
-            next_us, self._next_walk_since_us = self._next_walk_since_us, None
-            self._start_walk(next_us)
         return batch
 
     def acknowledged(self, now_us: int) -> Batch:
@@ -316,29 +355,52 @@ class Outbox:
         """None when it was dropped meanwhile, or has a key that no peer takes."""
         return self._store.get(key) if len(key) <= MAX_KEY_BYTES else None
 
-    def _write_changes(self, writer: DeltasWriter, share: int) -> int | None:
-        """Returns when the oldest of the changes written was made."""
-        created_us = None
+    def _write(self, draft: _Draft, now_us: int) -> Iterator[None]:
+        """Write a batch; yields between its pieces."""
+        writer = draft.writer
+        # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
+        share = 2 if self._walk_owed or self._told else 1
+        yield from self._write_changes(draft, share)
+        self._write_rest(writer)
+        yield from self._write_relayed(draft, share)
+        most_keys = len(writer.keys) + WALK_BATCH_BUCKETS
+        yield from self._write_told(draft, most_keys, now_us)
+        if self._walk_owed:
+            yield from self._write_walk(draft, most_keys, now_us)
+            if self._walk_next is None and self._rest is None:
+                self._walk_owed = False
+                draft.ends_full_state = True
+                writer.deltas.ends_full_state = True
+                if self._next_walk_since_us is not None:
+                    next_us, self._next_walk_since_us = self._next_walk_since_us, None
+                    self._start_walk(next_us)
+
+    def _write_changes(self, draft: _Draft, share: int) -> Iterator[None]:
+        writer = draft.writer
         while self._changed and _has_room(writer, share):
-            key, change = self._changed.popitem(last=False)
+            key, change = self._changed.pop()
             bucket = self._tellable(key)
             if bucket is None:
                 continue
             entries = list(bucket.own_entries(change.slots))
             if entries:
                 writer.add(bucket, None, entries, is_told_often=True)
-                created_us = _earlier(created_us, change.created_us)
-        return created_us
+                draft.created_us = _earlier(draft.created_us, change.created_us)
+                if draft.pace.ends_piece(len(entries)):
+                    yield
 
-    def _write_relayed(self, writer: DeltasWriter, share: int) -> None:
+    def _write_relayed(self, draft: _Draft, share: int) -> Iterator[None]:
+        writer = draft.writer
         while self._relayed and self._rest is None and _has_room(writer, share):
-            key, slots = self._relayed.popitem(last=False)
+            key, slots = self._relayed.pop()
             bucket = self._tellable(key)
             if bucket is None:
                 continue
             entries = list(bucket.heard_entries(slots))
             if entries:
                 self._write_all_that_fit(writer, bucket, None, entries, is_told_often=True)
+                if draft.pace.ends_piece(len(entries)):
+                    yield
 
     def _write_rest(self, writer: DeltasWriter) -> None:
         if self._rest is None or not _has_room(writer):
@@ -349,13 +411,18 @@ class Outbox:
         if bucket is not None:
             self._write_all_that_fit(writer, bucket, None, entries)
 
-    def _write_told(self, writer: DeltasWriter, most_keys: int, now_us: int) -> None:
+    def _write_told(self, draft: _Draft, most_keys: int, now_us: int) -> Iterator[None]:
+        writer = draft.writer
         while self._told and self._rest is None and _has_room(writer, most_keys=most_keys):
-            key, _ = self._told.popitem(last=False)
+            key, _ = self._told.pop()
+            before = writer.entries
             # Own takes too, which the peer may have forgotten: see `Bucket._recall`.
             self._write_whole(writer, key, 0, now_us, None)
+            if draft.pace.ends_piece(writer.entries - before):
+                yield
 
-    def _write_walk(self, writer: DeltasWriter, most_keys: int, now_us: int) -> None:
+    def _write_walk(self, draft: _Draft, most_keys: int, now_us: int) -> Iterator[None]:
+        writer = draft.writer
         for _ in range(WALK_BUCKETS):
             bucket = self._walk_next
             if bucket is None or self._rest is not None or not _has_room(writer, most_keys=most_keys):
@@ -364,11 +431,14 @@ class Outbox:
             self._walk_left = max(1, self._walk_left - 1)
             if bucket.journal is None:
                 continue
+            before = writer.entries
             if self._walk_own_only:
                 self._write_own(writer, bucket)
             else:
                 # The peer knows its own entries best.
                 self._write_whole(writer, bucket.key, self._walk_since_us, now_us, self._peer)
+            if draft.pace.ends_piece(writer.entries - before):
+                yield
 
     def _write_own(self, writer: DeltasWriter, bucket: Bucket) -> None:
         own = self._store.origin
@@ -412,8 +482,10 @@ class Outbox:
         oldest_us = self._undelivered_since_us
         for batch in self._in_flight:
             oldest_us = _earlier(oldest_us, batch.created_us)
+        if self._draft is not None:
+            oldest_us = _earlier(oldest_us, self._draft.created_us)
         if self._changed:
-            oldest_us = _earlier(oldest_us, next(iter(self._changed.values())).created_us)
+            oldest_us = _earlier(oldest_us, self._changed.oldest().created_us)
         return oldest_us
 
 

@@ -12,8 +12,8 @@ Everything that affects a peer lives here: who it is (its incarnation), which st
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
@@ -24,8 +24,8 @@ from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
-from ratelimit_sidecar.replication.outbox import RECENT_US
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
+from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
     ClockMeasured,
@@ -49,8 +49,8 @@ MAX_PEERS: Final = 256
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
 
-FLUSH_BUCKETS: Final = 128
-"""In one go: half a millisecond and more with some peers."""
+FLUSH_WORK: Final = 256
+"""Of one go of a flush: a quarter of a millisecond. Each bucket is as much work as there are peers, and two more."""
 
 FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
@@ -96,8 +96,7 @@ class Replicator:
         self._ways_changed = False
         self._ways_looked_us = 0
         self._was_full = False
-        self._recent: OrderedDict[bytes, int] = OrderedDict()
-        """When own entries of a bucket last changed, for RECENT_US."""
+        self._recent = RecentBuckets()
         self.summing = Summing(store, now_us)
         self._flushed_us = self._created_us = now_us
         """When the last flush began, and the one before."""
@@ -106,14 +105,16 @@ class Replicator:
 
     def flush(self, now_us: int) -> None:
         """Move all own changes from the store's journal to what the peers have yet to hear, and `tend`; every few
-        milliseconds. Who has other things to do in between does it in pieces: `note_changes`, then `tend`.
+        milliseconds. Who has other things to do in between does it in pieces: `note_changes`, `compare`, then `tend`.
         """
         while self.note_changes(now_us) or self.store.journal.buckets:
+            pass
+        while self.compare(now_us):
             pass
         self.tend(now_us)
 
     def note_changes(self, now_us: int) -> bool:
-        """Move own changes of FLUSH_BUCKETS buckets from the journal to what the peers have yet to hear.
+        """Move own changes of some buckets from the journal to what the peers have yet to hear.
 
         Returns:
             True when it has to be called again, for the rest of those that were in it when the first piece was moved.
@@ -123,11 +124,13 @@ class Replicator:
             # Nobody has noted when each change was made, only that it was not before the last flush.
             self._created_us, self._flushed_us = self._flushed_us, now_us
         created_us = self._created_us
-        changes = self.store.drain_changes(min(self._unflushed, FLUSH_BUCKETS))
+        most = FLUSH_WORK // (2 + len(self.peers))
+        changes = self.store.drain_changes(min(self._unflushed, max(1, most)))
         self._unflushed -= len(changes)
         if changes and self.first_change_us is None:
             self.first_change_us = created_us
-        self._note_recent(changes, now_us)
+        for bucket, _ in changes:
+            self._recent.note(bucket.key, now_us)
         for peer in self.peers.values():
             if changes:
                 for bucket, slots in changes:
@@ -136,29 +139,33 @@ class Replicator:
                     peer.streams[0].wake()
         return self._unflushed > 0
 
-    def tend(self, now_us: int) -> None:
-        """What a flush does besides: tell lenders what the ledger has to say, compare a little with the peers, find
-        ways around broken links, forget who has gone."""
-        if self.lending is not None:
-            self._borrow(self.lending)
+    def compare(self, now_us: int) -> bool:
+        """Do a piece of the work by which what the peers hold is compared.
+
+        Returns:
+            True when it has to be called again, for the rest that belongs to this flush.
+        """
         streams = [stream for stream in self.streams() if stream.compares]
         done = self.summing.step(now_us) if streams else None
         if done is not None:
             for stream in streams:
                 stream.passed(done, now_us)
+        return bool(streams) and self.summing.is_stepping
+
+    def tend(self, now_us: int) -> None:
+        """What a flush does besides: tell lenders what the ledger has to say, find ways around broken links, forget who
+        has gone and what is over."""
+        if self.lending is not None:
+            self._borrow(self.lending)
         self._find_ways(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
             self._was_full = is_full
             self.announce()
         self.forget_peers(now_us - FORGET_US)
-
-    def _note_recent(self, changes: Iterable[tuple[Bucket, list[int]]], now_us: int) -> None:
-        for bucket, _ in changes:
-            self._recent[bucket.key] = now_us
-            self._recent.move_to_end(bucket.key)
-        while self._recent and next(iter(self._recent.values())) < now_us - RECENT_US:
-            self._recent.popitem(last=False)
+        self._recent.forget(now_us)
+        for peer in self.peers.values():
+            peer.outbox.tidy()
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
@@ -297,6 +304,8 @@ class Stream:
         self._session = Session(replicator.local, now_us)
         self._loans = LoanOutbox()
         self._reader: DeltasReader | None = None
+        self._deltas: pb.Deltas | None = None
+        """Those heard last, until they have been applied."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self.address = address
@@ -341,7 +350,14 @@ class Stream:
         return self._session.heard_us
 
     def receive(self, raw: bytes, now_us: int) -> None:
-        """Take one frame in and apply it. A bad one leaves the stream closing, with `error` set."""
+        """Take one frame in and apply it. A bad one leaves the stream closing, with `error` set. Who has other things
+        to do in between does it in pieces: `hear`, then `apply`."""
+        self.hear(raw, now_us)
+        while self.apply(now_us):
+            pass
+
+    def hear(self, raw: bytes, now_us: int) -> None:
+        """Take one frame in, and apply all of it but deltas. A bad one leaves the stream closing, with `error` set."""
         try:
             event = self._session.receive(raw, now_us)
             if event is not None:
@@ -351,6 +367,31 @@ class Stream:
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
+
+    def apply(self, now_us: int) -> bool:
+        """Apply a piece of the deltas heard last. Bad ones leave the stream closing, with `error` set.
+
+        Returns:
+            True when it has to be called again, before the next `hear`.
+        """
+        peer, deltas = self.peer, self._deltas
+        # Without a peer the stream is closing: nothing is heard any more.
+        if peer is None or deltas is None:
+            self._deltas = None
+            return False
+        try:
+            is_last = self._apply(peer, now_us)
+        except ProtocolError as error:
+            self._deltas = None
+            self.fail(error, now_us)
+            return False
+        if is_last:
+            self._deltas = None
+            if deltas.ends_full_state:
+                peer.full_state_heard = True
+            self._session.acknowledge()
+            self.wake()
+        return not is_last
 
     def passed(self, done: Pass, now_us: int) -> None:
         """This node has summed up what it holds."""
@@ -371,6 +412,15 @@ class Stream:
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
+
+    def write(self, now_us: int) -> bool:
+        """Write a piece of the next batch of deltas.
+
+        Returns:
+            True when it has to be called again before `next_frame`, which otherwise writes the rest in one go.
+        """
+        peer = self.peer
+        return peer is not None and peer.streams[0] is self and peer.outbox.write(now_us)
 
     def next_frame(self, now_us: int) -> bytes | None:
         """The next frame to be sent now; None when there is none before the next `wake`."""
@@ -455,7 +505,11 @@ class Stream:
                 self.peer_reason = reason
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
             case DeltasReceived(deltas):
-                self._apply(deltas, now_us)
+                assert self._reader is not None
+                assert self.peer is not None
+                self._reader.begin(deltas)
+                self._deltas = deltas
+                self.peer.batches_received += 1
             case DeltasAcknowledged(frames):
                 assert self.peer is not None
                 for _ in range(frames):
@@ -472,17 +526,15 @@ class Stream:
                 assert self.peer is not None
                 self.peer.clock_offset_us = offset_us
 
-    def _apply(self, deltas: pb.Deltas, now_us: int) -> None:
-        peer, replicator = self.peer, self._replicator
-        assert peer is not None
+    def _apply(self, peer: Peer, now_us: int) -> bool:
+        """Returns True when that was the last piece."""
+        replicator = self._replicator
         assert self._reader is not None
         on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
-        applied = self._reader.apply(replicator.store, deltas, now_us, on_news)
-        self._replicator.unknown_keys += applied.unknown_keys
-        peer.batches_received += 1
+        applied = self._reader.apply(replicator.store, now_us, on_news)
+        replicator.unknown_keys += applied.unknown_keys
         peer.entries_received += applied.entries
-        if deltas.ends_full_state:
-            peer.full_state_heard = True
+        return applied.is_last
 
     def _lend(self, loans: pb.Loans) -> None:
         replicator = self._replicator

@@ -89,7 +89,7 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class DeltasReceived:
-    """To be applied before `next_frame` is called: that acknowledges them."""
+    """To be applied, and then acknowledged."""
 
     deltas: pb.Deltas
 
@@ -170,7 +170,8 @@ class Session:
         self._frames_since_us = now_us
         self._hello_owed = True
         self._goodbye: pb.Goodbye | None = None
-        self._received = 0
+        self._received = self._applied = 0
+        """The last of the peer's Deltas."""
         self._ack_owed = False
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
@@ -232,6 +233,11 @@ class Session:
         """The connection is gone."""
         self.state = State.CLOSED
 
+    def acknowledge(self) -> None:
+        """All Deltas received have been applied."""
+        self._applied = self._received
+        self._ack_owed = True
+
     def next_frame(self, now_us: int) -> bytes | None:
         """The next frame to be sent now, Deltas excepted; None when none is owed."""
         frame = self._next_frame(now_us)
@@ -288,7 +294,7 @@ class Session:
             return pb.Frame(pong=pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us))
         if self._ack_owed:
             self._ack_owed = False
-            return pb.Frame(ack=pb.Ack(sequence=self._received))
+            return pb.Frame(ack=pb.Ack(sequence=self._applied))
         if now_us >= self._ping_due_us:
             self._ping_due_us = now_us + PING_EVERY_US
             self._last_ping += 1
@@ -346,7 +352,6 @@ class Session:
         if deltas.sequence != self._received + 1:
             raise ProtocolError(Reason.UNEXPECTED, f"deltas {deltas.sequence} after deltas {self._received}")
         self._received = deltas.sequence
-        self._ack_owed = True
         return DeltasReceived(deltas)
 
     def _receive_loans(self, loans: pb.Loans) -> LoansReceived:

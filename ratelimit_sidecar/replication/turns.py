@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 SHARE_NS = 250_000
-"""At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more: some 2 ms
-for a batch of 256 buckets."""
+"""At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more."""
 
 MAX_SHARE_NS = 5_000_000
 """At most, also after the process was stopped for a while."""

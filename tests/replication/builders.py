@@ -90,7 +90,17 @@ def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") ->
 
 def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:
     """Hear these as the first of a stream."""
-    return DeltasReader(sender).apply(store, deltas, now_us)
+    return apply_in_pieces(DeltasReader(sender), store, deltas, now_us)
+
+
+def apply_in_pieces(reader: DeltasReader, store: Store, deltas: pb.Deltas, now_us: int) -> Applied:
+    """Returns what all pieces amount to."""
+    reader.begin(deltas)
+    amount = Applied()
+    while not amount.is_last:
+        applied = reader.apply(store, now_us)
+        amount = Applied(applied.is_last, amount.entries + applied.entries, amount.unknown_keys + applied.unknown_keys)
+    return amount
 
 
 def frame(**kind: object) -> bytes:

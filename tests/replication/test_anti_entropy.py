@@ -19,12 +19,15 @@ from ratelimit_sidecar.replication.anti_entropy import (
     EVERY_US,
     FREED_RANGES,
     KEPT_US,
+    LOOK_WORK,
     MAX_EXCHANGED,
     MAX_PULL_KEYS,
+    PIECE_WORK,
     RANGES,
     SEGMENT_RANGES,
     SEGMENTS,
     SETTLE_US,
+    STEP_WORK,
     STEPS,
     Exchange,
     Pass,
@@ -266,6 +269,27 @@ def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_sever
             seen |= done.segments
     assert steps > 5
     assert seen == set(range(SEGMENTS))
+
+
+def test_a_step_is_taken_in_pieces() -> None:
+    store = store_of(node("a"))
+    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    for index in range(1_000):
+        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
+    summing = Summing(store, at_us - 1)
+    assert not summing.is_stepping
+    pieces = 0
+    done = summing.step(at_us)
+    while summing.is_stepping:
+        pieces += 1
+        done = summing.step(at_us)
+    assert done is None
+    assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // PIECE_WORK) - 1
+    # The machine sleeps in the middle of the next one.
+    summing.step(at_us + 20_000)
+    assert summing.is_stepping
+    assert summing.step(at_us + EVERY_US) is None
+    assert not summing.is_stepping
 
 
 def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:

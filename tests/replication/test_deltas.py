@@ -15,6 +15,7 @@ from replication.builders import (
     PER_USER,
     RULES,
     apply_deltas,
+    apply_in_pieces,
     key_of,
     node,
     store_of,
@@ -269,7 +270,7 @@ def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
         writer = DeltasWriter(A, writer._numbers)
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)], is_told_often=True)
         assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
-        assert reader.apply(store, writer.deltas, NOW_US).unknown_keys == unknown
+        assert apply_in_pieces(reader, store, writer.deltas, NOW_US).unknown_keys == unknown
     held = store.get(KEY)
     assert held is not None
     assert [entry.tokens for entry in held.entries()] == [3]

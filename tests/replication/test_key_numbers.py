@@ -29,13 +29,14 @@ def test_the_receiver_finds_the_key_that_was_meant_however_often_numbers_change_
             assert 1 <= number <= 5
 
 
-def test_a_key_keeps_its_number_while_it_is_used() -> None:
+def test_a_key_has_its_number_until_all_others_have_been_given_away() -> None:
     given_out = KeyNumbersGiven()
-    first, is_new = given_out.number(b"hot")
-    assert is_new
-    for index in range(2 * MAX_NUMBERS):
+    assert given_out.number(b"first") == (1, True)
+    for index in range(MAX_NUMBERS - 1):
         given_out.number(b"%d" % index)
-        assert given_out.number(b"hot") == (first, False)
+        assert given_out.number(b"first") == (1, False)
+    assert given_out.number(b"one more") == (1, True)
+    assert given_out.number(b"first") == (2, True)
 
 
 @pytest.mark.parametrize("number", [0, MAX_NUMBERS + 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import pytest
 from replication.builders import (
@@ -28,12 +29,13 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
-    RECENT_US,
     WALK_BATCH_BUCKETS,
     WALK_BUCKETS,
     Batch,
     Outbox,
 )
+from ratelimit_sidecar.replication.pace import PIECE_WORK
+from ratelimit_sidecar.replication.recent import RECENT_US, RecentBuckets
 
 A, B, C = (node(name) for name in "abc")
 MS = 1_000
@@ -178,6 +180,84 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     assert outbox.pending_buckets == 1
     outbox.close(NOW_US)
     assert outbox.pending_buckets == 0
+
+
+def test_a_batch_is_written_in_pieces() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, 3 * PIECE_WORK + 1)
+    note(outbox, store, NOW_US - 5 * MS)
+    assert [outbox.write(NOW_US) for _ in range(5)] == [True, True, True, False, False]
+    # It is as good as pending until it is taken.
+    assert outbox.pending_buckets == 3 * PIECE_WORK + 1
+    assert not outbox.is_settled
+    assert outbox.lag_us(NOW_US) == 5 * MS
+    [batch] = drained(outbox)
+    assert (batch.entries, batch.created_us) == (3 * PIECE_WORK + 1, NOW_US - 5 * MS)
+    assert outbox.is_settled
+
+
+def test_buckets_with_many_entries_make_shorter_pieces() -> None:
+    store = store_of(A)
+    for name in ("ann", "bob"):
+        bucket = take(store, name, 1, NOW_US)
+        bucket.merge(
+            [Entry(Origin(f"node {index}", 1), slot_id(NOW_US, PER_USER.exponent), 1) for index in range(300)], NOW_US
+        )
+    outbox = Outbox(store)
+    open_stream(outbox)
+    assert [outbox.write(NOW_US) for _ in range(3)] == [True, True, False]
+
+
+def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, PIECE_WORK + 1)
+    note(outbox, store)
+    assert outbox.write(NOW_US)
+    take(store, "user 0", 1, NOW_US)
+    note(outbox, store)
+    assert tokens_of(told(drained(outbox))) == PIECE_WORK + 2
+
+
+def test_what_was_written_when_the_stream_ended_is_told_on_the_next_one() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, PIECE_WORK + 1)
+    note(outbox, store)
+    assert outbox.write(NOW_US)
+    later_us = NOW_US + 60 * SECOND_US
+    outbox.close(later_us)
+    assert outbox.lag_us(later_us) == 60 * SECOND_US
+    open_stream(outbox)
+    assert keys_told(drained(outbox, later_us)) == {key_of(f"user {index}") for index in range(PIECE_WORK + 1)}
+
+
+def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
+    store = store_of(A)
+    fill(store, 1)
+    outbox = Outbox(store)
+    open_stream(outbox)
+    assert not outbox.write(NOW_US)
+    assert outbox.is_walking
+    outbox.close(NOW_US + 60 * SECOND_US)
+    open_stream(outbox)
+    assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
+
+
+def test_what_a_lost_peer_was_to_be_told_is_freed_bit_by_bit() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, 1_000)
+    note(outbox, store)
+    outbox.close(NOW_US)
+    assert outbox.pending_buckets == 0
+    left = []
+    while outbox._cleared:
+        left.append(sum(map(len, outbox._cleared)))
+        outbox.tidy()
+    assert left[0] == 1_000
+    assert all(before - after < 300 for before, after in pairwise([*left, 0]))
 
 
 def test_no_more_than_a_few_batches_are_on_their_way() -> None:
@@ -641,7 +721,10 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     assert outbox.take_batch(now_us) is None
     assert not outbox.is_settled
     assert outbox.is_walking
-    outbox.wish(now_us, [key_of("recent"), key_of("gone")])
+    recent = RecentBuckets()
+    for name in ("recent", "gone"):
+        recent.note(key_of(name), now_us)
+    outbox.wish(now_us, recent)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
     assert outbox.is_settled

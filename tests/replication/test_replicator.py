@@ -10,6 +10,7 @@ from replication.builders import (
     NOW_US,
     PAIR,
     PER_PLAN,
+    PER_USER,
     SECOND_US,
     SIT_OUT_US,
     frame,
@@ -26,9 +27,13 @@ from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.lending import TICK_EVERY_US, Lending
 from ratelimit_sidecar.replication.loans import MAX_BATCH_LOANS
-from ratelimit_sidecar.replication.replicator import FLUSH_BUCKETS, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
+from ratelimit_sidecar.replication.pace import PIECE_WORK
+from ratelimit_sidecar.replication.replicator import FLUSH_WORK, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
+
+IN_ONE_GO = FLUSH_WORK // 3
+"""Buckets of a flush, of a node with one peer."""
 
 
 class Span:
@@ -295,6 +300,57 @@ def test_buckets_that_no_rule_knows_are_counted() -> None:
     assert not stream.is_over
 
 
+def many_deltas(buckets: int) -> bytes:
+    """The first of a stream."""
+    run = pb.SlotRun(exponent=PER_USER.exponent, slots=[NOW_US >> PER_USER.exponent], tokens=[1])
+    told = [pb.BucketDelta(key=key_of(f"user-{number}"), runs=[run]) for number in range(buckets)]
+    return frame(deltas=pb.Deltas(sequence=1, buckets=told, ends_full_state=True))
+
+
+def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    said_by(stream)
+    stream.hear(many_deltas(2 * PIECE_WORK + 1), NOW_US)
+    applied = []
+    for _ in range(4):
+        applied.append((stream.apply(NOW_US), len(a.store), a.peers["b"].full_state_heard, len(said_by(stream))))
+    assert applied == [
+        (True, PIECE_WORK, False, 0),
+        (True, 2 * PIECE_WORK, False, 0),
+        (False, 2 * PIECE_WORK + 1, True, 1),
+        (False, 2 * PIECE_WORK + 1, True, 0),
+    ]
+    assert a.peers["b"].entries_received == 2 * PIECE_WORK + 1
+
+
+def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    stream.hear(many_deltas(2 * PIECE_WORK), NOW_US)
+    assert stream.apply(NOW_US)
+    stream.lost("gone", NOW_US)
+    assert not stream.apply(NOW_US)
+    assert len(a.store) == PIECE_WORK
+    assert not a.peers["b"].full_state_heard
+
+
+def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
+    a = replicator("a")
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    said_by(stream)
+    deltas = pb.Frame.FromString(many_deltas(PIECE_WORK)).deltas
+    deltas.buckets.add(key=b"\x09")
+    stream.hear(frame(deltas=deltas), NOW_US)
+    assert stream.apply(NOW_US)
+    assert not stream.apply(NOW_US)
+    [said] = said_by(stream)
+    assert pb.Frame.FromString(said).goodbye.reason == "bad_key"
+
+
 def test_a_goodbye_is_remembered_as_the_reason() -> None:
     a, b = replicator("a"), replicator("b")
     dialled, accepted = connected(a, b)
@@ -380,7 +436,7 @@ def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_wa
     a, b = replicator("a"), replicator("b")
     connected(a, b)
     a.flush(NOW_US + 20_000)
-    for number in range(2 * FLUSH_BUCKETS + 1):
+    for number in range(2 * IN_ONE_GO + 1):
         take(a.store, f"user-{number}", 1, NOW_US + 39_000)
     outbox = a.peers["b"].outbox
     flushed = []
@@ -388,21 +444,21 @@ def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_wa
         more = a.note_changes(NOW_US + 40_000 + go)
         flushed.append((more, outbox.pending_buckets))
         take(a.store, f"late-{go}", 1, NOW_US + 40_000 + go)
-    assert flushed == [(True, FLUSH_BUCKETS), (True, 2 * FLUSH_BUCKETS), (False, 2 * FLUSH_BUCKETS + 1)]
+    assert flushed == [(True, IN_ONE_GO), (True, 2 * IN_ONE_GO), (False, 2 * IN_ONE_GO + 1)]
     assert outbox.lag_us(NOW_US + 50_000) == 30_000
     assert not a.note_changes(NOW_US + 60_000)
-    assert outbox.pending_buckets == 2 * FLUSH_BUCKETS + 4
+    assert outbox.pending_buckets == 2 * IN_ONE_GO + 4
 
 
 def test_a_flush_moves_all_there_is_also_when_one_in_pieces_is_under_way() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)
-    for number in range(2 * FLUSH_BUCKETS):
+    for number in range(2 * IN_ONE_GO):
         take(a.store, f"user-{number}", 1, NOW_US)
     assert a.note_changes(NOW_US + 20_000)
     take(a.store, "late", 1, NOW_US + 20_000)
     a.flush(NOW_US + 20_000)
-    assert a.peers["b"].outbox.pending_buckets == 2 * FLUSH_BUCKETS + 1
+    assert a.peers["b"].outbox.pending_buckets == 2 * IN_ONE_GO + 1
     assert a.store.drain_changes() == []
 
 

@@ -207,9 +207,13 @@ def test_a_second_hello_is_unexpected() -> None:
     assert_closes(established(), hello(), Reason.UNEXPECTED)
 
 
-def test_deltas_are_handed_on_and_then_acknowledged() -> None:
+def test_deltas_are_handed_on_and_acknowledged_once_they_are_applied() -> None:
     session = established()
     assert isinstance(session.receive(deltas(1), NOW_US), DeltasReceived)
+    assert session.next_frame(NOW_US) is None
+    session.acknowledge()
+    # What is not applied yet is not acknowledged along with what is.
+    session.receive(deltas(2), NOW_US)
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
     assert session.next_frame(NOW_US) is None
 
@@ -218,6 +222,7 @@ def test_one_acknowledgement_stands_for_all_deltas_heard_before_it() -> None:
     session = established()
     for sequence in (1, 2, 3):
         session.receive(deltas(sequence), NOW_US)
+        session.acknowledge()
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=3))
     assert session.next_frame(NOW_US) is None
 
@@ -364,6 +369,7 @@ def test_a_peer_may_say_goodbye_instead_of_hello() -> None:
 def test_closing_says_goodbye_and_nothing_that_was_owed() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
+    session.acknowledge()
     session.close(Reason.DRAINING, "shutting down")
     assert not session.is_over
     assert session.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="draining", detail="shutting down"))
@@ -392,6 +398,7 @@ def test_closing_because_the_stream_leads_to_itself_still_says_hello_so_that_the
 def test_a_lost_connection_leaves_nothing_to_say() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
+    session.acknowledge()
     session.lost()
     assert session.next_frame(NOW_US) is None
     assert session.is_over

@@ -29,6 +29,7 @@ from ratelimit_sidecar.crdt.shares import PARTS, Membership
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication import recent
 from ratelimit_sidecar.replication.anti_entropy import EVERY_US, KEPT_US, RANGES
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -48,15 +49,18 @@ _NEVER_US = 1 << 62
 
 @contextmanager
 def stable_order() -> Iterator[None]:
-    """While it lasts, stores go through their buckets in the same order in every process.
+    """While it lasts, nodes go through their buckets in the same order in every process.
 
     They cut themselves into shards by `hash`, which is salted in every process anew.
     """
-    untracked_dict.hash = crc32  # type: ignore[attr-defined]
+    sharded = (untracked_dict, recent)
+    for module in sharded:
+        module.hash = crc32  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del untracked_dict.hash  # type: ignore[attr-defined]
+        for module in sharded:
+            del module.hash  # type: ignore[attr-defined]
 
 
 class Cluster:

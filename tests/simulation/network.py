@@ -6,7 +6,8 @@ was on its way; nobody is told. A reset loses what is on its way in both directi
 has come to them. A reader that is slow, or suspended, leaves frames lying; when `window_bytes` lie there or are on
 their way, the writer stops, and gives the peer up after `carrier.WRITE_SECONDS`, as the real one does.
 
-Frames move one event each: it is due when the frame has arrived, the way is free and the reader is.
+Frames move one event each: it is due when the frame has arrived, the way is free and the reader is. Batches are
+written, and applied, in pieces (`replication/pace.py`), and anything may happen between them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ WRITE_US = int(WRITE_SECONDS * SECOND_US)
 
 RETRANSMIT_US = 200 * MS
 """The least a lost packet costs when nothing follows it: TCP's shortest retransmission timeout on Linux."""
+
+PIECE_US = MS // 5
+"""From a piece of a batch to the next."""
 
 MAX_RESUME_US = 3 * SECOND_US
 """TCP's timeouts double while a way is cut, so it notices late that it is free again."""
@@ -125,6 +129,7 @@ class End:
 
     __slots__ = (
         "_arrives_us",
+        "_is_applying",
         "_is_due",
         "_is_pump_due",
         "blocked_since_us",
@@ -155,6 +160,8 @@ class End:
         self.blocked_since_us: int | None = None
         """Since when this end cannot write."""
         self._arrives_us = 0
+        self._is_applying = False
+        """True while a frame has been taken and there are pieces of it yet to be applied."""
         self._is_due = False
         self._is_pump_due = True
         self.stream = Stream(
@@ -198,9 +205,11 @@ class End:
 
     def schedule(self) -> None:
         """See that the next frame is handed over in time."""
-        if self._is_due or not self.inbox:
+        if self._is_due or not (self.inbox or self._is_applying):
             return
-        due_us = max(self.inbox[0][0], self.free_us, self.owner.resumes_us, self.resume_us, self.network.loop.now_us)
+        due_us = max(self.free_us, self.owner.resumes_us, self.network.loop.now_us)
+        if not self._is_applying:
+            due_us = max(due_us, self.inbox[0][0], self.resume_us)
         self._is_due = True
         self.network.loop.at(due_us, self._deliver)
 
@@ -216,6 +225,9 @@ class End:
     def _deliver(self) -> None:
         self._is_due = False
         network, owner, other = self.network, self.owner, self.other
+        if self._is_applying:
+            self._go_on_applying()
+            return
         if not self.inbox or network.is_cut(other.owner.name, owner.name):
             return
         now_us = network.loop.now_us
@@ -234,11 +246,24 @@ class End:
             self.schedule()
             return
         owner.cluster.note_frame(other, self, raw)
-        self.stream.receive(raw, owner.clock.now_us())
-        self.free_us = now_us + owner.read_us
+        self.stream.hear(raw, owner.clock.now_us())
         if other.blocked_since_us is not None:
             other.pump_soon()
+        self._apply()
+
+    def _apply(self) -> None:
+        """Apply a piece of the frame that was taken last."""
+        self._is_applying = self.stream.apply(self.owner.clock.now_us())
+        self.free_us = self.network.loop.now_us + (PIECE_US if self._is_applying else self.owner.read_us)
         self.schedule()
+
+    def _go_on_applying(self) -> None:
+        if not self.is_open:
+            self._is_applying = False
+        if self.network.loop.now_us < self.owner.resumes_us or not self._is_applying:
+            self.schedule()
+            return
+        self._apply()
 
     def _hear_of_reset(self) -> None:
         """The end of the connection is on its way to this end, if it was not already."""
@@ -253,6 +278,10 @@ class End:
             return
         stream, window_bytes = self.stream, self.network.window_bytes
         while other.inbox_bytes < window_bytes:
+            if stream.write(owner.clock.now_us()):
+                self._is_pump_due = True
+                loop.at(loop.now_us + PIECE_US, self._pump)
+                return
             raw = stream.next_frame(owner.clock.now_us())
             if raw is None:
                 self.blocked_since_us = None

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_lowercase
+from unittest.mock import patch
 
 from simulation.cluster import Cluster, stable_order
 from simulation.loop import MS, SECOND_US
@@ -14,6 +15,8 @@ from simulation.oracles import BrokenPromise
 from simulation.schedule import Schedule, draw_schedule
 from simulation.workload import request
 
+from ratelimit_sidecar.replication import pace
+
 CONVERGE_US = 10 * SECOND_US
 """So long after everything is healed, without demand, all nodes hold the same (P1)."""
 
@@ -21,6 +24,9 @@ CONVERGE_WRONG_CLOCKS_US = 20 * SECOND_US
 """The same where a clock was seconds wrong: not before the shortest horizon has passed."""
 
 LOOK_US = 250 * MS
+
+PIECE_WORK = 3
+"""Few buckets, so that many a batch has pieces, and other things happen in between."""
 
 PROBE_US = 3 * SECOND_US
 """So long after that, one take on every node is everywhere, and no lag is shown beyond a round trip."""
@@ -50,7 +56,7 @@ def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[st
     Raises:
         BrokenPromise: with the reason; anything else that is raised is a fault, too.
     """
-    with stable_order():
+    with stable_order(), patch.object(pace, "PIECE_WORK", PIECE_WORK):
         schedule = draw_schedule(seed, ascii_lowercase[:nodes], int(seconds * SECOND_US))
         cluster = schedule.cluster(trace)
         cluster.run(schedule.for_us)

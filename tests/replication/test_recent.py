@@ -1,0 +1,34 @@
+"""What a node took from lately: nothing recent is missing, and what is old goes."""
+
+from __future__ import annotations
+
+from ratelimit_sidecar.replication.recent import RECENT_US, SHARDS, RecentBuckets
+
+
+def test_what_is_recent_is_known_however_often_it_is_noted_and_the_rest_is_forgotten() -> None:
+    recent, now_us = RecentBuckets(), 0
+    for _ in range(3 * SHARDS):
+        now_us += RECENT_US // SHARDS
+        for name in (b"hot", b"%d" % now_us):
+            recent.note(name, now_us)
+        recent.forget(now_us)
+    known = list(recent.keys())
+    assert known.count(b"hot") == 1
+    assert len(known) == len(recent) == len(set(known))
+    assert {b"%d" % (now_us - age * (RECENT_US // SHARDS)) for age in range(SHARDS)} <= set(known)
+    # Each shard was looked at within a round.
+    assert len(recent) <= 2 * SHARDS + 1
+    for _ in range(SHARDS):
+        recent.forget(now_us + RECENT_US + 1)
+    assert len(recent) == 0
+
+
+def test_they_may_change_while_they_are_gone_through() -> None:
+    recent = RecentBuckets()
+    for number in range(1_000):
+        recent.note(b"%d" % number, 0)
+    seen = set()
+    for number, key in enumerate(recent.keys()):
+        seen.add(key)
+        recent.note(b"new %d" % number, 0)
+    assert {b"%d" % number for number in range(1_000)} <= seen
