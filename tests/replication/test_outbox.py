@@ -233,6 +233,29 @@ def test_what_was_written_when_the_stream_ended_is_told_on_the_next_one() -> Non
     assert keys_told(drained(outbox, later_us)) == {key_of(f"user {index}") for index in range(PIECE_WORK + 1)}
 
 
+def test_what_was_passed_on_in_a_batch_that_was_never_sent_is_told_on_the_next_stream() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    entry = Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1)
+    store.merge(key_of("ann"), None, [entry], NOW_US)
+    bucket = store.get(key_of("ann"))
+    assert bucket is not None
+    outbox.note_relayed(bucket, [entry])
+    assert not outbox.write(NOW_US)
+    outbox.close(NOW_US + 60 * SECOND_US)
+    open_stream(outbox)
+    assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("ann")}
+
+
+def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell() -> None:
+    outbox = Outbox(store_of(A))
+    open_stream(outbox)
+    assert not outbox.write(NOW_US)
+    assert not outbox.is_settled
+    assert [batch.ends_full_state for batch in drained(outbox)] == [True]
+    assert outbox.is_settled
+
+
 def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
     store = store_of(A)
     fill(store, 1)

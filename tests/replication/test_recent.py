@@ -23,6 +23,18 @@ def test_what_is_recent_is_known_however_often_it_is_noted_and_the_rest_is_forgo
     assert len(recent) == 0
 
 
+def test_what_is_old_goes_although_others_that_are_older_are_in_use() -> None:
+    recent = RecentBuckets()
+    hot = [b"hot %d" % number for number in range(1_000)]
+    for key in (*hot, *(b"cold %d" % number for number in range(1_000))):
+        recent.note(key, 0)
+    for key in hot:
+        recent.note(key, RECENT_US)
+    for _ in range(SHARDS):
+        recent.forget(RECENT_US + 1)
+    assert set(recent.keys()) == set(hot)
+
+
 def test_they_may_change_while_they_are_gone_through() -> None:
     recent = RecentBuckets()
     for number in range(1_000):
