@@ -81,25 +81,34 @@ def entries_heard_and_sent(sidecar: Server) -> tuple[float, float]:
     return sum(sidecar.metric("crdt_entries_received_total")), sum(sidecar.metric("crdt_entries_sent_total"))
 
 
-def start_mesh(servers: Servers) -> tuple[Observed, list[BarePeer]]:
-    """A sidecar and its peers, connected."""
-    ports = [servers.ports() for _ in range(1 + PEERS)]
-    addresses = [f"{HOST}:{of.sync}" for of in ports]
-    sidecar = observed_sidecar(servers, peers=tuple(addresses[1:]), ports=ports[0], rules=DISTURBED_RULES)
-    rules_file = servers.rules_file(sidecar.server.name)
+class Sites:
+    """Where the sidecar of a mesh and its peers listen."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.ports = [servers.ports() for _ in range(1 + PEERS)]
+        self.addresses = [f"{HOST}:{of.sync}" for of in self.ports]
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Of the sidecar."""
+        return tuple(self.addresses[1:])
+
+
+def start_peers(servers: Servers, sidecar: Server, sites: Sites) -> list[BarePeer]:
+    """Start the peers of `sidecar` and wait until they are connected."""
     peers = [
         bare_peer(
             servers,
             f"peer-{index}",
-            rules_file,
-            ports=ports[index],
-            peers=addresses[:index] + addresses[index + 1 :],
+            servers.rules_file(sidecar.name),
+            ports=sites.ports[index],
+            peers=sites.addresses[:index] + sites.addresses[index + 1 :],
             keys=KEYS,
         )
         for index in range(1, 1 + PEERS)
     ]
-    wait_until(lambda: sidecar.server.metric("crdt_peer_connected") == [1.0] * PEERS)
-    return sidecar, peers
+    wait_until(lambda: sidecar.metric("crdt_peer_connected") == [1.0] * PEERS)
+    return peers
 
 
 @click.command()
@@ -107,7 +116,9 @@ def start_mesh(servers: Servers) -> tuple[Observed, list[BarePeer]]:
 def main(rounds: int, seconds: float, as_json: bool) -> None:
     """Measure the latency of a sidecar while it replicates with two peers, and when one of them is gone."""
     with running_servers() as servers:
-        sidecar, peers = start_mesh(servers)
+        sites = Sites(servers)
+        sidecar = observed_sidecar(servers, peers=sites.peers, ports=sites.ports[0], rules=DISTURBED_RULES)
+        peers = start_peers(servers, sidecar.server, sites)
         with Generator(sidecar.server.address, Load(2, 1_000)) as generator:
             for rule in (SHARED, LOCAL):
                 generator.run(each(KEYS, rule), None)

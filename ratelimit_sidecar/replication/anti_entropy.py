@@ -56,8 +56,8 @@ ENTRY_WORK: Final = 15
 STEP_WORK = 8_000
 """Of one step, and the share of it that a pass needs for looking at all buckets."""
 
-PIECE_WORK: Final = 2_500
-"""A step is taken in pieces of so much: a quarter of a millisecond between two decisions."""
+PIECE_WORK: Final = 1_000
+"""A step is taken in pieces of so much."""
 
 STEPS: Final = 170
 """Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
@@ -80,12 +80,6 @@ _MAX_ORIGINS: Final = 4_096
 
 def range_of(key: bytes) -> int:
     return crc32(key) % RANGES
-
-
-def _ranges_of(segments: Iterable[int]) -> Iterator[int]:
-    """In the order in which a Digest has their sums."""
-    for segment in segments:
-        yield from range(segment * SEGMENT_RANGES, (segment + 1) * SEGMENT_RANGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +109,10 @@ class Pass:
             found = self._ranges[range_number] = _Range()
         found.keys.append(key)
         found.states.append(state)
+
+    def sums_of(self, segment: int) -> list[int]:
+        """Of the ranges of one segment, as a Digest has them."""
+        return self.sums[segment * SEGMENT_RANGES : (segment + 1) * SEGMENT_RANGES]
 
     def ranges(self) -> Iterable[_Range]:
         """Those with buckets."""
@@ -312,8 +310,10 @@ class Exchange:
             self._summarised_us = own.at_us
             self._summarised.clear()
             segments = sorted(own.segments)
-            sums = [own.sums[number] for number in _ranges_of(segments)]
-            return pb.Frame(digest=pb.Digest(at_us=own.at_us, segments=segments, sums=sums))
+            digest = pb.Digest(at_us=own.at_us, segments=segments)
+            for segment in segments:
+                digest.sums.extend(own.sums_of(segment))
+            return pb.Frame(digest=digest)
         while self._differing:
             number = next(iter(self._differing))
             del self._differing[number]
@@ -374,9 +374,15 @@ class Exchange:
     def _compare(self, theirs: pb.Digest, own: Pass) -> None:
         self._differing.clear()
         self._differing_us = own.at_us
-        for number, their_sum in zip(_ranges_of(theirs.segments), theirs.sums, strict=True):
-            if number // SEGMENT_RANGES in own.segments and their_sum != own.sums[number]:
-                self._differing[number] = None
+        their_sums = list(theirs.sums)
+        for index, segment in enumerate(theirs.segments):
+            theirs_of_segment = their_sums[index * SEGMENT_RANGES : (index + 1) * SEGMENT_RANGES]
+            if segment not in own.segments or theirs_of_segment == own.sums_of(segment):
+                continue
+            first = segment * SEGMENT_RANGES
+            for number, their_sum in enumerate(theirs_of_segment, first):
+                if their_sum != own.sums[number]:
+                    self._differing[number] = None
 
     def _receive_summary(self, summary: pb.Summary, own: Pass) -> int:
         theirs = dict(zip(summary.keys, summary.states, strict=True))

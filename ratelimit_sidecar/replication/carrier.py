@@ -135,16 +135,16 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
             return stream.write(now_us())
         return False
 
-    def next_frame() -> bytes | None:
+    def take_frame() -> bytes | None:
         with _faults_of(stream, now_us):
-            return stream.next_frame(now_us())
+            return stream.take_frame(now_us())
         return None
 
     while True:
         woken.clear()
         while await turns.do(write):
             pass
-        frame = await turns.do(next_frame)
+        frame = await turns.do(take_frame)
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):

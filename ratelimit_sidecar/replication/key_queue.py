@@ -1,4 +1,4 @@
-"""What waits by bucket key, first in, first out; no step of it takes long, however much waits, not even its going.
+"""What waits by bucket key, first in, first out; no step of it takes long, however much waits.
 
 An OrderedDict would do the same, but it makes itself anew from time to time, which takes 8 ms and more with 100,000
 keys. So the keys stand in a deque, and what they stand for is in many small dicts.
@@ -49,12 +49,3 @@ class KeyQueue(Generic[V]):
         """
         key = self._keys[0]
         return self._shards[hash(key) % SHARDS][key]
-
-    def clear(self) -> list[dict[bytes, V]]:
-        """Returns:
-        What waited, in parts: to free all of it at once would take long.
-        """
-        cleared = [shard for shard in self._shards if shard]
-        self._keys.clear()
-        self._shards = [{} for _ in range(SHARDS)]
-        return cleared

@@ -49,8 +49,8 @@ MAX_PEERS: Final = 256
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
 
-FLUSH_WORK: Final = 256
-"""Of one go of a flush: a quarter of a millisecond. Each bucket is as much work as there are peers, and two more."""
+FLUSH_WORK: Final = 96
+"""Of one go of a flush: 0.1 ms and more. Each bucket is as much work as there are peers, and two more."""
 
 FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
@@ -417,24 +417,31 @@ class Stream:
         """Write a piece of the next batch of deltas.
 
         Returns:
-            True when it has to be called again before `next_frame`, which otherwise writes the rest in one go.
+            True when it has to be called again, before `take_frame`.
         """
         peer = self.peer
         return peer is not None and peer.streams[0] is self and peer.outbox.write(now_us)
 
     def next_frame(self, now_us: int) -> bytes | None:
-        """The next frame to be sent now; None when there is none before the next `wake`."""
+        """The next frame to be sent now; None when there is none before the next `wake`. Who has other things to do in
+        between does it in pieces: `write`, then `take_frame`."""
+        while self.write(now_us):
+            pass
+        return self.take_frame(now_us)
+
+    def take_frame(self, now_us: int) -> bytes | None:
+        """The next frame of what is ready to be sent."""
         raw = self._session.next_frame(now_us)
         peer = self.peer
         if peer is None:
             return raw
         if raw is None:
-            raw = self._next_frame(peer, now_us)
+            raw = self._take_frame(peer, now_us)
         if raw is not None:
             peer.bytes_sent += len(raw)
         return raw
 
-    def _next_frame(self, peer: Peer, now_us: int) -> bytes | None:
+    def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
         loans = self._loans.take_frame()
         if loans is not None:
             return self._session.send_loans(loans)
@@ -443,7 +450,7 @@ class Stream:
             return self._session.send_comparison(comparison)
         if peer.streams[0] is not self:
             return None
-        batch = peer.outbox.take_batch(now_us)
+        batch = peer.outbox.take_written(now_us)
         if batch is None:
             return None
         peer.sent(batch, self._replicator.tracer)

@@ -3,7 +3,7 @@
 A flush wakes the writers of all streams, and peers that flush at once wake all readers: they would all work in the same
 turn of the loop, tens of milliseconds with many buckets and peers. So when it has worked for its share it leaves two
 turns to requests: in one they are read, in the next they are answered. Turns are long when there are many requests;
-then its share grows with them.
+then its share grows with them, though never to half a millisecond, and they are left one turn at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-SHARE_NS = 250_000
+SHARE_NS = 200_000
 """At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more."""
 
-MAX_SHARE_NS = 5_000_000
-"""At most, also after the process was stopped for a while."""
+MAX_SHARE_NS = 400_000
+"""At most."""
+
+LONG_TURN_NS = 1_000_000
+"""Where others need so long for a turn, they are left one at a time."""
 
 PART = 2
 """Of others' time: up to there it has a third of the loop when it needs that."""
@@ -38,6 +41,8 @@ class Turns:
         self._share_ns = SHARE_NS
         self._worked_ns = 0
         """Of the share."""
+        self._turns_left = 2
+        """To others, when it is filled."""
         self._left_ns = 0
         """When it was filled."""
         self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
@@ -64,12 +69,16 @@ class Turns:
             if self._worked_ns >= self._share_ns:
                 self._left_ns = ended_ns
                 loop = asyncio.get_running_loop()
-                loop.call_soon(loop.call_soon, self._go_on)
+                if self._turns_left == 1:
+                    loop.call_soon(self._go_on)
+                else:
+                    loop.call_soon(loop.call_soon, self._go_on)
 
     def _go_on(self) -> None:
         self._worked_ns = 0
         others_ns = self._monotonic_ns() - self._left_ns
         self._share_ns = max(SHARE_NS, min(others_ns // PART, MAX_SHARE_NS))
+        self._turns_left = 1 if others_ns >= LONG_TURN_NS * self._turns_left else 2
         while self._waiting and self._worked_ns < self._share_ns:
             work, done = self._waiting.popleft()
             if done.cancelled():

@@ -32,13 +32,3 @@ def test_nothing_waits_in_an_empty_one() -> None:
     for look in (KeyQueue[int]().oldest, KeyQueue[int]().pop):
         with pytest.raises(IndexError):
             look()
-
-
-def test_what_is_cleared_comes_in_parts_and_is_gone() -> None:
-    queue = KeyQueue[int]()
-    for number in range(1_000):
-        queue.add(b"%d" % number, number)
-    parts = queue.clear()
-    assert sorted(number for part in parts for number in part.values()) == list(range(1_000))
-    assert max(map(len, parts)) < 100
-    assert (len(queue), queue.get(b"1"), queue.clear()) == (0, None, [])

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from ratelimit_sidecar.replication.turns import MAX_SHARE_NS, PART, SHARE_NS, Turns
+from ratelimit_sidecar.replication.turns import LONG_TURN_NS, MAX_SHARE_NS, SHARE_NS, Turns
 
 
 class Work:
@@ -17,6 +17,8 @@ class Work:
         self.now_ns = 0
         self.others_ns = 0
         """What requests take in each turn."""
+        self.others_after: dict[int, int] = {}
+        """And what from then on, when so many pieces have been done."""
         self.turns = Turns(lambda: self.now_ns)
         self.done: list[tuple[int, str]] = []
         self._turn = 0
@@ -25,6 +27,7 @@ class Work:
         def work() -> None:
             self.now_ns += takes_ns
             self.done.append((self._turn, name))
+            self.others_ns = self.others_after.get(len(self.done), self.others_ns)
 
         await self.turns.do(work)
 
@@ -70,14 +73,29 @@ async def test_the_piece_that_fills_the_share_is_the_last(work: Work) -> None:
 
 @pytest.mark.parametrize(
     ("others_ns", "share_ns"),
-    [(10 * SHARE_NS, 2 * 10 * SHARE_NS // PART), (10_000 * SHARE_NS, MAX_SHARE_NS), (0, SHARE_NS)],
+    [(0, SHARE_NS), (SHARE_NS, SHARE_NS), (300_000, 300_000), (900_000, MAX_SHARE_NS), (10_000_000, MAX_SHARE_NS)],
 )
 async def test_where_turns_are_long_the_share_is_larger_to_a_bound(work: Work, others_ns: int, share_ns: int) -> None:
     work.others_ns = others_ns
-    pieces = share_ns // SHARE_NS
-    await work.at_once(*[SHARE_NS] * (4 * pieces + 1))
-    # The first comes before others have had a turn.
-    assert work.of_turns() == [1] + [pieces] * 4
+    piece_ns = 50_000
+    first, pieces = SHARE_NS // piece_ns, share_ns // piece_ns
+    await work.at_once(*[piece_ns] * (first + 4 * pieces))
+    # The first come before others have had a turn.
+    assert work.of_turns() == [first] + [pieces] * 4
+
+
+@pytest.mark.parametrize(("others_ns", "left"), [(LONG_TURN_NS - 1, [2, 2, 2, 2]), (LONG_TURN_NS, [2, 1, 1, 1])])
+async def test_others_have_one_turn_at_a_time_when_theirs_are_long(work: Work, others_ns: int, left: list[int]) -> None:
+    work.others_ns = others_ns
+    await work.at_once(*[MAX_SHARE_NS] * 5)
+    assert [after - before for (before, _), (after, _) in pairwise(work.done)] == left
+
+
+async def test_and_two_again_when_they_are_short_again(work: Work) -> None:
+    work.others_ns = LONG_TURN_NS
+    work.others_after[3] = 0
+    await work.at_once(*[MAX_SHARE_NS] * 6)
+    assert [after - before for (before, _), (after, _) in pairwise(work.done)] == [2, 1, 1, 2, 2]
 
 
 async def test_a_share_that_was_not_filled_is_filled_later(work: Work) -> None:

@@ -282,7 +282,7 @@ class End:
                 self._is_pump_due = True
                 loop.at(loop.now_us + PIECE_US, self._pump)
                 return
-            raw = stream.next_frame(owner.clock.now_us())
+            raw = stream.take_frame(owner.clock.now_us())
             if raw is None:
                 self.blocked_since_us = None
                 if stream.is_over:
