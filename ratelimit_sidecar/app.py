@@ -64,10 +64,10 @@ SWEEP_LEAST = 10
 
 SLEW_SECONDS = 1.0
 
-GC_THRESHOLDS = (2_500, 1, 1_000_000)
+GC_THRESHOLDS = (1_000, 1, 1_000_000)
 """Practically no collection of the oldest generation: with 100,000 buckets it stops the loop for over 100 ms, and Envoy
 lets pass what is not answered in 20 ms. Buckets and plans are in no cycle, so counting references frees them. The
-middle one is collected with at most 7,500 objects: with 70,000 it took 4 to 12 ms while 10,000 buckets a second came
+middle one is collected with at most 3,000 objects: with 70,000 it took 4 to 12 ms while 10,000 buckets a second came
 in and went out.
 """
 

@@ -99,15 +99,13 @@ def name_of(callback: object) -> str:
     """What a reader finds it by."""
     task = getattr(callback, "__self__", None)
     if isinstance(task, asyncio.Task):
-        coroutine = task.get_coro()
-        # A compiled one is an object of a class of its own, whose repr says where it is in memory.
-        named = coroutine if isinstance(getattr(coroutine, "cr_code", None), object) else type(coroutine)
-        return f"task {_qualified_name(named)}"
+        return f"task {_qualified_name(task.get_coro())}"
     return _qualified_name(getattr(callback, "func", callback))
 
 
 def _qualified_name(named: Any) -> str:
-    name = getattr(named, "__qualname__", None)
+    name: str | None = getattr(named, "__qualname__", None)
+    # A compiled coroutine's says where it is in memory; its class has a name.
     return name if name is not None and " at 0x" not in name else type(named).__name__
 
 
@@ -135,7 +133,9 @@ class TimedSidecar:
         return [Timed(**fields) for fields in json.loads(self._file.read_text())]
 
 
-def timed_sidecar(servers: Servers, *, peers: tuple[str, ...], ports: RegionPorts, rules: str) -> TimedSidecar:
+def timed_sidecar(
+    servers: Servers, *, peers: tuple[str, ...] = (), ports: RegionPorts | None = None, rules: str
+) -> TimedSidecar:
     """Start one and wait for its first answer; arguments as of `Servers.start_sidecar`."""
     file = servers.folder / "callbacks.json"
     program = ["benchmarks.serving.timed_sidecar", str(file)]
