@@ -346,7 +346,8 @@ _CHANNEL = (
     # A sidecar that is back is dialled at once.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # What an attempt may take, which is more than it says: on a busy machine 100 ms are over before HTTP/2 has begun.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
 )
 
