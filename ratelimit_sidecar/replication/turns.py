@@ -3,7 +3,8 @@
 A flush wakes the writers of all streams, and peers that flush at once wake all readers: they would all work in the same
 turn of the loop, tens of milliseconds with many buckets and peers. So when it has worked for its share it leaves two
 turns to requests: in one they are read, in the next they are answered. Turns are long when there are many requests;
-then its share grows with them, though never to half a millisecond, and they are left one turn at a time.
+then its share grows with them, to half a millisecond, and they are left one turn at a time: so it has a third of the
+loop until turns take a millisecond, and less when they take longer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any, TypeVar
 SHARE_NS = 200_000
 """At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more."""
 
-MAX_SHARE_NS = 400_000
+MAX_SHARE_NS = 500_000
 """At most."""
 
-LONG_TURN_NS = 1_000_000
+LONG_TURN_NS = 500_000
 """Where others need so long for a turn, they are left one at a time."""
 
 PART = 2
-"""Of others' time: up to there it has a third of the loop when it needs that."""
+"""Of others' time is its share: a third of the loop."""
 
 Result = TypeVar("Result")
 
