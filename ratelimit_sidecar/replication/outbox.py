@@ -394,27 +394,23 @@ class Outbox:
         while self._changed and _has_room(writer, share):
             key, change = self._changed.pop()
             bucket = self._tellable(key)
-            if bucket is None:
-                continue
-            entries = list(bucket.own_entries(change.slots))
-            if entries:
+            entries = [] if bucket is None else list(bucket.own_entries(change.slots))
+            if bucket is not None and entries:
                 writer.add(bucket, None, entries, is_told_often=True)
                 draft.created_us = _earlier(draft.created_us, change.created_us)
-                if draft.pace.ends_piece(len(entries)):
-                    yield
+            if draft.pace.ends_piece(len(entries)):
+                yield
 
     def _write_relayed(self, draft: _Draft, share: int) -> Iterator[None]:
         writer = draft.writer
         while self._relayed and self._rest is None and _has_room(writer, share):
             key, slots = self._relayed.pop()
             bucket = self._tellable(key)
-            if bucket is None:
-                continue
-            entries = list(bucket.heard_entries(slots))
-            if entries:
+            entries = [] if bucket is None else list(bucket.heard_entries(slots))
+            if bucket is not None and entries:
                 self._write_all_that_fit(writer, bucket, None, entries, is_told_often=True)
-                if draft.pace.ends_piece(len(entries)):
-                    yield
+            if draft.pace.ends_piece(len(entries)):
+                yield
 
     def _write_rest(self, writer: DeltasWriter) -> None:
         if self._rest is None or not _has_room(writer):

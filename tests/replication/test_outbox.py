@@ -224,6 +224,17 @@ def test_buckets_with_many_entries_make_shorter_pieces() -> None:
     assert [outbox.write(NOW_US) for _ in range(3)] == [True, True, False]
 
 
+def test_buckets_that_are_gone_count_as_work_too() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, 2 * PIECE_WORK)
+    note(outbox, store)
+    assert store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK) == 2 * PIECE_WORK
+    assert [outbox.write(NOW_US) for _ in range(3)] == [True, True, False]
+    assert outbox.take_written(NOW_US) is None
+    assert outbox.is_settled
+
+
 def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
     store = store_of(A)
     outbox = opened(store)
