@@ -124,9 +124,8 @@ async def _read(
         if raw is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        is_unfinished = await turns.do(hear)
-        while is_unfinished:
-            is_unfinished = await turns.do(apply)
+        if await turns.do(hear):
+            await turns.do_all(apply)
 
 
 async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns, now_us: Callable[[], int]) -> None:
@@ -142,8 +141,7 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
 
     while True:
         woken.clear()
-        while await turns.do(write):
-            pass
+        await turns.do_all(write)
         frame = await turns.do(take_frame)
         if frame is not None:
             try:

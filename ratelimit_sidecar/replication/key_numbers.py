@@ -2,8 +2,7 @@
 
 There are `MAX_NUMBERS` of them. When all are given away, the key that has had its number longest loses it to the new
 one, and the frame that says so comes before any that uses it: streams keep order. So neither end grows with the keys
-that clients invent. (A key in steady use is then sent in full once in so many new ones. To keep the keys in the order
-of their use would spare that, but an OrderedDict of this size takes a millisecond whenever it makes itself anew.)
+that clients invent. (A key in steady use is then sent in full once in so many new ones.)
 """
 
 from __future__ import annotations

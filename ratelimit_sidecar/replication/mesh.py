@@ -244,10 +244,8 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        while await self._turns.do(lambda: self._replicator.note_changes(self._now_us())):
-            pass
-        while await self._turns.do(lambda: self._replicator.compare(self._now_us())):
-            pass
+        await self._turns.do_all(lambda: self._replicator.note_changes(self._now_us()))
+        await self._turns.do_all(lambda: self._replicator.compare(self._now_us()))
         await self._turns.do(lambda: self._replicator.tend(self._now_us()))
 
     async def _drain(self) -> None:

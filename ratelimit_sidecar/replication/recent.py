@@ -13,7 +13,7 @@ RECENT_US: Final = 10_000_000
 """So long: what the node that tells everything may not have heard yet."""
 
 SHARDS: Final = 256
-"""A flush looks at one of them: all have their turn within some five seconds."""
+"""A flush looks at one of them: all have their turn within some five seconds when it comes every 20 ms."""
 
 
 class RecentBuckets:
@@ -37,7 +37,7 @@ class RecentBuckets:
             shard.popitem(last=False)
 
     def keys(self) -> Iterator[bytes]:
-        """At least those that changed within RECENT_US, however slowly they are asked for."""
+        """At least those that changed within RECENT_US of when they are asked for; others may change meanwhile."""
         for shard in self._shards:
             yield from list(shard)
 

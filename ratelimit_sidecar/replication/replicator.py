@@ -146,11 +146,13 @@ class Replicator:
             True when it has to be called again, for the rest that belongs to this flush.
         """
         streams = [stream for stream in self.streams() if stream.compares]
-        done = self.summing.step(now_us) if streams else None
+        if not streams:
+            return False
+        done = self.summing.step(now_us)
         if done is not None:
             for stream in streams:
                 stream.passed(done, now_us)
-        return bool(streams) and self.summing.is_stepping
+        return self.summing.is_stepping
 
     def tend(self, now_us: int) -> None:
         """What a flush does besides: tell lenders what the ledger has to say, find ways around broken links, forget who
@@ -377,12 +379,10 @@ class Stream:
         peer, deltas = self.peer, self._deltas
         # Without a peer the stream is closing: nothing is heard any more.
         if peer is None or deltas is None:
-            self._deltas = None
             return False
         try:
             is_last = self._apply(peer, now_us)
         except ProtocolError as error:
-            self._deltas = None
             self.fail(error, now_us)
             return False
         if is_last:

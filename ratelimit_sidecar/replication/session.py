@@ -48,7 +48,7 @@ STALL_US: Final = 10_000_000
 MAX_FRAMES: Final = 10_000
 FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
-in frames that each take a millisecond to apply."""
+in frames that each take a millisecond and more to apply."""
 
 CLOCK_SAMPLES: Final = 8
 """Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""

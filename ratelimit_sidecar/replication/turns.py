@@ -60,6 +60,15 @@ class Turns:
         self._waiting.append((work, done))
         return await done
 
+    async def do_all(self, piece: Callable[[], bool]) -> None:
+        """Do a piece again and again, with others' turns in between, until it returns False.
+
+        Raises:
+            Exception: what `piece` raises.
+        """
+        while await self.do(piece):
+            pass
+
     def _timed(self, work: Callable[[], Result]) -> Result:
         began_ns = self._monotonic_ns()
         try:

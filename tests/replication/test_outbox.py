@@ -75,6 +75,15 @@ def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
         take(store, f"user {index}", 1, now_us)
 
 
+def with_changes(buckets: int, created_us: int = NOW_US) -> tuple[Store, Outbox]:
+    """So many buckets, and an outbox whose peer has yet to hear of a take from each."""
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, buckets)
+    note(outbox, store, created_us)
+    return store, outbox
+
+
 def large_bucket(store: Store) -> Bucket:
     """30 origins with takes in every slot of the horizon."""
     bucket = take(store, "ann", 1, NOW_US, key="team")
@@ -183,10 +192,7 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
 
 
 def test_a_batch_is_written_in_pieces() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, 3 * PIECE_WORK + 1)
-    note(outbox, store, NOW_US - 5 * MS)
+    _, outbox = with_changes(3 * PIECE_WORK + 1, NOW_US - 5 * MS)
     assert [outbox.write(NOW_US) for _ in range(5)] == [True, True, True, False, False]
     # It is as good as pending until it is taken.
     assert outbox.pending_buckets == 3 * PIECE_WORK + 1
@@ -198,10 +204,7 @@ def test_a_batch_is_written_in_pieces() -> None:
 
 
 def test_a_batch_is_not_taken_before_it_is_whole() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, PIECE_WORK + 1)
-    note(outbox, store)
+    _, outbox = with_changes(PIECE_WORK + 1)
     assert outbox.take_written(NOW_US) is None
     assert outbox.write(NOW_US)
     assert outbox.take_written(NOW_US) is None
@@ -225,10 +228,7 @@ def test_buckets_with_many_entries_make_shorter_pieces() -> None:
 
 
 def test_buckets_that_are_gone_count_as_work_too() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, 2 * PIECE_WORK)
-    note(outbox, store)
+    store, outbox = with_changes(2 * PIECE_WORK)
     assert store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK) == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(3)] == [True, True, False]
     assert outbox.take_written(NOW_US) is None
@@ -236,10 +236,7 @@ def test_buckets_that_are_gone_count_as_work_too() -> None:
 
 
 def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, PIECE_WORK + 1)
-    note(outbox, store)
+    store, outbox = with_changes(PIECE_WORK + 1)
     assert outbox.write(NOW_US)
     take(store, "user 0", 1, NOW_US)
     note(outbox, store)
@@ -247,10 +244,7 @@ def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
 
 
 def test_what_was_written_when_the_stream_ended_is_told_on_the_next_one() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, PIECE_WORK + 1)
-    note(outbox, store)
+    _, outbox = with_changes(PIECE_WORK + 1)
     assert outbox.write(NOW_US)
     later_us = NOW_US + 60 * SECOND_US
     outbox.close(later_us)
@@ -295,10 +289,7 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
 
 
 def test_what_a_lost_peer_was_to_be_told_is_freed_bit_by_bit() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    fill(store, 1_000)
-    note(outbox, store)
+    _, outbox = with_changes(1_000)
     outbox.close(NOW_US)
     assert outbox.pending_buckets == 0
     left = []
