@@ -141,7 +141,7 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
 
     while True:
         woken.clear()
-        await turns.do_all(write)
+        # Before each piece of a batch, too: a peer waits for its pong or a loan no longer than for a piece.
         frame = await turns.do(take_frame)
         if frame is not None:
             try:
@@ -157,7 +157,7 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
                 await asyncio.sleep(WALK_PAUSE_SECONDS)
         elif stream.is_over:
             return
-        else:
+        elif not await turns.do(write):
             await woken.wait()
 
 

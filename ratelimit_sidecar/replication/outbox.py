@@ -321,10 +321,11 @@ class Outbox:
         self._walk_owed = True
 
     def write(self, now_us: int) -> bool:
-        """Write a piece of the next batch.
+        """Write a piece of the next batch, which `take_written` returns once it is whole.
 
         Returns:
-            True when it is not whole yet; otherwise `take_written` returns it, if there is anything to tell.
+            False when there was nothing to write: it is whole already, there is nothing to tell, or enough is on its
+            way.
         """
         if self._draft is None:
             has_news = self._walk_owed or self._queued > 0
@@ -332,10 +333,12 @@ class Outbox:
                 return False
             self._draft = _Draft(DeltasWriter(self._store.origin, self._numbers), now_us)
             self._pieces = self._write(self._draft, now_us)
+        elif self._draft.is_whole:
+            return False
         for _ in self._pieces:
             return True
         self._draft.is_whole = True
-        return False
+        return True
 
     def take_batch(self, now_us: int) -> Batch | None:
         """The next batch; None when there is nothing to tell, or enough is on its way. Who has other things to do in

@@ -414,20 +414,21 @@ class Stream:
         self.wake()
 
     def write(self, now_us: int) -> bool:
-        """Write a piece of the next batch of deltas.
+        """Write a piece of the next batch of deltas, which `take_frame` returns once it is whole.
 
         Returns:
-            True when it has to be called again, before `take_frame`.
+            False when there was nothing to write.
         """
         peer = self.peer
         return peer is not None and peer.streams[0] is self and peer.outbox.write(now_us)
 
     def next_frame(self, now_us: int) -> bytes | None:
         """The next frame to be sent now; None when there is none before the next `wake`. Who has other things to do in
-        between does it in pieces: `write`, then `take_frame`."""
-        while self.write(now_us):
-            pass
-        return self.take_frame(now_us)
+        between does it in pieces: `take_frame`, and when that has none, `write`, until it has nothing to write."""
+        while True:
+            frame = self.take_frame(now_us)
+            if frame is not None or not self.write(now_us):
+                return frame
 
     def take_frame(self, now_us: int) -> bytes | None:
         """The next frame of what is ready to be sent."""

@@ -278,16 +278,17 @@ class End:
             return
         stream, window_bytes = self.stream, self.network.window_bytes
         while other.inbox_bytes < window_bytes:
+            raw = stream.take_frame(owner.clock.now_us())
+            if raw is not None:
+                self._send(raw)
+                continue
             if stream.write(owner.clock.now_us()):
                 self._is_pump_due = True
                 loop.at(loop.now_us + PIECE_US, self._pump)
                 return
-            raw = stream.take_frame(owner.clock.now_us())
-            if raw is None:
-                self.blocked_since_us = None
-                if stream.is_over:
-                    self.hang_up()
-                return
-            self._send(raw)
+            self.blocked_since_us = None
+            if stream.is_over:
+                self.hang_up()
+            return
         if self.blocked_since_us is None:
             self.blocked_since_us = loop.now_us
