@@ -37,9 +37,6 @@ CHECK_TIME_SECONDS = 0.25
 WRITE_SECONDS = 5.0
 """What the network gets to take one frame; a peer that does not read for so long is given up."""
 
-WALK_PAUSE_SECONDS = 0.002
-"""After each frame while a peer is told all that it may lack: for decisions, here and there."""
-
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""
 
@@ -100,13 +97,14 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
 async def _read(
     call: Call, stream: Stream, turns: Turns, now_us: Callable[[], int], on_heard: Callable[[], None]
 ) -> None:
-    def hear() -> bool:
-        with _faults_of(stream, now_us):
-            stream.hear(raw, now_us())
-        return apply()
+    frame: bytes | None = None
 
-    def apply() -> bool:
+    def hear() -> bool:
+        nonlocal frame
         with _faults_of(stream, now_us):
+            if frame is not None:
+                heard, frame = frame, None
+                stream.hear(heard, now_us())
             if stream.apply(now_us()):
                 return True
         on_heard()
@@ -114,35 +112,34 @@ async def _read(
 
     while True:
         try:
-            raw = await call.read()
+            frame = await call.read()
         except grpc.aio.AioRpcError as error:
             stream.lost(f"{error.code().name}: {error.details()}", now_us())
             return
         except _CALL_IS_OVER as error:
             stream.lost(str(error), now_us())
             return
-        if raw is grpc.aio.EOF:
+        if frame is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        if await turns.do(hear):
-            await turns.do_all(apply)
+        await turns.do(hear)
 
 
 async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns, now_us: Callable[[], int]) -> None:
-    def write() -> bool:
-        with _faults_of(stream, now_us):
-            return stream.write(now_us())
-        return False
+    frame: bytes | None = None
 
-    def take_frame() -> bytes | None:
+    def write() -> bool:
+        nonlocal frame
+        frame = None
         with _faults_of(stream, now_us):
-            return stream.take_frame(now_us())
-        return None
+            # Before each piece of a batch, too: a peer waits for its pong or a loan no longer than for a piece.
+            frame = stream.take_frame(now_us())
+            return frame is None and stream.write(now_us())
+        return False
 
     while True:
         woken.clear()
-        # Before each piece of a batch, too: a peer waits for its pong or a loan no longer than for a piece.
-        frame = await turns.do(take_frame)
+        await turns.do(write)
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):
@@ -153,11 +150,9 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
             except _CALL_IS_OVER:
                 # The reader learns why.
                 return
-            if stream.is_walking:
-                await asyncio.sleep(WALK_PAUSE_SECONDS)
         elif stream.is_over:
             return
-        elif not await turns.do(write):
+        else:
             await woken.wait()
 
 

@@ -198,6 +198,7 @@ class Mesh:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._flush_forever())]
+                running.append(tasks.create_task(Flushing(self._compare).run()))
                 running.append(tasks.create_task(self._dialler.run()))
                 if self.certificate is not None:
                     running.append(tasks.create_task(self.certificate.keep_read()))
@@ -244,9 +245,11 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        await self._turns.do_all(lambda: self._replicator.note_changes(self._now_us()))
-        await self._turns.do_all(lambda: self._replicator.compare(self._now_us()))
+        await self._turns.do(lambda: self._replicator.note_changes(self._now_us()), is_urgent=True)
         await self._turns.do(lambda: self._replicator.tend(self._now_us()))
+
+    async def _compare(self) -> None:
+        await self._turns.do(lambda: self._replicator.compare(self._now_us()))
 
     async def _drain(self) -> None:
         self._replicator.flush(self._now_us())

@@ -2,9 +2,9 @@
 
 A flush wakes the writers of all streams, and peers that flush at once wake all readers: they would all work in the same
 turn of the loop, tens of milliseconds with many buckets and peers. So when it has worked for its share it leaves two
-turns to requests: in one they are read, in the next they are answered. Turns are long when there are many requests;
-then its share grows with them, to half a millisecond, and they are left one turn at a time: so it has a third of the
-loop until turns take a millisecond, and less when they take longer.
+turns to requests: in one they are read, in the next they are answered. Turns are long while there are many requests;
+then its share grows with them, and they are left one turn at a time: so it has a third of the loop. But a long turn
+among short ones is not followed by a long share: a share grows by an eighth at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 SHARE_NS = 200_000
 """At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more."""
 
-MAX_SHARE_NS = 500_000
+MAX_SHARE_NS = 5_000_000
 """At most."""
 
 LONG_TURN_NS = 500_000
@@ -27,11 +27,18 @@ LONG_TURN_NS = 500_000
 PART = 2
 """Of others' time is its share: a third of the loop."""
 
-Result = TypeVar("Result")
+Piece = Callable[[], bool | None]
+"""Does a piece of some work; True when there is more to do."""
+
+
+class _Work(NamedTuple):
+    piece: Piece
+    is_urgent: bool
+    done: asyncio.Future[None]
 
 
 class Turns:
-    """Pieces of work are done in the order in which they came.
+    """A piece of each work is done in turn.
 
     Args:
         monotonic_ns: what they are timed with.
@@ -42,37 +49,40 @@ class Turns:
         self._share_ns = SHARE_NS
         self._worked_ns = 0
         """Of the share."""
+        self._turn_ns = 0
+        """What others take for a turn, or less when that has been so only lately."""
         self._turns_left = 2
-        """To others, when it is filled."""
+        """To others, when the share is filled."""
         self._left_ns = 0
         """When it was filled."""
-        self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._waiting: deque[_Work] = deque()
 
-    async def do(self, work: Callable[[], Result]) -> Result:
-        """Do it now, or after others have had their turns.
+    async def do(self, piece: Piece, *, is_urgent: bool = False) -> None:
+        """Do a piece now, or after others have had their turns, and again until it returns no True.
 
-        Raises:
-            Exception: what `work` raises.
-        """
-        if self._worked_ns < self._share_ns:
-            return self._timed(work)
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((work, done))
-        return await done
-
-    async def do_all(self, piece: Callable[[], bool]) -> None:
-        """Do a piece again and again, with others' turns in between, until it returns False.
+        Args:
+            is_urgent: every second piece is one of this work, however much else there is to do.
 
         Raises:
             Exception: what `piece` raises.
         """
-        while await self.do(piece):
-            pass
+        while self._worked_ns < self._share_ns:
+            if not self._timed(piece):
+                return
+        work = _Work(piece, is_urgent, asyncio.get_running_loop().create_future())
+        self._put(work)
+        await work.done
 
-    def _timed(self, work: Callable[[], Result]) -> Result:
+    def _put(self, work: _Work) -> None:
+        if work.is_urgent:
+            self._waiting.insert(1, work)
+        else:
+            self._waiting.append(work)
+
+    def _timed(self, piece: Piece) -> bool | None:
         began_ns = self._monotonic_ns()
         try:
-            return work()
+            return piece()
         finally:
             ended_ns = self._monotonic_ns()
             self._worked_ns += ended_ns - began_ns
@@ -86,14 +96,20 @@ class Turns:
 
     def _go_on(self) -> None:
         self._worked_ns = 0
-        others_ns = self._monotonic_ns() - self._left_ns
-        self._share_ns = max(SHARE_NS, min(others_ns // PART, MAX_SHARE_NS))
-        self._turns_left = 1 if others_ns >= LONG_TURN_NS * self._turns_left else 2
+        turn_ns = (self._monotonic_ns() - self._left_ns) // self._turns_left
+        self._turn_ns = min(turn_ns, max(SHARE_NS, self._turn_ns * 9 // 8))
+        self._turns_left = 1 if self._turn_ns >= LONG_TURN_NS else 2
+        self._share_ns = max(SHARE_NS, min(self._turn_ns * self._turns_left // PART, MAX_SHARE_NS))
         while self._waiting and self._worked_ns < self._share_ns:
-            work, done = self._waiting.popleft()
-            if done.cancelled():
+            work = self._waiting.popleft()
+            if work.done.cancelled():
                 continue
             try:
-                done.set_result(self._timed(work))
+                is_unfinished = self._timed(work.piece)
             except Exception as error:
-                done.set_exception(error)
+                work.done.set_exception(error)
+                continue
+            if is_unfinished:
+                self._put(work)
+            else:
+                work.done.set_result(None)

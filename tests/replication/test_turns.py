@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import pairwise
+from math import ceil, log
 
 import pytest
 
@@ -30,6 +31,19 @@ class Work:
             self.others_ns = self.others_after.get(len(self.done), self.others_ns)
 
         await self.turns.do(work)
+
+    async def pieces(self, name: str, number: int, *, is_urgent: bool = False) -> None:
+        """Work in so many pieces, each of which takes a quarter of a share."""
+        left = number
+
+        def work() -> bool:
+            nonlocal left
+            left -= 1
+            self.now_ns += SHARE_NS // 4
+            self.done.append((self._turn, name))
+            return left > 0
+
+        await self.turns.do(work, is_urgent=is_urgent)
 
     async def at_once(self, *takes_ns: int) -> None:
         """So many pieces, named by their numbers."""
@@ -73,29 +87,62 @@ async def test_the_piece_that_fills_the_share_is_the_last(work: Work) -> None:
 
 @pytest.mark.parametrize(
     ("others_ns", "share_ns"),
-    [(0, SHARE_NS), (SHARE_NS, SHARE_NS), (450_000, 450_000), (10_000_000, MAX_SHARE_NS)],
+    [
+        (0, SHARE_NS),
+        (SHARE_NS, SHARE_NS),
+        (400_000, 400_000),
+        (3_000_000, 1_500_000),
+        (100_000_000, MAX_SHARE_NS),
+    ],
 )
-async def test_where_turns_are_long_the_share_is_larger_to_a_bound(work: Work, others_ns: int, share_ns: int) -> None:
+async def test_where_turns_stay_long_the_share_is_half_of_them_to_a_bound(
+    work: Work, others_ns: int, share_ns: int
+) -> None:
     work.others_ns = others_ns
     piece_ns = 50_000
-    first, pieces = SHARE_NS // piece_ns, share_ns // piece_ns
-    await work.at_once(*[piece_ns] * (first + 4 * pieces))
-    # The first come before others have had a turn.
-    assert work.of_turns() == [first] + [pieces] * 4
+    await work.at_once(*[piece_ns] * 2_000)
+    *_, last, _ = work.of_turns()
+    assert last == share_ns // piece_ns
 
 
-@pytest.mark.parametrize(("others_ns", "left"), [(LONG_TURN_NS - 1, [2, 2, 2, 2]), (LONG_TURN_NS, [2, 1, 1, 1])])
-async def test_others_have_one_turn_at_a_time_when_theirs_are_long(work: Work, others_ns: int, left: list[int]) -> None:
-    work.others_ns = others_ns
-    await work.at_once(*[MAX_SHARE_NS] * 5)
-    assert [after - before for (before, _), (after, _) in pairwise(work.done)] == left
+async def test_the_share_grows_by_an_eighth_at_a_time(work: Work) -> None:
+    work.others_ns = 400_000
+    piece_ns = SHARE_NS // 8
+    await work.at_once(*[piece_ns] * (8 + 8 + 9 + 11))
+    assert work.of_turns() == [8, 8, 9, 11]
+
+
+async def test_others_have_one_turn_at_a_time_when_theirs_stay_long(work: Work) -> None:
+    work.others_ns = LONG_TURN_NS
+    await work.at_once(*[MAX_SHARE_NS] * 15)
+    left = [after - before for (before, _), (after, _) in pairwise(work.done)]
+    # So often an eighth is added.
+    short = ceil(log(LONG_TURN_NS / SHARE_NS, 9 / 8)) + 1
+    assert left == [2] * short + [1] * (14 - short)
 
 
 async def test_and_two_again_when_they_are_short_again(work: Work) -> None:
     work.others_ns = LONG_TURN_NS
-    work.others_after[3] = 0
-    await work.at_once(*[MAX_SHARE_NS] * 6)
-    assert [after - before for (before, _), (after, _) in pairwise(work.done)] == [2, 1, 1, 2, 2]
+    work.others_after[15] = 0
+    await work.at_once(*[MAX_SHARE_NS] * 18)
+    assert [after - before for (before, _), (after, _) in pairwise(work.done)][-4:] == [1, 1, 2, 2]
+
+
+async def test_of_work_in_many_pieces_one_is_done_at_a_time(work: Work) -> None:
+    await work.piece("first", SHARE_NS)
+    await asyncio.gather(work.pieces("a", 3), work.pieces("b", 1), work.pieces("c", 4))
+    assert "".join(name for _, name in work.done[1:]) == "abcacacc"
+
+
+async def test_every_second_piece_is_one_of_urgent_work(work: Work) -> None:
+    await work.piece("first", SHARE_NS)
+    await asyncio.gather(*[work.pieces(name, 2) for name in "abc"], work.pieces("u", 4, is_urgent=True))
+    assert "".join(name for _, name in work.done[1:]) == "aubucuaubc"
+
+
+async def test_work_in_pieces_fills_a_share_and_leaves_two_turns(work: Work) -> None:
+    await asyncio.gather(work.at_once(), work.pieces("a", 10))
+    assert work.of_turns() == [4, 4, 2]
 
 
 async def test_a_share_that_was_not_filled_is_filled_later(work: Work) -> None:
