@@ -54,10 +54,13 @@ ENTRY_WORK: Final = 15
 """In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
 
 STEP_WORK = 8_000
-"""Of one step, and the share of it that a pass needs for looking at all buckets."""
+"""Of one step, besides its share of looking at all buckets; more when a segment cannot be summed up in time so."""
 
-PIECE_WORK: Final = 1_000
-"""A step is taken in pieces of so much."""
+PIECE_WORK = 1_000
+"""A step is taken in pieces of so much, and frames are answered so."""
+
+TELL_WORK: Final = 10
+"""To tell the peer of a bucket, or find out that it is to be asked for."""
 
 STEPS: Final = 170
 """Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
@@ -84,7 +87,14 @@ def range_of(key: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
+    """Its buckets.
+
+    Args:
+        hashes: of the keys.
+    """
+
     keys: list[bytes] = field(default_factory=list)
+    hashes: array[int] = field(default_factory=lambda: array("Q"))
     states: array[int] = field(default_factory=lambda: array("Q"))
 
 
@@ -108,6 +118,7 @@ class Pass:
         if found is None:
             found = self._ranges[range_number] = _Range()
         found.keys.append(key)
+        found.hashes.append(hash64(key))
         found.states.append(state)
 
     def sums_of(self, segment: int) -> list[int]:
@@ -118,12 +129,9 @@ class Pass:
         """Those with buckets."""
         return self._ranges.values()
 
-    def buckets(self, range_number: int) -> dict[int, tuple[bytes, int]]:
-        """Key and state of the buckets of a range, by the key's hash."""
-        found = self._ranges.get(range_number)
-        if found is None:
-            return {}
-        return {hash64(key): (key, state) for key, state in zip(found.keys, found.states, strict=True)}
+    def buckets(self, number: int) -> _Range:
+        """Those of one range."""
+        return self._ranges.get(number) or _Range()
 
 
 class Summing:
@@ -141,7 +149,9 @@ class Summing:
         self._step_left = 0
         """Work to be done in the current step; 0 or less between two of them."""
         self._looking = self._summing = 0
-        """Work done in the current pass."""
+        """Work done in the current pass, or the last."""
+        self._segment_work = 0
+        """To sum one segment up, as the last pass has shown."""
         self._segments_a_pass = SEGMENTS
         self._done: deque[Pass] = deque(maxlen=2)
         self._left: list[_Range] = []
@@ -164,6 +174,7 @@ class Summing:
         current = self._current
         if current is not None and now_us >= current.at_us + EVERY_US:
             # Too slow, or the machine was asleep.
+            self._plan_next(len(current.segments), is_done=False)
             self._left += current.ranges()
             self._current = None
             self._step_left = 0
@@ -174,12 +185,13 @@ class Summing:
                 return None
             current = self._current = self._begin(at_us)
         if self._step_left <= 0:
-            self._step_left = STEP_WORK + LOOK_WORK * len(self._store) // STEPS
+            most = max(STEP_WORK, self._segment_work * 9 // 8 // STEPS)
+            self._step_left = most + LOOK_WORK * len(self._store) // STEPS
         if not self._take_piece(current):
             return None
         self._current = None
         self._step_left = 0
-        self._plan_next(len(current.segments))
+        self._plan_next(len(current.segments), is_done=True)
         if len(self._done) == self._done.maxlen:
             self._left += self._done.popleft().ranges()
         self._done.append(current)
@@ -233,14 +245,28 @@ class Summing:
                 return False
         return True
 
-    def _plan_next(self, segments: int) -> None:
-        a_segment = max(1, self._summing // segments)
-        self._segments_a_pass = max(1, min(SEGMENTS, PASS_WORK // a_segment))
+    def _plan_next(self, segments: int, *, is_done: bool) -> None:
+        """Args:
+        segments: of the pass that is over.
+        is_done: False when it was given up.
+        """
+        looked, buckets = self._looking // LOOK_WORK, len(self._store)
+        if is_done:
+            self._segment_work = self._summing // segments
+            # One more at a time: after a pass that could not end in time, half of the next ones could not.
+            most = segments + 1
+        elif looked:
+            self._segment_work = self._summing * buckets // looked // segments
+            most = segments * looked // max(looked, buckets)
+        else:
+            return
+        most = min(SEGMENTS, most, PASS_WORK // max(1, self._segment_work))
+        self._segments_a_pass = max(1, most)
 
     def _is_to_be_done(self, at_us: int) -> bool:
         """False for a part of the passes when even one segment is more than a pass may cost. Which, all nodes agree on:
         the more often one does them, the more of another's are among them."""
-        work = self._looking + self._summing // max(1, self._segments_a_pass)
+        work = LOOK_WORK * len(self._store) + self._segment_work
         stride = 1
         while work > stride * PASS_WORK:
             stride *= 2
@@ -291,6 +317,8 @@ class Exchange:
         """Ranges whose Summary has come in answer to the Digest of `_summarised_us`."""
         self._summarised_us = 0
         self._pulls: deque[pb.Pull] = deque()
+        self._pieces: Iterator[None] | None = None
+        """Of the answer to the frame heard last, until it is done."""
         self._exchanged_us = 0
         self._told = self._pulled = 0
         """Buckets, because of the pass `_exchanged_us`."""
@@ -322,13 +350,12 @@ class Exchange:
                 self._differing.clear()
                 break
             buckets = done.buckets(number)
-            states = [state for _, state in buckets.values()]
-            return pb.Frame(summary=pb.Summary(at_us=done.at_us, range=number, keys=buckets, states=states))
+            summary = pb.Summary(at_us=done.at_us, range=number, keys=buckets.hashes, states=buckets.states)
+            return pb.Frame(summary=summary)
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
 
-    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> int:
-        """Returns:
-            The number of buckets found to differ that the peer is now told of, or asked for.
+    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> None:
+        """Take a frame, to be answered in pieces: by `answer`.
 
         Raises:
             ProtocolError: bad_digest.
@@ -337,7 +364,7 @@ class Exchange:
             raise ProtocolError(Reason.BAD_DIGEST, "an instant past MAX_TIME_US")
         if isinstance(frame, pb.Digest):
             self._receive_digest(frame)
-            return 0
+            return
         if frame.range >= RANGES:
             raise ProtocolError(Reason.BAD_DIGEST, f"range {frame.range} of {RANGES}")
         own = self._summing.find(frame.at_us)
@@ -347,14 +374,32 @@ class Exchange:
             self._exchanged_us = own.at_us
             self._told = self._pulled = 0
         if isinstance(frame, pb.Pull):
-            return 0 if own is None else self._receive_pull(frame, own)
+            if own is not None:
+                self._pieces = self._answer_pull(frame, own)
+            return
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
         if own is None or frame.at_us != self._summarised_us or frame.range in self._summarised:
             # Of a pass that is over.
-            return 0
+            return
         self._summarised.add(frame.range)
-        return self._receive_summary(frame, own)
+        self._pieces = self._answer_summary(frame, own)
+
+    @property
+    def is_answering(self) -> bool:
+        return self._pieces is not None
+
+    def answer(self) -> bool:
+        """Do a piece of what the frame heard last asks for: buckets that differ are told or asked for, and counted as
+        the peer's resyncs.
+
+        Returns:
+            True when it has to be called again, before the next `receive`.
+        """
+        for _ in self._pieces or ():
+            return True
+        self._pieces = None
+        return False
 
     def _receive_digest(self, digest: pb.Digest) -> None:
         segments = digest.segments
@@ -384,21 +429,26 @@ class Exchange:
                 if their_sum != own.sums[number]:
                     self._differing[number] = None
 
-    def _receive_summary(self, summary: pb.Summary, own: Pass) -> int:
+    def _answer_summary(self, summary: pb.Summary, own: Pass) -> Iterator[None]:
         theirs = dict(zip(summary.keys, summary.states, strict=True))
         pulled = []
-        told = 0
-        for hashed, (key, state) in own.buckets(summary.range).items():
+        buckets = own.buckets(summary.range)
+        left = PIECE_WORK
+        for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
-            if their_state == state or (their_state is None and self._peer.is_full):
-                continue
-            bucket = self._store.get(key)
-            if bucket is None or self._summing.state(bucket, own.at_us) != state:
-                # It has changed since, and its next delta will say how much it holds.
-                continue
-            told += self._tell_of(key)
-            if their_state is not None:
-                pulled.append(hashed)
+            left -= LOOK_WORK
+            if their_state != state and not (their_state is None and self._peer.is_full):
+                bucket = self._store.get(key)
+                if bucket is not None:
+                    left -= SUM_WORK + TELL_WORK
+                # If it has changed since, its next delta will say how much it holds.
+                if bucket is not None and self._summing.state(bucket, own.at_us) == state:
+                    self._tell_of(key)
+                    if their_state is not None:
+                        pulled.append(hashed)
+            if left <= 0:
+                left = PIECE_WORK
+                yield
         if self._store.full_since_us is None:
             # What this node has no settled state of.
             pulled += theirs
@@ -407,15 +457,19 @@ class Exchange:
         for start in range(0, len(pulled), MAX_PULL_KEYS):
             keys = pulled[start : start + MAX_PULL_KEYS]
             self._pulls.append(pb.Pull(at_us=own.at_us, range=summary.range, keys=keys))
-        return told + sum(hashed in theirs for hashed in pulled)
+        self._peer.resyncs += sum(hashed in theirs for hashed in pulled)
 
-    def _receive_pull(self, pull: pb.Pull, own: Pass) -> int:
+    def _answer_pull(self, pull: pb.Pull, own: Pass) -> Iterator[None]:
         buckets = own.buckets(pull.range)
-        return sum(self._tell_of(buckets[hashed][0]) for hashed in pull.keys if hashed in buckets)
+        keys = dict(zip(buckets.hashes, buckets.keys, strict=True))
+        for index, hashed in enumerate(pull.keys, 1):
+            if hashed in keys:
+                self._tell_of(keys[hashed])
+            if index % (PIECE_WORK // TELL_WORK) == 0:
+                yield
 
-    def _tell_of(self, key: bytes) -> bool:
-        if self._told >= MAX_EXCHANGED:
-            return False
-        self._told += 1
-        self._peer.outbox.tell(key)
-        return True
+    def _tell_of(self, key: bytes) -> None:
+        if self._told < MAX_EXCHANGED:
+            self._told += 1
+            self._peer.resyncs += 1
+            self._peer.outbox.tell(key)

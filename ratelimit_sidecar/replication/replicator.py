@@ -359,7 +359,7 @@ class Stream:
             pass
 
     def hear(self, raw: bytes, now_us: int) -> None:
-        """Take one frame in, and apply all of it but deltas. A bad one leaves the stream closing, with `error` set."""
+        """Take one frame in; `apply` does what takes long. A bad one leaves the stream closing, with `error` set."""
         try:
             event = self._session.receive(raw, now_us)
             if event is not None:
@@ -371,15 +371,18 @@ class Stream:
         self.wake()
 
     def apply(self, now_us: int) -> bool:
-        """Apply a piece of the deltas heard last. Bad ones leave the stream closing, with `error` set.
+        """Apply a piece of the frame heard last: deltas, which leave the stream closing when they are bad, with `error`
+        set, or comparisons.
 
         Returns:
             True when it has to be called again, before the next `hear`.
         """
         peer, deltas = self.peer, self._deltas
         # Without a peer the stream is closing: nothing is heard any more.
-        if peer is None or deltas is None:
+        if peer is None:
             return False
+        if deltas is None:
+            return self._answer()
         try:
             is_last = self._apply(peer, now_us)
         except ProtocolError as error:
@@ -392,6 +395,16 @@ class Stream:
             self._session.acknowledge()
             self.wake()
         return not is_last
+
+    def _answer(self) -> bool:
+        """True when it has to be called again."""
+        exchange = self._exchange
+        if exchange is None or not exchange.is_answering:
+            return False
+        if exchange.answer():
+            return True
+        self.wake()
+        return False
 
     def passed(self, done: Pass, now_us: int) -> None:
         """This node has summed up what it holds."""
@@ -529,7 +542,7 @@ class Stream:
             case ComparisonReceived(frame):
                 assert self._exchange is not None
                 assert self.peer is not None
-                self.peer.resyncs += self._exchange.receive(frame)
+                self._exchange.receive(frame)
             case ClockMeasured(offset_us):
                 assert self.peer is not None
                 self.peer.clock_offset_us = offset_us

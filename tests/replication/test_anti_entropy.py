@@ -31,6 +31,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
     STEP_WORK,
     STEPS,
     SUM_WORK,
+    TELL_WORK,
     Exchange,
     Pass,
     Summing,
@@ -179,7 +180,7 @@ def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
     hashes = [hash64(key) for key in keys]
     for start in range(0, len(hashes), MAX_PULL_KEYS):
-        exchange.receive(pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
+        hear(exchange, pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
     assert told == keys[:MAX_EXCHANGED]
 
 
@@ -200,6 +201,19 @@ def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
     peer = Peer(store, "b")
     peer.outbox.tell = tell  # type: ignore[method-assign]
     return peer
+
+
+def hear(exchange: Exchange, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[int, int]:
+    """Hear and answer it.
+
+    Returns:
+        The number of buckets told or asked for because of it, and of the pieces that it took.
+    """
+    before, pieces = exchange._peer.resyncs, 1
+    exchange.receive(frame)
+    while exchange.answer():
+        pieces += 1
+    return exchange._peer.resyncs - before, pieces
 
 
 def sums_of(store: Store, at_us: int) -> Pass:
@@ -248,29 +262,61 @@ def test_an_idle_bucket_counts_like_an_absent_one() -> None:
     assert not any(sums_of(store, at_us + PER_USER.horizon_us).sums)
 
 
+def summing_of(buckets: int, at_us: int) -> Summing:
+    """Of a node with so many, all settled at `at_us`, the instant of the next pass."""
+    store = store_of(node("a"))
+    for index in range(buckets):
+        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
+    return Summing(store, at_us - 1)
+
+
+def passes_of(summing: Summing, at_us: int, instants: int) -> dict[int, tuple[frozenset[int], int]]:
+    """The passes that were done from `at_us` on.
+
+    Returns:
+        By the number of the instant, counted from `at_us`: its segments, and the steps that it took.
+    """
+    done = {}
+    for number in range(instants):
+        began_us = at_us + number * EVERY_US
+        for step, now_us in enumerate(range(began_us, began_us + EVERY_US, 20_000), 1):
+            found = summing.step(now_us)
+            while summing.is_stepping:
+                found = summing.step(now_us)
+            if found is not None:
+                done[number] = found.segments, step
+    return done
+
+
+FIRST_US = NOW_US // EVERY_US * EVERY_US + EVERY_US
+
+
 def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(anti_entropy, "STEP_WORK", 2_000)
     monkeypatch.setattr(anti_entropy, "PASS_WORK", 8_000)
-    store = store_of(node("a"))
-    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
-    for index in range(1_000):
-        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
-    summing = Summing(store, at_us - 1)
-    steps, seen = 0, set[int]()
-    for number in range(64):
-        now_us = at_us + number * EVERY_US
-        done = summing.step(now_us)
-        while done is None and now_us < at_us + (number + 1) * EVERY_US - 20_000:
-            steps += number == 0
-            now_us += 20_000
-            done = summing.step(now_us)
-        if done is not None and number:
-            assert len(done.segments) < SEGMENTS
-            seen |= done.segments
-    assert steps > 5
-    assert seen == set(range(SEGMENTS))
+    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 64).values()
+    assert (len(first), steps > 5) == (SEGMENTS, True)
+    assert all(len(segments) < SEGMENTS for segments, _ in others)
+    assert {segment for segments, _ in others for segment in segments} == set(range(SEGMENTS))
+
+
+@pytest.mark.parametrize(("segments", "passes"), [(4, 255), (1, 128), (0.5, 64)])
+def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, segments: float, passes: int
+) -> None:
+    """For so many segments there is room in a pass."""
+    a_segment = 1_000 * (SUM_WORK + ENTRY_WORK) // SEGMENTS
+    step_work = int(segments * a_segment * 1.2 / STEPS)
+    monkeypatch.setattr(anti_entropy, "STEP_WORK", step_work)
+    monkeypatch.setattr(anti_entropy, "PASS_WORK", step_work * STEPS)
+    done = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 256)
+    assert 0 not in done
+    # The more a segment is beyond what a pass may cost, the fewer passes there are.
+    assert len(done) == passes
+    assert {segment for each, _ in done.values() for segment in each} == set(range(SEGMENTS))
+    assert min(len(each) for each, _ in done.values()) >= int(segments)
 
 
 def test_a_step_is_taken_in_pieces() -> None:
@@ -347,7 +393,7 @@ def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) ->
 @pytest.mark.parametrize("frame", [pb.Summary(keys=[1], states=[2]), pb.Pull(keys=[1])], ids=["summary", "pull"])
 def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb.Pull) -> None:
     exchange = exchange_of_nothing()
-    assert exchange.receive(frame) == 0
+    assert hear(exchange, frame) == (0, 1)
     assert exchange.take_frame() is None
 
 
@@ -357,11 +403,11 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
     done = sums_of(exchange._store, EVERY_US)
     exchange._summing._done.append(done)
     summary = pb.Summary(at_us=EVERY_US, keys=[1], states=[2])
-    assert exchange.receive(summary) == 0
+    assert hear(exchange, summary) == (0, 1)
     exchange.passed(done)
     assert (exchange.take_frame() or pb.Frame()).HasField("digest")
-    assert exchange.receive(summary) == 1
-    assert exchange.receive(summary) == 0
+    assert hear(exchange, summary) == (1, 1)
+    assert hear(exchange, summary) == (0, 1)
 
 
 def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
@@ -385,7 +431,7 @@ def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for
     for theirs, pulls in (({}, 0), ({hash64(key_of("ann")): 1}, 1)):
         exchange, told, done, bucket = differing(lambda _bucket: None)
         summary = pb.Summary(at_us=done.at_us, range=range_of(bucket.key), keys=theirs.keys(), states=theirs.values())
-        assert exchange.receive(summary) == 1
+        assert hear(exchange, summary) == (1, 1)
         assert told == [bucket.key]
         frame = exchange.take_frame()
         assert (0 if frame is None else len(frame.pull.keys)) == pulls
@@ -393,13 +439,45 @@ def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for
 
 @pytest.mark.interpreted
 def test_a_bucket_that_has_changed_since_is_not_told() -> None:
-    def hear(bucket: Bucket) -> None:
+    def change(bucket: Bucket) -> None:
         late = Entry(Origin("c", 1), slot_id(bucket.at_us - SLOT_US, PER_USER.exponent), 5)
         assert bucket.merge([late], bucket.at_us) == 1
 
-    exchange, told, done, bucket = differing(hear)
-    assert exchange.receive(pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == 0
+    exchange, told, done, bucket = differing(change)
+    assert hear(exchange, pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == (0, 1)
     assert not told
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("differ", [True, False])
+def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
+    store = store_of(node("a"))
+    summing = Summing(store, NOW_US)
+    at_us = NOW_US // EVERY_US * EVERY_US
+    own = Pass(at_us, range(SEGMENTS))
+    for index in range(1_000):
+        bucket = take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
+        own.add(7, bucket.key, summing.state(bucket, at_us))
+    summing._done.append(own)
+    told: list[bytes] = []
+    exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
+    exchange.passed(own)
+    exchange.take_frame()
+    buckets = own.buckets(7)
+    states = [state ^ differ for state in buckets.states]
+    found, pieces = hear(exchange, pb.Summary(at_us=at_us, range=7, keys=buckets.hashes, states=states))
+    assert found == (1_000 if differ else 0)
+    work = 1_000 * (LOOK_WORK + (SUM_WORK + TELL_WORK if differ else 0))
+    assert pieces == pytest.approx(work / PIECE_WORK + 1, rel=0.1)
+    if differ:
+        # The peer asks for the same ones.
+        told.clear()
+        frame = exchange.take_frame()
+        assert frame is not None
+        assert sorted(frame.pull.keys) == sorted(buckets.hashes)
+        found, pieces = hear(exchange, frame.pull)
+        assert (found, told) == (1_000, buckets.keys)
+        assert pieces == 1_000 * TELL_WORK / PIECE_WORK + 1
 
 
 def test_a_quiet_node_compares_soon_after_a_stall() -> None:
@@ -466,8 +544,8 @@ def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkey
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
     for bucket in store:
         number = range_of(bucket.key)
-        exchange.receive(pb.Pull(at_us=done.at_us, range=number, keys=[hash64(bucket.key)]))
-        exchange.receive(pb.Pull(at_us=1, range=number))
+        hear(exchange, pb.Pull(at_us=done.at_us, range=number, keys=[hash64(bucket.key)]))
+        hear(exchange, pb.Pull(at_us=1, range=number))
     assert len(told) == 10
 
 
