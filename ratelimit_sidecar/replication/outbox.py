@@ -65,6 +65,7 @@ class Batch:
         bucket_keys: of the buckets in it.
         entries: slot entries in it.
         created_us: of the oldest change in it; None when it tells of no change, only of state.
+        begun_us: when the first of it was written.
         sent_us: when it was taken from the outbox.
         ends_full_state: with it the peer has heard everything known when the walk began.
     """
@@ -73,6 +74,7 @@ class Batch:
     bucket_keys: tuple[bytes, ...]
     entries: int
     created_us: int | None
+    begun_us: int
     sent_us: int
     ends_full_state: bool
 
@@ -272,7 +274,7 @@ class Outbox:
             self._missing_since_us = min(self._missing_since_us, self._next_walk_since_us + RESUME_MARGIN_US)
         # What was passed on or told in these, of whatever age, is lost as well.
         if self._in_flight:
-            self._missing_since_us = min(self._missing_since_us, self._in_flight[0].sent_us)
+            self._missing_since_us = min(self._missing_since_us, self._in_flight[0].begun_us)
         if self._draft is not None:
             self._missing_since_us = min(self._missing_since_us, self._draft.begun_us)
         self._next_walk_since_us = None
@@ -359,7 +361,15 @@ class Outbox:
         writer = draft.writer
         if not (writer.keys or draft.ends_full_state or self._walk_owed):
             return None
-        batch = Batch(writer.frame, tuple(writer.keys), writer.entries, draft.created_us, now_us, draft.ends_full_state)
+        batch = Batch(
+            writer.frame,
+            tuple(writer.keys),
+            writer.entries,
+            draft.created_us,
+            draft.begun_us,
+            now_us,
+            draft.ends_full_state,
+        )
         self._in_flight.append(batch)
         return batch
 

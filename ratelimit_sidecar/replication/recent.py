@@ -12,6 +12,9 @@ from typing import Final
 RECENT_US: Final = 10_000_000
 """So long: what the node that tells everything may not have heard yet."""
 
+KEPT_US: Final = 2 * RECENT_US
+"""What was recent when a peer began to be told is still known when it comes to be told, RECENT_US later at most."""
+
 SHARDS: Final = 256
 """A flush looks at one of them: all have their turn within some five seconds when it comes every 20 ms."""
 
@@ -30,14 +33,15 @@ class RecentBuckets:
         shard.move_to_end(key)
 
     def forget(self, now_us: int) -> None:
-        """Forget a part of those that changed longer ago than RECENT_US."""
+        """Forget a part of those that changed longer ago than KEPT_US."""
         shard = self._shards[self._next]
         self._next = (self._next + 1) % SHARDS
-        while shard and next(iter(shard.values())) < now_us - RECENT_US:
+        while shard and next(iter(shard.values())) < now_us - KEPT_US:
             shard.popitem(last=False)
 
     def keys(self) -> Iterator[bytes]:
-        """At least those that changed within RECENT_US of when they are asked for; others may change meanwhile."""
+        """At least those that have changed within RECENT_US when the first is asked for, if the last one is RECENT_US
+        after that or sooner. Others may change meanwhile."""
         for shard in self._shards:
             yield from list(shard)
 

@@ -24,6 +24,7 @@ from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
+from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
 from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
@@ -102,6 +103,8 @@ class Replicator:
         """When the last flush began, and the one before."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
+        self._unannounced = 0
+        """Buckets that peers have yet to hear of, and that their streams have not been woken for."""
 
     def flush(self, now_us: int) -> None:
         """Move all own changes from the store's journal to what the peers have yet to hear, and `tend`; every few
@@ -132,9 +135,13 @@ class Replicator:
         for bucket, _ in changes:
             self._recent.note(bucket.key, now_us)
         for peer in self.peers.values():
-            if changes:
-                for bucket, slots in changes:
-                    peer.outbox.note(bucket, slots, created_us)
+            for bucket, slots in changes:
+                peer.outbox.note(bucket, slots, created_us)
+        self._unannounced += len(changes)
+        # Woken for each piece, they would write batches of a few buckets.
+        if self._unannounced >= MAX_BATCH_BUCKETS or (self._unannounced and not self._unflushed):
+            self._unannounced = 0
+            for peer in self.peers.values():
                 if peer.streams:
                     peer.streams[0].wake()
         return self._unflushed > 0

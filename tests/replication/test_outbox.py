@@ -253,7 +253,8 @@ def test_what_was_written_when_the_stream_ended_is_told_on_the_next_one() -> Non
     assert keys_told(drained(outbox, later_us)) == {key_of(f"user {index}") for index in range(PIECE_WORK + 1)}
 
 
-def test_what_was_passed_on_in_a_batch_that_was_never_sent_is_told_on_the_next_stream() -> None:
+def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
+    """What a third node has taken from a bucket."""
     store = store_of(A)
     outbox = opened(store)
     entry = Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1)
@@ -261,10 +262,24 @@ def test_what_was_passed_on_in_a_batch_that_was_never_sent_is_told_on_the_next_s
     bucket = store.get(key_of("ann"))
     assert bucket is not None
     outbox.note_relayed(bucket, [entry])
+    return outbox, bucket
+
+
+def test_what_was_passed_on_in_a_batch_that_was_never_sent_is_told_on_the_next_stream() -> None:
+    outbox, bucket = with_news_to_pass_on()
     assert outbox.write(NOW_US)
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
-    assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("ann")}
+    assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {bucket.key}
+
+
+def test_what_was_passed_on_in_a_batch_that_was_lost_is_told_however_long_it_took_to_write() -> None:
+    outbox, bucket = with_news_to_pass_on()
+    assert outbox.write(NOW_US)
+    assert outbox.take_written(NOW_US + 60 * SECOND_US) is not None
+    outbox.close(NOW_US + 60 * SECOND_US)
+    open_stream(outbox)
+    assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {bucket.key}
 
 
 def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell() -> None:

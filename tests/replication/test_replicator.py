@@ -27,6 +27,7 @@ from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.lending import TICK_EVERY_US, Lending
 from ratelimit_sidecar.replication.loans import MAX_BATCH_LOANS
+from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.replicator import FLUSH_WORK, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -448,6 +449,20 @@ def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_wa
     assert outbox.lag_us(NOW_US + 50_000) == 30_000
     assert not a.note_changes(NOW_US + 60_000)
     assert outbox.pending_buckets == 2 * IN_ONE_GO + 4
+
+
+def test_a_stream_is_woken_once_for_what_fills_a_batch_and_at_the_end_of_a_flush() -> None:
+    a, b = replicator("a"), replicator("b")
+    woken: list[None] = []
+    stream = stream_of(a, wake=lambda: woken.append(None))
+    exchange(stream, stream_of(b))
+    for buckets, times in ((1, 1), (MAX_BATCH_BUCKETS, 1), (MAX_BATCH_BUCKETS + IN_ONE_GO + 1, 2), (0, 0)):
+        for number in range(buckets):
+            take(a.store, f"user {number}", 1, NOW_US)
+        woken.clear()
+        while a.note_changes(NOW_US):
+            pass
+        assert len(woken) == times, buckets
 
 
 def test_a_flush_moves_all_there_is_also_when_one_in_pieces_is_under_way() -> None:
