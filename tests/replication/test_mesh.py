@@ -414,7 +414,8 @@ class Tracer:
 async def test_a_batch_is_traced_until_the_peer_has_applied_it() -> None:
     tracer = Tracer()
     async with sidecar("a", tracer=tracer) as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
-        await a.connected_to("b")
+        # Otherwise it may be told with the full state as well.
+        await a.until(lambda: (status := a.peer("b")) is not None and status.batches_sent > 0)
         a.take("ann", 5)
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await tracer.ended.wait()
