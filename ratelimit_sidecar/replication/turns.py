@@ -3,8 +3,8 @@
 A flush wakes the writers of all streams, and peers that flush at once wake all readers: they would all work in the same
 turn of the loop, tens of milliseconds with many buckets and peers. So when it has worked for its share it leaves two
 turns to requests: in one they are read, in the next they are answered. Turns are long while there are many requests;
-then its share grows with them, and they are left one turn at a time: so it has a third of the loop. But a long turn
-among short ones is not followed by a long share: a share grows by an eighth at a time.
+then its share grows with them, and they are left one turn at a time: so it has a third of the loop, and a quarter when
+turns take 1.5 ms and longer. But one long turn among short ones is not followed by a long share: those grow slowly.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import NamedTuple
 SHARE_NS = 200_000
 """At least. The piece of work that fills it is the last, so it takes up to as long as the longest piece more."""
 
+FAIR_SHARE_NS = 500_000
+"""Up to so much it is half of others' turns, and above a third of them."""
+
 MAX_SHARE_NS = 5_000_000
 """At most."""
 
+GROWTH = 16
+"""It grows by one part in so many at a time."""
+
 LONG_TURN_NS = 500_000
 """Where others need so long for a turn, they are left one at a time."""
-
-PART = 2
-"""Of others' time is its share: a third of the loop."""
 
 Piece = Callable[[], bool | None]
 """Does a piece of some work; True when there is more to do."""
@@ -97,9 +100,10 @@ class Turns:
     def _go_on(self) -> None:
         self._worked_ns = 0
         turn_ns = (self._monotonic_ns() - self._left_ns) // self._turns_left
-        self._turn_ns = min(turn_ns, max(SHARE_NS, self._turn_ns * 9 // 8))
+        self._turn_ns = min(turn_ns, max(SHARE_NS, self._turn_ns + self._turn_ns // GROWTH))
         self._turns_left = 1 if self._turn_ns >= LONG_TURN_NS else 2
-        self._share_ns = max(SHARE_NS, min(self._turn_ns * self._turns_left // PART, MAX_SHARE_NS))
+        others_ns = self._turn_ns * self._turns_left
+        self._share_ns = max(SHARE_NS, min(others_ns // 2, FAIR_SHARE_NS), min(others_ns // 3, MAX_SHARE_NS))
         while self._waiting and self._worked_ns < self._share_ns:
             work = self._waiting.popleft()
             if work.done.cancelled():

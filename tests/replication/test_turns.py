@@ -8,7 +8,14 @@ from math import ceil, log
 
 import pytest
 
-from ratelimit_sidecar.replication.turns import LONG_TURN_NS, MAX_SHARE_NS, SHARE_NS, Turns
+from ratelimit_sidecar.replication.turns import (
+    FAIR_SHARE_NS,
+    GROWTH,
+    LONG_TURN_NS,
+    MAX_SHARE_NS,
+    SHARE_NS,
+    Turns,
+)
 
 
 class Work:
@@ -91,40 +98,44 @@ async def test_the_piece_that_fills_the_share_is_the_last(work: Work) -> None:
         (0, SHARE_NS),
         (SHARE_NS, SHARE_NS),
         (400_000, 400_000),
-        (3_000_000, 1_500_000),
+        (800_000, 400_000),
+        (1_500_000, FAIR_SHARE_NS),
+        (3_000_000, 1_000_000),
         (100_000_000, MAX_SHARE_NS),
     ],
 )
-async def test_where_turns_stay_long_the_share_is_half_of_them_to_a_bound(
+async def test_where_turns_stay_long_the_share_is_half_of_them_or_a_third_to_a_bound(
     work: Work, others_ns: int, share_ns: int
 ) -> None:
     work.others_ns = others_ns
     piece_ns = 50_000
-    await work.at_once(*[piece_ns] * 2_000)
+    await work.at_once(*[piece_ns] * 4_000)
     *_, last, _ = work.of_turns()
     assert last == share_ns // piece_ns
 
 
-async def test_the_share_grows_by_an_eighth_at_a_time(work: Work) -> None:
+async def test_the_share_grows_by_one_part_at_a_time_and_shrinks_at_once(work: Work) -> None:
     work.others_ns = 400_000
-    piece_ns = SHARE_NS // 8
-    await work.at_once(*[piece_ns] * (8 + 8 + 9 + 11))
-    assert work.of_turns() == [8, 8, 9, 11]
+    piece_ns = SHARE_NS // GROWTH
+    first = [GROWTH, GROWTH, GROWTH + 1, GROWTH + 3]
+    work.others_after[sum(first)] = SHARE_NS
+    await work.at_once(*[piece_ns] * (sum(first) + 2 * GROWTH))
+    assert work.of_turns() == [*first, GROWTH, GROWTH]
 
 
 async def test_others_have_one_turn_at_a_time_when_theirs_stay_long(work: Work) -> None:
     work.others_ns = LONG_TURN_NS
-    await work.at_once(*[MAX_SHARE_NS] * 15)
+    await work.at_once(*[MAX_SHARE_NS] * 25)
     left = [after - before for (before, _), (after, _) in pairwise(work.done)]
-    # So often an eighth is added.
-    short = ceil(log(LONG_TURN_NS / SHARE_NS, 9 / 8)) + 1
-    assert left == [2] * short + [1] * (14 - short)
+    # So often a part is added.
+    short = ceil(log(LONG_TURN_NS / SHARE_NS, 1 + 1 / GROWTH)) + 1
+    assert left == [2] * short + [1] * (24 - short)
 
 
 async def test_and_two_again_when_they_are_short_again(work: Work) -> None:
     work.others_ns = LONG_TURN_NS
-    work.others_after[15] = 0
-    await work.at_once(*[MAX_SHARE_NS] * 18)
+    work.others_after[25] = 0
+    await work.at_once(*[MAX_SHARE_NS] * 28)
     assert [after - before for (before, _), (after, _) in pairwise(work.done)][-4:] == [1, 1, 2, 2]
 
 
