@@ -37,6 +37,9 @@ CHECK_TIME_SECONDS = 0.25
 WRITE_SECONDS = 5.0
 """What the network gets to take one frame; a peer that does not read for so long is given up."""
 
+PAUSE_SECONDS = 0.002
+"""See `Stream.take_pause`."""
+
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""
 
@@ -150,6 +153,8 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
             except _CALL_IS_OVER:
                 # The reader learns why.
                 return
+            if stream.take_pause():
+                await asyncio.sleep(PAUSE_SECONDS)
         elif stream.is_over:
             return
         else:

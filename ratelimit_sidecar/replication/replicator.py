@@ -317,6 +317,7 @@ class Stream:
         """Those heard last, until they have been applied."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
+        self._pause_owed = False
         self.address = address
         self.is_dialled = is_dialled
         self.wake = wake
@@ -341,12 +342,6 @@ class Stream:
     def lends(self) -> bool:
         """True when loans can be asked for and granted on it."""
         return self._session.lends
-
-    @property
-    def is_walking(self) -> bool:
-        """True while the peer is told on it what it may lack."""
-        peer = self.peer
-        return peer is not None and peer.streams[0] is self and peer.outbox.is_walking
 
     @property
     def compares(self) -> bool:
@@ -462,6 +457,12 @@ class Stream:
             peer.bytes_sent += len(raw)
         return raw
 
+    def take_pause(self) -> bool:
+        """True once after each batch that goes out while the peer is told what it may lack: such batches follow each
+        other, and both ends have decisions to make in between."""
+        is_owed, self._pause_owed = self._pause_owed, False
+        return is_owed
+
     def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
         loans = self._loans.take_frame()
         if loans is not None:
@@ -474,6 +475,7 @@ class Stream:
         batch = peer.outbox.take_written(now_us)
         if batch is None:
             return None
+        self._pause_owed = peer.outbox.is_walking
         peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.frame, now_us)
 

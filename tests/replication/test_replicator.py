@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.lending import TICK_EVERY_US, Lending
 from ratelimit_sidecar.replication.loans import MAX_BATCH_LOANS
-from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
+from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS, WALK_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.replicator import FLUSH_WORK, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -463,6 +463,25 @@ def test_a_stream_is_woken_once_for_what_fills_a_batch_and_at_the_end_of_a_flush
         while a.note_changes(NOW_US):
             pass
         assert len(woken) == times, buckets
+
+
+def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() -> None:
+    a = replicator("a")
+    for number in range(WALK_BATCH_BUCKETS + 1):
+        take(a.store, f"user {number}", 1, NOW_US)
+    stream = stream_of(a)
+    stream.receive(hello("b"), NOW_US)
+    sent = [(kind_of(stream.next_frame(NOW_US)), stream.take_pause(), stream.take_pause()) for _ in range(4)]
+    assert sent == [
+        ("hello", False, False),
+        ("ping", False, False),
+        ("deltas", True, False),
+        ("deltas", True, False),
+    ]
+    stream.receive(frame(ack=pb.Ack(sequence=2)), NOW_US)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    assert (kind_of(stream.next_frame(NOW_US)), stream.take_pause()) == ("deltas", False)
 
 
 def test_a_flush_moves_all_there_is_also_when_one_in_pieces_is_under_way() -> None:
