@@ -36,6 +36,9 @@ MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough. Together these keep a batch to some milliseconds of work, which is done in pieces."""
 
+MAX_DELTA_ENTRIES: Final = 256
+"""Of one bucket at once: a bucket with 1,024 takes 2 ms to join."""
+
 WALK_BUCKETS: Final = 512
 """Looked at for one batch of a walk: that takes a millisecond when none of them has anything to tell."""
 
@@ -134,7 +137,7 @@ class Outbox:
         self._next_walk_since_us: int | None = None
         """Of a walk to follow the one under way."""
         self._rest: tuple[bytes, list[Entry]] | None = None
-        """Of a bucket that did not fit into a batch."""
+        """Of a bucket of which a part has been written."""
         self._is_told_all = False
         """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
         self._missing_since_us = 0
@@ -157,6 +160,11 @@ class Outbox:
     @property
     def _queued(self) -> int:
         return len(self._changed) + len(self._relayed) + len(self._told) + (self._rest is not None)
+
+    @property
+    def _has_rest(self) -> bool:
+        # Looked at in place, it would count as not changed since, and mypyc would fail when it has.
+        return self._rest is not None
 
     @property
     def is_settled(self) -> bool:
@@ -393,7 +401,7 @@ class Outbox:
         # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
         share = 2 if self._walk_owed or self._told else 1
         yield from self._write_changes(draft, share)
-        self._write_rest(writer)
+        yield from self._write_rest(draft)
         yield from self._write_relayed(draft, share)
         most_keys = len(writer.keys) + WALK_BATCH_BUCKETS
         yield from self._write_told(draft, most_keys, now_us)
@@ -421,7 +429,7 @@ class Outbox:
 
     def _write_relayed(self, draft: _Draft, share: int) -> Iterator[None]:
         writer = draft.writer
-        while self._relayed and self._rest is None and _has_room(writer, share):
+        while self._relayed and not self._has_rest and _has_room(writer, share):
             key, slots = self._relayed.pop()
             bucket = self._tellable(key)
             entries = [] if bucket is None else list(bucket.heard_entries(slots))
@@ -429,31 +437,35 @@ class Outbox:
                 self._write_all_that_fit(writer, bucket, None, entries, is_told_often=True)
             if draft.pace.ends_piece(len(entries)):
                 yield
+            if self._has_rest:
+                yield from self._write_rest(draft)
 
-    def _write_rest(self, writer: DeltasWriter) -> None:
-        if self._rest is None or not _has_room(writer):
-            return
-        key, entries = self._rest
-        self._rest = None
-        bucket = self._store.get(key)
-        if bucket is not None:
-            self._write_all_that_fit(writer, bucket, None, entries)
+    def _write_rest(self, draft: _Draft) -> Iterator[None]:
+        while self._rest is not None and _has_room(draft.writer):
+            key, entries = self._rest
+            self._rest = None
+            bucket = self._store.get(key)
+            if bucket is not None:
+                self._write_all_that_fit(draft.writer, bucket, None, entries)
+            yield
 
     def _write_told(self, draft: _Draft, most_keys: int, now_us: int) -> Iterator[None]:
         writer = draft.writer
-        while self._told and self._rest is None and _has_room(writer, most_keys=most_keys):
+        while self._told and not self._has_rest and _has_room(writer, most_keys=most_keys):
             key, _ = self._told.pop()
             before = writer.entries
             # Own takes too, which the peer may have forgotten: see `Bucket._recall`.
             self._write_whole(writer, key, 0, now_us, None)
             if draft.pace.ends_piece(writer.entries - before):
                 yield
+            if self._has_rest:
+                yield from self._write_rest(draft)
 
     def _write_walk(self, draft: _Draft, most_keys: int, now_us: int) -> Iterator[None]:
         writer = draft.writer
         for _ in range(WALK_BUCKETS):
             bucket = self._walk_next
-            if bucket is None or self._rest is not None or not _has_room(writer, most_keys=most_keys):
+            if bucket is None or self._has_rest or not _has_room(writer, most_keys=most_keys):
                 return
             self._walk_next = next(self._walk, None)
             self._walk_left = max(1, self._walk_left - 1)
@@ -467,6 +479,8 @@ class Outbox:
                 self._write_whole(writer, bucket.key, self._walk_since_us, now_us, self._peer)
             if draft.pace.ends_piece(writer.entries - before):
                 yield
+            if self._has_rest:
+                yield from self._write_rest(draft)
 
     def _write_own(self, writer: DeltasWriter, bucket: Bucket) -> None:
         own = self._store.origin
@@ -501,7 +515,7 @@ class Outbox:
         *,
         is_told_often: bool = False,
     ) -> None:
-        fitting = max(0, MAX_BATCH_ENTRIES - writer.entries)
+        fitting = max(0, min(MAX_BATCH_ENTRIES - writer.entries, MAX_DELTA_ENTRIES))
         writer.add(bucket, base, entries[:fitting], is_told_often=is_told_often)
         if len(entries) > fitting:
             self._rest = (bucket.key, entries[fitting:])

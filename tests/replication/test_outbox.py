@@ -28,6 +28,7 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
+    MAX_DELTA_ENTRIES,
     MAX_UNACKNOWLEDGED,
     WALK_BATCH_BUCKETS,
     WALK_BUCKETS,
@@ -215,16 +216,26 @@ def test_a_batch_is_not_taken_before_it_is_whole() -> None:
     assert outbox.take_written(NOW_US) is None
 
 
-def test_buckets_with_many_entries_make_shorter_pieces() -> None:
-    store = store_of(A)
+def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
+    store, others = store_of(A), store_of(B)
+    slot = slot_id(NOW_US, PER_USER.exponent)
+    heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_DELTA_ENTRIES)]
     for name in ("ann", "bob"):
-        bucket = take(store, name, 1, NOW_US)
-        bucket.merge(
-            [Entry(Origin(f"node {index}", 1), slot_id(NOW_US, PER_USER.exponent), 1) for index in range(300)], NOW_US
-        )
+        take(store, name, 1, NOW_US).merge(heard, NOW_US)
     outbox = Outbox(store)
     open_stream(outbox)
-    assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
+    # Each has one entry more than fits into a piece.
+    assert [outbox.write(NOW_US) for _ in range(6)] == [True] * 5 + [False]
+    batch = outbox.take_written(NOW_US)
+    assert batch is not None
+    told = batch.frame.deltas
+    assert [sum(len(run.slots) for run in delta.runs) for delta in told.buckets] == [MAX_DELTA_ENTRIES, 1] * 2
+    apply_deltas(others, told, A.origin, NOW_US)
+    for name in ("ann", "bob"):
+        bucket, other = store.get(key_of(name)), others.get(key_of(name))
+        assert bucket is not None
+        assert other is not None
+        assert other.taken == bucket.taken
 
 
 def test_buckets_that_are_gone_count_as_work_too() -> None:
