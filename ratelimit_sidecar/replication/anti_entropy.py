@@ -77,6 +77,9 @@ MAX_PULL_KEYS: Final = 4_096
 MAX_EXCHANGED = 16_384
 """Buckets that are told, and as many that are asked for, because of one pass: some 2 MB. The rest is found again."""
 
+SAMPLED_PART: Final = 256
+"""A pass that was given up shows how much there is to do if it has looked at one bucket in so many."""
+
 _MAX_ORIGINS: Final = 4_096
 """Of which the hash is remembered."""
 
@@ -175,9 +178,7 @@ class Summing:
         if current is not None and now_us >= current.at_us + EVERY_US:
             # Too slow, or the machine was asleep.
             self._plan_next(len(current.segments), is_done=False)
-            self._left += current.ranges()
-            self._current = None
-            self._step_left = 0
+            self.pause()
             return None
         if current is None:
             at_us = self._due(now_us)
@@ -196,6 +197,13 @@ class Summing:
             self._left += self._done.popleft().ranges()
         self._done.append(current)
         return current
+
+    def pause(self) -> None:
+        """There is nobody to compare with, or no time: a pass under way is given up."""
+        if self._current is not None:
+            self._left += self._current.ranges()
+            self._current = None
+            self._step_left = 0
 
     def find(self, at_us: int) -> Pass | None:
         """The pass of that instant, if it is done and one of the last two."""
@@ -253,9 +261,8 @@ class Summing:
         looked, buckets = self._looking // LOOK_WORK, len(self._store)
         if is_done:
             self._segment_work = self._summing // segments
-            # One more at a time: after a pass that could not end in time, half of the next ones could not.
-            most = segments + 1
-        elif looked:
+            most = 2 * segments
+        elif looked * SAMPLED_PART >= buckets:
             self._segment_work = self._summing * buckets // looked // segments
             most = segments * looked // max(looked, buckets)
         else:

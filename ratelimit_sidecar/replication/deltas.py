@@ -58,6 +58,7 @@ class DeltasWriter:
         self.rough_bytes = 0
         """About the frame's size: measuring it exactly, bucket by bucket, would cost more than it is worth."""
         self.keys: list[bytes] = []
+        """Of the buckets that it tells of."""
         self._origins = {sender: 0}
         self._numbers = numbers
 
@@ -74,7 +75,9 @@ class DeltasWriter:
         if is_new:
             delta.key = bucket.key
             self.rough_bytes += len(bucket.key)
-        self.keys.append(bucket.key)
+        # One with many entries is told of in parts.
+        if not self.keys or self.keys[-1] != bucket.key:
+            self.keys.append(bucket.key)
         self.entries += len(entries)
         self.rough_bytes += _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
         if base is not None:

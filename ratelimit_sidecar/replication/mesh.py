@@ -246,7 +246,7 @@ class Mesh:
 
     async def _flush(self) -> None:
         await self._turns.do(lambda: self._replicator.note_changes(self._now_us()), is_urgent=True)
-        await self._turns.do(lambda: self._replicator.tend(self._now_us()))
+        await self._turns.do(lambda: self._replicator.tend(self._now_us()), is_urgent=True)
 
     async def _compare(self) -> None:
         await self._turns.do(lambda: self._replicator.compare(self._now_us()))

@@ -399,7 +399,7 @@ class Outbox:
         """Write a batch; yields between its pieces."""
         writer = draft.writer
         # Half of each batch stays for what is told in whole, lest busy buckets keep it from ever ending.
-        share = 2 if self._walk_owed or self._told else 1
+        share = 2 if self._walk_owed or self._told or self._has_rest else 1
         yield from self._write_changes(draft, share)
         yield from self._write_rest(draft)
         yield from self._write_relayed(draft, share)

@@ -107,9 +107,9 @@ class Replicator:
         """Buckets that peers have yet to hear of, and that their streams have not been woken for."""
 
     def flush(self, now_us: int) -> None:
-        """Move all own changes from the store's journal to what the peers have yet to hear, and `tend`; every few
-        milliseconds. Who has other things to do in between does it in pieces: `note_changes`, `compare`, then `tend`.
-        """
+        """Move all own changes from the store's journal to what the peers have yet to hear, `compare`, and `tend`;
+        every few milliseconds. Who has other things to do in between does it in pieces: `note_changes`, then `tend`,
+        and `compare` whenever there is time."""
         while self.note_changes(now_us) or self.store.journal.buckets:
             pass
         while self.compare(now_us):
@@ -147,13 +147,14 @@ class Replicator:
         return self._unflushed > 0
 
     def compare(self, now_us: int) -> bool:
-        """Do a piece of the work by which what the peers hold is compared.
+        """Do a piece of a step by which what the peers hold is compared: a step is to be begun every few milliseconds.
 
         Returns:
-            True when it has to be called again, for the rest that belongs to this flush.
+            True when it has to be called again, for the rest of the step.
         """
         streams = [stream for stream in self.streams() if stream.compares]
         if not streams:
+            self.summing.pause()
             return False
         done = self.summing.step(now_us)
         if done is not None:
@@ -639,6 +640,8 @@ class Stream:
         """Stop being the peer's stream; another one of the peer's, if there is one, takes over."""
         self.why_ended = self.why_ended or why
         peer, self.peer = self.peer, None
+        # An answer under way refers to its exchange: nothing but a garbage collection would free the two.
+        self._deltas = self._exchange = None
         if peer is None:
             return
         peer.last_error = why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -319,6 +320,18 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
     assert min(len(each) for each, _ in done.values()) >= int(segments)
 
 
+@pytest.mark.parametrize("looked", ["hardly at any bucket", "at all but nobody compares"])
+def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next(looked: str) -> None:
+    summing = summing_of(5_000, FIRST_US)
+    hardly = looked == "hardly at any bucket"
+    for _ in range(1 if hardly else 50):
+        summing.step(FIRST_US)
+    if not hardly:
+        summing.pause()
+    done = passes_of(summing, FIRST_US + EVERY_US, 2)
+    assert [len(segments) for segments, _ in done.values()] == [SEGMENTS] * 2
+
+
 def test_a_step_is_taken_in_pieces() -> None:
     store = store_of(node("a"))
     at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
@@ -395,6 +408,18 @@ def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb
     exchange = exchange_of_nothing()
     assert hear(exchange, frame) == (0, 1)
     assert exchange.take_frame() is None
+
+
+def test_what_a_stream_was_at_is_freed_when_it_ends() -> None:
+    cluster = Cluster(9, "ab")
+    cluster.run_until_settled()
+    stream = next(cluster["a"].replicator.streams())
+    exchange = stream._exchange
+    assert exchange is not None
+    exchange._pieces = exchange._answer_pull(pb.Pull(), Pass(EVERY_US, ()))
+    before = sys.getrefcount(exchange)
+    stream.lost("gone", NOW_US)
+    assert sys.getrefcount(exchange) == before - 1
 
 
 @pytest.mark.interpreted

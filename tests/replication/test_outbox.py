@@ -226,8 +226,10 @@ def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
     open_stream(outbox)
     # Each has one entry more than fits into a piece.
     assert [outbox.write(NOW_US) for _ in range(6)] == [True] * 5 + [False]
+    assert outbox.pending_buckets == 2
     batch = outbox.take_written(NOW_US)
     assert batch is not None
+    assert sorted(batch.bucket_keys) == [key_of("ann"), key_of("bob")]
     told = batch.frame.deltas
     assert [sum(len(run.slots) for run in delta.runs) for delta in told.buckets] == [MAX_DELTA_ENTRIES, 1] * 2
     apply_deltas(others, told, A.origin, NOW_US)
@@ -236,6 +238,25 @@ def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
         assert bucket is not None
         assert other is not None
         assert other.taken == bucket.taken
+
+
+def test_the_rest_of_a_bucket_does_not_wait_until_nothing_else_changes() -> None:
+    store, outbox = with_changes(0)
+    slot = slot_id(NOW_US, PER_USER.exponent)
+    heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_BATCH_ENTRIES + 1)]
+    bucket = take(store, "large", 1, NOW_US)
+    bucket.merge(heard, NOW_US)
+    outbox.tell(bucket.key)
+    told = 0
+    for _ in range(3):
+        # As many as a batch takes, each time.
+        for index in range(MAX_BATCH_BUCKETS):
+            outbox.note(take(store, f"user {index}", 1, NOW_US), [slot], NOW_US)
+        batch = outbox.take_batch(NOW_US)
+        assert batch is not None
+        of_bucket = [delta for delta in batch.frame.deltas.buckets if delta.key == bucket.key]
+        told += sum(len(run.slots) for delta in of_bucket for run in delta.runs)
+    assert told == MAX_BATCH_ENTRIES + 2
 
 
 def test_buckets_that_are_gone_count_as_work_too() -> None:

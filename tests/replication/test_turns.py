@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import pairwise
-from math import ceil, log
+from collections.abc import Callable
+from itertools import cycle, pairwise
 
 import pytest
 
 from ratelimit_sidecar.replication.turns import (
     FAIR_SHARE_NS,
-    GROWTH,
     LONG_TURN_NS,
     MAX_SHARE_NS,
     SHARE_NS,
@@ -25,6 +24,8 @@ class Work:
         self.now_ns = 0
         self.others_ns = 0
         """What requests take in each turn."""
+        self.others: Callable[[], int] | None = None
+        """The same, where it varies."""
         self.others_after: dict[int, int] = {}
         """And what from then on, when so many pieces have been done."""
         self.turns = Turns(lambda: self.now_ns)
@@ -66,7 +67,7 @@ class Work:
 
     def _count_turns(self) -> None:
         self._turn += 1
-        self.now_ns += self.others_ns
+        self.now_ns += self.others_ns if self.others is None else self.others()
         asyncio.get_running_loop().call_soon(self._count_turns)
 
 
@@ -114,29 +115,55 @@ async def test_where_turns_stay_long_the_share_is_half_of_them_or_a_third_to_a_b
     assert last == share_ns // piece_ns
 
 
-async def test_the_share_grows_by_one_part_at_a_time_and_shrinks_at_once(work: Work) -> None:
-    work.others_ns = 400_000
-    piece_ns = SHARE_NS // GROWTH
-    first = [GROWTH, GROWTH, GROWTH + 1, GROWTH + 3]
-    work.others_after[sum(first)] = SHARE_NS
-    await work.at_once(*[piece_ns] * (sum(first) + 2 * GROWTH))
-    assert work.of_turns() == [*first, GROWTH, GROWTH]
+async def test_a_long_turn_among_short_ones_is_not_followed_by_a_long_share(work: Work) -> None:
+    piece_ns = SHARE_NS // 4
+    work.others_after = {40: 4_000_000, 41: 0}
+    await work.at_once(*[piece_ns] * 80)
+    assert max(work.of_turns()) * piece_ns < FAIR_SHARE_NS
+
+
+@pytest.mark.parametrize("turns_ns", [(3_000_000, 100_000), (5_000_000, 10_000), (3_000_000,) * 9 + (50_000,)])
+async def test_replication_has_a_fifth_of_the_loop_and_more_however_turns_vary(
+    work: Work, turns_ns: tuple[int, ...]
+) -> None:
+    turns = cycle(turns_ns)
+    work.others = lambda: next(turns)
+    await work.at_once(*[50_000] * 4_000)
+    assert 0.2 < 4_000 * 50_000 / work.now_ns < 0.34
+
+
+async def test_after_a_quiet_time_there_is_no_long_share(work: Work) -> None:
+    work.others_ns = 15_000_000
+    piece_ns = 50_000
+    await work.at_once(*[piece_ns] * 4_000)
+    assert work.of_turns()[-3] * piece_ns > 2 * FAIR_SHARE_NS
+    work.others_ns = 0
+    work.done.clear()
+    await work.at_once(*[piece_ns] * 100)
+    assert max(work.of_turns()) * piece_ns <= FAIR_SHARE_NS
+
+
+async def test_what_comes_when_all_is_done_in_a_long_share_is_done_too(work: Work) -> None:
+    work.others_ns = 15_000_000
+    await work.at_once(*[50_000] * 4_000)
+    for _ in range(20):
+        await asyncio.wait_for(work.piece("late", 50_000), 5.0)
 
 
 async def test_others_have_one_turn_at_a_time_when_theirs_stay_long(work: Work) -> None:
-    work.others_ns = LONG_TURN_NS
-    await work.at_once(*[MAX_SHARE_NS] * 25)
+    work.others_ns = 2 * LONG_TURN_NS
+    await work.at_once(*[MAX_SHARE_NS] * 200)
     left = [after - before for (before, _), (after, _) in pairwise(work.done)]
-    # So often a part is added.
-    short = ceil(log(LONG_TURN_NS / SHARE_NS, 1 + 1 / GROWTH)) + 1
-    assert left == [2] * short + [1] * (24 - short)
+    assert left == sorted(left, reverse=True)
+    assert (left[0], left[-1]) == (2, 1)
 
 
 async def test_and_two_again_when_they_are_short_again(work: Work) -> None:
-    work.others_ns = LONG_TURN_NS
-    work.others_after[25] = 0
-    await work.at_once(*[MAX_SHARE_NS] * 28)
-    assert [after - before for (before, _), (after, _) in pairwise(work.done)][-4:] == [1, 1, 2, 2]
+    work.others_ns = 2 * LONG_TURN_NS
+    work.others_after[200] = 0
+    await work.at_once(*[MAX_SHARE_NS] * 230)
+    left = [after - before for (before, _), (after, _) in pairwise(work.done)]
+    assert (left[150], left[-1]) == (1, 2)
 
 
 async def test_of_work_in_many_pieces_one_is_done_at_a_time(work: Work) -> None:
