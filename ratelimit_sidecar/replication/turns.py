@@ -4,8 +4,8 @@ A flush wakes the writers of all streams, and peers that flush at once wake all 
 turn of the loop, tens of milliseconds with many buckets and peers. So when it has worked for its share it leaves two
 turns to requests: in one they are read, in the next they are answered. Turns are long while there are many requests;
 then its share grows with them, and they are left one turn at a time: so it has a third of the loop, and a quarter when
-turns take from 1.5 to 15 ms. But a long turn among short ones is not followed by a long share, which grows with their
-mean, nor is a short one among long ones.
+turns stay longer than 1.5 ms. It goes by the shortest of the latest turns: a long share after a long turn among short
+ones would make the next turn long as well, for all the requests that come meanwhile.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FAIR_SHARE_NS = 500_000
 MAX_SHARE_NS = 5_000_000
 """At most."""
 
-LATEST_PART = 16
-"""The latest turn is one part in so many of the mean."""
+GROWTH = 16
+"""What others are reckoned to take for a turn grows by one part in so many at a time, and shrinks at once."""
 
 LONG_TURN_NS = 500_000
 """Where others need so long for a turn, they are left one at a time."""
@@ -54,7 +54,7 @@ class Turns:
         self._worked_ns = 0
         """Of the share."""
         self._turn_ns = 0
-        """What others take for a turn, as a mean."""
+        """What others take for a turn, or less when that has been so only lately."""
         self._turns_left = 2
         """To others, when the share is filled."""
         self._left_ns = 0
@@ -101,11 +101,10 @@ class Turns:
     def _go_on(self) -> None:
         self._worked_ns = 0
         turn_ns = (self._monotonic_ns() - self._left_ns) // self._turns_left
-        self._turn_ns += (turn_ns - self._turn_ns) // LATEST_PART
+        self._turn_ns = min(turn_ns, max(SHARE_NS, self._turn_ns + self._turn_ns // GROWTH))
         self._turns_left = 1 if self._turn_ns >= LONG_TURN_NS else 2
         others_ns = self._turn_ns * self._turns_left
-        fair_ns, long_ns = min(others_ns // 2, FAIR_SHARE_NS), min(others_ns // 3, turn_ns, MAX_SHARE_NS)
-        self._share_ns = max(SHARE_NS, fair_ns, long_ns)
+        self._share_ns = max(SHARE_NS, min(others_ns // 2, FAIR_SHARE_NS), min(others_ns // 3, MAX_SHARE_NS))
         while self._waiting and self._worked_ns < self._share_ns:
             work = self._waiting.popleft()
             if work.done.cancelled():

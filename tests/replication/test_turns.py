@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from itertools import cycle, pairwise
+from itertools import pairwise
 
 import pytest
 
 from ratelimit_sidecar.replication.turns import (
     FAIR_SHARE_NS,
+    GROWTH,
     LONG_TURN_NS,
     MAX_SHARE_NS,
     SHARE_NS,
@@ -24,8 +24,6 @@ class Work:
         self.now_ns = 0
         self.others_ns = 0
         """What requests take in each turn."""
-        self.others: Callable[[], int] | None = None
-        """The same, where it varies."""
         self.others_after: dict[int, int] = {}
         """And what from then on, when so many pieces have been done."""
         self.turns = Turns(lambda: self.now_ns)
@@ -67,7 +65,7 @@ class Work:
 
     def _count_turns(self) -> None:
         self._turn += 1
-        self.now_ns += self.others_ns if self.others is None else self.others()
+        self.now_ns += self.others_ns
         asyncio.get_running_loop().call_soon(self._count_turns)
 
 
@@ -122,14 +120,13 @@ async def test_a_long_turn_among_short_ones_is_not_followed_by_a_long_share(work
     assert max(work.of_turns()) * piece_ns < FAIR_SHARE_NS
 
 
-@pytest.mark.parametrize("turns_ns", [(3_000_000, 100_000), (5_000_000, 10_000), (3_000_000,) * 9 + (50_000,)])
-async def test_replication_has_a_fifth_of_the_loop_and_more_however_turns_vary(
-    work: Work, turns_ns: tuple[int, ...]
-) -> None:
-    turns = cycle(turns_ns)
-    work.others = lambda: next(turns)
-    await work.at_once(*[50_000] * 4_000)
-    assert 0.2 < 4_000 * 50_000 / work.now_ns < 0.34
+async def test_the_share_grows_by_one_part_at_a_time_and_shrinks_at_once(work: Work) -> None:
+    work.others_ns = 400_000
+    piece_ns = SHARE_NS // GROWTH
+    first = [GROWTH, GROWTH, GROWTH + 1, GROWTH + 3]
+    work.others_after[sum(first)] = SHARE_NS
+    await work.at_once(*[piece_ns] * (sum(first) + 2 * GROWTH))
+    assert work.of_turns() == [*first, GROWTH, GROWTH]
 
 
 async def test_after_a_quiet_time_there_is_no_long_share(work: Work) -> None:
