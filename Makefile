@@ -9,6 +9,8 @@ COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
+# Without processes or sockets, in virtual time: they may run beside others without becoming unreliable.
+VIRTUAL_TESTS := $(addprefix tests/,crdt limiter simulation)
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar -name '*.py')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -22,7 +24,7 @@ BENCHMARK ?= decision
 SOAK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compiled lint compile benchmark format generate simulate soak lock clean
+.PHONY: help demo test test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -32,11 +34,22 @@ demo: $(READY) ## Three regions on this machine, each a real Envoy and a sidecar
 
 test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
+ifeq ($(TESTS),)
+	@echo "==> Tests in virtual time, of the sources and of the compiled modules at the same time"
+	$(MAKE) -j2 test-virtual test-virtual-compiled
+	@echo "==> Tests"
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(VIRTUAL_TESTS))
+	$(MAKE) test-compiled COMPILED_TESTS="$(filter-out $(VIRTUAL_TESTS),$(COMPILED_TESTS))"
+else
 	@echo "==> Tests"
 	$(BIN)/python -m pytest $(TESTS)
-ifeq ($(TESTS),)
-	$(MAKE) test-compiled
 endif
+
+test-virtual: $(READY)
+	$(BIN)/python -m pytest $(VIRTUAL_TESTS)
+
+test-virtual-compiled: $(READY)
+	$(MAKE) test-compiled COMPILED_TESTS="$(VIRTUAL_TESTS)"
 
 # The demo needs a checkout, which what is compiled is not.
 test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
