@@ -56,7 +56,7 @@ ENTRY_WORK: Final = 15
 STEP_WORK = 8_000
 """Of one step, besides its share of looking at all buckets; more when a segment cannot be summed up in time so."""
 
-PIECE_WORK = 1_000
+PIECE_WORK: Final = 1_000
 """A step is taken in pieces of so much, and frames are answered so."""
 
 TELL_WORK: Final = 10
@@ -445,9 +445,8 @@ class Exchange:
             their_state = theirs.pop(hashed, None)
             left -= LOOK_WORK
             if their_state != state and not (their_state is None and self._peer.is_full):
+                left -= SUM_WORK + TELL_WORK
                 bucket = self._store.get(key)
-                if bucket is not None:
-                    left -= SUM_WORK + TELL_WORK
                 # If it has changed since, its next delta will say how much it holds.
                 if bucket is not None and self._summing.state(bucket, own.at_us) == state:
                     self._tell_of(key)

@@ -333,11 +333,8 @@ def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next
 
 
 def test_a_step_is_taken_in_pieces() -> None:
-    store = store_of(node("a"))
-    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
-    for index in range(1_000):
-        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
-    summing = Summing(store, at_us - 1)
+    at_us = FIRST_US
+    summing = summing_of(1_000, at_us)
     assert not summing.is_stepping
     pieces = 1
     done = summing.step(at_us)
@@ -359,7 +356,7 @@ def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
     store = store_of(node("a"))
     for index in range(1_000):
         take(store, f"user {index}", 1, NOW_US)
-    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    at_us = FIRST_US
     summing = Summing(store, at_us - 1)
     assert summing.step(at_us) is None
     # The machine slept; the next pass is the one after that.
@@ -438,7 +435,7 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
 def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
     """A node that has sent its sums, in which "ann" has a part; `step` is what happens to the bucket since."""
     store = store_of(node("a"))
-    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
+    at_us = FIRST_US
     bucket = take(store, "ann", 3, at_us - SETTLE_US - 2 * SLOT_US)
     told: list[bytes] = []
     summing = Summing(store, at_us - 1)
@@ -550,15 +547,11 @@ def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int)
 
 def whole_pass(names: int) -> tuple[Store, Summing, Pass]:
     """A store of so many buckets and its pass, all of one range as far as a peer is concerned."""
-    store = store_of(node("a"))
-    at_us = NOW_US // EVERY_US * EVERY_US + EVERY_US
-    for index in range(names):
-        take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
-    summing = Summing(store, at_us - 1)
-    now_us = at_us
+    summing = summing_of(names, FIRST_US)
+    now_us = FIRST_US
     while (done := summing.step(now_us)) is None:
         now_us += 20_000
-    return store, summing, done
+    return summing._store, summing, done
 
 
 @pytest.mark.interpreted
