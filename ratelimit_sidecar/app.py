@@ -136,7 +136,7 @@ class Sidecar:
         handlers = {**service.handlers(), **health.handlers()}
         self._front_end: FrontEnd
         if front_end is FrontEndKind.H2:
-            self._front_end = H2FrontEnd(handlers, config.listen.grpc, log_format=log_format)
+            self._front_end = H2FrontEnd(handlers, config.listen.grpc)
         else:
             self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc)
         registry = metrics.create_registry(

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 
 import grpc
 import grpc.aio
 
-from ratelimit_sidecar.server.limits import (
-    CONNECTION_IDLE_SECONDS,
-    DRAIN_SECONDS,
-    MAX_CALLS,
-    MAX_HEADER_BYTES,
-    MAX_MESSAGE_BYTES,
-    MAX_STREAMS,
-)
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Limits
 from ratelimit_sidecar.server.listeners import (
     SOCKET_FILE_MODE,
     UNIX_PREFIX,
@@ -28,19 +22,21 @@ from ratelimit_sidecar.server.listeners import (
     listen,
     unix_path,
 )
-from ratelimit_sidecar.server.rpc import FailureLog, Handlers, RpcError, UnaryHandler
+from ratelimit_sidecar.server.rpc import (
+    SHUTTING_DOWN,
+    FailureLog,
+    Handlers,
+    RpcError,
+    StreamHandler,
+    Streaming,
+    UnaryHandler,
+)
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
-_OPTIONS = (
-    # Without this a later process could share the port, and neither would know.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
-    ("grpc.max_metadata_size", MAX_HEADER_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
-    ("grpc.max_connection_idle_ms", int(CONNECTION_IDLE_SECONDS * 1_000)),
-)
+MAX_CALLS = 8_192
+"""Concurrent calls in all: a queue that long is answered after Envoy's default timeout of 20 ms, so a longer one helps
+nobody."""
 
 
 class GrpcioFrontEnd:
@@ -48,16 +44,17 @@ class GrpcioFrontEnd:
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        drain_seconds: what calls in flight get at a stop before they are cancelled.
+        limits: of them those hold that the C core can keep.
     """
 
-    def __init__(self, handlers: Handlers, addresses: Sequence[str], *, drain_seconds: float = DRAIN_SECONDS) -> None:
+    def __init__(self, handlers: Handlers, addresses: Sequence[str], *, limits: Limits = DEFAULT_LIMITS) -> None:
         self.ready = asyncio.Event()
         self.addresses: Sequence[str] = []
         self._configured = addresses
-        self._drain_seconds = drain_seconds
-        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
-        self._server.add_generic_rpc_handlers(_generic_handlers(handlers))
+        self._drain_seconds = limits.drain
+        self._stopping = asyncio.Event()
+        self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=MAX_CALLS)
+        self._server.add_generic_rpc_handlers(_generic_handlers(handlers, self._stopping))
 
     async def start(self) -> None:
         # The C core doesn't tell why it cannot bind, and would take a unix socket away from a live server. So
@@ -80,6 +77,7 @@ class GrpcioFrontEnd:
 
     async def stop(self) -> None:
         self.ready.clear()
+        self._stopping.set()
         await self._server.stop(self._drain_seconds)
 
     def _bind(self, address: str) -> str:
@@ -107,20 +105,39 @@ class _Metadata:
             yield name.encode("ascii"), value if isinstance(value, bytes) else value.encode("utf-8")
 
 
-_Behavior = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[bytes]]
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    options = [
+        # Without this a later process could share the port, and neither would know.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.max_metadata_size", MAX_HEADER_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
+        ("grpc.max_connection_idle_ms", int(limits.idle * 1_000)),
+    ]
+    if limits.age is not None:
+        options.append(("grpc.max_connection_age_ms", int(limits.age * 1_000)))
+        options.append(("grpc.max_connection_age_grace_ms", int(limits.age_grace * 1_000)))
+    return options
 
 
-def _generic_handlers(handlers: Handlers) -> list[grpc.GenericRpcHandler]:
+def _generic_handlers(handlers: Handlers, stopping: asyncio.Event) -> list[grpc.GenericRpcHandler]:
     failures = FailureLog()
     services: dict[str, dict[str, grpc.RpcMethodHandler]] = defaultdict(dict)
     for path, handler in handlers.items():
         service, _, method = path.removeprefix("/").partition("/")
         # No (de)serializers: the behavior is given the bytes.
-        services[service][method] = grpc.unary_unary_rpc_method_handler(_behavior(path, handler, failures))
+        if isinstance(handler, Streaming):
+            behavior = _streaming(path, handler.handler, failures, stopping)
+            services[service][method] = grpc.stream_stream_rpc_method_handler(behavior)
+        else:
+            services[service][method] = grpc.unary_unary_rpc_method_handler(_unary(path, handler, failures))
     return [grpc.method_handlers_generic_handler(service, methods) for service, methods in services.items()]
 
 
-def _behavior(path: str, handler: UnaryHandler, failures: FailureLog) -> _Behavior:
+def _unary(
+    path: str, handler: UnaryHandler, failures: FailureLog
+) -> Callable[[bytes, grpc.aio.ServicerContext[bytes, bytes]], Awaitable[bytes]]:
     async def call(message: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
             return handler(message, _Metadata(context))
@@ -128,8 +145,44 @@ def _behavior(path: str, handler: UnaryHandler, failures: FailureLog) -> _Behavi
             status = error
         except Exception as error:
             status = failures.status_of(path, error)
-        # This raises; it is out of the except blocks so that what it raises has no context to be logged with.
-        await context.abort(_STATUS_CODES[status.code], status.message)
+        await _abort(context, status)
         raise AssertionError("abort returned")
 
     return call
+
+
+def _streaming(
+    path: str, handler: StreamHandler, failures: FailureLog, stopping: asyncio.Event
+) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]]:
+    async def respond(
+        messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> RpcError | None:
+        try:
+            async with aclosing(handler(messages, _Metadata(context))) as responses:
+                async for response in responses:
+                    await context.write(response)
+        except RpcError as error:
+            return error
+        except Exception as error:
+            return failures.status_of(path, error)
+        return None
+
+    async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        responding = asyncio.ensure_future(respond(messages, context))
+        stop = asyncio.ensure_future(stopping.wait())
+        try:
+            await asyncio.wait((responding, stop), return_when=asyncio.FIRST_COMPLETED)
+            status = responding.result() if responding.done() else SHUTTING_DOWN
+        finally:
+            for task in (responding, stop):
+                task.cancel()
+            await asyncio.gather(responding, stop, return_exceptions=True)
+        if status is not None:
+            await _abort(context, status)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], status: RpcError) -> None:
+    # This raises; it is called outside of except blocks so that what it raises has no context to be logged with.
+    await context.abort(_STATUS_CODES[status.code], status.message)

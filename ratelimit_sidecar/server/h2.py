@@ -1,60 +1,31 @@
-"""The default front end: unary gRPC as ASGI messages on h2corn, an HTTP/2 server in Rust inside this event loop.
-
-One call is: read the body, which is one framed message; call the handler; send headers, the framed answer and
-the trailers with the status. A call that fails is answered by headers alone, which then carry the status
-("Trailers-Only" in grpc/doc/PROTOCOL-HTTP2.md). Whatever is the same for every call is built once.
-"""
+"""The default front end: gRPC on HTTP/2 inside this event loop; each call is answered while its bytes are read."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Final, Literal
+import asyncio
+import random
+from collections.abc import Sequence
 
-import h2corn
+from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
+from ratelimit_sidecar.server.http2 import Counts
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
+from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
+from ratelimit_sidecar.server.rpc import Handlers
+from ratelimit_sidecar.server.tls import ServerCertificate
 
-from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame, percent_encode, too_large, unframe
-from ratelimit_sidecar.server.hosting import Hosting
-from ratelimit_sidecar.server.limits import (
-    BODY_IDLE_SECONDS,
-    CONNECTION_IDLE_SECONDS,
-    DRAIN_SECONDS,
-    HANDSHAKE_SECONDS,
-    MAX_CALLS,
-    MAX_CONNECTIONS,
-    MAX_HEADER_BYTES,
-    MAX_STREAMS,
-)
-from ratelimit_sidecar.server.rpc import Code, FailureLog, Handlers, RpcError
+CHECKED_AT_ONCE = 256
+"""Connections looked at for what takes too long, before others have their turn: 0.2 ms."""
 
-_CONTENT_TYPE: Final = (b"content-type", b"application/grpc")
-_TE_TRAILERS: Final = (b"te", b"trailers")
-
-_START: Final[h2corn.HTTPResponseStart] = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [_CONTENT_TYPE],
-    "trailers": True,
-}
-_OK_TRAILERS: Final[h2corn.HTTPResponseTrailers] = {
-    "type": "http.response.trailers",
-    "headers": [(b"grpc-status", b"0")],
-}
-_NO_BODY: h2corn.HTTPResponseBody = {"type": "http.response.body"}
-
-SENT: Final = "_ReadyNone"
-"""The type of what h2corn's sends return when they are done. To await that does nothing, and takes 5 % of the
-requests under load; whatever else they return is awaited."""
-
-_Answer = Sequence[h2corn.SendMessage]
+AGE_JITTER = 0.1
+"""As gRPC servers have it, so that clients that came together do not all leave together."""
 
 
-class H2FrontEnd(Hosting):
+class H2FrontEnd:
     """A `FrontEnd` (see `server.front_end`).
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        drain_seconds: what calls in flight get at a stop before they are cancelled.
-        log_format: of what h2corn itself writes to stderr: two lines at the start, and its own failures.
+        certificate: None for plain text.
     """
 
     def __init__(
@@ -62,157 +33,114 @@ class H2FrontEnd(Hosting):
         handlers: Handlers,
         addresses: Sequence[str],
         *,
-        drain_seconds: float = DRAIN_SECONDS,
-        log_format: Literal["text", "json"] = "text",
+        limits: Limits = DEFAULT_LIMITS,
+        certificate: ServerCertificate | None = None,
     ) -> None:
-        self._handlers = dict(handlers)
-        self._failures = FailureLog()
-        self._sent: type | None = None
-        """The type of that name, once there was one."""
-        super().__init__(self._call, addresses, server_config(drain_seconds, log_format))
+        self.ready = asyncio.Event()
+        self._limits = limits
+        self._certificate = certificate
+        self._tasks = asyncio.TaskGroup()
+        self._shared = Shared({path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks)
+        self._configured = addresses
+        self._listeners: list[Listener] = []
+        self._servers: list[asyncio.Server] = []
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._is_serving = False
 
-    async def _call(self, scope: h2corn.Scope, receive: h2corn.Receive, send: h2corn.Send) -> None:
-        """One request, as an ASGI application."""
-        if scope["type"] != "http":
-            # WebSocket over HTTP/2; lifespan is off.
-            await send({"type": "websocket.close"})
+    @property
+    def addresses(self) -> Sequence[str]:
+        return [listener.address for listener in self._listeners]
+
+    @property
+    def counts(self) -> Counts:
+        """What was refused since the start."""
+        return self._shared.counts
+
+    async def start(self) -> None:
+        if self._certificate is not None:
+            await asyncio.to_thread(self._certificate.load)
+        self._listeners = listen(self._configured)
+
+    async def serve(self) -> None:
+        if self._stopping.is_set():
             return
-        path = scope["path"]
-        headers = scope["headers"]
-        handler = self._handlers.get(path)
-        if handler is None or _CONTENT_TYPE not in headers or _TE_TRAILERS not in headers or scope["method"] != "POST":
-            refusal = _refusal(scope, known=handler is not None)
-            if refusal is not None:
-                await _send_all(refusal, send)
-                return
-            assert handler is not None
+        self._is_serving = True
         try:
-            event = await receive()
-            if event["type"] != "http.request":
-                return
-            body = event.get("body", b"")
-            if event.get("more_body"):
-                # Nearly always a call is one part, and then the bare end of the stream.
-                event = await receive()
-                if event["type"] != "http.request" or event.get("body") or event.get("more_body"):
-                    whole = await _read_rest(body, event, receive)
-                    if whole is None:
-                        return
-                    body = whole
-            answer = handler(unframe(body, headers), headers)
-        except RpcError as error:
-            await _send_all(_status(error), send)
-            return
-        except Exception as failure:
-            await _send_all(_status(self._failures.status_of(path, failure)), send)
-            return
-        # When the client is gone, most likely after its timeout, this raises, and h2corn drops it without a word.
-        body_message: h2corn.HTTPResponseBody = {"type": "http.response.body", "body": frame(answer)}
-        for message in (_START, body_message, _OK_TRAILERS):
-            sent = send(message)
-            if type(sent) is not self._sent:
-                await self._finish(sent)
+            async with self._tasks:
+                chores = [self._tasks.create_task(self._check())]
+                if self._certificate is not None:
+                    chores.append(self._tasks.create_task(self._certificate.keep_read()))
+                self._servers = [await self._accept(listener) for listener in self._listeners]
+                self.ready.set()
+                try:
+                    await self._stopping.wait()
+                finally:
+                    await self._drain()
+                    for chore in chores:
+                        chore.cancel()
+        finally:
+            self._close_listeners()
+            self._ended.set()
 
-    async def _finish(self, sent: Awaitable[None]) -> None:
-        """Let a send be done that was not the usual one."""
-        if self._sent is None and type(sent).__name__ == SENT:
-            self._sent = type(sent)
-        await sent
+    async def stop(self) -> None:
+        self._stopping.set()
+        self.ready.clear()
+        if self._is_serving:
+            await self._ended.wait()
+        else:
+            self._close_listeners()
 
+    async def _accept(self, listener: Listener) -> asyncio.Server:
+        context = None if self._certificate is None else self._certificate.context
+        return await asyncio.get_running_loop().create_server(
+            self._protocol,  # type: ignore[arg-type] # it has asyncio.Protocol's methods, but is compiled
+            sock=listener.socket,
+            backlog=BACKLOG,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else self._limits.handshake,
+            ssl_shutdown_timeout=None if context is None else self._limits.handshake,
+        )
 
-def server_config(drain_seconds: float = DRAIN_SECONDS, log_format: Literal["text", "json"] = "text") -> h2corn.Config:
-    """How h2corn serves gRPC here, whatever the application: all but where to bind."""
-    every_path = h2corn.RequestPolicy(
-        path="/*",
-        # The limit on a message is kept here, where it can be answered with a gRPC status.
-        max_request_body_size=0,
-        timeout_request_body_idle=BODY_IDLE_SECONDS,
-        h2_timeout_response_stall=BODY_IDLE_SECONDS,
-    )
-    return h2corn.Config(
-        lifespan="off",
-        grpc=True,
-        # gRPC needs trailers.
-        http1=False,
-        access_log=False,
-        date_header=False,
-        log_format=log_format,
-        request_policies=(every_path,),
-        max_concurrent_streams=MAX_STREAMS,
-        limit_concurrency=MAX_CALLS,
-        limit_connections=MAX_CONNECTIONS,
-        h2_max_header_list_size=MAX_HEADER_BYTES,
-        h2_max_header_block_size=MAX_HEADER_BYTES,
-        # A whole message of the largest size fits, and little more is read of a larger one.
-        h2_initial_stream_window_size=2 * MAX_BODY_BYTES,
-        h2_initial_connection_window_size=16 * MAX_BODY_BYTES,
-        timeout_handshake=HANDSHAKE_SECONDS,
-        timeout_keep_alive=CONNECTION_IDLE_SECONDS,
-        timeout_graceful_shutdown=drain_seconds,
-    )
+    def _protocol(self) -> GrpcProtocol:
+        age_s = self._limits.age
+        if age_s is not None:
+            age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
+        self._shared.now_s = asyncio.get_running_loop().time()
+        return GrpcProtocol(self._shared, age_s)
 
+    async def _check(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._limits.check_every)
+            for number, connection in enumerate(list(self._shared.connections), start=1):
+                self._shared.now_s = loop.time()
+                connection.check(self._shared.now_s)
+                if number % CHECKED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
-async def _read_rest(body: bytes, event: h2corn.ReceiveMessage, receive: h2corn.Receive) -> bytes | None:
-    """The whole body of a request.
+    async def _drain(self) -> None:
+        self.ready.clear()
+        self._close_listeners()
+        shared = self._shared
+        shared.is_draining = True
+        for connection in list(shared.connections):
+            connection.drain()
+        try:
+            async with asyncio.timeout(self._limits.drain):
+                await self._until_all_are_lost()
+        except TimeoutError:
+            for connection in list(shared.connections):
+                connection.abort()
+            await self._until_all_are_lost()
 
-    Args:
-        body: its first part.
-        event: its second.
+    async def _until_all_are_lost(self) -> None:
+        while self._shared.connections:
+            self._shared.lost.clear()
+            await self._shared.lost.wait()
 
-    Returns:
-        None when the client gave up.
-
-    Raises:
-        RpcError: it is larger than a message may be; the rest is not read.
-    """
-    parts = bytearray(body)
-    while event["type"] == "http.request":
-        parts += event.get("body", b"")
-        if len(parts) > MAX_BODY_BYTES:
-            raise too_large()
-        if not event.get("more_body"):
-            return bytes(parts)
-        event = await receive()
-    return None
-
-
-def _refusal(scope: h2corn.HTTPScope, *, known: bool) -> _Answer | None:
-    """The answer to what isn't an ordinary gRPC call of a known method; None if it is acceptable after all."""
-    if scope["method"] != "POST":
-        return _http_status(405, (b"allow", b"POST"))
-    content_type = _header(scope, b"content-type").lower()
-    if content_type != b"application/grpc" and not content_type.startswith(
-        (b"application/grpc+", b"application/grpc;")
-    ):
-        return _http_status(415)
-    if not known:
-        return _status(RpcError(Code.UNIMPLEMENTED, f"unknown method {scope['path']}"))
-    if "http.response.trailers" not in scope["extensions"]:
-        return _status(RpcError(Code.INTERNAL, "gRPC needs the header 'te: trailers'; a proxy may have removed it"))
-    return None
-
-
-def _header(scope: h2corn.HTTPScope, wanted: bytes) -> bytes:
-    return next((value for name, value in scope["headers"] if name == wanted), b"")
-
-
-def _status(error: RpcError) -> _Answer:
-    """Trailers-Only."""
-    headers = [
-        _CONTENT_TYPE,
-        (b"grpc-status", b"%d" % error.code),
-        (b"grpc-message", percent_encode(error.message)),
-    ]
-    if error.code == Code.UNIMPLEMENTED:
-        # grpc/doc/compression.md: tell a client that compressed what is understood instead.
-        headers.append((b"grpc-accept-encoding", b"identity"))
-    return {"type": "http.response.start", "status": 200, "headers": headers}, _NO_BODY
-
-
-def _http_status(status: int, *headers: tuple[bytes, bytes]) -> _Answer:
-    return {"type": "http.response.start", "status": status, "headers": headers}, _NO_BODY
-
-
-async def _send_all(answer: _Answer, send: h2corn.Send) -> None:
-    for message in answer:
-        await send(message)
+    def _close_listeners(self) -> None:
+        for server in self._servers:
+            server.close()
+        for listener in self._listeners:
+            listener.close()

@@ -1,14 +1,16 @@
-"""What front ends and services agree on: a unary call is a message and headers in, a message or a status out.
+"""What front ends and services agree on: messages and headers in, messages or a status out.
 
-A handler is synchronous, because it answers from memory; a front end runs it on the event loop, one call at a
-time. An exception that a handler did not mean to raise costs its caller a status INTERNAL, and everybody else
-nothing.
+A unary handler is synchronous, because it answers from memory; a front end runs it on the event loop, one call at a
+time. A method with a stream of messages on either side is an asynchronous generator, in a task of its own. An exception
+that a handler did not mean to raise costs its caller a status INTERNAL, and everybody else nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 import structlog
 
@@ -18,7 +20,21 @@ Metadata = Iterable[tuple[bytes, bytes]]
 UnaryHandler = Callable[[bytes, Metadata], bytes]
 """Serialized request and headers to serialized response; raises `RpcError` to answer with a status."""
 
-Handlers = Mapping[str, UnaryHandler]
+StreamHandler = Callable[[AsyncIterator[bytes], Metadata], AsyncGenerator[bytes, None]]
+"""An asynchronous generator: serialized requests and headers to serialized responses; raises `RpcError` to end the call
+with a status. It is closed when the client cancels, and at a stop."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A method with a stream of messages in, out or both; a side with a single message is a stream of one."""
+
+    handler: StreamHandler
+
+
+Handler = UnaryHandler | Streaming
+
+Handlers = Mapping[str, Handler]
 """By path, `/package.Service/Method`."""
 
 MAX_KINDS_LOGGED = 256
@@ -34,6 +50,7 @@ class Code(IntEnum):
     RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13
+    UNAVAILABLE = 14
 
 
 class RpcError(Exception):
@@ -48,6 +65,10 @@ class RpcError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+SHUTTING_DOWN: Final = RpcError(Code.UNAVAILABLE, "the server is shutting down")
+"""Ends streaming calls at a stop, since they might never end by themselves."""
 
 
 class FailureLog:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
 
 KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
@@ -23,10 +25,17 @@ ECHO = {"/test.Echo/Echo": echo}
 
 @contextlib.asynccontextmanager
 async def running(
-    kind: str, handlers: Handlers, addresses: Sequence[str] = ("127.0.0.1:0",), drain_seconds: float = 5.0
+    kind: str,
+    handlers: Handlers,
+    addresses: Sequence[str] = ("127.0.0.1:0",),
+    **limits: float | None,
 ) -> AsyncIterator[FrontEnd]:
-    """A front end that answers, and is stopped at the end."""
-    front_end: FrontEnd = KINDS[kind](handlers, addresses, drain_seconds=drain_seconds)
+    """A front end that answers, and is stopped at the end.
+
+    Args:
+        limits: those of `Limits` that are not the default.
+    """
+    front_end: FrontEnd = KINDS[kind](handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits))
     await front_end.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(front_end.serve())

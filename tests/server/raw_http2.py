@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import h2.config
@@ -58,6 +57,7 @@ class RawClient:
         machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
         self._answers: defaultdict[int, Answer] = defaultdict(Answer)
         self.told_to_go = asyncio.Event()
+        self._is_held = False
         self._h2.initiate_connection()
         self._flush()
 
@@ -131,8 +131,17 @@ class RawClient:
             case h2.events.ConnectionTerminated():
                 self.told_to_go.set()
 
+    @contextlib.contextmanager
+    def one_write(self) -> Iterator[None]:
+        """What is sent within the block leaves together."""
+        self._is_held = True
+        yield
+        self._is_held = False
+        self._flush()
+
     def _flush(self) -> None:
-        self._writer.write(self._h2.data_to_send())
+        if not self._is_held:
+            self._writer.write(self._h2.data_to_send())
 
 
 @contextlib.asynccontextmanager
@@ -149,33 +158,3 @@ async def connected(address: str) -> AsyncIterator[RawClient]:
         yield client
         reading.cancel()
         writer.close()
-
-
-class ImpatientClient:
-    """A client with one call, on a blocking socket, so that the server's handler can have it give up."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=5)
-        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
-        self._h2.initiate_connection()
-        self.gave_up = asyncio.Event()
-
-    def call(self, path: str, body: bytes) -> None:
-        pseudo = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"test")]
-        self._h2.send_headers(1, [*pseudo, *GRPC_HEADERS])
-        self._h2.send_data(1, body, end_stream=True)
-        self._socket.sendall(self._h2.data_to_send())
-
-    def give_up(self) -> None:
-        """Cancel the call, and return when the server has read that."""
-        self._h2.reset_stream(1, ErrorCodes.CANCEL)
-        self._h2.ping(b"12345678")
-        self._socket.sendall(self._h2.data_to_send())
-        events: list[h2.events.Event] = []
-        while not any(isinstance(event, h2.events.PingAckReceived) for event in events):
-            events += self._h2.receive_data(self._socket.recv(65_536))
-        self.gave_up.set()
-
-    def close(self) -> None:
-        self._socket.close()

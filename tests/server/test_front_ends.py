@@ -126,7 +126,7 @@ async def test_a_stop_finishes_the_call_in_flight_and_takes_no_new_client(kind: 
 
 
 async def test_a_stop_does_not_wait_for_idle_clients(kind: str) -> None:
-    async with running(kind, ECHO, drain_seconds=60) as front_end, connected(front_end.addresses[0]) as client:
+    async with running(kind, ECHO, drain=60) as front_end, connected(front_end.addresses[0]) as client:
         await client.call(PATH, frame(b"hello"))
         async with asyncio.timeout(5):
             await front_end.stop()

@@ -1,0 +1,241 @@
+"""asyncio's side of a client's connection: reads go into its `http2.Connection`, calls are answered at once, and all
+answers of a read leave in one write.
+
+Back-pressure: while a client does not read its answers, nothing more of it is read. A read with so many calls that they
+would keep the event loop busy is taken in slices, and other connections have their turn in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.limits import Limits
+from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
+from ratelimit_sidecar.server.streaming import StreamingCall
+
+SLICE_BYTES: Final = 4_096
+"""Holds 130 calls at most, since none is shorter than 31 bytes."""
+
+QUANTUM_NS: Final = 1_000_000
+"""How long slices are taken in one turn of the event loop."""
+
+MAX_WRITE_BUFFER_BYTES: Final = 262_144
+"""Answers that wait for a client to read them, beyond which nothing more of it is read."""
+
+_perf_counter_ns: Final = time.perf_counter_ns
+
+
+class Shared:
+    """What the connections of a front end have in common.
+
+    Args:
+        handlers: by path.
+        tasks: for streaming calls.
+    """
+
+    def __init__(self, handlers: Mapping[bytes, Handler], limits: Limits, tasks: asyncio.TaskGroup) -> None:
+        self.handlers = handlers
+        self.limits = limits
+        self.tasks = tasks
+        self.budget = Budget(limits.held_bytes)
+        self.counts = Counts()
+        self.failures = FailureLog()
+        self.connections: set[GrpcProtocol] = set()
+        self.lost = asyncio.Event()
+        """Set when a connection is gone."""
+        self.is_draining = False
+        self.accepted = 0
+        """Connections since the start."""
+        self.now_s = 0.0
+        """As of the latest check."""
+
+
+class GrpcProtocol:
+    """An `asyncio.Protocol` (https://docs.python.org/3/library/asyncio-protocol.html).
+
+    Args:
+        age_s: after which the connection is drained; None for never.
+    """
+
+    def __init__(self, shared: Shared, age_s: float | None) -> None:
+        self._shared = shared
+        self._connection = Connection(shared.handlers, shared.limits, shared.budget, shared.counts, shared.now_s, age_s)
+        self._transport: asyncio.Transport | None = None
+        self._streaming: dict[int, StreamingCall] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._rest: memoryview | None = None
+        """What was read and is not taken yet."""
+        self._is_paused = False
+        """The client does not read its answers."""
+        self._is_closing = False
+        self._unwritten = 0
+        self._unwritten_since_s = shared.now_s
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        shared = self._shared
+        self._transport = transport
+        shared.accepted += 1
+        if len(shared.connections) >= shared.limits.connections:
+            shared.counts.closed_connections["limit"] += 1
+            transport.abort()
+            return
+        shared.connections.add(self)
+        transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
+        if shared.is_draining:
+            self._connection.drain()
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._rest is not None:
+            # TLS may have had some more.
+            self._rest = memoryview(bytes(self._rest) + data)
+        elif len(data) <= SLICE_BYTES:
+            self._take(self._connection.receive(data))
+            self._flush()
+        else:
+            self._rest = memoryview(data)
+            self._take_slices()
+
+    def eof_received(self) -> bool:
+        """The client has half-closed; asyncio closes when all is written."""
+        return False
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        if self._rest is not None:
+            self._take_slices()
+        else:
+            self._flush()
+        self._resume_reading()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._transport = None
+        self._rest = None
+        self._connection.closed = True
+        for task in self._tasks.values():
+            task.cancel()
+        self._connection.release()
+        self._shared.connections.discard(self)
+        self._shared.lost.set()
+
+    # What the front end calls
+
+    def check(self, now_s: float) -> None:
+        """End what takes too long."""
+        transport = self._transport
+        if transport is None:
+            return
+        unwritten = transport.get_write_buffer_size()
+        if not unwritten or unwritten < self._unwritten:
+            self._unwritten_since_s = now_s
+        self._unwritten = unwritten
+        if now_s - self._unwritten_since_s >= self._shared.limits.stalled:
+            if not self._is_closing:
+                self._shared.counts.closed_connections["stalled"] += 1
+            transport.abort()
+            return
+        self._connection.check(now_s)
+        self._flush()
+
+    def drain(self) -> None:
+        """Take no new calls, and close when those in flight are answered. Streaming ones, which might never end, are
+        ended."""
+        for call in list(self._streaming.values()):
+            call.finish(SHUTTING_DOWN)
+        self._connection.drain()
+        self._flush()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._shared.counts.closed_connections["drain"] += 1
+            self._transport.abort()
+
+    # Calls
+
+    def _take_slices(self) -> None:
+        """Take what was read, for a quantum; then let other connections have their turn."""
+        started_ns = _perf_counter_ns()
+        while self._rest is not None and not self._is_paused:
+            rest = self._rest
+            self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
+            self._take(self._connection.receive(rest[:SLICE_BYTES]))
+            if self._rest is not None and _perf_counter_ns() - started_ns >= QUANTUM_NS:
+                self._flush()
+                if self._transport is not None and not self._is_paused:
+                    self._transport.pause_reading()
+                    asyncio.get_running_loop().call_soon(self._go_on)
+                return
+        self._flush()
+
+    def _go_on(self) -> None:
+        if self._transport is not None and not self._is_paused and self._rest is not None:
+            self._take_slices()
+            self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._transport is not None and not self._is_closing and not self._is_paused and self._rest is None:
+            self._transport.resume_reading()
+
+    def _take(self, happened: list[Event]) -> None:
+        for event in happened:
+            if isinstance(event, Call):
+                self._answer(event)
+            elif isinstance(event, Part):
+                streaming = self._streaming.get(event.stream_id)
+                if streaming is not None:
+                    streaming.feed(event.data, event.ended)
+            elif isinstance(event, Opened):
+                self._begin_streaming(event)
+            elif isinstance(event, Lost):
+                task = self._tasks.get(event.stream_id)
+                if task is not None:
+                    task.cancel()
+
+    def _answer(self, call: Call) -> None:
+        try:
+            response = call.handler(call.message, call.headers)
+        except RpcError as error:
+            self._connection.refuse(call, error)
+        except Exception as failure:
+            self._connection.refuse(call, self._shared.failures.status_of(call.path, failure))
+        else:
+            self._connection.answer(call, response)
+
+    def _begin_streaming(self, opened: Opened) -> None:
+        stream_id = opened.stream_id
+        call = StreamingCall(opened, self._connection, self._shared.failures, self._flush)
+        task = self._shared.tasks.create_task(call.run())
+        self._streaming[stream_id] = call
+        self._tasks[stream_id] = task
+        task.add_done_callback(lambda _task: self._end_streaming(stream_id))
+
+    def _end_streaming(self, stream_id: int) -> None:
+        del self._streaming[stream_id]
+        del self._tasks[stream_id]
+
+    def _flush(self) -> None:
+        transport = self._transport
+        if transport is None or self._is_paused or self._is_closing:
+            return
+        connection = self._connection
+        data = connection.output()
+        if data:
+            transport.write(data)
+        if connection.closed:
+            self._is_closing = True
+            transport.close()
+        elif self._streaming:
+            for call in self._streaming.values():
+                call.wake()
