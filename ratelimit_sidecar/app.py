@@ -135,8 +135,9 @@ class Sidecar:
         health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
         handlers = {**service.handlers(), **health.handlers()}
         self._front_end: FrontEnd
+        self._h2: H2FrontEnd | None = None
         if front_end is FrontEndKind.H2:
-            self._front_end = H2FrontEnd(handlers, config.listen.grpc)
+            self._front_end = self._h2 = H2FrontEnd(handlers, config.listen.grpc)
         else:
             self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc)
         registry = metrics.create_registry(
@@ -151,6 +152,7 @@ class Sidecar:
                 rules=self._reloader,
                 membership=self._mesh.membership_status,
                 loop=self._stalls,
+                front_end=self._h2,
             )
         )
         console_app = console.create_app(
@@ -162,6 +164,7 @@ class Sidecar:
                 peers=self._mesh.status,
                 membership=self._mesh.membership_status,
                 missing=self.missing,
+                degraded=self.degraded,
                 now_us=self._clock.now_us,
                 reloader=self._reloader,
                 should_rate_limit=service.should_rate_limit,
@@ -184,6 +187,12 @@ class Sidecar:
         if self._reloader.has_rules.is_set() and not self._joined:
             missing.append("peers have not yet told all they know")
         return missing
+
+    def degraded(self) -> list[str]:
+        """What the sidecar does worse than it could, in words; it is ready all the same."""
+        if self._h2 is not None and self._h2.is_shedding:
+            return ["calls or connections were refused in the last minute, since others take too much room"]
+        return []
 
     async def run(self) -> None:
         """Answer until SIGTERM or SIGINT, then drain.

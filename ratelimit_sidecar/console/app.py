@@ -48,6 +48,7 @@ class Sources:
         peers: called once a request.
         membership: the same; gives None when no limit can be strict.
         missing: what the sidecar still waits for before it answers, in words; empty when it does.
+        degraded: what it does worse than it could, in words; it is ready all the same.
         now_us: the clock of the decisions.
         reloader: of the limiter's rules.
         should_rate_limit: the method of the gRPC service.
@@ -60,6 +61,7 @@ class Sources:
     peers: Callable[[], Sequence[PeerStatus]]
     membership: Callable[[], MembershipStatus | None]
     missing: Callable[[], Sequence[str]]
+    degraded: Callable[[], Sequence[str]]
     now_us: Callable[[], int]
     reloader: Reloader
     should_rate_limit: UnaryHandler
@@ -132,7 +134,12 @@ class _Console:
         if reloader.loaded is None:
             missing.append(f"no rules from {reloader.source} yet")
         return JSONResponse(
-            {"ready": not missing, "missing": missing, "rules": describe_rules(reloader)},
+            {
+                "ready": not missing,
+                "missing": missing,
+                "degraded": list(self._sources.degraded()),
+                "rules": describe_rules(reloader),
+            },
             status_code=503 if missing else 200,
         )
 

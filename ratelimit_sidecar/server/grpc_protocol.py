@@ -63,7 +63,9 @@ class GrpcProtocol:
 
     def __init__(self, shared: Shared, age_s: float | None) -> None:
         self._shared = shared
-        self._connection = Connection(shared.handlers, shared.limits, shared.budget, shared.counts, shared.now_s, age_s)
+        self._connection = Connection(
+            shared.handlers, shared.limits, shared.budget, shared.counts, now_s=shared.now_s, age_s=age_s
+        )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
-from ratelimit_sidecar.server.http2 import Counts
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
 from ratelimit_sidecar.server.rpc import Handlers
@@ -15,6 +14,9 @@ from ratelimit_sidecar.server.tls import ServerCertificate
 
 CHECKED_AT_ONCE = 256
 """Connections looked at for what takes too long, before others have their turn: 0.2 ms."""
+
+SHEDDING_SECONDS = 60.0
+"""For how long it is told that something was refused for want of room."""
 
 AGE_JITTER = 0.1
 """As gRPC servers have it, so that clients that came together do not all leave together."""
@@ -47,15 +49,41 @@ class H2FrontEnd:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._is_serving = False
+        self._shed = 0
+        self._is_shedding_until_s = 0.0
 
     @property
     def addresses(self) -> Sequence[str]:
         return [listener.address for listener in self._listeners]
 
     @property
-    def counts(self) -> Counts:
-        """What was refused since the start."""
-        return self._shared.counts
+    def open_connections(self) -> int:
+        return len(self._shared.connections)
+
+    @property
+    def accepted_connections(self) -> int:
+        """Since the start."""
+        return self._shared.accepted
+
+    @property
+    def held_bytes(self) -> int:
+        """What unfinished calls hold in memory."""
+        return self._shared.budget.held
+
+    @property
+    def closed_connections(self) -> Mapping[str, int]:
+        """Connections ended by this side, by reason."""
+        return self._shared.counts.closed_connections
+
+    @property
+    def refused_calls(self) -> Mapping[str, int]:
+        """Calls ended before they were complete, by reason."""
+        return self._shared.counts.refused_calls
+
+    @property
+    def is_shedding(self) -> bool:
+        """Whether calls or connections were lately refused for want of room."""
+        return self._is_shedding_until_s > self._shared.now_s
 
     async def start(self) -> None:
         if self._certificate is not None:
@@ -113,11 +141,19 @@ class H2FrontEnd:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._limits.check_every)
+            self._shared.now_s = loop.time()
+            self._note_shedding()
             for number, connection in enumerate(list(self._shared.connections), start=1):
                 self._shared.now_s = loop.time()
                 connection.check(self._shared.now_s)
                 if number % CHECKED_AT_ONCE == 0:
                     await asyncio.sleep(0)
+
+    def _note_shedding(self) -> None:
+        shed = self.refused_calls["shed"] + self.closed_connections["limit"]
+        if shed > self._shed:
+            self._shed = shed
+            self._is_shedding_until_s = self._shared.now_s + SHEDDING_SECONDS
 
     async def _drain(self) -> None:
         self.ready.clear()

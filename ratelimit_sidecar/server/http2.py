@@ -28,12 +28,14 @@ from ngh2 import (
     RequestReceived,
     Role,
     Setting,
+    SettingsReceived,
     StreamClosed,
     StreamReset,
     TrailersReceived,
 )
 from ngh2 import Connection as Session
 from ngh2 import ConnectionClosed as SessionClosed
+from ngh2 import Event as SessionEvent
 
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_HEADERS, Limits
@@ -110,10 +112,8 @@ class Counts:
     """What the connections of a front end have refused since the start, by reason. Read by metrics."""
 
     def __init__(self) -> None:
-        self.shed_calls = 0
-        """Calls refused because unfinished calls hold too much memory."""
-        self.reset_calls = dict.fromkeys(("body_idle", "too_slow"), 0)
-        """Calls reset: their message stopped in the middle, or took too long."""
+        self.refused_calls = dict.fromkeys(("shed", "body_idle", "too_slow"), 0)
+        """Calls ended before they were complete: others hold too much memory, or their message came too slowly."""
         self.closed_connections = dict.fromkeys(
             ("protocol_error", "flood", "handshake", "idle", "silent", "stalled", "age", "limit", "drain"), 0
         )
@@ -183,6 +183,7 @@ class Connection:
         limits: Limits,
         budget: Budget,
         counts: Counts,
+        *,
         now_s: float,
         age_s: float | None = None,
     ) -> None:
@@ -260,8 +261,6 @@ class Connection:
         return happened
 
     def _take_events(self, happened: list[Event]) -> None:
-        control_frames = 0
-        calls = 0
         opened: list[Call] = []
         for event in self._session.events():
             if isinstance(event, RequestReceived):
@@ -269,51 +268,58 @@ class Connection:
                 if call is not None:
                     opened.append(call)
             elif isinstance(event, DataReceived):
-                stream_id = event.stream_id
-                data = event.data
-                ended = event.end_stream
-                waiting = self._waiting.get(stream_id)
-                if waiting is None:
-                    self._take_other_data(stream_id, data, ended, happened)
-                elif ended:
-                    calls += 1
-                    self._complete(waiting, data, happened)
-                elif data:
-                    self._append(waiting, data)
-                else:
-                    control_frames += 1
+                self._take_data(event.stream_id, event.data, event.end_stream, happened)
             elif isinstance(event, StreamClosed):
-                # Those that are answered have left already.
+                # Most are of calls that are answered and forgotten.
                 if event.stream_id in self._waiting or event.stream_id in self.streaming:
                     self._lose(event.stream_id, happened)
-            elif isinstance(event, StreamReset):
-                control_frames += 1
-                # The events of one read are looked at together: this call may be among them, complete.
-                if happened:
-                    _remove(event.stream_id, happened)
-            elif isinstance(event, TrailersReceived):
-                # They end a request, as the end of its body would.
-                waiting = self._waiting.get(event.stream_id)
-                if waiting is not None:
-                    self._complete(waiting, b"", happened)
-                elif event.stream_id in self.streaming:
-                    happened.append(Part(event.stream_id, b"", ended=True))
-            elif isinstance(event, SessionClosed):
-                self._note_end(event.error_code)
             else:
-                control_frames += 1
-                self._shaken_hands = True
-                if isinstance(event, GoAwayReceived):
-                    self._client_said_goodbye = True
-                if isinstance(event, PingAcknowledged) and event.opaque_data == _DRAIN_PING:
-                    self._say_last_stream()
+                self._take_control(event, happened)
         if self._waiting:
             for call in opened:
-                self._hold(call, CALL_BYTES + _size(call.headers))
-        if control_frames:
-            self._credit -= control_frames
-        elif self._credit < CONTROL_FRAMES:
-            self._credit += CONTROL_FRAMES_A_CALL * calls
+                if call.stream_id in self._waiting:
+                    self._hold(call, CALL_BYTES + _size(call.headers))
+        if self._credit < CONTROL_FRAMES:
+            self._credit += CONTROL_FRAMES_A_CALL * len(happened)
+
+    def _take_data(self, stream_id: int, data: bytes, ended: bool, happened: list[Event]) -> None:
+        waiting = self._waiting.get(stream_id)
+        if waiting is not None:
+            if ended:
+                self._complete(waiting, data, happened)
+            else:
+                self._append(waiting, data)
+        elif stream_id in self.streaming and (data or ended):
+            happened.append(Part(stream_id, data, ended))
+        else:
+            # Of a call that is already answered, or nothing.
+            self._credit -= 1
+            if data:
+                self.acknowledge(stream_id, len(data))
+
+    def _take_control(self, event: SessionEvent, happened: list[Event]) -> None:
+        """What is no part of a call, or the end of one."""
+        if isinstance(event, TrailersReceived):
+            # They end a request, as the end of its body would.
+            waiting = self._waiting.get(event.stream_id)
+            if waiting is not None:
+                self._complete(waiting, b"", happened)
+            elif event.stream_id in self.streaming:
+                happened.append(Part(event.stream_id, b"", ended=True))
+            return
+        if isinstance(event, SessionClosed):
+            self._note_end(event.error_code)
+            return
+        self._credit -= 1
+        if isinstance(event, StreamReset):
+            # The events of one read are looked at together: this call may be among them, complete.
+            _remove(event.stream_id, happened)
+        elif isinstance(event, SettingsReceived):
+            self._shaken_hands = True
+        elif isinstance(event, GoAwayReceived):
+            self._client_said_goodbye = True
+        elif isinstance(event, PingAcknowledged) and event.opaque_data == _DRAIN_PING:
+            self._say_last_stream()
 
     def _open(self, stream_id: int, headers: Headers, ended: bool, happened: list[Event]) -> Call | None:
         """A request's headers: a waiting call, or None when that is not what it is."""
@@ -380,6 +386,9 @@ class Connection:
 
     def _append(self, call: Call, data: bytes) -> None:
         """A part of a unary call's message that is not its last."""
+        if not data:
+            self._credit -= 1
+            return
         call.heard_s = self._now_s
         call.body += data
         if len(call.body) > MAX_BODY_BYTES:
@@ -387,18 +396,6 @@ class Connection:
             self._refuse(call.stream_id, too_large(), ended=False)
         else:
             self._hold(call, len(data))
-
-    def _take_other_data(self, stream_id: int, data: bytes, ended: bool, happened: list[Event]) -> None:
-        """Data of a streaming call, or of one that is already answered."""
-        if stream_id in self.streaming:
-            if data or ended:
-                happened.append(Part(stream_id, data, ended))
-            else:
-                self._credit -= 1
-        else:
-            self._credit -= 1
-            if data:
-                self.acknowledge(stream_id, len(data))
 
     def _lose(self, stream_id: int, happened: list[Event]) -> None:
         call = self._waiting.get(stream_id)
@@ -410,8 +407,6 @@ class Connection:
 
     def _hold(self, call: Call, count: int) -> None:
         """Count what a waiting call holds; shed it when that is too much."""
-        if call.stream_id not in self._waiting:
-            return
         if self._budget.allows(self._held + count):
             call.held += count
             self._held += count
@@ -433,7 +428,7 @@ class Connection:
         call.held = 0
 
     def _shed(self, stream_id: int, ended: bool) -> None:
-        self._counts.shed_calls += 1
+        self._counts.refused_calls["shed"] += 1
         self._refuse(stream_id, RpcError(Code.RESOURCE_EXHAUSTED, "too many unfinished calls"), ended)
 
     def acknowledge(self, stream_id: int, count: int) -> None:
@@ -660,7 +655,7 @@ class Connection:
             self.terminate(ENHANCE_YOUR_CALM, "stalled")
 
     def _reset(self, call: Call, reason: str) -> None:
-        self._counts.reset_calls[reason] += 1
+        self._counts.refused_calls[reason] += 1
         self._drop(call)
         self._reset_stream(call.stream_id, CANCEL)
 

@@ -122,6 +122,21 @@ class LoopStatus(Protocol):
     def long_stalls(self) -> int: ...
 
 
+class FrontEndStatus(Protocol):
+    """What is read of the front end (`ratelimit_sidecar.server.h2.H2FrontEnd`, a layer above)."""
+
+    @property
+    def open_connections(self) -> int: ...
+    @property
+    def accepted_connections(self) -> int: ...
+    @property
+    def held_bytes(self) -> int: ...
+    @property
+    def closed_connections(self) -> Mapping[str, int]: ...
+    @property
+    def refused_calls(self) -> Mapping[str, int]: ...
+
+
 class RulesStatus(Protocol):
     """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
 
@@ -149,6 +164,7 @@ class Sources:
         rules: None when the rules never change.
         membership: called once a scrape; gives None when no limit can be strict.
         loop: None where nobody measures it.
+        front_end: None where the library that carries calls tells nothing.
     """
 
     node: str
@@ -161,6 +177,7 @@ class Sources:
     rules: RulesStatus | None = None
     membership: Callable[[], MembershipStatus | None] = lambda: None
     loop: LoopStatus | None = None
+    front_end: FrontEndStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +324,25 @@ def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Ite
     return read
 
 
+def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        if at.sources.front_end is not None:
+            yield "", (at.sources.region,), value(at.sources.front_end)
+
+    return read
+
+
+def _read_front_end_reasons(
+    counts: Callable[[FrontEndStatus], Mapping[str, int]],
+) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        if at.sources.front_end is not None:
+            for reason, count in counts(at.sources.front_end).items():
+                yield "", (at.sources.region, reason), count
+
+    return read
+
+
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
     for reason, count in at.sources.request_errors.items():
         yield "", (reason,), count
@@ -360,6 +396,41 @@ METRICS: tuple[Definition, ...] = (
         ("reason",),
         "Requests answered with a gRPC error, by reason.",
         _read_request_errors,
+    ),
+    Definition(
+        "ratelimit_connections",
+        "gauge",
+        ("region",),
+        "Open connections of Envoys and other clients; absent with --frontend grpcio, as are the next four.",
+        _read_front_end(lambda front_end: front_end.open_connections),
+    ),
+    Definition(
+        "ratelimit_connections_accepted_total",
+        "counter",
+        ("region",),
+        "Connections of clients since the start.",
+        _read_front_end(lambda front_end: front_end.accepted_connections),
+    ),
+    Definition(
+        "ratelimit_connections_closed_total",
+        "counter",
+        ("region", "reason"),
+        "Connections ended by this side, by reason: the client broke HTTP/2, flooded, stalled, or a bound was reached.",
+        _read_front_end_reasons(lambda front_end: front_end.closed_connections),
+    ),
+    Definition(
+        "ratelimit_calls_refused_total",
+        "counter",
+        ("region", "reason"),
+        "Calls ended before they were complete: body_idle and too_slow by time, shed when others hold too much memory.",
+        _read_front_end_reasons(lambda front_end: front_end.refused_calls),
+    ),
+    Definition(
+        "ratelimit_held_bytes",
+        "gauge",
+        ("region",),
+        "Memory held by calls that are not complete, and by streaming calls.",
+        _read_front_end(lambda front_end: front_end.held_bytes),
     ),
     Definition(
         "ratelimit_config_loads_total",

@@ -39,6 +39,7 @@ class Console:
         self.peers: Sequence[PeerStatus] = [peer()]
         self.membership: MembershipStatus | None = None
         self.missing: list[str] = []
+        self.degraded: list[str] = []
         self.now_us = NOW_US
         self.reloader = Reloader(
             self.limiter.use_rules, lambda: self.now_us, "files rules", self.limiter.rules if has_rules else None
@@ -53,6 +54,7 @@ class Console:
                 peers=lambda: self.peers,
                 membership=lambda: self.membership,
                 missing=lambda: self.missing,
+                degraded=lambda: self.degraded,
                 now_us=lambda: self.now_us,
                 reloader=self.reloader,
                 should_rate_limit=decide or self.service.should_rate_limit,

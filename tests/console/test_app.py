@@ -62,6 +62,13 @@ async def test_a_living_process_is_healthy_though_not_ready() -> None:
     assert (body["ready"], body["missing"]) == (False, ["peers have not answered yet"])
 
 
+async def test_it_is_ready_though_degraded_and_says_why() -> None:
+    console = Console()
+    console.degraded = ["calls were refused"]
+    response = await console.get("/readyz")
+    assert (response.status_code, response.json()["degraded"]) == (200, ["calls were refused"])
+
+
 async def test_it_is_ready_when_nothing_is_missing() -> None:
     response = await Console().get("/readyz")
     body = response.json()
@@ -267,6 +274,7 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
         peers=broken,
         membership=lambda: None,
         missing=list,
+        degraded=list,
         now_us=lambda: NOW_US,
         reloader=console.reloader,
         should_rate_limit=console.service.should_rate_limit,

@@ -91,6 +91,7 @@ async def test_why_the_newest_rules_are_not_in_force_is_shown_on_rlconfig_and_on
     assert response.json() == {
         "ready": True,
         "missing": [],
+        "degraded": [],
         "rules": {
             "source": "files rules",
             "trouble": "",

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 from observed import NOW_US, TWO_A_MINUTE, membership, peer, request, small_limiter
@@ -42,6 +43,14 @@ class Loop:
     long_stalls = 2
 
 
+class FrontEnd:
+    open_connections = 2
+    accepted_connections = 5
+    held_bytes = 4_096
+    closed_connections: ClassVar = {"flood": 1, "idle": 2}
+    refused_calls: ClassVar = {"shed": 3}
+
+
 @dataclass
 class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
@@ -61,6 +70,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         rules=rules or Reloads(),
         membership=lambda: shared,
         loop=Loop(),
+        front_end=FrontEnd(),
     )
 
 
@@ -72,6 +82,15 @@ def busy_sources() -> Sources:
     latency = LatencyHistogram()
     latency.observe(30_000)
     return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership())
+
+
+def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_connections", region="us-east-1") == 2
+    assert sample(registry, "ratelimit_connections_accepted_total", region="us-east-1") == 5
+    assert sample(registry, "ratelimit_connections_closed_total", region="us-east-1", reason="idle") == 2
+    assert sample(registry, "ratelimit_calls_refused_total", region="us-east-1", reason="shed") == 3
+    assert sample(registry, "ratelimit_held_bytes", region="us-east-1") == 4_096
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
