@@ -139,10 +139,10 @@ class GrpcProtocol:
         if transport is None:
             return
         unwritten = transport.get_write_buffer_size()
-        if not unwritten or unwritten < self._unwritten:
+        if not self._unwritten or unwritten < self._unwritten:
             self._unwritten_since_s = now_s
         self._unwritten = unwritten
-        if now_s - self._unwritten_since_s >= self._shared.limits.stalled:
+        if unwritten and now_s - self._unwritten_since_s >= self._shared.limits.stalled:
             if not self._is_closing:
                 self._shared.counts.closed_connections["stalled"] += 1
             transport.abort()

@@ -207,6 +207,7 @@ class Connection:
         self._age_s = age_s
         self._is_draining = False
         self._drain_ping_s = now_s
+        self._owes_drain_ping = False
         self._has_said_last_stream = False
         self._has_asked_for_life = False
         self._client_said_goodbye = False
@@ -473,7 +474,6 @@ class Connection:
         except NGH2Error:
             return
         if not ended:
-            # A reset would overtake the headers, so it waits until they are written.
             self._answered_early.append(stream_id)
 
     def send(self, stream_id: int, message: bytes) -> None:
@@ -531,10 +531,8 @@ class Connection:
             return goaway
         try:
             data = self._session.data_to_send()
-            if self._answered_early:
-                for stream_id in self._answered_early:
-                    self._reset_stream(stream_id, NO_ERROR)
-                self._answered_early.clear()
+            if self._answered_early or self._owes_drain_ping:
+                self._send_what_follows()
                 data += self._session.data_to_send()
         except NGH2Error:
             self._fail(INTERNAL_ERROR, "protocol_error")
@@ -548,6 +546,15 @@ class Connection:
             elif isinstance(event, SessionClosed):
                 self._note_end(event.error_code)
         return data
+
+    def _send_what_follows(self) -> None:
+        """Frames that would overtake those before them, were they given to nghttp2 at the same time."""
+        for stream_id in self._answered_early:
+            self._reset_stream(stream_id, NO_ERROR)
+        self._answered_early.clear()
+        if self._owes_drain_ping:
+            self._owes_drain_ping = False
+            self._ping(_DRAIN_PING)
 
     def terminate(self, code: int, reason: str) -> None:
         """End the connection: after GOAWAY with this code nothing more is received or answered.
@@ -577,9 +584,9 @@ class Connection:
             self.terminate(NO_ERROR, "drain")
             return
         self._drain_ping_s = self._now_s
+        self._owes_drain_ping = True
         try:
             self._session.send_shutdown_notice()
-            self._session.ping(_DRAIN_PING)
         except NGH2Error:
             return
 
@@ -648,9 +655,11 @@ class Connection:
     def _check_output(self, now_s: float) -> None:
         """A client that grants no room for its answers is disconnected, as is one that lets too many of them wait."""
         unsent = self._session.queued_body_size()
-        if not unsent or unsent < self._unsent:
+        if not self._unsent or unsent < self._unsent:
             self._unsent_since_s = now_s
         self._unsent = unsent
+        if not unsent:
+            return
         if now_s - self._unsent_since_s >= self._limits.stalled or not self._budget.allows(self._held + unsent):
             self.terminate(ENHANCE_YOUR_CALM, "stalled")
 

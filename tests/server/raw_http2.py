@@ -42,19 +42,25 @@ class Answer:
         return (self.headers if self.trailers_only else self.trailers)[b"grpc-message"]
 
 
+def client_connection() -> h2.connection.H2Connection:
+    """A client's side of a connection, which sends whatever headers it is told to."""
+    client = h2.connection.H2Connection(
+        h2.config.H2Configuration(header_encoding=None, validate_outbound_headers=False)
+    )
+    # h2 regards a connection as closed once it is told to go; RFC 9113 (6.8) has it finish the open streams.
+    machine = client.state_machine
+    told_to_go = (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY)
+    machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
+    return client
+
+
 class RawClient:
     """One HTTP/2 connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._h2 = h2.connection.H2Connection(
-            h2.config.H2Configuration(header_encoding=None, validate_outbound_headers=False)
-        )
-        # h2 regards a connection as closed once it is told to go; RFC 9113 (6.8) has it finish the open streams.
-        machine = self._h2.state_machine
-        told_to_go = (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY)
-        machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
+        self._h2 = client_connection()
         self._answers: defaultdict[int, Answer] = defaultdict(Answer)
         self.told_to_go = asyncio.Event()
         self._is_held = False
