@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import h2.connection
 import h2.events
 from h2.connection import ConnectionInputs, ConnectionState
 from h2.errors import ErrorCodes
+from h2.settings import SettingCodes, Settings
+from hpack import Encoder
 
 GRPC_HEADERS = ((b"content-type", b"application/grpc"), (b"te", b"trailers"))
 
@@ -63,6 +66,7 @@ class RawClient:
         self._h2 = client_connection()
         self._answers: defaultdict[int, Answer] = defaultdict(Answer)
         self.told_to_go = asyncio.Event()
+        self.gone = asyncio.Event()
         self._is_held = False
         self._h2.initiate_connection()
         self._flush()
@@ -118,6 +122,7 @@ class RawClient:
             for event in self._h2.receive_data(data):
                 self._take(event)
             self._flush()
+        self.gone.set()
 
     def _take(self, event: h2.events.Event) -> None:
         match event:
@@ -164,3 +169,70 @@ async def connected(address: str) -> AsyncIterator[RawClient]:
         yield client
         reading.cancel()
         writer.close()
+
+
+class ReluctantClient:
+    """A client that grants all the room there is for answers, and reads none until it is told to."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._h2 = client_connection()
+        self._h2.local_settings = Settings(
+            client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: 2**31 - 1, SettingCodes.ENABLE_PUSH: 0}
+        )
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(2**30)
+        writer.write(self._h2.data_to_send())
+        writer.transport.set_write_buffer_limits(0)
+
+    async def call_until_stuck(self, path: str, body: bytes, seconds: float) -> int:
+        """Call until the system has taken nothing for so long.
+
+        Returns:
+            How many calls.
+
+        Raises:
+            ConnectionError: the server has hung up.
+        """
+        # h2 would refuse to open as many streams as this does, so the frames are laid by hand.
+        pseudo = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"test")]
+        block = Encoder().encode([*pseudo, *GRPC_HEADERS])
+        for number in itertools.count(1):
+            stream = (2 * number - 1).to_bytes(4, "big")
+            headers = len(block).to_bytes(3, "big") + b"\x01\x04" + stream + block
+            data = len(body).to_bytes(3, "big") + b"\x00\x01" + stream + body
+            self._writer.write(headers + data)
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._writer.drain()
+            except TimeoutError:
+                return number
+        raise AssertionError("unreachable")
+
+    async def count_answers(self, until: int) -> int:
+        """Read until there are as many answers."""
+        buffer = b""
+        ended = 0
+        while ended < until:
+            buffer += await asyncio.wait_for(self._reader.read(1 << 20), 5)
+            at = 0
+            while len(buffer) - at >= 9:
+                end = at + 9 + int.from_bytes(buffer[at : at + 3], "big")
+                if len(buffer) < end:
+                    break
+                kind, flags = buffer[at + 3], buffer[at + 4]
+                # HEADERS with END_STREAM; or a call refused, for want of a stream.
+                ended += (kind == 1 and flags & 1) or kind == 3
+                at = end
+            buffer = buffer[at:]
+        return ended
+
+
+@contextlib.asynccontextmanager
+async def reluctant(address: str) -> AsyncIterator[ReluctantClient]:
+    host, _, port = address.rpartition(":")
+    # The least that asyncio's reader takes by itself.
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+    yield ReluctantClient(reader, writer)
+    writer.transport.abort()

@@ -1,12 +1,14 @@
 """What only the h2 front end decides itself, since the others' gRPC library does it for them."""
 
 import asyncio
+import contextlib
+import time
 from urllib.parse import unquote
 
 import pytest
 from h2.errors import ErrorCodes
 from server.front_ends import ECHO, echo, running
-from server.raw_http2 import GRPC_HEADERS, connected
+from server.raw_http2 import GRPC_HEADERS, connected, reluctant
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
@@ -207,3 +209,76 @@ async def test_a_silent_connection_does_not_hold_up_a_stop() -> None:
         async with asyncio.timeout(5):
             await front_end.stop()
         writer.close()
+
+
+async def test_a_client_that_does_not_read_is_read_no_further_and_loses_nothing() -> None:
+    handled = 0
+
+    def answer_at_length(_message, _metadata):
+        nonlocal handled
+        handled += 1
+        return bytes(8_192)
+
+    async with running("h2", {PATH: answer_at_length}) as front_end, reluctant(front_end.addresses[0]) as client:
+        sent = await client.call_until_stuck(PATH, frame(b"x" * 1_000), 0.5)
+        assert handled < sent
+        # What lies in the buffers of both ends' systems, and in that of the server.
+        assert handled * 8_192 < 16 * 1_024 * 1_024
+        assert await client.count_answers(sent) == sent
+
+
+async def test_a_client_that_never_reads_is_disconnected() -> None:
+    async with (
+        running("h2", {PATH: lambda _message, _metadata: bytes(60_000)}, stalled=0.2, check_every=0.02) as front_end,
+        reluctant(front_end.addresses[0]) as client,
+    ):
+        with pytest.raises(ConnectionError):
+            await client.call_until_stuck(PATH, frame(b""), 10)
+        assert front_end.closed_connections["stalled"] == 1
+        assert front_end.open_connections == 0
+
+
+async def test_more_connections_than_allowed_are_closed_at_once() -> None:
+    async with (
+        running("h2", ECHO, connections=1) as front_end,
+        connected(front_end.addresses[0]) as first,
+    ):
+        await first.call(PATH, frame(b"hello"))
+        host, _, port = front_end.addresses[0].rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        assert front_end.closed_connections["limit"] == 1
+        assert (await first.call(PATH, frame(b"still here"))).code == Code.OK
+
+
+async def test_a_read_of_many_calls_lets_other_connections_have_their_turn() -> None:
+    handled = []
+
+    def slow(message, _metadata):
+        time.sleep(0.000_2)
+        handled.append(message)
+        return message
+
+    async with running("h2", {PATH: slow}) as front_end:
+        address = front_end.addresses[0]
+        async with connected(address) as busy, connected(address) as other:
+            await asyncio.gather(busy.ping(), other.ping())
+            with busy.one_write():
+                streams = []
+                for _ in range(500):
+                    stream = busy.open(PATH)
+                    busy.send(stream, frame(b"many"))
+                    streams.append(stream)
+            await asyncio.gather(other.call(PATH, frame(b"one")), *map(busy.answer, streams))
+    assert len(handled) == 501
+    assert handled.index(b"one") < 400
+
+
+async def test_an_old_connection_is_drained() -> None:
+    async with running("h2", ECHO, age=0.1, check_every=0.02) as front_end, connected(front_end.addresses[0]) as client:
+        await client.call(PATH, frame(b"hello"))
+        await asyncio.wait_for(client.told_to_go.wait(), 5)
+        await asyncio.wait_for(client.gone.wait(), 5)
+        assert front_end.closed_connections["age"] == 1
