@@ -22,11 +22,9 @@ processor time 0.5 is half as much.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from uuid import uuid4
 
 import click
@@ -35,6 +33,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from benchmarks.serving.h2load import LOADS, Load, LoadFailed
 from benchmarks.serving.measures import in_lock_step, when_due
+from benchmarks.serving.options import RunningServer
 from benchmarks.serving.requests import DOMAIN, UNSAMPLED, framed, request
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import Build, Server, ServerFailed, Servers, build_option, first_answer, running_servers
@@ -101,23 +100,8 @@ class Target:
         return figures
 
 
-class OtherServer(click.ParamType[Server]):
-    """Of the command line: `[NAME=]ADDRESS[@PID]`."""
-
-    name = "server"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Server:
-        match = re.fullmatch(r"(?:([^=]+)=)?(unix:/.+?|.+:\d+)(?:@(\d+))?", str(value))
-        if match is None:
-            self.fail(f"{value!r} is not [NAME=]HOST:PORT[@PID] or [NAME=]unix:/PATH[@PID]", param, ctx)
-        name, address, pid = match.groups()
-        if pid is not None and not Path("/proc", pid).exists():
-            self.fail(f"there is no process {pid}", param, ctx)
-        return Server(name or address, address, pid=None if pid is None else int(pid))
-
-
 @click.command()
-@click.argument("others", metavar="[[NAME=]ADDRESS[@PID]]...", nargs=-1, type=OtherServer())
+@click.argument("others", metavar="[[NAME=]ADDRESS[@PID]]...", nargs=-1, type=RunningServer())
 @build_option
 @click.option("--echo", is_flag=True, help="An echo on grpc.aio as well, which decides nothing.")
 @click.option(
@@ -184,7 +168,7 @@ def sidecar(servers: Servers, name: str, build: Build, domain: str, key: str) ->
     """One with two live peers."""
     rules = RULES.format(domain=domain, key=key)
     try:
-        first, *_peers = servers.mesh(3, re.sub(r"\W", "-", name), build, rules=rules, environment=TRACING)
+        first, *_peers = servers.mesh(3, name.replace(" ", "-"), build, rules=rules, environment=TRACING)
     except ServerFailed as error:
         raise click.ClickException(f"{name}: {error}") from error
     return replace(first, name=name)

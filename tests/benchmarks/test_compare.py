@@ -15,7 +15,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.compare import RULES, OtherServer, ensure_it_admits, ensure_it_limits, main
+from benchmarks.compare import RULES, ensure_it_admits, ensure_it_limits, main
+from benchmarks.serving.options import RunningServer
 from benchmarks.serving.requests import ONE_DESCRIPTOR, request
 from benchmarks.serving.servers import Server, Servers, running_servers
 
@@ -63,10 +64,10 @@ def test_another_server_is_given_by_its_address_and_may_have_a_name_and_a_proces
         f"a=unix:/run/a@b.sock@{pid}": Server("a", "unix:/run/a@b.sock", pid=pid),
         "unix:/run/a.sock": Server("unix:/run/a.sock", "unix:/run/a.sock"),
     }.items():
-        assert OtherServer().convert(given, None, None) == expected
+        assert RunningServer().convert(given, None, None) == expected
     for wrong, why in {"8081": "is not", "a=127.0.0.1:8081@99999999": "no process 99999999"}.items():
         with pytest.raises(click.BadParameter, match=why):
-            OtherServer().convert(wrong, None, None)
+            RunningServer().convert(wrong, None, None)
 
 
 def test_this_sidecar_another_build_and_another_server_are_asked_in_both_ways(servers: Servers) -> None:
