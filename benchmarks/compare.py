@@ -46,6 +46,8 @@ descriptors:
     rate_limit: {{unit: minute, requests_per_unit: 100000000}}
 """
 
+OURS = "this sidecar"
+
 RATES = (5_000.0, 10_000.0, 20_000.0)
 DUE_LOAD = Load(4, 100)
 """How requests are sent when they are due. 100 streams: some servers refuse more than that on a connection."""
@@ -131,11 +133,14 @@ def main(
 
     The ratios are this sidecar's figure to the other server's, in the same round.
     """
+    names = [OURS, *(name for name, _ in builds), *(other.name for other in others)]
+    if len(set(names)) < len(names):
+        raise click.UsageError(f"names have to differ: {', '.join(names)}")
     for other in others:
         ensure_it_limits(other.address, domain, key)
     asked = request([(key, value)], domain=domain)
     with running_servers() as servers:
-        sidecars = [("this sidecar", Build()), *builds]
+        sidecars = [(OURS, Build()), *builds]
         targets = [Target(sidecar(servers, name, build, domain, key), asked) for name, build in sidecars]
         targets += [Target(other, asked) for other in others]
         for target in targets:

@@ -106,3 +106,9 @@ def test_a_folder_without_a_build_is_refused(tmp_path: Path) -> None:
     run = CliRunner().invoke(main, ["--build", f"before={tmp_path}"])
     assert run.exit_code == 2
     assert "holds no package ratelimit_sidecar: run 'make compile'" in run.output
+
+
+def test_two_servers_of_one_name_are_refused() -> None:
+    run = CliRunner().invoke(main, ["a=127.0.0.1:1", "a=127.0.0.1:2"])
+    assert run.exit_code == 2
+    assert "names have to differ: this sidecar, a, a" in run.output
