@@ -1,6 +1,7 @@
 """`python -m benchmarks.front_end`: requests a second and latency of the whole server, beside an empty handler.
 
-The base is an empty handler on the same front end, in the same round; grpc.aio's is an echo. The sidecar replicates to
+The base is the same front end with a handler that returns a constant, in the same round; grpc.aio's is an echo. The
+sidecar replicates to
 two live peers, which run beside it on the same cores. h2load and servers share the machine.
 """
 
@@ -11,18 +12,11 @@ from functools import partial
 
 import click
 
-from benchmarks.serving.h2load import LOADS, Load, grpc_load
+from benchmarks.serving.h2load import LOADS
+from benchmarks.serving.measures import in_lock_step
 from benchmarks.serving.requests import DENIED, ONE_DESCRIPTOR, TWO_OF_THREE
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
-from benchmarks.serving.servers import Server, running_servers
-
-
-def measure(server: Server, request: bytes, load: Load, seconds: float) -> Figures:
-    """The processor time is the server's alone: it says what a request costs, however busy the machine is."""
-    cpu_seconds = server.cpu_seconds
-    measured = grpc_load(server.address, request, load, seconds)
-    cpu_us = (server.cpu_seconds - cpu_seconds) * 1e6 / (measured.per_second * seconds)
-    return {"requests/s": measured.per_second, "mean us": measured.mean_us, "CPU us": cpu_us}
+from benchmarks.serving.servers import running_servers
 
 
 @click.command()
@@ -43,7 +37,7 @@ def main(rounds: int, seconds: float, as_json: bool) -> None:
         results = []
         for load in LOADS:
             variants: dict[str, Callable[[], Figures]] = {
-                name: partial(measure, server, request, load, seconds) for name, (server, request) in targets.items()
+                name: partial(in_lock_step, server, asked, load, seconds) for name, (server, asked) in targets.items()
             }
             results += alternate(f"{load} connections x streams", variants, rounds)
     print_results(results, as_json=as_json)

@@ -1,9 +1,8 @@
-"""A server that answers every RateLimitRequest with the same bytes: what a front end costs by itself.
+"""A server that answers every RateLimitRequest without a decision: what a front end costs by itself.
 
     python -m benchmarks.serving.empty_handler h2|grpcio ADDRESS
 
-On h2 it is the barest ASGI application that speaks gRPC, on the same server with the same settings as the sidecar's,
-and the answer has the size of a real one. On grpcio it is an echo.
+On h2, the sidecar's own front end, a constant of the size of a real answer; on grpcio an echo.
 """
 
 from __future__ import annotations
@@ -11,45 +10,38 @@ from __future__ import annotations
 import asyncio
 import sys
 
-import h2corn
 import uvloop
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
-from benchmarks.serving.requests import METHOD, framed
+from benchmarks.serving.requests import METHOD
+from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import server_config
-from ratelimit_sidecar.server.hosting import Hosting
+from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.rpc import Metadata
 
 _LIMIT = RateLimitResponse.RateLimit(requests_per_unit=100_000_000, unit="MINUTE")
 _STATUS = RateLimitResponse.DescriptorStatus(code="OK", current_limit=_LIMIT, limit_remaining=99_999_999)
 ANSWER: bytes = RateLimitResponse(overall_code="OK", statuses=[_STATUS]).SerializeToString()
 
-_START: h2corn.HTTPResponseStart = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [(b"content-type", b"application/grpc")],
-    "trailers": True,
-}
-_BODY: h2corn.HTTPResponseBody = {"type": "http.response.body", "body": framed(ANSWER)}
-_END: h2corn.HTTPResponseTrailers = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
+
+def constant(_request: bytes, _metadata: Metadata) -> bytes:
+    return ANSWER
 
 
-async def _application(scope: h2corn.Scope, receive: h2corn.Receive, send: h2corn.Send) -> None:
-    """Reads the body and answers."""
-    while (await receive()).get("more_body"):
-        pass
-    await send(_START)
-    await send(_BODY)
-    await send(_END)
+def echo(request: bytes, _metadata: Metadata) -> bytes:
+    return request
 
 
-async def main(front_end: str, address: str) -> None:
-    if front_end == "grpcio":
-        server: Hosting | GrpcioFrontEnd = GrpcioFrontEnd({METHOD: lambda request, _metadata: request}, [address])
-    else:
-        server = Hosting(_application, [address], server_config())
-    await server.start()
-    await server.serve()
+def front_end_at(kind: str, address: str) -> FrontEnd:
+    if kind == "grpcio":
+        return GrpcioFrontEnd({METHOD: echo}, [address])
+    return H2FrontEnd({METHOD: constant}, [address])
+
+
+async def main(kind: str, address: str) -> None:
+    front_end = front_end_at(kind, address)
+    await front_end.start()
+    await front_end.serve()
 
 
 if __name__ == "__main__":

@@ -11,22 +11,40 @@ import random
 import select
 import selectors
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from benchmarks.serving.frames import (
+    ACK,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEAD_BYTES,
+    HEADERS,
+    PING,
+    RST_STREAM,
+    SETTINGS,
+    Headers,
+    authority,
+    connect,
+    frame,
+    frame_head,
+    greeting,
+    header_block,
+)
 from benchmarks.serving.h2load import Load, LoadFailed
-from benchmarks.serving.requests import METHOD, framed, request
+from benchmarks.serving.requests import framed, request
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _END_HEADERS, _ACK = 0x1, 0x4, 0x1
-_FRAME_BYTES = 9
-_MAX_WINDOW = 2**31 - 1
 _READ_BYTES = 1 << 18
+
+_ADMITTED = b"\x08\x01"
+"""How a RateLimitResponse begins whose overall code is OK: field 1, value 1."""
+_MESSAGE_AT = HEAD_BYTES + 5
+"""In a DATA frame that begins a gRPC message."""
 
 ANSWER_WITHIN_SECONDS = 10.0
 
@@ -64,10 +82,12 @@ def _body_of_numbers(rule: str, descriptors: int) -> bytes:
 class Answered:
     """Args:
     latencies_ns: of each answer, in the order they came.
+    admitted: how many of the answers admit the request; the others deny it, or are an error.
     """
 
     seconds: float
     latencies_ns: list[int]
+    admitted: int
 
     @property
     def per_second(self) -> float:
@@ -91,23 +111,23 @@ class _Connection:
 
 
 class Generator:
-    """Holds the connections; `with Generator(address, Load(2, 16)) as generator: generator.run(...)`."""
+    """Holds the connections; `with Generator(address, Load(2, 16)) as generator: generator.run(...)`.
 
-    def __init__(self, address: str, load: Load) -> None:
+    Args:
+        headers: sent with every request, besides those of gRPC.
+    """
+
+    def __init__(self, address: str, load: Load, headers: Headers = ()) -> None:
         self._streams = load.streams
-        authority = "localhost" if address.startswith("unix:") else address
-        block = _header_block(authority)
-        self._head = _frame_head(len(block), _HEADERS, _END_HEADERS), block
+        block = header_block(authority(address), headers)
+        self._head = frame_head(len(block), HEADERS, END_HEADERS), block
         self._selector = selectors.DefaultSelector()
-        self._connections = [_Connection(_connect(address)) for _ in range(load.connections)]
+        self._connections = [_Connection(connect(address)) for _ in range(load.connections)]
         for connection in self._connections:
-            connection.socket.sendall(
-                _PREFACE
-                + _frame(_SETTINGS, 0, 0, struct.pack(">HI", 4, _MAX_WINDOW))
-                + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _MAX_WINDOW - 65_535))
-            )
+            connection.socket.sendall(greeting())
             self._selector.register(connection.socket, selectors.EVENT_READ, connection)
         self._latencies_ns: list[int] = []
+        self._admitted = 0
 
     def __enter__(self) -> Generator:
         return self
@@ -128,6 +148,7 @@ class Generator:
             LoadFailed: a request was refused, or the server has gone.
         """
         self._latencies_ns = []
+        self._admitted = 0
         began_ns = time.perf_counter_ns()
         ends_ns = began_ns + int((ANSWER_WITHIN_SECONDS * 1_000 if seconds is None else seconds) * 1e9)
         with suppress(StopIteration):
@@ -139,7 +160,7 @@ class Generator:
             if time.perf_counter_ns() > deadline_ns:
                 raise LoadFailed(f"requests without an answer after {ANSWER_WITHIN_SECONDS:g} s")
             self._receive(0.5)
-        return Answered(elapsed * len(self._latencies_ns) / max(1, in_time), self._latencies_ns)
+        return Answered(elapsed * len(self._latencies_ns) / max(1, in_time), self._latencies_ns, self._admitted)
 
     def _send_until(self, ends_ns: int, body: Body, rate: float | None) -> None:
         began_ns = time.perf_counter_ns()
@@ -154,9 +175,12 @@ class Generator:
                 ought = int((now_ns - began_ns) * rate / 1e9) + 1
                 due_ns.extend(began_ns + int(number * 1e9 / rate) for number in range(sent, ought))
                 sent = ought
+                # Each connection gets the same share, and another one is the first each time.
+                self._connections.append(self._connections.pop(0))
+                share = -(-len(due_ns) // len(self._connections))
                 for connection in self._connections:
                     free = self._streams - len(connection.began_ns)
-                    self._send(connection, body, [due_ns.popleft() for _ in range(min(free, len(due_ns)))])
+                    self._send(connection, body, [due_ns.popleft() for _ in range(min(free, share, len(due_ns)))])
                 next_due_ns = min(began_ns + int(sent * 1e9 / rate), ends_ns)
                 # The selector waits for whole milliseconds, this for microseconds.
                 wait_seconds = max(0, next_due_ns - time.perf_counter_ns()) / 1e9
@@ -178,7 +202,7 @@ class Generator:
                     raise
                 break
             number = stream.to_bytes(4, "big")
-            parts += head, number, block, _frame_head(len(message), _DATA, _END_STREAM), number, message
+            parts += head, number, block, frame_head(len(message), DATA, END_STREAM), number, message
             connection.began_ns[stream] = due
             stream += 2
         connection.next_stream = stream
@@ -197,57 +221,20 @@ class Generator:
     def _read_frames(self, connection: _Connection, data: bytes) -> None:
         now_ns = time.perf_counter_ns()
         at, end = 0, len(data)
-        while end - at >= _FRAME_BYTES:
-            after = at + _FRAME_BYTES + (data[at] << 16 | data[at + 1] << 8 | data[at + 2])
+        while end - at >= HEAD_BYTES:
+            after = at + HEAD_BYTES + (data[at] << 16 | data[at + 1] << 8 | data[at + 2])
             if after > end:
                 break
             kind, flags = data[at + 3], data[at + 4]
-            if kind == _HEADERS and flags & _END_STREAM:
+            if kind == DATA:
+                self._admitted += data[at + _MESSAGE_AT : at + _MESSAGE_AT + len(_ADMITTED)] == _ADMITTED
+            elif kind == HEADERS and flags & END_STREAM:
                 stream = int.from_bytes(data[at + 5 : at + 9], "big")
                 self._latencies_ns.append(now_ns - connection.began_ns.pop(stream))
-            elif kind in (_RST_STREAM, _GOAWAY):
+            elif kind in (RST_STREAM, GOAWAY):
                 raise LoadFailed(f"the server has refused a request (frame of type {kind})")
-            elif kind in (_SETTINGS, _PING) and not flags & _ACK:
-                payload = data[at + _FRAME_BYTES : after] if kind == _PING else b""
-                connection.socket.sendall(_frame(kind, _ACK, 0, payload))
+            elif kind in (SETTINGS, PING) and not flags & ACK:
+                payload = data[at + HEAD_BYTES : after] if kind == PING else b""
+                connection.socket.sendall(frame(kind, ACK, 0, payload))
             at = after
         connection.buffer = data[at:]
-
-
-def _connect(address: str) -> socket.socket:
-    if address.startswith("unix:"):
-        connected = socket.socket(socket.AF_UNIX)
-        connected.connect(address.removeprefix("unix:"))
-        return connected
-    host, _, port = address.rpartition(":")
-    connected = socket.create_connection((host.strip("[]"), int(port)))
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return connected
-
-
-def _header_block(authority: str) -> bytes:
-    """In HPACK (RFC 7541), with names of its static table and nothing added to the dynamic one."""
-    post, http, authority_index, path_index = 0x83, 0x86, 1, 4
-    content_type = b"\x0f" + bytes((31 - 15,)) + _string(b"application/grpc")
-    te = b"\x00" + _string(b"te") + _string(b"trailers")
-    return (
-        bytes((post, http, path_index))
-        + _string(METHOD.encode())
-        + bytes((authority_index,))
-        + _string(authority.encode())
-        + content_type
-        + te
-    )
-
-
-def _string(text: bytes) -> bytes:
-    assert len(text) < 127
-    return bytes((len(text),)) + text
-
-
-def _frame_head(length: int, kind: int, flags: int) -> bytes:
-    return length.to_bytes(3, "big") + bytes((kind, flags))
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return _frame_head(len(payload), kind, flags) + stream.to_bytes(4, "big") + payload

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.serving.frames import Headers
 from benchmarks.serving.requests import METHOD, framed
 
 _UNITS_US = {"us": 1.0, "ms": 1e3, "s": 1e6}
@@ -38,18 +39,29 @@ class Measured:
 
     Args:
         percentiles_us: of the time to the answer, by percent; empty unless asked for.
+        data_bytes: of the answer to a request, on average; an error of gRPC has none.
     """
 
     per_second: float
     mean_us: float
     percentiles_us: dict[float, float]
+    data_bytes: float
 
 
-def grpc_load(address: str, request: bytes, load: Load, seconds: float, percents: tuple[float, ...] = ()) -> Measured:
+def grpc_load(
+    address: str,
+    request: bytes,
+    load: Load,
+    seconds: float,
+    percents: tuple[float, ...] = (),
+    *,
+    headers: Headers = (),
+) -> Measured:
     """Calls of ShouldRateLimit with one request.
 
     Args:
         address: `host:port` or `unix:/path`.
+        headers: besides those of gRPC.
         percents: percentiles to tell; h2load then writes a line for every request, which slows it down.
 
     Raises:
@@ -60,7 +72,9 @@ def grpc_load(address: str, request: bytes, load: Load, seconds: float, percents
     with tempfile.TemporaryDirectory() as folder:
         body = Path(folder, "body")
         body.write_bytes(framed(request))
-        options = ["--data", str(body), "--header", "content-type: application/grpc", "--header", "te: trailers"]
+        options = ["--data", str(body)]
+        for name, value in (("content-type", "application/grpc"), ("te", "trailers"), *headers):
+            options += ["--header", f"{name}: {value}"]
         return _run([*options, *target], load, seconds, percents, Path(folder))
 
 
@@ -83,10 +97,14 @@ def _run(arguments: list[str], load: Load, seconds: float, percents: tuple[float
     rate = re.search(r"finished in .*?, ([\d.]+) req/s", done.stdout)
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", done.stdout)
     mean = re.search(r"time for request:\s+\S+\s+\S+\s+([\d.]+)(us|ms|s)", done.stdout)
-    if rate is None or counts is None or mean is None or int(counts[1]) == 0 or int(counts[2]) + int(counts[3]) > 0:
+    data = re.search(r"\((\d+)\) data", done.stdout)
+    if rate is None or counts is None or mean is None or data is None:
+        raise LoadFailed(f"h2load: {done.stdout[-1_000:]}{done.stderr[-500:]}")
+    if int(counts[1]) == 0 or int(counts[2]) + int(counts[3]) > 0:
         raise LoadFailed(f"h2load: {done.stdout[-1_000:]}{done.stderr[-500:]}")
     percentiles = _percentiles(log, percents) if percents else {}
-    return Measured(float(rate[1]), float(mean[1]) * _UNITS_US[mean[2]], percentiles)
+    mean_us = float(mean[1]) * _UNITS_US[mean[2]]
+    return Measured(float(rate[1]), mean_us, percentiles, int(data[1]) / int(counts[1]))
 
 
 def _percentiles(log: Path, percents: tuple[float, ...]) -> dict[float, float]:

@@ -62,6 +62,10 @@ TWO_OF_THREE = request(
 DENIED = request([("denied", "acme")])
 
 
+UNSAMPLED = (("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"),)
+"""Headers of a request whose caller traces, and has decided not to sample this one (W3C Trace Context)."""
+
+
 def framed(message: bytes) -> bytes:
     """As gRPC puts it on a stream: flags, length, message."""
     return struct.pack(">BI", 0, len(message)) + message

@@ -42,7 +42,8 @@ class Result:
     """One figure of one variant over all rounds.
 
     Args:
-        ratio: to the same figure of the base in the same round; None when the base has none, or it was zero.
+        ratio: to the same figure of the base in the same round, or the base's to it; None where there is no divisor, or
+            it was zero.
     """
 
     group: str
@@ -64,8 +65,14 @@ class Result:
         }
 
 
-def alternate(group: str, variants: Mapping[str, Callable[[], Figures]], rounds: int) -> list[Result]:
-    """Measure all variants `rounds` times in turn, in an order drawn anew for each round; the first one is the base."""
+def alternate(
+    group: str, variants: Mapping[str, Callable[[], Figures]], rounds: int, *, of_base: bool = False
+) -> list[Result]:
+    """Measure all variants `rounds` times in turn, in an order drawn anew for each round; the first one is the base.
+
+    Args:
+        of_base: ratios are the base's figures to the variant's, in place of the variant's to the base's.
+    """
     measured: dict[str, list[Figures]] = {name: [] for name in variants}
     order = list(variants)
     shuffle = random.Random(1).shuffle
@@ -76,21 +83,20 @@ def alternate(group: str, variants: Mapping[str, Callable[[], Figures]], rounds:
             measured[name].append(variants[name]())
     _progress("")
     base = measured[next(iter(variants))]
-    return [
-        Result(
-            group,
-            name,
-            figure,
-            Spread.of([of_round[figure] for of_round in figures]),
-            _ratio([of_round[figure] for of_round in figures], [of_base.get(figure, 0.0) for of_base in base]),
-        )
-        for name, figures in measured.items()
-        for figure in figures[0]
-    ]
+    results = []
+    for name, of_rounds in measured.items():
+        for figure in of_rounds[0]:
+            values = [of_round[figure] for of_round in of_rounds]
+            base_values = [of_round.get(figure, 0.0) for of_round in base]
+            ratio = _ratio(base_values, values) if of_base else _ratio(values, base_values)
+            results.append(Result(group, name, figure, Spread.of(values), ratio))
+    return results
 
 
-def _ratio(values: Sequence[float], base: Sequence[float]) -> Spread | None:
-    return Spread.of([value / of_base for value, of_base in zip(values, base, strict=True)]) if all(base) else None
+def _ratio(values: Sequence[float], others: Sequence[float]) -> Spread | None:
+    if not all(others):
+        return None
+    return Spread.of([value / other for value, other in zip(values, others, strict=True)])
 
 
 Command = TypeVar("Command", bound=Callable[..., None])

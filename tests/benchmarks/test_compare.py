@@ -1,15 +1,24 @@
-"""The comparison measures decisions only: a server that has no limit for what it is asked, or denies it, is refused."""
+"""The comparison measures decisions only: a server that has no limit for what it is asked, or denies it, is refused.
+
+What is compared is asked for the same in the same ways; processor time is measured where the process is known.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
-from benchmarks.compare import RULES, ensure_it_admits, ensure_it_limits
+from benchmarks.compare import RULES, ensure_it_admits, ensure_it_limits, main
+from benchmarks.serving.options import RunningServer
 from benchmarks.serving.requests import ONE_DESCRIPTOR, request
-from benchmarks.serving.servers import Servers, running_servers
+from benchmarks.serving.servers import Server, Servers, running_servers
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +54,61 @@ def test_the_error_of_a_server_that_answers_with_one_is_told(servers: Servers) -
     sidecar = servers.sidecar("error", rules=RULES.format(domain="benchmark", key="tenant"))
     with pytest.raises(click.ClickException, match="does not answer: INVALID_ARGUMENT: "):
         ensure_it_admits(sidecar.address, b"\xff")
+
+
+def test_another_server_is_given_by_its_address_and_may_have_a_name_and_a_process() -> None:
+    pid = os.getpid()
+    for given, expected in {
+        "127.0.0.1:8081": Server("127.0.0.1:8081", "127.0.0.1:8081"),
+        f"limitador=[::1]:8081@{pid}": Server("limitador", "[::1]:8081", pid=pid),
+        f"a=unix:/run/a@b.sock@{pid}": Server("a", "unix:/run/a@b.sock", pid=pid),
+        "unix:/run/a.sock": Server("unix:/run/a.sock", "unix:/run/a.sock"),
+    }.items():
+        assert RunningServer().convert(given, None, None) == expected
+    for wrong, why in {"8081": "is not", "a=127.0.0.1:8081@99999999": "no process 99999999"}.items():
+        with pytest.raises(click.BadParameter, match=why):
+            RunningServer().convert(wrong, None, None)
+
+
+def test_this_sidecar_another_build_and_another_server_are_asked_in_both_ways(servers: Servers) -> None:
+    other = servers.sidecar("other", rules=RULES.format(domain="benchmark", key="tenant"))
+    checkout = Path(__file__).parents[2]
+    options = ["--rounds", "1", "--seconds", "0.1", "--rate", "500", "--json", "--echo"]
+    options += [f"other={other.address}@{other.pid}", f"unknown={other.address}"]
+    if (checkout / ".venv").exists():
+        options += ["--build", f"before={checkout}"]
+    run = CliRunner().invoke(main, options)
+    assert run.exit_code == 0, run.output
+    figures = defaultdict(set)
+    for result in json.loads(run.stdout):
+        figures[result["group"].partition(",")[0], result["variant"]].add(result["figure"])
+        assert result["median"] > 0
+        assert result["ratio"] > 0
+    when_due = {"requests/s", "p50 us", "p99 us"}
+    names = {"this sidecar", "other", "grpc.aio echo"} | ({"before"} if "--build" in options else set())
+    assert figures == {
+        **{("in lock-step", name): when_due | {"mean us", "CPU us"} for name in names},
+        **{("when due", name): when_due | {"CPU us"} for name in names},
+        ("in lock-step", "unknown"): when_due | {"mean us"},
+        ("when due", "unknown"): when_due,
+    }
+
+
+def test_a_server_whose_limit_is_used_up_by_the_load_has_no_figures(servers: Servers) -> None:
+    narrow = RULES.format(domain="benchmark", key="tenant").replace("100000000", "400").replace("minute", "day")
+    other = servers.sidecar("narrow-later", rules=narrow)
+    run = CliRunner().invoke(main, ["--rounds", "1", "--seconds", "0.1", other.address])
+    assert run.exit_code == 1
+    assert "needs a wider limit" in run.output
+
+
+def test_a_folder_without_a_build_is_refused(tmp_path: Path) -> None:
+    run = CliRunner().invoke(main, ["--build", f"before={tmp_path}"])
+    assert run.exit_code == 2
+    assert "holds no package ratelimit_sidecar: run 'make compile'" in run.output
+
+
+def test_two_servers_of_one_name_are_refused() -> None:
+    run = CliRunner().invoke(main, ["a=127.0.0.1:1", "a=127.0.0.1:2"])
+    assert run.exit_code == 2
+    assert "names have to differ: this sidecar, a, a" in run.output

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
@@ -13,7 +16,7 @@ from benchmarks.serving.generator import Generator, each, uniform
 from benchmarks.serving.h2load import Load
 from benchmarks.serving.requests import DOMAIN, RULES
 from benchmarks.serving.rounds import Figures, Result, Spread, alternate, print_results
-from benchmarks.serving.servers import Servers, running_servers
+from benchmarks.serving.servers import Servers, running_servers, wait_until
 
 
 def giving(*values: float) -> Callable[[], Figures]:
@@ -32,6 +35,8 @@ def test_the_ratio_is_taken_within_each_round_so_that_a_slow_moment_for_both_doe
     assert half.ratio == Spread(0.5, 0.5, 0.5, 0.5)
     assert half.value == Spread(median=50, low=27.5, high=50, largest=50)
     assert only(results, "base").value.median == 100
+    of_base = alternate("load", {"base": giving(100, 10), "half": giving(50, 5)}, rounds=2, of_base=True)
+    assert only(of_base, "half").ratio == Spread(2, 2, 2, 2)
 
 
 def test_a_figure_that_was_zero_in_the_base_or_is_not_there_has_no_ratio() -> None:
@@ -98,4 +103,31 @@ def test_at_a_rate_latency_counts_from_when_a_request_was_due(servers: Servers) 
 
 def test_the_empty_handler_answers_the_same_load(servers: Servers) -> None:
     with Generator(servers.empty_handler("h2").address, Load(1, 4)) as generator:
-        assert len(generator.run(each(20), None).latencies_ns) == 20
+        answered = generator.run(each(20), None)
+    assert (len(answered.latencies_ns), answered.admitted) == (20, 20)
+
+
+def test_a_denial_is_an_answer_that_does_not_admit(servers: Servers) -> None:
+    sidecar = servers.sidecar("denies", rules=RULES)
+    with Generator(sidecar.address, Load(1, 4)) as generator:
+        answered = generator.run(each(20, "denied"), None)
+        assert (len(answered.latencies_ns), answered.admitted) == (20, 20)
+        again = generator.run(each(20, "denied"), None)
+        assert (len(again.latencies_ns), again.admitted) == (20, 0)
+
+
+def test_requests_at_a_rate_are_dealt_out_to_all_connections(servers: Servers) -> None:
+    with Generator(servers.empty_handler("h2").address, Load(4, 10)) as generator:
+        answered = generator.run(uniform(1), 0.2, rate=200)
+        sent = [connection.next_stream // 2 for connection in generator._connections]
+    assert sum(sent) == len(answered.latencies_ns)
+    assert max(sent) - min(sent) <= 4
+
+
+def test_the_processor_time_of_a_server_is_that_of_its_threads_and_children(servers: Servers) -> None:
+    spin = "import time\nwhile time.process_time() < 0.1: pass\n"
+    child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {spin + 'input()'!r}]).wait()"
+    server = servers.run("parent", [sys.executable, "-c", child], address="", stdin=subprocess.PIPE)
+    wait_until(lambda: server.cpu_seconds > 0.1)
+    own = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+    assert int(own[11]) + int(own[12]) < 10, "that many ticks are 0.1 s"
