@@ -3,7 +3,8 @@
 Whatever is owed to such a client has to be kept somewhere: answers, acknowledgements of pings. A server is bounded when
 it stops reading from it, or ends the connection. Sent are, each over connections of its own:
 
-- calls, with as much window as there can be, so that only the sockets' buffers hold up the answers;
+- calls, with as much window as there can be, so that only the sockets' buffers hold up the answers: some megabytes of
+  the kernel's for each connection, so this takes a while;
 - calls, with a window of nothing, so that no answer may be sent at all;
 - pings and settings, which are acknowledged without any window.
 
@@ -177,7 +178,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
 @click.command()
 @server_option
 @click.option("--connections", default=4, show_default=True, type=click.IntRange(1), help="That send, at once.")
-@click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(1), help="The longest for each kind.")
+@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(1), help="The longest for each kind.")
 @click.option(
     "--patience", default=3.0, show_default=True, help="Seconds without anything taken: the server has stopped reading."
 )
