@@ -17,7 +17,7 @@ from benchmarks.serving.rounds import Figures
 from benchmarks.serving.servers import Server
 
 PERCENTS = (50, 99)
-PERCENTILES_FOR_SECONDS = 0.3
+PERCENTILES_FOR_SECONDS = 0.5
 
 CPU = "CPU us"
 """Of a request. Only of servers whose process is known."""

@@ -73,7 +73,7 @@ def test_another_server_is_given_by_its_address_and_may_have_a_name_and_a_proces
 def test_this_sidecar_another_build_and_another_server_are_asked_in_both_ways(servers: Servers) -> None:
     other = servers.sidecar("other", rules=RULES.format(domain="benchmark", key="tenant"))
     checkout = Path(__file__).parents[2]
-    options = ["--rounds", "1", "--seconds", "0.1", "--rate", "500", "--json", "--echo"]
+    options = ["--rounds", "1", "--seconds", "0.5", "--rate", "500", "--json", "--echo"]
     options += [f"other={other.address}@{other.pid}", f"unknown={other.address}"]
     if (checkout / ".venv").exists():
         options += ["--build", f"before={checkout}"]

@@ -121,7 +121,7 @@ def test_requests_at_a_rate_are_dealt_out_to_all_connections(servers: Servers) -
         answered = generator.run(uniform(1), 0.2, rate=200)
         sent = [connection.next_stream // 2 for connection in generator._connections]
     assert sum(sent) == len(answered.latencies_ns)
-    assert max(sent) - min(sent) <= 4
+    assert min(sent) >= len(answered.latencies_ns) // 8
 
 
 def test_the_processor_time_of_a_server_is_that_of_its_threads_and_children(servers: Servers) -> None:
