@@ -175,8 +175,9 @@ class Generator:
                 ought = int((now_ns - began_ns) * rate / 1e9) + 1
                 due_ns.extend(began_ns + int(number * 1e9 / rate) for number in range(sent, ought))
                 sent = ought
-                # Each connection gets the same share, and another one is the first each time.
-                self._connections.append(self._connections.pop(0))
+                # Each connection gets the same share, and another one is the first each time that anything is sent.
+                if due_ns:
+                    self._connections.append(self._connections.pop(0))
                 share = -(-len(due_ns) // len(self._connections))
                 for connection in self._connections:
                     free = self._streams - len(connection.began_ns)
