@@ -8,7 +8,7 @@ for the tests that are run again on the result; the image has it as well.
 import os
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 COMPILED = (
     "clock.py",
@@ -39,12 +39,31 @@ COMPILED = (
     "telemetry/traces.py",
 )
 
+NGHTTP2 = Path("third_party/nghttp2/lib")
+
+NATIVE_HTTP2 = Extension(
+    "ratelimit_sidecar.server.native_http2",
+    ["ratelimit_sidecar/server/native_http2.pyx", *sorted(map(str, NGHTTP2.glob("*.c")))],
+    include_dirs=[str(NGHTTP2), str(NGHTTP2 / "includes")],
+    define_macros=[
+        ("NGHTTP2_STATICLIB", None),
+        ("HAVE_ARPA_INET_H", None),
+        ("HAVE_NETINET_IN_H", None),
+        ("HAVE_CLOCK_GETTIME", None),
+        ("HAVE_DECL_CLOCK_MONOTONIC", "1"),
+    ],
+    extra_compile_args=["-O3", "-fvisibility=hidden"],
+)
+"""HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it."""
+
 if os.environ.get("RATELIMIT_SIDECAR_COMPILE") == "1":
+    from Cython.Build import cythonize
     from mypyc.build import mypycify
 
     sources = [file for pattern in COMPILED for file in sorted(map(str, Path("ratelimit_sidecar").glob(pattern)))]
     # `make lint` checks the types, with all stubs and plugins at hand; here they may be missing.
     extensions = mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
+    extensions += cythonize([NATIVE_HTTP2], build_dir="build")
 else:
     extensions = []
 

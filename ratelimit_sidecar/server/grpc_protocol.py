@@ -207,7 +207,7 @@ class GrpcProtocol:
 
     def _answer(self, call: Call) -> None:
         try:
-            response = call.handler(call.message, call.headers)
+            response = call.handler(call.message, call.request)
         except RpcError as error:
             self._connection.refuse(call, error)
         except Exception as failure:

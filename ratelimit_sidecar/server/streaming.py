@@ -28,8 +28,7 @@ class StreamingCall:
         self._failures = failures
         self._flush = flush
         self._reader = MessageReader()
-        self._unacknowledged = 0
-        self._client_is_done = opened.ended
+        self._client_is_done = False
         self._changed = asyncio.Event()
         """Bytes have come, the client is done, or it may have taken some of what was sent."""
 
@@ -37,7 +36,7 @@ class StreamingCall:
         """Call the handler until it ends. To be cancelled when the client has given up."""
         error: RpcError | None = None
         try:
-            async with aclosing(self._opened.method.handler(self._messages(), self._opened.headers)) as responses:
+            async with aclosing(self._opened.method.handler(self._messages(), self._opened.request)) as responses:
                 async for response in responses:
                     self._connection.send(self._opened.stream_id, response)
                     self._flush()
@@ -46,19 +45,16 @@ class StreamingCall:
             error = refused
         except Exception as failure:
             error = self._failures.status_of(self._opened.path, failure)
-        finally:
-            self._acknowledge(self._unacknowledged)
         self.finish(error)
 
     def finish(self, error: RpcError | None) -> None:
         """End the call with a status; later ones are ignored."""
-        self._connection.finish(self._opened.stream_id, error, self._client_is_done)
+        self._connection.finish(self._opened.stream_id, error)
         self._flush()
 
     def feed(self, data: bytes, ended: bool) -> None:
         """Take a part of the body."""
         self._reader.feed(data)
-        self._unacknowledged += len(data)
         self._client_is_done = self._client_is_done or ended
         self._changed.set()
 
@@ -72,7 +68,8 @@ class StreamingCall:
             if message is not None:
                 yield message
                 # The handler wants more: the client may send as much again.
-                self._acknowledge(PREFIX_BYTES + len(message))
+                self._connection.acknowledge(self._opened.stream_id, PREFIX_BYTES + len(message))
+                self._flush()
             elif self._client_is_done:
                 if not self._reader.is_empty:
                     raise RpcError(Code.INTERNAL, "the last message is cut short")
@@ -85,9 +82,3 @@ class StreamingCall:
         while self._connection.unsent(self._opened.stream_id) > MAX_UNSENT_BYTES:
             self._changed.clear()
             await self._changed.wait()
-
-    def _acknowledge(self, count: int) -> None:
-        if count:
-            self._unacknowledged -= count
-            self._connection.acknowledge(self._opened.stream_id, count)
-            self._flush()

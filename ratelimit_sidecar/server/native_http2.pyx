@@ -1,0 +1,789 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+"""HTTP/2 for `http2.Connection`, on libnghttp2 in C: what it needs of a server's session, and no more.
+
+`portable_http2` is the same on the package ngh2, for where nothing could be compiled; a test holds the two to each other.
+A request's headers stay one block of memory until somebody looks at them, and an answer is one call.
+
+Safety. nghttp2 calls back while it parses or writes; a callback never raises, and one that fails makes nghttp2 fail with
+it, which ends the session. `_requests` owns the requests of open streams; nghttp2 only borrows them.
+"""
+
+cimport cython
+from collections import deque
+from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcmp, memcpy
+
+cdef extern from "nghttp2/nghttp2.h":
+    ctypedef ptrdiff_t nghttp2_ssize
+    ctypedef struct nghttp2_session:
+        pass
+    ctypedef struct nghttp2_session_callbacks:
+        pass
+    ctypedef struct nghttp2_option:
+        pass
+    ctypedef struct nghttp2_frame_hd:
+        size_t length
+        int32_t stream_id
+        uint8_t type
+        uint8_t flags
+    ctypedef struct nghttp2_headers:
+        int cat
+    ctypedef struct nghttp2_ping:
+        uint8_t opaque_data[8]
+    ctypedef struct nghttp2_goaway:
+        int32_t last_stream_id
+        uint32_t error_code
+    ctypedef union nghttp2_frame:
+        nghttp2_frame_hd hd
+        nghttp2_headers headers
+        nghttp2_ping ping
+        nghttp2_goaway goaway
+    ctypedef struct nghttp2_nv:
+        uint8_t *name
+        uint8_t *value
+        size_t namelen
+        size_t valuelen
+        uint8_t flags
+    ctypedef struct nghttp2_settings_entry:
+        int32_t settings_id
+        uint32_t value
+    ctypedef union nghttp2_data_source:
+        int fd
+        void *ptr
+    ctypedef nghttp2_ssize (*nghttp2_data_source_read_callback2)(
+        nghttp2_session *session, int32_t stream_id, uint8_t *buf, size_t length, uint32_t *data_flags,
+        nghttp2_data_source *source, void *user_data) noexcept
+    ctypedef struct nghttp2_data_provider2:
+        nghttp2_data_source source
+        nghttp2_data_source_read_callback2 read_callback
+
+    int NGHTTP2_DATA, NGHTTP2_HEADERS, NGHTTP2_RST_STREAM, NGHTTP2_SETTINGS, NGHTTP2_PING, NGHTTP2_GOAWAY
+    int NGHTTP2_FLAG_NONE, NGHTTP2_FLAG_END_STREAM, NGHTTP2_FLAG_ACK
+    int NGHTTP2_HCAT_REQUEST
+    int NGHTTP2_DATA_FLAG_EOF, NGHTTP2_DATA_FLAG_NO_END_STREAM
+    int NGHTTP2_NV_FLAG_NO_COPY_NAME, NGHTTP2_NV_FLAG_NO_COPY_VALUE
+    int NGHTTP2_ERR_CALLBACK_FAILURE, NGHTTP2_ERR_DEFERRED, NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
+    int NGHTTP2_ERR_FLOODED, NGHTTP2_ERR_TOO_MANY_CONTINUATIONS, NGHTTP2_ERR_BAD_CLIENT_MAGIC
+    int NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE
+    int NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
+
+    int nghttp2_session_callbacks_new(nghttp2_session_callbacks **callbacks)
+    void nghttp2_session_callbacks_del(nghttp2_session_callbacks *callbacks)
+    void nghttp2_session_callbacks_set_on_begin_headers_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_header_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, const nghttp2_frame *, const uint8_t *, size_t, const uint8_t *, size_t,
+                        uint8_t, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_invalid_header_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, const nghttp2_frame *, const uint8_t *, size_t, const uint8_t *, size_t,
+                        uint8_t, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, uint8_t, int32_t, const uint8_t *, size_t, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_frame_recv_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_frame_send_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_stream_close_callback(
+        nghttp2_session_callbacks *callbacks,
+        int (*callback)(nghttp2_session *, int32_t, uint32_t, void *) noexcept)
+    int nghttp2_option_new(nghttp2_option **option)
+    void nghttp2_option_del(nghttp2_option *option)
+    void nghttp2_option_set_no_auto_window_update(nghttp2_option *option, int value)
+    void nghttp2_option_set_max_continuations(nghttp2_option *option, size_t value)
+    void nghttp2_option_set_stream_reset_rate_limit(nghttp2_option *option, uint64_t burst, uint64_t rate)
+    int nghttp2_session_server_new2(nghttp2_session **session, const nghttp2_session_callbacks *callbacks,
+                                    void *user_data, const nghttp2_option *option)
+    void nghttp2_session_del(nghttp2_session *session)
+    nghttp2_ssize nghttp2_session_mem_recv2(nghttp2_session *session, const uint8_t *data, size_t length)
+    nghttp2_ssize nghttp2_session_mem_send2(nghttp2_session *session, const uint8_t **data)
+    int nghttp2_session_want_read(nghttp2_session *session)
+    int nghttp2_session_want_write(nghttp2_session *session)
+    int nghttp2_session_consume(nghttp2_session *session, int32_t stream_id, size_t size)
+    int nghttp2_session_set_stream_user_data(nghttp2_session *session, int32_t stream_id, void *user_data)
+    void *nghttp2_session_get_stream_user_data(nghttp2_session *session, int32_t stream_id)
+    int nghttp2_session_set_local_window_size(nghttp2_session *session, uint8_t flags, int32_t stream_id,
+                                              int32_t window_size)
+    int nghttp2_session_resume_data(nghttp2_session *session, int32_t stream_id)
+    int nghttp2_session_terminate_session(nghttp2_session *session, uint32_t error_code)
+    int32_t nghttp2_session_get_last_proc_stream_id(nghttp2_session *session)
+    int nghttp2_submit_settings(nghttp2_session *session, uint8_t flags, const nghttp2_settings_entry *entries,
+                                size_t count)
+    int nghttp2_submit_response2(nghttp2_session *session, int32_t stream_id, const nghttp2_nv *fields, size_t count,
+                                 const nghttp2_data_provider2 *provider)
+    int nghttp2_submit_trailer(nghttp2_session *session, int32_t stream_id, const nghttp2_nv *fields, size_t count)
+    int nghttp2_submit_rst_stream(nghttp2_session *session, uint8_t flags, int32_t stream_id, uint32_t error_code)
+    int nghttp2_submit_ping(nghttp2_session *session, uint8_t flags, const uint8_t *opaque_data)
+    int nghttp2_submit_shutdown_notice(nghttp2_session *session)
+    int nghttp2_submit_goaway(nghttp2_session *session, uint8_t flags, int32_t last_stream_id, uint32_t error_code,
+                              const uint8_t *data, size_t length)
+
+
+cdef enum:
+    ENHANCE_YOUR_CALM = 0xB
+    PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
+    FRAME_PREFIX = 5  # of a gRPC message
+    FIRST_FIELDS = 512  # bytes; the headers of an ordinary call fit
+
+
+class BrokenSession(Exception):
+    """The session has failed: nothing more can be received or sent.
+
+    Args:
+        code: of HTTP/2, for a GOAWAY.
+    """
+
+    def __init__(self, int code):
+        super().__init__(code)
+        self.code = code
+
+
+@cython.no_gc
+@cython.freelist(128)
+cdef class Request:
+    """A request and its stream. `Session.receive` returns it when its headers are complete, and again when more has come
+    while `is_wanted` is set."""
+
+    cdef readonly int stream_id
+    cdef readonly bytes path
+    """"" without a path."""
+    cdef readonly bint is_plain_call
+    """A POST of exactly `application/grpc` with `te: trailers`, not oversized: what nearly everybody sends."""
+    cdef readonly bint is_oversized
+    """Its headers are larger than may be; they are empty here."""
+    cdef readonly bint ended
+    """The client has sent all of it."""
+    cdef readonly bint lost
+    """The stream is closed: the client has reset it, or it is answered."""
+    cdef readonly bint is_answered
+    """The headers of its response were submitted."""
+    cdef public bint is_wanted
+    """Whoever sets it wants to hear of what comes later."""
+    cdef readonly Py_ssize_t header_bytes
+    """As RFC 9113 (6.5.2) counts them."""
+    cdef object _body  # bytes, or a bytearray once there is more than one part
+    cdef Py_ssize_t _unconsumed
+    cdef bint _is_listed
+    # The headers, one after another: length of name, length of value, name, value.
+    cdef char *_fields
+    cdef size_t _fields_used, _fields_size
+    cdef int _seen
+    # The response.
+    cdef bytes _message  # which is being sent
+    cdef object _messages  # those after it: a deque, once there is one
+    cdef Py_ssize_t _offset  # in _message and the prefix before it
+    cdef Py_ssize_t _unsent
+    cdef tuple _trailers
+    cdef bint _is_open, _is_finished, _is_deferred
+
+    def __cinit__(self):
+        self.path = b""
+        self._body = b""
+
+    def __dealloc__(self):
+        free(self._fields)
+
+    @property
+    def body_bytes(self):
+        """Bytes of the body that have come and were not taken."""
+        return len(self._body)
+
+    def take_body(self):
+        """What has come of the body since the last call."""
+        body = self._body
+        self._body = b""
+        return body if type(body) is bytes else bytes(body)
+
+    def __iter__(self):
+        return iter(self.headers())
+
+    def headers(self):
+        """All of them, pseudo-headers too, as pairs of bytes."""
+        cdef size_t at = 0
+        cdef uint32_t lengths[2]
+        cdef list found = []
+        while at < self._fields_used:
+            memcpy(lengths, self._fields + at, sizeof(lengths))
+            at += sizeof(lengths)
+            found.append((
+                PyBytes_FromStringAndSize(self._fields + at, lengths[0]),
+                PyBytes_FromStringAndSize(self._fields + at + lengths[0], lengths[1]),
+            ))
+            at += lengths[0] + lengths[1]
+        return tuple(found)
+
+    def get(self, bytes name not None):
+        """The value of the first header of that name, or None."""
+        cdef size_t at = 0
+        cdef uint32_t lengths[2]
+        cdef size_t length = PyBytes_GET_SIZE(name)
+        cdef const char *wanted = PyBytes_AS_STRING(name)
+        while at < self._fields_used:
+            memcpy(lengths, self._fields + at, sizeof(lengths))
+            at += sizeof(lengths)
+            if lengths[0] == length and memcmp(self._fields + at, wanted, length) == 0:
+                return PyBytes_FromStringAndSize(self._fields + at + lengths[0], lengths[1])
+            at += lengths[0] + lengths[1]
+        return None
+
+    cdef int _add_field(self, const uint8_t *name, size_t name_length, const uint8_t *value,
+                        size_t value_length) except -1:
+        cdef size_t needed = self._fields_used + 8 + name_length + value_length
+        cdef size_t size
+        cdef char *grown
+        cdef uint32_t lengths[2]
+        if needed > self._fields_size:
+            size = 2 * self._fields_size if self._fields_size else FIRST_FIELDS
+            while size < needed:
+                size *= 2
+            grown = <char *>realloc(self._fields, size)
+            if grown == NULL:
+                raise MemoryError()
+            self._fields = grown
+            self._fields_size = size
+        lengths[0] = <uint32_t>name_length
+        lengths[1] = <uint32_t>value_length
+        memcpy(self._fields + self._fields_used, lengths, sizeof(lengths))
+        memcpy(self._fields + self._fields_used + 8, name, name_length)
+        memcpy(self._fields + self._fields_used + 8 + name_length, value, value_length)
+        self._fields_used = needed
+        return 0
+
+
+cdef enum:  # Request._seen
+    POST = 1
+    GRPC = 2
+    TRAILERS = 4
+
+
+cdef class Session:
+    """A server's session of HTTP/2.
+
+    Args:
+        max_streams: open at once.
+        stream_window, connection_window: bytes a client may send before they are consumed.
+        max_header_bytes: of a request; a larger one is `Request.is_oversized`.
+        resets: streams that a client may reset at once, and then a second.
+    """
+
+    cdef nghttp2_session *_session
+    cdef dict _requests
+    cdef list _changed
+    cdef bytes _last_path
+    cdef Py_ssize_t _max_header_bytes
+    cdef readonly Py_ssize_t unsent
+    """Bytes of answers that the client grants no room for yet."""
+    cdef readonly long long control_frames
+    """Received since the start, of those that carry no part of a request."""
+    cdef readonly bint has_settings
+    """The client has shaken hands."""
+    cdef readonly bint said_goodbye
+    """The client has sent GOAWAY."""
+    cdef readonly bytes ponged
+    """What the latest acknowledged PING carried."""
+    cdef readonly int sent_goaway_code
+    """Of the latest GOAWAY that was sent."""
+
+    def __cinit__(self):
+        self._requests = {}
+        self._changed = []
+        self._last_path = b""
+        self.ponged = b""
+
+    def __init__(self, *, int max_streams, int stream_window, int connection_window, Py_ssize_t max_header_bytes,
+                 tuple resets):
+        cdef nghttp2_session_callbacks *callbacks = NULL
+        cdef nghttp2_option *option = NULL
+        cdef nghttp2_settings_entry settings[3]
+        if self._session != NULL:
+            raise RuntimeError("a session is made once")
+        self._max_header_bytes = max_header_bytes
+        try:
+            if nghttp2_session_callbacks_new(&callbacks) or nghttp2_option_new(&option):
+                raise MemoryError()
+            nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, _on_begin_headers)
+            nghttp2_session_callbacks_set_on_header_callback(callbacks, _on_header)
+            nghttp2_session_callbacks_set_on_invalid_header_callback(callbacks, _on_invalid_header)
+            nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, _on_data_chunk)
+            nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, _on_frame_received)
+            nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, _on_frame_sent)
+            nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, _on_stream_closed)
+            nghttp2_option_set_no_auto_window_update(option, 1)
+            # A header list of the largest size, in frames of the least size that there is.
+            nghttp2_option_set_max_continuations(option, max_header_bytes // 16_384 + 1)
+            nghttp2_option_set_stream_reset_rate_limit(option, resets[0], resets[1])
+            if nghttp2_session_server_new2(&self._session, callbacks, <void *>self, option):
+                raise MemoryError()
+        finally:
+            nghttp2_session_callbacks_del(callbacks)
+            nghttp2_option_del(option)
+        settings[0].settings_id = NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
+        settings[0].value = max_streams
+        settings[1].settings_id = NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE
+        settings[1].value = stream_window
+        settings[2].settings_id = NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
+        settings[2].value = <uint32_t>max_header_bytes
+        if nghttp2_submit_settings(self._session, NGHTTP2_FLAG_NONE, settings, 3) or nghttp2_session_set_local_window_size(
+            self._session, NGHTTP2_FLAG_NONE, 0, connection_window
+        ):
+            raise MemoryError()
+
+    def __dealloc__(self):
+        if self._session != NULL:
+            nghttp2_session_del(self._session)
+
+    def receive(self, data):
+        """Take bytes of the network.
+
+        Returns:
+            The requests whose headers came with them, and those that are wanted and of which something came, each once.
+
+        Raises:
+            BrokenSession: the client has broken HTTP/2 in a way that nghttp2 has no GOAWAY for, or floods.
+        """
+        cdef Py_buffer view
+        cdef nghttp2_ssize taken
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        taken = nghttp2_session_mem_recv2(self._session, <const uint8_t *>view.buf, view.len)
+        PyBuffer_Release(&view)
+        if taken < 0:
+            raise BrokenSession(_code_of(<int>taken))
+        return self._take_changed()
+
+    def late(self):
+        """As `receive`, of what happened while output was made."""
+        return self._take_changed()
+
+    cdef list _take_changed(self):
+        cdef list changed = self._changed
+        cdef Request request
+        if not changed:
+            return changed
+        self._changed = []
+        for request in changed:
+            request._is_listed = False
+        return changed
+
+    def output(self):
+        """What is to be sent now.
+
+        Raises:
+            BrokenSession: there is no memory for it.
+        """
+        cdef const uint8_t *data
+        cdef nghttp2_ssize length
+        cdef char *buffer = NULL
+        cdef size_t used = 0, size = 0
+        cdef char *grown
+        try:
+            while True:
+                length = nghttp2_session_mem_send2(self._session, &data)
+                if length == 0:
+                    break
+                if length < 0:
+                    raise BrokenSession(_code_of(<int>length))
+                if used + <size_t>length > size:
+                    size = max(<size_t>4_096, 2 * size, used + <size_t>length)
+                    grown = <char *>realloc(buffer, size)
+                    if grown == NULL:
+                        raise MemoryError()
+                    buffer = grown
+                memcpy(buffer + used, data, length)
+                used += length
+            return PyBytes_FromStringAndSize(buffer, used) if used else b""
+        finally:
+            free(buffer)
+
+    @property
+    def needs_replacing(self):
+        """The connection has lost so much of its window that the client will stall. (Never, in here.)"""
+        return False
+
+    @property
+    def is_over(self):
+        """Nothing more is to be received or sent."""
+        return not nghttp2_session_want_read(self._session) and not nghttp2_session_want_write(self._session)
+
+    # What follows does nothing when the stream is closed or the session ends.
+
+    cpdef void answer(self, Request request, bytes message):
+        """Answer with one gRPC message and the status OK."""
+        if self.begin(request):
+            self.send(request, message)
+            self.finish(request, OK_TRAILERS)
+
+    cpdef bint begin(self, Request request) except -1:
+        """Send the headers of a gRPC response with messages.
+
+        Returns:
+            Whether messages can be sent.
+        """
+        cdef nghttp2_data_provider2 provider
+        if request is None:
+            raise TypeError("a request is needed")
+        if request.lost or request.is_answered:
+            return False
+        request.is_answered = True
+        provider.source.ptr = NULL
+        provider.read_callback = _read_response
+        request._is_open = nghttp2_submit_response2(self._session, request.stream_id, _grpc_headers, 2, &provider) == 0
+        return request._is_open
+
+    cpdef void send(self, Request request, bytes message):
+        """Send a gRPC message, after `begin`."""
+        if request is None or message is None:
+            raise TypeError("a request and a message are needed")
+        if not request._is_open or request._is_finished:
+            return
+        if request._message is None:
+            request._message = message
+            request._offset = 0
+        else:
+            if request._messages is None:
+                request._messages = deque()
+            request._messages.append(message)
+        request._unsent += FRAME_PREFIX + PyBytes_GET_SIZE(message)
+        self.unsent += FRAME_PREFIX + PyBytes_GET_SIZE(message)
+        self._resume(request)
+
+    cpdef void finish(self, Request request, tuple trailers):
+        """End a response after what was sent before."""
+        if request is None or trailers is None:
+            raise TypeError("a request and trailers are needed")
+        if request._is_open and not request._is_finished:
+            request._trailers = trailers
+            request._is_finished = True
+            self._resume(request)
+
+    def respond(self, Request request not None, tuple headers not None, bytes body not None=b""):
+        """Answer with these headers, and perhaps a body that is no gRPC message."""
+        cdef nghttp2_data_provider2 provider
+        cdef nghttp2_nv *fields
+        if request.lost or request.is_answered:
+            return
+        fields = _fields_of(headers)
+        request.is_answered = True
+        request._is_finished = True
+        provider.source.ptr = NULL
+        provider.read_callback = _read_response
+        if body:
+            request._message = body
+            request._offset = FRAME_PREFIX
+            request._unsent = PyBytes_GET_SIZE(body)
+            self.unsent += request._unsent
+        nghttp2_submit_response2(self._session, request.stream_id, fields, len(headers), &provider if body else NULL)
+        free(fields)
+
+    def unsent_of(self, Request request not None):
+        """Bytes of a response that the client grants no room for yet."""
+        return request._unsent
+
+    def reset(self, Request request not None, uint32_t code):
+        if not request.lost:
+            nghttp2_submit_rst_stream(self._session, NGHTTP2_FLAG_NONE, request.stream_id, code)
+
+    cpdef void consume(self, Request request, Py_ssize_t count):
+        """Let the client send as many bytes more. All that came is consumed when a request ends."""
+        if request is None:
+            raise TypeError("a request is needed")
+        count = min(count, request._unconsumed)
+        if count > 0:
+            request._unconsumed -= count
+            nghttp2_session_consume(self._session, request.stream_id, count)
+
+    def ping(self, bytes payload not None):
+        """Args:
+        payload: 8 bytes.
+        """
+        assert len(payload) == 8
+        nghttp2_submit_ping(self._session, NGHTTP2_FLAG_NONE, <const uint8_t *>PyBytes_AS_STRING(payload))
+
+    def send_shutdown_notice(self):
+        """A GOAWAY that asks for no new streams, and still takes them."""
+        nghttp2_submit_shutdown_notice(self._session)
+
+    def send_goaway(self):
+        """A GOAWAY that says which streams were taken."""
+        nghttp2_submit_goaway(self._session, NGHTTP2_FLAG_NONE,
+                              nghttp2_session_get_last_proc_stream_id(self._session), 0, NULL, 0)
+
+    def terminate(self, uint32_t code):
+        """A last GOAWAY; nothing is received after it."""
+        nghttp2_session_terminate_session(self._session, code)
+
+    cdef void _resume(self, Request request) noexcept:
+        if request._is_deferred:
+            request._is_deferred = False
+            nghttp2_session_resume_data(self._session, request.stream_id)
+
+    cdef int _note(self, Request request) except -1:
+        """Tell of it once, when the bytes at hand are taken."""
+        if not request._is_listed:
+            request._is_listed = True
+            self._changed.append(request)
+        return 0
+
+
+OK_TRAILERS = ((b"grpc-status", b"0"),)
+
+cdef nghttp2_nv _grpc_headers[2]
+cdef nghttp2_nv _ok_trailers[1]
+
+
+cdef void _set(nghttp2_nv *field, const char *name, size_t name_length, const char *value, size_t value_length) noexcept:
+    field.name = <uint8_t *>name
+    field.namelen = name_length
+    field.value = <uint8_t *>value
+    field.valuelen = value_length
+    field.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE
+
+
+_set(&_grpc_headers[0], ":status", 7, "200", 3)
+_set(&_grpc_headers[1], "content-type", 12, "application/grpc", 16)
+_set(&_ok_trailers[0], "grpc-status", 11, "0", 1)
+
+
+cdef nghttp2_nv *_fields_of(tuple headers) except NULL:
+    """To be freed. It borrows the bytes of the headers; nghttp2 copies them when they are submitted."""
+    cdef nghttp2_nv *fields = <nghttp2_nv *>malloc(max(1, len(headers)) * sizeof(nghttp2_nv))
+    cdef Py_ssize_t index
+    cdef bytes name, value
+    if fields == NULL:
+        raise MemoryError()
+    try:
+        for index in range(len(headers)):
+            name, value = headers[index]
+            if name is None or value is None:
+                raise TypeError("headers are pairs of bytes")
+            fields[index].name = <uint8_t *>PyBytes_AS_STRING(name)
+            fields[index].namelen = PyBytes_GET_SIZE(name)
+            fields[index].value = <uint8_t *>PyBytes_AS_STRING(value)
+            fields[index].valuelen = PyBytes_GET_SIZE(value)
+            fields[index].flags = 0
+    except BaseException:
+        free(fields)
+        raise
+    return fields
+
+
+cdef int _code_of(int error) noexcept:
+    if error == NGHTTP2_ERR_FLOODED or error == NGHTTP2_ERR_TOO_MANY_CONTINUATIONS:
+        return ENHANCE_YOUR_CALM
+    if error == NGHTTP2_ERR_BAD_CLIENT_MAGIC:
+        return PROTOCOL_ERROR
+    return INTERNAL_ERROR
+
+
+cdef Request _request_of(nghttp2_session *session, int32_t stream_id):
+    cdef void *found = nghttp2_session_get_stream_user_data(session, stream_id)
+    return None if found == NULL else <Request>found
+
+
+cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    if frame.hd.type != NGHTTP2_HEADERS or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        return 0
+    try:
+        request = Request.__new__(Request)
+        request.stream_id = frame.hd.stream_id
+        self._requests[request.stream_id] = request
+        return nghttp2_session_set_stream_user_data(session, request.stream_id, <void *>request)
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+
+
+cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_length,
+                    const uint8_t *value, size_t value_length, uint8_t flags, void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    if frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        # Trailers say nothing to a gRPC server.
+        return 0
+    try:
+        request = _request_of(session, frame.hd.stream_id)
+        if request is None:
+            return 0
+        request.header_bytes += name_length + value_length + 32
+        if request.header_bytes > self._max_header_bytes:
+            request.is_oversized = True
+            request._fields_used = 0
+            return 0
+        request._add_field(name, name_length, value, value_length)
+        if name_length == 5 and memcmp(name, b":path", 5) == 0:
+            if value_length == <size_t>PyBytes_GET_SIZE(self._last_path) and memcmp(
+                value, PyBytes_AS_STRING(self._last_path), value_length
+            ) == 0:
+                request.path = self._last_path
+            else:
+                request.path = PyBytes_FromStringAndSize(<const char *>value, value_length)
+                if value_length <= 1_024:
+                    self._last_path = request.path
+        elif name_length == 7 and memcmp(name, b":method", 7) == 0:
+            if value_length == 4 and memcmp(value, b"POST", 4) == 0:
+                request._seen |= POST
+        elif name_length == 12 and memcmp(name, b"content-type", 12) == 0:
+            if value_length == 16 and memcmp(value, b"application/grpc", 16) == 0:
+                request._seen |= GRPC
+        elif name_length == 2 and memcmp(name, b"te", 2) == 0:
+            if value_length == 8 and memcmp(value, b"trailers", 8) == 0:
+                request._seen |= TRAILERS
+        return 0
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+
+
+cdef int _on_invalid_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
+                            size_t name_length, const uint8_t *value, size_t value_length, uint8_t flags,
+                            void *user_data) noexcept:
+    # Without this nghttp2 would leave the header out; so the stream is reset.
+    return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
+
+
+cdef int _on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t length,
+                        void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    try:
+        request = _request_of(session, stream_id)
+        if request is None:
+            nghttp2_session_consume(session, stream_id, length)
+            return 0
+        request._unconsumed += length
+        if request.is_answered and not request.is_wanted:
+            # It is no longer looked at.
+            self.consume(request, length)
+        elif not len(request._body):
+            request._body = PyBytes_FromStringAndSize(<const char *>data, length)
+        else:
+            if type(request._body) is bytes:
+                request._body = bytearray(request._body)
+            request._body += PyBytes_FromStringAndSize(<const char *>data, length)
+        return 0
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+
+
+cdef int _on_frame_received(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    cdef int kind = frame.hd.type
+    try:
+        if kind == NGHTTP2_HEADERS or kind == NGHTTP2_DATA:
+            request = _request_of(session, frame.hd.stream_id)
+            if request is None:
+                self.control_frames += 1
+                return 0
+            if kind == NGHTTP2_HEADERS and frame.headers.cat == NGHTTP2_HCAT_REQUEST:
+                request.is_plain_call = request._seen == (POST | GRPC | TRAILERS) and not request.is_oversized
+                self._note(request)
+            elif kind == NGHTTP2_DATA and not frame.hd.length and not frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
+                self.control_frames += 1
+            if frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
+                request.ended = True
+                self.consume(request, request._unconsumed)
+            if request.is_wanted:
+                self._note(request)
+            return 0
+        self.control_frames += 1
+        if kind == NGHTTP2_SETTINGS:
+            if not frame.hd.flags & NGHTTP2_FLAG_ACK:
+                self.has_settings = True
+        elif kind == NGHTTP2_PING:
+            if frame.hd.flags & NGHTTP2_FLAG_ACK:
+                self.ponged = PyBytes_FromStringAndSize(<const char *>frame.ping.opaque_data, 8)
+        elif kind == NGHTTP2_GOAWAY:
+            self.said_goodbye = True
+        return 0
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+
+
+cdef int _on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) noexcept:
+    if frame.hd.type == NGHTTP2_GOAWAY:
+        (<Session>user_data).sent_goaway_code = frame.goaway.error_code
+    return 0
+
+
+cdef int _on_stream_closed(nghttp2_session *session, int32_t stream_id, uint32_t error_code, void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    try:
+        request = self._requests.pop(stream_id, None)
+        if request is None:
+            return 0
+        nghttp2_session_set_stream_user_data(session, stream_id, NULL)
+        request.lost = True
+        self.unsent -= request._unsent
+        request._unsent = 0
+        request._is_open = False
+        request._message = None
+        request._messages = None
+        if request._unconsumed:
+            # Of a frame that the end of the stream has cut short.
+            self.consume(request, request._unconsumed)
+        if request.is_wanted:
+            self._note(request)
+        return 0
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+
+
+cdef nghttp2_ssize _read_response(nghttp2_session *session, int32_t stream_id, uint8_t *buffer, size_t length,
+                                  uint32_t *data_flags, nghttp2_data_source *source, void *user_data) noexcept:
+    """Lay messages, each behind its prefix, into a frame; at the end the trailers."""
+    cdef Session self = <Session>user_data
+    cdef Request request
+    cdef Py_ssize_t size, count, copied = 0, room = <Py_ssize_t>length
+    cdef nghttp2_nv *fields
+    cdef int result = 0
+    try:
+        request = _request_of(session, stream_id)
+        if request is None:
+            return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
+        while request._message is not None and copied < room:
+            size = PyBytes_GET_SIZE(request._message)
+            while request._offset < FRAME_PREFIX and copied < room:
+                # A flag (not compressed), and the length in four bytes.
+                buffer[copied] = 0 if request._offset == 0 else (size >> (8 * (4 - request._offset))) & 0xFF
+                request._offset += 1
+                copied += 1
+            count = min(size + FRAME_PREFIX - request._offset, room - copied)
+            if count > 0:
+                memcpy(buffer + copied, PyBytes_AS_STRING(request._message) + request._offset - FRAME_PREFIX, count)
+                copied += count
+                request._offset += count
+            if request._offset == size + FRAME_PREFIX:
+                request._message = request._messages.popleft() if request._messages else None
+                request._offset = 0
+        request._unsent -= copied
+        self.unsent -= copied
+        if request._message is not None:
+            return copied
+        if not request._is_finished:
+            if copied:
+                return copied
+            request._is_deferred = True
+            return NGHTTP2_ERR_DEFERRED
+        data_flags[0] |= NGHTTP2_DATA_FLAG_EOF
+        if request._trailers is None:
+            return copied
+        data_flags[0] |= NGHTTP2_DATA_FLAG_NO_END_STREAM
+        if request._trailers is OK_TRAILERS:
+            result = nghttp2_submit_trailer(session, stream_id, _ok_trailers, 1)
+        else:
+            fields = _fields_of(request._trailers)
+            result = nghttp2_submit_trailer(session, stream_id, fields, len(request._trailers))
+            free(fields)
+        return NGHTTP2_ERR_CALLBACK_FAILURE if result else copied
+    except BaseException:
+        return NGHTTP2_ERR_CALLBACK_FAILURE

@@ -1,0 +1,308 @@
+"""The same as `native_http2`, on the package ngh2: for where no C compiler was at hand when this was installed.
+
+It is slower, and differs in one thing. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had come
+of that frame, so that much of the connection's window is lost; a connection that has lost half of it needs to be replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import ngh2
+
+ENHANCE_YOUR_CALM: Final = 0xB
+PROTOCOL_ERROR: Final = 0x1
+
+MAX_HEADER_FACTOR: Final = 8
+"""Headers so many times too large are broken off; up to there they are refused."""
+
+MAX_FRAME_BYTES: Final = 16_384
+"""Of a client's DATA frames, as SETTINGS_MAX_FRAME_SIZE is left at what it is."""
+
+OK_TRAILERS: Final = ((b"grpc-status", b"0"),)
+_GRPC_HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+class BrokenSession(Exception):
+    """The session has failed: nothing more can be received or sent.
+
+    Args:
+        code: of HTTP/2, for a GOAWAY.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Request:
+    """A request and its stream (see `native_http2`)."""
+
+    def __init__(self, stream_id: int, headers: Headers, max_header_bytes: int) -> None:
+        found = dict(headers)
+        self.stream_id = stream_id
+        self.path = found.get(b":path", b"")
+        self.header_bytes = sum(len(name) + len(value) + 32 for name, value in headers)
+        self.is_oversized = self.header_bytes > max_header_bytes
+        self.is_plain_call = not self.is_oversized and (
+            found.get(b":method") == b"POST"
+            and found.get(b"content-type") == b"application/grpc"
+            and found.get(b"te") == b"trailers"
+        )
+        self.ended = False
+        self.lost = False
+        self.is_wanted = False
+        self.body = bytearray()
+        self.unconsumed = 0
+        self.is_listed = False
+        self.is_answered = False
+        self._headers = () if self.is_oversized else headers
+
+    @property
+    def body_bytes(self) -> int:
+        return len(self.body)
+
+    def take_body(self) -> bytes:
+        body = bytes(self.body)
+        self.body.clear()
+        return body
+
+    def headers(self) -> Headers:
+        return self._headers
+
+    def get(self, name: bytes) -> bytes | None:
+        return next((value for other, value in self._headers if other == name), None)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self._headers)
+
+
+class Session:
+    """A server's session of HTTP/2 (see `native_http2`)."""
+
+    def __init__(
+        self,
+        *,
+        max_streams: int,
+        stream_window: int,
+        connection_window: int,
+        max_header_bytes: int,
+        resets: tuple[int, int],
+    ) -> None:
+        self.control_frames = 0
+        self.has_settings = False
+        self.said_goodbye = False
+        self.ponged = b""
+        self.sent_goaway_code = 0
+        self.is_over = False
+        self._connection_window = connection_window
+        self._max_header_bytes = max_header_bytes
+        self._requests: dict[int, Request] = {}
+        self._changed: list[Request] = []
+        self._unconsumed = 0
+        configuration = ngh2.Configuration(
+            auto_window_update=False,
+            max_inbound_header_list_size=MAX_HEADER_FACTOR * max_header_bytes,
+            max_inbound_header_count=MAX_HEADER_FACTOR * max_header_bytes,
+            stream_reset_rate_limit=resets,
+            max_continuations=max_header_bytes // 16_384 + 1,
+        )
+        self._connection = ngh2.Connection(ngh2.Role.SERVER, configuration)
+        self._connection.initiate_connection(
+            {
+                ngh2.Setting.MAX_CONCURRENT_STREAMS: max_streams,
+                ngh2.Setting.INITIAL_WINDOW_SIZE: stream_window,
+                ngh2.Setting.MAX_HEADER_LIST_SIZE: max_header_bytes,
+            }
+        )
+        self._connection.set_local_window_size(connection_window)
+
+    @property
+    def unsent(self) -> int:
+        return self._connection.queued_body_size()
+
+    @property
+    def needs_replacing(self) -> bool:
+        try:
+            used = self._connection_window - self._connection.local_window_size
+        except ngh2.NGH2Error:
+            return False
+        # nghttp2 announces consumed bytes when they are half of the window.
+        return used > self._connection_window // 2 + self._unconsumed + MAX_FRAME_BYTES
+
+    def receive(self, data: bytes | memoryview) -> list[Request]:
+        try:
+            self._connection.receive_data(data)
+        except ngh2.DenialOfServiceError as error:
+            raise BrokenSession(ENHANCE_YOUR_CALM) from error
+        except ngh2.NGH2Error as error:
+            raise BrokenSession(PROTOCOL_ERROR) from error
+        self._take_events()
+        return self.late()
+
+    def late(self) -> list[Request]:
+        changed = self._changed
+        self._changed = []
+        for request in changed:
+            request.is_listed = False
+        return changed
+
+    def output(self) -> bytes:
+        try:
+            data = self._connection.data_to_send()
+        except ngh2.NGH2Error as error:
+            raise BrokenSession(PROTOCOL_ERROR) from error
+        self._take_events()
+        return data
+
+    def answer(self, request: Request, message: bytes) -> None:
+        if self.begin(request):
+            self.send(request, message)
+            self.finish(request, OK_TRAILERS)
+
+    def begin(self, request: Request) -> bool:
+        return self._begin(request, _GRPC_HEADERS, end_stream=False)
+
+    def send(self, request: Request, message: bytes) -> None:
+        self._send(request, b"\0" + len(message).to_bytes(4, "big") + message)
+
+    def finish(self, request: Request, trailers: Headers) -> None:
+        try:
+            self._connection.send_trailers(request.stream_id, trailers)
+        except ngh2.NGH2Error:
+            return
+
+    def respond(self, request: Request, headers: Headers, body: bytes = b"") -> None:
+        if self._begin(request, headers, end_stream=not body) and body:
+            self._send(request, body, end_stream=True)
+        self.consume(request, request.unconsumed)
+
+    def unsent_of(self, request: Request) -> int:
+        return self._connection.queued_body_size(request.stream_id)
+
+    def reset(self, request: Request, code: int) -> None:
+        try:
+            self._connection.reset_stream(request.stream_id, code)
+        except ngh2.NGH2Error:
+            return
+
+    def consume(self, request: Request, count: int) -> None:
+        count = min(count, request.unconsumed)
+        if count <= 0:
+            return
+        request.unconsumed -= count
+        self._unconsumed -= count
+        self._acknowledge(request.stream_id, count)
+
+    def ping(self, payload: bytes) -> None:
+        try:
+            self._connection.ping(payload)
+        except ngh2.NGH2Error:
+            return
+
+    def send_shutdown_notice(self) -> None:
+        try:
+            self._connection.send_shutdown_notice()
+        except ngh2.NGH2Error:
+            return
+
+    def send_goaway(self) -> None:
+        try:
+            self._connection.send_goaway()
+        except ngh2.NGH2Error:
+            return
+
+    def terminate(self, code: int) -> None:
+        try:
+            self._connection.terminate_connection(code)
+        except ngh2.NGH2Error:
+            return
+
+    def _begin(self, request: Request, headers: Headers, *, end_stream: bool) -> bool:
+        if request.lost or request.is_answered:
+            return False
+        request.is_answered = True
+        try:
+            self._connection.send_response(request.stream_id, headers, end_stream=end_stream)
+        except ngh2.NGH2Error:
+            return False
+        return True
+
+    def _send(self, request: Request, data: bytes, *, end_stream: bool = False) -> None:
+        try:
+            self._connection.send_data(request.stream_id, data, end_stream=end_stream)
+        except ngh2.NGH2Error:
+            return
+
+    def _acknowledge(self, stream_id: int, count: int) -> None:
+        try:
+            self._connection.acknowledge_received_data(count, stream_id)
+        except ngh2.NGH2Error:
+            return
+
+    def _take_events(self) -> None:
+        for event in self._connection.events():
+            if isinstance(event, ngh2.RequestReceived):
+                request = Request(event.stream_id, event.headers, self._max_header_bytes)
+                request.ended = event.end_stream
+                self._requests[request.stream_id] = request
+                self._note(request)
+            elif isinstance(event, ngh2.DataReceived):
+                self._take_data(event.stream_id, event.data, event.end_stream)
+            elif isinstance(event, ngh2.TrailersReceived):
+                # They end a request, as the end of its body would.
+                self._take_data(event.stream_id, b"", ended=True)
+            elif isinstance(event, ngh2.StreamClosed):
+                self._close(event.stream_id)
+            else:
+                self._take_control(event)
+
+    def _take_control(self, event: ngh2.Event) -> None:
+        if isinstance(event, ngh2.ConnectionClosed):
+            self.is_over = True
+            self.sent_goaway_code = event.error_code
+            return
+        self.control_frames += 1
+        if isinstance(event, ngh2.SettingsReceived):
+            self.has_settings = True
+        elif isinstance(event, ngh2.PingAcknowledged):
+            self.ponged = event.opaque_data
+        elif isinstance(event, ngh2.GoAwayReceived):
+            self.said_goodbye = True
+
+    def _take_data(self, stream_id: int, data: bytes, ended: bool) -> None:
+        request = self._requests.get(stream_id)
+        if request is None:
+            self.control_frames += 1
+            if data:
+                self._acknowledge(stream_id, len(data))
+            return
+        request.unconsumed += len(data)
+        self._unconsumed += len(data)
+        if request.is_answered and not request.is_wanted:
+            self.consume(request, len(data))
+        else:
+            request.body += data
+        if ended:
+            request.ended = True
+            self.consume(request, request.unconsumed)
+        elif not data:
+            self.control_frames += 1
+        if request.is_wanted:
+            self._note(request)
+
+    def _close(self, stream_id: int) -> None:
+        request = self._requests.pop(stream_id, None)
+        if request is not None:
+            request.lost = True
+            self.consume(request, request.unconsumed)
+            if request.is_wanted:
+                self._note(request)
+
+    def _note(self, request: Request) -> None:
+        if not request.is_listed:
+            request.is_listed = True
+            self._changed.append(request)
