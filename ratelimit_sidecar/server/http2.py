@@ -1,7 +1,7 @@
 """One HTTP/2 connection of a gRPC server, without I/O or clock: received bytes in, calls out, bytes to send.
 
-HTTP/2 itself is nghttp2's, behind `session.Session`; here are gRPC's rules for it (PROTOCOL-HTTP2.md) and the bounds that
-no client can pass.
+HTTP/2 itself is nghttp2's, behind `session.Session`; here are gRPC's rules for it (PROTOCOL-HTTP2.md) and the bounds
+that no client can pass.
 
 Theory of operation. `receive` takes what came from the network and returns what happened, in order. A unary call comes
 out as one `Call` when its message is complete; until then it waits in here. A streaming call comes out as `Opened` with

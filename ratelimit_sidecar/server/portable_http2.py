@@ -1,7 +1,8 @@
 """The same as `native_http2`, on the package ngh2: for where no C compiler was at hand when this was installed.
 
-It is slower, and differs in one thing. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had come
-of that frame, so that much of the connection's window is lost; a connection that has lost half of it needs to be replaced.
+It is slower, and differs in one thing. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had
+come of that frame, so that much of the connection's window is lost; a connection that has lost half of it needs to be
+replaced.
 """
 
 from __future__ import annotations
