@@ -57,10 +57,11 @@ from ratelimit_sidecar.telemetry.stalls import StallMonitor
 JOIN_SECONDS = 10.0
 """What reachable peers get to tell what they know before the sidecar says it is ready."""
 
-SWEEP_SECONDS = 0.01
+SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
-SWEEP_LEAST = 10
-"""Every 10 ms so many buckets are looked at that all have been within a minute: 167 of a million, in half a ms."""
+SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
+"""So many buckets are looked at in a step, half a millisecond, and steps follow each other so that all buckets have been
+within a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it."""
 
 SLEW_SECONDS = 1.0
 
@@ -290,13 +291,16 @@ class Sidecar:
         return self._clock.now_us() - self._limiter.jumped_us
 
     async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
-        steps = SWEEP_PASS_SECONDS / SWEEP_SECONDS
-        left = step = 0
+        left = 0
+        seconds = SWEEP_LEAST_SECONDS
+        step = SWEEP_BUCKETS
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.sleep(seconds)
             if left <= 0:
                 left = len(buckets)
-                step = max(SWEEP_LEAST, ceil(left / steps))
+                pace = SWEEP_PASS_SECONDS * SWEEP_BUCKETS / max(left, 1)
+                seconds = min(SWEEP_MOST_SECONDS, max(SWEEP_LEAST_SECONDS, pace))
+                step = max(SWEEP_BUCKETS, ceil(left * seconds / SWEEP_PASS_SECONDS))
                 self._warn_when_full(buckets)
             left -= step
             buckets.sweep(now_us(), step)
