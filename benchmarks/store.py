@@ -15,7 +15,7 @@ import time
 from math import ceil
 from pathlib import Path
 
-from ratelimit_sidecar.app import GC_THRESHOLDS, SWEEP_PASS_SECONDS, SWEEP_SECONDS
+from ratelimit_sidecar.app import GC_THRESHOLDS, SWEEP_LEAST_SECONDS, SWEEP_PASS_SECONDS
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
@@ -48,7 +48,7 @@ def run(buckets: int) -> dict[str, float]:
             store.drain_changes()
     store.drain_changes()
     used = resident_bytes() - before
-    step = ceil(buckets * SWEEP_SECONDS / SWEEP_PASS_SECONDS)
+    step = ceil(buckets * SWEEP_LEAST_SECONDS / SWEEP_PASS_SECONDS)
     kept_ns = sweep(store, now_us, step)
     dropped_ns = sweep(store, now_us + 3 * LIMIT.horizon_us, step)
     assert len(store) == 0

@@ -60,8 +60,8 @@ JOIN_SECONDS = 10.0
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
 SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
-"""So many buckets are looked at in a step, half a millisecond, and steps follow each other so that all buckets have been
-within a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it."""
+"""So many buckets are looked at in a step, half a millisecond, and steps follow each other so that all buckets have
+been within a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it."""
 
 SLEW_SECONDS = 1.0
 
