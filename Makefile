@@ -22,9 +22,11 @@ TESTS ?=
 BENCHMARK ?= decision
 # What the soak test takes, for example: make soak SOAK="--seconds 600 --nodes 5"
 SOAK ?=
+# What the fuzzer takes, for example: make fuzz FUZZ="--seconds 3600"
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak lock clean
+.PHONY: help demo test test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -87,11 +89,15 @@ simulate: $(READY) ## Simulate admission over several regions: tables and charts
 soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)
 
+fuzz: $(READY) ## What a client may send to the HTTP/2 front end, under sanitizers, for a minute (FUZZ="--seconds 3600")
+	./dev/system-packages fuzz $(BIN)/python
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
+
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --output-file requirements.lock pyproject.toml
 
 clean: ## Remove the virtual environment, what is compiled and the caches
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml requirements.lock
 	./dev/system-packages setup $(PYTHON)
