@@ -180,7 +180,7 @@ def _of_certificate(paths: TlsPaths, section: str, document: Document, expected:
     try:
         read_checked(paths, "server")
     except OSError as error:
-        yield document.problem((section, "tls"), f"files that cannot be used ({error})", expected)
+        yield document.problem((section, "tls"), "files that cannot be used", expected, str(error))
 
 
 def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:

@@ -308,7 +308,10 @@ async def test_a_call_that_outlasts_the_grace_of_an_old_connection_is_cut_off() 
 
 
 async def test_old_connections_are_kept_when_no_age_is_set() -> None:
-    async with running("h2", ECHO, age=None, check_every=0.01) as front_end, connected(front_end.addresses[0]) as client:
+    async with (
+        running("h2", ECHO, age=None, check_every=0.01) as front_end,
+        connected(front_end.addresses[0]) as client,
+    ):
         for _ in range(5):
             await asyncio.sleep(0.02)
             assert (await client.call(PATH, frame(b"hello"))).code == Code.OK
