@@ -65,7 +65,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
         "GRPC_SERVER_USE_TLS": Same(
-            "the certificate and the key may lie in different folders. Not for the unix socket of `GRPC_UDS`: both"
+            "see [TLS between Envoy and the sidecar](envoy-tls.md). Not for the unix socket of `GRPC_UDS`: both"
             " together end the start with an error"
         ),
         "GRPC_SERVER_TLS_CERT": SAME,

@@ -44,8 +44,10 @@ class Tls:
         files = self.of_client
         return grpc.ssl_channel_credentials(*(path.read_bytes() for path in (files.ca, files.key, files.certificate)))
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
+        """Of a client with Python's own TLS."""
         context = ssl.create_default_context(cafile=self.of_client.ca)
+        context.check_hostname = check_hostname
         context.load_cert_chain(self.of_client.certificate, self.of_client.key)
         context.set_alpn_protocols(["h2"])
         return context

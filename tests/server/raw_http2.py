@@ -98,6 +98,10 @@ class RawClient:
         self._h2.send_data(stream, data, end_stream=end)
         self._flush()
 
+    def write(self, data: bytes) -> None:
+        """Send what may be no HTTP/2 at all."""
+        self._writer.write(data)
+
     def cancel(self, stream: int) -> None:
         self._h2.reset_stream(stream, ErrorCodes.CANCEL)
         self._flush()
