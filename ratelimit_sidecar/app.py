@@ -16,9 +16,10 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 import structlog
@@ -28,6 +29,7 @@ from ratelimit_sidecar import limiter as limiter_package
 from ratelimit_sidecar.clock import JUMP_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.config.sidecar_schema import ListenConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -46,7 +48,9 @@ from ratelimit_sidecar.rules_source.xds import XdsClient
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
+from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.telemetry import metrics
@@ -135,12 +139,16 @@ class Sidecar:
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
         health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
         handlers = {**service.handlers(), **health.handlers()}
+        certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
+        limits = _limits(config.listen)
         self._front_end: FrontEnd
         self._h2: H2FrontEnd | None = None
         if front_end is FrontEndKind.H2:
-            self._front_end = self._h2 = H2FrontEnd(handlers, config.listen.grpc)
+            self._front_end = self._h2 = H2FrontEnd(
+                handlers, config.listen.grpc, limits=limits, certificate=certificate
+            )
         else:
-            self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc)
+            self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc, limits=limits, certificate=certificate)
         registry = metrics.create_registry(
             metrics.Sources(
                 node=node,
@@ -154,6 +162,7 @@ class Sidecar:
                 membership=self._mesh.membership_status,
                 loop=self._stalls,
                 front_end=self._h2,
+                listener_certificate=certificate,
             )
         )
         console_app = console.create_app(
@@ -353,6 +362,12 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
         max_buckets=config.max_buckets,
         has_room_always=is_of_rule_alone,
     )
+
+
+def _limits(listen: ListenConfig) -> Limits:
+    """With those that are configured; 0 is never there."""
+    age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
+    return replace(DEFAULT_LIMITS, age=age_s or None, age_grace=grace_s or inf)
 
 
 def _rules_files(config: SidecarConfig) -> RulesFiles:

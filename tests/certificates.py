@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
+from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig, SyncTlsConfig
 from ratelimit_sidecar.replication.tls import NodeCertificate
 
 
@@ -64,6 +64,23 @@ class Authority:
         )
         self._authority.cert_pem.write_to_path(config.ca)
         return config
+
+    def write_listener(
+        self, folder: Path, *names: str, clients: Authority | None = None, client_name: str | None = None
+    ) -> ListenTlsConfig:
+        """A certificate for a listener.
+
+        Args:
+            clients: who signs the certificates that it asks its clients for; None when it asks for none.
+        """
+        files = self.write(folder, *names)
+        if clients is not None:
+            clients.certificate_to(files.ca)
+        ca = None if clients is None else files.ca
+        return ListenTlsConfig(certificate=files.certificate, key=files.key, ca=ca, client_name=client_name)
+
+    def certificate_to(self, path: Path) -> None:
+        self._authority.cert_pem.write_to_path(path)
 
     def of(self, folder: Path, *names: str, peer_names: str = "{node}") -> NodeCertificate:
         """A node's certificate, not loaded yet."""

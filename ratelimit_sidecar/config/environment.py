@@ -80,6 +80,8 @@ def read_bool(given: str) -> bool:
 
 
 def _read_duration(given: str) -> Decimal:
+    if given == "0":
+        return Decimal(0)
     if not _DURATION.fullmatch(given):
         raise Unreadable("a duration such as 3s or 1m30s")
     return sum((Decimal(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(given)), Decimal(0))

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ratelimit_sidecar.config.environment import variables_of
-from ratelimit_sidecar.config.runtime import REFUSED_WHEN_TRUE
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 
 
@@ -42,21 +41,13 @@ class NotNeeded:
     because: str
 
 
-@dataclass(frozen=True, slots=True)
-class NotYet:
-    """To come; what happens until then."""
-
-    until_then: str
-
-
-Verdict = Same | SameElsewhere | ReplacedBy | NotNeeded | NotYet
+Verdict = Same | SameElsewhere | ReplacedBy | NotNeeded
 
 SAME = Same()
 
 _IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
 _NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
 _NO_STATSD = NotNeeded("metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin`")
-_WITH_TLS = NotYet("without `GRPC_SERVER_USE_TLS` it means nothing, as there")
 _BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
 
 VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
@@ -70,20 +61,20 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_PORT": SAME,
     },
     "gRPC": {
-        "GRPC_MAX_CONNECTION_AGE": NotNeeded(
-            "connections are never closed for their age. To spread Envoys over new sidecars, give Envoy's cluster a"
-            " `max_connection_duration` (in its `common_http_protocol_options`)"
-        ),
-        "GRPC_MAX_CONNECTION_AGE_GRACE": NotNeeded("connections are never closed for their age"),
+        "GRPC_MAX_CONNECTION_AGE": SAME,
+        "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
-        **{
-            variable: NotYet(f"`true` ends the start with an error: {missing}; use {instead}")
-            for variable, (missing, instead) in REFUSED_WHEN_TRUE.items()
-        },
-        "GRPC_SERVER_TLS_CERT": _WITH_TLS,
-        "GRPC_SERVER_TLS_KEY": _WITH_TLS,
-        "GRPC_CLIENT_TLS_CACERT": _WITH_TLS,
-        "GRPC_CLIENT_TLS_SAN": _WITH_TLS,
+        "GRPC_SERVER_USE_TLS": Same(
+            "see [TLS between Envoy and the sidecar](envoy-tls.md). Not for the unix socket of `GRPC_UDS`: both"
+            " together end the start with an error"
+        ),
+        "GRPC_SERVER_TLS_CERT": SAME,
+        "GRPC_SERVER_TLS_KEY": SAME,
+        "GRPC_CLIENT_TLS_CACERT": Same("the well-known authorities are not trusted besides; it is renewed too"),
+        "GRPC_CLIENT_TLS_SAN": Same(
+            "a URI may be given as well. Without `GRPC_CLIENT_TLS_CACERT` it ends the start with an error; there it"
+            " means nothing"
+        ),
     },
     "Logs": {
         "LOG_LEVEL": SameElsewhere("without it `info`, there `warn`"),
@@ -319,5 +310,3 @@ def _said_of(verdict: Verdict, key: str) -> str:
             return f"replaced by {what}"
         case NotNeeded(because):
             return f"not needed because {because}"
-        case NotYet(until_then):
-            return f"not yet: {until_then}"

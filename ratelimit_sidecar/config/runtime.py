@@ -1,4 +1,4 @@
-"""envoyproxy/ratelimit's variables that have no counterpart of their own: several make one value here, or none yet.
+"""envoyproxy/ratelimit's variables that have no counterpart of their own: several make one value here.
 
 Addresses come in halves there. Rules files lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, all of
 whose files are rules; here a folder's files are by their suffix, so what would go unread is an error instead.
@@ -10,22 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ratelimit_sidecar.config.environment import Unreadable, read_bool
-from ratelimit_sidecar.config.errors import ENVIRONMENT, Problem, quoted
+from ratelimit_sidecar.config.environment import Unreadable
+from ratelimit_sidecar.config.errors import Problem, quoted
 from ratelimit_sidecar.config.rules_file import is_rules_file
 from ratelimit_sidecar.config.structure import FromEnvironment
 
 DEFAULT_ROOT = "/srv/runtime_data/current"
 DEFAULT_APP_DIRECTORY = "config"
-
-REFUSED_WHEN_TRUE: Mapping[str, tuple[str, str]] = {
-    "GRPC_SERVER_USE_TLS": (
-        "TLS for Envoy's calls is not yet available",
-        "listen.grpc on a unix socket or 127.0.0.1, with Envoy beside it",
-    ),
-}
-"""Variables that ask for protection which is not there: what is missing, and what to do meanwhile. To ignore one would
-be to serve in plain text what its user believes to be encrypted."""
 
 
 def _grpc_address(values: Mapping[str, str]) -> object:
@@ -57,20 +48,6 @@ GRPC_ADDRESS = FromEnvironment(("GRPC_UDS", "GRPC_HOST", "GRPC_PORT"), _grpc_add
 HTTP_ADDRESS = FromEnvironment(("HOST", "PORT"), _http_address)
 RUNTIME_FOLDER = FromEnvironment(("RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY", "RUNTIME_APPDIRECTORY"), _runtime_folder)
 XDS_WHEN_ASKED_FOR = FromEnvironment(("CONFIG_TYPE",), _xds_when_asked_for)
-
-
-def refused(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """Variables that cannot be done justice to."""
-    for variable, (missing, fix) in REFUSED_WHEN_TRUE.items():
-        given = environ.get(variable)
-        if given and not _is_false(given):
-            yield Problem(ENVIRONMENT, None, None, variable, quoted(given), f"false: {missing}", f"use {fix}")
-
-
-def _is_false(given: str) -> bool:
-    with suppress(Unreadable):
-        return not read_bool(given)
-    return False
 
 
 def unread(folder: Path) -> Iterator[Problem]:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from ratelimit_sidecar.config.addresses import is_loopback
 from ratelimit_sidecar.config.document import Document, load
 from ratelimit_sidecar.config.environment import Completed, complete
 from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, KeyPath, Problem, dotted, quoted
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
-from ratelimit_sidecar.config.runtime import refused, unread
-from ratelimit_sidecar.config.sidecar_schema import SidecarConfig, SyncTlsConfig
+from ratelimit_sidecar.config.runtime import unread
+from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig, SidecarConfig, SyncTlsConfig, XdsTlsConfig
 from ratelimit_sidecar.config.structure import validate
-from ratelimit_sidecar.config.tls_files import read_checked
+from ratelimit_sidecar.config.tls_files import TlsPaths, read_checked
 from ratelimit_sidecar.config.yaml_data import YamlMap
 from ratelimit_sidecar.limiter.rules import Consistency
 
@@ -42,7 +43,7 @@ def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> Sideca
     if isinstance(data, YamlMap):
         completed = complete(SidecarConfig, document, data, environ)
         data = completed.data
-    problems = [*document.problems, *completed.problems, *refused(environ)]
+    problems = [*document.problems, *completed.problems]
     config, found = validate(SidecarConfig, data, document)
     if config is not None:
         config = _with_paths(config, completed, Path() if path is None else path.parent)
@@ -63,18 +64,26 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         rules = tuple(folder / path for path in rules)
     sync = config.sync
     if sync.tls is not None:
-        tls = sync.tls
-        of_node = {"certificate": folder / tls.certificate, "key": folder / tls.key, "ca": folder / tls.ca}
-        sync = sync.model_copy(update={"tls": tls.model_copy(update=of_node)})
+        sync = sync.model_copy(update={"tls": _with_tls_paths(sync.tls, "sync.tls", completed, folder)})
     if xds is not None and xds.tls is not None:
-        files = {"ca": xds.tls.ca, "certificate": xds.tls.certificate, "key": xds.tls.key}
-        given = {
-            name: path if f"xds.tls.{name}" in completed.variables else folder / path
-            for name, path in files.items()
-            if path is not None
-        }
-        xds = xds.model_copy(update={"tls": xds.tls.model_copy(update=given)})
-    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync})
+        xds = xds.model_copy(update={"tls": _with_tls_paths(xds.tls, "xds.tls", completed, folder)})
+    listen = config.listen
+    if listen.tls is not None:
+        listen = listen.model_copy(update={"tls": _with_tls_paths(listen.tls, "listen.tls", completed, folder)})
+    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync, "listen": listen})
+
+
+T = TypeVar("T", SyncTlsConfig, XdsTlsConfig, ListenTlsConfig)
+
+
+def _with_tls_paths(tls: T, at: str, completed: Completed, folder: Path) -> T:
+    files = {"certificate": tls.certificate, "key": tls.key, "ca": tls.ca}
+    given = {
+        name: path if f"{at}.{name}" in completed.variables else folder / path
+        for name, path in files.items()
+        if path is not None
+    }
+    return tls.model_copy(update=given)
 
 
 def _contradictions(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
@@ -93,6 +102,7 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
             yield from unread(path)
     if config.xds is not None:
         yield from _of_xds(config, document, completed)
+    yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
 
@@ -114,18 +124,30 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
             yield document.problem(("xds", "tls", name), "nothing", f"the {name} that belongs to xds.tls.{other}", fix)
 
 
+def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+    """What is asked for as protection must be there."""
+    listen, tls = config.listen, config.listen.tls
+    if tls is None:
+        return
+    paths = TlsPaths(tls.certificate, tls.key, tls.ca)
+    yield from _of_certificate(paths, "listen", document, "a certificate, its key and the authorities of all clients")
+    if tls.client_name is not None and tls.ca is None:
+        fix = "add the authorities of clients' certificates, or remove client_name"
+        yield document.problem(("listen", "tls", "ca"), "nothing", "it beside listen.tls.client_name", fix)
+    if all(address.startswith("unix:") for address in listen.grpc):
+        fix = "remove one of the two: unix sockets stay plain, and the permissions of their folder guard them"
+        yield document.problem(("listen", "tls"), "TLS for unix sockets alone", "a TCP address in listen.grpc", fix)
+
+
 def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     """What a mesh needs that leaves this machine."""
     sync, listen = config.sync, config.listen.sync
     tls = sync.tls
     if tls is not None:
-        files = {"certificate": tls.certificate, "key": tls.key, "ca": tls.ca}
-        missing = [
-            problem
-            for name, path in files.items()
-            for problem in _unreachable(path, ("sync", "tls", name), document, "a file that can be read")
-        ]
-        yield from missing or _unusable(tls, document)
+        paths = TlsPaths(tls.certificate, tls.key, tls.ca)
+        yield from _of_certificate(
+            paths, "sync", document, "a certificate, its key and the authorities of all sidecars"
+        )
         if sync.insecure:
             yield document.problem(("sync", "insecure"), "true", "it without sync.tls", "remove one of the two")
         return
@@ -143,12 +165,22 @@ def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
             return
 
 
-def _unusable(tls: SyncTlsConfig, document: Document) -> Iterator[Problem]:
+def _of_certificate(paths: TlsPaths, section: str, document: Document, expected: str) -> Iterator[Problem]:
+    """Files that cannot be used, of `tls` in a section."""
+    files = {"certificate": paths.certificate, "key": paths.key, "ca": paths.ca}
+    missing = [
+        problem
+        for name, path in files.items()
+        if path is not None
+        for problem in _unreachable(path, (section, "tls", name), document, "a file that can be read")
+    ]
+    yield from missing
+    if missing:
+        return
     try:
-        read_checked(tls.certificate, tls.key, tls.ca)
+        read_checked(paths, "server")
     except OSError as error:
-        found = f"files that cannot be used ({error})"
-        yield document.problem(("sync", "tls"), found, "a certificate, its key and the authorities of all sidecars")
+        yield document.problem((section, "tls"), "files that cannot be used", expected, str(error))
 
 
 def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:

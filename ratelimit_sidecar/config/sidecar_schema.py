@@ -33,6 +33,7 @@ DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
 MAX_PATTERN_CHARS = 255
 MAX_NAME_CHARS = 128
 MAX_RETRY_SECONDS = 3_600
+MAX_AGE_SECONDS = 31_536_000
 
 MAX_MEMBERS = 256
 MAX_MEMBER_BYTES = 255
@@ -86,10 +87,15 @@ def _check_members(members: dict[str, int]) -> dict[str, int]:
 
 
 def _check_pattern(text: str) -> str:
+    _check_client_name(text.replace("{node}", "n").replace("{region}", "r"))
+    return text
+
+
+def _check_client_name(text: str) -> str:
     if not 1 <= len(text) <= MAX_PATTERN_CHARS or not text.isprintable() or " " in text:
         raise ValueError("not a name")
-    if re.search("[{}]", text.replace("{node}", "").replace("{region}", "")):
-        raise ValueError("other braces")
+    if re.search("[{}]", text):
+        raise ValueError("braces")
     return text
 
 
@@ -119,11 +125,26 @@ Name = Annotated[
     Expected(f"a name of 1 to {MAX_NAME_CHARS} printable characters without spaces", of="text"),
 ]
 FilePath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file", of="text")]
+CertificatePath = Annotated[
+    Path,
+    BeforeValidator(_to_path),
+    Expected("the path of a file", of="text", or_else="add it, or set GRPC_SERVER_TLS_CERT"),
+]
+PrivateKeyPath = Annotated[
+    Path,
+    BeforeValidator(_to_path),
+    Expected("the path of a file", of="text", or_else="add it, or set GRPC_SERVER_TLS_KEY"),
+]
 RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file or folder", of="text")]
 PeerNames = Annotated[
     str,
     AfterValidator(_check_pattern),
     Expected("a DNS name or URI, in which {node}, {region} and * may stand", of="text"),
+]
+ClientName = Annotated[
+    str,
+    AfterValidator(_check_client_name),
+    Expected("a DNS name, IP address or URI, in which * may stand", of="text"),
 ]
 Engine = Annotated[
     Consistency,
@@ -145,6 +166,12 @@ RetrySeconds = Annotated[
     BeforeValidator(_to_float),
     Field(ge=0.2, le=MAX_RETRY_SECONDS),
     Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", of="plain"),
+]
+AgeSeconds = Annotated[
+    float,
+    BeforeValidator(_to_float),
+    Field(ge=0, le=MAX_AGE_SECONDS),
+    Expected(f"a number from 0 to {MAX_AGE_SECONDS}", of="plain"),
 ]
 # A token, as RFC 9110 has it for field names (5.1).
 HeaderName = Annotated[
@@ -174,11 +201,44 @@ class NodeConfig(Section):
     )
 
 
+class ListenTlsConfig(Section):
+    """TLS for Envoy's calls over TCP; the files are read again every minute."""
+
+    certificate: Annotated[CertificatePath, text("GRPC_SERVER_TLS_CERT")] = Field(
+        description="PEM file of this sidecar's certificate, and those between it and the authority that Envoy trusts."
+    )
+    key: Annotated[PrivateKeyPath, text("GRPC_SERVER_TLS_KEY")] = Field(
+        description="PEM file of its private key, not encrypted."
+    )
+    ca: Annotated[FilePath | None, text("GRPC_CLIENT_TLS_CACERT")] = Field(
+        None,
+        description="PEM file of the authorities that sign clients' certificates. With it whoever has none is refused.",
+    )
+    client_name: Annotated[ClientName | None, text("GRPC_CLIENT_TLS_SAN")] = Field(
+        None,
+        description="The name that a client's certificate must be for, among its subject alternative names: a DNS name,"
+        " IP address or URI; `*` stands for any one part between dots or slashes.",
+    )
+
+
 class ListenConfig(Section):
     """Where this sidecar answers."""
 
     grpc: Annotated[tuple[ListenAddress, ...], Field(strict=False), AfterValidator(_at_least_one), GRPC_ADDRESS] = (
         Field(("0.0.0.0:8081",), description="Where Envoy calls the rate limit service; port 0 lets the system pick.")
+    )
+    tls: Annotated[ListenTlsConfig | None, switch("GRPC_SERVER_USE_TLS")] = Field(
+        None,
+        description="TLS on the TCP addresses of `listen.grpc`; it is used when this key is there, or the variable is"
+        " true. Unix sockets stay plain: the permissions of their folder guard them.",
+    )
+    max_connection_age_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE")] = Field(
+        86_400.0,
+        description="Age at which a connection to `listen.grpc` is told to open no more calls, up to a tenth more or"
+        " less, so that Envoys spread over new sidecars; 0 for never.",
+    )
+    max_connection_age_grace_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE_GRACE")] = Field(
+        3_600.0, description="What calls in flight get then, before the connection is closed; 0 for no end."
     )
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."

@@ -1,11 +1,46 @@
-"""A certificate, its key and the authority of its peers, as files in PEM that may be replaced at any time."""
+"""A certificate, its key and the authority of its peers, as files in PEM that may be replaced at any time.
+
+`CertificateInForce` holds what the files said when they were last usable. They are read again every minute, and when
+its owner asks for it. What cannot be used, as when the new certificate is there and its key is not yet, changes
+nothing: what was read before stays in force.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import structlog
+
+if TYPE_CHECKING:
+    import grpc
+
+READ_SECONDS = 60.0
+"""How often the files are read without a handshake: streams may last for months, and certificates do not."""
+
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""Of a server in TLS 1.2: HTTP/2 forbids most others (RFC 9113, section 9.2.2). Envoy and gRPC offer these."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+Side = Literal["client", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsPaths:
+    """Where the files are.
+
+    Args:
+        ca: None when the other end need not show a certificate.
+    """
+
+    certificate: Path
+    key: Path
+    ca: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,43 +49,56 @@ class TlsFiles:
 
     certificate: bytes
     key: bytes
-    ca: bytes
+    ca: bytes | None
 
 
-def read(certificate: Path, key: Path, ca: Path) -> TlsFiles:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Files that belong together.
+
+    Args:
+        context: what Python's ssl needs for HTTP/2. It checks that the other end's certificate is of the authority, and
+            no names: which one is right depends on who the other end says it is.
+        not_after_s: when the certificate ends, in seconds since the epoch; None when that cannot be read in it.
+    """
+
+    files: TlsFiles
+    context: ssl.SSLContext
+    not_after_s: float | None
+
+
+def read(paths: TlsPaths) -> TlsFiles:
     """Raises:
     OSError: a file cannot be read.
     """
-    return TlsFiles(_bytes_of(certificate), _bytes_of(key), _bytes_of(ca))
+    return TlsFiles(
+        _bytes_of(paths.certificate), _bytes_of(paths.key), None if paths.ca is None else _bytes_of(paths.ca)
+    )
 
 
-def read_checked(certificate: Path, key: Path, ca: Path) -> tuple[TlsFiles, ssl.SSLContext]:
+def read_checked(paths: TlsPaths, side: Side) -> tuple[TlsFiles, ssl.SSLContext]:
     """Read the files, and let OpenSSL check that they belong together.
-
-    Returns:
-        The files, and what a client of HTTP/2 needs. It checks that a server's certificate is of the authority, and no
-        names: which one is right depends on who the server says it is.
 
     Raises:
         OSError: a file cannot be read, or they do not belong together; the text names the files.
     """
-    files = read(certificate, key, ca)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.set_alpn_protocols(["h2"])
+    files = read(paths)
+    context = _context(side)
+    if files.ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(cadata=files.ca.decode("ascii", "replace"))
+        except (ssl.SSLError, ValueError) as error:
+            raise OSError(f"{paths.ca}: no certificates in PEM") from error
     try:
-        context.load_verify_locations(cadata=files.ca.decode("ascii", "replace"))
-    except (ssl.SSLError, ValueError) as error:
-        raise OSError(f"{ca}: no certificates in PEM") from error
-    try:
-        context.load_cert_chain(certificate, key, password=_refuse_password)
+        context.load_cert_chain(paths.certificate, paths.key, password=_refuse_password)
     except ssl.SSLError as error:
         is_mismatch = error.reason == "KEY_VALUES_MISMATCH"
         why = "they do not belong together" if is_mismatch else "not a certificate and its key, in PEM"
-        raise OSError(f"{certificate}, {key}: {why}") from error
+        raise OSError(f"{paths.certificate}, {paths.key}: {why}") from error
     # OpenSSL has read the files by itself: let it have seen the same.
-    if read(certificate, key, ca) != files:
-        raise OSError(f"{certificate}, {key}: they change while they are read")
+    if read(paths) != files:
+        raise OSError(f"{paths.certificate}, {paths.key}: they change while they are read")
     return files, context
 
 
@@ -64,6 +112,108 @@ def not_after_s(certificate: bytes) -> float:
     from cryptography import x509  # noqa: PLC0415
 
     return x509.load_pem_x509_certificates(certificate)[0].not_valid_after_utc.timestamp()
+
+
+class CertificateInForce:
+    """What the files say now, or said when they were last usable. `load` it first.
+
+    Args:
+        side: which end of its connections this program is.
+    """
+
+    def __init__(self, paths: TlsPaths, side: Side) -> None:
+        self._paths = paths
+        self._side: Side = side
+        self._lock = Lock()
+        """One thread reads the files at a time. The event loop's never does, and never waits for this."""
+        self._in_force: Loaded | None = None
+        self._error = ""
+        self.failed_renewals = 0
+        """Times that the files were read again and could not be used."""
+
+    @property
+    def in_force(self) -> Loaded:
+        """What was read last, without looking at the files."""
+        assert self._in_force is not None
+        return self._in_force
+
+    @property
+    def not_after_s(self) -> float | None:
+        """When the certificate in force ends, in seconds since the epoch; None when that is not known."""
+        return None if self._in_force is None else self._in_force.not_after_s
+
+    def load(self) -> None:
+        """Read the files for the first time. It blocks.
+
+        Raises:
+            OSError: they cannot be read, or are no certificate, key and authority that belong together.
+        """
+        files, context = read_checked(self._paths, self._side)
+        try:
+            ends_s = not_after_s(files.certificate)
+        except ValueError:
+            # OpenSSL takes it: that is what counts.
+            ends_s = None
+        self._in_force = Loaded(files, context, ends_s)
+
+    def renew(self) -> Loaded:
+        """Read the files again, and return what is in force now. It blocks: not for the event loop."""
+        with self._lock:
+            error = ""
+            try:
+                if read(self._paths) != self.in_force.files:
+                    self.load()
+                    _log.info("certificate_renewed", file=str(self._paths.certificate))
+            except OSError as refused:
+                error = str(refused)
+                self.failed_renewals += 1
+            if error and error != self._error:
+                _log.error("certificate_not_renewed", why=error, until_then="what was read before stays in force")
+            self._error = error
+            return self.in_force
+
+    async def keep_read(self) -> None:
+        """Read the files again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(READ_SECONDS)
+            await asyncio.to_thread(self.renew)
+
+    def grpc_server_credentials(self) -> grpc.ServerCredentials:
+        """For a listener of gRPC's library, which renews them at each handshake, in a thread of its own. With an
+        authority, clients must have a certificate of it."""
+        # `check` has no use for it, and it takes 100 ms.
+        import grpc  # noqa: PLC0415
+
+        served = self.in_force.files
+
+        def configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
+            return grpc.ssl_server_certificate_configuration([(files.key, files.certificate)], files.ca)
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal served
+            files = self.renew().files
+            if files == served:
+                return None
+            served = files
+            return configuration(files)
+
+        return grpc.dynamic_ssl_server_credentials(
+            configuration(served), renewed, require_client_authentication=served.ca is not None
+        )
+
+
+def _context(side: Side) -> ssl.SSLContext:
+    if side == "client":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers(CIPHERS)
+        # RFC 9113, section 9.2.1.
+        context.options |= ssl.OP_NO_RENEGOTIATION
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def _bytes_of(path: Path) -> bytes:

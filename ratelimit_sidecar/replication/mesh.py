@@ -172,7 +172,7 @@ class Mesh:
             OSError: the address cannot be listened on, or the files of the certificate cannot be used.
         """
         if self.certificate is not None:
-            self.certificate.load()
+            await asyncio.to_thread(self.certificate.load)
         if self._listen is None:
             return
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
@@ -184,7 +184,7 @@ class Mesh:
             if self.certificate is None:
                 port = server.add_insecure_port(self._listen)
             else:
-                port = server.add_secure_port(self._listen, self.certificate.server_credentials())
+                port = server.add_secure_port(self._listen, self.certificate.grpc_server_credentials())
         except RuntimeError as error:
             await server.stop(None)
             # The C core logs the cause to stderr and keeps it from its caller.

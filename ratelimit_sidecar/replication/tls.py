@@ -7,34 +7,26 @@ connects, and is given this one certificate as all that it trusts. Whoever answe
 names read in the first handshake are those of the other end of the second.
 
 The files are read again at each handshake, and every minute, so that what is wrong with them is known before it
-matters. What cannot be used, as when the new certificate is there and its key is not yet, changes nothing: what was
-read before stays in force.
+matters (`config.tls_files`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from threading import Lock
 
 import grpc
 import grpc.aio
-import structlog
 
+from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
-from ratelimit_sidecar.config.tls_files import TlsFiles, not_after_s, read, read_checked
+from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
-READ_SECONDS = 60.0
-"""How often the files are read without a handshake: streams may last for months, and certificates do not."""
-
 _MAX_NAMES_TOLD = 5
-
-_log = structlog.stdlib.get_logger(__name__)
 
 
 class UntrustedError(Exception):
@@ -61,7 +53,7 @@ class PeerCertificate:
             ProtocolError: it is not.
         """
         wanted = pattern.replace("{node}", origin.node).replace("{region}", region)
-        accepts = _expression(pattern, origin.node, region)
+        accepts = accepting(pattern, {"{node}": origin.node, "{region}": region})
         if not any(accepts.fullmatch(name) for name in self.names):
             found = ", ".join(sorted(self.names)[:_MAX_NAMES_TOLD]) or "no DNS name and no URI"
             raise ProtocolError(
@@ -83,76 +75,12 @@ class Pinned:
     server_name: str
 
 
-class NodeCertificate:
+class NodeCertificate(CertificateInForce):
     """This node's certificate, its key, and the authority of all nodes' certificates; in force as the files say now."""
 
     def __init__(self, config: SyncTlsConfig) -> None:
+        super().__init__(TlsPaths(config.certificate, config.key, config.ca), "client")
         self.peer_names = config.peer_names
-        self._paths = config.certificate, config.key, config.ca
-        self._lock = Lock()
-        """gRPC asks in a thread of its own."""
-        self._files: TlsFiles | None = None
-        self._context: ssl.SSLContext | None = None
-        self._error = ""
-        self.failed_renewals = 0
-        """Times that the files were read again and could not be used."""
-        self.not_after_s: float | None = None
-        """When the certificate in force ends, in seconds since the epoch; None when that cannot be read in it."""
-
-    def load(self) -> None:
-        """Read the files for the first time.
-
-        Raises:
-            OSError: they cannot be read, or are no certificate, key and authority that belong together.
-        """
-        self._read()
-
-    async def keep_read(self) -> None:
-        """Read the files again and again, until cancelled. To be called after `load`."""
-        while True:
-            await asyncio.sleep(READ_SECONDS)
-            await asyncio.to_thread(self._in_force)
-
-    def _read(self) -> None:
-        self._files, self._context = read_checked(*self._paths)
-        try:
-            self.not_after_s = not_after_s(self._files.certificate)
-        except ValueError:
-            # OpenSSL takes it: that is what counts.
-            self.not_after_s = None
-
-    def _in_force(self) -> tuple[TlsFiles, ssl.SSLContext]:
-        with self._lock:
-            assert self._files is not None
-            assert self._context is not None
-            error = ""
-            try:
-                if read(*self._paths) != self._files:
-                    self._read()
-                    _log.info("certificate_renewed", file=str(self._paths[0]))
-            except OSError as refused:
-                error = str(refused)
-                self.failed_renewals += 1
-            if error and error != self._error:
-                _log.error("certificate_not_renewed", why=error, until_then="what was read before stays in force")
-            self._error = error
-            return self._files, self._context
-
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """Of the listener: for clients with a certificate only. To be called after `load`."""
-        served = self._in_force()[0]
-
-        def renewed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal served
-            files = self._in_force()[0]
-            if files == served:
-                return None
-            served = files
-            return _server_configuration(files)
-
-        return grpc.dynamic_ssl_server_credentials(
-            _server_configuration(served), renewed, require_client_authentication=True
-        )
 
     async def look_at(self, host: str, port: int) -> Pinned:
         """The certificate of who listens there, checked against the authority; the first of a dial's two handshakes.
@@ -161,9 +89,9 @@ class NodeCertificate:
             UntrustedError: the two ends do not trust each other.
             OSError: nobody can be reached there.
         """
-        _, context = await asyncio.to_thread(self._in_force)
+        latest = await asyncio.to_thread(self.renew)
         try:
-            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            reader, writer = await asyncio.open_connection(host, port, ssl=latest.context)
             try:
                 connection: ssl.SSLObject = writer.get_extra_info("ssl_object")
                 shown, der = connection.getpeercert(), connection.getpeercert(binary_form=True)
@@ -185,7 +113,7 @@ class NodeCertificate:
 
     def channel_credentials(self, pinned: Pinned) -> grpc.ChannelCredentials:
         """For the second handshake: with this very certificate at the other end, or none at all."""
-        files = self._in_force()[0]
+        files = self.in_force.files
         return grpc.ssl_channel_credentials(pinned.pem, files.key, files.certificate)
 
 
@@ -206,17 +134,3 @@ def _pinned(shown: Mapping[str, object], der: bytes) -> Pinned:
         raise UntrustedError("its certificate must have a DNS name, beside others: gRPC takes no server without")
     pem = ssl.DER_cert_to_PEM_cert(der).encode()
     return Pinned(PeerCertificate(frozenset([*dns, *uri])), pem, comparable[0])
-
-
-def _expression(pattern: str, node: str, region: str) -> re.Pattern[str]:
-    """What a name has to match; node and region stand for themselves, whatever is in them."""
-    # DNS names are the same in either case (RFC 4343), those of SPIFFE are not.
-    is_uri = "://" in pattern
-    any_part = "[^/]+" if is_uri else "[^.]+"
-    parts = {"{node}": re.escape(node), "{region}": re.escape(region), "*": any_part}
-    text = "".join(parts.get(part) or re.escape(part) for part in re.split(r"(\{node\}|\{region\}|\*)", pattern))
-    return re.compile(text, re.NOFLAG if is_uri else re.IGNORECASE | re.ASCII)
-
-
-def _server_configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(files.key, files.certificate)], files.ca)

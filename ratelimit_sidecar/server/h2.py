@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
-from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
+from ratelimit_sidecar.server.listeners import BACKLOG, UNIX_PREFIX, Listener, ListenError, listen
 from ratelimit_sidecar.server.rpc import Handlers
-from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
 CHECKED_AT_ONCE = 256
 """Connections looked at for what takes too long, before others have their turn: 0.2 ms."""
@@ -27,7 +27,7 @@ class H2FrontEnd:
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        certificate: None for plain text.
+        certificate: of TCP addresses; None for plain text.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class H2FrontEnd:
         self._certificate = certificate
         self._tasks = asyncio.TaskGroup()
         self._shared = Shared({path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks)
+        self._tls = None if certificate is None else TlsListeners(certificate, self._shared, self._protocol)
         self._configured = addresses
         self._listeners: list[Listener] = []
         self._servers: list[asyncio.Server] = []
@@ -87,7 +88,10 @@ class H2FrontEnd:
 
     async def start(self) -> None:
         if self._certificate is not None:
-            await asyncio.to_thread(self._certificate.load)
+            try:
+                await asyncio.to_thread(self._certificate.load)
+            except OSError as error:
+                raise ListenError(", ".join(self._configured), str(error)) from error
         self._listeners = listen(self._configured)
 
     async def serve(self) -> None:
@@ -99,7 +103,8 @@ class H2FrontEnd:
                 chores = [self._tasks.create_task(self._check())]
                 if self._certificate is not None:
                     chores.append(self._tasks.create_task(self._certificate.keep_read()))
-                self._servers = [await self._accept(listener) for listener in self._listeners]
+                for listener in self._listeners:
+                    await self._accept(listener)
                 self.ready.set()
                 try:
                     await self._stopping.wait()
@@ -119,22 +124,26 @@ class H2FrontEnd:
         else:
             self._close_listeners()
 
-    async def _accept(self, listener: Listener) -> asyncio.Server:
-        context = None if self._certificate is None else self._certificate.context
-        return await asyncio.get_running_loop().create_server(
+    async def _accept(self, listener: Listener) -> None:
+        if self._tls is not None and not listener.address.startswith(UNIX_PREFIX):
+            self._tls.accept(listener.socket)
+            return
+        server = await asyncio.get_running_loop().create_server(
             self._protocol,  # type: ignore[arg-type] # it has asyncio.Protocol's methods, but is compiled
             sock=listener.socket,
             backlog=BACKLOG,
-            ssl=context,
-            ssl_handshake_timeout=None if context is None else self._limits.handshake,
-            ssl_shutdown_timeout=None if context is None else self._limits.handshake,
         )
+        self._servers.append(server)
 
-    def _protocol(self) -> GrpcProtocol:
+    def _protocol(self, began_s: float | None = None) -> GrpcProtocol:
+        """
+        Args:
+            began_s: when the client connected; None for now.
+        """
         age_s = self._limits.age
         if age_s is not None:
             age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
-        self._shared.now_s = asyncio.get_running_loop().time()
+        self._shared.now_s = asyncio.get_running_loop().time() if began_s is None else began_s
         return GrpcProtocol(self._shared, age_s)
 
     async def _check(self) -> None:
@@ -157,6 +166,8 @@ class H2FrontEnd:
 
     async def _drain(self) -> None:
         self.ready.clear()
+        if self._tls is not None:
+            await self._tls.stop()
         self._close_listeners()
         shared = self._shared
         shared.is_draining = True

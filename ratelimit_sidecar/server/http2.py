@@ -89,7 +89,20 @@ class Counts:
         self.refused_calls = dict.fromkeys(("shed", "body_idle", "too_slow"), 0)
         """Calls ended before they were complete: others hold too much memory, or their message came too slowly."""
         self.closed_connections = dict.fromkeys(
-            ("protocol_error", "flood", "handshake", "idle", "silent", "stalled", "age", "limit", "drain"), 0
+            (
+                "protocol_error",
+                "flood",
+                "handshake",
+                "tls",
+                "certificate",
+                "idle",
+                "silent",
+                "stalled",
+                "age",
+                "limit",
+                "drain",
+            ),
+            0,
         )
         """Connections closed by this end, by the reason."""
 

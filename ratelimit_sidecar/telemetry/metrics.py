@@ -69,7 +69,7 @@ class PeerStatus(Protocol):
 
 
 class CertificateStatus(Protocol):
-    """What is read of this node's certificate (`ratelimit_sidecar.replication.tls.NodeCertificate`)."""
+    """What is read of a certificate (`ratelimit_sidecar.config.tls_files.CertificateInForce`)."""
 
     @property
     def not_after_s(self) -> float | None:
@@ -165,6 +165,7 @@ class Sources:
         membership: called once a scrape; gives None when no limit can be strict.
         loop: None where nobody measures it.
         front_end: None where the library that carries calls tells nothing.
+        listener_certificate: None where Envoy's calls come in plain text.
     """
 
     node: str
@@ -178,6 +179,7 @@ class Sources:
     membership: Callable[[], MembershipStatus | None] = lambda: None
     loop: LoopStatus | None = None
     front_end: FrontEndStatus | None = None
+    listener_certificate: CertificateStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,13 +280,22 @@ def _read_unknown_keys(at: Snapshot) -> Iterator[Sample]:
         yield "", (at.sources.region,), at.sources.replication.unknown_keys
 
 
-def _read_certificate(value: Callable[[CertificateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+def _of_mesh(sources: Sources) -> CertificateStatus | None:
+    return None if sources.replication is None else sources.replication.certificate
+
+
+def _of_listener(sources: Sources) -> CertificateStatus | None:
+    return sources.listener_certificate
+
+
+def _read_certificate(
+    of: Callable[[Sources], CertificateStatus | None], value: Callable[[CertificateStatus], float | None]
+) -> Callable[[Snapshot], Iterator[Sample]]:
     def read(at: Snapshot) -> Iterator[Sample]:
-        replication = at.sources.replication
-        if replication is not None and replication.certificate is not None:
-            number = value(replication.certificate)
-            if number is not None:
-                yield "", (at.sources.region,), number
+        certificate = of(at.sources)
+        number = None if certificate is None else value(certificate)
+        if number is not None:
+            yield "", (at.sources.region,), number
 
     return read
 
@@ -431,6 +442,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Memory held by calls that are not complete, and by streaming calls.",
         _read_front_end(lambda front_end: front_end.held_bytes),
+    ),
+    Definition(
+        "ratelimit_listener_certificate_not_after_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When the certificate for Envoy's calls ends, since the epoch: the one in force; absent without listen.tls.",
+        _read_certificate(_of_listener, lambda certificate: certificate.not_after_s),
+    ),
+    Definition(
+        "ratelimit_listener_certificate_failed_renewals_total",
+        "counter",
+        ("region",),
+        "Times the files of listen.tls were read again and could not be used: what was read before stays in force.",
+        _read_certificate(_of_listener, lambda certificate: certificate.failed_renewals),
     ),
     Definition(
         "ratelimit_config_loads_total",
@@ -682,14 +707,14 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "When this node's certificate for the mesh ends, since the epoch: the one in force; absent without sync.tls.",
-        _read_certificate(lambda certificate: certificate.not_after_s),
+        _read_certificate(_of_mesh, lambda certificate: certificate.not_after_s),
     ),
     Definition(
         "crdt_mesh_certificate_failed_renewals_total",
         "counter",
         ("region",),
         "Times the files of sync.tls were read again and could not be used: what was read before stays in force.",
-        _read_certificate(lambda certificate: certificate.failed_renewals),
+        _read_certificate(_of_mesh, lambda certificate: certificate.failed_renewals),
     ),
     Definition(
         "ratelimit_strict_home_share",

@@ -74,8 +74,8 @@ def test_the_files_must_belong_together(tmp_path: Path) -> None:
     with_files(tmp_path)
     Authority().write(tmp_path / "other", "a").key.replace(tmp_path / "tls.key")
     assert sidecar_errors(tmp_path, f"sync: {{tls: {TLS}}}") == [
-        f"sidecar.yaml:1:8: sync.tls: found files that cannot be used ({tmp_path}/tls.crt, {tmp_path}/tls.key: they do"
-        " not belong together), expected a certificate, its key and the authorities of all sidecars"
+        "sidecar.yaml:1:8: sync.tls: found files that cannot be used, expected a certificate, its key and the"
+        f" authorities of all sidecars; {tmp_path}/tls.crt, {tmp_path}/tls.key: they do not belong together"
     ]
 
 

@@ -9,9 +9,8 @@ import pytest
 from config.builders import sidecar
 
 from ratelimit_sidecar.config.environment import variables_of
-from ratelimit_sidecar.config.migration import VARIABLES, NotYet, Same, SameElsewhere, Verdict
+from ratelimit_sidecar.config.migration import VARIABLES, Same, SameElsewhere, Verdict
 from ratelimit_sidecar.config.reference import pages
-from ratelimit_sidecar.config.runtime import REFUSED_WHEN_TRUE
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.telemetry.logs import configure_logs
@@ -38,10 +37,6 @@ def test_logs_are_set_by_the_same_variables() -> None:
     for variable in of_kind(SameElsewhere):
         with pytest.raises(ValueError, match=variable):
             configure_logs({variable: "neither"})
-
-
-def test_a_variable_that_is_refused_is_called_not_yet() -> None:
-    assert REFUSED_WHEN_TRUE.keys() <= of_kind(NotYet)
 
 
 def test_every_variable_has_one_row() -> None:

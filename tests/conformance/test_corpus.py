@@ -1,4 +1,5 @@
-"""Every case of the corpus, asked of the decision itself, over both front ends, by an independent client and as JSON.
+"""Every case of the corpus, asked of the decision itself, over both front ends on TCP, unix sockets and TLS,
+by an independent client and as JSON.
 
 Time is the test's own. A front end lives as long as the module; each case gives it a limiter of its own.
 """
@@ -25,7 +26,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.json_format import MessageToJson, ParseDict
 from prometheus_client import CollectorRegistry
-from server.front_ends import KINDS, running
+from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
@@ -52,6 +53,8 @@ BROKEN = [pytest.param(case, id=case.case) for case in ALL if case.problems]
 
 START_US = 15_330 * 86_400 * 1_000_000
 """Windows of seven, of thirty and of 365 days begin here: 15,330 is their least common multiple."""
+
+WHERE = [f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix", "tls")]
 
 Ask = Callable[[RateLimitRequest], Awaitable[Answer | Refusal]]
 
@@ -118,17 +121,23 @@ def stage() -> Stage:
     return Stage()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(KINDS))
-async def front_end(request: pytest.FixtureRequest, stage: Stage) -> AsyncIterator[str]:
-    """The address of a running one."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WHERE)
+async def front_end(
+    request: pytest.FixtureRequest, stage: Stage, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[str, Tls | None]]:
+    """The address of a running one, and what its clients need for TLS."""
     handlers = {f"/{SERVICE_NAME}/ShouldRateLimit": stage.should_rate_limit}
-    async with running(request.param, handlers) as started:
-        yield started.addresses[0]
+    kind, _, transport = request.param.partition("-")
+    folder = tmp_path_factory.mktemp("front_end")
+    tls = Tls(folder / "tls") if transport == "tls" else None
+    addresses = [f"unix:{folder}/rls.sock" if transport == "unix" else "127.0.0.1:0"]
+    async with running(kind, handlers, addresses, certificate=tls and tls.certificate) as started:
+        yield started.addresses[0], tls
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def official_client(front_end: str) -> AsyncIterator[Ask]:
-    async with grpc.aio.insecure_channel(front_end) as channel:
+async def official_client(front_end: tuple[str, Tls | None]) -> AsyncIterator[Ask]:
+    async with channel_to(*front_end) as channel:
         stub = RateLimitServiceStub(channel)
 
         async def ask(request: RateLimitRequest) -> Answer | Refusal:
@@ -143,10 +152,9 @@ async def official_client(front_end: str) -> AsyncIterator[Ask]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def independent_client(front_end: str) -> AsyncIterator[Ask]:
+async def independent_client(front_end: tuple[str, Tls | None]) -> AsyncIterator[Ask]:
     """One with another HTTP/2, another gRPC and other message types: grpclib and envoy-data-plane."""
-    host, _, port = front_end.rpartition(":")
-    async with grpclib.client.Channel(host, int(port)) as channel:
+    async with independent_channel_to(*front_end) as channel:
         stub = typed_rls.RateLimitServiceAsyncStub(channel, timeout=5)
 
         async def ask(request: RateLimitRequest) -> Answer | Refusal:
@@ -176,6 +184,7 @@ async def json_client(stage: Stage) -> AsyncIterator[Ask]:
                 peers=list,
                 membership=lambda: None,
                 missing=list,
+                degraded=list,
                 now_us=lambda: START_US,
                 reloader=Reloader(limiter.use_rules, lambda: START_US, "files", limiter.rules),
                 should_rate_limit=stage.should_rate_limit,

@@ -1,4 +1,4 @@
-"""What a client sees of RateLimitService and Health, the same on every front end and over TCP and unix sockets.
+"""What a client sees of RateLimitService and Health, the same on every front end, over TCP, unix sockets and TLS.
 
 The clock is the test's own, so that remaining tokens and reset times are exact.
 """
@@ -23,7 +23,7 @@ from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.wrappers_pb2 import UInt64Value
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from server.front_ends import KINDS, running
+from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
@@ -77,6 +77,7 @@ class Sidecar:
     front_end: FrontEnd
     limiter: Limiter
     channel: grpc.aio.Channel
+    tls: Tls | None
     now_us: int = 1_700_000_000_000_000
     serving: bool = True
 
@@ -95,7 +96,7 @@ class Sidecar:
         return (await HealthStub(self.channel).Check(HealthCheckRequest(service=service), timeout=5)).status
 
 
-@pytest.fixture(params=[f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix")])
+@pytest.fixture(params=[f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix", "tls")])
 async def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Sidecar]:
     async with sidecar_on(request.param, tmp_path) as running_sidecar:
         yield running_sidecar
@@ -104,16 +105,17 @@ async def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 @contextlib.asynccontextmanager
 async def sidecar_on(where: str, tmp_path: Path) -> AsyncIterator[Sidecar]:
     kind, _, transport = where.partition("-")
-    address = "127.0.0.1:0" if transport == "tcp" else f"unix:{tmp_path}/rls.sock"
+    address = f"unix:{tmp_path}/rls.sock" if transport == "unix" else "127.0.0.1:0"
+    tls = Tls(tmp_path / "tls") if transport == "tls" else None
     limiter = Limiter(RULES, Origin("node", 1))
     rate_limit = RateLimitService(limiter, lambda: sidecar.now_us, NoTelemetry(), NoTelemetry())
     health = HealthService(lambda: sidecar.serving, [SERVICE_NAME])
     handlers = {**rate_limit.handlers(), **health.handlers()}
     async with (
-        running(kind, handlers, [address]) as front_end,
-        grpc.aio.insecure_channel(front_end.addresses[0]) as channel,
+        running(kind, handlers, [address], certificate=tls and tls.certificate) as front_end,
+        channel_to(front_end.addresses[0], tls) as channel,
     ):
-        sidecar = Sidecar(front_end, limiter, channel)
+        sidecar = Sidecar(front_end, limiter, channel, tls)
         yield sidecar
 
 
@@ -276,12 +278,7 @@ async def test_an_independent_client_with_types_of_its_own_is_served(sidecar: Si
         entries=[typed_ratelimit.RateLimitDescriptorEntry(key="user", value="eve")]
     )
     request = typed_rls.RateLimitRequest(domain="shop", descriptors=[eve])
-    if sidecar.address.startswith("unix:"):
-        channel = grpclib.client.Channel(path=sidecar.address.removeprefix("unix:"))
-    else:
-        host, _, port = sidecar.address.rpartition(":")
-        channel = grpclib.client.Channel(host, int(port))
-    async with channel:
+    async with independent_channel_to(sidecar.address, sidecar.tls) as channel:
         stub = typed_rls.RateLimitServiceAsyncStub(channel, timeout=5)
         answers = [await stub.should_rate_limit(request) for _ in range(4)]
         with pytest.raises(grpclib.GRPCError, match="domain must not be empty") as caught:

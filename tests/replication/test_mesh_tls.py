@@ -16,7 +16,8 @@ from certificates import Authority
 from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, told
 from structlog.testing import capture_logs
 
-from ratelimit_sidecar.replication import dialler, tls
+from ratelimit_sidecar.config import tls_files
+from ratelimit_sidecar.replication import dialler
 from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, Pinned
@@ -304,7 +305,7 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
 
 
 async def test_files_are_read_every_minute_though_nobody_dials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "READ_SECONDS", 0.01)
+    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
     authority, soon, later = Authority(), ENDS, ENDS + timedelta(days=1)
     of_a = NodeCertificate(authority.write(tmp_path / "a", "a", not_after=soon))
     with capture_logs() as logs:
@@ -331,7 +332,7 @@ async def test_a_certificate_whose_end_cannot_be_read_is_used_all_the_same(
     def refuse(_certificate: bytes) -> float:
         raise ValueError("not as strict as is asked for here")
 
-    monkeypatch.setattr(tls, "not_after_s", refuse)
+    monkeypatch.setattr(tls_files, "not_after_s", refuse)
     authority = Authority()
     of_a, of_b = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "b", "b")
     async with (

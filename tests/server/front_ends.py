@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import grpclib.client
+from certificates import Authority
 
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
+from ratelimit_sidecar.server.tls import ServerCertificate
 
 KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
 
@@ -23,11 +31,49 @@ def echo(message: bytes, _metadata: Metadata) -> bytes:
 ECHO = {"/test.Echo/Echo": echo}
 
 
+class Tls:
+    """Certificates of both ends, which each must show."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = Authority()
+        config = authority.write_listener(folder, "localhost", clients=authority, client_name="envoy.example")
+        self.certificate = ServerCertificate(config)
+        self.of_client = authority.write(folder / "client", "envoy.example")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        files = self.of_client
+        return grpc.ssl_channel_credentials(*(path.read_bytes() for path in (files.ca, files.key, files.certificate)))
+
+    def context(self, *, check_hostname: bool = True) -> ssl.SSLContext:
+        """Of a client with Python's own TLS."""
+        context = ssl.create_default_context(cafile=self.of_client.ca)
+        context.check_hostname = check_hostname
+        context.load_cert_chain(self.of_client.certificate, self.of_client.key)
+        context.set_alpn_protocols(["h2"])
+        return context
+
+
+def channel_to(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address)
+    options = (("grpc.ssl_target_name_override", "localhost"),)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+
+
+def independent_channel_to(address: str, tls: Tls | None = None) -> grpclib.client.Channel:
+    """Of grpclib, which has another HTTP/2."""
+    if address.startswith("unix:"):
+        return grpclib.client.Channel(path=address.removeprefix("unix:"))
+    return grpclib.client.Channel("localhost", int(address.rpartition(":")[2]), ssl=tls and tls.context())
+
+
 @contextlib.asynccontextmanager
 async def running(
     kind: str,
     handlers: Handlers,
     addresses: Sequence[str] = ("127.0.0.1:0",),
+    *,
+    certificate: ServerCertificate | None = None,
     **limits: float | None,
 ) -> AsyncIterator[FrontEnd]:
     """A front end that answers, and is stopped at the end.
@@ -35,7 +81,9 @@ async def running(
     Args:
         limits: those of `Limits` that are not the default.
     """
-    front_end: FrontEnd = KINDS[kind](handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits))
+    front_end: FrontEnd = KINDS[kind](
+        handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits), certificate=certificate
+    )
     await front_end.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(front_end.serve())

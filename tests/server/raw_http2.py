@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ def client_connection() -> h2.connection.H2Connection:
     machine = client.state_machine
     told_to_go = (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY)
     machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
+    # It would also forget the answer to a PING that came with that.
+    client.clear_outbound_data_buffer = lambda: None
     return client
 
 
@@ -66,6 +69,8 @@ class RawClient:
         self._h2 = client_connection()
         self._answers: defaultdict[int, Answer] = defaultdict(Answer)
         self.told_to_go = asyncio.Event()
+        self.last_streams: list[int] = []
+        """Of each GOAWAY."""
         self.gone = asyncio.Event()
         self._is_held = False
         self._h2.initiate_connection()
@@ -92,6 +97,10 @@ class RawClient:
     def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
         self._h2.send_data(stream, data, end_stream=end)
         self._flush()
+
+    def write(self, data: bytes) -> None:
+        """Send what may be no HTTP/2 at all."""
+        self._writer.write(data)
 
     def cancel(self, stream: int) -> None:
         self._h2.reset_stream(stream, ErrorCodes.CANCEL)
@@ -140,6 +149,7 @@ class RawClient:
             case h2.events.PingAckReceived():
                 self._ponged.set()
             case h2.events.ConnectionTerminated():
+                self.last_streams.append(event.last_stream_id)
                 self.told_to_go.set()
 
     @contextlib.contextmanager
@@ -156,19 +166,23 @@ class RawClient:
 
 
 @contextlib.asynccontextmanager
-async def connected(address: str) -> AsyncIterator[RawClient]:
-    """A client connected to `host:port` or `unix:PATH`."""
+async def connected(address: str, context: ssl.SSLContext | None = None) -> AsyncIterator[RawClient]:
+    """A client connected to `host:port` or `unix:PATH`; with a context over TLS."""
     if address.startswith("unix:"):
         reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     else:
         host, _, port = address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
     client = RawClient(reader, writer)
     async with asyncio.TaskGroup() as tasks:
         reading = tasks.create_task(client.read())
         yield client
         reading.cancel()
-        writer.close()
+        if context is None:
+            writer.close()
+        else:
+            # Without waiting for the server's goodbye of TLS.
+            writer.transport.abort()
 
 
 class ReluctantClient:

@@ -71,6 +71,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         membership=lambda: shared,
         loop=Loop(),
         front_end=FrontEnd(),
+        listener_certificate=Certificate(),
     )
 
 
@@ -250,24 +251,27 @@ def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
     assert b"ratelimit_strict_home_share{" not in generate_latest(registry)
 
 
-def test_when_the_meshs_certificate_ends_and_how_often_it_could_not_be_renewed_is_shown() -> None:
+CERTIFICATES = pytest.mark.parametrize("whose", ["crdt_mesh_certificate", "ratelimit_listener_certificate"])
+
+
+@CERTIFICATES
+def test_when_a_certificate_ends_and_how_often_it_could_not_be_renewed_is_shown(whose: str) -> None:
     registry = create_registry(sources())
     for name, value in {"not_after_timestamp_seconds": 1_800_000_000.5, "failed_renewals_total": 3}.items():
-        assert sample(registry, f"crdt_mesh_certificate_{name}", region="us-east-1") == value
+        assert sample(registry, f"{whose}_{name}", region="us-east-1") == value
 
 
+@CERTIFICATES
 @pytest.mark.parametrize(
     ("certificate", "left"), [(None, []), (Certificate(not_after_s=None), ["failed_renewals_total"])]
 )
 def test_of_a_certificate_that_is_not_there_or_whose_end_is_not_known_nothing_is_made_up(
-    certificate: Certificate | None, left: list[str]
+    whose: str, certificate: Certificate | None, left: list[str]
 ) -> None:
-    shown = replace(sources(), replication=Mesh(certificate=certificate))
+    shown = replace(sources(), replication=Mesh(certificate=certificate), listener_certificate=certificate)
     registry = create_registry(shown)
     names = ("not_after_timestamp_seconds", "failed_renewals_total")
-    found = [
-        name for name in names if sample(registry, f"crdt_mesh_certificate_{name}", region="us-east-1") is not None
-    ]
+    found = [name for name in names if sample(registry, f"{whose}_{name}", region="us-east-1") is not None]
     assert found == left
 
 

@@ -1,0 +1,27 @@
+"""Patterns that say which names a certificate may be for: DNS names, and URIs as SPIFFE has them.
+
+`*` in a pattern stands for any one part of a name between dots (of a URI: slashes), `{node}` and the like for what is
+filled in. Everything else stands for itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+
+def accepting(pattern: str, filled_in: Mapping[str, str] | None = None) -> re.Pattern[str]:
+    """What a name has to match as a whole.
+
+    Args:
+        filled_in: by what stands for it in the pattern, braces included; whatever is in it stands for itself.
+    """
+    # DNS names are the same in either case (RFC 4343), those of SPIFFE are not. A part of a DNS name has no slash, so
+    # that no URI is taken for one.
+    is_uri = "://" in pattern
+    parts = {"*": "[^/]+" if is_uri else "[^./]+"}
+    for name, value in (filled_in or {}).items():
+        parts[name] = re.escape(value)
+    split = "|".join(map(re.escape, parts))
+    text = "".join(parts.get(part) or re.escape(part) for part in re.split(f"({split})", pattern))
+    return re.compile(text, re.NOFLAG if is_uri else re.IGNORECASE | re.ASCII)

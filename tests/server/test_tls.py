@@ -1,0 +1,399 @@
+"""TLS of both front ends, on asyncio's event loop and on uvloop's, which each have a TLS of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from certificates import Authority
+from server.front_ends import ECHO, KINDS, running
+from server.raw_http2 import connected
+from structlog.testing import capture_logs
+
+from ratelimit_sidecar.config import tls_files
+from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.listeners import ListenError
+from ratelimit_sidecar.server.rpc import Code
+from ratelimit_sidecar.server.tls import ServerCertificate
+
+pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+
+PATH = "/test.Echo/Echo"
+NAME = "sidecar.example"
+WITHIN_S = 5
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Client:
+    """Trusts one authority; may have a certificate."""
+
+    def __init__(self, folder: Path, trusted: Authority, issuer: Authority | None = None, *names: str) -> None:
+        folder.mkdir()
+        self._ca = folder / "trusted.crt"
+        trusted.certificate_to(self._ca)
+        self._files = None if issuer is None else issuer.write(folder / "own", *names)
+
+    async def call(self, front_end: FrontEnd, message: bytes = b"hello") -> bytes:
+        files = self._files
+        own = (None, None) if files is None else (files.key.read_bytes(), files.certificate.read_bytes())
+        credentials = grpc.ssl_channel_credentials(self._ca.read_bytes(), *own)
+        options = (("grpc.ssl_target_name_override", NAME), ("grpc.use_local_subchannel_pool", 1))
+        async with grpc.aio.secure_channel(front_end.addresses[0], credentials, options=options) as channel:
+            return await channel.unary_unary(PATH)(message, timeout=WITHIN_S)
+
+    async def is_refused(self, front_end: FrontEnd) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await self.call(front_end)
+        return refused.value.code()
+
+    def context(self) -> ssl.SSLContext:
+        """For Python's own TLS, which is told to check no names."""
+        context = ssl.create_default_context(cafile=self._ca)
+        context.check_hostname = False
+        context.set_alpn_protocols(["h2"])
+        if self._files is not None:
+            context.load_cert_chain(self._files.certificate, self._files.key)
+        return context
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WITHIN_S):
+        while not condition():  # noqa: ASYNC110 (another thread, or the other end)
+            await asyncio.sleep(0.01)
+
+
+def closed(front_end: FrontEnd) -> dict[str, int]:
+    """How many connections were ended for which reason; only h2 knows."""
+    assert isinstance(front_end, H2FrontEnd)
+    return {reason: count for reason, count in front_end.closed_connections.items() if count}
+
+
+@contextlib.asynccontextmanager
+async def raw(front_end: FrontEnd) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection without TLS."""
+    host, _, port = front_end.addresses[0].rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def test_a_client_that_trusts_the_authority_is_answered(kind: str, tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    client = Client(tmp_path / "client", authority)
+    async with running(kind, ECHO, certificate=certificate) as front_end:
+        for message in (b"hello", bytes(60_000)):
+            assert await client.call(front_end, message) == message
+        stranger = Client(tmp_path / "stranger", Authority())
+        assert await stranger.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
+        assert await client.call(front_end) == b"hello"
+
+
+async def test_an_address_with_several_sockets_has_tls_on_tcp_alone(kind: str, tmp_path: Path) -> None:
+    authority = Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority, client_name="envoy.example")
+    client = Client(tmp_path / "client", authority, authority, "envoy.example")
+    unix = f"unix:{tmp_path}/rls.sock"
+    async with running(kind, ECHO, ["127.0.0.1:0", unix], certificate=ServerCertificate(config)) as front_end:
+        assert await client.call(front_end) == b"hello"
+        async with grpc.aio.insecure_channel(unix) as channel:
+            assert await channel.unary_unary(PATH)(b"plain", timeout=WITHIN_S) == b"plain"
+
+
+async def test_with_an_authority_of_clients_each_must_have_a_certificate_of_it(kind: str, tmp_path: Path) -> None:
+    authority, of_clients = Authority(), Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=of_clients)
+    known = Client(tmp_path / "known", authority, of_clients, "whoever.example")
+    without = Client(tmp_path / "without", authority)
+    unknown = Client(tmp_path / "unknown", authority, authority, "whoever.example")
+    async with running(kind, ECHO, certificate=ServerCertificate(config)) as front_end:
+        for stranger in (without, unknown):
+            assert await stranger.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
+        assert await known.call(front_end) == b"hello"
+        if kind == "h2":
+            assert closed(front_end).keys() == {"certificate"}
+
+
+async def test_a_client_whose_certificate_has_ended_is_refused(kind: str, tmp_path: Path) -> None:
+    authority = Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority)
+    client = Client(tmp_path / "client", authority, authority, "envoy.example")
+    authority.write(tmp_path / "client" / "own", "envoy.example", not_after=datetime.now(UTC) - timedelta(minutes=1))
+    async with running(kind, ECHO, certificate=ServerCertificate(config)) as front_end:
+        assert await client.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [
+        ("envoy.example", "envoy.example"),
+        ("envoy.example", "Envoy.EXAMPLE"),
+        ("envoy.mesh.example", "*.mesh.example"),
+        ("*.mesh.example", "envoy.mesh.example"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("2001:db8::1", "2001:db8::1"),
+    ],
+)
+async def test_a_client_of_the_name_that_is_wanted_is_answered(
+    kind: str, tmp_path: Path, wanted: str, shown: str
+) -> None:
+    authority = Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority, client_name=wanted)
+    client = Client(tmp_path / "client", authority, authority, "another.example", shown)
+    async with running(kind, ECHO, certificate=ServerCertificate(config)) as front_end:
+        assert await client.call(front_end) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [
+        ("envoy.example", "other.example"),
+        ("envoy.example", "envoy.example.evil.example"),
+        ("a.b.mesh.example", "*.mesh.example"),
+        ("10.0.0.1", "10.0.0.2"),
+    ],
+)
+async def test_a_client_of_another_name_is_refused(kind: str, tmp_path: Path, wanted: str, shown: str) -> None:
+    authority = Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority, client_name=wanted)
+    client = Client(tmp_path / "client", authority, authority, shown)
+    async with running(kind, ECHO, certificate=ServerCertificate(config)) as front_end:
+        code = await client.is_refused(front_end)
+        if kind == "h2":
+            # It gets no connection; gRPC's library looks when there is a call.
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert closed(front_end).keys() == {"certificate"}
+            assert front_end.open_connections == 0
+        else:
+            assert code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_client_may_be_known_by_a_uri(kind: str, tmp_path: Path) -> None:
+    authority = Authority()
+    pattern = "spiffe://mesh/ns/*/sa/envoy"
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority, client_name=pattern)
+    answered = Client(tmp_path / "answered", authority, authority, "x")
+    authority.write_with_uri(tmp_path / "answered" / "own", "spiffe://mesh/ns/shop/sa/envoy", "x", peer_names="x")
+    refused = Client(tmp_path / "refused", authority, authority, "x")
+    authority.write_with_uri(tmp_path / "refused" / "own", "spiffe://mesh/ns/shop/sa/other", "x", peer_names="x")
+    async with running(kind, ECHO, certificate=ServerCertificate(config)) as front_end:
+        assert await answered.call(front_end) == b"hello"
+        await refused.is_refused(front_end)
+
+
+@pytest.mark.parametrize(
+    "said", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff"]
+)
+async def test_a_client_in_plain_text_is_hung_up_on_and_harms_nobody(kind: str, tmp_path: Path, said: bytes) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    client = Client(tmp_path / "client", authority)
+    async with running(kind, ECHO, certificate=certificate) as front_end, raw(front_end) as (reader, writer):
+        writer.write(said)
+        writer.write_eof()
+        async with asyncio.timeout(WITHIN_S):
+            with contextlib.suppress(ConnectionResetError):
+                assert b"HTTP" not in await reader.read()
+        assert await client.call(front_end) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda context: context.set_alpn_protocols(["http/1.1"]), lambda context: context.set_ciphers("AES256-SHA")],
+)
+async def test_without_http_2_or_what_it_needs_there_is_no_connection(
+    tmp_path: Path, spoil: Callable[[ssl.SSLContext], None]
+) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+        spoil(context)
+        host, _, port = front_end.addresses[0].rpartition(":")
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+            async with asyncio.timeout(WITHIN_S):
+                assert await reader.read() == b""
+            writer.close()
+        await until(lambda: closed(front_end) == {"tls": 1})
+
+
+async def test_tls_1_2_is_spoken_too(kind: str, tmp_path: Path) -> None:
+    authority = Authority()
+    config = authority.write_listener(tmp_path / "server", NAME, clients=authority)
+    context = Client(tmp_path / "client", authority, authority, "envoy.example").context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with (
+        running(kind, ECHO, certificate=ServerCertificate(config)) as front_end,
+        connected(front_end.addresses[0], context) as client,
+    ):
+        answer = await client.call(PATH, frame(b"hello"))
+    assert (answer.body, answer.code) == (frame(b"hello"), Code.OK)
+
+
+async def test_a_silent_client_is_disconnected_after_the_time_for_handshakes(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    client = Client(tmp_path / "client", authority)
+    async with running("h2", ECHO, certificate=certificate, handshake=0.3, connections=1) as front_end:
+        async with raw(front_end) as (reader, _):
+            # It takes the place of who would be served.
+            await until(lambda: len(front_end._tls.handshakes) == 1)
+            assert await client.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
+            assert closed(front_end).keys() == {"limit"}
+            async with asyncio.timeout(WITHIN_S):
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+        await until(lambda: closed(front_end).get("handshake") == 1)
+        assert await client.call(front_end) == b"hello"
+
+
+async def test_who_comes_and_goes_without_a_word_is_no_failure(tmp_path: Path) -> None:
+    """As probes of a TCP port do."""
+    certificate = ServerCertificate(Authority().write_listener(tmp_path / "server", NAME))
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+        async with raw(front_end):
+            await until(lambda: len(front_end._tls.handshakes) == 1)
+        await until(lambda: not front_end._tls.handshakes)
+        assert closed(front_end) == {}
+        assert front_end.accepted_connections == 1
+
+
+async def test_a_handshake_that_hangs_does_not_hold_up_a_stop(kind: str, tmp_path: Path) -> None:
+    certificate = ServerCertificate(Authority().write_listener(tmp_path / "server", NAME))
+    async with (
+        running(kind, ECHO, certificate=certificate, handshake=60, drain=60) as front_end,
+        raw(front_end) as (reader, writer),
+    ):
+        writer.write(b"\x16\x03\x01")
+        if kind == "h2":
+            await until(lambda: len(front_end._tls.handshakes) == 1)
+        async with asyncio.timeout(WITHIN_S):
+            await front_end.stop()
+            if kind == "h2":
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+
+
+async def test_a_client_that_does_not_read_its_answers_is_disconnected(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+    async with (
+        running("h2", ECHO, certificate=certificate, stalled=0.2, check_every=0.02) as front_end,
+        connected(front_end.addresses[0], context) as client,
+        asyncio.timeout(30),
+    ):
+        await client.ping()
+        client._writer.transport.pause_reading()
+        for _ in range(64):
+            client.send(client.open(PATH), frame(bytes(16_000)))
+        await until(lambda: closed(front_end).get("stalled") == 1)
+
+
+async def test_renewed_certificates_and_authorities_need_no_restart(kind: str, tmp_path: Path) -> None:
+    before, after, clients_before, clients_after = Authority(), Authority(), Authority(), Authority()
+    certificate = ServerCertificate(before.write_listener(tmp_path / "server", NAME, clients=clients_before))
+    old = Client(tmp_path / "old", before, clients_before, "envoy.example")
+    new = Client(tmp_path / "new", after, clients_after, "envoy.example")
+    with_old_certificate = Client(tmp_path / "half", after, clients_before, "envoy.example")
+    async with (
+        running(kind, ECHO, certificate=certificate) as front_end,
+        connected(front_end.addresses[0], old.context()) as open_before,
+    ):
+        assert await old.call(front_end) == b"hello"
+        await new.is_refused(front_end)
+        after.write_listener(tmp_path / "server", NAME, clients=clients_after)
+        await asyncio.to_thread(certificate.renew)
+        assert await new.call(front_end) == b"hello"
+        for each in (old, with_old_certificate):
+            assert await each.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
+        # Connections go on with what they began with.
+        answer = await open_before.call(PATH, frame(b"hello"))
+        assert answer.code == Code.OK
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_no_session_of_before_a_renewal_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    """That would be to trust a client by an authority that is no longer trusted."""
+    authority, clients = Authority(), Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=clients))
+    client = Client(tmp_path / "client", authority, clients, "envoy.example")
+    context = client.context()
+    context.minimum_version = context.maximum_version = version
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+
+        def connect(session: ssl.SSLSession | None = None) -> tuple[bool, ssl.SSLSession | None]:
+            host, _, port = front_end.addresses[0].rpartition(":")
+            with (
+                socket.create_connection((host, int(port)), WITHIN_S) as plain,
+                context.wrap_socket(plain, session=session) as encrypted,
+            ):
+                # Settings come after the tickets of TLS 1.3, and after what the server thinks of the certificate.
+                if not encrypted.recv(9):
+                    raise ConnectionResetError
+                return bool(encrypted.session_reused), encrypted.session
+
+        _, session = await asyncio.to_thread(connect)
+        is_resumed, session = await asyncio.to_thread(connect, session)
+        assert is_resumed
+        Authority().write_listener(tmp_path / "server", NAME, clients=Authority())
+        await asyncio.to_thread(certificate.renew)
+        context.verify_mode = ssl.CERT_NONE
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
+            await asyncio.to_thread(connect, session)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        (lambda folder: Authority().write(folder / "new", NAME).key.replace(folder / "tls.key"), "not belong together"),
+        (lambda folder: (folder / "tls.crt").write_bytes(b"half"), "not a certificate and its key"),
+        (lambda folder: (folder / "ca.crt").write_bytes(b""), "no certificates in PEM"),
+        (lambda folder: (folder / "tls.key").unlink(), "No such file or directory"),
+    ],
+    ids=["the key is another's", "no certificate", "no authority", "no key"],
+)
+async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_once(
+    kind: str, tmp_path: Path, break_it: Callable[[Path], object], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    client = Client(tmp_path / "client", authority, authority, "envoy.example")
+    with capture_logs() as logs:
+        async with running(kind, ECHO, certificate=certificate) as front_end:
+            break_it(tmp_path / "server")
+            await until(lambda: certificate.failed_renewals > 3)
+            assert await client.call(front_end) == b"hello"
+            [error] = [log for log in logs if log["event"] == "certificate_not_renewed"]
+            assert why in error["why"]
+            after = Authority()
+            after.write_listener(tmp_path / "server", NAME, clients=authority)
+            await until(lambda: any(log["event"] == "certificate_renewed" for log in logs))
+            renewed = Client(tmp_path / "renewed", after, authority, "envoy.example")
+            assert await renewed.call(front_end) == b"hello"
+
+
+async def test_without_usable_files_nothing_is_listened_on(kind: str, tmp_path: Path) -> None:
+    config = Authority().write_listener(tmp_path, NAME)
+    Authority().write(tmp_path / "other", NAME).key.replace(config.key)
+    with pytest.raises(ListenError, match="they do not belong together"):
+        await KINDS[kind](ECHO, ["127.0.0.1:0"], certificate=ServerCertificate(config)).start()
