@@ -1,8 +1,8 @@
 """The same as `native_http2`, on the package ngh2: for where no C compiler was at hand when this was installed.
 
-It is slower, and differs in one thing. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had
+It is slower, and differs in two things. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had
 come of that frame, so that much of the connection's window is lost; a connection that has lost half of it needs to be
-replaced.
+replaced. And a request with headers larger than may be ends its connection.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from typing import Final
 
 import ngh2
+from ngh2 import DataReceived, NGH2Error, RequestReceived, StreamClosed, TrailersReceived
 
 ENHANCE_YOUR_CALM: Final = 0xB
 PROTOCOL_ERROR: Final = 0x1
-
-MAX_HEADER_FACTOR: Final = 8
-"""Headers so many times too large are broken off; up to there they are refused."""
 
 MAX_FRAME_BYTES: Final = 16_384
 """Of a client's DATA frames, as SETTINGS_MAX_FRAME_SIZE is left at what it is."""
 
 OK_TRAILERS: Final = ((b"grpc-status", b"0"),)
+_POST: Final = (b":method", b"POST")
+_CONTENT_TYPE: Final = (b"content-type", b"application/grpc")
+_TE: Final = (b"te", b"trailers")
 _GRPC_HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -42,34 +43,51 @@ class BrokenSession(Exception):
 class Request:
     """A request and its stream (see `native_http2`)."""
 
-    def __init__(self, stream_id: int, headers: Headers, max_header_bytes: int) -> None:
-        found = dict(headers)
+    __slots__ = (
+        "_headers",
+        "body",
+        "ended",
+        "is_answered",
+        "is_listed",
+        "is_oversized",
+        "is_plain_call",
+        "is_wanted",
+        "lost",
+        "path",
+        "stream_id",
+        "unconsumed",
+    )
+
+    def __init__(self, stream_id: int, headers: Headers, ended: bool) -> None:
         self.stream_id = stream_id
-        self.path = found.get(b":path", b"")
-        self.header_bytes = sum(len(name) + len(value) + 32 for name, value in headers)
-        self.is_oversized = self.header_bytes > max_header_bytes
-        self.is_plain_call = not self.is_oversized and (
-            found.get(b":method") == b"POST"
-            and found.get(b"content-type") == b"application/grpc"
-            and found.get(b"te") == b"trailers"
-        )
-        self.ended = False
+        self.path = b""
+        for name, value in headers:
+            if name == b":path":
+                self.path = value
+                break
+        self.is_plain_call = _POST in headers and _CONTENT_TYPE in headers and _TE in headers
+        self.is_oversized = False
+        self.ended = ended
         self.lost = False
         self.is_wanted = False
-        self.body = bytearray()
-        self.unconsumed = 0
-        self.is_listed = False
         self.is_answered = False
-        self._headers = () if self.is_oversized else headers
+        self.is_listed = True
+        self.body: bytes | bytearray = b""
+        self.unconsumed = 0
+        self._headers = headers
+
+    @property
+    def header_bytes(self) -> int:
+        return sum(len(name) + len(value) + 32 for name, value in self._headers)
 
     @property
     def body_bytes(self) -> int:
         return len(self.body)
 
     def take_body(self) -> bytes:
-        body = bytes(self.body)
-        self.body.clear()
-        return body
+        body = self.body
+        self.body = b""
+        return bytes(body)
 
     def headers(self) -> Headers:
         return self._headers
@@ -100,14 +118,13 @@ class Session:
         self.sent_goaway_code = 0
         self.is_over = False
         self._connection_window = connection_window
-        self._max_header_bytes = max_header_bytes
         self._requests: dict[int, Request] = {}
         self._changed: list[Request] = []
         self._unconsumed = 0
         configuration = ngh2.Configuration(
             auto_window_update=False,
-            max_inbound_header_list_size=MAX_HEADER_FACTOR * max_header_bytes,
-            max_inbound_header_count=MAX_HEADER_FACTOR * max_header_bytes,
+            max_inbound_header_list_size=max_header_bytes,
+            max_inbound_header_count=max_header_bytes,
             stream_reset_rate_limit=resets,
             max_continuations=max_header_bytes // 16_384 + 1,
         )
@@ -129,7 +146,7 @@ class Session:
     def needs_replacing(self) -> bool:
         try:
             used = self._connection_window - self._connection.local_window_size
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return False
         # nghttp2 announces consumed bytes when they are half of the window.
         return used > self._connection_window // 2 + self._unconsumed + MAX_FRAME_BYTES
@@ -139,13 +156,15 @@ class Session:
             self._connection.receive_data(data)
         except ngh2.DenialOfServiceError as error:
             raise BrokenSession(ENHANCE_YOUR_CALM) from error
-        except ngh2.NGH2Error as error:
+        except NGH2Error as error:
             raise BrokenSession(PROTOCOL_ERROR) from error
         self._take_events()
         return self.late()
 
     def late(self) -> list[Request]:
         changed = self._changed
+        if not changed:
+            return changed
         self._changed = []
         for request in changed:
             request.is_listed = False
@@ -154,15 +173,22 @@ class Session:
     def output(self) -> bytes:
         try:
             data = self._connection.data_to_send()
-        except ngh2.NGH2Error as error:
+        except NGH2Error as error:
             raise BrokenSession(PROTOCOL_ERROR) from error
         self._take_events()
         return data
 
     def answer(self, request: Request, message: bytes) -> None:
-        if self.begin(request):
-            self.send(request, message)
-            self.finish(request, OK_TRAILERS)
+        if request.lost or request.is_answered:
+            return
+        request.is_answered = True
+        connection, stream_id = self._connection, request.stream_id
+        try:
+            connection.send_response(stream_id, _GRPC_HEADERS)
+            connection.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message)
+            connection.send_trailers(stream_id, OK_TRAILERS)
+        except NGH2Error:
+            return
 
     def begin(self, request: Request) -> bool:
         return self._begin(request, _GRPC_HEADERS, end_stream=False)
@@ -173,7 +199,7 @@ class Session:
     def finish(self, request: Request, trailers: Headers) -> None:
         try:
             self._connection.send_trailers(request.stream_id, trailers)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def respond(self, request: Request, headers: Headers, body: bytes = b"") -> None:
@@ -187,7 +213,7 @@ class Session:
     def reset(self, request: Request, code: int) -> None:
         try:
             self._connection.reset_stream(request.stream_id, code)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def consume(self, request: Request, count: int) -> None:
@@ -201,25 +227,25 @@ class Session:
     def ping(self, payload: bytes) -> None:
         try:
             self._connection.ping(payload)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def send_shutdown_notice(self) -> None:
         try:
             self._connection.send_shutdown_notice()
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def send_goaway(self) -> None:
         try:
             self._connection.send_goaway()
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def terminate(self, code: int) -> None:
         try:
             self._connection.terminate_connection(code)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def _begin(self, request: Request, headers: Headers, *, end_stream: bool) -> bool:
@@ -228,36 +254,42 @@ class Session:
         request.is_answered = True
         try:
             self._connection.send_response(request.stream_id, headers, end_stream=end_stream)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return False
         return True
 
     def _send(self, request: Request, data: bytes, *, end_stream: bool = False) -> None:
         try:
             self._connection.send_data(request.stream_id, data, end_stream=end_stream)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def _acknowledge(self, stream_id: int, count: int) -> None:
         try:
             self._connection.acknowledge_received_data(count, stream_id)
-        except ngh2.NGH2Error:
+        except NGH2Error:
             return
 
     def _take_events(self) -> None:
+        requests = self._requests
         for event in self._connection.events():
-            if isinstance(event, ngh2.RequestReceived):
-                request = Request(event.stream_id, event.headers, self._max_header_bytes)
-                request.ended = event.end_stream
-                self._requests[request.stream_id] = request
-                self._note(request)
-            elif isinstance(event, ngh2.DataReceived):
+            if isinstance(event, RequestReceived):
+                request = Request(event.stream_id, event.headers, event.end_stream)
+                requests[request.stream_id] = request
+                self._changed.append(request)
+            elif isinstance(event, DataReceived):
                 self._take_data(event.stream_id, event.data, event.end_stream)
-            elif isinstance(event, ngh2.TrailersReceived):
+            elif isinstance(event, StreamClosed):
+                closed = requests.pop(event.stream_id, None)
+                if closed is not None:
+                    closed.lost = True
+                    if closed.unconsumed:
+                        self.consume(closed, closed.unconsumed)
+                    if closed.is_wanted:
+                        self._note(closed)
+            elif isinstance(event, TrailersReceived):
                 # They end a request, as the end of its body would.
                 self._take_data(event.stream_id, b"", ended=True)
-            elif isinstance(event, ngh2.StreamClosed):
-                self._close(event.stream_id)
             else:
                 self._take_control(event)
 
@@ -278,30 +310,31 @@ class Session:
         request = self._requests.get(stream_id)
         if request is None:
             self.control_frames += 1
-            if data:
-                self._acknowledge(stream_id, len(data))
-            return
+        elif ended:
+            request.ended = True
+            if not request.is_answered or request.is_wanted:
+                request.body = request.body + data if request.body else data
+            if request.unconsumed:
+                self.consume(request, request.unconsumed)
+        elif data:
+            self._append(request, data)
+        else:
+            self.control_frames += 1
+        if data and (request is None or ended):
+            self._acknowledge(stream_id, len(data))
+        if request is not None and request.is_wanted:
+            self._note(request)
+
+    def _append(self, request: Request, data: bytes) -> None:
+        """A part of a body that is not its last."""
         request.unconsumed += len(data)
         self._unconsumed += len(data)
         if request.is_answered and not request.is_wanted:
             self.consume(request, len(data))
         else:
+            if not isinstance(request.body, bytearray):
+                request.body = bytearray(request.body)
             request.body += data
-        if ended:
-            request.ended = True
-            self.consume(request, request.unconsumed)
-        elif not data:
-            self.control_frames += 1
-        if request.is_wanted:
-            self._note(request)
-
-    def _close(self, stream_id: int) -> None:
-        request = self._requests.pop(stream_id, None)
-        if request is not None:
-            request.lost = True
-            self.consume(request, request.unconsumed)
-            if request.is_wanted:
-                self._note(request)
 
     def _note(self, request: Request) -> None:
         if not request.is_listed:
