@@ -180,7 +180,7 @@ class Sidecar:
                 should_rate_limit=service.should_rate_limit,
             )
         )
-        self._console = ConsoleServer(console_app, config.listen.admin, log_format=log_format)
+        self._console = ConsoleServer(console_app, config.listen.admin)
         self._config = config
 
     def missing(self) -> list[str]:

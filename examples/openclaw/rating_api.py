@@ -9,11 +9,9 @@ nothing of rate limits: Envoy and the sidecar keep them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
-import signal
 
-from h2corn import Config, Server
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -22,6 +20,8 @@ from starlette.routing import Route
 SCORES = 101
 GRADES = "EDCBA"
 MAX_AGENT_LENGTH = 200
+KEEP_ALIVE_SECONDS = 2 * 3_600
+"""Envoy closes an idle connection after an hour. Were it closed here, a request could be on its way."""
 
 
 def score(agent: str) -> int:
@@ -46,19 +46,19 @@ async def healthz(_: Request) -> PlainTextResponse:
 app = Starlette(routes=[Route("/rate", rate), Route("/healthz", healthz)])
 
 
-async def serve(host: str, port: int) -> None:
-    server = Server(app, Config(bind=(f"{host}:{port}",), access_log=False))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, server.shutdown)
-    await server.serve()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The OpenClaw Rating API.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.host, arguments.port))
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
 
 
 if __name__ == "__main__":

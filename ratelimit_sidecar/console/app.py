@@ -245,7 +245,7 @@ async def _failure(_request: Request, _error: Exception) -> Response:
 
 
 async def _log_failures(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Starlette raises a failed request's exception again after its answer, and h2corn would print it as prose."""
+    """Starlette raises a failed request's exception again after its answer; uvicorn would log it without the path."""
     try:
         await app(scope, receive, send)
     except Exception:

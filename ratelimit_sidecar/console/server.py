@@ -1,45 +1,142 @@
-"""The console's HTTP server: one TCP address, for a scraper, a few probes and a few people."""
+"""The console's HTTP server: uvicorn on one TCP address inside this event loop, for a scraper, a few probes and a few
+people.
+
+It leaves signals and logging to the process. Of what uvicorn says only errors are logged: how it starts and stops is
+said elsewhere, and what clients do wrong must not fill the log.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import asyncio
+import contextlib
+import logging
 
-import h2corn
 from starlette.types import ASGIApp
+from uvicorn import Config, Server
 
-from ratelimit_sidecar.server.hosting import Hosting
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.console.connection import ConsoleConnection
+from ratelimit_sidecar.console.requests import BoundedRequests
+from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
 
-MAX_CONNECTIONS = 128
-MAX_REQUESTS = 32
-"""At once; more are answered 503."""
-MAX_BODY_BYTES = MAX_MESSAGE_BYTES
-"""Of a request to /json, which may be as large as one over gRPC."""
-DRAIN_SECONDS = 2.0
-KEEP_ALIVE_SECONDS = 75.0
+MAX_HEAD_BYTES = 16_384
+"""Of a request, while it is incomplete."""
+DRAIN_SECONDS = 2
+"""What clients get at a stop to send the rest of a request or to take an answer."""
+KEEP_ALIVE_SECONDS = 75
 """Longer than Prometheus' default interval (60 s), so that it keeps its connection."""
 
+_TICK_SECONDS = 1.0
+"""How often the Date header is renewed."""
+_CANCEL_SECONDS = 1
+"""After the drain, for the application: it has no client any more, and uvicorn cancels it, which is logged."""
 
-class ConsoleServer(Hosting):
-    """Args:
-    address: `host:port` or `[IPv6]:port`; port 0 for a free one.
-    log_format: of what h2corn itself writes to stderr.
+
+class ConsoleServer:
+    """Its life is that of a front end (see `server.front_end`).
+
+    Args:
+        address: `host:port` or `[IPv6]:port`; port 0 for a free one.
     """
 
-    def __init__(self, app: ASGIApp, address: str, *, log_format: Literal["text", "json"] = "text") -> None:
-        config = h2corn.Config(
-            lifespan="off",
-            access_log=False,
-            log_format=log_format,
-            limit_connections=MAX_CONNECTIONS,
-            limit_concurrency=MAX_REQUESTS,
-            max_request_body_size=MAX_BODY_BYTES,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-        super().__init__(app, [address], config)
+    def __init__(self, app: ASGIApp, address: str) -> None:
+        self.ready = asyncio.Event()
+        """Set while requests are answered."""
+        self._app = app
+        self._configured = address
+        self._listeners: list[Listener] = []
+        self._serving = False
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
 
     @property
     def address(self) -> str:
         """Where it listens since `start`; of a name with several addresses the first."""
-        return self.addresses[0]
+        return self._listeners[0].address
+
+    async def start(self) -> None:
+        """Bind; clients can connect from here on.
+
+        Raises:
+            ListenError: the address cannot be bound.
+        """
+        self._listeners = listen([self._configured])
+
+    async def serve(self) -> None:
+        """Answer until `stop`, or until cancelled, which drains as well."""
+        if self._stopping.is_set():
+            return
+        self._serving = True
+        try:
+            await self._serve(Server(_configuration(self._app)))
+        finally:
+            self.ready.clear()
+            self._close_listeners()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """Refuse new connections, and return when what is in flight is answered or the drain time is over."""
+        self._stopping.set()
+        self.ready.clear()
+        if self._serving:
+            await self._ended.wait()
+        else:
+            self._close_listeners()
+
+    async def _serve(self, server: Server) -> None:
+        """`Server.serve` without its signal handlers, stopped at once, and draining also when cancelled."""
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup([listener.socket for listener in self._listeners])
+        try:
+            await server.on_tick(0)
+            self.ready.set()
+            while not self._stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_TICK_SECONDS):
+                        await self._stopping.wait()
+                await server.on_tick(0)
+        finally:
+            self.ready.clear()
+            await _drain(server)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+
+def _configuration(app: ASGIApp) -> Config:
+    return Config(
+        BoundedRequests(app),
+        interface="asgi3",
+        http=ConsoleConnection,
+        ws="none",
+        loop="none",
+        lifespan="off",
+        workers=1,
+        backlog=BACKLOG,
+        proxy_headers=False,
+        server_header=False,
+        log_config=None,
+        log_level=logging.ERROR,
+        access_log=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS + _CANCEL_SECONDS,
+    )
+
+
+async def _drain(server: Server) -> None:
+    late = asyncio.get_running_loop().call_later(DRAIN_SECONDS, _abort_connections, server)
+    try:
+        await server.shutdown()
+    finally:
+        late.cancel()
+        _abort_connections(server)
+    cancelled = server.server_state.tasks
+    if cancelled:
+        await asyncio.wait(cancelled)
+
+
+def _abort_connections(server: Server) -> None:
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()

@@ -1,7 +1,7 @@
 """Logs: events with fields on stderr, as JSON lines or as text for people.
 
-Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, asyncio) and Python's
-warnings take the same way out. Nothing is logged on the request path.
+Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, uvicorn, asyncio) and
+Python's warnings take the same way out. Nothing is logged on the request path.
 """
 
 from __future__ import annotations

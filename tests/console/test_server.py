@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
 import socket
+import time
+from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
-from ratelimit_sidecar.console.server import MAX_BODY_BYTES, ConsoleServer
+from ratelimit_sidecar.console.connection import ConsoleConnection
+from ratelimit_sidecar.console.requests import MAX_BODY_BYTES, MAX_REQUESTS
+from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.server.listeners import ListenError
-
-
-class App(Starlette):
-    """Answers at once, or on `/slow` when it is told to."""
-
-    def __init__(self) -> None:
-        self.slow_began = asyncio.Event()
-        self.slow_may_end = asyncio.Event()
-        super().__init__(routes=[Route("/", self.fast, methods=["GET", "POST"]), Route("/slow", self.slow)])
-
-    async def fast(self, request: Request) -> Response:
-        return PlainTextResponse(f"{len(await request.body())} bytes")
-
-    async def slow(self, _request: Request) -> Response:
-        self.slow_began.set()
-        await self.slow_may_end.wait()
-        return PlainTextResponse("at last")
-
-
-async def get(server: ConsoleServer, path: str = "/") -> httpx.Response:
-    async with httpx.AsyncClient(timeout=10) as client:
-        return await client.get(f"http://{server.address}{path}")
 
 
 async def until_refused(server: ConsoleServer) -> None:
@@ -146,29 +128,249 @@ async def test_a_server_stopped_before_it_served_does_not_serve() -> None:
     assert not server.ready.is_set()
 
 
-async def test_a_large_body_is_refused() -> None:
+async def test_a_stop_does_not_wait_for_connections_without_a_request() -> None:
+    async with running() as server, connect(server) as idle, connect(server) as silent, connect(server) as begun:
+        idle.send(GET)
+        assert await idle.status() == 200
+        begun.send(GET[:-5])
+        # The same loop answers this after it has read those.
+        await get(server)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await server.stop()
+        assert loop.time() - began < 1
+        for client in (idle, silent, begun):
+            assert await client.closed() == b""
+
+
+async def test_a_stop_waits_no_longer_than_the_drain_time_for_the_rest_of_a_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.server.DRAIN_SECONDS", 0.2)
+    async with running() as server, connect(server) as client:
+        client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf")
+        await get(server)
+        await asyncio.wait_for(server.stop(), 2)
+        assert await client.closed() == b""
+    assert not caplog.records
+
+
+async def test_a_stop_lets_the_rest_of_a_request_come() -> None:
+    async with running() as server, connect(server) as client, asyncio.TaskGroup() as tasks:
+        client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 8\r\n\r\nhalf")
+        await get(server)
+        tasks.create_task(server.stop())
+        await until_refused(server)
+        client.send(b"half")
+        assert await client.status() == 200
+        assert await client.closed() == b""
+
+
+async def test_a_stop_lets_a_large_answer_be_taken() -> None:
+    async with running() as server, connect(server) as client, asyncio.TaskGroup() as tasks:
+        client.send(b"GET /large HTTP/1.1\r\nhost: console\r\n\r\n")
+        await client.some()
+        tasks.create_task(server.stop())
+        await until_refused(server)
+        assert len(await client.closed()) > LARGE_BYTES
+
+
+async def test_a_handler_that_outlives_the_drain_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.server.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("ratelimit_sidecar.console.server._CANCEL_SECONDS", 0.1)
+    app = App()
+    async with running(app) as server, connect(server) as client:
+        client.send(b"GET /slow HTTP/1.1\r\nhost: console\r\n\r\n")
+        await app.slow_began.wait()
+        await asyncio.wait_for(server.stop(), 2)
+        assert app.at_work == 0
+    assert "Cancel 1 running task(s)" in caplog.text
+
+
+async def test_a_cancelled_server_drains() -> None:
+    app = App()
+    server = ConsoleServer(app, "127.0.0.1:0")
+    await server.start()
+    serving = asyncio.create_task(server.serve())
+    await server.ready.wait()
+    in_flight = asyncio.create_task(get(server, "/slow"))
+    await app.slow_began.wait()
+    serving.cancel()
+    await asyncio.wait_for(until_refused(server), 1)
+    assert not serving.done()
+    app.slow_may_end.set()
+    assert (await in_flight).text == "at last"
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
+async def test_a_server_that_dies_raises() -> None:
     server = ConsoleServer(App(), "127.0.0.1:0")
     await server.start()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.serve())
-        await server.ready.wait()
-        async with httpx.AsyncClient() as client:
-            response = await client.post(f"http://{server.address}/", content=b"x" * (MAX_BODY_BYTES + 1))
+    for listener in server._listeners:
+        listener.close()
+    with pytest.raises(OSError, match=r"Bad file descriptor|Invalid argument"):
+        await server.serve()
+    await asyncio.wait_for(server.stop(), 1)
+
+
+async def test_signals_are_left_to_the_process() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    async with running():
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+async def test_it_says_the_date_and_not_what_it_is_made_of() -> None:
+    async with running() as server:
+        headers = (await get(server)).headers
+    assert abs(parsedate_to_datetime(headers["date"]).timestamp() - time.time()) < 10
+    assert "server" not in headers
+
+
+async def test_a_connection_is_kept_for_the_next_request() -> None:
+    async with running() as server, connect(server) as client:
+        for _ in range(3):
+            client.send(GET)
+            assert await client.status() == 200
+
+
+async def test_a_body_of_the_allowed_size_is_read() -> None:
+    async with running() as server, httpx.AsyncClient(trust_env=False) as client:
+        response = await client.post(f"http://{server.address}/", content=b"x" * MAX_BODY_BYTES)
+    assert response.text == f"{MAX_BODY_BYTES} bytes"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_larger_body_is_refused(chunked: bool) -> None:
+    body = b"x" * (MAX_BODY_BYTES + 1)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 10_000):
+            yield body[start : start + 10_000]
+
+    async with running() as server, httpx.AsyncClient(trust_env=False) as client:
+        response = await client.post(f"http://{server.address}/", content=chunks() if chunked else body)
         assert response.status_code == 413
-        await server.stop()
+        assert "error" in response.json()
+        assert (await client.get(f"http://{server.address}/")).status_code == 200
 
 
-async def test_garbage_on_the_wire_costs_one_connection() -> None:
-    server = ConsoleServer(App(), "127.0.0.1:0")
-    await server.start()
-    host, _, port = server.address.rpartition(":")
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.serve())
-        await server.ready.wait()
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"\x00\xff not http at all\r\n\r\n")
-        await writer.drain()
-        await asyncio.wait_for(reader.read(), 10)
-        writer.close()
+async def test_a_head_that_is_too_large_is_refused() -> None:
+    async with running() as server, connect(server) as client:
+        client.send(b"GET / HTTP/1.1\r\nhost: console\r\nx: " + b"x" * 20_000)
+        assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_requests_beyond_those_at_work_are_refused_until_one_is_answered() -> None:
+    app = App()
+    async with running(app) as server, asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(MAX_REQUESTS)]
+        await until(lambda: app.at_work == MAX_REQUESTS)
+        refused = await get(server)
+        assert refused.status_code == 503
+        assert "error" in refused.json()
+        app.slow_may_end.set()
+        assert {(await answer).status_code for answer in slow} == {200}
         assert (await get(server)).status_code == 200
-        await server.stop()
+
+
+async def test_a_request_that_fails_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 1)
+    async with running() as server:
+        for _ in range(2):
+            assert (await get(server, "/broken")).status_code == 500
+
+
+async def test_a_new_connection_is_closed_while_all_others_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
+    app = App()
+    async with running(app) as server, asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2)]
+        await until(lambda: app.at_work == 2)
+        async with connect(server) as client:
+            assert await client.closed() == b""
+        app.slow_may_end.set()
+        assert {(await answer).status_code for answer in slow} == {200}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x00\xff not http at all\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: console\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+async def test_garbage_on_the_wire_costs_one_connection_and_no_line_of_the_log(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as server, connect(server) as client:
+        client.send(sent)
+        assert (await client.closed()).startswith(b"HTTP/1.1 4")
+        assert (await get(server)).status_code == 200
+    assert not caplog.records
+
+
+async def test_garbage_after_a_refused_body_costs_one_connection_and_no_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running() as server, connect(server) as client:
+        head = b"POST / HTTP/1.1\r\nhost: console\r\ntransfer-encoding: chunked\r\n\r\n"
+        client.send(head + b"%x\r\n" % (MAX_BODY_BYTES + 1) + b"x" * (MAX_BODY_BYTES + 1) + b"\r\n")
+        assert await client.status() == 413
+        client.send(b"no chunk\r\n")
+        assert await client.closed() == b""
+        assert (await get(server)).status_code == 200
+    assert not caplog.records
+
+
+async def test_a_websocket_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as server, connect(server) as client:
+        client.send(GET[:-2] + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n")
+        assert await client.status() == 200
+    assert not caplog.records
+
+
+async def test_what_uvicorn_reports_as_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as server:
+        assert (await get(server, "/broken")).status_code == 500
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("uvicorn.error", "ERROR")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GET,
+        GET[:-5],
+        GET.replace(b"/ ", b"/broken ", 1),
+        b"\x00\xff not http at all\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf",
+        b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 100000\r\n\r\nlarge",
+        b"POST / HTTP/1.1\r\nhost: console\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n",
+    ],
+)
+async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: bytes) -> None:
+    """Which is practically never run (`app.GC_THRESHOLDS`)."""
+
+    def connections() -> int:
+        return sum(isinstance(found, ConsoleConnection) for found in gc.get_objects())
+
+    async with running() as server:
+        gc.collect()
+        gc.disable()
+        try:
+            async with connect(server) as client:
+                client.send(sent)
+                # The same loop has read what was sent once it answers this.
+                assert (await get(server)).status_code == 200
+            await until(lambda: connections() == 0)
+        finally:
+            gc.enable()

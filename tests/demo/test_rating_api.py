@@ -1,11 +1,17 @@
 """The example upstream, imported from its file as `python examples/openclaw/rating_api.py` runs it."""
 
+import asyncio
 import importlib.util
+import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import httpx
 import pytest
+
+from ratelimit_sidecar.demo.ports import free_ports
+from ratelimit_sidecar.demo.processes import Children, Command
 
 FILE = Path(__file__).parents[2] / "examples/openclaw/rating_api.py"
 
@@ -54,3 +60,15 @@ async def test_without_a_usable_agent_there_is_no_score(path: str) -> None:
 
 async def test_it_says_that_it_is_up() -> None:
     assert (await get("/healthz")).status_code == 200
+
+
+async def test_as_a_command_it_serves_until_it_is_told_to_end_and_prints_nothing(tmp_path: Path) -> None:
+    port = free_ports(1).upstream
+    argv = [sys.executable, "-W", "error", str(FILE), "--port", str(port)]
+    async with Children(tmp_path) as children, httpx.AsyncClient(trust_env=False) as client:
+        child = await children.start(Command("rating-api", argv, f"http://127.0.0.1:{port}/healthz"))
+        assert (await client.get(f"http://127.0.0.1:{port}/rate?agent=claw")).status_code == 200
+        child.signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            assert await child.wait() == -signal.SIGTERM
+    assert child.log.read_text() == ""

@@ -1,8 +1,11 @@
+import asyncio
+import json
 import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 from e2e.cluster import three_regions
 from e2e.commands import command
 
@@ -84,3 +87,24 @@ async def test_a_peer_that_accepts_and_says_nothing_does_not_keep_it_from_being_
             assert serve.output.index("peer_unreachable") < serve.output.index("] ready ")
             serve.signal(signal.SIGTERM)
             assert await serve.ended() == 0
+
+
+async def test_every_line_it_prints_is_a_log_of_its_own(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
+    # Not with h2corn, which prints two lines at the start.
+    arguments = ("serve", "--config", file, "--frontend", "grpcio")
+    async with command(*arguments, environment={"LOG_FORMAT": "json"}) as serve:
+        await serve.printed('"event": "ready"')
+        reader, writer = await asyncio.open_connection("127.0.0.1", ports.admin)
+        writer.write(b"no HTTP\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports.admin}", trust_env=False) as client:
+            assert (await client.get("/metrics")).status_code == 200
+            assert (await client.post("/json", content=b"no JSON")).status_code == 400
+            serve.signal(signal.SIGTERM)
+            assert await serve.ended() == 0
+
+    events = [json.loads(line)["event"] for line in serve.output.splitlines()]
+    assert events == ["started", "nothing_is_limited", "ready", "draining", "stopped"]

@@ -1,0 +1,130 @@
+"""One HTTP/1.1 connection of the console: uvicorn's, with bounds on how long a client can hold it by being slow.
+
+uvicorn itself only bounds the time between two requests. Here a request has to come whole within REQUEST_SECONDS and an
+answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of the one that
+has waited for its client the longest, so slow clients, however many, keep no probe out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from enum import Enum, auto
+from typing import Any
+
+import h11
+from uvicorn import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+MAX_CONNECTIONS = 128
+REQUEST_SECONDS = 10.0
+"""From a connection's begin, or from a request's first byte, to its last."""
+ANSWER_SECONDS = 30.0
+"""From an answer's begin until the kernel has all of it: some MB over a slow line."""
+
+
+class _Wait(Enum):
+    """What the client has to do next."""
+
+    SEND_REQUEST = auto()
+    TAKE_ANSWER = auto()
+    SEND_NEXT_REQUEST = auto()
+    """uvicorn bounds this one."""
+
+
+class ConsoleConnection(H11Protocol):
+    """Made by `uvicorn.Server`, as its configuration's `http`."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._wait: _Wait | None = None
+        """None while the application works on a request."""
+        self._waits_since = 0.0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # Writing is then paused while there is anything that the client has not taken.
+        transport.set_write_buffer_limits(high=0)
+        self._watch()
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        # h11's exception is a local of a frame in its own traceback, and so is this connection; the garbage collection
+        # that would find them is practically never run (app.GC_THRESHOLDS).
+        error = sys.exception()
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+        # A body can turn out to be garbage after its request is answered, with 413.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
+    def abort(self) -> None:
+        """Close without sending what the client has not taken, and forget it at once."""
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _watch(self) -> None:
+        """Call this after everything that can change what is waited for. A deadline stays while that is the same, so a
+        request that trickles in gets no more time than one that does not come."""
+        wait = self._waits_for()
+        if wait is self._wait:
+            return
+        self._wait = wait
+        self._waits_since = self.loop.time()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if wait is _Wait.SEND_REQUEST:
+            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.abort)
+        elif wait is _Wait.TAKE_ANSWER:
+            self._deadline = self.loop.call_later(ANSWER_SECONDS, self.abort)
+
+    def _waits_for(self) -> _Wait | None:
+        if self.flow.write_paused:
+            return _Wait.TAKE_ANSWER
+        if self.timeout_keep_alive_task is not None:
+            return _Wait.SEND_NEXT_REQUEST
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            return _Wait.SEND_REQUEST
+        return None
+
+    def _make_room(self) -> None:
+        others = (other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self)
+        waiting = [other for other in others if other._wait is not None]
+        if waiting:
+            min(waiting, key=lambda other: other._waits_since).abort()
+        else:
+            self.abort()

@@ -1,0 +1,130 @@
+"""What clients can hold of the console by being slow."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+from console.running_console import GET, LARGE_BYTES, App, connect, get, running
+
+from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
+from ratelimit_sidecar.console.requests import MAX_REQUESTS
+
+HALF_A_HEAD = GET[:-5]
+HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
+GET_LARGE = GET.replace(b"/ ", b"/large ", 1)
+
+CONNECTION = "ratelimit_sidecar.console.connection"
+
+
+@pytest.mark.parametrize("sent", [b"", HALF_A_HEAD, HALF_A_BODY, GET + HALF_A_HEAD, GET + HALF_A_BODY])
+async def test_a_request_that_does_not_come_whole_costs_its_connection(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.REQUEST_SECONDS", 0.1)
+    async with running() as server, connect(server) as client:
+        if sent.startswith(GET):
+            client.send(GET)
+            assert await client.status() == 200
+        client.send(sent.removeprefix(GET))
+        assert await client.closed() == b""
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("sent", "drop"), [(GET[:-2], b"a: b\r\n"), (HALF_A_BODY.replace(b"10", b"60000"), b"x")])
+async def test_a_request_that_trickles_in_gets_no_more_time(
+    sent: bytes, drop: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.REQUEST_SECONDS", 0.1)
+    async with running() as server, connect(server) as client:
+        client.send(sent)
+        trickling = asyncio.create_task(client.trickle(drop))
+        assert await client.closed() == b""
+        await trickling
+
+
+async def test_the_rest_of_a_refused_body_is_read_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.REQUEST_SECONDS", 0.2)
+    async with running() as server, connect(server) as client:
+        client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 100000000\r\n\r\n")
+        assert await client.status() == 413
+        trickling = asyncio.create_task(client.trickle(b"x"))
+        assert await client.closed() == b""
+        await trickling
+
+
+async def test_neither_an_idle_connection_nor_one_at_work_is_closed_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.REQUEST_SECONDS", 0.1)
+    app = App()
+    async with running(app) as server, connect(server) as idle, connect(server) as at_work:
+        idle.send(GET)
+        assert await idle.status() == 200
+        at_work.send(GET.replace(b"/ ", b"/slow ", 1))
+        await app.slow_began.wait()
+        async with connect(server) as silent:
+            assert await silent.closed() == b""
+        idle.send(GET)
+        assert await idle.status() == 200
+        app.slow_may_end.set()
+        assert await at_work.status() == 200
+
+
+@pytest.mark.parametrize("requests", [1, 10])
+async def test_an_answer_that_is_not_taken_costs_its_connection(
+    requests: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(f"{CONNECTION}.REQUEST_SECONDS", 0.3)
+    async with running() as server, connect(server) as client:
+        client.send(GET_LARGE * requests)
+        await client.some()
+        async with connect(server) as silent:
+            assert await silent.closed() == b""
+        assert len(await client.closed()) < LARGE_BYTES
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("sent", [b"", HALF_A_HEAD, HALF_A_BODY])
+async def test_slow_requests_keep_no_probe_out(sent: bytes) -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running())
+        for _ in range(MAX_CONNECTIONS + 12):
+            client = await stack.enter_async_context(connect(server))
+            client.send(sent)
+        assert (await get(server)).status_code == 200
+
+
+async def test_the_connection_that_waits_for_its_client_the_longest_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.MAX_CONNECTIONS", 3)
+    app = App()
+    async with (
+        running(app) as server,
+        connect(server) as at_work,
+        connect(server) as idle,
+        connect(server) as silent,
+    ):
+        at_work.send(GET.replace(b"/ ", b"/slow ", 1))
+        await app.slow_began.wait()
+        idle.send(GET)
+        assert await idle.status() == 200
+        assert (await get(server)).status_code == 200
+        assert await silent.closed() == b""
+        idle.send(GET)
+        assert await idle.status() == 200
+        app.slow_may_end.set()
+        assert await at_work.status() == 200
+
+
+async def test_answers_that_are_not_taken_keep_no_probe_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 2)
+    assert MAX_REQUESTS > 2
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running())
+        for _ in range(4):
+            client = await stack.enter_async_context(connect(server))
+            client.send(GET_LARGE * 3)
+            await client.some()
+        assert (await get(server)).status_code == 200
