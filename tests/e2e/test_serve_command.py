@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import pytest
 from e2e.cluster import three_regions
 from e2e.commands import command
 
