@@ -54,17 +54,20 @@ NATIVE_HTTP2 = Extension(
     ],
     extra_compile_args=["-O3", "-fvisibility=hidden"],
 )
-"""HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it."""
+"""HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it. It alone
+is compiled with RATELIMIT_SIDECAR_COMPILE=http2, as the fuzzer does."""
 
-if os.environ.get("RATELIMIT_SIDECAR_COMPILE") == "1":
-    from Cython.Build import cythonize
+compiled = os.environ.get("RATELIMIT_SIDECAR_COMPILE")
+extensions = []
+if compiled == "1":
     from mypyc.build import mypycify
 
     sources = [file for pattern in COMPILED for file in sorted(map(str, Path("ratelimit_sidecar").glob(pattern)))]
     # `make lint` checks the types, with all stubs and plugins at hand; here they may be missing.
-    extensions = mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
+    extensions += mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
+if compiled in ("1", "http2"):
+    from Cython.Build import cythonize
+
     extensions += cythonize([NATIVE_HTTP2], build_dir="build")
-else:
-    extensions = []
 
 setup(ext_modules=extensions)
