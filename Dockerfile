@@ -1,14 +1,13 @@
-# syntax=docker/dockerfile:1
 FROM python:3.11-slim-bookworm AS build
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv && python -m venv /opt/build
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE requirements.lock ./
-# h2corn for its types: with them mypyc knows more of the front end.
-RUN /opt/build/bin/pip install --no-cache-dir --constraint requirements.lock setuptools mypy h2corn
+RUN /opt/build/bin/pip install --no-cache-dir --constraint requirements.lock setuptools mypy cython
+COPY third_party third_party
 COPY ratelimit_sidecar ratelimit_sidecar
-# The hot modules as machine code, by mypyc.
+# The hot modules as machine code, by mypyc, and HTTP/2 by Cython and nghttp2.
 RUN RATELIMIT_SIDECAR_COMPILE=1 /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
   && /opt/venv/bin/pip install --no-cache-dir --constraint requirements.lock /wheels/*.whl
 

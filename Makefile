@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# What the demo needs; the rest takes as long again.
+DEMO_READY := $(VENV)/.demo
 # The package once more, its hot modules compiled; with COMPILED_PATH it is found before the sources.
 COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
@@ -31,7 +33,7 @@ FUZZ ?=
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
-demo: $(READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
+demo: $(DEMO_READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
 	$(BIN)/ratelimit-sidecar demo $(DEMO)
 
 test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests, and those of what is compiled (TESTS="tests/crdt -x" selects)
@@ -99,11 +101,16 @@ lock: $(READY) ## Pin the newest versions that pyproject.toml allows, in require
 clean: ## Remove the virtual environment, what is compiled and the caches
 	rm -rf $(VENV) build .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-$(READY): pyproject.toml requirements.lock
+$(DEMO_READY): pyproject.toml requirements.lock
 	./dev/system-packages setup $(PYTHON)
 	@echo "==> Virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	@echo "==> Packages, as pinned in requirements.lock (a few minutes when none is cached)"
+	@echo "==> Packages, as pinned in requirements.lock (a minute when none is cached)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[demo]'
+	@touch $@
+
+$(READY): $(DEMO_READY)
+	@echo "==> What the tests need"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 

@@ -1,14 +1,21 @@
-"""What pyproject.toml cannot say: with RATELIMIT_SIDECAR_COMPILE=1 the modules that every request and every replicated
-bucket passes through are compiled to machine code by mypyc, which needs a C compiler and Python's headers.
+"""What pyproject.toml cannot say: the modules that every request and every replicated bucket passes through are
+compiled to machine code, by mypyc, and so is the HTTP/2 of the front end, by Cython.
 
-They are ordinary Python and do the same without it, a few times slower. `make compile` compiles for the benchmarks and
-for the tests that are run again on the result; the image has it as well.
+They are compiled when a wheel is built and a C compiler and Python's headers are at hand; otherwise, or when it fails,
+the same modules run interpreted, a few times slower, with `portable_http2` in the place of `native_http2`.
+RATELIMIT_SIDECAR_COMPILE=0 leaves it, and =1 makes it an error when it cannot be done. An editable install is never
+compiled: what is compiled would be found before the sources that somebody edits.
 """
 
+from __future__ import annotations
+
 import os
+import sys
+import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build_ext import build_ext
 
 COMPILED = (
     "clock.py",
@@ -54,20 +61,76 @@ NATIVE_HTTP2 = Extension(
     ],
     extra_compile_args=["-O3", "-fvisibility=hidden"],
 )
-"""HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it. It alone
-is compiled with RATELIMIT_SIDECAR_COMPILE=http2, as the fuzzer does."""
+"""HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it."""
 
-compiled = os.environ.get("RATELIMIT_SIDECAR_COMPILE")
-extensions = []
-if compiled == "1":
-    from mypyc.build import mypycify
+MODE = os.environ.get("RATELIMIT_SIDECAR_COMPILE", "")
+IS_REQUIRED = MODE == "1"
+BUILDING = ("bdist_wheel", "build", "build_ext", "install")
 
-    sources = [file for pattern in COMPILED for file in sorted(map(str, Path("ratelimit_sidecar").glob(pattern)))]
-    # `make lint` checks the types, with all stubs and plugins at hand; here they may be missing.
-    extensions += mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
-if compiled in ("1", "http2"):
-    from Cython.Build import cythonize
 
-    extensions += cythonize([NATIVE_HTTP2], build_dir="build")
+def is_wanted(mode: str, arguments: list[str]) -> bool:
+    """Args:
+    mode: of RATELIMIT_SIDECAR_COMPILE.
+    arguments: of setup.py; those that only read metadata need not wait for it.
+    """
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE is {mode!r}, expected 0, 1 or nothing")
+    return mode != "0" and any(command in arguments for command in BUILDING)
 
-setup(ext_modules=extensions)
+
+def why_not() -> str:
+    """Why nothing can be compiled here; "" when it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\nint main(void) { return 0; }\n")
+        probe = build_ext(Distribution({"name": "probe", "ext_modules": [Extension("probe", [str(source)])]}))
+        probe.build_lib = probe.build_temp = folder
+        try:
+            probe.ensure_finalized()
+            probe.run()
+        except Exception as error:
+            return str(error) or type(error).__name__
+    return ""
+
+
+def give_up(reason: str) -> None:
+    if IS_REQUIRED:
+        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE=1, and it cannot be compiled: {reason}")
+    print(f"ratelimit-sidecar is installed interpreted, a few times slower: {reason}", file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    if not is_wanted(MODE, sys.argv):
+        return []
+    reason = why_not()
+    if reason:
+        give_up(f"no C compiler with Python's headers ({reason})")
+        return []
+    try:
+        from Cython.Build import cythonize
+        from mypyc.build import mypycify
+
+        sources = [file for pattern in COMPILED for file in sorted(map(str, Path("ratelimit_sidecar").glob(pattern)))]
+        # `make lint` checks the types, with all stubs and plugins at hand; here they may be missing.
+        modules = mypycify(["--config-file=", "--ignore-missing-imports", *sources], opt_level="3", debug_level="0")
+        return [*modules, *cythonize([NATIVE_HTTP2], build_dir="build")]
+    except (Exception, SystemExit) as error:
+        give_up(str(error))
+        return []
+
+
+class BuildWhatCanBe(build_ext):
+    """Leaves out all that is compiled when a part cannot be: its modules rely on each other."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            give_up(str(error))
+            for extension in self.extensions:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            self.extensions = []
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWhatCanBe})

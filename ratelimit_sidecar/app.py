@@ -20,7 +20,6 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import ceil, inf
-from typing import Literal
 
 import structlog
 
@@ -101,7 +100,7 @@ class Sidecar:
         TracingError: the OTEL_* variables are.
     """
 
-    def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log_format: Literal["text", "json"]) -> None:
+    def __init__(self, config: SidecarConfig, front_end: FrontEndKind) -> None:
         node, region = config.node.id, config.node.region
         self._source: RulesFiles | XdsClient
         if config.xds is None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Literal
 
 import click
 import uvloop
@@ -44,7 +43,7 @@ class _ServeCommand(click.Command):
     type=click.Choice([kind.value for kind in FrontEndKind]),
     default=FrontEndKind.H2.value,
     show_default=True,
-    help="What carries Envoy's calls: h2 (h2corn, several times faster) or grpcio (grpc.aio).",
+    help="What carries Envoy's calls: h2 (many times faster) or grpcio (grpc.aio).",
 )
 def serve(config_path: Path | None, frontend: str) -> None:
     """Answer Envoy's rate limit service calls from memory, and stream what is admitted to the sidecars elsewhere.
@@ -54,10 +53,10 @@ def serve(config_path: Path | None, frontend: str) -> None:
     Exits with 2 when the configuration is broken, with 1 when an address is taken.
     """
     try:
-        log_format = configure_logs(os.environ)
+        configure_logs(os.environ)
         sidecar_config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(sidecar_config, FrontEndKind(frontend), log_format))
+            runner.run(_run(sidecar_config, FrontEndKind(frontend)))
     except (ConfigError, TracingError, ValueError) as error:
         click.echo(str(error), err=True)
         sys.exit(BAD_CONFIGURATION)
@@ -66,5 +65,5 @@ def serve(config_path: Path | None, frontend: str) -> None:
         sys.exit(1)
 
 
-async def _run(config: SidecarConfig, front_end: FrontEndKind, log_format: Literal["text", "json"]) -> None:
-    await Sidecar(config, front_end, log_format).run()
+async def _run(config: SidecarConfig, front_end: FrontEndKind) -> None:
+    await Sidecar(config, front_end).run()

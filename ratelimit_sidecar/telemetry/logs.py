@@ -29,14 +29,11 @@ FORMATS: Mapping[str, LogFormat] = {"text": "text", "json": "json"}
 """LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit."""
 
 
-def configure_logs(environ: Mapping[str, str], stream: TextIO | None = None) -> LogFormat:
+def configure_logs(environ: Mapping[str, str], stream: TextIO | None = None) -> None:
     """Send every log of the process one way, as LOG_LEVEL (default info) and LOG_FORMAT (default text) say.
 
     Args:
         stream: None for stderr.
-
-    Returns:
-        The format, for what writes to stderr by itself (h2corn).
 
     Raises:
         ValueError: a variable has a value it cannot have; the text names it and the values it can have.
@@ -56,7 +53,6 @@ def configure_logs(environ: Mapping[str, str], stream: TextIO | None = None) -> 
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
-    return format_
 
 
 def _annotations() -> list[Processor]:

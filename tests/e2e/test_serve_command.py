@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import pytest
 from e2e.cluster import three_regions
 from e2e.commands import command
 
@@ -89,11 +90,11 @@ async def test_a_peer_that_accepts_and_says_nothing_does_not_keep_it_from_being_
             assert await serve.ended() == 0
 
 
-async def test_every_line_it_prints_is_a_log_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
-    # Not with h2corn, which prints two lines at the start.
-    arguments = ("serve", "--config", file, "--frontend", "grpcio")
+    arguments = ("serve", "--config", file, "--frontend", front_end)
     async with command(*arguments, environment={"LOG_FORMAT": "json"}) as serve:
         await serve.printed('"event": "ready"')
         reader, writer = await asyncio.open_connection("127.0.0.1", ports.admin)

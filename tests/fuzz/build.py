@@ -6,10 +6,11 @@ It goes into a folder of its own, outside the virtual environment, where `fuzz.r
 from __future__ import annotations
 
 import hashlib
-import os
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Final
 
@@ -33,9 +34,8 @@ _C_FLAGS: Final = (
     f"-fsanitize-ignorelist={_IGNORED}",
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
+    "-O1",
     "-g",
-    # Assertions of nghttp2 stay in.
-    "-UNDEBUG",
 )
 
 
@@ -50,25 +50,28 @@ def build() -> Path:
     PACKAGES.mkdir(parents=True)
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
     subprocess.run([*pip, "--target", str(PACKAGES), ATHERIS], check=True)
-    objects = CACHE / "objects"
-    subprocess.run(
-        [
-            *(sys.executable, "setup.py", "--quiet", "build_ext"),
-            *("--force", "--build-lib", str(PACKAGES), "--build-temp", str(objects)),
-        ],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "RATELIMIT_SIDECAR_COMPILE": "http2",
-            "CC": "clang",
-            "LDSHARED": "clang -shared",
-            "CFLAGS": " ".join(_C_FLAGS),
-        },
-        check=True,
-    )
-    shutil.rmtree(objects)
+    NATIVE.mkdir(parents=True)
+    _compile(NATIVE)
     made.write_text(wanted)
     return PACKAGES
+
+
+def _compile(folder: Path) -> None:
+    extension = runpy.run_path(str(REPOSITORY / "setup.py"))["NATIVE_HTTP2"]
+    generated = folder / "native_http2.c"
+    binding, *nghttp2 = extension.sources
+    subprocess.run([sys.executable, "-m", "cython", binding, "-o", str(generated)], cwd=REPOSITORY, check=True)
+    subprocess.run(
+        [
+            *("clang", "-shared", "-fPIC", "-o", str(folder / f"native_http2{sysconfig.get_config_var('EXT_SUFFIX')}")),
+            *_C_FLAGS,
+            *(f"-D{name}={value or 1}" for name, value in extension.define_macros),
+            *(f"-I{place}" for place in (*extension.include_dirs, sysconfig.get_path("include"))),
+            *(str(generated), *nghttp2),
+        ],
+        cwd=REPOSITORY,
+        check=True,
+    )
 
 
 def _inputs() -> str:
