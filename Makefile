@@ -13,7 +13,7 @@ COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # Without processes or sockets, in virtual time: they may run beside others without becoming unreliable.
 VIRTUAL_TESTS := $(addprefix tests/,crdt limiter simulation)
-SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar -name '*.py')
+SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # What the demo takes, for example: make demo DEMO="--duration 30"

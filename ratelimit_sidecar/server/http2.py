@@ -341,6 +341,8 @@ class Connection:
             elif request.ended:
                 del self._waiting[stream_id]
                 self._release(call)
+                request.is_wanted = False
+                self._session.consume(request, CONNECTION_WINDOW)
                 self._complete(call, happened)
             else:
                 self._look_at_body(call)

@@ -4,8 +4,11 @@
 `portable_http2` is the same on the package ngh2, for where nothing could be compiled; a test holds the two to each other.
 A request's headers stay one block of memory until somebody looks at them, and an answer is one call.
 
-Safety. nghttp2 calls back while it parses or writes; a callback never raises, and one that fails makes nghttp2 fail with
-it, which ends the session. `_requests` owns the requests of open streams; nghttp2 only borrows them.
+Safety. nghttp2 calls back while it parses or writes. A callback never raises: one that fails makes nghttp2 fail with it,
+and a session in which nghttp2 has failed neither parses nor writes again. Callbacks run no code but this module's, so
+nothing re-enters nghttp2. `_requests` owns the requests of open streams, and nghttp2 borrows them until the stream is
+closed. Neither class refers to anything that could refer back, so both do without the garbage collector, which would
+clear what nghttp2 still borrows.
 """
 
 cimport cython
@@ -147,6 +150,7 @@ class BrokenSession(Exception):
         self.code = code
 
 
+@cython.final
 @cython.no_gc
 @cython.freelist(128)
 cdef class Request:
@@ -265,6 +269,8 @@ cdef enum:  # Request._seen
     TRAILERS = 4
 
 
+@cython.final
+@cython.no_gc
 cdef class Session:
     """A server's session of HTTP/2.
 
@@ -276,6 +282,8 @@ cdef class Session:
     """
 
     cdef nghttp2_session *_session
+    cdef int _broken
+    """The code for a GOAWAY, once nghttp2 has failed."""
     cdef dict _requests
     cdef list _changed
     cdef bytes _last_path
@@ -293,19 +301,17 @@ cdef class Session:
     cdef readonly int sent_goaway_code
     """Of the latest GOAWAY that was sent."""
 
-    def __cinit__(self):
+    def __cinit__(self, *, uint32_t max_streams, int stream_window, int connection_window, Py_ssize_t max_header_bytes,
+                  tuple resets not None):
+        cdef nghttp2_session_callbacks *callbacks = NULL
+        cdef nghttp2_option *option = NULL
+        cdef nghttp2_settings_entry settings[3]
+        cdef uint64_t burst, rate
+        burst, rate = resets
         self._requests = {}
         self._changed = []
         self._last_path = b""
         self.ponged = b""
-
-    def __init__(self, *, int max_streams, int stream_window, int connection_window, Py_ssize_t max_header_bytes,
-                 tuple resets):
-        cdef nghttp2_session_callbacks *callbacks = NULL
-        cdef nghttp2_option *option = NULL
-        cdef nghttp2_settings_entry settings[3]
-        if self._session != NULL:
-            raise RuntimeError("a session is made once")
         self._max_header_bytes = max_header_bytes
         try:
             if nghttp2_session_callbacks_new(&callbacks) or nghttp2_option_new(&option):
@@ -320,7 +326,7 @@ cdef class Session:
             nghttp2_option_set_no_auto_window_update(option, 1)
             # A header list of the largest size, in frames of the least size that there is.
             nghttp2_option_set_max_continuations(option, max_header_bytes // 16_384 + 1)
-            nghttp2_option_set_stream_reset_rate_limit(option, resets[0], resets[1])
+            nghttp2_option_set_stream_reset_rate_limit(option, burst, rate)
             if nghttp2_session_server_new2(&self._session, callbacks, <void *>self, option):
                 raise MemoryError()
         finally:
@@ -352,11 +358,14 @@ cdef class Session:
         """
         cdef Py_buffer view
         cdef nghttp2_ssize taken
+        if self._broken:
+            raise BrokenSession(self._broken)
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         taken = nghttp2_session_mem_recv2(self._session, <const uint8_t *>view.buf, view.len)
         PyBuffer_Release(&view)
         if taken < 0:
-            raise BrokenSession(_code_of(<int>taken))
+            self._broken = _code_of(<int>taken)
+            raise BrokenSession(self._broken)
         return self._take_changed()
 
     def late(self):
@@ -367,7 +376,7 @@ cdef class Session:
         cdef list changed = self._changed
         cdef Request request
         if not changed:
-            return changed
+            return []
         self._changed = []
         for request in changed:
             request._is_listed = False
@@ -377,20 +386,23 @@ cdef class Session:
         """What is to be sent now.
 
         Raises:
-            BrokenSession: there is no memory for it.
+            BrokenSession: as in `receive`, or there is no memory for it. What was to be sent is lost.
         """
         cdef const uint8_t *data
         cdef nghttp2_ssize length
         cdef char *buffer = NULL
         cdef size_t used = 0, size = 0
         cdef char *grown
+        if self._broken:
+            raise BrokenSession(self._broken)
         try:
             while True:
                 length = nghttp2_session_mem_send2(self._session, &data)
                 if length == 0:
                     break
                 if length < 0:
-                    raise BrokenSession(_code_of(<int>length))
+                    self._broken = _code_of(<int>length)
+                    raise BrokenSession(self._broken)
                 if used + <size_t>length > size:
                     size = max(<size_t>4_096, 2 * size, used + <size_t>length)
                     grown = <char *>realloc(buffer, size)
@@ -400,6 +412,10 @@ cdef class Session:
                 memcpy(buffer + used, data, length)
                 used += length
             return PyBytes_FromStringAndSize(buffer, used) if used else b""
+        except MemoryError:
+            # A part of the stream is missing now.
+            self._broken = INTERNAL_ERROR
+            raise BrokenSession(INTERNAL_ERROR) from None
         finally:
             free(buffer)
 
@@ -411,9 +427,12 @@ cdef class Session:
     @property
     def is_over(self):
         """Nothing more is to be received or sent."""
+        if self._broken:
+            return True
         return not nghttp2_session_want_read(self._session) and not nghttp2_session_want_write(self._session)
 
-    # What follows does nothing when the stream is closed or the session ends.
+    # What follows does nothing when the stream is closed or the session ends. It only puts frames into nghttp2's queue,
+    # so it does no harm to a broken session either.
 
     cpdef void answer(self, Request request, bytes message):
         """Answer with one gRPC message and the status OK."""
@@ -459,6 +478,9 @@ cdef class Session:
         """End a response after what was sent before."""
         if request is None or trailers is None:
             raise TypeError("a request and trailers are needed")
+        if trailers is not OK_TRAILERS:
+            # They are submitted when all before them is sent. What is wrong with them is better said now.
+            free(_fields_of(trailers))
         if request._is_open and not request._is_finished:
             request._trailers = trailers
             request._is_finished = True
@@ -468,6 +490,7 @@ cdef class Session:
         """Answer with these headers, and perhaps a body that is no gRPC message."""
         cdef nghttp2_data_provider2 provider
         cdef nghttp2_nv *fields
+        cdef int failed
         if request.lost or request.is_answered:
             return
         fields = _fields_of(headers)
@@ -475,13 +498,16 @@ cdef class Session:
         request._is_finished = True
         provider.source.ptr = NULL
         provider.read_callback = _read_response
-        if body:
+        failed = nghttp2_submit_response2(self._session, request.stream_id, fields, len(headers),
+                                          &provider if body else NULL)
+        free(fields)
+        if body and not failed:
             request._message = body
             request._offset = FRAME_PREFIX
             request._unsent = PyBytes_GET_SIZE(body)
             self.unsent += request._unsent
-        nghttp2_submit_response2(self._session, request.stream_id, fields, len(headers), &provider if body else NULL)
-        free(fields)
+        if not request.is_wanted:
+            self.consume(request, request._unconsumed)
 
     def unsent_of(self, Request request not None):
         """Bytes of a response that the client grants no room for yet."""
@@ -497,7 +523,8 @@ cdef class Session:
             nghttp2_submit_rst_stream(self._session, NGHTTP2_FLAG_NONE, request.stream_id, code)
 
     cpdef void consume(self, Request request, Py_ssize_t count):
-        """Let the client send as many bytes more. All that came is consumed when a request ends."""
+        """Let the client send as many bytes more. The rest is consumed when the stream is closed, or already at the end
+        of the request when it is not wanted then."""
         if request is None:
             raise TypeError("a request is needed")
         count = min(count, request._unconsumed)
@@ -509,7 +536,8 @@ cdef class Session:
         """Args:
         payload: 8 bytes.
         """
-        assert len(payload) == 8
+        if PyBytes_GET_SIZE(payload) != 8:
+            raise ValueError("a PING carries 8 bytes")
         nghttp2_submit_ping(self._session, NGHTTP2_FLAG_NONE, <const uint8_t *>PyBytes_AS_STRING(payload))
 
     def send_shutdown_notice(self):
@@ -695,7 +723,8 @@ cdef int _on_frame_received(nghttp2_session *session, const nghttp2_frame *frame
                 self.control_frames += 1
             if frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
                 request.ended = True
-                self.consume(request, request._unconsumed)
+                if not request.is_wanted:
+                    self.consume(request, request._unconsumed)
             if request.is_wanted:
                 self._note(request)
             return 0

@@ -155,8 +155,10 @@ class Session:
         try:
             self._connection.receive_data(data)
         except ngh2.DenialOfServiceError as error:
+            self.is_over = True
             raise BrokenSession(ENHANCE_YOUR_CALM) from error
         except NGH2Error as error:
+            self.is_over = True
             raise BrokenSession(PROTOCOL_ERROR) from error
         self._take_events()
         return self.late()
@@ -164,7 +166,7 @@ class Session:
     def late(self) -> list[Request]:
         changed = self._changed
         if not changed:
-            return changed
+            return []
         self._changed = []
         for request in changed:
             request.is_listed = False
@@ -205,7 +207,8 @@ class Session:
     def respond(self, request: Request, headers: Headers, body: bytes = b"") -> None:
         if self._begin(request, headers, end_stream=not body) and body:
             self._send(request, body, end_stream=True)
-        self.consume(request, request.unconsumed)
+        if not request.is_wanted:
+            self.consume(request, request.unconsumed)
 
     def unsent_of(self, request: Request) -> int:
         return self._connection.queued_body_size(request.stream_id)
@@ -323,23 +326,26 @@ class Session:
         request = self._requests.get(stream_id)
         if request is None:
             self.control_frames += 1
-        elif ended:
+            if data:
+                self._acknowledge(stream_id, len(data))
+            return
+        if ended:
             request.ended = True
-            if not request.is_answered or request.is_wanted:
+        if not data:
+            self.control_frames += not ended
+        elif ended and not request.is_wanted:
+            if not request.is_answered:
                 request.body = request.body + data if request.body else data
-            if request.unconsumed:
-                self.consume(request, request.unconsumed)
-        elif data:
-            self._append(request, data)
-        else:
-            self.control_frames += 1
-        if data and (request is None or ended):
             self._acknowledge(stream_id, len(data))
-        if request is not None and request.is_wanted:
+        else:
+            self._append(request, data)
+        if request.is_wanted:
             self._note(request)
+        elif ended and request.unconsumed:
+            self.consume(request, request.unconsumed)
 
     def _append(self, request: Request, data: bytes) -> None:
-        """A part of a body that is not its last."""
+        """A part of a body that is not its last, or is for somebody to consume."""
         request.unconsumed += len(data)
         self._unconsumed += len(data)
         if request.is_answered and not request.is_wanted:

@@ -1,26 +1,28 @@
-"""Builds ngh2, nghttp2 included, from its source distribution, with sanitizers and coverage for the fuzzer.
+"""Builds `native_http2`, nghttp2 included, with sanitizers and coverage for the fuzzer.
 
-It goes into a folder of its own, outside the virtual environment, and is found there before the wheel.
+It goes into a folder of its own, outside the virtual environment, where `fuzz.run` finds it before any other.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import os
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Final
 
 HERE: Final = Path(__file__).parent
-CACHE: Final = HERE.parent.parent / ".fuzz"
+REPOSITORY: Final = HERE.parent.parent
+CACHE: Final = REPOSITORY / ".fuzz"
 """Made by `make fuzz`, removed by `make clean`."""
 
 PACKAGES: Final = CACHE / "packages"
 
-BUILD_WITH: Final = ("cython==3.3.1", "cython-cmake==0.3.0", "scikit-build-core==1.1.2")
+NATIVE: Final = PACKAGES / "ratelimit_sidecar" / "server"
+"""Where `native_http2` is."""
 
 ATHERIS: Final = "atheris==3.0.0"
 """libFuzzer for Python, and the sanitizers' runtime that goes with it."""
@@ -39,28 +41,49 @@ _C_FLAGS: Final = (
 
 def build() -> Path:
     """Build unless that was done; returns the folder."""
-    ngh2 = f"ngh2=={importlib.metadata.version('ngh2')}"
-    inputs = (ngh2, ATHERIS, *BUILD_WITH, *_C_FLAGS, _IGNORED.read_text(), sys.version)
-    wanted = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
+    wanted = _inputs()
     made = PACKAGES / "made-from"
     if made.exists() and made.read_text() == wanted:
         return PACKAGES
-    print(f"==> {ngh2} with sanitizers, in {PACKAGES} (two minutes)", flush=True)
+    print(f"==> native_http2 with sanitizers, in {PACKAGES} (a minute)", flush=True)
     shutil.rmtree(PACKAGES, ignore_errors=True)
-    CACHE.mkdir(exist_ok=True)
-    constraints = CACHE / "constraints.txt"
-    constraints.write_text("\n".join(BUILD_WITH))
-    compiler = {"CC": "clang", "CXX": "clang++", "CFLAGS": " ".join(_C_FLAGS), "PIP_CONSTRAINT": str(constraints)}
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"),
-            *("--target", str(PACKAGES), "--no-binary", "ngh2", "--no-cache-dir"),
-            # Assertions of nghttp2 stay in, which a release build leaves out.
-            *("-Ccmake.build-type=None", "-Cinstall.strip=false"),
-            *(ngh2, ATHERIS),
-        ],
-        env={**os.environ, **compiler},
-        check=True,
-    )
+    PACKAGES.mkdir(parents=True)
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
+    subprocess.run([*pip, "--target", str(PACKAGES), ATHERIS], check=True)
+    NATIVE.mkdir(parents=True)
+    _compile(NATIVE)
     made.write_text(wanted)
     return PACKAGES
+
+
+def _compile(folder: Path) -> None:
+    extension = runpy.run_path(str(REPOSITORY / "setup.py"))["NATIVE_HTTP2"]
+    generated = folder / "native_http2.c"
+    binding, *nghttp2 = extension.sources
+    subprocess.run([sys.executable, "-m", "cython", binding, "-o", str(generated)], cwd=REPOSITORY, check=True)
+    subprocess.run(
+        [
+            *("clang", "-shared", "-fPIC", "-o", str(folder / f"native_http2{sysconfig.get_config_var('EXT_SUFFIX')}")),
+            *_C_FLAGS,
+            *(f"-D{name}={value or 1}" for name, value in extension.define_macros),
+            *(f"-I{place}" for place in (*extension.include_dirs, sysconfig.get_path("include"))),
+            *(str(generated), *nghttp2),
+        ],
+        cwd=REPOSITORY,
+        check=True,
+    )
+
+
+def _inputs() -> str:
+    """A digest of what is built, and how."""
+    native = REPOSITORY / "ratelimit_sidecar" / "server" / "native_http2.pyx"
+    sources = [
+        REPOSITORY / "setup.py",
+        native,
+        _IGNORED,
+        *sorted((REPOSITORY / "third_party" / "nghttp2").rglob("*.[ch]")),
+    ]
+    digest = hashlib.sha256("\n".join((ATHERIS, *_C_FLAGS, sys.version)).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()

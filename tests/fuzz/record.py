@@ -149,7 +149,7 @@ async def _nghttp(address: str) -> None:
         "--trailer",
         "a: b",
         "-d",
-        str(FOLDER.parent / "sanitizer-ignorelist.txt"),
+        __file__,
         f"http://{address}/",
     )
 

@@ -6,6 +6,12 @@ import sys
 
 import atheris
 
+import ratelimit_sidecar.server
+from fuzz.build import NATIVE
+
+# Before one that was compiled without sanitizers.
+ratelimit_sidecar.server.__path__.insert(0, str(NATIVE))
+
 with atheris.instrument_imports(include=["ratelimit_sidecar.server.http2", "ratelimit_sidecar.server.framing"]):
     from fuzz import mutator, target
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import Final
 
-from ratelimit_sidecar.server.framing import MAX_BODY_BYTES
+from hpack import Encoder
+
+from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
 from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.session import IS_NATIVE
 
 HEADER_BYTES: Final = 3
 """Flags and seed, before what the client sends."""
@@ -108,6 +111,25 @@ END_HEADERS: Final = 0x4
 
 LIFE_PING: Final = b"anyone??"
 
+HONEST_HEADERS: Final = Encoder().encode(
+    [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/grpc.health.v1.Health/Check"),
+        (":authority", "test"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ]
+)
+"""Of a call. It refers to nothing that was sent before."""
+
+HONEST_CALLS: Final = 10
+"""With so many messages of the largest size a server has to give back at least half of its window, which is when it
+says so."""
+
+HIGHEST_STREAM: Final = 2**31 - 1 - 2 * HONEST_CALLS
+MAX_FRAME_BYTES: Final = 16_384
+
 
 class Run:
     """A connection, who drives it, and what was seen of it."""
@@ -120,10 +142,16 @@ class Run:
         self.connection = Connection(HANDLERS, LIMITS, self.budget, Counts(), now_s=self.now_s)
         self.sent = FrameReader()
         self.sent_bytes = 0
+        self.goaways = 0
+        self.granted_bytes = 0
+        """Of the connection's window."""
         self.pings_answered = 0
         self.received = FrameReader()
         self.is_between_frames = True
         self.received_bytes = 0
+        self.data_bytes = 0
+        """Of the connection's window, taken by the client."""
+        self.highest_stream = 0
         self.messages_bytes = 0
         """Of the answers that handlers gave."""
         self.seen_calls: set[int] = set()
@@ -141,6 +169,7 @@ class Run:
             BrokenPromise
         """
         self.take_output()
+        self.granted_bytes = 0
         if Flags.RAW_PREFACE not in self.flags:
             self.receive(PREFACE)
         at = 0
@@ -153,7 +182,9 @@ class Run:
 
     def receive(self, data: bytes) -> None:
         self.received_bytes += len(data)
-        for kind, flags, _, _ in self.received.read(data if data != PREFACE else b""):
+        for kind, flags, stream_id, payload in self.received.read(data if data != PREFACE else b""):
+            self.highest_stream = max(self.highest_stream, stream_id)
+            self.data_bytes += len(payload) if kind == DATA else 0
             self.is_between_frames = kind not in (HEADERS, CONTINUATION) or bool(flags & END_HEADERS)
         for event in self.connection.receive(data):
             self.take(event)
@@ -162,7 +193,7 @@ class Run:
         self.check_held()
 
     def take(self, event: Event) -> None:
-        stream_id = event.stream_id
+        stream_id = event.request.stream_id if isinstance(event, Call) else event.stream_id
         if isinstance(event, Call):
             _promise(stream_id not in self.seen_calls, f"the call on stream {stream_id} came out twice")
             _promise(len(event.message) <= MAX_MESSAGE_BYTES, f"a message of {len(event.message)} bytes came out")
@@ -170,13 +201,13 @@ class Run:
             if Flags.REFUSE in self.flags and self.random.random() < 0.5:
                 self.connection.refuse(event, RpcError(Code.INTERNAL, "refusé: 100 %\r\n"))
             else:
-                message = event.handler(event.message, event.headers)
+                message = event.handler(event.message, event.request)
                 self.messages_bytes += len(message)
                 self.connection.answer(event, message)
         elif isinstance(event, Opened):
             _promise(stream_id not in self.seen_calls, f"the streaming call on stream {stream_id} came out twice")
             self.seen_calls.add(stream_id)
-            self.streaming[stream_id] = event.ended
+            self.streaming[stream_id] = False
         elif isinstance(event, Part):
             _promise(stream_id in self.seen_calls, f"a part came out for stream {stream_id}, which was not opened")
             if stream_id in self.streaming:
@@ -194,14 +225,14 @@ class Run:
             self.now_s += choice * 3
             self.connection.check(self.now_s)
         if Flags.STREAMING_TALKS in self.flags:
-            for stream_id, ended in list(self.streaming.items()):
+            for stream_id in list(self.streaming):
                 if choice < 0.4:
                     self.messages_bytes += 100
                     self.connection.send(stream_id, b"m" * 100)
                 elif choice < 0.5:
                     del self.streaming[stream_id]
                     error = None if choice < 0.45 else RpcError(Code.UNAVAILABLE, "over")
-                    self.connection.finish(stream_id, error, ended)
+                    self.connection.finish(stream_id, error)
         if Flags.DRAIN in self.flags and choice < 0.1:
             self.connection.drain()
         if Flags.TERMINATE in self.flags and choice > 0.98:
@@ -221,6 +252,9 @@ class Run:
             elif kind == RST_STREAM:
                 self.over.add(stream_id)
             else:
+                self.goaways += kind == GOAWAY
+                if kind == WINDOW_UPDATE and stream_id == 0:
+                    self.granted_bytes += int.from_bytes(payload, "big")
                 self.pings_answered += kind == PING and payload == LIFE_PING
                 _promise(kind in (SETTINGS, PING, GOAWAY, WINDOW_UPDATE), f"a frame of unexpected type {kind} was sent")
         _promise(not self.sent.rest, "output ends in the middle of a frame")
@@ -236,32 +270,70 @@ class Run:
     def end(self) -> None:
         """All limits of time pass; then nothing may be left, and a connection that lives answers."""
         self.take_output()
-        for _ in range(3):
-            self.now_s += LIMITS.call + LIMITS.stalled
-            self.connection.check(self.now_s)
-            for event in self.connection.receive(b""):
-                self.take(event)
-            self.take_output()
-        for stream_id, ended in list(self.streaming.items()):
-            self.connection.finish(stream_id, None, ended)
+        self.let_time_pass()
+        for stream_id in list(self.streaming):
+            self.connection.finish(stream_id, None)
         self.streaming.clear()
         self.take_output()
+        self.let_time_pass()
         if not self.connection.closed:
             _promise(self.budget.held == 0, f"{self.budget.held} bytes are held, and no call is open")
             self.look_for_life()
+            self.look_for_window()
         self.connection.release()
         _promise(self.budget.held == 0, f"{self.budget.held} bytes are held after the connection's end")
         if self.connection.closed:
             _promise(self.connection.receive(PREFACE) == [], "something came out after the end")
             _promise(self.connection.output() == b"", "something is sent after the end")
 
+    def let_time_pass(self) -> None:
+        for _ in range(3):
+            self.now_s += LIMITS.call + LIMITS.stalled
+            self.connection.check(self.now_s)
+            for event in self.connection.receive(b""):
+                self.take(event)
+            self.take_output()
+
+    @property
+    def expects_a_frame(self) -> bool:
+        """Whether what was sent so far ends where another frame may begin."""
+        return Flags.RAW_PREFACE not in self.flags and not self.received.rest and self.is_between_frames
+
     def look_for_life(self) -> None:
         """A connection that is not closed answers a PING."""
-        if Flags.RAW_PREFACE in self.flags or self.received.rest or not self.is_between_frames:
+        if not self.expects_a_frame:
             return
         self.receive(b"\0\0\x08\x06\0\0\0\0\0" + LIFE_PING)
         self.take_output()
         _promise(self.connection.closed or self.pings_answered > 0, "a connection that lives did not answer a PING")
+
+    def look_for_window(self) -> None:
+        """An honest client can send large messages, and gets back all of the window, also what others have used."""
+        if not self.data_bytes or not self.expects_a_frame or self.goaways or self.highest_stream > HIGHEST_STREAM:
+            return
+        body = frame(bytes(MAX_MESSAGE_BYTES))
+        stream_id = self.highest_stream + 1 | 1
+        granted = self.granted_bytes
+        for _ in range(HONEST_CALLS):
+            self.receive(_frame(HEADERS, END_HEADERS, stream_id, HONEST_HEADERS))
+            for start in range(0, len(body), MAX_FRAME_BYTES):
+                part = body[start : start + MAX_FRAME_BYTES]
+                self.receive(_frame(DATA, END_STREAM * (start + len(part) == len(body)), stream_id, part))
+            self.take_output()
+            if self.connection.closed:
+                # An honest client can be the one that is taken for a flood.
+                return
+            _promise(stream_id in self.seen_calls, "an honest client's call did not come out")
+            if self.granted_bytes > granted:
+                lost = self.data_bytes - self.granted_bytes
+                _promise(lost == 0 or not IS_NATIVE, f"{lost} bytes of the window are lost")
+                return
+            stream_id += 2
+        _promise(not IS_NATIVE, "no window was given back")
+
+
+def _frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
 
 
 def _promise(is_kept: bool, otherwise: str) -> None:

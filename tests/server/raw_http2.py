@@ -155,10 +155,12 @@ class RawClient:
         await asyncio.wait_for(self._ponged.wait(), 5)
 
     async def read(self) -> None:
-        while data := await self._reader.read(65_536):
-            for event in self._h2.receive_data(data):
-                self._take(event)
-            self._flush()
+        # A server that cuts off a connection may reset it.
+        with contextlib.suppress(ConnectionResetError):
+            while data := await self._reader.read(65_536):
+                for event in self._h2.receive_data(data):
+                    self._take(event)
+                self._flush()
         self.gone.set()
 
     def _take(self, event: h2.events.Event) -> None:

@@ -5,6 +5,7 @@ The client is hyper's h2, another implementation of HTTP/2; frames that it would
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 import h2.events
@@ -216,6 +217,25 @@ def test_a_streaming_call_comes_out_in_parts() -> None:
     [trailers] = pair.of(h2.events.TrailersReceived)
     assert (b"grpc-status", b"0") in trailers.headers
     assert pair.budget.held == 0
+
+
+def test_what_a_streaming_call_has_not_used_keeps_its_room_though_its_client_is_done() -> None:
+    """Otherwise a client could leave a whole window with each of its calls."""
+    pair = Pair()
+    for _ in range(20):
+        stream_id = pair.open(STREAM_HEADERS)
+        with contextlib.suppress(h2.exceptions.FlowControlError):
+            for _ in range(8):
+                pair.client.send_data(stream_id, bytes(16_384))
+        pair.exchange()
+        with contextlib.suppress(h2.exceptions.FlowControlError):
+            pair.client.send_data(stream_id, b"", end_stream=True)
+        pair.exchange()
+    assert pair.client.outbound_flow_control_window < 16_384
+    for stream_id in range(1, 41, 2):
+        pair.server.finish(stream_id, None)
+    pair.exchange()
+    assert pair.client.outbound_flow_control_window > http2.CONNECTION_WINDOW // 2
 
 
 def test_a_streaming_call_that_its_client_resets_is_lost() -> None:
