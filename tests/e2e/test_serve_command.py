@@ -5,10 +5,14 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
 from e2e.cluster import three_regions
 from e2e.commands import command
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from ratelimit_sidecar.demo.ports import free_ports
 
@@ -109,3 +113,32 @@ async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path
 
     events = [json.loads(line)["event"] for line in serve.output.splitlines()]
     assert events == ["started", "nothing_is_limited", "ready", "draining", "stopped"]
+
+
+@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+async def test_who_watches_its_health_is_told_of_the_stop_and_does_not_delay_it(front_end: str, tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
+    async with command("serve", "--config", file, "--frontend", front_end) as serve:
+        await serve.printed("] ready ")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+            watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=60)
+            assert (await watch.read()).status == HealthCheckResponse.SERVING
+            serve.signal(signal.SIGTERM)
+            assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+            assert await watch.code() == grpc.StatusCode.UNAVAILABLE
+        assert await serve.ended() == 0
+
+
+async def test_who_watches_while_it_joins_its_peers_is_told_when_it_is_ready(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        peers = [f"127.0.0.1:{mute.getsockname()[1]}"]
+        file = config(tmp_path, grpc=ports.grpc, admin=ports.admin, peers=peers)
+        async with command("serve", "--config", file) as serve:
+            await serve.printed("] started ")
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+                watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=60, wait_for_ready=True)
+                assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+                assert (await watch.read()).status == HealthCheckResponse.SERVING
+                watch.cancel()

@@ -241,6 +241,8 @@ class Run:
     def take_output(self) -> None:
         """Look at what the client gets: whole frames, one answer a stream, and nothing after its end."""
         data = self.connection.output()
+        for event in self.connection.late():
+            self.take(event)
         self.sent_bytes += len(data)
         for kind, flags, stream_id, payload in self.sent.read(data):
             if kind in (DATA, HEADERS):
