@@ -119,7 +119,7 @@ def extensions() -> list[Extension]:
         modules = mypycify([*options, *sources], opt_level="2", debug_level="0", multi_file=True)
         for module in modules:
             # mypyc adds -Werror: a warning that its authors' compilers have not would cost the speed.
-            module.extra_compile_args.append("-Wno-error")
+            module.extra_compile_args = [*module.extra_compile_args, "-Wno-error"]
         return [*modules, *cythonize([NATIVE_HTTP2], build_dir="build")]
     except (Exception, SystemExit) as error:
         give_up(str(error))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +77,21 @@ def test_a_missing_compiler_is_an_error_when_it_is_insisted_on(tmp_path: Path) -
     result = built(tmp_path, RATELIMIT_SIDECAR_COMPILE="1")
     assert result.returncode != 0
     assert "RATELIMIT_SIDECAR_COMPILE=1, and it cannot be compiled: no C compiler" in result.stderr
+
+
+def test_what_breaks_while_it_is_compiled_is_left_out_with_what_was_compiled_before(
+    setup_py: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, compiled = tmp_path / "broken.c", tmp_path / "compiled_before.so"
+    source.write_text("this is no C\n")
+    compiled.touch()
+    distribution = Distribution({"name": "broken", "ext_modules": [Extension("broken", [str(source)])]})
+    build = setup_py.BuildWhatCanBe(distribution)
+    build.build_lib = build.build_temp = str(tmp_path)
+    build.ensure_finalized()
+
+    build.run()
+
+    assert not compiled.exists()
+    assert not distribution.has_ext_modules()
+    assert "ratelimit-sidecar is installed interpreted, a few times slower: " in capsys.readouterr().err
