@@ -50,8 +50,10 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
@@ -136,8 +138,9 @@ class Sidecar:
         latency = LatencyHistogram()
         self._stalls = StallMonitor()
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
-        health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
-        handlers = {**service.handlers(), **health.handlers()}
+        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
+        reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
+        handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         limits = _limits(config.listen)
         self._front_end: FrontEnd
@@ -183,7 +186,8 @@ class Sidecar:
         self._config = config
 
     def missing(self) -> list[str]:
-        """What the sidecar still waits for before it answers as well as it can, in words; empty when it does.
+        """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
+        that changes the health service is told.
 
         Rules that an xDS server has yet to send are not among it: only the console's /readyz waits for them, so that
         nobody restarts a sidecar because there are none.
@@ -212,7 +216,7 @@ class Sidecar:
         """
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signal_number, self._stop.set)
+            loop.add_signal_handler(signal_number, self._begin_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         await self._open()
         # What is there now stays: no garbage collection has to look at code and rules again while requests wait.
@@ -275,12 +279,19 @@ class Sidecar:
         await self._mesh.run()
 
     async def _join(self) -> None:
+        await self._front_end.ready.wait()
+        self._health.changed()
         await self._reloader.has_rules.wait()
+        self._health.changed()
         if not await self._mesh.joined(JOIN_SECONDS):
             _log.warning("not_joined", waited_seconds=JOIN_SECONDS, peers=self._config.sync.peers)
         self._joined = True
-        await self._front_end.ready.wait()
+        self._health.changed()
         _log.info("ready")
+
+    def _begin_stop(self) -> None:
+        self._stop.set()
+        self._health.changed()
 
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)

@@ -55,6 +55,16 @@ def too_large() -> RpcError:
     return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {MAX_MESSAGE_BYTES} bytes")
 
 
+def compressed(flags: int, metadata: Metadata) -> RpcError:
+    """The status for a message whose flags are not 0."""
+    if flags != 1:
+        return RpcError(Code.INTERNAL, f"the message's flags are {flags}; they can be 0 or 1")
+    encoding = next((value for name, value in metadata if name == b"grpc-encoding"), b"identity")
+    if encoding == b"identity":
+        return RpcError(Code.INTERNAL, "the message is flagged as compressed, but grpc-encoding names no compression")
+    return RpcError(Code.UNIMPLEMENTED, "compressed messages are not supported")
+
+
 def percent_encode(text: str) -> bytes:
     """A status message as the value of `grpc-message`."""
     return quote(text[:MAX_STATUS_TEXT], safe=_PLAIN, errors="replace").encode("ascii")
@@ -69,17 +79,8 @@ def _what_is_wrong(body: bytes, metadata: Metadata) -> RpcError:
     if length > MAX_MESSAGE_BYTES:
         return too_large()
     if flags != 0:
-        return _compressed(flags, metadata)
+        return compressed(flags, metadata)
     received = len(body) - PREFIX_BYTES
     if length > received:
         return RpcError(Code.INTERNAL, f"the message is cut short: {received} of {length} bytes")
     return RpcError(Code.UNIMPLEMENTED, "the call carries more than one message; the method takes exactly one")
-
-
-def _compressed(flags: int, metadata: Metadata) -> RpcError:
-    if flags != 1:
-        return RpcError(Code.INTERNAL, f"the message's flags are {flags}; they can be 0 or 1")
-    encoding = next((value for name, value in metadata if name == b"grpc-encoding"), b"identity")
-    if encoding == b"identity":
-        return RpcError(Code.INTERNAL, "the message is flagged as compressed, but grpc-encoding names no compression")
-    return RpcError(Code.UNIMPLEMENTED, "compressed messages are not supported")

@@ -68,7 +68,8 @@ class GrpcProtocol:
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._blocked: set[StreamingCall] = set()
+        """Of the streaming calls those whose client has to take something first."""
         self._rest: memoryview | None = None
         """What was read and is not taken yet."""
         self._is_paused = False
@@ -125,8 +126,8 @@ class GrpcProtocol:
         self._transport = None
         self._rest = None
         self._connection.closed = True
-        for task in self._tasks.values():
-            task.cancel()
+        for call in self._streaming.values():
+            call.cancel()
         self._connection.release()
         self._shared.connections.discard(self)
         self._shared.lost.set()
@@ -154,7 +155,7 @@ class GrpcProtocol:
         """Take no new calls, and close when those in flight are answered. Streaming ones, which might never end, are
         ended."""
         for call in list(self._streaming.values()):
-            call.finish(SHUTTING_DOWN)
+            call.end(SHUTTING_DOWN)
         self._connection.drain()
         self._flush()
 
@@ -201,9 +202,9 @@ class GrpcProtocol:
             elif isinstance(event, Opened):
                 self._begin_streaming(event)
             elif isinstance(event, Lost):
-                task = self._tasks.get(event.stream_id)
-                if task is not None:
-                    task.cancel()
+                streaming = self._streaming.get(event.stream_id)
+                if streaming is not None:
+                    streaming.cancel()
 
     def _answer(self, call: Call) -> None:
         try:
@@ -217,15 +218,16 @@ class GrpcProtocol:
 
     def _begin_streaming(self, opened: Opened) -> None:
         stream_id = opened.stream_id
-        call = StreamingCall(opened, self._connection, self._shared.failures, self._flush)
-        task = self._shared.tasks.create_task(call.run())
+        if self._shared.is_draining:
+            # Its client has not read the GOAWAY yet.
+            self._connection.finish(stream_id, SHUTTING_DOWN)
+            return
+        call = StreamingCall(opened, self._connection, self._shared.failures, self._flush, self._blocked)
         self._streaming[stream_id] = call
-        self._tasks[stream_id] = task
-        task.add_done_callback(lambda _task: self._end_streaming(stream_id))
+        call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
 
     def _end_streaming(self, stream_id: int) -> None:
         del self._streaming[stream_id]
-        del self._tasks[stream_id]
 
     def _flush(self) -> None:
         transport = self._transport
@@ -238,6 +240,12 @@ class GrpcProtocol:
         if connection.closed:
             self._is_closing = True
             transport.close()
-        elif self._streaming:
             for call in self._streaming.values():
+                call.cancel()
+            return
+        if self._streaming:
+            self._take(connection.late())
+        if self._blocked:
+            for call in self._blocked:
                 call.wake()
+            self._blocked.clear()

@@ -145,6 +145,11 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.max_connection_idle_ms", int(limits.idle * 1_000)),
+        # While there are calls; without bounds on how often, which are there for clients.
+        ("grpc.keepalive_time_ms", int(limits.ping_after * 1_000)),
+        ("grpc.keepalive_timeout_ms", int(limits.ping_after * 1_000)),
+        ("grpc.http2.ping_timeout_ms", int(limits.ping_after * 1_000)),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     if limits.age is not None:
         options.append(("grpc.max_connection_age_ms", min(int(limits.age * 1_000), MAX_MS)))
@@ -198,7 +203,11 @@ def _streaming(
                 _check_client(context, named)
             async with aclosing(handler(messages, _Metadata(context))) as responses:
                 async for response in responses:
-                    await context.write(response)
+                    try:
+                        await context.write(response)
+                    except grpc.aio.InternalError:
+                        # The client is gone.
+                        return None
         except RpcError as error:
             return error
         except Exception as error:

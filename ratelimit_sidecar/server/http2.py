@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, percent_encode, too_large, unframe
+from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, Limits
 from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, Streaming, UnaryHandler
 from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
@@ -41,15 +41,17 @@ CALL_BYTES: Final = 2_048
 """About what an unfinished call takes, beside its headers and body."""
 
 STREAMING_BYTES: Final = 16 * 1_024
-"""About what a streaming call takes: a task, and messages that are small. What its client may send beyond is bounded by
-the connection's window."""
+"""About what a streaming call takes beside its headers and unread messages: a task, and what its handler holds."""
 
 CONTROL_FRAMES: Final = 10_000
 CONTROL_FRAMES_A_CALL: Final = 4
 CONTROL_FRAMES_A_CHECK: Final = 500
 """Frames that carry no part of a call (PING, SETTINGS, WINDOW_UPDATE, RST_STREAM, empty DATA) are paid from a credit
 that starts full, and that calls and time fill up again. A client without credit floods, and is disconnected. Clients
-send one or two WINDOW_UPDATE or PING frames a call at most."""
+send one or two WINDOW_UPDATE or PING frames a call at most, or a DATA frame of a streaming one."""
+
+DATA_FRAME_BYTES: Final = 16_384
+"""The most that a DATA frame carries, unless its receiver wants more (RFC 9113, section 4.2)."""
 
 RESETS: Final = (10_000, 1_000)
 """Calls that a client may reset at once, and then a second. Envoy resets what is not answered in its timeout: up to
@@ -161,6 +163,15 @@ class Lost:
 Event = Call | Opened | Part | Lost
 
 
+class _Stream:
+    """A streaming call that is open."""
+
+    def __init__(self, request: Request, held: int) -> None:
+        self.request = request
+        self.held = held
+        """What it counts in the budget."""
+
+
 class Connection:
     """One connection of a client.
 
@@ -194,7 +205,7 @@ class Connection:
             resets=RESETS,
         )
         self._waiting: dict[int, Call] = {}
-        self._streaming: dict[int, Request] = {}
+        self._streaming: dict[int, _Stream] = {}
         self._held = 0
         """What its calls count in the budget."""
         self._credit = CONTROL_FRAMES
@@ -221,6 +232,8 @@ class Connection:
         self._has_said_last_stream = False
         self._unsent = 0
         self._unsent_since_s = now_s
+        self._streamed = 0
+        """Bytes of streaming calls given to the session since the latest check."""
 
     # Receiving
 
@@ -229,11 +242,7 @@ class Connection:
 
         Calls come out complete; those that the client has already given up on do not.
         """
-        happened = self._late
-        if happened:
-            self._late = []
-        else:
-            happened = []
+        happened: list[Event] = []
         if self.closed:
             return happened
         self._has_heard = True
@@ -294,16 +303,33 @@ class Connection:
         return True
 
     def _open_streaming(self, request: Request, method: Streaming, happened: list[Event]) -> None:
-        if not self._budget.allows(self._held + STREAMING_BYTES):
+        held = STREAMING_BYTES + request.header_bytes
+        if not self._budget.allows(self._held + held):
             self._shed(request)
             return
-        self._held += STREAMING_BYTES
-        self._budget.held += STREAMING_BYTES
+        self._held += held
+        self._budget.held += held
         request.is_wanted = True
-        self._streaming[request.stream_id] = request
+        stream = _Stream(request, held)
+        self._streaming[request.stream_id] = stream
         happened.append(Opened(request, method))
-        if request.ended or request.body_bytes:
+        self._take_part(stream, happened)
+
+    def _take_part(self, stream: _Stream, happened: list[Event]) -> None:
+        """More may have come of a streaming call."""
+        request = stream.request
+        count = request.body_bytes
+        if not count and not request.ended:
+            return
+        if self._budget.allows(self._held + count):
+            stream.held += count
+            self._held += count
+            self._budget.held += count
             happened.append(Part(request.stream_id, request.take_body(), request.ended))
+        else:
+            self._counts.refused_calls["shed"] += 1
+            self.finish(request.stream_id, _too_many_calls())
+            happened.append(Lost(request.stream_id))
 
     def _go_on(self, request: Request, happened: list[Event]) -> None:
         """More has come of a call that is here."""
@@ -320,12 +346,15 @@ class Connection:
                 self._complete(call, happened)
             else:
                 self._look_at_body(call)
-        elif stream_id in self._streaming:
-            if request.lost:
-                self._forget_streaming(request)
-                happened.append(Lost(stream_id))
-            elif request.ended or request.body_bytes:
-                happened.append(Part(stream_id, request.take_body(), request.ended))
+            return
+        stream = self._streaming.get(stream_id)
+        if stream is None:
+            return
+        if request.lost:
+            self._forget_streaming(stream)
+            happened.append(Lost(stream_id))
+        else:
+            self._take_part(stream, happened)
 
     def _complete(self, call: Call, happened: list[Event]) -> None:
         try:
@@ -372,7 +401,7 @@ class Connection:
 
     def _shed(self, request: Request) -> None:
         self._counts.refused_calls["shed"] += 1
-        self._refuse(request, RpcError(Code.RESOURCE_EXHAUSTED, "too many unfinished calls"))
+        self._refuse(request, _too_many_calls())
 
     def _pay_for_control_frames(self, calls: int) -> None:
         frames = self._session.control_frames
@@ -405,10 +434,16 @@ class Connection:
 
     def send(self, stream_id: int, message: bytes) -> None:
         """Send a message of a streaming call."""
-        request = self._streaming.get(stream_id)
-        if request is not None:
-            self._session.begin(request)
-            self._session.send(request, message)
+        stream = self._streaming.get(stream_id)
+        if stream is None:
+            return
+        self._session.begin(stream.request)
+        self._session.send(stream.request, message)
+        size = PREFIX_BYTES + len(message)
+        self._streamed += size
+        # Its client may answer each frame with two that grant room.
+        if self._credit < CONTROL_FRAMES:
+            self._credit += CONTROL_FRAMES_A_CALL * (1 + size // DATA_FRAME_BYTES)
 
     def finish(self, stream_id: int, error: RpcError | None) -> None:
         """End a streaming call.
@@ -416,50 +451,54 @@ class Connection:
         Args:
             error: None for OK.
         """
-        request = self._streaming.get(stream_id)
-        if request is None:
+        stream = self._streaming.get(stream_id)
+        if stream is None:
             return
-        self._forget_streaming(request)
+        self._forget_streaming(stream)
+        request = stream.request
         trailers = OK_TRAILERS if error is None else _status(error)
         if request.is_answered:
             self._session.finish(request, trailers)
             if not request.ended:
-                # A reset now could overtake what is still to be sent. Clients end their side when they are told.
                 self._half_closed[stream_id] = (request, self._now_s)
         else:
             self._respond(request, (*_GRPC_HEADERS, *trailers))
 
     def unsent(self, stream_id: int) -> int:
         """Bytes of a streaming call that its client does not take yet."""
-        request = self._streaming.get(stream_id)
-        return 0 if request is None else self._session.unsent_of(request)
+        stream = self._streaming.get(stream_id)
+        return 0 if stream is None else self._session.unsent_of(stream.request)
 
     def acknowledge(self, stream_id: int, count: int) -> None:
-        """Let the client of a streaming call send as many bytes more."""
-        request = self._streaming.get(stream_id)
-        if request is not None:
-            self._session.consume(request, count)
+        """Bytes of a `Part` are used up: its client may send as many more."""
+        stream = self._streaming.get(stream_id)
+        if stream is not None:
+            stream.held -= count
+            self._held -= count
+            self._budget.held -= count
+            self._session.consume(stream.request, count)
 
-    def _forget_streaming(self, request: Request) -> None:
+    def _forget_streaming(self, stream: _Stream) -> None:
+        request = stream.request
         request.is_wanted = False
         request.take_body()
         # Its client may send what it likes now, unread.
         self._session.consume(request, CONNECTION_WINDOW)
         del self._streaming[request.stream_id]
-        self._held -= STREAMING_BYTES
-        self._budget.held -= STREAMING_BYTES
+        self._held -= stream.held
+        self._budget.held -= stream.held
 
     # Sending, and the end
 
     def output(self) -> bytes:
-        """What is to be sent now; look at `closed` afterwards."""
+        """What is to be sent now; look at `closed` and `late` afterwards."""
         if self._goaway is not None:
             goaway, self._goaway = self._goaway, b""
             return goaway
         session = self._session
         try:
             data = session.output()
-            if self._answered_early or self._owes_drain_ping:
+            if self._answered_early or self._half_closed or self._owes_drain_ping:
                 self._send_what_follows()
                 data += session.output()
         except BrokenSession as broken:
@@ -471,11 +510,22 @@ class Connection:
             self._note_end()
         return data
 
+    def late(self) -> list[Event]:
+        """What happened while output was made: calls that HTTP/2 has ended."""
+        happened = self._late
+        if happened:
+            self._late = []
+        return happened
+
     def _send_what_follows(self) -> None:
         """Frames that would overtake those before them, were they given to nghttp2 at the same time."""
         for request in self._answered_early:
             self._session.reset(request, NO_ERROR)
         self._answered_early.clear()
+        for request, _since_s in list(self._half_closed.values()):
+            if self._session.has_sent_all(request):
+                del self._half_closed[request.stream_id]
+                self._session.reset(request, NO_ERROR)
         if self._owes_drain_ping:
             self._owes_drain_ping = False
             self._session.ping(_DRAIN_PING)
@@ -559,9 +609,11 @@ class Connection:
     def _check_output(self, now_s: float) -> None:
         """A client that grants no room for its answers is disconnected, as is one that lets too many of them wait."""
         unsent = self._session.unsent
-        if not self._unsent or unsent < self._unsent:
+        # Streams are refilled as soon as their client takes something.
+        if not self._unsent or unsent < self._unsent + self._streamed:
             self._unsent_since_s = now_s
         self._unsent = unsent
+        self._streamed = 0
         if not unsent:
             return
         if now_s - self._unsent_since_s >= self._limits.stalled or not self._budget.allows(self._held + unsent):
@@ -619,6 +671,10 @@ class Connection:
 def _is_grpc(content_type: bytes) -> bool:
     content_type = content_type.lower()
     return content_type == b"application/grpc" or content_type.startswith((b"application/grpc+", b"application/grpc;"))
+
+
+def _too_many_calls() -> RpcError:
+    return RpcError(Code.RESOURCE_EXHAUSTED, "too many unfinished calls")
 
 
 def _status(error: RpcError) -> Headers:

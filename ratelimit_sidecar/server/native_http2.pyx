@@ -187,7 +187,7 @@ cdef class Request:
     cdef Py_ssize_t _offset  # in _message and the prefix before it
     cdef Py_ssize_t _unsent
     cdef tuple _trailers
-    cdef bint _is_open, _is_finished, _is_deferred
+    cdef bint _is_open, _is_finished, _is_deferred, _is_sent
 
     def __cinit__(self):
         self.path = b""
@@ -513,6 +513,11 @@ cdef class Session:
         """Bytes of a response that the client grants no room for yet."""
         return request._unsent
 
+    def has_sent_all(self, Request request not None):
+        """Whether all of a finished response has left with the output so far, trailers too. Where that cannot be told it
+        is false."""
+        return request.lost or request._is_sent
+
     def reset(self, Request request not None, uint32_t code):
         if not request.lost:
             nghttp2_submit_rst_stream(self._session, NGHTTP2_FLAG_NONE, request.stream_id, code)
@@ -804,6 +809,7 @@ cdef nghttp2_ssize _read_response(nghttp2_session *session, int32_t stream_id, u
             request._is_deferred = True
             return NGHTTP2_ERR_DEFERRED
         data_flags[0] |= NGHTTP2_DATA_FLAG_EOF
+        request._is_sent = True
         if request._trailers is None:
             return copied
         data_flags[0] |= NGHTTP2_DATA_FLAG_NO_END_STREAM

@@ -213,6 +213,19 @@ class Session:
     def unsent_of(self, request: Request) -> int:
         return self._connection.queued_body_size(request.stream_id)
 
+    def has_sent_all(self, request: Request) -> bool:
+        if request.lost:
+            return True
+        try:
+            # Trailers wait behind the body, and then for an open window.
+            return (
+                self._connection.queued_body_size(request.stream_id) == 0
+                and self._connection.remote_window_size > 0
+                and self._connection.stream_remote_window_size(request.stream_id) > 0
+            )
+        except ngh2.NGH2Error:
+            return False
+
     def reset(self, request: Request, code: int) -> None:
         try:
             self._connection.reset_stream(request.stream_id, code)

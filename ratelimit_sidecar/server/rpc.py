@@ -72,6 +72,17 @@ SHUTTING_DOWN: Final = RpcError(Code.UNAVAILABLE, "the server is shutting down")
 """Ends streaming calls at a stop, since they might never end by themselves."""
 
 
+async def first_message(messages: AsyncIterator[bytes]) -> bytes:
+    """The message of a method that takes one and answers with many.
+
+    Raises:
+        RpcError: UNIMPLEMENTED when there is none (grpc/doc/statuscodes.md).
+    """
+    async for message in messages:
+        return message
+    raise RpcError(Code.UNIMPLEMENTED, "the call carries no message; the method takes exactly one")
+
+
 class FailureLog:
     """Turns exceptions that no handler meant to raise into a status, and logs each kind of them once.
 

@@ -1,42 +1,92 @@
 """A streaming call in progress: its handler runs in a task, reads messages as they come, and waits while its client
-does not take what it has sent."""
+does not take what it has sent.
+
+Flow control: bytes are acknowledged to the client when the handler asks for the message after them, so that a client
+which is faster than the handler is stopped by its window. The other way a handler is stopped while more than
+`MAX_UNSENT_BYTES` of its call wait for the client.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
 from ratelimit_sidecar.server.http2 import Connection, Opened
 from ratelimit_sidecar.server.messages import MessageReader
-from ratelimit_sidecar.server.rpc import Code, FailureLog, RpcError
+from ratelimit_sidecar.server.rpc import FailureLog, RpcError
 
 MAX_UNSENT_BYTES: Final = 65_536
 """Of one call; above it the handler has to wait."""
 
 
 class StreamingCall:
-    """Args:
-    flush: sends what the connection has to send.
+    """One call from its headers to its status.
+
+    Args:
+        flush: sends what the connection has to send.
+        blocked: to join while the client has to take something first; `wake` is called when it may have.
     """
 
-    def __init__(self, opened: Opened, connection: Connection, failures: FailureLog, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        connection: Connection,
+        failures: FailureLog,
+        flush: Callable[[], None],
+        blocked: set[StreamingCall],
+    ) -> None:
         self._opened = opened
         self._connection = connection
         self._failures = failures
         self._flush = flush
-        self._reader = MessageReader()
+        self._blocked = blocked
+        self._reader = MessageReader(opened.request)
+        self._last_bytes = 0
+        """Of the message that the handler is busy with."""
         self._client_is_done = False
-        self._changed = asyncio.Event()
-        """Bytes have come, the client is done, or it may have taken some of what was sent."""
+        self._heard = asyncio.Event()
+        """Bytes have come, or the client is done."""
+        self._has_room = asyncio.Event()
+        """The client may have taken some of what was sent."""
+        self._task: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Call the handler until it ends. To be cancelled when the client has given up."""
+    def start(self, tasks: asyncio.TaskGroup, ended: Callable[[], None]) -> None:
+        """Run the handler.
+
+        Args:
+            ended: called when nothing of it runs any more.
+        """
+        self._task = tasks.create_task(self._run())
+        self._task.add_done_callback(lambda _task: self._close(ended))
+
+    def feed(self, data: bytes, ended: bool) -> None:
+        """Take a part of the body."""
+        self._reader.feed(data)
+        self._client_is_done = self._client_is_done or ended
+        self._heard.set()
+
+    def wake(self) -> None:
+        """The client may have taken some of what was sent."""
+        self._has_room.set()
+
+    def end(self, error: RpcError) -> None:
+        """End the call with a status, and its handler."""
+        self._finish(error)
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the handler, because the client has given up."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
         error: RpcError | None = None
+        messages = _Messages(self._next_message)
         try:
-            async with aclosing(self._opened.method.handler(self._messages(), self._opened.request)) as responses:
+            async with aclosing(self._opened.method.handler(messages, self._opened.request)) as responses:
                 async for response in responses:
                     self._connection.send(self._opened.stream_id, response)
                     self._flush()
@@ -45,40 +95,50 @@ class StreamingCall:
             error = refused
         except Exception as failure:
             error = self._failures.status_of(self._opened.path, failure)
-        self.finish(error)
+        self._finish(error)
 
-    def finish(self, error: RpcError | None) -> None:
-        """End the call with a status; later ones are ignored."""
+    def _finish(self, error: RpcError | None) -> None:
+        """Give the call its status; later ones are ignored."""
         self._connection.finish(self._opened.stream_id, error)
         self._flush()
 
-    def feed(self, data: bytes, ended: bool) -> None:
-        """Take a part of the body."""
-        self._reader.feed(data)
-        self._client_is_done = self._client_is_done or ended
-        self._changed.set()
+    def _close(self, ended: Callable[[], None]) -> None:
+        self._blocked.discard(self)
+        ended()
 
-    def wake(self) -> None:
-        """The client may have taken some of what was sent."""
-        self._changed.set()
-
-    async def _messages(self) -> AsyncIterator[bytes]:
+    async def _next_message(self) -> bytes:
+        # The handler wants more: the client may send as much again.
+        if self._last_bytes:
+            self._connection.acknowledge(self._opened.stream_id, self._last_bytes)
+            self._last_bytes = 0
+            self._flush()
+        # Others have their turn, however many messages a read has brought.
+        await asyncio.sleep(0)
         while True:
-            message = self._reader.next_message()
+            message = self._reader.next_message(self._client_is_done)
             if message is not None:
-                yield message
-                # The handler wants more: the client may send as much again.
-                self._connection.acknowledge(self._opened.stream_id, PREFIX_BYTES + len(message))
-                self._flush()
-            elif self._client_is_done:
-                if not self._reader.is_empty:
-                    raise RpcError(Code.INTERNAL, "the last message is cut short")
-                return
-            else:
-                self._changed.clear()
-                await self._changed.wait()
+                self._last_bytes = PREFIX_BYTES + len(message)
+                return message
+            if self._client_is_done:
+                raise StopAsyncIteration
+            self._heard.clear()
+            await self._heard.wait()
 
     async def _until_taken(self) -> None:
+        # Others have their turn, however fast the client reads.
+        await asyncio.sleep(0)
         while self._connection.unsent(self._opened.stream_id) > MAX_UNSENT_BYTES:
-            self._changed.clear()
-            await self._changed.wait()
+            self._has_room.clear()
+            self._blocked.add(self)
+            await self._has_room.wait()
+
+
+class _Messages(AsyncIterator[bytes]):
+    """What a client sends. No generator: a handler that is closed would leave it behind, to be closed by a task that
+    nobody waits for."""
+
+    def __init__(self, next_message: Callable[[], Awaitable[bytes]]) -> None:
+        self._next_message = next_message
+
+    async def __anext__(self) -> bytes:
+        return await self._next_message()

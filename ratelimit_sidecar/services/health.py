@@ -1,16 +1,17 @@
-"""grpc.health.v1.Health: whether this sidecar answers, for Envoy's health checks and Kubernetes' gRPC probes.
-
-Check only: Watch is a stream, and answered UNIMPLEMENTED, as the protocol allows (grpc/doc/health-checking.md).
-"""
+"""grpc.health.v1.Health: whether this sidecar answers, for Envoy's health checks, Kubernetes' gRPC probes, and gRPC
+clients that watch whom they call (grpc/doc/health-checking.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
 from google.protobuf.message import DecodeError
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming, first_message
+
+SERVICE_NAME = "grpc.health.v1.Health"
 
 OVERALL = ""
 """The service name that asks for the server as a whole."""
@@ -18,6 +19,8 @@ OVERALL = ""
 
 class HealthService:
     """One state for all services: they are served by the same process from the same memory.
+
+    Whoever lets `serving` change calls `changed` after that.
 
     Args:
         serving: false while not ready yet, and while draining.
@@ -27,12 +30,29 @@ class HealthService:
     def __init__(self, serving: Callable[[], bool], services: Iterable[str]) -> None:
         self._serving = serving
         self._known = frozenset((OVERALL, *services))
-        self._serving_answer = _answer(HealthCheckResponse.SERVING)
-        self._not_serving_answer = _answer(HealthCheckResponse.NOT_SERVING)
+        self._answers = {
+            status: _answer(status)
+            for status in (
+                HealthCheckResponse.SERVING,
+                HealthCheckResponse.NOT_SERVING,
+                HealthCheckResponse.SERVICE_UNKNOWN,
+            )
+        }
+        self._change = asyncio.Event()
+        """Set at the next change; then there is a new one for the change after that."""
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {"/grpc.health.v1.Health/Check": self.check}
+        return {
+            f"/{SERVICE_NAME}/Check": self.check,
+            f"/{SERVICE_NAME}/List": self.list,
+            f"/{SERVICE_NAME}/Watch": Streaming(self.watch),
+        }
+
+    def changed(self) -> None:
+        """Let those who watch look at `serving` again."""
+        self._change.set()
+        self._change = asyncio.Event()
 
     def check(self, request: bytes, _metadata: Metadata) -> bytes:
         """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse.
@@ -41,13 +61,45 @@ class HealthService:
             RpcError: NOT_FOUND for a service that isn't here, INVALID_ARGUMENT for something else than a
             request.
         """
-        try:
-            service = HealthCheckRequest.FromString(request).service
-        except DecodeError as error:
-            raise RpcError(Code.INVALID_ARGUMENT, "not a grpc.health.v1.HealthCheckRequest") from error
+        service = _service_of(request)
         if service not in self._known:
             raise RpcError(Code.NOT_FOUND, f"unknown service {service}")
-        return self._serving_answer if self._serving() else self._not_serving_answer
+        return self._answers[self._status()]
+
+    def list(self, _request: bytes, _metadata: Metadata) -> bytes:
+        """Answer a HealthListRequest, which has no fields, with a serialized HealthListResponse."""
+        answer = HealthCheckResponse(status=self._status())
+        raw: bytes = HealthListResponse(statuses=dict.fromkeys(self._known, answer)).SerializeToString()
+        return raw
+
+    async def watch(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
+        """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse now and after each change. Of a
+        service that isn't here there is one, and then no change.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT for something else than a request, UNIMPLEMENTED without one.
+        """
+        is_known = _service_of(await first_message(requests)) in self._known
+        told = None
+        while True:
+            # A change from here on, also while the client takes its time, ends the wait below.
+            change = self._change
+            status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
+            if status != told:
+                told = status
+                yield self._answers[status]
+            await change.wait()
+
+    def _status(self) -> HealthCheckResponse.ServingStatus:
+        return HealthCheckResponse.SERVING if self._serving() else HealthCheckResponse.NOT_SERVING
+
+
+def _service_of(request: bytes) -> str:
+    try:
+        service: str = HealthCheckRequest.FromString(request).service
+    except DecodeError as error:
+        raise RpcError(Code.INVALID_ARGUMENT, "not a grpc.health.v1.HealthCheckRequest") from error
+    return service
 
 
 def _answer(status: HealthCheckResponse.ServingStatus) -> bytes:

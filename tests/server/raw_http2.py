@@ -71,6 +71,8 @@ class RawClient:
         self.told_to_go = asyncio.Event()
         self.last_streams: list[int] = []
         """Of each GOAWAY."""
+        self.pings = 0
+        """From the server."""
         self.gone = asyncio.Event()
         self._is_held = False
         self._h2.initiate_connection()
@@ -97,6 +99,32 @@ class RawClient:
     def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
         self._h2.send_data(stream, data, end_stream=end)
         self._flush()
+
+    def grant(self, stream: int, count: int) -> None:
+        """Let the server send so many bytes more; at first it may send 65,535."""
+        self._h2.increment_flow_control_window(count)
+        self._h2.increment_flow_control_window(count, stream)
+        self._flush()
+
+    def grant_connection(self, count: int) -> None:
+        """The same for all streams together, though not for one of them."""
+        self._h2.increment_flow_control_window(count)
+        self._flush()
+
+    def room(self, stream: int) -> int:
+        """Bytes that the server lets this client send."""
+        return self._h2.local_flow_control_window(stream)
+
+    def received(self, stream: int) -> bytes:
+        """The body so far."""
+        return self._answers[stream].body
+
+    def has_ended(self, stream: int) -> bool:
+        return self._answers[stream].ended.is_set()
+
+    def vanish(self) -> None:
+        """Read and say nothing any more, without hanging up."""
+        self._reader._transport.pause_reading()
 
     def write(self, data: bytes) -> None:
         """Send what may be no HTTP/2 at all."""
@@ -148,6 +176,8 @@ class RawClient:
                 self._answers[event.stream_id].ended.set()
             case h2.events.StreamEnded():
                 self._answers[event.stream_id].ended.set()
+            case h2.events.PingReceived():
+                self.pings += 1
             case h2.events.PingAckReceived():
                 self._ponged.set()
             case h2.events.ConnectionTerminated():

@@ -34,7 +34,11 @@ HEADERS = [
 ]
 STREAM_HEADERS = [(name, STREAM_PATH if name == ":path" else value) for name, value in HEADERS]
 
-PING, SETTINGS, EMPTY_DATA, RST_STREAM, WINDOW_UPDATE = 6, 4, 0, 3, 8
+PING, SETTINGS, DATA, RST_STREAM, WINDOW_UPDATE = 6, 4, 0, 3, 8
+EMPTY_DATA = DATA
+
+INITIAL_WINDOW = 65_535
+"""Of a client that says nothing else (RFC 9113, section 6.9.2)."""
 
 
 def echo(message, _metadata):
@@ -247,17 +251,133 @@ def test_a_streaming_call_that_its_client_resets_is_lost() -> None:
     assert pair.answered() == {}
 
 
-def test_a_stream_whose_client_does_not_end_its_side_is_reset_after_a_while() -> None:
-    pair = Pair(limits={"stalled": 10})
+def test_a_stream_whose_client_has_not_ended_its_side_is_reset_behind_its_trailers() -> None:
+    pair = Pair()
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
     pair.server.send(stream_id, b"one")
+    pair.server.finish(stream_id, None)
+    pair.exchange()
+    *_, trailers, ended, reset = pair.events
+    assert isinstance(trailers, h2.events.TrailersReceived)
+    assert isinstance(ended, h2.events.StreamEnded)
+    assert isinstance(reset, h2.events.StreamReset)
+    assert (reset.stream_id, reset.error_code) == (stream_id, http2.NO_ERROR)
+
+
+def test_a_reset_does_not_overtake_what_its_client_has_no_room_for() -> None:
+    pair = Pair(limits={"stalled": 10})
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    message = bytes(INITIAL_WINDOW - 5)
+    pair.server.send(stream_id, message)
+    pair.exchange()
+    # Nothing waits but the trailers, and those for the window.
+    pair.server.finish(stream_id, None)
+    pair.exchange()
+    assert pair.of(h2.events.TrailersReceived) == []
+    assert pair.of(h2.events.StreamReset) == []
+    pair.client.increment_flow_control_window(1_000)
+    pair.client.increment_flow_control_window(1_000, stream_id)
+    pair.exchange()
+    assert len(pair.of(h2.events.TrailersReceived)) == 1
+    assert len(pair.of(h2.events.StreamReset)) == 1
+
+
+def test_a_stream_whose_client_takes_no_trailers_is_reset_after_a_while() -> None:
+    pair = Pair(limits={"stalled": 10})
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    pair.server.send(stream_id, bytes(INITIAL_WINDOW - 5))
+    pair.exchange()
     pair.server.finish(stream_id, None)
     pair.check(9.0)
     assert pair.of(h2.events.StreamReset) == []
     pair.check(10.0)
     [reset] = pair.of(h2.events.StreamReset)
-    assert reset.stream_id == stream_id
+    assert (reset.stream_id, reset.error_code) == (stream_id, http2.CANCEL)
+
+
+def test_a_streaming_call_that_http_2_ends_is_lost_though_its_client_says_nothing_more() -> None:
+    pair = Pair()
+    stream_id = pair.open([*STREAM_HEADERS, ("content-length", "3")])
+    pair.exchange()
+    pair.server.receive(raw_frame(DATA, stream_id, b"more than that"))
+    pair.server.output()
+    [lost] = pair.server.late()
+    assert isinstance(lost, Lost)
+    assert pair.server.late() == []
+    assert pair.budget.held == 0
+
+
+def test_unread_parts_of_streaming_calls_are_bounded_for_all_connections_together() -> None:
+    budget = Budget(2_000_000)
+    pair = Pair(budget=budget)
+    streams = [pair.open(STREAM_HEADERS) for _ in range(3)]
+    pair.exchange()
+    happened = []
+    for stream_id in streams:
+        for _ in range(5):
+            pair.client.send_data(stream_id, bytes(16_384))
+        happened += pair.exchange()
+    assert budget.held <= budget.size // 8
+    assert [event.stream_id for event in happened if isinstance(event, Lost)] == streams[2:]
+    assert statuses(pair) == [Code.RESOURCE_EXHAUSTED]
+    assert pair.counts.refused_calls["shed"] == 1
+
+
+def test_the_window_of_a_connection_is_whole_again_when_calls_end_unread() -> None:
+    pair = Pair()
+    for _ in range(3 * http2.CONNECTION_WINDOW // http2.STREAM_WINDOW):
+        stream_id = pair.open(STREAM_HEADERS)
+        for _ in range(http2.STREAM_WINDOW // 16_384):
+            pair.client.send_data(stream_id, bytes(16_384))
+        pair.client.reset_stream(stream_id)
+        for event in pair.exchange():
+            if isinstance(event, Part):
+                pair.server.acknowledge(event.stream_id, len(event.data))
+    assert pair.client.outbound_flow_control_window > http2.STREAM_WINDOW
+    assert pair.budget.held == 0
+
+
+def test_a_client_that_grants_room_for_each_message_of_a_stream_does_not_flood() -> None:
+    pair = Pair()
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    for _ in range(2 * http2.CONTROL_FRAMES):
+        pair.server.send(stream_id, b"message")
+        pair.server.output()
+        granted = (len(frame(b"message"))).to_bytes(4, "big")
+        pair.server.receive(raw_frame(WINDOW_UPDATE, 0, granted) + raw_frame(WINDOW_UPDATE, stream_id, granted))
+    assert not pair.server.closed
+
+
+def test_a_slow_client_of_a_stream_that_is_refilled_at_once_is_not_stalled() -> None:
+    pair = Pair(limits={"stalled": 10})
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    for _ in range(10):
+        pair.server.send(stream_id, bytes(16_384))
+    for second in range(1, 60):
+        pair.client.increment_flow_control_window(16_389)
+        pair.client.increment_flow_control_window(16_389, stream_id)
+        pair.exchange()
+        pair.server.send(stream_id, bytes(16_384))
+        pair.check(float(second))
+        assert pair.server.unsent(stream_id) > 0
+    assert not pair.server.closed
+
+
+def test_a_client_that_takes_nothing_of_a_stream_is_stalled_though_there_is_more_for_it() -> None:
+    pair = Pair(limits={"stalled": 10})
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    for second in range(1, 13):
+        for _ in range(5):
+            pair.server.send(stream_id, bytes(16_384))
+        pair.check(float(second))
+    assert pair.server.closed
+    assert pair.counts.closed_connections["stalled"] == 1
 
 
 # Time

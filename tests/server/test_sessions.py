@@ -24,9 +24,7 @@ try:
 except ImportError:
     native_http2 = None  # type: ignore[assignment]
 
-needs_native = pytest.mark.skipif(
-    native_http2 is None, reason="native_http2 isn't built here; `make test-compiled` runs this test where it is"
-)
+needs_native = pytest.mark.native
 both = pytest.mark.parametrize(
     "module", [portable_http2, pytest.param(native_http2, marks=needs_native)], ids=["portable", "native"]
 )

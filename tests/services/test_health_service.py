@@ -1,5 +1,12 @@
+import asyncio
+from contextlib import aclosing
+
+import grpc
+import grpc.aio
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.server.rpc import Code, RpcError
 from ratelimit_sidecar.services.health import HealthService
@@ -31,3 +38,87 @@ def test_something_else_than_a_request_is_an_invalid_argument() -> None:
     with pytest.raises(RpcError, match=r"not a grpc\.health\.v1\.HealthCheckRequest") as caught:
         HealthService(lambda: True, []).check(b"\xff", ())
     assert caught.value.code == Code.INVALID_ARGUMENT
+
+
+def test_all_known_services_are_listed_with_their_state() -> None:
+    health = HealthService(lambda: False, [SERVICE_NAME])
+    listed = HealthListResponse.FromString(health.list(b"", ()))
+    assert {name: answer.status for name, answer in listed.statuses.items()} == {
+        "": HealthCheckResponse.NOT_SERVING,
+        SERVICE_NAME: HealthCheckResponse.NOT_SERVING,
+    }
+
+
+class Watch:
+    """A call of Watch by gRPC's own stub."""
+
+    def __init__(self, channel: grpc.aio.Channel, service: str) -> None:
+        self.call = HealthStub(channel).Watch(HealthCheckRequest(service=service), timeout=10)
+
+    async def next(self) -> int:
+        return (await self.call.read()).status
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("service", ["", SERVICE_NAME])
+async def test_who_watches_is_told_the_state_and_each_change(kind: str, service: str) -> None:
+    serving = False
+    health = HealthService(lambda: serving, [SERVICE_NAME])
+    async with running(kind, health.handlers()) as front_end, channel_to(front_end.addresses[0]) as channel:
+        watches = [Watch(channel, service) for _ in range(3)]
+        assert [await watch.next() for watch in watches] == [HealthCheckResponse.NOT_SERVING] * 3
+        serving = True
+        health.changed()
+        assert [await watch.next() for watch in watches] == [HealthCheckResponse.SERVING] * 3
+        # No change of the state.
+        health.changed()
+        await asyncio.sleep(0)
+        serving = False
+        health.changed()
+        assert [await watch.next() for watch in watches] == [HealthCheckResponse.NOT_SERVING] * 3
+
+
+async def test_a_change_while_the_client_takes_the_last_one_is_not_missed() -> None:
+    serving = False
+    health = HealthService(lambda: serving, [])
+
+    async def requests():
+        yield HealthCheckRequest().SerializeToString()
+
+    async with aclosing(health.watch(requests(), ())) as answers:
+        assert HealthCheckResponse.FromString(await anext(answers)).status == HealthCheckResponse.NOT_SERVING
+        serving = True
+        health.changed()
+        assert HealthCheckResponse.FromString(await anext(answers)).status == HealthCheckResponse.SERVING
+
+
+async def test_who_watches_an_unknown_service_is_told_so_and_kept(kind: str) -> None:
+    health = HealthService(lambda: True, [SERVICE_NAME])
+    async with running(kind, health.handlers()) as front_end, channel_to(front_end.addresses[0]) as channel:
+        watch = Watch(channel, "envoy.Nothing")
+        assert await watch.next() == HealthCheckResponse.SERVICE_UNKNOWN
+        health.changed()
+        # Another that was asked later is answered, and the first one has still no second answer.
+        assert await Watch(channel, "").next() == HealthCheckResponse.SERVING
+        second = asyncio.create_task(watch.next())
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        watch.call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"), [([], grpc.StatusCode.UNIMPLEMENTED), ([b"\xff"], grpc.StatusCode.INVALID_ARGUMENT)]
+)
+async def test_who_watches_without_a_request_is_refused(
+    kind: str, messages: list[bytes], code: grpc.StatusCode
+) -> None:
+    health = HealthService(lambda: True, [])
+    async with running(kind, health.handlers()) as front_end, channel_to(front_end.addresses[0]) as channel:
+        call = channel.stream_stream("/grpc.health.v1.Health/Watch")(iter(messages), timeout=10)
+        assert await call.code() == code
