@@ -26,6 +26,9 @@ from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 ACCEPT_AGAIN_SECONDS = 1.0
 """After a connection could not be accepted, as when all file descriptors are in use; asyncio waits as long."""
 
+TIMER_SECONDS = 0.01
+"""A timer of the event loop may go off so much early, by its own clock."""
+
 _NAMES = ("DNS", "URI", "IP Address")
 """Of subject alternative names the kinds that are looked at, as Python calls them."""
 
@@ -126,7 +129,7 @@ class TlsListeners:
             gate.why_not = "certificate" if _is_about_client(error) else "tls"
         except OSError:
             # Either it has hung up, or it took too long.
-            if loop.time() - began_s >= shared.limits.handshake:
+            if loop.time() - began_s >= shared.limits.handshake - TIMER_SECONDS:
                 gate.why_not = "handshake"
         except Exception as error:
             # Whatever is in a client's certificate must not end the others' connections.

@@ -53,7 +53,7 @@ async def test_nodes_with_certificates_of_one_authority_share_what_they_take(tmp
             await each.knows("ann", 12)
             assert each.mesh.protocol_errors == {}
         # Each has dialled itself too, and knows its own certificate.
-        assert [status.node for status in a.mesh.status()] == ["b"]
+        await until(lambda: [status.node for status in a.mesh.status()] == ["b"])
 
 
 async def test_a_node_of_another_authority_is_not_trusted_by_who_dials_it(tmp_path: Path) -> None:
