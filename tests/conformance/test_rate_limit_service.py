@@ -234,7 +234,7 @@ async def test_an_oversized_request_is_refused_and_harms_nobody(sidecar: Sidecar
     assert (await sidecar.ask(user("x" * (MAX_MESSAGE_BYTES - 100)))).statuses[0].limit_remaining == 19
 
 
-@pytest.mark.parametrize("path", [f"/{SERVICE_NAME}/ShouldNot", "/envoy.Nothing/Call", "/grpc.health.v1.Health/Nothing"])
+@pytest.mark.parametrize("path", [f"/{SERVICE_NAME}/ShouldNot", "/envoy.Nothing/Call", "/grpc.health.v1.Health/No"])
 async def test_an_unknown_method_is_unimplemented(sidecar: Sidecar, path: str) -> None:
     with refused(grpc.StatusCode.UNIMPLEMENTED):
         await sidecar.ask_raw(b"", path)
