@@ -307,8 +307,7 @@ class Connection:
         if not self._budget.allows(self._held + held):
             self._shed(request)
             return
-        self._held += held
-        self._budget.held += held
+        self._count(held)
         request.is_wanted = True
         stream = _Stream(request, held)
         self._streaming[request.stream_id] = stream
@@ -323,8 +322,7 @@ class Connection:
             return
         if self._budget.allows(self._held + count):
             stream.held += count
-            self._held += count
-            self._budget.held += count
+            self._count(count)
             happened.append(Part(request.stream_id, request.take_body(), request.ended))
         else:
             self._counts.refused_calls["shed"] += 1
@@ -381,11 +379,15 @@ class Connection:
         """Count what a waiting call holds; shed it when that is too much."""
         if self._budget.allows(self._held + count):
             call.held += count
-            self._held += count
-            self._budget.held += count
+            self._count(count)
         else:
             self._drop(call)
             self._shed(call.request)
+
+    def _count(self, count: int) -> None:
+        """Note that its calls hold so much more, or less."""
+        self._held += count
+        self._budget.held += count
 
     def _drop(self, call: Call) -> None:
         """Forget a waiting call."""
@@ -395,8 +397,7 @@ class Connection:
         self._release(call)
 
     def _release(self, call: Call) -> None:
-        self._held -= call.held
-        self._budget.held -= call.held
+        self._count(-call.held)
         call.held = 0
 
     def _shed(self, request: Request) -> None:
@@ -474,8 +475,7 @@ class Connection:
         stream = self._streaming.get(stream_id)
         if stream is not None:
             stream.held -= count
-            self._held -= count
-            self._budget.held -= count
+            self._count(-count)
             self._session.consume(stream.request, count)
 
     def _forget_streaming(self, stream: _Stream) -> None:
@@ -485,8 +485,7 @@ class Connection:
         # Its client may send what it likes now, unread.
         self._session.consume(request, CONNECTION_WINDOW)
         del self._streaming[request.stream_id]
-        self._held -= stream.held
-        self._budget.held -= stream.held
+        self._count(-stream.held)
 
     # Sending, and the end
 

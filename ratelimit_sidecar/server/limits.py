@@ -13,9 +13,6 @@ MAX_HEADER_BYTES: Final = 131_072
 """Of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy takes 60 KiB of headers from
 its own clients and passes some of them on."""
 
-MAX_HEADERS: Final = 1_024
-"""Of one request."""
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:

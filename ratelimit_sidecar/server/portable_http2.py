@@ -13,6 +13,8 @@ from typing import Final
 import ngh2
 from ngh2 import DataReceived, NGH2Error, RequestReceived, StreamClosed, TrailersReceived
 
+from ratelimit_sidecar.server.framing import frame
+
 ENHANCE_YOUR_CALM: Final = 0xB
 PROTOCOL_ERROR: Final = 0x1
 
@@ -187,7 +189,7 @@ class Session:
         connection, stream_id = self._connection, request.stream_id
         try:
             connection.send_response(stream_id, _GRPC_HEADERS)
-            connection.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message)
+            connection.send_data(stream_id, frame(message))
             connection.send_trailers(stream_id, OK_TRAILERS)
         except NGH2Error:
             return
@@ -196,7 +198,7 @@ class Session:
         return self._begin(request, _GRPC_HEADERS, end_stream=False)
 
     def send(self, request: Request, message: bytes) -> None:
-        self._send(request, b"\0" + len(message).to_bytes(4, "big") + message)
+        self._send(request, frame(message))
 
     def finish(self, request: Request, trailers: Headers) -> None:
         try:
