@@ -141,6 +141,8 @@ def measure(server: Server, flood: Flood, *, connections: int, patience: float, 
                 looked = now
                 slowest = max(slowest, _answer_seconds(reading))
                 most = max(most, server.resident_bytes)
+        # Also where it was over before the first look.
+        slowest = max(slowest, _answer_seconds(reading))
         end = CLOSED if all(sender.is_closed for sender in senders) else STOPPED if now - taken >= patience else GOES_ON
     time.sleep(1)
     return Outcome(
