@@ -35,7 +35,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.key import is_of_rule_alone
+from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.lending import Lending
@@ -326,9 +326,11 @@ class Sidecar:
 
     def _warn_when_full(self, buckets: Store | Ledger) -> None:
         """Once a pass: what overflows is counted, and shown in the metrics."""
-        if len(buckets) >= buckets.max_buckets:
+        if not buckets.room.is_ample:
             overflowed = sum(self._limiter.overflow_decisions.values())
-            _log.warning("buckets_full", max_buckets=buckets.max_buckets, overflow_decisions=overflowed)
+            _log.warning(
+                "buckets_full", buckets=len(buckets), max_buckets=buckets.room.most, overflow_decisions=overflowed
+            )
 
     async def _slew(self) -> None:
         while True:
@@ -370,7 +372,7 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
         rules.strict_limit_of_key,
         secrets.randbelow(MAX_FIRST_NUMBER),
         max_buckets=config.max_buckets,
-        has_room_always=is_of_rule_alone,
+        rule_key=rule_key,
     )
 
 

@@ -35,7 +35,7 @@ from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts
-from ratelimit_sidecar.limiter.key import is_of_rule_alone
+from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.mesh import Mesh
 
@@ -93,7 +93,7 @@ async def serve(name: str, rules: Rules, listen: str, peers: list[str], keys: in
     """Replicate until the standard input ends."""
     clock = Clock()
     origin = Origin(name, secrets.randbelow(2**64 - 1) + 1)
-    store = Store(origin, rules.replicated_limit_of_key, has_room_always=is_of_rule_alone)
+    store = Store(origin, rules.replicated_limit_of_key, rule_key=rule_key)
     mesh = Mesh(
         origin=origin,
         region=name,

@@ -14,6 +14,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.lending import Loans
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
@@ -36,7 +37,7 @@ class Ledger:
     """Args:
     limit_of_key: asked when a peer wants to borrow of a key that has no bucket here yet.
     first_number: for the numbers of asks; random, 0 to 2**31.
-    max_buckets: as in `crdt.store`; so is `has_room_always`.
+    max_buckets: as in `crdt.store`; so is `rule_key`.
     """
 
     def __init__(
@@ -47,10 +48,9 @@ class Ledger:
         first_number: int,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
-        has_room_always: Callable[[bytes], bool] = lambda _key: False,
+        rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
-        self.max_buckets = max_buckets
-        self._has_room_always = has_room_always
+        self.room = Room(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
         self._origin = origin
@@ -80,7 +80,7 @@ class Ledger:
         """
         loans = self._loans.get(key)
         if loans is None:
-            if len(self._loans) >= self.max_buckets and not self._has_room_always(key):
+            if not self.room.take(key):
                 raise StoreFull
             return self._make(key, limit, now_us).bucket
         bucket = loans.bucket
@@ -163,6 +163,7 @@ class Ledger:
                 # A grant may still be on its way: made anew, the bucket must not ask under a number it has used.
                 self._first_number = max(self._first_number, loans.last_number)
                 del self._loans[bucket.key]
+                self.room.give_back(bucket.key)
                 dropped += 1
             else:
                 self._sweep_order.append(loans)

@@ -3,9 +3,9 @@
 Holds active buckets only: an idle one equals an absent one, so `sweep` drops it and nobody can tell. Changes collect
 in a journal that holds a bucket at most once, so it is bounded by the buckets, however long nobody drains it.
 
-Anybody can invent keys, so buckets are limited to `max_buckets`. At the limit no live bucket is forgotten, which
-would give its tokens back: a new key gets no bucket (its caller then takes from one that such keys share), and what
-peers tell of it is not kept, as if it had not been delivered. `sweep` makes room again.
+Anybody can invent keys, so there is `room` for some buckets only. Without it no live bucket is forgotten, which would
+give its tokens back: a new key gets no bucket (its caller then takes from one that several keys share), and what peers
+tell of it is not kept, as if it had not been delivered. `sweep` makes room again.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
 DEFAULT_MAX_BUCKETS: Final = 1_000_000
 """About 0.6 GB of buckets with two slots each."""
-
-ROOM_SHARE: Final = 0.9
-"""A full store counts as full until it holds less than this part of its limit, lest an alarm come and go."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
@@ -38,8 +36,8 @@ class Store:
     """Args:
     origin: this replica.
     limit_of_key: asked when a peer mentions a key.
-    max_buckets: at least 1.
-    has_room_always: True for keys that get a bucket also when there are `max_buckets`. There must be few of them.
+    max_buckets: at once; at least 1.
+    rule_key: see `Room`.
     """
 
     def __init__(
@@ -48,13 +46,11 @@ class Store:
         limit_of_key: LimitOfKey,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
-        has_room_always: Callable[[bytes], bool] = lambda _key: False,
+        rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
-        assert max_buckets >= 1
         self.origin = origin
         self.limit_of_key = limit_of_key
-        self.max_buckets = max_buckets
-        self._has_room_always = has_room_always
+        self.room = Room(max_buckets, rule_key)
         self._buckets = UntrackedDict[Bucket]()
         self.journal = Journal()
         self._to_sweep: list[Bucket] = []
@@ -64,7 +60,7 @@ class Store:
         self.refused_keys = 0
         """Times since start that a peer told of a key that got no bucket."""
         self.full_since_us: int | None = None
-        """When a key first got no bucket; None when there is room again."""
+        """When a key first got no bucket; None when there is ample room again."""
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -91,7 +87,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            if len(self._buckets) >= self.max_buckets and not self._has_room_always(key):
+            if not self.room.take(key):
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull
@@ -154,9 +150,10 @@ class Store:
             bucket = self._to_sweep.pop()
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
+                self.room.give_back(bucket.key)
                 dropped += 1
         self.evicted += dropped
-        if len(self._buckets) < self.max_buckets * ROOM_SHARE:
+        if self.room.is_ample:
             self.full_since_us = None
         return dropped
 

@@ -17,6 +17,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
@@ -123,7 +124,7 @@ def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
     descriptors: list[dict[str, object]] = []
     for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
         descriptor: dict[str, object] = {
-            "entries": [f"{key}={value}" for key, value in entries],
+            "entries": [readable(f"{key}={value}") for key, value in entries],
             "hitsAddend": step.hits,
         }
         if step.rule is not None and step.rule.unit is not None:
@@ -132,7 +133,7 @@ def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
         descriptors.append(descriptor)
         if step.rule is not None and status.code != _OVER_LIMIT:
             merged = _merge(merged, step.rule.metadata)
-    metadata: dict[str, object] = {"domain": plan.domain, "descriptors": descriptors, "hitsAddend": plan.hits}
+    metadata: dict[str, object] = {"domain": readable(plan.domain), "descriptors": descriptors, "hitsAddend": plan.hits}
     if merged:
         metadata["metadata"] = merged
     return metadata

@@ -8,8 +8,9 @@ paths share a name ((a_b, c) and (a, b_c) do where keys are joined by underscore
 form says what kind of bucket it is, so that a rule whose algorithm or consistency changes begins a new one. kind says
 how the rule matched the entry, and so which part of the rule's path the value stands for.
 
-Callers choose the values, and so how many names there are. When there are too many buckets, those of new names are
-merged into the *overflow bucket* of their rule, whose name has nothing of a caller's in it (`overflow_key`).
+Callers choose the values, and so how long names are and how many there are. A long value stands in a name as its hash
+(`bounded`). When there are too many buckets, new names of a rule share a few thousand *overflow buckets*, in whose
+names nothing is a caller's (`overflow_keys`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FIXED_WINDOW: Final = 1
 SLIDING_WINDOW: Final = 2
 STRICT_TOKEN_BUCKET: Final = 3
 OVERFLOW: Final = 0x40
-"""Added to the form of a rule's overflow bucket."""
+"""Added to the form of a rule's overflow buckets."""
 LOCAL: Final = 0x80
 """Added to the form of a bucket that is never replicated."""
 
@@ -50,14 +51,54 @@ _FORMS_OF_VALUES: Final = (
     *[form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET],
 )
 FORMS: Final = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORMS_OF_VALUES]))
+OVERFLOW_BUCKETS: Final = 4_096
+"""Of one rule. Whoever comes new to a full store shares one with as small a part of all others who do."""
+
+MAX_VALUE_BYTES: Final = 128
+"""Of a caller's text in a name; a longer one is hashed."""
+
+_HASH_MARK: Final = "#"
+_HASHED_LENGTH: Final = 33
 _BYTES: Final = tuple(bytes((number,)) for number in range(256))
 _CONTINUES: Final = 0x80
 _MAX_SHIFT: Final = 28
 
 
+_NO_TEXT: Final = b"\0"
+
+
 def hash64(raw: bytes) -> int:
     """A hash of 64 bits, the same on every replica."""
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
+
+
+def text_of(raw: bytes) -> str:
+    """Bytes of a request as text, whatever they are: no two become the same (PEP 383)."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def readable(text: str) -> str:
+    """Text from `text_of` as Unicode: bytes that are none appear as `\\xff`."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def bounded(text: str) -> str:
+    """A caller's text as it stands in the name of a bucket or a metric: valid Unicode of at most `MAX_VALUE_BYTES`.
+
+    What is longer or isn't Unicode, or could be taken for a hash, is hashed: `#` and 32 hexadecimal digits.
+
+    Args:
+        text: from `text_of`.
+    """
+    if len(text) <= MAX_VALUE_BYTES and not (len(text) == _HASHED_LENGTH and text[0] == _HASH_MARK):
+        if text.isascii():
+            return text
+        try:
+            if len(text.encode()) <= MAX_VALUE_BYTES:
+                return text
+        except UnicodeEncodeError:
+            pass
+    return _HASH_MARK + blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 class KeyEntry(NamedTuple):
@@ -101,42 +142,62 @@ def decode_bucket_key(name: bytes) -> BucketName:
     return BucketName(name[0], domain, entries)
 
 
-def overflow_key(name: bytes) -> bytes:
-    """The name of the bucket that takes the place of `name`, and of all others of its rule, when it gets none.
-
-    Pure, so equal on every replica; an overflow bucket's name is its own. There are as many as there are rules, one
-    for what no rule matches, and for limits given by requests one for each domain, unit and power of two.
+def rule_key(name: bytes) -> bytes:
+    """What of a name is the rule's, without what callers choose: a name itself, of which there are as many as there are
+    rules, one for what no rule matches, and for limits given by requests one for each domain, unit and power of two.
 
     Raises:
         ValueError: not a name.
     """
-    form, domain, entries = decode_bucket_key(name)
-    kept = [bare for entry in entries if (bare := _without_values(entry)) is not None]
-    if entries and all(entry.kind == UNRULED for entry in entries):
-        # Callers choose the domain and the keys, too.
-        domain, kept = "", [KeyEntry(UNRULED, "", "")]
-    return encode_bucket_key(form | OVERFLOW, domain, kept)
+    if not name or name[0] not in FORMS:
+        raise ValueError("bucket key of an unknown form")
+    at = _text_span(name, 1)[1]
+    parts = [name[:at]]
+    while at < len(name):
+        kind = name[at]
+        if kind not in _KINDS:
+            raise ValueError(f"bucket key has an entry of unknown kind {kind}")
+        key_end = _text_span(name, at + 1)[1]
+        end = _text_span(name, key_end)[1]
+        if kind == UNRULED:
+            # Callers choose the domain and the keys, too.
+            return name[:1] + _NO_TEXT + _BYTES[UNRULED] + _NO_TEXT + _NO_TEXT
+        if kind == KEY_ONLY:
+            parts.append(name[at:key_end] + _NO_TEXT)
+        elif kind == OVERRIDE_LIMIT:
+            # The next lower power of two: the requests' own limits may be as many as their values.
+            key = _get_text(name, at + 1)[0]
+            requests = int(key) if key.isascii() and key.isdecimal() else 0
+            power = str(1 << requests.bit_length() - 1 if requests else 0)
+            parts.append(_BYTES[kind] + _text(power) + name[key_end:end])
+        elif kind not in (WILDCARD_VALUE, OVERRIDE):
+            parts.append(name[at:end])
+        at = end
+    return b"".join(parts)
 
 
-def is_of_rule_alone(name: bytes) -> bool:
-    """True when nothing in the name is a caller's choice: there are few such names.
+def overflow_keys(name: bytes) -> tuple[bytes, bytes]:
+    """The names of the buckets that take the place of `name` when it gets none: one of its rule's `OVERFLOW_BUCKETS`,
+    and the rule's last, for when there is no room for that either.
+
+    Pure, so equal on every replica.
 
     Raises:
         ValueError: not a name.
     """
-    return overflow_key(name)[1:] == name[1:]
+    own = rule_key(name)
+    last = _BYTES[own[0] | OVERFLOW] + own[1:]
+    return last + _NUMBERS[hash64(name) % OVERFLOW_BUCKETS], last
 
 
-def _without_values(entry: KeyEntry) -> KeyEntry | None:
-    """What of an entry is the rule's."""
-    kind, key, value = entry
-    if kind == KEY_ONLY:
-        return KeyEntry(kind, key, "")
-    if kind == OVERRIDE_LIMIT:
-        # The next lower power of two: the requests' own limits may be as many as their values.
-        requests = int(key) if key.isascii() and key.isdecimal() else 0
-        return KeyEntry(kind, str(1 << requests.bit_length() - 1 if requests else 0), value)
-    return None if kind in (WILDCARD_VALUE, OVERRIDE) else entry
+def is_overflow_key(name: bytes) -> bool:
+    """True for what `overflow_keys` returns.
+
+    Raises:
+        ValueError: not a name.
+    """
+    last = rule_key(name)
+    return bool(name[0] & OVERFLOW) and name.startswith(last) and name[len(last) :] in _ENDS
 
 
 def _text(text: str) -> bytes:
@@ -153,6 +214,11 @@ def _text(text: str) -> bytes:
 
 
 def _get_text(name: bytes, at: int) -> tuple[str, int]:
+    start, end = _text_span(name, at)
+    return name[start:end].decode(), end
+
+
+def _text_span(name: bytes, at: int) -> tuple[int, int]:
     length = shift = 0
     while True:
         if at >= len(name) or shift > _MAX_SHIFT:
@@ -166,4 +232,11 @@ def _get_text(name: bytes, at: int) -> tuple[str, int]:
     end = at + length
     if end > len(name):
         raise ValueError("bucket key is cut short")
-    return name[at:end].decode(), end
+    return at, end
+
+
+_NUMBERS: Final = tuple(_BYTES[WILDCARD_VALUE] + _NO_TEXT + _text(str(number)) for number in range(OVERFLOW_BUCKETS))
+"""The last entries of the names of overflow buckets. Replicas that had one for each rule take such a name for a bucket
+that no rule knows."""
+
+_ENDS: Final = frozenset((b"", *_NUMBERS))

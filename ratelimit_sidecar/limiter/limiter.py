@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
@@ -29,11 +28,18 @@ from ratelimit_sidecar.limiter.encoding import (
     encode_status,
     status_head,
 )
-from ratelimit_sidecar.limiter.key import is_of_rule_alone, overflow_key
+from ratelimit_sidecar.limiter.key import overflow_keys, rule_key, text_of
 from ratelimit_sidecar.limiter.plan import Plan, Step, Terms
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Request
+
+MAX_DESCRIPTORS: Final = 512
+"""Of a request. How many there are is Envoy's configuration, and each takes some microseconds."""
+
+MAX_HITS: Final = 2**48
+"""Of a descriptor; more count as so many. Peers can be told of no more, and no limit is as large."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
@@ -68,7 +74,8 @@ class Limiter:
     Args:
         origin: this replica.
         ledger: the strict buckets; None where no rule is strict.
-        max_buckets: other keys than the first so many share one bucket for each rule, until there is room again.
+        max_buckets: at once. A rule that takes too many of them, or new keys when there is no room, has overflow
+            buckets, which several keys share.
 
     Raises:
         ValueError: a rule is strict and there is no ledger.
@@ -84,15 +91,15 @@ class Limiter:
         max_buckets: int = DEFAULT_MAX_BUCKETS,
     ) -> None:
         self.settings = settings or Settings()
-        self.store = Store(
-            origin, rules.replicated_limit_of_key, max_buckets=max_buckets, has_room_always=is_of_rule_alone
-        )
+        self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.jumped_us = 0
         """What the clock has stepped forward since start; strict buckets are given the time without it."""
         self.counts = CountsByRule()
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
+        self.ignored_overrides = 0
+        """Limits in descriptors, since start, that were not enforced because their unit is unknown."""
         self._extras = Extras(self.settings)
         # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
         self._unlimited = Terms(
@@ -146,7 +153,8 @@ class Limiter:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
 
         Raises:
-            InvalidRequest: not a RateLimitRequest, no domain, no descriptors, or a descriptor without entries.
+            InvalidRequest: not a RateLimitRequest, no domain, no descriptors or more than `MAX_DESCRIPTORS`. Nothing
+                that a client of the proxy sends leads to it, since Envoy lets pass what is answered with an error.
         """
         plan = self.plan(request)
         statuses = b""
@@ -204,9 +212,11 @@ class Limiter:
         if plan is not None:
             self._plans_found += 1
             return plan
+        ignored = self.ignored_overrides
         plan = self._make_plan(request)
         self._plans_made += 1
-        self._plans.keep(request, plan)
+        if self.ignored_overrides == ignored:
+            self._plans.keep(request, plan)
         return plan
 
     @property
@@ -218,15 +228,25 @@ class Limiter:
         try:
             bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
-            key = overflow_key(step.bucket_key)
-            rule = self.rules.rule_of_key(key)
+            rule = step.rule
             assert rule is not None
-            assert rule.limit is not None
             self.overflow_decisions[self._label(domain), rule.name] += 1
-            return self._bucket_of_key(step, key, rule.limit, at_us)
+            return self._overflow_bucket(step, at_us)
         if not step.terms.is_strict:
             step.bucket, step.evicted = bucket, self.store.evicted
         return bucket
+
+    def _overflow_bucket(self, step: Step, at_us: int) -> Bucket:
+        for key in overflow_keys(step.bucket_key):
+            # A limit that the request brings is rounded in the name, so that there are few of them.
+            rule = self.rules.rule_of_key(key)
+            assert rule is not None
+            assert rule.limit is not None
+            try:
+                return self._bucket_of_key(step, key, rule.limit, at_us)
+            except StoreFull:
+                continue
+        raise AssertionError("the last overflow bucket of a rule has room always")
 
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
         if step.terms.is_strict:
@@ -237,19 +257,21 @@ class Limiter:
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:
-            request = RateLimitRequest.FromString(raw)
+            request = Request.FromString(raw)
         except DecodeError as error:
             raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
         if not request.domain:
             raise InvalidRequest("rate limit domain must not be empty")
-        if not request.descriptors:
-            raise InvalidRequest("rate limit descriptor list must not be empty")
-        domain = request.domain
-        hits = request.hits_addend or 1
         messages = list(request.descriptors)
-        descriptors = tuple([tuple([(entry.key, entry.value) for entry in of.entries]) for of in messages])
-        if not all(descriptors):
-            raise InvalidRequest(f"rate limit descriptor {descriptors.index(())} must have entries")
+        if not messages:
+            raise InvalidRequest("rate limit descriptor list must not be empty")
+        if len(messages) > MAX_DESCRIPTORS:
+            raise InvalidRequest(f"{len(messages)} rate limit descriptors; at most {MAX_DESCRIPTORS} are taken")
+        domain = text_of(request.domain)
+        hits = request.hits_addend or 1
+        descriptors = tuple(
+            [tuple([(text_of(entry.key), text_of(entry.value)) for entry in message.entries]) for message in messages]
+        )
         matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
         replaced = {name for match in matches if match is not None for name in match.rule.replaces}
         if replaced:
@@ -271,13 +293,18 @@ class Limiter:
         """Only names from the rules become labels of a metric: callers can invent any domain."""
         return domain if domain in self.rules.domains else ""
 
-    def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: RateLimitDescriptor) -> Match | None:
+    def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: Descriptor) -> Match | None:
+        if not entries:
+            # As in envoyproxy/ratelimit.
+            return None
         if descriptor.HasField("limit"):
             override = descriptor.limit
             unit = _UNITS.get(override.unit)
+            match = None
             if unit is None:
-                raise InvalidRequest(f"rate limit override has unknown unit {override.unit}")
-            match = self.rules.override(domain, entries, override.requests_per_unit, unit)
+                self.ignored_overrides += 1
+            else:
+                match = self.rules.override(domain, entries, override.requests_per_unit, unit)
             if match is not None:
                 return match
         return self.rules.match(domain, entries)
@@ -293,7 +320,7 @@ class Limiter:
                 # It holds the rule, so no other can come to have its id.
                 self._terms[id(rule)] = terms
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
-        return Step(terms, match.bucket_key, hits, counts)
+        return Step(terms, match.bucket_key, min(hits, MAX_HITS), counts)
 
     def _make_terms(self, rule: Rule) -> Terms:
         if rule.limit is None:

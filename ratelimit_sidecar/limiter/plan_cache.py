@@ -2,7 +2,7 @@
 
 Once it is full, a plan is kept only if its request was seen lately: what comes once does not push out what comes again
 and again, and costs no more than its plan. What was seen is known by its hash alone, in a table in which a newer hash
-overwrites an older one of the same place. When one is let in, the plan that has been there longest goes.
+overwrites an older one of the same place. When one is let in, those that have been there longest go.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Final
 
 from ratelimit_sidecar.limiter.plan import Plan
 
-MAX_PLANS: Final = 16_384
+MAX_BYTES: Final = 32 * 1_024 * 1_024
+"""Of all plans, as `_bytes_of` estimates them: some 16,000 of the usual size."""
 
-MAX_REQUEST_BYTES: Final = 1_024
-"""The plan of a longer request is never kept; with `MAX_PLANS` this bounds the memory."""
+MAX_PLAN_BYTES: Final = 32 * 1_024
+"""The plan of a larger request is never kept."""
 
 _SEEN_PLACES: Final = 1 << 16
 
@@ -24,17 +25,31 @@ class PlanCache:
     def __init__(self) -> None:
         self.plans: dict[bytes, Plan] = {}
         """To look up in; `keep` alone adds to it."""
+        self.bytes = 0
+        """Of all of them."""
         self._seen = array("q", bytes(8 * _SEEN_PLACES))
 
     def keep(self, request: bytes, plan: Plan) -> None:
         """A plan was made that is not in here."""
-        if len(request) > MAX_REQUEST_BYTES:
+        size = _bytes_of(request, plan)
+        if size > MAX_PLAN_BYTES:
             return
-        if len(self.plans) >= MAX_PLANS:
+        if self.bytes + size > MAX_BYTES:
             seen = hash(request)
             place = seen % _SEEN_PLACES
             if self._seen[place] != seen:
                 self._seen[place] = seen
                 return
-            del self.plans[next(iter(self.plans))]
+            while self.bytes + size > MAX_BYTES:
+                oldest = next(iter(self.plans))
+                self.bytes -= _bytes_of(oldest, self.plans.pop(oldest))
         self.plans[request] = plan
+        self.bytes += size
+
+
+def _bytes_of(request: bytes, plan: Plan) -> int:
+    """About what they take: each text three times, in the request, the descriptor and the bucket's name."""
+    entries = 0
+    for descriptor in plan.descriptors:
+        entries += len(descriptor)
+    return 300 + 3 * len(request) + 400 * len(plan.steps) + 200 * entries

@@ -30,10 +30,11 @@ from ratelimit_sidecar.limiter.key import (
     UNRULED,
     WILDCARD_VALUE,
     KeyEntry,
+    bounded,
     decode_bucket_key,
     encode_bucket_key,
     hash64,
-    is_of_rule_alone,
+    is_overflow_key,
 )
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -206,8 +207,8 @@ class Rules:
         if len(levels) == len(entries) and levels and levels[-1].node.rule is not None:
             return _match_of_levels(domain, levels, levels[-1].node.rule)
         if self.unruled is not None:
-            key_entries = [KeyEntry(UNRULED, key, value) for key, value in entries]
-            key = encode_bucket_key(self.unruled.form, domain, key_entries)
+            key_entries = [KeyEntry(UNRULED, bounded(key), bounded(value)) for key, value in entries]
+            key = encode_bucket_key(self.unruled.form, bounded(domain), key_entries)
             return Match(self.unruled, key, self.unruled.name)
         return None
 
@@ -216,7 +217,7 @@ class Rules:
         if domain not in self.domains:
             return None
         rule = self._override_rule(domain, requests, unit)
-        key_entries = [KeyEntry(OVERRIDE, key, value) for key, value in entries]
+        key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(requests), unit.name))
         return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name, is_override=True)
 
@@ -241,7 +242,13 @@ class Rules:
             ValueError: not a bucket's name.
         """
         form, domain, key_entries = decode_bucket_key(bucket_key)
-        if not key_entries or (form & OVERFLOW and not is_of_rule_alone(bucket_key)):
+        if form & OVERFLOW:
+            if not is_overflow_key(bucket_key):
+                return None
+            if key_entries and key_entries[-1].kind == WILDCARD_VALUE:
+                # Its number.
+                key_entries.pop()
+        if not key_entries:
             return None
         if key_entries[-1].kind == OVERRIDE_LIMIT:
             rule = self._override_rule_of(domain, key_entries[-1])
@@ -342,10 +349,10 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
 def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
     key_entries = []
     for level in levels:
-        is_pattern = level.kind == PATTERN
-        key_entries.append(KeyEntry(level.kind, level.key, level.pattern if is_pattern else level.value))
-        if is_pattern and not level.node.shares_bucket:
-            key_entries.append(KeyEntry(WILDCARD_VALUE, level.key, level.value))
+        value = bounded(level.value) if level.kind == KEY_ONLY else level.pattern
+        key_entries.append(KeyEntry(level.kind, level.key, value))
+        if level.kind == PATTERN and not level.node.shares_bucket:
+            key_entries.append(KeyEntry(WILDCARD_VALUE, level.key, bounded(level.value)))
     return Match(rule, encode_bucket_key(rule.form, domain, key_entries), _metric_name(domain, levels, rule))
 
 
@@ -355,6 +362,6 @@ def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
     parts = [domain]
     for level in levels:
         shows_value = rule.metric_of_values or level.node.value_in_metric
-        text = level.value if shows_value and not level.node.shares_bucket else level.pattern
+        text = bounded(level.value) if shows_value and not level.node.shares_bucket else level.pattern
         parts.append(f"{level.key}_{text}" if text else level.key)
     return ".".join(parts)

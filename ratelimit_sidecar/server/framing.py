@@ -50,9 +50,9 @@ def unframe(body: bytes, metadata: Metadata) -> bytes:
     raise _what_is_wrong(body, metadata)
 
 
-def too_large() -> RpcError:
+def too_large(most: int = MAX_MESSAGE_BYTES) -> RpcError:
     """The status for a message beyond the limit."""
-    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {MAX_MESSAGE_BYTES} bytes")
+    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {most} bytes")
 
 
 def compressed(flags: int, metadata: Metadata) -> RpcError:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
-from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, Limits
+from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, Limits
 from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, Streaming, UnaryHandler
 from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
 
@@ -32,10 +32,10 @@ CANCEL: Final = 0x8
 ENHANCE_YOUR_CALM: Final = 0xB
 """RFC 9113, section 7."""
 
-STREAM_WINDOW: Final = 2 * MAX_BODY_BYTES
-"""A whole message of the largest size fits, and little more is read of a larger one."""
+STREAM_WINDOW: Final = 2 * (PREFIX_BYTES + MAX_STREAMED_BYTES)
+"""A whole message of a streaming call fits. A single one, which may be larger, is given more window as it comes."""
 
-CONNECTION_WINDOW: Final = 16 * MAX_BODY_BYTES
+CONNECTION_WINDOW: Final = 8 * STREAM_WINDOW
 
 CALL_BYTES: Final = 2_048
 """About what an unfinished call takes, beside its headers and body."""
@@ -374,6 +374,7 @@ class Connection:
             self._refuse(call.request, too_large())
         else:
             self._hold(call, came)
+            self._session.consume(call.request, came)
 
     def _hold(self, call: Call, count: int) -> None:
         """Count what a waiting call holds; shed it when that is too much."""

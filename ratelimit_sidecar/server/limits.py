@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-MAX_MESSAGE_BYTES: Final = 65_536
-"""A larger request is answered RESOURCE_EXHAUSTED. Envoy's are a few hundred bytes; dozens of long
-descriptors still fit."""
+MAX_MESSAGE_BYTES: Final = 4 * 1_024 * 1_024
+"""A larger request is answered RESOURCE_EXHAUSTED, which Envoy lets pass. It is gRPC's own default, so that of
+envoyproxy/ratelimit; Envoy's requests are a few hundred bytes, and all the headers that it takes by default, 60 KiB,
+fit into each of 68 descriptors."""
+
+MAX_STREAMED_BYTES: Final = 65_536
+"""The largest message of a streaming call, which a client sends in part at most until it is read."""
 
 MAX_HEADER_BYTES: Final = 131_072
 """Of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy takes 60 KiB of headers from

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ratelimit_sidecar.server.framing import PREFIX_BYTES, compressed, too_large
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 
@@ -31,13 +31,13 @@ class MessageReader:
 
         Raises:
             RpcError: UNIMPLEMENTED when it is compressed, RESOURCE_EXHAUSTED when it is larger than
-                `MAX_MESSAGE_BYTES`, INTERNAL when it is broken or cut short. The call cannot go on then.
+                `MAX_STREAMED_BYTES`, INTERNAL when it is broken or cut short. The call cannot go on then.
         """
         if len(self._bytes) >= PREFIX_BYTES:
             flags = self._bytes[0]
             length = int.from_bytes(self._bytes[1:PREFIX_BYTES], "big")
-            if length > MAX_MESSAGE_BYTES:
-                raise too_large()
+            if length > MAX_STREAMED_BYTES:
+                raise too_large(MAX_STREAMED_BYTES)
             if flags != 0:
                 raise compressed(flags, self._metadata)
             end = PREFIX_BYTES + length

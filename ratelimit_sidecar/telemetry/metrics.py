@@ -398,7 +398,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_overflow_decisions_total",
         "counter",
         _RULE,
-        "Descriptors decided by the bucket that a rule's new keys share while there are crdt_buckets_limit of them.",
+        "Descriptors decided by a bucket that several new keys of a rule share, while there is no room for their own.",
         _read_overflow_decisions,
     ),
     Definition(
@@ -566,8 +566,8 @@ METRICS: tuple[Definition, ...] = (
         "crdt_buckets_limit",
         "gauge",
         ("region",),
-        "Buckets from which on new keys get none of their own (max_buckets).",
-        lambda at: [("", (at.sources.region,), at.sources.limiter.store.max_buckets)],
+        "Buckets that there may be at once (max_buckets); a rule that is flooded with new keys gets 8/9 of them.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.room.most)],
     ),
     Definition(
         "crdt_refused_keys_total",

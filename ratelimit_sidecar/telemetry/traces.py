@@ -20,6 +20,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency
 
@@ -102,7 +103,7 @@ class RequestTracer:
             attributes={
                 **_RPC,
                 "rpc.response.status_code": "OK",
-                "ratelimit.domain": plan.domain,
+                "ratelimit.domain": readable(plan.domain),
                 "ratelimit.code": RateLimitResponse.Code.Name(answer.overall_code),
                 "ratelimit.over_limit": [step.rule.name for step, over in decided if over and step.rule],
             },

@@ -131,7 +131,7 @@ def test_a_full_ledger_has_no_room_for_new_keys_and_lends_nothing_of_them() -> N
         lambda _key: LIMIT,
         first_number=0,
         max_buckets=1,
-        has_room_always=lambda key: key == b"rule",
+        rule_key=lambda _key: b"rule",
     )
     ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
     with pytest.raises(StoreFull):

@@ -17,7 +17,7 @@ from hpack import Encoder
 
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
 from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
 from ratelimit_sidecar.server.session import IS_NATIVE
 
@@ -313,7 +313,7 @@ class Run:
         """An honest client can send large messages, and gets back all of the window, also what others have used."""
         if not self.data_bytes or not self.expects_a_frame or self.goaways or self.highest_stream > HIGHEST_STREAM:
             return
-        body = frame(bytes(MAX_MESSAGE_BYTES))
+        body = frame(bytes(MAX_STREAMED_BYTES))
         stream_id = self.highest_stream + 1 | 1
         granted = self.granted_bytes
         for _ in range(HONEST_CALLS):

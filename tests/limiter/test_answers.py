@@ -15,8 +15,8 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter import counts as counts_module
-from ratelimit_sidecar.limiter.key import is_of_rule_alone
-from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.key import rule_key
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
@@ -114,11 +114,6 @@ def test_a_limit_in_the_request_needs_a_domain_with_rules() -> None:
     limiter = make_limiter(rules_of(rule("a")))
     request = with_override(make_request({"a": "1"}, domain="other"), 0, RateLimitUnit.HOUR)
     assert decide(limiter, request).overall_code == OK
-
-
-def test_a_limit_in_the_request_of_no_unit_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="unknown unit"):
-        decide(make_limiter(rules_of(rule("a"))), with_override(make_request({"a": "1"}), 1, RateLimitUnit.UNKNOWN))
 
 
 def test_buckets_of_limits_in_requests_are_known_to_peers_by_their_name() -> None:
@@ -353,7 +348,9 @@ def test_a_strict_rule_without_members_is_refused() -> None:
 
 
 @pytest.mark.parametrize("consistency", [Consistency.EVENTUAL, Consistency.STRICT])
-def test_with_too_many_keys_new_ones_share_one_bucket_and_old_ones_keep_their_own(consistency: Consistency) -> None:
+def test_without_any_room_new_keys_of_a_rule_share_one_bucket_and_old_ones_keep_their_own(
+    consistency: Consistency,
+) -> None:
     shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
     ledger = Ledger(
         shares,
@@ -361,7 +358,7 @@ def test_with_too_many_keys_new_ones_share_one_bucket_and_old_ones_keep_their_ow
         lambda key: None,
         first_number=0,
         max_buckets=1,
-        has_room_always=is_of_rule_alone,
+        rule_key=rule_key,
     )
     limiter = Limiter(rules_of(rule("a", consistency=consistency)), Origin("here", 1), None, ledger, max_buckets=1)
     decide(limiter, make_request({"a": "old"}, hits=4))

@@ -45,5 +45,5 @@ def test_a_bucket_is_named_by_what_tells_it_from_others() -> None:
 
 
 def test_a_request_that_is_none_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="must have entries"):
-        explain(Rules(), Settings(), "api", [[]], NOW_US)
+    with pytest.raises(InvalidRequest, match="must not be empty"):
+        explain(Rules(), Settings(), "api", [], NOW_US)

@@ -7,8 +7,8 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.limiter import InvalidRequest
-from ratelimit_sidecar.limiter.plan_cache import MAX_PLANS, MAX_REQUEST_BYTES, PlanCache
+from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_HITS, InvalidRequest
+from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
@@ -111,7 +111,7 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
         (b"\xff\xff\xff", "not an envoy.service"),
         (make_request({"agent": "a"}, domain=""), "domain must not be empty"),
         (make_request(), "descriptor list must not be empty"),
-        (make_request({"agent": "a"}, {}), "descriptor 1 must have entries"),
+        (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "513 rate limit descriptors; at most 512"),
     ],
 )
 def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_bytes: bytes, message: str) -> None:
@@ -121,7 +121,7 @@ def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_by
 
 def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep() -> None:
     limiter = make_limiter(RULES)
-    short, long = make_request({"agent": "a"}), make_request({"agent": "a" * MAX_REQUEST_BYTES})
+    short, long = make_request({"agent": "a"}), make_request({"agent": "a" * MAX_PLAN_BYTES})
     assert limiter.plan(short) is limiter.plan(bytes(bytearray(short)))
     assert limiter.plan(long) is not limiter.plan(long)
     assert limiter.plan(long) == limiter.plan(long)
@@ -158,25 +158,55 @@ def test_a_bucket_that_was_dropped_meanwhile_is_taken_from_anew() -> None:
     assert bucket.remaining == 19
 
 
+def test_a_descriptor_without_entries_is_not_limited_and_the_others_are() -> None:
+    limiter = make_limiter(Rules(RULES.domains, UNRULED))
+    answer = decide(limiter, make_request({"agent": "a"}, {}, hits=21))
+    assert [status.code for status in answer.statuses] == [OVER_LIMIT, OK]
+
+
+def test_hits_beyond_what_peers_can_be_told_count_as_the_most_they_can() -> None:
+    rule = Rule("api.slow", Limit(1, 10**6, 2**40), charge_always=True)
+    limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(rule)})}))
+    request = RateLimitRequest.FromString(make_request({"slow": "1"}))
+    request.descriptors[0].hits_addend.value = 2**64 - 1
+    assert decide(limiter, request.SerializeToString()).overall_code == OVER_LIMIT
+    [bucket] = limiter.store
+    assert bucket.debt == MAX_HITS - 2**40
+
+
+def fill(cache: PlanCache) -> int:
+    """Until nothing more is let in at first sight; returns how many plans there are."""
+    limiter = make_limiter(RULES)
+    before = -1
+    while len(cache.plans) > before:
+        before = len(cache.plans)
+        request = make_request({"agent": f"a{before}"})
+        cache.keep(request, limiter._make_plan(request))
+    return before
+
+
 def test_a_plan_asked_for_again_and_again_is_kept_however_many_values_are_invented() -> None:
     limiter, often = make_limiter(RULES), make_request({"agent": "often"})
     kept = limiter.plan(often)
-    for number in range(2 * MAX_PLANS):
-        limiter.plan(make_request({"agent": f"a{number}"}))
+    fill(limiter._plans)
+    for number in range(1_000):
+        limiter.plan(make_request({"agent": f"b{number}"}))
     assert limiter.plan(often) is kept
 
 
 def test_a_plan_asked_for_twice_is_kept_also_when_there_are_many() -> None:
     limiter, late = make_limiter(RULES), make_request({"agent": "late"})
-    for number in range(MAX_PLANS):
-        limiter.plan(make_request({"agent": f"a{number}"}))
+    fill(limiter._plans)
     assert limiter.plan(late) is not limiter.plan(late)
     assert limiter.plan(late) is limiter.plan(late)
 
 
-def test_plans_are_bounded() -> None:
-    cache = PlanCache()
-    plan = make_limiter(RULES).plan(make_request({"agent": "a"}))
-    for number in [*range(MAX_PLANS + 10)] * 2:
-        cache.keep(b"%d" % number, plan)
-    assert len(cache.plans) == MAX_PLANS
+def test_plans_are_bounded_in_bytes_not_in_number() -> None:
+    cache, limiter = PlanCache(), make_limiter(RULES)
+    small = fill(cache)
+    large = [make_request(*[{"agent": f"{number}.{index}"} for index in range(40)]) for number in range(4_000)]
+    for request in large * 2:
+        cache.keep(request, limiter._make_plan(request))
+    assert small > 16_000
+    assert 1_000 < len(cache.plans) < 2_000
+    assert cache.bytes <= MAX_BYTES

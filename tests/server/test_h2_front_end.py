@@ -112,6 +112,7 @@ async def test_an_oversized_message_is_refused_before_it_is_all_sent() -> None:
         stream = client.open(PATH)
         for _ in range(MAX_MESSAGE_BYTES // 16_384 + 1):
             client.send(stream, bytes(16_384), end=False)
+            await client.ping()
         answer = await client.answer(stream)
     assert answer.code == Code.RESOURCE_EXHAUSTED
 

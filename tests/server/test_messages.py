@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import Code, RpcError
 
@@ -61,12 +61,12 @@ def test_whole_messages_come_before_the_error_that_the_last_is_cut_short(
 
 def test_the_largest_message_is_taken() -> None:
     reader = MessageReader(())
-    reader.feed(frame(bytes(MAX_MESSAGE_BYTES)))
-    assert read_all(reader, ended=True) == [bytes(MAX_MESSAGE_BYTES)]
+    reader.feed(frame(bytes(MAX_STREAMED_BYTES)))
+    assert read_all(reader, ended=True) == [bytes(MAX_STREAMED_BYTES)]
 
 
 def test_a_larger_one_is_refused_as_soon_as_it_begins() -> None:
-    error = read_error(b"\0" + (MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+    error = read_error(b"\0" + (MAX_STREAMED_BYTES + 1).to_bytes(4, "big"))
     assert error.code == Code.RESOURCE_EXHAUSTED
 
 

@@ -15,7 +15,7 @@ from server.raw_http2 import GRPC_HEADERS, connected
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, Streaming
 from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES
 
@@ -131,7 +131,7 @@ async def test_a_client_that_has_said_all_still_receives(kind: str) -> None:
 
 
 async def test_messages_may_be_empty_and_as_large_as_may_be(kind: str) -> None:
-    messages = [b"", bytes(MAX_MESSAGE_BYTES), b"", b"end"]
+    messages = [b"", bytes(MAX_STREAMED_BYTES), b"", b"end"]
     async with running(kind, handlers(echo_stream)) as front_end, channel_to(front_end.addresses[0]) as channel:
         call = channel.stream_stream(PATH)(iter(messages), timeout=10)
         assert [message async for message in call] == messages

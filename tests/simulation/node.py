@@ -16,7 +16,7 @@ from simulation.network import End
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.limiter.key import is_of_rule_alone
+from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
@@ -92,9 +92,7 @@ class Node:
         self.origin = Origin(name, draw.getrandbits(63) + 1)
         shares = Shares(membership, name, now_us)
         first_number = draw.randrange(MAX_FIRST_NUMBER)
-        self.ledger = Ledger(
-            shares, self.origin, rules.strict_limit_of_key, first_number, has_room_always=is_of_rule_alone
-        )
+        self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, first_number, rule_key=rule_key)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
         self.lending = Lending(self.ledger, self.clock.strict_us)

@@ -1,0 +1,58 @@
+"""Room for buckets: how many there may be at once, and how many of them of one rule.
+
+Anybody can invent keys, and so fill the room of the rule that they fall under. A rule may therefore hold no more
+buckets than `RULE_SHARE` times as many as are still free (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Trans.
+Networking 6(2), 1998). Alone it gets 8/9 of all; two that are flooded get 8/17 each; and there is always some left for
+rules that hold few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+RULE_SHARE: Final = 8
+
+AMPLE_SHARE: Final = 0.85
+"""No rule is refused a bucket with less than 7/8 of the room taken; a little less, lest an alarm come and go."""
+
+
+class Room:
+    """Counts the buckets of one store.
+
+    Args:
+        most: at once; at least 1. It may be changed at any time.
+        rule_key: what of a key is its rule's, itself a key. Such keys always get a bucket: there must be few of them.
+    """
+
+    def __init__(self, most: int, rule_key: Callable[[bytes], bytes]) -> None:
+        assert most >= 1
+        self.most = most
+        self._rule_key = rule_key
+        self._taken = 0
+        self._of_rule: dict[bytes, int] = {}
+
+    @property
+    def is_ample(self) -> bool:
+        """True when every rule could have more buckets, and some time will pass before one cannot."""
+        return self._taken < self.most * AMPLE_SHARE
+
+    def take(self, key: bytes) -> bool:
+        """Note a new bucket. False when there is no room for it: then nothing is noted."""
+        rule = self._rule_key(key)
+        held = self._of_rule.get(rule, 0)
+        if held >= RULE_SHARE * (self.most - self._taken) and key != rule:
+            return False
+        self._of_rule[rule] = held + 1
+        self._taken += 1
+        return True
+
+    def give_back(self, key: bytes) -> None:
+        """Note that a bucket was dropped."""
+        rule = self._rule_key(key)
+        held = self._of_rule[rule] - 1
+        if held:
+            self._of_rule[rule] = held
+        else:
+            del self._of_rule[rule]
+        self._taken -= 1

@@ -1,0 +1,178 @@
+"""Nothing that a client of the proxy sends leads to an error, since Envoy lets pass what is answered with one."""
+
+from __future__ import annotations
+
+import pytest
+from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from google.protobuf.descriptor import Descriptor as MessageDescriptor
+from google.protobuf.descriptor import FieldDescriptor
+from hypothesis import given
+from hypothesis import strategies as st
+from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.limiter.key import MAX_VALUE_BYTES, bounded, decode_bucket_key, text_of
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Entry, Override, Request
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+
+CAFE = b"caf\xe9\xff"
+
+
+def per_minute(name: str, requests: int = 2, **more: bool) -> Rule:
+    return Rule(name, limit_of_rate(requests, Unit.MINUTE, Window.FIXED), requests, Unit.MINUTE, **more)
+
+
+RULES = Rules(
+    {
+        "shop": RuleNode(
+            exact={("plan", "spent"): RuleNode(per_minute("shop.plan_spent", 1))},
+            wildcards={"path": WildcardSet([("caf*", RuleNode(per_minute("shop.path_caf*")))])},
+            key_only={
+                "user": RuleNode(per_minute("shop.user")),
+                "detailed": RuleNode(per_minute("shop.detailed", metric_of_values=True)),
+                "shown": RuleNode(per_minute("shop.shown"), value_in_metric=True),
+            },
+        )
+    },
+    unruled=per_minute("unruled"),
+)
+SETTINGS = Settings(dynamic_metadata=True, response_headers=ResponseHeaders())
+
+
+def request_of(*descriptors: list[tuple[bytes, bytes]], domain: bytes = b"shop") -> bytes:
+    return Request(
+        domain=domain,
+        descriptors=[
+            Descriptor(entries=[Entry(key=key, value=value) for key, value in entries]) for entries in descriptors
+        ],
+    ).SerializeToString()
+
+
+def rules_limiter() -> Limiter:
+    return Limiter(RULES, Origin("here", 1), SETTINGS)
+
+
+def test_a_value_that_is_no_utf8_has_a_bucket_of_its_own_and_a_spent_limit_beside_it_denies() -> None:
+    limiter = rules_limiter()
+    request = request_of([(b"user", CAFE)], [(b"plan", b"spent")])
+    assert decide(limiter, request).overall_code == OK
+    answer = decide(limiter, request)
+    assert [status.code for status in answer.statuses] == [OK, OVER_LIMIT]
+    assert answer.overall_code == OVER_LIMIT
+    for other in (b"caf\xe9\xfe", b"caf\\xe9\\xff", "café".encode(), b"caf"):
+        assert decide(limiter, request_of([(b"user", other)])).overall_code == OK
+    assert decide(limiter, request_of([(b"user", CAFE)])).overall_code == OVER_LIMIT
+
+
+def test_it_is_matched_byte_for_byte() -> None:
+    limiter = rules_limiter()
+    answers = [decide(limiter, request_of([(b"path", CAFE)])) for _ in range(3)]
+    assert [answer.overall_code for answer in answers] == [OK, OK, OVER_LIMIT]
+    assert answers[0].statuses[0].current_limit.requests_per_unit == 2
+    assert [step.rule.name for step in limiter.plan(request_of([(b"path", CAFE)])).steps if step.rule] == [
+        "shop.path_caf*"
+    ]
+
+
+def test_metadata_and_names_of_metrics_are_text_all_the_same() -> None:
+    limiter = rules_limiter()
+    answer = decide(limiter, request_of([(b"detailed", CAFE)], [(b"shown", CAFE)]))
+    entries = [of["entries"][0] for of in answer.dynamic_metadata["descriptors"]]
+    assert entries == ["detailed=caf\\xe9\\xff", "shown=caf\\xe9\\xff"]
+    assert {name for _, name in limiter.counts} == {
+        f"shop.detailed_{bounded(text_of(CAFE))}",
+        f"shop.shown_{bounded(text_of(CAFE))}",
+    }
+
+
+def test_an_override_of_an_unknown_unit_is_ignored_and_counted_and_the_rule_holds() -> None:
+    limiter = rules_limiter()
+    request = Request.FromString(request_of([(b"user", b"ada")]))
+    request.descriptors[0].limit.CopyFrom(Override(requests_per_unit=1_000, unit=99))
+    raw = request.SerializeToString()
+    assert [decide(limiter, raw).overall_code for _ in range(3)] == [OK, OK, OVER_LIMIT]
+    assert limiter.ignored_overrides == 3
+
+
+@given(
+    st.binary(max_size=10) | st.just(b"shop"),
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from([b"user", b"path", b"plan", b"detailed", b"shown", b""]) | st.binary(max_size=5),
+                st.binary(max_size=12) | st.binary(min_size=120, max_size=200),
+            ),
+            max_size=3,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_any_bytes_are_answered_and_counted_under_a_bounded_name(
+    domain: bytes, descriptors: list[list[tuple[bytes, bytes]]]
+) -> None:
+    limiter = rules_limiter()
+    raw = request_of(*descriptors, domain=domain or b"d")
+    assert len(decide(limiter, raw).statuses) == len(descriptors)
+    for step in limiter.plan(raw).steps:
+        if step.rule is not None:
+            assert limiter.store.limit_of_key(step.bucket_key) == step.rule.limit
+    for bucket in limiter.store:
+        _, domain_text, entries = decode_bucket_key(bucket.key)
+        for text in (domain_text, *[part for entry in entries for part in (entry.key, entry.value)]):
+            assert len(text.encode()) <= MAX_VALUE_BYTES
+    for names in limiter.counts:
+        "".join(names).encode()
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_different_bytes_have_different_names_and_a_name_is_none_of_another(one: bytes, other: bytes) -> None:
+    names = bounded(text_of(one)), bounded(text_of(other))
+    assert (names[0] == names[1]) == (one == other)
+    assert bounded(names[0]) == names[0] or bounded(names[0]) != bounded(text_of(other))
+    assert len(names[0].encode()) <= MAX_VALUE_BYTES
+
+
+def test_what_looks_like_a_hash_is_hashed() -> None:
+    long = "x" * 1_000
+    assert bounded(bounded(long)) != bounded(long)
+
+
+def test_long_values_take_little_memory() -> None:
+    limiter = rules_limiter()
+    for number in range(200):
+        limiter.decide(request_of([(b"user", b"%d" % number + b"x" * 60_000)]), NOW_US)
+    assert max(len(bucket.key) for bucket in limiter.store) < 60
+    assert limiter._plans.plans == {}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (RateLimitRequest, Request),
+        (RateLimitDescriptor, Descriptor),
+        (RateLimitDescriptor.Entry, Entry),
+        (RateLimitDescriptor.RateLimitOverride, Override),
+    ],
+)
+def test_the_request_is_envoys_with_bytes_for_strings(theirs: type, ours: type) -> None:
+    def fields(message: MessageDescriptor) -> list[tuple[int, str, bool, int]]:
+        same = {
+            FieldDescriptor.TYPE_STRING: FieldDescriptor.TYPE_BYTES,
+            FieldDescriptor.TYPE_ENUM: FieldDescriptor.TYPE_INT32,
+        }
+        return sorted(
+            (field.number, field.name, field.is_repeated, same.get(field.type, field.type)) for field in message.fields
+        )
+
+    assert fields(theirs.DESCRIPTOR) == fields(ours.DESCRIPTOR)  # type: ignore[attr-defined]
+
+
+def test_limits_still_hold_with_no_settings_at_all() -> None:
+    limiter = make_limiter(RULES)
+    assert [decide(limiter, request_of([(b"user", CAFE)])).overall_code for _ in range(3)] == [OK, OK, OVER_LIMIT]
