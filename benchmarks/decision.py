@@ -37,7 +37,7 @@ def protobuf() -> None:
     response = RateLimitResponse(overall_code=RateLimitResponse.OK)
     status = response.statuses.add(code=RateLimitResponse.OK, limit_remaining=99_999_999)
     status.current_limit.requests_per_unit = 100_000_000
-    status.duration_until_reset.nanos = 1_000
+    status.duration_until_reset.seconds = 1
     response.SerializeToString()
 
 

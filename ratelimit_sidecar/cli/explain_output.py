@@ -21,7 +21,7 @@ from ratelimit_sidecar.limiter.explanation import (
     readable_bucket_name,
 )
 from ratelimit_sidecar.limiter.replay import Replay, Tally
-from ratelimit_sidecar.limiter.rules import Rule
+from ratelimit_sidecar.limiter.rules import Charge, Rule
 
 TOP_DESCRIPTORS = 20
 """Denied descriptors in the text; JSON has all that the replay kept."""
@@ -157,7 +157,7 @@ def _outcome_text(descriptor: DescriptorExplanation) -> Iterator[str]:
         return
     status = descriptor.status
     yield f"  answer   {_code(status.code)}" + (
-        f", {status.limit_remaining:,} remaining, reset in {_reset_seconds(status):g} s"
+        f", {status.limit_remaining:,} remaining, reset in {descriptor.full_in_us / _SECOND_US:g} s"
         if status.HasField("current_limit")
         else ""
     )
@@ -172,8 +172,10 @@ def _remarks(rule: Rule) -> Iterator[str]:
         yield "in shadow mode: answers OK whatever it decides"
     if rule.quota_mode:
         yield "a quota: denies only when all quotas of a request are over"
-    if rule.charge_always:
+    if rule.charge is Charge.ALWAYS:
         yield "charges also what it denies"
+    elif rule.charge is Charge.REPORTED:
+        yield "charges also what it denies where the descriptor brings hits of its own"
     if rule.limit is not None:
         yield f"consistency: {rule.consistency.value}"
 
@@ -206,7 +208,7 @@ def _descriptor_json(descriptor: DescriptorExplanation) -> dict[str, Any]:
         "replaced": descriptor.is_replaced,
         "answer": _code(status.code),
         "remaining": status.limit_remaining if status.HasField("current_limit") else None,
-        "reset_in_seconds": _reset_seconds(status) if status.HasField("current_limit") else None,
+        "reset_in_seconds": descriptor.full_in_us / _SECOND_US if status.HasField("current_limit") else None,
     }
 
 
@@ -266,11 +268,6 @@ def _joined(entries: Iterable[tuple[str, str]]) -> str:
 def _code(code: int) -> str:
     name: str = RateLimitResponse.Code.Name(code)
     return name
-
-
-def _reset_seconds(status: RateLimitResponse.DescriptorStatus) -> float:
-    seconds: float = status.duration_until_reset.seconds + status.duration_until_reset.nanos / 1e9
-    return seconds
 
 
 def _share(tally: Tally) -> str:

@@ -55,6 +55,11 @@ def switch(variable: str) -> FromEnvironment:
     return FromEnvironment((variable,), lambda values: {} if read_bool(values[variable]) else None)
 
 
+def choice(variable: str, chosen: str) -> FromEnvironment:
+    """One of several words, which is meant when the variable is true."""
+    return FromEnvironment((variable,), lambda values: chosen if read_bool(values[variable]) else None)
+
+
 def number(variable: str) -> FromEnvironment:
     return FromEnvironment((variable,), lambda values: resolve(values[variable]))
 

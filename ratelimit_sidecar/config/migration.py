@@ -119,9 +119,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "LIMIT_REMAINING_HEADER": SAME,
         "LIMIT_RESET_HEADER": SAME,
         "RESPONSE_DYNAMIC_METADATA": SAME,
-        "STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT": ReplacedBy(
-            "`algorithm`: a `fixed_window` counts denied requests, as without the variable; the others do not, unless"
-            " the rule has `charge: always`"
+        "STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT": Same(
+            "`charging: all_or_nothing`: a denied request charges no limit; there the limit that denies counts on"
         ),
         "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": NotNeeded(
             "`/readyz` is never 200 before there are rules; broken files end the start with exit code 2"

@@ -113,7 +113,8 @@ def _rules_of(
     defaults: RuleDefaults,
     merge_domains: bool,
 ) -> Rules:
-    roots = _read_all(documents, problems, defaults, merge_domains)
+    all_or_nothing: set[str] = set()
+    roots = _read_all(documents, problems, defaults, merge_domains, all_or_nothing)
     if problems:
         pieces = pieces_of_rules(root for _, root in roots)
         roots.clear()
@@ -124,13 +125,20 @@ def _rules_of(
         unruled=None if unruled is None else _unruled_rule(unruled, defaults),
         override_window=defaults.window,
         override_consistency=defaults.consistency,
+        override_charge=defaults.charge,
+        all_or_nothing=frozenset(all_or_nothing),
     )
 
 
 def _read_all(
-    documents: Iterable[Document], problems: list[Problem], defaults: RuleDefaults, merge_domains: bool
+    documents: Iterable[Document],
+    problems: list[Problem],
+    defaults: RuleDefaults,
+    merge_domains: bool,
+    all_or_nothing: set[str],
 ) -> list[tuple[str, RuleNode]]:
-    """The trees of all domains; what is wrong with the documents is added to `problems`."""
+    """The trees of all domains; what is wrong with the documents is added to `problems`, and to `all_or_nothing` the
+    domains of which a document says so."""
     levels: list[tuple[str, Level]] = []
     domains: dict[str, Level] = {}
     first: dict[str, Document] = {}
@@ -150,6 +158,8 @@ def _read_all(
         if domain:
             first.setdefault(domain, document)
             domains[domain] = level
+        if reader.all_or_nothing:
+            all_or_nothing.add(domain)
         reader.read_descriptors(domain, level)
         problems += reader.problems
         # What was read is given back below.
@@ -164,4 +174,6 @@ def _read_all(
 
 
 def _unruled_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:
-    return Rule(UNRULED_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency)
+    return Rule(
+        UNRULED_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency, charge=defaults.charge
+    )

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from ratelimit_sidecar.config.bucket import BucketConfig, TokenCount
 from ratelimit_sidecar.config.structure import AsWritten, Expected, Section, ShownDefault
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_MAX_DEBT, Window
-from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Unit
+from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Charge, Consistency, Unit
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
 UNITS = tuple(unit.name.lower() for unit in Unit)
@@ -27,6 +27,10 @@ NO_UNIT = "UNKNOWN"
 AlgorithmName = Literal["token_bucket", "fixed_window", "sliding_window"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
 BUCKET_ALGORITHM: AlgorithmName = "token_bucket"
+
+ChargingName = Literal["each", "all_or_nothing"]
+CHARGINGS: tuple[str, ...] = get_args(ChargingName)
+ALL_OR_NOTHING: ChargingName = "all_or_nothing"
 
 MAX_BODY_CHARS = 16_384
 """It is sent with every denial."""
@@ -40,11 +44,15 @@ class RuleDefaults:
         consistency: how far buckets are shared.
         window: how a limit is counted; None for a token bucket.
         has_members: limits may be strict: it is configured among whom they are shared.
+        charge: which hits count.
+        all_or_nothing: of domains: a request that is denied is charged nothing.
     """
 
     consistency: Consistency = Consistency.EVENTUAL
     window: Window | None = None
     has_members: bool = False
+    charge: Charge = Charge.ADMITTED
+    all_or_nothing: bool = False
 
 
 def window_of(algorithm: str) -> Window | None:
@@ -66,6 +74,10 @@ def _to_consistency(value: object) -> object:
     return Consistency(value) if value in CONSISTENCIES else value
 
 
+def _to_charge(value: object) -> object:
+    return Charge(value) if value in CHARGES else value
+
+
 def _to_metadata(value: object) -> object:
     return _plain(value) if isinstance(value, dict) else value
 
@@ -84,6 +96,7 @@ def _plain(value: object) -> object:
     return value
 
 
+CHARGES = tuple(charge.value for charge in Charge)
 CONSISTENCIES = tuple(consistency.value for consistency in Consistency)
 
 _TEXT = "text that is not empty"
@@ -136,10 +149,12 @@ ConsistencyName = Annotated[
     Expected(f"one of {', '.join(CONSISTENCIES)}", choices=CONSISTENCIES),
 ]
 MaxDebt = Annotated[int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", of="plain")]
-Charge = Annotated[
-    Literal["always"],
-    Expected("always", choices=("always",), or_else="leave the key out to charge only what is let through"),
+ChargeName = Annotated[
+    Charge,
+    BeforeValidator(_to_charge),
+    Expected(f"one of {', '.join(CHARGES)}", choices=CHARGES),
 ]
+Charging = Annotated[ChargingName, Expected(f"one of {', '.join(CHARGINGS)}", choices=CHARGINGS)]
 Body = Annotated[
     str,
     AsWritten(),
@@ -232,10 +247,11 @@ class Descriptor(Section):
         None,
         description="Of older debt a token bucket keeps at most so many times its capacity; the rest is forgiven.",
     )
-    charge: Annotated[Charge | None, ShownDefault("what is let through")] = Field(
+    charge: Annotated[ChargeName | None, ShownDefault("that of the domain")] = Field(
         None,
-        description="`always` charges requests that are denied too, into debt. Meant for Envoy's"
-        " `apply_on_stream_done`, where the cost is known only afterwards, as with tokens of a language model.",
+        description="Which hits count: those `admitted`; with `reported` also all of descriptors that bring hits of"
+        " their own, as Envoy's `apply_on_stream_done` does when the cost is known only afterwards, like tokens of a"
+        " language model; or `always` all. What is denied and charged is debt.",
     )
     retry_after: Flag = Field(False, description="A denial says in its headers when to come back.")
     body: Annotated[Body | None, AsWritten(), ShownDefault("Envoy's own")] = Field(
@@ -252,5 +268,14 @@ class RulesFile(Section):
     domain: Domain = Field(
         description="The domain that Envoy's rate limit filter sends. One file has all its rules, unless"
         " `merge_domains` is on."
+    )
+    charge: Annotated[ChargeName | None, ShownDefault("`charge` of the sidecar")] = Field(
+        None, description="Which hits count, of rules that say nothing themselves."
+    )
+    charging: Annotated[Charging | None, ShownDefault("`charging` of the sidecar, else each")] = Field(
+        None,
+        description="`each`: every limit that a request meets is charged by itself, as in envoyproxy/ratelimit, also"
+        " when another denies the request. `all_or_nothing`: a request that is denied is charged nothing, but for what"
+        " `charge` counts in any case.",
     )
     descriptors: RawDescriptors = Field((), description="The rules for descriptors, by their first entry.")

@@ -7,13 +7,20 @@ the caller: where domains are merged, several documents grow one tree.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document
 from ratelimit_sidecar.config.errors import KeyPath, dotted
 from ratelimit_sidecar.config.rules_checks import contradictions
-from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RuleDefaults, RulesFile, window_of
+from ratelimit_sidecar.config.rules_schema import (
+    ALL_OR_NOTHING,
+    Descriptor,
+    RateLimit,
+    RuleDefaults,
+    RulesFile,
+    window_of,
+)
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Window
@@ -72,14 +79,20 @@ class TreeReader:
 
     def __init__(self, document: Document, defaults: RuleDefaults) -> None:
         self.problems = list(document.problems)
+        self.all_or_nothing = defaults.all_or_nothing
+        """What the domain says, or the default."""
         self._document = document
         self._defaults = defaults
 
     def read_domain(self) -> str:
         """The domain; "" when it is missing."""
         data = self._document.data
-        _, problems = validate(RulesFile, data, self._document)
+        file, problems = validate(RulesFile, data, self._document)
         self.problems += problems
+        if file is not None and file.charge is not None:
+            self._defaults = replace(self._defaults, charge=file.charge)
+        if file is not None and file.charging is not None:
+            self.all_or_nothing = file.charging == ALL_OR_NOTHING
         return _text(data, "domain") if isinstance(data, YamlMap) else ""
 
     def read_descriptors(self, domain: str, level: Level) -> None:
@@ -122,7 +135,7 @@ class TreeReader:
             replaces=frozenset(other.name for other in rate_limit.replaces),
             shadow_mode=descriptor.shadow_mode,
             quota_mode=descriptor.quota_mode,
-            charge_always=descriptor.charge is not None,
+            charge=descriptor.charge or self._defaults.charge,
             retry_after=descriptor.retry_after,
             body=descriptor.body or "",
             metadata=descriptor.metadata or {},

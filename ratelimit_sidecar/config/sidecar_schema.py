@@ -16,14 +16,23 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.environment import duration, flag, number, pairs, switch, text
+from ratelimit_sidecar.config.environment import choice, duration, flag, number, pairs, switch, text
 from ratelimit_sidecar.config.errors import quoted
-from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, RuleDefaults, window_of
+from ratelimit_sidecar.config.rules_schema import (
+    ALL_OR_NOTHING,
+    BUCKET_ALGORITHM,
+    Algorithm,
+    ChargeName,
+    Charging,
+    Flag,
+    RuleDefaults,
+    window_of,
+)
 from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
 from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
-from ratelimit_sidecar.limiter.rules import Consistency
+from ratelimit_sidecar.limiter.rules import Charge, Consistency
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
 DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
@@ -396,6 +405,14 @@ class SidecarConfig(Section):
         BUCKET_ALGORITHM,
         description="How limits are enforced of rules that name no `algorithm` of their own.",
     )
+    charge: Annotated[ChargeName | None, ShownDefault("admitted; with `xds` reported")] = Field(
+        None, description="Which hits count, of domains and rules that say nothing themselves (see `charge` of a rule)."
+    )
+    charging: Annotated[Charging, choice("STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT", ALL_OR_NOTHING)] = Field(
+        "each",
+        description="Whether a request that is denied charges `each` limit that it meets, or `all_or_nothing`, of"
+        " domains that say nothing themselves.",
+    )
     xds: Annotated[XdsConfig | None, XDS_WHEN_ASKED_FOR] = Field(
         None,
         description="The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`. It is asked"
@@ -407,8 +424,8 @@ class SidecarConfig(Section):
     )
     max_buckets: MaxBuckets = Field(
         DEFAULT_MAX_BUCKETS,
-        description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. Above it new"
-        " keys of a rule share one bucket, until there is room again; no live bucket is forgotten.",
+        description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. A rule that"
+        " takes too many of them has overflow buckets, which new keys share; no live bucket is forgotten.",
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,
@@ -424,7 +441,15 @@ class SidecarConfig(Section):
     @property
     def rule_defaults(self) -> RuleDefaults:
         """What holds for rules that do not say otherwise."""
-        return RuleDefaults(self.engine, window_of(self.algorithm), has_members=self.sync.members is not None)
+        # Envoy Gateway's policies cannot say it, and report what a request has cost.
+        charge = self.charge or (Charge.ADMITTED if self.xds is None else Charge.REPORTED)
+        return RuleDefaults(
+            self.engine,
+            window_of(self.algorithm),
+            has_members=self.sync.members is not None,
+            charge=charge,
+            all_or_nothing=self.charging == ALL_OR_NOTHING,
+        )
 
     @property
     def membership(self) -> Membership | None:

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.crdt.limit import WindowLimit
-from ratelimit_sidecar.limiter.rules import Rule, Rules
+from ratelimit_sidecar.limiter.rules import Charge, Rule, Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
 MAX_PROBLEMS_SHOWN = 100
@@ -88,8 +88,8 @@ def _line(rule: Rule) -> str:
         parts.append(f"algorithm: token_bucket, capacity: {limit.capacity}")
         if rule.unit is None:
             parts.append(f"refill_per_second: {limit.tokens * 1e6 / limit.period_us:g}")
-    if rule.charge_always:
-        parts.append("charge: always")
+    if rule.charge is not Charge.ADMITTED:
+        parts.append(f"charge: {rule.charge.value}")
     parts.append(f"consistency: {rule.consistency.value}")
     return ", ".join(parts)
 

@@ -119,6 +119,10 @@ class Bucket(ABC):
             True when admitted.
         """
 
+    @abstractmethod
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        """What `take` would return, without charging anything."""
+
     @property
     @abstractmethod
     def remaining(self) -> int:

@@ -141,18 +141,30 @@ class StrictBucket(Bucket):
     def limit(self) -> Limit:
         return self._limit
 
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        """See `Bucket.would_admit`; what would be denied is asked of peers, as `take` does."""
+        self.advance(now_us)
+        if (hits * self._limit.period_us) << 32 <= self.level:
+            return True
+        self._want(hits)
+        return False
+
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
-        self._roll_window()
-        self._asked_now += hits
-        if not self.is_noted:
-            self.is_noted = True
-            self._busy.append(self)
+        self._want(hits)
         charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
         if admitted or always:
             self.level -= charge
         return admitted
+
+    def _want(self, hits: int) -> None:
+        """Note the demand, by which peers are asked for loans."""
+        self._roll_window()
+        self._asked_now += hits
+        if not self.is_noted:
+            self.is_noted = True
+            self._busy.append(self)
 
     @property
     def remaining(self) -> int:

@@ -81,6 +81,10 @@ class TokenBucket(Bucket):
                 self.journal.on_urgent()
         return admitted
 
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        self.advance(now_us)
+        return self.deficit + hits * self._limit.period_us <= self._limit.ceiling
+
     @property
     def remaining(self) -> int:
         """Whole tokens left at `at_us`; 0 when in debt."""

@@ -51,6 +51,10 @@ class FixedWindow(Bucket):
             self.count = count
         return count <= self._limit.requests
 
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        self.advance(now_us)
+        return self.count + hits <= self._limit.requests
+
     @property
     def remaining(self) -> int:
         return max(0, self._limit.requests - self.count)
@@ -183,6 +187,10 @@ class SlidingWindow(Bucket):
             if before < self._limit.urgent_count <= self.count and self.journal is not None:
                 self.journal.on_urgent()
         return admitted
+
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        self.advance(now_us)
+        return self.count + hits <= self._limit.requests
 
     @property
     def remaining(self) -> int:

@@ -17,13 +17,15 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.limiter.key import readable
+from ratelimit_sidecar.limiter.key import readable, text_of
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.v1.request_pb2 import Override, Request
 
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 _SECOND_US: Final = 1_000_000
+_MAX_UINT32: Final = 2**32 - 1
 _OLD_HEADERS: Final = ResponseHeaders()
 
 
@@ -72,12 +74,20 @@ class Extras:
             )
             if longest is not None:
                 _add_retry_headers(response, longest, with_old_headers=names is None)
-        if self._settings.dynamic_metadata:
-            response.dynamic_metadata.update(_metadata(response, plan))
+        if plan.metadata is not None:
+            response.dynamic_metadata.update(plan.metadata)
+            merged = _metadata_of_rules(response, plan)
+            if merged:
+                response.dynamic_metadata.update({"metadata": merged})
 
     def _add_limit_headers(self, response: RateLimitResponse, plan: Plan, names: ResponseHeaders) -> None:
         """Of the last descriptor over a limit that is no quota, or else of the first with the least remaining."""
-        limited = [status for status in response.statuses if status.HasField("current_limit")]
+        # One of which all that a number can say remains is not shown, as in envoyproxy/ratelimit.
+        limited = [
+            status
+            for status in response.statuses
+            if status.HasField("current_limit") and status.limit_remaining < _MAX_UINT32
+        ]
         over = [
             status
             for step, status in zip(plan.steps, response.statuses, strict=True)
@@ -86,12 +96,11 @@ class Extras:
         if not limited:
             return
         shown = over[-1] if over else min(limited, key=lambda status: status.limit_remaining)
-        reset = shown.duration_until_reset
         _add_headers(
             response,
             (names.limit, shown.current_limit.requests_per_unit),
             (names.remaining, shown.limit_remaining),
-            (names.reset, reset.seconds + (reset.nanos > 0)),
+            (names.reset, shown.duration_until_reset.seconds),
         )
 
 
@@ -119,24 +128,55 @@ def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> N
     response.response_headers_to_add.extend([HeaderValue(key=name, value=str(value)) for name, value in headers])
 
 
-def _metadata(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
+def metadata_of_request(
+    request: Request, descriptors: Sequence[Sequence[tuple[str, str]]], steps: Sequence[Step]
+) -> dict[str, object]:
+    """What dynamic metadata says of a request, in the shape of envoyproxy/ratelimit: hits and limits only where the
+    request brings them. What was taken, and the limits of the rules, are under `applied`, one for each descriptor.
+    """
+    asked: list[dict[str, object]] = []
+    applied: list[dict[str, object]] = []
+    for message, entries, step in zip(request.descriptors, descriptors, steps, strict=True):
+        descriptor: dict[str, object] = {"entries": [readable(f"{key}={value}") for key, value in entries]}
+        if message.HasField("limit"):
+            descriptor["limit"] = _override_text(message.limit)
+        if message.HasField("hits_addend"):
+            descriptor["hitsAddend"] = message.hits_addend.value
+        asked.append(descriptor)
+        taken: dict[str, object] = {"hits": step.hits}
+        rule = step.rule
+        if rule is not None:
+            taken["rule"] = readable(rule.name)
+            if rule.unit is not None:
+                taken["requestsPerUnit"] = rule.requests_per_unit
+                taken["unit"] = rule.unit.name
+        applied.append(taken)
+    metadata: dict[str, object] = {
+        "domain": readable(text_of(request.domain)),
+        "descriptors": asked,
+        "applied": applied,
+    }
+    if request.hits_addend:
+        metadata["hitsAddend"] = request.hits_addend
+    return metadata
+
+
+def _override_text(override: Override) -> str:
+    """As Go prints the message."""
+    parts = [f"requests_per_unit:{override.requests_per_unit}"] if override.requests_per_unit else []
+    if override.unit:
+        names = RateLimitResponse.RateLimit.Unit.DESCRIPTOR.values_by_number
+        parts.append(f"unit:{names[override.unit].name if override.unit in names else override.unit}")
+    return " ".join(parts)
+
+
+def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
+    """Of the rules that let something through, merged."""
     merged: dict[str, object] = {}
-    descriptors: list[dict[str, object]] = []
-    for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
-        descriptor: dict[str, object] = {
-            "entries": [readable(f"{key}={value}") for key, value in entries],
-            "hitsAddend": step.hits,
-        }
-        if step.rule is not None and step.rule.unit is not None:
-            unit = step.rule.unit.name
-            descriptor["limit"] = {"requestsPerUnit": step.rule.requests_per_unit, "unit": unit}
-        descriptors.append(descriptor)
+    for step, status in zip(plan.steps, response.statuses, strict=True):
         if step.rule is not None and status.code != _OVER_LIMIT:
             merged = _merge(merged, step.rule.metadata)
-    metadata: dict[str, object] = {"domain": readable(plan.domain), "descriptors": descriptors, "hitsAddend": plan.hits}
-    if merged:
-        metadata["metadata"] = merged
-    return metadata
+    return merged
 
 
 def _merge(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:

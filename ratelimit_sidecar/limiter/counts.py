@@ -33,7 +33,7 @@ class RuleCounts:
     near_limit_hits: int = 0
     """Above the near-limit ratio and not over; of a request that crosses it only those beyond it."""
     shadow_mode_hits: int = 0
-    """Hits of descriptors that shadow mode let pass."""
+    """Hits over the limit that shadow mode let pass."""
 
     @property
     def tokens(self) -> int:
@@ -58,20 +58,24 @@ class RuleCounts:
         if is_ruled:
             self.unlimited_hits += hits
 
-    def deny(self, step: Step, bucket: Bucket) -> None:
-        """A denied descriptor, with the bucket as it is afterwards. An admitted one `Limiter.decide` counts itself."""
+    def deny(self, step: Step, bucket: Bucket, *, is_charged: bool) -> None:
+        """A denied descriptor, with the bucket as it is afterwards. An admitted one `Limiter.decide` counts itself.
+
+        Args:
+            is_charged: False when nothing of the request is, whatever the step says.
+        """
         hits, terms = step.hits, step.terms
         self.over_limit += 1
         self.denied_hits += hits
         over = hits
-        if terms.charges_denied:
+        if step.charges_denied and is_charged:
             self.charged_hits += hits
             over = min(hits, bucket.debt)
             # What was still under the limit when these hits came.
             self.near_limit_hits += min(hits - over, bucket.limit.capacity - terms.near_from)
         self.over_limit_hits += over
         if terms.is_shadow:
-            self.shadow_mode_hits += hits
+            self.shadow_mode_hits += over
 
 
 class CountsByRule(dict[tuple[str, str], RuleCounts]):

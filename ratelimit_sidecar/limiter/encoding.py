@@ -30,7 +30,7 @@ _LAST: Final = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
 _MORE: Final = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))
 """Their lowest 14 bits, when more follow."""
 
-_DURATION: Final = tuple(bytes((0x22, length)) for length in range(20))
+_DURATION: Final = tuple(bytes((0x22, length)) for length in range(8))
 """The beginning of duration_until_reset, which is that long."""
 
 OVERALL_OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
@@ -39,7 +39,7 @@ OVERALL_OVER_LIMIT: Final[bytes] = RateLimitResponse(overall_code=RateLimitRespo
 
 _MAX_UINT32: Final = 2**32 - 1
 _SECOND_US: Final = 1_000_000
-_MAX_DURATION_US: Final = 315_576_000_000 * _SECOND_US
+_MAX_DURATION_SECONDS: Final = 315_576_000_000
 """The largest google.protobuf.Duration: 10,000 years."""
 
 
@@ -71,19 +71,18 @@ def encode_status(head: bytes, remaining: int, reset_us: int) -> bytes:
     Args:
         head: from `status_head`.
         remaining: tokens; 0 or more. The field holds no more than 2**32 - 1.
-        reset_us: microseconds until the bucket is full; 0 or more. Protobuf has no more than 10,000 years.
+        reset_us: microseconds until the bucket is full; 0 or more. Told in whole seconds, rounded up, as
+            envoyproxy/ratelimit does: Envoy cuts off a part of one, and callers would come back too early.
     """
-    duration, nanos = b"", reset_us * 1_000
-    if reset_us >= _SECOND_US:
-        seconds, micros = divmod(min(reset_us, _MAX_DURATION_US), _SECOND_US)
-        duration, nanos = b"\x08" + varint(seconds), micros * 1_000
+    seconds = -(-reset_us // _SECOND_US)
+    duration = b""
     # The usual sizes of numbers stand here: a call for each would cost a tenth of the whole.
-    if nanos >> 2 * _TABLE_BITS:
-        duration += b"\x10" + varint(nanos)
-    elif nanos > _TABLE_MASK:
-        duration += b"\x10" + _MORE[nanos & _TABLE_MASK] + _LAST[nanos >> _TABLE_BITS]
-    elif nanos:
-        duration += b"\x10" + _LAST[nanos]
+    if seconds >> 2 * _TABLE_BITS:
+        duration = b"\x08" + varint(min(seconds, _MAX_DURATION_SECONDS))
+    elif seconds > _TABLE_MASK:
+        duration = b"\x08" + _MORE[seconds & _TABLE_MASK] + _LAST[seconds >> _TABLE_BITS]
+    elif seconds:
+        duration = b"\x08" + _LAST[seconds]
     if remaining >> 2 * _TABLE_BITS:
         body = head + b"\x18" + varint(min(remaining, _MAX_UINT32)) + _DURATION[len(duration)] + duration
     elif remaining > _TABLE_MASK:

@@ -89,6 +89,7 @@ class DescriptorExplanation:
         why_unlimited: in words, when there is no match; else empty.
         is_replaced: its rule does not count here, because another descriptor's rule `replaces` it.
         status: what the limiter answers.
+        full_in_us: microseconds until the bucket is full again; 0 when there is none.
     """
 
     entries: tuple[tuple[str, str], ...]
@@ -97,6 +98,7 @@ class DescriptorExplanation:
     why_unlimited: str
     is_replaced: bool
     status: RateLimitResponse.DescriptorStatus
+    full_in_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence
     explained = []
     for entries, step, status in zip(descriptors, steps, response.statuses, strict=True):
         match = rules.match(domain, entries)
+        bucket = limiter.store.get(step.bucket_key)
         explained.append(
             DescriptorExplanation(
                 entries=tuple(entries),
@@ -136,6 +139,7 @@ def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence
                 why_unlimited="" if match is not None else _why_unlimited(rules, domain, entries),
                 is_replaced=match is not None and step.rule is None,
                 status=status,
+                full_in_us=0 if bucket is None else bucket.full_in_us,
             )
         )
     return Explanation(domain, tuple(explained), response)

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
-from ratelimit_sidecar.limiter.answer import Extras
+from ratelimit_sidecar.limiter.answer import Extras, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.encoding import (
     OVERALL_OK,
@@ -31,7 +31,7 @@ from ratelimit_sidecar.limiter.encoding import (
 from ratelimit_sidecar.limiter.key import overflow_keys, rule_key, text_of
 from ratelimit_sidecar.limiter.plan import Plan, Step, Terms
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
-from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Request
 
@@ -144,7 +144,7 @@ class Limiter:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
 
         Every descriptor is decided on its own: one that is over its limit does not keep the others from being
-        charged, as in envoyproxy/ratelimit.
+        charged, as in envoyproxy/ratelimit; but for domains in which it is all or nothing.
 
         Args:
             now_us: wall clock in microseconds, never less than in the call before.
@@ -157,6 +157,7 @@ class Limiter:
                 that a client of the proxy sends leads to it, since Envoy lets pass what is answered with an error.
         """
         plan = self.plan(request)
+        withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
         over = quotas_over = 0
         evicted = self.store.evicted
@@ -171,18 +172,22 @@ class Limiter:
             at_us = now_us - self.jumped_us if terms.is_strict else now_us
             bucket = step.bucket
             if bucket is None or step.evicted != evicted:
-                bucket = self._bucket(plan.domain, step, terms.limit, at_us)
-            if bucket.take(hits, at_us, always=terms.charges_always):
+                bucket = self._bucket(step, terms.limit, at_us)
+                if bucket.key != step.bucket_key:
+                    self._note_overflow(plan.domain, step)
+            is_charged = not withholds or step.charges_always
+            if bucket.take(hits, at_us, always=step.charges_always) if is_charged else bucket.would_admit(hits, at_us):
                 remaining = bucket.remaining
                 counts.ok += 1
-                counts.admitted_hits += hits
-                near = bucket.limit.capacity - remaining - terms.near_from
-                if near > 0:
-                    counts.near_limit_hits += min(hits, near)
+                if is_charged:
+                    counts.admitted_hits += hits
+                    near = bucket.limit.capacity - remaining - terms.near_from
+                    if near > 0:
+                        counts.near_limit_hits += min(hits, near)
                 beginning = terms.ok_head
             else:
                 remaining = bucket.remaining
-                counts.deny(step, bucket)
+                counts.deny(step, bucket, is_charged=is_charged)
                 beginning = terms.over_head
                 if not terms.is_shadow:
                     if terms.is_quota:
@@ -195,6 +200,24 @@ class Limiter:
         overall = OVERALL_OVER_LIMIT if is_over and not self.settings.shadow_mode else OVERALL_OK
         answer = overall + statuses
         return self._with_extras(answer, plan, buckets) if plan.has_extras else answer
+
+    def _is_denied(self, plan: Plan, now_us: int) -> bool:
+        """What `decide` would answer, without charging anything."""
+        over = quotas_over = 0
+        for step in plan.steps:
+            terms = step.terms
+            if terms.limit is None or terms.is_shadow:
+                continue
+            at_us = now_us - self.jumped_us if terms.is_strict else now_us
+            bucket = step.bucket
+            if bucket is None or step.evicted != self.store.evicted:
+                bucket = self._bucket(step, terms.limit, at_us)
+            if not bucket.would_admit(step.hits, at_us):
+                if terms.is_quota:
+                    quotas_over += 1
+                else:
+                    over += 1
+        return over > 0 or quotas_over == plan.quotas > 0
 
     def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None]) -> bytes:
         response = RateLimitResponse.FromString(answer)
@@ -224,13 +247,16 @@ class Limiter:
         """How often a plan was there already, and how often it was made, since start."""
         return PlanCounts(self._plans_found, self._plans_made)
 
-    def _bucket(self, domain: str, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
+    def _note_overflow(self, domain: str, step: Step) -> None:
+        rule = step.rule
+        assert rule is not None
+        self.overflow_decisions[self._label(domain), rule.name] += 1
+
+    def _bucket(self, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
+        """The step's own, or while there is no room for it an overflow bucket."""
         try:
             bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
-            rule = step.rule
-            assert rule is not None
-            self.overflow_decisions[self._label(domain), rule.name] += 1
             return self._overflow_bucket(step, at_us)
         if not step.terms.is_strict:
             step.bucket, step.evicted = bucket, self.store.evicted
@@ -275,18 +301,21 @@ class Limiter:
         matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
         replaced = {name for match in matches if match is not None for name in match.rule.replaces}
         if replaced:
-            matches = [None if match is not None and match.rule.limit_name in replaced else match for match in matches]
+            matches = [None if match is not None and _is_replaced(match.rule, replaced) else match for match in matches]
         steps = [
-            self._make_step(domain, match, of.hits_addend.value if of.HasField("hits_addend") else hits)
+            self._make_step(domain, match, hits, of.hits_addend.value if of.HasField("hits_addend") else None)
             for match, of in zip(matches, messages, strict=True)
         ]
+        wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
             tuple(steps),
             quotas=sum([step.terms.is_quota for step in steps]),
-            hits=hits,
+            metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
             descriptors=descriptors,
             has_extras=any(step.terms.has_extras for step in steps),
+            # In shadow mode nothing is denied.
+            all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
         )
 
     def _label(self, domain: str) -> str:
@@ -309,7 +338,13 @@ class Limiter:
                 return match
         return self.rules.match(domain, entries)
 
-    def _make_step(self, domain: str, match: Match | None, hits: int) -> Step:
+    def _make_step(self, domain: str, match: Match | None, hits: int, own_hits: int | None) -> Step:
+        """Args:
+        hits: of the request.
+        own_hits: of the descriptor, when it brings any.
+        """
+        if own_hits is not None:
+            hits = own_hits
         if match is None:
             return Step(self._unlimited, b"", hits, self.counts.of(self._label(domain), "", ""))
         rule = match.rule
@@ -320,7 +355,10 @@ class Limiter:
                 # It holds the rule, so no other can come to have its id.
                 self._terms[id(rule)] = terms
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
-        return Step(terms, match.bucket_key, min(hits, MAX_HITS), counts)
+        always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
+        return Step(
+            terms, match.bucket_key, min(hits, MAX_HITS), counts, always, always or _is_fixed_window(rule.limit)
+        )
 
     def _make_terms(self, rule: Rule) -> Terms:
         if rule.limit is None:
@@ -339,11 +377,14 @@ class Limiter:
             is_replicated=rule.consistency is Consistency.EVENTUAL,
             is_strict=rule.consistency is Consistency.STRICT,
             is_quota=rule.quota_mode or self.settings.quota_mode,
-            charges_always=rule.charge_always,
-            charges_denied=rule.charge_always or _is_fixed_window(rule.limit),
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
             has_extras=self._extras.are_wanted(rule),
         )
+
+
+def _is_replaced(rule: Rule, replaced: set[str]) -> bool:
+    """An unlimited rule is not, as in envoyproxy/ratelimit: it goes on saying that there is no limit."""
+    return rule.limit is not None and rule.limit_name in replaced
 
 
 def _is_fixed_window(limit: AnyLimit | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,8 +25,6 @@ class Terms:
         is_replicated: peers are told what it takes.
         is_strict: it takes from this replica's share.
         is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
-        charges_always: denied hits are charged, into debt.
-        charges_denied: hits count although they are denied, be it so or because the algorithm counts them.
         near_from: tokens above which hits are near the limit.
         has_extras: the answer has more in it than codes and levels, or may have.
     """
@@ -38,8 +37,6 @@ class Terms:
     is_replicated: bool = False
     is_strict: bool = False
     is_quota: bool = False
-    charges_always: bool = False
-    charges_denied: bool = False
     near_from: int = 0
     has_extras: bool = False
 
@@ -50,6 +47,8 @@ class Step:
 
     Args:
         hits: tokens; 0 checks and charges nothing.
+        charges_always: they are charged when they are denied, too, into debt.
+        charges_denied: they count when they are denied, be it so or because the algorithm counts them.
         bucket: where it took from last.
         evicted: the store's count of dropped buckets then. While it stands, `bucket` is still the one.
     """
@@ -58,6 +57,8 @@ class Step:
     bucket_key: bytes
     hits: int
     counts: RuleCounts
+    charges_always: bool = False
+    charges_denied: bool = False
     bucket: Bucket | None = field(default=None, compare=False, repr=False)
     evicted: int = field(default=-1, compare=False, repr=False)
 
@@ -71,14 +72,16 @@ class Plan(NamedTuple):
 
     Args:
         quotas: steps in quota mode.
-        hits: the request's hits addend, for descriptors without their own.
+        metadata: what the answer's dynamic metadata says of the request; None when it is not wanted.
         descriptors: their entries, in order.
         has_extras: as that of the terms of one of them.
+        all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
     """
 
     domain: str
     steps: tuple[Step, ...]
     quotas: int
-    hits: int
+    metadata: Mapping[str, object] | None
     descriptors: tuple[tuple[tuple[str, str], ...], ...]
     has_extras: bool
+    all_or_nothing: bool

@@ -54,6 +54,17 @@ class Consistency(Enum):
     """Never replicated: every sidecar has the whole limit to itself."""
 
 
+class Charge(Enum):
+    """Which hits of a token bucket or a sliding window count. A fixed window counts all of them."""
+
+    ADMITTED = "admitted"
+    """Those that are let through."""
+    REPORTED = "reported"
+    """Of descriptors that bring their own hits all: Envoy reports with them what a request has cost, afterwards."""
+    ALWAYS = "always"
+    """All, also those that are denied, into debt."""
+
+
 class Unit(Enum):
     """Envoy's RateLimitResponse.RateLimit.Unit, with the seconds envoyproxy/ratelimit gives each."""
 
@@ -79,7 +90,6 @@ class Rule:
         replaces: limit names of rules that do not count in a request that this one matches.
         shadow_mode: decided and charged, but answered with OK.
         quota_mode: over the limit alone it does not make the answer OVER_LIMIT; all such rules of a request do.
-        charge_always: hits count even when they are denied, into debt.
         retry_after: a denial says in headers when to come back.
         body: of the response to a denied request; empty for Envoy's own.
         metadata: of any form; goes into the answer's dynamic metadata when the rule passes.
@@ -95,7 +105,7 @@ class Rule:
     replaces: frozenset[str] = frozenset()
     shadow_mode: bool = False
     quota_mode: bool = False
-    charge_always: bool = False
+    charge: Charge = Charge.ADMITTED
     retry_after: bool = False
     body: str = ""
     metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
@@ -176,12 +186,16 @@ class Rules:
         unruled: for every descriptor, of any domain, that no rule matches.
         override_window: how a limit that a request brings is counted: None for a token bucket.
         override_consistency: how far its bucket is shared.
+        override_charge: which of its hits count.
+        all_or_nothing: the domains in which a request that is denied is charged nothing.
     """
 
     domains: Mapping[str, RuleNode] = field(default_factory=dict)
     unruled: Rule | None = None
     override_window: Window | None = None
     override_consistency: Consistency = Consistency.EVENTUAL
+    override_charge: Charge = Charge.ADMITTED
+    all_or_nothing: frozenset[str] = frozenset()
 
     digest: int = field(init=False, compare=False)
     """Of 64 bits, never 0; equal on replicas on which the same takes amount to the same."""
@@ -288,7 +302,7 @@ class Rules:
 
     def _override_rule(self, domain: str, requests: int, unit: Unit) -> Rule:
         limit = limit_of_rate(requests, unit, self.override_window)
-        return Rule(f"{domain}.override", limit, requests, unit, self.override_consistency)
+        return Rule(f"{domain}.override", limit, requests, unit, self.override_consistency, charge=self.override_charge)
 
     def _override_rule_of(self, domain: str, entry: KeyEntry) -> Rule | None:
         if domain not in self.domains:

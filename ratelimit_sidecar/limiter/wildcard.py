@@ -35,7 +35,13 @@ class WildcardSet(Generic[T]):
         return self._by_pattern.get(pattern)
 
     def find(self, value: str) -> tuple[str, T] | None:
-        """The first pattern that fits the whole of `value`, and what belongs to it."""
+        """The first pattern that fits the whole of `value`, and what belongs to it. A value that is itself the text of
+        one means that one, as in envoyproxy/ratelimit.
+        """
+        if WILDCARD in value:
+            itself = self._by_pattern.get(value)
+            if itself is not None:
+                return value, itself
         best = len(self.patterns)
         for before, after in self._lengths:
             end = len(value) - after

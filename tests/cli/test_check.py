@@ -94,9 +94,9 @@ def test_json_has_every_part_of_a_problem() -> None:
                 "column": 1,
                 "key": "descriptor",
                 "found": 'the unknown key "descriptor"',
-                "expected": "one of domain, descriptors",
+                "expected": "one of domain, charge, charging, descriptors",
                 "fix": 'did you mean "descriptors"?',
-                "message": 'found the unknown key "descriptor", expected one of domain, descriptors; did you mean'
+                "message": 'found the unknown key "descriptor", expected one of domain, charge, charging, descriptors; did you mean'
                 ' "descriptors"?',
             }
         ],
@@ -109,7 +109,7 @@ def test_github_gets_annotations_with_what_would_end_them_escaped() -> None:
     assert result.exit_code == 1
     assert result.output.splitlines() == [
         '::error file=100%25%2Ca.yaml,line=2,col=1,title="k%3A1"::found the unknown key "k:1", expected one of domain,'
-        " descriptors; remove it, or correct its name",
+        " charge, charging, descriptors; remove it, or correct its name",
         "::error file=100%25%2Ca.yaml,line=3,col=24,title=descriptors[0].share_threshold::found share_threshold of the"
         ' value "100%25", expected a value with *; end the value in *, or remove share_threshold',
         "2 problems; 1 file of rules read",

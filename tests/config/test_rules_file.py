@@ -13,7 +13,7 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 
 
 def rule_for(tree: Rules, domain: str, *entries: tuple[str, str]) -> Rule | None:
@@ -159,7 +159,7 @@ def test_every_key_of_ours_goes_into_the_rule(tmp_path: Path) -> None:
     )
     assert rule.limit == Limit(5, 1_000_000, 9, max_debt=7)
     assert rule.consistency is Consistency.LOCAL
-    assert (rule.charge_always, rule.retry_after, rule.body) == (True, True, "429")
+    assert (rule.charge, rule.retry_after, rule.body) == (Charge.ALWAYS, True, "429")
 
 
 def test_a_bucket_may_have_max_debt(tmp_path: Path) -> None:

@@ -34,17 +34,17 @@ BUCKET = "bucket: {capacity: 1, refillRate: 1}"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "1:1: found nothing, expected a mapping with the keys domain, descriptors"),
-        ("[]", "1:1: found an empty list, expected a mapping with the keys domain, descriptors"),
+        ("", "1:1: found nothing, expected a mapping with the keys domain, charge, charging, descriptors"),
+        ("[]", "1:1: found an empty list, expected a mapping with the keys domain, charge, charging, descriptors"),
         ("descriptors: []", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain:", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain: ~", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain: ''", f'1:1: domain: found "", {TEXT}; {ADD_DOMAIN}'),
         ("domain: [a]", f"1:1: domain: found a list, {TEXT}; {ADD_DOMAIN}"),
         ("domain: a\ndescriptor: []", '2:1: descriptor: found the unknown key "descriptor", expected one of domain,'
-         ' descriptors; did you mean "descriptors"?'),
-        ("domain: a\nxyz: []", '2:1: xyz: found the unknown key "xyz", expected one of domain, descriptors;'
-         f" {UNKNOWN}"),
+         ' charge, charging, descriptors; did you mean "descriptors"?'),
+        ("domain: a\nxyz: []", '2:1: xyz: found the unknown key "xyz", expected one of domain, charge, charging,'
+         f" descriptors; {UNKNOWN}"),
         ("domain: a\ndescriptors: {key: a}",
          "2:1: descriptors: found a mapping, expected a list, each item a descriptor"),
         ("domain: a\n0.25: b", '2:1: found 0.25 as a key, expected text as a key; write it in quotes: "0.25"'),
@@ -154,8 +154,8 @@ def test_broken_yaml_is_told_with_its_place_and_where_to_look(tmp_path: Path) ->
          "3:61: descriptors[0].max_debt: found 0, expected a whole number from 1 to 1024"),
         (f"{{key: a, {DAILY}, max_debt: 1025}}",
          "3:61: descriptors[0].max_debt: found 1025, expected a whole number from 1 to 1024"),
-        (f"{{key: a, {DAILY}, charge: never}}", '3:61: descriptors[0].charge: found "never", expected always; leave the'
-         " key out to charge only what is let through"),
+        (f"{{key: a, {DAILY}, charge: never}}", '3:61: descriptors[0].charge: found "never", expected one of admitted,'
+         " reported, always"),
         (f"{{key: a, {DAILY}, retry_after: 5}}", "3:61: descriptors[0].retry_after: found 5, expected true or false"),
         (f"{{key: a, {DAILY}, body: ''}}",
          '3:61: descriptors[0].body: found "", expected text of 1 to 16384 characters'),

@@ -71,7 +71,7 @@ def _seen_status(status: RateLimitResponse.DescriptorStatus) -> SeenStatus:
         limit=(limit.requests_per_unit, unit) if status.HasField("current_limit") else None,
         name=limit.name,
         remaining=status.limit_remaining,
-        reset=reset.seconds + reset.nanos / 1e9 if status.HasField("duration_until_reset") else None,
+        reset=reset.seconds if status.HasField("duration_until_reset") else None,
     )
 
 

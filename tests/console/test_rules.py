@@ -8,7 +8,7 @@ from observed import NOW_US, small_limiter
 from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.console.rules import MAX_PROBLEMS_SHOWN, describe_rules, dump_rules
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
 MINUTE_US = 60_000_000
@@ -29,7 +29,7 @@ RULES = Rules(
                         replaces=frozenset(("users", "all")),
                         shadow_mode=True,
                         quota_mode=True,
-                        charge_always=True,
+                        charge=Charge.ALWAYS,
                     )
                 ),
             },

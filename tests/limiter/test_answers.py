@@ -17,7 +17,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter import counts as counts_module
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -125,7 +125,7 @@ def test_buckets_of_limits_in_requests_are_known_to_peers_by_their_name() -> Non
 
 
 def test_hits_of_charge_always_count_into_debt() -> None:
-    limiter = make_limiter(rules_of(rule("tokens", charge_always=True)))
+    limiter = make_limiter(rules_of(rule("tokens", charge=Charge.ALWAYS)))
     assert decide(limiter, make_request({"tokens": "t"}, hits=30)).overall_code == OVER_LIMIT
     [bucket] = limiter.store
     assert bucket.debt == 20
@@ -222,12 +222,122 @@ def test_dynamic_metadata_tells_what_was_asked_and_has_the_metadata_of_the_rules
     assert MessageToDict(response.dynamic_metadata) == {
         "domain": "api",
         "hitsAddend": 3,
-        "descriptors": [
-            {"entries": ["a=1"], "hitsAddend": 3, "limit": {"requestsPerUnit": 10, "unit": "MINUTE"}},
-            {"entries": ["b=2"], "hitsAddend": 3, "limit": {"requestsPerUnit": 1, "unit": "MINUTE"}},
+        "descriptors": [{"entries": ["a=1"]}, {"entries": ["b=2"]}],
+        "applied": [
+            {"rule": "api.a", "hits": 3, "requestsPerUnit": 10, "unit": "MINUTE"},
+            {"rule": "api.b", "hits": 3, "requestsPerUnit": 1, "unit": "MINUTE"},
         ],
         "metadata": {"tier": "gold", "n": [1]},
     }
+
+
+def test_dynamic_metadata_has_limits_and_hits_where_the_request_brings_them_as_go_prints_them() -> None:
+    limiter = make_limiter(rules_of(rule("a")), Settings(dynamic_metadata=True))
+    request = RateLimitRequest.FromString(with_override(make_request({"a": "1"}), 2, RateLimitUnit.HOUR))
+    request.descriptors[0].hits_addend.value = 0
+    said = MessageToDict(decide(limiter, request.SerializeToString()).dynamic_metadata)
+    assert said["descriptors"] == [{"entries": ["a=1"], "limit": "requests_per_unit:2 unit:HOUR", "hitsAddend": 0}]
+    assert "hitsAddend" not in said
+
+
+def all_or_nothing(*rules: Rule) -> Rules:
+    return rules_of(*rules, all_or_nothing=frozenset(("api",)))
+
+
+WIDE, SMALL = {"wide": "1"}, {"small": "1"}
+
+
+@pytest.mark.parametrize("window", [None, *Window])
+def test_all_or_nothing_a_denied_request_charges_no_limit(window: Window | None) -> None:
+    limiter = make_limiter(all_or_nothing(rule("wide", 10, window), rule("small", 2, window)))
+    answers = [decide(limiter, make_request(WIDE, SMALL)) for _ in range(6)]
+    assert [answer.overall_code for answer in answers] == [OK, OK, *[OVER_LIMIT] * 4]
+    assert [[status.code for status in answer.statuses] for answer in answers[2:]] == [[OK, OVER_LIMIT]] * 4
+    assert [answer.statuses[0].limit_remaining for answer in answers] == [9, 8, 8, 8, 8, 8]
+    [wide, small] = [limiter.counts["api", f"api.{name}"] for name in ("wide", "small")]
+    assert (wide.ok, wide.tokens, small.over_limit, small.tokens) == (6, 2, 4, 2)
+    assert decide(limiter, make_request(WIDE, hits=8)).overall_code == OK
+
+
+def test_all_or_nothing_what_is_charged_always_is_charged_all_the_same() -> None:
+    limiter = make_limiter(all_or_nothing(rule("wide", charge=Charge.ALWAYS), rule("small", 0)))
+    assert decide(limiter, make_request(WIDE, SMALL, hits=4)).statuses[0].limit_remaining == 6
+    assert limiter.counts["api", "api.wide"].tokens == 4
+
+
+def test_all_or_nothing_limits_in_shadow_mode_and_single_quotas_hold_up_nothing() -> None:
+    limiter = make_limiter(
+        all_or_nothing(
+            rule("wide"),
+            rule("small", 0, shadow_mode=True),
+            rule("q1", 0, quota_mode=True),
+            rule("q2", quota_mode=True),
+        )
+    )
+    answer = decide(limiter, make_request(WIDE, SMALL, {"q1": "1"}, {"q2": "1"}))
+    assert answer.overall_code == OK
+    assert [status.limit_remaining for status in answer.statuses] == [9, 0, 0, 9]
+    assert decide(limiter, make_request(WIDE, {"q1": "1"})).overall_code == OVER_LIMIT
+    assert decide(limiter, make_request(WIDE)).statuses[0].limit_remaining == 8
+
+
+def test_all_or_nothing_is_a_matter_of_the_domain() -> None:
+    limiter = make_limiter(rules_of(rule("wide"), rule("small", 0), all_or_nothing=frozenset(("other",))))
+    assert decide(limiter, make_request(WIDE, SMALL)).statuses[0].limit_remaining == 9
+
+
+def with_own_hits(request: bytes, hits: int) -> bytes:
+    message = RateLimitRequest.FromString(request)
+    for descriptor in message.descriptors:
+        descriptor.hits_addend.value = hits
+    raw: bytes = message.SerializeToString()
+    return raw
+
+
+@pytest.mark.parametrize("window", [None, Window.SLIDING])
+def test_costs_that_are_reported_afterwards_count_though_they_are_more_than_is_left(window: Window | None) -> None:
+    """As Envoy Gateway asks: with no hits when the request comes, and with its cost when it is done."""
+    limiter = make_limiter(rules_of(rule("a", window=window, charge=Charge.REPORTED)))
+    check, report = with_own_hits(make_request({"a": "1"}), 0), with_own_hits(make_request({"a": "1"}), 10_000)
+    assert [decide(limiter, raw).overall_code for raw in (check, report, check)] == [OK, OVER_LIMIT, OVER_LIMIT]
+    assert limiter.counts["api", "api.a"].charged_hits == 10_000
+
+
+def test_hits_that_are_not_reported_by_the_descriptor_count_when_admitted_only() -> None:
+    limiter = make_limiter(rules_of(rule("a", charge=Charge.REPORTED)))
+    assert [decide(limiter, make_request({"a": "1"}, hits=11)).overall_code for _ in range(3)] == [OVER_LIMIT] * 3
+    assert decide(limiter, make_request({"a": "1"}, hits=10)).overall_code == OK
+
+
+def test_an_unlimited_rule_that_is_replaced_goes_on_saying_so() -> None:
+    limiter = make_limiter(
+        rules_of(
+            Rule("api.a", None, limit_name="free"),
+            rule("b", replaces=frozenset(("free", "own"))),
+            rule("c", limit_name="own"),
+        )
+    )
+    answer = decide(limiter, make_request({"a": "1"}, {"b": "1"}, {"c": "1"}))
+    assert [status.limit_remaining for status in answer.statuses] == [2**32 - 1, 9, 0]
+
+
+def test_a_value_that_is_a_pattern_itself_means_that_one() -> None:
+    patterns = WildcardSet(
+        [(text, RuleNode(rule(f"v_{text}", requests))) for text, requests in (("a*", 1), ("a*c", 2))]
+    )
+    limiter = make_limiter(Rules({"api": RuleNode(wildcards={"v": patterns})}))
+    limits = [
+        decide(limiter, make_request({"v": value})).statuses[0].current_limit.requests_per_unit
+        for value in ("abc", "a*c", "a*")
+    ]
+    assert limits == [1, 2, 1]
+
+
+def test_of_a_request_in_shadow_mode_that_crosses_the_limit_only_what_is_over_counts_as_let_pass() -> None:
+    limiter = make_limiter(rules_of(rule("a", window=Window.FIXED, shadow_mode=True)))
+    decide(limiter, make_request({"a": "1"}, hits=8))
+    decide(limiter, make_request({"a": "1"}, hits=5))
+    assert limiter.counts["api", "api.a"].shadow_mode_hits == 3
 
 
 def test_new_rules_keep_what_was_taken_and_enforce_the_new_limit() -> None:

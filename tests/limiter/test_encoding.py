@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import ceil
+
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,11 +37,9 @@ def test_codes_and_levels_are_what_protobuf_writes(
     for code, limit, remaining, reset_us in statuses:
         laid += encode_status(status_head(code, limit), remaining, reset_us)
         status = expected.statuses.add(code=code, current_limit=limit, limit_remaining=min(remaining, MAX_UINT32))
-        seconds, micros = divmod(min(reset_us, MAX_SECONDS * 1_000_000), 1_000_000)
         # Set in any case: a bucket that is full says so.
         status.duration_until_reset.SetInParent()
-        status.duration_until_reset.seconds = seconds
-        status.duration_until_reset.nanos = micros * 1_000
+        status.duration_until_reset.seconds = min(ceil(Fraction(reset_us, 1_000_000)), MAX_SECONDS)
     assert laid == expected.SerializeToString(deterministic=True)
 
 

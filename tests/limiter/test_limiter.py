@@ -9,7 +9,7 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_HITS, InvalidRequest
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
-from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
 VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
@@ -165,7 +165,7 @@ def test_a_descriptor_without_entries_is_not_limited_and_the_others_are() -> Non
 
 
 def test_hits_beyond_what_peers_can_be_told_count_as_the_most_they_can() -> None:
-    rule = Rule("api.slow", Limit(1, 10**6, 2**40), charge_always=True)
+    rule = Rule("api.slow", Limit(1, 10**6, 2**40), charge=Charge.ALWAYS)
     limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(rule)})}))
     request = RateLimitRequest.FromString(make_request({"slow": "1"}))
     request.descriptors[0].hits_addend.value = 2**64 - 1
