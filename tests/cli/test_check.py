@@ -96,8 +96,8 @@ def test_json_has_every_part_of_a_problem() -> None:
                 "found": 'the unknown key "descriptor"',
                 "expected": "one of domain, charge, charging, descriptors",
                 "fix": 'did you mean "descriptors"?',
-                "message": 'found the unknown key "descriptor", expected one of domain, charge, charging, descriptors; did you mean'
-                ' "descriptors"?',
+                "message": 'found the unknown key "descriptor", expected one of domain, charge, charging, descriptors;'
+                ' did you mean "descriptors"?',
             }
         ],
     }
