@@ -96,10 +96,11 @@ class FailureLog:
 
     def status_of(self, path: str, error: Exception) -> RpcError:
         """The status for the caller, who is not told what went wrong in here."""
-        self._log_first(path, error)
+        self.log_first(path, error)
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")
 
-    def _log_first(self, path: str, error: Exception) -> None:
+    def log_first(self, path: str, error: Exception) -> None:
+        """Log it when it is the first of its kind."""
         where = error.__traceback__
         while where is not None and where.tb_next is not None:
             where = where.tb_next

@@ -12,9 +12,11 @@ from typing import Final, Protocol
 
 from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
 from ratelimit_sidecar.limiter.plan import Plan
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
+from ratelimit_sidecar.server.rpc import Code, FailureLog, Handlers, Metadata, RpcError
 
 SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"
+
+_PATH: Final = f"/{SERVICE_NAME}/ShouldRateLimit"
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
@@ -56,10 +58,11 @@ class RateLimitService:
         self._now_us = now_us
         self._observe = latency.observe
         self._tracer = tracer
+        self._failures = FailureLog()
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {f"/{SERVICE_NAME}/ShouldRateLimit": self.should_rate_limit}
+        return {_PATH: self.should_rate_limit}
 
     def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
@@ -78,9 +81,13 @@ class RateLimitService:
             raise
         elapsed_ns = _perf_counter_ns() - started_ns
         self._observe(elapsed_ns)
-        parent = self._tracer.sampled(metadata)
-        if parent is not None:
-            ended_ns = time.time_ns()
-            plan = self._limiter.plan(request)
-            self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
+        try:
+            parent = self._tracer.sampled(metadata)
+            if parent is not None:
+                ended_ns = time.time_ns()
+                plan = self._limiter.plan(request)
+                self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
+        except Exception as error:
+            # An error in place of the answer would let pass what was denied.
+            self._failures.log_first(_PATH, error)
         return response

@@ -9,6 +9,7 @@ link to them once. Everything here runs on the event loop and waits for nothing;
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -23,6 +24,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency
+
+# They warn of each member of a `tracestate` that is none: whatever a caller sends would fill the log.
+for _name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 BATCH_SPAN = "replicate batch"

@@ -89,3 +89,14 @@ def test_a_fault_in_here_is_counted_and_passed_on() -> None:
 
 def test_its_method_is_envoys() -> None:
     assert list(service_with(Observed()).handlers()) == ["/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"]
+
+
+def test_tracing_that_fails_takes_no_answer_away(capfd: pytest.CaptureFixture[str]) -> None:
+    class Broken(Observed):
+        def sampled(self, metadata: Metadata) -> object | None:
+            raise RuntimeError("no tracing today")
+
+    service = service_with(Broken())
+    answers = {service.should_rate_limit(REQUEST, SAMPLED) for _ in range(3)}
+    assert [RateLimitResponse.FromString(answer).overall_code for answer in answers] == [RateLimitResponse.OK]
+    assert capfd.readouterr().out.count("rpc_failed") == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from observed import NOW_US, check_only, request, small_limiter
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -29,6 +32,24 @@ TRACEPARENT = f"00-{TRACE_ID}-{CALLER_ID}-01".encode()
 
 STARTED_NS = NOW_US * 1_000
 ENDED_NS = STARTED_NS + 25_000
+
+
+class LogCapture(logging.Handler):
+    """What is logged through `logging` meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def __enter__(self) -> LogCapture:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
 
 
 def headers(traceparent: bytes | None = TRACEPARENT, *more: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
@@ -254,3 +275,18 @@ def test_nothing_is_sampled_or_linked_while_tracing_is_off() -> None:
     tracer = NoTracer()
     assert tracer.sampled(headers()) is None
     assert tracer.batch_span("eu-1", [b"k"]) is None
+
+
+@given(
+    st.binary(max_size=60)
+    | st.builds(
+        lambda at, byte: TRACEPARENT[:at] + byte + TRACEPARENT[at + 1 :],
+        st.integers(0, 54),
+        st.binary(min_size=1, max_size=1),
+    ),
+    st.binary(max_size=80) | st.text("abc=,@* \t\xe9", max_size=60).map(str.encode),
+)
+def test_whatever_a_caller_says_of_its_trace_is_no_error_and_not_logged(traceparent: bytes, tracestate: bytes) -> None:
+    with LogCapture() as log:
+        Traced().tracer.sampled(headers(traceparent, (b"tracestate", tracestate)))
+    assert log.records == []
