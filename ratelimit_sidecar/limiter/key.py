@@ -41,7 +41,7 @@ PATTERN: Final = 4
 OVERRIDE: Final = 5
 """The request itself gave the limit."""
 OVERRIDE_LIMIT: Final = 6
-"""Last entry of such a bucket; key and value are requests per unit and unit."""
+"""Last entry of such a bucket; key and value are requests per unit, 0 for windows, and unit."""
 
 _KINDS: Final = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
 _WINDOWS_AND_TOKEN_BUCKET: Final = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)

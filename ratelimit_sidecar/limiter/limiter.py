@@ -171,7 +171,7 @@ class Limiter:
                 continue
             at_us = now_us - self.jumped_us if terms.is_strict else now_us
             bucket = step.bucket
-            if bucket is None or step.evicted != evicted:
+            if bucket is None or step.evicted != evicted or bucket.limit is not step.limit:
                 bucket = self._bucket(step, terms.limit, at_us)
                 if bucket.key != step.bucket_key:
                     self._note_overflow(plan.domain, step)
@@ -210,7 +210,7 @@ class Limiter:
                 continue
             at_us = now_us - self.jumped_us if terms.is_strict else now_us
             bucket = step.bucket
-            if bucket is None or step.evicted != self.store.evicted:
+            if bucket is None or step.evicted != self.store.evicted or bucket.limit is not step.limit:
                 bucket = self._bucket(step, terms.limit, at_us)
             if not bucket.would_admit(step.hits, at_us):
                 if terms.is_quota:
@@ -259,20 +259,25 @@ class Limiter:
         except StoreFull:
             return self._overflow_bucket(step, at_us)
         if not step.terms.is_strict:
-            step.bucket, step.evicted = bucket, self.store.evicted
+            step.bucket, step.evicted, step.limit = bucket, self.store.evicted, bucket.limit
         return bucket
 
     def _overflow_bucket(self, step: Step, at_us: int) -> Bucket:
         for key in overflow_keys(step.bucket_key):
-            # A limit that the request brings is rounded in the name, so that there are few of them.
-            rule = self.rules.rule_of_key(key)
-            assert rule is not None
-            assert rule.limit is not None
+            limit = step.terms.limit
+            if not isinstance(limit, WindowLimit):
+                # One that the request brings is rounded in the name, so that there are few of them.
+                limit = self._limit_of_key(key)
+            assert limit is not None
             try:
-                return self._bucket_of_key(step, key, rule.limit, at_us)
+                return self._bucket_of_key(step, key, limit, at_us)
             except StoreFull:
                 continue
         raise AssertionError("the last overflow bucket of a rule has room always")
+
+    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
+        rule = self.rules.rule_of_key(key)
+        return None if rule is None else rule.limit
 
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
         if step.terms.is_strict:

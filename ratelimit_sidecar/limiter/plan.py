@@ -51,6 +51,7 @@ class Step:
         charges_denied: they count when they are denied, be it so or because the algorithm counts them.
         bucket: where it took from last.
         evicted: the store's count of dropped buckets then. While it stands, `bucket` is still the one.
+        limit: what the bucket enforced then; a limit in another request may have taken its place.
     """
 
     terms: Terms
@@ -61,6 +62,7 @@ class Step:
     charges_denied: bool = False
     bucket: Bucket | None = field(default=None, compare=False, repr=False)
     evicted: int = field(default=-1, compare=False, repr=False)
+    limit: AnyLimit | None = field(default=None, compare=False, repr=False)
 
     @property
     def rule(self) -> Rule | None:

@@ -10,7 +10,7 @@ Envoy's RateLimitDescriptor; the order is that of envoyproxy/ratelimit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -218,8 +218,9 @@ class Rules:
     def match(self, domain: str, entries: Sequence[tuple[str, str]]) -> Match | None:
         """The rule for one descriptor; None when it is not limited."""
         levels = self.walk(domain, entries)
-        if len(levels) == len(entries) and levels and levels[-1].node.rule is not None:
-            return _match_of_levels(domain, levels, levels[-1].node.rule)
+        rule = _rule_of_levels(levels, entries)
+        if rule is not None:
+            return _match_of_levels(domain, levels, rule)
         if self.unruled is not None:
             key_entries = [KeyEntry(UNRULED, bounded(key), bounded(value)) for key, value in entries]
             key = encode_bucket_key(self.unruled.form, bounded(domain), key_entries)
@@ -227,12 +228,27 @@ class Rules:
         return None
 
     def override(self, domain: str, entries: Sequence[tuple[str, str]], requests: int, unit: Unit) -> Match | None:
-        """The rule for a descriptor that brings its own limit; None when the domain has no rules."""
+        """The rule for a descriptor that brings its own limit; None when the domain has no rules.
+
+        Windows are counted by the unit, whatever the limit, as in envoyproxy/ratelimit: a lower limit finds what is
+        already used, also by requests that bring none, where the descriptor's rule is of the same unit. A token bucket
+        has a rate, so each limit has one of its own.
+        """
         if domain not in self.domains:
             return None
         rule = self._override_rule(domain, requests, unit)
+        if self.override_window is not None:
+            levels = self.walk(domain, entries)
+            beside = _rule_of_levels(levels, entries)
+            if beside is not None and beside.unit is unit and not any(level.node.shares_bucket for level in levels):
+                rule = replace(rule, consistency=beside.consistency)
+                if rule.form == beside.form:
+                    key = _match_of_levels(domain, levels, beside).bucket_key
+                    return Match(rule, key, rule.name, is_override=True)
+                rule = replace(rule, consistency=self.override_consistency)
         key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
-        key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(requests), unit.name))
+        counted = requests if self.override_window is None else 0
+        key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
         return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name, is_override=True)
 
     def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[Level]:
@@ -358,6 +374,11 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
         return wildcards.node_of(value) if wildcards is not None else None
     # The pattern before it has led to the node already.
     return node if kind == WILDCARD_VALUE else None
+
+
+def _rule_of_levels(levels: Sequence[Level], entries: Sequence[tuple[str, str]]) -> Rule | None:
+    """The rule that applies: its depth equals the number of entries."""
+    return levels[-1].node.rule if levels and len(levels) == len(entries) else None
 
 
 def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:

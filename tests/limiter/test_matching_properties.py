@@ -20,7 +20,7 @@ from limiter.naive_rules import (
     values_for,
 )
 
-from ratelimit_sidecar.crdt.limit import Limit, Window
+from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Match, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -128,7 +128,7 @@ def test_what_no_rule_limits_belongs_to_the_bucket_for_all_else_with_all_its_val
 
 
 @given(st.data(), st.integers(0, MAX_REQUESTS_PER_UNIT), st.sampled_from(Unit), st.none() | st.sampled_from(Window))
-def test_a_limit_in_the_request_is_its_own_rule_and_has_a_bucket_for_each_pair_of_values_and_limit(
+def test_a_limit_in_the_request_has_a_bucket_for_all_its_values_and_the_limit_or_for_windows_the_unit(
     data: st.DataObject, requests_per_unit: int, unit: Unit, window: Window | None
 ) -> None:
     file = data.draw(files())
@@ -142,15 +142,25 @@ def test_a_limit_in_the_request_is_its_own_rule_and_has_a_bucket_for_each_pair_o
 
     given_limit = override(entries, requests_per_unit, unit)
     assert (given_limit.rule.requests_per_unit, given_limit.rule.unit) == (requests_per_unit, unit)
-    assert rules.rule_of_key(given_limit.bucket_key) == given_limit.rule
     other_unit = Unit.DAY if unit is not Unit.DAY else Unit.HOUR
     others = [
         override([*entries, ("a", "")], requests_per_unit, unit),
-        override(entries, requests_per_unit ^ 1, unit),
         override(entries, requests_per_unit, other_unit),
     ]
+    other_limit = override(entries, requests_per_unit ^ 1, unit)
     configured = rules.match(DOMAIN, entries)
-    others += [configured] if configured is not None else []
+    found = rules.rule_of_key(given_limit.bucket_key)
+    assert found is not None
+    if window is None:
+        assert found == given_limit.rule
+        others += [other_limit, *([configured] if configured is not None else [])]
+    else:
+        # Counted by the unit alone, and with what its rule counts by the same.
+        assert isinstance(found.limit, WindowLimit)
+        assert found.limit.period_us == unit.value * 1_000_000
+        assert other_limit.bucket_key == given_limit.bucket_key
+        if configured is not None and configured.bucket_key == given_limit.bucket_key:
+            assert (configured.rule.unit, configured.rule.form) == (unit, given_limit.rule.form)
     assert given_limit.bucket_key not in {other.bucket_key for other in others}
 
 
