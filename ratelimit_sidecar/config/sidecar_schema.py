@@ -381,6 +381,11 @@ class AnswersConfig(Section):
     response_headers: ResponseHeadersConfig = Field(
         default_factory=ResponseHeadersConfig, description="Headers that tell callers the limit nearest to its end."
     )
+    all_limits: Flag = Field(
+        _SETTINGS.all_limits,
+        description="Tell callers in every answer of all limits that the request met, not only of the one that denies:"
+        " in the lists `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers.",
+    )
     dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
         _SETTINGS.dynamic_metadata,
         description="Tell Envoy what was asked, and the `metadata` of the rules that let it through, as dynamic"
@@ -468,6 +473,7 @@ class SidecarConfig(Section):
             response_headers=(
                 ResponseHeaders(headers.limit, headers.remaining, headers.reset) if headers.enabled else None
             ),
+            all_limits=answers.all_limits,
             dynamic_metadata=answers.dynamic_metadata,
         )
 

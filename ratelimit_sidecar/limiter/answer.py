@@ -3,7 +3,8 @@
 Three kinds of headers can tell callers about their limit: envoyproxy/ratelimit's three, on every answer
 (LIMIT_RESPONSE_HEADERS_ENABLED); and for a denial by a rule with `retry_after` Retry-After (RFC 9110, section 10.2.3)
 with the fields of draft-ietf-httpapi-ratelimit-headers, in its current form (RateLimit-Policy, RateLimit) and in
-that of its older versions (RateLimit-Limit, -Remaining, -Reset). Envoy itself can add its x-ratelimit headers.
+that of its older versions (RateLimit-Limit, -Remaining, -Reset). In the current form all limits that a request met can
+be told of, each an item of the two lists, in every answer. Envoy itself can add its x-ratelimit headers.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ _MAX_UINT32: Final = 2**32 - 1
 _OLD_HEADERS: Final = ResponseHeaders()
 
 
-class _Denial(NamedTuple):
+class _LimitMet(NamedTuple):
+    """A descriptor that met a limit."""
+
     step: Step
     rule: Rule
     bucket: Bucket
+    is_denied: bool
 
     @property
     def fits_in_us(self) -> int:
@@ -49,7 +53,7 @@ class Extras:
         """True when an answer to a descriptor under that rule may get any."""
         if self._settings.response_headers is not None or self._settings.dynamic_metadata:
             return True
-        return rule is not None and (rule.retry_after or bool(rule.body))
+        return rule is not None and (self._settings.all_limits or rule.retry_after or bool(rule.body))
 
     def add(self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> None:
         """Args:
@@ -58,12 +62,10 @@ class Extras:
         names = self._settings.response_headers
         if names is not None:
             self._add_limit_headers(response, plan, names)
+        if self._settings.all_limits:
+            _add_list_headers(response, _limits_met(response, plan, buckets))
         if response.overall_code == _OVER_LIMIT:
-            denials = [
-                _Denial(step, step.rule, bucket)
-                for step, bucket, status in zip(plan.steps, buckets, response.statuses, strict=True)
-                if status.code == _OVER_LIMIT and step.rule is not None and bucket is not None
-            ]
+            denials = [met for met in _limits_met(response, plan, buckets) if met.is_denied]
             bodies = [denial.rule.body for denial in denials if denial.rule.body]
             if bodies:
                 response.raw_body = bodies[0].encode()
@@ -73,7 +75,11 @@ class Extras:
                 default=None,
             )
             if longest is not None:
-                _add_retry_headers(response, longest, with_old_headers=names is None)
+                _add_headers(response, ("Retry-After", _seconds(longest.fits_in_us)))
+                if not self._settings.all_limits:
+                    _add_list_headers(response, [longest])
+                if names is None:
+                    _add_old_headers(response, longest.bucket)
         if plan.metadata is not None:
             response.dynamic_metadata.update(plan.metadata)
             merged = _metadata_of_rules(response, plan)
@@ -104,24 +110,33 @@ class Extras:
         )
 
 
-def _add_retry_headers(response: RateLimitResponse, denial: _Denial, *, with_old_headers: bool) -> None:
-    bucket, limit = denial.bucket, denial.bucket.limit
-    wait = _seconds(denial.fits_in_us)
-    reset = _seconds(bucket.full_in_us)
-    name = _structured_string(denial.rule.limit_name or denial.rule.name)
+def _limits_met(response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> list[_LimitMet]:
+    return [
+        _LimitMet(step, step.rule, bucket, status.code == _OVER_LIMIT)
+        for step, bucket, status in zip(plan.steps, buckets, response.statuses, strict=True)
+        if step.rule is not None and bucket is not None
+    ]
+
+
+def _add_list_headers(response: RateLimitResponse, limits: Sequence[_LimitMet]) -> None:
+    """draft-ietf-httpapi-ratelimit-headers-10: lists, with an item for each limit."""
+    policies, levels = [], []
+    for met in limits:
+        name, bucket = _structured_string(met.rule.limit_name or met.rule.name), met.bucket
+        again_us = met.fits_in_us if met.is_denied else bucket.full_in_us
+        policies.append(f"{name};q={bucket.limit.capacity};w={_window_seconds(bucket.limit)}")
+        levels.append(f"{name};r={bucket.remaining};t={_seconds(again_us)}")
+    if limits:
+        _add_headers(response, ("RateLimit-Policy", ", ".join(policies)), ("RateLimit", ", ".join(levels)))
+
+
+def _add_old_headers(response: RateLimitResponse, bucket: Bucket) -> None:
     _add_headers(
         response,
-        ("Retry-After", wait),
-        ("RateLimit-Policy", f"{name};q={limit.capacity};w={_window_seconds(limit)}"),
-        ("RateLimit", f"{name};r={bucket.remaining};t={wait}"),
+        (_OLD_HEADERS.limit, bucket.limit.capacity),
+        (_OLD_HEADERS.remaining, bucket.remaining),
+        (_OLD_HEADERS.reset, _seconds(bucket.full_in_us)),
     )
-    if with_old_headers:
-        _add_headers(
-            response,
-            (_OLD_HEADERS.limit, limit.capacity),
-            (_OLD_HEADERS.remaining, bucket.remaining),
-            (_OLD_HEADERS.reset, reset),
-        )
 
 
 def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> None:

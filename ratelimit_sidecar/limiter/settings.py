@@ -21,6 +21,7 @@ class Settings:
     quota_mode: every rule is in quota mode.
     near_limit_ratio: hits above this part of a limit count as near it; 0 to 1.
     response_headers: None for none.
+    all_limits: every answer tells of all limits that the request met, in RateLimit-Policy and RateLimit.
     dynamic_metadata: answers carry what was asked and the metadata of the rules that passed.
     """
 
@@ -28,4 +29,5 @@ class Settings:
     quota_mode: bool = False
     near_limit_ratio: float = 0.8
     response_headers: ResponseHeaders | None = None
+    all_limits: bool = False
     dynamic_metadata: bool = False

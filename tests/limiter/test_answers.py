@@ -207,6 +207,20 @@ def test_a_window_says_when_it_has_room_again(window: Window, seconds: str) -> N
     assert headers_of(response)["Retry-After"] == seconds
 
 
+@pytest.mark.parametrize("retry_after", [False, True])
+def test_all_limits_that_a_request_met_can_be_told_of_in_every_answer(retry_after: bool) -> None:
+    rules = rules_of(
+        rule("a", 10, limit_name="wide", retry_after=retry_after), rule("b", 2, Window.FIXED), Rule("api.c", None)
+    )
+    limiter = make_limiter(rules, Settings(all_limits=True))
+    request = make_request({"a": "1"}, {"b": "1"}, {"c": "1"}, {"unknown": "1"})
+    policy = '"wide";q=10;w=60, "api.b";q=2;w=60'
+    admitted, _, denied = (headers_of(decide(limiter, request)) for _ in range(3))
+    assert admitted == {"RateLimit-Policy": policy, "RateLimit": '"wide";r=9;t=6, "api.b";r=1;t=60'}
+    assert denied == {"RateLimit-Policy": policy, "RateLimit": '"wide";r=7;t=18, "api.b";r=0;t=60'}
+    assert headers_of(decide(limiter, make_request({"unknown": "1"}))) == {}
+
+
 def test_a_denial_has_the_rules_body_and_an_admission_has_none() -> None:
     limiter = make_limiter(rules_of(rule("a", 1, body="slow down, ünïcorn")))
     assert decide(limiter, make_request({"a": "1"})).raw_body == b""
