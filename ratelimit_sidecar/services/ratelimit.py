@@ -87,7 +87,7 @@ class RateLimitService:
                 ended_ns = time.time_ns()
                 plan = self._limiter.plan(request)
                 self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
-        except Exception as error:
+        except Exception as failure:
             # An error in place of the answer would let pass what was denied.
-            self._failures.log_first(_PATH, error)
+            self._failures.log_first(_PATH, failure)
         return response
