@@ -33,11 +33,13 @@ from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -58,6 +60,9 @@ from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
+
+RESTORE_SECONDS = 2.0
+"""What reading the snapshot gets before Envoy is answered; a large one is read on while it is."""
 
 JOIN_SECONDS = 10.0
 """What reachable peers get to tell what they know before the sidecar says it is ready."""
@@ -115,6 +120,7 @@ class Sidecar:
         self._clock = Clock()
         self._stop = asyncio.Event()
         self._joined = False
+        self._restoring: asyncio.Task[None] | None = None
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
@@ -135,6 +141,15 @@ class Sidecar:
             lending=None if ledger is None else Lending(ledger, self._strict_us),
         )
         self._mesh.use_rules(rules.digest)
+        self._snapshots: Snapshots | None = None
+        if config.persistence is not None:
+            self._snapshots = Snapshots(
+                config.persistence.file,
+                self._limiter.store,
+                self._clock.now_us,
+                self._local_limit_of_key,
+                config.persistence.every_seconds,
+            )
         latency = LatencyHistogram()
         self._stalls = StallMonitor()
         service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
@@ -165,6 +180,7 @@ class Sidecar:
                 loop=self._stalls,
                 front_end=self._h2,
                 listener_certificate=certificate,
+                state=None if self._snapshots is None else self._snapshots.status,
             )
         )
         console_app = console.create_app(
@@ -197,21 +213,28 @@ class Sidecar:
         missing = []
         if not self._front_end.ready.is_set():
             missing.append("the gRPC front end is starting")
-        if self._reloader.has_rules.is_set() and not self._joined:
-            missing.append("peers have not yet told all they know")
+        if self._reloader.has_rules.is_set():
+            if self._restoring is not None and not self._restoring.done():
+                missing.append("the snapshot is being read")
+            if not self._joined:
+                missing.append("peers have not yet told all they know")
         return missing
 
     def degraded(self) -> list[str]:
         """What the sidecar does worse than it could, in words; it is ready all the same."""
+        degraded = []
         if self._h2 is not None and self._h2.is_shedding:
-            return ["calls or connections were refused in the last minute, since others take too much room"]
-        return []
+            degraded.append("calls or connections were refused in the last minute, since others take too much room")
+        if self._snapshots is not None and self._snapshots.status.trouble:
+            degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
+        return degraded
 
     async def run(self) -> None:
         """Answer until SIGTERM or SIGINT, then drain.
 
         Raises:
             ListenError: an address cannot be listened on.
+            StateError: the file of the state cannot be this process's.
             ExceptionGroup: a part has failed; the others are closed.
         """
         loop = asyncio.get_running_loop()
@@ -239,8 +262,11 @@ class Sidecar:
                     replicating.cancel()
                 await asyncio.wait([replicating])
                 await self._console.stop()
+                is_restored = self._restoring is None or self._restoring.done()
                 for chore in chores:
                     chore.cancel()
+                if self._snapshots is not None and is_restored:
+                    await self._snapshots.save(at_once=True)
         finally:
             await self._tracing.close()
         _log.info("stopped")
@@ -249,6 +275,8 @@ class Sidecar:
         """What is done beside answering, until the stop."""
         yield self._source.run(self._reloader)
         yield self._join()
+        if self._snapshots is not None:
+            yield self._keep(self._snapshots)
         yield self._slew()
         yield self._stalls.run()
         yield self._sweep(self._limiter.store, self._clock.now_us)
@@ -256,12 +284,18 @@ class Sidecar:
             yield self._sweep(self._limiter.ledger, self._strict_us)
 
     async def _open(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.lock()
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
             if self._reloader.has_rules.is_set():
                 await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
+            if self._snapshots is not None:
+                self._restoring = asyncio.create_task(self._restore(self._snapshots))
+                if self._reloader.has_rules.is_set():
+                    await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
             opened.pop_all()
 
@@ -278,11 +312,25 @@ class Sidecar:
             await self._start_mesh()
         await self._mesh.run()
 
+    async def _restore(self, snapshots: Snapshots) -> None:
+        # Of what has no rule nothing is kept.
+        await self._reloader.has_rules.wait()
+        await snapshots.load()
+
+    async def _keep(self, snapshots: Snapshots) -> None:
+        if self._restoring is not None:
+            await self._restoring
+        # Not before: a snapshot of half of the state would take the place of all of it.
+        await snapshots.run()
+
     async def _join(self) -> None:
         await self._front_end.ready.wait()
         self._health.changed()
         await self._reloader.has_rules.wait()
         self._health.changed()
+        if self._restoring is not None:
+            await asyncio.wait([self._restoring])
+            self._health.changed()
         if not await self._mesh.joined(JOIN_SECONDS):
             _log.warning("not_joined", waited_seconds=JOIN_SECONDS, peers=self._config.sync.peers)
         self._joined = True
@@ -304,6 +352,9 @@ class Sidecar:
             self._source.ask()
         else:
             _log.info("nothing_to_reload", reason="the xDS server sends rules by itself")
+
+    def _local_limit_of_key(self, key: bytes) -> AnyLimit | None:
+        return self._limiter.rules.local_limit_of_key(key)
 
     def _strict_us(self) -> int:
         """The clock of strict limits, which never steps."""

@@ -14,6 +14,7 @@ from ratelimit_sidecar.app import FrontEndKind, Sidecar
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.reference import describe_schema
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
+from ratelimit_sidecar.persistence.snapshots import StateError
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.logs import configure_logs
@@ -50,7 +51,8 @@ def serve(config_path: Path | None, frontend: str) -> None:
 
     With no file and no flags it listens for Envoy on port 8081 and for operators on 127.0.0.1:8080, and limits nothing.
     SIGTERM and SIGINT drain: calls in flight are answered, peers are told what was admitted, and it exits with 0.
-    Exits with 2 when the configuration is broken, with 1 when an address is taken.
+    Exits with 2 when the configuration is broken, with 1 when an address or the file of
+    its state is taken.
     """
     try:
         configure_logs(os.environ)
@@ -60,7 +62,7 @@ def serve(config_path: Path | None, frontend: str) -> None:
     except (ConfigError, TracingError, ValueError) as error:
         click.echo(str(error), err=True)
         sys.exit(BAD_CONFIGURATION)
-    except ListenError as error:
+    except (ListenError, StateError) as error:
         click.echo(str(error), err=True)
         sys.exit(1)
 

@@ -70,7 +70,10 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
     listen = config.listen
     if listen.tls is not None:
         listen = listen.model_copy(update={"tls": _with_tls_paths(listen.tls, "listen.tls", completed, folder)})
-    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync, "listen": listen})
+    kept = config.persistence
+    if kept is not None:
+        kept = kept.model_copy(update={"file": folder / kept.file})
+    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept})
 
 
 T = TypeVar("T", SyncTlsConfig, XdsTlsConfig, ListenTlsConfig)

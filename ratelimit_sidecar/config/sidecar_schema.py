@@ -40,6 +40,7 @@ DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
 """Where the mesh is neither encrypted nor said to need no encryption."""
 
 MAX_PATTERN_CHARS = 255
+MAX_SNAPSHOT_SECONDS = 3_600
 MAX_NAME_CHARS = 128
 MAX_RETRY_SECONDS = 3_600
 MAX_AGE_SECONDS = 31_536_000
@@ -175,6 +176,12 @@ RetrySeconds = Annotated[
     BeforeValidator(_to_float),
     Field(ge=0.2, le=MAX_RETRY_SECONDS),
     Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", of="plain"),
+]
+SnapshotSeconds = Annotated[
+    float,
+    BeforeValidator(_to_float),
+    Field(ge=1, le=MAX_SNAPSHOT_SECONDS),
+    Expected(f"a number from 1 to {MAX_SNAPSHOT_SECONDS}", of="plain"),
 ]
 AgeSeconds = Annotated[
     float,
@@ -365,6 +372,19 @@ class ResponseHeadersConfig(Section):
     )
 
 
+class PersistenceConfig(Section):
+    """Where buckets are kept across restarts. Without it a sidecar that starts knows what its peers tell it."""
+
+    file: FilePath = Field(
+        description="The file of the latest snapshot, on a disk that outlives the process. A sidecar has its own."
+    )
+    every_seconds: Annotated[SnapshotSeconds, ShownDefault("10")] = Field(
+        10.0,
+        description="Seconds between snapshots, at least: one takes no more than a twentieth of the processor's time. A"
+        " process that is killed loses what was taken since the last one.",
+    )
+
+
 class AnswersConfig(Section):
     """What holds for every answer to Envoy, whichever rule it comes from."""
 
@@ -431,6 +451,9 @@ class SidecarConfig(Section):
         DEFAULT_MAX_BUCKETS,
         description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. A rule that"
         " takes too many of them has overflow buckets, which new keys share; no live bucket is forgotten.",
+    )
+    persistence: PersistenceConfig | None = Field(
+        None, description="Where buckets are kept across restarts; not at all when this key is not there."
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,

@@ -106,18 +106,28 @@ class Store:
         limit = self.limit_of_key(key)
         return None if limit is None else self.join(key, limit, base, entries, now_us)
 
-    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Iterable[Entry], now_us: int) -> int:
+    def join(
+        self,
+        key: bytes,
+        limit: AnyLimit,
+        base: Base | None,
+        entries: Iterable[Entry],
+        now_us: int,
+        *,
+        replicated: bool = True,
+    ) -> int:
         """Join what a peer says of one bucket; without room for a new one nothing is kept.
 
         Args:
             limit: what `limit_of_key` says of the key.
             base: its deficit scaled by the period of that limit.
+            replicated: as for `bucket`.
 
         Returns:
             The number of entries that told something new.
         """
         try:
-            bucket = self.bucket(key, limit, now_us)
+            bucket = self.bucket(key, limit, now_us, replicated=replicated)
         except StoreFull:
             self.refused_keys += 1
             return 0

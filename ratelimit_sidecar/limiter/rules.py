@@ -297,6 +297,10 @@ class Rules:
         """The limit of a bucket whose consumption peers tell each other; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.EVENTUAL)
 
+    def local_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
+        """The limit of a bucket that this replica shares with nobody; None when there is no such rule here."""
+        return self._limit_of_key(bucket_key, Consistency.LOCAL)
+
     def strict_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
         """The limit of a bucket that peers lend each other shares of; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.STRICT)

@@ -168,19 +168,30 @@ class DeltasReader:
         self._left = iter(deltas.buckets)
         self._entries = 0
 
-    def apply(self, store: Store, now_us: int, on_news: OnNews | None = None) -> Applied:
+    def apply(
+        self,
+        store: Store,
+        now_us: int,
+        on_news: OnNews | None = None,
+        *,
+        local_limit_of_key: LimitOfKey | None = None,
+    ) -> Applied:
         """Join the next piece of the frame into `store`.
+
+        Args:
+            local_limit_of_key: for a frame of buckets that are not replicated, as a snapshot has them.
 
         Raises:
             ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
         applied = Applied()
-        if self._limit_of_key is not store.limit_of_key:
-            self._limit_of_key = store.limit_of_key
+        limit_of_key = local_limit_of_key or store.limit_of_key
+        if self._limit_of_key is not limit_of_key:
+            self._limit_of_key = limit_of_key
             self._limits.clear()
         for delta in self._left:
-            key, limit = self._read_key(delta, store.limit_of_key)
+            key, limit = self._read_key(delta, limit_of_key)
             entries: list[Entry] = []
             for run in delta.runs:
                 _read_run(run, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
@@ -190,7 +201,10 @@ class DeltasReader:
             if limit is None:
                 applied.unknown_keys += 1
             else:
-                news = store.join(key, limit, base, entries, now_us)
+                if local_limit_of_key is None:
+                    news = store.join(key, limit, base, entries, now_us)
+                else:
+                    news = store.join(key, limit, base, entries, now_us, replicated=False)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None

@@ -137,6 +137,21 @@ class FrontEndStatus(Protocol):
     def refused_calls(self) -> Mapping[str, int]: ...
 
 
+class StateStatus(Protocol):
+    """What is read of the snapshots (`ratelimit_sidecar.persistence.snapshots.SnapshotStatus`, a layer above)."""
+
+    @property
+    def taken(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def buckets(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def last_us(self) -> int | None: ...
+
+
 class RulesStatus(Protocol):
     """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
 
@@ -166,6 +181,7 @@ class Sources:
         loop: None where nobody measures it.
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
+        state: None where it is not kept.
     """
 
     node: str
@@ -180,6 +196,7 @@ class Sources:
     loop: LoopStatus | None = None
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
+    state: StateStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +360,22 @@ def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snaps
     return read
 
 
+def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    def read(at: Snapshot) -> Iterator[Sample]:
+        number = None if at.sources.state is None else value(at.sources.state)
+        if number is not None:
+            yield "", (at.sources.region,), number
+
+    return read
+
+
+def _read_snapshots(at: Snapshot) -> Iterator[Sample]:
+    state, region = at.sources.state, at.sources.region
+    if state is not None:
+        yield "", (region, "written"), state.taken
+        yield "", (region, "failed"), state.failed
+
+
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
 ) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -407,6 +440,41 @@ METRICS: tuple[Definition, ...] = (
         ("reason",),
         "Requests answered with a gRPC error, by reason.",
         _read_request_errors,
+    ),
+    Definition(
+        "ratelimit_ignored_overrides_total",
+        "counter",
+        ("region",),
+        "Limits in requests that were not enforced because their unit is unknown; the rule's limit held.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.ignored_overrides)],
+    ),
+    Definition(
+        "ratelimit_snapshots_total",
+        "counter",
+        ("region", "result"),
+        "Snapshots of the buckets that were written, or could not be; absent without `persistence`, as the next three.",
+        _read_snapshots,
+    ),
+    Definition(
+        "ratelimit_snapshot_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When the latest snapshot was begun, in seconds since the epoch.",
+        _read_state(lambda state: None if state.last_us is None else state.last_us / 1e6),
+    ),
+    Definition(
+        "ratelimit_snapshot_buckets",
+        "gauge",
+        ("region",),
+        "Buckets in the latest snapshot.",
+        _read_state(lambda state: state.buckets),
+    ),
+    Definition(
+        "ratelimit_snapshot_bytes",
+        "gauge",
+        ("region",),
+        "Size of the latest snapshot.",
+        _read_state(lambda state: state.bytes),
     ),
     Definition(
         "ratelimit_connections",

@@ -23,7 +23,10 @@ LISTEN = "expected an address to listen on, host:port, [ipv6]:port or unix:/path
 LISTEN_TCP = "expected an address to listen on, host:port or [ipv6]:port"
 PEER = "expected the address of a peer, host:port or [ipv6]:port"
 RATE = "expected a number above 0 with at most 12 digits, 9 of them after the point"
-KEYS = "node, listen, rules, merge_domains, algorithm, charge, charging, xds, sync, bucket, max_buckets, answers"
+KEYS = (
+    "node, listen, rules, merge_domains, algorithm, charge, charging, xds, sync, bucket, max_buckets, persistence,"
+    " answers"
+)
 TOP_KEYS = f"expected one of {KEYS}"
 NO_TYPO = "remove it, or correct its name"
 

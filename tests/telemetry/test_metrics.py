@@ -26,6 +26,15 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
 
 @dataclass
+class State:
+    taken: int = 3
+    failed: int = 1
+    buckets: int = 20
+    bytes: int = 900
+    last_us: int | None = 1_790_000_000_000_000
+
+
+@dataclass
 class Certificate:
     not_after_s: float | None = 1_800_000_000.5
     failed_renewals: int = 3
@@ -72,6 +81,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         loop=Loop(),
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
+        state=State(),
     )
 
 

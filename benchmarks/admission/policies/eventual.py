@@ -62,9 +62,18 @@ class _CountingStore(Store):
         """Tokens of other origins that have ever entered the bucket by their slots."""
         self._counted: dict[tuple[Origin, int], int] = {}
 
-    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Iterable[Entry], now_us: int) -> int:
+    def join(
+        self,
+        key: bytes,
+        limit: AnyLimit,
+        base: Base | None,
+        entries: Iterable[Entry],
+        now_us: int,
+        *,
+        replicated: bool = True,
+    ) -> int:
         entries = list(entries)
-        news = super().join(key, limit, base, entries, now_us)
+        news = super().join(key, limit, base, entries, now_us, replicated=replicated)
         taken = self._buckets[key].taken
         for origin, slot, tokens in entries:
             # One that came after its slot was sealed has been ignored.

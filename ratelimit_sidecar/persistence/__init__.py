@@ -1,0 +1,1 @@
+"""What survives a restart: snapshots of all buckets in a file."""

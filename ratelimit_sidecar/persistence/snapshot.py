@@ -1,0 +1,210 @@
+"""A snapshot of all buckets as bytes: what they hold, told as a peer would be told it.
+
+    file = magic { record }*         record = kind:1 length:4 crc32:4 payload
+
+The first record is a Header, the last an End, and those between are Deltas of the replication protocol: a node that
+starts again hears from its file what a peer would tell it, with the same checks, and joins it as idempotently. What it
+took in its last life stays that life's, since it is another origin now. Numbers are little-endian; the checksum is of
+kind, length and payload.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+from zlib import crc32
+
+from google.protobuf.message import DecodeError
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.store import LimitOfKey, Store
+from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
+from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
+from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
+
+MAGIC: Final = b"rlsidec\x01"
+"""The last byte is the version of the format."""
+
+HEADER: Final = 1
+REPLICATED: Final = 2
+"""Deltas of buckets that peers know."""
+LOCAL: Final = 3
+"""Deltas of buckets of this replica alone."""
+END: Final = 4
+
+RECORD_BUCKETS: Final = 256
+RECORD_ENTRIES: Final = 4_096
+MAX_RECORD_BYTES: Final = 64 * 1_024 * 1_024
+"""Far above what is written, which the longest names of 256 buckets bound."""
+
+_HEAD: Final = struct.Struct("<BII")
+
+
+class BadSnapshot(Exception):
+    """Bytes that are no whole snapshot; its text says why, and completes "the snapshot ..."."""
+
+
+@dataclass(slots=True)
+class Written:
+    """What a snapshot has come to so far."""
+
+    buckets: int = 0
+    bytes: int = 0
+
+
+def snapshot(store: Store, begun_at_us: int, written: Written) -> Iterator[bytes]:
+    """The snapshot of a store that may change meanwhile, in pieces, some of them empty: after each of them others may
+    have their turn. A bucket is told of as it is when its turn comes, so what is taken later may be missing.
+
+    Args:
+        written: is filled in.
+    """
+    yield _counted(MAGIC, written)
+    header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=begun_at_us)
+    yield _counted(_record(HEADER, header.SerializeToString()), written)
+    writers = {kind: DeltasWriter(store.origin) for kind in (REPLICATED, LOCAL)}
+    pace = Pace()
+    for bucket in store.walk():
+        kind = LOCAL if bucket.journal is None else REPLICATED
+        entries = list(bucket.entries())
+        base = bucket.telling_base
+        if not entries and base is None:
+            continue
+        written.buckets += 1
+        for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
+            writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
+            if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
+                yield _counted(_record(kind, writers[kind].deltas.SerializeToString()), written)
+                writers[kind] = DeltasWriter(store.origin)
+        if pace.ends_piece(len(entries)):
+            yield b""
+    for kind, writer in writers.items():
+        if writer.keys:
+            yield _counted(_record(kind, writer.deltas.SerializeToString()), written)
+    yield _counted(_record(END, End(buckets=written.buckets).SerializeToString()), written)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A snapshot that is whole.
+
+    Args:
+        origin: who wrote it.
+        begun_at_us: when, by the clock of then.
+        buckets: in it.
+    """
+
+    origin: Origin
+    begun_at_us: int
+    buckets: int
+
+
+def check(file: BinaryIO) -> Checked:
+    """Read all of a snapshot and see whether it is whole; leaves the file at its end.
+
+    Raises:
+        BadSnapshot: it is not, or of another format.
+        OSError: it cannot be read.
+    """
+    magic = file.read(len(MAGIC))
+    if magic[:-1] != MAGIC[:-1] or len(magic) < len(MAGIC):
+        raise BadSnapshot("is none: it begins with other bytes")
+    if magic != MAGIC:
+        raise BadSnapshot(f"is of format {magic[-1]}; this version reads {MAGIC[-1]}")
+    origin: Origin | None = None
+    begun_at_us = 0
+    for kind, payload in _records(file):
+        try:
+            if origin is None:
+                if kind != HEADER:
+                    raise BadSnapshot("has no header")
+                header = Header.FromString(payload)
+                origin, begun_at_us = read_origin(header.node, header.incarnation), header.begun_at_us
+            elif kind == END:
+                if file.read(1):
+                    raise BadSnapshot("goes on after its end")
+                return Checked(origin, begun_at_us, End.FromString(payload).buckets)
+        except (DecodeError, ProtocolError) as error:
+            raise BadSnapshot(f"has a record that is none: {error}") from error
+    raise BadSnapshot("is cut short")
+
+
+def records_again(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The records of a snapshot that was checked: their kind and payload.
+
+    Raises:
+        BadSnapshot: it has changed meanwhile.
+        OSError: it cannot be read.
+    """
+    file.seek(len(MAGIC))
+    return _records(file)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a snapshot goes.
+
+    Args:
+        origin: who wrote it.
+        local_limit_of_key: for buckets of this replica alone.
+    """
+
+    store: Store
+    origin: Origin
+    local_limit_of_key: LimitOfKey
+
+
+def restore(kind: int, payload: bytes, to: Target, now_us: int) -> Iterator[int]:
+    """Join a record, in pieces.
+
+    Yields:
+        The slot entries joined in the piece.
+
+    Raises:
+        BadSnapshot: it is not as the protocol has it; what comes before in it has been joined.
+    """
+    if kind not in (REPLICATED, LOCAL):
+        return
+    reader = DeltasReader(to.origin)
+    local = to.local_limit_of_key if kind == LOCAL else None
+    try:
+        reader.begin(Deltas.FromString(payload))
+        is_last = False
+        while not is_last:
+            applied = reader.apply(to.store, now_us, local_limit_of_key=local)
+            is_last = applied.is_last
+            yield applied.entries
+    except (DecodeError, ProtocolError) as error:
+        raise BadSnapshot(f"has a record that is none: {error}") from error
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    while head := file.read(_HEAD.size):
+        if len(head) < _HEAD.size:
+            raise BadSnapshot("is cut short")
+        kind, length, checksum = _HEAD.unpack(head)
+        if length > MAX_RECORD_BYTES:
+            raise BadSnapshot("is damaged: a record's length is beyond its bound")
+        payload = file.read(length)
+        if len(payload) < length:
+            raise BadSnapshot("is cut short")
+        if _checksum(kind, payload) != checksum:
+            raise BadSnapshot("is damaged: a checksum is wrong")
+        yield kind, payload
+
+
+def _record(kind: int, payload: bytes) -> bytes:
+    return _HEAD.pack(kind, len(payload), _checksum(kind, payload)) + payload
+
+
+def _checksum(kind: int, payload: bytes) -> int:
+    return crc32(payload, crc32(bytes((kind,)) + len(payload).to_bytes(4, "little")))
+
+
+def _counted(piece: bytes, written: Written) -> bytes:
+    written.bytes += len(piece)
+    return piece

@@ -1,0 +1,265 @@
+"""Snapshots in a file: one every few seconds, one at the stop, and the last one read at the start.
+
+The event loop makes them in short pieces, and a thread writes and reads the file, so no request waits for the disk. A
+new snapshot takes the place of the old one when it is whole and on the disk (write, fsync, rename). A file that is
+torn, damaged or of a newer format is set aside, and the start goes on without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import structlog
+
+from ratelimit_sidecar.crdt.store import LimitOfKey, Store
+from ratelimit_sidecar.persistence.snapshot import (
+    BadSnapshot,
+    Checked,
+    Target,
+    Written,
+    check,
+    records_again,
+    restore,
+    snapshot,
+)
+
+NEW: Final = ".new"
+"""Added to the file's name while it is written."""
+ASIDE: Final = ".unreadable"
+"""Added to the name of a file that was set aside."""
+LOCK: Final = ".lock"
+
+PIECE_SECONDS: Final = 0.000_3
+"""What the loop spends on a snapshot in one go: some 25 buckets."""
+
+LOOP_SHARE: Final = 0.05
+"""Of the loop's time, at most; a snapshot of a million buckets takes some minutes then."""
+
+WRITE_BYTES: Final = 256 * 1_024
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class StateError(Exception):
+    """The file cannot be this process's; its text says which and why."""
+
+
+@dataclass(slots=True)
+class SnapshotStatus:
+    """What metrics and the console show.
+
+    Args:
+        taken: snapshots written since the start.
+        failed: that could not be.
+        restored_buckets: told of by the snapshot that was read at the start.
+        buckets, bytes: of the last one, written or read.
+        last_us: when the last one was begun, microseconds since the epoch; None when there is none.
+        trouble: why the last attempt failed; "" when it did not.
+    """
+
+    taken: int = 0
+    failed: int = 0
+    restored_buckets: int = 0
+    buckets: int = 0
+    bytes: int = 0
+    last_us: int | None = None
+    trouble: str = ""
+
+
+class Snapshots:
+    """Call `lock` and `load` before `run`, and `save` at the end.
+
+    Args:
+        local_limit_of_key: as `Rules.local_limit_of_key`, of the rules in force.
+        every_seconds: the least between the beginnings of two snapshots.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        store: Store,
+        now_us: Callable[[], int],
+        local_limit_of_key: LimitOfKey,
+        every_seconds: float,
+    ) -> None:
+        self.status = SnapshotStatus()
+        self._path = path
+        self._store = store
+        self._now_us = now_us
+        self._local_limit_of_key = local_limit_of_key
+        self._every_seconds = every_seconds
+        self._lock: BinaryIO | None = None
+        self._saving = asyncio.Lock()
+
+    def lock(self) -> None:
+        """Take the file for this process.
+
+        Raises:
+            StateError: another process has it, or its folder cannot be written to.
+        """
+        try:
+            lock = _beside(self._path, LOCK).open("ab")
+        except OSError as error:
+            raise StateError(f"{self._path}: cannot write beside it: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise StateError(f"{self._path}: another process keeps its state in it") from error
+        self._lock = lock
+
+    async def load(self) -> None:
+        """Join what the file holds, in pieces, while requests may be answered."""
+        try:
+            opened = await asyncio.to_thread(_open_checked, self._path)
+        except BadSnapshot as error:
+            await self._set_aside(str(error))
+            return
+        except OSError as error:
+            self._fail("snapshot_unreadable", error)
+            return
+        if opened is None:
+            _log.info("no_snapshot", file=str(self._path))
+            return
+        file, checked = opened
+        entries = 0
+        to = Target(self._store, checked.origin, self._local_limit_of_key)
+        with file:
+            records = records_again(file)
+            try:
+                while (record := await asyncio.to_thread(next, records, None)) is not None:
+                    entries += await _in_turns(restore(*record, to, self._now_us()))
+            except BadSnapshot as error:
+                await self._set_aside(str(error))
+                return
+            except OSError as error:
+                self._fail("snapshot_unreadable", error)
+                return
+        self.status.restored_buckets = self.status.buckets = checked.buckets
+        self.status.last_us = checked.begun_at_us
+        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries)
+
+    async def run(self) -> None:
+        """Save every now and then, for ever."""
+        while True:
+            await asyncio.sleep(self._every_seconds)
+            await self.save()
+
+    async def save(self, *, at_once: bool = False) -> None:
+        """Write a snapshot. What goes wrong with the file is logged when it is something else than the last time.
+
+        Args:
+            at_once: without leaving time to requests, at the stop.
+        """
+        async with self._saving:
+            begun_us = self._now_us()
+            written = Written()
+            new = _beside(self._path, NEW)
+            try:
+                await self._write(new, snapshot(self._store, begun_us, written), at_once=at_once)
+            except OSError as error:
+                self.status.failed += 1
+                self._fail("snapshot_failed", error)
+                with suppress(OSError):
+                    await asyncio.to_thread(new.unlink, missing_ok=True)
+                return
+            status = self.status
+            if status.trouble:
+                _log.info("snapshot_written_again", file=str(self._path))
+            status.taken += 1
+            status.buckets, status.bytes, status.last_us, status.trouble = written.buckets, written.bytes, begun_us, ""
+
+    async def _write(self, new: Path, pieces: Iterator[bytes], *, at_once: bool) -> None:
+        file = await asyncio.to_thread(_create, new)
+        try:
+            waiting: list[bytes] = []
+            count = 0
+            while True:
+                began = time.perf_counter()
+                piece: bytes | None = b""
+                while time.perf_counter() - began < PIECE_SECONDS and count < WRITE_BYTES:
+                    piece = next(pieces, None)
+                    if piece is None:
+                        break
+                    if piece:
+                        waiting.append(piece)
+                        count += len(piece)
+                spent = time.perf_counter() - began
+                if piece is None or count >= WRITE_BYTES:
+                    await asyncio.to_thread(file.write, b"".join(waiting))
+                    waiting.clear()
+                    count = 0
+                if piece is None:
+                    break
+                await asyncio.sleep(0 if at_once else spent / LOOP_SHARE)
+            await asyncio.to_thread(_put_in_place, file, new, self._path)
+        finally:
+            await asyncio.to_thread(file.close)
+
+    async def _set_aside(self, reason: str) -> None:
+        aside = _beside(self._path, ASIDE)
+        _log.error("snapshot_set_aside", file=str(self._path), to=str(aside), reason=f"the snapshot {reason}")
+        try:
+            await asyncio.to_thread(self._path.replace, aside)
+        except OSError as error:
+            self._fail("snapshot_unreadable", error)
+
+    def _fail(self, event: str, error: OSError) -> None:
+        trouble = error.strerror or str(error)
+        if trouble != self.status.trouble:
+            self.status.trouble = trouble
+            _log.error(event, file=str(self._path), reason=trouble)
+
+
+async def _in_turns(pieces: Iterator[int]) -> int:
+    """Go through all of them, giving others a turn after each `PIECE_SECONDS`; returns their sum."""
+    total = 0
+    began = time.perf_counter()
+    for piece in pieces:
+        total += piece
+        if time.perf_counter() - began >= PIECE_SECONDS:
+            await asyncio.sleep(0)
+            began = time.perf_counter()
+    return total
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _open_checked(path: Path) -> tuple[BinaryIO, Checked] | None:
+    """None when there is no file."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    try:
+        return file, check(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _create(path: Path) -> BinaryIO:
+    """For its owner alone: values of requests are in it."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _put_in_place(file: BinaryIO, new: Path, path: Path) -> None:
+    """Make the new file last, and its name too."""
+    file.flush()
+    os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

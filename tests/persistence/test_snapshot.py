@@ -1,0 +1,184 @@
+"""What is in a snapshot is what was in the store, and nothing that is damaged is taken for one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.key import rule_key
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.persistence.snapshot import (
+    MAGIC,
+    RECORD_BUCKETS,
+    BadSnapshot,
+    Checked,
+    Target,
+    Written,
+    check,
+    records_again,
+    restore,
+    snapshot,
+)
+
+NOW_US = 1_790_000_000_000_000
+SECOND_US = 1_000_000
+BEFORE, AFTER, ELSEWHERE = Origin("here", 1), Origin("here", 2), Origin("there", 9)
+LIMITS = {
+    "tokens": Limit(10, SECOND_US, 40),
+    "month": Limit(1_000, 30 * 86_400 * SECOND_US, 1_000),
+    "fixed": WindowLimit(100, 3_600 * SECOND_US, Window.FIXED),
+    "sliding": WindowLimit(100, 60 * SECOND_US, Window.SLIDING),
+    "alone": Limit(10, SECOND_US, 40),
+}
+RULES = Rules(
+    {
+        "api": RuleNode(
+            key_only={
+                name: RuleNode(
+                    Rule(
+                        f"api.{name}",
+                        limit,
+                        consistency=Consistency.LOCAL if name == "alone" else Consistency.EVENTUAL,
+                    )
+                )
+                for name, limit in LIMITS.items()
+            }
+        )
+    }
+)
+
+
+def make_store(origin: Origin, rules: Rules = RULES) -> Store:
+    return Store(origin, rules.replicated_limit_of_key, rule_key=rule_key)
+
+
+def take(store: Store, name: str, value: str, hits: int, now_us: int) -> None:
+    match = RULES.match("api", [(name, value)])
+    assert match is not None
+    bucket = store.bucket(match.bucket_key, LIMITS[name], now_us, replicated=name != "alone")
+    bucket.take(hits, now_us, always=True)
+
+
+def written(store: Store) -> bytes:
+    return b"".join(snapshot(store, NOW_US, Written()))
+
+
+def read(raw: bytes, store: Store, now_us: int) -> Checked:
+    file = io.BytesIO(raw)
+    checked = check(file)
+    to = Target(store, checked.origin, RULES.local_limit_of_key)
+    for kind, payload in records_again(file):
+        for _ in restore(kind, payload, to, now_us):
+            pass
+    return checked
+
+
+takes = st.lists(
+    st.tuples(
+        st.sampled_from(sorted(LIMITS)), st.sampled_from("ab"), st.integers(1, 30), st.integers(0, 90 * SECOND_US)
+    ),
+    max_size=60,
+)
+
+
+@given(takes, st.integers(0, 20 * SECOND_US), st.integers(0, 50))
+def test_a_store_restored_holds_what_the_one_before_held(
+    history: list[tuple[str, str, int, int]], pause_us: int, heard: int
+) -> None:
+    before, now_us = make_store(BEFORE), NOW_US
+    for name, value, hits, gap_us in history:
+        now_us += gap_us
+        take(before, name, value, hits, now_us)
+    if history and heard:
+        match = RULES.match("api", [("tokens", "a")])
+        assert match is not None
+        slot = slot_id(now_us, LIMITS["tokens"].exponent)
+        before.merge(match.bucket_key, None, [Entry(ELSEWHERE, slot, heard)], now_us)
+    after = make_store(AFTER)
+    checked = read(written(before), after, now_us + pause_us)
+    assert checked == Checked(BEFORE, NOW_US, len(before))
+    then_us = now_us + pause_us
+    for bucket in before:
+        restored = after.get(bucket.key)
+        bucket.seal(then_us)
+        if restored is None:
+            # All of it is behind the horizon: it is what an absent bucket holds.
+            assert bucket.fold(then_us) == 0
+        else:
+            assert restored.fold(then_us) == bucket.fold(then_us)
+            assert (restored.journal is None) == (bucket.journal is None)
+    assert after.drain_changes() == [], "what an earlier life took is not told again as this one's"
+
+
+def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn() -> None:
+    store = make_store(BEFORE)
+    for number in range(3 * RECORD_BUCKETS):
+        take(store, "month", str(number), 1, NOW_US)
+    counted = Written()
+    pieces = list(snapshot(store, NOW_US, counted))
+    assert sum(map(len, pieces)) == counted.bytes
+    assert counted.buckets == 3 * RECORD_BUCKETS
+    assert len(pieces) > 90
+    after = make_store(AFTER)
+    read(b"".join(pieces), after, NOW_US)
+    assert len(after) == 3 * RECORD_BUCKETS
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    store = make_store(BEFORE)
+    for name in LIMITS:
+        take(store, name, "a", 3, NOW_US)
+    return written(store)
+
+
+def test_a_snapshot_that_is_cut_anywhere_is_refused(small: bytes) -> None:
+    for length in range(len(small)):
+        with pytest.raises(BadSnapshot, match=r"cut short|begins with other bytes"):
+            check(io.BytesIO(small[:length]))
+
+
+def test_a_snapshot_with_any_byte_changed_is_refused(small: bytes) -> None:
+    for at in range(len(small)):
+        damaged = bytearray(small)
+        damaged[at] ^= 0x55
+        with pytest.raises(BadSnapshot):
+            check(io.BytesIO(bytes(damaged)))
+
+
+def test_what_goes_on_after_the_end_is_refused(small: bytes) -> None:
+    with pytest.raises(BadSnapshot, match="goes on after its end"):
+        check(io.BytesIO(small + b"\0"))
+
+
+def test_a_newer_format_is_refused_by_its_number(small: bytes) -> None:
+    newer = MAGIC[:-1] + b"\x02" + small[len(MAGIC) :]
+    with pytest.raises(BadSnapshot, match=r"is of format 2; this version reads 1"):
+        check(io.BytesIO(newer))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_none(raw: bytes) -> None:
+    with pytest.raises(BadSnapshot):
+        check(io.BytesIO(MAGIC + raw))
+
+
+def test_of_what_has_no_rule_any_more_nothing_is_kept(small: bytes) -> None:
+    after = make_store(AFTER, Rules({}))
+    file = io.BytesIO(small)
+    to = Target(after, check(file).origin, Rules({}).local_limit_of_key)
+    for kind, payload in records_again(file):
+        assert sum(_all(restore(kind, payload, to, NOW_US))) >= 0
+    assert len(after) == 0
+
+
+def _all(pieces: Iterator[int]) -> list[int]:
+    return list(pieces)

@@ -1,0 +1,133 @@
+"""The file: put in place whole, set aside when it is none, and never in the way of the sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from pathlib import Path
+
+import pytest
+from persistence.test_snapshot import AFTER, BEFORE, NOW_US, RULES, make_store, take
+
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.snapshots import Snapshots, StateError
+
+
+def files_in(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and permissions."""
+    return sorted((path.name, path.stat().st_size, path.stat().st_mode & 0o777) for path in folder.iterdir())
+
+
+def snapshots_of(path: Path, store: Store) -> Snapshots:
+    return Snapshots(path, store, lambda: NOW_US, RULES.local_limit_of_key, 0.01)
+
+
+def store_with(*values: str) -> Store:
+    store = make_store(BEFORE)
+    for value in values:
+        take(store, "fixed", value, 3, NOW_US)
+    return store
+
+
+async def test_what_was_saved_is_there_again(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    saved = snapshots_of(file, store_with("a", "b"))
+    await saved.save()
+    assert (saved.status.taken, saved.status.buckets) == (1, 2)
+    assert files_in(tmp_path) == [("state", saved.status.bytes, 0o600)]
+    after = make_store(AFTER)
+    loaded = snapshots_of(file, after)
+    await loaded.load()
+    assert sorted(bucket.remaining for bucket in after) == [97, 97]
+    assert (loaded.status.restored_buckets, loaded.status.last_us, loaded.status.trouble) == (2, NOW_US, "")
+
+
+async def test_without_a_file_the_start_goes_on(tmp_path: Path) -> None:
+    store = make_store(AFTER)
+    await snapshots_of(tmp_path / "state", store).load()
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"something else altogether", b"rlsidec\x02newer"])
+async def test_what_is_no_snapshot_is_set_aside_and_the_start_goes_on(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "state"
+    file.write_bytes(content)
+    store = make_store(AFTER)
+    snapshots = snapshots_of(file, store)
+    await snapshots.load()
+    assert len(store) == 0
+    assert not file.exists()
+    assert (tmp_path / "state.unreadable").read_bytes() == content
+    await snapshots.save()
+    assert file.exists()
+
+
+async def test_a_disk_that_is_full_leaves_the_old_snapshot_and_is_told_of_until_there_is_room(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    store = store_with("a")
+    snapshots = snapshots_of(file, store)
+    await snapshots.save()
+    whole = file.read_bytes()
+    for number in range(2_000):
+        take(store, "month", f"more {number}", 1, NOW_US)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, limits[1]))
+    try:
+        await snapshots.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == whole
+    assert (snapshots.status.failed, snapshots.status.trouble) == (1, "File too large")
+    assert files_in(tmp_path) == [("state", len(whole), 0o600)]
+    await snapshots.save()
+    assert snapshots.status.trouble == ""
+    assert snapshots.status.buckets == 2_001
+
+
+async def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    first = snapshots_of(file, make_store(BEFORE))
+    first.lock()
+    with pytest.raises(StateError, match="another process keeps its state in it"):
+        snapshots_of(file, make_store(AFTER)).lock()
+
+
+async def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="cannot write beside it: No such file or directory"):
+        snapshots_of(tmp_path / "nowhere" / "state", make_store(BEFORE)).lock()
+
+
+@pytest.mark.parametrize("turns", [1, 3, 10, 30, 100])
+async def test_a_save_that_is_cancelled_leaves_the_old_snapshot(tmp_path: Path, turns: int) -> None:
+    file = tmp_path / "state"
+    store = store_with(*map(str, range(5_000)))
+    snapshots = snapshots_of(file, store_with("a"))
+    await snapshots.save()
+    whole = file.read_bytes()
+    slow = snapshots_of(file, store)
+    saving = asyncio.create_task(slow.save())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert file.read_bytes() == whole
+    await slow.save(at_once=True)
+    assert slow.status.buckets == 5_000
+
+
+async def test_run_saves_again_and_again(tmp_path: Path) -> None:
+    begun: list[int] = []
+    third = asyncio.Event()
+
+    def now_us() -> int:
+        begun.append(len(begun))
+        if len(begun) > 2:
+            third.set()
+        return NOW_US
+
+    snapshots = Snapshots(tmp_path / "state", store_with("a"), now_us, RULES.local_limit_of_key, 0.01)
+    running = asyncio.create_task(snapshots.run())
+    await asyncio.wait_for(third.wait(), 10)
+    running.cancel()
+    assert snapshots.status.taken >= 2
