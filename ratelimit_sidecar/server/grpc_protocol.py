@@ -165,6 +165,12 @@ class GrpcProtocol:
             self._shared.counts.closed_connections["drain"] += 1
             self._transport.abort()
 
+    def fail(self) -> None:
+        """Close at once, since this program cannot deal with it."""
+        if self._transport is not None:
+            self._shared.counts.closed_connections["internal"] += 1
+            self._transport.abort()
+
     # Calls
 
     def _take_slices(self) -> None:
@@ -222,7 +228,9 @@ class GrpcProtocol:
             # Its client has not read the GOAWAY yet.
             self._connection.finish(stream_id, SHUTTING_DOWN)
             return
-        call = StreamingCall(opened, self._connection, self._shared.failures, self._flush, self._blocked)
+        call = StreamingCall(
+            opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
+        )
         self._streaming[stream_id] = call
         call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
 

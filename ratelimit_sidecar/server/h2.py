@@ -154,7 +154,12 @@ class H2FrontEnd:
             self._note_shedding()
             for number, connection in enumerate(list(self._shared.connections), start=1):
                 self._shared.now_s = loop.time()
-                connection.check(self._shared.now_s)
+                try:
+                    connection.check(self._shared.now_s)
+                except Exception as error:
+                    # A fault of this program in dealing with one connection must not end the others.
+                    self._shared.failures.status_of("the check of a connection", error)
+                    connection.fail()
                 if number % CHECKED_AT_ONCE == 0:
                     await asyncio.sleep(0)
 

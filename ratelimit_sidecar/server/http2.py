@@ -103,6 +103,7 @@ class Counts:
                 "age",
                 "limit",
                 "drain",
+                "internal",
             ),
             0,
         )

@@ -19,6 +19,7 @@ from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.tls import NodeCertificate
+from ratelimit_sidecar.supervision import Supervisor
 
 TIMEOUT_SECONDS = 10
 """For anything that is waited for; it takes milliseconds, or a few redials."""
@@ -91,6 +92,7 @@ async def sidecar(
     lending: Lending | None = None,
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
+    supervisor: Supervisor | None = None,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
     own = store_of(local) if store is None else store
@@ -106,6 +108,7 @@ async def sidecar(
         lending=lending,
         certificate=certificate,
         resolver=resolver,
+        supervisor=supervisor,
     )
     await own_mesh.start()
     try:

@@ -11,6 +11,7 @@ from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected, reluctant
 
 from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError
 
@@ -236,6 +237,25 @@ async def test_a_client_that_never_reads_is_disconnected() -> None:
             await client.call_until_stuck(PATH, frame(b""), 10)
         assert front_end.closed_connections["stalled"] == 1
         assert front_end.open_connections == 0
+
+
+@pytest.mark.interpreted
+async def test_a_fault_in_dealing_with_one_connection_closes_that_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Connection.check
+    faulty: list[Connection] = []
+
+    def fail_first(self: Connection, now_s: float) -> None:
+        faulty.append(self)
+        if self is faulty[0]:
+            raise RuntimeError("it broke")
+        check(self, now_s)
+
+    monkeypatch.setattr(Connection, "check", fail_first)
+    async with running("h2", ECHO, check_every=0.01) as front_end, connected(front_end.addresses[0]) as first:
+        await asyncio.wait_for(first.gone.wait(), 5)
+        async with connected(front_end.addresses[0]) as second:
+            assert (await second.call(PATH, frame(b"hello"))).body == frame(b"hello")
+        assert front_end.closed_connections["internal"] == 1
 
 
 async def test_more_connections_than_allowed_are_closed_at_once() -> None:
