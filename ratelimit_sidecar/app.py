@@ -14,7 +14,7 @@ import gc
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from enum import Enum
@@ -54,9 +54,11 @@ from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAM
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
+from ratelimit_sidecar.supervision import Supervisor
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+from ratelimit_sidecar.telemetry.log_writer import LogWriter
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
 
 JOIN_SECONDS = 10.0
@@ -97,12 +99,15 @@ class FrontEndKind(Enum):
 class Sidecar:
     """One process: built from its configuration, then `run` once.
 
+    Args:
+        log: where its log goes.
+
     Raises:
         ConfigError: the rules are broken.
         TracingError: the OTEL_* variables are.
     """
 
-    def __init__(self, config: SidecarConfig, front_end: FrontEndKind) -> None:
+    def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
         node, region = config.node.id, config.node.region
         self._source: RulesFiles | XdsClient
         if config.xds is None:
@@ -115,6 +120,7 @@ class Sidecar:
         self._clock = Clock()
         self._stop = asyncio.Event()
         self._joined = False
+        self._supervisor = Supervisor()
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
@@ -133,6 +139,7 @@ class Sidecar:
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
+            supervisor=self._supervisor,
         )
         self._mesh.use_rules(rules.digest)
         latency = LatencyHistogram()
@@ -150,7 +157,9 @@ class Sidecar:
                 handlers, config.listen.grpc, limits=limits, certificate=certificate
             )
         else:
-            self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc, limits=limits, certificate=certificate)
+            self._front_end = GrpcioFrontEnd(
+                handlers, config.listen.grpc, limits=limits, certificate=certificate, supervisor=self._supervisor
+            )
         registry = metrics.create_registry(
             metrics.Sources(
                 node=node,
@@ -165,6 +174,8 @@ class Sidecar:
                 loop=self._stalls,
                 front_end=self._h2,
                 listener_certificate=certificate,
+                supervision=self._supervisor,
+                log=log,
             )
         )
         console_app = console.create_app(
@@ -203,9 +214,10 @@ class Sidecar:
 
     def degraded(self) -> list[str]:
         """What the sidecar does worse than it could, in words; it is ready all the same."""
+        degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
-            return ["calls or connections were refused in the last minute, since others take too much room"]
-        return []
+            degraded.append("calls or connections were refused in the last minute, since others take too much room")
+        return degraded
 
     async def run(self) -> None:
         """Answer until SIGTERM or SIGINT, then drain.
@@ -230,7 +242,7 @@ class Sidecar:
                 tasks.create_task(self._console.serve())
                 replicating = tasks.create_task(self._replicate())
                 tasks.create_task(self._front_end.serve())
-                chores = [tasks.create_task(chore) for chore in self._chores()]
+                chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
                 await self._front_end.stop()
@@ -245,15 +257,16 @@ class Sidecar:
             await self._tracing.close()
         _log.info("stopped")
 
-    def _chores(self) -> Iterator[Coroutine[None, None, None]]:
-        """What is done beside answering, until the stop."""
-        yield self._source.run(self._reloader)
-        yield self._join()
-        yield self._slew()
-        yield self._stalls.run()
-        yield self._sweep(self._limiter.store, self._clock.now_us)
-        if self._limiter.ledger is not None:
-            yield self._sweep(self._limiter.ledger, self._strict_us)
+    def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is done beside answering, until the stop, by name."""
+        yield "rules", lambda: self._source.run(self._reloader)
+        yield "join", self._join
+        yield "slew", self._slew
+        yield "stalls", self._stalls.run
+        yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
+        ledger = self._limiter.ledger
+        if ledger is not None:
+            yield "sweep_strict", lambda: self._sweep(ledger, self._strict_us)
 
     async def _open(self) -> None:
         async with AsyncExitStack() as opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -16,9 +17,11 @@ from ratelimit_sidecar.config.reference import describe_schema
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
+from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, take_stderr
 from ratelimit_sidecar.telemetry.logs import configure_logs
 
 BAD_CONFIGURATION = 2
+FAILED = 1
 
 
 class _ServeCommand(click.Command):
@@ -52,18 +55,27 @@ def serve(config_path: Path | None, frontend: str) -> None:
     SIGTERM and SIGINT drain: calls in flight are answered, peers are told what was admitted, and it exits with 0.
     Exits with 2 when the configuration is broken, with 1 when an address is taken.
     """
+    sys.exit(_run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(take_stderr())))
+
+
+def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter) -> int:
+    """Returns the exit code. Why it is not 0 is written as the log is, since nobody may read it."""
     try:
-        configure_logs(os.environ)
-        sidecar_config = load_sidecar_config(config_path, os.environ)
+        configure_logs(os.environ, log, colors=os.isatty(STDERR))
+        config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(sidecar_config, FrontEndKind(frontend)))
+            runner.run(_run(config, front_end, log))
     except (ConfigError, TracingError, ValueError) as error:
-        click.echo(str(error), err=True)
-        sys.exit(BAD_CONFIGURATION)
+        log.write_line(str(error))
+        return BAD_CONFIGURATION
     except ListenError as error:
-        click.echo(str(error), err=True)
-        sys.exit(1)
+        log.write_line(str(error))
+        return FAILED
+    except Exception:
+        log.write_line(traceback.format_exc())
+        return FAILED
+    return 0
 
 
-async def _run(config: SidecarConfig, front_end: FrontEndKind) -> None:
-    await Sidecar(config, front_end).run()
+async def _run(config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
+    await Sidecar(config, front_end, log).run()

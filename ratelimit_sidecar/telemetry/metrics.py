@@ -137,6 +137,20 @@ class FrontEndStatus(Protocol):
     def refused_calls(self) -> Mapping[str, int]: ...
 
 
+class SupervisionStatus(Protocol):
+    """What is read of tasks that are begun again (`ratelimit_sidecar.supervision.Supervisor`)."""
+
+    @property
+    def restarts(self) -> Mapping[str, int]: ...
+
+
+class LogStatus(Protocol):
+    """What is read of the log (`ratelimit_sidecar.telemetry.log_writer.LogWriter`)."""
+
+    @property
+    def dropped_lines(self) -> int: ...
+
+
 class RulesStatus(Protocol):
     """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
 
@@ -166,6 +180,8 @@ class Sources:
         loop: None where nobody measures it.
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
+        supervision: None where no task is begun again.
+        log: None where it is written at once.
     """
 
     node: str
@@ -180,6 +196,8 @@ class Sources:
     loop: LoopStatus | None = None
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
+    supervision: SupervisionStatus | None = None
+    log: LogStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +372,17 @@ def _read_front_end_reasons(
     return read
 
 
+def _read_task_failures(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.supervision is not None:
+        for task, failures in at.sources.supervision.restarts.items():
+            yield "", (at.sources.region, task), failures
+
+
+def _read_dropped_lines(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.log is not None:
+        yield "", (at.sources.region,), at.sources.log.dropped_lines
+
+
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
     for reason, count in at.sources.request_errors.items():
         yield "", (reason,), count
@@ -505,6 +534,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Times that nothing was answered for more than 5 ms.",
         _read_loop(lambda loop: loop.long_stalls),
+    ),
+    Definition(
+        "ratelimit_task_failures_total",
+        "counter",
+        ("region", "task"),
+        "Times a task of the sidecar failed and was begun again: mesh_listener and grpc_listener are ports.",
+        _read_task_failures,
+    ),
+    Definition(
+        "ratelimit_log_lines_dropped_total",
+        "counter",
+        ("region",),
+        "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
+        _read_dropped_lines,
     ),
     Definition(
         "openclaw_rate_limit_rejections",

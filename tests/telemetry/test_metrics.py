@@ -51,6 +51,14 @@ class FrontEnd:
     refused_calls: ClassVar = {"shed": 3}
 
 
+class Supervision:
+    restarts: ClassVar = {"mesh_listener": 1}
+
+
+class Log:
+    dropped_lines = 7
+
+
 @dataclass
 class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
@@ -72,6 +80,8 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         loop=Loop(),
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
+        supervision=Supervision(),
+        log=Log(),
     )
 
 
@@ -92,6 +102,12 @@ def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
     assert sample(registry, "ratelimit_connections_closed_total", region="us-east-1", reason="idle") == 2
     assert sample(registry, "ratelimit_calls_refused_total", region="us-east-1", reason="shed") == 3
     assert sample(registry, "ratelimit_held_bytes", region="us-east-1") == 4_096
+
+
+def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_task_failures_total", region="us-east-1", task="mesh_listener") == 1
+    assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
