@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -63,6 +65,10 @@ from ratelimit_sidecar.telemetry.stalls import StallMonitor
 
 JOIN_SECONDS = 10.0
 """What reachable peers get to tell what they know before the sidecar says it is ready."""
+
+STOP_SECONDS = 20.0
+"""What a stop may take: front end, mesh and console get 5, 3 and 3 s at most, traces 5. Then the process ends, whatever
+hangs; Kubernetes kills it after 30."""
 
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
@@ -195,6 +201,7 @@ class Sidecar:
         )
         self._console = ConsoleServer(console_app, config.listen.admin)
         self._config = config
+        self._log = log
 
     def missing(self) -> list[str]:
         """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
@@ -303,8 +310,18 @@ class Sidecar:
         _log.info("ready")
 
     def _begin_stop(self) -> None:
+        if not self._stop.is_set():
+            last = threading.Timer(STOP_SECONDS, self._end_at_once)
+            last.daemon = True
+            last.start()
         self._stop.set()
         self._health.changed()
+
+    def _end_at_once(self) -> None:
+        """In a thread: the loop, or one that it waits for, hangs."""
+        _log.error("stop_took_too_long", after_seconds=STOP_SECONDS)
+        self._log.flush()
+        os._exit(1)
 
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)

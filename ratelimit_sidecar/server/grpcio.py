@@ -185,9 +185,12 @@ class GrpcioFrontEnd:
         return bound_at
 
     def _add_port(self, server: grpc.aio.Server, where: str) -> int:
+        port: int
         if self._certificate is None:
-            return server.add_insecure_port(where)
-        return server.add_secure_port(where, self._certificate.grpc_server_credentials())
+            port = server.add_insecure_port(where)
+        else:
+            port = server.add_secure_port(where, self._certificate.grpc_server_credentials())
+        return port
 
 
 def _why_not(address: str, refused: RuntimeError) -> OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -14,9 +15,11 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import httpx
+import pytest
 import yaml
 from e2e.sidecars import status
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 
@@ -71,12 +74,14 @@ async def serving(
     *,
     stderr: int | None = None,
     arguments: Sequence[str] = (),
-    shell: str = "",
+    shell: str = 'exec "$@"',
+    program: Sequence[str] = (),
     config: dict[str, object] | None = None,
 ) -> AsyncIterator[Serving]:
     """
     Args:
-        shell: what a shell does before it becomes the sidecar.
+        shell: starts the sidecar, which is its arguments.
+        program: what Python runs in place of the sidecar's module.
     """
     ports = free_ports(1).regions[0]
     rules = folder / "rules"
@@ -85,9 +90,9 @@ async def serving(
     listen = {"grpc": [f"{HOST}:{ports.grpc}"], "admin": f"{HOST}:{ports.admin}", "sync": f"{HOST}:{ports.sync}"}
     file = folder / "sidecar.yaml"
     file.write_text(yaml.safe_dump({"listen": listen, "rules": [str(rules)], **(config or {})}))
-    serve = [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", str(file), *arguments]
+    serve = [sys.executable, *(program or ["-m", "ratelimit_sidecar"]), "serve", "--config", str(file), *arguments]
     process = await asyncio.create_subprocess_exec(
-        "sh", "-c", f'{shell}\nexec "$@"', "sh", *serve, stdin=asyncio.subprocess.DEVNULL, stderr=stderr
+        "sh", "-c", shell, "sh", *serve, stdin=asyncio.subprocess.DEVNULL, stderr=stderr
     )
     try:
         async with httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False) as admin:
@@ -125,4 +130,92 @@ async def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> N
         await sidecar.is_ready()
         await sidecar.decides()
         assert await sidecar.metric("ratelimit_log_lines_dropped_total") > 0
+        assert await sidecar.stopped() == 0
+
+
+@pytest.mark.skipif(
+    subprocess.call(["unshare", "-Ur", "true"], stderr=subprocess.DEVNULL) != 0, reason="no user namespaces here"
+)
+async def test_without_inotify_watches_a_change_of_the_rules_is_only_seen_later_and_it_says_so(tmp_path: Path) -> None:
+    limited = 'echo 0 > /proc/sys/user/max_inotify_watches && exec "$@"'
+    async with serving(tmp_path, shell=f"exec unshare -Ur sh -c '{limited}' sh \"$@\"") as sidecar:
+        await sidecar.is_ready()
+        async with asyncio.timeout(WITHIN_S):
+            while "watch limit" not in (await sidecar.answers("/readyz")).text:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await sidecar.metric("ratelimit_config_watched") == 0
+        assert await sidecar.stopped() == 0
+
+
+HANGING = """
+import sys, threading
+from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.config import rules_file
+
+load, loaded = rules_file.load, []
+
+def hang(*arguments, **options):
+    # The first time it answers.
+    if loaded:
+        threading.Event().wait()
+    loaded.append(True)
+    return load(*arguments, **options)
+
+rules_file.load = hang
+main()
+"""
+
+
+async def test_rules_that_cannot_be_read_for_ever_do_not_keep_it_from_ending(tmp_path: Path) -> None:
+    async with serving(tmp_path, program=["-c", HANGING]) as sidecar:
+        await sidecar.is_ready()
+        sidecar.process.send_signal(signal.SIGHUP)
+        await sidecar.decides()
+        assert await sidecar.stopped() == 0
+
+
+STUCK = """
+import pathlib, sys, threading
+from ratelimit_sidecar import app
+from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.console import app as console
+
+def hang(*_):
+    pathlib.Path(sys.argv[3]).with_name("hangs").touch()
+    threading.Event().wait()
+
+app.STOP_SECONDS = 0.5
+console.dump_rules = hang
+main()
+"""
+
+
+async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
+    async with serving(tmp_path, program=["-c", STUCK]) as sidecar:
+        await sidecar.is_ready()
+        asking = asyncio.create_task(sidecar.admin.get("/rlconfig", timeout=None))
+        async with asyncio.timeout(WITHIN_S):
+            while not (tmp_path / "hangs").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await sidecar.stopped() == 1
+        await asyncio.wait([asking])
+
+
+@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str, tmp_path: Path) -> None:
+    async with serving(tmp_path, arguments=["--frontend", front_end]) as sidecar:
+        await sidecar.is_ready()
+        for port in (sidecar.ports.sync, sidecar.ports.grpc):
+            async with connected(f"{HOST}:{port}") as client:
+                client.open(b"/caf\xe9\xff", end=True)
+                if (port, front_end) == (sidecar.ports.grpc, "h2"):
+                    await client.ping()
+                else:
+                    await asyncio.wait_for(client.gone.wait(), WITHIN_S)
+        await sidecar.is_ready()
+        await sidecar.decides()
+        told = (await sidecar.answers("/readyz")).json()["degraded"]
+        failed = ["mesh_listener", *(["grpc_listener"] if front_end == "grpcio" else [])]
+        assert [line.split()[0] for line in told] == failed
+        assert await sidecar.metric("ratelimit_task_failures_total") == len(failed)
         assert await sidecar.stopped() == 0
