@@ -41,11 +41,12 @@ from ratelimit_sidecar.limiter.key import is_of_rule_alone
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
+from ratelimit_sidecar.server.file_limit import Descriptors, allot
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -127,6 +128,7 @@ class Sidecar:
         self._stop = asyncio.Event()
         self._joined = False
         self._supervisor = Supervisor()
+        descriptors = _descriptors()
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
@@ -146,6 +148,7 @@ class Sidecar:
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
             supervisor=self._supervisor,
+            max_connections=descriptors.mesh,
         )
         self._mesh.use_rules(rules.digest)
         latency = LatencyHistogram()
@@ -155,7 +158,7 @@ class Sidecar:
         reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
         handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
-        limits = _limits(config.listen)
+        limits = _limits(config.listen, descriptors)
         self._front_end: FrontEnd
         self._h2: H2FrontEnd | None = None
         if front_end is FrontEndKind.H2:
@@ -404,10 +407,20 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
     )
 
 
-def _limits(listen: ListenConfig) -> Limits:
+def _limits(listen: ListenConfig, descriptors: Descriptors) -> Limits:
     """With those that are configured; 0 is never there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
-    return replace(DEFAULT_LIMITS, age=age_s or None, age_grace=grace_s or inf)
+    return replace(DEFAULT_LIMITS, connections=descriptors.clients, age=age_s or None, age_grace=grace_s or inf)
+
+
+def _descriptors() -> Descriptors:
+    """What connections may take of the process's file descriptors."""
+    wanted = Descriptors(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    given = allot(wanted)
+    if given != wanted:
+        fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
+        _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
+    return given
 
 
 def _rules_files(config: SidecarConfig) -> RulesFiles:

@@ -65,7 +65,6 @@ LISTENER = "mesh_listener"
 
 _SERVER_OPTIONS = (
     *OPTIONS,
-    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1_000)),
     ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1_000)),
     # Without this a second process could share the port, and neither would know.
@@ -86,6 +85,7 @@ class Mesh:
     lending: None when no limit is strict.
     certificate: None for a mesh in plain text.
     supervisor: of the tasks that run for as long as the mesh does.
+    max_connections: inbound, at once; further ones are closed.
     """
 
     def __init__(
@@ -103,8 +103,10 @@ class Mesh:
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
         supervisor: Supervisor | None = None,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self._now_us = now_us
+        self._max_connections = max_connections
         self._supervisor = Supervisor() if supervisor is None else supervisor
         self._lending = lending
         membership = None if lending is None else lending.membership
@@ -199,7 +201,8 @@ class Mesh:
             await self._bind(self._listen)
 
     async def _bind(self, address: str) -> None:
-        server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
+        options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", self._max_connections))
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_STREAMS)
         # No (de)serializers: frames are bytes here.
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
         method = METHOD.rpartition("/")[2]

@@ -223,6 +223,8 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         # Without this a later process could share the port, and neither would know.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1_000)),
         ("grpc.max_concurrent_streams", limits.streams),
         ("grpc.max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import socket
 from collections.abc import Mapping, Sequence
 
+from ratelimit_sidecar.server.accepting import connections_of
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
-from ratelimit_sidecar.server.listeners import BACKLOG, UNIX_PREFIX, Listener, ListenError, listen
+from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, ListenError, listen
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
@@ -46,7 +49,7 @@ class H2FrontEnd:
         self._tls = None if certificate is None else TlsListeners(certificate, self._shared, self._protocol)
         self._configured = addresses
         self._listeners: list[Listener] = []
-        self._servers: list[asyncio.Server] = []
+        self._accepting: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._is_serving = False
@@ -77,6 +80,11 @@ class H2FrontEnd:
         return self._shared.counts.closed_connections
 
     @property
+    def accept_failures(self) -> int:
+        """Times that a connection could not be accepted for want of file descriptors or memory."""
+        return self._shared.counts.accept_failures
+
+    @property
     def refused_calls(self) -> Mapping[str, int]:
         """Calls ended before they were complete, by reason."""
         return self._shared.counts.refused_calls
@@ -104,7 +112,7 @@ class H2FrontEnd:
                 if self._certificate is not None:
                     chores.append(self._tasks.create_task(self._certificate.keep_read()))
                 for listener in self._listeners:
-                    await self._accept(listener)
+                    self._accept(listener)
                 self.ready.set()
                 try:
                     await self._stopping.wait()
@@ -124,16 +132,19 @@ class H2FrontEnd:
         else:
             self._close_listeners()
 
-    async def _accept(self, listener: Listener) -> None:
+    def _accept(self, listener: Listener) -> None:
         if self._tls is not None and not listener.address.startswith(UNIX_PREFIX):
             self._tls.accept(listener.socket)
-            return
-        server = await asyncio.get_running_loop().create_server(
-            self._protocol,  # type: ignore[arg-type] # it has asyncio.Protocol's methods, but is compiled
-            sock=listener.socket,
-            backlog=BACKLOG,
-        )
-        self._servers.append(server)
+        else:
+            self._accepting.append(self._tasks.create_task(self._accept_plain(listener.socket)))
+
+    async def _accept_plain(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        async for connected in connections_of(listening, self._shared.counts.note_accept_failure):
+            # It may have been reset already.
+            with contextlib.suppress(OSError):
+                # It has asyncio.Protocol's methods, but is compiled.
+                await loop.connect_accepted_socket(self._protocol, connected)  # type: ignore[type-var]
 
     def _protocol(self, began_s: float | None = None) -> GrpcProtocol:
         """
@@ -164,7 +175,7 @@ class H2FrontEnd:
                     await asyncio.sleep(0)
 
     def _note_shedding(self) -> None:
-        shed = self.refused_calls["shed"] + self.closed_connections["limit"]
+        shed = self.refused_calls["shed"] + self.closed_connections["limit"] + self.accept_failures
         if shed > self._shed:
             self._shed = shed
             self._is_shedding_until_s = self._shared.now_s + SHEDDING_SECONDS
@@ -192,7 +203,7 @@ class H2FrontEnd:
             await self._shared.lost.wait()
 
     def _close_listeners(self) -> None:
-        for server in self._servers:
-            server.close()
+        for accepting in self._accepting:
+            accepting.cancel()
         for listener in self._listeners:
             listener.close()

@@ -108,6 +108,11 @@ class Counts:
             0,
         )
         """Connections closed by this end, by the reason."""
+        self.accept_failures = 0
+        """Times that a connection could not be accepted for want of file descriptors or memory."""
+
+    def note_accept_failure(self) -> None:
+        self.accept_failures += 1
 
 
 class Call:

@@ -16,15 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from ipaddress import ip_address
 
-import structlog
-
 from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
+from ratelimit_sidecar.server.accepting import connections_of
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
-
-ACCEPT_AGAIN_SECONDS = 1.0
-"""After a connection could not be accepted, as when all file descriptors are in use; asyncio waits as long."""
 
 TIMER_SECONDS = 0.01
 """A timer of the event loop may go off so much early, by its own clock."""
@@ -34,8 +30,6 @@ _NAMES = ("DNS", "URI", "IP Address")
 
 _OF_NO_CLIENT = ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "NO_CERTIFICATE_RETURNED")
 """What OpenSSL calls it when a client has no certificate."""
-
-_log = structlog.stdlib.get_logger(__name__)
 
 
 class ServerCertificate(CertificateInForce):
@@ -94,15 +88,8 @@ class TlsListeners:
             await asyncio.wait(running)
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         shared = self._shared
-        while True:
-            try:
-                connected, _ = await loop.sock_accept(listening)
-            except OSError as error:
-                _log.error("accept_failed", why=str(error))
-                await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
-                continue
+        async for connected in connections_of(listening, shared.counts.note_accept_failure):
             if len(self.handshakes) + len(shared.connections) >= shared.limits.connections:
                 shared.accepted += 1
                 shared.counts.closed_connections["limit"] += 1

@@ -132,6 +132,8 @@ class FrontEndStatus(Protocol):
     @property
     def held_bytes(self) -> int: ...
     @property
+    def accept_failures(self) -> int: ...
+    @property
     def closed_connections(self) -> Mapping[str, int]: ...
     @property
     def refused_calls(self) -> Mapping[str, int]: ...
@@ -441,7 +443,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_connections",
         "gauge",
         ("region",),
-        "Open connections of Envoys and other clients; absent with --frontend grpcio, as are the next four.",
+        "Open connections of Envoys and other clients; absent with --frontend grpcio, as are the next five.",
         _read_front_end(lambda front_end: front_end.open_connections),
     ),
     Definition(
@@ -450,6 +452,13 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Connections of clients since the start.",
         _read_front_end(lambda front_end: front_end.accepted_connections),
+    ),
+    Definition(
+        "ratelimit_accept_failures_total",
+        "counter",
+        ("region",),
+        "Times no connection could be accepted for want of file descriptors or memory; it is tried again every second.",
+        _read_front_end(lambda front_end: front_end.accept_failures),
     ),
     Definition(
         "ratelimit_connections_closed_total",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,11 +18,15 @@ import grpc.aio
 import httpx
 import pytest
 import yaml
+from certificates import Authority
 from e2e.sidecars import status
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
+from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS
+from ratelimit_sidecar.server.file_limit import RESERVED
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 
 RULES = """
 domain: openclaw
@@ -29,6 +34,8 @@ descriptors:
   - key: agent
     rate_limit: {unit: day, requests_per_unit: 20}
 """
+
+TLS_FILES = {"certificate": "tls.crt", "key": "tls.key", "ca": "ca.crt"}
 
 WITHIN_S = 30.0
 
@@ -218,4 +225,56 @@ async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str
         failed = ["mesh_listener", *(["grpc_listener"] if front_end == "grpcio" else [])]
         assert [line.split()[0] for line in told] == failed
         assert await sidecar.metric("ratelimit_task_failures_total") == len(failed)
+        assert await sidecar.stopped() == 0
+
+
+async def test_the_soft_limit_on_descriptors_is_raised_to_what_the_bounds_on_connections_need(tmp_path: Path) -> None:
+    async with serving(tmp_path, shell='ulimit -Sn 256 && exec "$@"') as sidecar:
+        await sidecar.is_ready()
+        assert await sidecar.metric("process_max_fds") == MAX_CONNECTIONS + DEFAULT_LIMITS.connections + RESERVED
+
+
+@pytest.mark.parametrize(
+    ("port", "front_end", "tls"),
+    [("grpc", "h2", False), ("grpc", "grpcio", False), ("admin", "h2", False), ("sync", "h2", True)],
+)
+async def test_silent_connections_use_up_no_descriptors_of_others(
+    port: str, front_end: str, tls: bool, tmp_path: Path
+) -> None:
+    config: dict[str, object] = {}
+    if tls:
+        Authority().write(tmp_path / "tls", "a", "localhost")
+        files = {kind: str(tmp_path / "tls" / name) for kind, name in TLS_FILES.items()}
+        config = {"node": {"id": "a"}, "sync": {"tls": files, "peers": ["localhost:1"]}}
+    arguments = ["--frontend", front_end]
+    async with serving(tmp_path, arguments=arguments, shell='ulimit -n 420 && exec "$@"', config=config) as sidecar:
+        await sidecar.is_ready()
+        silent = [await asyncio.open_connection(HOST, getattr(sidecar.ports, port)) for _ in range(700)]
+        assert (await sidecar.answers("/healthz")).status_code == 200
+        for _, writer in silent:
+            writer.close()
+        await sidecar.is_ready()
+        await sidecar.decides()
+        sidecar.process.send_signal(signal.SIGHUP)
+        assert await sidecar.stopped() == 0
+
+
+async def test_without_descriptors_it_waits_for_some_and_says_so(tmp_path: Path) -> None:
+    # The limit is lowered behind its back, as when the whole system runs out.
+    async with serving(tmp_path) as sidecar:
+        await sidecar.is_ready()
+        _, hard = resource.prlimit(sidecar.process.pid, resource.RLIMIT_NOFILE)
+        before = await sidecar.metric("process_open_fds")
+        resource.prlimit(sidecar.process.pid, resource.RLIMIT_NOFILE, (int(before) + 2, hard))
+        waiting = [await asyncio.open_connection(HOST, sidecar.ports.grpc) for _ in range(20)]
+        async with asyncio.timeout(WITHIN_S):
+            # On the connection that it has.
+            while not await sidecar.metric("ratelimit_accept_failures_total"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            while "refused" not in (await sidecar.answers("/readyz")).text:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        resource.prlimit(sidecar.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        await sidecar.decides()
+        for _, writer in waiting:
+            writer.close()
         assert await sidecar.stopped() == 0

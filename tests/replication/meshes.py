@@ -14,7 +14,7 @@ from replication.builders import bucket_of, node, store_of, take
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.status import PeerStatus
@@ -93,6 +93,7 @@ async def sidecar(
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
     supervisor: Supervisor | None = None,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
     own = store_of(local) if store is None else store
@@ -109,6 +110,7 @@ async def sidecar(
         certificate=certificate,
         resolver=resolver,
         supervisor=supervisor,
+        max_connections=max_connections,
     )
     await own_mesh.start()
     try:

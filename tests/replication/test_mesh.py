@@ -292,12 +292,9 @@ async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_silent_connections_are_bounded_and_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = dict(mesh._SERVER_OPTIONS) | {
-        "grpc.max_allowed_incoming_connections": 8,
-        "grpc.server_handshake_timeout_ms": 500,
-    }
-    monkeypatch.setattr(mesh, "_SERVER_OPTIONS", tuple(options.items()))
-    async with sidecar("a") as a:
+    quick = ("grpc.server_handshake_timeout_ms", 500)
+    monkeypatch.setattr(mesh, "_SERVER_OPTIONS", (*mesh._SERVER_OPTIONS, quick))
+    async with sidecar("a", max_connections=8) as a:
         host, _, port = address_of(a).rpartition(":")
         silent = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
         async with asyncio.timeout(TIMEOUT_SECONDS):
