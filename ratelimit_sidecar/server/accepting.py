@@ -21,8 +21,10 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = structlog.stdlib.get_logger(__name__)
 
 
-async def connections_of(listening: socket.socket, note_failure: Callable[[], None]) -> AsyncIterator[socket.socket]:
-    """The connections of clients as they come, for ever.
+async def connections_of(
+    listening: socket.socket, note_failure: Callable[[], None]
+) -> AsyncIterator[tuple[socket.socket, str]]:
+    """The connections of clients as they come, and their IP addresses ("" over a unix socket), for ever.
 
     Args:
         note_failure: called whenever one cannot be accepted for want of something.
@@ -31,7 +33,7 @@ async def connections_of(listening: socket.socket, note_failure: Callable[[], No
     is_exhausted = False
     while True:
         try:
-            connected, _ = await loop.sock_accept(listening)
+            connected, address = await loop.sock_accept(listening)
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 note_failure()
@@ -43,4 +45,4 @@ async def connections_of(listening: socket.socket, note_failure: Callable[[], No
         if is_exhausted:
             is_exhausted = False
             _log.info("accepting_again")
-        yield connected
+        yield connected, address[0] if address else ""

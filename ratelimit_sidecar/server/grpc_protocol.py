@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.budget import AddressBudget, Room
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Lost, Opened, Part
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
@@ -41,7 +42,7 @@ class Shared:
         self.handlers = handlers
         self.limits = limits
         self.tasks = tasks
-        self.budget = Budget(limits.held_bytes)
+        self.room = Room(limits.connections, limits.held_bytes)
         self.counts = Counts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
@@ -53,18 +54,28 @@ class Shared:
         self.now_s = 0.0
         """As of the latest check."""
 
+    def enter(self, address: str) -> AddressBudget | None:
+        """A connection was accepted; None when it must be closed."""
+        self.accepted += 1
+        budget = self.room.enter(address)
+        if budget is None:
+            self.counts.closed_connections["limit"] += 1
+        return budget
+
 
 class GrpcProtocol:
     """An `asyncio.Protocol` (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
+        budget: of the client's address. It is given back to `Shared.room` when the connection is lost.
         age_s: after which the connection is drained; None for never.
     """
 
-    def __init__(self, shared: Shared, age_s: float | None) -> None:
+    def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
         self._shared = shared
+        self._budget = budget
         self._connection = Connection(
-            shared.handlers, shared.limits, shared.budget, shared.counts, now_s=shared.now_s, age_s=age_s
+            shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
@@ -83,11 +94,6 @@ class GrpcProtocol:
     def connection_made(self, transport: asyncio.Transport) -> None:
         shared = self._shared
         self._transport = transport
-        shared.accepted += 1
-        if len(shared.connections) >= shared.limits.connections:
-            shared.counts.closed_connections["limit"] += 1
-            transport.abort()
-            return
         shared.connections.add(self)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -129,6 +135,7 @@ class GrpcProtocol:
         for call in self._streaming.values():
             call.cancel()
         self._connection.release()
+        self._shared.room.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections.abc import Mapping, Sequence
 
 from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, ListenError, listen
@@ -72,7 +72,7 @@ class H2FrontEnd:
     @property
     def held_bytes(self) -> int:
         """What unfinished calls hold in memory."""
-        return self._shared.budget.held
+        return self._shared.room.budget.held
 
     @property
     def closed_connections(self) -> Mapping[str, int]:
@@ -139,23 +139,35 @@ class H2FrontEnd:
             self._accepting.append(self._tasks.create_task(self._accept_plain(listener.socket)))
 
     async def _accept_plain(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        async for connected in connections_of(listening, self._shared.counts.note_accept_failure):
-            # It may have been reset already.
-            with contextlib.suppress(OSError):
-                # It has asyncio.Protocol's methods, but is compiled.
-                await loop.connect_accepted_socket(self._protocol, connected)  # type: ignore[type-var]
+        shared = self._shared
+        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
+            budget = shared.enter(address)
+            if budget is None:
+                connected.close()
+            else:
+                await self._connect(connected, budget)
 
-    def _protocol(self, began_s: float | None = None) -> GrpcProtocol:
+    async def _connect(self, connected: socket.socket, budget: AddressBudget) -> None:
+        loop = asyncio.get_running_loop()
+        protocol = self._protocol(budget, loop.time())
+        try:
+            # It has asyncio.Protocol's methods, but is compiled.
+            await loop.connect_accepted_socket(lambda: protocol, connected)  # type: ignore[type-var]
+        except OSError:
+            # It has been reset already.
+            if protocol not in self._shared.connections:
+                self._shared.room.leave(budget)
+
+    def _protocol(self, budget: AddressBudget, began_s: float) -> GrpcProtocol:
         """
         Args:
-            began_s: when the client connected; None for now.
+            began_s: when the client connected.
         """
         age_s = self._limits.age
         if age_s is not None:
             age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
-        self._shared.now_s = asyncio.get_running_loop().time() if began_s is None else began_s
-        return GrpcProtocol(self._shared, age_s)
+        self._shared.now_s = began_s
+        return GrpcProtocol(self._shared, budget, age_s)
 
     async def _check(self) -> None:
         loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
 from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 
 TIMER_SECONDS = 0.01
@@ -62,11 +63,14 @@ class TlsListeners:
     """Accepts connections over TLS, and gives each to a protocol when its handshake is over.
 
     Args:
-        make_protocol: given the time when the client connected; what takes calls.
+        make_protocol: given the budget of the client's address and the time when it connected; what takes calls.
     """
 
     def __init__(
-        self, certificate: ServerCertificate, shared: Shared, make_protocol: Callable[[float], GrpcProtocol]
+        self,
+        certificate: ServerCertificate,
+        shared: Shared,
+        make_protocol: Callable[[AddressBudget, float], GrpcProtocol],
     ) -> None:
         self._certificate = certificate
         self._shared = shared
@@ -89,21 +93,20 @@ class TlsListeners:
 
     async def _accept(self, listening: socket.socket) -> None:
         shared = self._shared
-        async for connected in connections_of(listening, shared.counts.note_accept_failure):
-            if len(self.handshakes) + len(shared.connections) >= shared.limits.connections:
-                shared.accepted += 1
-                shared.counts.closed_connections["limit"] += 1
+        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
+            budget = shared.enter(address)
+            if budget is None:
                 connected.close()
                 continue
-            task = shared.tasks.create_task(self._shake_hands(connected))
+            task = shared.tasks.create_task(self._shake_hands(connected, budget))
             self.handshakes.add(task)
             task.add_done_callback(self.handshakes.discard)
 
-    async def _shake_hands(self, connected: socket.socket) -> None:
+    async def _shake_hands(self, connected: socket.socket, budget: AddressBudget) -> None:
         loop = asyncio.get_running_loop()
         shared = self._shared
         began_s = loop.time()
-        gate = _Gate(self._certificate, partial(self._make_protocol, began_s))
+        gate = _Gate(self._certificate, partial(self._make_protocol, budget, began_s))
         try:
             await loop.connect_accepted_socket(
                 lambda: gate,
@@ -122,10 +125,11 @@ class TlsListeners:
             # Whatever is in a client's certificate must not end the others' connections.
             gate.why_not = "tls"
             shared.failures.status_of("the TLS handshake", error)
-        if not gate.has_passed:
-            shared.accepted += 1
-            if gate.why_not:
-                shared.counts.closed_connections[gate.why_not] += 1
+        finally:
+            if not gate.has_passed:
+                shared.room.leave(budget)
+                if gate.why_not:
+                    shared.counts.closed_connections[gate.why_not] += 1
 
 
 class _Gate(asyncio.Protocol):
