@@ -296,6 +296,29 @@ async def test_a_read_of_many_calls_lets_other_connections_have_their_turn() -> 
     assert handled.index(b"one") < 400
 
 
+async def test_calls_of_one_slice_that_take_long_let_other_connections_have_their_turn() -> None:
+    handled = []
+
+    def slow(message, _metadata):
+        time.sleep(0.002)
+        handled.append(message)
+        return message
+
+    async with running("h2", {PATH: slow}) as front_end:
+        address = front_end.addresses[0]
+        async with connected(address) as busy, connected(address) as other:
+            await asyncio.gather(busy.ping(), other.ping())
+            with busy.one_write():
+                streams = [busy.open(PATH) for _ in range(30)]
+                for stream in streams:
+                    busy.send(stream, frame(b"many"))
+                # What came with its call is known before that is answered.
+                busy.cancel(streams[-1])
+            await asyncio.gather(other.call(PATH, frame(b"one")), *map(busy.answer, streams[:-1]))
+    assert handled.index(b"one") < 20
+    assert handled.count(b"many") == 29
+
+
 async def test_an_old_connection_is_told_twice_to_go_and_closed_when_its_calls_are_answered() -> None:
     async with (
         running("h2", ECHO, age=0.2, check_every=0.02) as front_end,
