@@ -179,7 +179,12 @@ class CertificateInForce:
         """Read the files again and again, until cancelled."""
         while True:
             await asyncio.sleep(READ_SECONDS)
-            await in_daemon_thread("certificate", self.renew)
+            try:
+                await in_daemon_thread("certificate", self.renew)
+            except Exception:
+                # As when the system has no more threads: the next time it may be otherwise.
+                self.failed_renewals += 1
+                _log.exception("certificate_not_renewed", until_then="what was read before stays in force")
 
     def grpc_server_credentials(self) -> grpc.ServerCredentials:
         """For a listener of gRPC's library, which renews them at each handshake, in a thread of its own. With an

@@ -17,6 +17,7 @@ async def system_addresses(host: str, port: int) -> Sequence[str]:
     Raises:
         OSError: it has none, or nobody can tell.
         UnicodeError: no host can have such a name.
+        RuntimeError: the system has no more threads.
     """
     # A name with some search domains takes a minute while the name servers are silent.
     found = await in_daemon_thread(f"resolve {host}", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))

@@ -153,8 +153,10 @@ class H2FrontEnd:
         try:
             # It has asyncio.Protocol's methods, but is compiled.
             await loop.connect_accepted_socket(lambda: protocol, connected)  # type: ignore[type-var]
-        except OSError:
-            # It has been reset already.
+        except Exception as error:
+            # It has been reset already, or whatever else: others are accepted.
+            if not isinstance(error, OSError):
+                self._shared.failures.status_of("accepting a connection", error)
             if protocol not in self._shared.connections:
                 self._shared.room.leave(budget)
 
