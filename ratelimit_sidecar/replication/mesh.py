@@ -67,6 +67,8 @@ _SERVER_OPTIONS = (
     *OPTIONS,
     ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1_000)),
     ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1_000)),
+    # Who dials opens one stream on each connection; the next one may come before the last has ended.
+    ("grpc.max_concurrent_streams", 2),
     # Without this a second process could share the port, and neither would know.
     ("grpc.so_reuseport", 0),
     # Lets the peers' keepalive be.
