@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -46,7 +47,7 @@ class _ServeCommand(click.Command):
     type=click.Choice([kind.value for kind in FrontEndKind]),
     default=FrontEndKind.H2.value,
     show_default=True,
-    help="What carries Envoy's calls: h2 (many times faster) or grpcio (grpc.aio).",
+    help="What carries Envoy's calls: h2 (many times faster) or grpcio (grpc.aio, to compare with; has fewer bounds).",
 )
 def serve(config_path: Path | None, frontend: str) -> None:
     """Answer Envoy's rate limit service calls from memory, and stream what is admitted to the sidecars elsewhere.
@@ -55,6 +56,9 @@ def serve(config_path: Path | None, frontend: str) -> None:
     SIGTERM and SIGINT drain: calls in flight are answered, peers are told what was admitted, and it exits with 0.
     Exits with 2 when the configuration is broken, with 1 when an address is taken.
     """
+    if os.getpid() == 1:
+        # The kernel keeps from the first process of a container what it has no handler for. Once it runs, it has one.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     sys.exit(_run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(take_stderr())))
 
 

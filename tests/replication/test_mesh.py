@@ -270,6 +270,7 @@ async def test_a_call_whose_path_is_no_text_does_not_close_the_listener_for_good
             assert supervisor.restarts["mesh_listener"] == failures
 
 
+@pytest.mark.interpreted
 async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     supervisor = Supervisor()
     async with (
