@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from server.front_ends import ECHO, running
@@ -69,3 +70,22 @@ async def test_a_client_that_takes_all_the_connections_it_gets_leaves_some_to_ot
             assert (await modest.call("/test.Echo/Echo", frame(b"hello"))).body == frame(b"hello")
         for _, writer in greedy:
             writer.close()
+
+
+async def test_calls_that_one_client_never_finishes_leave_room_for_those_of_others(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        addresses = ["127.0.0.1:0", f"unix:{tmp_path}/rls.sock"]
+        front_end = await stack.enter_async_context(running("h2", ECHO, addresses, held_bytes=400_000))
+        for _ in range(40):
+            greedy = await stack.enter_async_context(connected(front_end.addresses[0]))
+            for _ in range(30):
+                greedy.open("/test.Echo/Echo")
+            await greedy.ping()
+        assert front_end.refused_calls["shed"] > 0
+
+        modest = await stack.enter_async_context(connected(front_end.addresses[1]))
+        stream = modest.open("/test.Echo/Echo")
+        modest.send(stream, frame(b"hello")[:3], end=False)
+        await modest.ping()
+        modest.send(stream, frame(b"hello")[3:])
+        assert (await modest.answer(stream)).body == frame(b"hello")
