@@ -8,8 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,24 +115,36 @@ async def serving(
         await process.wait()
 
 
-async def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that nobody reads."""
     read, write = os.pipe()
     filling = os.open(f"/proc/self/fd/{write}", os.O_WRONLY | os.O_NONBLOCK)
     with suppress(BlockingIOError):
         while True:
             os.write(filling, bytes(65_536))
     os.close(filling)
-
-    async with serving(tmp_path, stderr=write) as sidecar:
-        os.close(write)
-        await sidecar.is_ready()
-        for _ in range(3):
-            # Each is logged.
-            sidecar.process.send_signal(signal.SIGHUP)
-            await sidecar.decides()
-        assert (await sidecar.answers("/healthz")).status_code == 200
-        assert await sidecar.stopped() == 0
+    yield write
+    os.close(write)
     os.close(read)
+
+
+async def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
+    with full_pipe() as stderr:
+        async with serving(tmp_path, stderr=stderr) as sidecar:
+            await sidecar.is_ready()
+            for _ in range(3):
+                # Each is logged.
+                sidecar.process.send_signal(signal.SIGHUP)
+                await sidecar.decides()
+            assert (await sidecar.answers("/healthz")).status_code == 200
+            assert await sidecar.stopped() == 0
+
+
+async def test_a_start_that_fails_ends_though_nobody_reads_why(tmp_path: Path) -> None:
+    with full_pipe() as stderr:
+        async with serving(tmp_path, stderr=stderr, config={"no_such_key": 1}) as sidecar, asyncio.timeout(WITHIN_S):
+            assert await sidecar.process.wait() == 2
 
 
 async def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
