@@ -313,12 +313,13 @@ class Sidecar:
         _log.info("ready")
 
     def _begin_stop(self) -> None:
-        if not self._stop.is_set():
-            last = threading.Timer(STOP_SECONDS, self._end_at_once)
-            last.daemon = True
-            last.start()
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._health.changed()
+        last = threading.Timer(STOP_SECONDS, self._end_at_once)
+        last.daemon = True
+        last.start()
 
     def _end_at_once(self) -> None:
         """In a thread: the loop, or one that it waits for, hangs."""
