@@ -37,6 +37,7 @@ COMPILED = (
     "replication/session.py",
     "replication/status.py",
     "replication/wire.py",
+    "server/budget.py",
     "server/framing.py",
     "server/grpc_protocol.py",
     "server/http2.py",

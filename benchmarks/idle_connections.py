@@ -93,9 +93,9 @@ def let_open(files: int) -> None:
 
 @click.command()
 @server_option
-@click.option("--connections", default=4_000, show_default=True, type=click.IntRange(1))
+@click.option("--connections", default=2_000, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0), help="How long they idle.")
-@click.option("--at-most-mb", default=60.0, show_default=True, help="More is a failure: exit status 1.")
+@click.option("--at-most-mb", default=30.0, show_default=True, help="More is a failure: exit status 1.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a line.")
 def main(server: Server | None, connections: int, seconds: float, at_most_mb: float, as_json: bool) -> None:
     """Open many connections to a sidecar, and tell how much more memory it has while they idle."""

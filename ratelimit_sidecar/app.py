@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from enum import Enum
@@ -41,11 +43,12 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
+from ratelimit_sidecar.server.file_limit import Descriptors, allot
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -56,9 +59,11 @@ from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAM
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
+from ratelimit_sidecar.supervision import Supervisor
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+from ratelimit_sidecar.telemetry.log_writer import LogWriter
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
 
 RESTORE_SECONDS = 2.0
@@ -66,6 +71,10 @@ RESTORE_SECONDS = 2.0
 
 JOIN_SECONDS = 10.0
 """What reachable peers get to tell what they know before the sidecar says it is ready."""
+
+STOP_SECONDS = 20.0
+"""What a stop may take: front end, mesh and console get 5, 3 and 3 s at most, traces 5. Then the process ends, whatever
+hangs; Kubernetes kills it after 30."""
 
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
@@ -102,12 +111,15 @@ class FrontEndKind(Enum):
 class Sidecar:
     """One process: built from its configuration, then `run` once.
 
+    Args:
+        log: where its log goes.
+
     Raises:
         ConfigError: the rules are broken.
         TracingError: the OTEL_* variables are.
     """
 
-    def __init__(self, config: SidecarConfig, front_end: FrontEndKind) -> None:
+    def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
         node, region = config.node.id, config.node.region
         self._source: RulesFiles | XdsClient
         if config.xds is None:
@@ -121,6 +133,8 @@ class Sidecar:
         self._stop = asyncio.Event()
         self._joined = False
         self._restoring: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor()
+        descriptors = _descriptors()
         self._tracing = start_tracing(node, region)
         origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
@@ -139,6 +153,8 @@ class Sidecar:
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
+            supervisor=self._supervisor,
+            max_connections=descriptors.mesh,
         )
         self._mesh.use_rules(rules.digest)
         self._snapshots: Snapshots | None = None
@@ -157,7 +173,7 @@ class Sidecar:
         reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
         handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
-        limits = _limits(config.listen)
+        limits = _limits(config.listen, descriptors)
         self._front_end: FrontEnd
         self._h2: H2FrontEnd | None = None
         if front_end is FrontEndKind.H2:
@@ -165,7 +181,9 @@ class Sidecar:
                 handlers, config.listen.grpc, limits=limits, certificate=certificate
             )
         else:
-            self._front_end = GrpcioFrontEnd(handlers, config.listen.grpc, limits=limits, certificate=certificate)
+            self._front_end = GrpcioFrontEnd(
+                handlers, config.listen.grpc, limits=limits, certificate=certificate, supervisor=self._supervisor
+            )
         registry = metrics.create_registry(
             metrics.Sources(
                 node=node,
@@ -181,6 +199,8 @@ class Sidecar:
                 front_end=self._h2,
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
+                supervision=self._supervisor,
+                log=log,
             )
         )
         console_app = console.create_app(
@@ -200,6 +220,7 @@ class Sidecar:
         )
         self._console = ConsoleServer(console_app, config.listen.admin)
         self._config = config
+        self._log = log
 
     def missing(self) -> list[str]:
         """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
@@ -222,7 +243,7 @@ class Sidecar:
 
     def degraded(self) -> list[str]:
         """What the sidecar does worse than it could, in words; it is ready all the same."""
-        degraded = []
+        degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
         if self._snapshots is not None and self._snapshots.status.trouble:
@@ -253,7 +274,7 @@ class Sidecar:
                 tasks.create_task(self._console.serve())
                 replicating = tasks.create_task(self._replicate())
                 tasks.create_task(self._front_end.serve())
-                chores = [tasks.create_task(chore) for chore in self._chores()]
+                chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
                 await self._front_end.stop()
@@ -271,17 +292,19 @@ class Sidecar:
             await self._tracing.close()
         _log.info("stopped")
 
-    def _chores(self) -> Iterator[Coroutine[None, None, None]]:
-        """What is done beside answering, until the stop."""
-        yield self._source.run(self._reloader)
-        yield self._join()
-        if self._snapshots is not None:
-            yield self._keep(self._snapshots)
-        yield self._slew()
-        yield self._stalls.run()
-        yield self._sweep(self._limiter.store, self._clock.now_us)
-        if self._limiter.ledger is not None:
-            yield self._sweep(self._limiter.ledger, self._strict_us)
+    def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is done beside answering, until the stop, by name."""
+        yield "rules", lambda: self._source.run(self._reloader)
+        yield "join", self._join
+        snapshots = self._snapshots
+        if snapshots is not None:
+            yield "snapshots", lambda: self._keep(snapshots)
+        yield "slew", self._slew
+        yield "stalls", self._stalls.run
+        yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
+        ledger = self._limiter.ledger
+        if ledger is not None:
+            yield "sweep_strict", lambda: self._sweep(ledger, self._strict_us)
 
     async def _open(self) -> None:
         if self._snapshots is not None:
@@ -338,8 +361,19 @@ class Sidecar:
         _log.info("ready")
 
     def _begin_stop(self) -> None:
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._health.changed()
+        last = threading.Timer(STOP_SECONDS, self._end_at_once)
+        last.daemon = True
+        last.start()
+
+    def _end_at_once(self) -> None:
+        """In a thread: the loop, or one that it waits for, hangs."""
+        _log.error("stop_took_too_long", after_seconds=STOP_SECONDS)
+        self._log.flush()
+        os._exit(1)
 
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
@@ -427,10 +461,20 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
     )
 
 
-def _limits(listen: ListenConfig) -> Limits:
+def _limits(listen: ListenConfig, descriptors: Descriptors) -> Limits:
     """With those that are configured; 0 is never there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
-    return replace(DEFAULT_LIMITS, age=age_s or None, age_grace=grace_s or inf)
+    return replace(DEFAULT_LIMITS, connections=descriptors.clients, age=age_s or None, age_grace=grace_s or inf)
+
+
+def _descriptors() -> Descriptors:
+    """What connections may take of the process's file descriptors."""
+    wanted = Descriptors(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    given = allot(wanted)
+    if given != wanted:
+        fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
+        _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
+    return given
 
 
 def _rules_files(config: SidecarConfig) -> RulesFiles:

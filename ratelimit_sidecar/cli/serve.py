@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -17,9 +19,11 @@ from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.persistence.snapshots import StateError
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
+from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, take_stderr
 from ratelimit_sidecar.telemetry.logs import configure_logs
 
 BAD_CONFIGURATION = 2
+FAILED = 1
 
 
 class _ServeCommand(click.Command):
@@ -44,7 +48,7 @@ class _ServeCommand(click.Command):
     type=click.Choice([kind.value for kind in FrontEndKind]),
     default=FrontEndKind.H2.value,
     show_default=True,
-    help="What carries Envoy's calls: h2 (many times faster) or grpcio (grpc.aio).",
+    help="What carries Envoy's calls: h2 (many times faster) or grpcio (grpc.aio, to compare with; has fewer bounds).",
 )
 def serve(config_path: Path | None, frontend: str) -> None:
     """Answer Envoy's rate limit service calls from memory, and stream what is admitted to the sidecars elsewhere.
@@ -54,18 +58,30 @@ def serve(config_path: Path | None, frontend: str) -> None:
     Exits with 2 when the configuration is broken, with 1 when an address or the file of
     its state is taken.
     """
+    if os.getpid() == 1:
+        # The kernel keeps from the first process of a container what it has no handler for. Once it runs, it has one.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+    sys.exit(_run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(take_stderr())))
+
+
+def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter) -> int:
+    """Returns the exit code. Why it is not 0 is written as the log is, since nobody may read it."""
     try:
-        configure_logs(os.environ)
-        sidecar_config = load_sidecar_config(config_path, os.environ)
+        configure_logs(os.environ, log, colors=os.isatty(STDERR))
+        config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(sidecar_config, FrontEndKind(frontend)))
+            runner.run(_run(config, front_end, log))
     except (ConfigError, TracingError, ValueError) as error:
-        click.echo(str(error), err=True)
-        sys.exit(BAD_CONFIGURATION)
+        log.write_line(str(error))
+        return BAD_CONFIGURATION
     except (ListenError, StateError) as error:
-        click.echo(str(error), err=True)
-        sys.exit(1)
+        log.write_line(str(error))
+        return FAILED
+    except Exception:
+        log.write_line(traceback.format_exc())
+        return FAILED
+    return 0
 
 
-async def _run(config: SidecarConfig, front_end: FrontEndKind) -> None:
-    await Sidecar(config, front_end).run()
+async def _run(config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
+    await Sidecar(config, front_end, log).run()

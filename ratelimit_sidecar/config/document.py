@@ -17,6 +17,7 @@ import yaml
 
 from ratelimit_sidecar.config.errors import ConfigError, KeyPath, Problem, dotted, quoted
 from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
+from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.yaml_data import START, Entry, Position, YamlList, YamlMap, resolve
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -93,16 +94,22 @@ class Document:
         return value, position, source
 
 
-def load(path: Path) -> Document:
+def load(path: Path, *, must_be_regular: bool = False) -> Document:
     """Read and parse a file.
+
+    Args:
+        must_be_regular: a FIFO or device, as which a file can be given that is read once, is refused.
 
     Raises:
         ConfigError: it cannot be read, is too large, is not UTF-8, or is not one YAML document.
     """
     file = str(path)
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
+        if must_be_regular:
+            raw = read_regular_file(path, MAX_BYTES + 1)
+        else:
+            with path.open("rb") as stream:
+                raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         problem = Problem(file, None, None, "", "no such file", "a readable YAML file", "check its path")
         raise ConfigError([problem]) from None

@@ -101,7 +101,7 @@ def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Docume
     """The files that can be parsed; what keeps others from it is added to `problems`."""
     for file in files:
         try:
-            yield load(file)
+            yield load(file, must_be_regular=True)
         except ConfigError as error:
             problems += error.problems
 

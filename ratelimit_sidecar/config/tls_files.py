@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import structlog
 
+from ratelimit_sidecar.config.regular_file import read_regular_file
+from ratelimit_sidecar.threads import in_daemon_thread
+
 if TYPE_CHECKING:
     import grpc
 
@@ -176,7 +179,12 @@ class CertificateInForce:
         """Read the files again and again, until cancelled."""
         while True:
             await asyncio.sleep(READ_SECONDS)
-            await asyncio.to_thread(self.renew)
+            try:
+                await in_daemon_thread("certificate", self.renew)
+            except Exception:
+                # As when the system has no more threads: the next time it may be otherwise.
+                self.failed_renewals += 1
+                _log.exception("certificate_not_renewed", until_then="what was read before stays in force")
 
     def grpc_server_credentials(self) -> grpc.ServerCredentials:
         """For a listener of gRPC's library, which renews them at each handshake, in a thread of its own. With an
@@ -218,7 +226,7 @@ def _context(side: Side) -> ssl.SSLContext:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular_file(path)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from error
 

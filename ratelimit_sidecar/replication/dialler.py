@@ -141,7 +141,8 @@ class Dialler:
         while True:
             try:
                 addresses = await self._resolver.addresses(host, port)
-            except (OSError, UnicodeError) as error:
+            except Exception as error:
+                # No host can have such a name, the system has no more threads, or whatever else: others go on.
                 self._note_unresolved(name, getattr(error, "strerror", None) or str(error))
             else:
                 if not addresses:

@@ -7,7 +7,7 @@ deadlines. Whatever happens to one stream, the others do not notice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 import grpc
@@ -31,6 +31,7 @@ from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
 from ratelimit_sidecar.replication.turns import Turns
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
+from ratelimit_sidecar.supervision import Supervisor
 
 DRAIN_SECONDS = 2.0
 """What connected peers get at a stop to acknowledge what they have yet to hear."""
@@ -47,8 +48,27 @@ CERTAIN_US = 2 * RESTART_US
 MAX_STREAMS = 512
 """Inbound, at once; two from each of `replicator.MAX_PEERS`."""
 
+MAX_CONNECTIONS = 1_024
+"""Inbound, at once; one a stream, and as many more that have not said anything yet."""
+
+HANDSHAKE_SECONDS = 5.0
+"""From an inbound connection to its first HTTP/2 settings, TLS included; gRPC's default is two minutes."""
+
+IDLE_SECONDS = 10.0
+"""A connection without a stream is closed: who dials opens one at once."""
+
+FAILED_CHECK_SECONDS = 0.25
+"""How often it is looked whether the listener still takes streams."""
+
+LISTENER = "mesh_listener"
+"""Its name in metrics and `/readyz`."""
+
 _SERVER_OPTIONS = (
     *OPTIONS,
+    ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1_000)),
+    ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1_000)),
+    # Who dials opens one stream on each connection; the next one may come before the last has ended.
+    ("grpc.max_concurrent_streams", 2),
     # Without this a second process could share the port, and neither would know.
     ("grpc.so_reuseport", 0),
     # Lets the peers' keepalive be.
@@ -66,6 +86,8 @@ class Mesh:
     listen: `host:port`; None to dial only. Port 0 takes a free one.
     lending: None when no limit is strict.
     certificate: None for a mesh in plain text.
+    supervisor: of the tasks that run for as long as the mesh does.
+    max_connections: inbound, at once; further ones are closed.
     """
 
     def __init__(
@@ -82,8 +104,12 @@ class Mesh:
         lending: Lending | None = None,
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
+        supervisor: Supervisor | None = None,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self._now_us = now_us
+        self._max_connections = max_connections
+        self._supervisor = Supervisor() if supervisor is None else supervisor
         self._lending = lending
         membership = None if lending is None else lending.membership
         local = Local(origin, region, version, membership)
@@ -173,41 +199,74 @@ class Mesh:
         """
         if self.certificate is not None:
             await asyncio.to_thread(self.certificate.load)
-        if self._listen is None:
-            return
-        server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_STREAMS)
+        if self._listen is not None:
+            await self._bind(self._listen)
+
+    async def _bind(self, address: str) -> None:
+        options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", self._max_connections))
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_STREAMS)
         # No (de)serializers: frames are bytes here.
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
         method = METHOD.rpartition("/")[2]
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {method: handler})])
         try:
             if self.certificate is None:
-                port = server.add_insecure_port(self._listen)
+                port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(self._listen, self.certificate.grpc_server_credentials())
+                port = server.add_secure_port(address, self.certificate.grpc_server_credentials())
         except RuntimeError as error:
             await server.stop(None)
             # The C core logs the cause to stderr and keeps it from its caller.
             raise OSError("the address is taken, or is none of this machine's") from error
         await server.start()
         self._server = server
-        self.bound_address = f"{self._listen.rpartition(':')[0]}:{port}"
+        self.bound_address = f"{address.rpartition(':')[0]}:{port}"
+
+    async def _serve(self) -> None:
+        """Carry what peers dial until `stop`, or raise what has ended gRPC's loop that takes calls.
+
+        That loop ends when a client sends a path that is not UTF-8, and gRPC offers no hook to refuse such a call. So
+        the listener is made anew; peers dial again, and streams that this node has dialled go on.
+        """
+        if self._server is None:
+            assert self.bound_address is not None
+            await self._bind(self.bound_address)
+        server = self._server
+        assert server is not None
+        try:
+            # With a time-out it tells of the failure also while streams are open.
+            while await server.wait_for_termination(FAILED_CHECK_SECONDS):
+                pass
+        except Exception:
+            self._server = None
+            await server.stop(None)
+            raise
 
     async def run(self) -> None:
         """Replicate until `stop`, then drain; cancelled, it hangs up at once."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._flush_forever())]
-                running.append(tasks.create_task(Flushing(self._compare).run()))
-                running.append(tasks.create_task(self._dialler.run()))
-                if self.certificate is not None:
-                    running.append(tasks.create_task(self.certificate.keep_read()))
+                running = [
+                    tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._kept_running().items()
+                ]
                 await self._stopping.wait()
                 await self._drain()
                 for task in running:
                     task.cancel()
         finally:
             await self.close()
+
+    def _kept_running(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        kept: dict[str, Callable[[], Awaitable[None]]] = {
+            "mesh_flush": self._flush_forever,
+            "mesh_compare": Flushing(self._compare).run,
+            "mesh_dial": self._dialler.run,
+        }
+        if self._server is not None:
+            kept[LISTENER] = self._serve
+        if self.certificate is not None:
+            kept["mesh_certificate"] = self.certificate.keep_read
+        return kept
 
     async def close(self) -> None:
         """Free the listener. `run` does so when it ends: this is for who has called `start` and cannot `run`."""

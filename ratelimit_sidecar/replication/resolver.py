@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Thread
-from typing import Any
+
+from ratelimit_sidecar.threads import in_daemon_thread
 
 
 async def system_addresses(host: str, port: int) -> Sequence[str]:
@@ -19,21 +17,11 @@ async def system_addresses(host: str, port: int) -> Sequence[str]:
     Raises:
         OSError: it has none, or nobody can tell.
         UnicodeError: no host can have such a name.
+        RuntimeError: the system has no more threads.
     """
-    found: Future[list[tuple[Any, ...]]] = Future()
-    # From now on it can't be cancelled: the thread ends when the system has answered, whoever still waits.
-    found.set_running_or_notify_cancel()
-    # Neither the loop's threads nor uvloop's: the process ends only after those have, which is a minute for a name with
-    # some search domains while the name servers are silent; and there are few of them, for files to be read too.
-    Thread(target=_resolve, args=(host, port, found), name=f"resolve {host}", daemon=True).start()
-    return [str(sockaddr[0]) for *_, sockaddr in await asyncio.wrap_future(found)]
-
-
-def _resolve(host: str, port: int, found: Future[list[tuple[Any, ...]]]) -> None:
-    try:
-        found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        found.set_exception(error)
+    # A name with some search domains takes a minute while the name servers are silent.
+    found = await in_daemon_thread(f"resolve {host}", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    return [str(sockaddr[0]) for *_, sockaddr in found]
 
 
 @dataclass(frozen=True, slots=True)

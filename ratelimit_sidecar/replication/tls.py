@@ -25,6 +25,7 @@ from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+from ratelimit_sidecar.threads import in_daemon_thread
 
 _MAX_NAMES_TOLD = 5
 
@@ -89,7 +90,7 @@ class NodeCertificate(CertificateInForce):
             UntrustedError: the two ends do not trust each other.
             OSError: nobody can be reached there.
         """
-        latest = await asyncio.to_thread(self.renew)
+        latest = await in_daemon_thread("certificate", self.renew)
         try:
             reader, writer = await asyncio.open_connection(host, port, ssl=latest.context)
             try:

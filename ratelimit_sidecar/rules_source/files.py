@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ import structlog
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from ratelimit_sidecar.config.document import MAX_BYTES
+from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.rules_file import is_rules_file
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -90,7 +92,7 @@ class RulesFiles:
 
     async def run(self, reloader: Reloader) -> None:
         """Load them whenever they have changed, until cancelled."""
-        folders = (await asyncio.to_thread(look_at, self._paths)).folders
+        folders = (await self._look_at(reloader)).folders
         try:
             while True:
                 with self._watching(folders, reloader) as watch:
@@ -105,18 +107,21 @@ class RulesFiles:
         watch: RustNotify | None = None
         try:
             watch = RustNotify(
-                [str(folder) for folder in folders],
+                # Told to ignore those that it may not watch, it would ignore all errors.
+                [str(folder) for folder in folders if os.access(folder, os.R_OK)],
                 debug=False,
                 force_polling=False,
                 poll_delay_ms=0,
                 recursive=False,
-                ignore_permission_denied=True,
+                ignore_permission_denied=False,
             )
             reloader.trouble = ""
         except (OSError, WatchfilesRustInternalError) as error:
             every_seconds = self._check_ms / 1_000
-            reloader.trouble = f"not watched ({error}), only looked at every {every_seconds:g} s"
-            _log.warning("rules_not_watched", error=str(error), looked_at_every_seconds=every_seconds)
+            trouble = f"not watched ({error}), only looked at every {every_seconds:g} s"
+            if trouble != reloader.trouble:
+                _log.warning("rules_not_watched", error=str(error), looked_at_every_seconds=every_seconds)
+            reloader.trouble = trouble
         try:
             yield watch
         finally:
@@ -127,7 +132,7 @@ class RulesFiles:
         """Load what has changed, until folders have to be watched anew, which are returned."""
         must_begin_anew = False
         while True:
-            look = await self._look()
+            look = await self._look(reloader)
             if self._is_asked or look.texts != self._known:
                 self._is_asked = False
                 self._woken.clear()
@@ -137,17 +142,20 @@ class RulesFiles:
                 return look.folders
             must_begin_anew = await asyncio.to_thread(self._wait, watch, folders)
 
-    async def _look(self) -> Look:
+    async def _look(self, reloader: Reloader) -> Look:
         """What is there; if it is new, once it stays the same, since a file may be half written."""
-        look = await asyncio.to_thread(look_at, self._paths)
+        look = await self._look_at(reloader)
         for _ in range(MAX_QUIET_MS // QUIET_MS):
             if look.texts == self._known:
                 break
             await asyncio.sleep(QUIET_MS / 1_000)
-            former, look = look, await asyncio.to_thread(look_at, self._paths)
+            former, look = look, await self._look_at(reloader)
             if look.texts == former.texts:
                 break
         return look
+
+    async def _look_at(self, reloader: Reloader) -> Look:
+        return await reloader.patiently(lambda: look_at(self._paths))
 
     def _wait(self, watch: RustNotify | None, folders: frozenset[Path]) -> bool:
         """Until something has happened, or it is time to look anyway; runs in a thread.
@@ -158,7 +166,8 @@ class RulesFiles:
         if watch is None:
             self._woken.wait(self._check_ms / 1_000)
             self._woken.clear()
-            return False
+            # What was missing may be there again.
+            return True
         try:
             happened = watch.watch(
                 debounce_ms=MAX_QUIET_MS, step_ms=QUIET_MS, timeout_ms=self._check_ms, stop_event=self._woken
@@ -197,9 +206,8 @@ def look_at(paths: Iterable[Path]) -> Look:
 
 def _digest(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            # More than that is refused, whatever it says.
-            return hashlib.blake2b(stream.read(MAX_BYTES + 1)).hexdigest()
+        # More than that is refused, whatever it says.
+        return hashlib.blake2b(read_regular_file(file, MAX_BYTES + 1)).hexdigest()
     except OSError as error:
         return str(error.strerror)
 

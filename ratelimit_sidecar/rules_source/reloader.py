@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import structlog
 
@@ -19,9 +20,15 @@ from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.reclamation import let_go, pieces_of_rules
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.threads import in_daemon_thread
+
+PATIENCE_SECONDS = 30.0
+"""What reading the rules may take before that is told of; 200,000 rules take less."""
 
 MAX_PROBLEMS_LOGGED = 20
 """Of one attempt; a file in another format than YAML has thousands."""
+
+_Result = TypeVar("_Result")
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -97,7 +104,7 @@ class Reloader:
         """
         try:
             with _without_collections():
-                rules, count = await asyncio.to_thread(_read_and_count, read)
+                rules, count = await self.patiently(lambda: _read_and_count(read))
             retired = self._use_rules(rules)
         except ConfigError as error:
             self._note_rejection(version, error.problems)
@@ -111,6 +118,25 @@ class Reloader:
             if retired is not None:
                 await asyncio.to_thread(_give_back, retired)
         return self.rejected
+
+    async def patiently(self, work: Callable[[], _Result]) -> _Result:
+        """What reads the source, done in a thread. Where that takes too long, as on a network file system that hangs,
+        `trouble` says so until it is done. Nothing else is read meanwhile: it would hang as well.
+
+        Raises:
+            Exception: what `work` raises.
+        """
+        working = asyncio.ensure_future(in_daemon_thread("rules", work))
+        try:
+            await asyncio.wait([working], timeout=PATIENCE_SECONDS)
+            if not working.done():
+                former, self.trouble = self.trouble, f"reading them has taken more than {PATIENCE_SECONDS:g} s so far"
+                _log.error("rules_not_read", source=self.source, why=self.trouble, in_force="the rules from before")
+                await asyncio.wait([working])
+                self.trouble = former
+            return working.result()
+        finally:
+            working.cancel()
 
     def _note_success(self, version: str, count: int) -> None:
         self.loads["success"] += 1

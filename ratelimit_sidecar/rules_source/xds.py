@@ -20,11 +20,13 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
+from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.resources import TYPE_URL, Data, data_of
 from ratelimit_sidecar.rules_source.subscription import Subscription
+from ratelimit_sidecar.threads import in_daemon_thread
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 
@@ -146,7 +148,7 @@ class XdsClient:
         tls = self._config.tls
         if tls is None:
             return grpc.aio.insecure_channel(self._config.server, options=_OPTIONS)
-        credentials = await asyncio.to_thread(_credentials, tls)
+        credentials = await in_daemon_thread("xds credentials", lambda: _credentials(tls))
         options = (*_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name)) if tls.server_name else _OPTIONS
         return grpc.aio.secure_channel(self._config.server, credentials, options=options)
 
@@ -158,5 +160,7 @@ async def _write(call: grpc.aio.StreamStreamCall[bytes, bytes], request: Discove
 
 def _credentials(tls: XdsTlsConfig) -> grpc.ChannelCredentials:
     """Read anew at each dial, so that rotated files are taken up."""
-    ca, key, certificate = (None if file is None else file.read_bytes() for file in (tls.ca, tls.key, tls.certificate))
+    ca, key, certificate = (
+        None if file is None else read_regular_file(file) for file in (tls.ca, tls.key, tls.certificate)
+    )
     return grpc.ssl_channel_credentials(ca, key, certificate)

@@ -2,7 +2,8 @@
 answers of a read leave in one write.
 
 Back-pressure: while a client does not read its answers, nothing more of it is read. A read with so many calls that they
-would keep the event loop busy is taken in slices, and other connections have their turn in between.
+would keep the event loop busy is taken in slices, and other connections have their turn in between, also within a slice
+whose calls take long.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.budget import AddressBudget, Room
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Lost, Opened, Part
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
@@ -21,7 +23,7 @@ SLICE_BYTES: Final = 4_096
 """Holds 130 calls at most, since none is shorter than 31 bytes."""
 
 QUANTUM_NS: Final = 1_000_000
-"""How long slices are taken in one turn of the event loop."""
+"""How long calls of one connection are answered in one turn of the event loop; the one that fills it is the last."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """Answers that wait for a client to read them, beyond which nothing more of it is read."""
@@ -41,7 +43,7 @@ class Shared:
         self.handlers = handlers
         self.limits = limits
         self.tasks = tasks
-        self.budget = Budget(limits.held_bytes)
+        self.room = Room(limits.connections, limits.held_bytes)
         self.counts = Counts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
@@ -53,18 +55,28 @@ class Shared:
         self.now_s = 0.0
         """As of the latest check."""
 
+    def enter(self, address: str) -> AddressBudget | None:
+        """A connection was accepted; None when it must be closed."""
+        self.accepted += 1
+        budget = self.room.enter(address)
+        if budget is None:
+            self.counts.closed_connections["limit"] += 1
+        return budget
+
 
 class GrpcProtocol:
     """An `asyncio.Protocol` (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
+        budget: of the client's address. It is given back to `Shared.room` when the connection is lost.
         age_s: after which the connection is drained; None for never.
     """
 
-    def __init__(self, shared: Shared, age_s: float | None) -> None:
+    def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
         self._shared = shared
+        self._budget = budget
         self._connection = Connection(
-            shared.handlers, shared.limits, shared.budget, shared.counts, now_s=shared.now_s, age_s=age_s
+            shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
@@ -72,6 +84,9 @@ class GrpcProtocol:
         """Of the streaming calls those whose client has to take something first."""
         self._rest: memoryview | None = None
         """What was read and is not taken yet."""
+        self._happened: list[Event] = []
+        self._handled = 0
+        """What happened in the slice that was taken last, and how much of it is dealt with."""
         self._is_paused = False
         """The client does not read its answers."""
         self._is_closing = False
@@ -83,11 +98,6 @@ class GrpcProtocol:
     def connection_made(self, transport: asyncio.Transport) -> None:
         shared = self._shared
         self._transport = transport
-        shared.accepted += 1
-        if len(shared.connections) >= shared.limits.connections:
-            shared.counts.closed_connections["limit"] += 1
-            transport.abort()
-            return
         shared.connections.add(self)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -98,9 +108,17 @@ class GrpcProtocol:
         if self._rest is not None:
             # TLS may have had some more.
             self._rest = memoryview(bytes(self._rest) + data)
+        elif self._is_behind():
+            self._rest = memoryview(data)
         elif len(data) <= SLICE_BYTES:
-            self._take(self._connection.receive(data))
-            self._flush()
+            happened = self._connection.receive(data)
+            if len(happened) > 1:
+                self._happened = happened
+                self._take_slices()
+            else:
+                for event in happened:
+                    self._handle(event)
+                self._flush()
         else:
             self._rest = memoryview(data)
             self._take_slices()
@@ -116,19 +134,17 @@ class GrpcProtocol:
 
     def resume_writing(self) -> None:
         self._is_paused = False
-        if self._rest is not None:
-            self._take_slices()
-        else:
-            self._flush()
+        self._take_slices()
         self._resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._transport = None
-        self._rest = None
+        self._forget_unhandled()
         self._connection.closed = True
         for call in self._streaming.values():
             call.cancel()
         self._connection.release()
+        self._shared.room.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
 
@@ -165,46 +181,73 @@ class GrpcProtocol:
             self._shared.counts.closed_connections["drain"] += 1
             self._transport.abort()
 
+    def fail(self) -> None:
+        """Close at once, since this program cannot deal with it."""
+        if self._transport is not None:
+            self._shared.counts.closed_connections["internal"] += 1
+            self._transport.abort()
+
     # Calls
 
+    def _is_behind(self) -> bool:
+        """Whether there is more of what was read."""
+        return self._rest is not None or self._handled < len(self._happened)
+
+    def _forget_unhandled(self) -> None:
+        self._rest = None
+        self._happened = []
+        self._handled = 0
+
     def _take_slices(self) -> None:
-        """Take what was read, for a quantum; then let other connections have their turn."""
+        """Deal with what was read, for a quantum; then let other connections have their turn."""
         started_ns = _perf_counter_ns()
-        while self._rest is not None and not self._is_paused:
-            rest = self._rest
-            self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
-            self._take(self._connection.receive(rest[:SLICE_BYTES]))
-            if self._rest is not None and _perf_counter_ns() - started_ns >= QUANTUM_NS:
+        while True:
+            happened = self._happened
+            while self._handled < len(happened):
+                event = happened[self._handled]
+                self._handled += 1
+                self._handle(event)
+                if _perf_counter_ns() - started_ns >= QUANTUM_NS:
+                    break
+            if not self._is_behind() or self._is_paused:
+                break
+            if _perf_counter_ns() - started_ns >= QUANTUM_NS:
                 self._flush()
-                if self._transport is not None and not self._is_paused:
+                if self._transport is not None and not self._is_paused and not self._is_closing:
                     self._transport.pause_reading()
                     asyncio.get_running_loop().call_soon(self._go_on)
                 return
+            rest = self._rest
+            if rest is not None:
+                self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
+                self._happened = self._connection.receive(rest[:SLICE_BYTES])
+                self._handled = 0
+        if not self._is_behind():
+            self._forget_unhandled()
         self._flush()
 
     def _go_on(self) -> None:
-        if self._transport is not None and not self._is_paused and self._rest is not None:
+        if self._transport is not None and not self._is_paused and self._is_behind():
             self._take_slices()
             self._resume_reading()
 
     def _resume_reading(self) -> None:
-        if self._transport is not None and not self._is_closing and not self._is_paused and self._rest is None:
+        if self._transport is not None and not self._is_closing and not self._is_paused and not self._is_behind():
             self._transport.resume_reading()
 
-    def _take(self, happened: list[Event]) -> None:
-        for event in happened:
-            if isinstance(event, Call):
-                self._answer(event)
-            elif isinstance(event, Part):
-                streaming = self._streaming.get(event.stream_id)
-                if streaming is not None:
-                    streaming.feed(event.data, event.ended)
-            elif isinstance(event, Opened):
-                self._begin_streaming(event)
-            elif isinstance(event, Lost):
-                streaming = self._streaming.get(event.stream_id)
-                if streaming is not None:
-                    streaming.cancel()
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Call):
+            self._answer(event)
+        elif isinstance(event, Part):
+            streaming = self._streaming.get(event.stream_id)
+            if streaming is not None:
+                streaming.feed(event.data, event.ended)
+        elif isinstance(event, Opened):
+            self._begin_streaming(event)
+        elif isinstance(event, Lost):
+            streaming = self._streaming.get(event.stream_id)
+            if streaming is not None:
+                streaming.cancel()
 
     def _answer(self, call: Call) -> None:
         try:
@@ -222,7 +265,9 @@ class GrpcProtocol:
             # Its client has not read the GOAWAY yet.
             self._connection.finish(stream_id, SHUTTING_DOWN)
             return
-        call = StreamingCall(opened, self._connection, self._shared.failures, self._flush, self._blocked)
+        call = StreamingCall(
+            opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
+        )
         self._streaming[stream_id] = call
         call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
 
@@ -239,12 +284,19 @@ class GrpcProtocol:
             transport.write(data)
         if connection.closed:
             self._is_closing = True
+            self._forget_unhandled()
             transport.close()
             for call in self._streaming.values():
                 call.cancel()
             return
         if self._streaming:
-            self._take(connection.late())
+            late = connection.late()
+            if self._handled < len(self._happened):
+                # They come after what has happened before.
+                self._happened.extend(late)
+            else:
+                for event in late:
+                    self._handle(event)
         if self._blocked:
             for call in self._blocked:
                 call.wake()

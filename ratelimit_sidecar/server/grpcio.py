@@ -7,6 +7,7 @@ to fall back on. Compressed requests, which h2 refuses, the C core decompresses.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -16,10 +17,13 @@ import grpc.aio
 
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Limits
 from ratelimit_sidecar.server.listeners import (
-    SOCKET_FILE_MODE,
+    UNAVAILABLE,
     UNIX_PREFIX,
     ListenError,
+    SocketFile,
     listen,
+    numeric_addresses,
+    publish_socket_file,
     unix_path,
 )
 from ratelimit_sidecar.server.rpc import (
@@ -33,6 +37,7 @@ from ratelimit_sidecar.server.rpc import (
     UnaryHandler,
 )
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.supervision import Supervisor
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -43,6 +48,11 @@ MAX_CALLS = 8_192
 """Concurrent calls in all: a queue that long is answered after Envoy's default timeout of 20 ms, so a longer one helps
 nobody."""
 
+FAILED_CHECK_SECONDS = 0.1
+"""How often it is looked whether the server still takes calls."""
+
+LISTENER = "grpc_listener"
+"""Its name in metrics and `/readyz`."""
 
 MAX_MS = 2**31 - 1
 """The C core's integers end there, and mean never."""
@@ -51,10 +61,15 @@ MAX_MS = 2**31 - 1
 class GrpcioFrontEnd:
     """A `FrontEnd` (see `server.front_end`).
 
+    Theory of operation. The library's loop that takes calls ends with an exception when a client sends a path that is
+    not UTF-8, and it offers no hook to refuse such a call. So the server is made anew on the same addresses whenever
+    that happens. The calls of that moment are lost.
+
     Args:
         addresses: as `server.listeners.listen` takes them.
         limits: of them those hold that the C core can keep.
         certificate: of TCP addresses; None for plain text.
+        supervisor: makes the server anew, and counts that.
     """
 
     def __init__(
@@ -64,15 +79,19 @@ class GrpcioFrontEnd:
         *,
         limits: Limits = DEFAULT_LIMITS,
         certificate: ServerCertificate | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.ready = asyncio.Event()
         self.addresses: Sequence[str] = []
         self._configured = addresses
         self._certificate = certificate
+        self._supervisor = Supervisor() if supervisor is None else supervisor
         self._drain_seconds = limits.drain
+        self._options = _options(limits)
         self._stopping = asyncio.Event()
-        self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=MAX_CALLS)
-        self._server.add_generic_rpc_handlers(_generic_handlers(handlers, self._stopping, certificate))
+        self._handlers = _generic_handlers(handlers, self._stopping, certificate)
+        self._server: grpc.aio.Server | None = None
+        self._files: list[SocketFile] = []
 
     async def start(self) -> None:
         if self._certificate is not None:
@@ -80,23 +99,13 @@ class GrpcioFrontEnd:
                 await asyncio.to_thread(self._certificate.load)
             except OSError as error:
                 raise ListenError(", ".join(self._configured), str(error)) from error
-        # The C core doesn't tell why it cannot bind, and would take a unix socket away from a live server. So
-        # bind here first, for the checks and their messages, and make room again.
-        for listener in listen(self._configured):
-            listener.close()
-        try:
-            self.addresses = [self._bind(address) for address in self._configured]
-            await self._server.start()
-        except BaseException:
-            await self._server.stop(None)
-            raise
-        self.ready.set()
+        self.addresses = await self._listen(self._configured)
 
     async def serve(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 renewing = None if self._certificate is None else tasks.create_task(self._certificate.keep_read())
-                await self._server.wait_for_termination()
+                await self._supervisor.keep(LISTENER, self._serve)
                 if renewing is not None:
                     renewing.cancel()
         finally:
@@ -105,22 +114,95 @@ class GrpcioFrontEnd:
     async def stop(self) -> None:
         self.ready.clear()
         self._stopping.set()
-        await self._server.stop(self._drain_seconds)
+        await self._close()
 
-    def _bind(self, address: str) -> str:
-        certificate = None if address.startswith(UNIX_PREFIX) else self._certificate
+    async def _serve(self) -> None:
+        """Answer until `stop`, or raise what has ended the library's loop."""
+        if self._server is None and not self._stopping.is_set():
+            # With the ports that were chosen.
+            await self._listen(list(dict.fromkeys(self.addresses)))
+        if self._server is None:
+            return
         try:
-            if certificate is None:
-                port = self._server.add_insecure_port(address)
+            # With a time-out it tells of the failure also while calls are open.
+            while await self._server.wait_for_termination(FAILED_CHECK_SECONDS):
+                pass
+        except Exception:
+            self.ready.clear()
+            await self._close()
+            raise
+
+    async def _listen(self, addresses: Sequence[str]) -> list[str]:
+        """Returns where it listens now."""
+        self._server = server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=MAX_CALLS)
+        server.add_generic_rpc_handlers(self._handlers)
+        try:
+            bound = [each for address in addresses for each in self._bind(server, address)]
+            await server.start()
+        except BaseException:
+            await self._close()
+            raise
+        self.ready.set()
+        return bound
+
+    async def _close(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(self._drain_seconds if self._stopping.is_set() else None)
+        while self._files:
+            self._files.pop().remove()
+
+    def _bind(self, server: grpc.aio.Server, address: str) -> list[str]:
+        """Returns the address, with the port that was chosen, once for each IP address that it has."""
+        if address.startswith(UNIX_PREFIX):
+            # The C core takes a socket's file away from a live server, so it is given a new one.
+            path = unix_path(address)
+            bound = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                server.add_insecure_port(f"{UNIX_PREFIX}{bound}")
+            except RuntimeError as error:
+                why = _why_not(address, error)
+                raise ListenError(address, why.strerror or str(why)) from error
+            self._files.append(publish_socket_file(address, bound))
+            return [address]
+        name, _, port = address.rpartition(":")
+        bound_at: list[str] = []
+        unavailable: ListenError | None = None
+        for numeric in numeric_addresses(address):
+            # Port 0 means the same free port at every address of a name.
+            where = f"{numeric.rpartition(':')[0]}:{port}"
+            try:
+                port = str(self._add_port(server, where))
+            except RuntimeError as error:
+                why = _why_not(where, error)
+                unavailable = ListenError(address, why.strerror or str(why))
+                if why.errno not in UNAVAILABLE:
+                    raise unavailable from error
             else:
-                port = self._server.add_secure_port(address, certificate.grpc_server_credentials())
-        except RuntimeError as error:
-            raise ListenError(address, str(error)) from error
-        if not address.startswith(UNIX_PREFIX):
-            return f"{address.rpartition(':')[0]}:{port}"
-        # The C core removes the file itself at the stop.
-        unix_path(address).chmod(SOCKET_FILE_MODE)
-        return address
+                bound_at.append(f"{name}:{port}")
+        if unavailable is not None and not bound_at:
+            raise unavailable
+        return bound_at
+
+    def _add_port(self, server: grpc.aio.Server, where: str) -> int:
+        port: int
+        if self._certificate is None:
+            port = server.add_insecure_port(where)
+        else:
+            port = server.add_secure_port(where, self._certificate.grpc_server_credentials())
+        return port
+
+
+def _why_not(address: str, refused: RuntimeError) -> OSError:
+    """Why the C core cannot listen on an address, which it doesn't tell."""
+    try:
+        for listener in listen([address]):
+            listener.close()
+    except ListenError as error:
+        if isinstance(error.__cause__, OSError):
+            return error.__cause__
+        return OSError(error.reason)
+    return OSError(str(refused))
 
 
 class _Metadata:
@@ -141,6 +223,8 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         # Without this a later process could share the port, and neither would know.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1_000)),
         ("grpc.max_concurrent_streams", limits.streams),
         ("grpc.max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import Mapping, Sequence
 
+from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
-from ratelimit_sidecar.server.listeners import BACKLOG, UNIX_PREFIX, Listener, ListenError, listen
+from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, ListenError, listen
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
@@ -46,7 +49,7 @@ class H2FrontEnd:
         self._tls = None if certificate is None else TlsListeners(certificate, self._shared, self._protocol)
         self._configured = addresses
         self._listeners: list[Listener] = []
-        self._servers: list[asyncio.Server] = []
+        self._accepting: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._is_serving = False
@@ -69,12 +72,17 @@ class H2FrontEnd:
     @property
     def held_bytes(self) -> int:
         """What unfinished calls hold in memory."""
-        return self._shared.budget.held
+        return self._shared.room.budget.held
 
     @property
     def closed_connections(self) -> Mapping[str, int]:
         """Connections ended by this side, by reason."""
         return self._shared.counts.closed_connections
+
+    @property
+    def accept_failures(self) -> int:
+        """Times that a connection could not be accepted for want of file descriptors or memory."""
+        return self._shared.counts.accept_failures
 
     @property
     def refused_calls(self) -> Mapping[str, int]:
@@ -104,7 +112,7 @@ class H2FrontEnd:
                 if self._certificate is not None:
                     chores.append(self._tasks.create_task(self._certificate.keep_read()))
                 for listener in self._listeners:
-                    await self._accept(listener)
+                    self._accept(listener)
                 self.ready.set()
                 try:
                     await self._stopping.wait()
@@ -124,27 +132,44 @@ class H2FrontEnd:
         else:
             self._close_listeners()
 
-    async def _accept(self, listener: Listener) -> None:
+    def _accept(self, listener: Listener) -> None:
         if self._tls is not None and not listener.address.startswith(UNIX_PREFIX):
             self._tls.accept(listener.socket)
-            return
-        server = await asyncio.get_running_loop().create_server(
-            self._protocol,  # type: ignore[arg-type] # it has asyncio.Protocol's methods, but is compiled
-            sock=listener.socket,
-            backlog=BACKLOG,
-        )
-        self._servers.append(server)
+        else:
+            self._accepting.append(self._tasks.create_task(self._accept_plain(listener.socket)))
 
-    def _protocol(self, began_s: float | None = None) -> GrpcProtocol:
+    async def _accept_plain(self, listening: socket.socket) -> None:
+        shared = self._shared
+        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
+            budget = shared.enter(address)
+            if budget is None:
+                connected.close()
+            else:
+                await self._connect(connected, budget)
+
+    async def _connect(self, connected: socket.socket, budget: AddressBudget) -> None:
+        loop = asyncio.get_running_loop()
+        protocol = self._protocol(budget, loop.time())
+        try:
+            # It has asyncio.Protocol's methods, but is compiled.
+            await loop.connect_accepted_socket(lambda: protocol, connected)  # type: ignore[type-var]
+        except Exception as error:
+            # It has been reset already, or whatever else: others are accepted.
+            if not isinstance(error, OSError):
+                self._shared.failures.status_of("accepting a connection", error)
+            if protocol not in self._shared.connections:
+                self._shared.room.leave(budget)
+
+    def _protocol(self, budget: AddressBudget, began_s: float) -> GrpcProtocol:
         """
         Args:
-            began_s: when the client connected; None for now.
+            began_s: when the client connected.
         """
         age_s = self._limits.age
         if age_s is not None:
             age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
-        self._shared.now_s = asyncio.get_running_loop().time() if began_s is None else began_s
-        return GrpcProtocol(self._shared, age_s)
+        self._shared.now_s = began_s
+        return GrpcProtocol(self._shared, budget, age_s)
 
     async def _check(self) -> None:
         loop = asyncio.get_running_loop()
@@ -154,12 +179,17 @@ class H2FrontEnd:
             self._note_shedding()
             for number, connection in enumerate(list(self._shared.connections), start=1):
                 self._shared.now_s = loop.time()
-                connection.check(self._shared.now_s)
+                try:
+                    connection.check(self._shared.now_s)
+                except Exception as error:
+                    # A fault of this program in dealing with one connection must not end the others.
+                    self._shared.failures.status_of("the check of a connection", error)
+                    connection.fail()
                 if number % CHECKED_AT_ONCE == 0:
                     await asyncio.sleep(0)
 
     def _note_shedding(self) -> None:
-        shed = self.refused_calls["shed"] + self.closed_connections["limit"]
+        shed = self.refused_calls["shed"] + self.closed_connections["limit"] + self.accept_failures
         if shed > self._shed:
             self._shed = shed
             self._is_shedding_until_s = self._shared.now_s + SHEDDING_SECONDS
@@ -187,7 +217,7 @@ class H2FrontEnd:
             await self._shared.lost.wait()
 
     def _close_listeners(self) -> None:
-        for server in self._servers:
-            server.close()
+        for accepting in self._accepting:
+            accepting.cancel()
         for listener in self._listeners:
             listener.close()

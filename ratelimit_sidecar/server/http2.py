@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, Limits
 from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, Streaming, UnaryHandler
@@ -65,25 +66,6 @@ _PLAIN_TEXT: Final = ((b"content-type", b"text/plain"),)
 _NO_GRPC: Final = b"This port speaks gRPC: POST, with content-type application/grpc.\n"
 
 
-class Budget:
-    """What unfinished calls of all connections may hold in memory.
-
-    Each connection may hold an eighth of what is free: so those that hold much leave room for others, however many they
-    are (dynamic thresholds, Choudhury and Hahne 1998).
-
-    Args:
-        size: bytes.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.held = 0
-
-    def allows(self, connection_bytes: int) -> bool:
-        """Whether a connection may hold so much in all."""
-        return connection_bytes <= (self.size - self.held) // 8
-
-
 class Counts:
     """What the connections of a front end have refused since the start, by reason. Read by metrics."""
 
@@ -103,10 +85,16 @@ class Counts:
                 "age",
                 "limit",
                 "drain",
+                "internal",
             ),
             0,
         )
         """Connections closed by this end, by the reason."""
+        self.accept_failures = 0
+        """Times that a connection could not be accepted for want of file descriptors or memory."""
+
+    def note_accept_failure(self) -> None:
+        self.accept_failures += 1
 
 
 class Call:
@@ -304,7 +292,7 @@ class Connection:
 
     def _open_streaming(self, request: Request, method: Streaming, happened: list[Event]) -> None:
         held = STREAMING_BYTES + request.header_bytes
-        if not self._budget.allows(self._held + held):
+        if not self._budget.allows(self._held + held, held):
             self._shed(request)
             return
         self._count(held)
@@ -320,7 +308,7 @@ class Connection:
         count = request.body_bytes
         if not count and not request.ended:
             return
-        if self._budget.allows(self._held + count):
+        if self._budget.allows(self._held + count, count):
             stream.held += count
             self._count(count)
             happened.append(Part(request.stream_id, request.take_body(), request.ended))
@@ -378,7 +366,7 @@ class Connection:
 
     def _hold(self, call: Call, count: int) -> None:
         """Count what a waiting call holds; shed it when that is too much."""
-        if self._budget.allows(self._held + count):
+        if self._budget.allows(self._held + count, count):
             call.held += count
             self._count(count)
         else:
@@ -388,7 +376,7 @@ class Connection:
     def _count(self, count: int) -> None:
         """Note that its calls hold so much more, or less."""
         self._held += count
-        self._budget.held += count
+        self._budget.count(count)
 
     def _drop(self, call: Call) -> None:
         """Forget a waiting call."""
@@ -616,7 +604,7 @@ class Connection:
         self._streamed = 0
         if not unsent:
             return
-        if now_s - self._unsent_since_s >= self._limits.stalled or not self._budget.allows(self._held + unsent):
+        if now_s - self._unsent_since_s >= self._limits.stalled or not self._budget.allows(self._held + unsent, unsent):
             self.terminate(ENHANCE_YOUR_CALM, "stalled")
 
     def _check_silence(self, now_s: float) -> None:
@@ -662,7 +650,7 @@ class Connection:
     def release(self) -> None:
         """Give back what its calls hold. To be called once, when the transport is gone."""
         self.closed = True
-        self._budget.held -= self._held
+        self._budget.count(-self._held)
         self._held = 0
         self._waiting.clear()
         self._streaming.clear()

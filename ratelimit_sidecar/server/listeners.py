@@ -20,6 +20,9 @@ BACKLOG = 1_024
 
 UNIX_PREFIX = "unix:"
 
+UNAVAILABLE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""Of some addresses of a name: `localhost` has an IPv6 address in many places that have no IPv6."""
+
 SOCKET_FILE_MODE = 0o666
 """Envoy usually runs as another user, and connecting needs the right to write. Who may reach the file is for
 its folder's permissions to say; over TCP there is no such check at all."""
@@ -31,6 +34,7 @@ class ListenError(Exception):
     def __init__(self, address: str, reason: str) -> None:
         super().__init__(f"cannot listen on {address}: {reason}")
         self.address = address
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +115,67 @@ def unix_path(address: str) -> Path:
     return path
 
 
-def _listen_tcp(address: str) -> list[Listener]:
+def numeric_addresses(address: str) -> list[str]:
+    """The IP addresses with port behind a TCP address, each once.
+
+    Raises:
+        ListenError: it is malformed, or its name has none.
+    """
+    hosts = dict.fromkeys(str(where[0]) for _, where in _look_up(address))
+    port = _parse_tcp(address)[1]
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+
+
+def publish_socket_file(address: str, bound: Path) -> SocketFile:
+    """Move the file of a listening unix socket to where clients look for it, unless somebody answers there.
+
+    Args:
+        address: `unix:PATH`.
+        bound: the file now, in the same folder.
+
+    Raises:
+        ListenError: the address is in use, or the file cannot be there.
+    """
+    path = unix_path(address)
+    try:
+        bound.chmod(SOCKET_FILE_MODE)
+        _remove_stale(address, path)
+        # A rename would take the place of who has come in between.
+        path.hardlink_to(bound)
+        return SocketFile.at(path)
+    except FileExistsError as error:
+        raise ListenError(address, os.strerror(errno.EADDRINUSE)) from error
+    except OSError as error:
+        raise ListenError(address, _reason(error)) from error
+    finally:
+        bound.unlink(missing_ok=True)
+
+
+def _look_up(address: str) -> list[tuple[int, tuple[object, ...]]]:
+    """Family and socket address of every address that a TCP address has; a name can be listed twice in /etc/hosts."""
     host, port = _parse_tcp(address)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise ListenError(address, error.strerror or str(error)) from error
+    return list(dict.fromkeys((family, where) for family, _, _, _, where in found))
+
+
+def _listen_tcp(address: str) -> list[Listener]:
+    port = _parse_tcp(address)[1]
+    found = _look_up(address)
     listeners: list[Listener] = []
     unavailable: OSError | None = None
     try:
-        # A name can be listed twice in /etc/hosts.
-        for family, where in dict.fromkeys((family, where) for family, _, _, _, where in found):
+        for family, where in found:
             if listeners:
                 # Port 0 means the same free port at every address of the name.
                 port = listeners[0].socket.getsockname()[1]
             try:
                 opened = _open_tcp(family, (where[0], port, *where[2:]))
             except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                if error.errno not in UNAVAILABLE:
                     raise
-                # `localhost` has an IPv6 address in many places that have no IPv6.
                 unavailable = error
                 continue
             listeners.append(Listener(opened, f"{address.rpartition(':')[0]}:{opened.getsockname()[1]}"))

@@ -28,6 +28,7 @@ class StreamingCall:
     Args:
         flush: sends what the connection has to send.
         blocked: to join while the client has to take something first; `wake` is called when it may have.
+        fail: closes the connection, when not even a status can be sent.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class StreamingCall:
         failures: FailureLog,
         flush: Callable[[], None],
         blocked: set[StreamingCall],
+        *,
+        fail: Callable[[], None],
     ) -> None:
         self._opened = opened
         self._connection = connection
         self._failures = failures
         self._flush = flush
         self._blocked = blocked
+        self._fail = fail
         self._reader = MessageReader(opened.request)
         self._last_bytes = 0
         """Of the message that the handler is busy with."""
@@ -95,7 +99,12 @@ class StreamingCall:
             error = refused
         except Exception as failure:
             error = self._failures.status_of(self._opened.path, failure)
-        self._finish(error)
+        try:
+            self._finish(error)
+        except Exception as failure:
+            # It must not end the other calls, which are in the same group of tasks.
+            self._failures.status_of(self._opened.path, failure)
+            self._fail()
 
     def _finish(self, error: RpcError | None) -> None:
         """Give the call its status; later ones are ignored."""

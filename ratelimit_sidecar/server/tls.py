@@ -16,15 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from ipaddress import ip_address
 
-import structlog
-
 from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
+from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
-
-ACCEPT_AGAIN_SECONDS = 1.0
-"""After a connection could not be accepted, as when all file descriptors are in use; asyncio waits as long."""
 
 TIMER_SECONDS = 0.01
 """A timer of the event loop may go off so much early, by its own clock."""
@@ -34,8 +31,6 @@ _NAMES = ("DNS", "URI", "IP Address")
 
 _OF_NO_CLIENT = ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "NO_CERTIFICATE_RETURNED")
 """What OpenSSL calls it when a client has no certificate."""
-
-_log = structlog.stdlib.get_logger(__name__)
 
 
 class ServerCertificate(CertificateInForce):
@@ -68,11 +63,14 @@ class TlsListeners:
     """Accepts connections over TLS, and gives each to a protocol when its handshake is over.
 
     Args:
-        make_protocol: given the time when the client connected; what takes calls.
+        make_protocol: given the budget of the client's address and the time when it connected; what takes calls.
     """
 
     def __init__(
-        self, certificate: ServerCertificate, shared: Shared, make_protocol: Callable[[float], GrpcProtocol]
+        self,
+        certificate: ServerCertificate,
+        shared: Shared,
+        make_protocol: Callable[[AddressBudget, float], GrpcProtocol],
     ) -> None:
         self._certificate = certificate
         self._shared = shared
@@ -94,29 +92,21 @@ class TlsListeners:
             await asyncio.wait(running)
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         shared = self._shared
-        while True:
-            try:
-                connected, _ = await loop.sock_accept(listening)
-            except OSError as error:
-                _log.error("accept_failed", why=str(error))
-                await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
-                continue
-            if len(self.handshakes) + len(shared.connections) >= shared.limits.connections:
-                shared.accepted += 1
-                shared.counts.closed_connections["limit"] += 1
+        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
+            budget = shared.enter(address)
+            if budget is None:
                 connected.close()
                 continue
-            task = shared.tasks.create_task(self._shake_hands(connected))
+            task = shared.tasks.create_task(self._shake_hands(connected, budget))
             self.handshakes.add(task)
             task.add_done_callback(self.handshakes.discard)
 
-    async def _shake_hands(self, connected: socket.socket) -> None:
+    async def _shake_hands(self, connected: socket.socket, budget: AddressBudget) -> None:
         loop = asyncio.get_running_loop()
         shared = self._shared
         began_s = loop.time()
-        gate = _Gate(self._certificate, partial(self._make_protocol, began_s))
+        gate = _Gate(self._certificate, partial(self._make_protocol, budget, began_s))
         try:
             await loop.connect_accepted_socket(
                 lambda: gate,
@@ -135,10 +125,11 @@ class TlsListeners:
             # Whatever is in a client's certificate must not end the others' connections.
             gate.why_not = "tls"
             shared.failures.status_of("the TLS handshake", error)
-        if not gate.has_passed:
-            shared.accepted += 1
-            if gate.why_not:
-                shared.counts.closed_connections[gate.why_not] += 1
+        finally:
+            if not gate.has_passed:
+                shared.room.leave(budget)
+                if gate.why_not:
+                    shared.counts.closed_connections[gate.why_not] += 1
 
 
 class _Gate(asyncio.Protocol):

@@ -7,9 +7,8 @@ Python's warnings take the same way out. Nothing is logged on the request path.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
-from typing import Literal, TextIO, TypeVar
+from typing import Literal, TypeVar
 
 import structlog
 from structlog.typing import Processor
@@ -29,19 +28,19 @@ FORMATS: Mapping[str, LogFormat] = {"text": "text", "json": "json"}
 """LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit."""
 
 
-def configure_logs(environ: Mapping[str, str], stream: TextIO | None = None) -> None:
+def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colors: bool = False) -> None:
     """Send every log of the process one way, as LOG_LEVEL (default info) and LOG_FORMAT (default text) say.
 
     Args:
-        stream: None for stderr.
+        handler: takes the lines; `LogWriter` does so without blocking.
+        colors: of the text for people.
 
     Raises:
         ValueError: a variable has a value it cannot have; the text names it and the values it can have.
     """
     level = _choice(environ, "LOG_LEVEL", LEVELS, "info")
     format_ = _choice(environ, "LOG_FORMAT", FORMATS, "text")
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(_formatter(format_, colors=handler.stream.isatty()))
+    handler.setFormatter(_formatter(format_, colors=colors))
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(True)
     structlog.configure(

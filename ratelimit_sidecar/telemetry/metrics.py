@@ -132,6 +132,8 @@ class FrontEndStatus(Protocol):
     @property
     def held_bytes(self) -> int: ...
     @property
+    def accept_failures(self) -> int: ...
+    @property
     def closed_connections(self) -> Mapping[str, int]: ...
     @property
     def refused_calls(self) -> Mapping[str, int]: ...
@@ -150,6 +152,20 @@ class StateStatus(Protocol):
     def bytes(self) -> int: ...
     @property
     def last_us(self) -> int | None: ...
+
+
+class SupervisionStatus(Protocol):
+    """What is read of tasks that are begun again (`ratelimit_sidecar.supervision.Supervisor`)."""
+
+    @property
+    def restarts(self) -> Mapping[str, int]: ...
+
+
+class LogStatus(Protocol):
+    """What is read of the log (`ratelimit_sidecar.telemetry.log_writer.LogWriter`)."""
+
+    @property
+    def dropped_lines(self) -> int: ...
 
 
 class RulesStatus(Protocol):
@@ -182,6 +198,8 @@ class Sources:
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
         state: None where it is not kept.
+        supervision: None where no task is begun again.
+        log: None where it is written at once.
     """
 
     node: str
@@ -197,6 +215,8 @@ class Sources:
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
     state: StateStatus | None = None
+    supervision: SupervisionStatus | None = None
+    log: LogStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +407,17 @@ def _read_front_end_reasons(
     return read
 
 
+def _read_task_failures(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.supervision is not None:
+        for task, failures in at.sources.supervision.restarts.items():
+            yield "", (at.sources.region, task), failures
+
+
+def _read_dropped_lines(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.log is not None:
+        yield "", (at.sources.region,), at.sources.log.dropped_lines
+
+
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
     for reason, count in at.sources.request_errors.items():
         yield "", (reason,), count
@@ -480,7 +511,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_connections",
         "gauge",
         ("region",),
-        "Open connections of Envoys and other clients; absent with --frontend grpcio, as are the next four.",
+        "Open connections of Envoys and other clients; absent with --frontend grpcio, as are the next five.",
         _read_front_end(lambda front_end: front_end.open_connections),
     ),
     Definition(
@@ -489,6 +520,13 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Connections of clients since the start.",
         _read_front_end(lambda front_end: front_end.accepted_connections),
+    ),
+    Definition(
+        "ratelimit_accept_failures_total",
+        "counter",
+        ("region",),
+        "Times no connection could be accepted for want of file descriptors or memory; it is tried again every second.",
+        _read_front_end(lambda front_end: front_end.accept_failures),
     ),
     Definition(
         "ratelimit_connections_closed_total",
@@ -573,6 +611,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Times that nothing was answered for more than 5 ms.",
         _read_loop(lambda loop: loop.long_stalls),
+    ),
+    Definition(
+        "ratelimit_task_failures_total",
+        "counter",
+        ("region", "task"),
+        "Times a task of the sidecar failed and was begun again: mesh_listener and grpc_listener are ports.",
+        _read_task_failures,
+    ),
+    Definition(
+        "ratelimit_log_lines_dropped_total",
+        "counter",
+        ("region",),
+        "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
+        _read_dropped_lines,
     ),
     Definition(
         "openclaw_rate_limit_rejections",

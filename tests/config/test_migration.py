@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_logs_are_set_by_the_same_variables() -> None:
     assert of_kind(SameElsewhere) == {"LOG_LEVEL", "LOG_FORMAT"}
     for variable in of_kind(SameElsewhere):
         with pytest.raises(ValueError, match=variable):
-            configure_logs({variable: "neither"})
+            configure_logs({variable: "neither"}, logging.NullHandler())
 
 
 def test_every_variable_has_one_row() -> None:

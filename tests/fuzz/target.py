@@ -15,8 +15,9 @@ from typing import Final
 
 from hpack import Encoder
 
+from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
-from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Lost, Opened, Part
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
 from ratelimit_sidecar.server.session import IS_NATIVE

@@ -14,11 +14,12 @@ from replication.builders import bucket_of, node, store_of, take
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.tls import NodeCertificate
+from ratelimit_sidecar.supervision import Supervisor
 
 TIMEOUT_SECONDS = 10
 """For anything that is waited for; it takes milliseconds, or a few redials."""
@@ -91,6 +92,8 @@ async def sidecar(
     lending: Lending | None = None,
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
+    supervisor: Supervisor | None = None,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
     own = store_of(local) if store is None else store
@@ -106,6 +109,8 @@ async def sidecar(
         lending=lending,
         certificate=certificate,
         resolver=resolver,
+        supervisor=supervisor,
+        max_connections=max_connections,
     )
     await own_mesh.start()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
 import grpc.aio
@@ -33,6 +33,7 @@ from replication.meshes import (
     sidecar,
     told,
 )
+from server.raw_http2 import connected
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
@@ -43,6 +44,7 @@ from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.replicator import FORGET_US
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
+from ratelimit_sidecar.supervision import Supervisor
 
 METHOD = "/ratelimit_sidecar.replication.v1.Replication/Sync"
 
@@ -247,6 +249,62 @@ async def test_a_dialled_peer_that_sends_garbage_is_told_why_counted_and_dialled
         assert unreached.protocol_errors["malformed"] >= 2
         b.take("ann", 7)
         await a.knows("ann", 7)
+
+
+async def test_a_call_whose_path_is_no_text_does_not_close_the_listener_for_good() -> None:
+    supervisor = Supervisor()
+    async with (
+        sidecar("a", supervisor=supervisor) as a,
+        sidecar("b", listen=None, peers=[address_of(a)]) as b,
+    ):
+        for failures in (1, 2):
+            await b.connected_to("a")
+            async with connected(address_of(a)) as client:
+                client.open(b"/caf\xe9\xff", end=True)
+                await asyncio.wait_for(client.gone.wait(), TIMEOUT_SECONDS)
+            # Its streams end when the listener is made anew.
+            await b.until(lambda: not b.mesh.status()[0].connected)
+            await b.connected_to("a")
+            a.take("ann", 7)
+            await b.knows("ann", 7 * failures)
+            assert supervisor.restarts["mesh_listener"] == failures
+
+
+@pytest.mark.interpreted
+async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Supervisor()
+    async with (
+        sidecar("a", supervisor=supervisor) as a,
+        sidecar("b", listen=None, peers=[address_of(a)]) as b,
+    ):
+        await b.connected_to("a")
+        failed = asyncio.Event()
+        with monkeypatch.context() as broken:
+
+            def note_changes(_now_us: int) -> bool:
+                failed.set()
+                raise RuntimeError("it broke")
+
+            broken.setattr(a.mesh._replicator, "note_changes", note_changes)
+            await asyncio.wait_for(failed.wait(), TIMEOUT_SECONDS)
+        a.take("ann", 7)
+        await b.knows("ann", 7)
+        assert supervisor.restarts["mesh_flush"] > 0
+
+
+async def test_silent_connections_are_bounded_and_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = ("grpc.server_handshake_timeout_ms", 500)
+    monkeypatch.setattr(mesh, "_SERVER_OPTIONS", (*mesh._SERVER_OPTIONS, quick))
+    async with sidecar("a", max_connections=8) as a:
+        host, _, port = address_of(a).rpartition(":")
+        silent = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            for reader, writer in silent:
+                with suppress(ConnectionResetError):
+                    await reader.read()
+                writer.close()
+        async with sidecar("b", listen=None, peers=[address_of(a)]) as b:
+            await b.connected_to("a")
 
 
 async def test_two_live_sidecars_with_one_node_id_are_told_apart_by_an_error() -> None:

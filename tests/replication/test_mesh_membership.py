@@ -18,6 +18,7 @@ from ratelimit_sidecar.replication.mesh import CERTAIN_US
 from ratelimit_sidecar.replication.replicator import FORGET_US, Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
+from ratelimit_sidecar.supervision import Supervisor
 
 
 class Names:
@@ -55,6 +56,33 @@ async def test_every_address_of_a_name_is_dialled_and_new_ones_when_they_come() 
         assert [(status.node, status.address) for status in a.mesh.status()] == [("b", f"127.0.0.2:{port}")]
         names.addresses["mesh"].append("127.0.0.3")
         await a.connected_to("c")
+
+
+async def test_a_name_that_cannot_be_looked_up_for_want_of_threads_disturbs_no_other_and_is_tried_again() -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2"], other=["127.0.0.3"])
+
+    async def without_threads(host: str, port: int) -> Sequence[str]:
+        if host == "other" and names.asked < 5:
+            names.asked += 1
+            raise RuntimeError("can't start new thread")
+        return names.addresses[host]
+
+    supervisor = Supervisor()
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}"),
+        sidecar("c", listen=f"127.0.0.3:{port}"),
+        sidecar(
+            "a",
+            listen=None,
+            peers=[f"mesh:{port}", f"other:{port}"],
+            resolver=Resolver(without_threads, every_seconds=0.01),
+            supervisor=supervisor,
+        ) as a,
+    ):
+        await a.until(lambda: any(status.last_error == "can't start new thread" for status in a.mesh.status()))
+        await a.connected_to("b")
+        await a.connected_to("c")
+        assert supervisor.restarts["mesh_dial"] == 0
 
 
 async def test_a_node_finds_itself_behind_a_name_and_ignores_it() -> None:

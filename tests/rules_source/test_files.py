@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rules_source.loading import BROKEN, Recorder, rules_of_folder, rules_of_texts
+from rules_source.loading import BROKEN, LOADED_WITHIN_S, Recorder, rules_of_folder, rules_of_texts
 from structlog.testing import capture_logs
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source import files as module
 from ratelimit_sidecar.rules_source.files import RulesFiles, look_at
@@ -192,7 +193,7 @@ async def test_bad_text_changes_nothing_and_the_next_good_one_is_loaded(folder: 
         with capture_logs() as logs:
             replace_file(file, BROKEN)
             async with asyncio.timeout(20):
-                while recorder.reloader.rejected is None:  # noqa: ASYNC110 (nothing else tells of it)
+                while recorder.reloader.rejected is None:  # noqa: ASYNC110  # noqa: ASYNC110 (nothing else tells of it)
                     await asyncio.sleep(0.01)
         assert "rules_rejected" in [log["event"] for log in logs]
         assert recorder.in_force == ["one"]
@@ -373,3 +374,26 @@ def test_a_link_that_leads_to_itself_has_a_text_of_its_own(tmp_path: Path) -> No
 def test_of_a_path_that_leads_nowhere_the_last_folder_there_is_is_watched(tmp_path: Path) -> None:
     look = look_at([tmp_path / "no/such/rules"])
     assert look.folders == {tmp_path}
+
+
+async def test_a_fifo_among_the_rules_is_refused_and_the_next_change_is_loaded(folder: Path) -> None:
+    text = "domain: {}\ndescriptors:\n- {{key: user, rate_limit: {{unit: day, requests_per_unit: 5}}}}\n"
+    (folder / "a.yaml").write_text(text.format("one"))
+    files, recorder = RulesFiles([folder], lambda: load_rules([folder])), Recorder()
+    files.read_first()
+    running = asyncio.create_task(files.run(recorder.reloader))
+    files.ask()
+    await recorder.until_loaded("one")
+
+    os.mkfifo(folder / "b.yaml")
+    async with asyncio.timeout(LOADED_WITHIN_S):
+        while recorder.reloader.rejected is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    [problem] = recorder.reloader.rejected.problems
+    assert (problem.file, "a FIFO or a device" in problem.found) == (str(folder / "b.yaml"), True)
+
+    (folder / "b.yaml").unlink()
+    (folder / "b.yaml").write_text(text.format("two"))
+    await recorder.until_loaded("one", "two")
+    running.cancel()
+    await asyncio.wait([running])

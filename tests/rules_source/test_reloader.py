@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from observed import small_limiter
-from rules_source.loading import BROKEN, NOW_US, Recorder, rules_of, rules_of_texts
+from rules_source.loading import BROKEN, LOADED_WITHIN_S, NOW_US, Recorder, rules_of, rules_of_texts
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
@@ -222,3 +222,26 @@ def test_without_any_there_is_no_success() -> None:
     reloader = Reloader(lambda _: None, lambda: NOW_US, "an xDS server", None)
     assert reloader.last_success_us is None
     assert reloader.loads == {"success": 0, "error": 0}
+
+
+async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_when_they_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reloader_module, "PATIENCE_SECONDS", 0.01)
+    recorder = Recorder()
+    recorder.reloader.trouble = "not watched"
+    answers = threading.Event()
+
+    def read() -> Rules:
+        assert answers.wait(LOADED_WITHIN_S)
+        return rules_of("one")
+
+    loading = asyncio.create_task(recorder.reloader.load(read))
+    async with asyncio.timeout(LOADED_WITHIN_S):
+        while recorder.reloader.trouble == "not watched":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert recorder.reloader.trouble == "reading them has taken more than 0.01 s so far"
+    answers.set()
+    assert await recorder.next_load() == ["one"]
+    await loading
+    assert recorder.reloader.trouble == "not watched"

@@ -80,7 +80,7 @@ class RawClient:
 
     def open(
         self,
-        path: str,
+        path: str | bytes,
         headers: Iterable[tuple[bytes, bytes]] = GRPC_HEADERS,
         *,
         method: bytes = b"POST",
@@ -89,7 +89,8 @@ class RawClient:
     ) -> int:
         """Start a request; with a protocol, an extended CONNECT (RFC 8441)."""
         stream = self._h2.get_next_available_stream_id()
-        pseudo = [(b":method", method), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"test")]
+        raw_path = path if isinstance(path, bytes) else path.encode()
+        pseudo = [(b":method", method), (b":scheme", b"http"), (b":path", raw_path), (b":authority", b"test")]
         if protocol is not None:
             pseudo.append((b":protocol", protocol))
         self._h2.send_headers(stream, [*pseudo, *headers], end_stream=end)

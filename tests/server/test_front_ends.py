@@ -104,6 +104,20 @@ async def test_it_can_be_stopped_before_it_serves(kind: str, tmp_path: Path) -> 
     await until_refused(front_end.addresses[0])
 
 
+async def test_a_path_that_is_no_text_does_not_end_it(kind: str, tmp_path: Path) -> None:
+    async with running(kind, ECHO, ["127.0.0.1:0", f"unix:{tmp_path}/rls.sock"]) as front_end:
+        for _ in range(3):
+            async with connected(front_end.addresses[0]) as client:
+                client.open(b"/caf\xe9\xff", end=True)
+                client.send(client.open(PATH), frame(b"hello"))
+                await asyncio.wait_for(client.gone.wait() if kind == "grpcio" else client.ping(), 5)
+            await asyncio.wait_for(front_end.ready.wait(), 5)
+
+            for address in front_end.addresses:
+                async with grpc.aio.insecure_channel(address) as channel:
+                    assert await channel.unary_unary(PATH)(b"hello", timeout=5, wait_for_ready=True) == b"hello"
+
+
 async def test_it_is_ready_only_while_it_answers(kind: str) -> None:
     async with running(kind, ECHO) as front_end:
         assert front_end.ready.is_set()

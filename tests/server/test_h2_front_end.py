@@ -11,6 +11,7 @@ from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected, reluctant
 
 from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError
 
@@ -239,6 +240,25 @@ async def test_a_client_that_never_reads_is_disconnected() -> None:
         assert front_end.open_connections == 0
 
 
+@pytest.mark.interpreted
+async def test_a_fault_in_dealing_with_one_connection_closes_that_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Connection.check
+    faulty: list[Connection] = []
+
+    def fail_first(self: Connection, now_s: float) -> None:
+        faulty.append(self)
+        if self is faulty[0]:
+            raise RuntimeError("it broke")
+        check(self, now_s)
+
+    monkeypatch.setattr(Connection, "check", fail_first)
+    async with running("h2", ECHO, check_every=0.01) as front_end, connected(front_end.addresses[0]) as first:
+        await asyncio.wait_for(first.gone.wait(), 5)
+        async with connected(front_end.addresses[0]) as second:
+            assert (await second.call(PATH, frame(b"hello"))).body == frame(b"hello")
+        assert front_end.closed_connections["internal"] == 1
+
+
 async def test_more_connections_than_allowed_are_closed_at_once() -> None:
     async with (
         running("h2", ECHO, connections=1) as front_end,
@@ -275,6 +295,29 @@ async def test_a_read_of_many_calls_lets_other_connections_have_their_turn() -> 
             await asyncio.gather(other.call(PATH, frame(b"one")), *map(busy.answer, streams))
     assert len(handled) == 501
     assert handled.index(b"one") < 400
+
+
+async def test_calls_of_one_slice_that_take_long_let_other_connections_have_their_turn() -> None:
+    handled = []
+
+    def slow(message, _metadata):
+        time.sleep(0.002)
+        handled.append(message)
+        return message
+
+    async with running("h2", {PATH: slow}) as front_end:
+        address = front_end.addresses[0]
+        async with connected(address) as busy, connected(address) as other:
+            await asyncio.gather(busy.ping(), other.ping())
+            with busy.one_write():
+                streams = [busy.open(PATH) for _ in range(30)]
+                for stream in streams:
+                    busy.send(stream, frame(b"many"))
+                # What came with its call is known before that is answered.
+                busy.cancel(streams[-1])
+            await asyncio.gather(other.call(PATH, frame(b"one")), *map(busy.answer, streams[:-1]))
+    assert handled.index(b"one") < 20
+    assert handled.count(b"many") == 29
 
 
 async def test_an_old_connection_is_told_twice_to_go_and_closed_when_its_calls_are_answered() -> None:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from server.raw_http2 import client_connection
 
 from ratelimit_sidecar.server import http2, session
+from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.http2 import Budget, Call, Connection, Counts, Lost, Opened, Part
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Lost, Opened, Part
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError, Streaming
 

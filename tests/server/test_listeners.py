@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ratelimit_sidecar.server.listeners import ListenError, listen
+from ratelimit_sidecar.server.listeners import ListenError, listen, publish_socket_file
 
 
 @pytest.fixture
@@ -150,3 +150,26 @@ def test_an_impossible_address_is_explained(address: str, text: str) -> None:
     with pytest.raises(ListenError, match=text) as caught:
         listen([address])
     assert str(caught.value).startswith(f"cannot listen on {address}: ")
+
+
+def test_a_socket_file_is_published_only_where_nobody_answers(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path / 'rls.sock'}"
+    [live] = listen([address])
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "new"))
+        bound.listen()
+        with pytest.raises(ListenError, match="Address already in use"):
+            publish_socket_file(address, tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["rls.sock"]
+    live.close()
+
+
+def test_a_published_socket_file_is_where_clients_look_and_only_there(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound, socket.socket(socket.AF_UNIX) as client:
+        bound.bind(str(tmp_path / "new"))
+        bound.listen()
+        file = publish_socket_file(f"unix:{tmp_path / 'rls.sock'}", tmp_path / "new")
+        client.connect(str(tmp_path / "rls.sock"))
+    assert [each.name for each in tmp_path.iterdir()] == ["rls.sock"]
+    file.remove()
+    assert not list(tmp_path.iterdir())

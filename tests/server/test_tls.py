@@ -392,6 +392,22 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
             assert await renewed.call(front_end) == b"hello"
 
 
+async def test_a_renewal_that_fails_for_want_of_threads_ends_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
+    monkeypatch.setattr(tls_files, "in_daemon_thread", no_thread)
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    client = Client(tmp_path / "client", authority, authority, "envoy.example")
+    async with running(kind, ECHO, certificate=certificate) as front_end:
+        await until(lambda: certificate.failed_renewals > 1)
+        assert await client.call(front_end) == b"hello"
+
+
 async def test_without_usable_files_nothing_is_listened_on(kind: str, tmp_path: Path) -> None:
     config = Authority().write_listener(tmp_path, NAME)
     Authority().write(tmp_path / "other", NAME).key.replace(config.key)

@@ -29,7 +29,7 @@ def configured(**environ: str) -> io.StringIO:
     stream = io.StringIO()
     # basicConfig(force=True) closes what it replaces; pytest's handlers are still wanted.
     logging.getLogger().handlers.clear()
-    configure_logs(environ, stream)
+    configure_logs(environ, logging.StreamHandler(stream))
     return stream
 
 
@@ -79,7 +79,7 @@ def test_an_exception_brings_its_traceback_but_no_local_variables(format_: str) 
 def test_the_format_in_force_is_returned_for_others_to_follow(given: str, format_: str) -> None:
     logging.getLogger().handlers.clear()
     stream = io.StringIO()
-    configure_logs({"LOG_FORMAT": given}, stream)
+    configure_logs({"LOG_FORMAT": given}, logging.StreamHandler(stream))
     structlog.stdlib.get_logger("test").info("something")
     assert stream.getvalue().startswith("{") == (format_ == "json")
 

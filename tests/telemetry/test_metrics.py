@@ -56,8 +56,17 @@ class FrontEnd:
     open_connections = 2
     accepted_connections = 5
     held_bytes = 4_096
+    accept_failures = 6
     closed_connections: ClassVar = {"flood": 1, "idle": 2}
     refused_calls: ClassVar = {"shed": 3}
+
+
+class Supervision:
+    restarts: ClassVar = {"mesh_listener": 1}
+
+
+class Log:
+    dropped_lines = 7
 
 
 @dataclass
@@ -82,6 +91,8 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
         state=State(),
+        supervision=Supervision(),
+        log=Log(),
     )
 
 
@@ -102,6 +113,13 @@ def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
     assert sample(registry, "ratelimit_connections_closed_total", region="us-east-1", reason="idle") == 2
     assert sample(registry, "ratelimit_calls_refused_total", region="us-east-1", reason="shed") == 3
     assert sample(registry, "ratelimit_held_bytes", region="us-east-1") == 4_096
+    assert sample(registry, "ratelimit_accept_failures_total", region="us-east-1") == 6
+
+
+def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_task_failures_total", region="us-east-1", task="mesh_listener") == 1
+    assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:

@@ -1,0 +1,48 @@
+"""Taking connections from a listening socket, also while the system is out of file descriptors or memory for them.
+
+Then clients wait in the socket's backlog, and it is tried again now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+AGAIN_SECONDS = 1.0
+"""After a connection could not be accepted; asyncio waits as long."""
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""accept(2): other errors are of the one connection."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+async def connections_of(
+    listening: socket.socket, note_failure: Callable[[], None]
+) -> AsyncIterator[tuple[socket.socket, str]]:
+    """The connections of clients as they come, and their IP addresses ("" over a unix socket), for ever.
+
+    Args:
+        note_failure: called whenever one cannot be accepted for want of something.
+    """
+    loop = asyncio.get_running_loop()
+    is_exhausted = False
+    while True:
+        try:
+            connected, address = await loop.sock_accept(listening)
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                note_failure()
+                if not is_exhausted:
+                    is_exhausted = True
+                    _log.error("accept_failed", why=error.strerror, tried_again_every_seconds=AGAIN_SECONDS)
+                await asyncio.sleep(AGAIN_SECONDS)
+            continue
+        if is_exhausted:
+            is_exhausted = False
+            _log.info("accepting_again")
+        yield connected, address[0] if address else ""
