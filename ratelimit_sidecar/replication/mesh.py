@@ -61,7 +61,8 @@ _log = structlog.stdlib.get_logger(__name__)
 class Mesh:
     """Args:
     origin: this process.
-    now_us: wall clock in microseconds, never stepping back.
+    now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
+    steady_us: a clock that never steps; None where `now_us` does not either.
     peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
     listen: `host:port`; None to dial only. Port 0 takes a free one.
     lending: None when no limit is strict.
@@ -76,6 +77,7 @@ class Mesh:
         version: str,
         store: Store,
         now_us: Callable[[], int],
+        steady_us: Callable[[], int] | None = None,
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
@@ -84,6 +86,7 @@ class Mesh:
         resolver: Resolver | None = None,
     ) -> None:
         self._now_us = now_us
+        self._steady_us = now_us if steady_us is None else steady_us
         self._lending = lending
         membership = None if lending is None else lending.membership
         local = Local(origin, region, version, membership)
@@ -97,7 +100,7 @@ class Mesh:
             replicator=self._replicator,
             carry=self._carry_dialled,
             progress=self._progress,
-            now_us=now_us,
+            now_us=self._steady_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
         )
@@ -213,6 +216,27 @@ class Mesh:
         """Free the listener. `run` does so when it ends: this is for who has called `start` and cannot `run`."""
         if self._server is not None:
             await self._server.stop(None)
+
+    async def wait(self, until: asyncio.Event) -> None:
+        """Before `run`, when there are no rules yet: nobody is told anything, and what is taken is not kept for them.
+        Who connects later is told everything that counts."""
+        flushing = asyncio.ensure_future(self._flush_forever())
+        try:
+            await until.wait()
+        finally:
+            flushing.cancel()
+            await asyncio.wait([flushing])
+
+    def clocks_ahead_us(self) -> list[int]:
+        """The clocks of the connected peers minus this node's, of those that are measured."""
+        offsets_us = [peer.clock_offset_us for peer in self._replicator.peers.values()]
+        return [offset_us for offset_us in offsets_us if offset_us is not None]
+
+    def set_clock(self, origin: Origin) -> None:
+        """The clock was set (see `Replicator.set_clock`): end all streams, and begin anew."""
+        for stream in list(self._carried):
+            stream.close(Reason.CLOCK_SET, "the clock was set", self._now_us())
+        self._replicator.set_clock(origin, self._now_us())
 
     def stop(self) -> None:
         """Let `run` tell the connected peers what they have yet to hear, say goodbye and return: at most 3 s."""
@@ -370,14 +394,14 @@ class Mesh:
             self._note_turned_away(stream, str(reason or stream.why_ended))
 
     def _note_turned_away(self, stream: Stream, why: str) -> None:
-        if self._refusals.note(stream.address, why, self._now_us()):
+        if self._refusals.note(stream.address, why, self._steady_us()):
             _log.warning("stream_refused", address=stream.address, why=stream.why_ended)
 
     def _note_duplicate(self, node: str, stream: Stream, target: Target | None) -> None:
         peer, why = self._replicator.peers.get(node), f"{Reason.DUPLICATE_NODE} {node}"
         if peer is not None:
             peer.last_error = stream.why_ended
-        if self._refusals.note(stream.address, why, self._now_us(), certain_after_us=CERTAIN_US):
+        if self._refusals.note(stream.address, why, self._steady_us(), certain_after_us=CERTAIN_US):
             other = self.bound_address if peer is None else peer.address
             _log.error(
                 "two_nodes_with_one_id",
