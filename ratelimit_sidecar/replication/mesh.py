@@ -220,12 +220,10 @@ class Mesh:
     async def wait(self, until: asyncio.Event) -> None:
         """Before `run`, when there are no rules yet: nobody is told anything, and what is taken is not kept for them.
         Who connects later is told everything that counts."""
-        flushing = asyncio.ensure_future(self._flush_forever())
-        try:
+        async with asyncio.TaskGroup() as tasks:
+            flushing = tasks.create_task(self._flush_forever())
             await until.wait()
-        finally:
             flushing.cancel()
-            await asyncio.wait([flushing])
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""

@@ -103,7 +103,11 @@ def test_what_is_taken_afterwards_is_shared_in_both_directions(limit: AnyLimit) 
     other.hear(one, now_us)
     one.hear(other, now_us)
     later_us = now_us + SECOND_US // 1_000
-    assert one.bucket(later_us).fold(later_us) == other.bucket(later_us).fold(later_us) > 0
+    assert one.bucket(later_us).fold(later_us) == other.bucket(later_us).fold(later_us)
+    for each in (one, other):
+        taken = each.bucket(later_us).taken
+        assert sum(taken[Origin("one", 2)].values()) >= 5
+        assert sum(taken[Origin("other", 1)].values()) == 4
 
 
 @each_limit

@@ -49,8 +49,8 @@ class StrictOracle:
 
 @dataclass(slots=True)
 class LocalOracle:
-    """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node, until that is set back:
-    then it stands still for a while."""
+    """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node, until that is set
+    back: then it stands still for a while."""
 
     name: str
     limit: Limit
