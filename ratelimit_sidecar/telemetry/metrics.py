@@ -355,8 +355,8 @@ def _read_clock_gap(at: Snapshot) -> Iterator[Sample]:
 
 def _read_clock_steps(at: Snapshot) -> Iterator[Sample]:
     if at.sources.clock is not None:
-        yield "_total", (at.sources.region, "forward"), at.sources.clock.steps_forward
-        yield "_total", (at.sources.region, "back"), at.sources.clock.steps_back
+        yield "", (at.sources.region, "forward"), at.sources.clock.steps_forward
+        yield "", (at.sources.region, "back"), at.sources.clock.steps_back
 
 
 def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:

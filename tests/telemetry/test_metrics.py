@@ -43,6 +43,12 @@ class Loop:
     long_stalls = 2
 
 
+class Clock:
+    gap_us = -3_600_000_000
+    steps_forward = 1
+    steps_back = 2
+
+
 class FrontEnd:
     open_connections = 2
     accepted_connections = 5
@@ -70,6 +76,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         rules=rules or Reloads(),
         membership=lambda: shared,
         loop=Loop(),
+        clock=Clock(),
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
     )
@@ -92,6 +99,13 @@ def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
     assert sample(registry, "ratelimit_connections_closed_total", region="us-east-1", reason="idle") == 2
     assert sample(registry, "ratelimit_calls_refused_total", region="us-east-1", reason="shed") == 3
     assert sample(registry, "ratelimit_held_bytes", region="us-east-1") == 4_096
+
+
+def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_clock_gap_seconds", region="us-east-1") == -3_600
+    assert sample(registry, "ratelimit_clock_steps_total", region="us-east-1", direction="forward") == 1
+    assert sample(registry, "ratelimit_clock_steps_total", region="us-east-1", direction="back") == 2
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
