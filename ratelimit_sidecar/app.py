@@ -208,6 +208,8 @@ class Sidecar:
         degraded = []
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
+        if self._mesh.is_id_taken:
+            degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")

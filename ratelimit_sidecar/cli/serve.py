@@ -12,6 +12,7 @@ import uvloop
 
 from ratelimit_sidecar.app import FrontEndKind, Sidecar
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.proxies import spare_loopback
 from ratelimit_sidecar.config.reference import describe_schema
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.server.listeners import ListenError
@@ -54,6 +55,7 @@ def serve(config_path: Path | None, frontend: str) -> None:
     """
     try:
         configure_logs(os.environ)
+        spare_loopback(os.environ)
         sidecar_config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(sidecar_config, FrontEndKind(frontend)))

@@ -17,7 +17,7 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
-from ratelimit_sidecar.replication.dialler import Dialler
+from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
@@ -43,6 +43,9 @@ SKEW_US = 100_000
 
 CERTAIN_US = 2 * RESTART_US
 """A node that is refused for so long because its id is in use is no node that has just restarted."""
+
+ID_TAKEN_US = int(2.5e6 * MISCONFIGURED_REDIAL_SECONDS)
+"""Shown for so long after a stream was refused for it: it is dialled again meanwhile."""
 
 MAX_STREAMS = 512
 """Inbound, at once; two from each of `replicator.MAX_PEERS`."""
@@ -107,6 +110,8 @@ class Mesh:
         self.certificate = certificate
         """Of this node; None in plain text."""
         self._refusals = Refusals()
+        self._id_refused_us: int | None = None
+        """When a stream was last refused because another node has this one's id, for so long that it must be so."""
         self._listen = listen
         self._server: grpc.aio.Server | None = None
         self.bound_address: str | None = None
@@ -224,6 +229,12 @@ class Mesh:
             flushing = tasks.create_task(self._flush_forever())
             await until.wait()
             flushing.cancel()
+
+    @property
+    def is_id_taken(self) -> bool:
+        """True when another node has this one's id, of which some peer knows: limits are not shared with all."""
+        refused_us = self._id_refused_us
+        return refused_us is not None and self._steady_us() - refused_us < ID_TAKEN_US
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""
@@ -408,8 +419,11 @@ class Mesh:
                 why=stream.why_ended,
                 fix="give each a node.id of its own",
             )
+        is_certain = self._refusals.is_told(stream.address, why)
+        if is_certain and node == self._replicator.local.origin.node:
+            self._id_refused_us = self._steady_us()
         if target is not None:
-            target.is_misconfigured = self._refusals.is_told(stream.address, why)
+            target.is_misconfigured = is_certain
 
 
 def _code_of(reason: Reason) -> grpc.StatusCode:

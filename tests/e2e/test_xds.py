@@ -81,6 +81,23 @@ async def test_it_answers_before_the_server_is_there_and_is_ready_and_limits_onc
         assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OVER_LIMIT
 
 
+async def test_a_proxy_of_the_environment_is_not_for_a_server_on_loopback(tmp_path: Path) -> None:
+    ports = free_ports(1)
+    own = ports.regions[0]
+    nobody = f"http://{HOST}:{own.sync}"
+    environment = {**xds(ports.upstream), "http_proxy": nobody, "https_proxy": nobody, "no_proxy": "elsewhere.example"}
+    command = sidecar_command(tmp_path, own, {}, environment=environment, ready_path="/healthz")
+    server = XdsServer()
+    server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        serving(server, f"{HOST}:{ports.upstream}"),
+    ):
+        await children.start(command)
+        await until_ready(console)
+
+
 async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp_path: Path) -> None:
     """Their changes waited for a mesh that never started, and so the buckets stayed, until there was no room left."""
     ports = free_ports(1)
