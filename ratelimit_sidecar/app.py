@@ -27,13 +27,13 @@ import structlog
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar import limiter as limiter_package
-from ratelimit_sidecar.clock import JUMP_US, Clock
+from ratelimit_sidecar.clock import FAR_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import ListenConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
@@ -136,7 +136,7 @@ class Sidecar:
         self._supervisor = Supervisor()
         descriptors = _descriptors()
         self._tracing = start_tracing(node, region)
-        origin = Origin(node, secrets.randbelow(2**64 - 1) + 1)
+        origin = _new_origin(node)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
         self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
         self._reloader = Reloader(
@@ -148,6 +148,7 @@ class Sidecar:
             version=__version__,
             store=self._limiter.store,
             now_us=self._clock.now_us,
+            steady_us=self._strict_us,
             peers=config.sync.peers,
             listen=config.listen.sync,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
@@ -196,6 +197,7 @@ class Sidecar:
                 rules=self._reloader,
                 membership=self._mesh.membership_status,
                 loop=self._stalls,
+                clock=self._clock,
                 front_end=self._h2,
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
@@ -248,6 +250,15 @@ class Sidecar:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
         if self._snapshots is not None and self._snapshots.status.trouble:
             degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
+        if self._mesh.is_id_taken:
+            degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
+        gap_us = self._clock.gap_us
+        if abs(gap_us) >= FAR_US:
+            degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")
+        for peer in self._mesh.status():
+            ahead_us = round((peer.clock_offset_seconds or 0) * 1e6)
+            if abs(ahead_us) >= SET_BACK_US:
+                degraded.append(f"most limits are not shared with {peer.node}: its clock is {_ahead(ahead_us)}")
         return degraded
 
     async def run(self) -> None:
@@ -331,7 +342,7 @@ class Sidecar:
     async def _replicate(self) -> None:
         if not self._reloader.has_rules.is_set():
             # Peers tell all they know at once, and of that a node keeps what it has rules for.
-            await self._reloader.has_rules.wait()
+            await self._mesh.wait(self._reloader.has_rules)
             await self._start_mesh()
         await self._mesh.run()
 
@@ -420,9 +431,19 @@ class Sidecar:
     async def _slew(self) -> None:
         while True:
             await asyncio.sleep(SLEW_SECONDS)
-            gap_us = self._clock.slew()
-            if gap_us >= JUMP_US:
-                self._limiter.jumped_us += gap_us
+            stepped_us = self._clock.slew(self._mesh.clocks_ahead_us())
+            if stepped_us:
+                self._note_step(stepped_us)
+
+    def _note_step(self, stepped_us: int) -> None:
+        """The clock was set. Of what replicates nothing is written again that was written before, by this life of the
+        node, at the same time."""
+        store = self._limiter.store
+        self._limiter.jumped_us = self._clock.stepped_us
+        if stepped_us < 0:
+            store.go_back(_new_origin(store.origin.node))
+        self._mesh.set_clock(store.origin)
+        _log.warning("clock_set", by_seconds=stepped_us / 1e6)
 
     def _log_start(self) -> None:
         rules = self._limiter.rules
@@ -444,6 +465,14 @@ class Sidecar:
         if members is not None and self._config.node.id not in members:
             reason = "this node is not among sync.members: of strict limits it can only borrow"
             _log.warning("no_home_share", node=self._config.node.id, members=list(members), reason=reason)
+
+
+def _new_origin(node: str) -> Origin:
+    return Origin(node, secrets.randbelow(2**64 - 1) + 1)
+
+
+def _ahead(offset_us: int) -> str:
+    return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
 def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) -> Ledger | None:

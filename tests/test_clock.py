@@ -1,4 +1,4 @@
-"""Wall microseconds that never step back, whatever the system clock does."""
+"""Wall microseconds that go on evenly, and follow a system clock that was set once that is believed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US, Clock
+from ratelimit_sidecar.clock import ALONE_US, DISPUTED_US, FAR_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US, Clock
+
+HOUR_US = 3_600_000_000
 
 
 class SystemClock:
@@ -70,7 +72,8 @@ def test_a_step_forward_is_slewed_too(system: SystemClock) -> None:
     clock = Clock()
     system.wall_us += 9_000
     system.pass_time(1_000_000)
-    assert clock.slew() == 9_000
+    assert clock.slew() == 0
+    assert clock.gap_us == 4_000
     assert system.wall_us - clock.now_us() == 9_000 - MAX_SLEW_PER_SECOND_US
     system.pass_time(1_000_000)
     clock.slew()
@@ -83,10 +86,60 @@ def test_a_suspended_machine_loses_no_time(system: SystemClock) -> None:
     system.pass_time(3_600_000_000)
     assert clock.now_us() == system.wall_us
     assert clock.slew() == 0
+    assert clock.gap_us == 0
 
 
-def test_a_wall_clock_that_was_far_behind_at_the_start_is_followed_in_one_step(system: SystemClock) -> None:
+@pytest.mark.parametrize("far_us", [HOUR_US, -HOUR_US, FAR_US, -FAR_US])
+def test_a_step_is_followed_at_once_when_most_peers_have_the_new_time(system: SystemClock, far_us: int) -> None:
     clock = Clock()
-    system.wall_us += 3_600_000_000 + JUMP_US
-    assert clock.slew() == 3_600_000_000 + JUMP_US
+    before_us = clock.now_us()
+    system.wall_us += far_us
+    assert clock.slew([far_us - 200_000, far_us, 0]) == far_us
     assert clock.now_us() == system.wall_us
+    # What is told without the steps never steps.
+    assert clock.now_us() - clock.stepped_us == before_us
+    assert (clock.steps_forward, clock.steps_back) == ((1, 0) if far_us > 0 else (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("peers", "doubted_us"),
+    [([], ALONE_US), ([0, HOUR_US], ALONE_US), ([0], DISPUTED_US), ([0, 100_000, HOUR_US], DISPUTED_US)],
+)
+@pytest.mark.parametrize("far_us", [HOUR_US, -HOUR_US])
+def test_a_step_without_most_peers_is_followed_when_it_lasts(
+    system: SystemClock, peers: list[int], doubted_us: int, far_us: int
+) -> None:
+    clock = Clock()
+    ahead = [far_us if peer == HOUR_US else peer for peer in peers]
+    system.wall_us += far_us
+    begin_us = system.boottime_us
+    before_us = clock.now_us()
+    while not clock.slew(ahead):
+        assert clock.gap_us == far_us
+        assert clock.now_us() == before_us + system.boottime_us - begin_us
+        system.pass_time(1_000_000)
+    assert system.boottime_us - begin_us == doubted_us
+    assert clock.now_us() == system.wall_us
+
+
+def test_a_step_that_is_taken_back_in_time_was_none(system: SystemClock) -> None:
+    clock = Clock()
+    for _ in range(10):
+        for ahead_us in (HOUR_US, -HOUR_US):
+            system.wall_us += ahead_us
+            for _ in range(50):
+                assert clock.slew() == 0
+                system.pass_time(1_000_000)
+    assert clock.now_us() == system.wall_us
+
+
+def test_an_hour_ahead_and_back_costs_no_time(system: SystemClock) -> None:
+    """It took 200 hours of slewing once."""
+    clock = Clock()
+    system.wall_us += HOUR_US
+    clock.slew([HOUR_US])
+    system.pass_time(1_000_000)
+    system.wall_us -= HOUR_US
+    assert clock.slew([-HOUR_US]) == -HOUR_US
+    assert clock.now_us() == system.wall_us
+    assert clock.stepped_us == 0

@@ -14,6 +14,7 @@ import uvloop
 
 from ratelimit_sidecar.app import FrontEndKind, Sidecar
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.proxies import spare_loopback
 from ratelimit_sidecar.config.reference import describe_schema
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.persistence.snapshots import StateError
@@ -68,6 +69,7 @@ def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: L
     """Returns the exit code. Why it is not 0 is written as the log is, since nobody may read it."""
     try:
         configure_logs(os.environ, log, colors=os.isatty(STDERR))
+        spare_loopback(os.environ)
         config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, front_end, log))

@@ -105,6 +105,10 @@ not set. Most are those of envoyproxy/ratelimit, [all of which are listed](../mi
 _ENVIRONMENT_ONLY = """\
 Logs go to stderr as `LOG_LEVEL` (debug, info, warn or error; info by default) and `LOG_FORMAT` (text or json) say;
 traces where the `OTEL_*` variables of OpenTelemetry say, none without an endpoint.
+
+`http_proxy`, `https_proxy` and `grpc_proxy` are for the connections to an xDS server and to a collector of traces, but
+for what `no_proxy` excepts and for loopback, which is always reached directly. The log names each connection that goes
+through a proxy (`through_proxy`). Peers are dialled directly.
 """
 
 _RULES_INTRO = """\

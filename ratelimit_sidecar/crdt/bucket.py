@@ -24,6 +24,15 @@ from ratelimit_sidecar.crdt.untracked_dict import untrack
 
 _NO_SLOT: Final = -1
 
+SET_BACK_US: Final = 5_000_000
+"""An instant that is so far before the last one says that the clock was set back; a nearer one counts as the last.
+
+No more than half of the shortest horizon: what is nearer and stands still for so long is still shared with peers.
+"""
+
+MAX_UNSENT_SLOTS: Final = 1_024
+"""Own slots to be told of, before those that are forgotten are taken out; fewer than 700 are held."""
+
 
 class Origin(NamedTuple):
     """One life of one replica. A restarted node is a new origin, so no origin ever counts below what it said."""
@@ -69,7 +78,8 @@ class Bucket(ABC):
     Args:
         key: canonical bytes naming the bucket on every replica.
         origin: this replica; its entries are the ones `take` writes.
-        now_us: wall clock. Later calls may not pass a smaller one; a smaller one counts as the last.
+        now_us: wall clock. A later call with a smaller one counts as the last, or as a clock that was set back (see
+            `SET_BACK_US`).
         journal: the bucket appends itself to it when own entries change (see `drain_changed_slots`). None for a bucket
             that is never replicated.
     """
@@ -265,6 +275,7 @@ class Bucket(ABC):
 
     def _open_own_slot(self, slot: int) -> None:
         """Write to `slot` from now on: at once, so that no slot without tokens is ever held."""
+        self._take_new_origin()
         if self._own_slot != _NO_SLOT:
             if self._own is None:
                 self._own = {}
@@ -272,7 +283,8 @@ class Bucket(ABC):
         self._own_slot = slot
         # Written to before, if the limit has changed and changed back: the count goes on.
         self._own_tokens = self._own.pop(slot, 0) if self._own is not None else 0
-        self._own_slot_unsent = self._unsent is not None and slot in self._unsent
+        # A list: only a slot that is written to again has to be looked for.
+        self._own_slot_unsent = self._own_tokens > 0 and self._unsent is not None and slot in self._unsent
 
     def _write_own(self, hits: int) -> None:
         """Count `hits` in the slot opened last."""
@@ -281,8 +293,31 @@ class Bucket(ABC):
             if self._unsent is None:
                 self._unsent = []
                 self.journal.buckets.append(self)
+            elif len(self._unsent) >= MAX_UNSENT_SLOTS:
+                # Nobody drains the journal for a while.
+                own = self._own or {}
+                self._unsent = [slot for slot in self._unsent if slot in own]
             self._unsent.append(self._own_slot)
             self._own_slot_unsent = True
+
+    def _take_new_origin(self) -> None:
+        """After the clock was set back, write as another life of this replica: what the one before has written, and
+        may have forgotten, only ever grows for those who heard of it. It is kept as if it had been heard.
+        """
+        origin = None if self.journal is None else self.journal.origin
+        if origin is None or origin == self.origin:
+            return
+        own = self._own or {}
+        if self._own_slot != _NO_SLOT:
+            own[self._own_slot] = self._own_tokens
+        former, self.origin = self.origin, origin
+        self._own_slot, self._own_tokens, self._own_slot_unsent = _NO_SLOT, 0, False
+        self._own = None
+        if own:
+            if self._heard is None:
+                self._heard = {}
+            self._heard[former] = own
+            untrack(self._heard)
 
     def _hear(self, entry: Entry) -> int:
         """Join one entry that a subclass has found to be in range.

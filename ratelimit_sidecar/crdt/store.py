@@ -146,6 +146,15 @@ class Store:
         del self.journal.buckets[:most]
         return changed
 
+    def go_back(self, origin: Origin) -> None:
+        """The clock was set back: from now on this replica writes as another life of it. Each bucket notices by itself,
+        when it is used next. No level rises by it, and nothing that was taken is forgotten.
+
+        Args:
+            origin: the same node, and an incarnation that was never used before.
+        """
+        self.origin = self.journal.origin = origin
+
     def sweep(self, now_us: int, most: int) -> int:
         """Look at the next `most` buckets in turn and drop the idle ones; a call resumes where the last one stopped.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
+from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
@@ -117,6 +117,8 @@ class TokenBucket(Bucket):
                 self.full_at_us = now_us
             self.deficit = deficit
             self.at_us = now_us
+        elif elapsed_us <= -SET_BACK_US:
+            self._go_back(now_us)
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
         """Join entries of a peer; idempotent, in any order.
@@ -255,6 +257,26 @@ class TokenBucket(Bucket):
             # It is full by then: some have dropped it.
             return None
         return Settled(deficit, entries)
+
+    def _go_back(self, now_us: int) -> None:
+        """The clock was set back. What peers do not believe (see `merge`), or this replica has sealed by a boundary
+        that is yet to come, is left out; as much as the level would rise by that counts as taken now.
+        """
+        limit, deficit = self._limit, self.deficit
+        boundary_us = limit.boundary_us(now_us)
+        newest_us = now_us + limit.horizon_us
+        self._take_new_origin()
+        self._forget(lambda slot: slot > newest_us)
+        if self._base_us > boundary_us:
+            self._base_us, self._base_deficit = boundary_us, 0
+        self.at_us = now_us
+        self._own_slot_end_us = self._sealed_until_us = 0
+        self._refold()
+        tokens = -(-(deficit - self.deficit) // limit.period_us)
+        if tokens > 0:
+            self._open_slot_of_now()
+            self._write_own(tokens)
+            self.deficit += tokens * limit.period_us
 
     def _seal_when_due(self) -> None:
         """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""

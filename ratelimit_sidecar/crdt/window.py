@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin, Settled
+from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
@@ -74,6 +74,8 @@ class FixedWindow(Bucket):
     def advance(self, now_us: int) -> None:
         """Enter the window of `now_us` and forget the ones before."""
         if now_us <= self.at_us:
+            if now_us <= self.at_us - SET_BACK_US:
+                self._go_back(now_us)
             return
         self.at_us = now_us
         if now_us >= self._end_us:
@@ -84,16 +86,10 @@ class FixedWindow(Bucket):
         whose clock is ahead.
         """
         self.advance(now_us)
-        next_slot = _slot_of_window(self._limit, self._end_us)
         news = 0
         for entry in entries:
             slot = entry.slot
-            if slot_exponent(slot) == self._limit.exponent:
-                is_ahead = slot > next_slot
-            else:
-                # The longest window with such a slot is almost twice as long.
-                is_ahead = slot_start_us(slot) > self.at_us + (2 << slot_exponent(slot))
-            if is_ahead or self._is_past(slot):
+            if self._is_ahead(slot) or self._is_past(slot):
                 continue
             added = self._hear(entry)
             if added:
@@ -134,12 +130,34 @@ class FixedWindow(Bucket):
         entries = [entry for entry in self.entries() if entry.slot == self._slot]
         return Settled(0, entries) if entries else None
 
+    def _go_back(self, now_us: int) -> None:
+        """The clock was set back: what was counted in a window that is after the next counts in the one of now."""
+        counted = self._own_tokens if self._own_slot == self._slot else 0
+        former_slot = self._slot
+        self._take_new_origin()
+        self.at_us = now_us
+        self._enter_window()
+        self._forget(self._is_ahead)
+        if counted and self._is_ahead(former_slot):
+            self._open_own_slot(self._slot)
+            self._write_own(counted)
+            self._written_us = now_us
+            self.count += counted
+
     def _enter_window(self) -> None:
         period_us = self._limit.period_us
         self._slot = _slot_of_window(self._limit, self.at_us)
         self._end_us = self.at_us - self.at_us % period_us + period_us
         self._forget(self._is_past)
         self.count = self._sum(self._slot)
+
+    def _is_ahead(self, slot: int) -> bool:
+        """True when it is later than the next window."""
+        exponent = slot_exponent(slot)
+        if exponent == self._limit.exponent:
+            return slot > _slot_of_window(self._limit, self._end_us)
+        # The longest window with such a slot is almost twice as long.
+        return slot_start_us(slot) > self.at_us + (2 << exponent)
 
     def _sum(self, slot: int) -> int:
         return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
@@ -216,6 +234,8 @@ class SlidingWindow(Bucket):
 
     def advance(self, now_us: int) -> None:
         """Let go of the slots that are wholly out of the period that ends at `now_us`."""
+        if now_us <= self.at_us - SET_BACK_US:
+            self._go_back(now_us)
         self.at_us = max(self.at_us, now_us)
         if self._first_leaves_us and self.at_us >= self._first_leaves_us:
             self._count_again()
@@ -226,7 +246,7 @@ class SlidingWindow(Bucket):
         news = 0
         for entry in entries:
             slot = entry.slot
-            if self._is_past(slot) or slot_start_us(slot) > self.at_us + _kept_us(slot):
+            if self._is_past(slot) or self._is_ahead(slot):
                 continue
             added = self._hear(entry)
             if added:
@@ -266,6 +286,23 @@ class SlidingWindow(Bucket):
         ]
         return Settled(0, entries) if entries else None
 
+    def _go_back(self, now_us: int) -> None:
+        """The clock was set back: of what counted, what no peer believes by the time of now counts as taken now."""
+        count = self.count
+        self._take_new_origin()
+        self.at_us = now_us
+        self._own_slot_end_us = 0
+        self._forget(self._is_ahead)
+        self._count_again()
+        tokens = count - self.count
+        if tokens > 0:
+            slot = slot_id(now_us, self._limit.exponent)
+            self._own_slot_end_us = slot_end_us(slot)
+            self._open_own_slot(slot)
+            self._note(self._leaves_us(slot))
+            self._write_own(tokens)
+            self.count += tokens
+
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
         slots = [(self._leaves_us(entry.slot), entry.tokens) for entry in self.entries()]
@@ -295,6 +332,10 @@ class SlidingWindow(Bucket):
 
     def _is_past(self, slot: int) -> bool:
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us
+
+    def _is_ahead(self, slot: int) -> bool:
+        """True when it is as far ahead as it would be kept."""
+        return slot_start_us(slot) > self.at_us + _kept_us(slot)
 
 
 def _slot_of_window(limit: WindowLimit, time_us: int) -> int:

@@ -94,7 +94,7 @@ class Limiter:
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.jumped_us = 0
-        """What the clock has stepped forward since start; strict buckets are given the time without it."""
+        """The sum of the clock's steps since start; strict buckets are given the time without them."""
         self.counts = CountsByRule()
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
@@ -147,7 +147,7 @@ class Limiter:
         charged, as in envoyproxy/ratelimit; but for domains in which it is all or nothing.
 
         Args:
-            now_us: wall clock in microseconds, never less than in the call before.
+            now_us: wall clock in microseconds; not less than in the call before, unless the clock was set back.
 
         Returns:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.

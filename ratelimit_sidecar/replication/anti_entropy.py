@@ -216,7 +216,8 @@ class Summing:
 
     def _due(self, now_us: int) -> int | None:
         """The instant of the next pass, when it is to be begun."""
-        if now_us < self._due_us:
+        # What is due later than the next instant was so before the clock was set back.
+        if self._due_us - EVERY_US <= now_us < self._due_us:
             return None
         at_us = now_us // EVERY_US * EVERY_US
         self._due_us = at_us + EVERY_US

@@ -65,6 +65,7 @@ Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
 class Dialler:
     """Args:
     peers: `host:port`, as configured.
+    now_us: of a clock that never steps.
     certificate: None to dial in plain text.
     """
 

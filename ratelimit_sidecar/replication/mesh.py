@@ -17,7 +17,7 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
-from ratelimit_sidecar.replication.dialler import Dialler
+from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
@@ -44,6 +44,9 @@ SKEW_US = 100_000
 
 CERTAIN_US = 2 * RESTART_US
 """A node that is refused for so long because its id is in use is no node that has just restarted."""
+
+ID_TAKEN_US = int(2.5e6 * MISCONFIGURED_REDIAL_SECONDS)
+"""Shown for so long after a stream was refused for it: it is dialled again meanwhile."""
 
 MAX_STREAMS = 512
 """Inbound, at once; two from each of `replicator.MAX_PEERS`."""
@@ -81,7 +84,8 @@ _log = structlog.stdlib.get_logger(__name__)
 class Mesh:
     """Args:
     origin: this process.
-    now_us: wall clock in microseconds, never stepping back.
+    now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
+    steady_us: a clock that never steps; None where `now_us` does not either.
     peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
     listen: `host:port`; None to dial only. Port 0 takes a free one.
     lending: None when no limit is strict.
@@ -98,6 +102,7 @@ class Mesh:
         version: str,
         store: Store,
         now_us: Callable[[], int],
+        steady_us: Callable[[], int] | None = None,
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
@@ -110,6 +115,7 @@ class Mesh:
         self._now_us = now_us
         self._max_connections = max_connections
         self._supervisor = Supervisor() if supervisor is None else supervisor
+        self._steady_us = now_us if steady_us is None else steady_us
         self._lending = lending
         membership = None if lending is None else lending.membership
         local = Local(origin, region, version, membership)
@@ -123,13 +129,15 @@ class Mesh:
             replicator=self._replicator,
             carry=self._carry_dialled,
             progress=self._progress,
-            now_us=now_us,
+            now_us=self._steady_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
         )
         self.certificate = certificate
         """Of this node; None in plain text."""
         self._refusals = Refusals()
+        self._id_refused_us: int | None = None
+        """When a stream was last refused because another node has this one's id, for so long that it must be so."""
         self._listen = listen
         self._server: grpc.aio.Server | None = None
         self.bound_address: str | None = None
@@ -272,6 +280,31 @@ class Mesh:
         """Free the listener. `run` does so when it ends: this is for who has called `start` and cannot `run`."""
         if self._server is not None:
             await self._server.stop(None)
+
+    async def wait(self, until: asyncio.Event) -> None:
+        """Before `run`, when there are no rules yet: nobody is told anything, and what is taken is not kept for them.
+        Who connects later is told everything that counts."""
+        async with asyncio.TaskGroup() as tasks:
+            flushing = tasks.create_task(self._flush_forever())
+            await until.wait()
+            flushing.cancel()
+
+    @property
+    def is_id_taken(self) -> bool:
+        """True when another node has this one's id, of which some peer knows: limits are not shared with all."""
+        refused_us = self._id_refused_us
+        return refused_us is not None and self._steady_us() - refused_us < ID_TAKEN_US
+
+    def clocks_ahead_us(self) -> list[int]:
+        """The clocks of the connected peers minus this node's, of those that are measured."""
+        offsets_us = [peer.clock_offset_us for peer in self._replicator.peers.values()]
+        return [offset_us for offset_us in offsets_us if offset_us is not None]
+
+    def set_clock(self, origin: Origin) -> None:
+        """The clock was set (see `Replicator.set_clock`): end all streams, and begin anew."""
+        for stream in list(self._carried):
+            stream.close(Reason.CLOCK_SET, "the clock was set", self._now_us())
+        self._replicator.set_clock(origin, self._now_us())
 
     def stop(self) -> None:
         """Let `run` tell the connected peers what they have yet to hear, say goodbye and return: at most 3 s."""
@@ -429,14 +462,14 @@ class Mesh:
             self._note_turned_away(stream, str(reason or stream.why_ended))
 
     def _note_turned_away(self, stream: Stream, why: str) -> None:
-        if self._refusals.note(stream.address, why, self._now_us()):
+        if self._refusals.note(stream.address, why, self._steady_us()):
             _log.warning("stream_refused", address=stream.address, why=stream.why_ended)
 
     def _note_duplicate(self, node: str, stream: Stream, target: Target | None) -> None:
         peer, why = self._replicator.peers.get(node), f"{Reason.DUPLICATE_NODE} {node}"
         if peer is not None:
             peer.last_error = stream.why_ended
-        if self._refusals.note(stream.address, why, self._now_us(), certain_after_us=CERTAIN_US):
+        if self._refusals.note(stream.address, why, self._steady_us(), certain_after_us=CERTAIN_US):
             other = self.bound_address if peer is None else peer.address
             _log.error(
                 "two_nodes_with_one_id",
@@ -445,8 +478,11 @@ class Mesh:
                 why=stream.why_ended,
                 fix="give each a node.id of its own",
             )
+        is_certain = self._refusals.is_told(stream.address, why)
+        if is_certain and node == self._replicator.local.origin.node:
+            self._id_refused_us = self._steady_us()
         if target is not None:
-            target.is_misconfigured = self._refusals.is_told(stream.address, why)
+            target.is_misconfigured = is_certain
 
 
 def _code_of(reason: Reason) -> grpc.StatusCode:

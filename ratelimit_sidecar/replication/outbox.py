@@ -300,6 +300,13 @@ class Outbox:
         self._rest = None
         self._in_flight.clear()
 
+    def forget_times(self) -> None:
+        """The clock was set, and there is no stream: the peer is told everything anew."""
+        assert not self._is_open
+        self._is_told_all = False
+        self._undelivered_since_us = None
+        self._missing_since_us = self._acknowledged_us = 0
+
     def tidy(self) -> None:
         """Free a part of what a peer that is gone has not heard."""
         for _ in range(FREED_BUCKETS):

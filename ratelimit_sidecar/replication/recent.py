@@ -36,7 +36,8 @@ class RecentBuckets:
         """Forget a part of those that changed longer ago than KEPT_US."""
         shard = self._shards[self._next]
         self._next = (self._next + 1) % SHARDS
-        while shard and next(iter(shard.values())) < now_us - KEPT_US:
+        # Neither is one that is ahead kept: the clock was set back.
+        while shard and abs(now_us - next(iter(shard.values()))) > KEPT_US:
             shard.popitem(last=False)
 
     def keys(self) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -176,6 +177,21 @@ class Replicator:
         self._recent.forget(now_us)
         for peer in self.peers.values():
             peer.outbox.tidy()
+
+    def set_clock(self, origin: Origin, now_us: int) -> None:
+        """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.
+
+        Args:
+            origin: another life of this node when it was set back, the same one when forward.
+        """
+        assert not any(self.streams())
+        self.local = replace(self.local, origin=origin)
+        self._flushed_us = self._created_us = self._ways_looked_us = now_us
+        if self.first_change_us is not None:
+            self.first_change_us = now_us
+        for peer in self.peers.values():
+            peer.outbox.forget_times()
+            peer.lost_us = now_us
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
@@ -534,6 +550,10 @@ class Stream:
                 self._join(self._find_peer(event.origin, now_us), event)
             case PeerLeft(reason, detail):
                 self.peer_reason = reason
+                if reason == Reason.CLOCK_SET and self.peer is not None:
+                    # It has closed all of them, and comes back as another life of the node.
+                    for stream in [each for each in self.peer.streams if each is not self]:
+                        stream.close(Reason.SUPERSEDED, "the peer's clock was set", now_us)
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
             case DeltasReceived(deltas):
                 assert self._reader is not None

@@ -82,9 +82,11 @@ class Reason(StrEnum):
     """The peer has restarted and is connected anew."""
     DRAINING = "draining"
     """This process is shutting down."""
+    CLOCK_SET = "clock_set"
+    """This node's clock was set: both tell each other everything anew."""
 
 
-FAULTLESS: Final = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING})
+FAULTLESS: Final = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING, Reason.CLOCK_SET})
 
 
 class ProtocolError(Exception):

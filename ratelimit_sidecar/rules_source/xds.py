@@ -7,8 +7,10 @@ the rules it gave last stay, over any number of streams.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from itertools import islice
+from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
@@ -19,6 +21,7 @@ from google.protobuf.message import DecodeError
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.config.proxies import grpc_proxy
 from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
 from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
@@ -74,6 +77,9 @@ class XdsClient:
     async def run(self, reloader: Reloader) -> None:
         """Put in force what the server sends, until cancelled."""
         reloader.trouble = "not connected yet"
+        proxy = grpc_proxy(urlsplit(f"//{self._config.server}").hostname or "", os.environ)
+        if proxy is not None:
+            _log.warning("through_proxy", server=self._config.server, proxy=proxy)
         redial = AsyncRetrying(
             wait=wait_random_exponential(multiplier=FIRST_REDIAL_SECONDS, max=self._config.retry_seconds),
             retry=retry_if_result(lambda lasted: not lasted),

@@ -46,7 +46,7 @@ class RateLimitService:
     """One method, `ShouldRateLimit`.
 
     Args:
-        now_us: wall clock in microseconds, never less than at the call before.
+        now_us: see `Limiter.decide`.
     """
 
     def __init__(

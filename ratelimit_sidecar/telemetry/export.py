@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import threading
+from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -20,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.config.proxies import grpc_proxy
 from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
@@ -105,6 +107,12 @@ def _exporter() -> SpanExporter:
     )
     # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
     repair_otlp_proto()
+    endpoint = urlsplit(
+        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
+    )
+    proxy = grpc_proxy(endpoint.hostname or "localhost", os.environ)
+    if proxy is not None:
+        _log.warning("through_proxy", server=endpoint.netloc, proxy=proxy)
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter as GrpcSpanExporter,

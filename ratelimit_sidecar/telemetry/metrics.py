@@ -122,6 +122,17 @@ class LoopStatus(Protocol):
     def long_stalls(self) -> int: ...
 
 
+class ClockStatus(Protocol):
+    """What is read of the clock (`ratelimit_sidecar.clock.Clock`)."""
+
+    @property
+    def gap_us(self) -> int: ...
+    @property
+    def steps_forward(self) -> int: ...
+    @property
+    def steps_back(self) -> int: ...
+
+
 class FrontEndStatus(Protocol):
     """What is read of the front end (`ratelimit_sidecar.server.h2.H2FrontEnd`, a layer above)."""
 
@@ -195,6 +206,7 @@ class Sources:
         rules: None when the rules never change.
         membership: called once a scrape; gives None when no limit can be strict.
         loop: None where nobody measures it.
+        clock: None where limits are not counted by one of the machine.
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
         state: None where it is not kept.
@@ -212,6 +224,7 @@ class Sources:
     rules: RulesStatus | None = None
     membership: Callable[[], MembershipStatus | None] = lambda: None
     loop: LoopStatus | None = None
+    clock: ClockStatus | None = None
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
     state: StateStatus | None = None
@@ -370,6 +383,17 @@ def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Ite
             yield "", (at.sources.region,), value(at.sources.loop)
 
     return read
+
+
+def _read_clock_gap(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.clock is not None:
+        yield "", (at.sources.region,), at.sources.clock.gap_us / 1e6
+
+
+def _read_clock_steps(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.clock is not None:
+        yield "", (at.sources.region, "forward"), at.sources.clock.steps_forward
+        yield "", (at.sources.region, "back"), at.sources.clock.steps_back
 
 
 def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -625,6 +649,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
         _read_dropped_lines,
+    ),
+    Definition(
+        "ratelimit_clock_gap_seconds",
+        "gauge",
+        ("region",),
+        "The system clock minus the one that limits are counted by. From 10 s on it was set, and is not believed yet.",
+        _read_clock_gap,
+    ),
+    Definition(
+        "ratelimit_clock_steps_total",
+        "counter",
+        ("region", "direction"),
+        "Times that the clock that limits are counted by was set, forward or back, as the system clock had been.",
+        _read_clock_steps,
     ),
     Definition(
         "openclaw_rate_limit_rejections",

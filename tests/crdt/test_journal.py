@@ -1,10 +1,10 @@
-"""When peers are to be told at once."""
+"""When peers are to be told at once, and what waits to be told when nobody asks for it."""
 
 from __future__ import annotations
 
 import pytest
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Origin
 from ratelimit_sidecar.crdt.limit import URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 
@@ -52,3 +52,37 @@ def test_a_bucket_that_nobody_is_told_of_is_never_urgent(limit: AnyLimit) -> Non
     told = Told(limit, replicated=False)
     told.bucket.take(CAPACITY, NOW_US)
     assert told.times == 0
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Limit(1_000, SECOND_US, 10),
+        WindowLimit(10, SECOND_US // 50, Window.FIXED),
+        WindowLimit(10, SECOND_US // 50, Window.SLIDING),
+    ],
+    ids=["token_bucket", "fixed", "sliding"],
+)
+def test_while_nobody_drains_it_a_busy_bucket_waits_with_the_slots_that_it_still_holds(limit: AnyLimit) -> None:
+    told = Told(limit)
+    bucket = told.bucket
+    now_us = NOW_US
+    for _ in range(5 * MAX_UNSENT_SLOTS):
+        now_us += SECOND_US // 50
+        assert bucket.take(1, now_us)
+        assert len(bucket._unsent or ()) <= MAX_UNSENT_SLOTS
+    changed = bucket.drain_changed_slots()
+    held = {slot for slots in bucket.taken.values() for slot in slots}
+    assert held <= set(changed)
+    assert len(changed) == len(set(changed))
+
+
+def test_a_slot_that_is_written_to_again_waits_once() -> None:
+    told = Told(Limit(CAPACITY, 60 * SECOND_US, CAPACITY))
+    wide = told.bucket.limit
+    told.bucket.take(1, NOW_US)
+    told.bucket.set_limit(Limit(CAPACITY, 6 * SECOND_US, CAPACITY), NOW_US)
+    told.bucket.take(1, NOW_US)
+    told.bucket.set_limit(wide, NOW_US)
+    told.bucket.take(1, NOW_US)
+    assert len(told.bucket.drain_changed_slots()) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from rules_source.xds_server import XdsServer, broken, config, serving
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children
+
+EVICTED = re.compile(r"^crdt_buckets_evicted_total\{.*\} 1(\.0)?$", re.MULTILINE)
 
 WITHIN_S = 20.0
 """It takes a fraction of a second; the rest is for a busy machine."""
@@ -76,6 +79,42 @@ async def test_it_answers_before_the_server_is_there_and_is_ready_and_limits_onc
             assert (await console.get("/readyz")).status_code == 200
 
         assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OVER_LIMIT
+
+
+async def test_a_proxy_of_the_environment_is_not_for_a_server_on_loopback(tmp_path: Path) -> None:
+    ports = free_ports(1)
+    own = ports.regions[0]
+    nobody = f"http://{HOST}:{own.sync}"
+    environment = {**xds(ports.upstream), "http_proxy": nobody, "https_proxy": nobody, "no_proxy": "elsewhere.example"}
+    command = sidecar_command(tmp_path, own, {}, environment=environment, ready_path="/healthz")
+    server = XdsServer()
+    server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        serving(server, f"{HOST}:{ports.upstream}"),
+    ):
+        await children.start(command)
+        await until_ready(console)
+
+
+async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp_path: Path) -> None:
+    """Their changes waited for a mesh that never started, and so the buckets stayed, until there was no room left."""
+    ports = free_ports(1)
+    own = ports.regions[0]
+    bucket = {"bucket": {"capacity": 1_000, "refillRate": 1_000}}
+    command = sidecar_command(tmp_path, own, bucket, environment=xds(ports.upstream), ready_path="/healthz")
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        grpc.aio.insecure_channel(f"{HOST}:{own.grpc}") as channel,
+    ):
+        await children.start(command)
+        assert (await status(RateLimitServiceStub(channel), "shop", "user", "eve")).limit_remaining == 999
+        # A horizon of 10 s, and a pass of the sweep.
+        async with asyncio.timeout(10 + WITHIN_S):
+            while not EVICTED.search((await console.get("/metrics")).text):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
 
 
 async def test_it_can_be_stopped_before_it_has_any_rules(tmp_path: Path) -> None:

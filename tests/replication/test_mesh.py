@@ -21,6 +21,7 @@ from replication.builders import (
     ledger_of,
     node,
     store_of,
+    take,
 )
 from replication.meshes import (
     TIMEOUT_SECONDS,
@@ -37,6 +38,7 @@ from server.raw_http2 import connected
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import dialler, flushing, mesh
@@ -431,6 +433,46 @@ async def test_a_peer_whose_clock_is_off_is_warned_about_once() -> None:
     warned = {line["peer"]: line["offset_seconds"] for line in events(logs, "peer_clock_skewed")}
     assert warned == {"a": pytest.approx(-off_us / 1e6, abs=0.05), "b": pytest.approx(off_us / 1e6, abs=0.05)}
     assert len(events(logs, "peer_clock_skewed")) == 2
+
+
+@pytest.mark.parametrize("ahead_us", [3_600_000_000, -3_600_000_000])
+async def test_when_the_clock_is_set_all_is_told_anew_by_both(ahead_us: int) -> None:
+    off_us = ahead_us
+    async with (
+        sidecar("a") as a,
+        sidecar("b", listen=None, peers=[address_of(a)], clock=lambda: now_us() + off_us, steady=now_us) as b,
+    ):
+        await b.connected_to("a")
+        a.take("before", 2)
+        take(b.store, "before", 3, now_us() + off_us)
+        await b.until(lambda: b.mesh.clocks_ahead_us() == [pytest.approx(-ahead_us, abs=50_000)])
+        off_us = 0
+        if ahead_us > 0:
+            b.store.go_back(Origin("b", 2))
+        b.mesh.set_clock(b.store.origin)
+        assert not b.mesh.clocks_ahead_us()
+        await b.until(lambda: b.mesh.clocks_ahead_us() == [pytest.approx(0, abs=50_000)])
+        a.take("after", 2)
+        await b.knows("after", 2)
+        b.take("after", 3)
+        await a.knows("after", 5)
+        await b.until(lambda: b.tokens("before") >= 2)
+        assert not a.mesh.protocol_errors
+        assert not b.mesh.protocol_errors
+
+
+async def test_while_it_waits_for_rules_nothing_is_kept_for_peers() -> None:
+    local = node("a", 1)
+    store = store_of(local)
+    waiting = mesh.Mesh(origin=local.origin, region="", version="0", store=store, now_us=now_us)
+    there_are_rules = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(TIMEOUT_SECONDS):
+        wait = tasks.create_task(waiting.wait(there_are_rules))
+        take(store, "user", 1, now_us())
+        while store.journal.buckets:  # noqa: ASYNC110 (a flush wakes nobody)
+            await asyncio.sleep(0.005)
+        there_are_rules.set()
+        await wait
 
 
 async def test_what_a_peer_calls_itself_may_be_no_ascii() -> None:

@@ -385,6 +385,7 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
             # It may be the same node, just restarted.
             assert events(logs, "two_nodes_with_one_id") == []
             assert not any(waits)
+            assert not a.mesh.is_id_taken
             jump_us = CERTAIN_US
             # Once by each of them.
             for error in await told(logs, "two_nodes_with_one_id", times=2):
@@ -395,6 +396,12 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
             await a.until(lambda: a.mesh.protocol_errors["duplicate_node"] >= tried + 3)
             assert len(events(logs, "two_nodes_with_one_id")) == 2
             assert waits[-1]
+            assert a.mesh.is_id_taken
+            assert namesake.mesh.is_id_taken
+            # It shows for as long as streams are refused for it.
+            jump_us += 2 * mesh.ID_TAKEN_US
+            await a.until(lambda: a.mesh.protocol_errors["duplicate_node"] >= tried + 10)
+            assert a.mesh.is_id_taken
             [status] = namesake.mesh.status()
             assert "two live sidecars have the node id 'a'" in status.last_error
             assert events(logs, "peer_unreachable") == events(logs, "stream_refused") == []
@@ -419,6 +426,10 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypa
                 # The first to be certain is the one whose clock has jumped.
                 error = (await told(logs, "two_nodes_with_one_id"))[0]
                 assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
+                assert namesake.mesh.is_id_taken
+                jump_us += mesh.ID_TAKEN_US
+                assert not b.mesh.is_id_taken
+                assert not a.mesh.is_id_taken
                 [status] = namesake.mesh.status()
                 assert status.last_error.startswith("the peer closed the stream: duplicate_node: two live sidecars")
             status_of_b = a.peer("b")

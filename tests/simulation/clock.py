@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from simulation.loop import Loop
 
-from ratelimit_sidecar.clock import JUMP_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US
+from ratelimit_sidecar.clock import ALONE_US, DISPUTED_US, FAR_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US
 
 
 class NodeClock:
@@ -23,6 +25,7 @@ class NodeClock:
         self._loop = loop
         self._slewed_at_us = loop.now_us
         self._floor_us = 0
+        self._far_since_us: int | None = None
 
     def now_us(self) -> int:
         return max(self._loop.now_us + self.ahead_us, self._floor_us)
@@ -31,19 +34,26 @@ class NodeClock:
         """The clock of strict limits, which never steps."""
         return self.now_us() - self.jumped_us
 
-    def slew(self) -> int:
+    def slew(self, peers_ahead_us: Sequence[int] = ()) -> int:
         """To be called about once a second.
 
         Returns:
-            By how much the clock has jumped; 0 nearly always.
+            By how much the clock was set; 0 nearly always.
         """
         gap_us = self.system_ahead_us - self.ahead_us
         elapsed_us = self._loop.now_us - self._slewed_at_us
         self._slewed_at_us = self._loop.now_us
-        if gap_us >= JUMP_US:
+        if abs(gap_us) >= FAR_US:
+            since_us = self._far_since_us = self._far_since_us or self._slewed_at_us
+            votes = sum(1 if abs(ahead_us - gap_us) < abs(ahead_us) else -1 for ahead_us in peers_ahead_us)
+            if self._loop.now_us - since_us < (0 if votes > 0 else DISPUTED_US if votes < 0 else ALONE_US):
+                return 0
+            self._far_since_us = None
+            self._floor_us += gap_us
             self.ahead_us += gap_us
             self.jumped_us += gap_us
             return gap_us
+        self._far_since_us = None
         allowed_us = min(elapsed_us * MAX_SLEW_PER_SECOND_US // 1_000_000, MAX_SLEW_US)
         self._floor_us = self.now_us()
         self.ahead_us += max(-allowed_us, min(gap_us, allowed_us))

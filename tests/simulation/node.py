@@ -176,12 +176,26 @@ class Node:
         if not ticks % SLEW_TICKS:
             self.store.sweep(now_us, SWEEP_BUCKETS)
             self.ledger.sweep(self.clock.strict_us(), SWEEP_BUCKETS)
-            jumped_us = self.clock.slew()
-            self.limiter.jumped_us += jumped_us
+            self._slew()
             self.cluster.note_clock(self)
         if not ticks % MEMORY_TICKS:
             self.cluster.look_at_memory(self)
         loop.after(FLUSH_US, self._tick)
+
+    def _slew(self) -> None:
+        """What `Sidecar` and `Mesh` do of it."""
+        offsets_us = [peer.clock_offset_us for peer in self.replicator.peers.values()]
+        stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
+        if not stepped_us:
+            return
+        self.cluster.tell(f"the clock of {self.name} is set by {stepped_us / SECOND_US:g} s")
+        self.limiter.jumped_us += stepped_us
+        if stepped_us < 0:
+            self.origin = Origin(self.name, self.cluster.random.getrandbits(63) + 1)
+            self.store.go_back(self.origin)
+        for end in list(self.ends):
+            end.stream.close(Reason.CLOCK_SET, "the clock was set", self.clock.now_us())
+        self.replicator.set_clock(self.store.origin, self.clock.now_us())
 
     def _dial_again(self, target: _Target, *, lasted: bool) -> None:
         if lasted:

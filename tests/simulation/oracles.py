@@ -49,14 +49,20 @@ class StrictOracle:
 
 @dataclass(slots=True)
 class LocalOracle:
-    """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node."""
+    """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node, until that is set
+    back: then it stands still for a while."""
 
     name: str
     limit: Limit
     deficit: int = 0
     at_us: int = 0
 
+    was_set_back: bool = False
+
     def decided(self, hits: int, own_us: int, *, admitted: bool) -> None:
+        self.was_set_back |= own_us < self.at_us
+        if self.was_set_back:
+            return
         self.deficit = max(0, self.deficit - (own_us - self.at_us) * self.limit.tokens)
         self.at_us = own_us
         charge = hits * self.limit.period_us

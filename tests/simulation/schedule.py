@@ -23,8 +23,8 @@ MAX_FAULTS = 6
 MAX_AHEAD_US = 500 * MS
 """A system clock is at most so far off."""
 
-WRONG_AT_START_US = 12 * SECOND_US
-"""A clock so far behind the system's is followed in one step (clock.JUMP_US)."""
+WRONG_AT_START_US = (-3_600 * SECOND_US, -12 * SECOND_US, -12 * SECOND_US, 12 * SECOND_US, 3_600 * SECOND_US)
+"""A clock so far from the system's is set in one step (clock.FAR_US)."""
 
 
 @dataclass(slots=True)
@@ -84,9 +84,10 @@ def draw_schedule(seed: int, nodes: str, for_us: int) -> Schedule:
     if draw.random() < 0.03:
         schedule.clocks_agree = False
         # A jump of the clock makes every peer look as if it had been silent for as long.
-        schedule.allowed_errors |= {Reason.SILENT, Reason.STALLED}
+        # One that is set back dials as another life of the node, of which the peer may not have heard the goodbye.
+        schedule.allowed_errors |= {Reason.SILENT, Reason.STALLED, Reason.DUPLICATE_NODE}
         node = draw.choice(nodes)
-        schedule.system_ahead_us[node] = -WRONG_AT_START_US
+        schedule.system_ahead_us[node] = draw.choice(WRONG_AT_START_US)
         schedule.faults.append((draw.randrange(for_us), f"{node} is set right", partial(_set_clock, node, 0)))
     for _ in range(draw.randint(0, max(1, MAX_FAULTS * for_us // (10 * SECOND_US)))):
         kind = draw.choice(_KINDS)

@@ -188,10 +188,11 @@ def test_the_simulated_clock_does_what_the_products_clock_does(seed: int, monkey
         loop.run(draw.randint(1, 2 * SECOND_US))
         if draw.random() < 0.1:
             simulated.system_ahead_us = draw.choice((-MS, 40 * MS, -600 * MS, 15 * SECOND_US, 40 * SECOND_US))
-        jumped_us = simulated.slew()
-        gap_us = real.slew()
-        assert jumped_us == (gap_us if gap_us >= product_clock.JUMP_US else 0)
-        jumps += jumped_us > 0
+        peers_ahead_us = [draw.choice((0, simulated.system_ahead_us - simulated.ahead_us))] * draw.randrange(3)
+        jumped_us = simulated.slew(peers_ahead_us)
+        stepped_us = real.slew(peers_ahead_us)
+        assert jumped_us == stepped_us
+        jumps += jumped_us != 0
         assert simulated.now_us() == real.now_us()
         assert simulated.strict_us() == real.now_us() - simulated.jumped_us
     assert jumps

@@ -19,6 +19,7 @@ from observed import NOW_US, request, small_limiter
 from otlp_receiver import ExportTraceServiceRequest, OtlpReceiver, ReceivedSpan, received_spans
 from structlog.testing import capture_logs
 
+from ratelimit_sidecar.config.proxies import spare_loopback
 from ratelimit_sidecar.telemetry.export import Tracing, TracingError, start_tracing
 from ratelimit_sidecar.telemetry.traces import BATCH_SPAN, REQUEST_SPAN, NoTracer, RequestTracer
 
@@ -53,9 +54,20 @@ def trace_one_request(tracing: Tracing) -> bytes:
     return limiter.plan(raw).steps[0].bucket_key
 
 
+def name_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `serve` begins where the environment names one, at which nobody answers here."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    spare_loopback(os.environ)
+
+
+@pytest.mark.parametrize("has_proxy", [False, True])
 async def test_a_collector_sees_the_request_span_and_the_batch_span_that_links_to_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, has_proxy: bool
 ) -> None:
+    if has_proxy:
+        name_a_proxy(monkeypatch)
     async with OtlpReceiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
@@ -117,7 +129,10 @@ async def test_closing_exports_what_has_ended(monkeypatch: pytest.MonkeyPatch) -
         assert [span.name for span in receiver.spans] == [REQUEST_SPAN]
 
 
-async def test_http_protobuf_is_spoken_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_proxy", [False, True])
+async def test_http_protobuf_is_spoken_when_asked_for(monkeypatch: pytest.MonkeyPatch, has_proxy: bool) -> None:
+    if has_proxy:
+        name_a_proxy(monkeypatch)
     received: list[tuple[str, list[ReceivedSpan]]] = []
 
     class Collector(http.server.BaseHTTPRequestHandler):

@@ -52,6 +52,12 @@ class Loop:
     long_stalls = 2
 
 
+class Clock:
+    gap_us = -3_600_000_000
+    steps_forward = 1
+    steps_back = 2
+
+
 class FrontEnd:
     open_connections = 2
     accepted_connections = 5
@@ -88,6 +94,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         rules=rules or Reloads(),
         membership=lambda: shared,
         loop=Loop(),
+        clock=Clock(),
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
         state=State(),
@@ -120,6 +127,13 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     registry = create_registry(busy_sources())
     assert sample(registry, "ratelimit_task_failures_total", region="us-east-1", task="mesh_listener") == 1
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
+
+
+def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
+    registry = create_registry(busy_sources())
+    assert sample(registry, "ratelimit_clock_gap_seconds", region="us-east-1") == -3_600
+    assert sample(registry, "ratelimit_clock_steps_total", region="us-east-1", direction="forward") == 1
+    assert sample(registry, "ratelimit_clock_steps_total", region="us-east-1", direction="back") == 2
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
