@@ -13,7 +13,7 @@ import h2.connection
 import h2.exceptions
 import pytest
 from hpack import Decoder, Encoder
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from server.raw_http2 import client_connection
 
@@ -345,13 +345,16 @@ def test_both_sessions_do_the_same_for_the_same_client(steps: list[tuple]) -> No
 @both
 @settings(deadline=None)
 @given(steps, st.integers(1, 40))
+@example([("raw", 1, 1, bytes(4), 4)], 1)
 def test_where_reads_are_cut_changes_nothing(module: ModuleType, steps: list[tuple], size: int) -> None:
     reads = one_frame_a_read(sent_by_client(steps))
     pieces = [data[start : start + size] for data in reads for start in range(0, len(data), size)]
 
     whole, cut = served_by(module, reads).served, served_by(module, pieces).served
 
-    assert (cut.headers.keys(), cut.ended, cut.resets) == (whole.headers.keys(), whole.ended, whole.resets)
+    assert (cut.headers.keys(), cut.ended) == (whole.headers.keys(), whole.ended)
+    # With the connection all streams end; some are reset before, if the fault is seen in the middle of a frame.
+    assert whole.is_over or cut.resets == whole.resets
     assert (cut.pings, cut.goaways, cut.is_over) == (whole.pings, whole.goaways, whole.is_over)
     answered = whole.ended - whole.resets.keys()
     assert all(cut.bodies[stream_id] == whole.bodies[stream_id] for stream_id in answered)
