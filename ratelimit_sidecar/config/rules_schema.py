@@ -31,6 +31,9 @@ BUCKET_ALGORITHM: AlgorithmName = "token_bucket"
 MAX_BODY_CHARS = 16_384
 """It is sent with every denial."""
 
+MAX_METADATA_DEPTH = 30
+"""An answer nests three messages for each; protobuf's parsers, and so Envoy, take no answer with over 100."""
+
 
 @dataclass(frozen=True, slots=True)
 class RuleDefaults:
@@ -70,12 +73,14 @@ def _to_metadata(value: object) -> object:
     return _plain(value) if isinstance(value, dict) else value
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, depth: int = 0) -> object:
     """Without positions, and with numbers as JSON has them."""
+    if isinstance(value, dict | list) and depth == MAX_METADATA_DEPTH:
+        raise ValueError("deeper than Envoy reads")
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, depth + 1) for inner in value]
     if isinstance(value, Decimal | float):
         number = float(value)
         if not isfinite(number):
@@ -149,7 +154,10 @@ Body = Annotated[
 Metadata = Annotated[
     dict[str, object],
     BeforeValidator(_to_metadata),
-    Expected("a mapping of any form, its numbers within the range of a double"),
+    Expected(
+        f"a mapping of any form, at most {MAX_METADATA_DEPTH} mappings and lists inside each other, its numbers within"
+        " the range of a double"
+    ),
 ]
 _NEEDED = ShownDefault("required, unless unlimited")
 

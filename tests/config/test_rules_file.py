@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 from config.builders import lines, one_rule, rules, rules_of, write
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_schema import MAX_METADATA_DEPTH
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
+
+DAILY = "rate_limit: {unit: day, requests_per_unit: 1}"
 
 
 def rule_for(tree: Rules, domain: str, *entries: tuple[str, str]) -> Rule | None:
@@ -149,6 +153,40 @@ def test_every_other_key_of_theirs_goes_into_the_rule(tmp_path: Path) -> None:
     assert (rule.shadow_mode, rule.quota_mode) == (True, True)
     assert rule.metadata == {"tier": "gold", "tags": [1, 0.5, {"none": None}]}
     assert type(rule.metadata) is dict
+
+
+@pytest.mark.parametrize(
+    ("text", "requests"), [("010", 8), ("0x10", 16), ("0b11", 3), ("0o10", 8), ("!!int '5'", 5), ("1_000", 1000)]
+)
+def test_numbers_are_read_as_gos_yaml_reads_them(tmp_path: Path, text: str, requests: int) -> None:
+    rule = one_rule(tmp_path, f"{{key: a, value: 010, rate_limit: {{unit: day, requests_per_unit: {text}}}}}")
+    assert (rule.requests_per_unit, rule.name) == (requests, "d.a_010")
+
+
+def test_metadata_may_have_keys_that_are_no_text(tmp_path: Path) -> None:
+    rule = one_rule(tmp_path, f"{{key: a, {DAILY}, metadata: {{1: x, y: n, inner: [{{2: 0x10, 1.5: z}}]}}}}")
+    assert rule.metadata == {"1": "x", "y": False, "inner": [{"2": 16, "1.5": "z"}]}
+
+
+def test_metadata_is_as_deep_as_an_answer_with_it_can_be_read(tmp_path: Path) -> None:
+    def metadata(depth: int) -> str:
+        return f"{{key: a, {DAILY}, metadata: {'{a: ' * depth}1{'}' * depth}}}"
+
+    deepest = one_rule(tmp_path, metadata(MAX_METADATA_DEPTH)).metadata
+    answer = RateLimitResponse()
+    answer.dynamic_metadata.update({"metadata": dict(deepest)})
+    assert RateLimitResponse.FromString(answer.SerializeToString()) == answer
+    with pytest.raises(ConfigError, match="at most 30 mappings and lists inside each other"):
+        one_rule(tmp_path, metadata(MAX_METADATA_DEPTH + 1))
+
+
+def test_a_hundred_levels_of_descriptors_are_read_and_matched(tmp_path: Path) -> None:
+    levels = 100
+    text = "domain: d\n" + "".join(f"{'  ' * i}descriptors:\n{'  ' * i}- key: k\n" for i in range(levels))
+    rules = rules_of(tmp_path, f"{text}{'  ' * levels}rate_limit: {{unit: day, requests_per_unit: 7}}\n")
+    match = rules.match("d", [("k", "v")] * levels)
+    assert match is not None
+    assert match.rule.requests_per_unit == 7
 
 
 def test_every_key_of_ours_goes_into_the_rule(tmp_path: Path) -> None:
