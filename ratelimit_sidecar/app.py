@@ -354,7 +354,8 @@ class Sidecar:
             rules=len(list(rules)),
         )
         if self._config.xds is None and not rules.domains and rules.unruled is None:
-            _log.warning("nothing_is_limited", reason="neither rules nor bucket are configured")
+            reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
+            _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
         if members is not None and self._config.node.id not in members:
             reason = "this node is not among sync.members: of strict limits it can only borrow"

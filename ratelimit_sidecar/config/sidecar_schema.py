@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.environment import duration, flag, number, pairs, switch, text
+from ratelimit_sidecar.config.environment import duration, flag, pairs, part, switch, text
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, RuleDefaults, window_of
 from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
@@ -278,10 +278,10 @@ class XdsConfig(Section):
     node_id: Annotated[Name, text("CONFIG_GRPC_XDS_NODE_ID")] = Field(
         "default", description="The node that this sidecar says it is: the server chooses the rules by it."
     )
-    node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA")] = Field(
+    node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA", "=:")] = Field(
         {}, description="What else the server is told about the node."
     )
-    headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", secret=True)] = Field(
+    headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", ":=", secret=True)] = Field(
         {}, description="Headers of the call, for example for authorization."
     )
     retry_seconds: Annotated[RetrySeconds, duration("CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL")] = Field(
@@ -366,8 +366,9 @@ class AnswersConfig(Section):
     quota_mode: Annotated[Flag, flag("QUOTA_MODE")] = Field(
         _SETTINGS.quota_mode, description="Treat every rule as if it had `quota_mode`."
     )
-    near_limit_ratio: Annotated[Ratio, number("NEAR_LIMIT_RATIO")] = Field(
-        _SETTINGS.near_limit_ratio, description="Hits above this part of a limit count as near it, in metrics."
+    near_limit_ratio: Annotated[Ratio, part("NEAR_LIMIT_RATIO")] = Field(
+        _SETTINGS.near_limit_ratio,
+        description="Hits above this part of a limit count as near it, in metrics.",
     )
     response_headers: ResponseHeadersConfig = Field(
         default_factory=ResponseHeadersConfig, description="Headers that tell callers the limit nearest to its end."
@@ -386,8 +387,9 @@ class SidecarConfig(Section):
     listen: ListenConfig = Field(default_factory=ListenConfig, description="Where this sidecar answers.")
     rules: Annotated[tuple[RulesPath, ...], Field(strict=False), RUNTIME_FOLDER] = Field(
         (),
-        description="Rules files, or folders of them (`*.yaml` and `*.yml`, not their subfolders). Relative paths start"
-        " at the folder of the configuration file.",
+        description="Rules files, or folders of them: `*.yaml` and `*.yml`. A folder may be empty, and holds nothing"
+        " else but `*.md` and names that begin with a dot. Relative paths start at the folder of the configuration"
+        " file. Without the key, and without `xds`, `/srv/runtime_data/current/config` is read if it is there.",
     )
     merge_domains: Annotated[Flag, flag("MERGE_DOMAIN_CONFIG")] = Field(
         False, description="Several rules files may have the same domain; their descriptors are put together."

@@ -102,6 +102,9 @@ def test_text_is_one_readable_line_without_colours_when_nobody_watches() -> None
         ("warn", ["w", "e"]),
         ("warning", ["w", "e"]),
         ("Error", ["e"]),
+        ("fatal", []),
+        ("PANIC", []),
+        ("trace", ["d", "i", "w", "e"]),
     ],
 )
 def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str]) -> None:
@@ -116,7 +119,10 @@ def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str
 
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
-    [("LOG_LEVEL", "loud", "debug, info, warn, warning, error"), ("LOG_FORMAT", "xml", "text, json")],
+    [
+        ("LOG_LEVEL", "loud", "trace, debug, info, warn, warning, error, fatal, panic"),
+        ("LOG_FORMAT", "xml", "text, logfmt, json"),
+    ],
 )
 def test_an_impossible_setting_is_refused_with_what_is_possible(variable: str, value: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"{variable} is '{value}', expected one of {expected}"):
