@@ -2,7 +2,8 @@
 
 Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
 is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
-they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them. At a stop the order is
+they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them, and calls are refused
+if so configured. At a stop the order is
 the other way round: no new requests, answers to those in flight, then what was admitted is told to the peers, then the
 spans are flushed.
 """
@@ -137,7 +138,13 @@ class Sidecar:
         self._mesh.use_rules(rules.digest)
         latency = LatencyHistogram()
         self._stalls = StallMonitor()
-        service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
+        self._service = service = RateLimitService(
+            self._limiter,
+            self._clock.now_us,
+            latency,
+            self._tracing.tracer,
+            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+        )
         self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
         reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
         handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
@@ -296,6 +303,7 @@ class Sidecar:
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
+        self._service.begin()
         return retired
 
     def _reload(self) -> None:

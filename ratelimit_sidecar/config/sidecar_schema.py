@@ -167,6 +167,7 @@ RetrySeconds = Annotated[
     Field(ge=0.2, le=MAX_RETRY_SECONDS),
     Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", of="plain"),
 ]
+BeforeRules = Annotated[Literal["error", "pass"], Expected("error or pass", choices=("error", "pass"))]
 AgeSeconds = Annotated[
     float,
     BeforeValidator(_to_float),
@@ -286,6 +287,11 @@ class XdsConfig(Section):
     )
     retry_seconds: Annotated[RetrySeconds, duration("CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL")] = Field(
         3.0, description="The longest wait between two attempts to connect."
+    )
+    before_rules: BeforeRules = Field(
+        "error",
+        description="What calls get until the server has sent the first rules: `error` (UNAVAILABLE), so that Envoy's"
+        " `failure_mode_deny` decides; or `pass`, so that nothing is limited but by `bucket`.",
     )
     tls: Annotated[XdsTlsConfig | None, switch("CONFIG_GRPC_XDS_SERVER_USE_TLS")] = Field(
         None,
