@@ -194,7 +194,11 @@ class RateLimit(Section):
 class Descriptor(Section):
     """One rule, or one step on the way to deeper ones."""
 
-    key: Key = Field(description="Key of the entry it matches.")
+    key: Key = Field(
+        description=f"Key of the entry it matches. `{WILDCARD}` in it, as in envoyproxy/ratelimit, stands for any text,"
+        " also none, in key and value joined by an underscore: `user*` matches `user_id=bob`, of which the text is"
+        " `user_id_bob`. On a level with such a key all patterns are for that text."
+    )
     value: Annotated[Scalar | None, AsWritten(), ShownDefault("every value")] = Field(
         None,
         description=f"Value of the entry it matches; `{WILDCARD}` in it stands for any text, also none, and each value"
@@ -215,7 +219,9 @@ class Descriptor(Section):
         False, description="In metrics, name the value of this entry in place of its pattern, or of nothing."
     )
     share_threshold: Flag = Field(
-        False, description=f"All values that a `value` with `{WILDCARD}` matches share one bucket."
+        False,
+        description=f"All values that a `value` with `{WILDCARD}` matches share one bucket, those of each key"
+        f" where the `{WILDCARD}` is in `key`.",
     )
     metadata: Metadata | None = Field(
         None, description="Goes into the dynamic metadata of answers in which this rule lets something through."

@@ -15,6 +15,7 @@ from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_schema import MAX_METADATA_DEPTH
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, Rules, Unit
 
 DAILY = "rate_limit: {unit: day, requests_per_unit: 1}"
@@ -187,6 +188,62 @@ def test_a_hundred_levels_of_descriptors_are_read_and_matched(tmp_path: Path) ->
     match = rules.match("d", [("k", "v")] * levels)
     assert match is not None
     assert match.rule.requests_per_unit == 7
+
+
+JOINED = """\
+domain: d
+descriptors:
+  - {key: user, value: 'b*b', rate_limit: {unit: day, requests_per_unit: 1}}
+  - {key: user_id, value: eve, rate_limit: {unit: day, requests_per_unit: 2}}
+  - {key: 'user*', rate_limit: {unit: day, requests_per_unit: 3}, value_to_metric: true}
+  - {key: '*', value: 'x*', rate_limit: {unit: day, requests_per_unit: 4}, share_threshold: true}
+  - {key: 'plan*', rate_limit: {unit: day, requests_per_unit: 5}, share_threshold: true}
+  - {key: plan, rate_limit: {unit: day, requests_per_unit: 6}}
+  - {key: tier, rate_limit: {unit: day, requests_per_unit: 7}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "requests"),
+    [
+        ("user_id", "bob", 3),
+        ("user", "eve", 3),
+        ("users", "", 3),
+        ("user", "bob", 1),
+        # The text user_bob fits the first.
+        ("user_b", "bob", 1),
+        ("user_id", "eve", 2),
+        ("tier", "x1", 4),
+        ("", "x", 4),
+        ("tier", "gold", 7),
+        ("plan", "gold", 5),
+        ("plane", "", 5),
+        ("us", "er", None),
+    ],
+)
+def test_a_wildcard_in_a_key_fits_key_and_value_joined_as_in_envoyproxy_ratelimit(
+    tmp_path: Path, key: str, value: str, requests: int | None
+) -> None:
+    tree = rules_of(tmp_path, JOINED)
+    match = tree.match("d", [(key, value)])
+    assert (None if match is None else match.rule.requests_per_unit) == requests
+    if match is not None:
+        assert tree.rule_of_key(match.bucket_key) is match.rule
+
+
+def test_each_pair_that_a_key_with_a_wildcard_fits_has_a_bucket_or_each_key_shares_one(tmp_path: Path) -> None:
+    tree = rules_of(tmp_path, JOINED)
+    own = [matched(tree, entry).bucket_key for entry in (("user_id", "a"), ("user_id", "b"), ("user", "a"))]
+    assert len(set(own)) == 3
+    shared = [matched(tree, entry).bucket_key for entry in (("plan", "a"), ("plan", "b"), ("plans", "a"))]
+    assert shared[0] == shared[1] != shared[2]
+    assert len({rule_key(key) for key in own}) == len({rule_key(key) for key in shared}) == 1
+    for name in (*own, *shared):
+        assert all(tree.rule_of_key(key) is tree.rule_of_key(name) for key in overflow_keys(name))
+    assert [matched(tree, entry).metric_name for entry in (("user_id", "a"), ("plan", "a"))] == [
+        "d.user_id_a",
+        "d.plan*",
+    ]
 
 
 def test_every_key_of_ours_goes_into_the_rule(tmp_path: Path) -> None:
