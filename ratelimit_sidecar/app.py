@@ -51,8 +51,8 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.services.health import RATELIMIT_NAME, HealthService
 from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
-from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.telemetry import metrics
@@ -145,7 +145,7 @@ class Sidecar:
             self._tracing.tracer,
             waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
         )
-        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
+        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME, RATELIMIT_NAME])
         reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
         handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)

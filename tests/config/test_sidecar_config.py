@@ -244,7 +244,7 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("answers: {response_headers: true}", "1:11: answers.response_headers: found true, expected a mapping with the"
          " keys enabled, limit, remaining, reset"),
         ("xds: localhost", '1:1: xds: found "localhost", expected a mapping with the keys server, node_id,'
-         " node_metadata, headers, retry_seconds, tls"),
+         " node_metadata, headers, retry_seconds, before_rules, tls"),
         ("xds: {server: 'http://a:1/'}", '1:7: xds.server: found "http://a:1/", expected the address of an xDS server,'
          ' host:port or [ipv6]:port; without the scheme: "a:1"'),
         ("xds: {server: 'a:0'}", '1:7: xds.server: found "a:0", expected the address of an xDS server, host:port or'

@@ -47,6 +47,25 @@ def replace_file(file: Path, text: str) -> None:
     new.rename(file)
 
 
+async def test_an_empty_runtime_folder_limits_nothing_until_files_come(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    folder = tmp_path / "data" / "rl" / "config"
+    folder.mkdir(parents=True)
+    environment = {"RUNTIME_ROOT": str(tmp_path / "data"), "RUNTIME_SUBDIRECTORY": "/rl/"}
+    command = sidecar_command(tmp_path, ports, {}, environment=environment)
+    async with (
+        Children(tmp_path) as children,
+        grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel,
+    ):
+        await children.start(command)
+        stub = RateLimitServiceStub(channel)
+        assert (await status(stub, "shop", "plan", "gold")).code == RateLimitResponse.OK
+        replace_file(folder / "a.yaml", rules(plans=0))
+        async with asyncio.timeout(WITHIN_S):
+            while (await status(stub, "shop", "plan", "gold")).code == RateLimitResponse.OK:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.02)
+
+
 class Load:
     """Users that ask until they are told to stop."""
 

@@ -75,7 +75,7 @@ def test_an_exception_brings_its_traceback_but_no_local_variables(format_: str) 
     assert secret not in text
 
 
-@pytest.mark.parametrize(("given", "format_"), [("JSON", "json"), ("text", "text"), ("", "text")])
+@pytest.mark.parametrize(("given", "format_"), [("JSON", "json"), ("text", "text"), ("logfmt", "text"), ("", "text")])
 def test_the_format_in_force_is_returned_for_others_to_follow(given: str, format_: str) -> None:
     logging.getLogger().handlers.clear()
     stream = io.StringIO()
