@@ -196,8 +196,8 @@ class Sidecar:
         """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
         that changes the health service is told.
 
-        Rules that an xDS server has yet to send are not among it: only the console's /readyz waits for them, so that
-        nobody restarts a sidecar because there are none.
+        Rules that an xDS server has yet to send are not among it, unless it is so configured: only the console's
+        /readyz waits for them, so that nobody restarts a sidecar because there are none.
         """
         if self._stop.is_set():
             return ["the sidecar is shutting down"]
@@ -206,6 +206,8 @@ class Sidecar:
             missing.append("the gRPC front end is starting")
         if self._reloader.has_rules.is_set() and not self._joined:
             missing.append("peers have not yet told all they know")
+        if self._config.listen.healthy_with_rules_only and not self._limiter.rules.domains:
+            missing.append("there are no rules of any domain yet")
         return missing
 
     def degraded(self) -> list[str]:
@@ -304,6 +306,7 @@ class Sidecar:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
         self._service.begin()
+        self._health.changed()
         return retired
 
     def _reload(self) -> None:

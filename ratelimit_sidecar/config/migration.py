@@ -94,7 +94,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         ),
         "CONFIG_GRPC_XDS_NODE_ID": SAME,
         "CONFIG_GRPC_XDS_NODE_METADATA": Same("`key=value,key=value`; `:` separates too where there is no `=`"),
-        "CONFIG_GRPC_XDS_SERVER_URL": Same("`host:port`, without a scheme"),
+        "CONFIG_GRPC_XDS_SERVER_URL": Same("`host:port`; `dns:///` or `passthrough:///` before it says nothing more"),
         "CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL": Same("it bounds waits that grow"),
         "CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS": SAME,
         "CONFIG_GRPC_XDS_SERVER_USE_TLS": SAME,
@@ -136,8 +136,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
             "`algorithm`: a `fixed_window` counts denied requests, as without the variable; the others do not, unless"
             " the rule has `charge: always`"
         ),
-        "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": NotNeeded(
-            "`/readyz` is never 200 before there are rules; broken files end the start with exit code 2"
+        "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": Same(
+            "`/readyz` waits for the rules of an xDS server in any case; broken files end the start with exit code 2"
         ),
     },
     "Metrics and traces": {

@@ -62,6 +62,11 @@ def default_folder(environ: Mapping[str, str]) -> Path | None:
         return None
 
 
+def _xds_server(values: Mapping[str, str]) -> object:
+    # The schemes of gRPC's targets that leave host and port as they are (grpc/doc/naming.md).
+    return values["CONFIG_GRPC_XDS_SERVER_URL"].removeprefix("dns:///").removeprefix("passthrough:///")
+
+
 def _xds_when_asked_for(values: Mapping[str, str]) -> object:
     kind = values["CONFIG_TYPE"]
     if kind not in ("FILE", "GRPC_XDS_SOTW"):
@@ -72,4 +77,5 @@ def _xds_when_asked_for(values: Mapping[str, str]) -> object:
 GRPC_ADDRESS = FromEnvironment(("GRPC_UDS", "GRPC_HOST", "GRPC_PORT"), _grpc_address)
 HTTP_ADDRESS = FromEnvironment(("HOST", "PORT"), _http_address)
 RUNTIME_FOLDER = FromEnvironment(("RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY", "RUNTIME_APPDIRECTORY"), _runtime_folder)
+XDS_SERVER = FromEnvironment(("CONFIG_GRPC_XDS_SERVER_URL",), _xds_server)
 XDS_WHEN_ASKED_FOR = FromEnvironment(("CONFIG_TYPE",), _xds_when_asked_for)

@@ -19,7 +19,7 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.environment import duration, flag, pairs, part, switch, text
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM, Algorithm, Flag, RuleDefaults, window_of
-from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
+from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_SERVER, XDS_WHEN_ASKED_FOR
 from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
@@ -241,6 +241,11 @@ class ListenConfig(Section):
     max_connection_age_grace_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE_GRACE")] = Field(
         3_600.0, description="What calls in flight get then, before the connection is closed; 0 for no end."
     )
+    healthy_with_rules_only: Annotated[Flag, flag("HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED")] = Field(
+        False,
+        description="Health checks, on `listen.grpc` and `listen.admin`, fail while there are no rules of any domain:"
+        " an xDS server has yet to send them, or the folders of `rules` are empty.",
+    )
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
     )
@@ -273,9 +278,7 @@ class XdsTlsConfig(Section):
 class XdsConfig(Section):
     """The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`."""
 
-    server: Annotated[XdsServerAddress, text("CONFIG_GRPC_XDS_SERVER_URL")] = Field(
-        "localhost:18000", description="Its address."
-    )
+    server: Annotated[XdsServerAddress, XDS_SERVER] = Field("localhost:18000", description="Its address.")
     node_id: Annotated[Name, text("CONFIG_GRPC_XDS_NODE_ID")] = Field(
         "default", description="The node that this sidecar says it is: the server chooses the rules by it."
     )

@@ -295,6 +295,13 @@ def test_a_subfolder_that_is_listed_too_is_none(tmp_path: Path) -> None:
     assert len(sidecar(tmp_path, "rules: [rules, rules/team]").rules) == 2
 
 
+@pytest.mark.parametrize("scheme", ["", "dns:///", "passthrough:///"])
+def test_an_xds_server_may_be_written_as_a_target_of_grpc(scheme: str) -> None:
+    xds = config_of(**XDS, CONFIG_GRPC_XDS_SERVER_URL=f"{scheme}gateway:18000").xds
+    assert xds is not None
+    assert xds.server == "gateway:18000"
+
+
 @pytest.mark.parametrize(
     ("given", "pairs"),
     [

@@ -114,6 +114,7 @@ READ_AS: Mapping[str, tuple[str, Attribute, object]] = {
     "LIMIT_LIMIT_HEADER": ("X", lambda config: config.answers.response_headers.limit, "X"),
     "LIMIT_REMAINING_HEADER": ("X", lambda config: config.answers.response_headers.remaining, "X"),
     "LIMIT_RESET_HEADER": ("X", lambda config: config.answers.response_headers.reset, "X"),
+    "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": ("1", lambda config: config.listen.healthy_with_rules_only, True),
     "RESPONSE_DYNAMIC_METADATA": ("true", lambda config: config.settings.dynamic_metadata, True),
 }
 """What each variable that means the same is set to, and what is then where in the configuration."""
