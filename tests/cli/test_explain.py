@@ -366,6 +366,7 @@ def test_a_request_older_than_the_one_before_counts_at_its_time_and_is_told_of(c
         ('{"time": 0, "domain": "shop", "descriptors": [], "hits": -1}', "no rate limit request"),
         ('{"time": 0, "domain": "shop", "descriptors": [], "hits": 1.5}', "no rate limit request"),
         ('{"time": 0, "domain": "", "descriptors": [[["user", "eve"]]]}', "domain must not be empty"),
+        ('{"time": 0, "domain": "shop", "descriptors": [[]]}', "descriptor 0 must have entries"),
     ],
 )
 def test_a_broken_line_is_reported_with_its_number_and_the_rest_is_replayed(
