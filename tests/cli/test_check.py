@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.sidecar import load_sidecar_config
 
 GOOD = "domain: {domain}\ndescriptors: [{{key: a, rate_limit: {{unit: day, requests_per_unit: 1}}}}, {{key: b}}]\n"
 BROKEN = """\
@@ -44,7 +46,7 @@ def test_good_rules_are_counted_and_exit_with_0() -> None:
     assert (result.exit_code, result.output) == (0, "3 files, 3 domains, 3 rules: no problems\n")
 
 
-def test_a_folder_is_judged_as_serve_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_judged_as_serve_judges_it() -> None:
     write("config/a.yaml", GOOD.format(domain="a"))
     write("config/b.txt", GOOD.format(domain="b"))
     told = (
@@ -53,9 +55,9 @@ def test_a_folder_is_judged_as_serve_judges_it(monkeypatch: pytest.MonkeyPatch) 
     )
     result = check("config")
     assert (result.exit_code, result.output) == (1, f"{told}1 problem; 1 file of rules read\n")
-    monkeypatch.setattr("os.environ", {"RUNTIME_ROOT": "."})
-    result = CliRunner().invoke(main, ["serve"])
-    assert (result.exit_code, result.stderr) == (2, told)
+    with pytest.raises(ConfigError) as error:
+        load_sidecar_config(None, {"RUNTIME_ROOT": "."})
+    assert f"{error.value}\n" == told
 
 
 def test_an_empty_folder_has_no_problems_as_serve_starts_with_it() -> None:
