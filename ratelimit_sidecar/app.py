@@ -2,7 +2,8 @@
 
 Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
 is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
-they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them. At a stop the order is
+they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them, and calls are refused
+if so configured. At a stop the order is
 the other way round: no new requests, answers to those in flight, then what was admitted is told to the peers, then the
 spans are flushed.
 """
@@ -55,8 +56,8 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.services.health import RATELIMIT_NAME, HealthService
 from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
-from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.supervision import Supervisor
@@ -169,8 +170,14 @@ class Sidecar:
             )
         latency = LatencyHistogram()
         self._stalls = StallMonitor()
-        service = RateLimitService(self._limiter, self._clock.now_us, latency, self._tracing.tracer)
-        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME])
+        self._service = service = RateLimitService(
+            self._limiter,
+            self._clock.now_us,
+            latency,
+            self._tracing.tracer,
+            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+        )
+        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME, RATELIMIT_NAME])
         reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
         handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
@@ -228,8 +235,8 @@ class Sidecar:
         """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
         that changes the health service is told.
 
-        Rules that an xDS server has yet to send are not among it: only the console's /readyz waits for them, so that
-        nobody restarts a sidecar because there are none.
+        Rules that an xDS server has yet to send are not among it, unless it is so configured: only the console's
+        /readyz waits for them, so that nobody restarts a sidecar because there are none.
         """
         if self._stop.is_set():
             return ["the sidecar is shutting down"]
@@ -241,6 +248,8 @@ class Sidecar:
                 missing.append("the snapshot is being read")
             if not self._joined:
                 missing.append("peers have not yet told all they know")
+        if self._config.listen.healthy_with_rules_only and not self._limiter.rules.domains:
+            missing.append("there are no rules of any domain yet")
         return missing
 
     def degraded(self) -> list[str]:
@@ -389,6 +398,8 @@ class Sidecar:
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
+        self._service.begin()
+        self._health.changed()
         return retired
 
     def _reload(self) -> None:
@@ -460,7 +471,8 @@ class Sidecar:
             rules=len(list(rules)),
         )
         if self._config.xds is None and not rules.domains and rules.unruled is None:
-            _log.warning("nothing_is_limited", reason="neither rules nor bucket are configured")
+            reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
+            _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
         if members is not None and self._config.node.id not in members:
             reason = "this node is not among sync.members: of strict limits it can only borrow"

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, Problem
-from ratelimit_sidecar.config.rules_file import find_rules_files, load_rules
+from ratelimit_sidecar.config.rules_file import find_rules_files, load_rules, unread
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 
 
@@ -82,6 +82,8 @@ def _check(paths: Sequence[Path], config_path: Path | None) -> Findings:
     defaults = replace(config.rule_defaults, has_members=has_members)
     rules_paths = [*paths, *(config.rules if config_path is not None else ())]
     files, _ = find_rules_files(rules_paths)
+    for path in paths:
+        problems += unread(path, rules_paths)
     domains = rules = None
     try:
         loaded = load_rules(rules_paths, defaults=defaults, merge_domains=merge_domains)

@@ -54,7 +54,8 @@ class _ServeCommand(click.Command):
 def serve(config_path: Path | None, frontend: str) -> None:
     """Answer Envoy's rate limit service calls from memory, and stream what is admitted to the sidecars elsewhere.
 
-    With no file and no flags it listens for Envoy on port 8081 and for operators on 127.0.0.1:8080, and limits nothing.
+    With no file and no flags it listens for Envoy on port 8081 and for operators on 127.0.0.1:8080, and limits nothing
+    unless there are rules in /srv/runtime_data/current/config.
     SIGTERM and SIGINT drain: calls in flight are answered, peers are told what was admitted, and it exits with 0.
     Exits with 2 when the configuration is broken, with 1 when an address or the file of
     its state is taken.

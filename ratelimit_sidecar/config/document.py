@@ -3,13 +3,17 @@
 Theory of operation. The parser's events are turned into containers and scalars by one loop without recursion, so no
 file can exhaust the stack. What leaves no doubt about the rest (a duplicate key) is noted and passed over; what does
 (broken YAML) ends the reading. Anchors, aliases and merge keys (`<<`) work as in envoyproxy/ratelimit; bounds hold
-after they are expanded.
+after they are expanded. Keys are text as they are written. Documents without a value beside the one that has one, as
+templates leave them, are passed over.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -26,17 +30,29 @@ MAX_BYTES = 16 * 1024 * 1024
 _SEARCHED_CHARS = 65_536
 """At a time, since a search keeps Python's lock: for a third of a ms, and for a whole megabyte 5."""
 
-MAX_DEPTH = 64
-"""Mappings and lists inside each other; envoyproxy/ratelimit's grammar takes two a level of descriptors."""
+MAX_DEPTH = 256
+"""Mappings and lists inside each other; envoyproxy/ratelimit's grammar takes two a level of descriptors. What recurses
+over them later stays far from Python's limit of 1,000 calls."""
 
 MAX_NODES = 2_000_000
 """Scalars, mappings and lists, those behind an alias counted each time; about 200,000 rules."""
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _Loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 _STR_TAG = "tag:yaml.org,2002:str"
 _MAP_TAG = "tag:yaml.org,2002:map"
 _SEQ_TAG = "tag:yaml.org,2002:seq"
+_SCALAR_TAGS: Mapping[str, tuple[type, ...]] = {
+    _STR_TAG: (str,),
+    "tag:yaml.org,2002:int": (int,),
+    "tag:yaml.org,2002:float": (int, Decimal),
+    "tag:yaml.org,2002:bool": (bool,),
+    "tag:yaml.org,2002:null": (type(None),),
+    "tag:yaml.org,2002:timestamp": (str,),
+}
+"""What a scalar with such a tag has to be."""
 _MERGE = "<<"
 
 
@@ -101,7 +117,8 @@ def load(path: Path, *, must_be_regular: bool = False) -> Document:
         must_be_regular: a FIFO or device, as which a file can be given that is read once, is refused.
 
     Raises:
-        ConfigError: it cannot be read, is too large, is not UTF-8, or is not one YAML document.
+        ConfigError: it cannot be read, is too large, is neither UTF-8 nor UTF-16 with a byte order mark, or is not one
+        YAML document.
     """
     file = str(path)
     try:
@@ -157,8 +174,11 @@ def unreadable(file: str, error: OSError, expected: str) -> Problem:
 
 def _decode(raw: bytes, file: str) -> str:
     try:
-        text = raw.decode()
+        text = raw.decode("utf-16" if raw.startswith(_UTF16_MARKS) else "utf-8")
     except UnicodeDecodeError as error:
+        if raw.startswith(_UTF16_MARKS):
+            found = f"a byte order mark of UTF-16 before what is not ({error.reason})"
+            raise ConfigError([Problem(file, *START, "", found, "UTF-8 text", "save the file as UTF-8")]) from None
         before = raw[: error.start].decode()
         found = f"the byte 0x{raw[error.start]:02x}, which is not UTF-8"
         problem = Problem(file, *_end_of(before), "", found, "UTF-8 text", "save the file as UTF-8")
@@ -206,6 +226,11 @@ class _Value(NamedTuple):
     nodes: int
     """Itself and all below it, those behind aliases too."""
 
+    @property
+    def text(self) -> str | None:
+        """A scalar as it is written; None for what is none, and for null."""
+        return self.data if isinstance(self.data, str) else None if self.data is None else self.source
+
 
 @dataclass(slots=True)
 class _Frame:
@@ -227,6 +252,8 @@ class _Builder:
         self.problems: list[Problem] = []
         self._file = file
         self._root: _Value | None = None
+        self._begin = START
+        """Where the document that is read begins."""
         self._open: list[_Frame] = []
         self._anchors: dict[str, _Value | None] = {}
         """By name; None while the anchored container is still open."""
@@ -261,24 +288,37 @@ class _Builder:
             self._start(event, position)
         elif isinstance(event, yaml.AliasEvent):
             self._add(self._alias(event, position))
-        elif isinstance(event, yaml.DocumentStartEvent) and self._root is not None:
-            self._fail(position, "a second document", "one YAML document", "put it into a file of its own")
+        elif isinstance(event, yaml.DocumentStartEvent):
+            self._begin = position
 
     def _scalar(self, event: yaml.ScalarEvent, position: Position) -> _Value:
         text = event.value
-        plain = event.implicit[0] and event.tag is None
-        if event.tag not in (None, "!", _STR_TAG):
-            self._refuse_tag(event.tag, position)
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             # Only the pure Python parser lets these through; they have no UTF-8 form.
             self._fail(position, "half a surrogate pair", "printable text", "remove it")
-        data = resolve(text) if plain else text
+        if event.tag in (None, "!"):
+            data = resolve(text) if event.tag is None and event.implicit[0] else text
+        else:
+            data = self._tagged(event.tag, text, position)
         return _Value(data, position, None if isinstance(data, str) else text, 1)
+
+    def _tagged(self, tag: str, text: str, position: Position) -> object:
+        types = _SCALAR_TAGS.get(tag)
+        if types is None:
+            self._refuse_tag(tag, position)
+        if types == (str,):
+            return text
+        data = resolve(text)
+        if type(data) not in types:
+            self._fail(position, f"{quoted(text)} with the tag {quoted(tag)}", "a value of that kind", "remove the tag")
+        return data
 
     def _start(self, event: yaml.CollectionStartEvent, position: Position) -> None:
         is_map = isinstance(event, yaml.MappingStartEvent)
         if event.tag not in (None, "!", _MAP_TAG if is_map else _SEQ_TAG):
             self._refuse_tag(event.tag, position)
+        if not self._open:
+            self._check_is_first(is_null=False)
         if len(self._open) >= MAX_DEPTH:
             self._fail(position, f"more than {MAX_DEPTH} mappings and lists inside each other", "fewer")
         if event.anchor:
@@ -317,7 +357,9 @@ class _Builder:
         if self._nodes > MAX_NODES:
             self._fail(value.position, f"more than {MAX_NODES} values", "fewer", "split the file")
         if not self._open:
-            self._root = value
+            self._check_is_first(is_null=value.data is None)
+            if value.data is not None or self._root is None:
+                self._root = value
             return
         frame = self._open[-1]
         frame.nodes += value.nodes
@@ -333,13 +375,14 @@ class _Builder:
             key, frame.key = frame.key, None
             self._add_entry(frame, container, key, value)
 
+    def _check_is_first(self, *, is_null: bool) -> None:
+        if not is_null and self._root is not None and self._root.data is not None:
+            self._fail(self._begin, "a second document", "one YAML document", "put it into a file of its own")
+
     def _add_entry(self, frame: _Frame, container: YamlMap, key: _Value, value: _Value) -> None:
-        name = key.data
-        if not isinstance(name, str):
-            if key.source:
-                found, fix = f"{key.source} as a key", f"write it in quotes: {quoted(key.source)}"
-            else:
-                found, fix = "a key that is empty, a mapping or a list", "give the value a name"
+        name = key.text
+        if name is None:
+            found, fix = "a key that is empty, a mapping or a list", "give the value a name"
             self._note(key.position, self._path(), found, "text as a key", fix)
             return
         if name == _MERGE and self._merge(frame, value):
@@ -371,8 +414,8 @@ class _Builder:
         for frame in self._open[:-1]:
             if isinstance(frame.container, YamlList):
                 steps.append(len(frame.container))
-            elif frame.key is not None and isinstance(frame.key.data, str):
-                steps.append(frame.key.data)
+            elif frame.key is not None and frame.key.text is not None:
+                steps.append(frame.key.text)
         return tuple(steps)
 
     def _note(self, position: Position, path: KeyPath, found: str, expected: str, fix: str = "") -> None:
@@ -383,4 +426,4 @@ class _Builder:
         raise ConfigError(self.problems)
 
     def _refuse_tag(self, tag: str | None, position: Position) -> NoReturn:
-        self._fail(position, f"the tag {quoted(tag or '')}", "a value without a tag", "remove the tag")
+        self._fail(position, f"the tag {quoted(tag or '')}", "one of YAML's own tags, or none", "remove the tag")

@@ -60,8 +60,9 @@ def choice(variable: str, chosen: str) -> FromEnvironment:
     return FromEnvironment((variable,), lambda values: chosen if read_bool(values[variable]) else None)
 
 
-def number(variable: str) -> FromEnvironment:
-    return FromEnvironment((variable,), lambda values: resolve(values[variable]))
+def part(variable: str) -> FromEnvironment:
+    """A number from 0 to 1; what is above counts as 1."""
+    return FromEnvironment((variable,), lambda values: _read_part(values[variable]))
 
 
 def duration(variable: str) -> FromEnvironment:
@@ -69,9 +70,13 @@ def duration(variable: str) -> FromEnvironment:
     return FromEnvironment((variable,), lambda values: _read_duration(values[variable]))
 
 
-def pairs(variable: str, *, secret: bool = False) -> FromEnvironment:
-    """A mapping of text to text, `key:value,key:value`; = separates as well."""
-    return FromEnvironment((variable,), lambda values: _read_pairs(values[variable]), secret=secret)
+def pairs(variable: str, separators: str, *, secret: bool = False) -> FromEnvironment:
+    """A mapping of text to text, `key:value,key:value`.
+
+    Args:
+        separators: of key and value; the first of them that is there at all is meant.
+    """
+    return FromEnvironment((variable,), lambda values: _read_pairs(values[variable], separators), secret=secret)
 
 
 def read_bool(given: str) -> bool:
@@ -84,6 +89,12 @@ def read_bool(given: str) -> bool:
     return _BOOLS[given]
 
 
+def _read_part(given: str) -> object:
+    value = resolve(given)
+    # Not a bool, which is an int as well.
+    return 1 if type(value) in (int, Decimal) and isinstance(value, int | Decimal) and value > 1 else value
+
+
 def _read_duration(given: str) -> Decimal:
     if given == "0":
         return Decimal(0)
@@ -92,13 +103,14 @@ def _read_duration(given: str) -> Decimal:
     return sum((Decimal(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(given)), Decimal(0))
 
 
-def _read_pairs(given: str) -> dict[str, str]:
+def _read_pairs(given: str, separators: str) -> dict[str, str]:
     found = {}
-    for pair in given.split(","):
-        separator = re.search("[:=]", pair)
+    for pair in filter(str.strip, given.split(",")):
+        separator = next((one for one in separators if one in pair), None)
         if separator is None:
             raise Unreadable("pairs as in key:value,key:value")
-        found[pair[: separator.start()].strip()] = pair[separator.end() :].strip()
+        key, _, value = pair.partition(separator)
+        found[key.strip()] = value.strip()
     return found
 
 

@@ -1,7 +1,8 @@
 """The page about moving from envoyproxy/ratelimit: each of its environment variables, and what becomes of it.
 
-The variables are those of its src/settings/settings.go, in its order. What is the same here is not written down: it is
-what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands only where they do not.
+The variables are those of its src/settings/settings.go, in its order, and those that its README names besides. What is
+the same here is not written down: it is what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands
+only where they do not.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ SAME = Same()
 
 _IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
 _NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
-_NO_STATSD = NotNeeded("metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin`")
+_NO_STATSD = NotNeeded(
+    "metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin` (see [Its metrics](#its-metrics))"
+)
 _BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
 
 VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
@@ -77,18 +80,21 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         ),
     },
     "Logs": {
-        "LOG_LEVEL": SameElsewhere("without it `info`, there `warn`"),
-        "LOG_FORMAT": SameElsewhere("`text` or `json`"),
+        "LOG_LEVEL": SameElsewhere(
+            "without it `info`, there `warn`; `trace` is `debug` here, and `fatal` and `panic` leave almost nothing"
+        ),
+        "LOG_FORMAT": SameElsewhere("`text`, which `logfmt` means too, or `json`; another one ends the start with 2"),
     },
     "Rules": {
         "CONFIG_TYPE": SAME,
         "FORCE_START_WITHOUT_INITIAL_CONFIG": NotNeeded(
             "files are read before anything is answered, and an xDS server is not waited for: until it has sent rules,"
-            " nothing is limited but by `bucket`, and `/readyz` says so"
+            " calls get an error, as there, so that Envoy's `failure_mode_deny` decides; `xds.before_rules: pass` lets"
+            " them through, and `/readyz` says that there are none"
         ),
         "CONFIG_GRPC_XDS_NODE_ID": SAME,
-        "CONFIG_GRPC_XDS_NODE_METADATA": SAME,
-        "CONFIG_GRPC_XDS_SERVER_URL": Same("`host:port`, without a scheme"),
+        "CONFIG_GRPC_XDS_NODE_METADATA": Same("`key=value,key=value`; `:` separates too where there is no `=`"),
+        "CONFIG_GRPC_XDS_SERVER_URL": Same("`host:port`; `dns:///` or `passthrough:///` before it says nothing more"),
         "CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL": Same("it bounds waits that grow"),
         "CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS": SAME,
         "CONFIG_GRPC_XDS_SERVER_USE_TLS": SAME,
@@ -101,8 +107,15 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "XDS_CLIENT_BACKOFF_RANDOM_FACTOR": _BACK_OFF,
         "XDS_CLIENT_BACKOFF_JITTER": _BACK_OFF,
         "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("responses of several 100,000 rules are taken as they are"),
-        "RUNTIME_ROOT": Same("`rules` in the configuration file wins"),
-        "RUNTIME_SUBDIRECTORY": Same("rules lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`"),
+        "RUNTIME_ROOT": Same(
+            "`rules` in the configuration file wins. With neither, nor `RUNTIME_SUBDIRECTORY`, nor xDS, the folder"
+            " `/srv/runtime_data/current/config` is read if it is there; there it is with `RUNTIME_WATCH_ROOT=false`"
+            " only"
+        ),
+        "RUNTIME_SUBDIRECTORY": Same(
+            "rules lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, slashes more or less. Without it"
+            " there nothing is read, unless `RUNTIME_WATCH_ROOT` is false; here what lies in `RUNTIME_ROOT/config` is"
+        ),
         "RUNTIME_APPDIRECTORY": Same("without it `config`, as there"),
         "RUNTIME_IGNOREDOTFILES": NotNeeded("names that begin with a dot are never read"),
         "RUNTIME_WATCH_ROOT": NotNeeded(
@@ -113,7 +126,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     "Answers": {
         "SHADOW_MODE": SAME,
         "QUOTA_MODE": SAME,
-        "NEAR_LIMIT_RATIO": SAME,
+        "NEAR_LIMIT_RATIO": Same("above 1, as 80, no hits are near the limit, as there"),
         "LIMIT_RESPONSE_HEADERS_ENABLED": SAME,
         "LIMIT_LIMIT_HEADER": SAME,
         "LIMIT_REMAINING_HEADER": SAME,
@@ -122,18 +135,23 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT": Same(
             "`charging: all_or_nothing`: a denied request charges no limit; there the limit that denies counts on"
         ),
-        "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": NotNeeded(
-            "`/readyz` is never 200 before there are rules; broken files end the start with exit code 2"
+        "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": Same(
+            "`/readyz` waits for the rules of an xDS server in any case; broken files end the start with exit code 2"
         ),
     },
     "Metrics and traces": {
         "USE_DOG_STATSD": _NO_STATSD,
-        "USE_DOG_STATSD_MOGRIFIERS": _NO_STATSD,
+        "USE_DOG_STATSD_MOGRIFIERS": NotNeeded(
+            "metrics have labels from the start; so are the `DOG_STATSD_MOGRIFIER_*` variables"
+        ),
         "USE_STATSD": _NO_STATSD,
         "STATSD_HOST": _NO_STATSD,
         "STATSD_PORT": _NO_STATSD,
         "STATS_FLUSH_INTERVAL": _NO_STATSD,
         "EXTRA_TAGS": ReplacedBy("the labels of Prometheus' scrape configuration"),
+        "SANITIZE_DESCRIPTOR_METRIC_DOTS": NotNeeded(
+            "keys and values are labels of metrics, in which a dot is like any other character"
+        ),
         "DISABLE_STATS": NotNeeded("metrics that nobody fetches cost next to nothing"),
         "USE_PROMETHEUS": NotNeeded("metrics are always there, at `/metrics` of `listen.admin`"),
         "PROMETHEUS_ADDR": ReplacedBy("`listen.admin`"),
@@ -175,6 +193,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
                 "REDIS_SENTINEL_AUTH",
                 "REDIS_TIMEOUT",
                 "REDIS_POOL_ON_EMPTY_BEHAVIOR",
+                "REDIS_POOL_ON_EMPTY_WAIT_DURATION",
                 "REDIS_HEALTH_CHECK_ACTIVE_CONNECTION",
                 "REDIS_STARTUP_INITIAL_INTERVAL",
                 "REDIS_STARTUP_MAX_INTERVAL",
@@ -193,6 +212,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
                 "REDIS_PERSECOND_CLUSTER_PIPELINE_PARALLELISM",
                 "REDIS_PERSECOND_TIMEOUT",
                 "REDIS_PERSECOND_POOL_ON_EMPTY_BEHAVIOR",
+                "REDIS_PERSECOND_POOL_ON_EMPTY_WAIT_DURATION",
             ),
             _IN_MEMORY,
         ),
@@ -257,9 +277,48 @@ _DIFFERENCES = """\
   both alike.
 - **Rules** that there are accepted and do nothing are refused here in a few cases, and `(a_b, c)` is no longer
   `(a, b_c)`: see [Rules](reference/rules.md#where-envoyproxyratelimit-differs).
-- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should a folder that
-  `RUNTIME_ROOT` names hold anything else that is read there, the start ends with an error.
-- **Metrics** have other names, and labels: see [Metrics](reference/metrics.md).
+- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should it hold anything else
+  that is read there, but for `*.md`, the start ends with an error, and `check` says so too. A folder may be empty: its
+  files are picked up when they come. One that loses all its files keeps its rules, where there it has none from then
+  on.
+- **Wildcards** are for the value of one key, where there they are for key and value joined by an underscore, so that
+  `key: user, value: '*x'` limits `user_id=x` too. Where a key has one itself, as in `key: user*`, they are as there.
+- **Newer fields of Envoy's API.** A descriptor with `is_negative_hits` is charged nothing, there its hits are charged;
+  nothing is given back. A `unit_multiplier` in a descriptor's limit is heeded where the period is one of the units, as
+  24 hours are; otherwise the limit is ignored and counted, as one of an unknown unit is. There it is as if it were 1.
+- **Health.** gRPC health checks may name the service `ratelimit` or `envoy.service.ratelimit.v3.RateLimitService`, or
+  none: the answer is the same, where there it is always SERVING for none.
+- **Metrics** have other names, and labels: see [below](#its-metrics).
+"""
+
+_METRICS = """\
+## Its metrics
+
+There a metric's name holds the domain and the rule, as in `ratelimit.service.rate_limit.shop.user_eve.over_limit`;
+here those are the labels `domain` and `rule`, and `rule` is the same text, `shop.user_eve`.
+"""
+
+METRICS: Mapping[str, str] = {
+    "`*.total_hits`": "`ratelimit_hits_total`",
+    "`*.within_limit`": "`ratelimit_within_limit_hits_total`",
+    "`*.near_limit`": "`ratelimit_near_limit_hits_total`",
+    "`*.over_limit`": "`ratelimit_over_limit_hits_total`",
+    "`*.shadow_mode`": "`ratelimit_shadow_mode_hits_total`",
+    "`*.over_limit_with_local_cache`": "nothing: there is no cache before a Redis",
+    "`*.domain_not_found`": '`ratelimit_decisions_total{domain="",rule=""}`, in descriptors, of all such domains',
+    "`config_load_success`, `config_load_error`": "`ratelimit_config_loads_total`, by `result`",
+    "`call.should_rate_limit.service_error`": "`ratelimit_request_errors_total`, by `reason`",
+    "`call.should_rate_limit.redis_error`, `redis.*`, `memcache.*`": "nothing: there is no such server",
+    "`global_shadow_mode`": '`ratelimit_decisions_total{code="OVER_LIMIT"}`: in shadow mode those are let through',
+    "`ratelimit_server.ShouldRateLimit.total_requests`": "`openclaw_request_latency_seconds_count`",
+    "`ratelimit_server.ShouldRateLimit.response_time`": "`openclaw_request_latency_seconds`, a histogram",
+}
+"""What dashboards read there, and what they read here."""
+
+_AFTER_METRICS = """\
+`/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format. Nothing is pushed: where
+metrics are to end in statsd or Datadog, let the agent there fetch `/metrics`, as Telegraf's `prometheus` input, the
+OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
 """
 
 _VARIABLES = """\
@@ -280,6 +339,8 @@ def migration_page(generated: str) -> str:
     for group, variables in VARIABLES.items():
         rows = ["| Variable | Here |", "|---|---|", *(f"| {names} | {text} |" for names, text in _rows(variables))]
         parts.append("\n".join((f"### {group}", "", *rows)))
+    rows = ["| There | Here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in METRICS.items())]
+    parts += [_METRICS, "\n".join(rows), _AFTER_METRICS]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 

@@ -157,15 +157,22 @@ _RULES_DIFFERENCES = """\
 Accepted there, refused here, because it is nearly always a slip:
 
 - the same key twice in one mapping (there the last one counts)
-- a second document in one file (there it is not read)
+- a second document in one file that holds something (there it is not read)
 - `rate_limit` with neither `requests_per_unit` nor `unlimited` (there it denies all; write `requests_per_unit: 0`)
 - a unit that does not exist, beside `unlimited: true`
 - a key that exists, in a place where it does nothing, as `unit` beside `key`
+- tags that are not YAML's own, `!!binary` and `!!set` (there most are passed over)
+- null as a key within `metadata`, and `metadata` so deep that Envoy cannot read the answer
+- more than 127 levels of `descriptors`
 
 Refused there, accepted here:
 
 - `key: a_b, value: c` beside `key: a, value: b_c` on one level (there they are the same)
 - numbers with a fraction as `key` or `value`
+- documents without content before the rules
+
+Within `metadata` a key stands as it is written: `010` and `1e3`, which there become `8` and `1000` below the first
+level.
 """
 
 

@@ -58,7 +58,7 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: Rul
         if "consistency" not in useless:
             yield from _of_strict(item, given, document, at, defaults)
     value = item.source_of("value") or ""
-    if item.get("share_threshold") is True and WILDCARD not in value:
+    if item.get("share_threshold") is True and WILDCARD not in value + (item.source_of("key") or ""):
         found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
         fix = f"end the value in {WILDCARD}, or remove share_threshold"
         yield document.problem((*at, "share_threshold"), found, f"a value with {WILDCARD}", fix)

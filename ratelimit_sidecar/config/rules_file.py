@@ -6,7 +6,8 @@ one domain are read as if their descriptors stood in one, in the order of the fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ratelimit_sidecar.config.bucket import BucketConfig
@@ -22,6 +23,8 @@ UNRULED_NAME = "bucket"
 """Name, in metrics, of the rule for descriptors that no other matches; a rule's own name has a dot in it."""
 
 _SUFFIXES = (".yaml", ".yml")
+_UNREAD_SUFFIX = ".md"
+"""Of files that nobody takes for rules."""
 _STANDARD = RuleDefaults()
 
 
@@ -68,8 +71,8 @@ def rules_of_resources(
 def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
     """The files behind `paths`, each once, and what is wrong with the folders among them.
 
-    Of a folder those whose names end in .yaml or .yml, in order of their names. Subfolders and names that begin with a
-    dot are left out: a Kubernetes ConfigMap keeps its older versions there.
+    Of a folder those whose names end in .yaml or .yml, in order of their names; there may be none. Subfolders and names
+    that begin with a dot are left out: a Kubernetes ConfigMap keeps its older versions there.
     """
     files: list[Path] = []
     problems: list[Problem] = []
@@ -78,16 +81,9 @@ def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
             if not path.is_dir():
                 files.append(path)
                 continue
-            inside = sorted(entry for entry in path.iterdir() if is_rules_file(entry))
+            files += sorted(entry for entry in path.iterdir() if is_rules_file(entry))
         except OSError as error:
             problems.append(unreadable(str(path), error, "a readable folder"))
-            continue
-        if not inside:
-            found = "a folder without rules files"
-            expected = "at least one file whose name ends in .yaml or .yml"
-            fix = "subfolders and names that begin with a dot are not read"
-            problems.append(Problem(str(path), None, None, "", found, expected, fix))
-        files += inside
     return list(dict.fromkeys(files)), problems
 
 
@@ -95,6 +91,31 @@ def is_rules_file(entry: Path) -> bool:
     """Whether an entry of a folder is read."""
     # A dangling link passes, to be reported when it is read.
     return entry.suffix in _SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
+
+
+def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
+    """What a folder of rules holds that may be meant as rules, and is not read: envoyproxy/ratelimit reads all it
+    finds. A path that is no folder holds nothing.
+
+    Args:
+        paths: what is read besides.
+    """
+    for entry in _entries(folder):
+        if entry.name.startswith(".") or entry.suffix == _UNREAD_SUFFIX or is_rules_file(entry) or entry in paths:
+            continue
+        if not entry.is_dir():
+            expected, fix = "a name that ends in .yaml or .yml in a folder of rules", "rename it, or move it away"
+            yield Problem(str(entry), None, None, "", f"the name {quoted(entry.name)}", expected, fix)
+        elif any(is_rules_file(below) for below in _entries(entry)):
+            expected, fix = "a folder without subfolders", "list both folders, in the configuration file under rules"
+            yield Problem(str(entry), None, None, "", "rules in a subfolder", expected, fix)
+
+
+def _entries(folder: Path) -> list[Path]:
+    # What keeps a folder from being read is told by who reads it.
+    with suppress(OSError):
+        return sorted(folder.iterdir())
+    return []
 
 
 def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Document]:

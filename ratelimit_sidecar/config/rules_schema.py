@@ -35,6 +35,9 @@ ALL_OR_NOTHING: ChargingName = "all_or_nothing"
 MAX_BODY_CHARS = 16_384
 """It is sent with every denial."""
 
+MAX_METADATA_DEPTH = 30
+"""An answer nests three messages for each; protobuf's parsers, and so Envoy, take no answer with over 100."""
+
 
 @dataclass(frozen=True, slots=True)
 class RuleDefaults:
@@ -82,12 +85,14 @@ def _to_metadata(value: object) -> object:
     return _plain(value) if isinstance(value, dict) else value
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, depth: int = 0) -> object:
     """Without positions, and with numbers as JSON has them."""
+    if isinstance(value, dict | list) and depth == MAX_METADATA_DEPTH:
+        raise ValueError("deeper than Envoy reads")
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, depth + 1) for inner in value]
     if isinstance(value, Decimal | float):
         number = float(value)
         if not isfinite(number):
@@ -164,7 +169,10 @@ Body = Annotated[
 Metadata = Annotated[
     dict[str, object],
     BeforeValidator(_to_metadata),
-    Expected("a mapping of any form, its numbers within the range of a double"),
+    Expected(
+        f"a mapping of any form, at most {MAX_METADATA_DEPTH} mappings and lists inside each other, its numbers within"
+        " the range of a double"
+    ),
 ]
 _NEEDED = ShownDefault("required, unless unlimited")
 
@@ -201,7 +209,11 @@ class RateLimit(Section):
 class Descriptor(Section):
     """One rule, or one step on the way to deeper ones."""
 
-    key: Key = Field(description="Key of the entry it matches.")
+    key: Key = Field(
+        description=f"Key of the entry it matches. `{WILDCARD}` in it, as in envoyproxy/ratelimit, stands for any text,"
+        " also none, in key and value joined by an underscore: `user*` matches `user_id=bob`, of which the text is"
+        " `user_id_bob`. On a level with such a key all patterns are for that text."
+    )
     value: Annotated[Scalar | None, AsWritten(), ShownDefault("every value")] = Field(
         None,
         description=f"Value of the entry it matches; `{WILDCARD}` in it stands for any text, also none, and each value"
@@ -222,7 +234,9 @@ class Descriptor(Section):
         False, description="In metrics, name the value of this entry in place of its pattern, or of nothing."
     )
     share_threshold: Flag = Field(
-        False, description=f"All values that a `value` with `{WILDCARD}` matches share one bucket."
+        False,
+        description=f"All values that a `value` with `{WILDCARD}` matches share one bucket, those of each key"
+        f" where the `{WILDCARD}` is in `key`.",
     )
     metadata: Metadata | None = Field(
         None, description="Goes into the dynamic metadata of answers in which this rule lets something through."

@@ -24,7 +24,7 @@ from ratelimit_sidecar.config.rules_schema import (
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Window
-from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Rule, RuleNode, Unit, limit_of_rate
+from ratelimit_sidecar.limiter.rules import JOINED, MAX_REQUESTS_PER_UNIT, Rule, RuleNode, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.wildcard import WILDCARD, WildcardSet
 
 
@@ -33,17 +33,17 @@ class Level:
     """The descriptors of one level, while it grows."""
 
     exact: dict[tuple[str, str], RuleNode] = field(default_factory=dict)
-    patterns: dict[str, list[tuple[str, RuleNode]]] = field(default_factory=dict)
-    """By key, in file order."""
+    patterns: list[tuple[str, str, RuleNode]] = field(default_factory=list)
+    """Key, value and node, in file order."""
     key_only: dict[str, RuleNode] = field(default_factory=dict)
     first: dict[tuple[str, str], tuple[Document, KeyPath]] = field(default_factory=dict)
     """Where each key and value was given first."""
 
     def add(self, key: str, value: str, node: RuleNode) -> None:
-        if not value:
+        if WILDCARD in key or WILDCARD in value:
+            self.patterns.append((key, value, node))
+        elif not value:
             self.key_only[key] = node
-        elif WILDCARD in value:
-            self.patterns.setdefault(key, []).append((value, node))
         else:
             self.exact[key, value] = node
 
@@ -54,7 +54,7 @@ class Level:
 
     def node(self, rule: Rule | None = None, item: Mapping[str, object] | None = None) -> RuleNode:
         """The finished level below the descriptor `item` and its `rule`; of a domain, without both."""
-        wildcards = {key: WildcardSet(patterns) for key, patterns in self.patterns.items()}
+        wildcards = {key: WildcardSet(patterns) for key, patterns in self._patterns_by_key().items()}
         above = item or {}
         return RuleNode(
             rule,
@@ -64,6 +64,15 @@ class Level:
             shares_bucket=above.get("share_threshold") is True,
             value_in_metric=above.get("value_to_metric") is True,
         )
+
+    def _patterns_by_key(self) -> dict[str, list[tuple[str, RuleNode]]]:
+        if any(WILDCARD in key for key, _, _ in self.patterns):
+            joined = [(f"{key}_{value}" if value else key, node) for key, value, node in self.patterns]
+            return {JOINED: joined}
+        by_key: dict[str, list[tuple[str, RuleNode]]] = {}
+        for key, value, node in self.patterns:
+            by_key.setdefault(key, []).append((value, node))
+        return by_key
 
 
 def shown_capacity(bucket: BucketConfig) -> int:

@@ -1,19 +1,18 @@
 """envoyproxy/ratelimit's variables that have no counterpart of their own: several make one value here.
 
-Addresses come in halves there. Rules files lie in `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, all of
-whose files are rules; here a folder's files are by their suffix, so what would go unread is an error instead.
+Addresses come in halves there, joined as Go's net.JoinHostPort does. Rules files lie in
+`RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, joined as Go's path.Join does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import posixpath
+from collections.abc import Mapping
 from pathlib import Path
 
 from ratelimit_sidecar.config.environment import Unreadable
-from ratelimit_sidecar.config.errors import Problem, quoted
-from ratelimit_sidecar.config.rules_file import is_rules_file
 from ratelimit_sidecar.config.structure import FromEnvironment
+from ratelimit_sidecar.config.yaml_data import resolve
 
 DEFAULT_ROOT = "/srv/runtime_data/current"
 DEFAULT_APP_DIRECTORY = "config"
@@ -23,18 +22,49 @@ def _grpc_address(values: Mapping[str, str]) -> object:
     socket = values.get("GRPC_UDS")
     if socket is not None:
         return [f"unix:{socket}"]
-    return [f"{values.get('GRPC_HOST', '0.0.0.0')}:{values.get('GRPC_PORT', '8081')}"]  # noqa: S104 - the default
+    return [_address(values.get("GRPC_HOST", "0.0.0.0"), values.get("GRPC_PORT", "8081"))]  # noqa: S104 - the default
 
 
 def _http_address(values: Mapping[str, str]) -> object:
-    return f"{values.get('HOST', '127.0.0.1')}:{values.get('PORT', '8080')}"
+    return _address(values.get("HOST", "127.0.0.1"), values.get("PORT", "8080"))
+
+
+def _address(host: str, port: str) -> str:
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    number = resolve(port)
+    return f"{host}:{number if isinstance(number, int) else port}"
 
 
 def _runtime_folder(values: Mapping[str, str]) -> object:
     if not values.keys() & {"RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY"}:
         return None
-    folder = Path(values.get("RUNTIME_ROOT", DEFAULT_ROOT), values.get("RUNTIME_SUBDIRECTORY", ""))
-    return [str(folder / values.get("RUNTIME_APPDIRECTORY", DEFAULT_APP_DIRECTORY))]
+    return [_join_runtime(values)]
+
+
+def _join_runtime(values: Mapping[str, str]) -> str:
+    parts = [
+        values.get("RUNTIME_ROOT") or DEFAULT_ROOT,
+        values.get("RUNTIME_SUBDIRECTORY", ""),
+        values.get("RUNTIME_APPDIRECTORY") or DEFAULT_APP_DIRECTORY,
+    ]
+    joined = "/".join(filter(None, parts))
+    # POSIX lets two slashes at the beginning mean something else, and so Python keeps them.
+    return posixpath.normpath("/" + joined.lstrip("/") if joined.startswith("/") else joined)
+
+
+def default_folder(environ: Mapping[str, str]) -> Path | None:
+    """Where rules lie when neither a file nor the environment says where; None when there is no such folder."""
+    folder = Path(_join_runtime({name: environ.get(name, "") for name in ("RUNTIME_APPDIRECTORY",)}))
+    try:
+        return folder if folder.is_dir() else None
+    except OSError:
+        return None
+
+
+def _xds_server(values: Mapping[str, str]) -> object:
+    # The schemes of gRPC's targets that leave host and port as they are (grpc/doc/naming.md).
+    return values["CONFIG_GRPC_XDS_SERVER_URL"].removeprefix("dns:///").removeprefix("passthrough:///")
 
 
 def _xds_when_asked_for(values: Mapping[str, str]) -> object:
@@ -47,24 +77,5 @@ def _xds_when_asked_for(values: Mapping[str, str]) -> object:
 GRPC_ADDRESS = FromEnvironment(("GRPC_UDS", "GRPC_HOST", "GRPC_PORT"), _grpc_address)
 HTTP_ADDRESS = FromEnvironment(("HOST", "PORT"), _http_address)
 RUNTIME_FOLDER = FromEnvironment(("RUNTIME_ROOT", "RUNTIME_SUBDIRECTORY", "RUNTIME_APPDIRECTORY"), _runtime_folder)
+XDS_SERVER = FromEnvironment(("CONFIG_GRPC_XDS_SERVER_URL",), _xds_server)
 XDS_WHEN_ASKED_FOR = FromEnvironment(("CONFIG_TYPE",), _xds_when_asked_for)
-
-
-def unread(folder: Path) -> Iterator[Problem]:
-    """What envoyproxy/ratelimit would read in its runtime folder and this program does not."""
-    for entry in _entries(folder):
-        if entry.name.startswith(".") or is_rules_file(entry):
-            continue
-        if not entry.is_dir():
-            expected = "a name that ends in .yaml or .yml in a folder of rules"
-            yield Problem(str(entry), None, None, "", f"the name {quoted(entry.name)}", expected, "rename it")
-        elif any(is_rules_file(below) for below in _entries(entry)):
-            expected, fix = "a folder without subfolders", "list both folders under rules in the configuration file"
-            yield Problem(str(entry), None, None, "", "rules in a subfolder", expected, fix)
-
-
-def _entries(folder: Path) -> list[Path]:
-    # What keeps a folder from being read is told by who reads it.
-    with suppress(OSError):
-        return sorted(folder.iterdir())
-    return []

@@ -13,8 +13,9 @@ from ratelimit_sidecar.config.addresses import is_loopback
 from ratelimit_sidecar.config.document import Document, load
 from ratelimit_sidecar.config.environment import Completed, complete
 from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, KeyPath, Problem, dotted, quoted
+from ratelimit_sidecar.config.rules_file import unread
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
-from ratelimit_sidecar.config.runtime import unread
+from ratelimit_sidecar.config.runtime import default_folder
 from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig, SidecarConfig, SyncTlsConfig, XdsTlsConfig
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.tls_files import TlsPaths, read_checked
@@ -47,6 +48,9 @@ def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> Sideca
     config, found = validate(SidecarConfig, data, document)
     if config is not None:
         config = _with_paths(config, completed, Path() if path is None else path.parent)
+        if config.xds is None and not document.has(("rules",)) and "rules" not in completed.variables:
+            folder = default_folder(environ)
+            config = config if folder is None else config.model_copy(update={"rules": (folder,)})
         found = list(_contradictions(config, document, completed))
     problems += [completed.naming_variables(problem) for problem in found]
     if config is None or problems:
@@ -101,8 +105,7 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
     yield from _repeated(peers, document, "list each peer once; is another one missing?")
     for index, path in enumerate(config.rules):
         yield from _unreachable(path, ("rules", index), document, "a file or folder that can be read")
-        if "rules" in completed.variables:
-            yield from unread(path)
+        yield from unread(path, config.rules)
     if config.xds is not None:
         yield from _of_xds(config, document, completed)
     yield from _of_listener(config, document)

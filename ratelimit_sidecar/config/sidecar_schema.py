@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.environment import choice, duration, flag, number, pairs, switch, text
+from ratelimit_sidecar.config.environment import choice, duration, flag, pairs, part, switch, text
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.config.rules_schema import (
     ALL_OR_NOTHING,
@@ -28,7 +28,7 @@ from ratelimit_sidecar.config.rules_schema import (
     RuleDefaults,
     window_of,
 )
-from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_WHEN_ASKED_FOR
+from ratelimit_sidecar.config.runtime import GRPC_ADDRESS, HTTP_ADDRESS, RUNTIME_FOLDER, XDS_SERVER, XDS_WHEN_ASKED_FOR
 from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, unexpected
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
@@ -183,6 +183,7 @@ SnapshotSeconds = Annotated[
     Field(ge=1, le=MAX_SNAPSHOT_SECONDS),
     Expected(f"a number from 1 to {MAX_SNAPSHOT_SECONDS}", of="plain"),
 ]
+BeforeRules = Annotated[Literal["error", "pass"], Expected("error or pass", choices=("error", "pass"))]
 AgeSeconds = Annotated[
     float,
     BeforeValidator(_to_float),
@@ -256,6 +257,11 @@ class ListenConfig(Section):
     max_connection_age_grace_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE_GRACE")] = Field(
         3_600.0, description="What calls in flight get then, before the connection is closed; 0 for no end."
     )
+    healthy_with_rules_only: Annotated[Flag, flag("HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED")] = Field(
+        False,
+        description="Health checks, on `listen.grpc` and `listen.admin`, fail while there are no rules of any domain:"
+        " an xDS server has yet to send them, or the folders of `rules` are empty.",
+    )
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
     )
@@ -288,20 +294,23 @@ class XdsTlsConfig(Section):
 class XdsConfig(Section):
     """The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`."""
 
-    server: Annotated[XdsServerAddress, text("CONFIG_GRPC_XDS_SERVER_URL")] = Field(
-        "localhost:18000", description="Its address."
-    )
+    server: Annotated[XdsServerAddress, XDS_SERVER] = Field("localhost:18000", description="Its address.")
     node_id: Annotated[Name, text("CONFIG_GRPC_XDS_NODE_ID")] = Field(
         "default", description="The node that this sidecar says it is: the server chooses the rules by it."
     )
-    node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA")] = Field(
+    node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA", "=:")] = Field(
         {}, description="What else the server is told about the node."
     )
-    headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", secret=True)] = Field(
+    headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", ":=", secret=True)] = Field(
         {}, description="Headers of the call, for example for authorization."
     )
     retry_seconds: Annotated[RetrySeconds, duration("CONFIG_GRPC_XDS_SERVER_CONNECT_RETRY_INTERVAL")] = Field(
         3.0, description="The longest wait between two attempts to connect."
+    )
+    before_rules: BeforeRules = Field(
+        "error",
+        description="What calls get until the server has sent the first rules: `error` (UNAVAILABLE), so that Envoy's"
+        " `failure_mode_deny` decides; or `pass`, so that nothing is limited but by `bucket`.",
     )
     tls: Annotated[XdsTlsConfig | None, switch("CONFIG_GRPC_XDS_SERVER_USE_TLS")] = Field(
         None,
@@ -395,8 +404,9 @@ class AnswersConfig(Section):
     quota_mode: Annotated[Flag, flag("QUOTA_MODE")] = Field(
         _SETTINGS.quota_mode, description="Treat every rule as if it had `quota_mode`."
     )
-    near_limit_ratio: Annotated[Ratio, number("NEAR_LIMIT_RATIO")] = Field(
-        _SETTINGS.near_limit_ratio, description="Hits above this part of a limit count as near it, in metrics."
+    near_limit_ratio: Annotated[Ratio, part("NEAR_LIMIT_RATIO")] = Field(
+        _SETTINGS.near_limit_ratio,
+        description="Hits above this part of a limit count as near it, in metrics.",
     )
     response_headers: ResponseHeadersConfig = Field(
         default_factory=ResponseHeadersConfig, description="Headers that tell callers the limit nearest to its end."
@@ -420,8 +430,9 @@ class SidecarConfig(Section):
     listen: ListenConfig = Field(default_factory=ListenConfig, description="Where this sidecar answers.")
     rules: Annotated[tuple[RulesPath, ...], Field(strict=False), RUNTIME_FOLDER] = Field(
         (),
-        description="Rules files, or folders of them (`*.yaml` and `*.yml`, not their subfolders). Relative paths start"
-        " at the folder of the configuration file.",
+        description="Rules files, or folders of them: `*.yaml` and `*.yml`. A folder may be empty, and holds nothing"
+        " else but `*.md` and names that begin with a dot. Relative paths start at the folder of the configuration"
+        " file. Without the key, and without `xds`, `/srv/runtime_data/current/config` is read if it is there.",
     )
     merge_domains: Annotated[Flag, flag("MERGE_DOMAIN_CONFIG")] = Field(
         False, description="Several rules files may have the same domain; their descriptors are put together."

@@ -1,8 +1,8 @@
 """What a YAML document holds: plain scalars, and containers that remember where their entries stood.
 
-Plain scalars resolve by YAML 1.2's core schema, plus yes/no/on/off and `1_000`, which Go's YAML (that of
-envoyproxy/ratelimit) accepts as well. Numbers with a fraction become `Decimal`, so `0.1` is a tenth. Positions are
-1-based; an entry of a mapping stands where its key stands.
+Plain scalars resolve as in Go's YAML (that of envoyproxy/ratelimit): YAML 1.1 with y/yes/on and their opposites,
+`1_000`, `0x10`, `0b11` and 010, which is eight; and `0o10` of YAML 1.2. Numbers with a fraction become `Decimal`, so
+`0.1` is a tenth. Positions are 1-based; an entry of a mapping stands where its key stands.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ MAX_NUMBER_CHARS = 64
 _NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOLS = {
     spelling: value
-    for word, value in (("true", True), ("yes", True), ("on", True), ("false", False), ("no", False), ("off", False))
+    for value, words in ((True, ("true", "yes", "y", "on")), (False, ("false", "no", "n", "off")))
+    for word in words
     for spelling in (word, word.capitalize(), word.upper())
 }
-# No leading zeros: 010 is eight in YAML 1.1 and ten in 1.2, so it is neither here.
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_INT = re.compile(
+    r"(?P<sign>[-+]?)(?:0[xX]_*(?P<hex>[0-9a-fA-F][0-9a-fA-F_]*)|0[bB]_*(?P<binary>[01][01_]*)"
+    r"|0[oO]?_*(?P<octal>[0-7][0-7_]*)|(?P<decimal>0_*|[1-9][0-9_]*))"
+)
+_BASES = {"hex": 16, "binary": 2, "octal": 8, "decimal": 10}
 _DECIMAL = re.compile(r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9_]*)?(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]{1,3})?")
 
 
@@ -82,8 +86,9 @@ def resolve(text: str) -> object:
     if text in _BOOLS:
         return _BOOLS[text]
     if text[0] in "+-.0123456789" and len(text) <= MAX_NUMBER_CHARS:
-        if _INT.fullmatch(text):
-            return int(text.replace("_", ""))
+        whole = _INT.fullmatch(text)
+        if whole is not None and whole.lastgroup is not None:
+            return int(whole["sign"] + whole[whole.lastgroup].replace("_", ""), _BASES[whole.lastgroup])
         if _DECIMAL.fullmatch(text):
             return Decimal(text.replace("_", ""))
     return text

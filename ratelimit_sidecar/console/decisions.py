@@ -1,13 +1,14 @@
 """POST /json: the rate limit service for clients without gRPC, as envoyproxy/ratelimit has it.
 
 A RateLimitRequest in protobuf's JSON comes in, and its RateLimitResponse goes out in the same form, with status 200 for
-OK and 429 for OVER_LIMIT; 400 says that the request is none, or is one that the gRPC service refuses. In between it is
+OK and 429 for OVER_LIMIT; 400 says that the request is none, or is one that the gRPC service refuses, and 503 that
+there are no rules yet. In between it is
 a call of that service: decided, counted and traced alike. The largest takes some 20 ms, no more than over gRPC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.server.rpc import Code, RpcError, UnaryHandler
 
+_ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
 _STATUS = {RateLimitResponse.OK: 200, RateLimitResponse.OVER_LIMIT: 429}
 
 
@@ -33,7 +35,7 @@ def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaita
         try:
             raw = should_rate_limit(message.SerializeToString(), request.headers.raw)
         except RpcError as error:
-            raise HTTPException(400 if error.code == Code.INVALID_ARGUMENT else 500, error.message) from error
+            raise HTTPException(_ERROR_STATUS.get(error.code, 500), error.message) from error
         response = RateLimitResponse.FromString(raw)
         return JSONResponse(MessageToDict(response), _STATUS.get(response.overall_code, 500))
 

@@ -16,7 +16,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitRespon
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, KeyEntry, decode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import Level, Match, RuleNode, Rules
+from ratelimit_sidecar.limiter.rules import JOINED, Level, Match, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.variants import alone
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
@@ -177,11 +177,13 @@ def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) ->
     has_exact, has_key = (key, value) in node.exact, key in node.key_only
     attempts = [Attempt(Way.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
     misfits = 0
-    wildcards = node.wildcards.get(key)
+    joined = node.wildcards.get(JOINED)
+    wildcards = node.wildcards.get(key) if joined is None else joined
+    text = value if joined is None else f"{key}_{value}"
     for pattern, _ in wildcards.patterns if wildcards is not None else ():
         if level is not None and matched == PATTERN and pattern == level.pattern:
             attempts.append(Attempt(Way.WILDCARD, pattern, Result.MATCHES))
-        elif WildcardSet([(pattern, None)]).find(value) is not None:
+        elif WildcardSet([(pattern, None)]).find(text) is not None:
             attempts.append(Attempt(Way.WILDCARD, pattern, Result.FITS_TOO))
         else:
             misfits += 1
@@ -195,7 +197,9 @@ def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) ->
 
 
 def _keys_of(node: RuleNode) -> tuple[str, ...]:
-    keys = {key for key, _ in node.exact} | node.wildcards.keys() | node.key_only.keys()
+    keys = {key for key, _ in node.exact} | (node.wildcards.keys() - {JOINED}) | node.key_only.keys()
+    if JOINED in node.wildcards:
+        keys |= {pattern for pattern, _ in node.wildcards[JOINED].patterns}
     return tuple(sorted(keys)[:MAX_NAMES])
 
 

@@ -298,6 +298,10 @@ class Limiter:
             raise InvalidRequest("rate limit descriptor list must not be empty")
         if len(messages) > MAX_DESCRIPTORS:
             raise InvalidRequest(f"{len(messages)} rate limit descriptors; at most {MAX_DESCRIPTORS} are taken")
+        for message in messages:
+            if message.is_negative_hits:
+                # They are to be given back, which no bucket can do: at least they must not be charged once more.
+                message.hits_addend.value = 0
         domain = text_of(request.domain)
         hits = request.hits_addend or 1
         descriptors = tuple(
@@ -334,6 +338,8 @@ class Limiter:
         if descriptor.HasField("limit"):
             override = descriptor.limit
             unit = _UNITS.get(override.unit)
+            if unit is not None and override.unit_multiplier.value > 1:
+                unit = _UNITS_OF_SECONDS.get(unit.value * override.unit_multiplier.value)
             match = None
             if unit is None:
                 self.ignored_overrides += 1
@@ -398,3 +404,6 @@ def _is_fixed_window(limit: AnyLimit | None) -> bool:
 
 _UNITS = {number: Unit[name] for name, number in RateLimitResponse.RateLimit.Unit.items() if name in Unit.__members__}
 """Envoy's enumerations of units, here and in an override (type.v3.RateLimitUnit)."""
+
+_UNITS_OF_SECONDS = {unit.value: unit for unit in Unit}
+"""So 24 hours are a day. Periods that are no unit cannot be answered with."""

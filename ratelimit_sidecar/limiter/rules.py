@@ -40,6 +40,10 @@ from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
 MAX_REQUESTS_PER_UNIT: Final = 2**32 - 1
 
+JOINED: Final = ""
+"""In place of a key in `RuleNode.wildcards`, since no key is empty: the patterns of a level of which one has a wildcard
+in its key. They are for key and value joined by an underscore, as all patterns are in envoyproxy/ratelimit."""
+
 _SECOND_US: Final = 1_000_000
 
 
@@ -127,7 +131,7 @@ class RuleNode:
     """One level of the tree: its own rule, and the rules one entry deeper.
 
     Args:
-        wildcards: by key, the patterns for its values.
+        wildcards: by key, the patterns for its values; or all under `JOINED`.
         shares_bucket: all values that its pattern fits share one bucket (`share_threshold`).
         value_in_metric: the value of the request stands in the name in metrics (`value_to_metric`).
     """
@@ -154,6 +158,7 @@ class Level(NamedTuple):
     Args:
         kind: EXACT, PATTERN or KEY_ONLY (see `limiter.key`).
         pattern: what the rules have as value; empty for KEY_ONLY.
+        is_joined: the pattern is for key and value (see `JOINED`).
     """
 
     kind: int
@@ -161,6 +166,7 @@ class Level(NamedTuple):
     value: str
     pattern: str
     node: RuleNode
+    is_joined: bool = False
 
 
 class Match(NamedTuple):
@@ -358,11 +364,17 @@ def _descend(node: RuleNode, key: str, value: str) -> Level | None:
     deeper = node.exact.get((key, value))
     if deeper is not None:
         return Level(EXACT, key, value, value, deeper)
-    wildcards = node.wildcards.get(key)
+    joined = node.wildcards.get(JOINED)
+    wildcards = node.wildcards.get(key) if joined is None else joined
     if wildcards is not None:
-        found = wildcards.find(value)
+        found = wildcards.find(value if joined is None else f"{key}_{value}")
         if found is not None:
-            return Level(PATTERN, key, value, *found)
+            return Level(PATTERN, key, value, *found, joined is not None)
+    if joined is not None:
+        # Also a key that holds the wildcard itself is one to look for alone.
+        deeper = joined.node_of(key)
+        if deeper is not None:
+            return Level(PATTERN, key, value, key, deeper, is_joined=True)
     deeper = node.key_only.get(key)
     return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
 
@@ -388,6 +400,12 @@ def _rule_of_levels(levels: Sequence[Level], entries: Sequence[tuple[str, str]])
 def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
     key_entries = []
     for level in levels:
+        if level.is_joined:
+            # What callers choose comes after the pattern, also where the values of a key share one bucket.
+            value = "" if level.node.shares_bucket else bounded(level.value)
+            key_entries.append(KeyEntry(PATTERN, JOINED, level.pattern))
+            key_entries.append(KeyEntry(WILDCARD_VALUE, bounded(level.key), value))
+            continue
         value = bounded(level.value) if level.kind == KEY_ONLY else level.pattern
         key_entries.append(KeyEntry(level.kind, level.key, value))
         if level.kind == PATTERN and not level.node.shares_bucket:
@@ -402,5 +420,8 @@ def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
     for level in levels:
         shows_value = rule.metric_of_values or level.node.value_in_metric
         text = bounded(level.value) if shows_value and not level.node.shares_bucket else level.pattern
+        if level.is_joined:
+            parts.append(text if text is level.pattern else f"{bounded(level.key)}_{text}")
+            continue
         parts.append(f"{level.key}_{text}" if text else level.key)
     return ".".join(parts)

@@ -26,6 +26,7 @@ import structlog
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from ratelimit_sidecar.config.document import MAX_BYTES
+from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.rules_file import is_rules_file
 from ratelimit_sidecar.limiter.rules import Rules
@@ -72,6 +73,10 @@ class RulesFiles:
         self._check_ms = int(check_seconds * 1_000)
         self._known: Mapping[Path, str] = {}
         """The texts at the newest attempt to load them."""
+        self._emptied: list[Path] = []
+        """Folders that had files before, and had none then."""
+        self._filled: set[Path] = set()
+        """Folders in which files were found."""
         self._is_asked = False
         self._woken = threading.Event()
 
@@ -82,7 +87,23 @@ class RulesFiles:
             ConfigError: they cannot be used.
         """
         # Before they are read, so that a change meanwhile is one.
-        self._known = look_at(self._paths).texts
+        self._note(look_at(self._paths).texts)
+        return self._read()
+
+    def _note(self, texts: Mapping[Path, str]) -> None:
+        self._known = texts
+        self._filled.update(file.parent for file in texts)
+        there = texts.keys() | {file.parent for file in texts}
+        self._emptied = [path for path in self._paths if path in self._filled and path not in there]
+
+    def _read_again(self) -> Rules:
+        """As `read`; a folder may have been empty from the start, but may not become so: that all its limits are gone
+        is more likely a mishap."""
+        if self._emptied:
+            expected = "at least one file whose name ends in .yaml or .yml"
+            fix = "to have no rules from now on, start the sidecar again"
+            found = "no rules files any more"
+            raise ConfigError([Problem(str(path), None, None, "", found, expected, fix) for path in self._emptied])
         return self._read()
 
     def ask(self) -> None:
@@ -136,8 +157,8 @@ class RulesFiles:
             if self._is_asked or look.texts != self._known:
                 self._is_asked = False
                 self._woken.clear()
-                self._known = look.texts
-                await reloader.load(self._read)
+                self._note(look.texts)
+                await reloader.load(self._read_again)
             if must_begin_anew or look.folders != folders:
                 return look.folders
             must_begin_anew = await asyncio.to_thread(self._wait, watch, folders)

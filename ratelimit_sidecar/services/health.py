@@ -13,6 +13,9 @@ from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Str
 
 SERVICE_NAME = "grpc.health.v1.Health"
 
+RATELIMIT_NAME = "ratelimit"
+"""The service name that envoyproxy/ratelimit's own health checks use."""
+
 OVERALL = ""
 """The service name that asks for the server as a whole."""
 

@@ -47,13 +47,22 @@ class RateLimitService:
 
     Args:
         now_us: see `Limiter.decide`.
+        waits_for_rules: calls are refused until `begin`.
     """
 
     def __init__(
-        self, limiter: Limiter, now_us: Callable[[], int], latency: LatencyObserver, tracer: RequestTracer
+        self,
+        limiter: Limiter,
+        now_us: Callable[[], int],
+        latency: LatencyObserver,
+        tracer: RequestTracer,
+        *,
+        waits_for_rules: bool = False,
     ) -> None:
-        self.errors = {"invalid": 0, "internal": 0}
-        """Calls without an answer since the start: refused because no rule could answer them, or failed in here."""
+        self.errors = {"invalid": 0, "internal": 0, "no_rules": 0}
+        """Calls without an answer since the start: refused because no rule could answer them or none are there yet, or
+        failed in here."""
+        self._waits_for_rules = waits_for_rules
         self._limiter = limiter
         self._now_us = now_us
         self._observe = latency.observe
@@ -64,12 +73,19 @@ class RateLimitService:
         """For a front end."""
         return {_PATH: self.should_rate_limit}
 
+    def begin(self) -> None:
+        """There are rules."""
+        self._waits_for_rules = False
+
     def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
 
         Raises:
-            RpcError: INVALID_ARGUMENT for what `Limiter.decide` calls invalid.
+            RpcError: INVALID_ARGUMENT for what `Limiter.decide` calls invalid, UNAVAILABLE while there are no rules.
         """
+        if self._waits_for_rules:
+            self.errors["no_rules"] += 1
+            raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
         started_ns = _perf_counter_ns()
         try:
             response = self._limiter.decide(request, self._now_us())

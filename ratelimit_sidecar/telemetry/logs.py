@@ -14,18 +14,21 @@ import structlog
 from structlog.typing import Processor
 
 LEVELS = {
+    "trace": logging.DEBUG,
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warn": logging.WARNING,
     "warning": logging.WARNING,
     "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+    "panic": logging.CRITICAL,
 }
 """LOG_LEVEL, in any case: the spellings of envoyproxy/ratelimit."""
 
 LogFormat = Literal["text", "json"]
 
-FORMATS: Mapping[str, LogFormat] = {"text": "text", "json": "json"}
-"""LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit."""
+FORMATS: Mapping[str, LogFormat] = {"text": "text", "logfmt": "text", "json": "json"}
+"""LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit, whose text is called logfmt by some."""
 
 
 def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colors: bool = False) -> None:

@@ -1,15 +1,16 @@
 """Spans: one for each sampled request, one for each replicated batch that carries what sampled requests took.
 
-Whoever called (Envoy) decides what is sampled: without a `traceparent` whose sampled flag is set there is no span, and
-a request then costs one pass over its header names. A batch belongs to no request, so its span is the root of a trace
-of its own and *links* to the requests in it: they are remembered by bucket, a minute at most, and each peer's batches
-link to them once. Everything here runs on the event loop and waits for nothing; spans leave the process through
-`telemetry/export.py`.
+Whoever called (Envoy) decides what is sampled: without a `traceparent` whose sampled flag is set, or in its absence B3
+headers that say so (Zipkin's), there is no span, and a request then costs one pass over its header names. A batch
+belongs to no request, so its span is the root of a trace of its own and *links* to the requests in it: they are
+remembered by bucket, a minute at most, and each peer's batches link to them once. Everything here runs on the event
+loop and waits for nothing; spans leave the process through `telemetry/export.py`.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -40,6 +41,15 @@ MAX_AGE_NS: Final = 60_000_000_000
 _SAMPLED_FLAG_AT: Final = 54
 """Where the low digit of trace-flags stands: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
 _SAMPLED_DIGITS: Final = b"13579bdf"
+
+_TRACEPARENT: Final = b"traceparent"
+
+# https://github.com/openzipkin/b3-propagation: one header, or several of which the first two are always there.
+_B3: Final = b"b3"
+_B3_TRACE_ID: Final = b"x-b3-traceid"
+_B3_HEADERS: Final = (_B3_TRACE_ID, b"x-b3-spanid", b"x-b3-sampled", b"x-b3-flags")
+_TRACE_HEADERS: Final = frozenset((_TRACEPARENT, _B3, _B3_TRACE_ID))
+_B3_IDS: Final = re.compile(rb"(?P<trace>(?:[0-9a-fA-F]{16}){1,2})-(?P<span>[0-9a-fA-F]{16})-[1d](?:-.*)?")
 
 _RPC = {
     # https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
@@ -80,12 +90,17 @@ class RequestTracer:
 
     def sampled(self, metadata: Metadata) -> Context | None:
         """The caller's span when it is sampled, to pass to `record`."""
+        has_b3 = False
         for name, value in metadata:
-            if name == b"traceparent":
-                if len(value) > _SAMPLED_FLAG_AT and value[_SAMPLED_FLAG_AT] in _SAMPLED_DIGITS:
-                    return self._parent(value, metadata)
+            if name not in _TRACE_HEADERS:
+                continue
+            if name != _TRACEPARENT:
+                has_b3 = True
+            elif len(value) > _SAMPLED_FLAG_AT and value[_SAMPLED_FLAG_AT] in _SAMPLED_DIGITS:
+                return self._parent(value, metadata)
+            else:
                 return None
-        return None
+        return self._parent_of_b3(metadata) if has_b3 else None
 
     def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
         """Make the span of an answered request.
@@ -159,6 +174,19 @@ class RequestTracer:
         }
         context = self._propagator.extract(carrier, Context())
         return context if get_current_span(context).get_span_context().is_valid else None
+
+    def _parent_of_b3(self, metadata: Metadata) -> Context | None:
+        headers = dict(metadata)
+        single = headers.get(_B3)
+        if single is None:
+            trace, span, sampled, flags = [headers.get(name, b"") for name in _B3_HEADERS]
+            # Debug means sampled too.
+            state = b"1" if sampled in (b"1", b"true") or flags == b"1" else b"0"
+            single = b"-".join((trace, span, state))
+        ids = _B3_IDS.fullmatch(single)
+        if ids is None:
+            return None
+        return self._parent(b"00-%b-%b-01" % (ids["trace"].lower().zfill(32), ids["span"].lower()), ())
 
     def _remember(self, bucket_key: bytes, request: SpanContext) -> None:
         taken = self._taken.setdefault(bucket_key, deque(maxlen=MAX_REQUESTS_PER_BUCKET))

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.sidecar import load_sidecar_config
 
 GOOD = "domain: {domain}\ndescriptors: [{{key: a, rate_limit: {{unit: day, requests_per_unit: 1}}}}, {{key: b}}]\n"
 BROKEN = """\
@@ -42,6 +44,26 @@ def test_good_rules_are_counted_and_exit_with_0() -> None:
     write("c.yaml", GOOD.format(domain="c"))
     result = check("rules", "c.yaml")
     assert (result.exit_code, result.output) == (0, "3 files, 3 domains, 3 rules: no problems\n")
+
+
+def test_a_folder_is_judged_as_serve_judges_it() -> None:
+    write("config/a.yaml", GOOD.format(domain="a"))
+    write("config/b.txt", GOOD.format(domain="b"))
+    told = (
+        'config/b.txt: found the name "b.txt", expected a name that ends in .yaml or .yml in a folder of rules; rename'
+        " it, or move it away\n"
+    )
+    result = check("config")
+    assert (result.exit_code, result.output) == (1, f"{told}1 problem; 1 file of rules read\n")
+    with pytest.raises(ConfigError) as error:
+        load_sidecar_config(None, {"RUNTIME_ROOT": "."})
+    assert f"{error.value}\n" == told
+
+
+def test_an_empty_folder_has_no_problems_as_serve_starts_with_it() -> None:
+    Path("rules").mkdir()
+    result = check("rules")
+    assert (result.exit_code, result.output) == (0, "0 files, 0 domains, 0 rules: no problems\n")
 
 
 def test_one_of_each_is_in_the_singular() -> None:

@@ -45,10 +45,36 @@ def errors(text: str | bytes) -> list[str]:
         ("1e3", Decimal(1000)),
         ("'12'", "12"),
         ('"true"', "true"),
+        ("y", True),
+        ("Y", True),
+        ("n", False),
+        ("N", False),
+        ("tRUE", "tRUE"),
         ("! 12", "12"),
         ("!!str 12", "12"),
-        # Eight or ten, depending on whom one asks.
-        ("010", "010"),
+        ("!!str true", "true"),
+        ("!!int 12", 12),
+        ("!!int '0x10'", 16),
+        ("!!bool y", True),
+        ("!!float 3", 3),
+        ("!!float 1.5", Decimal("1.5")),
+        ("!!null ''", None),
+        ("!!timestamp 2026-01-01", "2026-01-01"),
+        # Octal, as in YAML 1.1.
+        ("010", 8),
+        ("00", 0),
+        ("0o17", 15),
+        ("0O17", 15),
+        ("0x1F", 31),
+        ("-0X10", -16),
+        ("+0b1_1", 3),
+        ("0_10", 8),
+        ("1_", 1),
+        ("08", "08"),
+        ("0x", "0x"),
+        ("0o8", "0o8"),
+        ("0b2", "0b2"),
+        ("_1", "_1"),
         # Sexagesimal in YAML 1.1.
         ("1:30", "1:30"),
         ("2026-01-01", "2026-01-01"),
@@ -82,6 +108,43 @@ def test_columns_count_characters_behind_a_byte_order_mark_and_wide_characters()
     assert parsed("\ufeff{ß: 1, 🦞: 2, c: 3}").position(("c",)) == (1, 14)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_read_by_its_byte_order_mark(encoding: str) -> None:
+    document = parsed("\ufeffa: ß\nb: {ü: 🦞}\n".encode(encoding))
+    assert document.data == {"a": "ß", "b": {"ü": "🦞"}}
+    assert document.position(("b", "ü")) == (2, 5)
+
+
+@pytest.mark.parametrize("rest", [b"a", b"\x00\xd8a\x00"])
+def test_what_only_begins_as_utf_16_is_refused(rest: bytes) -> None:
+    [line] = errors(b"\xff\xfe" + rest)
+    assert line.startswith("f.yaml:1:1: found a byte order mark of UTF-16 before what is not")
+    assert line.endswith("expected UTF-8 text; save the file as UTF-8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\n---\n",
+        "a: 1\n...\n",
+        "a: 1\n---\n# nothing\n---\n~\n",
+        "---\n---\na: 1\n",
+        "# of a template\n---\na: 1\n...\n---\n...\n",
+    ],
+)
+def test_documents_that_hold_nothing_are_passed_over(text: str) -> None:
+    document = parsed(text)
+    assert document.data == {"a": 1}
+    assert document.problems == ()
+
+
+@pytest.mark.parametrize("second", ["b", "5", "[]", "{a: 1, a: 2}", "&a x"])
+def test_a_second_document_is_named_where_it_begins(second: str) -> None:
+    assert errors(f"a: 1\n---\n~\n---\n\n{second}\n") == [
+        "f.yaml:4:1: found a second document, expected one YAML document; put it into a file of its own"
+    ]
+
+
 def test_an_empty_document_holds_nothing() -> None:
     assert parsed("# only a comment\n").data is None
 
@@ -108,14 +171,25 @@ def test_a_scalar_can_be_asked_for_as_it_is_written() -> None:
     ]
 
 
+def test_a_key_is_text_as_it_is_written() -> None:
+    assert parsed("{1: a, 010: b, y: c, 1.50: d, !!int 2: e, <<: {3: f}}").data == {
+        "1": "a",
+        "010": "b",
+        "y": "c",
+        "1.50": "d",
+        "2": "e",
+        "3": "f",
+    }
+
+
 def test_duplicate_keys_and_keys_that_are_no_text_are_all_reported() -> None:
-    document = parsed("a: 1\nb: {c: 1, d: 2, c: 3}\na: 2\n3: x\nx:\n  - ? [y]\n    : z\n")
+    document = parsed("a: 1\nb: {c: 1, d: 2, c: 3}\na: 2\n3: x\n'3': y\nx:\n  - ? [y]\n    : z\n")
     once = "expected each key once; it already stands in line"
     assert [str(problem) for problem in document.problems] == [
         f'f.yaml:2:17: b.c: found the key "c" again, {once} 2: remove one of them',
         f'f.yaml:3:1: a: found the key "a" again, {once} 1: remove one of them',
-        'f.yaml:4:1: found 3 as a key, expected text as a key; write it in quotes: "3"',
-        "f.yaml:6:7: x[0]: found a key that is empty, a mapping or a list, expected text as a key; give the value a"
+        f'f.yaml:5:1: 3: found the key "3" again, {once} 4: remove one of them',
+        "f.yaml:7:7: x[0]: found a key that is empty, a mapping or a list, expected text as a key; give the value a"
         " name",
     ]
 
@@ -137,11 +211,23 @@ def test_duplicate_keys_and_keys_that_are_no_text_are_all_reported() -> None:
         ),
         (
             "a: !python/object:os.system ls",
-            'f.yaml:1:4: found the tag "!python/object:os.system", expected a value without a tag; remove the tag',
+            'f.yaml:1:4: found the tag "!python/object:os.system", expected one of YAML\'s own tags, or none; remove'
+            " the tag",
         ),
         (
             "- - !!set {a}",
-            'f.yaml:1:5: [0]: found the tag "tag:yaml.org,2002:set", expected a value without a tag; remove the tag',
+            'f.yaml:1:5: [0]: found the tag "tag:yaml.org,2002:set", expected one of YAML\'s own tags, or none; remove'
+            " the tag",
+        ),
+        (
+            "a: !!int 1.0",
+            'f.yaml:1:4: found "1.0" with the tag "tag:yaml.org,2002:int", expected a value of that kind; remove the'
+            " tag",
+        ),
+        (
+            "a: !!bool 1",
+            'f.yaml:1:4: found "1" with the tag "tag:yaml.org,2002:bool", expected a value of that kind; remove the'
+            " tag",
         ),
         (
             b"a: 1\nb: \xc3\xa4\xff\n",
@@ -157,8 +243,8 @@ def test_duplicate_keys_and_keys_that_are_no_text_are_all_reported() -> None:
         ),
         (
             "[" * (MAX_DEPTH + 1),
-            f"f.yaml:1:{MAX_DEPTH + 1}: {'[0]' * (MAX_DEPTH - 1)}: found more than 64 mappings and lists inside each"
-            " other, expected fewer",
+            f"f.yaml:1:{MAX_DEPTH + 1}: {'[0]' * (MAX_DEPTH - 1)}: found more than {MAX_DEPTH} mappings and lists"
+            " inside each other, expected fewer",
         ),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from config.builders import lines, sidecar, write
+from config.builders import lines, sidecar, sidecar_errors, write
 
+from ratelimit_sidecar.config import runtime
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.runtime import RUNTIME_FOLDER
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.limiter.settings import ResponseHeaders
 
@@ -54,6 +56,19 @@ def test_answers_are_set_by_their_variables() -> None:
     assert (settings.shadow_mode, settings.quota_mode, settings.dynamic_metadata) == (True, True, True)
     assert settings.near_limit_ratio == 0.9
     assert settings.response_headers == ResponseHeaders("X-Limit", "X-Remaining", "X-Reset")
+
+
+@pytest.mark.parametrize(("given", "ratio"), [("80", 1), ("1.5", 1), ("1", 1), (".8", 0.8), ("8e-1", 0.8), ("0", 0)])
+def test_of_a_ratio_above_1_nothing_is_near(given: str, ratio: float) -> None:
+    """There nothing is either: the part of the limit is more than the limit."""
+    assert config_of(NEAR_LIMIT_RATIO=given).settings.near_limit_ratio == ratio
+
+
+@pytest.mark.parametrize("given", ["-1", "true", "nan"])
+def test_what_is_no_ratio_is_refused(given: str) -> None:
+    assert errors_of(NEAR_LIMIT_RATIO=given) == [
+        f'environment: NEAR_LIMIT_RATIO: found "{given}", expected a number from 0 to 1'
+    ]
 
 
 def test_the_file_wins_key_by_key(tmp_path: Path) -> None:
@@ -146,6 +161,9 @@ def test_without_tls_its_files_mean_nothing(given: str) -> None:
         ({"GRPC_PORT": "9081", "PORT": "9080"}, "0.0.0.0:9081", "127.0.0.1:9080"),
         ({"GRPC_HOST": "[::]", "GRPC_PORT": "1", "HOST": "0.0.0.0"}, "[::]:1", "0.0.0.0:8080"),
         ({"GRPC_UDS": "/run/rls.sock", "GRPC_PORT": "1"}, "unix:/run/rls.sock", "127.0.0.1:8080"),
+        ({"GRPC_HOST": "::", "HOST": "::"}, "[::]:8081", "[::]:8080"),
+        ({"GRPC_HOST": "::1", "HOST": "fe80::1"}, "[::1]:8081", "[fe80::1]:8080"),
+        ({"GRPC_PORT": "0x1F91", "PORT": "+8_080"}, "0.0.0.0:8081", "127.0.0.1:8080"),
     ],
 )
 def test_addresses_are_put_together_from_their_halves(environ: dict[str, str], grpc: str, admin: str) -> None:
@@ -201,16 +219,101 @@ def test_over_xds_runtime_variables_mean_nothing() -> None:
     assert config_of(**XDS, RUNTIME_ROOT="/nowhere").rules == ()
 
 
-def test_what_a_runtime_folder_holds_and_would_not_be_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("root", "subdirectory", "app_directory", "folder"),
+    [
+        ("/data", "/rl", "/config", "/data/rl/config"),
+        ("/data", "/", "config", "/data/config"),
+        ("/data/", "", "config", "/data/config"),
+        ("data", "..", "config", "config"),
+        ("/data", "//rl//", "config/", "/data/rl/config"),
+        ("/data", "rl", "/", "/data/rl"),
+        ("//data", "../x", "", "/x/config"),
+        ("/data", "./rl", ".", "/data/rl"),
+        ("/", "/", "/", "/"),
+    ],
+)
+def test_runtime_variables_are_joined_as_go_joins_paths(
+    root: str, subdirectory: str, app_directory: str, folder: str
+) -> None:
+    values = {"RUNTIME_ROOT": root, "RUNTIME_SUBDIRECTORY": subdirectory, "RUNTIME_APPDIRECTORY": app_directory}
+    assert RUNTIME_FOLDER.read({name: value for name, value in values.items() if value}) == [folder]
+
+
+class TestWithNeitherRulesNorVariables:
+    @pytest.fixture(autouse=True)
+    def _default_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runtime, "DEFAULT_ROOT", str(tmp_path / "current"))
+        write(tmp_path / "current" / "config" / "a.yaml", "domain: d")
+        write(tmp_path / "current" / "limits" / "a.yaml", "domain: d")
+
+    def test_the_default_folder_is_read_where_it_is_there(self, tmp_path: Path) -> None:
+        assert config_of().rules == (tmp_path / "current/config",)
+        assert config_of(RUNTIME_APPDIRECTORY="limits").rules == (tmp_path / "current/limits",)
+        assert config_of(RUNTIME_APPDIRECTORY="none").rules == ()
+        assert sidecar(tmp_path, "algorithm: fixed_window").rules == (tmp_path / "current/config",)
+
+    def test_what_is_there_beside_the_rules_is_told(self, tmp_path: Path) -> None:
+        write(tmp_path / "current" / "config" / "b.txt", "domain: e")
+        [line] = errors_of(tmp_path)
+        assert line.startswith("current/config/b.txt: found the name")
+
+    @pytest.mark.parametrize("text", ["rules: []", "xds: {}"])
+    def test_a_file_that_says_where_rules_come_from_is_believed(self, tmp_path: Path, text: str) -> None:
+        assert sidecar(tmp_path, text).rules == ()
+
+    def test_over_xds_it_is_not_read(self) -> None:
+        assert config_of(**XDS).rules == ()
+
+    def test_variables_win(self, tmp_path: Path) -> None:
+        write(tmp_path / "other" / "config" / "a.yaml", "domain: d")
+        assert config_of(RUNTIME_ROOT=str(tmp_path / "other")).rules == (tmp_path / "other/config",)
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_what_a_folder_of_rules_holds_and_would_not_be_read_is_an_error(tmp_path: Path, source: str) -> None:
     folder = tmp_path / "config"
-    for name in ("a.yaml", "b.yml", ".c.yaml", "..data/a.yaml", "limits.conf", "team/d.yaml", "empty/README.md"):
+    names = ["a.yaml", "b.yml", ".c.yaml", "..data/a.yaml", "limits.conf", "team/d.yaml", "empty/x.txt", "README.md"]
+    for name in names:
         write(folder / name, "domain: d")
-    assert errors_of(folder, RUNTIME_ROOT=str(tmp_path)) == [
+    lines_told = (
+        errors_of(folder, RUNTIME_ROOT=str(tmp_path))
+        if source == "environment"
+        else [line.removeprefix("config/") for line in sidecar_errors(tmp_path, "rules: [config]")]
+    )
+    assert lines_told == [
         'limits.conf: found the name "limits.conf", expected a name that ends in .yaml or .yml in a folder of rules;'
-        " rename it",
-        "team: found rules in a subfolder, expected a folder without subfolders; list both folders under rules in the"
-        " configuration file",
+        " rename it, or move it away",
+        "team: found rules in a subfolder, expected a folder without subfolders; list both folders, in the"
+        " configuration file under rules",
     ]
+
+
+def test_a_subfolder_that_is_listed_too_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "rules" / "a.yaml", "domain: a")
+    write(tmp_path / "rules" / "team" / "b.yaml", "domain: b")
+    assert len(sidecar(tmp_path, "rules: [rules, rules/team]").rules) == 2
+
+
+@pytest.mark.parametrize("scheme", ["", "dns:///", "passthrough:///"])
+def test_an_xds_server_may_be_written_as_a_target_of_grpc(scheme: str) -> None:
+    xds = config_of(**XDS, CONFIG_GRPC_XDS_SERVER_URL=f"{scheme}gateway:18000").xds
+    assert xds is not None
+    assert xds.server == "gateway:18000"
+
+
+@pytest.mark.parametrize(
+    ("given", "pairs"),
+    [
+        ("a=b,c=d=e", {"a": "b", "c": "d=e"}),
+        ("a.io/x:y=b", {"a.io/x:y": "b"}),
+        ("a:b,", {"a": "b"}),
+    ],
+)
+def test_metadata_of_the_node_is_separated_by_equals_signs_or_colons(given: str, pairs: dict[str, str]) -> None:
+    xds = config_of(**XDS, CONFIG_GRPC_XDS_NODE_METADATA=given).xds
+    assert xds is not None
+    assert xds.node_metadata == pairs
 
 
 def test_xds_is_set_by_its_variables(tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 from config.builders import lines, one_rule, rules, rules_of, write
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.config.rules_schema import MAX_METADATA_DEPTH
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
+
+DAILY = "rate_limit: {unit: day, requests_per_unit: 1}"
 
 
 def rule_for(tree: Rules, domain: str, *entries: tuple[str, str]) -> Rule | None:
@@ -149,6 +154,96 @@ def test_every_other_key_of_theirs_goes_into_the_rule(tmp_path: Path) -> None:
     assert (rule.shadow_mode, rule.quota_mode) == (True, True)
     assert rule.metadata == {"tier": "gold", "tags": [1, 0.5, {"none": None}]}
     assert type(rule.metadata) is dict
+
+
+@pytest.mark.parametrize(
+    ("text", "requests"), [("010", 8), ("0x10", 16), ("0b11", 3), ("0o10", 8), ("!!int '5'", 5), ("1_000", 1000)]
+)
+def test_numbers_are_read_as_gos_yaml_reads_them(tmp_path: Path, text: str, requests: int) -> None:
+    rule = one_rule(tmp_path, f"{{key: a, value: 010, rate_limit: {{unit: day, requests_per_unit: {text}}}}}")
+    assert (rule.requests_per_unit, rule.name) == (requests, "d.a_010")
+
+
+def test_metadata_may_have_keys_that_are_no_text(tmp_path: Path) -> None:
+    rule = one_rule(tmp_path, f"{{key: a, {DAILY}, metadata: {{1: x, y: n, inner: [{{2: 0x10, 1.5: z}}]}}}}")
+    assert rule.metadata == {"1": "x", "y": False, "inner": [{"2": 16, "1.5": "z"}]}
+
+
+def test_metadata_is_as_deep_as_an_answer_with_it_can_be_read(tmp_path: Path) -> None:
+    def metadata(depth: int) -> str:
+        return f"{{key: a, {DAILY}, metadata: {'{a: ' * depth}1{'}' * depth}}}"
+
+    deepest = one_rule(tmp_path, metadata(MAX_METADATA_DEPTH)).metadata
+    answer = RateLimitResponse()
+    answer.dynamic_metadata.update({"metadata": dict(deepest)})
+    assert RateLimitResponse.FromString(answer.SerializeToString()) == answer
+    with pytest.raises(ConfigError, match="at most 30 mappings and lists inside each other"):
+        one_rule(tmp_path, metadata(MAX_METADATA_DEPTH + 1))
+
+
+def test_a_hundred_levels_of_descriptors_are_read_and_matched(tmp_path: Path) -> None:
+    levels = 100
+    text = "domain: d\n" + "".join(f"{'  ' * i}descriptors:\n{'  ' * i}- key: k\n" for i in range(levels))
+    rules = rules_of(tmp_path, f"{text}{'  ' * levels}rate_limit: {{unit: day, requests_per_unit: 7}}\n")
+    match = rules.match("d", [("k", "v")] * levels)
+    assert match is not None
+    assert match.rule.requests_per_unit == 7
+
+
+JOINED = """\
+domain: d
+descriptors:
+  - {key: user, value: 'b*b', rate_limit: {unit: day, requests_per_unit: 1}}
+  - {key: user_id, value: eve, rate_limit: {unit: day, requests_per_unit: 2}}
+  - {key: 'user*', rate_limit: {unit: day, requests_per_unit: 3}, value_to_metric: true}
+  - {key: '*', value: 'x*', rate_limit: {unit: day, requests_per_unit: 4}, share_threshold: true}
+  - {key: 'plan*', rate_limit: {unit: day, requests_per_unit: 5}, share_threshold: true}
+  - {key: plan, rate_limit: {unit: day, requests_per_unit: 6}}
+  - {key: tier, rate_limit: {unit: day, requests_per_unit: 7}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "requests"),
+    [
+        ("user_id", "bob", 3),
+        ("user", "eve", 3),
+        ("users", "", 3),
+        ("user", "bob", 1),
+        # The text user_bob fits the first.
+        ("user_b", "bob", 1),
+        ("user_id", "eve", 2),
+        ("tier", "x1", 4),
+        ("", "x", 4),
+        ("tier", "gold", 7),
+        ("plan", "gold", 5),
+        ("plane", "", 5),
+        ("us", "er", None),
+    ],
+)
+def test_a_wildcard_in_a_key_fits_key_and_value_joined_as_in_envoyproxy_ratelimit(
+    tmp_path: Path, key: str, value: str, requests: int | None
+) -> None:
+    tree = rules_of(tmp_path, JOINED)
+    match = tree.match("d", [(key, value)])
+    assert (None if match is None else match.rule.requests_per_unit) == requests
+    if match is not None:
+        assert tree.rule_of_key(match.bucket_key) is match.rule
+
+
+def test_each_pair_that_a_key_with_a_wildcard_fits_has_a_bucket_or_each_key_shares_one(tmp_path: Path) -> None:
+    tree = rules_of(tmp_path, JOINED)
+    own = [matched(tree, entry).bucket_key for entry in (("user_id", "a"), ("user_id", "b"), ("user", "a"))]
+    assert len(set(own)) == 3
+    shared = [matched(tree, entry).bucket_key for entry in (("plan", "a"), ("plan", "b"), ("plans", "a"))]
+    assert shared[0] == shared[1] != shared[2]
+    assert len({rule_key(key) for key in own}) == len({rule_key(key) for key in shared}) == 1
+    for name in (*own, *shared):
+        assert all(tree.rule_of_key(key) is tree.rule_of_key(name) for key in overflow_keys(name))
+    assert [matched(tree, entry).metric_name for entry in (("user_id", "a"), ("plan", "a"))] == [
+        "d.user_id_a",
+        "d.plan*",
+    ]
 
 
 def test_every_key_of_ours_goes_into_the_rule(tmp_path: Path) -> None:
@@ -416,14 +511,9 @@ def test_all_mistakes_of_all_files_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_without_rules_files_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_rules_files_has_no_rules_yet(tmp_path: Path) -> None:
     write(tmp_path / "rules" / "README.md", "")
-    with pytest.raises(ConfigError) as error:
-        rules(tmp_path / "rules")
-    assert lines(error, tmp_path) == [
-        "rules: found a folder without rules files, expected at least one file whose name ends in .yaml or .yml;"
-        " subfolders and names that begin with a dot are not read"
-    ]
+    assert list(rules(tmp_path / "rules")) == []
 
 
 def test_a_dangling_link_in_a_folder_is_an_error(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         """\
         node: {id: us-east-1-a, region: us-east-1}
         listen: {grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"], admin: "[::1]:0", sync: "10.0.0.1:50051"}
-        rules: [./rules, /]
+        rules: [./rules, /etc/hosts]
         sync:
           protocol: grpc
           peers: [eu-west-2.edge.example.com:50051, "[fe80::1]:50051"]
@@ -74,7 +74,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert (config.node.id, config.node.region) == ("us-east-1-a", "us-east-1")
     assert config.listen.grpc == ("0.0.0.0:8081", "unix:/run/ratelimit/rls.sock")
     assert (config.listen.admin, config.listen.sync) == ("[::1]:0", "10.0.0.1:50051")
-    assert config.rules == (tmp_path / "rules", Path("/"))
+    assert config.rules == (tmp_path / "rules", Path("/etc/hosts"))
     assert config.sync.peers == ("eu-west-2.edge.example.com:50051", "[fe80::1]:50051")
     assert config.sync.tls is not None
     assert (config.sync.tls.certificate, config.sync.tls.key) == (tmp_path / "tls.crt", tmp_path / "tls.key")
@@ -247,7 +247,7 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("answers: {response_headers: true}", "1:11: answers.response_headers: found true, expected a mapping with the"
          " keys enabled, limit, remaining, reset"),
         ("xds: localhost", '1:1: xds: found "localhost", expected a mapping with the keys server, node_id,'
-         " node_metadata, headers, retry_seconds, tls"),
+         " node_metadata, headers, retry_seconds, before_rules, tls"),
         ("xds: {server: 'http://a:1/'}", '1:7: xds.server: found "http://a:1/", expected the address of an xDS server,'
          ' host:port or [ipv6]:port; without the scheme: "a:1"'),
         ("xds: {server: 'a:0'}", '1:7: xds.server: found "a:0", expected the address of an xDS server, host:port or'

@@ -86,7 +86,7 @@ async def test_what_is_no_request_is_400_and_is_no_call_of_the_service(body: byt
     response = await post(console, body)
     assert response.status_code == 400
     assert response.json()["error"].startswith("not a RateLimitRequest in JSON: ")
-    assert console.service.errors == {"invalid": 0, "internal": 0}
+    assert console.service.errors == {"invalid": 0, "internal": 0, "no_rules": 0}
 
 
 @pytest.mark.parametrize(

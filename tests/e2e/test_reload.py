@@ -13,6 +13,8 @@ import httpx
 from e2e.sidecars import ask, sidecar_command, status
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children
@@ -45,6 +47,48 @@ def replace_file(file: Path, text: str) -> None:
     new = file.with_suffix(".new")
     new.write_text(text)
     new.rename(file)
+
+
+async def test_an_empty_runtime_folder_limits_nothing_until_files_come(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    folder = tmp_path / "data" / "rl" / "config"
+    folder.mkdir(parents=True)
+    environment = {"RUNTIME_ROOT": str(tmp_path / "data"), "RUNTIME_SUBDIRECTORY": "/rl/"}
+    command = sidecar_command(tmp_path, ports, {}, environment=environment)
+    async with (
+        Children(tmp_path) as children,
+        grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel,
+    ):
+        await children.start(command)
+        stub = RateLimitServiceStub(channel)
+        assert (await status(stub, "shop", "plan", "gold")).code == RateLimitResponse.OK
+        replace_file(folder / "a.yaml", rules(plans=0))
+        async with asyncio.timeout(WITHIN_S):
+            while (await status(stub, "shop", "plan", "gold")).code == RateLimitResponse.OK:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.02)
+
+
+async def test_health_checks_wait_for_rules_if_so_configured(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    folder = tmp_path / "config"
+    folder.mkdir()
+    environment = {"RUNTIME_ROOT": str(tmp_path), "HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED": "true"}
+    command = sidecar_command(tmp_path, ports, {}, environment=environment, ready_path="/healthz")
+    async with (
+        Children(tmp_path) as children,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=5) as console,
+        grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel,
+    ):
+        await children.start(command)
+        watch = HealthStub(channel).Watch(HealthCheckRequest(service="ratelimit"), wait_for_ready=True)
+        assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
+        response = await console.get("/healthcheck")
+        assert response.status_code == 500
+        assert "there are no rules of any domain yet" in response.text
+        replace_file(folder / "a.yaml", rules(plans=1))
+        async with asyncio.timeout(WITHIN_S):
+            assert (await watch.read()).status == HealthCheckResponse.SERVING
+        assert (await console.get("/healthcheck")).status_code == 200
 
 
 class Load:

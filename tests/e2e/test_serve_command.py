@@ -122,6 +122,9 @@ async def test_who_watches_its_health_is_told_of_the_stop_and_does_not_delay_it(
     async with command("serve", "--config", file, "--frontend", front_end) as serve:
         await serve.printed("] ready ")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+            # As probes of envoyproxy/ratelimit call it.
+            health = await HealthStub(channel).Check(HealthCheckRequest(service="ratelimit"), timeout=60)
+            assert health.status == HealthCheckResponse.SERVING
             watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=60)
             assert (await watch.read()).status == HealthCheckResponse.SERVING
             serve.signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc.aio
 import httpx
+import pytest
 from e2e.sidecars import sidecar_command, status
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
@@ -39,7 +40,20 @@ async def until_ready(console: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_it_answers_before_the_server_is_there_and_is_ready_and_limits_once_it_has_sent_rules(
+async def test_before_the_server_has_sent_rules_calls_pass_if_so_configured(tmp_path: Path) -> None:
+    ports = free_ports(1)
+    own = ports.regions[0]
+    given = {"xds": {"server": f"{HOST}:{ports.upstream}", "before_rules": "pass"}}
+    command = sidecar_command(tmp_path, own, given, ready_path="/healthz")
+    async with (
+        Children(tmp_path) as children,
+        grpc.aio.insecure_channel(f"{HOST}:{own.grpc}") as channel,
+    ):
+        await children.start(command)
+        assert (await status(RateLimitServiceStub(channel), "shop", "user", "eve")).code == RateLimitResponse.OK
+
+
+async def test_it_refuses_before_the_server_is_there_and_is_ready_and_limits_once_it_has_sent_rules(
     tmp_path: Path,
 ) -> None:
     ports = free_ports(1)
@@ -60,7 +74,13 @@ async def test_it_answers_before_the_server_is_there_and_is_ready_and_limits_onc
         async with asyncio.timeout(WITHIN_S):
             while "UNAVAILABLE" not in (await console.get("/rlconfig")).text:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.02)
-        assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OK
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await status(stub, "shop", "user", "eve")
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert error.value.details() == "no rules have been loaded yet"
+        body = {"domain": "shop", "descriptors": [{"entries": [{"key": "user", "value": "eve"}]}]}
+        assert (await console.post("/json", json=body)).status_code == 503
+        assert 'ratelimit_request_errors_total{reason="no_rules"} 2.0' in (await console.get("/metrics")).text
 
         server = XdsServer()
         server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))

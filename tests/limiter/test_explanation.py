@@ -6,9 +6,9 @@ import pytest
 from limiter.requests import NOW_US, OK
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.explanation import explain, readable_bucket_name
+from ratelimit_sidecar.limiter.explanation import Result, Way, explain, readable_bucket_name
 from ratelimit_sidecar.limiter.limiter import InvalidRequest
-from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.rules import JOINED, Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -42,6 +42,22 @@ def test_a_bucket_is_named_by_what_tells_it_from_others() -> None:
         "api / path=/* (all values share it) / user=eve",
         "api / a=1",
     ]
+
+
+def test_a_pattern_for_key_and_value_is_explained_as_one_for_values_is() -> None:
+    leaf = RuleNode(Rule("rule", TEN_A_SECOND))
+    rules = Rules({"api": RuleNode(wildcards={JOINED: WildcardSet([("user_b*", leaf), ("user*", leaf)])})})
+    (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
+    [level] = descriptor.levels
+    assert [(attempt.pattern, attempt.result) for attempt in level.attempts if attempt.way is Way.WILDCARD] == [
+        ("user_b*", Result.DOES_NOT_FIT),
+        ("user*", Result.MATCHES),
+    ]
+    assert descriptor.match is not None
+    assert readable_bucket_name(descriptor.match.bucket_key) == "api / user=eve"
+    (descriptor,) = explain(rules, Settings(), "api", [[("plan", "x")]], NOW_US).descriptors
+    assert descriptor.why_unlimited == "nothing matches plan=x"
+    assert descriptor.levels[0].keys == ("user*", "user_b*")
 
 
 def test_a_request_that_is_none_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
@@ -73,6 +74,54 @@ def test_a_descriptors_own_hits_override_the_requests_and_zero_only_checks() -> 
     request.descriptors[0].hits_addend.value = 3
     [status] = decide(limiter, request.SerializeToString()).statuses
     assert status.limit_remaining == 17
+
+
+def with_field(request: bytes, *path_and_value: int) -> bytes:
+    """The request with a field more in its only descriptor, as newer Envoys write it than the bindings here know.
+
+    Args:
+        path_and_value: the numbers of the messages' fields on the way, that of the field, and a varint's value.
+    """
+    *path, number, value = path_and_value
+    field = bytes((number << 3, value))
+    for message in reversed(path):
+        field = bytes((message << 3 | 2, len(field))) + field
+    parsed = RateLimitRequest.FromString(request)
+    parsed.descriptors[0].MergeFromString(field)
+    return parsed.SerializeToString()
+
+
+def test_hits_that_are_to_be_given_back_are_not_charged() -> None:
+    limiter = make_limiter(RULES)
+    decide(limiter, make_request({"agent": "a"}, hits=7))
+    for hits in (0, 5):
+        back = with_field(make_request({"agent": "a"}, hits=hits), 4, 1)
+        [status] = decide(limiter, back).statuses
+        assert (status.code, status.limit_remaining) == (OK, 13)
+
+
+@pytest.mark.parametrize(
+    ("unit", "multiplier", "answered"),
+    [("HOUR", 24, "DAY"), ("SECOND", 60, "MINUTE"), ("HOUR", 1, "HOUR"), ("HOUR", 0, "HOUR")],
+)
+def test_a_limit_in_a_request_is_per_so_many_units_as_it_says(unit: str, multiplier: int, answered: str) -> None:
+    request = RateLimitRequest.FromString(make_request({"agent": "a"}))
+    request.descriptors[0].limit.requests_per_unit = 3
+    request.descriptors[0].limit.unit = RateLimitUnit.Value(unit)
+    raw = with_field(request.SerializeToString(), 2, 3, 1, multiplier)
+    [status] = decide(make_limiter(RULES), raw).statuses
+    assert (status.current_limit.requests_per_unit, status.limit_remaining) == (3, 2)
+    assert RateLimitResponse.RateLimit.Unit.Name(status.current_limit.unit) == answered
+
+
+def test_a_limit_per_a_period_that_no_unit_has_is_ignored_and_counted() -> None:
+    limiter = make_limiter(RULES)
+    request = RateLimitRequest.FromString(make_request({"agent": "a"}))
+    request.descriptors[0].limit.requests_per_unit = 3
+    request.descriptors[0].limit.unit = RateLimitUnit.SECOND
+    [status] = decide(limiter, with_field(request.SerializeToString(), 2, 3, 1, 30)).statuses
+    assert status.limit_remaining == 19
+    assert limiter.ignored_overrides == 1
 
 
 def test_no_limit_applies_to_a_deeper_descriptor_or_another_domain() -> None:

@@ -116,12 +116,41 @@ async def test_files_come_and_go_in_a_folder(folder: Path) -> None:
         assert await recorder.next_load() == ["two"]
 
 
-async def test_the_first_file_of_an_empty_folder_is_loaded(folder: Path) -> None:
+async def test_the_first_file_of_an_empty_folder_is_loaded(tmp_path: Path) -> None:
+    async with followed(tmp_path) as (recorder, _):
+        (tmp_path / "b.yaml").write_text("two")
+        assert await recorder.next_load() == ["two"]
+
+
+async def test_a_folder_that_loses_all_its_files_keeps_its_rules_until_there_are_others(folder: Path) -> None:
     async with followed(folder) as (recorder, _):
-        (folder / "a.yaml").unlink()
-        assert await recorder.next_load() == []
+        with capture_logs() as logs:
+            (folder / "a.yaml").unlink()
+            async with asyncio.timeout(LOADED_WITHIN_S):
+                while recorder.reloader.rejected is None:  # noqa: ASYNC110 (nothing else tells of it)
+                    await asyncio.sleep(0.01)
+        assert [(log["file"], log["found"]) for log in logs if log["event"] == "rules_problem"] == [
+            (str(folder), "no rules files any more")
+        ]
+        assert recorder.in_force == ["one"]
         (folder / "b.yaml").write_text("two")
         assert await recorder.next_load() == ["two"]
+
+
+async def test_a_folder_that_was_always_empty_keeps_no_change_of_another_from_being_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    files = RulesFiles([empty, folder], lambda: rules_of_folder(folder), check_seconds=NEVER_S)
+    files.read_first()
+    (folder / "a.yaml").write_text("two")
+    recorder = Recorder()
+    running = asyncio.create_task(files.run(recorder.reloader))
+    assert await recorder.next_load() == ["two"]
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
 
 
 async def test_an_updated_config_map_mounted_as_a_folder_is_loaded(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_an_invalid_request_is_counted_and_neither_timed_nor_traced() -> None:
     with pytest.raises(RpcError, match="domain must not be empty") as caught:
         service.should_rate_limit(b"", SAMPLED)
     assert caught.value.code == Code.INVALID_ARGUMENT
-    assert service.errors == {"invalid": 1, "internal": 0}
+    assert service.errors == {"invalid": 1, "internal": 0, "no_rules": 0}
     assert observed == Observed()
 
 
@@ -83,7 +83,7 @@ def test_a_fault_in_here_is_counted_and_passed_on() -> None:
     service = RateLimitService(Limiter(Rules(), Origin("node", 1)), lambda: 1 // 0, observed, observed)
     with pytest.raises(ZeroDivisionError):
         service.should_rate_limit(REQUEST, SAMPLED)
-    assert service.errors == {"invalid": 0, "internal": 1}
+    assert service.errors == {"invalid": 0, "internal": 1, "no_rules": 0}
     assert observed == Observed()
 
 

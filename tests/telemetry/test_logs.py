@@ -75,7 +75,7 @@ def test_an_exception_brings_its_traceback_but_no_local_variables(format_: str) 
     assert secret not in text
 
 
-@pytest.mark.parametrize(("given", "format_"), [("JSON", "json"), ("text", "text"), ("", "text")])
+@pytest.mark.parametrize(("given", "format_"), [("JSON", "json"), ("text", "text"), ("logfmt", "text"), ("", "text")])
 def test_the_format_in_force_is_returned_for_others_to_follow(given: str, format_: str) -> None:
     logging.getLogger().handlers.clear()
     stream = io.StringIO()
@@ -102,6 +102,9 @@ def test_text_is_one_readable_line_without_colours_when_nobody_watches() -> None
         ("warn", ["w", "e"]),
         ("warning", ["w", "e"]),
         ("Error", ["e"]),
+        ("fatal", []),
+        ("PANIC", []),
+        ("trace", ["d", "i", "w", "e"]),
     ],
 )
 def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str]) -> None:
@@ -116,7 +119,10 @@ def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str
 
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
-    [("LOG_LEVEL", "loud", "debug, info, warn, warning, error"), ("LOG_FORMAT", "xml", "text, json")],
+    [
+        ("LOG_LEVEL", "loud", "trace, debug, info, warn, warning, error, fatal, panic"),
+        ("LOG_FORMAT", "xml", "text, logfmt, json"),
+    ],
 )
 def test_an_impossible_setting_is_refused_with_what_is_possible(variable: str, value: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"{variable} is '{value}', expected one of {expected}"):

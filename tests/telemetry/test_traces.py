@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Sampler
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span, SpanKind, get_current_span
 
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.telemetry.traces import (
@@ -118,6 +118,63 @@ def test_any_other_request_is_not(traceparent: bytes | None) -> None:
     assert Traced().tracer.sampled(headers(traceparent)) is None
 
 
+def b3(**more: str) -> list[tuple[bytes, bytes]]:
+    """Zipkin's headers, with others in place of the given ones; empty for none."""
+    given = {"traceid": TRACE_ID, "spanid": CALLER_ID, "sampled": "1", **more}
+    return [(f"x-b3-{name}".encode(), value.encode()) for name, value in given.items() if value]
+
+
+SINGLE = f"{TRACE_ID}-{CALLER_ID}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b3(),
+        b3(sampled="true", parentspanid="05e3ac9a4f6e3b90"),
+        b3(sampled="", flags="1"),
+        [(b"b3", f"{SINGLE}-1".encode())],
+        [(b"b3", f"{SINGLE.upper()}-d-05e3ac9a4f6e3b90".encode())],
+        # Of both the single header counts.
+        [*b3(sampled="0"), (b"b3", f"{SINGLE}-1".encode())],
+    ],
+)
+def test_without_a_traceparent_zipkins_headers_continue_a_trace(given: list[tuple[bytes, bytes]]) -> None:
+    tracer = Traced().tracer
+    parent = tracer.sampled(headers(None, *given))
+    assert parent is not None
+    context = get_current_span(parent).get_span_context()
+    assert (f"{context.trace_id:032x}", f"{context.span_id:016x}") == (TRACE_ID, CALLER_ID)
+
+
+def test_a_trace_id_of_64_bits_is_one_of_128_with_zeros_before_it() -> None:
+    parent = Traced().tracer.sampled(headers(None, *b3(traceid=TRACE_ID[16:])))
+    assert parent is not None
+    assert f"{get_current_span(parent).get_span_context().trace_id:032x}" == "0" * 16 + TRACE_ID[16:]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b3(sampled="0"),
+        b3(sampled=""),
+        b3(spanid=""),
+        b3(traceid=""),
+        b3(traceid="0" * 32),
+        b3(traceid=TRACE_ID + "0"),
+        b3(spanid="x" * 16),
+        [(b"b3", b"0")],
+        [(b"b3", b"1")],
+        [(b"b3", SINGLE.encode())],
+        [(b"b3", f"{SINGLE}-0".encode())],
+        [(b"b3", b"\xff" * 60)],
+        [*b3(), (b"traceparent", TRACEPARENT[:-2] + b"00")],
+    ],
+)
+def test_other_headers_of_zipkin_are_not_sampled(given: list[tuple[bytes, bytes]]) -> None:
+    assert Traced().tracer.sampled(headers(None, *given)) is None
+
+
 def test_random_bytes_in_the_header_are_survived() -> None:
     tracer = Traced().tracer
     rng = random.Random(1)
@@ -126,6 +183,8 @@ def test_random_bytes_in_the_header_are_survived() -> None:
         for _ in range(rng.randrange(4)):
             garbled[rng.randrange(len(garbled))] = rng.randrange(256)
         tracer.sampled(headers(bytes(garbled), (b"tracestate", rng.randbytes(20))))
+        tracer.sampled(headers(None, (b"b3", bytes(garbled[3:]))))
+        tracer.sampled(headers(None, *b3(), (b"x-b3-traceid", rng.randbytes(32))))
 
 
 def test_a_request_span_continues_the_callers_trace() -> None:

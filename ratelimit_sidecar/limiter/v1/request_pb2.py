@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*ratelimit_sidecar/limiter/v1/request.proto\x12\x1cratelimit_sidecar.limiter.v1\x1a\x1egoogle/protobuf/wrappers.proto\"m\n\x07Request\x12\x0e\n\x06\x64omain\x18\x01 \x01(\x0c\x12=\n\x0b\x64\x65scriptors\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.limiter.v1.Descriptor\x12\x13\n\x0bhits_addend\x18\x03 \x01(\r\"\xac\x01\n\nDescriptor\x12\x34\n\x07\x65ntries\x18\x01 \x03(\x0b\x32#.ratelimit_sidecar.limiter.v1.Entry\x12\x35\n\x05limit\x18\x02 \x01(\x0b\x32&.ratelimit_sidecar.limiter.v1.Override\x12\x31\n\x0bhits_addend\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt64Value\"#\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"3\n\x08Override\x12\x19\n\x11requests_per_unit\x18\x01 \x01(\r\x12\x0c\n\x04unit\x18\x02 \x01(\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*ratelimit_sidecar/limiter/v1/request.proto\x12\x1cratelimit_sidecar.limiter.v1\x1a\x1egoogle/protobuf/wrappers.proto\"m\n\x07Request\x12\x0e\n\x06\x64omain\x18\x01 \x01(\x0c\x12=\n\x0b\x64\x65scriptors\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.limiter.v1.Descriptor\x12\x13\n\x0bhits_addend\x18\x03 \x01(\r\"\xc6\x01\n\nDescriptor\x12\x34\n\x07\x65ntries\x18\x01 \x03(\x0b\x32#.ratelimit_sidecar.limiter.v1.Entry\x12\x35\n\x05limit\x18\x02 \x01(\x0b\x32&.ratelimit_sidecar.limiter.v1.Override\x12\x31\n\x0bhits_addend\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt64Value\x12\x18\n\x10is_negative_hits\x18\x04 \x01(\x08\"#\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"j\n\x08Override\x12\x19\n\x11requests_per_unit\x18\x01 \x01(\r\x12\x0c\n\x04unit\x18\x02 \x01(\x05\x12\x35\n\x0funit_multiplier\x18\x03 \x01(\x0b\x32\x1c.google.protobuf.UInt32Valueb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUEST']._serialized_start=108
   _globals['_REQUEST']._serialized_end=217
   _globals['_DESCRIPTOR']._serialized_start=220
-  _globals['_DESCRIPTOR']._serialized_end=392
-  _globals['_ENTRY']._serialized_start=394
-  _globals['_ENTRY']._serialized_end=429
-  _globals['_OVERRIDE']._serialized_start=431
-  _globals['_OVERRIDE']._serialized_end=482
+  _globals['_DESCRIPTOR']._serialized_end=418
+  _globals['_ENTRY']._serialized_start=420
+  _globals['_ENTRY']._serialized_end=455
+  _globals['_OVERRIDE']._serialized_start=457
+  _globals['_OVERRIDE']._serialized_end=563
 # @@protoc_insertion_point(module_scope)

@@ -18,14 +18,16 @@ class Request(_message.Message):
     def __init__(self, domain: _Optional[bytes] = ..., descriptors: _Optional[_Iterable[_Union[Descriptor, _Mapping]]] = ..., hits_addend: _Optional[int] = ...) -> None: ...
 
 class Descriptor(_message.Message):
-    __slots__ = ("entries", "limit", "hits_addend")
+    __slots__ = ("entries", "limit", "hits_addend", "is_negative_hits")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     HITS_ADDEND_FIELD_NUMBER: _ClassVar[int]
+    IS_NEGATIVE_HITS_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[Entry]
     limit: Override
     hits_addend: _wrappers_pb2.UInt64Value
-    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., limit: _Optional[_Union[Override, _Mapping]] = ..., hits_addend: _Optional[_Union[_wrappers_pb2.UInt64Value, _Mapping]] = ...) -> None: ...
+    is_negative_hits: bool
+    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., limit: _Optional[_Union[Override, _Mapping]] = ..., hits_addend: _Optional[_Union[_wrappers_pb2.UInt64Value, _Mapping]] = ..., is_negative_hits: _Optional[bool] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("key", "value")
@@ -36,9 +38,11 @@ class Entry(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., value: _Optional[bytes] = ...) -> None: ...
 
 class Override(_message.Message):
-    __slots__ = ("requests_per_unit", "unit")
+    __slots__ = ("requests_per_unit", "unit", "unit_multiplier")
     REQUESTS_PER_UNIT_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
+    UNIT_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     requests_per_unit: int
     unit: int
-    def __init__(self, requests_per_unit: _Optional[int] = ..., unit: _Optional[int] = ...) -> None: ...
+    unit_multiplier: _wrappers_pb2.UInt32Value
+    def __init__(self, requests_per_unit: _Optional[int] = ..., unit: _Optional[int] = ..., unit_multiplier: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ...) -> None: ...
