@@ -24,6 +24,20 @@ from ratelimit_sidecar.crdt.untracked_dict import untrack
 
 _NO_SLOT: Final = -1
 
+MAX_ORIGINS: Final = 1_024
+"""In one bucket, besides connected peers. A mesh of 256 nodes that were all restarted three times has as many."""
+
+MAX_SLOTS: Final = 1_024
+"""Of one origin in one bucket. The narrowest slots fill a horizon with 627. Of more, the newest count: which these are
+does not depend on the order in which they were heard.
+"""
+
+FINAL_US: Final = 2_000_000
+"""A slot that is over for so long is written to no more, by a clock that is no further behind."""
+
+RECOUNT: Final = -1
+"""See `Bucket._hear`."""
+
 
 class Origin(NamedTuple):
     """One life of one replica. A restarted node is a new origin, so no origin ever counts below what it said."""
@@ -141,6 +155,33 @@ class Bucket(ABC):
         Returns:
             The number of entries that told something new.
         """
+
+    def correct(self, entries: Iterable[Entry], now_us: int) -> bool:
+        """Hear from an origin itself what it took. Others may have said more; it knows better.
+
+        Counts of slots that are over are final. So to lower them keeps replicas alike, once all have heard it.
+
+        Returns:
+            True when something changed.
+        """
+        self.advance(now_us)
+        is_changed = False
+        for origin, slot, tokens in entries:
+            slots = self._heard.get(origin) if self._heard is not None else None
+            if slots is not None and 0 < tokens < slots.get(slot, 0) and self._is_final(slot):
+                slots[slot] = tokens
+                is_changed = True
+        if is_changed:
+            self._recount()
+        return is_changed
+
+    def _is_final(self, slot: int) -> bool:
+        """True when its origin, asked now, would say the last word on it."""
+        return slot_end_us(slot) + FINAL_US <= self.at_us
+
+    @abstractmethod
+    def _recount(self) -> None:
+        """Fold all that is held anew."""
 
     @abstractmethod
     def fits_in_us(self, hits: int) -> int:
@@ -284,7 +325,7 @@ class Bucket(ABC):
         """Join one entry that a subclass has found to be in range.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new.
+            By how much it raised the count; 0 when it told nothing new; RECOUNT when something else was forgotten.
         """
         origin, slot, tokens = entry
         if origin == self.origin:
@@ -294,17 +335,27 @@ class Bucket(ABC):
             heard = self._heard = {}
         slots = heard.get(origin)
         if slots is None:
-            if tokens <= 0:
+            if tokens <= 0 or (len(heard) >= MAX_ORIGINS and not self._is_peer(origin)):
                 return 0
             heard[origin] = {slot: tokens}
             # Every new value of a dict brings it back into sight.
             untrack(heard)
             return tokens
-        added = tokens - slots.get(slot, 0)
+        before = slots.get(slot, 0)
+        added = tokens - before
         if added <= 0:
             return 0
+        if not before and len(slots) >= MAX_SLOTS:
+            oldest = min(slots)
+            if slot < oldest:
+                return 0
+            del slots[oldest]
+            added = RECOUNT
         slots[slot] = tokens
         return added
+
+    def _is_peer(self, origin: Origin) -> bool:
+        return self.journal is not None and origin in self.journal.peers
 
     def _recall(self, slot: int, tokens: int) -> int:
         """Hear of an own slot. Nobody knows better than this replica, unless it has forgotten the slot: it dropped the
@@ -312,6 +363,8 @@ class Bucket(ABC):
         """
         own = self._own or {}
         if tokens <= 0 or slot == self._own_slot or slot in own or slot_end_us(slot) > self.at_us:
+            return 0
+        if len(own) >= MAX_SLOTS:
             return 0
         own[slot] = tokens
         self._own = own

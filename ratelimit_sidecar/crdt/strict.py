@@ -186,6 +186,9 @@ class StrictBucket(Bucket):
         """Nothing: what others take from their shares is theirs to count."""
         return 0
 
+    def _recount(self) -> None:
+        pass
+
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         assert isinstance(limit, Limit)
         self.advance(now_us)

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
+from ratelimit_sidecar.crdt.limit import (
+    MAX_AHEAD_US,
+    MAX_WIDER_EXPONENT,
+    MAX_WIDER_WINDOW_EXPONENT,
+    SLOTS_PER_PERIOD,
+    AnyLimit,
+    WindowLimit,
+)
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
 
 
@@ -81,22 +88,31 @@ class FixedWindow(Bucket):
         """
         self.advance(now_us)
         next_slot = _slot_of_window(self._limit, self._end_us)
+        own_exponent = self._limit.exponent
+        widest = max(own_exponent, MAX_WIDER_WINDOW_EXPONENT)
+        newest_us = self.at_us + MAX_AHEAD_US
         news = 0
+        again = False
         for entry in entries:
             slot = entry.slot
-            if slot_exponent(slot) == self._limit.exponent:
+            exponent = slot_exponent(slot)
+            if exponent == own_exponent:
                 is_ahead = slot > next_slot
             else:
                 # The longest window with such a slot is almost twice as long.
-                is_ahead = slot_start_us(slot) > self.at_us + (2 << slot_exponent(slot))
-            if is_ahead or self._is_past(slot):
+                is_ahead = exponent > widest or slot_start_us(slot) > self.at_us + (2 << exponent)
+            if is_ahead or slot > newest_us or self._is_past(slot):
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
                 self._written_us = self.at_us
-                if slot == self._slot:
+                if added < 0:
+                    again = True
+                elif slot == self._slot:
                     self.count += added
+        if again:
+            self._recount()
         return news
 
     def seal(self, now_us: int) -> None:
@@ -136,6 +152,15 @@ class FixedWindow(Bucket):
         self._end_us = self.at_us - self.at_us % period_us + period_us
         self._forget(self._is_past)
         self.count = self._sum(self._slot)
+
+    def _recount(self) -> None:
+        self.count = self._sum(self._slot)
+
+    def _is_final(self, slot: int) -> bool:
+        """See `Bucket._is_final`. A window is longer than its slot, which is written to until the window ends. What
+        its origin said before it said more is corrected in turn, by its next word or by comparing.
+        """
+        return True
 
     def _sum(self, slot: int) -> int:
         return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
@@ -210,23 +235,32 @@ class SlidingWindow(Bucket):
         """Let go of the slots that are wholly out of the period that ends at `now_us`."""
         self.at_us = max(self.at_us, now_us)
         if self._first_leaves_us and self.at_us >= self._first_leaves_us:
-            self._count_again()
+            self._recount()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Slots that are past, or as far ahead as they would be kept, are ignored."""
+        """See `Bucket.merge`. Slots that are past are ignored, and those that begin later than any clock is wrong, or as
+        far ahead as they would be kept.
+        """
         self.advance(now_us)
+        widest = max(self._limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
+        again = False
         for entry in entries:
             slot = entry.slot
-            if self._is_past(slot) or slot_start_us(slot) > self.at_us + _kept_us(slot):
+            ahead_us = min(_kept_us(slot), MAX_AHEAD_US)
+            if slot_exponent(slot) > widest or self._is_past(slot) or slot_start_us(slot) > self.at_us + ahead_us:
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
                 leaves_us = self._leaves_us(slot)
-                if leaves_us > self.at_us:
+                if added < 0:
+                    again = True
+                elif leaves_us > self.at_us:
                     self.count += added
                     self._note(leaves_us)
+        if again:
+            self._recount()
         return news
 
     def seal(self, now_us: int) -> None:
@@ -243,7 +277,7 @@ class SlidingWindow(Bucket):
         self.advance(now_us)
         self._limit = limit
         self._own_slot_end_us = 0
-        self._count_again()
+        self._recount()
 
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
@@ -277,7 +311,7 @@ class SlidingWindow(Bucket):
         self._first_leaves_us = min(first_us, leaves_us) if first_us else leaves_us
         self._last_leaves_us = max(self._last_leaves_us, leaves_us)
 
-    def _count_again(self) -> None:
+    def _recount(self) -> None:
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
         self.count = 0
