@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.journal import Journal
+from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
@@ -156,7 +156,7 @@ class Bucket(ABC):
             The number of entries that told something new.
         """
 
-    def correct(self, entries: Iterable[Entry], now_us: int) -> bool:
+    def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Hear from an origin itself what it took. Others may have said more; it knows better.
 
         Counts of slots that are over are final. So to lower them keeps replicas alike, once all have heard it.
@@ -164,11 +164,13 @@ class Bucket(ABC):
         Returns:
             True when something changed.
         """
+        slots = self._heard.get(sender) if self._heard is not None else None
+        if slots is None:
+            return False
         self.advance(now_us)
         is_changed = False
         for origin, slot, tokens in entries:
-            slots = self._heard.get(origin) if self._heard is not None else None
-            if slots is not None and 0 < tokens < slots.get(slot, 0) and self._is_final(slot):
+            if 0 < tokens < slots.get(slot, 0) and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
                 is_changed = True
         if is_changed:
@@ -330,29 +332,41 @@ class Bucket(ABC):
         origin, slot, tokens = entry
         if origin == self.origin:
             return self._recall(slot, tokens)
-        heard = self._heard
-        if heard is None:
-            heard = self._heard = {}
-        slots = heard.get(origin)
+        slots = self._heard.get(origin) if self._heard is not None else None
         if slots is None:
-            if tokens <= 0 or (len(heard) >= MAX_ORIGINS and not self._is_peer(origin)):
-                return 0
-            heard[origin] = {slot: tokens}
-            # Every new value of a dict brings it back into sight.
-            untrack(heard)
-            return tokens
+            return self._hear_of(origin, slot, tokens)
         before = slots.get(slot, 0)
         added = tokens - before
         if added <= 0:
             return 0
         if not before and len(slots) >= MAX_SLOTS:
             oldest = min(slots)
+            self._refuse(Refused.SLOTS)
             if slot < oldest:
                 return 0
             del slots[oldest]
             added = RECOUNT
         slots[slot] = tokens
         return added
+
+    def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
+        """Join the first entry of an origin."""
+        heard = self._heard
+        if heard is None:
+            heard = self._heard = {}
+        if tokens <= 0:
+            return 0
+        if len(heard) >= MAX_ORIGINS and not self._is_peer(origin):
+            self._refuse(Refused.ORIGINS)
+            return 0
+        heard[origin] = {slot: tokens}
+        # Every new value of a dict brings it back into sight.
+        untrack(heard)
+        return tokens
+
+    def _refuse(self, why: Refused) -> None:
+        if self.journal is not None:
+            self.journal.refused[why] += 1
 
     def _is_peer(self, origin: Origin) -> bool:
         return self.journal is not None and origin in self.journal.peers
@@ -362,9 +376,11 @@ class Bucket(ABC):
         bucket as idle, and then got a limit under which the slot counts again, or does so for a peer.
         """
         own = self._own or {}
-        if tokens <= 0 or slot == self._own_slot or slot in own or slot_end_us(slot) > self.at_us:
+        held = self._own_tokens if slot == self._own_slot else own.get(slot, 0)
+        if tokens <= held:
             return 0
-        if len(own) >= MAX_SLOTS:
+        if held or slot_end_us(slot) > self.at_us or len(own) >= MAX_SLOTS:
+            self._refuse(Refused.OWN)
             return 0
         own[slot] = tokens
         self._own = own

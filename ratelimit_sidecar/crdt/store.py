@@ -113,6 +113,7 @@ class Store:
         base: Base | None,
         entries: Sequence[Entry],
         now_us: int,
+        *,
         sender: Origin | None = None,
     ) -> int:
         """Join what a peer says of one bucket; without room for a new one nothing is kept.
@@ -133,7 +134,7 @@ class Store:
         if base is not None:
             bucket.merge_base(base, now_us)
         if sender is not None:
-            bucket.correct([entry for entry in entries if entry.origin == sender], now_us)
+            bucket.correct(sender, entries, now_us)
         return bucket.merge(entries, now_us)
 
     def drain_changes(self, most: int | None = None) -> list[tuple[Bucket, list[int]]]:

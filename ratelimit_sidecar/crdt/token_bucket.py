@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin, Settled
-from ratelimit_sidecar.crdt.journal import Journal
+from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
@@ -81,10 +81,8 @@ class TokenBucket(Bucket):
                 self._open_slot_of_now()
             before = self.deficit
             deficit = before + charge
-            if deficit > limit.debt_ceiling:
-                deficit = limit.debt_ceiling
-            if deficit > self._peak:
-                self._peak = deficit
+            deficit = min(deficit, limit.debt_ceiling)
+            self._peak = max(self._peak, deficit)
             self.deficit = deficit
             self._write_own(hits)
             if before < limit.urgent_deficit <= deficit and self.journal is not None:
@@ -145,7 +143,10 @@ class TokenBucket(Bucket):
         refold = False
         for entry in entries:
             slot = entry.slot
-            if not oldest_us <= slot <= newest_us or slot_exponent(slot) > widest:
+            if slot < oldest_us:
+                continue
+            if slot > newest_us or slot_exponent(slot) > widest:
+                self._refuse(Refused.AHEAD if slot > newest_us else Refused.WIDE)
                 continue
             added = self._hear(entry)
             if not added:
@@ -202,7 +203,10 @@ class TokenBucket(Bucket):
         if boundary_us > before.boundary_us:
             self._seal_before(boundary_us)
         # Cut before it is drained: what is left does not depend on how far this replica has sealed.
-        deficit = min(other.deficit, self._limit.debt_ceiling)
+        deficit = other.deficit
+        if deficit > self._limit.debt_ceiling:
+            self._refuse(Refused.DEBT)
+            deficit = self._limit.debt_ceiling
         drained = deficit - (boundary_us - other.boundary_us) * self._limit.tokens
         self._base_deficit = max(drained, self._base_deficit)
         if self.base == before:
@@ -218,7 +222,7 @@ class TokenBucket(Bucket):
         if boundary_us > self._base_us:
             self._seal_before(boundary_us)
             if self._peak >= limit.debt_ceiling:
-                # It may be behind the base now. And what was cut when it was heard, or taken, is cut in its slot's middle.
+                # It may be behind the base now. And what was cut when it was heard is now cut in its slot's middle.
                 self._refold()
 
     def is_idle(self, now_us: int) -> bool:
@@ -316,10 +320,8 @@ class TokenBucket(Bucket):
                 deficit = 0
                 full_at_us = event_us
             deficit += taken * period_us
-            if deficit > debt_ceiling:
-                deficit = debt_ceiling
-            if deficit > peak:
-                peak = deficit
+            deficit = min(deficit, debt_ceiling)
+            peak = max(peak, deficit)
             at_us = event_us
         deficit -= (now_us - at_us) * tokens
         if deficit <= 0:

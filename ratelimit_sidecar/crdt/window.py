@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin, Settled
-from ratelimit_sidecar.crdt.journal import Journal
+from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import (
     MAX_AHEAD_US,
     MAX_WIDER_EXPONENT,
@@ -96,12 +96,15 @@ class FixedWindow(Bucket):
         for entry in entries:
             slot = entry.slot
             exponent = slot_exponent(slot)
+            if self._is_past(slot):
+                continue
             if exponent == own_exponent:
                 is_ahead = slot > next_slot
             else:
                 # The longest window with such a slot is almost twice as long.
-                is_ahead = exponent > widest or slot_start_us(slot) > self.at_us + (2 << exponent)
-            if is_ahead or slot > newest_us or self._is_past(slot):
+                is_ahead = slot_start_us(slot) > self.at_us + (2 << exponent)
+            if is_ahead or slot > newest_us or exponent > widest:
+                self._refuse(Refused.WIDE if exponent > widest else Refused.AHEAD)
                 continue
             added = self._hear(entry)
             if added:
@@ -238,8 +241,8 @@ class SlidingWindow(Bucket):
             self._recount()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Slots that are past are ignored, and those that begin later than any clock is wrong, or as
-        far ahead as they would be kept.
+        """See `Bucket.merge`. Slots that are past are ignored, and those that begin later than any clock is wrong, or
+        as far ahead as they would be kept.
         """
         self.advance(now_us)
         widest = max(self._limit.exponent, MAX_WIDER_EXPONENT)
@@ -248,7 +251,10 @@ class SlidingWindow(Bucket):
         for entry in entries:
             slot = entry.slot
             ahead_us = min(_kept_us(slot), MAX_AHEAD_US)
-            if slot_exponent(slot) > widest or self._is_past(slot) or slot_start_us(slot) > self.at_us + ahead_us:
+            if self._is_past(slot):
+                continue
+            if slot_exponent(slot) > widest or slot_start_us(slot) > self.at_us + ahead_us:
+                self._refuse(Refused.WIDE if slot_exponent(slot) > widest else Refused.AHEAD)
                 continue
             added = self._hear(entry)
             if added:

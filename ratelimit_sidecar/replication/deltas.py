@@ -20,8 +20,10 @@ from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
-MAX_KEY_BYTES: Final = 1 << 16
-"""A bucket with a longer key stays local. No front end takes a request (server/limits.py) that would have one."""
+MAX_KEY_BYTES: Final = 1 << 14
+"""A bucket with a longer key stays local. Callers' long values are hashed (limiter/key.py), so only rules of hundreds
+of descriptors have one.
+"""
 
 MAX_TIME_US: Final = 1 << 62
 """Of slots and boundaries: the year 148,000. Keeps them within what any implementation's integers hold."""
@@ -190,7 +192,7 @@ class DeltasReader:
             if limit is None:
                 applied.unknown_keys += 1
             else:
-                news = store.join(key, limit, base, entries, now_us)
+                news = store.join(key, limit, base, entries, now_us, sender=self._sender)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None

@@ -163,6 +163,7 @@ class Mesh:
             clock_offset_seconds=None,
             last_error=last_error,
             protocol_errors=dict(protocol_errors),
+            refused={},
         )
 
     async def start(self) -> None:

@@ -45,7 +45,9 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
 MAX_PEERS: Final = 256
-"""A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the memory."""
+"""That only dial in. A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the
+memory. A configured peer always has its place.
+"""
 
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
@@ -247,6 +249,15 @@ class Replicator:
                 if peer is not sender and peer.streams:
                     peer.outbox.note_relayed(bucket, (entry,))
                     peer.streams[0].wake()
+
+    def has_room_for_peer(self, now_us: int) -> bool:
+        """Whether one more may dial in. Those that have gone make room."""
+        if self._dialled_in() >= MAX_PEERS:
+            self.forget_peers(now_us)
+        return self._dialled_in() < MAX_PEERS
+
+    def _dialled_in(self) -> int:
+        return sum(not peer.is_configured for peer in self.peers.values())
 
     def forget_peers(self, lost_before_us: int) -> None:
         """Forget the peers that only ever dialled in and were lost by then."""
@@ -562,10 +573,19 @@ class Stream:
         replicator = self._replicator
         assert self._reader is not None
         on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
-        applied = self._reader.apply(replicator.store, now_us, on_news)
+        try:
+            applied = self._reader.apply(replicator.store, now_us, on_news)
+        finally:
+            self._note_refused(peer)
         replicator.unknown_keys += applied.unknown_keys
         peer.entries_received += applied.entries
         return applied.is_last
+
+    def _note_refused(self, peer: Peer) -> None:
+        refused = self._replicator.store.journal.refused
+        if refused:
+            peer.refused += refused
+            refused.clear()
 
     def _lend(self, loans: pb.Loans) -> None:
         replicator = self._replicator
@@ -582,17 +602,25 @@ class Stream:
             raise _duplicate_node(origin.node)
         peer = replicator.peers.get(origin.node)
         if peer is None:
-            if len(replicator.peers) >= MAX_PEERS:
-                replicator.forget_peers(now_us)
-            if len(replicator.peers) >= MAX_PEERS:
-                raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers are known already")
+            if not self.is_dialled and not replicator.has_room_for_peer(now_us):
+                raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers have dialled in already")
             peer = replicator.peers[origin.node] = Peer(replicator.store, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
-            if now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US:
-                raise _duplicate_node(origin.node)
-            for stream in list(peer.streams):
-                stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
+            self._supersede(peer, now_us)
         return peer
+
+    def _supersede(self, peer: Peer, now_us: int) -> None:
+        """This stream is of another life of the peer than those it has: make way for it, or refuse it."""
+        is_alive = now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US
+        if not is_alive:
+            reason, detail = Reason.SUPERSEDED, "the node has restarted"
+        elif self.is_dialled and not any(stream.is_dialled for stream in peer.streams):
+            # Whoever came by itself may say that it is anybody.
+            reason, detail = Reason.DUPLICATE_NODE, f"the address configured here leads to another {peer.node!r}"
+        else:
+            raise _duplicate_node(peer.node)
+        for stream in list(peer.streams):
+            stream.close(reason, detail, now_us)
 
     def _hear_standing(self, standing: pb.Standing, now_us: int) -> None:
         peer = self.peer
@@ -628,6 +656,7 @@ class Stream:
             peer.outbox.missed_since(self._replicator.first_change_us)
         peer.is_configured |= self.is_dialled
         peer.streams.append(self)
+        replicator.store.journal.peers.add(origin)
         if len(peer.streams) == 1:
             peer.connections += 1
             peer.outbox.open(origin, compares=compares)
@@ -660,6 +689,7 @@ class Stream:
             # The newest Standing may have been on its way on this one, and an older one on the others.
             stream.tell_standing_again()
         if not peer.streams:
+            self._replicator.store.journal.peers.discard(Origin(peer.node, peer.incarnation))
             peer.lost_us = now_us
             self._replicator.lose(peer)
             peer.wish = peer.own_wish = pb.UNDECIDED
