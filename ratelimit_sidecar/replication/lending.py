@@ -99,6 +99,8 @@ class Lending:
                 good as if it had come alone.
         """
         check_count(loans)
+        if not self.ledger.shares.is_member(peer):
+            return self._turn_away(loans, outbox)
         now_us = self._strict_us()
         unknown_keys = 0
         for key, returned in read_returns(loans):
@@ -121,6 +123,13 @@ class Lending:
             self.ledger.granted(peer, key, grant, now_us)
             self.loans_received += grant.parts > 0
         return unknown_keys
+
+    def _turn_away(self, loans: pb.Loans, outbox: LoanOutbox) -> int:
+        """Lend nothing to a node that is no member, and borrow nothing of it."""
+        for key, ask in read_asks(loans):
+            if outbox.has_room_for_grant(key):
+                outbox.grant(key, Grant(ask.number, parts=0, tokens=0, available=0))
+        return 0
 
     def lost(self, peer: str) -> None:
         """The last stream of a peer has ended."""
