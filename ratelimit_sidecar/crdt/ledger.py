@@ -136,12 +136,18 @@ class Ledger:
         loans = self._known(key, now_us)
         return loans.answer(borrower, ask, now_us) if loans is not None else None
 
-    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> None:
-        """A lender has answered."""
+    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> bool:
+        """A lender has answered.
+
+        Returns:
+            False when it has granted more than it can have, and is believed no more than that.
+        """
         loans = self._loans.get(key)
-        if loans is not None:
-            most = self.shares.most_of_key(lender, key, loans.bucket.limit.capacity)
-            loans.granted(lender, grant, now_us, most=most)
+        if loans is None:
+            return True
+        most = self.shares.most_of_key(lender, key, loans.bucket.limit.capacity)
+        loans.granted(lender, grant, now_us, most=most)
+        return grant.parts <= most
 
     def returned(self, borrower: str, key: bytes, returned: Return, now_us: int) -> None:
         """A borrower has given back a part of its loan, or all of it."""

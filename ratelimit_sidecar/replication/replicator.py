@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
@@ -588,10 +589,13 @@ class Stream:
             refused.clear()
 
     def _lend(self, loans: pb.Loans) -> None:
-        replicator = self._replicator
-        assert self.peer is not None
-        assert replicator.lending is not None
-        replicator.unknown_keys += replicator.lending.receive(self.peer.node, loans, self._loans)
+        replicator, peer, lending = self._replicator, self.peer, self._replicator.lending
+        assert peer is not None
+        assert lending is not None
+        refused = lending.refused
+        replicator.unknown_keys += lending.receive(peer.node, loans, self._loans)
+        if lending.refused > refused:
+            peer.refused[Refused.LOAN] += lending.refused - refused
 
     def _find_peer(self, origin: Origin, now_us: int) -> Peer:
         replicator = self._replicator

@@ -129,6 +129,7 @@ def test_a_node_that_is_no_member_borrows_nothing_and_lends_nothing() -> None:
     asked = loans_to(b, "a").asks[0]
     answer(b, "stranger", pb.Loans(grants=[pb.LoanGrant(key=KEY, number=asked.number, parts=PARTS // 2, tokens=50)]))
     assert not b.bucket().take(1, NOW_US)
+    assert b.lending.refused == 2
 
 
 def test_a_grant_of_more_than_the_lender_can_have_counts_as_its_share() -> None:
