@@ -327,7 +327,8 @@ class Bucket(ABC):
         """Join one entry that a subclass has found to be in range.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new; RECOUNT when something else was forgotten.
+            By how much it raised the count; 0 when it told nothing new; RECOUNT when there are too many slots now, to be
+            trimmed and counted anew.
         """
         origin, slot, tokens = entry
         if origin == self.origin:
@@ -335,19 +336,19 @@ class Bucket(ABC):
         slots = self._heard.get(origin) if self._heard is not None else None
         if slots is None:
             return self._hear_of(origin, slot, tokens)
-        before = slots.get(slot, 0)
-        added = tokens - before
+        added = tokens - slots.get(slot, 0)
         if added <= 0:
             return 0
-        if not before and len(slots) >= MAX_SLOTS:
-            oldest = min(slots)
-            self._refuse(Refused.SLOTS)
-            if slot < oldest:
-                return 0
-            del slots[oldest]
-            added = RECOUNT
         slots[slot] = tokens
-        return added
+        return RECOUNT if len(slots) > MAX_SLOTS else added
+
+    def _trim(self) -> None:
+        """Forget the oldest slots of origins that have too many."""
+        for slots in (self._heard or {}).values():
+            if len(slots) > MAX_SLOTS:
+                for slot in sorted(slots)[:-MAX_SLOTS]:
+                    del slots[slot]
+                    self._refuse(Refused.SLOTS)
 
     def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
         """Join the first entry of an origin."""

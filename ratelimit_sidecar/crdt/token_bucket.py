@@ -140,7 +140,7 @@ class TokenBucket(Bucket):
         newest_us = at_us + MAX_AHEAD_US
         widest = max(exponent, MAX_WIDER_EXPONENT)
         news = 0
-        refold = False
+        too_many = refold = False
         for entry in entries:
             slot = entry.slot
             if slot < oldest_us:
@@ -152,11 +152,12 @@ class TokenBucket(Bucket):
             if not added:
                 continue
             news += 1
+            if added < 0:
+                too_many = refold = True
             charge = added * period_us
             self._peak += charge
-            if added < 0 or self._peak > limit.debt_ceiling:
+            if refold or self._peak > limit.debt_ceiling:
                 refold = True
-            if refold:
                 continue
             entry_us = placed_us(slot, exponent)
             if entry_us >= self.full_at_us:
@@ -169,6 +170,8 @@ class TokenBucket(Bucket):
                 refold = True
             else:
                 self.deficit += unpaid
+        if too_many:
+            self._trim()
         if refold:
             self._refold()
         return news

@@ -115,6 +115,7 @@ class FixedWindow(Bucket):
                 elif slot == self._slot:
                     self.count += added
         if again:
+            self._trim()
             self._recount()
         return news
 
@@ -266,6 +267,7 @@ class SlidingWindow(Bucket):
                     self.count += added
                     self._note(leaves_us)
         if again:
+            self._trim()
             self._recount()
         return news
 

@@ -197,7 +197,8 @@ class DeltasReader:
                     bucket = store.get(key)
                     assert bucket is not None
                     on_news(bucket, entries)
-            if self._pace.ends_piece(len(entries)):
+            # What is not believed may have had the bucket counted anew.
+            if self._pace.ends_piece(len(entries)) or store.journal.refused:
                 return applied
         # It would keep the frame.
         self._left = iter(())
@@ -254,7 +255,7 @@ def _read_run(run: pb.SlotRun, origins: Sequence[Origin], entries: list[Entry], 
         raise ProtocolError(
             Reason.BAD_SLOT, f"slots of 2**{exponent} us; widths are 2**{MIN_EXPONENT} to 2**{MAX_EXPONENT}"
         )
-    if len(slots) != len(tokens_of_slots):
+    if not slots or len(slots) != len(tokens_of_slots):
         raise ProtocolError(Reason.BAD_SLOT, f"{len(slots)} slots with {len(tokens_of_slots)} counts")
     if len(entries) + len(slots) > most:
         raise ProtocolError(Reason.TOO_LARGE, f"more than {MAX_FRAME_ENTRIES} slots in a frame")

@@ -12,7 +12,8 @@ from replication.cluster import Cluster
 from replication.meshes import address_of, sidecar
 from replication.test_replicator import connected, exchange, hello, replicator, stream_of
 
-from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.replicator import MAX_PEERS
@@ -61,6 +62,32 @@ def test_replicas_that_differ_by_what_a_third_has_invented_are_healed_by_compari
     assert b.bucket("ann").taken[a.local.origin] == {slot: 500}
     cluster.run(20 * SECOND_US)
     assert b.bucket("ann").taken == a.bucket("ann").taken == {a.local.origin: {slot: 3}}
+
+
+def test_poison_is_gone_soon_although_restarted_nodes_learn_it_of_the_others_again() -> None:
+    """All honest nodes are restarted one after another. What was said counts no longer than if none had been."""
+    cluster = Cluster(5, "abc")
+    cluster.run_until_settled()
+    a = cluster["a"]
+    poison = [
+        Entry(Origin("evil", number), slot_id(a.now_us + ahead_us, exponent), 2**48)
+        for number, ahead_us in enumerate((0, 5 * SECOND_US, 10 * SECOND_US, 60 * SECOND_US, 2**41), start=1)
+        for exponent in (PER_USER.exponent, 31, 45)
+    ]
+    base = Base(a.now_us - 6 * SECOND_US, 2**63 * PER_USER.period_us)
+    for each in cluster:
+        each.store.merge(key_of("ann"), base, poison, each.now_us)
+    # Ahead, the debt ceiling, and a slot.
+    gone_us = cluster.now_us + MAX_AHEAD_US + PER_USER.debt_ceiling // PER_USER.tokens + (2 << PER_USER.exponent)
+    for name in "abc":
+        cluster.crash(name)
+        cluster.start(name)
+        cluster.run(10 * SECOND_US)
+    assert not cluster["a"].bucket("ann").take(1, cluster["a"].now_us)
+    assert gone_us - cluster.now_us < 600 * SECOND_US
+    cluster.run(gone_us - cluster.now_us)
+    for each in cluster:
+        assert each.bucket("ann").take(1, each.now_us)
 
 
 def test_a_configured_peer_has_its_place_beside_as_many_invented_ones_as_there_may_be() -> None:

@@ -152,6 +152,18 @@ def test_one_busy_node_of_three_uses_nearly_the_whole_limit_two_seconds_after_th
     assert cluster.worst <= 0
 
 
+def test_a_limit_of_as_many_tokens_as_there_are_nodes_admits_what_it_says() -> None:
+    """5 a second of five nodes: with shares of a little less than a token each, none admitted anything."""
+    cluster = StrictCluster(7, "abcde", Limit(5, SECOND_US, 5))
+    cluster.run(2 * SIT_OUT_US)
+    for name in "abcde":
+        cluster.demand(name, 20, 12 * SECOND_US)
+    cluster.run(12 * SECOND_US)
+    assert sum(cluster.admitted.values()) >= 55
+    assert min(cluster.admitted.values()) >= 9
+    assert cluster.worst <= 0
+
+
 def test_a_node_cut_off_serves_its_home_share_once_its_loans_have_ended_and_borrows_again_when_it_is_back() -> None:
     cluster = settled(2, "abc")
     cluster.demand("a", 1_000, 30 * SECOND_US)
