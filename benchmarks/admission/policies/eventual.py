@@ -6,7 +6,7 @@ end says so or has heard nothing for too long. Every pair of regions has one, di
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
@@ -62,9 +62,17 @@ class _CountingStore(Store):
         """Tokens of other origins that have ever entered the bucket by their slots."""
         self._counted: dict[tuple[Origin, int], int] = {}
 
-    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Iterable[Entry], now_us: int) -> int:
-        entries = list(entries)
-        news = super().join(key, limit, base, entries, now_us)
+    def join(
+        self,
+        key: bytes,
+        limit: AnyLimit,
+        base: Base | None,
+        entries: Sequence[Entry],
+        now_us: int,
+        *,
+        sender: Origin | None = None,
+    ) -> int:
+        news = super().join(key, limit, base, entries, now_us, sender=sender)
         taken = self._buckets[key].taken
         for origin, slot, tokens in entries:
             # One that came after its slot was sealed has been ignored.
