@@ -327,8 +327,8 @@ class Bucket(ABC):
         """Join one entry that a subclass has found to be in range.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new; RECOUNT when there are too many slots now, to be
-            trimmed and counted anew.
+            By how much it raised the count; 0 when it told nothing new; RECOUNT when there are too many slots now, to
+            be trimmed and counted anew.
         """
         origin, slot, tokens = entry
         if origin == self.origin:

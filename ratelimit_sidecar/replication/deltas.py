@@ -144,10 +144,13 @@ class DeltasReader:
 
     Args:
         sender: the peer.
+        is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
+            of it; or else anybody could lower what it has taken.
     """
 
-    def __init__(self, sender: Origin) -> None:
+    def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
+        self._corrector = sender if is_proven else None
         self._origins: list[Origin] = []
         self._left: Iterator[pb.BucketDelta] = iter(())
         """Of the frame that is being applied."""
@@ -192,7 +195,7 @@ class DeltasReader:
             if limit is None:
                 applied.unknown_keys += 1
             else:
-                news = store.join(key, limit, base, entries, now_us, sender=self._sender)
+                news = store.join(key, limit, base, entries, now_us, sender=self._corrector)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None

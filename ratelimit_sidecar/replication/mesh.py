@@ -316,6 +316,7 @@ class Mesh:
             wake=woken.set,
             now_us=self._now_us(),
             check_peer=check_peer,
+            is_proven=certificate is not None,
         )
         self._carried[stream] = None
         if target is not None:

@@ -310,6 +310,8 @@ class Stream:
         wake: called when `next_frame` may have something new.
         check_peer: asked about who the peer says it is, and its region, before that has any effect; raises
             ProtocolError to refuse it.
+        is_proven: the far end has shown a certificate, of which `check_peer` sees whether it is for the node that it
+            says it is.
     """
 
     def __init__(
@@ -321,8 +323,10 @@ class Stream:
         wake: Callable[[], None],
         now_us: int,
         check_peer: Callable[[Origin, str], None] | None = None,
+        is_proven: bool = False,
     ) -> None:
         self._replicator = replicator
+        self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
         self._loans = LoanOutbox()
         self._reader: DeltasReader | None = None
@@ -645,7 +649,7 @@ class Stream:
         replicator, origin, compares = self._replicator, who.origin, self._session.compares
         self.peer = peer
         self.has_joined = True
-        self._reader = DeltasReader(origin)
+        self._reader = DeltasReader(origin, is_proven=self.is_dialled or self._is_proven)
         if compares:
             leads = replicator.local.origin.node < peer.node
             self._exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)

@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.replication.carrier import METHOD
-from ratelimit_sidecar.replication.replicator import MAX_PEERS
+from ratelimit_sidecar.replication.replicator import MAX_PEERS, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason
 
@@ -48,6 +48,19 @@ def test_what_is_refused_is_counted_with_the_peer_that_said_it() -> None:
     refused = a.peers["evil"].status(NOW_US, 0).refused
     assert refused["ahead"] == refused["own"] == 1
     assert hostile.error is None
+
+
+@pytest.mark.parametrize(("is_proven", "believed"), [(True, 3), (False, 500)])
+def test_only_who_is_known_to_be_the_origin_can_lower_what_it_has_taken(is_proven: bool, believed: int) -> None:
+    a = replicator("a")
+    stream = Stream(a, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US, is_proven=is_proven)
+    stream.receive(hello("b", 7), NOW_US)
+    origin = Origin("b", 7)
+    a.store.merge(key_of("ann"), None, [Entry(origin, SLOT, 500)], NOW_US)
+    stream.receive(deltas(1, SLOT, 3), NOW_US + 10 * SECOND_US)
+    bucket = a.store.get(key_of("ann"))
+    assert bucket is not None
+    assert bucket.taken == {origin: {SLOT: believed}}
 
 
 def test_replicas_that_differ_by_what_a_third_has_invented_are_healed_by_comparing() -> None:
