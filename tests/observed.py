@@ -105,4 +105,5 @@ def peer(
         clock_offset_seconds=clock_offset_seconds,
         last_error="",
         protocol_errors={"malformed": 1},
+        refused={"ahead": 9},
     )

@@ -35,6 +35,7 @@ _HEAD = (
     "batches out/in",
     "pending",
     "resyncs",
+    "refused",
     "reconnects",
     "clock",
     "last error",
@@ -47,6 +48,7 @@ _COLUMNS = (
     ("batches out/in", "Of changes, sent to the peer and received from it."),
     ("pending", "Buckets of which the peer has something yet to be sent."),
     ("resyncs", "Buckets exchanged because a comparison of both nodes found that they differ."),
+    ("refused", "What the peer told and this sidecar does not believe, by reason; of an honest peer there is none."),
     ("reconnects", "Times that the peer came back after it was lost."),
     ("clock", "The peer's, less this sidecar's."),
 )
@@ -138,6 +140,7 @@ def _row(peer: Mapping[str, Any]) -> tuple[str, ...]:
         f"{peer['batches_sent']:,}/{peer['batches_received']:,}",
         f"{peer['pending_buckets']:,}",
         _count(peer.get("resyncs")),
+        _refused(peer.get("refused")),
         f"{peer['reconnects']:,}",
         _offset(peer["clock_offset_seconds"]),
         _printable(peer["last_error"]),
@@ -160,6 +163,12 @@ def _duration(seconds: float) -> str:
 
 def _offset(seconds: float | None) -> str:
     return _UNKNOWN if seconds is None else f"{'-' if seconds < 0 else '+'}{_duration(abs(seconds))}"
+
+
+def _refused(refused: Mapping[str, int] | None) -> str:
+    if refused is None:
+        return _UNKNOWN
+    return ", ".join(f"{why} {count:,}" for why, count in sorted(refused.items())) or "0"
 
 
 def _count(number: int | None) -> str:

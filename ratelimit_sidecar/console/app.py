@@ -184,7 +184,8 @@ class _Console:
                 "region": self._sources.region,
                 "membership": None if membership is None else asdict(membership),
                 "peers": [
-                    {**asdict(peer), "protocol_errors": dict(peer.protocol_errors)} for peer in self._sources.peers()
+                    {**asdict(peer), "protocol_errors": dict(peer.protocol_errors), "refused": dict(peer.refused)}
+                    for peer in self._sources.peers()
                 ],
             }
         )

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.journal import Journal
+from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
@@ -32,6 +32,20 @@ No more than half of the shortest horizon: what is nearer and stands still for s
 
 MAX_UNSENT_SLOTS: Final = 1_024
 """Own slots to be told of, before those that are forgotten are taken out; fewer than 700 are held."""
+
+MAX_ORIGINS: Final = 1_024
+"""In one bucket, besides connected peers. A mesh of 256 nodes that were all restarted three times has as many."""
+
+MAX_SLOTS: Final = 1_024
+"""Of one origin in one bucket. The narrowest slots fill a horizon with 627. Of more, the newest count: which these are
+does not depend on the order in which they were heard.
+"""
+
+FINAL_US: Final = 2_000_000
+"""A slot that is over for so long is written to no more, by a clock that is no further behind."""
+
+RECOUNT: Final = -1
+"""See `Bucket._hear`."""
 
 
 class Origin(NamedTuple):
@@ -155,6 +169,35 @@ class Bucket(ABC):
         Returns:
             The number of entries that told something new.
         """
+
+    def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
+        """Hear from an origin itself what it took. Others may have said more; it knows better.
+
+        Counts of slots that are over are final. So to lower them keeps replicas alike, once all have heard it.
+
+        Returns:
+            True when something changed.
+        """
+        slots = self._heard.get(sender) if self._heard is not None else None
+        if slots is None:
+            return False
+        self.advance(now_us)
+        is_changed = False
+        for origin, slot, tokens in entries:
+            if 0 < tokens < slots.get(slot, 0) and origin == sender and self._is_final(slot):
+                slots[slot] = tokens
+                is_changed = True
+        if is_changed:
+            self._recount()
+        return is_changed
+
+    def _is_final(self, slot: int) -> bool:
+        """True when its origin, asked now, would say the last word on it."""
+        return slot_end_us(slot) + FINAL_US <= self.at_us
+
+    @abstractmethod
+    def _recount(self) -> None:
+        """Fold all that is held anew."""
 
     @abstractmethod
     def fits_in_us(self, hits: int) -> int:
@@ -323,34 +366,61 @@ class Bucket(ABC):
         """Join one entry that a subclass has found to be in range.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new.
+            By how much it raised the count; 0 when it told nothing new; RECOUNT when there are too many slots now, to
+            be trimmed and counted anew.
         """
         origin, slot, tokens = entry
         if origin == self.origin:
             return self._recall(slot, tokens)
-        heard = self._heard
-        if heard is None:
-            heard = self._heard = {}
-        slots = heard.get(origin)
+        slots = self._heard.get(origin) if self._heard is not None else None
         if slots is None:
-            if tokens <= 0:
-                return 0
-            heard[origin] = {slot: tokens}
-            # Every new value of a dict brings it back into sight.
-            untrack(heard)
-            return tokens
+            return self._hear_of(origin, slot, tokens)
         added = tokens - slots.get(slot, 0)
         if added <= 0:
             return 0
         slots[slot] = tokens
-        return added
+        return RECOUNT if len(slots) > MAX_SLOTS else added
+
+    def _trim(self) -> None:
+        """Forget the oldest slots of origins that have too many."""
+        for slots in (self._heard or {}).values():
+            if len(slots) > MAX_SLOTS:
+                for slot in sorted(slots)[:-MAX_SLOTS]:
+                    del slots[slot]
+                    self._refuse(Refused.SLOTS)
+
+    def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
+        """Join the first entry of an origin."""
+        heard = self._heard
+        if heard is None:
+            heard = self._heard = {}
+        if tokens <= 0:
+            return 0
+        if len(heard) >= MAX_ORIGINS and not self._is_peer(origin):
+            self._refuse(Refused.ORIGINS)
+            return 0
+        heard[origin] = {slot: tokens}
+        # Every new value of a dict brings it back into sight.
+        untrack(heard)
+        return tokens
+
+    def _refuse(self, why: Refused) -> None:
+        if self.journal is not None:
+            self.journal.refused[why] += 1
+
+    def _is_peer(self, origin: Origin) -> bool:
+        return self.journal is not None and origin in self.journal.peers
 
     def _recall(self, slot: int, tokens: int) -> int:
         """Hear of an own slot. Nobody knows better than this replica, unless it has forgotten the slot: it dropped the
         bucket as idle, and then got a limit under which the slot counts again, or does so for a peer.
         """
         own = self._own or {}
-        if tokens <= 0 or slot == self._own_slot or slot in own or slot_end_us(slot) > self.at_us:
+        held = self._own_tokens if slot == self._own_slot else own.get(slot, 0)
+        if tokens <= held:
+            return 0
+        if held or slot_end_us(slot) > self.at_us or len(own) >= MAX_SLOTS:
+            self._refuse(Refused.OWN)
             return 0
         own[slot] = tokens
         self._own = own

@@ -60,7 +60,9 @@ class Ledger:
         self._active: deque[Loans] = deque()
         self._active_keys: set[bytes] = set()
         self._sweep_order: deque[Loans] = deque()
-        self._home = 0
+        self._in_force: list[Mapping[str, int]] = []
+        self._home_version = 0
+        """Counts up whenever home shares change."""
 
     def __len__(self) -> int:
         return len(self._loans)
@@ -86,8 +88,10 @@ class Ledger:
         bucket = loans.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
-        if bucket.home != self._home:
-            bucket.set_home(self._home, now_us)
+            bucket.home_version = -1
+        if bucket.home_version != self._home_version:
+            bucket.home_version = self._home_version
+            bucket.set_home(self._home_of(key, limit, now_us), now_us)
         return bucket
 
     def tick(self, homes: Mapping[str, int], now_us: int, most: int) -> dict[str, Wishes]:
@@ -99,7 +103,7 @@ class Ledger:
         Returns:
             What to tell each peer.
         """
-        self._home = self.shares.home(max(now_us, self.shares.from_us))
+        self._look_at_shares(now_us)
         for bucket in self._busy:
             bucket.is_noted = False
             if bucket.key not in self._active_keys and bucket.key in self._loans:
@@ -132,11 +136,18 @@ class Ledger:
         loans = self._known(key, now_us)
         return loans.answer(borrower, ask, now_us) if loans is not None else None
 
-    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> None:
-        """A lender has answered."""
+    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> bool:
+        """A lender has answered.
+
+        Returns:
+            False when it has granted more than it can have, and is believed no more than that.
+        """
         loans = self._loans.get(key)
-        if loans is not None:
-            loans.granted(lender, grant, now_us)
+        if loans is None:
+            return True
+        most = self.shares.most_of_key(lender, key, loans.bucket.limit.capacity)
+        loans.granted(lender, grant, now_us, most=most)
+        return grant.parts <= most
 
     def returned(self, borrower: str, key: bytes, returned: Return, now_us: int) -> None:
         """A borrower has given back a part of its loan, or all of it."""
@@ -179,12 +190,20 @@ class Ledger:
             return None
         return self._loans[key]
 
+    def _look_at_shares(self, now_us: int) -> None:
+        in_force = self.shares.in_force(max(now_us, self.shares.from_us))
+        if in_force != self._in_force:
+            self._in_force = in_force
+            self._home_version += 1
+
+    def _home_of(self, key: bytes, limit: Limit, now_us: int) -> int:
+        return self.shares.home_of_key(key, limit.capacity, max(now_us, self.shares.from_us))
+
     def _make(self, key: bytes, limit: Limit, now_us: int) -> Loans:
-        shares = self.shares
-        self._home = shares.home(max(now_us, shares.from_us))
-        bucket = StrictBucket(
-            key, limit, self._origin, now_us, home=self._home, from_us=shares.since_us(now_us), busy=self._busy
-        )
+        self._look_at_shares(now_us)
+        home, from_us = self._home_of(key, limit, now_us), self.shares.since_us(now_us)
+        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, busy=self._busy)
+        bucket.home_version = self._home_version
         loans = Loans(bucket, self._first_number)
         self._loans[key] = loans
         self._sweep_order.append(loans)

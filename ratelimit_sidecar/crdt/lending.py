@@ -96,21 +96,27 @@ class Loans:
         self._wanted[borrower] = (ask.parts, now_us)
         wishes = self._wishes_at(now_us)
         spare = max(0, bucket.home_now - bucket.kept)
+        others = bucket.lent - bucket.lent_to(borrower)
         fair = _max_min(spare, wishes).get(borrower, 0)
         # What others hold now they hold until their loans end, whatever would be fair.
-        free = max(0, bucket.home_now - (bucket.lent - bucket.lent_to(borrower)))
+        free = max(0, bucket.home_now - others)
         available = min(free, _max_min(spare, {**wishes, borrower: PARTS})[borrower])
-        return bucket.lend(borrower, ask, min(fair, free), available, now_us)
+        parts = bucket.whole(min(fair, free), max(0, spare - others))
+        return bucket.lend(borrower, ask, parts, available, now_us)
 
-    def granted(self, lender: str, grant: Grant, now_us: int) -> None:
-        """A lender has answered."""
+    def granted(self, lender: str, grant: Grant, now_us: int, *, most: int = PARTS) -> None:
+        """A lender has answered.
+
+        Args:
+            most: parts that it can have.
+        """
         known = self._lenders.get(lender)
         if known is None or grant.number != known.number or not known.is_open:
             return
         known.is_open = False
-        known.available = grant.available
+        known.available = min(grant.available, most)
         known.told_us = now_us
-        self.bucket.borrow(lender, grant, known.asked_us, now_us)
+        self.bucket.borrow(lender, grant, known.asked_us, now_us, most=most)
 
     def returned(self, borrower: str, returned: Return, now_us: int) -> None:
         """A borrower has given back a part of its loan, or all of it."""
@@ -138,10 +144,12 @@ class Loans:
             if surplus < PARTS >> SLACK_SHIFT or known is None:
                 break
             held = bucket.borrowed_from(lender)
-            back = min(held, surplus)
-            surplus -= back
+            kept = bucket.whole(held - min(held, surplus), held)
+            if kept == held:
+                continue
+            surplus -= held - kept
             known.is_open = False
-            returns[lender] = bucket.give_back(lender, held - back, known.number, now_us)
+            returns[lender] = bucket.give_back(lender, kept, known.number, now_us)
         return returns
 
     def _wishes(self, lacking: int, homes: Mapping[str, int], now_us: int) -> dict[str, int]:

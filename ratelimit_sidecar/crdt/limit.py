@@ -38,6 +38,17 @@ HORIZON_SLOTS: Final = 64
 MIN_HORIZON_US: Final = 10_000_000
 """Whatever is delivered within this time counts in full."""
 
+MAX_AHEAD_US: Final = MIN_HORIZON_US
+"""How far a peer's clock may be ahead. A slot that begins later is not believed: it would count until then, and on."""
+
+MAX_WIDER_EXPONENT: Final = 31
+"""Slots wider than the limit's own are from before it changed. They do no harm, but are kept for as long as they are
+wide. So only such of a limit of a day are heard: 2**31 us = 36 minutes.
+"""
+
+MAX_WIDER_WINDOW_EXPONENT: Final = 36
+"""The same of fixed windows, whose slots are as wide as they: 2**36 us = 19 hours."""
+
 MAX_TOKENS: Final = 2**40
 MAX_CAPACITY: Final = 2**40
 MAX_PERIOD_US: Final = 2**50

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Final
 
 PARTS: Final = 1 << 32
@@ -59,6 +60,49 @@ def home_parts(weights: Mapping[str, int], node: str) -> int:
     return PARTS * weights.get(node, 0) // total if total else 0
 
 
+MAX_WHOLE_CAPACITY: Final = 1 << 20
+"""Up to here shares are whole tokens. Of a larger limit, a fraction of a token at each node does not matter."""
+
+
+def parts_of(tokens: int, capacity: int) -> int:
+    """The parts that stand for so many whole tokens of `capacity`, at most MAX_WHOLE_CAPACITY."""
+    return tokens * PARTS // capacity if capacity else 0
+
+
+def whole_tokens(parts: int, capacity: int) -> int:
+    """What `parts_of` stands for; other parts are rounded down."""
+    return parts * capacity + capacity - 1 >> 32 if capacity else 0
+
+
+def whole_tokens_up(parts: int, capacity: int) -> int:
+    """What `parts_of` stands for; other parts are rounded up."""
+    return -(-parts * capacity >> 32)
+
+
+def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
+    """A node's home share of one limit, in whole tokens: a fraction of one would never admit anything.
+
+    The tokens that remain when each has its part rounded down go to one node each, another one for each key: to those
+    with the highest hash of key and node (rendezvous hashing, Thaler and Ravishankar 1998). So every node finds the
+    same, and the sum is the capacity.
+    """
+    total = sum(weights.values())
+    weight = weights.get(node, 0)
+    if not total or not weight or capacity > MAX_WHOLE_CAPACITY:
+        return home_parts(weights, node)
+    tokens = capacity * weight // total
+    if capacity * weight % total:
+        rounded = [other for other, each in weights.items() if capacity * each % total]
+        left = capacity - sum(capacity * each // total for each in weights.values())
+        ranked = sorted(rounded, key=lambda other: (_rank(key, other), other), reverse=True)
+        tokens += node in ranked[:left]
+    return parts_of(tokens, capacity)
+
+
+def _rank(key: bytes, node: str) -> bytes:
+    return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
+
+
 @dataclass(slots=True)
 class Shares:
     """The membership as one node sees it.
@@ -73,7 +117,7 @@ class Shares:
     node: str
     started_us: int
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch."""
+    """Peers that show other members under the same epoch. Only what members say has an effect."""
     _current_since_us: dict[str, int] = field(default_factory=dict)
     """When each peer first showed this epoch with these members."""
 
@@ -111,14 +155,31 @@ class Shares:
         return max(self.from_us, last_us + LOAN_US + LOAN_GUARD_US)
 
     def home(self, now_us: int) -> int:
-        """This node's home share at `now_us`, in parts."""
+        """This node's home share at `now_us`, in parts; of a single limit see `home_of_key`."""
+        return min((home_parts(weights, self.node) for weights in self.in_force(now_us)), default=0)
+
+    def home_of_key(self, key: bytes, capacity: int, now_us: int) -> int:
+        """This node's home share of one limit at `now_us`, in parts."""
+        return min(
+            (home_parts_of_key(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0
+        )
+
+    def most_of_key(self, member: str, key: bytes, capacity: int) -> int:
+        """The most that a member's home share of one limit can be, in parts; 0 of a node that is none."""
+        memberships = (self.membership.weights, self.membership.previous or {})
+        return max(home_parts_of_key(weights, member, key, capacity) for weights in memberships)
+
+    def is_member(self, node: str) -> bool:
+        """True of the members of this epoch and of the one before."""
+        return node in self.membership.weights or node in (self.membership.previous or {})
+
+    def in_force(self, now_us: int) -> list[Mapping[str, int]]:
+        """The weights of which this node uses the smallest share at `now_us`; none before its share begins."""
         if now_us < self.from_us:
-            return 0
+            return []
         membership = self.membership
-        share = home_parts(membership.weights, self.node)
+        found = [membership.weights]
         settled_us = self.settled_us()
         if membership.previous is not None and (settled_us is None or now_us < settled_us):
-            share = min(share, home_parts(membership.previous, self.node))
-        for shown in self.conflicts.values():
-            share = min(share, home_parts(shown.weights, self.node))
-        return share
+            found.append(membership.previous)
+        return found + [shown.weights for peer, shown in self.conflicts.items() if self.is_member(peer)]

@@ -10,7 +10,7 @@ tell of it is not kept, as if it had not been delivered. `sweep` makes room agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
@@ -97,7 +97,7 @@ class Store:
             bucket.set_limit(limit, now_us)
         return bucket
 
-    def merge(self, key: bytes, base: Base | None, entries: Iterable[Entry], now_us: int) -> int | None:
+    def merge(self, key: bytes, base: Base | None, entries: Sequence[Entry], now_us: int) -> int | None:
         """See `join`.
 
         Returns:
@@ -111,10 +111,11 @@ class Store:
         key: bytes,
         limit: AnyLimit,
         base: Base | None,
-        entries: Iterable[Entry],
+        entries: Sequence[Entry],
         now_us: int,
         *,
         replicated: bool = True,
+        sender: Origin | None = None,
     ) -> int:
         """Join what a peer says of one bucket; without room for a new one nothing is kept.
 
@@ -122,6 +123,7 @@ class Store:
             limit: what `limit_of_key` says of the key.
             base: its deficit scaled by the period of that limit.
             replicated: as for `bucket`.
+            sender: whose word it is; None when that is not known.
 
         Returns:
             The number of entries that told something new.
@@ -133,6 +135,8 @@ class Store:
             return 0
         if base is not None:
             bucket.merge_base(base, now_us)
+        if sender is not None:
+            bucket.correct(sender, entries, now_us)
         return bucket.merge(entries, now_us)
 
     def drain_changes(self, most: int | None = None) -> list[tuple[Bucket, list[int]]]:

@@ -10,7 +10,10 @@ Why it is safe. A transfer raises neither the sum of shares nor the sum of level
 but those sent along, which the lender has given up, and a share that shrinks cuts the level to fit. So everything
 admitted in (s, t] is at most the levels at s and the refill since: capacity + rate * (t - s).
 
-Units: a share is in parts of 2**32, the level is scaled by period_us * 2**32, so all of it is integers. Time is
+A lender or borrower that lies can give what it does not have; so of each no more is believed than its share can hold.
+
+Units: a share is in parts of 2**32, the level is scaled by period_us * 2**32, so all of it is integers. Of a limit of
+up to a million tokens shares stand for whole tokens (`shares.parts_of`): a level below one admits nothing. Time is
 microseconds of a clock that never steps and runs within 1 % of everybody else's; wall clocks do not matter here.
 """
 
@@ -21,7 +24,15 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS
+from ratelimit_sidecar.crdt.shares import (
+    LOAN_GUARD_US,
+    LOAN_US,
+    MAX_WHOLE_CAPACITY,
+    PARTS,
+    parts_of,
+    whole_tokens,
+    whole_tokens_up,
+)
 
 LEAST_DEMAND_WINDOW_US: Final = 500_000
 """Demand is what was asked for in the current window and the one before. A window is at least the time in which two
@@ -29,7 +40,9 @@ tokens refill: of a limit per hour a second says nothing.
 """
 
 RESERVE_SHIFT: Final = 5
-"""A thirty-second of the home share is never lent, so that a region that wakes up can serve at once."""
+"""A thirty-second of the home share is never lent, so that a region that wakes up can serve at once. Rounded down to
+whole tokens, it is nothing of a home of few.
+"""
 
 _NEVER_US: Final = 1 << 62
 
@@ -75,6 +88,12 @@ class _Borrowed(NamedTuple):
     until_us: int
 
 
+class _Account(NamedTuple):
+    amount: int
+    """Scaled tokens, as of `at_us`."""
+    at_us: int
+
+
 class StrictBucket(Bucket):
     """Args:
     home: parts that are this replica's own.
@@ -89,15 +108,18 @@ class StrictBucket(Bucket):
         "_borrowed",
         "_busy",
         "_ceiling",
+        "_given",
         "_lent",
         "_limit",
         "_next_change_us",
+        "_out",
         "_refill",
         "_taken_numbers",
         "_window",
         "_window_us",
         "from_us",
         "home",
+        "home_version",
         "is_noted",
         "level",
         "share",
@@ -120,6 +142,8 @@ class StrictBucket(Bucket):
         self.is_noted = False
         """True while it is in the list of busy ones; whoever empties the list resets it."""
         self.home = home
+        self.home_version = 0
+        """For its owner, to see when the home share has to be set again."""
         self.from_us = from_us
         self.level = 0
         """Scaled tokens at `at_us`; below 0 what was charged although it was denied."""
@@ -129,6 +153,10 @@ class StrictBucket(Bucket):
         self._borrowed: dict[str, _Borrowed] = {}
         self._taken_numbers: dict[str, int] = {}
         """By lender, the greatest number of a grant used or renounced."""
+        self._given: dict[str, _Account] = {}
+        """By lender, the tokens that came with its grants, less what its share has refilled since."""
+        self._out: dict[str, _Account] = {}
+        """By borrower, the most tokens that it can have of this replica's."""
         self._refill = self._ceiling = 0
         self._next_change_us = from_us
         self._asked_now = self._asked_before = 0
@@ -198,6 +226,9 @@ class StrictBucket(Bucket):
         """Nothing: what others take from their shares is theirs to count."""
         return 0
 
+    def _recount(self) -> None:
+        pass
+
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         assert isinstance(limit, Limit)
         self.advance(now_us)
@@ -252,7 +283,18 @@ class StrictBucket(Bucket):
         if not self.is_short:
             # While the level lasts, it is enough to go on holding four times what is asked for.
             needed = min(needed, self.asked * 4 * PARTS // max(1, self._limit.capacity))
-        return max(self.home_now >> RESERVE_SHIFT, needed)
+        capacity = self._limit.capacity
+        if capacity > MAX_WHOLE_CAPACITY:
+            return max(self.home_now >> RESERVE_SHIFT, needed)
+        reserve = whole_tokens(self.home_now, capacity) >> RESERVE_SHIFT
+        return parts_of(max(reserve, whole_tokens_up(needed, capacity)), capacity)
+
+    def whole(self, parts: int, most: int) -> int:
+        """`parts` as whole tokens: rounded up where that is no more than `most`, else down."""
+        capacity = self._limit.capacity
+        if capacity > MAX_WHOLE_CAPACITY:
+            return parts
+        return parts_of(min(whole_tokens_up(parts, capacity), whole_tokens(max(parts, most), capacity)), capacity)
 
     def lent_to(self, borrower: str) -> int:
         """Parts that this replica does without for `borrower`, as of `at_us`."""
@@ -296,13 +338,17 @@ class StrictBucket(Bucket):
             self._share_again()
         # The part of a token that is cut and not sent is lost; refill brings it back.
         tokens = max(0, before - self.level) // (self._limit.period_us << 32)
+        if parts:
+            self._note_out(borrower, tokens * self._limit.period_us << 32)
         return Grant(ask.number, parts, tokens, available)
 
-    def borrow(self, lender: str, grant: Grant, asked_us: int, now_us: int) -> bool:
+    def borrow(self, lender: str, grant: Grant, asked_us: int, now_us: int, *, most: int = PARTS) -> bool:
         """Use a loan.
 
         Args:
             asked_us: when this replica sent the ask.
+            most: parts that the lender can have. It is believed no more than that, nor more tokens than these hold and
+                refill.
 
         Returns:
             False when it is too late, or there is a newer one: nothing is used then.
@@ -312,10 +358,11 @@ class StrictBucket(Bucket):
         if grant.number <= self._taken_numbers.get(lender, -1) or until_us <= self.at_us:
             return False
         self._taken_numbers[lender] = grant.number
-        if grant.parts:
-            self._borrowed[lender] = _Borrowed(grant.number, grant.parts, until_us)
+        parts = min(grant.parts, most)
+        if parts:
+            self._borrowed[lender] = _Borrowed(grant.number, parts, until_us)
         self._share_again()
-        self._add_tokens(grant.tokens)
+        self._add_tokens(self._believed(lender, grant.tokens, most))
         return True
 
     def give_back(self, lender: str, parts: int, last_asked: int, now_us: int) -> Return:
@@ -346,14 +393,44 @@ class StrictBucket(Bucket):
             loan._replace(parts=min(loan.parts, returned.parts)) if loan.number <= returned.number else loan
             for loan in loans
         ]
+        out = self._note_out(borrower, 0)
+        tokens = min(returned.tokens, out // (self._limit.period_us << 32))
+        self._note_out(borrower, -tokens * self._limit.period_us << 32)
         self._keep_loans(borrower, [loan for loan in kept if loan.parts])
         self._share_again()
-        self._add_tokens(returned.tokens)
+        self._add_tokens(tokens)
 
     @property
     def home_now(self) -> int:
         """The home share as of `at_us`."""
         return self.home if self.at_us >= self.from_us else 0
+
+    def _note_out(self, borrower: str, change: int) -> int:
+        """Note that scaled tokens went to a borrower, or came back; returns what it can have: these, and what was
+        refilled meanwhile, as far as its loan holds that much.
+        """
+        before, since_us = self._out.get(borrower, (0, self.at_us))
+        parts = self.lent_to(borrower)
+        refilled = (self.at_us - since_us) * self._limit.tokens * parts
+        amount = min(before + refilled + change, self._most_level(parts))
+        self._out[borrower] = _Account(amount, self.at_us)
+        return amount
+
+    def _most_level(self, parts: int) -> int:
+        """Scaled tokens that a node with such a share can hold."""
+        limit = self._limit
+        if limit.capacity > MAX_WHOLE_CAPACITY:
+            return limit.ceiling * parts
+        return whole_tokens_up(parts, limit.capacity) * limit.period_us << 32
+
+    def _believed(self, lender: str, tokens: int, most: int) -> int:
+        """How many of the tokens of a grant its lender can have had."""
+        before, since_us = self._given.get(lender, (0, self.at_us))
+        used = max(0, before - (self.at_us - since_us) * self._limit.tokens * most)
+        scale = self._limit.period_us << 32
+        tokens = max(0, min(tokens, (self._most_level(most) - used) // scale))
+        self._given[lender] = _Account(used + tokens * scale, self.at_us)
+        return tokens
 
     def _add_tokens(self, tokens: int) -> None:
         self.level = min(self._ceiling, self.level + (tokens * self._limit.period_us << 32))
@@ -379,8 +456,17 @@ class StrictBucket(Bucket):
         self._next_change_us = min(ends, default=_NEVER_US)
         own = max(0, self.home_now - self.lent)
         self.share = own + sum(loan.parts for loan in self._borrowed.values())
-        self._refill = self._limit.tokens * self.share
-        self._ceiling = self._limit.ceiling * self.share
+        limit, capacity = self._limit, self._limit.capacity
+        if capacity > MAX_WHOLE_CAPACITY:
+            self._refill = limit.tokens * self.share
+            self._ceiling = limit.ceiling * self.share
+        else:
+            lent = sum(whole_tokens_up(self.lent_to(borrower), capacity) for borrower in self._lent)
+            tokens = max(0, whole_tokens(self.home_now, capacity) - lent)
+            tokens += sum(whole_tokens(loan.parts, capacity) for loan in self._borrowed.values())
+            # Rounded down, by less than one part in 4,096 of what a token refills.
+            self._refill = (limit.tokens * tokens << 32) // max(1, capacity)
+            self._ceiling = tokens * limit.period_us << 32
         self.level = min(self.level, self._ceiling)
 
     def _keep_loans(self, borrower: str, loans: list[_Lent]) -> None:
@@ -388,6 +474,7 @@ class StrictBucket(Bucket):
             self._lent[borrower] = loans
         else:
             del self._lent[borrower]
+            self._out.pop(borrower, None)
 
     def _roll_window(self) -> None:
         window = self.at_us // self._window_us

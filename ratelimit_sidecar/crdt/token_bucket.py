@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Base, Bucket, Entry, Origin, Settled
-from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import MIN_HORIZON_US, AnyLimit, Limit
+from ratelimit_sidecar.crdt.journal import Journal, Refused
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
@@ -37,6 +37,7 @@ class TokenBucket(Bucket):
         "_base_us",
         "_limit",
         "_own_slot_end_us",
+        "_peak",
         "_sealed_until_us",
         "_spilled",
         "deficit",
@@ -52,6 +53,10 @@ class TokenBucket(Bucket):
         """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
         self.full_at_us = now_us
         """No refill was spilled since: what was taken after it simply adds, however late it is heard of."""
+        self._peak = 0
+        """The deficit was at most that since the base. What is heard late may have to be cut when it could be more than
+        the debt ceiling.
+        """
         self._spilled: SpilledRefill | None = None
         """Only of a bucket that heard, late, of what was taken before `full_at_us`."""
         self._own_slot_end_us = 0
@@ -75,9 +80,12 @@ class TokenBucket(Bucket):
             if self.at_us >= self._own_slot_end_us:
                 self._open_slot_of_now()
             before = self.deficit
-            self.deficit += charge
+            deficit = before + charge
+            deficit = min(deficit, limit.debt_ceiling)
+            self._peak = max(self._peak, deficit)
+            self.deficit = deficit
             self._write_own(hits)
-            if before < limit.urgent_deficit <= self.deficit and self.journal is not None:
+            if before < limit.urgent_deficit <= deficit and self.journal is not None:
                 self.journal.on_urgent()
         return admitted
 
@@ -124,7 +132,7 @@ class TokenBucket(Bucket):
         """Join entries of a peer; idempotent, in any order.
 
         Slots that began before the base or the horizon are ignored: what they hold is in somebody's base. So are
-        slots further ahead than the horizon is behind: no clock is that wrong and they would count for that long.
+        slots that begin later than `MAX_AHEAD_US` from now: no clock is that wrong and they would count until then.
 
         Returns:
             The number of entries that told something new.
@@ -134,19 +142,30 @@ class TokenBucket(Bucket):
         limit, at_us, spilled = self._limit, self.at_us, self._spilled
         exponent, period_us = limit.exponent, limit.period_us
         oldest_us = max(self._base_us, limit.boundary_us(at_us))
-        newest_us = at_us + limit.horizon_us
+        # An id is its slot's start with the exponent in the low bits.
+        newest_us = at_us + MAX_AHEAD_US
+        widest = max(exponent, MAX_WIDER_EXPONENT)
         news = 0
-        refold = False
+        too_many = refold = False
         for entry in entries:
             slot = entry.slot
-            if not oldest_us <= slot <= newest_us:
+            if slot < oldest_us:
+                continue
+            if slot > newest_us or slot_exponent(slot) > widest:
+                self._refuse(Refused.AHEAD if slot > newest_us else Refused.WIDE)
                 continue
             added = self._hear(entry)
             if not added:
                 continue
             news += 1
-            entry_us = placed_us(slot, exponent)
+            if added < 0:
+                too_many = refold = True
             charge = added * period_us
+            self._peak += charge
+            if refold or self._peak > limit.debt_ceiling:
+                refold = True
+                continue
+            entry_us = placed_us(slot, exponent)
             if entry_us >= self.full_at_us:
                 self.deficit += charge
                 continue
@@ -157,6 +176,8 @@ class TokenBucket(Bucket):
                 refold = True
             else:
                 self.deficit += unpaid
+        if too_many:
+            self._trim()
         if refold:
             self._refold()
         return news
@@ -190,9 +211,13 @@ class TokenBucket(Bucket):
         boundary_us = max(before.boundary_us, other.boundary_us)
         if boundary_us > before.boundary_us:
             self._seal_before(boundary_us)
-        drained = other.deficit - (boundary_us - other.boundary_us) * self._limit.tokens
-        if drained > self._base_deficit:
-            self._base_deficit = min(drained, self._limit.debt_ceiling)
+        # Cut before it is drained: what is left does not depend on how far this replica has sealed.
+        deficit = other.deficit
+        if deficit > self._limit.debt_ceiling:
+            self._refuse(Refused.DEBT)
+            deficit = self._limit.debt_ceiling
+        drained = deficit - (boundary_us - other.boundary_us) * self._limit.tokens
+        self._base_deficit = max(drained, self._base_deficit)
         if self.base == before:
             return False
         self._refold()
@@ -201,9 +226,13 @@ class TokenBucket(Bucket):
     def seal(self, now_us: int) -> None:
         """Fold what lies behind the horizon into the base and forget its slots."""
         self.advance(now_us)
-        boundary_us = self._limit.boundary_us(self.at_us)
-        if boundary_us > self._base_us and self._seal_before(boundary_us):
-            self._refold()
+        limit = self._limit
+        boundary_us = limit.boundary_us(self.at_us)
+        if boundary_us > self._base_us:
+            self._seal_before(boundary_us)
+            if self._peak >= limit.debt_ceiling:
+                # It may be behind the base now. And what was cut when it was heard is now cut in its slot's middle.
+                self._refold()
 
     def is_idle(self, now_us: int) -> bool:
         """True when the bucket is full and nothing in it counts or is missed by a peer: then it equals an absent one.
@@ -237,8 +266,7 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        boundary_us = max(self._base_us, self._limit.boundary_us(now_us))
-        return self._fold_from_base(self._events(self.entries(), now_us), boundary_us, now_us, None).deficit
+        return self._fold_from_base(self._events(self.entries(), now_us), now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
@@ -252,7 +280,7 @@ class TokenBucket(Bucket):
                 earlier.append(entry)
             elif slot_end_us(entry.slot) <= until_us:
                 entries.append(entry)
-        deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, from_us, None).deficit
+        deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
         if not entries and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It is full by then: some have dropped it.
             return None
@@ -264,7 +292,7 @@ class TokenBucket(Bucket):
         """
         limit, deficit = self._limit, self.deficit
         boundary_us = limit.boundary_us(now_us)
-        newest_us = now_us + limit.horizon_us
+        newest_us = now_us + MAX_AHEAD_US
         self._take_new_origin()
         self._forget(lambda slot: slot > newest_us)
         if self._base_us > boundary_us:
@@ -303,17 +331,15 @@ class TokenBucket(Bucket):
         exponent = self._limit.exponent
         return sorted([(min(placed_us(slot, exponent), last_us), tokens) for _, slot, tokens in entries])
 
-    def _fold_from_base(
-        self, events: Iterable[tuple[int, int]], boundary_us: int, now_us: int, spilled: SpilledRefill | None
-    ) -> _Folded:
+    def _fold_from_base(self, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None) -> _Folded:
         """Fold the base and `events` (instant, tokens; in time order) up to `now_us`, and note what is spilled.
 
-        Before the boundary the deficit is capped at every event, not once at the end, so the outcome does not depend
-        on how many steps the sealing was done in.
+        The deficit is cut to the debt ceiling at every event, so the outcome does not depend on whether, and in how
+        many steps, a part was sealed.
         """
         at_us, deficit = self._base_us, self._base_deficit
         full_at_us = at_us
-        forgiven = False
+        peak = deficit
         tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
         for event_us, taken in events:
             deficit -= (event_us - at_us) * tokens
@@ -323,31 +349,32 @@ class TokenBucket(Bucket):
                 deficit = 0
                 full_at_us = event_us
             deficit += taken * period_us
-            if event_us < boundary_us and deficit > debt_ceiling:
-                deficit = debt_ceiling
-                forgiven = True
+            deficit = min(deficit, debt_ceiling)
+            peak = max(peak, deficit)
             at_us = event_us
         deficit -= (now_us - at_us) * tokens
         if deficit <= 0:
             if spilled is not None and deficit:
                 spilled.note(-deficit, now_us)
-            return _Folded(0, now_us, forgiven)
-        return _Folded(deficit, full_at_us, forgiven)
+            return _Folded(0, now_us, peak)
+        return _Folded(deficit, full_at_us, peak)
 
     def _refold(self) -> None:
-        boundary_us = max(self._base_us, self._limit.boundary_us(self.at_us))
         self._spilled = SpilledRefill(self._limit, self._base_us) if self._heard is not None else None
         events = self._events(self.entries(), self.at_us)
-        folded = self._fold_from_base(events, boundary_us, self.at_us, self._spilled)
-        self.deficit, self.full_at_us = folded.deficit, folded.full_at_us
+        folded = self._fold_from_base(events, self.at_us, self._spilled)
+        self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
 
-    def _seal_before(self, boundary_us: int) -> bool:
-        """Move the base up to `boundary_us`. True when debt was forgiven on the way."""
+    def _recount(self) -> None:
+        self._refold()
+
+    def _seal_before(self, boundary_us: int) -> None:
+        """Move the base up to `boundary_us`."""
         own_slot = self._own_slot
         sealed = self._forget(lambda slot: slot < boundary_us)
         # A peer with narrower slots may have a boundary amid one of ours, which is then placed before it all the same.
         events = self._events(sealed, boundary_us - 1)
-        folded = self._fold_from_base(events, boundary_us, boundary_us, None)
+        folded = self._fold_from_base(events, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
         if self._own_slot != own_slot:
             # Sealed while it was written to.
@@ -357,12 +384,11 @@ class TokenBucket(Bucket):
         for origin, slot, _ in sealed:
             if origin is self.origin and slot_end_us(slot) > self.at_us:
                 self._sealed_until_us = max(self._sealed_until_us, slot_end_us(slot))
-        return folded.forgiven
 
 
 class _Folded(NamedTuple):
     deficit: int
     full_at_us: int
     """No refill was spilled since."""
-    forgiven: bool
-    """True when `max_debt` cut the deficit on the way."""
+    peak: int
+    """The largest deficit on the way, after it was cut."""

@@ -14,8 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
-from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import SLOTS_PER_PERIOD, AnyLimit, WindowLimit
+from ratelimit_sidecar.crdt.journal import Journal, Refused
+from ratelimit_sidecar.crdt.limit import (
+    MAX_AHEAD_US,
+    MAX_WIDER_EXPONENT,
+    MAX_WIDER_WINDOW_EXPONENT,
+    SLOTS_PER_PERIOD,
+    AnyLimit,
+    WindowLimit,
+)
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
 
 
@@ -86,17 +93,28 @@ class FixedWindow(Bucket):
         whose clock is ahead.
         """
         self.advance(now_us)
+        widest = max(self._limit.exponent, MAX_WIDER_WINDOW_EXPONENT)
         news = 0
+        again = False
         for entry in entries:
             slot = entry.slot
-            if self._is_ahead(slot) or self._is_past(slot):
+            exponent = slot_exponent(slot)
+            if self._is_past(slot):
+                continue
+            if exponent > widest or self._is_ahead(slot):
+                self._refuse(Refused.WIDE if exponent > widest else Refused.AHEAD)
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
                 self._written_us = self.at_us
-                if slot == self._slot:
+                if added < 0:
+                    again = True
+                elif slot == self._slot:
                     self.count += added
+        if again:
+            self._trim()
+            self._recount()
         return news
 
     def seal(self, now_us: int) -> None:
@@ -152,12 +170,23 @@ class FixedWindow(Bucket):
         self.count = self._sum(self._slot)
 
     def _is_ahead(self, slot: int) -> bool:
-        """True when it is later than the next window."""
+        """True when it is later than the next window, or begins later than any clock is wrong."""
         exponent = slot_exponent(slot)
+        if slot > self.at_us + MAX_AHEAD_US:
+            return True
         if exponent == self._limit.exponent:
             return slot > _slot_of_window(self._limit, self._end_us)
         # The longest window with such a slot is almost twice as long.
         return slot_start_us(slot) > self.at_us + (2 << exponent)
+
+    def _recount(self) -> None:
+        self.count = self._sum(self._slot)
+
+    def _is_final(self, slot: int) -> bool:
+        """See `Bucket._is_final`. A window is longer than its slot, which is written to until the window ends. What
+        its origin said before it said more is corrected in turn, by its next word or by comparing.
+        """
+        return True
 
     def _sum(self, slot: int) -> int:
         return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
@@ -238,23 +267,36 @@ class SlidingWindow(Bucket):
             self._go_back(now_us)
         self.at_us = max(self.at_us, now_us)
         if self._first_leaves_us and self.at_us >= self._first_leaves_us:
-            self._count_again()
+            self._recount()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Slots that are past, or as far ahead as they would be kept, are ignored."""
+        """See `Bucket.merge`. Slots that are past are ignored, and those that begin later than any clock is wrong, or
+        as far ahead as they would be kept.
+        """
         self.advance(now_us)
+        widest = max(self._limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
+        again = False
         for entry in entries:
             slot = entry.slot
-            if self._is_past(slot) or self._is_ahead(slot):
+            if self._is_past(slot):
+                continue
+            exponent = slot_exponent(slot)
+            if exponent > widest or self._is_ahead(slot):
+                self._refuse(Refused.WIDE if exponent > widest else Refused.AHEAD)
                 continue
             added = self._hear(entry)
             if added:
                 news += 1
                 leaves_us = self._leaves_us(slot)
-                if leaves_us > self.at_us:
+                if added < 0:
+                    again = True
+                elif leaves_us > self.at_us:
                     self.count += added
                     self._note(leaves_us)
+        if again:
+            self._trim()
+            self._recount()
         return news
 
     def seal(self, now_us: int) -> None:
@@ -271,7 +313,7 @@ class SlidingWindow(Bucket):
         self.advance(now_us)
         self._limit = limit
         self._own_slot_end_us = 0
-        self._count_again()
+        self._recount()
 
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
@@ -293,7 +335,7 @@ class SlidingWindow(Bucket):
         self.at_us = now_us
         self._own_slot_end_us = 0
         self._forget(self._is_ahead)
-        self._count_again()
+        self._recount()
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
@@ -322,7 +364,7 @@ class SlidingWindow(Bucket):
         self._first_leaves_us = min(first_us, leaves_us) if first_us else leaves_us
         self._last_leaves_us = max(self._last_leaves_us, leaves_us)
 
-    def _count_again(self) -> None:
+    def _recount(self) -> None:
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
         self.count = 0
@@ -334,8 +376,8 @@ class SlidingWindow(Bucket):
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us
 
     def _is_ahead(self, slot: int) -> bool:
-        """True when it is as far ahead as it would be kept."""
-        return slot_start_us(slot) > self.at_us + _kept_us(slot)
+        """True when it begins later than any clock is wrong, or as far ahead as it would be kept."""
+        return slot_start_us(slot) > self.at_us + min(_kept_us(slot), MAX_AHEAD_US)
 
 
 def _slot_of_window(limit: WindowLimit, time_us: int) -> int:

@@ -177,6 +177,8 @@ def restore(kind: int, payload: bytes, to: Target, now_us: int) -> Iterator[int]
         while not is_last:
             applied = reader.apply(to.store, now_us, local_limit_of_key=local)
             is_last = applied.is_last
+            # What is not believed of a snapshot is no peer's word.
+            to.store.journal.refused.clear()
             yield applied.entries
     except (DecodeError, ProtocolError) as error:
         raise BadSnapshot(f"has a record that is none: {error}") from error

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import grpc
 import grpc.aio
 import structlog
 
@@ -26,6 +27,8 @@ METHOD = f"/{SERVICE}/Sync"
 OPTIONS = (
     # Above what a session takes, so that the session can say what is wrong; beyond this the C core does.
     ("grpc.max_receive_message_length", 4 * MAX_FRAME_BYTES),
+    # Frames come as they are: compressed, a small one could unpack to a thousand times as much.
+    ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression.value),
     # Sessions notice a dead peer by its silence; this frees the sockets of connections whose other end has vanished.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

@@ -20,8 +20,10 @@ from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
-MAX_KEY_BYTES: Final = 1 << 16
-"""A bucket with a longer key stays local. No front end takes a request (server/limits.py) that would have one."""
+MAX_KEY_BYTES: Final = 1 << 14
+"""A bucket with a longer key stays local. Callers' long values are hashed (limiter/key.py), so only rules of hundreds
+of descriptors have one.
+"""
 
 MAX_TIME_US: Final = 1 << 62
 """Of slots and boundaries: the year 148,000. Keeps them within what any implementation's integers hold."""
@@ -142,10 +144,13 @@ class DeltasReader:
 
     Args:
         sender: the peer.
+        is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
+            of it; or else anybody could lower what it has taken.
     """
 
-    def __init__(self, sender: Origin) -> None:
+    def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
+        self._corrector = sender if is_proven else None
         self._origins: list[Origin] = []
         self._left: Iterator[pb.BucketDelta] = iter(())
         """Of the frame that is being applied."""
@@ -202,14 +207,15 @@ class DeltasReader:
                 applied.unknown_keys += 1
             else:
                 if local_limit_of_key is None:
-                    news = store.join(key, limit, base, entries, now_us)
+                    news = store.join(key, limit, base, entries, now_us, sender=self._corrector)
                 else:
                     news = store.join(key, limit, base, entries, now_us, replicated=False)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None
                     on_news(bucket, entries)
-            if self._pace.ends_piece(len(entries)):
+            # What is not believed may have had the bucket counted anew.
+            if self._pace.ends_piece(len(entries)) or store.journal.refused:
                 return applied
         # It would keep the frame.
         self._left = iter(())
@@ -266,7 +272,7 @@ def _read_run(run: pb.SlotRun, origins: Sequence[Origin], entries: list[Entry], 
         raise ProtocolError(
             Reason.BAD_SLOT, f"slots of 2**{exponent} us; widths are 2**{MIN_EXPONENT} to 2**{MAX_EXPONENT}"
         )
-    if len(slots) != len(tokens_of_slots):
+    if not slots or len(slots) != len(tokens_of_slots):
         raise ProtocolError(Reason.BAD_SLOT, f"{len(slots)} slots with {len(tokens_of_slots)} counts")
     if len(entries) + len(slots) > most:
         raise ProtocolError(Reason.TOO_LARGE, f"more than {MAX_FRAME_ENTRIES} slots in a frame")

@@ -37,6 +37,8 @@ class Lending:
         """Asks of peers answered with a loan."""
         self.loans_received = 0
         """Asks that peers have answered with a loan."""
+        self.refused = 0
+        """Loans of nodes that are no members, and grants of more than a lender can have."""
         self._strict_us = strict_us
         weights = ledger.shares.membership.weights
         self._homes = {node: home_parts(weights, node) for node in weights}
@@ -99,6 +101,8 @@ class Lending:
                 good as if it had come alone.
         """
         check_count(loans)
+        if not self.ledger.shares.is_member(peer):
+            return self._turn_away(loans, outbox)
         now_us = self._strict_us()
         unknown_keys = 0
         for key, returned in read_returns(loans):
@@ -118,9 +122,17 @@ class Lending:
             self.loans_granted += grant.parts > 0
             outbox.grant(key, grant)
         for key, grant in read_grants(loans):
-            self.ledger.granted(peer, key, grant, now_us)
+            self.refused += not self.ledger.granted(peer, key, grant, now_us)
             self.loans_received += grant.parts > 0
         return unknown_keys
+
+    def _turn_away(self, loans: pb.Loans, outbox: LoanOutbox) -> int:
+        """Lend nothing to a node that is no member, and borrow nothing of it."""
+        for key, ask in read_asks(loans):
+            if outbox.has_room_for_grant(key):
+                outbox.grant(key, Grant(ask.number, parts=0, tokens=0, available=0))
+        self.refused += len(loans.returns) + len(loans.asks) + len(loans.grants)
+        return 0
 
     def lost(self, peer: str) -> None:
         """The last stream of a peer has ended."""

@@ -197,6 +197,7 @@ class Mesh:
             clock_offset_seconds=None,
             last_error=last_error,
             protocol_errors=dict(protocol_errors),
+            refused={},
         )
 
     async def start(self) -> None:
@@ -407,6 +408,7 @@ class Mesh:
             wake=woken.set,
             now_us=self._now_us(),
             check_peer=check_peer,
+            is_proven=certificate is not None,
         )
         self._carried[stream] = None
         if target is not None:

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.outbox import Batch, Outbox
 from ratelimit_sidecar.replication.status import PeerStatus
@@ -69,6 +70,7 @@ class Peer:
         """Buckets told or asked for because a comparison found them to differ."""
         self.connections = 0
         self.protocol_errors: Counter[str] = Counter()
+        self.refused: Counter[Refused] = Counter()
 
     @property
     def lends(self) -> bool:
@@ -125,4 +127,5 @@ class Peer:
             clock_offset_seconds=None if self.clock_offset_us is None else self.clock_offset_us / 1e6,
             last_error=self.last_error,
             protocol_errors=dict(self.protocol_errors),
+            refused={why.value: count for why, count in self.refused.items()},
         )

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
@@ -46,7 +47,9 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
 MAX_PEERS: Final = 256
-"""A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the memory."""
+"""That only dial in. A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the
+memory. A configured peer always has its place.
+"""
 
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
@@ -264,6 +267,15 @@ class Replicator:
                     peer.outbox.note_relayed(bucket, (entry,))
                     peer.streams[0].wake()
 
+    def has_room_for_peer(self, now_us: int) -> bool:
+        """Whether one more may dial in. Those that have gone make room."""
+        if self._dialled_in() >= MAX_PEERS:
+            self.forget_peers(now_us)
+        return self._dialled_in() < MAX_PEERS
+
+    def _dialled_in(self) -> int:
+        return sum(not peer.is_configured for peer in self.peers.values())
+
     def forget_peers(self, lost_before_us: int) -> None:
         """Forget the peers that only ever dialled in and were lost by then."""
         gone = [
@@ -314,6 +326,8 @@ class Stream:
         wake: called when `next_frame` may have something new.
         check_peer: asked about who the peer says it is, and its region, before that has any effect; raises
             ProtocolError to refuse it.
+        is_proven: the far end has shown a certificate, of which `check_peer` sees whether it is for the node that it
+            says it is.
     """
 
     def __init__(
@@ -325,8 +339,10 @@ class Stream:
         wake: Callable[[], None],
         now_us: int,
         check_peer: Callable[[Origin, str], None] | None = None,
+        is_proven: bool = False,
     ) -> None:
         self._replicator = replicator
+        self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
         self._loans = LoanOutbox()
         self._reader: DeltasReader | None = None
@@ -582,16 +598,28 @@ class Stream:
         replicator = self._replicator
         assert self._reader is not None
         on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
-        applied = self._reader.apply(replicator.store, now_us, on_news)
+        try:
+            applied = self._reader.apply(replicator.store, now_us, on_news)
+        finally:
+            self._note_refused(peer)
         replicator.unknown_keys += applied.unknown_keys
         peer.entries_received += applied.entries
         return applied.is_last
 
+    def _note_refused(self, peer: Peer) -> None:
+        refused = self._replicator.store.journal.refused
+        if refused:
+            peer.refused += refused
+            refused.clear()
+
     def _lend(self, loans: pb.Loans) -> None:
-        replicator = self._replicator
-        assert self.peer is not None
-        assert replicator.lending is not None
-        replicator.unknown_keys += replicator.lending.receive(self.peer.node, loans, self._loans)
+        replicator, peer, lending = self._replicator, self.peer, self._replicator.lending
+        assert peer is not None
+        assert lending is not None
+        refused = lending.refused
+        replicator.unknown_keys += lending.receive(peer.node, loans, self._loans)
+        if lending.refused > refused:
+            peer.refused[Refused.LOAN] += lending.refused - refused
 
     def _find_peer(self, origin: Origin, now_us: int) -> Peer:
         replicator = self._replicator
@@ -602,17 +630,25 @@ class Stream:
             raise _duplicate_node(origin.node)
         peer = replicator.peers.get(origin.node)
         if peer is None:
-            if len(replicator.peers) >= MAX_PEERS:
-                replicator.forget_peers(now_us)
-            if len(replicator.peers) >= MAX_PEERS:
-                raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers are known already")
+            if not self.is_dialled and not replicator.has_room_for_peer(now_us):
+                raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers have dialled in already")
             peer = replicator.peers[origin.node] = Peer(replicator.store, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
-            if now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US:
-                raise _duplicate_node(origin.node)
-            for stream in list(peer.streams):
-                stream.close(Reason.SUPERSEDED, "the node has restarted", now_us)
+            self._supersede(peer, now_us)
         return peer
+
+    def _supersede(self, peer: Peer, now_us: int) -> None:
+        """This stream is of another life of the peer than those it has: make way for it, or refuse it."""
+        is_alive = now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US
+        if not is_alive:
+            reason, detail = Reason.SUPERSEDED, "the node has restarted"
+        elif self.is_dialled and not any(stream.is_dialled for stream in peer.streams):
+            # Whoever came by itself may say that it is anybody.
+            reason, detail = Reason.DUPLICATE_NODE, f"the address configured here leads to another {peer.node!r}"
+        else:
+            raise _duplicate_node(peer.node)
+        for stream in list(peer.streams):
+            stream.close(reason, detail, now_us)
 
     def _hear_standing(self, standing: pb.Standing, now_us: int) -> None:
         peer = self.peer
@@ -633,7 +669,7 @@ class Stream:
         replicator, origin, compares = self._replicator, who.origin, self._session.compares
         self.peer = peer
         self.has_joined = True
-        self._reader = DeltasReader(origin)
+        self._reader = DeltasReader(origin, is_proven=self.is_dialled or self._is_proven)
         if compares:
             leads = replicator.local.origin.node < peer.node
             self._exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
@@ -648,6 +684,7 @@ class Stream:
             peer.outbox.missed_since(self._replicator.first_change_us)
         peer.is_configured |= self.is_dialled
         peer.streams.append(self)
+        replicator.store.journal.peers.add(origin)
         if len(peer.streams) == 1:
             peer.connections += 1
             peer.outbox.open(origin, compares=compares)
@@ -680,6 +717,7 @@ class Stream:
             # The newest Standing may have been on its way on this one, and an older one on the others.
             stream.tell_standing_again()
         if not peer.streams:
+            self._replicator.store.journal.peers.discard(Origin(peer.node, peer.incarnation))
             peer.lost_us = now_us
             self._replicator.lose(peer)
             peer.wish = peer.own_wish = pb.UNDECIDED

@@ -33,6 +33,7 @@ class PeerStatus:
             first measurement.
         last_error: why the last stream or dial ended; "" when none has.
         protocol_errors: streams of this peer that this node closed, by reason (`wire.Reason`).
+        refused: what the peer told and this node does not believe, by reason (`crdt.journal.Refused`).
     """
 
     node: str
@@ -55,6 +56,7 @@ class PeerStatus:
     clock_offset_seconds: float | None
     last_error: str
     protocol_errors: Mapping[str, int]
+    refused: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

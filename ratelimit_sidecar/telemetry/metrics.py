@@ -66,6 +66,8 @@ class PeerStatus(Protocol):
     def clock_offset_seconds(self) -> float | None: ...
     @property
     def protocol_errors(self) -> Mapping[str, int]: ...
+    @property
+    def refused(self) -> Mapping[str, int]: ...
 
 
 class CertificateStatus(Protocol):
@@ -316,6 +318,12 @@ def _read_peer_info(at: Snapshot) -> Iterator[Sample]:
 def _read_peer_protocol_errors(at: Snapshot) -> Iterator[Sample]:
     for label, peer in at.peers.items():
         for reason, count in peer.protocol_errors.items():
+            yield "", (at.sources.region, label, reason), count
+
+
+def _read_peer_refused(at: Snapshot) -> Iterator[Sample]:
+    for label, peer in at.peers.items():
+        for reason, count in peer.refused.items():
             yield "", (at.sources.region, label, reason), count
 
 
@@ -845,6 +853,14 @@ METRICS: tuple[Definition, ...] = (
         (*_PEER, "reason"),
         "Streams of the peer that this node closed because of what came in on them, by reason.",
         _read_peer_protocol_errors,
+    ),
+    Definition(
+        "crdt_peer_refused_total",
+        "counter",
+        (*_PEER, "reason"),
+        "What the peer told and this node does not believe, by reason: its clock is wrong, its rules are others, or it"
+        " lies.",
+        _read_peer_refused,
     ),
     Definition(
         "crdt_protocol_errors_total",

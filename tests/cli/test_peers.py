@@ -85,6 +85,7 @@ async def test_a_table_tells_of_every_peer_and_exits_with_1_when_one_is_not_conn
         "bytes_sent": 1_234_567,
         "bytes_received": 999,
         "resyncs": 4,
+        "refused": {"own": 1_234, "ahead": 9},
     }
     with answering(200, await body_of(NEAR, FAR, **told)) as url:
         result = run("--admin", url)
@@ -92,11 +93,11 @@ async def test_a_table_tells_of_every_peer_and_exits_with_1_when_one_is_not_conn
         "us-1 in us-east-1: 1 of 2 peers connected\n"
         "\n"
         "node  region     address         connected  version    rules      lag    sent  received  batches out/in"
-        "  pending  resyncs  reconnects    clock  last error\n"
+        "  pending  resyncs             refused  reconnects    clock  last error\n"
         "eu-1  eu-west-2  10.0.0.2:50051  yes        0.2.0 (3)  same   22.2 ms  1.2 MB     999 B       12,345/12"
-        "    1,234        4           2  -1.5 ms\n"
+        "    1,234        4  ahead 9, own 1,234           2  -1.5 ms\n"
         "-     -          10.0.0.3:50051  NO         0.2.0 (3)  same    90.0 s  1.2 MB     999 B       12,345/12"
-        "    1,234        4           2        -  refused\n"
+        "    1,234        4  ahead 9, own 1,234           2        -  refused\n"
     )
     assert result.exit_code == 1
 
@@ -119,7 +120,7 @@ async def test_without_peers_it_says_so_and_exits_with_0() -> None:
 
 async def test_what_a_sidecar_of_another_version_does_not_tell_is_a_dash() -> None:
     body = json.loads(await body_of(NEAR))
-    for name in ("version", "protocol", "rules_match", "bytes_sent", "bytes_received", "resyncs"):
+    for name in ("version", "protocol", "rules_match", "bytes_sent", "bytes_received", "resyncs", "refused"):
         body["peers"][0].pop(name, None)
     with answering(200, json.dumps(body).encode()) as url:
         result = run("--admin", url)
@@ -187,5 +188,5 @@ def test_an_address_that_is_no_url_is_told_with_an_example_of_one(url: str) -> N
 
 def test_the_help_explains_the_columns() -> None:
     result = run("--help")
-    for column in ("lag", "pending", "resyncs", "reconnects", "clock"):
+    for column in ("lag", "pending", "resyncs", "refused", "reconnects", "clock"):
         assert f"\n  {column} " in result.output

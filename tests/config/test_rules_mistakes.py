@@ -47,8 +47,8 @@ BUCKET = "bucket: {capacity: 1, refillRate: 1}"
          f" descriptors; {UNKNOWN}"),
         ("domain: a\ndescriptors: {key: a}",
          "2:1: descriptors: found a mapping, expected a list, each item a descriptor"),
-        ("domain: a\n0.25: b", '2:1: "0.25": found the unknown key "0.25", expected one of domain, descriptors; remove'
-         " it, or correct its name"),
+        ("domain: a\n0.25: b", '2:1: "0.25": found the unknown key "0.25", expected one of domain, charge, charging,'
+         " descriptors; remove it, or correct its name"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_told_with_its_place_and_its_fix(tmp_path: Path, text: str, line: str) -> None:

@@ -96,7 +96,7 @@ class StrictCluster:
             self.limit,
             Origin(node, 1),
             now_us,
-            home=shares.home(shares.from_us),
+            home=shares.home_of_key(b"k", self.limit.capacity, shares.from_us),
             from_us=shares.from_us,
         )
         life = self.random.getrandbits(40)

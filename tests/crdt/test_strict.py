@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from itertools import permutations
 from random import Random
 
 import pytest
 from crdt.strict_cluster import StrictCluster
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.lending import Loans
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS, Membership, Shares, Shown, home_parts
+from ratelimit_sidecar.crdt.shares import (
+    LOAN_GUARD_US,
+    LOAN_US,
+    MAX_WHOLE_CAPACITY,
+    PARTS,
+    Membership,
+    Shares,
+    Shown,
+    home_parts,
+    home_parts_of_key,
+    parts_of,
+    whole_tokens,
+    whole_tokens_up,
+)
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 
 SECOND_US = 1_000_000
@@ -190,6 +206,99 @@ def test_home_shares_never_sum_to_more_than_one_and_lose_next_to_nothing(weights
     assert home_parts(weights, "stranger") == 0
 
 
+@given(
+    weights=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 7), min_size=1).filter(
+        lambda weights: any(weights.values())
+    ),
+    key=st.binary(min_size=1, max_size=8),
+    capacity=st.integers(1, 40) | st.integers(1, MAX_WHOLE_CAPACITY),
+)
+def test_the_homes_of_one_limit_are_whole_tokens_and_sum_to_its_capacity(
+    weights: dict[str, int], key: bytes, capacity: int
+) -> None:
+    homes = {node: home_parts_of_key(weights, node, key, capacity) for node in weights}
+    tokens = {node: whole_tokens(home, capacity) for node, home in homes.items()}
+    assert sum(tokens.values()) == capacity
+    assert all(parts_of(tokens[node], capacity) == home for node, home in homes.items())
+    assert all(abs(tokens[node] - capacity * weights[node] / sum(weights.values())) < 1 for node in weights)
+    assert sum(homes.values()) <= PARTS
+
+
+@given(capacity=st.integers(1, MAX_WHOLE_CAPACITY), part=st.floats(0, 1))
+def test_parts_that_stand_for_whole_tokens_do_so_whether_rounded_up_or_down(capacity: int, part: float) -> None:
+    tokens = int(capacity * part)
+    parts = parts_of(tokens, capacity)
+    assert whole_tokens(parts, capacity) == whole_tokens_up(parts, capacity) == tokens
+
+
+def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
+    weights = dict.fromkeys("abcde", 1)
+    lucky = Counter(
+        node for number in range(1_000) for node in weights if home_parts_of_key(weights, node, b"key %d" % number, 1)
+    )
+    assert sum(lucky.values()) == 1_000
+    assert min(lucky.values()) > 120
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 7])
+def test_a_limit_of_about_as_many_tokens_as_there_are_members_admits_what_it_says(capacity: int) -> None:
+    """Divided by parts of a token, 5 a second for five members were 0."""
+    limit = Limit(capacity, SECOND_US, capacity)
+    cluster = StrictCluster(limit, tuple("abcde"), delay_us=20_000)
+    cluster.run(SIT_OUT_US + 2 * SECOND_US)
+    for node in cluster.nodes:
+        cluster.demand(node, 20, 12 * SECOND_US)
+    cluster.run(12 * SECOND_US)
+    assert cluster.total_admitted() >= 0.8 * rate_of(limit, 12 * SECOND_US)
+    assert cluster.worst <= 0
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 5, 7])
+def test_one_busy_region_borrows_whole_tokens_of_the_others(capacity: int) -> None:
+    limit = Limit(capacity, SECOND_US, capacity)
+    cluster = StrictCluster(limit, tuple("abcde"), delay_us=20_000)
+    cluster.run(SIT_OUT_US + 2 * SECOND_US)
+    cluster.demand("a", 50, 20 * SECOND_US)
+    cluster.run(5 * SECOND_US)
+    before = cluster.total_admitted()
+    cluster.run(15 * SECOND_US)
+    assert cluster.total_admitted() - before >= 0.8 * rate_of(limit, 15 * SECOND_US)
+    assert cluster.worst <= 0
+
+
+def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
+    shares.hear("stranger", Shown(1, {"stranger": 1}), SIT_OUT_US)
+    assert shares.home(SIT_OUT_US) == PARTS // 2
+    assert list(shares.conflicts) == ["stranger"]
+    shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
+    shares.hear("b", Shown(2, {"b": 1}), SIT_OUT_US)
+    assert shares.home(SIT_OUT_US) == 0, "a member's word, of the epoch before as well"
+
+
+def test_a_lender_that_gives_again_and_again_is_believed_no_more_than_its_share_holds_and_refills() -> None:
+    """865 were admitted of 600 so."""
+    now_us = SIT_OUT_US
+    _, borrower = make_pair()
+    admitted = 0
+    for number in range(1, 41):
+        borrower.borrow("lender", Grant(number, PARTS, 2**40, PARTS), now_us, now_us, most=PARTS // 2)
+        while borrower.take(1, now_us):
+            admitted += 1
+        now_us += SECOND_US // 4
+    assert admitted <= 100 + 10 * 100 + 10 * 50
+
+
+def test_a_borrower_that_returns_tokens_it_never_had_brings_none() -> None:
+    lender, _ = make_pair()
+    now_us = SIT_OUT_US
+    assert lender.take(50, now_us)
+    for number in range(1, 100):
+        lender.lend("borrower", Ask(number, PARTS // 4), PARTS // 4, PARTS // 4, now_us)
+        lender.take_back("borrower", Return(number, 0, 2**40), now_us)
+        assert not lender.take(1, now_us)
+
+
 @pytest.mark.parametrize("order", list(permutations("bcd")))
 def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order: tuple[str, ...]) -> None:
     """Nodes are restarted into the new epoch one by one, d joins and a leaves; the sum is taken at every step."""
@@ -346,7 +455,7 @@ def test_a_region_without_demand_gives_back_what_it_borrowed() -> None:
     assert cluster.replicas["a"].bucket.share > 0.9 * PARTS
     cluster.run(1_200_000)
     assert [replica.bucket.share for replica in cluster.replicas.values()] == [
-        home_parts(cluster.membership.weights, node) for node in cluster.replicas
+        home_parts_of_key(cluster.membership.weights, node, b"k", 100) for node in cluster.replicas
     ]
 
 

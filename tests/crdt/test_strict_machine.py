@@ -21,7 +21,15 @@ class StrictMachine(RuleBasedStateMachine):
     """P5: the oracle is one bucket fed every admission of every replica at its true time."""
 
     @initialize(
-        limit=st.sampled_from([Limit(100, SECOND_US, 100), Limit(5, SECOND_US, 20), Limit(40, SECOND_US, 4)]),
+        limit=st.sampled_from(
+            [
+                Limit(100, SECOND_US, 100),
+                Limit(5, SECOND_US, 20),
+                Limit(40, SECOND_US, 4),
+                Limit(3, SECOND_US, 3),
+                Limit(2, SECOND_US, 2),
+            ]
+        ),
         seed=st.integers(0, 2**32),
         delay_us=st.sampled_from([500, 80_000, 700_000]),
         loss=st.sampled_from([0.0, 0.2]),

@@ -123,10 +123,13 @@ def test_a_new_fixed_window_does_not_hold_the_peers_old_counts() -> None:
 
 def test_what_a_peer_ahead_took_counts_when_its_window_begins_here() -> None:
     here, there = fixed(10), fixed(10, origin=THERE)
-    there.take(8, NOW_US + MINUTE_US)
-    here.merge(list(there.entries()), NOW_US)
+    begins_us = NOW_US - NOW_US % MINUTE_US + MINUTE_US
+    there.take(8, begins_us)
+    entries = list(there.entries())
+    assert here.merge(entries, begins_us - 15_000_000) == 0
+    here.merge(entries, begins_us - 5_000_000)
     assert here.remaining == 10
-    here.advance(NOW_US + MINUTE_US)
+    here.advance(begins_us)
     assert here.remaining == 2
 
 

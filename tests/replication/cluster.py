@@ -69,7 +69,12 @@ class End:
         self.owner = owner
         self.is_open = True
         self.stream = Stream(
-            owner.replicator, address, is_dialled=is_dialled, wake=self._pump_soon, now_us=owner.now_us
+            owner.replicator,
+            address,
+            is_dialled=is_dialled,
+            wake=self._pump_soon,
+            now_us=owner.now_us,
+            is_proven=True,
         )
         self.sent: list[bytes | None] = []
         """On the way to the other end, in order; None is the end of the connection."""

@@ -61,7 +61,7 @@ class Recorder(Store):
         super().__init__(B, lambda key: limit)
         self.told: list[tuple[bytes, Base | None, list[Entry]]] = []
 
-    def join(self, key, limit, base, entries, now_us):  # type: ignore[no-untyped-def]
+    def join(self, key, limit, base, entries, now_us, *, sender=None):  # type: ignore[no-untyped-def]
         self.told.append((key, base, list(entries)))
         return len(self.told[-1][2])
 
@@ -185,6 +185,7 @@ def test_what_is_no_buckets_name_is_refused(key: bytes) -> None:
         {"exponent": MIN_EXPONENT - 1},
         {"exponent": MAX_EXPONENT + 1},
         {"slots": [5, 0], "tokens": [1, 1]},
+        {"slots": [], "tokens": []},
         {"slots": [1, 2]},
         {"tokens": [1, 2]},
         {"tokens": [0]},
@@ -195,6 +196,7 @@ def test_what_is_no_buckets_name_is_refused(key: bytes) -> None:
     ids=[
         "too narrow",
         "too wide",
+        "no slot at all",
         "a slot twice",
         "a slot without a count",
         "a count without a slot",

@@ -111,14 +111,34 @@ def test_a_borrower_of_what_no_strict_rule_knows_is_told_that_there_is_nothing()
 
 def test_the_tokens_of_a_return_can_be_lent_by_the_ask_in_the_same_frame() -> None:
     b = Node("b")
-    [granted] = answer(b, "c", pb.Loans(asks=[pb.LoanAsk(key=KEY, number=1, parts=PARTS)])).grants
+    [granted] = answer(b, "a", pb.Loans(asks=[pb.LoanAsk(key=KEY, number=1, parts=PARTS)])).grants
     loans = pb.Loans(
         returns=[pb.LoanReturn(key=KEY, number=1, tokens=granted.tokens)],
-        asks=[pb.LoanAsk(key=KEY, number=2, parts=PARTS // 8)],
+        asks=[pb.LoanAsk(key=KEY, number=2, parts=PARTS // 4)],
     )
-    [again] = answer(b, "c", loans).grants
-    assert (again.parts, again.tokens) == (PARTS // 8, 12)
-    assert b.bucket().lent_to("c") == PARTS // 8
+    [again] = answer(b, "a", loans).grants
+    assert (again.parts, again.tokens) == (PARTS // 4, 25)
+    assert b.bucket().lent_to("a") == PARTS // 4
+
+
+def test_a_node_that_is_no_member_borrows_nothing_and_lends_nothing() -> None:
+    b = Node("b")
+    [granted] = answer(b, "stranger", pb.Loans(asks=[pb.LoanAsk(key=KEY, number=1, parts=PARTS)])).grants
+    assert (granted.parts, granted.tokens, granted.available) == (0, 0, 0)
+    b.use_up()
+    asked = loans_to(b, "a").asks[0]
+    answer(b, "stranger", pb.Loans(grants=[pb.LoanGrant(key=KEY, number=asked.number, parts=PARTS // 2, tokens=50)]))
+    assert not b.bucket().take(1, NOW_US)
+    assert b.lending.refused == 2
+
+
+def test_a_grant_of_more_than_the_lender_can_have_counts_as_its_share() -> None:
+    b = Node("b")
+    b.use_up()
+    asked = loans_to(b, "a").asks[0]
+    answer(b, "a", pb.Loans(grants=[pb.LoanGrant(key=KEY, number=asked.number, parts=PARTS, tokens=2**40)]))
+    assert b.bucket().borrowed_from("a") == PARTS // 2
+    assert b.bucket().remaining == 50
 
 
 @pytest.mark.parametrize("key", [b"\x09", b""], ids=["no bucket's name", "empty"])

@@ -122,9 +122,9 @@ def test_a_frame_takes_so_many_loans_and_key_bytes_that_it_is_answered_between_t
     outbox = LoanOutbox()
     outbox.add(Wishes(asks={b"%d" % index: Ask(1, 1) for index in range(MAX_BATCH_LOANS + 1)}))
     assert [len(next_loans(outbox).asks) for _ in range(2)] == [MAX_BATCH_LOANS, 1]
-    half = bytes(MAX_BATCH_BYTES // 2)
-    outbox.add(Wishes(asks={half + b"%d" % index: Ask(1, 1) for index in range(3)}))
-    assert [len(next_loans(outbox).asks) for _ in range(2)] == [2, 1]
+    part = bytes(MAX_BATCH_BYTES // 5)
+    outbox.add(Wishes(asks={part + b"%d" % index: Ask(1, 1) for index in range(6)}))
+    assert [len(next_loans(outbox).asks) for _ in range(2)] == [5, 1]
 
 
 def test_what_is_pending_is_bounded_and_a_known_bucket_is_always_updated() -> None:

@@ -327,11 +327,11 @@ class FaultyStore(Store):
 
     has_failed = False
 
-    def join(self, *args: object) -> int:
+    def join(self, *args: object, **named: object) -> int:
         if not self.has_failed:
             self.has_failed = True
             raise RuntimeError("a bug")
-        return super().join(*args)  # type: ignore[arg-type]
+        return super().join(*args, **named)  # type: ignore[arg-type]
 
 
 @pytest.mark.interpreted

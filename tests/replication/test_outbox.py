@@ -159,12 +159,13 @@ def test_a_batch_is_bounded_in_buckets(changed: bool, most: int) -> None:
 def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
     store = store_of(A)
     outbox = opened(store)
-    names = [f"{index}{'x' * 30_000}" for index in range(5)]
-    for name in names:
-        take(store, name, 1, NOW_US)
+    # Longer than any of ours: callers' long values are hashed.
+    keys = [b"%d" % index + b"x" * 15_000 for index in range(7)]
+    for key in keys:
+        store.bucket(key, PER_USER, NOW_US).take(1, NOW_US)
     note(outbox, store)
     batches = list(drained(outbox))
-    assert [len(batch.bucket_keys) for batch in batches] == [3, 2]
+    assert [len(batch.bucket_keys) for batch in batches] == [5, 2]
     assert all(batch.frame.ByteSize() < 2 * MAX_BATCH_BYTES for batch in batches)
 
 
@@ -243,7 +244,9 @@ def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
 def test_the_rest_of_a_bucket_does_not_wait_until_nothing_else_changes() -> None:
     store, outbox = with_changes(0)
     slot = slot_id(NOW_US, PER_USER.exponent)
-    heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_BATCH_ENTRIES + 1)]
+    nodes = [Origin(f"node {index}", 1) for index in range(MAX_BATCH_ENTRIES // 2 + 1)]
+    before = slot_id(NOW_US - (2 << PER_USER.exponent), PER_USER.exponent)
+    heard = [Entry(node, each, 1) for node in nodes for each in (slot, before)][: MAX_BATCH_ENTRIES + 1]
     bucket = take(store, "large", 1, NOW_US)
     bucket.merge(heard, NOW_US)
     outbox.tell(bucket.key)
@@ -768,7 +771,7 @@ def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_follow
     store = store_of(A)
     outbox = opened(store)
     outbox.close(NOW_US)
-    heard_us, back_us = NOW_US + 20 * SECOND_US, NOW_US + 60 * SECOND_US
+    heard_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
     bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
     open_stream(outbox)
     assert outbox.take_batch(back_us) is not None

@@ -265,6 +265,7 @@ def test_replication_counters_are_shown_by_peer_and_reason() -> None:
     }.items():
         assert sample(registry, name, **of_peer) == value, name
     assert sample(registry, "crdt_peer_protocol_errors_total", **of_peer, reason="malformed") == 1
+    assert sample(registry, "crdt_peer_refused_total", **of_peer, reason="ahead") == 9
     assert sample(registry, "crdt_protocol_errors_total", region="us-east-1", reason="malformed") == 4
     assert sample(registry, "crdt_unknown_keys_total", region="us-east-1") == 6
 

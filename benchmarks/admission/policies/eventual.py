@@ -6,7 +6,7 @@ end says so or has heard nothing for too long. Every pair of regions has one, di
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
@@ -67,13 +67,13 @@ class _CountingStore(Store):
         key: bytes,
         limit: AnyLimit,
         base: Base | None,
-        entries: Iterable[Entry],
+        entries: Sequence[Entry],
         now_us: int,
         *,
         replicated: bool = True,
+        sender: Origin | None = None,
     ) -> int:
-        entries = list(entries)
-        news = super().join(key, limit, base, entries, now_us, replicated=replicated)
+        news = super().join(key, limit, base, entries, now_us, replicated=replicated, sender=sender)
         taken = self._buckets[key].taken
         for origin, slot, tokens in entries:
             # One that came after its slot was sealed has been ignored.

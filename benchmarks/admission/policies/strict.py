@@ -11,7 +11,7 @@ from functools import partial
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.lending import Loans
-from ratelimit_sidecar.crdt.shares import LOAN_US, home_parts
+from ratelimit_sidecar.crdt.shares import LOAN_US, home_parts, home_parts_of_key
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
 from ratelimit_sidecar.replication.session import SILENCE_US
 
@@ -25,12 +25,15 @@ class Strict(LocalPolicy):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         timeline, names = setup.timeline, setup.network.topology.regions
-        home = home_parts(dict.fromkeys(names, 1), names[0])
+        key, weights = b"the limit", dict.fromkeys(names, 1)
+        home = home_parts(weights, names[0])
         # The regions were started long ago: their shares are theirs, and full.
         limit = setup.limit
         began_us = timeline.now_us - limit.ceiling // limit.tokens - 2 * LOAN_US
+        homes = [home_parts_of_key(weights, name, key, limit.capacity) for name in names]
         self._buckets = [
-            StrictBucket(b"the limit", limit, Origin(name, 1), began_us, home=home, from_us=began_us) for name in names
+            StrictBucket(key, limit, Origin(name, 1), began_us, home=each, from_us=began_us)
+            for name, each in zip(names, homes, strict=True)
         ]
         self._loans = [Loans(bucket, setup.random.getrandbits(31)) for bucket in self._buckets]
         self._homes = [{peer: home for peer in names if peer != name} for name in names]

@@ -1,0 +1,178 @@
+"""What one member can do to a limit with deltas that no honest replica would send, and what it cannot."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_SLOTS, Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+
+SECOND_US = 1_000_000
+DAY_US = 86_400 * SECOND_US
+NOW_US = 1_790_000_000_000_000
+HERE, THERE, HOSTILE = Origin("here", 1), Origin("there", 2), Origin("hostile", 3)
+MOST = 2**48
+
+LIMITS: tuple[AnyLimit, ...] = (
+    Limit(10, SECOND_US, 10),
+    Limit(5_000, SECOND_US, 5),
+    Limit(1_000, DAY_US, 1_000),
+    WindowLimit(10, SECOND_US, Window.FIXED),
+    WindowLimit(1_000, DAY_US, Window.FIXED),
+    WindowLimit(10, SECOND_US, Window.SLIDING),
+    WindowLimit(1_000, DAY_US, Window.SLIDING),
+)
+all_limits = pytest.mark.parametrize("limit", LIMITS, ids=str)
+
+
+def store_of(origin: Origin, limit: AnyLimit) -> Store:
+    return Store(origin, lambda _: limit)
+
+
+def bucket_of(store: Store, limit: AnyLimit, now_us: int = NOW_US) -> Bucket:
+    return store.bucket(b"k", limit, now_us)
+
+
+def locked_us(limit: AnyLimit) -> int:
+    """How long the worst that one says may deny everybody: until its debt is repaid, or its window is over."""
+    if isinstance(limit, Limit):
+        return MAX_AHEAD_US + limit.debt_ceiling // limit.tokens + (2 << limit.exponent)
+    return MAX_AHEAD_US + 2 * limit.period_us + (2 << limit.exponent)
+
+
+@all_limits
+def test_slots_of_any_width_anywhere_deny_for_no_longer_than_the_debt_ceiling_or_a_window(limit: AnyLimit) -> None:
+    store = store_of(HERE, limit)
+    entries = [
+        Entry(HOSTILE, slot_id(NOW_US + ahead_us, exponent), MOST)
+        for exponent in range(14, MAX_EXPONENT + 1)
+        for ahead_us in (-(2**exponent), 0, SECOND_US, MAX_AHEAD_US, DAY_US, 2**40, 2**exponent, 2 ** (exponent + 6))
+    ]
+    store.merge(b"k", Base(NOW_US - 6 * SECOND_US, 2**63 * limit.period_us), entries, NOW_US)
+    later_us = NOW_US + locked_us(limit)
+    assert bucket_of(store, limit).take(1, later_us)
+
+
+@all_limits
+def test_a_poisoned_bucket_is_dropped_within_days_whatever_it_was_told(limit: AnyLimit) -> None:
+    store = store_of(HERE, limit)
+    for exponent in range(14, MAX_EXPONENT + 1):
+        store.merge(b"k", None, [Entry(HOSTILE, slot_id(NOW_US + MAX_AHEAD_US, exponent), MOST)], NOW_US)
+    later_us = NOW_US + max(3 * DAY_US, 2 * locked_us(limit), 129 << limit.exponent)
+    for turn in range(3):
+        store.sweep(later_us + turn, 1)
+    assert len(store) == 0
+
+
+@all_limits
+def test_a_bucket_holds_few_slots_of_an_origin_the_newest_whatever_the_order(limit: AnyLimit) -> None:
+    exponent = limit.exponent
+    width_us = 1 << 14
+    entries = [
+        Entry(HOSTILE, slot_id(NOW_US - number * width_us, 14), 1)
+        for number in range(2 * MAX_SLOTS if exponent > 14 else 60)
+    ]
+    one, other = store_of(HERE, limit), store_of(THERE, limit)
+    one.merge(b"k", None, entries, NOW_US)
+    for entry in reversed(entries):
+        other.merge(b"k", None, [entry], NOW_US)
+    buckets = [bucket_of(store, limit) for store in (one, other)]
+    assert buckets[0].taken == buckets[1].taken
+    assert buckets[0].fold(NOW_US) == buckets[1].fold(NOW_US)
+    assert buckets[0].remaining == buckets[1].remaining
+    assert all(len(slots) <= MAX_SLOTS for bucket in buckets for slots in bucket.taken.values())
+
+
+@all_limits
+def test_invented_origins_find_little_place_and_connected_peers_always_do(limit: AnyLimit) -> None:
+    store = store_of(HERE, limit)
+    slot = slot_of(limit)
+    store.merge(b"k", None, [Entry(Origin("ghost", number), slot, 1) for number in range(1, 5_000)], NOW_US)
+    assert len(bucket_of(store, limit).taken) == MAX_ORIGINS
+    store.journal.peers.add(THERE)
+    assert store.merge(b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+    assert THERE in bucket_of(store, limit).taken
+
+
+def slot_of(limit: AnyLimit) -> int:
+    """The slot in which everybody writes now."""
+    if isinstance(limit, WindowLimit) and limit.window is Window.FIXED:
+        return slot_id(NOW_US - NOW_US % limit.period_us, limit.exponent)
+    return slot_id(NOW_US, limit.exponent)
+
+
+@all_limits
+def test_what_is_said_of_an_origin_is_put_right_by_its_own_word(limit: AnyLimit) -> None:
+    """Replicas that differ by what a third has invented are alike again once the origin has told of the bucket."""
+    here, there = store_of(HERE, limit), store_of(THERE, limit)
+    bucket_of(there, limit).take(3, NOW_US)
+    [slot] = bucket_of(there, limit).taken[THERE]
+    forged = [Entry(THERE, slot, 1_000_000)]
+    here.merge(b"k", None, forged, NOW_US)
+    there.merge(b"k", None, forged, NOW_US)
+    assert bucket_of(there, limit).taken[THERE] == {slot: 3}, "own origins cannot be written by others"
+    later_us = NOW_US + (1 << limit.exponent) + 3 * SECOND_US
+    if isinstance(limit, WindowLimit) and limit.window is Window.FIXED:
+        later_us = NOW_US
+    told = list(bucket_of(there, limit).entries())
+    here.join(b"k", limit, None, told, later_us, sender=THERE)
+    one, other = (bucket_of(store, limit, later_us) for store in (here, there))
+    one.advance(later_us)
+    other.advance(later_us)
+    assert one.taken == other.taken
+    assert one.fold(later_us) == other.fold(later_us)
+
+
+def test_bases_of_any_size_make_replicas_alike_in_whatever_order_they_are_heard() -> None:
+    limit = Limit(1, SECOND_US, 10)
+    bases = [Base(limit.boundary_us(NOW_US - back * SECOND_US), 2**63 * SECOND_US // (back + 1)) for back in range(4)]
+    found = set()
+    for order in permutations(bases):
+        store = store_of(HERE, limit)
+        for base in order:
+            store.merge(b"k", base, [], NOW_US)
+        bucket = bucket_of(store, limit)
+        bucket.seal(NOW_US)
+        found.add((bucket.base, bucket.deficit))
+    assert len(found) == 1
+
+
+entries_of_many = st.lists(
+    st.builds(
+        lambda node, back, tokens: Entry(Origin(node, 1), slot_id(NOW_US - back * 100_000, 17), tokens),
+        st.sampled_from("abc"),
+        st.integers(0, 90),
+        st.integers(1, 40) | st.just(MOST),
+    ),
+    max_size=30,
+)
+
+
+@given(entries=entries_of_many, order=st.randoms(use_true_random=False), max_debt=st.integers(1, 3))
+def test_debt_is_cut_at_once_and_alike_whatever_the_order(entries: list[Entry], order, max_debt: int) -> None:
+    limit = Limit(4, SECOND_US, 4, max_debt=max_debt)
+    shuffled = list(entries)
+    order.shuffle(shuffled)
+    one, other = store_of(HERE, limit), store_of(THERE, limit)
+    one.merge(b"k", None, entries, NOW_US)
+    for entry in shuffled:
+        other.merge(b"k", None, [entry], NOW_US)
+    buckets = [bucket_of(store, limit) for store in (one, other)]
+    assert buckets[0].fold(NOW_US) == buckets[1].fold(NOW_US) == buckets[0].deficit == buckets[1].deficit
+    assert buckets[0].deficit <= limit.debt_ceiling
+    later_us = NOW_US + 3 * SECOND_US
+    buckets[0].seal(later_us)
+    assert buckets[0].fold(later_us) == buckets[1].fold(later_us)
+
+
+def test_a_take_that_is_charged_though_denied_owes_no_more_than_the_debt_ceiling() -> None:
+    limit = Limit(1, SECOND_US, 10)
+    bucket = bucket_of(store_of(HERE, limit), limit)
+    bucket.take(2**40, NOW_US, always=True)
+    assert bucket.deficit == limit.debt_ceiling
