@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -31,7 +31,7 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
-from ratelimit_sidecar.telemetry.exposition import encode_registry
+from ratelimit_sidecar.telemetry.exposition import Exposition
 
 DEFAULT_PAGE_BUCKETS = 100
 MAX_PAGE_BUCKETS = 200
@@ -82,7 +82,8 @@ class _Console:
         self._sources = sources
         limiter = sources.limiter
         # An empty ledger is false.
-        self._pager = BucketPager(limiter.store, () if limiter.ledger is None else limiter.ledger)
+        self._pager = BucketPager(limiter.store, *(() if limiter.ledger is None else (limiter.ledger,)))
+        self._exposition = Exposition(sources.registry)
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
@@ -122,8 +123,8 @@ class _Console:
         )
 
     async def metrics(self, request: Request) -> Response:
-        body, content_type = await encode_registry(self._sources.registry, request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
+        body, content_type = self._exposition.encode(request.headers.get("accept", ""))
+        return StreamingResponse(body, headers={"content-type": content_type})
 
     async def healthz(self, _request: Request) -> Response:
         return JSONResponse({"alive": True})

@@ -149,6 +149,7 @@ def _give_back(retired: Retired) -> None:
     rules, retired.rules = retired.rules, None
     if rules is not None:
         pieces = pieces_of_rules(rules.domains.values())
+        pieces += rules.names
         del rules
         let_go(pieces)
 
