@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
+from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
@@ -35,7 +35,9 @@ from ratelimit_sidecar.telemetry.exposition import Exposition
 
 DEFAULT_PAGE_BUCKETS = 100
 MAX_PAGE_BUCKETS = 200
-"""Describing one takes some 5 us."""
+
+DESCRIBED_AT_ONCE = 25
+"""Buckets, in half a millisecond."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -163,15 +165,19 @@ class _Console:
         prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
         limiter = self._sources.limiter
         page = await self._pager.page(after, limit, prefixes)
-        now_us = self._sources.now_us()
-        strict_us = now_us - limiter.jumped_us
+        described: list[BucketDescription] = []
+        for start in range(0, len(page.buckets), DESCRIBED_AT_ONCE):
+            now_us = self._sources.now_us()
+            strict_us = now_us - limiter.jumped_us
+            described += [
+                describe_bucket(bucket, limiter.rules, strict_us if isinstance(bucket, StrictBucket) else now_us)
+                for bucket in page.buckets[start : start + DESCRIBED_AT_ONCE]
+            ]
+            await asyncio.sleep(0)
         return JSONResponse(
             {
                 "active": len(limiter.store) + len(limiter.ledger or ()),
-                "buckets": [
-                    describe_bucket(bucket, limiter.rules, strict_us if isinstance(bucket, StrictBucket) else now_us)
-                    for bucket in page.buckets
-                ],
+                "buckets": described,
                 "next": _cursor(page.buckets[-1].key) if page.more else None,
             }
         )

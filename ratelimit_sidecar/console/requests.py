@@ -10,12 +10,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-
 MAX_REQUESTS = 32
 """That the application works on at once; more are answered 503."""
-MAX_BODY_BYTES = MAX_MESSAGE_BYTES
-"""Of a request to /json, which may be as large as one over gRPC; a larger one is answered 413."""
+MAX_BODY_BYTES = 262_144
+"""Of a request to /json; a larger one is answered 413. Parsing so much JSON keeps Python's lock for 2 ms."""
 
 _TOO_LARGE = JSONResponse({"error": f"a body may have {MAX_BODY_BYTES} bytes"}, 413)
 _TOO_MANY = JSONResponse({"error": f"{MAX_REQUESTS} other requests are being answered"}, 503)
