@@ -7,12 +7,12 @@ They share the event loop with the decisions, so each does its work in slices of
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import structlog
+from cryptography.fernet import Fernet, InvalidToken
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,11 +22,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.console.browsers import GuardedFromPages
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
-from ratelimit_sidecar.limiter.key import FORMS, decode_bucket_key, encode_bucket_key
+from ratelimit_sidecar.limiter.key import FORMS, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -54,6 +55,8 @@ class Sources:
         now_us: the clock of the decisions.
         reloader: of the limiter's rules.
         should_rate_limit: the method of the gRPC service.
+        shows_values: of descriptors, as callers gave them.
+        names: by which the console is called, besides those that can only be its own (`console.browsers`).
     """
 
     node: str
@@ -67,6 +70,8 @@ class Sources:
     now_us: Callable[[], int]
     reloader: Reloader
     should_rate_limit: UnaryHandler
+    shows_values: bool = False
+    names: Sequence[str] = ()
 
 
 def create_app(sources: Sources) -> ASGIApp:
@@ -76,7 +81,7 @@ def create_app(sources: Sources) -> ASGIApp:
         routes=[Route("/", console.index, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
     )
-    return partial(_log_failures, app)
+    return partial(_log_failures, GuardedFromPages(app, sources.names))
 
 
 class _Console:
@@ -86,6 +91,7 @@ class _Console:
         # An empty ledger is false.
         self._pager = BucketPager(limiter.store, *(() if limiter.ledger is None else (limiter.ledger,)))
         self._exposition = Exposition(sources.registry)
+        self._seal = Fernet(Fernet.generate_key())
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
@@ -160,7 +166,7 @@ class _Console:
     async def buckets(self, request: Request) -> Response:
         query = _query(request, "after", "limit", "domain")
         limit = _page_size(query.get("limit"))
-        after = _cursor_key(query["after"]) if "after" in query else b""
+        after = self._cursor_key(query["after"]) if "after" in query else b""
         domain = query.get("domain")
         prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
         limiter = self._sources.limiter
@@ -170,7 +176,12 @@ class _Console:
             now_us = self._sources.now_us()
             strict_us = now_us - limiter.jumped_us
             described += [
-                describe_bucket(bucket, limiter.rules, strict_us if isinstance(bucket, StrictBucket) else now_us)
+                describe_bucket(
+                    bucket,
+                    limiter.rules,
+                    strict_us if isinstance(bucket, StrictBucket) else now_us,
+                    shows_values=self._sources.shows_values,
+                )
                 for bucket in page.buckets[start : start + DESCRIBED_AT_ONCE]
             ]
             await asyncio.sleep(0)
@@ -178,7 +189,7 @@ class _Console:
             {
                 "active": len(limiter.store) + len(limiter.ledger or ()),
                 "buckets": described,
-                "next": _cursor(page.buckets[-1].key) if page.more else None,
+                "next": self._cursor(page.buckets[-1].key) if page.more else None,
             }
         )
 
@@ -195,6 +206,16 @@ class _Console:
                 ],
             }
         )
+
+    def _cursor(self, bucket_key: bytes) -> str:
+        """Sealed, since there are values of callers in it."""
+        return self._seal.encrypt(bucket_key).decode().rstrip("=")
+
+    def _cursor_key(self, given: str) -> bytes:
+        try:
+            return self._seal.decrypt(given + "=" * (-len(given) % 4))
+        except (InvalidToken, ValueError) as error:
+            raise _BadQuery(f"after is {given!r}, expected the `next` of another page of this process") from error
 
 
 class _BadQuery(Exception):
@@ -223,19 +244,6 @@ def _page_size(given: str | None) -> int:
     if given.isascii() and given.isdecimal() and len(given) <= 4 and 1 <= int(given) <= MAX_PAGE_BUCKETS:
         return int(given)
     raise _BadQuery(f"limit is {given!r}, expected 1 to {MAX_PAGE_BUCKETS}")
-
-
-def _cursor(bucket_key: bytes) -> str:
-    return base64.urlsafe_b64encode(bucket_key).decode().rstrip("=")
-
-
-def _cursor_key(given: str) -> bytes:
-    try:
-        key = base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True)
-        decode_bucket_key(key)
-    except ValueError as error:
-        raise _BadQuery(f"after is {given!r}, expected the `next` of another page") from error
-    return key
 
 
 async def _bad_query(_request: Request, error: Exception) -> Response:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import secrets
 from collections.abc import Iterator
+from hashlib import blake2b
 from itertools import chain, islice
 from operator import attrgetter
 from typing import NamedTuple, Protocol, TypedDict
@@ -44,6 +46,12 @@ _MATCH_NAMES = {
     OVERRIDE: "override",
     OVERRIDE_LIMIT: "override_limit",
 }
+
+
+_CALLERS_OWN = {KEY_ONLY, WILDCARD_VALUE, UNRULED}
+"""Entries whose values a caller chooses; all others stand in the rules."""
+
+_SECRET = secrets.token_bytes(32)
 
 
 class Page(NamedTuple):
@@ -80,6 +88,8 @@ class BucketPager:
 class EntryDescription(TypedDict):
     key: str
     value: str
+    """One that a caller chooses is shown by a hash of this process alone, unless values are to be shown: it may be a
+    token or somebody's address."""
     match: str
     """What the rule names: "key_value"; "key" (each value has a bucket of its own); "pattern", with the "value" after
     it when each has a bucket of its own; or "none": no rule matched. "override": the request gave the limit, which
@@ -105,14 +115,21 @@ class BucketDescription(TypedDict):
     slots: int
 
 
-def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescription:
+def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: bool) -> BucketDescription:
     """A bucket as it is at `now_us`, by its own clock."""
     bucket.advance(now_us)
     _, domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
     return {
         "domain": domain,
-        "entries": [{"key": entry.key, "value": entry.value, "match": _MATCH_NAMES[entry.kind]} for entry in entries],
+        "entries": [
+            {
+                "key": entry.key,
+                "value": entry.value if shows_values or entry.kind not in _CALLERS_OWN else _hidden(entry.value),
+                "match": _MATCH_NAMES[entry.kind],
+            }
+            for entry in entries
+        ],
         "rule": rule.name if rule is not None else None,
         "capacity": bucket.limit.capacity,
         "remaining": bucket.remaining,
@@ -123,3 +140,8 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescript
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }
+
+
+def _hidden(value: str) -> str:
+    """Two values can be told apart by it, and none can be found by trying."""
+    return f"hidden:{blake2b(value.encode(), key=_SECRET, digest_size=8).hexdigest()}"

@@ -1,8 +1,10 @@
 """One HTTP/1.1 connection of the console: uvicorn's, with bounds on how long a client can hold it by being slow.
 
 uvicorn itself only bounds the time between two requests. Here a request has to come whole within REQUEST_SECONDS and an
-answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of the one that
-has waited for its client the longest, so slow clients, however many, keep no probe out.
+answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of another: of
+those from the address with most of them, the one that has waited for its client the longest. So slow clients, however
+many, keep no probe out. One that sends requests before it has the answer to the last (pipelining, which no client of
+ours does) has its connection closed after that answer: so each waits for its client now and then.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
+from collections import Counter
 from enum import Enum, auto
 from typing import Any
 
@@ -63,6 +66,9 @@ class ConsoleConnection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            # What is sent first is taken first.
+            self.transport.close()
         super().on_response_complete()
         self._watch()
 
@@ -122,9 +128,14 @@ class ConsoleConnection(H11Protocol):
         return None
 
     def _make_room(self) -> None:
-        others = (other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self)
+        others = [other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self]
         waiting = [other for other in others if other._wait is not None]
         if waiting:
-            min(waiting, key=lambda other: other._waits_since).abort()
+            held = Counter(other._address for other in others)
+            min(waiting, key=lambda other: (-held[other._address], other._waits_since)).abort()
         else:
             self.abort()
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""

@@ -28,6 +28,9 @@ def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaita
     """
 
     async def decide(request: Request) -> Response:
+        # No page of another site can send that without asking first, which is not answered.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "expected the header Content-Type: application/json")
         try:
             message = await asyncio.to_thread(Parse, await request.body(), RateLimitRequest())
         except (ParseError, UnicodeDecodeError) as error:

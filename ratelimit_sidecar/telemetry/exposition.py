@@ -44,7 +44,7 @@ class Exposition:
         encode, content_type = choose_encoder(accept)
         return self._encoded(encode, content_type.startswith("application/openmetrics-text")), content_type
 
-    async def _encoded(self, encode: Callable[[CollectorRegistry], bytes], is_openmetrics: bool) -> AsyncIterator[bytes]:
+    async def _encoded(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> AsyncIterator[bytes]:
         slices = _slices(self._registry)
         piece = b""
         while True:

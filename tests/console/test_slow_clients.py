@@ -6,10 +6,10 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from console.running_console import GET, LARGE_BYTES, App, connect, get, running
+from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
 from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
+from ratelimit_sidecar.console.requests import MAX_REQUESTS, MAX_SCRAPES_OF_ADDRESS
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
@@ -128,3 +128,59 @@ async def test_answers_that_are_not_taken_keep_no_probe_out(monkeypatch: pytest.
             client.send(GET_LARGE * 3)
             await client.some()
         assert (await get(server)).status_code == 200
+
+
+async def test_those_of_the_address_that_has_most_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.MAX_CONNECTIONS", 3)
+    async with (
+        running() as server,
+        connect(server, "127.0.0.9") as alone,
+        connect(server) as first,
+        connect(server) as _second,
+        connect(server) as _third,
+    ):
+        assert await first.closed() == b""
+        alone.send(GET)
+        assert await alone.status() == 200
+
+
+async def test_whoever_does_not_wait_for_an_answer_gets_no_second_one() -> None:
+    async with running() as server, connect(server) as client:
+        client.send(GET * 3)
+        answers = await client.closed()
+        assert answers.count(b"HTTP/1.1 200 OK") == 1
+
+
+async def test_probes_have_a_place_when_all_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 1)
+    app = App()
+    async with running(app) as server, connect(server) as at_work:
+        at_work.send(GET.replace(b"/ ", b"/slow ", 1))
+        await app.slow_began.wait()
+        assert (await get(server)).status_code == 503
+        for path in ("/healthz", "/readyz", "/healthcheck", "/metrics"):
+            assert (await get(server, path)).status_code == 200
+        app.slow_may_end.set()
+
+
+async def test_of_scrapes_that_are_not_taken_an_address_has_some_and_only_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = App()
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running(app))
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(MAX_SCRAPES_OF_ADDRESS)]
+        for client in clients:
+            client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
+            await client.some()
+        assert (await get(server, "/metrics")).status_code == 503
+        other = await stack.enter_async_context(connect(server, "127.0.0.9"))
+        other.send(GET.replace(b"/ ", b"/metrics ", 1))
+        assert await other.status() == 200
+        clients.pop().close()
+        await until(lambda: app.endless == MAX_SCRAPES_OF_ADDRESS - 1)
+        assert (await get(server, "/metrics")).status_code == 200
+        monkeypatch.setattr("ratelimit_sidecar.console.requests.SCRAPE_SECONDS", 0.05)
+        late = await stack.enter_async_context(connect(server))
+        late.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
+        await late.closed()

@@ -1,5 +1,5 @@
-"""`python crowded_sidecar.py FOLDER` notes how long a sidecar with 20,000 rules and 1,000,000 buckets holds its event loop
-while its console, its health check and its files are used.
+"""`python crowded_sidecar.py FOLDER` notes how long a sidecar with 20,000 rules and 1,000,000 buckets holds its event
+loop while its console, its health check and its files are used.
 
 It is a whole sidecar on asyncio's own loop, whose callbacks can be timed, by the processor time of the loop's thread:
 neither what else runs on the machine counts nor the clients, which are in another thread. What seems to take longer
@@ -173,7 +173,9 @@ sync:
         time.sleep(1)
 
 
-def measure(crowded: Crowded, times: CallbackTimes, ask: Callable[[Callable[[], Any]], Any]) -> dict[str, dict[str, float]]:
+def measure(
+    crowded: Crowded, times: CallbackTimes, ask: Callable[[Callable[[], Any]], Any]
+) -> dict[str, dict[str, float]]:
     crowded.wait()
     deeds: dict[str, Callable[[], None]] = {
         **{f"GET {path}": lambda path=path: crowded.get(path) for path in PAGES},

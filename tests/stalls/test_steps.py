@@ -12,7 +12,7 @@ from stalls.crowded_sidecar import LONG_MS
 
 
 def test_nothing_holds_the_loop_of_a_sidecar_with_20_000_rules_and_a_million_buckets(tmp_path: Path) -> None:
-    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+    path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
     program = [sys.executable, "-m", "stalls.crowded_sidecar", str(tmp_path)]
     done = subprocess.run(
         program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False
