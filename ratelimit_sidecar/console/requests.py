@@ -3,7 +3,7 @@
 A request takes part in MAX_REQUESTS from when it has come whole until its answer begins, so that none of them waits for
 a client: slow ones can't keep others out. Probes need no place among them, and scrapes have MAX_SCRAPES of their own,
 until their answers, which are made while they are sent, have been taken. One request begins in a turn of the event
-loop, in the order in which they came: however many come, each waits for a few others only, and so do decisions.
+loop, and one probe or scrape, in the order in which they came: however many come, decisions wait for no more.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class BoundedRequests:
         self._scraping: list[str] = []
         """The addresses of those who do."""
         self._one_begins = asyncio.Lock()
+        self._one_probe_begins = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -50,7 +51,8 @@ class BoundedRequests:
             return
         if body is None:
             return
-        async with self._one_begins:
+        is_probe = scope["path"] in {*PROBES, SCRAPE}
+        async with self._one_probe_begins if is_probe else self._one_begins:
             await asyncio.sleep(0)
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

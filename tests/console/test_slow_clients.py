@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
 from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
 from ratelimit_sidecar.console.requests import MAX_REQUESTS, MAX_SCRAPES_OF_ADDRESS
+from ratelimit_sidecar.console.server import ConsoleServer
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
@@ -99,6 +100,7 @@ async def test_the_connection_that_waits_for_its_client_the_longest_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"{CONNECTION}.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(f"{CONNECTION}.NEW_SECONDS", 0.0)
     app = App()
     async with (
         running(app) as server,
@@ -135,11 +137,10 @@ async def test_those_of_the_address_that_has_most_make_room(monkeypatch: pytest.
     async with (
         running() as server,
         connect(server, "127.0.0.9") as alone,
-        connect(server) as first,
-        connect(server) as _second,
-        connect(server) as _third,
+        connect(server),
+        connect(server),
+        connect(server),
     ):
-        assert await first.closed() == b""
         alone.send(GET)
         assert await alone.status() == 200
 
@@ -184,3 +185,21 @@ async def test_of_scrapes_that_are_not_taken_an_address_has_some_and_only_for_a_
         late = await stack.enter_async_context(connect(server))
         late.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
         await late.closed()
+
+
+@pytest.mark.parametrize("requests", [1, 50])
+async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(requests: int) -> None:
+    async def ask_on(server: ConsoleServer) -> None:
+        while True:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                async with connect(server) as client:
+                    while True:
+                        client.send(GET * requests)
+                        await client.status()
+
+    async with running() as server, asyncio.TaskGroup() as tasks:
+        busy = [tasks.create_task(ask_on(server)) for _ in range(MAX_CONNECTIONS + 12)]
+        for _ in range(10):
+            assert (await get(server, "/healthz")).status_code == 200
+        for task in busy:
+            task.cancel()
