@@ -225,6 +225,8 @@ class Sidecar:
                 now_us=self._clock.now_us,
                 reloader=self._reloader,
                 should_rate_limit=service.should_rate_limit,
+                shows_values=config.listen.admin_shows_values,
+                names=config.listen.admin_names,
             )
         )
         self._console = ConsoleServer(console_app, config.listen.admin)

@@ -265,6 +265,17 @@ class ListenConfig(Section):
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
     )
+    admin_names: tuple[Name, ...] = Field(
+        (),
+        strict=False,
+        description="Host names by which `listen.admin` is called, when they are in a public domain. Other names there"
+        " are refused, but for probes and scrapes, so that no web page can read it through somebody's browser.",
+    )
+    admin_shows_values: Flag = Field(
+        False,
+        description="Whether `/buckets` shows values of descriptors as callers gave them, tokens and addresses among"
+        " them; otherwise by a hash.",
+    )
     sync: Annotated[
         TcpListenAddress | None,
         ShownDefault(

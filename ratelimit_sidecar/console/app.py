@@ -7,35 +7,38 @@ They share the event loop with the decisions, so each does its work in slices of
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import structlog
+from cryptography.fernet import Fernet, InvalidToken
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.console.buckets import BucketPager, describe_bucket
+from ratelimit_sidecar.console.browsers import GuardedFromPages
+from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
-from ratelimit_sidecar.limiter.key import FORMS, decode_bucket_key, encode_bucket_key
+from ratelimit_sidecar.limiter.key import FORMS, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
-from ratelimit_sidecar.telemetry.exposition import encode_registry
+from ratelimit_sidecar.telemetry.exposition import Exposition
 
 DEFAULT_PAGE_BUCKETS = 100
 MAX_PAGE_BUCKETS = 200
-"""Describing one takes some 5 us."""
+
+DESCRIBED_AT_ONCE = 25
+"""Buckets, in half a millisecond."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -52,6 +55,8 @@ class Sources:
         now_us: the clock of the decisions.
         reloader: of the limiter's rules.
         should_rate_limit: the method of the gRPC service.
+        shows_values: of descriptors, as callers gave them.
+        names: by which the console is called, besides those that can only be its own (`console.browsers`).
     """
 
     node: str
@@ -65,6 +70,8 @@ class Sources:
     now_us: Callable[[], int]
     reloader: Reloader
     should_rate_limit: UnaryHandler
+    shows_values: bool = False
+    names: Sequence[str] = ()
 
 
 def create_app(sources: Sources) -> ASGIApp:
@@ -74,7 +81,7 @@ def create_app(sources: Sources) -> ASGIApp:
         routes=[Route("/", console.index, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
     )
-    return partial(_log_failures, app)
+    return partial(_log_failures, GuardedFromPages(app, sources.names))
 
 
 class _Console:
@@ -82,7 +89,9 @@ class _Console:
         self._sources = sources
         limiter = sources.limiter
         # An empty ledger is false.
-        self._pager = BucketPager(limiter.store, () if limiter.ledger is None else limiter.ledger)
+        self._pager = BucketPager(limiter.store, *(() if limiter.ledger is None else (limiter.ledger,)))
+        self._exposition = Exposition(sources.registry)
+        self._seal = Fernet(Fernet.generate_key())
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
@@ -122,8 +131,8 @@ class _Console:
         )
 
     async def metrics(self, request: Request) -> Response:
-        body, content_type = await encode_registry(self._sources.registry, request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
+        body, content_type = self._exposition.encode(request.headers.get("accept", ""))
+        return StreamingResponse(body, headers={"content-type": content_type})
 
     async def healthz(self, _request: Request) -> Response:
         return JSONResponse({"alive": True})
@@ -157,21 +166,30 @@ class _Console:
     async def buckets(self, request: Request) -> Response:
         query = _query(request, "after", "limit", "domain")
         limit = _page_size(query.get("limit"))
-        after = _cursor_key(query["after"]) if "after" in query else b""
+        after = self._cursor_key(query["after"]) if "after" in query else b""
         domain = query.get("domain")
         prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
         limiter = self._sources.limiter
         page = await self._pager.page(after, limit, prefixes)
-        now_us = self._sources.now_us()
-        strict_us = now_us - limiter.jumped_us
+        described: list[BucketDescription] = []
+        for start in range(0, len(page.buckets), DESCRIBED_AT_ONCE):
+            now_us = self._sources.now_us()
+            strict_us = now_us - limiter.jumped_us
+            described += [
+                describe_bucket(
+                    bucket,
+                    limiter.rules,
+                    strict_us if isinstance(bucket, StrictBucket) else now_us,
+                    shows_values=self._sources.shows_values,
+                )
+                for bucket in page.buckets[start : start + DESCRIBED_AT_ONCE]
+            ]
+            await asyncio.sleep(0)
         return JSONResponse(
             {
                 "active": len(limiter.store) + len(limiter.ledger or ()),
-                "buckets": [
-                    describe_bucket(bucket, limiter.rules, strict_us if isinstance(bucket, StrictBucket) else now_us)
-                    for bucket in page.buckets
-                ],
-                "next": _cursor(page.buckets[-1].key) if page.more else None,
+                "buckets": described,
+                "next": self._cursor(page.buckets[-1].key) if page.more else None,
             }
         )
 
@@ -189,6 +207,16 @@ class _Console:
                 ],
             }
         )
+
+    def _cursor(self, bucket_key: bytes) -> str:
+        """Sealed, since there are values of callers in it."""
+        return self._seal.encrypt(bucket_key).decode().rstrip("=")
+
+    def _cursor_key(self, given: str) -> bytes:
+        try:
+            return self._seal.decrypt(given + "=" * (-len(given) % 4))
+        except (InvalidToken, ValueError) as error:
+            raise _BadQuery(f"after is {given!r}, expected the `next` of another page of this process") from error
 
 
 class _BadQuery(Exception):
@@ -217,19 +245,6 @@ def _page_size(given: str | None) -> int:
     if given.isascii() and given.isdecimal() and len(given) <= 4 and 1 <= int(given) <= MAX_PAGE_BUCKETS:
         return int(given)
     raise _BadQuery(f"limit is {given!r}, expected 1 to {MAX_PAGE_BUCKETS}")
-
-
-def _cursor(bucket_key: bytes) -> str:
-    return base64.urlsafe_b64encode(bucket_key).decode().rstrip("=")
-
-
-def _cursor_key(given: str) -> bytes:
-    try:
-        key = base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True)
-        decode_bucket_key(key)
-    except ValueError as error:
-        raise _BadQuery(f"after is {given!r}, expected the `next` of another page") from error
-    return key
 
 
 async def _bad_query(_request: Request, error: Exception) -> Response:

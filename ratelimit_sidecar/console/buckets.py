@@ -3,18 +3,19 @@
 A cursor is the last key of the page before, and a page holds the next greater ones. So the server keeps nothing between
 pages, and a bucket that is there from the first page to the last is listed exactly once, whatever comes and goes
 meanwhile. The price is a pass over all buckets for each page, since a dict has no order to seek in. The pass goes in
-slices of `SLICE_BUCKETS`, over a list of references that lives as long as the request (8 bytes a bucket; taking it is
-the one step that grows with their number: 2 to 4 ms per 100,000 buckets) and only one request at a time makes one.
+slices of `SLICE_BUCKETS`, and only one request at a time makes one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable
-from itertools import chain
+import secrets
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import chain, islice
 from operator import attrgetter
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.shares import PARTS
@@ -31,8 +32,8 @@ from ratelimit_sidecar.limiter.key import (
 )
 from ratelimit_sidecar.limiter.rules import Rules
 
-SLICE_BUCKETS = 2_048
-"""Looked at in one go, in half a millisecond."""
+SLICE_BUCKETS = 512
+"""Looked at in one go, in half a millisecond to one, since each is somewhere else in memory."""
 
 _by_key = attrgetter("key")
 
@@ -47,28 +48,37 @@ _MATCH_NAMES = {
 }
 
 
+_CALLERS_OWN = {KEY_ONLY, WILDCARD_VALUE, UNRULED}
+"""Entries whose values a caller chooses; all others stand in the rules."""
+
+_SECRET = secrets.token_bytes(32)
+
+
 class Page(NamedTuple):
     buckets: list[Bucket]
     more: bool
     """There are buckets after these."""
 
 
+class Walked(Protocol):
+    """A store, as far as pages need one."""
+
+    def walk(self) -> Iterator[Bucket]:
+        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+
+
 class BucketPager:
-    def __init__(self, *stores: Iterable[Bucket]) -> None:
+    def __init__(self, *stores: Walked) -> None:
         self._stores = stores
         self._one_pass = asyncio.Lock()
 
     async def page(self, after: bytes, limit: int, prefixes: tuple[bytes, ...] = (b"",)) -> Page:
         """The first `limit` buckets whose key is greater than `after` and begins with one of `prefixes`."""
         async with self._one_pass:
-            buckets = list(chain(*self._stores))
+            buckets = chain.from_iterable(store.walk() for store in self._stores)
             first: list[Bucket] = []
-            for start in range(0, len(buckets), SLICE_BUCKETS):
-                found = [
-                    bucket
-                    for bucket in buckets[start : start + SLICE_BUCKETS]
-                    if bucket.key > after and bucket.key.startswith(prefixes)
-                ]
+            while some := list(islice(buckets, SLICE_BUCKETS)):
+                found = [bucket for bucket in some if bucket.key > after and bucket.key.startswith(prefixes)]
                 # One more than asked for tells whether there are more.
                 first = heapq.nsmallest(limit + 1, first + found, _by_key)
                 await asyncio.sleep(0)
@@ -78,6 +88,8 @@ class BucketPager:
 class EntryDescription(TypedDict):
     key: str
     value: str
+    """One that a caller chooses is shown by a hash of this process alone, unless values are to be shown: it may be a
+    token or somebody's address."""
     match: str
     """What the rule names: "key_value"; "key" (each value has a bucket of its own); "pattern", with the "value" after
     it when each has a bucket of its own; or "none": no rule matched. "override": the request gave the limit, which
@@ -103,14 +115,21 @@ class BucketDescription(TypedDict):
     slots: int
 
 
-def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescription:
+def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: bool) -> BucketDescription:
     """A bucket as it is at `now_us`, by its own clock."""
     bucket.advance(now_us)
     _, domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
     return {
         "domain": domain,
-        "entries": [{"key": entry.key, "value": entry.value, "match": _MATCH_NAMES[entry.kind]} for entry in entries],
+        "entries": [
+            {
+                "key": entry.key,
+                "value": entry.value if shows_values or entry.kind not in _CALLERS_OWN else _hidden(entry.value),
+                "match": _MATCH_NAMES[entry.kind],
+            }
+            for entry in entries
+        ],
         "rule": rule.name if rule is not None else None,
         "capacity": bucket.limit.capacity,
         "remaining": bucket.remaining,
@@ -121,3 +140,8 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int) -> BucketDescript
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }
+
+
+def _hidden(value: str) -> str:
+    """Two values can be told apart by it, and none can be found by trying."""
+    return f"hidden:{blake2b(value.encode(), key=_SECRET, digest_size=8).hexdigest()}"

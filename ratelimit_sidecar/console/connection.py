@@ -1,8 +1,12 @@
 """One HTTP/1.1 connection of the console: uvicorn's, with bounds on how long a client can hold it by being slow.
 
 uvicorn itself only bounds the time between two requests. Here a request has to come whole within REQUEST_SECONDS and an
-answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of the one that
-has waited for its client the longest, so slow clients, however many, keep no probe out.
+answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of another: of
+those from the address with most of them, the one that has waited for its client the longest, or when they all have
+asked, one that is no probe. So slow clients, and busy ones, however many, keep no probe out.
+
+One that sends requests before it has the answer to the last (pipelining, which no client of ours does) has its
+connection closed after that answer: so each waits for its client now and then.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from enum import Enum, auto
+from collections import Counter
+from enum import Enum, IntEnum, auto
 from typing import Any
 
 import h11
@@ -18,11 +23,26 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from ratelimit_sidecar.console.requests import PROBES, SCRAPE
+
 MAX_CONNECTIONS = 128
 REQUEST_SECONDS = 10.0
 """From a connection's begin, or from a request's first byte, to its last."""
 ANSWER_SECONDS = 30.0
 """From an answer's begin until the kernel has all of it: some MB over a slow line."""
+
+
+NEW_SECONDS = 0.5
+"""What a client gets to go on before others are preferred to it, such as a probe that has just connected."""
+
+
+class _Claim(IntEnum):
+    """To keep a connection, when another one is to be closed; the smallest loses."""
+
+    SLOW = auto()
+    UNANSWERED = auto()
+    NEW = auto()
+    PROBED = auto()
 
 
 class _Wait(Enum):
@@ -63,6 +83,9 @@ class ConsoleConnection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            # What is sent first is taken first.
+            self.transport.close()
         super().on_response_complete()
         self._watch()
 
@@ -122,9 +145,18 @@ class ConsoleConnection(H11Protocol):
         return None
 
     def _make_room(self) -> None:
-        others = (other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self)
-        waiting = [other for other in others if other._wait is not None]
-        if waiting:
-            min(waiting, key=lambda other: other._waits_since).abort()
-        else:
-            self.abort()
+        others = [other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self]
+        held = Counter(other._address for other in others)
+        order = [(-held[other._address], other._claim(), other._waits_since, id(other), other) for other in others]
+        *_, claim, _, _, other = min(order)
+        (self if claim is _Claim.PROBED else other).abort()
+
+    def _claim(self) -> _Claim:
+        if self._wait is not None:
+            is_new = self.loop.time() - self._waits_since < NEW_SECONDS
+            return _Claim.NEW if is_new else _Claim.SLOW
+        return _Claim.PROBED if self.scope["path"] in {*PROBES, SCRAPE} else _Claim.UNANSWERED
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""

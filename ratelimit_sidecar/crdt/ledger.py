@@ -18,6 +18,7 @@ from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
 from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
+from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no strict rule for it."""
@@ -55,7 +56,7 @@ class Ledger:
         self.limit_of_key = limit_of_key
         self._origin = origin
         self._first_number = first_number
-        self._loans: dict[bytes, Loans] = {}
+        self._loans = UntrackedDict[Loans]()
         self._busy: list[StrictBucket] = []
         self._active: deque[Loans] = deque()
         self._active_keys: set[bytes] = set()
@@ -70,6 +71,12 @@ class Ledger:
     def __iter__(self) -> Iterator[StrictBucket]:
         for loans in self._loans.values():
             yield loans.bucket
+
+    def walk(self) -> Iterator[StrictBucket]:
+        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        for shard in self._loans.shards:
+            for loans in list(shard.values()):
+                yield loans.bucket
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home share changed.
@@ -106,9 +113,10 @@ class Ledger:
         self._look_at_shares(now_us)
         for bucket in self._busy:
             bucket.is_noted = False
-            if bucket.key not in self._active_keys and bucket.key in self._loans:
+            loans = self._loans.get(bucket.key)
+            if loans is not None and bucket.key not in self._active_keys:
                 self._active_keys.add(bucket.key)
-                self._active.append(self._loans[bucket.key])
+                self._active.append(loans)
         self._busy.clear()
         wishes: dict[str, Wishes] = {}
         for _ in range(min(most, len(self._active))):
@@ -205,6 +213,6 @@ class Ledger:
         bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, busy=self._busy)
         bucket.home_version = self._home_version
         loans = Loans(bucket, self._first_number)
-        self._loans[key] = loans
+        self._loans.add(key, loans)
         self._sweep_order.append(loans)
         return loans

@@ -208,18 +208,23 @@ class Rules:
     has_strict: bool = field(init=False, compare=False)
     """Whether one of them is strict. Like the digest it is found out where rules are read, and at hand where they are
     put in force: in between two requests."""
+    names: Mapping[tuple[str, str], None] = field(init=False, compare=False)
+    """Domain and name of each rule, as metrics label it; found out there, too, so that no scrape has to."""
 
     def __post_init__(self) -> None:
         # A sum, in which the order of rules does not matter: to sort 20,000 would keep Python's lock for 5 ms.
         digest = hash64(f"{self.override_window} {self.override_consistency}".encode())
         has_strict = False
-        for rule in self:
+        names: dict[tuple[str, str], None] = {}
+        for domain, rule in self._by_domain():
+            names[domain, rule.name] = None
             if rule.consistency is not Consistency.LOCAL:
                 digest += hash64(f"{rule.name} {rule.form} {rule.limit}".encode())
             if rule.consistency is Consistency.STRICT:
                 has_strict = True
         object.__setattr__(self, "digest", digest % 2**64 or 1)
         object.__setattr__(self, "has_strict", has_strict)
+        object.__setattr__(self, "names", names)
 
     def match(self, domain: str, entries: Sequence[tuple[str, str]]) -> Match | None:
         """The rule for one descriptor; None when it is not limited."""
@@ -313,14 +318,20 @@ class Rules:
 
     def __iter__(self) -> Iterator[Rule]:
         """Every rule, in no particular order."""
-        nodes = list(self.domains.values())
-        while nodes:
-            node = nodes.pop()
-            nodes += node.children
-            if node.rule is not None:
-                yield node.rule
+        for _, rule in self._by_domain():
+            yield rule
+
+    def _by_domain(self) -> Iterator[tuple[str, Rule]]:
+        """The `unruled` limit is of no domain: ""."""
+        for domain, root in self.domains.items():
+            nodes = [root]
+            while nodes:
+                node = nodes.pop()
+                nodes += node.children
+                if node.rule is not None:
+                    yield domain, node.rule
         if self.unruled is not None:
-            yield self.unruled
+            yield "", self.unruled
 
     def _limit_of_key(self, bucket_key: bytes, consistency: Consistency) -> AnyLimit | None:
         rule = self.rule_of_key(bucket_key)

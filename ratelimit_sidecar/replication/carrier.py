@@ -7,6 +7,7 @@ sends faster than this node applies.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -86,6 +87,11 @@ async def carry(
             if not reader.done():
                 await asyncio.wait([reader], timeout=linger_seconds)
             reader.cancel()
+    except asyncio.CancelledError as error:
+        # It is a local of the task group's frame, which is in its traceback, and so are the stream and what it was to
+        # tell; the garbage collection that would find them is practically never run (app.GC_THRESHOLDS).
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         stream.lost("the connection was closed", now_us())
 

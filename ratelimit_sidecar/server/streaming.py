@@ -96,7 +96,8 @@ class StreamingCall:
                     self._flush()
                     await self._until_taken()
         except RpcError as refused:
-            error = refused
+            # With its traceback it would refer to itself, by this frame.
+            error = refused.with_traceback(None)
         except Exception as failure:
             error = self._failures.status_of(self._opened.path, failure)
         try:
@@ -113,6 +114,8 @@ class StreamingCall:
 
     def _close(self, ended: Callable[[], None]) -> None:
         self._blocked.discard(self)
+        # A cancelled task has the frames that it was in, and so this call: only a garbage collection would free them.
+        self._task = None
         ended()
 
     async def _next_message(self) -> bytes:

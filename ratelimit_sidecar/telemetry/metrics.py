@@ -1,6 +1,6 @@
 """Every metric of the sidecar, in one table: name, type, labels, help, and how it is read.
 
-Nothing is counted here. At a scrape the collector takes one `Snapshot` of what the other parts count anyway, so a
+Nothing is counted here. At a scrape the collector reads what the other parts count anyway, sample by sample, so a
 metric costs the request path nothing. `docs/reference/metrics.md` is generated from the same table. Label values come
 from the configuration, the mesh and fixed lists, never from a request: the number of series is bounded by them.
 """
@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.counts import RuleCounts
@@ -239,15 +240,29 @@ class Snapshot:
     """The state of the sources at one scrape.
 
     Args:
-        rules: domain, rule name, counts; with zeros for a configured rule that no request has met, so that the first
-            increment of an alert's `rate()` is not lost.
+        rules: those in force.
+        counted: domain and rule name of all that has been counted.
         peers: by the value of the label `peer`.
     """
 
     sources: Sources
-    rules: Sequence[tuple[str, str, RuleCounts]]
+    rules: Rules
+    counted: Sequence[tuple[str, str]]
     peers: Mapping[str, PeerStatus]
     membership: MembershipStatus | None
+
+    def counts(self) -> Iterator[tuple[str, str, RuleCounts]]:
+        """Domain, rule name and counts as they are by now; with zeros for a configured rule that no request has met, so
+        that the first increment of an alert's `rate()` is not lost."""
+        counts = self.sources.limiter.counts
+        for domain, rule in self.rules.names:
+            yield domain, rule, counts.get((domain, rule), _ZEROS)
+        for domain, rule in self.counted:
+            if (domain, rule) not in self.rules.names:
+                yield domain, rule, counts[domain, rule]
+
+
+_ZEROS = RuleCounts()
 
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -273,7 +288,7 @@ class Definition:
 
 
 def _read_decisions(at: Snapshot) -> Iterator[Sample]:
-    for domain, rule, counts in at.rules:
+    for domain, rule, counts in at.counts():
         yield "", (domain, rule, "OK"), counts.ok
         if rule:
             yield "", (domain, rule, "OVER_LIMIT"), counts.over_limit
@@ -281,7 +296,7 @@ def _read_decisions(at: Snapshot) -> Iterator[Sample]:
 
 def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[Snapshot], Iterator[Sample]]:
     def read(at: Snapshot) -> Iterator[Sample]:
-        for domain, rule, counts in at.rules:
+        for domain, rule, counts in at.counts():
             # Descriptors that no rule limits take no tokens and are never denied.
             if rule:
                 yield "", (at.sources.region, domain, rule), value(counts)
@@ -359,10 +374,12 @@ def _read_certificate(
 
 
 def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
-    limiter = at.sources.limiter
-    decisions = dict.fromkeys(_configured(limiter.rules), 0) | limiter.overflow_decisions
-    for labels, count in decisions.items():
-        yield "", labels, count
+    decisions = at.sources.limiter.overflow_decisions
+    for labels in at.rules.names:
+        yield "", labels, decisions.get(labels, 0)
+    for labels in list(decisions):
+        if labels not in at.rules.names:
+            yield "", labels, decisions[labels]
 
 
 def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -946,46 +963,44 @@ class SidecarCollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """What `collect` will name, so that registering it reads nothing."""
-        return [_family(definition, ()) for definition in METRICS]
+        return [_family(definition) for definition in METRICS]
 
     def collect(self) -> Iterator[Metric]:
+        """Families whose samples are read while one goes through them, so that who does can make pauses."""
         snapshot = _take_snapshot(self._sources)
         for definition in METRICS:
-            yield _family(definition, definition.read(snapshot))
+            family = _family(definition)
+            # A list by its type; whoever encodes a family only iterates over it.
+            family.samples = _Samples(definition, snapshot)  # type: ignore[assignment]
+            yield family
 
 
-def _family(definition: Definition, samples: Iterable[Sample]) -> Metric:
+class _Samples:
+    def __init__(self, definition: Definition, snapshot: Snapshot) -> None:
+        self._definition = definition
+        self._snapshot = snapshot
+
+    def __iter__(self) -> Iterator[EncodedSample]:
+        name = self._definition.name
+        # Only a histogram's buckets have a value for `le`.
+        label_names = (*self._definition.labels, "le")
+        for suffix, label_values, value in self._definition.read(self._snapshot):
+            yield EncodedSample(name + suffix, dict(zip(label_names, label_values, strict=False)), value)
+
+
+def _family(definition: Definition) -> Metric:
     # prometheus_client names a family without the suffix that OpenMetrics prescribes for the samples of its kind.
     name = definition.name
     if definition.kind == "counter":
         name = name.removesuffix("_total")
     elif definition.kind == "info":
         name = name.removesuffix("_info")
-    family = Metric(name, definition.help, definition.kind)
-    label_names = (*definition.labels, "le")
-    for suffix, label_values, value in samples:
-        # Only a histogram's buckets have a value for `le`.
-        labels = dict(zip(label_names, label_values, strict=False))
-        family.add_sample(definition.name + suffix, labels, value)
-    return family
+    return Metric(name, definition.help, definition.kind)
 
 
 def _take_snapshot(sources: Sources) -> Snapshot:
     limiter = sources.limiter
-    counts = _configured(limiter.rules) | limiter.counts
-    rules = [(domain, rule, of_rule) for (domain, rule), of_rule in counts.items()]
-    return Snapshot(sources, rules, _by_label(sources.peers()), sources.membership())
-
-
-def _configured(rules: Rules) -> dict[tuple[str, str], RuleCounts]:
-    """Zeros for every rule, under the labels that `Limiter.counts` will use."""
-    zeros = {}
-    for domain, root in rules.domains.items():
-        for rule in Rules({domain: root}):
-            zeros[domain, rule.name] = RuleCounts()
-    if rules.unruled is not None:
-        zeros["", rules.unruled.name] = RuleCounts()
-    return zeros
+    return Snapshot(sources, limiter.rules, list(limiter.counts), _by_label(sources.peers()), sources.membership())
 
 
 def _by_label(peers: Iterable[PeerStatus]) -> dict[str, PeerStatus]:

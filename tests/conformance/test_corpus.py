@@ -200,7 +200,9 @@ async def json_client(stage: Stage) -> AsyncIterator[Ask]:
         tasks.create_task(console.serve())
 
         async def ask(request: RateLimitRequest) -> Answer | Refusal:
-            response = await client.post("/json", content=MessageToJson(request))
+            response = await client.post(
+                "/json", content=MessageToJson(request), headers={"content-type": "application/json"}
+            )
             if response.status_code == httpx.codes.BAD_REQUEST:
                 return Refusal(response.json()["error"])
             answer = answer_of(ParseDict(response.json(), RateLimitResponse()))

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ratelimit_sidecar.console.server import ConsoleServer
@@ -24,18 +24,22 @@ class App(Starlette):
 
     Attributes:
         at_work: requests to `/slow` that are not answered yet.
+        endless: answers to `/metrics?endless` that still go on.
     """
 
     def __init__(self) -> None:
         self.slow_began = asyncio.Event()
         self.slow_may_end = asyncio.Event()
         self.at_work = 0
+        self.endless = 0
         super().__init__(
             routes=[
                 Route("/", self.fast, methods=["GET", "POST"]),
                 Route("/slow", self.slow),
                 Route("/large", self.large),
                 Route("/broken", self.broken),
+                *(Route(path, self.fast) for path in ("/healthz", "/readyz", "/healthcheck")),
+                Route("/metrics", self.metrics),
             ]
         )
 
@@ -50,6 +54,18 @@ class App(Starlette):
         finally:
             self.at_work -= 1
         return PlainTextResponse("at last")
+
+    async def metrics(self, request: Request) -> Response:
+        return StreamingResponse(self._endless()) if "endless" in request.query_params else await self.fast(request)
+
+    async def _endless(self) -> AsyncIterator[bytes]:
+        self.endless += 1
+        try:
+            while True:
+                yield b"x" * 1_000
+                await asyncio.sleep(0.01)
+        finally:
+            self.endless -= 1
 
     async def large(self, _request: Request) -> Response:
         return Response(bytes(LARGE_BYTES))
@@ -120,9 +136,12 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(server: ConsoleServer) -> AsyncIterator[Client]:
+async def connect(server: ConsoleServer, of: str = "127.0.0.1") -> AsyncIterator[Client]:
+    """Args:
+    of: the client's address.
+    """
     host, _, port = server.address.rpartition(":")
-    client = Client(*await asyncio.open_connection(host, int(port)))
+    client = Client(*await asyncio.open_connection(host, int(port), local_addr=(of, 0)))
     try:
         yield client
     finally:

@@ -30,10 +30,15 @@ class Console:
     Args:
         decide: in place of the limiter's own service.
         has_rules: False when their source has yet to give any.
+        shows_values: of descriptors.
     """
 
     def __init__(
-        self, limiter: Limiter | None = None, decide: UnaryHandler | None = None, has_rules: bool = True
+        self,
+        limiter: Limiter | None = None,
+        decide: UnaryHandler | None = None,
+        has_rules: bool = True,
+        shows_values: bool = True,
     ) -> None:
         self.limiter = limiter or small_limiter()
         self.peers: Sequence[PeerStatus] = [peer()]
@@ -58,6 +63,8 @@ class Console:
                 now_us=lambda: self.now_us,
                 reloader=self.reloader,
                 should_rate_limit=decide or self.service.should_rate_limit,
+                shows_values=shows_values,
+                names=["console.example.com"],
             )
         )
 

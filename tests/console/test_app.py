@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, Sources, create_app
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.limiter.rules import Rule, Rules
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.status import PeerStatus
 
 
@@ -297,3 +298,19 @@ async def test_every_answer_is_json_that_other_parsers_accept() -> None:
         response = await console.get(path)
         assert response.headers["content-type"] == "application/json"
         json.loads(response.text, parse_constant=pytest.fail)
+
+
+async def test_what_callers_chose_is_not_shown_unless_asked_for_and_not_in_the_cursor_either() -> None:
+    token = "Bearer-0123456789-0123456789"
+    limiter = small_limiter(
+        Rules({"edge": RuleNode(key_only={"authorization": RuleNode(Rule("edge.authorization", TWO_A_MINUTE))})})
+    )
+    hides, shows = (Console(limiter, shows_values=shows_values) for shows_values in (False, True))
+    for suffix in ("a", "b", "c"):
+        limiter.decide(request(("authorization", token + suffix)), NOW_US)
+    response = await hides.get("/buckets?limit=2")
+    shown = json.dumps([response.text, base64.urlsafe_b64decode(response.json()["next"] + "==").decode("latin-1")])
+    assert token not in shown
+    values = {bucket["entries"][0]["value"] for page in await hides.every_page("limit=2") for bucket in page}
+    assert len(values) == 3
+    assert {bucket["entries"][0]["value"] for bucket in await shows.buckets()} == {token + each for each in "abc"}

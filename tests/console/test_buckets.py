@@ -82,10 +82,10 @@ async def test_the_loop_runs_between_slices_while_buckets_come_and_go() -> None:
 async def test_pages_asked_for_at_once_are_read_one_after_the_other() -> None:
     store = store_of(range(3 * SLICE_BUCKETS))
     passes = most_passes = 0
-    read = store.__iter__
+    read = store.walk
 
     class Counted:
-        def __iter__(self):
+        def walk(self):
             nonlocal passes, most_passes
             passes += 1
             most_passes = max(most_passes, passes)

@@ -22,7 +22,7 @@ async def post(console: Console, body: bytes | object, **headers: str) -> httpx.
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     transport = httpx.ASGITransport(console.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
-        return await client.post("/json", content=content, headers=headers)
+        return await client.post("/json", content=content, headers={"content-type": "application/json", **headers})
 
 
 async def test_ok_is_200_and_over_limit_is_429_with_the_answer_as_json() -> None:

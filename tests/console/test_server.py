@@ -284,16 +284,29 @@ async def test_a_request_that_fails_gives_its_place_back(monkeypatch: pytest.Mon
             assert (await get(server, "/broken")).status_code == 500
 
 
-async def test_a_new_connection_is_closed_while_all_others_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_new_connection_is_closed_while_all_others_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
     app = App()
-    async with running(app) as server, asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2)]
+    async with running(app) as server, connect(server) as one, connect(server) as other:
+        for client in (one, other):
+            client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
+            await client.some()
+        async with connect(server) as late:
+            assert await late.closed() == b""
+        assert app.endless == 2
+
+
+async def test_a_request_that_is_no_probe_makes_room_when_no_client_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
+    app = App()
+    async with running(app) as server, connect(server) as one, connect(server) as other:
+        for client in (one, other):
+            client.send(GET.replace(b"/ ", b"/slow ", 1))
         await until(lambda: app.at_work == 2)
-        async with connect(server) as client:
-            assert await client.closed() == b""
+        assert (await get(server, "/healthz")).status_code == 200
+        assert await one.closed() == b""
         app.slow_may_end.set()
-        assert {(await answer).status_code for answer in slow} == {200}
+        assert await other.status() == 200
 
 
 @pytest.mark.parametrize(

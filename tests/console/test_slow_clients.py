@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
-from console.running_console import GET, LARGE_BYTES, App, connect, get, running
+from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
 from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
+from ratelimit_sidecar.console.requests import MAX_REQUESTS, MAX_SCRAPES_OF_ADDRESS
+from ratelimit_sidecar.console.server import ConsoleServer
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
@@ -99,6 +100,7 @@ async def test_the_connection_that_waits_for_its_client_the_longest_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"{CONNECTION}.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(f"{CONNECTION}.NEW_SECONDS", 0.0)
     app = App()
     async with (
         running(app) as server,
@@ -128,3 +130,76 @@ async def test_answers_that_are_not_taken_keep_no_probe_out(monkeypatch: pytest.
             client.send(GET_LARGE * 3)
             await client.some()
         assert (await get(server)).status_code == 200
+
+
+async def test_those_of_the_address_that_has_most_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CONNECTION}.MAX_CONNECTIONS", 3)
+    async with (
+        running() as server,
+        connect(server, "127.0.0.9") as alone,
+        connect(server),
+        connect(server),
+        connect(server),
+    ):
+        alone.send(GET)
+        assert await alone.status() == 200
+
+
+async def test_whoever_does_not_wait_for_an_answer_gets_no_second_one() -> None:
+    async with running() as server, connect(server) as client:
+        client.send(GET * 3)
+        answers = await client.closed()
+        assert answers.count(b"HTTP/1.1 200 OK") == 1
+
+
+async def test_probes_have_a_place_when_all_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 1)
+    app = App()
+    async with running(app) as server, connect(server) as at_work:
+        at_work.send(GET.replace(b"/ ", b"/slow ", 1))
+        await app.slow_began.wait()
+        assert (await get(server)).status_code == 503
+        for path in ("/healthz", "/readyz", "/healthcheck", "/metrics"):
+            assert (await get(server, path)).status_code == 200
+        app.slow_may_end.set()
+
+
+async def test_of_scrapes_that_are_not_taken_an_address_has_some_and_only_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = App()
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running(app))
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(MAX_SCRAPES_OF_ADDRESS)]
+        for client in clients:
+            client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
+            await client.some()
+        assert (await get(server, "/metrics")).status_code == 503
+        other = await stack.enter_async_context(connect(server, "127.0.0.9"))
+        other.send(GET.replace(b"/ ", b"/metrics ", 1))
+        assert await other.status() == 200
+        clients.pop().close()
+        await until(lambda: app.endless == MAX_SCRAPES_OF_ADDRESS - 1)
+        assert (await get(server, "/metrics")).status_code == 200
+        monkeypatch.setattr("ratelimit_sidecar.console.requests.SCRAPE_SECONDS", 0.05)
+        late = await stack.enter_async_context(connect(server))
+        late.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
+        await late.closed()
+
+
+@pytest.mark.parametrize("requests", [1, 50])
+async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(requests: int) -> None:
+    async def ask_on(server: ConsoleServer) -> None:
+        while True:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                async with connect(server) as client:
+                    while True:
+                        client.send(GET * requests)
+                        await client.status()
+
+    async with running() as server, asyncio.TaskGroup() as tasks:
+        busy = [tasks.create_task(ask_on(server)) for _ in range(MAX_CONNECTIONS + 12)]
+        for _ in range(10):
+            assert (await get(server, "/healthz")).status_code == 200
+        for task in busy:
+            task.cancel()

@@ -107,7 +107,9 @@ async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path
         writer.close()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports.admin}", trust_env=False) as client:
             assert (await client.get("/metrics")).status_code == 200
-            assert (await client.post("/json", content=b"no JSON")).status_code == 400
+            assert (
+                await client.post("/json", content=b"no JSON", headers={"content-type": "application/json"})
+            ).status_code == 400
             serve.signal(signal.SIGTERM)
             assert await serve.ended() == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -43,7 +44,7 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import dialler, flushing, mesh
 from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.replicator import FORGET_US
+from ratelimit_sidecar.replication.replicator import FORGET_US, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
 from ratelimit_sidecar.supervision import Supervisor
@@ -618,3 +619,31 @@ async def test_a_restarted_node_has_not_joined_while_a_peer_takes_it_for_a_secon
             await before.kill()
             assert await restarted.mesh.joined(TIMEOUT_SECONDS)
             assert restarted.tokens("ann") == 7
+
+
+async def test_a_stream_that_is_cut_is_freed_without_a_garbage_collection() -> None:
+    """Which is practically never run (`app.GC_THRESHOLDS`), and what the peer was still to be told may be large."""
+
+    def streams() -> int:
+        # The other end's are those of a mesh that ends, and would of a process.
+        return sum(isinstance(found, Stream) and not found.is_dialled for found in gc.get_objects())
+
+    async def connect_and_cut(address: str) -> None:
+        async with sidecar("b", listen=None, peers=[address]) as b:
+            await b.connected_to("a")
+            await b.kill()
+
+    async with sidecar("a") as a:
+        gc.collect()
+        gc.disable()
+        try:
+            before = streams()
+            for _ in range(2):
+                await connect_and_cut(address_of(a))
+                await a.until(lambda: (peer := a.peer("b")) is None or not peer.connected)
+            async with asyncio.timeout(10):
+                # The library has yet to end the call.
+                while streams() > before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,18 @@ async def test_while_rules_are_read_nothing_is_collected(read: Callable[[], Rule
     assert seen == [False]
     assert gc.isenabled()
     assert gc.get_freeze_count() > 0
+
+
+async def test_garbage_from_before_a_reload_is_not_kept_by_it() -> None:
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node  # type: ignore[attr-defined]
+    freed = weakref.ref(node)
+    del node
+    await Recorder().reloader.load(lambda: rules_of("new"))
+    assert freed() is None
 
 
 async def test_old_rules_are_freed_although_nothing_is_collected(tmp_path: Path) -> None:

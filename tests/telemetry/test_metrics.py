@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
-from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, encode_registry
+from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
 
@@ -136,6 +136,11 @@ def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> N
     assert sample(registry, "ratelimit_clock_steps_total", region="us-east-1", direction="back") == 2
 
 
+async def encoded(registry: CollectorRegistry, accept: str) -> bytes:
+    pieces, _ = Exposition(registry).encode(accept)
+    return b"".join([piece async for piece in pieces])
+
+
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
     return registry.get_sample_value(name, labels)
 
@@ -205,11 +210,11 @@ async def test_callers_cannot_add_series() -> None:
     limiter.decide(request(("tenant", "a")), NOW_US)
     limiter.decide(request(("unknown", "a"), domain="a"), NOW_US)
     limiter.decide(request(("unknown", "a")), NOW_US)
-    before, _ = await encode_registry(registry, "")
+    before = await encoded(registry, "")
     for value in range(50):
         limiter.decide(request(("tenant", f"t{value}"), ("unknown", f"u{value}")), NOW_US)
         limiter.decide(request(("tenant", "a"), domain=f"d{value}"), NOW_US)
-    after, _ = await encode_registry(registry, "")
+    after = await encoded(registry, "")
     assert after.count(b"\n") == before.count(b"\n")
 
 
@@ -234,13 +239,13 @@ async def test_a_peer_that_was_never_reached_is_named_by_its_address() -> None:
     registry = create_registry(sources(peers=[peer("", "ap.example.com:50051", clock_offset_seconds=None)]))
     labels = {"region": "us-east-1", "peer": "ap.example.com:50051"}
     assert sample(registry, "crdt_peer_connected", **labels) == 0
-    body, _ = await encode_registry(registry, "")
+    body = await encoded(registry, "")
     assert b"crdt_peer_clock_offset_seconds{" not in body
 
 
 async def test_a_node_known_under_two_addresses_makes_no_duplicate_series() -> None:
     registry = create_registry(sources(peers=[peer("eu-1", "10.0.0.1:50051"), peer("eu-1", "10.0.0.2:50051")]))
-    body, _ = await encode_registry(registry, "")
+    body = await encoded(registry, "")
     series = [line.rsplit(b" ", 1)[0] for line in body.splitlines() if not line.startswith(b"#")]
     assert len(series) == len(set(series))
     assert sample(registry, "crdt_peer_connected", region="us-east-1", peer="eu-1@10.0.0.2:50051") == 1
@@ -344,7 +349,7 @@ def test_request_errors_and_the_build_are_shown() -> None:
 async def test_every_metric_of_the_table_is_exposed_under_its_own_name_in_both_formats() -> None:
     registry = create_registry(busy_sources())
     for accept, parse in (("", parse_text), (OPENMETRICS, parse_openmetrics)):
-        body, _ = await encode_registry(registry, accept)
+        body = await encoded(registry, accept)
         exposed = {sample.name: sample.labels for family in parse(body.decode()) for sample in family.samples}
         for metric in METRICS:
             name = f"{metric.name}_count" if metric.kind == "histogram" else metric.name
@@ -354,7 +359,7 @@ async def test_every_metric_of_the_table_is_exposed_under_its_own_name_in_both_f
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_has_nothing_to_complain_about() -> None:
-    body, _ = asyncio.run(encode_registry(create_registry(busy_sources()), ""))
+    body = asyncio.run(encoded(create_registry(busy_sources()), ""))
     checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
@@ -363,7 +368,7 @@ def test_promtool_has_nothing_to_complain_about() -> None:
 async def test_encoding_in_slices_gives_what_encoding_at_once_gives(accept: str, whole) -> None:
     registry = CollectorRegistry()
     registry.register(SidecarCollector(sources(small_limiter(many_rules(3 * SLICE_SAMPLES + 1)))))
-    body, _ = await encode_registry(registry, accept)
+    body = await encoded(registry, accept)
     assert body == whole(registry)
 
 
@@ -378,7 +383,7 @@ async def test_the_loop_runs_between_slices() -> None:
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count_turns())
-    body, _ = await encode_registry(registry, "")
+    body = await encoded(registry, "")
     counting.cancel()
     samples = sum(not line.startswith(b"#") for line in body.splitlines())
     assert turns >= samples / SLICE_SAMPLES
