@@ -25,7 +25,11 @@ async def in_daemon_thread(name: str, work: Callable[[], _Result]) -> _Result:
     # From now on it can't be cancelled: the thread ends when its work does, whoever still waits.
     done.set_running_or_notify_cancel()
     Thread(target=_run, args=(work, done), name=name, daemon=True).start()
-    return await asyncio.wrap_future(done)
+    try:
+        return await asyncio.wrap_future(done)
+    finally:
+        # An exception in it refers to this frame, by its traceback: a cycle, which nobody collects.
+        del done
 
 
 def _run(work: Callable[[], _Result], done: Future[_Result]) -> None:
@@ -34,5 +38,7 @@ def _run(work: Callable[[], _Result], done: Future[_Result]) -> None:
     except BaseException as error:
         # Whatever it is, who waits must hear of it.
         done.set_exception(error)
+        # As above.
+        del done
     else:
         done.set_result(result)

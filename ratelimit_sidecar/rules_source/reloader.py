@@ -137,6 +137,8 @@ class Reloader:
             return working.result()
         finally:
             working.cancel()
+            # An exception in it refers to this frame, by its traceback: a cycle, which nobody collects.
+            del working
 
     def _note_success(self, version: str, count: int) -> None:
         self.loads["success"] += 1

@@ -299,14 +299,17 @@ async def test_a_new_connection_is_closed_while_all_others_scrape(monkeypatch: p
 async def test_a_request_that_is_no_probe_makes_room_when_no_client_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
     app = App()
-    async with running(app) as server, connect(server) as one, connect(server) as other:
-        for client in (one, other):
-            client.send(GET.replace(b"/ ", b"/slow ", 1))
-        await until(lambda: app.at_work == 2)
-        assert (await get(server, "/healthz")).status_code == 200
-        assert await one.closed() == b""
-        app.slow_may_end.set()
-        assert await other.status() == 200
+    slow = GET.replace(b"/ ", b"/slow ", 1)
+    async with running(app) as server, connect(server) as one:
+        one.send(slow)
+        await until(lambda: app.at_work == 1)
+        async with connect(server) as other:
+            other.send(slow)
+            await until(lambda: app.at_work == 2)
+            assert (await get(server, "/healthz")).status_code == 200
+            assert await one.closed() == b""
+            app.slow_may_end.set()
+            assert await other.status() == 200
 
 
 @pytest.mark.parametrize(
