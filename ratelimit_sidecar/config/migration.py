@@ -272,7 +272,9 @@ _DIFFERENCES = """\
 - **Sharing.** Redis made several instances one. Here the sidecars tell each other what they let through: list them in
   `sync.peers`. Without peers each sidecar has every limit to itself.
 - **The start.** Counts in Redis are not taken over: every limit begins anew.
-- **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise.
+- **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
+  `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
+- **State** is in memory: with `persistence` it survives when all sidecars stop (docs/state.md).
 - **Errors** for requests without domain or descriptors have the gRPC code INVALID_ARGUMENT, there UNKNOWN. Envoy treats
   both alike.
 - **Rules** that there are accepted and do nothing are refused here in a few cases, and `(a_b, c)` is no longer
