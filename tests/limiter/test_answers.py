@@ -371,7 +371,17 @@ class Closed(dict[str, RuleNode]):
         assert not self.closed
         return super().values()
 
-    __iter__ = items = keys = values  # type: ignore[assignment]
+    def items(self) -> Any:
+        assert not self.closed
+        return super().items()
+
+    def keys(self) -> Any:
+        assert not self.closed
+        return super().keys()
+
+    def __iter__(self) -> Any:
+        assert not self.closed
+        return super().__iter__()
 
 
 def test_new_rules_come_in_force_without_a_look_at_each() -> None:
