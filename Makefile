@@ -24,11 +24,13 @@ TESTS ?=
 BENCHMARK ?= decision
 # What the soak test takes, for example: make soak SOAK="--seconds 600 --nodes 5"
 SOAK ?=
+# What the differential test takes, for example: make differential DIFFERENTIAL="--seed 17 --file 3"
+DIFFERENTIAL ?=
 # What the fuzzer takes, for example: make fuzz FUZZ="--seconds 3600"
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo test test-all differential test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -48,6 +50,14 @@ else
 	@echo "==> Tests"
 	$(BIN)/python -m pytest $(TESTS)
 endif
+
+test-all: $(READY) ## What takes too long or needs too much for make test, as the real envoyproxy/ratelimit beside the sidecar (minutes)
+	./dev/system-packages test-all
+	$(BIN)/python -m pytest -m long $(TESTS)
+
+differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the sidecar (DIFFERENTIAL="--requests 50000")
+	./dev/system-packages test-all
+	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
 
 test-virtual: $(READY)
 	$(BIN)/python -m pytest $(VIRTUAL_TESTS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ratelimit_sidecar.config.differences import ANSWERS, RULES, table
 from ratelimit_sidecar.config.environment import variables_of
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 
@@ -275,22 +276,20 @@ _DIFFERENCES = """\
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
 - **State** is in memory: with `persistence` it survives when all sidecars stop (docs/state.md).
-- **Errors** for requests without domain or descriptors have the gRPC code INVALID_ARGUMENT, there UNKNOWN. Envoy treats
-  both alike.
-- **Rules** that there are accepted and do nothing are refused here in a few cases, and `(a_b, c)` is no longer
-  `(a, b_c)`: see [Rules](reference/rules.md#where-envoyproxyratelimit-differs).
 - **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should it hold anything else
   that is read there, but for `*.md`, the start ends with an error, and `check` says so too. A folder may be empty: its
   files are picked up when they come. One that loses all its files keeps its rules, where there it has none from then
   on.
-- **Wildcards** are for the value of one key, where there they are for key and value joined by an underscore, so that
-  `key: user, value: '*x'` limits `user_id=x` too. Where a key has one itself, as in `key: user*`, they are as there.
-- **Newer fields of Envoy's API.** A descriptor with `is_negative_hits` is charged nothing, there its hits are charged;
-  nothing is given back. A `unit_multiplier` in a descriptor's limit is heeded where the period is one of the units, as
-  24 hours are; otherwise the limit is ignored and counted, as one of an unknown unit is. There it is as if it were 1.
 - **Health.** gRPC health checks may name the service `ratelimit` or `envoy.service.ratelimit.v3.RateLimitService`, or
   none: the answer is the same, where there it is always SERVING for none.
 - **Metrics** have other names, and labels: see [below](#its-metrics).
+
+With `algorithm: fixed_window` every answer is the same in every field, but for this; `make test-all` compares both
+services:
+"""
+
+_RULES = """\
+Every file is accepted or refused alike, but for these:
 """
 
 _METRICS = """\
@@ -337,7 +336,8 @@ def migration_page(generated: str) -> str:
     Args:
         generated: the line that says it is.
     """
-    parts = ["# Moving from envoyproxy/ratelimit", generated, _INTRO, _DIFFERENCES, _VARIABLES]
+    parts = ["# Moving from envoyproxy/ratelimit", generated, _INTRO]
+    parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES), _VARIABLES]
     for group, variables in VARIABLES.items():
         rows = ["| Variable | Here |", "|---|---|", *(f"| {names} | {text} |" for names, text in _rows(variables))]
         parts.append("\n".join((f"### {group}", "", *rows)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ratelimit_sidecar.config.bucket import BucketConfig
+from ratelimit_sidecar.config.differences import RULES, table
 from ratelimit_sidecar.config.migration import migration_page
 from ratelimit_sidecar.config.rules_file import UNRULED_NAME
 from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile
@@ -153,26 +154,6 @@ A request is denied when one of the limits it meets is over that is not in `quot
 
 _RULES_DIFFERENCES = """\
 ## Where envoyproxy/ratelimit differs
-
-Accepted there, refused here, because it is nearly always a slip:
-
-- the same key twice in one mapping (there the last one counts)
-- a second document in one file that holds something (there it is not read)
-- `rate_limit` with neither `requests_per_unit` nor `unlimited` (there it denies all; write `requests_per_unit: 0`)
-- a unit that does not exist, beside `unlimited: true`
-- a key that exists, in a place where it does nothing, as `unit` beside `key`
-- tags that are not YAML's own, `!!binary` and `!!set` (there most are passed over)
-- null as a key within `metadata`, and `metadata` so deep that Envoy cannot read the answer
-- more than 127 levels of `descriptors`
-
-Refused there, accepted here:
-
-- `key: a_b, value: c` beside `key: a, value: b_c` on one level (there they are the same)
-- numbers with a fraction as `key` or `value`
-- documents without content before the rules
-
-Within `metadata` a key stands as it is written: `010` and `1e3`, which there become `8` and `1000` below the first
-level.
 """
 
 
@@ -239,7 +220,7 @@ def rules_page() -> str:
     parts += ["## A descriptor", _table("Key", options_of(Descriptor))]
     for key, section in (("rate_limit", RateLimit), ("bucket", BucketConfig)):
         parts += [f"### {key}", keys_of(Descriptor)[key].description or "", _table("Key", all_options(section))]
-    parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip(), _RULES_DIFFERENCES.rstrip()]
+    parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip(), _RULES_DIFFERENCES.rstrip(), table(RULES)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from envoy.config.core.v3.base_pb2 import HeaderValue
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
@@ -180,7 +181,8 @@ def _override_text(override: Override) -> str:
     """As Go prints the message."""
     parts = [f"requests_per_unit:{override.requests_per_unit}"] if override.requests_per_unit else []
     if override.unit:
-        names = RateLimitResponse.RateLimit.Unit.DESCRIPTOR.values_by_number
+        # Which has no name for a week.
+        names = RateLimitUnit.DESCRIPTOR.values_by_number
         parts.append(f"unit:{names[override.unit].name if override.unit in names else override.unit}")
     return " ".join(parts)
 

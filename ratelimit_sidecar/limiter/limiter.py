@@ -332,9 +332,6 @@ class Limiter:
         return domain if domain in self.rules.domains else ""
 
     def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: Descriptor) -> Match | None:
-        if not entries:
-            # As in envoyproxy/ratelimit.
-            return None
         if descriptor.HasField("limit"):
             override = descriptor.limit
             unit = _UNITS.get(override.unit)
@@ -347,7 +344,8 @@ class Limiter:
                 match = self.rules.override(domain, entries, override.requests_per_unit, unit)
             if match is not None:
                 return match
-        return self.rules.match(domain, entries)
+        # Without entries it is not limited, as in envoyproxy/ratelimit.
+        return self.rules.match(domain, entries) if entries else None
 
     def _make_step(self, domain: str, match: Match | None, hits: int, own_hits: int | None) -> Step:
         """Args:

@@ -251,7 +251,12 @@ class Rules:
         if self.override_window is not None:
             levels = self.walk(domain, entries)
             beside = _rule_of_levels(levels, entries)
-            if beside is not None and beside.unit is unit and not any(level.node.shares_bucket for level in levels):
+            # The value, not the pattern, names the counter of such a limit; they can be the same text.
+            if (
+                beside is not None
+                and beside.unit is unit
+                and not any(level.node.shares_bucket and level.value != level.pattern for level in levels)
+            ):
                 rule = replace(rule, consistency=beside.consistency)
                 if rule.form == beside.form:
                     key = _match_of_levels(domain, levels, beside).bucket_key

@@ -252,6 +252,10 @@ def test_dynamic_metadata_has_limits_and_hits_where_the_request_brings_them_as_g
     said = MessageToDict(decide(limiter, request.SerializeToString()).dynamic_metadata)
     assert said["descriptors"] == [{"entries": ["a=1"], "limit": "requests_per_unit:2 unit:HOUR", "hitsAddend": 0}]
     assert "hitsAddend" not in said
+    # Envoy's enumeration of units in requests has none for a week.
+    request.descriptors[0].limit.unit = RateLimitResponse.RateLimit.Unit.Value("WEEK")
+    said = MessageToDict(decide(limiter, request.SerializeToString()).dynamic_metadata)
+    assert said["descriptors"][0]["limit"] == "requests_per_unit:2 unit:7"
 
 
 def all_or_nothing(*rules: Rule) -> Rules:
