@@ -93,6 +93,12 @@ ANSWERS: Mapping[str, Difference] = {
         "are in the answer as those of other rules are",
         "the rule says so, and what goes missing there is an oversight",
     ),
+    "metadata-mixed-up": Difference(
+        "`metadata` of two rules that both have a mapping under one key, after a request that met both",
+        "the first rule's hold the other's from then on, in all answers",
+        "are merged for that answer",
+        "what one caller is told must not depend on what others asked",
+    ),
 }
 """By a name for the differential test."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,20 @@ def _has_forgotten(above: Mapping[str, Any], *, is_forgetful: bool) -> bool:
     return False
 
 
+def _is_mixed_up(case: Case, disagreement: Disagreement) -> bool:
+    """In a file in which the metadata of two rules have a mapping under the same key."""
+    keys = Counter(
+        key for metadata in _all_metadata(case.file) for key, value in metadata.items() if isinstance(value, dict)
+    )
+    return disagreement.field.startswith("metadata.metadata") and any(count > 1 for count in keys.values())
+
+
+def _all_metadata(above: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for descriptor in above.get("descriptors", ()):
+        yield descriptor.get("metadata", {})
+        yield from _all_metadata(descriptor)
+
+
 def _is_error_code(_: Case, disagreement: Disagreement) -> bool:
     return disagreement == Disagreement("error.code", "UNKNOWN", "INVALID_ARGUMENT")
 
@@ -72,6 +87,7 @@ def _begin_together(case: Case, _: Disagreement) -> bool:
 EXPLANATIONS: Mapping[str, Callable[[Case, Disagreement], bool]] = {
     "metadata-applied": _is_applied,
     "metadata-kept": _is_forgotten_metadata,
+    "metadata-mixed-up": _is_mixed_up,
     "error-code": _is_error_code,
     "joined": _is_joined,
     "windows-begin-together": _begin_together,

@@ -139,9 +139,11 @@ def odd_file(random: Random, *, is_complete: bool) -> bytes:
     for number, replacement in enumerate(replacements):
         # What it stands for, not a plain text that PyYAML would put in quotes.
         text = text.replace(f"{_MARK}{number}-", replacement)
-    for _ in range(random.choice((0, 0, 1, 1, 2) if replacements else (1, 2))):
-        text = _change_text(random, text)
     encoding = random.choices(("utf-8", "utf-16", "latin-1"), (95, 4, 1))[0]
+    # Where the text ends early, what follows is not read there, however it is encoded.
+    changes = (0,) if encoding == "latin-1" else (0, 0, 1, 1, 2) if replacements else (1, 2)
+    for _ in range(random.choice(changes)):
+        text = _change_text(random, text)
     # One byte order mark at most: what comes after a second one is misread there.
     text = text.lstrip("\ufeff") if encoding == "utf-16" or text.startswith("\ufeff\ufeff") else text
     return text.encode(encoding, "replace")

@@ -79,6 +79,15 @@ def test_only_what_the_table_names_is_deliberate(disagreement: Disagreement, nam
     assert reason(Case(file, joined=False, asked=[SAME_SECOND]), disagreement) == name
 
 
+def test_metadata_of_one_rule_explain_nothing_and_mappings_of_two_under_one_key_do() -> None:
+    mapping = {"metadata": {"tier": {"name": "gold"}}}
+    disagreement = Disagreement("metadata.metadata.tier.name", "gold", MISSING)
+    one = {"descriptors": [{"key": "user", **mapping}, {"key": "plan", "metadata": {"tier": "free"}}]}
+    two = {"descriptors": [{"key": "user", **mapping}, {"key": "plan", **mapping}]}
+    assert reason(Case(one, joined=False, asked=[SAME_SECOND]), disagreement) is None
+    assert reason(Case(two, joined=False, asked=[SAME_SECOND]), disagreement) == "metadata-mixed-up"
+
+
 def test_what_is_explained_is_in_the_table() -> None:
     assert EXPLANATIONS.keys() <= ANSWERS.keys()
     assert REFUSED_HERE.keys() | REFUSED_THERE.keys() <= RULES.keys()
