@@ -255,7 +255,7 @@ class Rules:
             if (
                 beside is not None
                 and beside.unit is unit
-                and not any(level.node.shares_bucket and level.value != level.pattern for level in levels)
+                and not any(level.node.shares_bucket and not _is_pattern_itself(level) for level in levels)
             ):
                 rule = replace(rule, consistency=beside.consistency)
                 if rule.form == beside.form:
@@ -393,6 +393,10 @@ def _descend(node: RuleNode, key: str, value: str) -> Level | None:
             return Level(PATTERN, key, value, key, deeper, is_joined=True)
     deeper = node.key_only.get(key)
     return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
+
+
+def _is_pattern_itself(level: Level) -> bool:
+    return level.pattern == (f"{level.key}_{level.value}" if level.is_joined else level.value)
 
 
 def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
