@@ -89,5 +89,8 @@ def _part(family: Metric, samples: list[Sample]) -> Metric:
 
 
 def _without_headers(encoded: bytes) -> bytes:
-    """Less HELP, TYPE and UNIT, which the family's first slice has given; no sample begins with a hash."""
-    return b"".join(line for line in encoded.splitlines(keepends=True) if not line.startswith(b"#"))
+    """Less HELP, TYPE and UNIT, which the family's first slice has given; no sample begins with a hash.
+
+    A label may have a carriage return in it, from a value of a caller's, which ends no line.
+    """
+    return b"\n".join([line for line in encoded.split(b"\n") if not line.startswith(b"#")])
