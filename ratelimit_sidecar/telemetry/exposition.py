@@ -41,7 +41,11 @@ class Exposition:
         Returns:
             The body in pieces, and its content type.
         """
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):
+            # It compares what is no version.
+            encode, content_type = choose_encoder("")
         return self._encoded(encode, content_type.startswith("application/openmetrics-text")), content_type
 
     async def _encoded(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> AsyncIterator[bytes]:

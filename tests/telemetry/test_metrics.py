@@ -383,6 +383,11 @@ async def test_no_value_of_a_caller_breaks_the_lines_of_a_slice(accept: str, who
     assert await encoded(registry, accept) == whole(registry)
 
 
+async def test_a_version_that_is_none_gets_the_classic_format() -> None:
+    _, content_type = Exposition(create_registry(sources())).encode("application/openmetrics-text;version=\xff")
+    assert content_type.startswith("text/plain")
+
+
 async def test_the_loop_runs_between_slices() -> None:
     registry = create_registry(sources(small_limiter(many_rules(20 * SLICE_SAMPLES))))
     turns = 0
