@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -24,6 +25,12 @@ LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no strict rule for it."""
 
 MAX_FIRST_NUMBER: Final = 2**31
+
+LOST_AT_ONCE: Final = 4_096
+"""Of the active buckets, those that are told at once when a peer is lost: more than ticks get round in a second. What
+the others go on waiting for or dividing by is stale before they are looked at (`lending.STALE_US`). Callers can make a
+million active, by inventing keys, and to tell them all would hold up every request.
+"""
 
 
 @dataclass(slots=True)
@@ -165,7 +172,7 @@ class Ledger:
 
     def lost(self, peer: str) -> None:
         """The peer cannot be reached: no answer is coming."""
-        for loans in self._active:
+        for loans in islice(self._active, LOST_AT_ONCE):
             loans.lost(peer)
 
     def sweep(self, now_us: int, most: int) -> int:

@@ -114,8 +114,12 @@ class Limit:
         set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
 
     def boundary_us(self, now_us: int) -> int:
-        """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike."""
-        return (now_us - self.horizon_us) >> self.exponent << self.exponent
+        """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike.
+
+        0 where the horizon reaches back before the epoch: nothing was taken before that, and peers are told of no other
+        times.
+        """
+        return max(0, now_us - self.horizon_us) >> self.exponent << self.exponent
 
 
 class Window(Enum):

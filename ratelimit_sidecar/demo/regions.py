@@ -186,6 +186,7 @@ def _sidecar_command(setup: Setup, region: str, ports: RegionPorts) -> Command:
             "grpc": [f"{HOST}:{ports.grpc}"],
             "admin": f"{HOST}:{ports.admin}",
             "sync": f"{HOST}:{ports.sync}",
+            "admin_shows_values": True,
         },
         "rules": [str(path.resolve()) for path in setup.rules],
         # The list names the region itself too: a sidecar ignores itself, so all can have the same list.

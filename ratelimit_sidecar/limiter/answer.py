@@ -152,8 +152,10 @@ def metadata_of_request(
     """
     asked: list[dict[str, object]] = []
     applied: list[dict[str, object]] = []
+    # Each text once, however many descriptors have it.
+    shown = {text: readable(text) for text in {text for entries in descriptors for entry in entries for text in entry}}
     for message, entries, step in zip(request.descriptors, descriptors, steps, strict=True):
-        descriptor: dict[str, object] = {"entries": [readable(f"{key}={value}") for key, value in entries]}
+        descriptor: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in entries]}
         if message.HasField("limit"):
             descriptor["limit"] = _override_text(message.limit)
         if message.HasField("hits_addend"):

@@ -28,7 +28,7 @@ from ratelimit_sidecar.limiter.encoding import (
     encode_status,
     status_head,
 )
-from ratelimit_sidecar.limiter.key import overflow_keys, rule_key, text_of
+from ratelimit_sidecar.limiter.key import Texts, overflow_keys, rule_key, text_of
 from ratelimit_sidecar.limiter.plan import Plan, Step, Terms
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
@@ -304,8 +304,9 @@ class Limiter:
                 message.hits_addend.value = 0
         domain = text_of(request.domain)
         hits = request.hits_addend or 1
+        texts = Texts()
         descriptors = tuple(
-            [tuple([(text_of(entry.key), text_of(entry.value)) for entry in message.entries]) for message in messages]
+            [tuple([(texts.of(entry.key), texts.of(entry.value)) for entry in message.entries]) for message in messages]
         )
         matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
         replaced = {name for match in matches if match is not None for name in match.rule.replaces}

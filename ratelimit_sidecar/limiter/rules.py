@@ -255,6 +255,8 @@ class Rules:
             if (
                 beside is not None
                 and beside.unit is unit
+                # A strict token bucket is of the same form whatever the limit, and no window can be strict.
+                and isinstance(beside.limit, WindowLimit)
                 and not any(level.node.shares_bucket and not _is_pattern_itself(level) for level in levels)
             ):
                 rule = replace(rule, consistency=beside.consistency)

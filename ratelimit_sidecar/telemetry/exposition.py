@@ -41,7 +41,11 @@ class Exposition:
         Returns:
             The body in pieces, and its content type.
         """
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):
+            # It compares what is no version.
+            encode, content_type = choose_encoder("")
         return self._encoded(encode, content_type.startswith("application/openmetrics-text")), content_type
 
     async def _encoded(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> AsyncIterator[bytes]:
@@ -89,5 +93,8 @@ def _part(family: Metric, samples: list[Sample]) -> Metric:
 
 
 def _without_headers(encoded: bytes) -> bytes:
-    """Less HELP, TYPE and UNIT, which the family's first slice has given; no sample begins with a hash."""
-    return b"".join(line for line in encoded.splitlines(keepends=True) if not line.startswith(b"#"))
+    """Less HELP, TYPE and UNIT, which the family's first slice has given; no sample begins with a hash.
+
+    A label may have a carriage return in it, from a value of a caller's, which ends no line.
+    """
+    return b"\n".join([line for line in encoded.split(b"\n") if not line.startswith(b"#")])

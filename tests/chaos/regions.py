@@ -325,6 +325,7 @@ class Lab:
                 "grpc": [f"{HOST}:{own.grpc}"],
                 "admin": f"{HOST}:{own.admin}",
                 "sync": f"{net.addresses[name]}:{own.sync}",
+                "admin_shows_values": True,
             },
             "rules": [str(self.folder / "rules.yaml")],
             # The addresses of this network are nobody else's.

@@ -17,6 +17,7 @@ REBOUND = {"host": "evil.example:8080"}
         {"content-type": "application/x-www-form-urlencoded"},
         {"origin": "http://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
         REBOUND,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.ledger import LOST_AT_ONCE, Ledger
+from ratelimit_sidecar.crdt.lending import ASK_AGAIN_US
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS, Membership, Shares
 from ratelimit_sidecar.crdt.store import StoreFull
@@ -61,6 +62,22 @@ def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> Non
         ledger.bucket(key, LIMIT, NOW_US).take(60, NOW_US)
     asked = [key for _ in range(3) for key in ledger.tick(HOMES, NOW_US, most=4)["b"].asks]
     assert asked == keys
+
+
+def test_a_lost_peer_is_asked_again_for_all_buckets_though_only_some_are_told_of_its_loss_at_once() -> None:
+    ledger = make_ledger()
+    count = LOST_AT_ONCE + 3
+    for index in range(count):
+        ledger.bucket(b"k%d" % index, LIMIT, NOW_US).take(60, NOW_US)
+
+    def asked(now_us: int) -> int:
+        wishes = ledger.tick(HOMES, now_us, most=count)
+        return len(wishes["b"].asks) if wishes else 0
+
+    assert asked(NOW_US) == count
+    ledger.lost("b")
+    assert asked(NOW_US + 1_000) == LOST_AT_ONCE
+    assert asked(NOW_US + ASK_AGAIN_US) == 3
 
 
 def test_nobody_borrows_of_a_key_without_a_strict_token_bucket_here() -> None:

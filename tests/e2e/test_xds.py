@@ -122,8 +122,8 @@ async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp
     """Their changes waited for a mesh that never started, and so the buckets stayed, until there was no room left."""
     ports = free_ports(1)
     own = ports.regions[0]
-    bucket = {"bucket": {"capacity": 1_000, "refillRate": 1_000}}
-    command = sidecar_command(tmp_path, own, bucket, environment=xds(ports.upstream), ready_path="/healthz")
+    config = {"bucket": {"capacity": 1_000, "refillRate": 1_000}, "xds": {"before_rules": "pass"}}
+    command = sidecar_command(tmp_path, own, config, environment=xds(ports.upstream), ready_path="/healthz")
     async with (
         Children(tmp_path) as children,
         httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,

@@ -469,6 +469,17 @@ def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of
     assert rules.replicated_limit_of_key(step.bucket_key) is None
 
 
+@pytest.mark.parametrize("window", list(Window))
+def test_a_limit_in_the_request_that_is_counted_in_windows_holds_beside_a_strict_token_bucket(window: Window) -> None:
+    shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    rules = rules_of(rule("a", consistency=Consistency.STRICT), override_window=window)
+    limiter = Limiter(rules, Origin("here", 1), None, ledger)
+    request = with_override(make_request({"a": "1"}), 2, RateLimitUnit.MINUTE)
+    assert [decide(limiter, request).overall_code for _ in range(3)] == [OK, OK, OVER_LIMIT]
+    assert decide(limiter, make_request({"a": "1"})).statuses[0].limit_remaining == 9
+
+
 def test_a_step_of_the_clock_refills_no_strict_bucket() -> None:
     shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
     ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)

@@ -114,6 +114,19 @@ def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
 
 
 @pytest.mark.interpreted
+def test_a_limit_whose_horizon_reaches_back_before_the_epoch_can_be_told_of_once_it_has_changed() -> None:
+    year_us = 365 * 86_400_000_000
+    bucket = TokenBucket(KEY, Limit(1, year_us, 100), A, NOW_US)
+    longer = Limit(1, year_us, 1_000)
+    bucket.set_limit(longer, NOW_US)
+    assert bucket.take(3, NOW_US)
+    entries = list(bucket.entries())
+    store = Recorder(longer)
+    apply_deltas(store, sent(bucket, bucket.telling_base, entries), A, NOW_US)
+    assert store.told == [(KEY, bucket.telling_base, entries)]
+
+
+@pytest.mark.interpreted
 @given(st.integers(1, 10**7), st.integers(1, 10**7), st.integers(0, 10**12))
 def test_a_base_is_rescaled_to_the_receivers_limit_rounding_up(
     their_period: int, our_period: int, deficit: int

@@ -372,6 +372,22 @@ async def test_encoding_in_slices_gives_what_encoding_at_once_gives(accept: str,
     assert body == whole(registry)
 
 
+@pytest.mark.parametrize(("accept", "whole"), [("", generate_latest), (OPENMETRICS, generate_openmetrics)])
+async def test_no_value_of_a_caller_breaks_the_lines_of_a_slice(accept: str, whole) -> None:
+    detailed = Rule("edge.user", TWO_A_MINUTE, metric_of_values=True)
+    limiter = small_limiter(Rules({"edge": RuleNode(key_only={"user": RuleNode(detailed)})}))
+    for number in range(2 * SLICE_SAMPLES):
+        limiter.decide(request(("user", f'"{number}\\\r# EOF\n# \x85\u2028')), NOW_US)
+    registry = CollectorRegistry()
+    registry.register(SidecarCollector(sources(limiter)))
+    assert await encoded(registry, accept) == whole(registry)
+
+
+async def test_a_version_that_is_none_gets_the_classic_format() -> None:
+    _, content_type = Exposition(create_registry(sources())).encode("application/openmetrics-text;version=\xff")
+    assert content_type.startswith("text/plain")
+
+
 async def test_the_loop_runs_between_slices() -> None:
     registry = create_registry(sources(small_limiter(many_rules(20 * SLICE_SAMPLES))))
     turns = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -185,6 +186,15 @@ def test_random_bytes_in_the_header_are_survived() -> None:
         tracer.sampled(headers(bytes(garbled), (b"tracestate", rng.randbytes(20))))
         tracer.sampled(headers(None, (b"b3", bytes(garbled[3:]))))
         tracer.sampled(headers(None, *b3(), (b"x-b3-traceid", rng.randbytes(32))))
+
+
+@pytest.mark.parametrize("between", [b" ", b"\t", b",", b"@", b"a", b"=", b" ,", b"a=b,"])
+def test_no_tracestate_takes_long_to_read(between: bytes) -> None:
+    tracer = Traced().tracer
+    given = headers(TRACEPARENT, (b"tracestate", b"a=b" + between * (60_000 // len(between)) + b"c"))
+    began = time.perf_counter()
+    tracer.sampled(given)
+    assert time.perf_counter() - began < 0.5
 
 
 def test_a_request_span_continues_the_callers_trace() -> None:
