@@ -129,8 +129,9 @@ class FixedWindow(Bucket):
         """Enforce another limit from now on. One with another period has other windows, with counts of their own."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
-        self._limit = limit
-        self._enter_window()
+        former, self._limit = self._limit, limit
+        if limit.period_us != former.period_us:
+            self._enter_window()
 
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`."""
@@ -311,9 +312,11 @@ class SlidingWindow(Bucket):
         """Enforce another limit from now on; what was taken within its period counts, as far as it is still known."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
-        self._limit = limit
-        self._own_slot_end_us = 0
-        self._recount()
+        former, self._limit = self._limit, limit
+        # Requests that bring limits of the same period may take turns at this.
+        if limit.period_us != former.period_us:
+            self._own_slot_end_us = 0
+            self._recount()
 
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""

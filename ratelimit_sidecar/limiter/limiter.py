@@ -113,6 +113,8 @@ class Limiter:
         """By the id of the rule."""
         self._plans = PlanCache()
         self._plans_found = self._plans_made = 0
+        self.decided: Plan | None = None
+        """That of the request that was decided last. To make that of a large one again would take a while."""
         self.rules = rules
         self.use_rules(rules)
 
@@ -138,6 +140,7 @@ class Limiter:
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()
         self._terms = {}
+        self.decided = None
         return retired
 
     def decide(self, request: bytes, now_us: int) -> bytes:
@@ -156,7 +159,7 @@ class Limiter:
             InvalidRequest: not a RateLimitRequest, no domain, no descriptors or more than `MAX_DESCRIPTORS`. Nothing
                 that a client of the proxy sends leads to it, since Envoy lets pass what is answered with an error.
         """
-        plan = self.plan(request)
+        plan = self.decided = self.plan(request)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
         over = quotas_over = 0

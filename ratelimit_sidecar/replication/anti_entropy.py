@@ -74,6 +74,11 @@ FREED_RANGES: Final = 16
 MAX_PULL_KEYS: Final = 4_096
 """In one frame."""
 
+MAX_SUMMARY_BUCKETS: Final = 16_000
+"""As many as fit into a frame. A range has a thousand where there are a million buckets. One with more is left out: it
+is of keys that somebody has looked for, and a frame that is too large would end the stream.
+"""
+
 MAX_EXCHANGED = 16_384
 """Buckets that are told, and as many that are asked for, because of one pass: some 2 MB. The rest is found again."""
 
@@ -358,6 +363,8 @@ class Exchange:
                 self._differing.clear()
                 break
             buckets = done.buckets(number)
+            if len(buckets.keys) > MAX_SUMMARY_BUCKETS:
+                continue
             summary = pb.Summary(at_us=done.at_us, range=number, keys=buckets.hashes, states=buckets.states)
             return pb.Frame(summary=summary)
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None

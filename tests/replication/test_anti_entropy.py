@@ -41,7 +41,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_frame
 
 HEALS_US = EVERY_US + SETTLE_US + 2 * SECOND_US
 """From when a slot is over until all have found that some missed it: a pass, what settles before it, and the way."""
@@ -430,6 +430,21 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
     assert (exchange.take_frame() or pb.Frame()).HasField("digest")
     assert hear(exchange, summary) == (1, 1)
     assert hear(exchange, summary) == (0, 1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("buckets", "is_sent"), [(16_000, True), (16_384, False)])
+def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int, is_sent: bool) -> None:
+    exchange = exchange_of_nothing()
+    done = Pass(EVERY_US, range(SEGMENTS))
+    for number in range(buckets):
+        done.add(RANGES - 1, b"%d" % number, 2**64 - 1 - number)
+    exchange._summing._done.append(done)
+    exchange._differing, exchange._differing_us = {RANGES - 1: None}, EVERY_US
+    frame = exchange.take_frame()
+    assert (frame is not None) == is_sent
+    if frame is not None:
+        assert read_frame(frame.SerializeToString()) == frame
 
 
 def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
