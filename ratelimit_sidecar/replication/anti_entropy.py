@@ -95,7 +95,7 @@ def range_of(key: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Its buckets.
+    """Its buckets, as far as there are few enough of them.
 
     Args:
         hashes: of the keys.
@@ -104,6 +104,11 @@ class _Range:
     keys: list[bytes] = field(default_factory=list)
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     states: array[int] = field(default_factory=lambda: array("Q"))
+
+    @property
+    def is_crowded(self) -> bool:
+        """There are more, and it is left out."""
+        return len(self.keys) > MAX_SUMMARY_BUCKETS
 
 
 class Pass:
@@ -125,6 +130,8 @@ class Pass:
         found = self._ranges.get(range_number)
         if found is None:
             found = self._ranges[range_number] = _Range()
+        if found.is_crowded:
+            return
         found.keys.append(key)
         found.hashes.append(hash64(key))
         found.states.append(state)
@@ -363,7 +370,7 @@ class Exchange:
                 self._differing.clear()
                 break
             buckets = done.buckets(number)
-            if len(buckets.keys) > MAX_SUMMARY_BUCKETS:
+            if buckets.is_crowded:
                 continue
             summary = pb.Summary(at_us=done.at_us, range=number, keys=buckets.hashes, states=buckets.states)
             return pb.Frame(summary=summary)
@@ -448,6 +455,8 @@ class Exchange:
         theirs = dict(zip(summary.keys, summary.states, strict=True))
         pulled = []
         buckets = own.buckets(summary.range)
+        if buckets.is_crowded:
+            return
         left = PIECE_WORK
         for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
@@ -475,6 +484,8 @@ class Exchange:
 
     def _answer_pull(self, pull: pb.Pull, own: Pass) -> Iterator[None]:
         buckets = own.buckets(pull.range)
+        if buckets.is_crowded:
+            return
         keys = dict(zip(buckets.hashes, buckets.keys, strict=True))
         for index, hashed in enumerate(pull.keys, 1):
             if hashed in keys:

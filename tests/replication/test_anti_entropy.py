@@ -173,15 +173,17 @@ def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
     summing = Summing(store, NOW_US)
     own = Pass(EVERY_US, range(SEGMENTS))
     keys = [key_of(f"user {index}") for index in range(MAX_EXCHANGED + 1)]
-    number = 7
-    for key in keys:
-        own.add(number, key, 1)
+    halves = keys[: MAX_EXCHANGED // 2], keys[MAX_EXCHANGED // 2 :]
+    for number, half in enumerate(halves):
+        for key in half:
+            own.add(number, key, 1)
     summing._done.append(own)
     told: list[bytes] = []
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
-    hashes = [hash64(key) for key in keys]
-    for start in range(0, len(hashes), MAX_PULL_KEYS):
-        hear(exchange, pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
+    for number, half in enumerate(halves):
+        hashes = [hash64(key) for key in half]
+        for start in range(0, len(hashes), MAX_PULL_KEYS):
+            hear(exchange, pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
     assert told == keys[:MAX_EXCHANGED]
 
 
@@ -435,7 +437,8 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("buckets", "is_sent"), [(16_000, True), (16_384, False)])
 def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int, is_sent: bool) -> None:
-    exchange = exchange_of_nothing()
+    store = store_of(node("a"))
+    exchange = Exchange(Summing(store, NOW_US), store, peer_that(lambda key: None, store), leads=True)
     done = Pass(EVERY_US, range(SEGMENTS))
     for number in range(buckets):
         done.add(RANGES - 1, b"%d" % number, 2**64 - 1 - number)
@@ -445,6 +448,9 @@ def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int,
     assert (frame is not None) == is_sent
     if frame is not None:
         assert read_frame(frame.SerializeToString()) == frame
+    pull = pb.Pull(at_us=EVERY_US, range=RANGES - 1, keys=done.buckets(RANGES - 1).hashes[:7])
+    assert hear(exchange, pull)[0] == (7 if is_sent else 0)
+    assert len(done.buckets(RANGES - 1).keys) <= 16_001
 
 
 def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
