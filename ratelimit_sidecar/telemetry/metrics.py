@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
@@ -265,6 +265,8 @@ class Snapshot:
 _ZEROS = RuleCounts()
 
 
+_Part = TypeVar("_Part")
+
 Sample = tuple[str, tuple[str, ...], float]
 """Suffix of the sample's name ("" unless a histogram's), label values, value."""
 
@@ -402,69 +404,50 @@ def _read_plans(at: Snapshot) -> Iterator[Sample]:
     yield "", ("made",), counts.made
 
 
-def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+def _read_part(
+    part: Callable[[Sources], _Part | None], value: Callable[[_Part], float | None]
+) -> Callable[[Snapshot], Iterator[Sample]]:
+    """One sample of a part, where it is there and has it to tell."""
+
     def read(at: Snapshot) -> Iterator[Sample]:
-        if at.sources.loop is not None:
-            yield "", (at.sources.region,), value(at.sources.loop)
-
-    return read
-
-
-def _read_clock_gap(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.clock is not None:
-        yield "", (at.sources.region,), at.sources.clock.gap_us / 1e6
-
-
-def _read_clock_steps(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.clock is not None:
-        yield "", (at.sources.region, "forward"), at.sources.clock.steps_forward
-        yield "", (at.sources.region, "back"), at.sources.clock.steps_back
-
-
-def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
-        if at.sources.front_end is not None:
-            yield "", (at.sources.region,), value(at.sources.front_end)
-
-    return read
-
-
-def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
-        number = None if at.sources.state is None else value(at.sources.state)
+        of = part(at.sources)
+        number = None if of is None else value(of)
         if number is not None:
             yield "", (at.sources.region,), number
 
     return read
 
 
-def _read_snapshots(at: Snapshot) -> Iterator[Sample]:
-    state, region = at.sources.state, at.sources.region
-    if state is not None:
-        yield "", (region, "written"), state.taken
-        yield "", (region, "failed"), state.failed
+def _read_part_by(
+    part: Callable[[Sources], _Part | None], counts: Callable[[_Part], Mapping[str, int]]
+) -> Callable[[Snapshot], Iterator[Sample]]:
+    """A sample for each name that a part counts by, where it is there."""
+
+    def read(at: Snapshot) -> Iterator[Sample]:
+        of = part(at.sources)
+        if of is not None:
+            for name, count in counts(of).items():
+                yield "", (at.sources.region, name), count
+
+    return read
+
+
+def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.loop, value)
+
+
+def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.front_end, value)
+
+
+def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.state, value)
 
 
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
 ) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
-        if at.sources.front_end is not None:
-            for reason, count in counts(at.sources.front_end).items():
-                yield "", (at.sources.region, reason), count
-
-    return read
-
-
-def _read_task_failures(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.supervision is not None:
-        for task, failures in at.sources.supervision.restarts.items():
-            yield "", (at.sources.region, task), failures
-
-
-def _read_dropped_lines(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.log is not None:
-        yield "", (at.sources.region,), at.sources.log.dropped_lines
+    return _read_part_by(lambda sources: sources.front_end, counts)
 
 
 def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
@@ -533,7 +516,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "result"),
         "Snapshots of the buckets that were written, or could not be; absent without `persistence`, as the next three.",
-        _read_snapshots,
+        _read_part_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(
         "ratelimit_snapshot_timestamp_seconds",
@@ -666,28 +649,31 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "task"),
         "Times a task of the sidecar failed and was begun again: mesh_listener and grpc_listener are ports.",
-        _read_task_failures,
+        _read_part_by(lambda sources: sources.supervision, lambda supervision: supervision.restarts),
     ),
     Definition(
         "ratelimit_log_lines_dropped_total",
         "counter",
         ("region",),
         "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
-        _read_dropped_lines,
+        _read_part(lambda sources: sources.log, lambda log: log.dropped_lines),
     ),
     Definition(
         "ratelimit_clock_gap_seconds",
         "gauge",
         ("region",),
         "The system clock minus the one that limits are counted by. From 10 s on it was set, and is not believed yet.",
-        _read_clock_gap,
+        _read_part(lambda sources: sources.clock, lambda clock: clock.gap_us / 1e6),
     ),
     Definition(
         "ratelimit_clock_steps_total",
         "counter",
         ("region", "direction"),
         "Times that the clock that limits are counted by was set, forward or back, as the system clock had been.",
-        _read_clock_steps,
+        _read_part_by(
+            lambda sources: sources.clock,
+            lambda clock: {"forward": clock.steps_forward, "back": clock.steps_back},
+        ),
     ),
     Definition(
         "openclaw_rate_limit_rejections",
