@@ -12,6 +12,9 @@ from collections.abc import AsyncIterator, Callable
 
 import structlog
 
+from ratelimit_sidecar.server.budget import AddressBudget
+from ratelimit_sidecar.server.grpc_protocol import Shared
+
 AGAIN_SECONDS = 1.0
 """After a connection could not be accepted; asyncio waits as long."""
 
@@ -46,3 +49,13 @@ async def connections_of(
             is_exhausted = False
             _log.info("accepting_again")
         yield connected, address[0] if address else ""
+
+
+async def clients_of(listening: socket.socket, shared: Shared) -> AsyncIterator[tuple[socket.socket, AddressBudget]]:
+    """The connections for which a front end has room, for ever; others are closed."""
+    async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
+        budget = shared.enter(address)
+        if budget is None:
+            connected.close()
+        else:
+            yield connected, budget

@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import Mapping, Sequence
 
-from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.accepting import clients_of
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
@@ -139,13 +139,8 @@ class H2FrontEnd:
             self._accepting.append(self._tasks.create_task(self._accept_plain(listener.socket)))
 
     async def _accept_plain(self, listening: socket.socket) -> None:
-        shared = self._shared
-        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
-            budget = shared.enter(address)
-            if budget is None:
-                connected.close()
-            else:
-                await self._connect(connected, budget)
+        async for connected, budget in clients_of(listening, self._shared):
+            await self._connect(connected, budget)
 
     async def _connect(self, connected: socket.socket, budget: AddressBudget) -> None:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
-from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.accepting import clients_of
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 
@@ -93,11 +93,7 @@ class TlsListeners:
 
     async def _accept(self, listening: socket.socket) -> None:
         shared = self._shared
-        async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
-            budget = shared.enter(address)
-            if budget is None:
-                connected.close()
-                continue
+        async for connected, budget in clients_of(listening, shared):
             task = shared.tasks.create_task(self._shake_hands(connected, budget))
             self.handshakes.add(task)
             task.add_done_callback(self.handshakes.discard)
