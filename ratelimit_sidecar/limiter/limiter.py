@@ -199,8 +199,8 @@ class Limiter:
                         over += 1
             statuses += encode_status(beginning, remaining, bucket.full_in_us)
             buckets.append(bucket)
-        is_over = over > 0 or quotas_over == plan.quotas > 0
-        overall = OVERALL_OVER_LIMIT if is_over and not self.settings.shadow_mode else OVERALL_OK
+        is_denied = _is_over(plan, over, quotas_over) and not self.settings.shadow_mode
+        overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
         return self._with_extras(answer, plan, buckets) if plan.has_extras else answer
 
@@ -212,15 +212,12 @@ class Limiter:
             if terms.limit is None or terms.is_shadow:
                 continue
             at_us = now_us - self.jumped_us if terms.is_strict else now_us
-            bucket = step.bucket
-            if bucket is None or step.evicted != self.store.evicted or bucket.limit is not step.limit:
-                bucket = self._bucket(step, terms.limit, at_us)
-            if not bucket.would_admit(step.hits, at_us):
+            if not self._bucket(step, terms.limit, at_us).would_admit(step.hits, at_us):
                 if terms.is_quota:
                     quotas_over += 1
                 else:
                     over += 1
-        return over > 0 or quotas_over == plan.quotas > 0
+        return _is_over(plan, over, quotas_over)
 
     def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None]) -> bytes:
         response = RateLimitResponse.FromString(answer)
@@ -270,17 +267,15 @@ class Limiter:
             limit = step.terms.limit
             if not isinstance(limit, WindowLimit):
                 # One that the request brings is rounded in the name, so that there are few of them.
-                limit = self._limit_of_key(key)
+                rule = self.rules.rule_of_key(key)
+                assert rule is not None
+                limit = rule.limit
             assert limit is not None
             try:
                 return self._bucket_of_key(step, key, limit, at_us)
             except StoreFull:
                 continue
         raise AssertionError("the last overflow bucket of a rule has room always")
-
-    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
-        rule = self.rules.rule_of_key(key)
-        return None if rule is None else rule.limit
 
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
         if step.terms.is_strict:
@@ -393,6 +388,14 @@ class Limiter:
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
             has_extras=self._extras.are_wanted(rule),
         )
+
+
+def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:
+    """Args:
+    over: steps over their limit that are no quotas.
+    quotas_over: those that are.
+    """
+    return over > 0 or quotas_over == plan.quotas > 0
 
 
 def _is_replaced(rule: Rule, replaced: set[str]) -> bool:

@@ -255,15 +255,13 @@ class Rules:
             if (
                 beside is not None
                 and beside.unit is unit
-                # A strict token bucket is of the same form whatever the limit, and no window can be strict.
                 and isinstance(beside.limit, WindowLimit)
+                and beside.limit.window is self.override_window
                 and not any(level.node.shares_bucket and not _is_pattern_itself(level) for level in levels)
             ):
                 rule = replace(rule, consistency=beside.consistency)
-                if rule.form == beside.form:
-                    key = _match_of_levels(domain, levels, beside).bucket_key
-                    return Match(rule, key, rule.name, is_override=True)
-                rule = replace(rule, consistency=self.override_consistency)
+                key = _match_of_levels(domain, levels, beside).bucket_key
+                return Match(rule, key, rule.name, is_override=True)
         key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
         counted = requests if self.override_window is None else 0
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
