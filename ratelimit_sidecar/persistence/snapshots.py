@@ -119,13 +119,14 @@ class Snapshots:
     async def load(self) -> None:
         """Join what the file holds, in pieces, while requests may be answered."""
         try:
-            opened = await asyncio.to_thread(_open_checked, self._path)
+            await self._load()
         except BadSnapshot as error:
             await self._set_aside(str(error))
-            return
         except OSError as error:
             self._fail("snapshot_unreadable", error)
-            return
+
+    async def _load(self) -> None:
+        opened = await asyncio.to_thread(_open_checked, self._path)
         if opened is None:
             _log.info("no_snapshot", file=str(self._path))
             return
@@ -134,15 +135,8 @@ class Snapshots:
         to = Target(self._store, checked.origin, self._local_limit_of_key)
         with file:
             records = records_again(file)
-            try:
-                while (record := await asyncio.to_thread(next, records, None)) is not None:
-                    entries += await _in_turns(restore(*record, to, self._now_us()))
-            except BadSnapshot as error:
-                await self._set_aside(str(error))
-                return
-            except OSError as error:
-                self._fail("snapshot_unreadable", error)
-                return
+            while (record := await asyncio.to_thread(next, records, None)) is not None:
+                entries += await _in_turns(restore(*record, to, self._now_us()))
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
         _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries)
