@@ -106,9 +106,9 @@ class Mixed:
 class CountingBucket(TokenBucket):
     refolds = 0
 
-    def _refold(self) -> None:
+    def _recount(self) -> None:
         self.refolds += 1
-        super()._refold()
+        super()._recount()
 
 
 def takes_of(rng: random.Random, per_second: float) -> Iterable[int]:

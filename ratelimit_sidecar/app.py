@@ -3,9 +3,8 @@
 Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
 is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
 they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them, and calls are refused
-if so configured. At a stop the order is
-the other way round: no new requests, answers to those in flight, then what was admitted is told to the peers, then the
-spans are flushed.
+if so configured. At a stop the order is the other way round: no new requests, answers to those in flight, then what was
+admitted is told to the peers, then the spans are flushed.
 """
 
 from __future__ import annotations

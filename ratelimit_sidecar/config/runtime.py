@@ -55,7 +55,7 @@ def _join_runtime(values: Mapping[str, str]) -> str:
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
     """Where rules lie when neither a file nor the environment says where; None when there is no such folder."""
-    folder = Path(_join_runtime({name: environ.get(name, "") for name in ("RUNTIME_APPDIRECTORY",)}))
+    folder = Path(_join_runtime({"RUNTIME_APPDIRECTORY": environ.get("RUNTIME_APPDIRECTORY", "")}))
     try:
         return folder if folder.is_dir() else None
     except OSError:

@@ -179,7 +179,7 @@ class TokenBucket(Bucket):
         if too_many:
             self._trim()
         if refold:
-            self._refold()
+            self._recount()
         return news
 
     @property
@@ -220,7 +220,7 @@ class TokenBucket(Bucket):
         self._base_deficit = max(drained, self._base_deficit)
         if self.base == before:
             return False
-        self._refold()
+        self._recount()
         return True
 
     def seal(self, now_us: int) -> None:
@@ -232,7 +232,7 @@ class TokenBucket(Bucket):
             self._seal_before(boundary_us)
             if self._peak >= limit.debt_ceiling:
                 # It may be behind the base now. And what was cut when it was heard is now cut in its slot's middle.
-                self._refold()
+                self._recount()
 
     def is_idle(self, now_us: int) -> bool:
         """True when the bucket is full and nothing in it counts or is missed by a peer: then it equals an absent one.
@@ -259,7 +259,7 @@ class TokenBucket(Bucket):
         self._limit = limit
         # The next take opens a slot of the new width.
         self._own_slot_end_us = 0
-        self._refold()
+        self._recount()
 
     def fold(self, now_us: int) -> int:
         """The scaled deficit at `now_us` as a pure function of the replicated state.
@@ -299,7 +299,7 @@ class TokenBucket(Bucket):
             self._base_us, self._base_deficit = boundary_us, 0
         self.at_us = now_us
         self._own_slot_end_us = self._sealed_until_us = 0
-        self._refold()
+        self._recount()
         tokens = -(-(deficit - self.deficit) // limit.period_us)
         if tokens > 0:
             self._open_slot_of_now()
@@ -359,14 +359,11 @@ class TokenBucket(Bucket):
             return _Folded(0, now_us, peak)
         return _Folded(deficit, full_at_us, peak)
 
-    def _refold(self) -> None:
+    def _recount(self) -> None:
         self._spilled = SpilledRefill(self._limit, self._base_us) if self._heard is not None else None
         events = self._events(self.entries(), self.at_us)
         folded = self._fold_from_base(events, self.at_us, self._spilled)
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
-
-    def _recount(self) -> None:
-        self._refold()
 
     def _seal_before(self, boundary_us: int) -> None:
         """Move the base up to `boundary_us`."""
