@@ -16,6 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
@@ -80,9 +81,12 @@ class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
     last_success_us: int | None = NOW_US
     trouble: str = ""
+    rejected: object | None = None
 
 
-def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None) -> Sources:
+def sources(
+    limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None, fullest=None
+) -> Sources:
     return Sources(
         node="us-1",
         region="us-east-1",
@@ -100,6 +104,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         state=State(),
         supervision=Supervision(),
         log=Log(),
+        fullest=fullest,
     )
 
 
@@ -110,7 +115,11 @@ def busy_sources() -> Sources:
         limiter.decide(request(("tenant", "acme"), ("plan", "gold"), ("nothing", "limits this")), NOW_US)
     latency = LatencyHistogram()
     latency.observe(30_000)
-    return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership())
+    fullest = FullestBuckets(limiter.store)
+    fullest.look(limiter.rules, NOW_US, 100)
+    return sources(
+        limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership(), fullest=fullest
+    )
 
 
 def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
@@ -142,7 +151,7 @@ async def encoded(registry: CollectorRegistry, accept: str) -> bytes:
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
-    return registry.get_sample_value(name, labels)
+    return registry.get_sample_value(name, {"region": "us-east-1", **labels})
 
 
 def test_an_observation_counts_in_the_bucket_whose_bound_it_reaches() -> None:
@@ -420,6 +429,32 @@ def test_loads_of_rules_are_counted_by_result_with_the_time_of_the_last_good_one
     assert sample(registry, "ratelimit_config_loads_total", result="error") == 1
     assert sample(registry, "ratelimit_config_last_success_timestamp_seconds") == NOW_US / 1e6
     assert sample(registry, "ratelimit_config_source_up") == 1
+    assert sample(registry, "ratelimit_config_rejected") == 0
+
+
+def test_rules_that_were_rejected_show_until_others_are_loaded() -> None:
+    registry = create_registry(sources(rules=Reloads(rejected="line 3")))
+    assert sample(registry, "ratelimit_config_rejected") == 1
+
+
+def test_of_each_rule_the_three_fullest_buckets_show_and_the_greatest_debt() -> None:
+    limiter = small_limiter()
+    for tenant, hits in (("a", 1), ("b", 2), ("c", 1), ("d", 1)):
+        limiter.decide(request(("tenant", tenant), hits=hits), NOW_US)
+    fullest = FullestBuckets(limiter.store)
+    registry = create_registry(sources(limiter, fullest=fullest))
+    tenants = {"domain": "edge", "rule": "edge.tenant"}
+    assert sample(registry, "ratelimit_bucket_used_ratio", **tenants, rank="1") is None, "before the first look is over"
+
+    assert fullest.look(limiter.rules, NOW_US, 5)
+
+    ranks = [sample(registry, "ratelimit_bucket_used_ratio", **tenants, rank=rank) for rank in "1234"]
+    assert ranks == [1, 0.5, 0.5, None]
+    assert sample(registry, "ratelimit_bucket_debt_tokens", **tenants) == 0
+
+
+def test_every_metric_names_the_region() -> None:
+    assert [metric.name for metric in METRICS if "region" not in metric.labels] == []
 
 
 def test_rules_that_have_not_come_yet_have_no_time_and_their_source_is_down() -> None:
