@@ -16,17 +16,17 @@ import pytest
 import yaml
 from deploy.channels import PAGERDUTY_KEY, SMTP_PASSWORD, TELEGRAM_TOKEN, Channels, serving
 
+from ratelimit_sidecar.demo.observe import Addresses, alertmanager_command
 from ratelimit_sidecar.demo.ports import HOST, free_ports
-from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.demo.processes import Children
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "alertmanager"
 # Debian has given it another name, and its templates a place of their own.
-DEBIANS = shutil.which("prometheus-alertmanager")
 HAS_TEMPLATES = Path("/usr/share/prometheus/alertmanager/default.tmpl").exists()
-ALERTMANAGER = shutil.which("alertmanager") or (DEBIANS if HAS_TEMPLATES else None)
+HAS_ALERTMANAGER = shutil.which("alertmanager") or (shutil.which("prometheus-alertmanager") and HAS_TEMPLATES)
 
 pytestmark = pytest.mark.skipif(
-    ALERTMANAGER is None or shutil.which("amtool") is None, reason="Alertmanager is not installed"
+    not HAS_ALERTMANAGER or shutil.which("amtool") is None, reason="Alertmanager is not installed"
 )
 
 SECRETS = {
@@ -116,19 +116,8 @@ def test_every_channel_is_told_when_an_alert_is_resolved() -> None:
 
 @asynccontextmanager
 async def alertmanager(folder: Path, config: Path) -> AsyncIterator[httpx.AsyncClient]:
-    assert ALERTMANAGER is not None
     port = free_ports(1).upstream
-    command = Command(
-        name="alertmanager",
-        argv=[
-            ALERTMANAGER,
-            f"--config.file={config}",
-            f"--storage.path={folder / 'data'}",
-            f"--web.listen-address={HOST}:{port}",
-            "--cluster.listen-address=",
-        ],
-        ready_url=f"http://{HOST}:{port}/-/ready",
-    )
+    command = alertmanager_command(folder, config, Addresses("", f"{HOST}:{port}"))
     async with (
         Children(folder) as children,
         httpx.AsyncClient(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=30) as client,

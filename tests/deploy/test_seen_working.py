@@ -17,25 +17,25 @@ from signal import SIGTERM
 import grpc.aio
 import httpx
 import pytest
-import yaml
 from deploy.channels import Channels, Message, serving
 from deploy.dashboards import queries
-from deploy.test_alertmanager import ALERTMANAGER, alertmanager, configured
+from deploy.test_alertmanager import HAS_ALERTMANAGER, alertmanager, configured
+from e2e.commands import command, free_base_port
 from e2e.sidecars import ask, sidecar_command
 from e2e.test_wrong_clock import with_clock_of
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
+from ratelimit_sidecar.demo.observe import Addresses, prometheus_command
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 from ratelimit_sidecar.replication.dialler import METHOD
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
-PROMETHEUS = shutil.which("prometheus")
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
-        PROMETHEUS is None or ALERTMANAGER is None, reason="Prometheus or Alertmanager is not installed"
+        shutil.which("prometheus") is None or not HAS_ALERTMANAGER, reason="Prometheus or Alertmanager is not installed"
     ),
     pytest.mark.filterwarnings("ignore:Session.login_data is deprecated:DeprecationWarning"),
 ]
@@ -118,39 +118,9 @@ def sidecars(folder: Path, ports: dict[str, RegionPorts]) -> list[Command]:
             "sync": {"peers": [f"{HOST}:{of.sync}" for of in ports.values()], "members": dict.fromkeys(REGIONS, 1)},
             "persistence": {"file": str(folder / f"state-{node}"), "every_seconds": 1},
         }
-        command = sidecar_command(folder, ports[node], config, name=node, ready_path="/healthz")
-        made.append(with_clock_of(folder / "ahead", command) if node == WRONG_CLOCK else command)
+        of_node = sidecar_command(folder, ports[node], config, name=node, ready_path="/healthz")
+        made.append(with_clock_of(folder / "ahead", of_node) if node == WRONG_CLOCK else of_node)
     return made
-
-
-def prometheus_command(folder: Path, port: int, alertmanager_address: str, ports: dict[str, RegionPorts]) -> Command:
-    """As deployed, but for addresses and times: an alert waits for none."""
-    config = yaml.safe_load((DEPLOYED / "static.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [alertmanager_address]}]}]
-    (scrape,) = config["scrape_configs"]
-    scrape["static_configs"] = [
-        {"targets": [f"{HOST}:{ports[node].admin}"], "labels": {"region": region}} for node, region in REGIONS.items()
-    ]
-    (folder / "rules").mkdir()
-    for file in (DEPLOYED / "rules").glob("*.yml"):
-        rules = yaml.safe_load(file.read_text())
-        for rule in (rule for group in rules["groups"] for rule in group["rules"]):
-            rule.pop("for", None)
-        (folder / "rules" / file.name).write_text(yaml.safe_dump(rules))
-    file = folder / "prometheus.yml"
-    file.write_text(yaml.safe_dump(config))
-    assert PROMETHEUS is not None
-    return Command(
-        name="prometheus",
-        argv=[
-            PROMETHEUS,
-            f"--config.file={file}",
-            f"--storage.tsdb.path={folder / 'tsdb'}",
-            f"--web.listen-address={HOST}:{port}",
-        ],
-        ready_url=f"http://{HOST}:{port}/-/ready",
-    )
 
 
 @asynccontextmanager
@@ -163,8 +133,9 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         alerting = await stack.enter_async_context(alertmanager(folder, configured(folder, channels)))
         children = await stack.enter_async_context(Children(folder))
         started = {command.name: await children.start(command) for command in sidecars(folder, ports)}
-        address = f"{alerting.base_url.host}:{alerting.base_url.port}"
-        await children.start(prometheus_command(folder, found.upstream, address, ports))
+        targets = {f"{HOST}:{ports[node].admin}": region for node, region in REGIONS.items()}
+        at = Addresses(f"{HOST}:{found.upstream}", f"{alerting.base_url.host}:{alerting.base_url.port}")
+        await children.start(prometheus_command(folder, DEPLOYED, at, targets))
         stubs = {
             node: RateLimitServiceStub(await stack.enter_async_context(grpc.aio.insecure_channel(f"{HOST}:{of.grpc}")))
             for node, of in ports.items()
@@ -223,3 +194,10 @@ async def test_every_panel_has_data_and_five_faults_are_told_where_they_should_b
         broken.write_text(RULES)
         await at.told(("#ratelimit-us-east-1", "RateLimitRulesRejected us-east-1"), resolved=True)
         traffic.cancel()
+
+
+async def test_a_demo_that_is_observed_shows_an_alert_that_fires_and_is_resolved() -> None:
+    async with command("demo", "--observe", "--duration", "30", "--base-port", str(free_base_port())) as demo:
+        await demo.printed("alert RateLimitBucketNearExhaustion fires: A bucket of openclaw.agent in openclaw is ")
+        await demo.printed("alert RateLimitBucketNearExhaustion is resolved")
+        assert await demo.ended() == 0, demo.output
