@@ -556,7 +556,7 @@ def _panel(panel: Panel) -> AnyPanel:
     for number, (expression, legend) in enumerate(panel.queries):
         query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id("ABCDEFGH"[number])
         if panel.kind == "heat":
-            query = query.format(PromQueryFormat.HEATMAP)
+            query = query.format(PromQueryFormat.HEATMAP).exemplar(True)
         elif panel.kind == "matrix":
             query = query.instant().format(PromQueryFormat.TABLE)
         elif panel.kind in ("number", "bars"):

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeVar
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
@@ -281,8 +282,8 @@ _ZEROS = RuleCounts()
 
 _Part = TypeVar("_Part")
 
-Sample = tuple[str, tuple[str, ...], float]
-"""Suffix of the sample's name ("" unless a histogram's), label values, value."""
+Sample = tuple[str, tuple[str, ...], float] | tuple[str, tuple[str, ...], float, Exemplar]
+"""Suffix of the sample's name ("" unless a histogram's), label values, value, and an exemplar if there is one."""
 
 Kind = Literal["counter", "gauge", "histogram", "info", "unknown"]
 
@@ -347,8 +348,12 @@ def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapsh
 def _read_latency(at: Snapshot) -> Iterator[Sample]:
     region, latency = at.sources.region, at.sources.latency
     totals = list(accumulate(latency.counts))
-    for bound, total in zip(_BUCKET_BOUNDS, totals, strict=True):
-        yield "_bucket", (region, bound), total
+    for bound, total, latest in zip(_BUCKET_BOUNDS, totals, latency.exemplars, strict=True):
+        if latest is None:
+            yield "_bucket", (region, bound), total
+        else:
+            exemplar = Exemplar({"trace_id": latest.trace_id}, latest.elapsed_ns / 1e9, latest.ended_ns / 1e9)
+            yield "_bucket", (region, bound), total, exemplar
     yield "_count", (region,), totals[-1]
     yield "_sum", (region,), latency.sum_ns / 1e9
 
@@ -996,8 +1001,9 @@ class _Samples:
         name = self._definition.name
         # Only a histogram's buckets have a value for `le`.
         label_names = (*self._definition.labels, "le")
-        for suffix, label_values, value in self._definition.read(self._snapshot):
-            yield EncodedSample(name + suffix, dict(zip(label_names, label_values, strict=False)), value)
+        for suffix, label_values, value, *exemplar in self._definition.read(self._snapshot):
+            labels = dict(zip(label_names, label_values, strict=False))
+            yield EncodedSample(name + suffix, labels, value, exemplar=exemplar[0] if exemplar else None)
 
 
 def _family(definition: Definition) -> Metric:

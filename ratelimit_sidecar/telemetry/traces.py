@@ -19,7 +19,7 @@ from typing import Final
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, get_current_span
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, format_trace_id, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ratelimit_sidecar.limiter.key import readable
@@ -102,13 +102,16 @@ class RequestTracer:
                 return None
         return self._parent_of_b3(metadata) if has_b3 else None
 
-    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> str | None:
         """Make the span of an answered request.
 
         Args:
             parent: what `sampled` returned.
             started_ns: nanoseconds since the epoch; so is `ended_ns`.
             response: the answer, a serialized RateLimitResponse for `plan`.
+
+        Returns:
+            The trace's id in hexadecimal; None when our own sampler leaves the span out.
         """
         assert isinstance(parent, Context)
         answer = RateLimitResponse.FromString(response)
@@ -131,10 +134,12 @@ class RequestTracer:
         )
         span.end(ended_ns)
         context = span.get_span_context()
-        if context.trace_flags.sampled:
-            for step, over in decided:
-                if not over and _replicates(step):
-                    self._remember(step.bucket_key, context)
+        if not context.trace_flags.sampled:
+            return None
+        for step, over in decided:
+            if not over and _replicates(step):
+                self._remember(step.bucket_key, context)
+        return format_trace_id(context.trace_id)
 
     def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> Span | None:
         """Start the span of a batch about to be sent to a peer; whoever sends it ends it at the acknowledgement.

@@ -453,6 +453,51 @@ def test_of_each_rule_the_three_fullest_buckets_show_and_the_greatest_debt() -> 
     assert sample(registry, "ratelimit_bucket_debt_tokens", **tenants) == 0
 
 
+async def test_a_bucket_of_latency_shows_the_trace_of_the_latest_sampled_request_in_openmetrics_alone() -> None:
+    latency = LatencyHistogram()
+    for elapsed_ns in (30_000, 40_000, 2_000_000_000):
+        latency.observe(elapsed_ns)
+    latency.exemplify("a" * 32, 30_000, NOW_US * 1_000)
+    latency.exemplify("b" * 32, 40_000, NOW_US * 1_000)
+    latency.exemplify("c" * 32, 2_000_000_000, NOW_US * 1_000)
+    registry = create_registry(sources(latency=latency))
+
+    families = parse_openmetrics((await encoded(registry, OPENMETRICS)).decode())
+    (histogram,) = [family for family in families if family.name == "openclaw_request_latency_seconds"]
+    shown = {of.labels["le"]: of.exemplar for of in histogram.samples if of.exemplar is not None}
+    assert {le: exemplar.labels for le, exemplar in shown.items()} == {
+        "5e-05": {"trace_id": "b" * 32},
+        "+Inf": {"trace_id": "c" * 32},
+    }
+    assert (shown["5e-05"].value, float(shown["5e-05"].timestamp)) == (0.000_04, NOW_US / 1e6)
+    assert b"trace_id" not in await encoded(registry, "")
+
+
+async def test_an_hour_of_random_values_leaves_the_series_as_many_as_they_were() -> None:
+    limiter = small_limiter()
+    fullest = FullestBuckets(limiter.store)
+    registry = create_registry(sources(limiter, fullest=fullest))
+
+    async def series() -> int:
+        return sum(not line.startswith(b"#") for line in (await encoded(registry, "")).splitlines())
+
+    def send(at_us: int, number: int) -> None:
+        for key in ("tenant", "ip", f"key{number}"):
+            limiter.decide(request((key, f"value{number}"), domain="edge"), at_us)
+        limiter.decide(request(("tenant", "value"), domain=f"domain{number}"), at_us)
+
+    for number in range(3):
+        send(NOW_US, number)
+    fullest.look(limiter.rules, NOW_US, 1_000)
+    before = await series()
+
+    for number in range(3, 3_600):
+        send(NOW_US + number * 1_000_000, number)
+    fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
+
+    assert await series() == before
+
+
 def test_every_metric_names_the_region() -> None:
     assert [metric.name for metric in METRICS if "region" not in metric.labels] == []
 
