@@ -83,11 +83,13 @@ SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
 """So many buckets are looked at in a step, half a millisecond, and steps follow each other so that all buckets have
 been within a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it."""
 
-FULLEST_BUCKETS = 50
+FULLEST_BUCKETS = 100
 FULLEST_PASS_SECONDS = 10.0
 FULLEST_LEAST_SECONDS, FULLEST_MOST_SECONDS = 0.02, 5.0
-"""So many buckets are looked at in a step for how full they are, and all within 10 s where there are up to 25,000.
-With a million a pass takes seven minutes: one step in 20 ms is as much time as that may cost."""
+"""So many buckets are looked at in a step for how full they are (0.1 ms; 0.8 us each, measured with 200,000), and all
+within 10 s where there are up to 50,000. With a million a pass takes over three minutes, in half a hundredth of the
+loop's time.
+"""
 
 SLEW_SECONDS = 1.0
 

@@ -745,7 +745,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         (*_OWN_RULE, "rank"),
         "Used part of the capacity of a rule's fullest buckets, rank 1 to 3, above 1 with debt; absent without buckets."
-        " As of the last look at all buckets, every 10 s or, with more than 25,000, more seldom. Not of strict rules.",
+        " As of the last look at all buckets, every 10 s or, with more than 50,000, more seldom. Not of strict rules.",
         _read_used,
     ),
     Definition(
