@@ -18,7 +18,7 @@ class Query(NamedTuple):
     dashboard: str
     panel: str
     expression: str
-    """As Prometheus is asked by Grafana, with everything chosen."""
+    """As `asked`."""
 
 
 def generator() -> ModuleType:
@@ -41,10 +41,15 @@ def queries(interval: str = "1m") -> Iterator[Query]:
     for file in JSONS:
         for panel in _panels(json.loads(file.read_text())):
             for target in panel.get("targets", ()):
-                expression = target["expr"].replace("$__rate_interval", interval)
-                for name in ("region", "domain", "rule"):
-                    expression = expression.replace(f"${name}", ".*")
-                yield Query(file.stem, panel["title"], expression)
+                yield Query(file.stem, panel["title"], asked(target["expr"], interval))
+
+
+def asked(expression: str, interval: str) -> str:
+    """A query of a panel as Grafana puts it to Prometheus, with everything chosen."""
+    expression = expression.replace("$__rate_interval", interval)
+    for name in ("region", "domain", "rule"):
+        expression = expression.replace(f"${name}", ".*")
+    return expression
 
 
 def _panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -81,12 +81,16 @@ class Site:
             await self.stubs[node].ShouldRateLimit(ask("shop", key, value, hits), timeout=5)
 
     async def send_traffic(self) -> None:
-        """Until it is cancelled."""
-        while True:
+        """To all, until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
             for node in REGIONS:
-                for key in ("user", "slow", "watched", "plan", "unlimited"):
-                    await self.ask(node, key, "ada")
-            await asyncio.sleep(0.02)
+                tasks.create_task(self._send_traffic_to(node))
+
+    async def _send_traffic_to(self, node: str) -> None:
+        while True:
+            for key in ("user", "slow", "watched", "plan", "unlimited"):
+                await self.ask(node, key, "ada")
+            await asyncio.sleep(0.1)
 
     async def has_data(self, expression: str) -> bool:
         answer = await self.prometheus.get("/api/v1/query", params={"query": expression})
