@@ -220,6 +220,7 @@ class Sidecar:
                 supervision=self._supervisor,
                 log=log,
                 fullest=self._fullest,
+                spans=self._tracing.counts,
             )
         )
         console_app = console.create_app(

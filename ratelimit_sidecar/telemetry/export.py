@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.proxies import grpc_proxy
@@ -47,11 +49,23 @@ def start_tracing(node: str, region: str) -> Tracing:
         return Tracing(None)
     try:
         provider = TracerProvider(resource=_resource(node, region), shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(_exporter()))
+        counts = SpanCounts()
+        provider.add_span_processor(_CountEnded(counts))
+        provider.add_span_processor(BatchSpanProcessor(_CountingExporter(_exporter(), counts)))
     except Exception as error:
         # Whatever the SDK and its exporters raise on a value they cannot use: they have no common class.
         raise TracingError(f"cannot export traces as the OTEL_* variables say: {error}") from error
-    return Tracing(provider)
+    return Tracing(provider, counts)
+
+
+@dataclass(slots=True)
+class SpanCounts:
+    """Since start. Spans that have ended and were neither exported nor have failed wait in the queue, or were dropped."""
+
+    ended: int = 0
+    exported: int = 0
+    failed: int = 0
+    """The collector did not take them."""
 
 
 class Tracing:
@@ -59,9 +73,11 @@ class Tracing:
 
     Args:
         provider: to be shut down by `close` alone; None when tracing is off.
+        counts: of its spans.
     """
 
-    def __init__(self, provider: TracerProvider | None) -> None:
+    def __init__(self, provider: TracerProvider | None, counts: SpanCounts | None = None) -> None:
+        self.counts = counts
         self._provider = provider
         self.tracer: RequestTracer | NoTracer = (
             NoTracer() if provider is None else RequestTracer(provider.get_tracer("ratelimit_sidecar", __version__))
@@ -87,6 +103,36 @@ class Tracing:
             await asyncio.wait_for(flushed.wait(), timeout_seconds)
         except TimeoutError:
             _log.warning("spans_not_exported", timeout_seconds=timeout_seconds)
+
+
+class _CountEnded(SpanProcessor):
+    def __init__(self, counts: SpanCounts) -> None:
+        self._counts = counts
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self._counts.ended += 1
+
+
+class _CountingExporter(SpanExporter):
+    """Another exporter, whose results are counted. Only the SDK's thread exports."""
+
+    def __init__(self, exporter: SpanExporter, counts: SpanCounts) -> None:
+        self._exporter = exporter
+        self._counts = counts
+        # As it is: the SDK looks whether it takes a timeout.
+        self.shutdown = exporter.shutdown  # type: ignore[method-assign]
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        is_exported = False
+        try:
+            result = self._exporter.export(spans)
+            is_exported = result is SpanExportResult.SUCCESS
+            return result
+        finally:
+            if is_exported:
+                self._counts.exported += len(spans)
+            else:
+                self._counts.failed += len(spans)
 
 
 def _wanted() -> bool:

@@ -184,6 +184,17 @@ class LogStatus(Protocol):
     def dropped_lines(self) -> int: ...
 
 
+class SpansStatus(Protocol):
+    """What is read of the spans (`ratelimit_sidecar.telemetry.export.SpanCounts`)."""
+
+    @property
+    def ended(self) -> int: ...
+    @property
+    def exported(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+
+
 class FullestStatus(Protocol):
     """What is read of the fullest buckets (`ratelimit_sidecar.limiter.fullest.FullestBuckets`)."""
 
@@ -229,6 +240,7 @@ class Sources:
         supervision: None where no task is begun again.
         log: None where it is written at once.
         fullest: None where nobody looks for them.
+        spans: None where nothing is traced.
     """
 
     node: str
@@ -248,6 +260,7 @@ class Sources:
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
+    spans: SpansStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -673,6 +686,17 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
         _read_part(lambda sources: sources.log, lambda log: log.dropped_lines),
+    ),
+    Definition(
+        "ratelimit_spans_total",
+        "counter",
+        ("region", "state"),
+        "Spans that have ended, were exported, or failed, as the collector did not take them; the rest waits in the"
+        " SDK's queue or was dropped from it. Absent without tracing.",
+        _read_part_by(
+            lambda sources: sources.spans,
+            lambda spans: {"ended": spans.ended, "exported": spans.exported, "failed": spans.failed},
+        ),
     ),
     Definition(
         "ratelimit_clock_gap_seconds",

@@ -19,6 +19,7 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
+from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
@@ -105,6 +106,7 @@ def sources(
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
+        spans=SpanCounts(ended=9, exported=5, failed=3),
     )
 
 
@@ -136,6 +138,12 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     registry = create_registry(busy_sources())
     assert sample(registry, "ratelimit_task_failures_total", region="us-east-1", task="mesh_listener") == 1
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
+
+
+def test_spans_that_have_ended_and_were_exported_or_failed_are_counted() -> None:
+    registry = create_registry(busy_sources())
+    states = [sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed")]
+    assert states == [9, 5, 3]
 
 
 def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
