@@ -60,7 +60,7 @@ def start_tracing(node: str, region: str) -> Tracing:
 
 @dataclass(slots=True)
 class SpanCounts:
-    """Since start. Spans that have ended and were neither exported nor have failed wait in the queue, or were dropped."""
+    """Since start. Spans that ended and were neither exported nor failed wait in the queue, or were dropped."""
 
     ended: int = 0
     exported: int = 0
