@@ -65,6 +65,7 @@ from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
+from ratelimit_sidecar.telemetry.push import start_push
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
 
 RESTORE_SECONDS = 2.0
@@ -223,6 +224,7 @@ class Sidecar:
                 spans=self._tracing.counts,
             )
         )
+        self._push = start_push(node, region, registry)
         console_app = console.create_app(
             console.Sources(
                 node=node,
@@ -336,6 +338,8 @@ class Sidecar:
         yield "stalls", self._stalls.run
         yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
         yield "fullest", self._look_for_fullest
+        if self._push is not None:
+            yield "push_metrics", self._push.run
         ledger = self._limiter.ledger
         if ledger is not None:
             yield "sweep_strict", lambda: self._sweep(ledger, self._strict_us)

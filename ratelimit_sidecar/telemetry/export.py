@@ -48,7 +48,7 @@ def start_tracing(node: str, region: str) -> Tracing:
     if not _wanted():
         return Tracing(None)
     try:
-        provider = TracerProvider(resource=_resource(node, region), shutdown_on_exit=False)
+        provider = TracerProvider(resource=resource_of(node, region), shutdown_on_exit=False)
         counts = SpanCounts()
         provider.add_span_processor(_CountEnded(counts))
         provider.add_span_processor(BatchSpanProcessor(_CountingExporter(_exporter(), counts)))
@@ -135,46 +135,74 @@ class _CountingExporter(SpanExporter):
                 self._counts.failed += len(spans)
 
 
-def _wanted() -> bool:
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    exporters = [name.strip() for name in os.environ.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
-    if exporters:
-        for name in exporters:
-            if name not in ("otlp", "none"):
-                _log.warning("trace_exporter_not_supported", exporter=name, supported="otlp, none")
-        return "otlp" in exporters
-    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+def is_sdk_disabled() -> bool:
+    return os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
-def _exporter() -> SpanExporter:
+def names_otlp(variable: str) -> bool | None:
+    """Whether a variable with a list of exporters names otlp, the only one there is; None when it names none."""
+    exporters = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    for name in exporters:
+        if name not in ("otlp", "none"):
+            _log.warning("exporter_not_supported", variable=variable, exporter=name, supported="otlp, none")
+    return "otlp" in exporters if exporters else None
+
+
+def otlp_protocol(signal: str) -> str:
+    """Args:
+    signal: as it stands in names of variables, TRACES for example.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
     protocol = (
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+        os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
+        or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        or "grpc"
     )
-    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
-    repair_otlp_proto()
+    if protocol not in ("grpc", "http/protobuf"):
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected grpc or http/protobuf")
+    return protocol
+
+
+def find_proxy(signal: str) -> None:
+    """Log the proxy through which a signal would go, if there is one."""
     endpoint = urlsplit(
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
+        os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
     )
     proxy = grpc_proxy(endpoint.hostname or "localhost", os.environ)
     if proxy is not None:
         _log.warning("through_proxy", server=endpoint.netloc, proxy=proxy)
+
+
+def _wanted() -> bool:
+    if is_sdk_disabled():
+        return False
+    named = names_otlp("OTEL_TRACES_EXPORTER")
+    if named is not None:
+        return named
+    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _exporter() -> SpanExporter:
+    protocol = otlp_protocol("TRACES")
+    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
+    repair_otlp_proto()
+    find_proxy("TRACES")
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter as GrpcSpanExporter,
         )
 
         return GrpcSpanExporter()
-    if protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
-            OTLPSpanExporter as HttpSpanExporter,
-        )
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+        OTLPSpanExporter as HttpSpanExporter,
+    )
 
-        return HttpSpanExporter()
-    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected grpc or http/protobuf")
+    return HttpSpanExporter()
 
 
-def _resource(node: str, region: str) -> Resource:
+def resource_of(node: str, region: str) -> Resource:
     ours = {
         "service.name": SERVICE_NAME,
         "service.version": __version__,

@@ -214,7 +214,7 @@ def test_an_exporter_we_do_not_have_is_reported(monkeypatch: pytest.MonkeyPatch)
     with capture_logs() as logs:
         start_tracing("us-1", "us-east-1")
     [event] = logs
-    assert (event["event"], event["exporter"]) == ("trace_exporter_not_supported", "zipkin")
+    assert (event["event"], event["exporter"]) == ("exporter_not_supported", "zipkin")
 
 
 @pytest.mark.parametrize(
