@@ -509,6 +509,28 @@ async def test_a_stop_ends_streams_at_once(kind: str, handler) -> None:
         assert await call.details() == "the server is shutting down"
 
 
+async def test_a_stop_that_meets_the_first_message_on_its_way_lets_it_arrive_and_then_ends_the_stream(kind: str) -> None:
+    async def stop_and_answer(_messages, _metadata):
+        stopping.append(asyncio.create_task(front_end.stop()))
+        yield long
+        await asyncio.Event().wait()
+
+    stopping: list[asyncio.Task[None]] = []
+    # Longer than what may be on its way before the client has read.
+    long = bytes(3 << 20)
+    async with (
+        running(kind, handlers(stop_and_answer), drain=60) as front_end,
+        channel_to(front_end.addresses[0]) as channel,
+    ):
+        call = stream_of(channel)
+        await call.write(b"hello")
+        async with asyncio.timeout(30):
+            assert await call.read() == long
+            assert await call.code() == grpc.StatusCode.UNAVAILABLE
+            assert await call.details() == "the server is shutting down"
+            await stopping[0]
+
+
 async def test_a_stop_ends_a_stream_whose_client_has_not_said_all_and_says_nothing_more() -> None:
     watched = Watched(send_and_wait_for_ever)
     async with (
