@@ -509,7 +509,9 @@ async def test_a_stop_ends_streams_at_once(kind: str, handler) -> None:
         assert await call.details() == "the server is shutting down"
 
 
-async def test_a_stop_that_meets_the_first_message_on_its_way_lets_it_arrive_and_then_ends_the_stream(kind: str) -> None:
+async def test_a_stop_that_meets_the_first_message_on_its_way_lets_it_arrive(
+    kind: str,
+) -> None:
     async def stop_and_answer(_messages, _metadata):
         stopping.append(asyncio.create_task(front_end.stop()))
         yield long
