@@ -66,6 +66,8 @@ class Retired:
     rules: Rules | None
     plans: dict[bytes, Plan]
     terms: dict[int, Terms]
+    counts: CountsByRule
+    """Empty when they go on."""
 
 
 class Limiter:
@@ -135,7 +137,11 @@ class Limiter:
                 raise ValueError("a strict rule needs the members among whom its limit is shared")
         else:
             self.ledger.limit_of_key = rules.strict_limit_of_key
-        retired = Retired(self.rules, self._plans.plans, self._terms)
+        retired = Retired(self.rules, self._plans.plans, self._terms, CountsByRule())
+        if not self.counts.has_room_for(rules.names):
+            # Counters may begin anew: Prometheus takes that for a restart.
+            retired.counts, self.counts = self.counts, CountsByRule()
+            self.overflow_decisions = Counter()
         self.rules = rules
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()

@@ -259,7 +259,7 @@ class Snapshot:
             yield domain, rule, counts.get((domain, rule), _ZEROS)
         for domain, rule in self.counted:
             if (domain, rule) not in self.rules.names:
-                yield domain, rule, counts[domain, rule]
+                yield domain, rule, counts.get((domain, rule), _ZEROS)
 
 
 _ZEROS = RuleCounts()
