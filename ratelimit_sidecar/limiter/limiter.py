@@ -312,22 +312,31 @@ class Limiter:
         descriptors = tuple(
             [tuple([(texts.of(entry.key), texts.of(entry.value)) for entry in message.entries]) for message in messages]
         )
-        matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
-        replaced = {name for match in matches if match is not None for name in match.rule.replaces}
-        if replaced:
-            matches = [None if match is not None and _is_replaced(match.rule, replaced) else match for match in matches]
-        steps = [
-            self._make_step(domain, match, hits, of.hits_addend.value if of.HasField("hits_addend") else None)
-            for match, of in zip(matches, messages, strict=True)
-        ]
+        replaced: set[str] = set()
+        matches: list[Match | None] = []
+        for entries, message in zip(descriptors, messages, strict=True):
+            match = self._match(domain, entries, message)
+            matches.append(match)
+            if match is not None and match.rule.replaces:
+                replaced |= match.rule.replaces
+        steps: list[Step] = []
+        quotas = 0
+        has_extras = False
+        for match, message in zip(matches, messages, strict=True):
+            own_hits = message.hits_addend.value if message.HasField("hits_addend") else None
+            is_replaced = match is not None and _is_replaced(match.rule, replaced)
+            step = self._make_step(domain, None if is_replaced else match, hits, own_hits)
+            steps.append(step)
+            quotas += step.terms.is_quota
+            has_extras = has_extras or step.terms.has_extras
         wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
             tuple(steps),
-            quotas=sum([step.terms.is_quota for step in steps]),
+            quotas=quotas,
             metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
             descriptors=descriptors,
-            has_extras=any(step.terms.has_extras for step in steps),
+            has_extras=has_extras,
             # In shadow mode nothing is denied.
             all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
         )
@@ -371,7 +380,12 @@ class Limiter:
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
         return Step(
-            terms, match.bucket_key, min(hits, MAX_HITS), counts, always, always or _is_fixed_window(rule.limit)
+            terms,
+            match.bucket_key,
+            min(hits, MAX_HITS),
+            counts,
+            charges_always=always,
+            charges_denied=always or _is_fixed_window(rule.limit),
         )
 
     def _make_terms(self, rule: Rule) -> Terms:
