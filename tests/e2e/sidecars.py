@@ -52,5 +52,5 @@ def ask(domain: str, key: str, value: str, hits: int = 1) -> RateLimitRequest:
 async def status(
     stub: RateLimitServiceStub, domain: str, key: str, value: str, hits: int = 1
 ) -> RateLimitResponse.DescriptorStatus:
-    answer = await stub.ShouldRateLimit(ask(domain, key, value, hits), timeout=5)
+    answer = await stub.ShouldRateLimit(ask(domain, key, value, hits), timeout=60)
     return answer.statuses[0]

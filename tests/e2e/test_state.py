@@ -28,7 +28,7 @@ descriptors:
     consistency: local
     rate_limit: {{unit: month, requests_per_unit: {LIMIT}}}
 """
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 
 
 @asynccontextmanager

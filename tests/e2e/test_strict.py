@@ -39,7 +39,7 @@ CALLERS = 6
 PAUSE_S = 0.01
 """Six callers that ask every 10 ms ask for a sixfold of the limit, on a machine that keeps up."""
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """For anything that is waited for; it takes three seconds, the time that a started sidecar has no share of its own."""
 
 
@@ -110,7 +110,7 @@ class Sidecars:
         request = ask("shop", "plan", "gold")
         while (asked_s := time.monotonic()) < end_s:
             try:
-                answer = await self._stubs[name].ShouldRateLimit(request, timeout=1)
+                answer = await self._stubs[name].ShouldRateLimit(request, timeout=60)
             except grpc.aio.AioRpcError:
                 # Killed, or not yet up again.
                 await asyncio.sleep(PAUSE_S)
@@ -125,7 +125,7 @@ async def three_sidecars(folder: Path) -> AsyncIterator[Sidecars]:
     (folder / "rules.yaml").write_text(RULES)
     async with (
         Children(folder) as children,
-        httpx.AsyncClient(trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(trust_env=False, timeout=60) as console,
         AsyncExitStack() as stack,
     ):
         sidecars = Sidecars(children, free_ports(len(NAMES)).regions, console)
