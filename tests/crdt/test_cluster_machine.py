@@ -24,7 +24,7 @@ from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id
 from ratelimit_sidecar.crdt.store import Store
 
-SETTINGS = settings(max_examples=max(500, settings.default.max_examples), stateful_step_count=40)
+SETTINGS = settings(max_examples=min(10_000, 5 * settings.default.max_examples), stateful_step_count=40)
 
 KEY = b"k"
 START_US = 1_790_000_000_000_000

@@ -118,6 +118,7 @@ async def test_a_proxy_of_the_environment_is_not_for_a_server_on_loopback(tmp_pa
         await until_ready(console)
 
 
+@pytest.mark.slow
 async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp_path: Path) -> None:
     """Their changes waited for a mesh that never started, and so the buckets stayed, until there was no room left."""
     ports = free_ports(1)
