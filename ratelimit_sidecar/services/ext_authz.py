@@ -25,7 +25,7 @@ from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
 from ratelimit_sidecar.services.ratelimit import RateLimitService
-from ratelimit_sidecar.services.v1.check_pb2 import Attributes, CheckRequest
+from ratelimit_sidecar.services.v1.check_pb2 import CheckRequest
 
 SERVICE_NAME: Final = "envoy.service.auth.v3.Authorization"
 
@@ -65,11 +65,10 @@ class ExtAuthzService:
                 the rate limit service raises.
         """
         try:
-            attributes = CheckRequest.FromString(request).attributes
-        except DecodeError as error:
+            http = http_request(request)
+        except RpcError:
             self._rate_limit.errors["invalid"] += 1
-            raise RpcError(Code.INVALID_ARGUMENT, "not an envoy.service.auth.v3.CheckRequest") from error
-        http = self._http_request(attributes)
+            raise
         domain = http.context_extensions.get(DOMAIN_EXTENSION, b"")
         raw: bytes = _check_response(self.decide(domain, http, metadata)).SerializeToString()
         return raw
@@ -96,24 +95,33 @@ class ExtAuthzService:
             return RateLimitResponse(overall_code=RateLimitResponse.OK)
         return RateLimitResponse.FromString(self._rate_limit.answer(request, metadata, in_full=True))
 
-    def _http_request(self, attributes: Attributes) -> HttpRequest:
-        http = attributes.request.http
-        raw_headers = http.header_map.headers
-        if len(http.headers) + len(raw_headers) + len(attributes.context_extensions) > MAX_HEADERS:
-            self._rate_limit.errors["invalid"] += 1
-            raise RpcError(Code.INVALID_ARGUMENT, f"more than {MAX_HEADERS} headers")
-        if raw_headers:
-            headers = joined((header.key, header.raw_value or header.value) for header in raw_headers)
-        else:
-            headers = joined((entry.key, entry.value) for entry in http.headers)
-        return HttpRequest(
-            headers,
-            {entry.key: entry.value for entry in attributes.context_extensions},
-            http.path,
-            http.method,
-            attributes.source.address.socket_address.address,
-            attributes.source.principal,
-        )
+
+def http_request(check: bytes) -> HttpRequest:
+    """What a serialized CheckRequest asks about.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT: it is none, or has more than `MAX_HEADERS`.
+    """
+    try:
+        attributes = CheckRequest.FromString(check).attributes
+    except DecodeError as error:
+        raise RpcError(Code.INVALID_ARGUMENT, "not an envoy.service.auth.v3.CheckRequest") from error
+    http = attributes.request.http
+    raw_headers = http.header_map.headers
+    if len(http.headers) + len(raw_headers) + len(attributes.context_extensions) > MAX_HEADERS:
+        raise RpcError(Code.INVALID_ARGUMENT, f"more than {MAX_HEADERS} headers")
+    if raw_headers:
+        headers = joined((header.key, header.raw_value or header.value) for header in raw_headers)
+    else:
+        headers = joined((entry.key, entry.value) for entry in http.headers)
+    return HttpRequest(
+        headers,
+        {entry.key: entry.value for entry in attributes.context_extensions},
+        http.path,
+        http.method,
+        attributes.source.address.socket_address.address,
+        attributes.source.principal,
+    )
 
 
 def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[bytes, bytes]:
