@@ -52,7 +52,7 @@ from ratelimit_sidecar.server.file_limit import Descriptors, allot
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, Limits
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
@@ -244,7 +244,6 @@ class Sidecar:
             self._ext_authz = ConsoleServer(
                 ext_authz_app(ext_authz),
                 config.listen.ext_authz_http,
-                max_head_bytes=MAX_HEADER_BYTES,
                 keep_alive_seconds=round(DEFAULT_LIMITS.idle),
             )
         self._config = config
