@@ -2,84 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 import pytest_asyncio
+from e2e.examples import running
 
-from ratelimit_sidecar.demo.ports import HOST, free_ports
-from ratelimit_sidecar.demo.processes import Children, Command
-from ratelimit_sidecar.demo.regions import find_envoy
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples/filters"
+UPSTREAM = "openclaw/rating_api.py"
 FILTERS = ("envoy-ratelimit", "envoy-ext-authz", "envoy-ext-authz-http")
 OVER_EXT_AUTHZ = FILTERS[1:]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@asynccontextmanager
-async def running(
-    folder: Path, names: tuple[str, ...], *, with_sidecar: bool
-) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
-    """Envoys of the examples, with an upstream and perhaps a sidecar.
-
-    Yields:
-        A client of each Envoy by the example's name, and one of the sidecar's console.
-    """
-    ports = free_ports(len(names) + 1)
-    own, *of_envoys = ports.regions
-    sidecars = {8_000: ports.upstream, 8_080: own.admin, 8_081: own.grpc, 8_082: own.envoy}
-    async with Children(folder) as children, AsyncExitStack() as clients:
-        upstream = [sys.executable, str(ROOT / "examples/openclaw/rating_api.py"), "--port", str(ports.upstream)]
-        starting = [Command("upstream", upstream, f"http://{HOST}:{ports.upstream}/healthz")]
-        if with_sidecar:
-            text = (EXAMPLES / "sidecar.yaml").read_text().replace("[rules]", f"[{EXAMPLES / 'rules'}]")
-            text = with_ports(text.replace("listen:\n", f"listen:\n  admin: {HOST}:8080\n"), sidecars)
-            argv = [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", written(folder, "sidecar", text)]
-            starting.append(Command("sidecar", argv, f"http://{HOST}:{own.admin}/readyz"))
-        for name, of_envoy in zip(names, of_envoys, strict=True):
-            text = with_ports(example(name), {**sidecars, 10_000: of_envoy.envoy, 9_901: of_envoy.envoy_admin})
-            argv = [find_envoy(), "-c", written(folder, name, text), "--concurrency", "1", "--disable-hot-restart"]
-            starting.append(Command(name, argv, f"http://{HOST}:{of_envoy.envoy_admin}/ready"))
-        await asyncio.gather(*[children.start(command) for command in starting])
-        addresses = {"console": own.admin, **{name: of.envoy for name, of in zip(names, of_envoys, strict=True)}}
-        yield {
-            name: await clients.enter_async_context(
-                httpx.AsyncClient(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=60)
-            )
-            for name, port in addresses.items()
-        }
-
-
-def example(name: str) -> str:
-    # On a machine that is busy with other tests the sidecar may take longer than an example lets it.
-    return (EXAMPLES / f"{name}.yaml").read_text().replace("timeout: 0.1s", "timeout: 30s")
-
-
-def with_ports(text: str, ports: Mapping[int, int]) -> str:
-    for port, free in ports.items():
-        text = text.replace(f"port_value: {port}}}", f"port_value: {free}}}").replace(
-            f"{HOST}:{port}", f"{HOST}:{free}"
-        )
-    return text
-
-
-def written(folder: Path, name: str, text: str) -> str:
-    path = folder / f"{name}.yaml"
-    path.write_text(text)
-    return str(path)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def proxies(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
-    async with running(tmp_path_factory.mktemp("filters"), FILTERS, with_sidecar=True) as clients:
+    async with running(tmp_path_factory.mktemp("filters"), "filters", UPSTREAM, FILTERS) as clients:
         yield clients
 
 
@@ -136,5 +76,5 @@ async def test_a_caller_without_a_name_is_not_limited(proxies: dict[str, httpx.A
 @pytest.mark.long
 @pytest.mark.parametrize("name", FILTERS)
 async def test_while_the_sidecar_is_away_requests_pass(tmp_path: Path, name: str) -> None:
-    async with running(tmp_path, (name,), with_sidecar=False) as clients:
+    async with running(tmp_path, "filters", UPSTREAM, [name], with_sidecar=False) as clients:
         assert [(await ask(clients[name], "eve")).status_code for _ in range(5)] == [200] * 5

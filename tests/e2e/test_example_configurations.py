@@ -1,4 +1,4 @@
-"""Envoy itself reads the examples of examples/filters."""
+"""Envoy itself reads the examples."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import yaml
 
 from ratelimit_sidecar.demo.regions import find_envoy
 
-EXAMPLES = Path(__file__).parents[2] / "examples/filters"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def read(name: str) -> Any:
     return yaml.safe_load((EXAMPLES / name).read_text())
 
 
-def with_patches(bootstrap: Any, name: str) -> Any:
+def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
     """The Envoy configuration with the values of an EnvoyFilter where Istio puts them."""
-    patches = {patch["applyTo"]: patch["patch"] for patch in read(name)["spec"]["configPatches"]}
+    patches = {patch["applyTo"]: patch["patch"] for patch in envoy_filter["spec"]["configPatches"]}
     resources = bootstrap["static_resources"]
     (network_filter,) = resources["listeners"][0]["filter_chains"][0]["filters"]
     manager = network_filter["typed_config"]
@@ -32,11 +32,20 @@ def with_patches(bootstrap: Any, name: str) -> Any:
     return bootstrap
 
 
-@pytest.mark.parametrize("name", ["envoy-ratelimit", "envoy-ext-authz", "envoy-ext-authz-http", "istio-ratelimit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "filters/envoy-ratelimit.yaml",
+        "filters/envoy-ext-authz.yaml",
+        "filters/envoy-ext-authz-http.yaml",
+        "filters/istio-ratelimit.yaml",
+        "llm-tokens/envoy.yaml",
+    ],
+)
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:
-    config = read(f"{name}.yaml") if name.startswith("envoy") else read("envoy-ratelimit.yaml")
-    if name.startswith("istio"):
-        with_patches(config, f"{name}.yaml")
+    config = read(name)
+    if config.get("kind") == "EnvoyFilter":
+        config = with_patches(read("filters/envoy-ratelimit.yaml"), config)
     file = tmp_path / "envoy.yaml"
     file.write_text(yaml.safe_dump(config))
     argv = [find_envoy(), "--mode", "validate", "-c", str(file)]
