@@ -16,6 +16,7 @@ from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @asynccontextmanager
@@ -26,7 +27,8 @@ async def running(
     envoys: Sequence[str],
     *,
     with_sidecar: bool = True,
-    changed_rules: Mapping[str, str] = MappingProxyType({}),
+    changed_rules: Mapping[str, str] = NOTHING,
+    changed_sidecar: Mapping[str, str] = NOTHING,
 ) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
     """Envoys of one example beside one sidecar and one upstream.
 
@@ -36,7 +38,8 @@ async def running(
         upstream: a program in examples/.
         envoys: names of their configurations in the example's folder.
         with_sidecar: or without one.
-        changed_rules: what stands in the rules in place of what.
+        changed_rules: what is to stand in the rules, in place of what.
+        changed_sidecar: the same of sidecar.yaml.
 
     Yields:
         A client of each Envoy by its name, and with a sidecar one of its console as "console".
@@ -51,6 +54,7 @@ async def running(
         if with_sidecar:
             text = (EXAMPLES / example / "sidecar.yaml").read_text()
             text = text.replace("[rules]", f"[{_copied_rules(EXAMPLES / example / 'rules', folder, changed_rules)}]")
+            text = _changed(text, changed_sidecar)
             text = text.replace("listen: {", f'listen: {{admin: "{HOST}:8080", ')
             text = text.replace("listen:\n", f"listen:\n  admin: {HOST}:8080\n")
             config = _written(folder, "sidecar", _with_ports(text, shared))
@@ -81,12 +85,15 @@ def _copied_rules(rules: Path, folder: Path, changed: Mapping[str, str]) -> Path
     copied = folder / "rules"
     copied.mkdir()
     for file in rules.iterdir():
-        text = file.read_text()
-        for found, replaced in changed.items():
-            assert found in text
-            text = text.replace(found, replaced)
-        (copied / file.name).write_text(text)
+        (copied / file.name).write_text(_changed(file.read_text(), changed))
     return copied
+
+
+def _changed(text: str, changed: Mapping[str, str]) -> str:
+    for found, replacement in changed.items():
+        assert found in text
+        text = text.replace(found, replacement)
+    return text
 
 
 def _with_ports(text: str, ports: Mapping[int, int]) -> str:

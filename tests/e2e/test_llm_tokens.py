@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 import pytest_asyncio
 from e2e.examples import running
+
+from ratelimit_sidecar.demo.ports import HOST, free_ports
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.long]
 
@@ -33,10 +37,18 @@ class Proxy:
         before = await self.taken()
         response = await self.complete(team, "one two three", max_tokens, stream=stream)
         assert response.status_code == 200
+        return await self.until_taken(before + 1) - before
+
+    async def until_taken(self, tokens: int) -> int:
+        """Wait until so many are taken, or more.
+
+        Returns:
+            How many.
+        """
         async with asyncio.timeout(60):
-            while (taken := await self.taken()) == before:  # noqa: ASYNC110 (another process)
+            while (taken := await self.taken()) < tokens:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.01)
-        return taken - before
+        return taken
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -70,3 +82,32 @@ async def test_a_response_that_says_nothing_costs_nothing(proxy: Proxy) -> None:
     assert (await proxy.client.get("/v1/models", headers={"x-team": "bob"})).status_code == 404
     assert await proxy.used("bob", 7) == 10
     assert await proxy.taken() == before + 10
+
+
+async def test_what_is_used_in_one_region_counts_in_all(tmp_path: Path) -> None:
+    addresses = [f"{HOST}:{region.sync}" for region in free_ports(3).regions]
+    async with AsyncExitStack() as stack:
+        regions = []
+        for number, address in enumerate(addresses):
+            folder = tmp_path / f"region-{number}"
+            folder.mkdir()
+            peers = [each for each in addresses if each != address]
+            sync = f'node: {{id: region-{number}}}\nsync: {{peers: {peers}}}\nlisten: {{sync: "{address}", '
+            clients = await stack.enter_async_context(
+                running(
+                    folder,
+                    "llm-tokens",
+                    "llm-tokens/model.py",
+                    ["envoy"],
+                    changed_rules={"unit: minute": "unit: year"},
+                    changed_sidecar={"listen: {": sync},
+                )
+            )
+            regions.append(Proxy(clients["envoy"], clients["console"]))
+        for region in regions[:2]:
+            assert (await region.complete("eve", "one two three", 597)).status_code == 200
+        for region in regions:
+            # Each counts what others took from the middle of its slot on, which is days long for a limit of a year: it
+            # has refilled by some of the 1,200 tokens.
+            await region.until_taken(1_150)
+            assert (await region.complete("eve", "one two three", 10)).status_code == 429
