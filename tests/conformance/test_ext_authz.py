@@ -19,11 +19,13 @@ from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from google.protobuf.json_format import MessageToDict
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.server.rpc import Metadata
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
@@ -334,3 +336,14 @@ async def test_over_http_a_value_that_is_not_utf_8_is_limited(over_http: httpx.A
 async def test_over_http_a_path_without_the_prefix_is_found_out(over_http: httpx.AsyncClient) -> None:
     for path in ("/orders", "/ext_authz", "/json", "/metrics", "/healthz"):
         assert (await over_http.get(path)).status_code == 404
+
+
+async def test_dynamic_metadata_says_what_was_asked_where_it_is_on(tmp_path: Path) -> None:
+    settings = Settings(dynamic_metadata=True)
+    limiter = Limiter(rules_of(tmp_path, RULES), Origin("node", 1), settings)
+    rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, NoTelemetry(), NoTelemetry())
+    request = CheckRequest(attributes=attributes(EVE))
+    answer = ExtAuthzService(rate_limit, lambda: limiter.rules).check(request.SerializeToString(), ())
+    metadata = MessageToDict(CheckResponse.FromString(answer).dynamic_metadata)
+    assert metadata["domain"] == "shop"
+    assert metadata["descriptors"] == [{"entries": ["user=eve"]}]
