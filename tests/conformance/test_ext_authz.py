@@ -318,6 +318,13 @@ async def test_over_http_method_and_path_are_those_behind_the_prefix(over_http: 
     assert (await over_http.post("/ext_authz/shop/")).status_code == 200
 
 
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PURGE"])
+async def test_over_http_a_request_may_have_any_method(over_http: httpx.AsyncClient, method: str) -> None:
+    responses = [await over_http.request(method, "/ext_authz/shop/", headers=EVE) for _ in range(4)]
+    assert [response.status_code for response in responses] == [200, 200, 200, 429]
+    assert responses[-1].text == ("" if method == "HEAD" else "slow down")
+
+
 async def test_over_http_an_empty_domain_is_the_default_one(over_http: httpx.AsyncClient) -> None:
     responses = [await over_http.post(f"/ext_authz/{domain}/orders") for domain in ("", "shop", "%73hop")]
     assert [response.status_code for response in responses] == [200, 429, 429]
