@@ -75,7 +75,8 @@ class Extras:
             if bodies:
                 response.raw_body = bodies[0].encode()
             longest = max(
-                (denial for denial in denials if denial.rule.retry_after or in_full),
+                # Of a limit that lets nothing through there is nothing to wait for.
+                (denial for denial in denials if denial.rule.retry_after or (in_full and denial.bucket.limit.capacity)),
                 key=lambda denial: denial.fits_in_us,
                 default=None,
             )

@@ -165,6 +165,14 @@ async def test_a_denial_says_when_to_come_back_and_has_the_body_of_the_rule(side
     assert (headers["RateLimit-Policy"], headers["RateLimit"]) == ('"per_user";q=3;w=60', '"per_user";r=0;t=20')
 
 
+async def test_a_limit_that_lets_nothing_through_does_not_ask_to_come_back(sidecar: Sidecar) -> None:
+    nothing = RULES.replace("unit: minute, requests_per_unit: 3", "unit: minute, requests_per_unit: 0")
+    sidecar.limiter.use_rules(rules_of(sidecar.folder, nothing))
+    response = await sidecar.check(attributes(EVE))
+    assert status_of(response) == 429
+    assert set(headers_of(response)) == {"RateLimit-Policy", "RateLimit"}
+
+
 async def test_calls_of_the_rate_limit_service_take_from_the_same_bucket(sidecar: Sidecar) -> None:
     request = RateLimitRequest(domain="shop")
     request.descriptors.add().entries.add(key="user", value="eve")
