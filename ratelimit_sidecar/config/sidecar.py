@@ -98,6 +98,8 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
     listen = config.listen
     addresses: list[tuple[KeyPath, str]] = [(("listen", "grpc", i), text) for i, text in enumerate(listen.grpc)]
     addresses.append((("listen", "admin"), listen.admin))
+    if listen.ext_authz_http is not None:
+        addresses.append((("listen", "ext_authz_http"), listen.ext_authz_http))
     if listen.sync is not None:
         addresses.append((("listen", "sync"), listen.sync))
     yield from _repeated(addresses, document, "listen on an address only once")

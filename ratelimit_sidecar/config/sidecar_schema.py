@@ -265,6 +265,12 @@ class ListenConfig(Section):
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
     )
+    ext_authz_http: Annotated[TcpListenAddress | None, ShownDefault("not opened")] = Field(
+        None,
+        description="Where Envoy's ext_authz filter sends requests in its HTTP form; in its gRPC form it calls"
+        " `listen.grpc`. In plain text and open to whoever can connect, who can use up limits, so loopback where Envoy"
+        " is in the same pod.",
+    )
     admin_names: tuple[Name, ...] = Field(
         (),
         strict=False,

@@ -149,7 +149,7 @@ class Limiter:
         self.decided = None
         return retired
 
-    def decide(self, request: bytes, now_us: int) -> bytes:
+    def decide(self, request: bytes, now_us: int, in_full: bool = False) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
 
         Every descriptor is decided on its own: one that is over its limit does not keep the others from being
@@ -157,6 +157,8 @@ class Limiter:
 
         Args:
             now_us: wall clock in microseconds; not less than in the call before, unless the clock was set back.
+            in_full: the headers tell of all limits, and of a denial when to come back, whatever settings and rules say:
+                for a proxy that adds no headers of its own.
 
         Returns:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
@@ -208,7 +210,7 @@ class Limiter:
         is_denied = _is_over(plan, over, quotas_over) and not self.settings.shadow_mode
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
-        return self._with_extras(answer, plan, buckets) if plan.has_extras else answer
+        return self._with_extras(answer, plan, buckets, in_full) if plan.has_extras or in_full else answer
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
         """What `decide` would answer, without charging anything."""
@@ -225,9 +227,9 @@ class Limiter:
                     over += 1
         return _is_over(plan, over, quotas_over)
 
-    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None]) -> bytes:
+    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
         response = RateLimitResponse.FromString(answer)
-        self._extras.add(response, plan, buckets)
+        self._extras.add(response, plan, buckets, in_full)
         raw: bytes = response.SerializeToString()
         return raw
 

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Final
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.key import (
     EXACT,
     FIXED_WINDOW,
@@ -204,6 +205,8 @@ class Rules:
         override_consistency: how far its bucket is shared.
         override_charge: which of its hits count.
         all_or_nothing: the domains in which a request that is denied is charged nothing.
+        http_mappings: by domain, how descriptors are made of HTTP requests.
+        default_domain: whose mapping is for requests that name no domain; "" for none.
     """
 
     domains: Mapping[str, RuleNode] = field(default_factory=dict)
@@ -212,6 +215,8 @@ class Rules:
     override_consistency: Consistency = Consistency.EVENTUAL
     override_charge: Charge = Charge.ADMITTED
     all_or_nothing: frozenset[str] = frozenset()
+    http_mappings: Mapping[str, HttpMapping] = field(default_factory=dict)
+    default_domain: str = ""
 
     digest: int = field(init=False, compare=False)
     """Of 64 bits, never 0; equal on replicas on which the same takes amount to the same."""

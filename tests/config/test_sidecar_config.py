@@ -234,6 +234,9 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("listen: {admin: '[::1]:1', sync: '[::1]:1'}",
          '1:28: listen.sync: found "[::1]:1", which listen.admin has already, expected'
          " another address; listen on an address only once"),
+        ("listen: {admin: 'a:1', ext_authz_http: 'a:1'}",
+         '1:24: listen.ext_authz_http: found "a:1", which listen.admin has already, expected'
+         " another address; listen on an address only once"),
         ("merge_domains: 1", "1:1: merge_domains: found 1, expected true or false"),
         ("algorithm: leaky", '1:1: algorithm: found "leaky", expected one of token_bucket, fixed_window,'
          " sliding_window"),
