@@ -73,7 +73,7 @@ async def test_a_caller_without_a_name_is_not_limited(proxies: dict[str, httpx.A
     assert [(await ask(proxies[name], None)).status_code for _ in range(5)] == [200] * 5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILTERS)
 async def test_while_the_sidecar_is_away_requests_pass(tmp_path: Path, name: str) -> None:
     async with running(tmp_path, "filters", UPSTREAM, [name], with_sidecar=False) as clients:

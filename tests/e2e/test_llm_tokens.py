@@ -15,7 +15,7 @@ from e2e.examples import running
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.long]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 
 @dataclass(frozen=True, slots=True)
