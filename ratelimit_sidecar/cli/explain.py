@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import click
 
+from ratelimit_sidecar.cli.descriptor import entries_of
 from ratelimit_sidecar.cli.explain_output import explanation_json, explanation_text, replay_json, replay_text
 from ratelimit_sidecar.cli.trace_file import FORMAT, BadLine, TraceLine, read_trace
 from ratelimit_sidecar.config.errors import ConfigError
@@ -99,7 +100,7 @@ def explain(
     assert domain is not None
     try:
         explanation = explain_request(
-            rules, settings, domain, [_entries(text) for text in descriptors], time.time_ns() // 1_000
+            rules, settings, domain, [entries_of(text) for text in descriptors], time.time_ns() // 1_000
         )
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
@@ -120,31 +121,6 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
         defaults = replace(defaults, has_members=True)
     rules = load_rules(paths, unruled=config.bucket, defaults=defaults, merge_domains=config.merge_domains)
     return rules, config.settings
-
-
-def _entries(text: str) -> list[tuple[str, str]]:
-    r"""`key=value,key=value`, with \, for a comma and \\ for a backslash."""
-    return [_entry(part, text) for part in _split(text)]
-
-
-def _split(text: str) -> list[str]:
-    parts = [""]
-    characters = iter(text)
-    for character in characters:
-        if character == "\\":
-            parts[-1] += next(characters, "\\")
-        elif character == ",":
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _entry(part: str, text: str) -> tuple[str, str]:
-    key, equals, value = part.partition("=")
-    if not key or not equals:
-        raise click.UsageError(f"{text!r} is no descriptor: expected key=value, or several with commas between")
-    return key, value
 
 
 def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:
