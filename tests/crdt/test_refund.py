@@ -222,3 +222,23 @@ def test_replicas_that_heard_the_same_in_any_order_agree(limit: AnyLimit, histor
         levels.add((bucket.remaining, bucket.debt))
         assert bucket.remaining <= limit.capacity
     assert len(folds) == len(levels) == 1
+
+
+@ALL
+def test_a_peer_that_comes_back_is_told_of_what_was_given_back_meanwhile(limit: AnyLimit) -> None:
+    """Also where that is written to slots that were over before the peer was lost."""
+    bucket = bucket_of(limit)
+    bucket.take(50, NOW_US)
+    lost_us = NOW_US + 30 * SECOND_US
+    bucket.refund(None, lost_us + SECOND_US)
+    assert any(entry.slot & REFUND for entry in bucket.entries_since(lost_us))
+
+
+def test_a_slot_placed_later_than_that_of_now_is_paid_for_too() -> None:
+    """A peer's clock is ahead, or the slots were of another width before the limit changed."""
+    bucket = bucket_of(TOKENS)
+    ahead = slot_id(NOW_US + 4 * SECOND_US, TOKENS.exponent)
+    bucket.merge([Entry(THERE, ahead, 30)], NOW_US)
+    bucket.refund(None, NOW_US)
+    for later_us in (0, SECOND_US, 5 * SECOND_US):
+        assert bucket.fold(NOW_US + later_us) == 0
