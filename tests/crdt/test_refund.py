@@ -242,3 +242,20 @@ def test_a_slot_placed_later_than_that_of_now_is_paid_for_too() -> None:
     bucket.refund(None, NOW_US)
     for later_us in (0, SECOND_US, 5 * SECOND_US):
         assert bucket.fold(NOW_US + later_us) == 0
+
+
+@pytest.mark.parametrize("limit", [FIXED, SLIDING], ids=["fixed", "sliding"])
+def test_a_window_in_which_more_was_given_back_than_is_heard_to_be_taken_counts_own_takes_like_the_fold(
+    limit: WindowLimit,
+) -> None:
+    here, there = bucket_of(limit), bucket_of(limit, THERE)
+    there.take(50, NOW_US)
+    there.refund(None, NOW_US + 1)
+    taken, given = sorted(there.entries(), key=lambda entry: entry.slot)
+    here.merge([given], NOW_US + 2)
+    for hits in (0, 10, 45):
+        assert here.would_admit(hits, NOW_US + 3)
+        assert here.take(hits, NOW_US + 3)
+        assert limit.requests - here.remaining == here.fold(NOW_US + 3)
+    here.merge([taken], NOW_US + 4)
+    assert here.remaining == limit.requests - 55
