@@ -295,6 +295,8 @@ class SlidingWindow(Bucket):
                 left -= part
         if given:
             self._refunded_us = self.at_us
+            # Found out anew when it is counted anew.
+            self._refunded_until_us = self.at_us
             self._recount()
         return given
 
@@ -349,6 +351,7 @@ class SlidingWindow(Bucket):
                 news += 1
                 if slot & REFUND:
                     self._refunded_us = self.at_us
+                    self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
                 leaves_us = self._leaves_us(slot)
                 if added < 0 or slot & REFUND or slot < self._refunded_until_us:
                     again = True
@@ -414,7 +417,10 @@ class SlidingWindow(Bucket):
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
-        slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
+        if self._refunded_until_us:
+            slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
+        else:
+            slots = [(self._leaves_us(slot), tokens) for _, slot, tokens in self.entries()]
         return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
@@ -442,16 +448,20 @@ class SlidingWindow(Bucket):
     def _recount(self) -> None:
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
+        if self._refunded_until_us:
+            self._find_refunds()
+        self.count = 0
+        for leaves_us, tokens in self._counting(self.at_us):
+            self.count += tokens
+            self._note(leaves_us)
+
+    def _find_refunds(self) -> None:
         self._refunded_until_us = self._unheard_until_us = 0
         for slot, (taken, given) in self._by_slot().items():
             if given:
                 self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
             if given > taken:
                 self._unheard_until_us = max(self._unheard_until_us, slot_end_us(slot))
-        self.count = 0
-        for leaves_us, tokens in self._counting(self.at_us):
-            self.count += tokens
-            self._note(leaves_us)
 
     def _is_past(self, slot: int) -> bool:
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us
