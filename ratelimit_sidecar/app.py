@@ -236,6 +236,7 @@ class Sidecar:
                 should_rate_limit=service.should_rate_limit,
                 shows_values=config.listen.admin_shows_values,
                 names=config.listen.admin_names,
+                token_file=config.listen.admin_token_file,
             )
         )
         self._console = ConsoleServer(console_app, config.listen.admin)

@@ -15,6 +15,7 @@ import click
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from google.protobuf.json_format import Parse, ParseError
 
+from ratelimit_sidecar.cli.descriptor import entries_of
 from ratelimit_sidecar.cli.explain_output import explanation_json, explanation_text, replay_json, replay_text
 from ratelimit_sidecar.cli.trace_file import FORMAT, BadLine, TraceLine, read_trace
 from ratelimit_sidecar.config.errors import ConfigError
@@ -119,7 +120,7 @@ def explain(
         domain, of_request = made
     else:
         assert domain is not None
-        of_request = [_entries(text) for text in descriptors]
+        of_request = [entries_of(text) for text in descriptors]
     try:
         explanation = explain_request(rules, settings, domain, of_request, time.time_ns() // 1_000)
     except InvalidRequest as error:
@@ -162,31 +163,6 @@ def _made_of(rules: Rules, check: BinaryIO) -> tuple[str, list[list[tuple[str, s
         return f"not limited: it lacks what each descriptor of {domain!r} is made from"
     descriptors = Request.FromString(raw).descriptors
     return domain, [[(text_of(entry.key), text_of(entry.value)) for entry in of.entries] for of in descriptors]
-
-
-def _entries(text: str) -> list[tuple[str, str]]:
-    r"""`key=value,key=value`, with \, for a comma and \\ for a backslash."""
-    return [_entry(part, text) for part in _split(text)]
-
-
-def _split(text: str) -> list[str]:
-    parts = [""]
-    characters = iter(text)
-    for character in characters:
-        if character == "\\":
-            parts[-1] += next(characters, "\\")
-        elif character == ",":
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _entry(part: str, text: str) -> tuple[str, str]:
-    key, equals, value = part.partition("=")
-    if not key or not equals:
-        raise click.UsageError(f"{text!r} is no descriptor: expected key=value, or several with commas between")
-    return key, value
 
 
 def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:

@@ -280,7 +280,13 @@ class ListenConfig(Section):
     admin_shows_values: Flag = Field(
         False,
         description="Whether `/buckets` shows values of descriptors as callers gave them, tokens and addresses among"
-        " them; otherwise by a hash.",
+        " them, and the log when something is given back; otherwise by a hash.",
+    )
+    admin_token_file: FilePath | None = Field(
+        None,
+        description="File with the token that whoever changes state over `listen.admin` must show, as"
+        " `ratelimit-sidecar reset` does; it is read for each request. Without it only this machine itself may, and not"
+        " through a proxy.",
     )
     sync: Annotated[
         TcpListenAddress | None,
