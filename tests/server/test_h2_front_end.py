@@ -235,7 +235,7 @@ async def test_a_client_that_never_reads_is_disconnected() -> None:
         reluctant(front_end.addresses[0]) as client,
     ):
         with pytest.raises(ConnectionError):
-            await client.call_until_stuck(PATH, frame(b""), 10)
+            await client.call_until_stuck(PATH, frame(b""), 60)
         assert front_end.closed_connections["stalled"] == 1
         assert front_end.open_connections == 0
 
