@@ -60,7 +60,11 @@ def test_a_scrape_configuration_is_for_the_job_that_the_alerts_name(name: str) -
 
 
 @needs_promtool
-@pytest.mark.parametrize("cases", CASES, ids=[file.stem for file in CASES])
+@pytest.mark.parametrize(
+    "cases",
+    # Days take seconds.
+    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if "by_day" in file.stem else []) for file in CASES],
+)
 def test_alerts_fire_when_they_should_and_only_then(cases: Path) -> None:
     promtool("test", "rules", cases)
 
