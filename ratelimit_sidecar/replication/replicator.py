@@ -27,7 +27,7 @@ from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
 from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
-from ratelimit_sidecar.replication.peer import BatchTracer, Peer
+from ratelimit_sidecar.replication.peer import BatchSpan, BatchTracer, Peer
 from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
@@ -348,6 +348,8 @@ class Stream:
         self._reader: DeltasReader | None = None
         self._deltas: pb.Deltas | None = None
         """Those heard last, until they have been applied."""
+        self._applying: BatchSpan | None = None
+        """The span of that, when it belongs to a trace."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -425,6 +427,7 @@ class Stream:
             return False
         if is_last:
             self._deltas = None
+            self._end_apply_span()
             if deltas.ends_full_state:
                 peer.full_state_heard = True
             self._session.acknowledge()
@@ -576,7 +579,7 @@ class Stream:
                 assert self.peer is not None
                 self._reader.begin(deltas)
                 self._deltas = deltas
-                self.peer.batches_received += 1
+                self._applying = self.peer.received(deltas, self._replicator.tracer)
             case DeltasAcknowledged(frames):
                 assert self.peer is not None
                 for _ in range(frames):
@@ -605,6 +608,11 @@ class Stream:
         replicator.unknown_keys += applied.unknown_keys
         peer.entries_received += applied.entries
         return applied.is_last
+
+    def _end_apply_span(self) -> None:
+        if self._applying is not None:
+            self._applying.end()
+            self._applying = None
 
     def _note_refused(self, peer: Peer) -> None:
         refused = self._replicator.store.journal.refused
@@ -699,6 +707,7 @@ class Stream:
         peer, self.peer = self.peer, None
         # An answer under way refers to its exchange: nothing but a garbage collection would free the two.
         self._deltas = self._exchange = None
+        self._end_apply_span()
         if peer is None:
             return
         peer.last_error = why
