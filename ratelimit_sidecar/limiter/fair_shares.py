@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 WANT_BITS: Final = 5
-"""Wants are rounded up to so many significant bits: by a thirty-second on average. So few are different, and a want that
-varies a little stays the same."""
+"""Wants are rounded up to so many significant bits: by a thirty-second on average. So few are different, and a want
+that varies a little stays the same."""
 
 
 class Group(NamedTuple):
     want: int
-    count: int
+    members: int
 
 
 class Level(NamedTuple):
@@ -46,12 +46,12 @@ def fair_level(total: int, groups: Iterable[Group]) -> Level:
     """
     ordered = sorted(groups)
     left = total
-    count = everybody = sum([group.count for group in ordered])
+    count = everybody = sum([group.members for group in ordered])
     for group in ordered:
         if group.want * count >= left:
             return Level(left // count, 0)
-        left -= group.want * group.count
-        count -= group.count
+        left -= group.want * group.members
+        count -= group.members
     return Level(None, left // everybody if everybody else 0)
 
 

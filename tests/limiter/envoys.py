@@ -1,0 +1,175 @@
+"""Envoys with quotas, on virtual time: what of Envoy's rate limit quota filter its server has to do with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from limiter.requests import make_limiter
+
+from ratelimit_sidecar.limiter.assignment import SECOND_US
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.quota import REPORT_US, Assignment, Pairs, Quotas, QuotaStream, Usage
+from ratelimit_sidecar.limiter.rules import Rules
+
+STEP_US = 50_000
+START_US = 1_700_000_000_000_000
+DOMAIN = "api"
+ADA: Pairs = (("agent", "ada"),)
+
+
+@dataclass(slots=True)
+class EnvoyBucket:
+    told: Assignment | None = None
+    tokens: float = 0.0
+    allowed: int = 0
+    denied: int = 0
+    reported_us: int = 0
+    expires_us: int = 0
+    owed: float = 0.0
+
+    def obey(self, assignment: Assignment, now_us: int, ttl_us: int) -> None:
+        self.expires_us = now_us + ttl_us
+        before, self.told = self.told, assignment
+        if before is not None and before[:2] == assignment[:2]:
+            return
+        # Envoy keeps how full it is.
+        full = self.tokens / before.max_tokens if before is not None and before.max_tokens else 1.0
+        self.tokens = assignment.max_tokens * full
+
+    def ask(self, now_us: int) -> None:
+        if self.told is not None and self.expires_us <= now_us:
+            self.told = None
+        told = self.told
+        if told is None or told.allows_all or (told.max_tokens and self.tokens >= 1):
+            self.allowed += 1
+            self.tokens -= told is not None and not told.allows_all
+        else:
+            self.denied += 1
+
+    def refill(self, elapsed_us: int) -> None:
+        told = self.told
+        if told is not None and told.fill_interval_s:
+            refill = told.tokens_per_fill * elapsed_us / told.fill_interval_s / SECOND_US
+            self.tokens = min(told.max_tokens, self.tokens + refill)
+
+
+@dataclass(slots=True)
+class Envoy:
+    """One that asks `demand(bucket)` times a second."""
+
+    node: Node | None
+    demand: dict[Pairs, float]
+    phase_us: int = 0
+    buckets: dict[Pairs, EnvoyBucket] = field(default_factory=dict)
+    stream: QuotaStream | None = None
+    is_deaf: bool = False
+    """It does not read what it is sent."""
+    admitted: int = 0
+    forgotten: int = 0
+
+    def step(self, now_us: int) -> None:
+        for pairs, demand in self.demand.items():
+            bucket = self.buckets.get(pairs)
+            wanted = demand * STEP_US / SECOND_US + (bucket.owed if bucket else 0.0)
+            if bucket is None:
+                if wanted <= 0:
+                    continue
+                bucket = self.buckets[pairs] = EnvoyBucket(reported_us=now_us)
+                bucket.ask(now_us)
+                wanted -= 1
+                self._connect(now_us)
+                self._report([pairs], now_us)
+            bucket.refill(STEP_US)
+            while wanted >= 1:
+                bucket.ask(now_us)
+                wanted -= 1
+            bucket.owed = wanted
+        if (now_us - self.phase_us) % REPORT_US == 0 and self.buckets:
+            self._connect(now_us)
+            self._report(list(self.buckets), now_us)
+
+    def listen(self, now_us: int) -> None:
+        if self.stream is None or self.node is None or self.is_deaf:
+            return
+        for action in self.node.quotas.take(self.stream, now_us, 100):
+            pairs = next(pairs for pairs in self.buckets if repr(pairs).encode() == action.bucket_id)
+            if action.assignment is None:
+                self.forgotten += 1
+                del self.buckets[pairs]
+            else:
+                self.buckets[pairs].obey(action.assignment, now_us, self.node.ttl_us)
+
+    def _connect(self, now_us: int) -> None:
+        if self.stream is None and self.node is not None and self.node.quotas is not None:
+            self.stream = self.node.quotas.open(lambda: None)
+
+    def _report(self, of: list[Pairs], now_us: int) -> None:
+        usages = []
+        for pairs in of:
+            bucket = self.buckets[pairs]
+            elapsed_s = (now_us - bucket.reported_us) // SECOND_US
+            usages.append(Usage(repr(pairs).encode(), pairs, bucket.allowed, bucket.denied, elapsed_s))
+            self.admitted += bucket.allowed
+            bucket.reported_us, bucket.allowed, bucket.denied = now_us, 0, 0
+        if self.stream is not None:
+            self.node.quotas.report(self.stream, DOMAIN, usages, now_us)
+
+
+class Node:
+    """A server of quotas."""
+
+    ttl_us = 20 * SECOND_US
+
+    def __init__(self, world: World, rules: Rules, learning_us: int) -> None:
+        self.world = world
+        self.limiter: Limiter = make_limiter(rules)
+        self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us)
+        self.told: dict[Node, int] = {}
+
+
+@dataclass
+class World:
+    """Nodes, of which all tell each other, and Envoys."""
+
+    rules: Rules
+    now_us: int = START_US
+    nodes: list[Node] = field(default_factory=list)
+    envoys: list[Envoy] = field(default_factory=list)
+    watch: Callable[[], None] = lambda: None
+
+    def node(self, learning_us: int = 0) -> Node:
+        self.nodes.append(Node(self, self.rules, learning_us))
+        return self.nodes[-1]
+
+    def envoy(self, node: Node, demand: float, pairs: Pairs = ADA, phase_us: int = 0) -> Envoy:
+        self.envoys.append(Envoy(node, {pairs: demand}, phase_us))
+        return self.envoys[-1]
+
+    def run(self, seconds: float) -> list[int]:
+        """Returns what each Envoy has admitted meanwhile."""
+        before = [_admitted(envoy) for envoy in self.envoys]
+        for _ in range(int(seconds * SECOND_US / STEP_US)):
+            self.now_us += STEP_US
+            for envoy in self.envoys:
+                envoy.step(self.now_us)
+            for node in self.nodes:
+                node.quotas.tick(self.now_us)
+                for peer in self.nodes:
+                    if peer is not node:
+                        peer.told[node], demands = node.quotas.demands(peer.told.get(node, 0), 100)
+                        for key, groups in demands:
+                            peer.quotas.hear(str(id(node)), key, groups, self.now_us)
+            for envoy in self.envoys:
+                envoy.listen(self.now_us)
+            self.watch()
+        return [_admitted(envoy) - was for envoy, was in zip(self.envoys, before, strict=True)]
+
+    def assigned(self) -> list[Assignment]:
+        """What all Envoys enforce at the moment."""
+        told = [bucket.told for envoy in self.envoys for bucket in envoy.buckets.values()]
+        return [assignment for assignment in told if assignment is not None]
+
+
+def _admitted(envoy: Envoy) -> int:
+    return envoy.admitted + sum(bucket.allowed for bucket in envoy.buckets.values())
