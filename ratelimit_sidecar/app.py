@@ -40,6 +40,7 @@ from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.lending import Lending
@@ -57,6 +58,8 @@ from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.services.health import RATELIMIT_NAME, HealthService
 from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
+from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
+from ratelimit_sidecar.services.quota import QuotaService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.supervision import Supervisor
@@ -176,9 +179,19 @@ class Sidecar:
             self._tracing.tracer,
             waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
         )
-        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME, RATELIMIT_NAME])
-        reflection = ReflectionService([SERVICE_NAME, HEALTH_SERVICE_NAME])
-        handlers = {**service.handlers(), **self._health.handlers(), **reflection.handlers()}
+        self._quotas = QuotaService(
+            Quotas(self._limiter, self._strict_us(), self._clock.now_us),
+            self._strict_us,
+            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+        )
+        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME, RATELIMIT_NAME, QUOTA_SERVICE_NAME])
+        reflection = ReflectionService([SERVICE_NAME, QUOTA_SERVICE_NAME, HEALTH_SERVICE_NAME])
+        handlers = {
+            **service.handlers(),
+            **self._quotas.handlers(),
+            **self._health.handlers(),
+            **reflection.handlers(),
+        }
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         limits = _limits(config.listen, descriptors)
         self._front_end: FrontEnd
@@ -299,6 +312,7 @@ class Sidecar:
                 await self._stop.wait()
                 _log.info("draining")
                 await self._front_end.stop()
+                self._quotas.quotas.charge_all()
                 self._mesh.stop()
                 if not self._reloader.has_rules.is_set():
                     replicating.cancel()
@@ -320,6 +334,7 @@ class Sidecar:
         snapshots = self._snapshots
         if snapshots is not None:
             yield "snapshots", lambda: self._keep(snapshots)
+        yield "quotas", self._quotas.run
         yield "slew", self._slew
         yield "stalls", self._stalls.run
         yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
@@ -400,6 +415,7 @@ class Sidecar:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
         self._service.begin()
+        self._quotas.begin()
         self._health.changed()
         return retired
 

@@ -33,7 +33,9 @@ def test_ten_to_one_to_one_gets_the_fair_shares_and_all_of_the_limit() -> None:
 def test_demand_that_moves_is_followed_within_two_reports() -> None:
     world = World(RULES)
     node = world.node()
-    first, second, _ = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    first, second, _ = [
+        world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))
+    ]
     world.run(20)
     first.demand[ADA], second.demand[ADA] = 40, 400
     world.run(10)
