@@ -222,6 +222,7 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 supervision=self._supervisor,
                 log=log,
+                quotas=self._quotas.quotas,
             )
         )
         console_app = console.create_app(

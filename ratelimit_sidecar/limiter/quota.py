@@ -257,26 +257,21 @@ class QuotaStream:
 class Counts:
     """Since start."""
 
-    __slots__ = ("abandoned", "allowed", "bad_elapsed", "denied", "expired", "refused", "reports", "told", "unknown")
+    __slots__ = ("forgotten", "refused_streams", "reports", "requests", "told", "troubles")
 
     def __init__(self) -> None:
         self.reports = 0
         """Of buckets."""
-        self.allowed = 0
-        """Requests that Envoys have admitted, as they report."""
-        self.denied = 0
+        self.requests = {"allowed": 0, "denied": 0}
+        """What Envoys have done with requests, as they report."""
+        self.troubles = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0}
+        """Reports of buckets that no rule limits; for which there was no room; with an id that has no pairs, too many
+        or is too long; whose time runs backwards."""
         self.told = 0
         """Assignments, the same again included."""
-        self.abandoned = 0
-        """Buckets that an Envoy was told to forget."""
-        self.expired = 0
-        """Buckets of Envoys that are gone, or no longer speak of them."""
-        self.unknown = 0
-        """Reports of buckets that no rule matches."""
-        self.refused = 0
-        """Reports of buckets for which there was no room, or that have too many pairs."""
-        self.bad_elapsed = 0
-        """Reports whose time runs backwards."""
+        self.forgotten = {"idle": 0, "silent": 0}
+        """Buckets that an Envoy was told to forget, and those that it no longer spoke of."""
+        self.refused_streams = 0
 
 
 class Quotas:
@@ -296,7 +291,6 @@ class Quotas:
         self._is_learning = True
         self.counts = Counts()
         self.streams: dict[QuotaStream, None] = {}
-        self.refused_streams = 0
         self.pools: dict[bytes, Pool] = {}
         self.holds = 0
         self._dirty: dict[Pool, None] = {}
@@ -313,7 +307,7 @@ class Quotas:
             QuotasFull: there are `MAX_STREAMS`.
         """
         if len(self.streams) >= MAX_STREAMS:
-            self.refused_streams += 1
+            self.counts.refused_streams += 1
             raise QuotasFull
         stream = QuotaStream(wake)
         self.streams[stream] = None
@@ -425,14 +419,14 @@ class Quotas:
         counts = self.counts
         counts.reports += 1
         allowed, denied = min(usage.allowed, MAX_HITS), min(usage.denied, MAX_HITS)
-        counts.allowed += allowed
-        counts.denied += denied
+        counts.requests["allowed"] += allowed
+        counts.requests["denied"] += denied
         elapsed_s = usage.elapsed_s
         if elapsed_s < 0:
-            counts.bad_elapsed += 1
+            counts.troubles["bad_time"] += 1
             elapsed_s = 0
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
-            counts.refused += 1
+            counts.troubles["bad_id"] += 1
             return None
         key = (domain, usage.pairs)
         hold = stream.holds.get(key)
@@ -443,7 +437,7 @@ class Quotas:
         step = hold.step
         self._count(step, allowed, denied)
         if step.terms.rule is None:
-            counts.unknown += 1
+            counts.troubles["no_rule"] += 1
         pool = hold.pool
         if allowed and pool.step is not None:
             self._charge_later(pool, allowed, now_us)
@@ -471,7 +465,7 @@ class Quotas:
         hold.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
         # An Envoy may have as many as are free.
         if len(stream.holds) >= MAX_HOLDS - self.holds or pool.key not in self.pools:
-            self.counts.refused += 1
+            self.counts.troubles["no_room"] += 1
             return hold
         if elapsed_s and pool.lost:
             # One that has lost its connection. Whichever of the lost it was, as many hold as much as before.
@@ -626,7 +620,7 @@ class Quotas:
     def _tell(self, hold: Hold, now_us: int) -> Action | None:
         pool = hold.pool
         if now_us - hold.active_us >= IDLE_US:
-            self.counts.abandoned += 1
+            self.counts.forgotten["idle"] += 1
             # It forgets what it holds with the bucket.
             hold.expires_us = now_us
             self._drop(hold, now_us)
@@ -680,7 +674,7 @@ class Quotas:
     def _tidy(self, pool: Pool, now_us: int) -> None:
         silent = [hold for hold in pool.holds if now_us - hold.reported_us >= SILENCE_US]
         for hold in silent:
-            self.counts.expired += 1
+            self.counts.forgotten["silent"] += 1
             self._drop(hold, now_us)
         if any(lost.expires_us <= now_us for lost in pool.lost):
             pool.held -= sum([lost.told.rate for lost in pool.lost if lost.expires_us <= now_us])

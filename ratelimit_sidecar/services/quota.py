@@ -52,8 +52,6 @@ class QuotaService:
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int], *, waits_for_rules: bool = False) -> None:
         self.quotas = quotas
-        self.refused_ids = 0
-        """Reports of buckets with an id that is too long, or that cannot be read."""
         self._now_us = now_us
         self._waits_for_rules = waits_for_rules
 
@@ -129,7 +127,7 @@ class QuotaService:
     def _usages(self, messages: Sequence[BucketUsage]) -> Iterator[Usage]:
         for message in messages:
             raw = message.bucket_id
-            pairs: list[tuple[str, str]] | None = None
+            pairs: list[tuple[str, str]] = []
             if len(raw) <= MAX_ID_BYTES:
                 try:
                     entries = BucketId.FromString(raw).bucket
@@ -138,9 +136,7 @@ class QuotaService:
                 else:
                     # Of two entries with one key the last counts, as in every map of protobuf.
                     pairs = sorted({text_of(entry.key): text_of(entry.value) for entry in entries}.items())
-            if pairs is None:
-                self.refused_ids += 1
-                continue
+            # One that is too long or cannot be read is like one without pairs.
             yield Usage(
                 raw,
                 tuple(pairs),

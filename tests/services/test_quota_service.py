@@ -219,7 +219,7 @@ async def test_an_id_that_is_too_long_is_passed_over_and_counted(kind: str) -> N
         await envoy.report(usage(agent="a" * MAX_ID_BYTES), usage(agent="ada"))
         [action] = await envoy.told()
         assert dict(action.bucket_id.bucket) == {"agent": "ada"}
-        assert served.service.refused_ids == 1
+        assert served.quotas.counts.troubles["bad_id"] == 1
 
 
 async def test_a_client_that_is_done_is_answered_with_ok_and_one_that_cancels_leaves_nothing(kind: str) -> None:
@@ -272,4 +272,4 @@ async def test_more_streams_than_there_may_be_are_refused_and_counted(
         await first.report(usage(agent="ada"))
         await first.told()
         assert await Stream(channel).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert served.quotas.refused_streams == 1
+        assert served.quotas.counts.refused_streams == 1

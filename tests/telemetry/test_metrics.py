@@ -16,6 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
@@ -100,6 +101,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         state=State(),
         supervision=Supervision(),
         log=Log(),
+        quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
 
