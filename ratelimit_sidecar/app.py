@@ -43,6 +43,7 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.snapshots import Snapshots
+from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -142,6 +143,7 @@ class Sidecar:
         origin = _new_origin(node)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
         self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
+        quotas = Quotas(self._limiter, self._strict_us(), self._clock.now_us)
         self._reloader = Reloader(
             self._use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
         )
@@ -157,6 +159,7 @@ class Sidecar:
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
+            demands=Demands(quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=descriptors.mesh,
         )
@@ -180,7 +183,7 @@ class Sidecar:
             waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
         )
         self._quotas = QuotaService(
-            Quotas(self._limiter, self._strict_us(), self._clock.now_us),
+            quotas,
             self._strict_us,
             waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
         )
@@ -222,7 +225,7 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 supervision=self._supervisor,
                 log=log,
-                quotas=self._quotas.quotas,
+                quotas=quotas,
             )
         )
         console_app = console.create_app(

@@ -187,6 +187,18 @@ class Heard(NamedTuple):
     heard_us: int
 
 
+class Demand(NamedTuple):
+    """As peers are told of it.
+
+    Args:
+        version: counts up with each that is to be told.
+    """
+
+    version: int
+    key: bytes
+    groups: tuple[Group, ...]
+
+
 class Pool:
     """All that share one limit on one key."""
 
@@ -388,24 +400,22 @@ class Quotas:
             self._soil(pool)
         return True
 
-    def demands(self, told: int, most: int) -> tuple[int, list[tuple[bytes, tuple[Group, ...]]]]:
-        """The demands that a peer has yet to be told of, the oldest first.
+    def demands(self, told: int, most: int) -> list[Demand]:
+        """Those that a peer has yet to be told of, the oldest first.
 
         Args:
-            told: what this has returned first the last time; 0 for a peer that was told nothing.
+            told: the version of the one that it was told last; 0 when it was told nothing.
         """
         newer: list[bytes] = []
         for key in reversed(self._told):
             if self._told[key] <= told:
                 break
             newer.append(key)
-        demands: list[tuple[bytes, tuple[Group, ...]]] = []
+        demands: list[Demand] = []
         while newer and len(demands) < most:
             key = newer.pop()
-            told = self._told[key]
-            pool = self.pools.get(key)
-            demands.append((key, () if pool is None else pool.demand))
-        return told, demands
+            demands.append(Demand(self._told[key], key, self.pools[key].demand))
+        return demands
 
     def assigned(self, pool: Pool) -> Iterator[Assignment]:
         """What is in force, of Envoys that are lost as well."""

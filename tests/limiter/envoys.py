@@ -157,8 +157,8 @@ class World:
                 node.quotas.tick(self.now_us)
                 for peer in self.nodes:
                     if peer is not node:
-                        peer.told[node], demands = node.quotas.demands(peer.told.get(node, 0), 100)
-                        for key, groups in demands:
+                        for version, key, groups in node.quotas.demands(peer.told.get(node, 0), 100):
+                            peer.told[node] = version
                             peer.quotas.hear(str(id(node)), key, groups, self.now_us)
             for envoy in self.envoys:
                 envoy.listen(self.now_us)
