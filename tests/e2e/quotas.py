@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import yaml
@@ -91,10 +91,6 @@ class Load:
         self._request = f"GET / HTTP/1.1\r\nhost: test\r\nx-tenant: {tenant}\r\n\r\n".encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    @property
-    def admitted(self) -> int:
-        return self.statuses[200]
-
     async def run(self) -> None:
         """Until cancelled."""
         due = time.monotonic()
@@ -138,12 +134,19 @@ async def running(*loads: Load) -> AsyncIterator[None]:
             load.close()
 
 
-async def admitted_within(seconds: float, loads: Sequence[Load]) -> list[float]:
-    """By each, a second."""
-    before, began = [load.admitted for load in loads], time.monotonic()
+class Rate(NamedTuple):
+    """Requests a second."""
+
+    admitted: float
+    asked: float
+
+
+async def admitted_within(seconds: float, loads: Sequence[Load]) -> list[Rate]:
+    before, began = [load.statuses.copy() for load in loads], time.monotonic()
     await asyncio.sleep(seconds)
     elapsed = time.monotonic() - began
-    return [(load.admitted - was) / elapsed for load, was in zip(loads, before, strict=True)]
+    more = [load.statuses - was for load, was in zip(loads, before, strict=True)]
+    return [Rate(statuses[200] / elapsed, statuses.total() / elapsed) for statuses in more]
 
 
 async def metric(client: httpx.AsyncClient, ports: RegionPorts, name: str, **labels: str) -> float:
