@@ -11,6 +11,8 @@ has freed is given to others; and what an Envoy holds that was lost stays its ow
 has just started does not know what its Envoys hold: until all have had time to report it tells nothing to those that
 hold something, and little to others.
 
+Of a strict limit nothing but this node's home share is divided, less what it has lent; the bucket does without it.
+
 What is admitted is charged to the limit's bucket in small pieces until the next report is due: all at once it would
 look like a burst of five seconds, to those who ask about each request.
 
@@ -22,7 +24,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, parts_of, whole_tokens_up
+from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
     SECOND_US,
@@ -144,7 +148,6 @@ class Hold:
         "step",
         "stream",
         "told",
-        "waits",
         "want",
     )
 
@@ -161,8 +164,6 @@ class Hold:
         self.counted = 0
         """Hits since `measured_us`."""
         self.measured_us = self.reported_us = self.active_us = 0
-        self.waits = False
-        """It holds something of which this node does not know yet how much, having just started."""
         self.told: Assignment | None = None
         self.expires_us = 0
         self.want = 0
@@ -176,8 +177,9 @@ class Hold:
 class Lost(NamedTuple):
     """What an Envoy holds, or may hold, whose stream has ended."""
 
-    told: Assignment
+    rate: int
     expires_us: int
+    lost_us: int
 
 
 class Heard(NamedTuple):
@@ -220,6 +222,7 @@ class Pool:
         "step",
         "terms",
         "told_us",
+        "waiting",
     )
 
     def __init__(self, key: bytes, limit: AnyLimit | None) -> None:
@@ -232,6 +235,8 @@ class Pool:
         self.due: dict[Hold, None] = {}
         """To be told when it is shared the next time."""
         self.lost: list[Lost] = []
+        self.waiting: dict[Hold, None] = {}
+        """Those that hold something, of which it is not known how much: see `Quotas._settle`."""
         self.heard: dict[str, Heard] = {}
         self.level = Level(0, 0)
         self.budget = 0
@@ -417,13 +422,13 @@ class Quotas:
             demands.append(Demand(self._told[key], key, self.pools[key].demand))
         return demands
 
-    def assigned(self, pool: Pool) -> Iterator[Assignment]:
-        """What is in force, of Envoys that are lost as well."""
+    def assigned(self, pool: Pool) -> Iterator[int]:
+        """The rates in force, of Envoys that are lost as well."""
         for hold in pool.holds:
             if hold.told is not None:
-                yield hold.told
+                yield hold.told.rate
         for lost in pool.lost:
-            yield lost.told
+            yield lost.rate
 
     def _report(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> Hold | None:
         counts = self.counts
@@ -477,13 +482,8 @@ class Quotas:
         if len(stream.holds) >= MAX_HOLDS - self.holds or pool.key not in self.pools:
             self.counts.troubles["no_room"] += 1
             return hold
-        if elapsed_s and pool.lost:
-            # One that has lost its connection. Whichever of the lost it was, as many hold as much as before.
-            lost = max(pool.lost)
-            pool.lost.remove(lost)
-            hold.told, hold.expires_us = lost.told, lost.expires_us
-        elif elapsed_s and self._is_learning:
-            hold.waits = True
+        if elapsed_s and (pool.lost or self._is_learning):
+            pool.waiting[hold] = None
         self.holds += 1
         stream.holds[key] = hold
         pool.holds[hold] = None
@@ -547,11 +547,18 @@ class Quotas:
         pool = hold.pool
         del pool.holds[hold]
         pool.due.pop(hold, None)
+        pool.waiting.pop(hold, None)
         if hold.told is not None and hold.rate and hold.expires_us > now_us:
-            pool.lost.append(Lost(hold.told, hold.expires_us))
+            pool.lost.append(Lost(hold.rate, hold.expires_us, now_us))
         else:
             pool.held -= hold.rate
         self._soil(pool)
+
+    def _forget(self, pool: Pool, now_us: int) -> None:
+        del self.pools[pool.key]
+        self._told.pop(pool.key, None)
+        if pool.step is not None and pool.step.terms.is_strict and pool.terms is not None:
+            self._withhold(pool, pool.terms, 0, now_us)
 
     def _soil(self, pool: Pool) -> None:
         """It has to be divided anew."""
@@ -563,6 +570,8 @@ class Quotas:
         if pool.is_dirty:
             pool.is_dirty = False
             del self._dirty[pool]
+        if pool.waiting:
+            self._settle(pool, now_us)
         due, pool.due = pool.due, {}
         if pool.terms is not None and (pool.holds or pool.lost or pool.demand):
             self._divide(pool, pool.terms, now_us)
@@ -574,16 +583,36 @@ class Quotas:
             if hold.told is not None and self._has_changed(pool, pool.terms, hold):
                 self._wake(hold)
 
+    def _settle(self, pool: Pool, now_us: int) -> None:
+        """Envoys that have lost their connection are back: which of them held what they don't say. So it is waited
+        until all are there that can be. If some are not, those that are held the least: what is then still counted as
+        lost is no less than what the others hold.
+        """
+        last_us = max([lost.lost_us for lost in pool.lost], default=0)
+        if self._is_learning or (len(pool.waiting) < len(pool.lost) and now_us < last_us + LEARNING_US):
+            return
+        pool.lost.sort()
+        for hold, lost in zip(pool.waiting, pool.lost, strict=False):
+            hold.told, hold.expires_us = Assignment(0, 0, 0, lost.rate), lost.expires_us
+        del pool.lost[: len(pool.waiting)]
+        for hold in pool.waiting:
+            pool.due[hold] = None
+        pool.waiting.clear()
+
     def _divide(self, pool: Pool, terms: Terms, now_us: int) -> None:
-        total = self._total(pool, terms)
+        total = self._total(pool, terms, now_us)
         heard = [group for each in pool.heard.values() for group in each.groups]
-        everybody = len(pool.holds) + len(pool.lost) + sum([group.members for group in heard])
-        wants = [lost.told.rate for lost in pool.lost]
-        for hold in pool.holds:
+        # Those that wait are the lost.
+        holds = [hold for hold in pool.holds if not (pool.lost and hold in pool.waiting)]
+        everybody = len(holds) + len(pool.lost) + sum([group.members for group in heard])
+        wants = [lost.rate for lost in pool.lost]
+        for hold in holds:
             # One that is new may want as much as anybody.
             demand = hold.demand if hold.demand >= 0 else total // everybody
             hold.want = min(rounded_want(demand + demand // 32), MAX_RATE)
             wants.append(hold.want)
+        if pool.step is not None and pool.step.terms.is_strict:
+            total = self._withhold(pool, terms, max(sum(wants), total // IDLE_PART), now_us)
         own = grouped(wants)
         if len(own) > MAX_GROUPS:
             own = _merged(own)
@@ -594,13 +623,36 @@ class Quotas:
         pool.level = level
         elsewhere = sum([level.share(max(group.want, least)) * group.members for group in heard])
         pool.budget = total - elsewhere
-        for hold in pool.holds:
+        for hold in holds:
             hold.want = max(hold.want, least)
 
-    def _total(self, pool: Pool, terms: Terms) -> int:
-        if pool.step is None or pool.limit is None:
+    def _total(self, pool: Pool, terms: Terms, now_us: int) -> int:
+        """What can be divided."""
+        step, ledger = pool.step, self._limiter.ledger
+        if step is None or pool.limit is None:
             return terms.rate
-        return within_debt(pool.limit, terms.rate, self._limiter.used(pool.step, self._charge_us()))
+        if step.terms.is_strict:
+            assert ledger is not None
+            assert isinstance(pool.limit, Limit)
+            return terms.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS
+        return within_debt(pool.limit, terms.rate, self._limiter.used(step, self._charge_us()))
+
+    def _withhold(self, pool: Pool, terms: Terms, wanted: int, now_us: int) -> int:
+        """Of a strict limit as much as is wanted, and no less than is held: the rest stays with those who ask for each
+        request, here or at a peer.
+        """
+        ledger, limit = self._limiter.ledger, pool.limit
+        assert ledger is not None
+        assert isinstance(limit, Limit)
+        own = ledger.own_parts(pool.key, limit, now_us)
+        parts = -(-max(wanted, pool.held) * PARTS // terms.rate) if terms.rate else 0
+        if limit.capacity <= MAX_WHOLE_CAPACITY:
+            parts = parts_of(min(whole_tokens_up(parts, limit.capacity), limit.capacity), limit.capacity)
+        try:
+            parts = ledger.withhold(pool.key, limit, min(parts, own), now_us)
+        except StoreFull:
+            return 0
+        return terms.rate * parts // PARTS
 
     def _tell_peers(self, pool: Pool, own: list[Group], now_us: int) -> None:
         step = pool.step
@@ -635,10 +687,8 @@ class Quotas:
             hold.expires_us = now_us
             self._drop(hold, now_us)
             return Action(hold.bucket_id, None)
-        if hold.waits:
-            if self._is_learning:
-                return None
-            hold.waits = False
+        if hold in pool.waiting:
+            return None
         terms = pool.terms
         if terms is None or hold.step.terms.is_shadow or self._limiter.settings.shadow_mode:
             pool.held -= hold.rate
@@ -666,7 +716,7 @@ class Quotas:
         ):
             assignment = told
         else:
-            assignment = after(told, assign(terms, share))
+            assignment = after(told, assign(terms, share, is_strict=hold.step.terms.is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
             # Others may be waiting for it.
@@ -687,17 +737,18 @@ class Quotas:
             self.counts.forgotten["silent"] += 1
             self._drop(hold, now_us)
         if any(lost.expires_us <= now_us for lost in pool.lost):
-            pool.held -= sum([lost.told.rate for lost in pool.lost if lost.expires_us <= now_us])
+            pool.held -= sum([lost.rate for lost in pool.lost if lost.expires_us <= now_us])
             pool.lost = [lost for lost in pool.lost if lost.expires_us > now_us]
             self._soil(pool)
         forgotten = [peer for peer, heard in pool.heard.items() if now_us - heard.heard_us >= DEMAND_US]
         for peer in forgotten:
             del pool.heard[peer]
             self._soil(pool)
+        if pool.waiting:
+            self._soil(pool)
         is_over = not pool.is_needed and not pool.is_dirty and now_us - pool.told_us >= TELL_US
         if is_over and self.pools.get(pool.key) is pool:
-            del self.pools[pool.key]
-            self._told.pop(pool.key, None)
+            self._forget(pool, now_us)
 
     def _charge_later(self, pool: Pool, hits: int, now_us: int) -> None:
         if not pool.pending:
@@ -727,7 +778,7 @@ class Quotas:
         if not pool.pending:
             self._charging.pop(pool, None)
         step = pool.step
-        if step is not None and tokens:
+        if step is not None and tokens and not step.terms.is_strict:
             self._limiter.charge(step, tokens, self._charge_us())
 
 

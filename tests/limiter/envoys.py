@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from limiter.requests import make_limiter
-
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.assignment import SECOND_US
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import REPORT_US, Assignment, Pairs, Quotas, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Rules
+
+PAIR = Membership(1, {"node": 1, "elsewhere": 1})
+"""Of strict limits: a half is this node's."""
 
 STEP_US = 50_000
 START_US = 1_700_000_000_000_000
@@ -68,6 +72,12 @@ class Envoy:
     admitted: int = 0
     forgotten: int = 0
 
+    def lose_stream(self, now_us: int) -> None:
+        """Its connection is gone; it connects again when its next report is due."""
+        stream, self.stream = self.stream, None
+        if stream is not None and self.node is not None:
+            self.node.quotas.close(stream, now_us)
+
     def step(self, now_us: int) -> None:
         for pairs, demand in self.demand.items():
             bucket = self.buckets.get(pairs)
@@ -123,7 +133,11 @@ class Node:
 
     def __init__(self, world: World, rules: Rules, learning_us: int) -> None:
         self.world = world
-        self.limiter: Limiter = make_limiter(rules)
+        # Long in its membership: it has its home share.
+        shares = Shares(PAIR, "node", world.now_us - 10 * SECOND_US)
+        origin = Origin("node", len(world.nodes) + 1)
+        self.ledger = Ledger(shares, origin, rules.strict_limit_of_key, 0)
+        self.limiter = Limiter(rules, origin, ledger=self.ledger)
         self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us)
         self.told: dict[Node, int] = {}
 
