@@ -132,6 +132,23 @@ def test_an_envoy_that_connects_again_goes_on_with_what_it_holds() -> None:
     assert [held_by(envoy) for envoy in envoys] == pytest.approx(before, rel=0.1)
 
 
+def test_an_envoy_that_is_cut_off_keeps_what_it_holds_whoever_comes_back_before_it() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    world.run(20)
+    for envoy in envoys:
+        envoy.lose_stream(world.now_us)
+    envoys[0].node = None
+    for envoy in envoys[1:]:
+        envoy.demand[ADA] = 400
+    most = []
+    world.watch = lambda: most.append(rate(world))
+    world.run(40)
+    assert max(most) <= 300
+    assert sum(held_by(envoy) for envoy in envoys[1:]) == pytest.approx(300, rel=0.02)
+
+
 def test_assignments_survive_a_restart_of_the_node() -> None:
     world = World(RULES)
     node = world.node()
@@ -297,12 +314,20 @@ def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_h
         if chance.random() < request_chance:
             calls += sum(decide(node.limiter, asked, world.now_us).overall_code == OK for _ in range(10))
 
-    world.watch = call
+    def check() -> None:
+        call()
+        for bucket in node.ledger:
+            bucket.advance(world.now_us)
+            assigned = sum(node.quotas.assigned(node.quotas.pools[bucket.key]))
+            assert bucket.home_now * 300 * TOKEN // 2**32 + assigned <= 150 * TOKEN
+
+    world.watch = check
     world.run(1)
     history = []
     for _ in range(8):
         for envoy in envoys:
             envoy.demand[STRICT_PAIRS] = chance.choice(demands)
+            envoy.is_deaf = chance.random() < 0.3
         before = calls
         # Without an assignment all is let through: a bucket that was made meanwhile does not count.
         first = [len(envoy.buckets) for envoy in envoys]
