@@ -1,16 +1,22 @@
-"""Envoys with quotas, on virtual time: what of Envoy's rate limit quota filter its server has to do with."""
+"""Envoys with quotas, on virtual time: what of Envoy's rate limit quota filter its server has to do with.
+
+The simulator and the tests of `limiter.quota` share it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import exp
+from random import Random
+from typing import Protocol
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.limiter.assignment import SECOND_US
+from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.quota import REPORT_US, Assignment, Pairs, Quotas, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota import REPORT_US, Action, Pairs, Quotas, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Rules
 
 PAIR = Membership(1, {"node": 1, "elsewhere": 1})
@@ -20,6 +26,16 @@ STEP_US = 50_000
 START_US = 1_700_000_000_000_000
 DOMAIN = "api"
 ADA: Pairs = (("agent", "ada"),)
+
+
+class Server(Protocol):
+    """What an Envoy speaks to: `Quotas`, or something in its place."""
+
+    def open(self, wake: Callable[[], None]) -> QuotaStream: ...
+    def close(self, stream: QuotaStream, now_us: int) -> None: ...
+    def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None: ...
+    def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]: ...
+    def tick(self, now_us: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -60,11 +76,16 @@ class EnvoyBucket:
 
 @dataclass(slots=True)
 class Envoy:
-    """One that asks `demand(bucket)` times a second."""
+    """Args:
+    demand: requests a second, by bucket.
+    phase_us: when it reports.
+    random: by which requests come; None where they come evenly.
+    """
 
     node: Node | None
     demand: dict[Pairs, float]
     phase_us: int = 0
+    random: Random | None = None
     buckets: dict[Pairs, EnvoyBucket] = field(default_factory=dict)
     stream: QuotaStream | None = None
     is_deaf: bool = False
@@ -76,19 +97,19 @@ class Envoy:
         """Its connection is gone; it connects again when its next report is due."""
         stream, self.stream = self.stream, None
         if stream is not None and self.node is not None:
-            self.node.quotas.close(stream, now_us)
+            self.node.server.close(stream, now_us)
 
     def step(self, now_us: int) -> None:
         for pairs, demand in self.demand.items():
             bucket = self.buckets.get(pairs)
-            wanted = demand * STEP_US / SECOND_US + (bucket.owed if bucket else 0.0)
+            wanted = self._arrivals(demand) + (bucket.owed if bucket else 0.0)
             if bucket is None:
                 if wanted <= 0:
                     continue
                 bucket = self.buckets[pairs] = EnvoyBucket(reported_us=now_us)
                 bucket.ask(now_us)
                 wanted -= 1
-                self._connect(now_us)
+                self._connect()
                 self._report([pairs], now_us)
             bucket.refill(STEP_US)
             while wanted >= 1:
@@ -96,13 +117,13 @@ class Envoy:
                 wanted -= 1
             bucket.owed = wanted
         if (now_us - self.phase_us) % REPORT_US == 0 and self.buckets:
-            self._connect(now_us)
+            self._connect()
             self._report(list(self.buckets), now_us)
 
     def listen(self, now_us: int) -> None:
         if self.stream is None or self.node is None or self.is_deaf:
             return
-        for action in self.node.quotas.take(self.stream, now_us, 100):
+        for action in self.node.server.take(self.stream, now_us, 100):
             pairs = next(pairs for pairs in self.buckets if repr(pairs).encode() == action.bucket_id)
             if action.assignment is None:
                 self.forgotten += 1
@@ -110,9 +131,21 @@ class Envoy:
             else:
                 self.buckets[pairs].obey(action.assignment, now_us, self.node.ttl_us)
 
-    def _connect(self, now_us: int) -> None:
-        if self.stream is None and self.node is not None and self.node.quotas is not None:
-            self.stream = self.node.quotas.open(lambda: None)
+    def _arrivals(self, demand: float) -> float:
+        """In a step."""
+        mean = demand * STEP_US / SECOND_US
+        if self.random is None:
+            return mean
+        # Knuth, The Art of Computer Programming, 3.4.1.
+        arrivals, product, least = -1, 1.0, exp(-mean)
+        while product > least:
+            arrivals += 1
+            product *= self.random.random()
+        return arrivals
+
+    def _connect(self) -> None:
+        if self.stream is None and self.node is not None:
+            self.stream = self.node.server.open(lambda: None)
 
     def _report(self, of: list[Pairs], now_us: int) -> None:
         usages = []
@@ -122,23 +155,27 @@ class Envoy:
             usages.append(Usage(repr(pairs).encode(), pairs, bucket.allowed, bucket.denied, elapsed_s))
             self.admitted += bucket.allowed
             bucket.reported_us, bucket.allowed, bucket.denied = now_us, 0, 0
-        if self.stream is not None:
-            self.node.quotas.report(self.stream, DOMAIN, usages, now_us)
+        if self.stream is not None and self.node is not None:
+            self.node.server.report(self.stream, DOMAIN, usages, now_us)
 
 
 class Node:
-    """A server of quotas."""
+    """A server of quotas.
+
+    Args:
+        server: in the place of `quotas`.
+    """
 
     ttl_us = 20 * SECOND_US
 
-    def __init__(self, world: World, rules: Rules, learning_us: int) -> None:
-        self.world = world
+    def __init__(self, world: World, rules: Rules, learning_us: int, server: Server | None = None) -> None:
         # Long in its membership: it has its home share.
         shares = Shares(PAIR, "node", world.now_us - 10 * SECOND_US)
         origin = Origin("node", len(world.nodes) + 1)
         self.ledger = Ledger(shares, origin, rules.strict_limit_of_key, 0)
         self.limiter = Limiter(rules, origin, ledger=self.ledger)
         self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us)
+        self.server: Server = self.quotas if server is None else server
         self.told: dict[Node, int] = {}
 
 
@@ -152,11 +189,11 @@ class World:
     envoys: list[Envoy] = field(default_factory=list)
     watch: Callable[[], None] = lambda: None
 
-    def node(self, learning_us: int = 0) -> Node:
-        self.nodes.append(Node(self, self.rules, learning_us))
+    def node(self, learning_us: int = 0, server: Server | None = None) -> Node:
+        self.nodes.append(Node(self, self.rules, learning_us, server))
         return self.nodes[-1]
 
-    def envoy(self, node: Node, demand: float, pairs: Pairs = ADA, phase_us: int = 0) -> Envoy:
+    def envoy(self, node: Node | None, demand: float, pairs: Pairs = ADA, phase_us: int = 0) -> Envoy:
         self.envoys.append(Envoy(node, {pairs: demand}, phase_us))
         return self.envoys[-1]
 
@@ -168,7 +205,7 @@ class World:
             for envoy in self.envoys:
                 envoy.step(self.now_us)
             for node in self.nodes:
-                node.quotas.tick(self.now_us)
+                node.server.tick(self.now_us)
                 for peer in self.nodes:
                     if peer is not node:
                         for version, key, groups in node.quotas.demands(peer.told.get(node, 0), 100):
