@@ -25,7 +25,7 @@ MAX_TAKEN: Final = 1_024
 """Demands that are taken from a ping: so a peer with other bounds is understood."""
 
 MAX_WANTS: Final = 256
-MAX_MEMBERS: Final = 1 << 20
+MAX_MEMBERS: Final = 4_096
 
 _GROUP_BYTES: Final = 12
 
@@ -92,6 +92,8 @@ def _groups(demand: pb.Demand) -> list[Group]:
     groups = []
     for want, count in zip(wants, members, strict=True):
         if want > MAX_RATE or not 1 <= count <= MAX_MEMBERS:
-            raise ProtocolError(Reason.MALFORMED, f"{count} Envoys that want {want} each; 1 to 2**20 may, up to 2**63")
+            raise ProtocolError(
+                Reason.MALFORMED, f"{count} Envoys that want {want} each; 1 to {MAX_MEMBERS} may, up to 2**63"
+            )
         groups.append(Group(want, count))
     return groups
