@@ -47,6 +47,8 @@ class EnvoyBucket:
     reported_us: int = 0
     expires_us: int = 0
     owed: float = 0.0
+    denies: bool = False
+    """What is asked while nothing is assigned."""
 
     def obey(self, assignment: Assignment, now_us: int, ttl_us: int) -> None:
         self.expires_us = now_us + ttl_us
@@ -61,11 +63,15 @@ class EnvoyBucket:
         if self.told is not None and self.expires_us <= now_us:
             self.told = None
         told = self.told
-        if told is None or told.allows_all or (told.max_tokens and self.tokens >= 1):
-            self.allowed += 1
-            self.tokens -= told is not None and not told.allows_all
+        if told is None:
+            is_allowed = not self.denies
+        elif told.max_tokens:
+            is_allowed = self.tokens >= 1
+            self.tokens -= is_allowed
         else:
-            self.denied += 1
+            is_allowed = told.allows_all
+        self.allowed += is_allowed
+        self.denied += not is_allowed
 
     def refill(self, elapsed_us: int) -> None:
         told = self.told
@@ -88,6 +94,8 @@ class Envoy:
     random: Random | None = None
     buckets: dict[Pairs, EnvoyBucket] = field(default_factory=dict)
     stream: QuotaStream | None = None
+    denies: bool = False
+    """What is asked while nothing is assigned; otherwise it is let through."""
     is_deaf: bool = False
     """It does not read what it is sent."""
     admitted: int = 0
@@ -106,7 +114,7 @@ class Envoy:
             if bucket is None:
                 if wanted <= 0:
                     continue
-                bucket = self.buckets[pairs] = EnvoyBucket(reported_us=now_us)
+                bucket = self.buckets[pairs] = EnvoyBucket(reported_us=now_us, denies=self.denies)
                 bucket.ask(now_us)
                 wanted -= 1
                 self._connect()

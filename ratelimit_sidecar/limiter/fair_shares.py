@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-WANT_BITS: Final = 5
-"""Wants are rounded up to so many significant bits: by a thirty-second on average. So few are different, and a want
-that varies a little stays the same."""
+WANT_BITS: Final = 6
+"""Wants are rounded up to so many significant bits: by a sixty-fourth on average. So few are different, and a want that
+varies a little stays the same."""
 
 
 class Group(NamedTuple):

@@ -65,6 +65,9 @@ IDLE_US: Final = 60 * SECOND_US
 IDLE_PART: Final = 32
 """One part in so many of a limit is for those who want nothing, of all together: so their first requests pass."""
 
+HEADROOM_PART: Final = 64
+"""Who had so many requests wants to be able to have one part in so many more."""
+
 LEAST_MEASURE_US: Final = SECOND_US
 """The first report of a bucket comes at once, the second when all others are due."""
 
@@ -609,7 +612,7 @@ class Quotas:
         for hold in holds:
             # One that is new may want as much as anybody.
             demand = hold.demand if hold.demand >= 0 else total // everybody
-            hold.want = min(rounded_want(demand + demand // 32), MAX_RATE)
+            hold.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
             wants.append(hold.want)
         if pool.step is not None and pool.step.terms.is_strict:
             total = self._withhold(pool, terms, max(sum(wants), total // IDLE_PART), now_us)

@@ -23,6 +23,7 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     QuotaResponse,
     UsageReports,
 )
+from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
 
 SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"].full_name
@@ -57,7 +58,7 @@ class QuotaService:
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {_PATH: Streaming(self.stream)}
+        return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES)}
 
     def begin(self) -> None:
         """There are rules."""

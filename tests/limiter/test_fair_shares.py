@@ -71,6 +71,6 @@ def test_without_anybody_nobody_gets_anything() -> None:
 
 
 @given(st.integers(0, 2**70))
-def test_a_want_is_rounded_up_by_less_than_a_sixteenth(want: int) -> None:
-    assert want <= rounded_want(want) <= want + want // 16
+def test_a_want_is_rounded_up_by_less_than_a_thirty_second(want: int) -> None:
+    assert want <= rounded_want(want) <= want + want // 32
     assert rounded_want(rounded_want(want)) == rounded_want(want)

@@ -212,6 +212,19 @@ async def test_a_bucket_whose_id_is_no_text_is_answered_like_any_other(kind: str
         assert b"\xff\xfe\xfd\xfc" in answer
 
 
+async def test_a_report_of_very_many_buckets_is_taken(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        envoy = Stream(channel)
+        usages = [usage(allowed=1, agent=f"agent number {number} of very many") for number in range(5_000)]
+        for _ in range(2):
+            await envoy.report(*usages)
+            told = 0
+            while told < len(usages):
+                told += len(await envoy.told())
+        assert served.quotas.counts.reports == 2 * len(usages)
+
+
 async def test_an_id_that_is_too_long_is_passed_over_and_counted(kind: str) -> None:
     served = Served()
     async with served.running(kind) as channel:
