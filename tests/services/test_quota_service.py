@@ -17,7 +17,7 @@ from limiter.requests import decide, make_limiter, make_request
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota import MAX_STREAMS, Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.services.quota import MAX_ID_BYTES, SERVICE_NAME, QuotaService
@@ -275,11 +275,10 @@ async def test_without_rules_streams_are_refused(kind: str) -> None:
         assert await envoy.told()
 
 
-async def test_more_streams_than_there_may_be_are_refused_and_counted(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.limiter.quota.MAX_STREAMS", 1)
+async def test_more_streams_than_there_may_be_are_refused_and_counted(kind: str) -> None:
     served = Served()
+    for _ in range(MAX_STREAMS - 1):
+        served.quotas.open(lambda: None)
     async with served.running(kind) as channel:
         first = Stream(channel)
         await first.report(usage(agent="ada"))
