@@ -19,7 +19,7 @@ from ratelimit_sidecar.replication.wire import Reason
 PER_SECOND = PER_USER.tokens * SECOND_US // PER_USER.period_us
 
 
-class QuotaNode(Replicator):
+class QuotaNode:
     """With one Envoy."""
 
     def __init__(self, name: str) -> None:
@@ -28,7 +28,8 @@ class QuotaNode(Replicator):
         self.quotas = Quotas(limiter, NOW_US, lambda: NOW_US, learning_us=0)
         self.quotas.tick(NOW_US)
         self.clock_us = NOW_US
-        super().__init__(local, limiter.store, NOW_US, demands=Demands(self.quotas, lambda: self.clock_us))
+        demands = Demands(self.quotas, lambda: self.clock_us)
+        self.replicator = Replicator(local, limiter.store, NOW_US, demands=demands)
         self.envoy: QuotaStream = self.quotas.open(lambda: None)
 
     def report(self, user: str, requests: int = 1) -> None:
@@ -43,10 +44,10 @@ class QuotaNode(Replicator):
         return action.assignment.rate
 
 
-def streams(one: Replicator, other: Replicator) -> tuple[Stream, Stream]:
+def streams(one: QuotaNode, other: QuotaNode) -> tuple[Stream, Stream]:
     ends = (
-        Stream(one, "far end", is_dialled=True, wake=lambda: None, now_us=NOW_US),
-        Stream(other, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US),
+        Stream(one.replicator, "far end", is_dialled=True, wake=lambda: None, now_us=NOW_US),
+        Stream(other.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US),
     )
     exchange(*ends)
     return ends
@@ -93,12 +94,12 @@ def test_more_than_fits_into_a_ping_is_told_by_the_next_ones() -> None:
 
 def test_a_node_without_quotas_passes_over_it() -> None:
     one, other = QuotaNode("a"), QuotaNode("b")
-    other.demands = None
+    other.replicator.demands = None
     ends = streams(one, other)
     one.report("ada")
     exchange(*ends, now_us=NOW_US + PING_EVERY_US)
     assert not other.quotas.pools
-    assert other.peers["a"].streams
+    assert other.replicator.peers["a"].streams
 
 
 def ping(*demands: pb.Demand) -> bytes:
@@ -123,7 +124,7 @@ KEY = key_of("ada")
 )
 def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], reason: Reason) -> None:
     here = QuotaNode("a")
-    stream = Stream(here, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
+    stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
     stream.receive(hello("b"), NOW_US)
     said_by(stream)
     stream.receive(ping(*demands), NOW_US)
@@ -133,11 +134,11 @@ def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], 
 
 def test_a_demand_for_what_no_rule_here_knows_is_counted_and_not_kept() -> None:
     here = QuotaNode("a")
-    stream = Stream(here, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
+    stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
     stream.receive(hello("b"), NOW_US)
     unknown = key_of("ada", "nobody", ELSEWHERE)
     stream.receive(ping(pb.Demand(key=unknown, wants=[1], members=[1])), NOW_US)
-    assert here.unknown_keys == 1
+    assert here.replicator.unknown_keys == 1
     assert not here.quotas.pools
     stream.receive(ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
     assert here.quotas.pools[KEY].heard["b"].groups == [Group(MAX_RATE, 1)]
