@@ -16,7 +16,8 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.quota import REPORT_US, Action, Pairs, Quotas, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota_pool import REPORT_US, Action, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Rules
 
 PAIR = Membership(1, {"node": 1, "elsewhere": 1})

@@ -8,7 +8,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.assignment import SECOND_US, TOKEN, Assignment, assign, terms_of
-from ratelimit_sidecar.limiter.quota import Action, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream, Usage
 
 LEASE_US: Final = 20 * SECOND_US
 

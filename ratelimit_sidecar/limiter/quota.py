@@ -1,22 +1,15 @@
 """Quotas: parts of limits that Envoys enforce by themselves (envoy.service.rate_limit_quota.v3), and report on.
 
 Theory of operation. An Envoy's *bucket* is a set of pairs, which the rules match like a descriptor; all buckets with
-one limit and key, of all Envoys, are a *pool*. Every 5 s an Envoy reports what it has admitted and denied: its demand.
-The limit is divided among all demands, of this node's Envoys and of those that peers tell of (`fair_shares`), and each
-Envoy is told its share (`assignment`): with every report, for assignments end, and at once when it has changed by more
-than a sixteenth.
+one limit and key, of all Envoys, are a *pool* (`quota_pool.py`). Every 5 s an Envoy reports what it has admitted, which
+is charged (`quota_charges.py`), and denied: its demand. The limit is divided among all demands, of this node's Envoys
+and of those that peers tell of (`quota_division.py`), and each Envoy is told its share: with every report, for
+assignments end, and at once when it has changed by more than a sixteenth.
 
-Of one node all assignments together never exceed what is to be divided. So a share is lowered first, and only what that
+All assignments of a node together never exceed what is to be divided. So a share is lowered first, and only what that
 has freed is given to others; and what an Envoy holds that was lost stays its own until its assignment ends. A node that
 has just started does not know what its Envoys hold: until all have had time to report it tells nothing to those that
 hold something, and little to others.
-
-Of a strict limit nothing but this node's home share is divided, less what it has lent; the bucket does without it.
-
-What is admitted is charged to the limit's bucket in small pieces until the next report is due: all at once it would
-look like a burst of five seconds, to those who ask about each request.
-
-Times are microseconds of one clock that does not step, rates billionths of a token per second.
 """
 
 from __future__ import annotations
@@ -24,9 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, parts_of, whole_tokens_up
-from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
     SECOND_US,
@@ -37,16 +27,24 @@ from ratelimit_sidecar.limiter.assignment import (
     after,
     assign,
     terms_of,
-    within_debt,
 )
-from ratelimit_sidecar.limiter.fair_shares import Group, Level, fair_level, grouped, rounded_want
+from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
 from ratelimit_sidecar.limiter.plan import Step
-
-Pairs = tuple[tuple[str, str], ...]
-
-REPORT_US: Final = 5 * SECOND_US
-"""Between two reports of an Envoy, whatever its `reporting_interval`."""
+from ratelimit_sidecar.limiter.quota_charges import Charges
+from ratelimit_sidecar.limiter.quota_division import IDLE_PART, Division
+from ratelimit_sidecar.limiter.quota_pool import (
+    MAX_RATE,
+    REPORT_US,
+    Action,
+    Heard,
+    Hold,
+    Lost,
+    Pairs,
+    Pool,
+    QuotaStream,
+    Usage,
+)
 
 TTL_S: Final = 20
 """Of an assignment. Renewed with each report, it outlives a restart of this node by nearly ten seconds."""
@@ -62,12 +60,6 @@ SILENCE_US: Final = 3 * REPORT_US + SECOND_US
 IDLE_US: Final = 60 * SECOND_US
 """A bucket without a request for so long is to be forgotten, by Envoy as well."""
 
-IDLE_PART: Final = 32
-"""One part in so many of a limit is for those who want nothing, of all together: so their first requests pass."""
-
-HEADROOM_PART: Final = 64
-"""Who had so many requests wants to be able to have one part in so many more."""
-
 LEAST_MEASURE_US: Final = SECOND_US
 """The first report of a bucket comes at once, the second when all others are due."""
 
@@ -76,9 +68,6 @@ CHANGE_PART: Final = 16
 
 SAME_PART: Final = 64
 """And by less than one in so many not even when it is renewed."""
-
-CHARGE_PART: Final = 8
-"""Of the capacity: no more is charged at once."""
 
 TELL_US: Final = 4 * SECOND_US
 """Peers are told of a demand that has not changed so often, since they forget it after `DEMAND_US`."""
@@ -94,102 +83,13 @@ Envoy does as it is configured to without an assignment."""
 MAX_PAIRS: Final = 32
 """Of a bucket."""
 
-MAX_GROUPS: Final = 64
-"""Of one demand that peers are told of."""
-
-MAX_RATE: Final = 2**63 - 1
-"""Of a demand: nine billion requests a second."""
-
 _SWEEP_POOLS: Final = 256
 _SHARE_HOLDS: Final = 256
 """A tick looks at so many, and at those of the pool that exceeds it."""
 
-_CHARGED_POOLS: Final = 256
-
 
 class QuotasFull(Exception):
     """There is no room for another stream."""
-
-
-class Usage(NamedTuple):
-    """What an Envoy reports of one bucket.
-
-    Args:
-        bucket_id: as it came, to be sent back.
-        pairs: texts from `text_of`.
-        elapsed_s: since the last report of it; 0 of a new one, as Envoy cuts it to whole seconds.
-    """
-
-    bucket_id: bytes
-    pairs: Pairs
-    allowed: int
-    denied: int
-    elapsed_s: int
-
-
-class Action(NamedTuple):
-    """What an Envoy is told. Without an assignment it is to forget the bucket."""
-
-    bucket_id: bytes
-    assignment: Assignment | None
-
-
-class Hold:
-    """One bucket of one Envoy."""
-
-    __slots__ = (
-        "active_us",
-        "bucket_id",
-        "counted",
-        "demand",
-        "expires_us",
-        "generation",
-        "key",
-        "measured_us",
-        "pool",
-        "reported_us",
-        "step",
-        "stream",
-        "told",
-        "want",
-    )
-
-    def __init__(self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, pool: Pool, step: Step) -> None:
-        self.stream = stream
-        self.key = key
-        self.bucket_id = usage.bucket_id
-        self.pool = pool
-        self.step = step
-        self.generation = 0
-        """That of the rules which it was matched by."""
-        self.demand = -1
-        """Hits per second, also those denied; -1 while not measured."""
-        self.counted = 0
-        """Hits since `measured_us`."""
-        self.measured_us = self.reported_us = self.active_us = 0
-        self.told: Assignment | None = None
-        self.expires_us = 0
-        self.want = 0
-
-    @property
-    def rate(self) -> int:
-        """What it holds."""
-        return 0 if self.told is None else self.told.rate
-
-
-class Lost(NamedTuple):
-    """What an Envoy holds, or may hold, whose stream has ended."""
-
-    rate: int
-    expires_us: int
-    lost_us: int
-
-
-class Heard(NamedTuple):
-    """A peer's demand."""
-
-    groups: Sequence[Group]
-    heard_us: int
 
 
 class Demand(NamedTuple):
@@ -202,76 +102,6 @@ class Demand(NamedTuple):
     version: int
     key: bytes
     groups: tuple[Group, ...]
-
-
-class Pool:
-    """All that share one limit on one key."""
-
-    __slots__ = (
-        "budget",
-        "charge_until_us",
-        "charged_us",
-        "demand",
-        "due",
-        "heard",
-        "held",
-        "holds",
-        "is_dirty",
-        "key",
-        "level",
-        "limit",
-        "lost",
-        "pending",
-        "step",
-        "terms",
-        "told_us",
-        "waiting",
-    )
-
-    def __init__(self, key: bytes, limit: AnyLimit | None) -> None:
-        self.key = key
-        self.limit = limit
-        self.terms: Terms | None = None if limit is None else terms_of(limit)
-        self.step: Step | None = None
-        """To take by from its bucket; None while only peers have told of it."""
-        self.holds: dict[Hold, None] = {}
-        self.due: dict[Hold, None] = {}
-        """To be told when it is shared the next time."""
-        self.lost: list[Lost] = []
-        self.waiting: dict[Hold, None] = {}
-        """Those that hold something, of which it is not known how much: see `Quotas._settle`."""
-        self.heard: dict[str, Heard] = {}
-        self.level = Level(0, 0)
-        self.budget = 0
-        """The rate of all holds, and of what is lost."""
-        self.held = 0
-        """Of it."""
-        self.is_dirty = False
-        self.pending = 0
-        """Tokens to be charged until `charge_until_us`."""
-        self.charged_us = self.charge_until_us = 0
-        self.demand: tuple[Group, ...] = ()
-        """As peers are told of it."""
-        self.told_us = 0
-
-    @property
-    def is_needed(self) -> bool:
-        return bool(self.holds or self.lost or self.heard or self.pending)
-
-
-class QuotaStream:
-    """One Envoy, or rather one of its filters.
-
-    Args:
-        wake: called when `Quotas.take` may have something.
-    """
-
-    __slots__ = ("due", "holds", "wake")
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self.wake = wake
-        self.holds: dict[tuple[str, Pairs], Hold] = {}
-        self.due: dict[Hold, None] = {}
 
 
 class Counts:
@@ -306,7 +136,8 @@ class Quotas:
         self, limiter: Limiter, now_us: int, charge_us: Callable[[], int], *, learning_us: int = LEARNING_US
     ) -> None:
         self._limiter = limiter
-        self._charge_us = charge_us
+        self._charges = Charges(limiter, charge_us)
+        self._division = Division(limiter, charge_us)
         self._learns_until_us = now_us + learning_us
         self._is_learning = True
         self.counts = Counts()
@@ -314,7 +145,6 @@ class Quotas:
         self.pools: dict[bytes, Pool] = {}
         self.holds = 0
         self._dirty: dict[Pool, None] = {}
-        self._charging: dict[Pool, None] = {}
         self._to_sweep: list[Pool] = []
         self._version = 0
         self._told: dict[bytes, int] = {}
@@ -369,7 +199,7 @@ class Quotas:
             self._is_learning = False
             for pool in self.pools.values():
                 self._soil(pool)
-        self._charge(now_us)
+        self._charges.tick(now_us)
         self._sweep(now_us)
         looked_at = 0
         while self._dirty and looked_at < _SHARE_HOLDS:
@@ -379,8 +209,7 @@ class Quotas:
 
     def charge_all(self) -> None:
         """At a stop: nothing that was reported is lost."""
-        for pool in list(self._charging):
-            self._charge_tokens(pool, pool.pending)
+        self._charges.all()
 
     def hear(self, peer: str, key: bytes, groups: Sequence[Group], now_us: int) -> bool:
         """A peer tells of its Envoys' demand.
@@ -458,7 +287,7 @@ class Quotas:
             counts.troubles["no_rule"] += 1
         pool = hold.pool
         if allowed and pool.step is not None:
-            self._charge_later(pool, allowed, now_us)
+            self._charges.add(pool, allowed, now_us)
         if hold not in pool.holds:
             return None
         if allowed or denied:
@@ -560,8 +389,7 @@ class Quotas:
     def _forget(self, pool: Pool, now_us: int) -> None:
         del self.pools[pool.key]
         self._told.pop(pool.key, None)
-        if pool.step is not None and pool.step.terms.is_strict and pool.terms is not None:
-            self._withhold(pool, pool.terms, 0, now_us)
+        self._division.release(pool, now_us)
 
     def _soil(self, pool: Pool) -> None:
         """It has to be divided anew."""
@@ -577,7 +405,7 @@ class Quotas:
             self._settle(pool, now_us)
         due, pool.due = pool.due, {}
         if pool.terms is not None and (pool.holds or pool.lost or pool.demand):
-            self._divide(pool, pool.terms, now_us)
+            self._tell_peers(pool, self._division.divide(pool, pool.terms, now_us), now_us)
         for hold in due:
             self._wake(hold)
         if pool.terms is None:
@@ -601,61 +429,6 @@ class Quotas:
         for hold in pool.waiting:
             pool.due[hold] = None
         pool.waiting.clear()
-
-    def _divide(self, pool: Pool, terms: Terms, now_us: int) -> None:
-        total = self._total(pool, terms, now_us)
-        heard = [group for each in pool.heard.values() for group in each.groups]
-        # Those that wait are the lost.
-        holds = [hold for hold in pool.holds if not (pool.lost and hold in pool.waiting)]
-        everybody = len(holds) + len(pool.lost) + sum([group.members for group in heard])
-        wants = [lost.rate for lost in pool.lost]
-        for hold in holds:
-            # One that is new may want as much as anybody.
-            demand = hold.demand if hold.demand >= 0 else total // everybody
-            hold.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
-            wants.append(hold.want)
-        if pool.step is not None and pool.step.terms.is_strict:
-            total = self._withhold(pool, terms, max(sum(wants), total // IDLE_PART), now_us)
-        own = grouped(wants)
-        if len(own) > MAX_GROUPS:
-            own = _merged(own)
-        self._tell_peers(pool, own, now_us)
-        least = total // (IDLE_PART * max(1, everybody))
-        groups = [Group(max(group.want, least), group.members) for group in (*own, *heard)]
-        level = fair_level(total, groups)
-        pool.level = level
-        elsewhere = sum([level.share(max(group.want, least)) * group.members for group in heard])
-        pool.budget = total - elsewhere
-        for hold in holds:
-            hold.want = max(hold.want, least)
-
-    def _total(self, pool: Pool, terms: Terms, now_us: int) -> int:
-        """What can be divided."""
-        step, ledger = pool.step, self._limiter.ledger
-        if step is None or pool.limit is None:
-            return terms.rate
-        if step.terms.is_strict:
-            assert ledger is not None
-            assert isinstance(pool.limit, Limit)
-            return terms.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS
-        return within_debt(pool.limit, terms.rate, self._limiter.used(step, self._charge_us()))
-
-    def _withhold(self, pool: Pool, terms: Terms, wanted: int, now_us: int) -> int:
-        """Of a strict limit as much as is wanted, and no less than is held: the rest stays with those who ask for each
-        request, here or at a peer.
-        """
-        ledger, limit = self._limiter.ledger, pool.limit
-        assert ledger is not None
-        assert isinstance(limit, Limit)
-        own = ledger.own_parts(pool.key, limit, now_us)
-        parts = -(-max(wanted, pool.held) * PARTS // terms.rate) if terms.rate else 0
-        if limit.capacity <= MAX_WHOLE_CAPACITY:
-            parts = parts_of(min(whole_tokens_up(parts, limit.capacity), limit.capacity), limit.capacity)
-        try:
-            parts = ledger.withhold(pool.key, limit, min(parts, own), now_us)
-        except StoreFull:
-            return 0
-        return terms.rate * parts // PARTS
 
     def _tell_peers(self, pool: Pool, own: list[Group], now_us: int) -> None:
         step = pool.step
@@ -752,41 +525,3 @@ class Quotas:
         is_over = not pool.is_needed and not pool.is_dirty and now_us - pool.told_us >= TELL_US
         if is_over and self.pools.get(pool.key) is pool:
             self._forget(pool, now_us)
-
-    def _charge_later(self, pool: Pool, hits: int, now_us: int) -> None:
-        if not pool.pending:
-            pool.charged_us = now_us
-            self._charging[pool] = None
-        pool.pending += hits
-        pool.charge_until_us = now_us + REPORT_US
-        if pool.limit is not None and pool.pending * CHARGE_PART <= pool.limit.capacity:
-            self._charge_tokens(pool, pool.pending)
-
-    def _charge(self, now_us: int) -> None:
-        for _ in range(min(_CHARGED_POOLS, len(self._charging))):
-            pool = next(iter(self._charging))
-            # To the end of the queue.
-            del self._charging[pool]
-            self._charging[pool] = None
-            left_us = pool.charge_until_us - pool.charged_us
-            tokens = pool.pending
-            if now_us < pool.charge_until_us:
-                tokens = pool.pending * max(0, now_us - pool.charged_us) // left_us
-            if tokens:
-                pool.charged_us = now_us
-                self._charge_tokens(pool, tokens)
-
-    def _charge_tokens(self, pool: Pool, tokens: int) -> None:
-        pool.pending -= tokens
-        if not pool.pending:
-            self._charging.pop(pool, None)
-        step = pool.step
-        if step is not None and tokens and not step.terms.is_strict:
-            self._limiter.charge(step, tokens, self._charge_us())
-
-
-def _merged(groups: list[Group]) -> list[Group]:
-    """In `MAX_GROUPS`, each with the greatest want of those in it: nobody counts for less."""
-    size = -(-len(groups) // MAX_GROUPS)
-    parts = [groups[at : at + size] for at in range(0, len(groups), size)]
-    return [Group(part[-1].want, sum([group.members for group in part])) for part in parts]

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from ratelimit_sidecar.limiter.fair_shares import Group
-from ratelimit_sidecar.limiter.quota import MAX_RATE, Quotas
+from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota_pool import MAX_RATE
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason

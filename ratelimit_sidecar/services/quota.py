@@ -12,7 +12,8 @@ from envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.limiter.key import text_of
-from ratelimit_sidecar.limiter.quota import TTL_S, Action, Quotas, QuotasFull, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota import TTL_S, Quotas, QuotasFull
+from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream, Usage
 from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     ALLOW_ALL,
     DENY_ALL,

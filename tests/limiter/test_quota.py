@@ -13,7 +13,8 @@ from benchmarks.quotas.envoys import ADA, DOMAIN, SECOND_US, STEP_US, Envoy, Nod
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter import quota
 from ratelimit_sidecar.limiter.assignment import ALLOW_ALL, DENY_ALL, TOKEN, Assignment, after, assign, terms_of
-from ratelimit_sidecar.limiter.quota import LEARNING_US, TTL_S, Action, Pairs, Quotas, QuotasFull, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota import LEARNING_US, TTL_S, Quotas, QuotasFull
+from ratelimit_sidecar.limiter.quota_pool import Action, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
 
 PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)

@@ -9,7 +9,8 @@ from replication.test_replicator import exchange, hello, said_by
 from ratelimit_sidecar.limiter.assignment import TOKEN
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.quota import MAX_RATE, Quotas, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, QuotaStream, Usage
 from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, Demands
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import PING_EVERY_US
