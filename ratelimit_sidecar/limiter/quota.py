@@ -470,19 +470,27 @@ class Quotas:
             pool.held -= hold.rate
             assignment = ALLOW_ALL
         else:
-            assignment = self._next(pool, terms, hold)
+            assignment = self._next(pool, terms, hold, now_us)
+            if assignment is hold.told and now_us - (hold.expires_us - TTL_US) < LEAST_MEASURE_US:
+                return None
         self.counts.told += 1
         hold.told, hold.expires_us = assignment, now_us + TTL_US
         return Action(hold.bucket_id, assignment)
 
-    def _next(self, pool: Pool, terms: Terms, hold: Hold) -> Assignment:
+    def _next(self, pool: Pool, terms: Terms, hold: Hold, now_us: int) -> Assignment:
         before = hold.rate
         target = pool.level.share(hold.want)
         if self._is_learning:
             # Others may hold most of the limit.
             target = min(target, terms.rate // IDLE_PART)
-        free = max(0, pool.budget - (pool.held - before))
+        others = pool.held - before
+        free = max(0, pool.budget - others)
         share = min(target, free)
+        if hold.step.terms.is_strict:
+            share = free = max(0, min(share, self._division.withhold(pool, terms, others + share, now_us) - others))
+            if share < target:
+                # The bucket has more tokens soon.
+                self._soil(pool)
         told = hold.told
         if (
             told is not None

@@ -53,7 +53,9 @@ class Division:
             hold.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
             wants.append(hold.want)
         if pool.step is not None and pool.step.terms.is_strict:
-            total = self._withhold(pool, terms, max(sum(wants), total // IDLE_PART), now_us)
+            # What is held no longer is the bucket's again, and what nobody here wants stays there.
+            self.withhold(pool, terms, pool.held, now_us)
+            total = min(total, max(sum(wants), total // IDLE_PART))
         own = grouped(wants)
         if len(own) > MAX_GROUPS:
             own = _merged(own)
@@ -70,7 +72,7 @@ class Division:
     def release(self, pool: Pool, now_us: int) -> None:
         """Nobody holds anything of it any more."""
         if pool.step is not None and pool.step.terms.is_strict and pool.terms is not None:
-            self._withhold(pool, pool.terms, 0, now_us)
+            self.withhold(pool, pool.terms, 0, now_us)
 
     def _total(self, pool: Pool, terms: Terms, now_us: int) -> int:
         """What can be divided."""
@@ -83,19 +85,23 @@ class Division:
             return terms.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS
         return within_debt(pool.limit, terms.rate, self._limiter.used(step, self._now_us()))
 
-    def _withhold(self, pool: Pool, terms: Terms, wanted: int, now_us: int) -> int:
-        """Of a strict limit as much as is wanted, and no less than is held: the rest stays with those who ask for each
-        request, here or at a peer.
+    def withhold(self, pool: Pool, terms: Terms, rate: int, now_us: int) -> int:
+        """Of a strict limit let the bucket do without what all hold together.
+
+        An Envoy whose share rises may find tokens in it at once. So whatever rises, though another's has fallen as
+        much, is paid for with tokens of the bucket, to which what has fallen comes back without any.
+
+        Returns:
+            The rate that all may hold: less than is asked for, when the bucket is short of tokens.
         """
         ledger, limit = self._limiter.ledger, pool.limit
         assert ledger is not None
         assert isinstance(limit, Limit)
-        own = ledger.own_parts(pool.key, limit, now_us)
-        parts = -(-max(wanted, pool.held) * PARTS // terms.rate) if terms.rate else 0
+        parts = -(-rate * PARTS // terms.rate) if terms.rate else 0
         if limit.capacity <= MAX_WHOLE_CAPACITY:
             parts = parts_of(min(whole_tokens_up(parts, limit.capacity), limit.capacity), limit.capacity)
         try:
-            parts = ledger.withhold(pool.key, limit, min(parts, own), now_us)
+            parts = ledger.withhold(pool.key, limit, parts, now_us)
         except StoreFull:
             return 0
         return terms.rate * parts // PARTS
