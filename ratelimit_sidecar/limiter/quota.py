@@ -471,6 +471,7 @@ class Quotas:
             assignment = ALLOW_ALL
         else:
             assignment = self._next(pool, terms, hold, now_us)
+            # Told a moment ago, it need not be renewed.
             if assignment is hold.told and now_us - (hold.expires_us - TTL_US) < LEAST_MEASURE_US:
                 return None
         self.counts.told += 1
