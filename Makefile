@@ -10,9 +10,12 @@ DEMO_READY := $(VENV)/.demo
 COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
-COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
-# Without processes or sockets, in virtual time: they may run beside others without becoming unreliable.
-VIRTUAL_TESTS := $(addprefix tests/,crdt limiter simulation)
+# What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
+COMPILED_TESTS := $(addprefix tests/,crdt limiter server services conformance replication/test_mesh.py replication/test_session.py \
+	replication/test_outbox.py simulation/test_triangle.py e2e/test_one_limit.py e2e/test_serve_command.py)
+ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
+# Most tests wait for something most of the time. A file's tests run one after the other.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -30,7 +33,7 @@ DIFFERENTIAL ?=
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all differential test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo test test-slow test-all differential test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -38,20 +41,24 @@ help: ## Show this list
 demo: $(DEMO_READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
 	$(BIN)/ratelimit-sidecar demo $(DEMO)
 
-test: $(READY) lint ## Everything CI checks: lint, types, layers, all tests, and those of what is compiled (TESTS="tests/crdt -x" selects)
+test: $(READY) lint ## Lint, types, layers, all tests but the slow ones, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
 ifeq ($(TESTS),)
-	@echo "==> Tests in virtual time, of the sources and of the compiled modules at the same time"
-	$(MAKE) -j2 test-virtual test-virtual-compiled
 	@echo "==> Tests"
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(VIRTUAL_TESTS))
-	$(MAKE) test-compiled COMPILED_TESTS="$(filter-out $(VIRTUAL_TESTS),$(COMPILED_TESTS))"
+	$(PYTEST)
+	$(MAKE) test-compiled
 else
 	@echo "==> Tests"
 	$(BIN)/python -m pytest $(TESTS)
 endif
 
-test-all: $(READY) ## What takes too long or needs too much for make test, as the real envoyproxy/ratelimit beside the sidecar (minutes)
+test-slow: $(READY) $(COMPILED_READY) ## The tests that wait for seconds, and all that tests what is compiled; CI runs it after make test
+	./dev/system-packages test
+	@echo "==> Slow tests"
+	$(BIN)/python -m pytest -m slow $(TESTS)
+	HYPOTHESIS_PROFILE=default $(MAKE) test-compiled COMPILED_TESTS="$(ALL_COMPILED_TESTS)"
+
+test-all: test-slow ## What needs too much for CI, too, as the real envoyproxy/ratelimit beside the sidecar (many minutes)
 	./dev/system-packages test-all
 	$(BIN)/python -m pytest -m long $(TESTS)
 
@@ -59,16 +66,11 @@ differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the si
 	./dev/system-packages test-all
 	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
 
-test-virtual: $(READY)
-	$(BIN)/python -m pytest $(VIRTUAL_TESTS)
-
-test-virtual-compiled: $(READY)
-	$(MAKE) test-compiled COMPILED_TESTS="$(VIRTUAL_TESTS)"
-
 # The demo needs a checkout, which what is compiled is not.
+test-compiled: export HYPOTHESIS_PROFILE ?= quick
 test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
 	@echo "==> Tests of the compiled modules"
-	$(COMPILED_PATH) $(BIN)/python -m pytest -m "not interpreted" $(COMPILED_TESTS) \
+	$(COMPILED_PATH) $(PYTEST) -m "not interpreted and not slow and not long" $(COMPILED_TESTS) \
 		--ignore tests/e2e/test_demo_command.py
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)

@@ -44,6 +44,7 @@ COMPILED = (
     "server/http2.py",
     "server/messages.py",
     "server/rpc.py",
+    "services/ext_authz.py",
     "services/ratelimit.py",
     "telemetry/latency.py",
     "telemetry/traces.py",

@@ -57,6 +57,9 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
+from ratelimit_sidecar.services.ext_authz import ExtAuthzService
+from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.health import RATELIMIT_NAME, HealthService
 from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
 from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
@@ -143,7 +146,11 @@ class Sidecar:
         origin = _new_origin(node)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
         self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
-        quotas = Quotas(self._limiter, self._strict_us(), self._clock.now_us)
+        self._quotas = QuotaService(
+            Quotas(self._limiter, self._strict_us(), self._clock.now_us),
+            self._strict_us,
+            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+        )
         self._reloader = Reloader(
             self._use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
         )
@@ -159,7 +166,7 @@ class Sidecar:
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             lending=None if ledger is None else Lending(ledger, self._strict_us),
-            demands=Demands(quotas, self._strict_us),
+            demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=descriptors.mesh,
         )
@@ -182,16 +189,15 @@ class Sidecar:
             self._tracing.tracer,
             waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
         )
-        self._quotas = QuotaService(
-            quotas,
-            self._strict_us,
-            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
-        )
-        self._health = HealthService(lambda: not self.missing(), [SERVICE_NAME, RATELIMIT_NAME, QUOTA_SERVICE_NAME])
-        reflection = ReflectionService([SERVICE_NAME, QUOTA_SERVICE_NAME, HEALTH_SERVICE_NAME])
+
+        ext_authz = ExtAuthzService(service, lambda: self._limiter.rules)
+        services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
+        reflection = ReflectionService([*services, HEALTH_SERVICE_NAME])
         handlers = {
             **service.handlers(),
             **self._quotas.handlers(),
+            **ext_authz.handlers(),
             **self._health.handlers(),
             **reflection.handlers(),
         }
@@ -215,6 +221,7 @@ class Sidecar:
                 latency=latency,
                 peers=self._mesh.status,
                 request_errors=service.errors,
+                ext_authz_unlimited=ext_authz.unlimited,
                 replication=self._mesh,
                 rules=self._reloader,
                 membership=self._mesh.membership_status,
@@ -225,7 +232,7 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 supervision=self._supervisor,
                 log=log,
-                quotas=quotas,
+                quotas=self._quotas.quotas,
             )
         )
         console_app = console.create_app(
@@ -243,9 +250,17 @@ class Sidecar:
                 should_rate_limit=service.should_rate_limit,
                 shows_values=config.listen.admin_shows_values,
                 names=config.listen.admin_names,
+                token_file=config.listen.admin_token_file,
             )
         )
         self._console = ConsoleServer(console_app, config.listen.admin)
+        self._ext_authz: ConsoleServer | None = None
+        if config.listen.ext_authz_http is not None:
+            self._ext_authz = ConsoleServer(
+                ext_authz_app(ext_authz),
+                config.listen.ext_authz_http,
+                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
+            )
         self._config = config
         self._log = log
 
@@ -312,10 +327,15 @@ class Sidecar:
                 tasks.create_task(self._console.serve())
                 replicating = tasks.create_task(self._replicate())
                 tasks.create_task(self._front_end.serve())
+                if self._ext_authz is not None:
+                    tasks.create_task(self._ext_authz.serve())
                 chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
-                await self._front_end.stop()
+                async with asyncio.TaskGroup() as stopping:
+                    stopping.create_task(self._front_end.stop())
+                    if self._ext_authz is not None:
+                        stopping.create_task(self._ext_authz.stop())
                 self._quotas.quotas.charge_all()
                 self._mesh.stop()
                 if not self._reloader.has_rules.is_set():
@@ -360,6 +380,9 @@ class Sidecar:
                 if self._reloader.has_rules.is_set():
                     await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
+            if self._ext_authz is not None:
+                opened.push_async_callback(self._front_end.stop)
+                await self._ext_authz.start()
             opened.pop_all()
 
     async def _start_mesh(self) -> None:
@@ -487,6 +510,7 @@ class Sidecar:
             region=self._config.node.region,
             grpc=list(self._front_end.addresses),
             admin=self._console.address,
+            ext_authz_http=None if self._ext_authz is None else self._ext_authz.address,
             sync=self._mesh.bound_address,
             peers=list(self._config.sync.peers),
             rules=len(list(rules)),

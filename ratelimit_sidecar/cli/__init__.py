@@ -9,6 +9,7 @@ from ratelimit_sidecar.cli.check import check
 from ratelimit_sidecar.cli.demo import demo
 from ratelimit_sidecar.cli.explain import explain
 from ratelimit_sidecar.cli.peers import peers
+from ratelimit_sidecar.cli.refund import grant, reset
 from ratelimit_sidecar.cli.serve import serve
 
 
@@ -23,3 +24,5 @@ main.add_command(check)
 main.add_command(demo)
 main.add_command(explain)
 main.add_command(peers)
+main.add_command(reset)
+main.add_command(grant)

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 import click
+from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
+from google.protobuf.json_format import Parse, ParseError
 
+from ratelimit_sidecar.cli.descriptor import entries_of
 from ratelimit_sidecar.cli.explain_output import explanation_json, explanation_text, replay_json, replay_text
 from ratelimit_sidecar.cli.trace_file import FORMAT, BadLine, TraceLine, read_trace
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.limiter.explanation import explain as explain_request
+from ratelimit_sidecar.limiter.http_mapping import rate_limit_request
+from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.limiter import InvalidRequest
 from ratelimit_sidecar.limiter.replay import Replay
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.v1.request_pb2 import Request
+from ratelimit_sidecar.server.rpc import RpcError
+from ratelimit_sidecar.services.ext_authz import DOMAIN_EXTENSION, http_request
 
 BROKEN_INPUT = 2
 MAX_BAD_LINES_SHOWN = 20
@@ -59,6 +67,12 @@ class _ExplainCommand(click.Command):
     help="Replay the requests in this file (- for stdin) and say who would have been denied, in place of one request.",
 )
 @click.option(
+    "--check",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Explain the request that this file (- for stdin) has as ext_authz's CheckRequest in JSON.",
+)
+@click.option(
     "--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Output."
 )
 @click.argument("domain", required=False)
@@ -68,6 +82,7 @@ def explain(
     rules_paths: Sequence[Path],
     config_path: Path | None,
     trace: BinaryIO | None,
+    check: BinaryIO | None,
     output_format: str,
     domain: str | None,
     descriptors: Sequence[str],
@@ -81,13 +96,14 @@ def explain(
     \b
       ratelimit-sidecar explain --rules rules/ shop plan=gold,user=eve
       ratelimit-sidecar explain --rules rules/ --trace yesterday.jsonl
+      ratelimit-sidecar explain --rules rules/ --check request.json
 
     Exits with 0, or with 2 when the rules, the configuration, the arguments or lines of the trace are broken.
     """
-    if trace is None and (domain is None or not descriptors):
-        raise click.UsageError("give a domain and at least one key=value, or --trace")
-    if trace is not None and domain is not None:
-        raise click.UsageError("give a request or --trace, not both")
+    if trace is None and check is None and (domain is None or not descriptors):
+        raise click.UsageError("give a domain and at least one key=value, or --trace or --check")
+    if [trace, check, domain].count(None) < 2:
+        raise click.UsageError("give one of a request, --trace and --check")
     try:
         rules, settings = _load(rules_paths, config_path)
     except ConfigError as error:
@@ -96,11 +112,17 @@ def explain(
     if trace is not None:
         _replay(rules, settings, trace, output_format)
         return
-    assert domain is not None
+    if check is not None:
+        made = _made_of(rules, check)
+        if isinstance(made, str):
+            click.echo(json.dumps({"unlimited": made}, ensure_ascii=False) if output_format == "json" else made)
+            return
+        domain, of_request = made
+    else:
+        assert domain is not None
+        of_request = [entries_of(text) for text in descriptors]
     try:
-        explanation = explain_request(
-            rules, settings, domain, [_entries(text) for text in descriptors], time.time_ns() // 1_000
-        )
+        explanation = explain_request(rules, settings, domain, of_request, time.time_ns() // 1_000)
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
     if output_format == "json":
@@ -122,29 +144,25 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
     return rules, config.settings
 
 
-def _entries(text: str) -> list[tuple[str, str]]:
-    r"""`key=value,key=value`, with \, for a comma and \\ for a backslash."""
-    return [_entry(part, text) for part in _split(text)]
-
-
-def _split(text: str) -> list[str]:
-    parts = [""]
-    characters = iter(text)
-    for character in characters:
-        if character == "\\":
-            parts[-1] += next(characters, "\\")
-        elif character == ",":
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _entry(part: str, text: str) -> tuple[str, str]:
-    key, equals, value = part.partition("=")
-    if not key or not equals:
-        raise click.UsageError(f"{text!r} is no descriptor: expected key=value, or several with commas between")
-    return key, value
+def _made_of(rules: Rules, check: BinaryIO) -> tuple[str, list[list[tuple[str, str]]]] | str:
+    """The domain and the descriptors of a request over ext_authz, or why it has none."""
+    try:
+        http = http_request(Parse(check.read(), CheckRequest()).SerializeToString())
+    except (ParseError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--check: not a CheckRequest in JSON: {error}") from error
+    except RpcError as error:
+        raise click.UsageError(f"--check: {error.message}") from error
+    domain = text_of(http.context_extensions.get(DOMAIN_EXTENSION, b"")) or rules.default_domain
+    mapping = rules.http_mappings.get(domain)
+    if mapping is None:
+        known = ", ".join(sorted(rules.http_mappings)) or "none"
+        named = f"the domain {domain!r}" if domain else "no domain, and there is no default one"
+        return f"not limited: it names {named}; domains with ext_authz: {known}"
+    raw = rate_limit_request(domain, mapping, http)
+    if raw is None:
+        return f"not limited: it lacks what each descriptor of {domain!r} is made from"
+    descriptors = Request.FromString(raw).descriptors
+    return domain, [[(text_of(entry.key), text_of(entry.value)) for entry in of.entries] for of in descriptors]
 
 
 def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:

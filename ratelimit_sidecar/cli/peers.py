@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, build_opener
 
 import click
 
+from ratelimit_sidecar.cli.admin import Unanswered, admin_option, ask, printable
 from ratelimit_sidecar.cli.table import table
 
-DEFAULT_ADMIN = "http://127.0.0.1:8080"
-TIMEOUT_SECONDS = 5.0
 NOT_CONNECTED = 1
 UNREACHABLE = 2
 
@@ -64,55 +59,22 @@ class _PeersCommand(click.Command):
             formatter.write_text("A dash stands for what is not known, or not told by a sidecar of another version.")
 
 
-class _Unreachable(Exception):
-    """Its text names the address and what came of it."""
-
-
 @click.command(cls=_PeersCommand, short_help="Show the sidecars that a running one shares its limits with.")
-@click.option(
-    "--admin",
-    "admin_url",
-    default=DEFAULT_ADMIN,
-    show_default=True,
-    metavar="URL",
-    help="The admin address (`listen.admin`) of the sidecar to ask.",
-)
+@admin_option
 @click.option("--json", "as_json", is_flag=True, help="Print what the sidecar's /peers answers, in place of the table.")
 def peers(admin_url: str, as_json: bool) -> None:
     """Ask a running sidecar for its peers: who is connected, how far behind they are, why the last connection ended.
 
     Exits with 0 when every peer is connected, with 1 when one is not, with 2 when the sidecar does not answer.
     """
-    scheme, host, *_ = urlsplit(admin_url)
-    if scheme not in ("http", "https") or not host:
-        raise click.BadParameter(f"{admin_url!r} is no URL of the form {DEFAULT_ADMIN}", param_hint="--admin")
     try:
-        body = _ask(f"{admin_url.rstrip('/')}/peers")
-    except _Unreachable as error:
+        body = ask(admin_url, "/peers", needs={"peers": list}, called="list of peers")
+    except Unanswered as error:
         click.echo(str(error), err=True)
         sys.exit(UNREACHABLE)
     found: Sequence[Mapping[str, Any]] = body["peers"]
     click.echo(json.dumps(body, ensure_ascii=False, indent=2) if as_json else "\n".join(_text(body, found)))
     sys.exit(0 if all(peer["connected"] for peer in found) else NOT_CONNECTED)
-
-
-def _ask(url: str) -> dict[str, Any]:
-    # A proxy of the environment is for the way out, and would be asked for its own loopback.
-    opener = build_opener(ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=TIMEOUT_SECONDS) as response:
-            body = json.load(response)
-    except HTTPError as error:
-        with error:
-            raise _Unreachable(f"{url} answers {error.code}: is it the admin address of a sidecar?") from error
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise _Unreachable(f"{url} can't be reached: {reason}; name the sidecar's listen.admin with --admin") from error
-    except ValueError as error:
-        raise _Unreachable(f"{url} answers no JSON: is it the admin address of a sidecar?") from error
-    if not isinstance(body, dict) or not isinstance(body.get("peers"), list):
-        raise _Unreachable(f"{url} answers no list of peers: is it the admin address of a sidecar?")
-    return body
 
 
 def _text(body: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -128,8 +90,8 @@ def _text(body: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> Iterat
 
 def _row(peer: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        _printable(peer["node"]) or _UNKNOWN,
-        _printable(peer["region"]) or _UNKNOWN,
+        printable(peer["node"]) or _UNKNOWN,
+        printable(peer["region"]) or _UNKNOWN,
         peer["address"],
         "yes" if peer["connected"] else "NO",
         _version(peer),
@@ -143,18 +105,13 @@ def _row(peer: Mapping[str, Any]) -> tuple[str, ...]:
         _refused(peer.get("refused")),
         f"{peer['reconnects']:,}",
         _offset(peer["clock_offset_seconds"]),
-        _printable(peer["last_error"]),
+        printable(peer["last_error"]),
     )
-
-
-def _printable(told: str) -> str:
-    """What a peer has told, without what a terminal would take for a command or for a line's end."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in told)
 
 
 def _version(peer: Mapping[str, Any]) -> str:
     version, protocol = peer.get("version"), peer.get("protocol")
-    return f"{_printable(version)} ({protocol})" if version else _UNKNOWN
+    return f"{printable(version)} ({protocol})" if version else _UNKNOWN
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.differences import RULES, table
 from ratelimit_sidecar.config.migration import migration_page
 from ratelimit_sidecar.config.rules_file import UNRULED_NAME
-from ratelimit_sidecar.config.rules_schema import Descriptor, RateLimit, RulesFile
+from ratelimit_sidecar.config.rules_schema import AuthzEntry, Descriptor, ExtAuthz, RateLimit, RulesFile
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 from ratelimit_sidecar.config.structure import (
     FromEnvironment,
@@ -114,8 +114,33 @@ through a proxy (`through_proxy`). Peers are dialled directly.
 
 _RULES_INTRO = """\
 Rules files are envoyproxy/ratelimit's YAML, with a few keys of our own (`algorithm`, `burst`, `bucket`, `consistency`,
-`max_debt`, `charge`, `retry_after`, `body`). A sidecar reads the files and folders that `rules` of its
+`max_debt`, `charge`, `retry_after`, `body`, `ext_authz`). A sidecar reads the files and folders that `rules` of its
 [configuration](configuration.md) lists. `ratelimit-sidecar check PATH...` reads them and says what is wrong.
+"""
+
+_RULES_EXT_AUTHZ = """\
+Envoy's rate limit filter sends descriptors; its ext_authz filter sends the request. Here stands which descriptors such
+a request has, as `rate_limits` of a route do in Envoy. They are then matched and charged as those of the rate limit
+filter, on the same buckets ([which filter?](../which-filter.md)).
+
+```yaml
+domain: shop
+ext_authz:
+  default: true
+  descriptors:
+    - entries: [{key: user, from: header, name: x-user-id}]
+    - entries: [{key: method, from: method}, {key: path, from: path}]
+descriptors:
+  - {key: user, rate_limit: {unit: minute, requests_per_unit: 100}}
+  - key: method
+    value: POST
+    descriptors: [{key: path, value: /orders, rate_limit: {unit: minute, requests_per_unit: 10}}]
+```
+
+The domain is the context extension `domain`; over HTTP it stands in the `path_prefix`, `/ext_authz/shop`. Requests
+without one, over HTTP those with the prefix `/ext_authz/`, are for the domain with `default: true`. A request passes
+when its domain has no `ext_authz`, when it lacks what each of the descriptors is made from, or when no rule limits it.
+Rules from an xDS server have no `ext_authz`.
 """
 
 _RULES_MATCHING = """\
@@ -220,6 +245,11 @@ def rules_page() -> str:
     parts += ["## A descriptor", _table("Key", options_of(Descriptor))]
     for key, section in (("rate_limit", RateLimit), ("bucket", BucketConfig)):
         parts += [f"### {key}", keys_of(Descriptor)[key].description or "", _table("Key", all_options(section))]
+    parts += ["## ext_authz", _RULES_EXT_AUTHZ.rstrip(), _table("Key", options_of(ExtAuthz))]
+    parts += [
+        "Each of `descriptors` has `entries`, a list, each with these keys:",
+        _table("Key", options_of(AuthzEntry)),
+    ]
     parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip(), _RULES_DIFFERENCES.rstrip(), table(RULES)]
     return "\n\n".join(parts) + "\n"
 

@@ -14,6 +14,8 @@ from ratelimit_sidecar.config.errors import KeyPath, Problem, quoted
 from ratelimit_sidecar.config.rules_schema import (
     ALGORITHMS,
     BUCKET_ALGORITHM,
+    NAMED_PARTS,
+    PARTS,
     UNITS,
     RateLimit,
     RuleDefaults,
@@ -31,6 +33,9 @@ _OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "charge", "retry
 
 _OF_ADMITTING = ("burst", "max_debt", "charge", "retry_after")
 """Those that do nothing when the limit lets nothing through, ever."""
+
+MAX_MAPPED = 64
+"""Descriptors of one request that comes whole: a few for each kind of limit."""
 
 _OF_A_BUCKET = ("burst", "max_debt")
 
@@ -62,6 +67,39 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: Rul
         found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
         fix = f"end the value in {WILDCARD}, or remove share_threshold"
         yield document.problem((*at, "share_threshold"), found, f"a value with {WILDCARD}", fix)
+
+
+def contradictions_of_mapping(mapping: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
+    """What is wrong with the `ext_authz` that stands at `at`, whatever the values of its keys are."""
+    descriptors = mapping.get("descriptors")
+    if isinstance(descriptors, YamlList) and not 0 < len(descriptors) <= MAX_MAPPED:
+        found, fix = f"{len(descriptors)} descriptors", "add one, or remove ext_authz" if not descriptors else ""
+        yield document.problem((*at, "descriptors"), found, f"1 to {MAX_MAPPED} descriptors", fix)
+    for index, descriptor in enumerate(descriptors if isinstance(descriptors, YamlList) else ()):
+        entries = descriptor.get("entries") if isinstance(descriptor, YamlMap) else None
+        at_entries = (*at, "descriptors", index, "entries")
+        if isinstance(entries, YamlList) and not entries:
+            fix = "add one, or remove the descriptor: without entries it is not limited"
+            yield document.problem(at_entries, "an empty list", "entries", fix)
+        for number, entry in enumerate(entries if isinstance(entries, YamlList) else ()):
+            if isinstance(entry, YamlMap):
+                yield from _of_mapped_entry(entry, document, (*at_entries, number))
+
+
+def _of_mapped_entry(entry: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
+    part = entry.get("from")
+    if part is None and entry.get("value") is None:
+        yield document.problem((*at, "from"), "nothing", f"one of {', '.join(PARTS)}, or a value", "add from or value")
+    elif part is not None and entry.get("value") is not None:
+        yield document.problem((*at, "value"), "value beside from", "one of the two", "remove one of them")
+    if entry.get("name") is None:
+        return
+    if part is None or (part in PARTS and part not in NAMED_PARTS):
+        found = f"name beside from: {part}" if part is not None else "name without from"
+        fix = f"remove it, or let from be {' or '.join(NAMED_PARTS)}"
+        yield document.problem((*at, "name"), found, f"name with {' or '.join(NAMED_PARTS)} only", fix)
+    elif not entry.source_of("name"):
+        yield document.problem((*at, "name"), '""', "text that is not empty", "write the name, or remove the key")
 
 
 def _why_useless(given: set[str], rate_limit: object) -> dict[str, tuple[str, str, str]]:

@@ -17,6 +17,7 @@ from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data, pieces_
 from ratelimit_sidecar.config.resource import document_of_resource
 from ratelimit_sidecar.config.rules_schema import RuleDefaults
 from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacity
+from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 
 UNRULED_NAME = "bucket"
@@ -134,8 +135,8 @@ def _rules_of(
     defaults: RuleDefaults,
     merge_domains: bool,
 ) -> Rules:
-    all_or_nothing: set[str] = set()
-    roots = _read_all(documents, problems, defaults, merge_domains, all_or_nothing)
+    settings = _DomainSettings()
+    roots = _read_all(documents, problems, defaults, merge_domains, settings)
     if problems:
         pieces = pieces_of_rules(root for _, root in roots)
         roots.clear()
@@ -147,8 +148,43 @@ def _rules_of(
         override_window=defaults.window,
         override_consistency=defaults.consistency,
         override_charge=defaults.charge,
-        all_or_nothing=frozenset(all_or_nothing),
+        all_or_nothing=frozenset(settings.all_or_nothing),
+        http_mappings=settings.mappings,
+        default_domain=settings.default,
     )
+
+
+class _DomainSettings:
+    """What documents say of their domains besides rules."""
+
+    def __init__(self) -> None:
+        self.all_or_nothing: set[str] = set()
+        """Domains of which a document says so."""
+        self.mappings: dict[str, HttpMapping] = {}
+        self.default = ""
+        """The domain whose mapping says that it is the default."""
+        self._places: dict[str, str] = {}
+        """Of the mappings."""
+
+    def add(self, domain: str, reader: TreeReader, document: Document) -> Iterator[Problem]:
+        """Take what one document says, and tell what contradicts another one."""
+        if reader.all_or_nothing:
+            self.all_or_nothing.add(domain)
+        if reader.mapping is None:
+            return
+        if domain in self.mappings:
+            found = f"a second mapping, beside that in {self._places[domain]}"
+            yield document.problem(("ext_authz",), found, "one a domain", "put the descriptors of both into one")
+            return
+        self.mappings[domain] = reader.mapping
+        self._places[domain] = document.place(("ext_authz",))
+        if not reader.is_default:
+            return
+        if self.default:
+            found = f"true, as in {self._places[self.default]} for {quoted(self.default)}"
+            yield document.problem(("ext_authz", "default"), found, "it for one domain", "remove one of the two")
+        else:
+            self.default = domain
 
 
 def _read_all(
@@ -156,10 +192,10 @@ def _read_all(
     problems: list[Problem],
     defaults: RuleDefaults,
     merge_domains: bool,
-    all_or_nothing: set[str],
+    settings: _DomainSettings,
 ) -> list[tuple[str, RuleNode]]:
-    """The trees of all domains; what is wrong with the documents is added to `problems`, and to `all_or_nothing` the
-    domains of which a document says so."""
+    """The trees of all domains; what is wrong with the documents is added to `problems`, and what they say besides
+    rules to `settings`."""
     levels: list[tuple[str, Level]] = []
     domains: dict[str, Level] = {}
     first: dict[str, Document] = {}
@@ -179,8 +215,7 @@ def _read_all(
         if domain:
             first.setdefault(domain, document)
             domains[domain] = level
-        if reader.all_or_nothing:
-            all_or_nothing.add(domain)
+        problems += settings.add(domain, reader, document)
         reader.read_descriptors(domain, level)
         problems += reader.problems
         # What was read is given back below.

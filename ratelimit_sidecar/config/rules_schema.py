@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from ratelimit_sidecar.config.bucket import BucketConfig, TokenCount
 from ratelimit_sidecar.config.structure import AsWritten, Expected, Section, ShownDefault
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_MAX_DEBT, Window
+from ratelimit_sidecar.limiter.http_mapping import NAMED, Part
 from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Charge, Consistency, Unit
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
@@ -81,6 +82,10 @@ def _to_charge(value: object) -> object:
     return Charge(value) if value in CHARGES else value
 
 
+def _to_part(value: object) -> object:
+    return Part(value) if value in PARTS else value
+
+
 def _to_metadata(value: object) -> object:
     return _plain(value) if isinstance(value, dict) else value
 
@@ -102,6 +107,8 @@ def _plain(value: object, depth: int = 0) -> object:
 
 
 CHARGES = tuple(charge.value for charge in Charge)
+PARTS = tuple(part.value for part in Part)
+NAMED_PARTS = tuple(part.value for part in Part if part in NAMED)
 CONSISTENCIES = tuple(consistency.value for consistency in Consistency)
 
 _TEXT = "text that is not empty"
@@ -117,6 +124,12 @@ Key = Annotated[
     AsWritten(),
     Field(min_length=1),
     Expected(_TEXT, or_else="write the key of the entry that the descriptor matches"),
+]
+MappedKey = Annotated[
+    str,
+    AsWritten(),
+    Field(min_length=1),
+    Expected(_TEXT, or_else="write the key that a descriptor of the rules has"),
 ]
 ReplacedName = Annotated[
     str,
@@ -158,6 +171,11 @@ ChargeName = Annotated[
     Charge,
     BeforeValidator(_to_charge),
     Expected(f"one of {', '.join(CHARGES)}", choices=CHARGES),
+]
+PartName = Annotated[
+    Part,
+    BeforeValidator(_to_part),
+    Expected(f"one of {', '.join(PARTS)}", choices=PARTS),
 ]
 Charging = Annotated[ChargingName, Expected(f"one of {', '.join(CHARGINGS)}", choices=CHARGINGS)]
 Body = Annotated[
@@ -276,6 +294,44 @@ class Descriptor(Section):
     )
 
 
+class AuthzEntry(Section):
+    """One entry of a descriptor that is made of an HTTP request."""
+
+    key: MappedKey = Field(description="The key of the entry, which a descriptor of the rules matches.")
+    source: Annotated[PartName | None, ShownDefault("required, unless value")] = Field(
+        None,
+        alias="from",
+        description="What of the request is its value. `header`: the header `name`; if it comes several times, all its"
+        " values, joined by commas. `context_extension`: what Envoy's configuration of the route has under `name`."
+        " `path`: without the query. `method`. `source_address`: of whoever is connected to Envoy, without port."
+        " `principal`: who that is by its TLS certificate. Over HTTP there are only the first, `path` and `method`."
+        " Where the request has none, the whole descriptor is left out, as Envoy does.",
+    )
+    name: Annotated[Scalar | None, AsWritten(), ShownDefault("`key`")] = Field(
+        None, description="The name of the header, in any case, or of the context extension."
+    )
+    value: Annotated[Scalar | None, AsWritten(), ShownDefault("that of the request")] = Field(
+        None, description="The value of every request, in place of `from`."
+    )
+
+
+class AuthzDescriptor(Section):
+    """One descriptor that is made of an HTTP request."""
+
+    entries: Annotated[tuple[AuthzEntry, ...], Field(strict=False)] = Field(description="Its entries, in order.")
+
+
+class ExtAuthz(Section):
+    """How a request that comes whole becomes descriptors."""
+
+    default: Flag = Field(
+        False, description="Whether it is for requests that name no domain, too; of one domain at most."
+    )
+    descriptors: Annotated[tuple[AuthzDescriptor, ...], Field(strict=False)] = Field(
+        description="The descriptors of a request, as `rate_limits` of a route are in Envoy."
+    )
+
+
 class RulesFile(Section):
     """Rules of one domain."""
 
@@ -291,5 +347,10 @@ class RulesFile(Section):
         description="`each`: every limit that a request meets is charged by itself, as in envoyproxy/ratelimit, also"
         " when another denies the request. `all_or_nothing`: a request that is denied is charged nothing, but for what"
         " `charge` counts in any case.",
+    )
+    ext_authz: ExtAuthz | None = Field(
+        None,
+        description="How requests that Envoy's ext_authz filter sends are limited: which descriptors they have. Without"
+        " it they are not.",
     )
     descriptors: RawDescriptors = Field((), description="The rules for descriptors, by their first entry.")

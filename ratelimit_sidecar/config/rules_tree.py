@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document
 from ratelimit_sidecar.config.errors import KeyPath, dotted
-from ratelimit_sidecar.config.rules_checks import contradictions
+from ratelimit_sidecar.config.rules_checks import contradictions, contradictions_of_mapping
 from ratelimit_sidecar.config.rules_schema import (
     ALL_OR_NOTHING,
+    AuthzEntry,
     Descriptor,
+    ExtAuthz,
     RateLimit,
     RuleDefaults,
     RulesFile,
@@ -24,6 +26,7 @@ from ratelimit_sidecar.config.rules_schema import (
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Window
+from ratelimit_sidecar.limiter.http_mapping import EntrySource, HttpMapping, Part
 from ratelimit_sidecar.limiter.rules import JOINED, MAX_REQUESTS_PER_UNIT, Rule, RuleNode, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.wildcard import WILDCARD, WildcardSet
 
@@ -90,6 +93,10 @@ class TreeReader:
         self.problems = list(document.problems)
         self.all_or_nothing = defaults.all_or_nothing
         """What the domain says, or the default."""
+        self.mapping: HttpMapping | None = None
+        """How the document says that descriptors are made of HTTP requests."""
+        self.is_default = False
+        """The mapping is for requests that name no domain, too."""
         self._document = document
         self._defaults = defaults
 
@@ -102,6 +109,12 @@ class TreeReader:
             self._defaults = replace(self._defaults, charge=file.charge)
         if file is not None and file.charging is not None:
             self.all_or_nothing = file.charging == ALL_OR_NOTHING
+        if file is not None and file.ext_authz is not None:
+            self.mapping, self.is_default = _mapping(file.ext_authz), file.ext_authz.default
+        if isinstance(data, YamlMap):
+            mapping = data.get("ext_authz")
+            if isinstance(mapping, YamlMap):
+                self.problems += contradictions_of_mapping(mapping, self._document, ("ext_authz",))
         return _text(data, "domain") if isinstance(data, YamlMap) else ""
 
     def read_descriptors(self, domain: str, level: Level) -> None:
@@ -156,6 +169,21 @@ class TreeReader:
         found = f"the key and value of {dotted(path)} in {document.place(path)} again"
         fix = "merge the two, or give one another value"
         self.problems.append(self._document.problem(at, found, "each pair of key and value once a level", fix))
+
+
+def _mapping(section: ExtAuthz) -> HttpMapping:
+    return tuple([tuple([_entry_source(entry) for entry in of.entries]) for of in section.descriptors])
+
+
+def _entry_source(entry: AuthzEntry) -> EntrySource:
+    key, part = entry.key, entry.source
+    if part is None:
+        text = entry.value or ""
+    else:
+        text = key if entry.name is None else entry.name
+        if part is Part.HEADER:
+            text = text.lower()
+    return EntrySource(key.encode(), part, text.encode())
 
 
 def _limit(descriptor: Descriptor, default_window: Window | None) -> tuple[AnyLimit | None, int, Unit | None]:

@@ -74,6 +74,8 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
     listen = config.listen
     if listen.tls is not None:
         listen = listen.model_copy(update={"tls": _with_tls_paths(listen.tls, "listen.tls", completed, folder)})
+    if listen.admin_token_file is not None:
+        listen = listen.model_copy(update={"admin_token_file": folder / listen.admin_token_file})
     kept = config.persistence
     if kept is not None:
         kept = kept.model_copy(update={"file": folder / kept.file})
@@ -98,6 +100,12 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
     listen = config.listen
     addresses: list[tuple[KeyPath, str]] = [(("listen", "grpc", i), text) for i, text in enumerate(listen.grpc)]
     addresses.append((("listen", "admin"), listen.admin))
+    if listen.ext_authz_http is not None:
+        addresses.append((("listen", "ext_authz_http"), listen.ext_authz_http))
+    if listen.admin_token_file is not None:
+        yield from _unreachable(
+            listen.admin_token_file, ("listen", "admin_token_file"), document, "a file that can be read"
+        )
     if listen.sync is not None:
         addresses.append((("listen", "sync"), listen.sync))
     yield from _repeated(addresses, document, "listen on an address only once")

@@ -265,6 +265,12 @@ class ListenConfig(Section):
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
     )
+    ext_authz_http: Annotated[TcpListenAddress | None, ShownDefault("not opened")] = Field(
+        None,
+        description="Where Envoy's ext_authz filter sends requests in its HTTP form; in its gRPC form it calls"
+        " `listen.grpc`. In plain text and open to whoever can connect, who can use up limits, so loopback where Envoy"
+        " is in the same pod.",
+    )
     admin_names: tuple[Name, ...] = Field(
         (),
         strict=False,
@@ -274,7 +280,13 @@ class ListenConfig(Section):
     admin_shows_values: Flag = Field(
         False,
         description="Whether `/buckets` shows values of descriptors as callers gave them, tokens and addresses among"
-        " them; otherwise by a hash.",
+        " them, and the log when something is given back; otherwise by a hash.",
+    )
+    admin_token_file: FilePath | None = Field(
+        None,
+        description="File with the token that whoever changes state over `listen.admin` must show, as"
+        " `ratelimit-sidecar reset` does; it is read for each request. Without it only this machine itself may, and not"
+        " through a proxy.",
     )
     sync: Annotated[
         TcpListenAddress | None,

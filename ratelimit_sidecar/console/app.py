@@ -1,5 +1,6 @@
-"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does; and
-answer in JSON, but for the few whose form is others' (/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
+"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does, and
+POST /refund, which gives back what a caller has used up. They answer in JSON, but for the few whose form is others'
+(/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
 
 They share the event loop with the decisions, so each does its work in slices of at most about a millisecond.
 """
@@ -10,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import structlog
 from cryptography.fernet import Fernet, InvalidToken
@@ -22,9 +24,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.console.authority import Authority
 from ratelimit_sidecar.console.browsers import GuardedFromPages
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
+from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import FORMS, encode_bucket_key
@@ -57,6 +61,7 @@ class Sources:
         should_rate_limit: the method of the gRPC service.
         shows_values: of descriptors, as callers gave them.
         names: by which the console is called, besides those that can only be its own (`console.browsers`).
+        token_file: of the token of those who may change state (`console.authority`).
     """
 
     node: str
@@ -72,6 +77,7 @@ class Sources:
     should_rate_limit: UnaryHandler
     shows_values: bool = False
     names: Sequence[str] = ()
+    token_file: Path | None = None
 
 
 def create_app(sources: Sources) -> ASGIApp:
@@ -115,6 +121,14 @@ class _Console:
                 "POST",
                 json_endpoint(sources.should_rate_limit),
                 "a RateLimitRequest in JSON: 200 or 429 with the RateLimitResponse, 400 when it is none",
+            ),
+            (
+                "/refund",
+                "POST",
+                refund_endpoint(
+                    limiter, sources.now_us, Authority(sources.token_file), shows_values=sources.shows_values
+                ),
+                "gives a caller back what it used up: domain, entries, and tokens unless it is all",
             ),
         )
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,6 +28,16 @@ _PRIVATE_ZONES = (".localhost", ".local", ".internal", ".svc", ".home.arpa")
 """RFC 6761, RFC 6762, ICANN's .internal, RFC 8375; Kubernetes' `name.namespace.svc` beside its .cluster.local."""
 
 _OTHER_SITE = JSONResponse({"error": "refused: a page of another site asks for this"}, 403)
+
+
+def require_json(request: Request) -> None:
+    """For what is posted: no page of another site can send that without asking first, which is not answered.
+
+    Raises:
+        HTTPException: 415.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "expected the header Content-Type: application/json")
 
 
 class GuardedFromPages:

@@ -118,18 +118,10 @@ class BucketDescription(TypedDict):
 def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: bool) -> BucketDescription:
     """A bucket as it is at `now_us`, by its own clock."""
     bucket.advance(now_us)
-    _, domain, entries = decode_bucket_key(bucket.key)
     rule = rules.rule_of_key(bucket.key)
     return {
-        "domain": domain,
-        "entries": [
-            {
-                "key": entry.key,
-                "value": entry.value if shows_values or entry.kind not in _CALLERS_OWN else _hidden(entry.value),
-                "match": _MATCH_NAMES[entry.kind],
-            }
-            for entry in entries
-        ],
+        "domain": decode_bucket_key(bucket.key).domain,
+        "entries": describe_entries(bucket.key, shows_values=shows_values),
         "rule": rule.name if rule is not None else None,
         "capacity": bucket.limit.capacity,
         "remaining": bucket.remaining,
@@ -140,6 +132,17 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }
+
+
+def describe_entries(bucket_key: bytes, *, shows_values: bool) -> list[EntryDescription]:
+    return [
+        {
+            "key": entry.key,
+            "value": entry.value if shows_values or entry.kind not in _CALLERS_OWN else _hidden(entry.value),
+            "match": _MATCH_NAMES[entry.kind],
+        }
+        for entry in decode_bucket_key(bucket_key).entries
+    ]
 
 
 def _hidden(value: str) -> str:

@@ -32,6 +32,10 @@ ANSWER_SECONDS = 30.0
 """From an answer's begin until the kernel has all of it: some MB over a slow line."""
 
 
+PIECE_BYTES = 4_096
+"""What h11 is given at once of a read. Its bound on a head is for one that is incomplete: a longer one that came in a
+single read would be taken, and one of 128 KiB keeps the event loop for 50 ms."""
+
 NEW_SECONDS = 0.5
 """What a client gets to go on before others are preferred to it, such as a probe that has just connected."""
 
@@ -79,7 +83,10 @@ class ConsoleConnection(H11Protocol):
             self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        for start in range(0, len(data), PIECE_BYTES):
+            super().data_received(data[start : start + PIECE_BYTES])
+            if self.transport.is_closing():
+                break
         self._watch()
 
     def on_response_complete(self) -> None:

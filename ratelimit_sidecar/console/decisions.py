@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ratelimit_sidecar.console.browsers import require_json
 from ratelimit_sidecar.server.rpc import Code, RpcError, UnaryHandler
 
 _ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
@@ -29,9 +30,7 @@ def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaita
     """
 
     async def decide(request: Request) -> Response:
-        # No page of another site can send that without asking first, which is not answered.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "expected the header Content-Type: application/json")
+        require_json(request)
         try:
             message = await asyncio.to_thread(Parse, await request.body(), RateLimitRequest())
         except (ParseError, UnicodeDecodeError) as error:

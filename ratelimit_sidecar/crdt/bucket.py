@@ -7,6 +7,9 @@ G-Counter, Shapiro et al. 2011). Every algorithm is a fold over this one state: 
 A slot names its own width, so slots from before and after a change of the limit live side by side; which of them
 count, and when, is the algorithm's affair.
 
+What operators give back is such a counter, too, in the same maps, under ids of its own (`slot.REFUND`): it grows,
+and nothing that was taken ever falls.
+
 Most buckets hold one or two slots, and there may be a million: the own slot being written is two attributes, and what
 else there may be is made when it is needed.
 """
@@ -67,7 +70,7 @@ NO_BASE: Final = Base(0, 0)
 
 
 class Entry(NamedTuple):
-    """What one origin took in one slot: the unit of replication."""
+    """What one origin took in one slot, or gave back: the unit of replication."""
 
     origin: Origin
     slot: int
@@ -146,6 +149,17 @@ class Bucket(ABC):
     @abstractmethod
     def would_admit(self, hits: int, now_us: int) -> bool:
         """What `take` would return, without charging anything."""
+
+    def refund(self, _tokens: int | None, _now_us: int) -> int:
+        """Make tokens that were taken available again, here and on every peer; never more than fill the bucket.
+
+        Args:
+            _tokens: at least 1; None for as many as fill it.
+
+        Returns:
+            How many were given. A strict bucket gives none: what its members hold together is the limit.
+        """
+        return 0
 
     @property
     @abstractmethod
@@ -333,15 +347,32 @@ class Bucket(ABC):
         """Count `hits` in the slot opened last."""
         self._own_tokens += hits
         if not self._own_slot_unsent and self.journal is not None:
-            if self._unsent is None:
-                self._unsent = []
-                self.journal.buckets.append(self)
-            elif len(self._unsent) >= MAX_UNSENT_SLOTS:
-                # Nobody drains the journal for a while.
-                own = self._own or {}
-                self._unsent = [slot for slot in self._unsent if slot in own]
-            self._unsent.append(self._own_slot)
+            self._note_unsent(self.journal, self._own_slot)
             self._own_slot_unsent = True
+
+    def _write_refund(self, slot: int, count: int) -> None:
+        """Let the count of `slot`, whose id has `REFUND`, be `count`; it is more than before."""
+        self._take_new_origin()
+        if self._own is None:
+            self._own = {}
+        self._own[slot] = count
+        if self.journal is not None and slot not in (self._unsent or ()):
+            self._note_unsent(self.journal, slot)
+
+    def _own_refund(self, slot: int) -> int:
+        """The count of `slot`, whose id has `REFUND`."""
+        self._take_new_origin()
+        return 0 if self._own is None else self._own.get(slot, 0)
+
+    def _note_unsent(self, journal: Journal, slot: int) -> None:
+        if self._unsent is None:
+            self._unsent = []
+            journal.buckets.append(self)
+        elif len(self._unsent) >= MAX_UNSENT_SLOTS:
+            # Nobody drains the journal for a while.
+            own = self._own or {}
+            self._unsent = [unsent for unsent in self._unsent if unsent in own or unsent == self._own_slot]
+        self._unsent.append(slot)
 
     def _take_new_origin(self) -> None:
         """After the clock was set back, write as another life of this replica: what the one before has written, and

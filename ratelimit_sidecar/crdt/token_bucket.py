@@ -5,6 +5,8 @@ taken. In closed form, the reflected process of Lindley and Skorokhod:
 
     D(t) = max(0, sup over s <= t of [taken in (s, t] - rate * (t - s)])
 
+What is given back drains at an instant what else would drain in time; of one slot it comes after all that was taken.
+
 Everything that touches D lives in this file. Units: time in microseconds of wall clock, deficits scaled by the limit's
 `period_us` (so they drain `tokens` a microsecond), consumption in whole tokens. The live pair (deficit at `at_us`,
 `full_at_us`) makes a take O(1): own takes enter at their exact time, a remote slot at its middle, never after now. It
@@ -19,7 +21,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, Limit
-from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id
+from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_end_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
 SEAL_BATCH_SLOTS: Final = 16
@@ -38,6 +40,7 @@ class TokenBucket(Bucket):
         "_limit",
         "_own_slot_end_us",
         "_peak",
+        "_refunded_until_us",
         "_sealed_until_us",
         "_spilled",
         "deficit",
@@ -59,6 +62,10 @@ class TokenBucket(Bucket):
         """
         self._spilled: SpilledRefill | None = None
         """Only of a bucket that heard, late, of what was taken before `full_at_us`."""
+        self._refunded_until_us = 0
+        """The end of the last slot in which something is given back. What was taken before may be paid with it, however
+        late it is heard of.
+        """
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
         self._sealed_until_us = 0
@@ -92,6 +99,39 @@ class TokenBucket(Bucket):
     def would_admit(self, hits: int, now_us: int) -> bool:
         self.advance(now_us)
         return self.deficit + hits * self._limit.period_us <= self._limit.ceiling
+
+    def refund(self, tokens: int | None, now_us: int) -> int:
+        """See `Bucket.refund`. As much as the fold needs, so that every replica comes to the same level."""
+        self.advance(now_us)
+        self._seal_when_due()
+        period_us = self._limit.period_us
+        slot = self._last_slot() | REFUND
+        missing = -(-max(self.deficit, self._deficit_at(slot)) // period_us)
+        given = missing if tokens is None else min(tokens, missing)
+        if given > 0:
+            self._write_refund(slot, self._own_refund(slot) + given)
+            self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
+            self.deficit -= given * period_us
+            if self.deficit <= 0:
+                self.deficit, self.full_at_us = 0, self.at_us
+        return given
+
+    def _last_slot(self) -> int:
+        """The slot of now, or one that is placed later and in which somebody took something: nothing given back earlier
+        would pay for that.
+        """
+        exponent = self._limit.exponent
+        last = self._slot_of_now()
+        for slot in self._slots():
+            if placed_us(slot, exponent) > placed_us(last, exponent):
+                last = slot
+        return last
+
+    def _deficit_at(self, slot: int) -> int:
+        """The scaled deficit where what is given back in `slot` is placed."""
+        middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
+        events = self._events(self.entries(), middle_us)
+        return self._fold_from_base(events, middle_us, None).deficit
 
     @property
     def remaining(self) -> int:
@@ -160,9 +200,11 @@ class TokenBucket(Bucket):
             news += 1
             if added < 0:
                 too_many = refold = True
+            if slot & REFUND:
+                self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
             charge = added * period_us
             self._peak += charge
-            if refold or self._peak > limit.debt_ceiling:
+            if refold or slot < self._refunded_until_us or self._peak > limit.debt_ceiling:
                 refold = True
                 continue
             entry_us = placed_us(slot, exponent)
@@ -313,26 +355,37 @@ class TokenBucket(Bucket):
             self.seal(self.at_us)
 
     def _open_slot_of_now(self) -> None:
-        """Write to the slot of now; of one that began before the base only to a part that did not.
+        """Write to the slot of now."""
+        self._seal_when_due()
+        slot = self._slot_of_now()
+        self._own_slot_end_us = slot_end_us(slot)
+        self._open_own_slot(slot)
+
+    def _slot_of_now(self) -> int:
+        """The slot to write to; of one that began before the base only a part that did not.
 
         Such a slot may have been sealed and forgotten, and counted anew it would say less than peers were told. It
         happens only after a change of the limit. A slot that begins later was never sealed, and powers of two nest.
         """
-        self._seal_when_due()
         exponent = self._limit.exponent
         while slot_id(self.at_us, exponent) < self._base_us:
             exponent -= 1
-        slot = slot_id(self.at_us, exponent)
-        self._own_slot_end_us = slot_end_us(slot)
-        self._open_own_slot(slot)
+        return slot_id(self.at_us, exponent)
 
     def _events(self, entries: Iterable[tuple[Origin, int, int]], last_us: int) -> list[tuple[int, int]]:
-        """What was taken and when, in time order, all of it by `last_us`."""
+        """What was given back and when, in time order, all of it by `last_us`; what was taken is negative, and so comes
+        first of an instant.
+        """
         exponent = self._limit.exponent
-        return sorted([(min(placed_us(slot, exponent), last_us), tokens) for _, slot, tokens in entries])
+        events = [
+            (min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens)
+            for _, slot, tokens in entries
+        ]
+        events.sort()
+        return events
 
     def _fold_from_base(self, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None) -> _Folded:
-        """Fold the base and `events` (instant, tokens; in time order) up to `now_us`, and note what is spilled.
+        """Fold the base and `events` (see `_events`) up to `now_us`, and note what is spilled.
 
         The deficit is cut to the debt ceiling at every event, so the outcome does not depend on whether, and in how
         many steps, a part was sealed.
@@ -341,14 +394,18 @@ class TokenBucket(Bucket):
         full_at_us = at_us
         peak = deficit
         tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
-        for event_us, taken in events:
+        for event_us, given in events:
             deficit -= (event_us - at_us) * tokens
             if deficit <= 0:
                 if spilled is not None and deficit:
                     spilled.note(-deficit, event_us)
                 deficit = 0
                 full_at_us = event_us
-            deficit += taken * period_us
+            deficit -= given * period_us
+            if deficit < 0:
+                # More was given back than was missing.
+                deficit = 0
+                full_at_us = event_us
             deficit = min(deficit, debt_ceiling)
             peak = max(peak, deficit)
             at_us = event_us

@@ -5,6 +5,9 @@ whatever its length. A sliding window sums slots of time, and lets go of one onl
 no period ever holds more than the limit, and a token comes back up to one slot late. What replicas admit at the same
 time beyond the limit is not debt here: it is forgotten with its window.
 
+What is given back is a mark in the slot in which it was taken: of all that was taken in it so much does not count, and
+of several replicas' marks the highest holds. So two that give back the same do so once, and what is taken later counts.
+
 The period may change, and change back. So slots of another width than the limit's are kept, and heard of, for as long
 as they could count under a limit that has such slots.
 """
@@ -23,13 +26,13 @@ from ratelimit_sidecar.crdt.limit import (
     AnyLimit,
     WindowLimit,
 )
-from ratelimit_sidecar.crdt.slot import slot_end_us, slot_exponent, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.slot import REFUND, slot_end_us, slot_exponent, slot_id, slot_start_us
 
 
 class FixedWindow(Bucket):
     """Counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
 
-    __slots__ = ("_end_us", "_limit", "_slot", "_written_us", "count")
+    __slots__ = ("_end_us", "_limit", "_slot", "_unheard", "_written_us", "count")
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
@@ -37,7 +40,9 @@ class FixedWindow(Bucket):
         super().__init__(key, origin, now_us, journal)
         self._limit = limit
         self.count = 0
-        """Tokens taken in the current window by all replicas."""
+        """Tokens taken in the current window by all replicas, less those given back."""
+        self._unheard = 0
+        """Given back of tokens that this replica has yet to hear of."""
         self._slot = self._end_us = self._written_us = 0
         self._enter_window()
 
@@ -48,6 +53,9 @@ class FixedWindow(Bucket):
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
         count = self.count + hits
+        if self._unheard:
+            # Then the count is 0.
+            self._unheard, count = max(0, self._unheard - hits), max(0, hits - self._unheard)
         if hits:
             if self._slot != self._own_slot:
                 self._open_own_slot(self._slot)
@@ -60,7 +68,19 @@ class FixedWindow(Bucket):
 
     def would_admit(self, hits: int, now_us: int) -> bool:
         self.advance(now_us)
-        return self.count + hits <= self._limit.requests
+        return self.count + hits - self._unheard <= self._limit.requests
+
+    def refund(self, tokens: int | None, now_us: int) -> int:
+        """See `Bucket.refund`. What is counted over the limit was denied, so it is not owed first."""
+        self.advance(now_us)
+        counted = min(self.count, self._limit.requests)
+        left = 0 if tokens is None else max(0, counted - tokens)
+        if left < self.count:
+            slot = self._slot | REFUND
+            self._write_refund(slot, self._most_refunded(slot) + self.count - left)
+            self._written_us = self.at_us
+            self.count = left
+        return counted - left
 
     @property
     def remaining(self) -> int:
@@ -108,7 +128,7 @@ class FixedWindow(Bucket):
             if added:
                 news += 1
                 self._written_us = self.at_us
-                if added < 0:
+                if added < 0 or self._unheard or slot & REFUND:
                     again = True
                 elif slot == self._slot:
                     self.count += added
@@ -134,8 +154,9 @@ class FixedWindow(Bucket):
             self._enter_window()
 
     def fold(self, now_us: int) -> int:
-        """Tokens taken in the window of `now_us`."""
-        return self._sum(_slot_of_window(self._limit, now_us))
+        """Tokens taken in the window of `now_us`, less those given back."""
+        slot = _slot_of_window(self._limit, now_us)
+        return max(0, self._sum(slot) - self._most_refunded(slot | REFUND))
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
         """See `Bucket.entries_since`. All or nothing: takes are counted in the slot in which their window began."""
@@ -146,12 +167,12 @@ class FixedWindow(Bucket):
         begins_us = self._end_us - self._limit.period_us
         if begins_us > until_us or self._end_us <= kept_until_us:
             return None
-        entries = [entry for entry in self.entries() if entry.slot == self._slot]
+        entries = [entry for entry in self.entries() if entry.slot & ~REFUND == self._slot]
         return Settled(0, entries) if entries else None
 
     def _go_back(self, now_us: int) -> None:
         """The clock was set back: what was counted in a window that is after the next counts in the one of now."""
-        counted = self._own_tokens if self._own_slot == self._slot else 0
+        counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
         former_slot = self._slot
         self._take_new_origin()
         self.at_us = now_us
@@ -168,7 +189,7 @@ class FixedWindow(Bucket):
         self._slot = _slot_of_window(self._limit, self.at_us)
         self._end_us = self.at_us - self.at_us % period_us + period_us
         self._forget(self._is_past)
-        self.count = self._sum(self._slot)
+        self._recount()
 
     def _is_ahead(self, slot: int) -> bool:
         """True when it is later than the next window, or begins later than any clock is wrong."""
@@ -176,12 +197,13 @@ class FixedWindow(Bucket):
         if slot > self.at_us + MAX_AHEAD_US:
             return True
         if exponent == self._limit.exponent:
-            return slot > _slot_of_window(self._limit, self._end_us)
+            return slot > _slot_of_window(self._limit, self._end_us) | REFUND
         # The longest window with such a slot is almost twice as long.
         return slot_start_us(slot) > self.at_us + (2 << exponent)
 
     def _recount(self) -> None:
-        self.count = self._sum(self._slot)
+        taken, given = self._sum(self._slot), self._most_refunded(self._slot | REFUND)
+        self.count, self._unheard = max(0, taken - given), max(0, given - taken)
 
     def _is_final(self, slot: int) -> bool:
         """See `Bucket._is_final`. A window is longer than its slot, which is written to until the window ends. What
@@ -191,6 +213,10 @@ class FixedWindow(Bucket):
 
     def _sum(self, slot: int) -> int:
         return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
+
+    def _most_refunded(self, slot: int) -> int:
+        """Each replica's mark is for what all have taken: so the highest holds."""
+        return max((entry.tokens for entry in self.entries() if entry.slot == slot), default=0)
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
@@ -203,7 +229,16 @@ class FixedWindow(Bucket):
 class SlidingWindow(Bucket):
     """Counts what was admitted over the period that ends now."""
 
-    __slots__ = ("_first_leaves_us", "_last_leaves_us", "_limit", "_own_slot_end_us", "count")
+    __slots__ = (
+        "_first_leaves_us",
+        "_last_leaves_us",
+        "_limit",
+        "_own_slot_end_us",
+        "_refunded_until_us",
+        "_refunded_us",
+        "_unheard_until_us",
+        "count",
+    )
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
@@ -211,7 +246,13 @@ class SlidingWindow(Bucket):
         super().__init__(key, origin, now_us, journal)
         self._limit = limit
         self.count = 0
-        """Tokens in the slots that are not wholly out of the period, of all replicas."""
+        """Tokens in the slots that are not wholly out of the period, of all replicas, less those given back."""
+        self._refunded_until_us = 0
+        """The end of the last slot of which something is given back; 0 when there is none."""
+        self._unheard_until_us = 0
+        """The same, of what this replica has yet to hear that it was taken."""
+        self._refunded_us = 0
+        """When something was last given back, here or as was heard."""
         self._first_leaves_us = self._last_leaves_us = 0
         """When the first and the last of them will be; 0 when there is none."""
         self._own_slot_end_us = 0
@@ -232,6 +273,8 @@ class SlidingWindow(Bucket):
             before = self.count
             self.count += hits
             self._write_own(hits)
+            if self.at_us < self._unheard_until_us:
+                self._recount()
             if before < self._limit.urgent_count <= self.count and self.journal is not None:
                 self.journal.on_urgent()
         return admitted
@@ -239,6 +282,23 @@ class SlidingWindow(Bucket):
     def would_admit(self, hits: int, now_us: int) -> bool:
         self.advance(now_us)
         return self.count + hits <= self._limit.requests
+
+    def refund(self, tokens: int | None, now_us: int) -> int:
+        """See `Bucket.refund`. The last taken first: the others come back sooner by themselves."""
+        self.advance(now_us)
+        given = self.count if tokens is None else min(tokens, self.count)
+        left = given
+        for slot, (taken, refunded) in sorted(self._by_slot().items(), reverse=True):
+            part = min(left, taken - refunded)
+            if part > 0 and self._leaves_us(slot) > self.at_us:
+                self._write_refund(slot | REFUND, refunded + part)
+                left -= part
+        if given:
+            self._refunded_us = self.at_us
+            # Found out anew when it is counted anew.
+            self._refunded_until_us = self.at_us
+            self._recount()
+        return given
 
     @property
     def remaining(self) -> int:
@@ -289,8 +349,11 @@ class SlidingWindow(Bucket):
             added = self._hear(entry)
             if added:
                 news += 1
+                if slot & REFUND:
+                    self._refunded_us = self.at_us
+                    self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
                 leaves_us = self._leaves_us(slot)
-                if added < 0:
+                if added < 0 or slot & REFUND or slot < self._refunded_until_us:
                     again = True
                 elif leaves_us > self.at_us:
                     self.count += added
@@ -320,7 +383,11 @@ class SlidingWindow(Bucket):
 
     def fold(self, now_us: int) -> int:
         """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
-        return sum(tokens for _, tokens in self._counting(now_us))
+        return sum([tokens for _, tokens in self._counting(now_us)])
+
+    def entries_since(self, since_us: int) -> Iterator[Entry]:
+        """See `Bucket.entries_since`. What is given back is written to slots that are over."""
+        return self.entries() if self._refunded_us > since_us else super().entries_since(since_us)
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`."""
@@ -350,8 +417,19 @@ class SlidingWindow(Bucket):
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
-        slots = [(self._leaves_us(entry.slot), entry.tokens) for entry in self.entries()]
-        return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us]
+        if self._refunded_until_us:
+            slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
+        else:
+            slots = [(self._leaves_us(slot), tokens) for _, slot, tokens in self.entries()]
+        return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
+
+    def _by_slot(self) -> dict[int, tuple[int, int]]:
+        """Of each slot what all replicas took, and the highest mark of what was given back."""
+        slots: dict[int, tuple[int, int]] = {}
+        for _, slot, tokens in self.entries():
+            taken, given = slots.get(slot & ~REFUND, (0, 0))
+            slots[slot & ~REFUND] = (taken, max(given, tokens)) if slot & REFUND else (taken + tokens, given)
+        return slots
 
     def _leaves_us(self, slot: int) -> int:
         """When a slot is wholly out of the period.
@@ -370,10 +448,20 @@ class SlidingWindow(Bucket):
     def _recount(self) -> None:
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
+        if self._refunded_until_us:
+            self._find_refunds()
         self.count = 0
         for leaves_us, tokens in self._counting(self.at_us):
             self.count += tokens
             self._note(leaves_us)
+
+    def _find_refunds(self) -> None:
+        self._refunded_until_us = self._unheard_until_us = 0
+        for slot, (taken, given) in self._by_slot().items():
+            if given:
+                self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
+            if given > taken:
+                self._unheard_until_us = max(self._unheard_until_us, slot_end_us(slot))
 
     def _is_past(self, slot: int) -> bool:
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us

@@ -23,7 +23,7 @@ from ratelimit_sidecar.demo.processes import Child, Children, Command, first_fai
 CONNECTED_WITHIN_S = 15.0
 """How long the sidecars may take to find each other once they are ready."""
 
-DECISION_TIMEOUT_MS = 250
+DECISION_TIMEOUT_MS = 2_000
 """Envoy's patience with its sidecar. Generous, for this machine is shared by seven processes and their clients."""
 
 _POLL_S = 0.05

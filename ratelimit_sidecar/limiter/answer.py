@@ -56,14 +56,18 @@ class Extras:
             return True
         return rule is not None and (self._settings.all_limits or rule.retry_after or bool(rule.body))
 
-    def add(self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> None:
+    def add(
+        self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool = False
+    ) -> None:
         """Args:
         buckets: one for each step, as it is after the decision; None for a step that is not limited.
+        in_full: as if all limits were wanted, and `retry_after` of each rule.
         """
         names = self._settings.response_headers
+        all_limits = self._settings.all_limits or in_full
         if names is not None:
             self._add_limit_headers(response, plan, names)
-        if self._settings.all_limits:
+        if all_limits:
             _add_list_headers(response, _limits_met(response, plan, buckets))
         if response.overall_code == _OVER_LIMIT:
             denials = [met for met in _limits_met(response, plan, buckets) if met.is_denied]
@@ -71,13 +75,14 @@ class Extras:
             if bodies:
                 response.raw_body = bodies[0].encode()
             longest = max(
-                (denial for denial in denials if denial.rule.retry_after),
+                # Of a limit that lets nothing through there is nothing to wait for.
+                (denial for denial in denials if denial.rule.retry_after or (in_full and denial.bucket.limit.capacity)),
                 key=lambda denial: denial.fits_in_us,
                 default=None,
             )
             if longest is not None:
                 _add_headers(response, ("Retry-After", _seconds(longest.fits_in_us)))
-                if not self._settings.all_limits:
+                if not all_limits:
                     _add_list_headers(response, [longest])
                 if names is None:
                     _add_old_headers(response, longest.bucket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,11 @@ class RuleCounts:
 
 class CountsByRule(dict[tuple[str, str], RuleCounts]):
     """By (domain, name of the rule in metrics); descriptors that no rule limits count under the name ""."""
+
+    def has_room_for(self, names: Sized) -> bool:
+        """Whether most of what is here can be of these rules; false after many reloads, since names of rules that are
+        gone are not taken out one by one."""
+        return len(self) <= MAX_NAMES + 2 * len(names)
 
     def of(self, domain: str, metric_name: str, rule_name: str) -> RuleCounts:
         """The counts of a name.

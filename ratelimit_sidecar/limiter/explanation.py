@@ -136,7 +136,7 @@ def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence
                 entries=tuple(entries),
                 levels=tuple(_explain_levels(rules, domain, entries)),
                 match=match,
-                why_unlimited="" if match is not None else _why_unlimited(rules, domain, entries),
+                why_unlimited="" if match is not None else why_unlimited(rules, domain, entries),
                 is_replaced=match is not None and step.rule is None,
                 status=status,
                 full_in_us=0 if bucket is None else bucket.full_in_us,
@@ -203,7 +203,7 @@ def _keys_of(node: RuleNode) -> tuple[str, ...]:
     return tuple(sorted(keys)[:MAX_NAMES])
 
 
-def _why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
+def why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
     root = rules.domains.get(domain)
     if root is None:
         known = ", ".join(sorted(rules.domains)[:MAX_NAMES]) or "none"

@@ -145,10 +145,17 @@ class BucketName(NamedTuple):
 
 
 def encode_bucket_key(form: int, domain: str, entries: Iterable[KeyEntry]) -> bytes:
-    parts = [_BYTES[form], _text(domain)]
-    for kind, key, value in entries:
-        parts += _BYTES[kind], _text(key), _text(value)
-    return b"".join(parts)
+    return bucket_key_head(form, domain) + b"".join([entry_bytes(*entry) for entry in entries])
+
+
+def bucket_key_head(form: int, domain: str) -> bytes:
+    """The name of a bucket up to its entries."""
+    return _BYTES[form] + _text(domain)
+
+
+def entry_bytes(kind: int, key: str, value: str) -> bytes:
+    """A `KeyEntry` as it stands in a name."""
+    return _BYTES[kind] + _text(key) + _text(value)
 
 
 def decode_bucket_key(name: bytes) -> BucketName:

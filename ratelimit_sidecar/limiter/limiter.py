@@ -66,6 +66,8 @@ class Retired:
     rules: Rules | None
     plans: dict[bytes, Plan]
     terms: dict[int, Terms]
+    counts: CountsByRule
+    """Empty when they go on."""
 
 
 class Limiter:
@@ -137,7 +139,11 @@ class Limiter:
                 raise ValueError("a strict rule needs the members among whom its limit is shared")
         else:
             self.ledger.limit_of_key = rules.strict_limit_of_key
-        retired = Retired(self.rules, self._plans.plans, self._terms)
+        retired = Retired(self.rules, self._plans.plans, self._terms, CountsByRule())
+        if not self.counts.has_room_for(rules.names):
+            # Counters may begin anew: Prometheus takes that for a restart.
+            retired.counts, self.counts = self.counts, CountsByRule()
+            self.overflow_decisions = Counter()
         self.rules = rules
         self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key
@@ -146,7 +152,7 @@ class Limiter:
         self.decided = None
         return retired
 
-    def decide(self, request: bytes, now_us: int) -> bytes:
+    def decide(self, request: bytes, now_us: int, in_full: bool = False) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
 
         Every descriptor is decided on its own: one that is over its limit does not keep the others from being
@@ -154,6 +160,8 @@ class Limiter:
 
         Args:
             now_us: wall clock in microseconds; not less than in the call before, unless the clock was set back.
+            in_full: the headers tell of all limits, and of a denial when to come back, whatever settings and rules say:
+                for a proxy that adds no headers of its own.
 
         Returns:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
@@ -205,7 +213,7 @@ class Limiter:
         is_denied = _is_over(plan, over, quotas_over) and not self.settings.shadow_mode
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
-        return self._with_extras(answer, plan, buckets) if plan.has_extras else answer
+        return self._with_extras(answer, plan, buckets, in_full) if plan.has_extras or in_full else answer
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
         """The step of a descriptor that is decided elsewhere, for `charge` and `used`. It is of the rules in force.
@@ -247,9 +255,9 @@ class Limiter:
                     over += 1
         return _is_over(plan, over, quotas_over)
 
-    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None]) -> bytes:
+    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
         response = RateLimitResponse.FromString(answer)
-        self._extras.add(response, plan, buckets)
+        self._extras.add(response, plan, buckets, in_full)
         raw: bytes = response.SerializeToString()
         return raw
 
@@ -334,22 +342,31 @@ class Limiter:
         descriptors = tuple(
             [tuple([(texts.of(entry.key), texts.of(entry.value)) for entry in message.entries]) for message in messages]
         )
-        matches = [self._match(domain, entries, of) for entries, of in zip(descriptors, messages, strict=True)]
-        replaced = {name for match in matches if match is not None for name in match.rule.replaces}
-        if replaced:
-            matches = [None if match is not None and _is_replaced(match.rule, replaced) else match for match in matches]
-        steps = [
-            self._make_step(domain, match, hits, of.hits_addend.value if of.HasField("hits_addend") else None)
-            for match, of in zip(matches, messages, strict=True)
-        ]
+        replaced: set[str] = set()
+        matches: list[Match | None] = []
+        for entries, message in zip(descriptors, messages, strict=True):
+            match = self._match(domain, entries, message)
+            matches.append(match)
+            if match is not None and match.rule.replaces:
+                replaced |= match.rule.replaces
+        steps: list[Step] = []
+        quotas = 0
+        has_extras = False
+        for match, message in zip(matches, messages, strict=True):
+            own_hits = message.hits_addend.value if message.HasField("hits_addend") else None
+            is_replaced = match is not None and _is_replaced(match.rule, replaced)
+            step = self._make_step(domain, None if is_replaced else match, hits, own_hits)
+            steps.append(step)
+            quotas += step.terms.is_quota
+            has_extras = has_extras or step.terms.has_extras
         wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
             tuple(steps),
-            quotas=sum([step.terms.is_quota for step in steps]),
+            quotas=quotas,
             metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
             descriptors=descriptors,
-            has_extras=any(step.terms.has_extras for step in steps),
+            has_extras=has_extras,
             # In shadow mode nothing is denied.
             all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
         )
@@ -393,7 +410,12 @@ class Limiter:
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
         return Step(
-            terms, match.bucket_key, min(hits, MAX_HITS), counts, always, always or _is_fixed_window(rule.limit)
+            terms,
+            match.bucket_key,
+            min(hits, MAX_HITS),
+            counts,
+            charges_always=always,
+            charges_denied=always or _is_fixed_window(rule.limit),
         )
 
     def _make_terms(self, rule: Rule) -> Terms:

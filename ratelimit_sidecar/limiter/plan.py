@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit
@@ -41,36 +40,60 @@ class Terms:
     has_extras: bool = False
 
 
-@dataclass(slots=True)
 class Step:
-    """One descriptor of a request: what to take from which bucket. A value, but for what is remembered in it.
+    """One descriptor of a request: what to take from which bucket.
+
+    No dataclass: of a compiled one the constructor would stay interpreted, and requests that were not seen before wait
+    for it.
 
     Args:
         hits: tokens; 0 checks and charges nothing.
         charges_always: they are charged when they are denied, too, into debt.
         charges_denied: they count when they are denied, be it so or because the algorithm counts them.
-        bucket: where it took from last.
-        evicted: the store's count of dropped buckets then. While it stands, `bucket` is still the one.
-        limit: what the bucket enforced then; a limit in another request may have taken its place.
     """
 
-    terms: Terms
-    bucket_key: bytes
-    hits: int
-    counts: RuleCounts
-    charges_always: bool = False
-    charges_denied: bool = False
-    bucket: Bucket | None = field(default=None, compare=False, repr=False)
-    evicted: int = field(default=-1, compare=False, repr=False)
-    limit: AnyLimit | None = field(default=None, compare=False, repr=False)
+    __slots__ = (
+        "bucket",
+        "bucket_key",
+        "charges_always",
+        "charges_denied",
+        "counts",
+        "evicted",
+        "hits",
+        "limit",
+        "terms",
+    )
+
+    def __init__(
+        self,
+        terms: Terms,
+        bucket_key: bytes,
+        hits: int,
+        counts: RuleCounts,
+        *,
+        charges_always: bool = False,
+        charges_denied: bool = False,
+    ) -> None:
+        self.terms = terms
+        self.bucket_key = bucket_key
+        self.hits = hits
+        self.counts = counts
+        self.charges_always = charges_always
+        self.charges_denied = charges_denied
+        self.bucket: Bucket | None = None
+        """Where it took from last."""
+        self.evicted = -1
+        """The store's count of dropped buckets then. While it stands, `bucket` is still the one."""
+        self.limit: AnyLimit | None = None
+        """What the bucket enforced then; a limit in another request may have taken its place."""
 
     @property
     def rule(self) -> Rule | None:
         return self.terms.rule
 
 
-class Plan(NamedTuple):
-    """All of a request.
+class Plan:
+    """All of a request. A plain class, as `Step` is.
 
     Args:
         quotas: steps in quota mode.
@@ -80,10 +103,23 @@ class Plan(NamedTuple):
         all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
     """
 
-    domain: str
-    steps: tuple[Step, ...]
-    quotas: int
-    metadata: Mapping[str, object] | None
-    descriptors: tuple[tuple[tuple[str, str], ...], ...]
-    has_extras: bool
-    all_or_nothing: bool
+    __slots__ = ("all_or_nothing", "descriptors", "domain", "has_extras", "metadata", "quotas", "steps")
+
+    def __init__(
+        self,
+        domain: str,
+        steps: tuple[Step, ...],
+        *,
+        quotas: int,
+        metadata: Mapping[str, object] | None,
+        descriptors: tuple[tuple[tuple[str, str], ...], ...],
+        has_extras: bool,
+        all_or_nothing: bool,
+    ) -> None:
+        self.domain = domain
+        self.steps = steps
+        self.quotas = quotas
+        self.metadata = metadata
+        self.descriptors = descriptors
+        self.has_extras = has_extras
+        self.all_or_nothing = all_or_nothing

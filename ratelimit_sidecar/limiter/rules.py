@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.key import (
     EXACT,
     FIXED_WINDOW,
@@ -31,8 +32,10 @@ from ratelimit_sidecar.limiter.key import (
     WILDCARD_VALUE,
     KeyEntry,
     bounded,
+    bucket_key_head,
     decode_bucket_key,
     encode_bucket_key,
+    entry_bytes,
     hash64,
     is_overflow_key,
 )
@@ -156,8 +159,8 @@ class RuleNode:
         yield from self.key_only.values()
 
 
-class Level(NamedTuple):
-    """How one entry of a descriptor was matched.
+class Level:
+    """How one entry of a descriptor was matched. A plain class, whose constructor is compiled.
 
     Args:
         kind: EXACT, PATTERN or KEY_ONLY (see `limiter.key`).
@@ -165,26 +168,34 @@ class Level(NamedTuple):
         is_joined: the pattern is for key and value (see `JOINED`).
     """
 
-    kind: int
-    key: str
-    value: str
-    pattern: str
-    node: RuleNode
-    is_joined: bool = False
+    __slots__ = ("is_joined", "key", "kind", "node", "pattern", "value")
+
+    def __init__(
+        self, kind: int, key: str, value: str, pattern: str, node: RuleNode, *, is_joined: bool = False
+    ) -> None:
+        self.kind = kind
+        self.key = key
+        self.value = value
+        self.pattern = pattern
+        self.node = node
+        self.is_joined = is_joined
 
 
-class Match(NamedTuple):
-    """A rule and the bucket of it that a descriptor falls into.
+class Match:
+    """A rule and the bucket of it that a descriptor falls into. A plain class, whose constructor is compiled.
 
     Args:
         metric_name: the rule's name, with such values of the request as the rules ask for.
         is_override: the rule was made for this request, from the limit in it.
     """
 
-    rule: Rule
-    bucket_key: bytes
-    metric_name: str
-    is_override: bool = False
+    __slots__ = ("bucket_key", "is_override", "metric_name", "rule")
+
+    def __init__(self, rule: Rule, bucket_key: bytes, metric_name: str, is_override: bool = False) -> None:
+        self.rule = rule
+        self.bucket_key = bucket_key
+        self.metric_name = metric_name
+        self.is_override = is_override
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +209,8 @@ class Rules:
         override_consistency: how far its bucket is shared.
         override_charge: which of its hits count.
         all_or_nothing: the domains in which a request that is denied is charged nothing.
+        http_mappings: by domain, how descriptors are made of HTTP requests.
+        default_domain: whose mapping is for requests that name no domain; "" for none.
     """
 
     domains: Mapping[str, RuleNode] = field(default_factory=dict)
@@ -206,6 +219,8 @@ class Rules:
     override_consistency: Consistency = Consistency.EVENTUAL
     override_charge: Charge = Charge.ADMITTED
     all_or_nothing: frozenset[str] = frozenset()
+    http_mappings: Mapping[str, HttpMapping] = field(default_factory=dict)
+    default_domain: str = ""
 
     digest: int = field(init=False, compare=False)
     """Of 64 bits, never 0; equal on replicas on which the same takes amount to the same."""
@@ -399,7 +414,8 @@ def _descend(node: RuleNode, key: str, value: str) -> Level | None:
     if wildcards is not None:
         found = wildcards.find(value if joined is None else f"{key}_{value}")
         if found is not None:
-            return Level(PATTERN, key, value, *found, joined is not None)
+            pattern, node_of_pattern = found
+            return Level(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
     if joined is not None:
         # Also a key that holds the wildcard itself is one to look for alone.
         deeper = joined.node_of(key)
@@ -432,19 +448,19 @@ def _rule_of_levels(levels: Sequence[Level], entries: Sequence[tuple[str, str]])
 
 
 def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
-    key_entries = []
+    bucket_key = bucket_key_head(rule.form, domain)
     for level in levels:
         if level.is_joined:
             # What callers choose comes after the pattern, also where the values of a key share one bucket.
             value = "" if level.node.shares_bucket else bounded(level.value)
-            key_entries.append(KeyEntry(PATTERN, JOINED, level.pattern))
-            key_entries.append(KeyEntry(WILDCARD_VALUE, bounded(level.key), value))
+            bucket_key += entry_bytes(PATTERN, JOINED, level.pattern)
+            bucket_key += entry_bytes(WILDCARD_VALUE, bounded(level.key), value)
             continue
         value = bounded(level.value) if level.kind == KEY_ONLY else level.pattern
-        key_entries.append(KeyEntry(level.kind, level.key, value))
+        bucket_key += entry_bytes(level.kind, level.key, value)
         if level.kind == PATTERN and not level.node.shares_bucket:
-            key_entries.append(KeyEntry(WILDCARD_VALUE, level.key, bounded(level.value)))
-    return Match(rule, encode_bucket_key(rule.form, domain, key_entries), _metric_name(domain, levels, rule))
+            bucket_key += entry_bytes(WILDCARD_VALUE, level.key, bounded(level.value))
+    return Match(rule, bucket_key, _metric_name(domain, levels, rule))
 
 
 def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:

@@ -117,13 +117,20 @@ class Snapshots:
         self._lock = lock
 
     async def load(self) -> None:
-        """Join what the file holds, in pieces, while requests may be answered."""
+        """Join what the file holds, in pieces, while requests may be answered.
+
+        A file with which that fails, for whatever reason, is set aside: the next snapshot, which holds less, must not
+        take its place.
+        """
         try:
             await self._load()
         except BadSnapshot as error:
-            await self._set_aside(str(error))
+            await self._set_aside(f"the snapshot {error}")
         except OSError as error:
-            self._fail("snapshot_unreadable", error)
+            await self._set_aside(f"it cannot be read: {error.strerror or error}")
+        except Exception as error:
+            _log.exception("restore_failed", file=str(self._path))
+            await self._set_aside(f"it could not be restored: {error!r}")
 
     async def _load(self) -> None:
         opened = await asyncio.to_thread(_open_checked, self._path)
@@ -200,11 +207,11 @@ class Snapshots:
 
     async def _set_aside(self, reason: str) -> None:
         aside = _beside(self._path, ASIDE)
-        _log.error("snapshot_set_aside", file=str(self._path), to=str(aside), reason=f"the snapshot {reason}")
+        _log.error("snapshot_set_aside", file=str(self._path), to=str(aside), reason=reason)
         try:
             await asyncio.to_thread(self._path.replace, aside)
         except OSError as error:
-            self._fail("snapshot_unreadable", error)
+            self._fail("snapshot_not_set_aside", error)
 
     def _fail(self, event: str, error: OSError) -> None:
         trouble = error.strerror or str(error)

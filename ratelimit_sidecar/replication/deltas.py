@@ -13,7 +13,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
-from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
+from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven, KeyNumbersHeard
 from ratelimit_sidecar.replication.pace import Pace
@@ -94,21 +94,24 @@ class DeltasWriter:
             [(origin, slot, tokens)] = entries
             exponent = slot_exponent(slot)
             number, tokens = slot_start_us(slot) >> exponent, min(tokens, MAX_SLOT_TOKENS)
-            delta.runs.add(origin=self._origin_number(origin), exponent=exponent, slots=(number,), tokens=(tokens,))
+            of_delta = delta.refunds if slot & REFUND else delta.runs
+            of_delta.add(origin=self._origin_number(origin), exponent=exponent, slots=(number,), tokens=(tokens,))
             return
-        runs: dict[tuple[Origin, int], list[tuple[int, int]]] = {}
+        runs: dict[tuple[Origin, int, bool], list[tuple[int, int]]] = {}
         for origin, slot, tokens in entries:
             exponent = slot_exponent(slot)
             number = slot_start_us(slot) >> exponent
-            runs.setdefault((origin, exponent), []).append((number, min(tokens, MAX_SLOT_TOKENS)))
-        for (origin, exponent), counts in runs.items():
+            of_run = (origin, exponent, slot & REFUND != 0)
+            runs.setdefault(of_run, []).append((number, min(tokens, MAX_SLOT_TOKENS)))
+        for (origin, exponent, is_refund), counts in runs.items():
             counts.sort()
             slots = []
             before = 0
             for number, _ in counts:
                 slots.append(number - before)
                 before = number
-            delta.runs.add(
+            of_delta = delta.refunds if is_refund else delta.runs
+            of_delta.add(
                 origin=self._origin_number(origin),
                 exponent=exponent,
                 slots=slots,
@@ -199,7 +202,9 @@ class DeltasReader:
             key, limit = self._read_key(delta, limit_of_key)
             entries: list[Entry] = []
             for run in delta.runs:
-                _read_run(run, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
+                _read_run(run, 0, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
+            for run in delta.refunds:
+                _read_run(run, REFUND, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
             self._entries += len(entries)
             applied.entries += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
@@ -263,8 +268,12 @@ def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:
     return Base(base.boundary_us, base.tokens * period_us - (-base.remainder * period_us // base.period_us))
 
 
-def _read_run(run: pb.SlotRun, origins: Sequence[Origin], entries: list[Entry], most: int) -> None:
-    """Append the run's entries, with which there may be `most` of them."""
+def _read_run(run: pb.SlotRun, mark: int, origins: Sequence[Origin], entries: list[Entry], most: int) -> None:
+    """Append the run's entries, with which there may be `most` of them.
+
+    Args:
+        mark: set in the slots' ids.
+    """
     origin_number, exponent, slots, tokens_of_slots = run.origin, run.exponent, run.slots, run.tokens
     if origin_number >= len(origins):
         raise ProtocolError(Reason.MALFORMED, f"origin {origin_number} of a list of {len(origins)}")
@@ -285,4 +294,4 @@ def _read_run(run: pb.SlotRun, origins: Sequence[Origin], entries: list[Entry], 
             raise ProtocolError(Reason.BAD_SLOT, "slots must rise, and lie within MAX_TIME_US")
         if not 1 <= tokens <= MAX_SLOT_TOKENS:
             raise ProtocolError(Reason.BAD_SLOT, f"{tokens} tokens in a slot; 1 to {MAX_SLOT_TOKENS} fit")
-        entries.append(Entry(origin, number << exponent | exponent, tokens))
+        entries.append(Entry(origin, number << exponent | mark | exponent, tokens))

@@ -171,7 +171,7 @@ def _count(rules: Rules) -> int:
 
 def _give_back(retired: Retired) -> None:
     """Bit by bit, as `config.reclamation` has it: between any two steps the loop can take Python's lock."""
-    for owned in (retired.plans, retired.terms):
+    for owned in (retired.plans, retired.terms, retired.counts):
         while owned:
             owned.popitem()
     rules, retired.rules = retired.rules, None

@@ -6,9 +6,13 @@ limit, and proto3 does not send zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import structlog
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
 from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import (
@@ -21,6 +25,8 @@ from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import (
 TYPE_URL = f"type.googleapis.com/{RateLimitConfig.DESCRIPTOR.full_name}"
 
 Data = dict[str, object]
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 def data_of(response: DiscoveryResponse) -> dict[str, Data]:
@@ -48,9 +54,24 @@ def data_of(response: DiscoveryResponse) -> dict[str, Data]:
         # Names should be there and be unique; nothing depends on it here but who is blamed.
         name = config.name if config.name and config.name not in found else f"{config.name} ({place})".lstrip()
         found[name] = _config(config)
+        unknown = sorted(set(_unknown_fields(config)))
+        if unknown:
+            # Refused, they would keep a newer server's rules from being used at all.
+            _log.warning("xds_unknown_fields", resource=name, fields=unknown, fix="update the sidecar")
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _unknown_fields(message: Message) -> Iterator[str]:
+    """What a newer server says and nobody here understands: message types and numbers."""
+    unknown = UnknownFieldSet(message)
+    for index in range(len(unknown)):
+        yield f"{message.DESCRIPTOR.name} {unknown[index].field_number}"
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.file is message.DESCRIPTOR.file:
+            for below in value if field.is_repeated else (value,):
+                yield from _unknown_fields(below)
 
 
 def _config(config: RateLimitConfig) -> Data:

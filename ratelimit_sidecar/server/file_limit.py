@@ -9,8 +9,9 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 
-RESERVED = 512
-"""For 256 dialled peers, the console's 128 connections, and the process itself, which has some 30."""
+RESERVED = 640
+"""For 256 dialled peers, 128 connections each of the console and of ext_authz over HTTP, and the process itself, which
+has some 30."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 import grpc
@@ -121,11 +121,12 @@ class GrpcioFrontEnd:
         if self._server is None and not self._stopping.is_set():
             # With the ports that were chosen.
             await self._listen(list(dict.fromkeys(self.addresses)))
-        if self._server is None:
+        server = self._server
+        if server is None:
             return
         try:
             # With a time-out it tells of the failure also while calls are open.
-            while await self._server.wait_for_termination(FAILED_CHECK_SECONDS):
+            while await server.wait_for_termination(FAILED_CHECK_SECONDS):
                 pass
         except Exception:
             self.ready.clear()
@@ -280,13 +281,15 @@ def _streaming(
     path: str, handler: StreamHandler, failures: FailureLog, stopping: asyncio.Event, named: ServerCertificate | None
 ) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]]:
     async def respond(
-        messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+        messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes], stop: asyncio.Task[bool]
     ) -> RpcError | None:
         try:
             if named is not None:
                 _check_client(context, named)
             async with aclosing(handler(messages, _Metadata(context))) as responses:
-                async for response in responses:
+                while (response := await _next_response(responses, stop)) is not None:
+                    # Never cancelled: the library would then send the headers again with the status, which fails, and
+                    # the call would stay.
                     try:
                         await context.write(response)
                     except grpc.aio.InternalError:
@@ -296,22 +299,33 @@ def _streaming(
             return error
         except Exception as error:
             return failures.status_of(path, error)
-        return None
+        return SHUTTING_DOWN if stop.done() else None
 
     async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        responding = asyncio.ensure_future(respond(messages, context))
         stop = asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait((responding, stop), return_when=asyncio.FIRST_COMPLETED)
-            status = responding.result() if responding.done() else SHUTTING_DOWN
+            status = await respond(messages, context, stop)
         finally:
-            for task in (responding, stop):
-                task.cancel()
-            await asyncio.gather(responding, stop, return_exceptions=True)
+            stop.cancel()
         if status is not None:
             await _abort(context, status)
 
     return call
+
+
+async def _next_response(responses: AsyncGenerator[bytes, None], stop: asyncio.Task[bool]) -> bytes | None:
+    """What is there at a stop is still told.
+
+    Returns:
+        None at the end, or at a stop.
+    """
+    response = asyncio.ensure_future(anext(responses, None))
+    try:
+        await asyncio.wait((response, stop), return_when=asyncio.FIRST_COMPLETED)
+        return response.result() if response.done() else None
+    finally:
+        response.cancel()
+        await asyncio.gather(response, return_exceptions=True)
 
 
 def _check_client(context: grpc.aio.ServicerContext[bytes, bytes], certificate: ServerCertificate) -> None:

@@ -81,6 +81,18 @@ class RateLimitService:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
 
         Raises:
+            RpcError: as `answer`.
+        """
+        return self.answer(request, metadata)
+
+    def answer(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes:
+        """The same for other services that ask the same question.
+
+        Args:
+            metadata: of the call that led to it, in which a trace may be named.
+            in_full: see `Limiter.decide`.
+
+        Raises:
             RpcError: INVALID_ARGUMENT for what `Limiter.decide` calls invalid, UNAVAILABLE while there are no rules.
         """
         if self._waits_for_rules:
@@ -88,7 +100,7 @@ class RateLimitService:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
         started_ns = _perf_counter_ns()
         try:
-            response = self._limiter.decide(request, self._now_us())
+            response = self._limiter.decide(request, self._now_us(), in_full)
         except InvalidRequest as error:
             self.errors["invalid"] += 1
             raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error

@@ -8,7 +8,7 @@ from the configuration, the mesh and fixed lists, never from a request: the numb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, Protocol, TypeVar
 
@@ -206,6 +206,7 @@ class Sources:
     Args:
         peers: called once a scrape.
         request_errors: requests refused, by reason.
+        ext_authz_unlimited: requests over ext_authz that met no limit, by reason.
         replication: None when this node has no mesh.
         rules: None when the rules never change.
         membership: called once a scrape; gives None when no limit can be strict.
@@ -225,6 +226,7 @@ class Sources:
     latency: LatencyHistogram
     peers: Callable[[], Sequence[PeerStatus]]
     request_errors: Mapping[str, int]
+    ext_authz_unlimited: Mapping[str, int] = field(default_factory=dict)
     replication: Replication | None = None
     rules: RulesStatus | None = None
     membership: Callable[[], MembershipStatus | None] = lambda: None
@@ -262,7 +264,7 @@ class Snapshot:
             yield domain, rule, counts.get((domain, rule), _ZEROS)
         for domain, rule in self.counted:
             if (domain, rule) not in self.rules.names:
-                yield domain, rule, counts[domain, rule]
+                yield domain, rule, counts.get((domain, rule), _ZEROS)
 
 
 _ZEROS = RuleCounts()
@@ -466,6 +468,11 @@ def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
         yield "", (reason,), count
 
 
+def _read_ext_authz_unlimited(at: Snapshot) -> Iterator[Sample]:
+    for reason, count in at.sources.ext_authz_unlimited.items():
+        yield "", (reason,), count
+
+
 def _read_config_loads(at: Snapshot) -> Iterator[Sample]:
     if at.sources.rules is not None:
         for result, count in at.sources.rules.loads.items():
@@ -514,6 +521,14 @@ METRICS: tuple[Definition, ...] = (
         ("reason",),
         "Requests answered with a gRPC error, by reason.",
         _read_request_errors,
+    ),
+    Definition(
+        "ratelimit_ext_authz_unlimited_total",
+        "counter",
+        ("reason",),
+        "Requests over ext_authz that passed without a limit: of a domain without ext_authz in its rules (no_mapping),"
+        " or lacking what its descriptors are made from (no_descriptor).",
+        _read_ext_authz_unlimited,
     ),
     Definition(
         "ratelimit_ignored_overrides_total",

@@ -17,6 +17,8 @@ from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 
+pytestmark = pytest.mark.slow
+
 NOW_US = 1_790_000_000_000_000
 KEYS = 10
 

@@ -69,6 +69,7 @@ def test_a_callback_has_the_name_of_the_code_that_it_runs() -> None:
 READ = "_SelectorSocketTransport._read_ready"
 
 
+@pytest.mark.slow
 def test_a_sidecar_notes_what_its_loop_does_from_the_beginning_on(capsys: pytest.CaptureFixture[str]) -> None:
     with running_servers() as servers:
         sidecar = timed_sidecar(servers, rules=RULES)

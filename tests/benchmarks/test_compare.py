@@ -20,6 +20,8 @@ from benchmarks.serving.options import RunningServer
 from benchmarks.serving.requests import ONE_DESCRIPTOR, request
 from benchmarks.serving.servers import Server, Servers, running_servers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:

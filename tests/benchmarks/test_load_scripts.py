@@ -16,6 +16,8 @@ from e2e.cluster import Cluster, three_regions
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 
+pytestmark = pytest.mark.slow
+
 LOAD = Path(__file__).parents[2] / "benchmarks/load"
 
 RULES = """

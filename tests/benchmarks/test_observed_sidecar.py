@@ -18,6 +18,8 @@ from benchmarks.serving.rounds import Figures, alternate
 from benchmarks.serving.servers import running_servers
 from ratelimit_sidecar.config.rules_file import load_rules
 
+pytestmark = pytest.mark.slow
+
 MS = 1_000_000
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.replication import FLUSH_US, HITS, SECOND_US, measure
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_same_hits_cost_the_same_bytes() -> None:

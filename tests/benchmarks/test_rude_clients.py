@@ -18,6 +18,8 @@ from benchmarks.serving.raw import RawConnection, Refused
 from benchmarks.serving.requests import RULES
 from benchmarks.serving.servers import Server, Servers, running_servers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:

@@ -18,6 +18,8 @@ from benchmarks.serving.requests import DOMAIN, RULES
 from benchmarks.serving.rounds import Figures, Result, Spread, alternate, print_results
 from benchmarks.serving.servers import Servers, running_servers, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def giving(*values: float) -> Callable[[], Figures]:
     source = cycle(values)

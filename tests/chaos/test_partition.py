@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from chaos.regions import EAST, NAMES, SOUTH, WEST, Lab, assert_served
 from chaos.scenarios import scenario
+
+pytestmark = pytest.mark.slow
 
 PARTITION_S = 20.0
 HEALS_WITHIN_S = 2.0

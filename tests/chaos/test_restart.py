@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 
+import pytest
 from chaos.regions import EAST, NAMES, SOUTH, WEST, Lab, assert_served
 from chaos.scenarios import scenario
+
+pytestmark = pytest.mark.slow
 
 BUCKETS = 5_000
 DESCRIPTORS = 100

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 
+import pytest
 from chaos.regions import EAST, NAMES, SOUTH, WEST, Lab, assert_served
 from chaos.scenarios import scenario
+
+pytestmark = pytest.mark.slow
 
 STOPPED_S = 30.0
 STALLED_S = 8.0

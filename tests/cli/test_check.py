@@ -116,10 +116,10 @@ def test_json_has_every_part_of_a_problem() -> None:
                 "column": 1,
                 "key": "descriptor",
                 "found": 'the unknown key "descriptor"',
-                "expected": "one of domain, charge, charging, descriptors",
+                "expected": "one of domain, charge, charging, ext_authz, descriptors",
                 "fix": 'did you mean "descriptors"?',
-                "message": 'found the unknown key "descriptor", expected one of domain, charge, charging, descriptors;'
-                ' did you mean "descriptors"?',
+                "message": 'found the unknown key "descriptor", expected one of domain, charge, charging, ext_authz,'
+                ' descriptors; did you mean "descriptors"?',
             }
         ],
     }
@@ -131,7 +131,7 @@ def test_github_gets_annotations_with_what_would_end_them_escaped() -> None:
     assert result.exit_code == 1
     assert result.output.splitlines() == [
         '::error file=100%25%2Ca.yaml,line=2,col=1,title="k%3A1"::found the unknown key "k:1", expected one of domain,'
-        " charge, charging, descriptors; remove it, or correct its name",
+        " charge, charging, ext_authz, descriptors; remove it, or correct its name",
         "::error file=100%25%2Ca.yaml,line=3,col=24,title=descriptors[0].share_threshold::found share_threshold of the"
         ' value "100%25", expected a value with *; end the value in *, or remove share_threshold',
         "2 problems; 1 file of rules read",

@@ -455,3 +455,50 @@ def test_a_strict_rule_is_explained_without_the_members_that_share_it(tmp_path: 
     refused = explained.run("--config", str(tmp_path / "sidecar.yaml"), "d", "a=b")
     assert refused.exit_code == 2
     assert "sync.members" in refused.stderr
+
+
+EXT_AUTHZ = """
+ext_authz:
+  descriptors:
+    - entries: [{key: user, from: header, name: X-User-Id}]
+    - entries: [{key: path, from: path}]
+"""
+
+
+def check_request(explained: Explain, domain: str, headers: dict[str, str], path: str = "") -> str:
+    http = {"headers": headers, "path": path}
+    attributes = {"contextExtensions": {"domain": domain} if domain else {}, "request": {"http": http}}
+    file = explained.folder / "check.json"
+    file.write_text(json.dumps({"attributes": attributes}))
+    return str(file)
+
+
+def test_a_request_over_ext_authz_is_explained_by_the_descriptors_it_is_made_into(tmp_path: Path) -> None:
+    explained = Explain(tmp_path)
+    explained.rules.write_text(RULES + EXT_AUTHZ)
+    file = check_request(explained, "shop", {"x-user-id": "eve"}, "/api/orders?page=1")
+    assert explained.text("--check", file) == explained.text("shop", "user=eve", "path=/api/orders")
+
+
+@pytest.mark.parametrize(
+    ("domain", "headers", "why"),
+    [
+        ("shop", {"x-user": "eve"}, "not limited: it lacks what each descriptor of 'shop' is made from"),
+        ("bar", {}, "not limited: it names the domain 'bar'; domains with ext_authz: shop"),
+        ("", {}, "not limited: it names no domain, and there is no default one; domains with ext_authz: shop"),
+    ],
+)
+def test_why_a_request_over_ext_authz_is_not_limited(
+    tmp_path: Path, domain: str, headers: dict[str, str], why: str
+) -> None:
+    explained = Explain(tmp_path)
+    explained.rules.write_text(RULES + EXT_AUTHZ)
+    file = check_request(explained, domain, headers)
+    assert explained.text("--check", file) == f"{why}\n"
+    assert explained.json("--check", file) == {"unlimited": why}
+
+
+def test_what_is_no_check_request_is_told(tmp_path: Path) -> None:
+    result = Explain(tmp_path).run("--check", "-", stdin=b'{"attribute": 1}')
+    assert result.exit_code == 2
+    assert "not a CheckRequest in JSON" in result.stderr

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from config.builders import STANDARD, rules_errors
+from config.builders import STANDARD, lines, rules, rules_errors, rules_of, write
 
+from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_schema import MAX_BODY_CHARS
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Window
 
 UNITS = "expected one of second, minute, hour, day, week, month, year"
 ANOTHER_PERIOD = "choose one of them, or give a bucket in place of rate_limit for any other period"
+FILE_KEYS = "domain, charge, charging, ext_authz, descriptors"
 DESCRIPTOR_KEYS = (
     "key, value, rate_limit, shadow_mode, quota_mode, detailed_metric, value_to_metric, share_threshold, metadata,"
     " algorithm, burst, bucket, consistency, max_debt, charge, retry_after, body, descriptors"
@@ -34,21 +36,21 @@ BUCKET = "bucket: {capacity: 1, refillRate: 1}"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "1:1: found nothing, expected a mapping with the keys domain, charge, charging, descriptors"),
-        ("[]", "1:1: found an empty list, expected a mapping with the keys domain, charge, charging, descriptors"),
+        ("", f"1:1: found nothing, expected a mapping with the keys {FILE_KEYS}"),
+        ("[]", f"1:1: found an empty list, expected a mapping with the keys {FILE_KEYS}"),
         ("descriptors: []", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain:", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain: ~", f"1:1: domain: found nothing, {TEXT}; {ADD_DOMAIN}"),
         ("domain: ''", f'1:1: domain: found "", {TEXT}; {ADD_DOMAIN}'),
         ("domain: [a]", f"1:1: domain: found a list, {TEXT}; {ADD_DOMAIN}"),
-        ("domain: a\ndescriptor: []", '2:1: descriptor: found the unknown key "descriptor", expected one of domain,'
-         ' charge, charging, descriptors; did you mean "descriptors"?'),
-        ("domain: a\nxyz: []", '2:1: xyz: found the unknown key "xyz", expected one of domain, charge, charging,'
-         f" descriptors; {UNKNOWN}"),
+        ("domain: a\ndescriptor: []",
+         f'2:1: descriptor: found the unknown key "descriptor", expected one of {FILE_KEYS}; did you mean'
+         ' "descriptors"?'),
+        ("domain: a\nxyz: []", f'2:1: xyz: found the unknown key "xyz", expected one of {FILE_KEYS}; {UNKNOWN}'),
         ("domain: a\ndescriptors: {key: a}",
          "2:1: descriptors: found a mapping, expected a list, each item a descriptor"),
-        ("domain: a\n0.25: b", '2:1: "0.25": found the unknown key "0.25", expected one of domain, charge, charging,'
-         " descriptors; remove it, or correct its name"),
+        ("domain: a\n0.25: b",
+         f'2:1: "0.25": found the unknown key "0.25", expected one of {FILE_KEYS}; {UNKNOWN}'),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_told_with_its_place_and_its_fix(tmp_path: Path, text: str, line: str) -> None:
@@ -277,4 +279,69 @@ def test_the_same_key_and_value_twice_on_one_level_names_the_first(tmp_path: Pat
         f"rules.yaml:8:5: descriptors[2]: found the key and value of descriptors[1] in {file}:4 again, {fix}",
         f"rules.yaml:10:5: descriptors[3]: found the key and value of descriptors[0] in {file}:3 again, {fix}",
         f"rules.yaml:14:5: descriptors[5]: found the key and value of descriptors[4] in {file}:12 again, {fix}",
+    ]
+
+
+PARTS = "header, context_extension, path, method, source_address, principal"
+NAMED_ONLY = (
+    "expected name with header or context_extension only; remove it, or let from be header or context_extension"
+)
+
+
+@pytest.mark.parametrize(
+    ("ext_authz", "line"),
+    [
+        ("{}",
+         "2:1: ext_authz.descriptors: found nothing, expected a list, each item a mapping with the key entries"),
+        ("{descriptors: []}",
+         "2:13: ext_authz.descriptors: found 0 descriptors, expected 1 to 64 descriptors; add one, or remove"
+         " ext_authz"),
+        ("{descriptors: [{entries: []}]}",
+         "2:28: ext_authz.descriptors[0].entries: found an empty list, expected entries; add one, or remove the"
+         " descriptor: without entries it is not limited"),
+        ("{descriptors: [{entries: [{from: path}]}]}",
+         "2:38: ext_authz.descriptors[0].entries[0].key: found nothing, expected text that is not empty; write the key"
+         " that a descriptor of the rules has"),
+        ("{descriptors: [{entries: [{key: a, from: headers}]}]}",
+         f'2:47: ext_authz.descriptors[0].entries[0].from: found "headers", expected one of {PARTS}; did you mean'
+         ' "header"?'),
+        ("{descriptors: [{entries: [{key: a}]}]}",
+         f"2:38: ext_authz.descriptors[0].entries[0].from: found nothing, expected one of {PARTS}, or a value; add from"
+         " or value"),
+        ("{descriptors: [{entries: [{key: a, from: path, value: b}]}]}",
+         "2:59: ext_authz.descriptors[0].entries[0].value: found value beside from, expected one of the two; remove one"
+         " of them"),
+        ("{descriptors: [{entries: [{key: a, from: path, name: b}]}]}",
+         f"2:59: ext_authz.descriptors[0].entries[0].name: found name beside from: path, {NAMED_ONLY}"),
+        ("{descriptors: [{entries: [{key: a, value: b, name: c}]}]}",
+         f"2:57: ext_authz.descriptors[0].entries[0].name: found name without from, {NAMED_ONLY}"),
+        ('{descriptors: [{entries: [{key: a, from: header, name: ""}]}]}',
+         '2:61: ext_authz.descriptors[0].entries[0].name: found "", expected text that is not empty; write the name, or'
+         " remove the key"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_mapping_is_told_with_its_place_and_its_fix(tmp_path: Path, ext_authz: str, line: str) -> None:
+    assert rules_errors(tmp_path, f"domain: a\next_authz: {ext_authz}") == [f"rules.yaml:{line}"]
+
+
+def test_a_mapping_has_no_more_descriptors_than_are_matched_in_a_moment(tmp_path: Path) -> None:
+    def text(descriptors: int) -> str:
+        return f"domain: a\next_authz: {{descriptors: [{'{entries: [{key: a, from: path}]},' * descriptors}]}}"
+
+    rules_of(tmp_path, text(64))
+    [line] = rules_errors(tmp_path, text(65))
+    assert line.endswith("found 65 descriptors, expected 1 to 64 descriptors")
+
+
+def test_one_domain_has_one_mapping_and_one_of_them_is_the_default(tmp_path: Path) -> None:
+    mapping = "ext_authz: {default: true, descriptors: [{entries: [{key: a, from: path}]}]}"
+    first, second = (write(tmp_path / f"{name}.yaml", f"domain: {name}\n{mapping}") for name in ("a", "b"))
+    again = write(tmp_path / "c.yaml", f"domain: a\n{mapping}")
+    with pytest.raises(ConfigError) as error:
+        rules(first, second, again, merge_domains=True)
+    assert lines(error, tmp_path) == [
+        f'b.yaml:2:13: ext_authz.default: found true, as in {first}:2 for "a", expected it for one domain; remove one'
+        " of the two",
+        f"c.yaml:2:1: ext_authz: found a second mapping, beside that in {first}:2, expected one a domain; put the"
+        " descriptors of both into one",
     ]

@@ -54,7 +54,11 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         tmp_path,
         """\
         node: {id: us-east-1-a, region: us-east-1}
-        listen: {grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"], admin: "[::1]:0", sync: "10.0.0.1:50051"}
+        listen:
+          grpc: ["0.0.0.0:8081", "unix:/run/ratelimit/rls.sock"]
+          admin: "[::1]:0"
+          admin_token_file: rules
+          sync: "10.0.0.1:50051"
         rules: [./rules, /etc/hosts]
         sync:
           protocol: grpc
@@ -74,6 +78,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert (config.node.id, config.node.region) == ("us-east-1-a", "us-east-1")
     assert config.listen.grpc == ("0.0.0.0:8081", "unix:/run/ratelimit/rls.sock")
     assert (config.listen.admin, config.listen.sync) == ("[::1]:0", "10.0.0.1:50051")
+    assert config.listen.admin_token_file == tmp_path / "rules"
     assert config.rules == (tmp_path / "rules", Path("/etc/hosts"))
     assert config.sync.peers == ("eu-west-2.edge.example.com:50051", "[fe80::1]:50051")
     assert config.sync.tls is not None
@@ -234,6 +239,9 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], line: str) -> None:
         ("listen: {admin: '[::1]:1', sync: '[::1]:1'}",
          '1:28: listen.sync: found "[::1]:1", which listen.admin has already, expected'
          " another address; listen on an address only once"),
+        ("listen: {admin: 'a:1', ext_authz_http: 'a:1'}",
+         '1:24: listen.ext_authz_http: found "a:1", which listen.admin has already, expected'
+         " another address; listen on an address only once"),
         ("merge_domains: 1", "1:1: merge_domains: found 1, expected true or false"),
         ("algorithm: leaky", '1:1: algorithm: found "leaky", expected one of token_bucket, fixed_window,'
          " sliding_window"),
@@ -329,6 +337,13 @@ def test_rules_come_from_files_or_over_xds(tmp_path: Path) -> None:
         "sidecar.yaml:1:1: rules: found rules beside CONFIG_TYPE of the environment, expected one of the two; remove"
         " rules or CONFIG_TYPE of the environment"
     ]
+
+
+def test_the_file_with_the_token_of_the_admin_address_must_be_there(tmp_path: Path) -> None:
+    [error] = sidecar_errors(tmp_path, "listen: {admin_token_file: token}")
+    assert error.startswith(
+        'sidecar.yaml:1:10: listen.admin_token_file: found "token", expected a file that can be read;'
+    )
 
 
 def test_files_for_tls_must_be_there_and_a_certificate_needs_its_key(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ async def running(app: App | None = None) -> AsyncIterator[ConsoleServer]:
 
 async def get(server: ConsoleServer, path: str = "/") -> httpx.Response:
     # Certificates take a tenth of a second to load, and are not needed.
-    async with httpx.AsyncClient(timeout=10, trust_env=False, verify=False) as client:
+    async with httpx.AsyncClient(timeout=60, trust_env=False, verify=False) as client:
         return await client.get(f"http://{server.address}{path}")
 
 
@@ -111,12 +111,12 @@ class Client:
 
     async def some(self) -> None:
         """Wait for the begin of an answer."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await self._reader.read(1)
 
     async def status(self) -> int:
         """Of one answer, read to its end."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             head = await self._reader.readuntil(b"\r\n\r\n")
             headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
             await self._reader.readexactly(int(headers[b"content-length"]))
@@ -125,7 +125,7 @@ class Client:
     async def closed(self) -> bytes:
         """Wait until the server has closed it; gives what it had sent before."""
         rest = bytearray()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             with suppress(ConnectionError):
                 while data := await self._reader.read(65_536):
                     rest += data
@@ -150,6 +150,6 @@ async def connect(server: ConsoleServer, of: str = "127.0.0.1") -> AsyncIterator
 
 async def until(holds: Callable[[], bool]) -> None:
     """What other tasks bring about."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 from observed import NOW_US, peer, small_limiter
@@ -31,6 +32,7 @@ class Console:
         decide: in place of the limiter's own service.
         has_rules: False when their source has yet to give any.
         shows_values: of descriptors.
+        token_file: of those who may change state.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Console:
         decide: UnaryHandler | None = None,
         has_rules: bool = True,
         shows_values: bool = True,
+        token_file: Path | None = None,
     ) -> None:
         self.limiter = limiter or small_limiter()
         self.peers: Sequence[PeerStatus] = [peer()]
@@ -65,6 +68,7 @@ class Console:
                 should_rate_limit=decide or self.service.should_rate_limit,
                 shows_values=shows_values,
                 names=["console.example.com"],
+                token_file=token_file,
             )
         )
 

@@ -28,7 +28,7 @@ async def test_the_root_lists_the_endpoints_and_each_of_them_answers() -> None:
     body = (await console.get("/")).json()
     assert (body["node"], body["region"], body["version"]) == ("us-1", "us-east-1", __version__)
     readable = {"/metrics", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"}
-    assert set(body["endpoints"]) == {*readable, "/json"}
+    assert set(body["endpoints"]) == {*readable, "/json", "/refund"}
     for path in readable:
         assert (await console.get(path)).status_code == 200, path
 

@@ -10,7 +10,7 @@ from console.running_console import GET, LARGE_BYTES, App, connect, get, running
 
 from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
 from ratelimit_sidecar.console.requests import MAX_REQUESTS, MAX_SCRAPES_OF_ADDRESS
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import MAX_HEAD_BYTES, ConsoleServer
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
@@ -150,6 +150,12 @@ async def test_whoever_does_not_wait_for_an_answer_gets_no_second_one() -> None:
         client.send(GET * 3)
         answers = await client.closed()
         assert answers.count(b"HTTP/1.1 200 OK") == 1
+
+
+async def test_a_head_that_comes_in_one_read_is_no_longer_than_one_that_trickles_in() -> None:
+    async with running() as server, connect(server) as client:
+        client.send(GET[:-2] + b"a:\r\n" * (2 * MAX_HEAD_BYTES // 4) + b"\r\n")
+        assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
 
 
 async def test_probes_have_a_place_when_all_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,15 +24,17 @@ def sidecar_command(
     name: str = "sidecar",
     environment: Mapping[str, str] | None = None,
     ready_path: str = "/readyz",
+    listen: Mapping[str, object] | None = None,
 ) -> Command:
     """
     Args:
         config: of sidecar.yaml, besides its name and where it listens.
         ready_path: what answers 200 once it is up.
+        listen: of sidecar.yaml, besides the addresses.
     """
-    listen = {"grpc": [f"{HOST}:{ports.grpc}"], "admin": f"{HOST}:{ports.admin}", "sync": f"{HOST}:{ports.sync}"}
+    addresses = {"grpc": [f"{HOST}:{ports.grpc}"], "admin": f"{HOST}:{ports.admin}", "sync": f"{HOST}:{ports.sync}"}
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({"node": {"id": name}, "listen": listen, **config}))
+    file.write_text(yaml.safe_dump({"node": {"id": name}, "listen": {**addresses, **(listen or {})}, **config}))
     return Command(
         name=name,
         argv=[sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", str(file)],
@@ -52,5 +54,5 @@ def ask(domain: str, key: str, value: str, hits: int = 1) -> RateLimitRequest:
 async def status(
     stub: RateLimitServiceStub, domain: str, key: str, value: str, hits: int = 1
 ) -> RateLimitResponse.DescriptorStatus:
-    answer = await stub.ShouldRateLimit(ask(domain, key, value, hits), timeout=5)
+    answer = await stub.ShouldRateLimit(ask(domain, key, value, hits), timeout=60)
     return answer.statuses[0]

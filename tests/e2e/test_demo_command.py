@@ -2,6 +2,7 @@ import signal
 import socket
 
 import httpx
+import pytest
 from e2e.commands import command, free_base_port
 
 from ratelimit_sidecar.demo.ports import ensure_free, ports_from
@@ -18,6 +19,7 @@ async def test_a_demo_with_a_duration_ends_by_itself_and_with_0_when_the_promise
     ensure_free(ports_from(base, 3).all())
 
 
+@pytest.mark.slow
 async def test_a_demo_whose_sidecars_do_not_share_ends_with_1() -> None:
     arguments = ("demo", "--duration", "6", "--base-port", str(free_base_port()))
     async with command(*arguments, environment={"CRDT_ENGINE": "local"}) as demo:
@@ -27,6 +29,7 @@ async def test_a_demo_whose_sidecars_do_not_share_ends_with_1() -> None:
     assert "Promise BROKEN" in demo.output
 
 
+@pytest.mark.slow
 async def test_ctrl_c_during_the_traffic_stops_everything_and_still_judges() -> None:
     base = free_base_port()
     async with command("demo", "--base-port", str(base)) as demo:
@@ -51,6 +54,7 @@ async def test_ctrl_c_during_the_start_stops_everything() -> None:
     ensure_free(ports_from(base, 3).all())
 
 
+@pytest.mark.slow
 async def test_a_kept_demo_answers_curl_after_the_traffic_until_ctrl_c() -> None:
     base = free_base_port()
     async with (

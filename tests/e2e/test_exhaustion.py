@@ -37,7 +37,7 @@ descriptors:
 
 TLS_FILES = {"certificate": "tls.crt", "key": "tls.key", "ca": "ca.crt"}
 
-WITHIN_S = 30.0
+WITHIN_S = 90.0
 
 
 has_namespaces = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 
-WITHIN_S = 10
+WITHIN_S = 60
 POLL_S = 0.05
 
 RULES = {

@@ -25,7 +25,7 @@ LIMIT = 1_000_000
 USERS = 8
 """Ask all the time, one request after the other."""
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """It takes half a second; the rest is for a busy machine."""
 
 BROKEN = "domain: shop\ndescriptors:\n  - key: user\n    rate_limit: {unit: fortnight, requests_per_unit: 1}\n"
@@ -76,7 +76,7 @@ async def test_health_checks_wait_for_rules_if_so_configured(tmp_path: Path) -> 
     command = sidecar_command(tmp_path, ports, {}, environment=environment, ready_path="/healthz")
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=60) as console,
         grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel,
     ):
         await children.start(command)
@@ -112,7 +112,7 @@ class Load:
         request = ask("shop", "user", user)
         while not self._stopping:
             try:
-                answer = await self._stub.ShouldRateLimit(request, timeout=5)
+                answer = await self._stub.ShouldRateLimit(request, timeout=60)
             except grpc.aio.AioRpcError as error:
                 self.wrong.append(error)
                 continue
@@ -135,7 +135,7 @@ async def test_a_reload_under_load_loses_no_request_and_a_bad_file_changes_nothi
     file.write_text(rules(plans=100))
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.admin}", trust_env=False, timeout=60) as console,
     ):
         sidecar = await children.start(sidecar_command(tmp_path, ports, {"rules": [str(file)]}))
 

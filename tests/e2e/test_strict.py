@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc.aio
 import httpx
+import pytest
 from e2e.sidecars import ask, sidecar_command
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
@@ -39,7 +40,7 @@ CALLERS = 6
 PAUSE_S = 0.01
 """Six callers that ask every 10 ms ask for a sixfold of the limit, on a machine that keeps up."""
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """For anything that is waited for; it takes three seconds, the time that a started sidecar has no share of its own."""
 
 
@@ -110,7 +111,7 @@ class Sidecars:
         request = ask("shop", "plan", "gold")
         while (asked_s := time.monotonic()) < end_s:
             try:
-                answer = await self._stubs[name].ShouldRateLimit(request, timeout=1)
+                answer = await self._stubs[name].ShouldRateLimit(request, timeout=60)
             except grpc.aio.AioRpcError:
                 # Killed, or not yet up again.
                 await asyncio.sleep(PAUSE_S)
@@ -125,7 +126,7 @@ async def three_sidecars(folder: Path) -> AsyncIterator[Sidecars]:
     (folder / "rules.yaml").write_text(RULES)
     async with (
         Children(folder) as children,
-        httpx.AsyncClient(trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(trust_env=False, timeout=60) as console,
         AsyncExitStack() as stack,
     ):
         sidecars = Sidecars(children, free_ports(len(NAMES)).regions, console)
@@ -152,6 +153,7 @@ def most_beyond_the_limit(admissions: Iterable[Admission]) -> float:
     return worst
 
 
+@pytest.mark.slow
 async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is_killed_and_comes_back(
     tmp_path: Path,
 ) -> None:
@@ -165,7 +167,7 @@ async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is
         assert len(alone) >= 0.75 * PER_SECOND * 1.5
 
         async with asyncio.TaskGroup() as tasks:
-            asking = tasks.create_task(sidecars.keep_asking(NAMES, 5.0))
+            asking = tasks.create_task(sidecars.keep_asking(NAMES, 15.0))
             await asyncio.sleep(0.3)
             await sidecars.kill("a")
             killed_s = time.monotonic()
@@ -173,7 +175,7 @@ async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is
         assert most_beyond_the_limit(sidecars.admissions) <= 0
         # Nor is it kept by admitting little: all that may be missing is the share of the dead one, until a while later.
         again = asking.result()
-        assert len(again) >= 0.4 * PER_SECOND * 5
+        assert len(again) >= 0.4 * PER_SECOND * 15
         assert any(admission.name == "a" and admission.asked_s > killed_s for admission in again)
 
 

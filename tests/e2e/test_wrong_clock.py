@@ -18,7 +18,7 @@ from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """It takes a second or two; the rest is for a busy machine."""
 
 RULES = """
@@ -60,7 +60,7 @@ async def test_a_clock_an_hour_ahead_shows_and_limits_are_shared_as_soon_as_it_i
 
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(trust_env=False, timeout=5) as client,
+        httpx.AsyncClient(trust_env=False, timeout=60) as client,
         grpc.aio.insecure_channel(f"{HOST}:{right.grpc}") as right_channel,
         grpc.aio.insecure_channel(f"{HOST}:{wrong.grpc}") as wrong_channel,
     ):

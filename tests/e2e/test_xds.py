@@ -20,7 +20,7 @@ from ratelimit_sidecar.demo.processes import Children
 
 EVICTED = re.compile(r"^crdt_buckets_evicted_total\{.*\} 1(\.0)?$", re.MULTILINE)
 
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 """It takes a fraction of a second; the rest is for a busy machine."""
 
 
@@ -61,7 +61,7 @@ async def test_it_refuses_before_the_server_is_there_and_is_ready_and_limits_onc
     command = sidecar_command(tmp_path, own, {}, environment=xds(ports.upstream), ready_path="/healthz")
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=60) as console,
         grpc.aio.insecure_channel(f"{HOST}:{own.grpc}") as channel,
     ):
         await children.start(command)
@@ -111,13 +111,14 @@ async def test_a_proxy_of_the_environment_is_not_for_a_server_on_loopback(tmp_pa
     server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=60) as console,
         serving(server, f"{HOST}:{ports.upstream}"),
     ):
         await children.start(command)
         await until_ready(console)
 
 
+@pytest.mark.slow
 async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp_path: Path) -> None:
     """Their changes waited for a mesh that never started, and so the buckets stayed, until there was no room left."""
     ports = free_ports(1)
@@ -126,7 +127,7 @@ async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp
     command = sidecar_command(tmp_path, own, config, environment=xds(ports.upstream), ready_path="/healthz")
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{own.admin}", trust_env=False, timeout=60) as console,
         grpc.aio.insecure_channel(f"{HOST}:{own.grpc}") as channel,
     ):
         await children.start(command)
@@ -161,7 +162,7 @@ async def test_a_sidecar_that_comes_back_learns_from_its_peers_what_its_rules_ar
     rules = config("shop", "user", unit="DAY", requests_per_unit=20)
     async with (
         Children(tmp_path) as children,
-        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.regions[1].admin}", trust_env=False, timeout=5) as console,
+        httpx.AsyncClient(base_url=f"http://{HOST}:{ports.regions[1].admin}", trust_env=False, timeout=60) as console,
         grpc.aio.insecure_channel(f"{HOST}:{ports.regions[0].grpc}") as channel,
         grpc.aio.insecure_channel(f"{HOST}:{ports.regions[1].grpc}") as other_channel,
     ):

@@ -456,6 +456,18 @@ def test_values_stand_in_metric_names_only_where_rules_say_so_and_never_without_
     }
 
 
+def test_after_many_reloads_the_names_of_rules_that_are_gone_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts_module, "MAX_NAMES", 5)
+    limiter = make_limiter(rules_of(rule("r0")))
+    counted = []
+    for number in range(100):
+        limiter.use_rules(rules_of(rule(f"r{number}")))
+        decide(limiter, make_request({f"r{number}": "1"}))
+        counted.append(len(limiter.counts))
+        assert limiter.counts["api", f"api.r{number}"].ok == 1
+    assert max(counted) == 8
+
+
 def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of_what_it_takes() -> None:
     shares = Shares(Membership(1, {"here": 1, "there": 1}), "here", NOW_US - 600_000_000)
     ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)

@@ -61,10 +61,13 @@ def make_store(origin: Origin, rules: Rules = RULES) -> Store:
 
 
 def take(store: Store, name: str, value: str, hits: int, now_us: int) -> None:
+    """Of 10 so many are given back, when they are less than none."""
     match = RULES.match("api", [(name, value)])
     assert match is not None
     bucket = store.bucket(match.bucket_key, LIMITS[name], now_us, replicated=name != "alone")
-    bucket.take(hits, now_us, always=True)
+    bucket.take(hits if hits > 0 else 10, now_us, always=True)
+    if hits < 0:
+        bucket.refund(-hits, now_us)
 
 
 def written(store: Store) -> bytes:
@@ -83,7 +86,10 @@ def read(raw: bytes, store: Store, now_us: int) -> Checked:
 
 takes = st.lists(
     st.tuples(
-        st.sampled_from(sorted(LIMITS)), st.sampled_from("ab"), st.integers(1, 30), st.integers(0, 90 * SECOND_US)
+        st.sampled_from(sorted(LIMITS)),
+        st.sampled_from("ab"),
+        st.integers(-9, -1) | st.integers(1, 30),
+        st.integers(0, 90 * SECOND_US),
     ),
     max_size=60,
 )

@@ -62,6 +62,32 @@ async def test_what_is_no_snapshot_is_set_aside_and_the_start_goes_on(tmp_path: 
     assert file.exists()
 
 
+async def test_what_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    file.mkdir()
+    snapshots = snapshots_of(file, make_store(AFTER))
+    await snapshots.load()
+    assert (tmp_path / "state.unreadable").is_dir()
+    await snapshots.save()
+    assert file.is_file()
+
+
+async def test_what_cannot_be_restored_for_a_reason_nobody_foresaw_is_set_aside(tmp_path: Path) -> None:
+    def now_us() -> int:
+        if file.exists():
+            raise ZeroDivisionError
+        return NOW_US
+
+    file = tmp_path / "state"
+    await snapshots_of(file, store_with("a", "b")).save()
+    content = file.read_bytes()
+    snapshots = Snapshots(file, make_store(AFTER), now_us, RULES.local_limit_of_key, 0.01)
+    await snapshots.load()
+    assert (tmp_path / "state.unreadable").read_bytes() == content
+    await snapshots.save()
+    assert file.read_bytes() != content
+
+
 async def test_a_disk_that_is_full_leaves_the_old_snapshot_and_is_told_of_until_there_is_room(tmp_path: Path) -> None:
     file = tmp_path / "state"
     store = store_with("a")

@@ -16,13 +16,15 @@ USERS = [f"user {index}" for index in range(8)]
 
 
 def load(cluster: Cluster, for_us: int, *, every_us: int = 60 * MS, key: str = "user") -> None:
-    """Have every node take small amounts from random buckets at random moments."""
+    """Have every node take small amounts from random buckets at random moments, and give back some now and then."""
 
     def take_some(each: Node, until_us: int) -> None:
         if cluster.now_us > until_us or not each.is_up:
             return
         bucket = each.bucket(cluster.random.choice(USERS), key)
         bucket.take(cluster.random.randint(1, 4), each.now_us)
+        if cluster.random.random() < 0.05:
+            bucket.refund(cluster.random.choice((None, 3)), each.now_us)
         cluster.after(cluster.random.randint(1, 2 * every_us), lambda: take_some(each, until_us))
 
     for each in cluster:
@@ -102,6 +104,38 @@ def test_nodes_that_seal_at_different_moments_agree_on_what_they_sealed() -> Non
             bucket.seal(each.now_us - index * SECOND_US)
     assert any(bucket.base.deficit for bucket in cluster["a"].store)
     assert len({bucket.base.boundary_us for each in cluster for bucket in each.store}) > 1
+    assert_folds_are_equal(cluster)
+
+
+def test_what_is_given_back_in_one_region_is_there_in_all_within_a_flush_and_the_way() -> None:
+    cluster = Cluster(3, "abc", delay_us=(40 * MS, 40 * MS))
+    cluster.run_until_settled()
+    for name in "abc":
+        take(cluster[name].store, "ann", 300, cluster.now_us)
+    cluster.run(SECOND_US)
+    buckets = {name: cluster[name].bucket("ann") for name in "abc"}
+    assert all(not bucket.would_admit(bucket.limit.capacity, cluster.now_us) for bucket in buckets.values())
+    assert buckets["a"].refund(None, cluster.now_us) > 0
+    cluster.run(FLUSH_US + 40 * MS)
+    for bucket in buckets.values():
+        assert bucket.would_admit(bucket.limit.capacity, cluster.now_us)
+    cluster.run_until_settled()
+    assert_converged(cluster)
+
+
+def test_what_was_given_back_while_a_region_was_cut_off_is_told_when_it_is_back() -> None:
+    cluster = Cluster(3, "abc")
+    cluster.run_until_settled()
+    take(cluster["b"].store, "ann", 300, cluster.now_us)
+    cluster.run(SECOND_US)
+    cluster.cut("a", "b")
+    cluster.cut("a", "c")
+    cluster.run(SECOND_US)
+    cluster["a"].bucket("ann").refund(None, cluster.now_us)
+    cluster.run(SECOND_US)
+    assert cluster["b"].bucket("ann").fold(cluster.now_us) > 0
+    cluster.heal_all()
+    cluster.run_until_settled()
     assert_folds_are_equal(cluster)
 
 

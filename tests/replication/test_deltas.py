@@ -25,7 +25,7 @@ from replication.builders import (
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
-from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.replication.deltas import (
@@ -46,7 +46,12 @@ A, B = node("a").origin, node("b").origin
 KEY = key_of("ann")
 
 origins = st.builds(Origin, st.sampled_from(["a", "c", "é"]), st.integers(1, 2**64 - 1)) | st.just(A)
-slots = st.builds(slot_id, st.integers(0, MAX_TIME_US - 1), st.integers(MIN_EXPONENT, MAX_EXPONENT))
+slots = st.builds(
+    lambda time_us, exponent, refund: slot_id(time_us, exponent) | refund,
+    st.integers(0, MAX_TIME_US - 1),
+    st.integers(MIN_EXPONENT, MAX_EXPONENT),
+    st.sampled_from([0, REFUND]),
+)
 entries = st.lists(
     st.builds(Entry, origins, slots, st.integers(1, MAX_SLOT_TOKENS)),
     max_size=40,
@@ -102,6 +107,21 @@ def test_a_base_arrives_as_it_was_sent_between_nodes_with_one_limit(deficit: int
     base = Base(boundary_us, deficit)
     apply_deltas(store, sent(TokenBucket(KEY, PER_USER, A, NOW_US), base, []), A, NOW_US)
     assert store.told == [(KEY, base, [])]
+
+
+@pytest.mark.interpreted
+def test_what_is_given_back_is_told_beside_what_is_taken_so_that_an_older_node_passes_over_it() -> None:
+    bucket = TokenBucket(KEY, PER_USER, A, NOW_US)
+    bucket.take(5, NOW_US)
+    bucket.refund(3, NOW_US)
+    [delta] = sent(bucket, None, list(bucket.entries())).buckets
+    assert [list(run.tokens) for run in delta.runs] == [[5]]
+    assert [list(run.tokens) for run in delta.refunds] == [[3]]
+
+
+def test_what_is_given_back_is_checked_like_what_is_taken() -> None:
+    run = pb.SlotRun(exponent=MIN_EXPONENT, slots=[1], tokens=[MAX_SLOT_TOKENS + 1])
+    assert_refused(pb.Deltas(buckets=[pb.BucketDelta(key=KEY, refunds=[run])]), Reason.BAD_SLOT)
 
 
 @pytest.mark.interpreted

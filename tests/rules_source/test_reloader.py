@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 from ratelimit_sidecar.rules_source import reloader as reloader_module
@@ -189,7 +190,7 @@ class Owned(dict):
 
 async def test_what_old_rules_leave_behind_is_given_back_one_by_one_and_not_by_the_loop() -> None:
     plans, terms = Owned({b"a": None, b"b": None}), Owned({1: None})
-    retired = Retired(rules_of("old"), plans, terms)
+    retired = Retired(rules_of("old"), plans, terms, CountsByRule())
     reloader = Reloader(lambda _: retired, lambda: NOW_US, "files", None)
     assert await reloader.load(lambda: rules_of("new")) is None
     assert (len(plans.emptied_by), len(terms.emptied_by)) == (2, 1)
@@ -204,7 +205,7 @@ async def test_old_rules_are_taken_to_pieces_before_they_are_let_go(monkeypatch:
         names.extend(piece.name for piece in pieces if isinstance(piece, Rule))
 
     monkeypatch.setattr(reloader_module, "let_go", let_go)
-    retired = Retired(rules_of("old", "older"), {}, {})
+    retired = Retired(rules_of("old", "older"), {}, {}, CountsByRule())
     await Reloader(lambda _: retired, lambda: NOW_US, "files", None).load(lambda: rules_of("new"))
     assert sorted(names) == ["old.user", "older.user"]
 
@@ -217,7 +218,7 @@ async def test_new_rules_count_as_loaded_before_the_old_ones_are_given_back() ->
             loaded.append(reloader.loaded)
             return super().popitem()
 
-    retired = Retired(None, Late({b"a": None}), {})
+    retired = Retired(None, Late({b"a": None}), {}, CountsByRule())
     reloader = Reloader(lambda _: retired, lambda: NOW_US, "files", None)
     await reloader.load(lambda: rules_of("one", "two"))
     assert loaded == [Loaded(2, "", NOW_US)]

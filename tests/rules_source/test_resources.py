@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import structlog.testing
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from google.protobuf.any_pb2 import Any
@@ -11,7 +12,7 @@ from google.protobuf.json_format import ParseDict
 from ratelimit_sidecar.config.document import parse
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.rules_source.resources import TYPE_URL, data_of
-from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig, RateLimitUnit
+from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig, RateLimitPolicy, RateLimitUnit
 
 EVERYTHING = """
 domain: shop
@@ -104,3 +105,17 @@ def test_all_that_is_something_else_is_named() -> None:
 def test_a_response_about_something_else_does_not_mean_that_there_are_no_rules() -> None:
     with pytest.raises(ConfigError, match=r"Listener"):
         data_of(response(type_url="type.googleapis.com/envoy.config.listener.v3.Listener"))
+
+
+def test_fields_that_only_a_newer_server_knows_are_told_of_and_the_rest_is_used() -> None:
+    policy = RateLimitPolicy.FromString(
+        RateLimitPolicy(requests_per_unit=5, unit=RateLimitUnit.HOUR).SerializeToString() + b"\xa0\x06\x01"
+    )
+    config = RateLimitConfig(name="it", domain="shop", descriptors=[{"key": "user", "rate_limit": policy}])
+    config.MergeFromString(b"\x98\x06\x01")
+    with structlog.testing.capture_logs() as logs:
+        data = data_of(response(packed(config)))
+    assert data["it"]["descriptors"] == [{"key": "user", "rate_limit": {"unit": "HOUR", "requests_per_unit": 5}}]
+    assert [(line["event"], line["fields"]) for line in logs] == [
+        ("xds_unknown_fields", ["RateLimitConfig 99", "RateLimitPolicy 100"])
+    ]

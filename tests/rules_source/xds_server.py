@@ -15,7 +15,7 @@ from ratelimit_sidecar.rules_source.resources import TYPE_URL
 from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig
 from ratelimit_sidecar.rules_source.xds import METHOD
 
-HEARD_WITHIN_S = 20.0
+HEARD_WITHIN_S = 60.0
 
 
 class XdsServer:

@@ -145,7 +145,7 @@ class RawClient:
 
     async def answer(self, stream: int) -> Answer:
         answer = self._answers[stream]
-        await asyncio.wait_for(answer.ended.wait(), 5)
+        await asyncio.wait_for(answer.ended.wait(), 30)
         return answer
 
     async def ping(self) -> None:
@@ -153,7 +153,7 @@ class RawClient:
         self._ponged = asyncio.Event()
         self._h2.ping(b"12345678")
         self._flush()
-        await asyncio.wait_for(self._ponged.wait(), 5)
+        await asyncio.wait_for(self._ponged.wait(), 30)
 
     async def read(self) -> None:
         # A server that cuts off a connection may reset it.
@@ -262,7 +262,7 @@ class ReluctantClient:
         buffer = b""
         ended = 0
         while ended < until:
-            buffer += await asyncio.wait_for(self._reader.read(1 << 20), 5)
+            buffer += await asyncio.wait_for(self._reader.read(1 << 20), 30)
             at = 0
             while len(buffer) - at >= 9:
                 end = at + 9 + int.from_bytes(buffer[at : at + 3], "big")

@@ -17,9 +17,9 @@ print(given.clients, given.mesh, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 @pytest.mark.parametrize(
     ("soft", "hard", "clients", "mesh", "raised"),
     [
-        (256, 4_000, 800, 200, 1_512),
+        (256, 4_000, 800, 200, 1_640),
         (2_000, 4_000, 800, 200, 2_000),
-        (256, 1_200, 550, 138, 1_200),
+        (256, 1_200, 480, 120, 1_200),
         (300, 300, 120, 30, 300),
     ],
 )

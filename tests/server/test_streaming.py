@@ -71,18 +71,18 @@ async def send_and_wait_for_ever(_messages, _metadata):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 # of values that nobody announces
             await asyncio.sleep(0.001)
 
 
 async def within_seconds(event: asyncio.Event) -> None:
-    await asyncio.wait_for(event.wait(), 5)
+    await asyncio.wait_for(event.wait(), 30)
 
 
 async def settled(value: Callable[[], int]) -> int:
     """What a value is once it stays the same."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             before = value()
             await asyncio.sleep(0.1)
@@ -502,11 +502,35 @@ async def test_a_stop_ends_streams_at_once(kind: str, handler) -> None:
         await within_seconds(watched.began)
         if handler is not wait_for_ever:
             await call.read()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await front_end.stop()
         assert watched.closed.is_set()
         assert await call.code() == grpc.StatusCode.UNAVAILABLE
         assert await call.details() == "the server is shutting down"
+
+
+async def test_a_stop_that_meets_the_first_message_on_its_way_lets_it_arrive(
+    kind: str,
+) -> None:
+    async def stop_and_answer(_messages, _metadata):
+        stopping.append(asyncio.create_task(front_end.stop()))
+        yield long
+        await asyncio.Event().wait()
+
+    stopping: list[asyncio.Task[None]] = []
+    # Longer than what may be on its way before the client has read.
+    long = bytes(3 << 20)
+    async with (
+        running(kind, handlers(stop_and_answer), drain=60) as front_end,
+        channel_to(front_end.addresses[0]) as channel,
+    ):
+        call = stream_of(channel)
+        await call.write(b"hello")
+        async with asyncio.timeout(30):
+            assert await call.read() == long
+            assert await call.code() == grpc.StatusCode.UNAVAILABLE
+            assert await call.details() == "the server is shutting down"
+            await stopping[0]
 
 
 async def test_a_stop_ends_a_stream_whose_client_has_not_said_all_and_says_nothing_more() -> None:
@@ -517,7 +541,7 @@ async def test_a_stop_ends_a_stream_whose_client_has_not_said_all_and_says_nothi
     ):
         stream = client.open(PATH)
         await until(lambda: client.received(stream) == frame(b"first"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await front_end.stop()
         answer = await client.answer(stream)
     assert answer.code == Code.UNAVAILABLE
@@ -538,7 +562,7 @@ async def test_a_stop_does_not_keep_handlers_running_while_other_calls_are_answe
         await within_seconds(watched.closed)
         client.send(unary, frame(b"half")[7:])
         assert (await client.answer(unary)).body == frame(b"half")
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
 
 
 async def test_a_stream_that_begins_during_a_stop_is_ended_at_once() -> None:
@@ -559,7 +583,7 @@ async def test_a_stream_that_begins_during_a_stop_is_ended_at_once() -> None:
         assert answer.code == Code.UNAVAILABLE
         client.send(unary, frame(b"half")[7:])
         assert (await client.answer(unary)).body == frame(b"half")
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
     assert not watched.began.is_set()
 
 

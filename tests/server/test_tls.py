@@ -30,7 +30,7 @@ pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
 PATH = "/test.Echo/Echo"
 NAME = "sidecar.example"
-WITHIN_S = 5
+WITHIN_S = 30
 
 
 @pytest.fixture(params=KINDS)

@@ -18,7 +18,7 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.rpc import Code
 
 PATH = "/test.Echo/Echo"
-WITHIN_S = 5
+WITHIN_S = 30
 
 
 @dataclass

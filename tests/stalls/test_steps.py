@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from stalls.crowded_sidecar import LONG_MS
+
+pytestmark = pytest.mark.slow
 
 
 def test_nothing_holds_the_loop_of_a_sidecar_with_20_000_rules_and_a_million_buckets(tmp_path: Path) -> None:

@@ -261,11 +261,10 @@ def run_python(program: str, variables: dict[str, str]) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     ended = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, **variables, "PYTHONPATH": path},
+        env={**os.environ, **variables, "OTEL_EXPORTER_OTLP_TIMEOUT": "600", "PYTHONPATH": path},
         stderr=subprocess.PIPE,
         text=True,
-        # The exporter alone would take its own 10 s.
-        timeout=9,
+        timeout=120,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -91,6 +91,7 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         latency=latency or LatencyHistogram(),
         peers=lambda: peers,
         request_errors=request_errors or {},
+        ext_authz_unlimited={"no_mapping": 3},
         replication=Mesh(),
         rules=rules or Reloads(),
         membership=lambda: shared,
@@ -345,6 +346,7 @@ def test_plans_are_counted_by_whether_they_were_remembered_over_reloads() -> Non
 def test_request_errors_and_the_build_are_shown() -> None:
     registry = create_registry(busy_sources())
     assert sample(registry, "ratelimit_request_errors_total", reason="invalid") == 1
+    assert sample(registry, "ratelimit_ext_authz_unlimited_total", reason="no_mapping") == 3
     assert sample(registry, "ratelimit_build_info", version=__version__, node="us-1", region="us-east-1") == 1
 
 

@@ -95,16 +95,18 @@ class Origin(_message.Message):
     def __init__(self, node: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class BucketDelta(_message.Message):
-    __slots__ = ("key", "base", "runs", "number")
+    __slots__ = ("key", "base", "runs", "number", "refunds")
     KEY_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REFUNDS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     base: Base
     runs: _containers.RepeatedCompositeFieldContainer[SlotRun]
     number: int
-    def __init__(self, key: _Optional[bytes] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
+    refunds: _containers.RepeatedCompositeFieldContainer[SlotRun]
+    def __init__(self, key: _Optional[bytes] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ..., number: _Optional[int] = ..., refunds: _Optional[_Iterable[_Union[SlotRun, _Mapping]]] = ...) -> None: ...
 
 class Base(_message.Message):
     __slots__ = ("boundary_us", "tokens", "remainder", "period_us")

@@ -1,0 +1,103 @@
+"""A running sidecar asked over its admin address, by the commands that do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http.client import HTTPException
+from typing import Any, Final
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+import click
+
+DEFAULT_ADMIN: Final = "http://127.0.0.1:8080"
+TIMEOUT_SECONDS: Final = 5.0
+
+
+class Unanswered(Exception):
+    """The sidecar cannot be asked; the text names the address and what came of it."""
+
+
+class Refused(Exception):
+    """The sidecar does not do what it was asked for; the text is its own."""
+
+
+def _checked(_context: click.Context, _parameter: click.Parameter, url: str) -> str:
+    scheme, host, *_ = urlsplit(url)
+    if scheme not in ("http", "https") or not host:
+        raise click.BadParameter(f"{url!r} is no URL of the form {DEFAULT_ADMIN}")
+    return url.rstrip("/")
+
+
+admin_option: Final = click.option(
+    "--admin",
+    "admin_url",
+    default=DEFAULT_ADMIN,
+    show_default=True,
+    metavar="URL",
+    callback=_checked,
+    help="The admin address (`listen.admin`) of the sidecar to ask.",
+)
+
+
+def ask(
+    admin_url: str,
+    path: str,
+    *,
+    needs: Mapping[str, type],
+    called: str,
+    post: Mapping[str, object] | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """What the sidecar answers.
+
+    Args:
+        needs: what is in every answer.
+        called: what such an answer is.
+        post: is sent, as JSON.
+        token: of those who may change state.
+
+    Raises:
+        Unanswered: it cannot be reached, or is no sidecar.
+        Refused: it says why not.
+    """
+    url = admin_url + path
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    if post is not None:
+        headers["Content-Type"] = "application/json"
+    request = Request(url, None if post is None else json.dumps(post).encode(), headers)  # noqa: S310 (see `_checked`)
+    # A proxy of the environment is for the way out, and would be asked for its own loopback.
+    opener = build_opener(ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+            body = json.load(response)
+    except HTTPError as error:
+        with error:
+            why = _reason(error)
+        if post is not None and why is not None:
+            raise Refused(why) from error
+        raise Unanswered(f"{url} answers {error.code}: is it the admin address of a sidecar?") from error
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise Unanswered(f"{url} can't be reached: {reason}; name the sidecar's listen.admin with --admin") from error
+    except ValueError as error:
+        raise Unanswered(f"{url} answers no JSON: is it the admin address of a sidecar?") from error
+    if not isinstance(body, dict) or not all(isinstance(body.get(name), kind) for name, kind in needs.items()):
+        raise Unanswered(f"{url} answers no {called}: is it the admin address of a sidecar?")
+    return body
+
+
+def _reason(error: HTTPError) -> str | None:
+    """Why a sidecar says no; None when it is not one that answers."""
+    try:
+        reason = json.load(error)["error"]
+    except (ValueError, TypeError, LookupError, OSError, HTTPException):
+        return None
+    return printable(reason) if isinstance(reason, str) else None
+
+
+def printable(told: str) -> str:
+    """What a peer has told, without what a terminal would take for a command or for a line's end."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in told)

@@ -1,0 +1,83 @@
+"""Giving a caller back what it has used up: the bucket of one descriptor is found as for a request, and refilled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.store import StoreFull
+from ratelimit_sidecar.limiter.explanation import why_unlimited
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.rules import Consistency, Rule
+
+
+class NoSuchLimit(Exception):
+    """No rule limits the descriptor; the text says what came closest."""
+
+
+class NotRefundable(Exception):
+    """There is a rule, and nothing of it can be given back; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How full a bucket is.
+
+    Args:
+        remaining: whole tokens left.
+        debt: whole tokens taken beyond the limit.
+    """
+
+    remaining: int
+    debt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refunded:
+    """Args:
+    given: tokens.
+    """
+
+    rule: Rule
+    bucket: Bucket
+    before: Level
+    given: int
+    after: Level
+
+
+def refund(
+    limiter: Limiter, domain: str, entries: Sequence[tuple[str, str]], tokens: int | None, now_us: int
+) -> Refunded:
+    """Give tokens back to the bucket of a descriptor. Peers are told with the next flush.
+
+    Args:
+        tokens: at least 1; None for as many as fill the bucket. More than fill it are not given.
+
+    Raises:
+        NoSuchLimit: no rule matches.
+        NotRefundable: the rule is unlimited or strict, or there is no bucket of the descriptor's own.
+    """
+    rules = limiter.rules
+    match = rules.match(domain, entries)
+    if match is None:
+        raise NoSuchLimit(why_unlimited(rules, domain, entries))
+    rule = match.rule
+    if rule.limit is None:
+        raise NotRefundable(f"the rule {rule.name} is unlimited: there is nothing to give back")
+    if rule.consistency is Consistency.STRICT:
+        raise NotRefundable(
+            f"the rule {rule.name} is strict: all sidecars together never admit more than its limit, and what is given"
+            " back would be more"
+        )
+    is_replicated = rule.consistency is Consistency.EVENTUAL
+    try:
+        bucket = limiter.store.bucket(match.bucket_key, rule.limit, now_us, replicated=is_replicated)
+    except StoreFull as error:
+        raise NotRefundable(
+            f"there is no room for a bucket of its own (max_buckets): it shares one of the rule {rule.name} with others"
+        ) from error
+    bucket.advance(now_us)
+    before = Level(bucket.remaining, bucket.debt)
+    given = bucket.refund(tokens, now_us)
+    return Refunded(rule, bucket, before, given, Level(bucket.remaining, bucket.debt))

@@ -1,0 +1,53 @@
+"""ext_authz over HTTP, as an ASGI application: the request itself comes in, and the status says whether it may pass.
+
+Envoy's HTTP form sends the request's method, path and those headers that it is told to, no body. The path begins with
+the filter's `path_prefix`, which names the domain: `/ext_authz/shop`, or `/ext_authz/` for the default one. 200 lets
+the request pass, 429 denies it with the headers and the body that the client is to see. A failure is 503: a status from
+500 up is an error to Envoy's filter, which then decides by its `failure_mode_allow`. A path without the prefix is
+denied with 404, so that nobody takes a filter without one for a limit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ratelimit_sidecar.limiter.http_mapping import HttpRequest
+from ratelimit_sidecar.server.rpc import FailureLog, RpcError
+from ratelimit_sidecar.services.ext_authz import ExtAuthzService, joined
+
+PREFIX: Final = b"/ext_authz/"
+
+_NO_PREFIX: Final = JSONResponse({"error": "expected a path_prefix of /ext_authz/ and the domain"}, 404)
+
+
+def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
+    failures = FailureLog()
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        raw_path: bytes = scope["raw_path"]
+        if raw_path.startswith(PREFIX):
+            try:
+                response = _answer(service, scope, raw_path[len(PREFIX) :])
+            except Exception as error:
+                known = error if isinstance(error, RpcError) else failures.status_of("ext_authz over HTTP", error)
+                response = JSONResponse({"error": known.message}, 503)
+        else:
+            response = _NO_PREFIX
+        await response(scope, receive, send)
+
+    return answer
+
+
+def _answer(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> Response:
+    domain, slash, path = after_prefix.partition(b"/")
+    http = HttpRequest(joined(scope["headers"]), {}, slash + path, scope["method"].encode())
+    decision = service.decide(unquote_to_bytes(domain), http, scope["headers"])
+    headers = {header.key: header.value for header in decision.response_headers_to_add}
+    if decision.overall_code == RateLimitResponse.OVER_LIMIT:
+        return Response(decision.raw_body, 429, headers)
+    return Response(b"", 200, headers)

@@ -1,0 +1,53 @@
+"""Envoy itself reads the examples."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ratelimit_sidecar.demo.regions import find_envoy
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((EXAMPLES / name).read_text())
+
+
+def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
+    """The Envoy configuration with the values of an EnvoyFilter where Istio puts them."""
+    patches = {patch["applyTo"]: patch["patch"] for patch in envoy_filter["spec"]["configPatches"]}
+    resources = bootstrap["static_resources"]
+    (network_filter,) = resources["listeners"][0]["filter_chains"][0]["filters"]
+    manager = network_filter["typed_config"]
+    (host,) = manager["route_config"]["virtual_hosts"]
+    router = manager["http_filters"][-1]
+    manager["http_filters"] = [patches["HTTP_FILTER"]["value"], router]
+    host.update(patches["VIRTUAL_HOST"]["value"])
+    resources["clusters"] = [resources["clusters"][0], patches["CLUSTER"]["value"]]
+    return bootstrap
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "filters/envoy-ratelimit.yaml",
+        "filters/envoy-ext-authz.yaml",
+        "filters/envoy-ext-authz-http.yaml",
+        "filters/istio-ratelimit.yaml",
+        "llm-tokens/envoy.yaml",
+    ],
+)
+def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:
+    config = read(name)
+    if config.get("kind") == "EnvoyFilter":
+        config = with_patches(read("filters/envoy-ratelimit.yaml"), config)
+    file = tmp_path / "envoy.yaml"
+    file.write_text(yaml.safe_dump(config))
+    argv = [find_envoy(), "--mode", "validate", "-c", str(file)]
+    ran = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
