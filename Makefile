@@ -98,8 +98,9 @@ generate: $(READY) ## Write anew all that is generated: protobuf code, reference
 	$(BIN)/python -m ratelimit_sidecar.demo.bootstrap
 	$(BIN)/python deploy/grafana/generate.py
 
-simulate: $(READY) ## Simulate admission over several regions: tables and charts into docs/simulation.md, from seeds
+simulate: $(READY) ## Simulate admission over several regions, and quotas: tables and charts into docs/simulation.md and rlqs.md, from seeds
 	$(BIN)/python -m benchmarks.admission
+	$(BIN)/python -m benchmarks.quotas
 
 soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)

@@ -24,6 +24,7 @@ from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
 from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
 from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
@@ -35,6 +36,7 @@ from ratelimit_sidecar.replication.session import (
     ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
+    DemandsReceived,
     Established,
     Event,
     LoansReceived,
@@ -68,6 +70,7 @@ class Replicator:
         now_us: the start of the process, or near it.
         tracer: None when nothing is traced.
         lending: None on a node without strict limits; otherwise `local` shows its membership.
+        demands: None on a node that gives no quotas.
     """
 
     def __init__(
@@ -77,8 +80,11 @@ class Replicator:
         now_us: int,
         tracer: BatchTracer | None = None,
         lending: Lending | None = None,
+        *,
+        demands: Demands | None = None,
     ) -> None:
         self.local = local
+        self.demands = demands
         self.store = store
         self.tracer = tracer
         self.lending = lending
@@ -344,6 +350,7 @@ class Stream:
         self._replicator = replicator
         self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
+        self._demands_told = 0
         self._loans = LoanOutbox()
         self._reader: DeltasReader | None = None
         self._deltas: pb.Deltas | None = None
@@ -483,7 +490,7 @@ class Stream:
 
     def take_frame(self, now_us: int) -> bytes | None:
         """The next frame of what is ready to be sent."""
-        raw = self._session.next_frame(now_us)
+        raw = self._session.next_frame(now_us, self._tell_demands)
         peer = self.peer
         if peer is None:
             return raw
@@ -592,9 +599,8 @@ class Stream:
                 assert self._exchange is not None
                 assert self.peer is not None
                 self._exchange.receive(frame)
-            case ClockMeasured(offset_us):
-                assert self.peer is not None
-                self.peer.clock_offset_us = offset_us
+            case ClockMeasured() | DemandsReceived():
+                self._hear_ping(event)
 
     def _apply(self, peer: Peer, now_us: int) -> bool:
         """Returns True when that was the last piece."""
@@ -628,6 +634,19 @@ class Stream:
         replicator.unknown_keys += lending.receive(peer.node, loans, self._loans)
         if lending.refused > refused:
             peer.refused[Refused.LOAN] += lending.refused - refused
+
+    def _hear_ping(self, event: ClockMeasured | DemandsReceived) -> None:
+        peer, replicator = self.peer, self._replicator
+        assert peer is not None
+        if isinstance(event, ClockMeasured):
+            peer.clock_offset_us = event.offset_us
+        elif replicator.demands is not None:
+            replicator.unknown_keys += replicator.demands.read(peer.node, event.demands)
+
+    def _tell_demands(self, ping: pb.Ping) -> None:
+        demands, peer = self._replicator.demands, self.peer
+        if demands is not None and peer is not None and peer.streams[0] is self:
+            self._demands_told = demands.write(ping, self._demands_told)
 
     def _find_peer(self, origin: Origin, now_us: int) -> Peer:
         replicator = self._replicator

@@ -22,6 +22,7 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 
@@ -242,6 +243,7 @@ class Sources:
         log: None where it is written at once.
         fullest: None where nobody looks for them.
         spans: None where nothing is traced.
+        quotas: None where none are given.
     """
 
     node: str
@@ -263,6 +265,7 @@ class Sources:
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
+    quotas: Quotas | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,6 +483,14 @@ def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Ite
 
 def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
     return _read_part(lambda sources: sources.front_end, value)
+
+
+def _read_quotas(value: Callable[[Quotas], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.quotas, value)
+
+
+def _read_quotas_by(counts: Callable[[Quotas], Mapping[str, int]]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part_by(lambda sources: sources.quotas, counts)
 
 
 def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -992,6 +1003,65 @@ METRICS: tuple[Definition, ...] = (
         ("region", "direction"),
         "Loans of shares of strict limits, renewals included: granted to peers, or received from them.",
         _read_loans,
+    ),
+    Definition(
+        "ratelimit_quota_streams",
+        "gauge",
+        ("region",),
+        "Streams on which Envoys report quotas.",
+        _read_quotas(lambda quotas: len(quotas.streams)),
+    ),
+    Definition(
+        "ratelimit_quota_streams_refused_total",
+        "counter",
+        ("region",),
+        "Streams refused since there were too many.",
+        _read_quotas(lambda quotas: quotas.counts.refused_streams),
+    ),
+    Definition(
+        "ratelimit_quota_buckets",
+        "gauge",
+        ("region",),
+        "Buckets with a quota, each counted once for each Envoy that has it.",
+        _read_quotas(lambda quotas: quotas.holds),
+    ),
+    Definition(
+        "ratelimit_quota_reports_total",
+        "counter",
+        ("region",),
+        "Reports of Envoys, each bucket in them counted.",
+        _read_quotas(lambda quotas: quotas.counts.reports),
+    ),
+    Definition(
+        "ratelimit_quota_report_troubles_total",
+        "counter",
+        ("region", "reason"),
+        "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
+        "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
+        _read_quotas_by(lambda quotas: quotas.counts.troubles),
+    ),
+    Definition(
+        "ratelimit_quota_requests_total",
+        "counter",
+        ("region", "result"),
+        "Requests that Envoys have decided by their quotas: allowed, denied. ratelimit_decisions_total and the hits of "
+        "each rule have them as well.",
+        _read_quotas_by(lambda quotas: quotas.counts.requests),
+    ),
+    Definition(
+        "ratelimit_quota_assignments_total",
+        "counter",
+        ("region",),
+        "Assignments sent to Envoys, also those that only renew one.",
+        _read_quotas(lambda quotas: quotas.counts.told),
+    ),
+    Definition(
+        "ratelimit_quota_buckets_forgotten_total",
+        "counter",
+        ("region", "reason"),
+        "Buckets without a request for a minute, which Envoy was told to forget (idle), and buckets that an Envoy no "
+        "longer reports (silent).",
+        _read_quotas_by(lambda quotas: quotas.counts.forgotten),
     ),
 )
 

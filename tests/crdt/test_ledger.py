@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import LOST_AT_ONCE, Ledger
 from ratelimit_sidecar.crdt.lending import ASK_AGAIN_US
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS, Membership, Shares
+from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, PARTS, Membership, Shares, parts_of
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import Ask, Return
 
@@ -156,3 +156,31 @@ def test_a_full_ledger_has_no_room_for_new_keys_and_lends_nothing_of_them() -> N
     assert ledger.answer("b", b"other", Ask(1, 1), NOW_US) is None
     assert ledger.bucket(b"rule", LIMIT, NOW_US).take(1, NOW_US)
     assert ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
+
+
+def test_what_is_withheld_is_no_longer_the_buckets_nor_lent_and_comes_back_without_tokens() -> None:
+    ledger = make_ledger()
+    bucket = ledger.bucket(b"k", LIMIT, NOW_US)
+    assert bucket.take(20, NOW_US)
+    # Of its 50 tokens 30 are left: no more can be somebody else's.
+    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) == parts_of(30, 100)
+    assert bucket.remaining == 0
+    assert bucket.home_now == PARTS // 2 - parts_of(30, 100)
+    grant = ledger.answer("b", b"k", Ask(1, PARTS), NOW_US)
+    assert grant is not None
+    assert grant.parts <= parts_of(20, 100)
+    assert ledger.withhold(b"k", LIMIT, 0, NOW_US) == 0
+    assert bucket.home_now == ledger.own_parts(b"k", LIMIT, NOW_US) == PARTS // 2
+    assert bucket.remaining == 0
+
+
+def test_what_is_lent_is_not_withheld() -> None:
+    ledger = make_ledger()
+    ledger.bucket(b"k", LIMIT, NOW_US)
+    grant = ledger.answer("b", b"k", Ask(1, parts_of(40, 100)), NOW_US)
+    assert grant is not None
+    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) <= PARTS // 2 - grant.parts
+
+
+def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
+    assert make_ledger().withhold(b"k", LIMIT, PARTS // 2, STARTED_US) == 0

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.export import SpanCounts
@@ -108,6 +109,7 @@ def sources(
         log=Log(),
         fullest=fullest,
         spans=SpanCounts(ended=9, exported=5, failed=3),
+        quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
 
