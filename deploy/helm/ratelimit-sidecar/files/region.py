@@ -18,7 +18,7 @@ ACCOUNT = Path(os.environ.get("SERVICE_ACCOUNT", "/var/run/secrets/kubernetes.io
 host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
 if ":" in host:
     host = f"[{host}]"
-request = urllib.request.Request(  # noqa: S310
+request = urllib.request.Request(
     f"https://{host}:{port}/api/v1/nodes/{os.environ['NODE_NAME']}",
     headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"},
 )
