@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # What the demo needs; the rest takes as long again.
 DEMO_READY := $(VENV)/.demo
+# What test-deploy and compose-demo need.
+DEPLOY_READY := $(VENV)/.deploy
 # The package once more, its hot modules compiled; with COMPILED_PATH it is found before the sources.
 COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
@@ -26,11 +28,13 @@ BENCHMARK ?= decision
 SOAK ?=
 # What the differential test takes, for example: make differential DIFFERENTIAL="--seed 17 --file 3"
 DIFFERENTIAL ?=
+# What the compose demo takes, for example: make compose-demo COMPOSE_DEMO="--local-images --keep"
+COMPOSE_DEMO ?=
 # What the fuzzer takes, for example: make fuzz FUZZ="--seconds 3600"
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all differential test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo compose-demo test test-all test-deploy differential test-virtual test-virtual-compiled test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -54,6 +58,15 @@ endif
 test-all: $(READY) ## What takes too long or needs too much for make test, as the real envoyproxy/ratelimit beside the sidecar (minutes)
 	./dev/system-packages test-all
 	$(BIN)/python -m pytest -m long $(TESTS)
+
+test-deploy: $(DEPLOY_READY) ## The image and compose demo on a Docker engine, the Helm chart on a Kubernetes API (builds tools, long the first time)
+	./dev/system-packages test-deploy
+	PYTHONPATH=tests $(BIN)/python -m deployment.tools
+	$(BIN)/python -m pytest -m "deployment or not deployment" $(or $(TESTS),tests/deployment)
+
+compose-demo: $(DEPLOY_READY) ## docker-compose.yml from start to stop, a region cut off and healed (COMPOSE_DEMO="--local-images" pulls nothing)
+	./dev/system-packages test-deploy
+	PYTHONPATH=tests $(BIN)/python -m deployment.compose $(COMPOSE_DEMO)
 
 differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the sidecar (DIFFERENTIAL="--requests 50000")
 	./dev/system-packages test-all
@@ -122,6 +135,10 @@ $(DEMO_READY): pyproject.toml requirements.lock
 $(READY): $(DEMO_READY)
 	@echo "==> What the tests need"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+$(DEPLOY_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[deploy]'
 	@touch $@
 
 $(COMPILED_READY): $(READY) $(SOURCES)

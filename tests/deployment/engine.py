@@ -39,6 +39,14 @@ class Engine:
         """
         return self._run(["docker", *arguments], timeout_s)
 
+    def logs(self, container: str) -> str:
+        """What a container has written, to either stream."""
+        command = ["docker", "logs", container]
+        done = subprocess.run(
+            command, env=self.environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        return done.stdout
+
     def compose(self, *arguments: str, timeout_s: float = 300) -> str:
         """What compose prints, of the compose file.
 
