@@ -19,6 +19,7 @@ from deployment.cache import CACHE, Unavailable
 ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 60
 STOP_S: Final = 30
+MAX_SHOWN_CHARS: Final = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,11 @@ class Engine:
         """
         # BuildKit needs a plugin that Debian's engine comes without.
         environment = {**self.environment, "DOCKER_BUILDKIT": "0"}
-        command = ["docker", "build", "--quiet", "--tag", tag, *options, str(folder)]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        command = ["docker", "build", "--tag", tag, *options, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            print(done.stdout[-MAX_SHOWN_CHARS:], done.stderr[-MAX_SHOWN_CHARS:], file=sys.stderr)
+            done.check_returncode()
 
     def has_image(self, tag: str) -> bool:
         return self.docker("images", "--quiet", tag).strip() != ""

@@ -92,8 +92,15 @@ def _kubernetes(into: Path) -> None:
 
 
 def _kwok(into: Path) -> None:
-    with tempfile.TemporaryDirectory() as module:
-        _build(Path(module), into, f"sigs.k8s.io/kwok/cmd/kwok@v{TOOLS['kwok'].version}")
+    """With its stages: what it makes nodes and pods that do not exist go through."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        _build(module, into, f"sigs.k8s.io/kwok/cmd/kwok@v{TOOLS['kwok'].version}")
+        source = Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"], module).strip())
+        for stage in ("node/fast", "node/heartbeat", "pod/fast"):
+            for each in (source / "kustomize/stage" / stage).glob("*.yaml"):
+                if each.name != "kustomization.yaml":
+                    (into / f"{stage.replace('/', '-')}-{each.name}").write_bytes(each.read_bytes())
 
 
 def _collector(into: Path) -> None:
