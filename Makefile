@@ -102,11 +102,12 @@ format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: $(READY) ## Write anew all that is generated: protobuf code, reference pages, Envoy configurations
+generate: $(READY) ## Write anew all that is generated: protobuf code, reference pages, Envoy configurations, the chart's copies
 	$(BIN)/python proto/generate.py
 	$(BIN)/python -m ratelimit_sidecar.config.reference
 	$(BIN)/python -m ratelimit_sidecar.telemetry.reference
 	$(BIN)/python -m ratelimit_sidecar.demo.bootstrap
+	$(BIN)/python deploy/helm/generate.py
 
 simulate: $(READY) ## Simulate admission over several regions: tables and charts into docs/simulation.md, from seeds
 	$(BIN)/python -m benchmarks.admission

@@ -57,7 +57,9 @@ class Rendered:
         )
 
 
-def render(*files: Path, values: Values | None = None, kubernetes: str = tools.KUBERNETES) -> Rendered:
+def render(
+    *files: Path, values: Values | None = None, kubernetes: str = tools.KUBERNETES, chart: Path = CHART
+) -> Rendered:
     """
     Args:
         values: on top of the files'.
@@ -68,7 +70,7 @@ def render(*files: Path, values: Values | None = None, kubernetes: str = tools.K
         Refused: the chart does not take these values.
     """
     with _values_options(files, values or {}) as options:
-        return Rendered(helm("template", RELEASE, str(CHART), "--kube-version", kubernetes, *options))
+        return Rendered(helm("template", RELEASE, str(chart), "--kube-version", kubernetes, *options))
 
 
 def lint(*files: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from certificates import Authority
 from deployment import tools
 from deployment.cache import Unavailable
 from deployment.charts import CHART, FULLNAME, OLD_KUBERNETES, VALUES, Object, Refused, Rendered, lint, render
-from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 
 CRDS = ("cert-manager.io", "monitoring.coreos.com")
@@ -206,7 +206,23 @@ def test_the_container_may_do_nothing_but_answer() -> None:
     assert security["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_chart_is_of_the_package_s_version() -> None:
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+def test_rules_and_dashboards_are_passed_on_as_they_are(tmp_path: Path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    files = {"rules/some.yml": "groups: [{name: '{{ $value }}', rules: []}]", "dashboards/d.json": "{}"}
+    for name, text in files.items():
+        (chart / "files" / name).parent.mkdir(exist_ok=True)
+        (chart / "files" / name).write_text(text)
+    monitoring = {name: {"enabled": True} for name in ("serviceMonitor", "prometheusRule", "dashboards")}
 
-    assert chart["version"] == chart["appVersion"] == __version__
+    rendered = render(values=values(monitoring=monitoring), chart=chart)
+
+    rules = {each["metadata"]["name"]: each["spec"] for each in rendered.of_kind("PrometheusRule")}
+    assert rules[f"{FULLNAME}-some"] == {"groups": [{"name": "{{ $value }}", "rules": []}]}
+    dashboards = {each["metadata"]["name"]: each for each in rendered.of_kind("ConfigMap")}
+    assert dashboards[f"{FULLNAME}-d"]["data"] == {"d.json": "{}"}
+    assert dashboards[f"{FULLNAME}-d"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    monitor = rendered.one("ServiceMonitor")["spec"]
+    (mesh,) = [each for each in rendered.of_kind("Service") if each["spec"].get("clusterIP") == "None"]
+    assert monitor["selector"]["matchLabels"].items() <= mesh["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] in {port["name"] for port in mesh["spec"]["ports"]}
