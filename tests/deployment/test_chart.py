@@ -209,19 +209,20 @@ def test_the_container_may_do_nothing_but_answer() -> None:
 def test_rules_and_dashboards_are_passed_on_as_they_are(tmp_path: Path) -> None:
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
-    files = {"rules/some.yml": "groups: [{name: '{{ $value }}', rules: []}]", "dashboards/d.json": "{}\n"}
+    files = {"rules/some.yml": "groups: [{name: '{{ $value }}', rules: []}]", "dashboards/rules.json": "{}\n"}
     for name, text in files.items():
         (chart / "files" / name).parent.mkdir(exist_ok=True)
         (chart / "files" / name).write_text(text)
     monitoring = {name: {"enabled": True} for name in ("serviceMonitor", "prometheusRule", "dashboards")}
 
-    rendered = render(values=values(monitoring=monitoring), chart=chart)
+    rendered = render(values=values(monitoring=monitoring, rules={"a.yaml": "domain: a"}), chart=chart)
 
     rules = {each["metadata"]["name"]: each["spec"] for each in rendered.of_kind("PrometheusRule")}
     assert rules[f"{FULLNAME}-some"] == {"groups": [{"name": "{{ $value }}", "rules": []}]}
-    dashboards = {each["metadata"]["name"]: each for each in rendered.of_kind("ConfigMap")}
-    assert dashboards[f"{FULLNAME}-d"]["data"] == {"d.json": "{}\n"}
-    assert dashboards[f"{FULLNAME}-d"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    maps = {each["metadata"]["name"]: each for each in rendered.of_kind("ConfigMap")}
+    assert maps[f"{FULLNAME}-rules"]["data"] == {"a.yaml": "domain: a"}
+    assert maps[f"{FULLNAME}-dashboard-rules"]["data"] == {"rules.json": "{}\n"}
+    assert maps[f"{FULLNAME}-dashboard-rules"]["metadata"]["labels"]["grafana_dashboard"] == "1"
     monitor = rendered.one("ServiceMonitor")["spec"]
     (mesh,) = [each for each in rendered.of_kind("Service") if each["spec"].get("clusterIP") == "None"]
     assert monitor["selector"]["matchLabels"].items() <= mesh["metadata"]["labels"].items()

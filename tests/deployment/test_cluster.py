@@ -112,6 +112,7 @@ def test_it_is_installed_upgraded_rolled_back_and_removed(kubernetes: Cluster, n
     assert container["name"] == "ratelimit-sidecar"
 
     run("uninstall")
+    kubernetes.kubectl("wait", "--for=delete", "pod", "--all", f"--namespace={namespace}", "--timeout=180s")
     left = kubernetes.kubectl("get", "all,configmap,networkpolicy,pdb", f"--namespace={namespace}", "--output=name")
     assert left.split() == ["configmap/kube-root-ca.crt"]
 

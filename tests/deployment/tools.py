@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from deployment.cache import CACHE, Unavailable
@@ -83,12 +84,20 @@ def _kubernetes(into: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         module = Path(name)
         (module / "go.mod").write_text("module tools\n")
-        told = json.loads(_run(["go", "mod", "download", "-json", f"k8s.io/kubernetes@v{KUBERNETES}"], module))
-        staged = re.findall(r"^\s*(k8s\.io/[a-z-]+) => \./staging/", Path(told["GoMod"]).read_text(), re.MULTILINE)
+        found = json.loads(_run(["go", "mod", "download", "-json", f"k8s.io/kubernetes@v{KUBERNETES}"], module))
+        staged = re.findall(r"^\s*(k8s\.io/[a-z-]+) => \./staging/", Path(found["GoMod"]).read_text(), re.MULTILINE)
         beside = f"v0.{KUBERNETES.partition('.')[2]}"
         _run(["go", "mod", "edit", *(f"-replace={each}={each}@{beside}" for each in staged)], module)
         programs = ("kube-apiserver", "kube-controller-manager", "kube-scheduler")
-        _build(module, into, *(f"k8s.io/kubernetes/cmd/{program}@v{KUBERNETES}" for program in programs))
+        major, minor, _ = KUBERNETES.split(".")
+        # Its own build sets them, too: clients ask which version they talk to.
+        told = {"gitVersion": f"v{KUBERNETES}", "gitMajor": major, "gitMinor": minor}
+        _build(
+            module,
+            into,
+            *(f"k8s.io/kubernetes/cmd/{program}@v{KUBERNETES}" for program in programs),
+            variables={f"k8s.io/component-base/version.{name}": value for name, value in told.items()},
+        )
 
 
 def _kwok(into: Path) -> None:
@@ -137,13 +146,18 @@ TOOLS: Final[Mapping[str, Tool]] = {
 }
 
 
-def _build(module: Path, into: Path, *packages: str) -> None:
-    """By a module of its own: `go install` refuses modules that replace others."""
+def _build(module: Path, into: Path, *packages: str, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    """By a module of its own: `go install` refuses modules that replace others.
+
+    Args:
+        variables: of packages, which the linker sets.
+    """
     if not (module / "go.mod").exists():
         (module / "go.mod").write_text("module tools\n")
     _run(["go", "get", "-tool", *packages], module)
     names = [package.partition("@")[0] for package in packages]
-    _run(["go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", f"{into}/", *names], module)
+    flags = " ".join(["-s", "-w", *(f"-X={name}={value}" for name, value in variables.items())])
+    _run(["go", "build", "-trimpath", "-buildvcs=false", f"-ldflags={flags}", "-o", f"{into}/", *names], module)
 
 
 def _run(command: list[str], folder: Path) -> str:
