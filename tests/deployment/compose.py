@@ -109,20 +109,24 @@ class Demo:
         one_bucket = OneBucket(self._limit)
         traffic = self._traffic(agent, one_bucket)
         meter = LagMeter(REACHED)
+        taken = -await _tokens_taken()
         async with asyncio.TaskGroup() as tasks:
             measuring = tasks.create_task(meter.run())
             await _send_for(traffic, TRAFFIC_S)
             measuring.cancel()
-        verdict = self._judge(traffic.regions, one_bucket, meter.longest_s)
+        taken += await _tokens_taken()
+        verdict = self._judge(traffic.regions, one_bucket, meter.longest_s, taken)
         self._console.print(summary(verdict), soft_wrap=True)
         if verdict.broken is not None:
             raise Broken(verdict.broken)
 
-    def _judge(self, regions: Sequence[RegionTraffic], one_bucket: OneBucket, lag_s: float) -> Verdict:
+    def _judge(self, regions: Sequence[RegionTraffic], one_bucket: OneBucket, lag_s: float, taken: int) -> Verdict:
+        # These Envoys let pass what their sidecar has not answered within 100 ms: an error, here.
+        unasked = max(0, sum(region.admitted for region in regions) - taken)
         return judge(
             self._limit,
-            admitted=sum(region.admitted for region in regions),
-            errors=sum(region.errors for region in regions),
+            admitted=sum(region.admitted for region in regions) - unasked,
+            errors=sum(region.errors for region in regions) + unasked,
             one_bucket=one_bucket.admitted,
             sent_at=[region.sent_at for region in regions],
             last_admitted_at=max(region.last_admitted_at for region in regions),
@@ -216,6 +220,17 @@ async def _connected(region: Region) -> int:
     async with httpx.AsyncClient(trust_env=False) as client:
         answer = (await client.get(f"{region.admin_url}/peers")).raise_for_status().json()
     return sum(peer["connected"] for peer in answer["peers"])
+
+
+async def _tokens_taken() -> int:
+    """By all sidecars since their start, as they count it."""
+    taken = 0.0
+    async with httpx.AsyncClient(trust_env=False) as client:
+        for region in REACHED:
+            text = (await client.get(f"{region.admin_url}/metrics")).raise_for_status().text
+            lines = [line for line in text.splitlines() if line.startswith("crdt_token_consumed_total{")]
+            taken += sum(float(line.rpartition(" ")[2]) for line in lines)
+    return round(taken)
 
 
 async def _samples(query: str) -> int:
