@@ -85,7 +85,7 @@ class Demo:
         await self._until_connected(lambda region: len(REGIONS) - 1)
         self._say("all regions are connected")
         await self._keeps_its_promise("before")
-        await self._is_scraped()
+        await self._is_observed()
 
         self._wan("disconnect")
         self._say(f"{CUT_OFF} is cut off")
@@ -149,11 +149,17 @@ class Demo:
         if admitted > DEBT_S * self._limit.tokens * 1_000_000 / self._limit.period_us / 2:
             raise Broken("what both sides admitted was not repaid")
 
-    async def _is_scraped(self) -> None:
-        """Prometheus sees all sidecars, and that they write their files."""
+    async def _is_observed(self) -> None:
+        """Prometheus sees all sidecars, and that they write their files; the collector has got traces."""
         for query in ("up", 'ratelimit_snapshots_total{result="written"} > 0'):
             await self._until(lambda asked=query: _samples(asked), len(REGIONS), f"Prometheus: {query}", SCRAPED_S)
-        self._say("Prometheus scrapes all sidecars; each has written its buckets to its volume")
+        await self._until(self._traced, True, "the collector has spans", SCRAPED_S)
+        self._say(
+            "Prometheus scrapes all sidecars; each has written its buckets to its volume; the collector gets traces"
+        )
+
+    async def _traced(self) -> bool:
+        return '"spans"' in self._engine.logs(f"{PROJECT}-otel-collector-1")
 
     async def _send(self, agent: str, seconds: float) -> Sequence[RegionTraffic]:
         traffic = self._traffic(agent, OneBucket(self._limit))

