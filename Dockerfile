@@ -34,7 +34,7 @@ RUN install -d -o 65532 -g 65532 /var/lib/ratelimit-sidecar
 USER 65532:65532
 # Envoy's calls, the other sidecars' calls, HTTP for operators.
 EXPOSE 8081 50051 8080
-HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
 ARG VERSION=local
 ARG REVISION=unknown

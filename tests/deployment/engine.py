@@ -19,6 +19,7 @@ from deployment.cache import CACHE, Unavailable
 ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 60
 STOP_S: Final = 30
+KEPT_HOURS: Final = 7 * 24
 MAX_SHOWN_CHARS: Final = 4_000
 
 
@@ -135,7 +136,10 @@ def _own(daemon: str, folder: Path) -> Iterator[Engine]:
                 raise Unavailable(f"dockerd did not start: {' '.join(last)}")
             time.sleep(0.1)
         _set_forward_policy(forwards)
-        yield Engine(environment)
+        own = Engine(environment)
+        # What builds of long ago have left; what is left of new ones is their cache.
+        own.docker("image", "prune", "--force", "--filter", f"until={KEPT_HOURS}h")
+        yield own
     finally:
         process.terminate()
         try:
