@@ -203,6 +203,9 @@ def up(running: Engine, *, keep: bool = False) -> Iterator[None]:
         subprocess.CalledProcessError: they did not come up.
     """
     arguments = ("--project-name", PROJECT, "--progress", "quiet")
+    remove = ("down", "--volumes", "--timeout", "15")
+    # Of a run that was killed.
+    running.compose(*arguments, *remove)
     try:
         running.compose(*arguments, "up", "--detach", "--wait", "--no-build", timeout_s=UP_S)
         yield
@@ -212,7 +215,7 @@ def up(running: Engine, *, keep: bool = False) -> Iterator[None]:
         raise
     finally:
         if not keep:
-            running.compose(*arguments, "down", "--volumes", "--timeout", "15")
+            running.compose(*arguments, *remove)
 
 
 async def _send_for(traffic: Traffic, seconds: float) -> None:
@@ -262,6 +265,8 @@ def main() -> int:
     console = Console(highlight=False)
     try:
         with engine() as running:
+            if arguments.keep and running.is_ours:
+                raise Unavailable("--keep: no Docker engine answers, and one that is started for the demo ends with it")
             if arguments.local_images:
                 make_base(running)
                 make_others(running)

@@ -29,9 +29,11 @@ class Engine:
 
     Args:
         environment: for programs that call it.
+        is_ours: it ends with the program that started it.
     """
 
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    is_ours: bool = False
 
     def docker(self, *arguments: str, timeout_s: float = 120) -> str:
         """What `docker` prints.
@@ -136,7 +138,7 @@ def _own(daemon: str, folder: Path) -> Iterator[Engine]:
                 raise Unavailable(f"dockerd did not start: {' '.join(last)}")
             time.sleep(0.1)
         _set_forward_policy(forwards)
-        own = Engine(environment)
+        own = Engine(environment, is_ours=True)
         # What builds of long ago have left; what is left of new ones is their cache.
         own.docker("image", "prune", "--force", "--filter", f"until={KEPT_HOURS}h")
         yield own
