@@ -24,7 +24,7 @@ from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.demo.bootstrap import DOMAIN, REGIONS
 from ratelimit_sidecar.demo.lag import LagMeter
-from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge
+from ratelimit_sidecar.demo.promise import MAX_ERROR_SHARE, OneBucket, Verdict, judge
 from ratelimit_sidecar.demo.screen import summary
 from ratelimit_sidecar.demo.traffic import RegionTraffic, Traffic
 
@@ -39,6 +39,7 @@ RATE: Final = 60.0
 TRAFFIC_S: Final = 12.0
 CUT_S: Final = 8.0
 DEBT_S: Final = 4.0
+MAX_UNASKED_SHARE: Final = 0.5
 PATIENCE_S: Final = 120.0
 POLL_S: Final = 0.2
 
@@ -101,8 +102,9 @@ class Demo:
             await self._until_connected(lambda region: len(REGIONS) - 1)
             stop.set()
         self._say("all regions are connected again")
+        taken = -await _tokens_taken()
         repaying = await self._send("during", DEBT_S)
-        self._repays(repaying)
+        self._repays(sum(len(region.sent_at) for region in repaying), taken + await _tokens_taken())
         await self._keeps_its_promise("after")
 
     async def _keeps_its_promise(self, agent: str) -> None:
@@ -115,18 +117,24 @@ class Demo:
             await _send_for(traffic, TRAFFIC_S)
             measuring.cancel()
         taken += await _tokens_taken()
-        verdict = self._judge(traffic.regions, one_bucket, meter.longest_s, taken)
+        passed = sum(region.admitted for region in traffic.regions)
+        unasked = max(0, passed - taken)
+        if unasked:
+            self._say(
+                f"{unasked} requests passed without an answer of their sidecar, as these Envoys wait 100 ms for it"
+            )
+        if unasked > MAX_UNASKED_SHARE * passed:
+            raise Broken("this machine is too busy to tell what is admitted")
+        verdict = self._judge(traffic.regions, one_bucket, meter.longest_s, passed - unasked)
         self._console.print(summary(verdict), soft_wrap=True)
         if verdict.broken is not None:
             raise Broken(verdict.broken)
 
-    def _judge(self, regions: Sequence[RegionTraffic], one_bucket: OneBucket, lag_s: float, taken: int) -> Verdict:
-        # These Envoys let pass what their sidecar has not answered within 100 ms: an error, here.
-        unasked = max(0, sum(region.admitted for region in regions) - taken)
+    def _judge(self, regions: Sequence[RegionTraffic], one_bucket: OneBucket, lag_s: float, admitted: int) -> Verdict:
         return judge(
             self._limit,
-            admitted=sum(region.admitted for region in regions) - unasked,
-            errors=sum(region.errors for region in regions) + unasked,
+            admitted=admitted,
+            errors=sum(region.errors for region in regions),
             one_bucket=one_bucket.admitted,
             sent_at=[region.sent_at for region in regions],
             last_admitted_at=max(region.last_admitted_at for region in regions),
@@ -139,14 +147,13 @@ class Demo:
         others = sum(region.admitted for region in regions if region.name != CUT_OFF)
         errors = sum(region.errors for region in regions)
         self._say(f"meanwhile {CUT_OFF} admits {alone}, the other two together {others}; {errors} errors")
-        if errors or min(alone, others) < self._limit.capacity:
+        sent = sum(len(region.sent_at) for region in regions)
+        if errors > MAX_ERROR_SHARE * sent or min(alone, others) < self._limit.capacity:
             raise Broken("a side of the partition did not go on by itself")
 
-    def _repays(self, regions: Sequence[RegionTraffic]) -> None:
-        admitted = sum(region.admitted for region in regions)
-        sent = sum(len(region.sent_at) for region in regions)
-        self._say(f"of the next {sent} requests for it {admitted} are admitted: the debt is repaid first")
-        if admitted > DEBT_S * self._limit.tokens * 1_000_000 / self._limit.period_us / 2:
+    def _repays(self, sent: int, taken: int) -> None:
+        self._say(f"of the next {sent} requests for it {taken} are admitted: the debt is repaid first")
+        if taken > DEBT_S * self._limit.tokens * 1_000_000 / self._limit.period_us / 2:
             raise Broken("what both sides admitted was not repaid")
 
     async def _is_observed(self) -> None:
