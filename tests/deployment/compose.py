@@ -211,8 +211,9 @@ def up(running: Engine, *, keep: bool = False) -> Iterator[None]:
     """
     arguments = ("--project-name", PROJECT, "--progress", "quiet")
     remove = ("down", "--volumes", "--timeout", "15")
-    # Of a run that was killed.
-    running.compose(*arguments, *remove)
+    if running.docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}"):
+        # Of a run that was killed.
+        running.compose(*arguments, *remove)
     try:
         running.compose(*arguments, "up", "--detach", "--wait", "--no-build", timeout_s=UP_S)
         yield
