@@ -77,7 +77,7 @@ T = TypeVar("T")
 
 
 class _Unusable(Exception):
-    """The server answers, but its keys cannot be used; the text says why."""
+    """The server cannot be used, though nothing failed on the way to it; the text says why."""
 
 
 @dataclass(slots=True)
@@ -131,6 +131,7 @@ class RedisState:
         self._connect = connect
         self._keys = Keys(prefix)
         self._store = store
+        self._origin = store.origin
         self._now_us = now_us
         self._every_seconds = every_seconds
         self._client: _Client | None = None
@@ -147,6 +148,10 @@ class RedisState:
 
     def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
         """Keep in mind that own slots of these buckets changed. Does no I/O."""
+        if self._store.origin is not self._origin:
+            # The clock was set back: slots of the former life are no longer found by their number alone.
+            self._origin = self._store.origin
+            self._again = self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
             if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
@@ -239,7 +244,10 @@ class RedisState:
         """A client whose server has keys of this format."""
         client = self._client
         if client is None:
-            self._client = client = self._connect()
+            try:
+                self._client = client = self._connect()
+            except OSError as error:
+                raise _Unusable(f"the file of its password cannot be read: {error.strerror}") from error
             self._script = await self._call(client.script_load(JOIN))
         value = await self._call(client.get(self._keys.format))
         if value is None:
@@ -462,7 +470,8 @@ def _reason(error: Exception) -> str:
     ):
         if any(word in text for word in words):
             return reason
-    if isinstance(error, exceptions.TimeoutError | TimeoutError):
+    # While it connects, the library calls a time-out a failure of the connection.
+    if isinstance(error, exceptions.TimeoutError | TimeoutError) or "Timeout" in text:
         return "it does not answer in time"
     if isinstance(error, exceptions.AuthenticationError):
         return "it refuses user or password"
