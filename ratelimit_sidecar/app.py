@@ -537,10 +537,10 @@ def _state(
     if kept.file is not None:
         return Snapshots(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
     # Who does not configure it pays nothing for it.
-    from ratelimit_sidecar.persistence.redis_client import connect  # noqa: PLC0415
+    from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
 
-    return None, RedisState(partial(connect, kept), kept.prefix, store, now_us, kept.every_seconds or REDIS_SECONDS)
+    return None, RedisState(partial(connect, kept), keys(kept), store, now_us, kept.every_seconds or REDIS_SECONDS)
 
 
 def _ahead(offset_us: int) -> str:

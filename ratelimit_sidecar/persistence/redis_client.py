@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import count
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -14,14 +15,18 @@ from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
+from ratelimit_sidecar.persistence.redis_record import Keys
 
 COMMAND_SECONDS: Final = 1.0
 """What a server gets to take a connection, and to answer."""
 
 DEFAULT_PORT: Final = 6_379
 DEFAULT_SENTINEL_PORT: Final = 26_379
+
+_SHARDS: Final = 16
 
 _MOVES: Final = 3
 """How often a Cluster may say in one call that a key is elsewhere now."""
@@ -65,6 +70,18 @@ def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) 
         return master
     [(host, port)] = addresses
     return Redis(host=host, port=port, **options)
+
+
+def keys(config: PersistenceConfig) -> Keys:
+    """The names of the keys; in a Cluster of up to `_SHARDS` nodes each has one that tells whether it lost its data."""
+    if not config.cluster:
+        return Keys(config.prefix)
+    tags: dict[int, str] = {}
+    for number in count():
+        tags.setdefault(key_slot(str(number).encode()) * _SHARDS // REDIS_CLUSTER_HASH_SLOTS, str(number))
+        if len(tags) == _SHARDS:
+            break
+    return Keys(config.prefix, list(tags.values()))
 
 
 def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:

@@ -181,11 +181,12 @@ class Keys:
 
     Args:
         prefix: letters, digits and _ . : - only.
+        shards: tags of keys that are spread over the nodes of a Cluster.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.format: Final = f"{prefix}:format"
-        """Holds the format's version and, after a space, what changes when the server has lost its data."""
+    def __init__(self, prefix: str, shards: Sequence[str] = ()) -> None:
+        self.formats: Final = [f"{prefix}:format", *[f"{prefix}:format:{{{tag}}}" for tag in shards]]
+        """Each holds the format's version and, after a space, what changes when its server has lost its data."""
         self._head: Final = f"{prefix}:{FORMAT}:{{".encode()
         self.pattern: Final = self._head + b"*}"
         """For SCAN."""

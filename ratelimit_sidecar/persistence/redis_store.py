@@ -6,7 +6,7 @@ write the same bucket, and one write more does no harm. A sidecar writes what it
 
 A call that fails, or takes longer than a second, ends the round. Until the next one, after a back-off, nothing is sent;
 changes are kept, of at most `MAX_WAITING` buckets. The server may have lost some of what it had, so everything is then
-written again, slowly, with what is known of others. The same is done when the value of `Keys.format` is another one:
+written again, slowly, with what is known of others. The same is done when a value of `Keys.formats` is another one:
 after FLUSHALL, and in a new server.
 
 All of it is done on the event loop, in short pieces with pauses between them.
@@ -26,6 +26,8 @@ from typing import Any, Final, TypeVar
 import structlog
 from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.client import Pipeline
+from redis.asyncio.cluster import ClusterPipeline
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.store import Store
@@ -121,7 +123,7 @@ class RedisState:
     def __init__(
         self,
         connect: Callable[[], Redis | RedisCluster],
-        prefix: str,
+        keys: Keys,
         store: Store,
         now_us: Callable[[], int],
         every_seconds: float,
@@ -129,7 +131,7 @@ class RedisState:
         self.status = RedisStatus()
         self._waiting = self.status.waiting_slots
         self._connect = connect
-        self._keys = Keys(prefix)
+        self._keys = keys
         self._store = store
         self._origin = store.origin
         self._now_us = now_us
@@ -137,8 +139,8 @@ class RedisState:
         self._client: _Client | None = None
         self._script = ""
         """Its name on the server."""
-        self._epoch = b""
-        """The value of `Keys.format` when it was last looked at."""
+        self._epochs: dict[str, bytes] = {}
+        """The values of `Keys.formats` when they were last looked at."""
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be written again."""
         self._is_loaded = False
@@ -249,21 +251,32 @@ class RedisState:
             except OSError as error:
                 raise _Unusable(f"the file of its password cannot be read: {error.strerror}") from error
             self._script = await self._call(client.script_load(JOIN))
-        value = await self._call(client.get(self._keys.format))
-        if value is None:
-            await self._call(client.set(self._keys.format, f"{FORMAT} {secrets.token_hex(8)}", nx=True))
-            value = await self._call(client.get(self._keys.format)) or b""
-        assert isinstance(value, bytes), "the client decodes nothing"
-        version = value.partition(b" ")[0]
-        if version != str(FORMAT).encode():
-            found = version[:32].decode(errors="replace")
-            raise _Unusable(f"its keys are of format {found!r}; this version reads and writes {FORMAT}")
-        if value != self._epoch:
-            if self._epoch:
-                _log.warning("state_lost", reason="the server has lost its data")
-                self._again = self._store.walk()
-            self._epoch = value
+        values = await self._formats(client, self._keys.formats)
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            for name in missing:
+                await self._call(client.set(name, f"{FORMAT} {secrets.token_hex(8)}", nx=True))
+            # Or what another sidecar has set.
+            values |= await self._formats(client, missing)
+        is_lost = False
+        for name, value in values.items():
+            version = (value or b"").partition(b" ")[0]
+            if version != str(FORMAT).encode():
+                found = version[:32].decode(errors="replace")
+                raise _Unusable(f"its keys are of format {found!r}; this version reads and writes {FORMAT}")
+            if value is not None and self._epochs.setdefault(name, value) != value:
+                self._epochs[name] = value
+                is_lost = True
+        if is_lost:
+            self._again = self._store.walk()
+            _log.warning("state_lost", reason="the server has lost its data: all of it is written again")
         return client
+
+    async def _formats(self, client: _Client, names: Sequence[str]) -> dict[str, bytes | None]:
+        pipeline = _pipeline(client)
+        for name in names:
+            pipeline.get(name)
+        return dict(zip(names, await self._call(pipeline.execute()), strict=True))
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -375,7 +388,7 @@ class RedisState:
             # One call is a third of the work that a pipeline of them is.
             answers: Sequence[Any] = await client.evalsha(self._script, len(names), *names, *told)
             return answers
-        pipeline = client.pipeline()
+        pipeline = _pipeline(client)
         for name, one in zip(names, told, strict=True):
             pipeline.execute_command("EVALSHA", self._script, 1, name, one)
         each = await pipeline.execute(raise_on_error=False)
@@ -418,7 +431,7 @@ class RedisState:
         """Join the buckets of these names; returns how many are none."""
         if not names:
             return 0
-        pipeline = client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
+        pipeline = _pipeline(client)
         for name in names:
             pipeline.hgetall(name)
         records = await self._call(pipeline.execute(raise_on_error=False))
@@ -443,6 +456,10 @@ class RedisState:
                 await asyncio.sleep(0)
                 began = time.perf_counter()
         return refused
+
+
+def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
+    return client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
 
 
 def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:

@@ -555,7 +555,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_snapshots_total",
         "counter",
         ("region", "result"),
-        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next three.",
+        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next"
+        " three.",
         _read_part_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(

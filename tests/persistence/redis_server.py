@@ -13,12 +13,16 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from ratelimit_sidecar.demo.ports import HOST
+from ratelimit_sidecar.demo.ports import HOST, free_ports
 
 REDIS_SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason="needs redis-server or valkey-server in PATH")
 
 WITHIN_S = 60.0
+
+
+def free_port_numbers(count: int) -> list[int]:
+    return free_ports(count).all()[:count]
 
 
 class RedisServer:
@@ -27,15 +31,21 @@ class RedisServer:
     Args:
         options: of the command line, beside those that keep it to itself and without files.
         port: 0 for a unix socket alone.
+        sentinel: the configuration of a Sentinel, which this is then.
     """
 
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, folder: Path, *options: str, port: int = 0, sentinel: str = "") -> None:
         assert REDIS_SERVER is not None
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.port = port
         self.socket = folder / "redis.sock"
-        self.options = options
+        self._options = [*("--save", ""), *("--appendonly", "no"), *options]
+        self._file: list[str] = []
+        if sentinel:
+            # It writes down there what it has found out.
+            (folder / "sentinel.conf").write_text(sentinel)
+            self._file, self._options = [str(folder / "sentinel.conf")], ["--sentinel"]
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -53,8 +63,8 @@ class RedisServer:
         """Start it, or start it again, and wait until it answers."""
         self.socket.unlink(missing_ok=True)
         argv = [
-            *(str(REDIS_SERVER), "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)),
-            *("--unixsocket", str(self.socket), "--save", "", "--appendonly", "no", *self.options),
+            *(str(REDIS_SERVER), *self._file, "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)),
+            *("--unixsocket", str(self.socket), *self._options),
         ]
         with (self.folder / "redis.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
@@ -96,4 +106,4 @@ class RedisServer:
     async def names(self) -> Sequence[bytes]:
         """Of all buckets in it."""
         async with self.client() as client:
-            return sorted([name async for name in client.scan_iter(match="*}", count=1_000)])
+            return sorted([name async for name in client.scan_iter(match="*:1:{*", count=1_000)])
