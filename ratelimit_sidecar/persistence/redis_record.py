@@ -16,7 +16,7 @@ microseconds, rounded up: a restored level may be lower by what is refilled in o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
@@ -175,6 +175,16 @@ return answers
 """KEYS are buckets, ARGV what is told of each (`tell`). Answers for each 1 when there was none, 0 when there was, or a
 text, why it could not be joined."""
 
+READ: Final = """
+local answers = {}
+for i, key in ipairs(KEYS) do
+  local is_hash, fields = pcall(redis.call, 'HGETALL', key)
+  answers[i] = is_hash and table.concat(fields, '\\n') or 'none'
+end
+return answers
+"""
+"""KEYS are buckets. Answers for each its fields and values in lines, for `restore`: lists are read more slowly."""
+
 
 class Keys:
     """The names of one deployment's keys.
@@ -261,12 +271,14 @@ def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
 
 
-def restore(key: bytes, limit: AnyLimit, record: Mapping[bytes, bytes], store: Store, now_us: int) -> None:
-    """Join what a hash holds of one bucket.
+def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
+    """Join what `READ` answers of one bucket.
 
     Raises:
         BadRecord: it is none; nothing of it has been joined.
     """
+    words = lines.split(b"\n")
+    record = dict(zip(words[::2], words[1::2], strict=False))
     try:
         at_us = _bounded(int(record[AT]), MAX_TIME_US)
         entries = [

@@ -18,9 +18,11 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha1
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -30,8 +32,9 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterPipeline
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, BadRecord, Keys, is_kept, restore, tell
+from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
 from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, PIECE_SECONDS
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
@@ -51,7 +54,7 @@ MAX_WAIT_SECONDS: Final = 30.0
 BATCH_BUCKETS: Final = 16
 """Written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
 
-BUCKET_SECONDS: Final = 0.000_05
+BUCKET_SECONDS: Final = 0.000_06
 """What writing one takes of the loop's time, about; the library's part cannot be measured from outside."""
 
 SCAN_KEYS: Final = 128
@@ -137,8 +140,6 @@ class RedisState:
         self._now_us = now_us
         self._every_seconds = every_seconds
         self._client: _Client | None = None
-        self._script = ""
-        """Its name on the server."""
         self._epochs: dict[str, bytes] = {}
         """The values of `Keys.formats` when they were last looked at."""
         self._again: Iterator[Bucket] | None = None
@@ -250,7 +251,6 @@ class RedisState:
                 self._client = client = self._connect()
             except OSError as error:
                 raise _Unusable(f"the file of its password cannot be read: {error.strerror}") from error
-            self._script = await self._call(client.script_load(JOIN))
         values = await self._formats(client, self._keys.formats)
         missing = [name for name, value in values.items() if value is None]
         if missing:
@@ -349,7 +349,7 @@ class RedisState:
         if not keys:
             return
         names = list(map(self._keys.of_bucket, keys))
-        for key, answer in zip(keys, await self._call(self._join(client, names, told)), strict=True):
+        for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
             if answer in (0, 1):
                 self.status.written += 1
                 if answer and batch[key] is not _ALL:
@@ -374,23 +374,28 @@ class RedisState:
         if self.status.refused == 1:
             _log.error("bucket_not_kept", error=text)
 
-    async def _join(self, client: _Client, names: list[bytes], told: list[bytes]) -> Sequence[Any]:
+    async def _evaluate(
+        self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes] = ()
+    ) -> Sequence[Any]:
         """The script's answer for each bucket, or an exception in place of it."""
         try:
-            return await self._evaluate(client, names, told)
+            return await self._evaluate_loaded(client, script, names, told)
         except exceptions.NoScriptError:
             # SCRIPT FLUSH, or a node that is new in the Cluster.
-            await client.script_load(JOIN)
-            return await self._evaluate(client, names, told)
+            await client.script_load(script)
+            return await self._evaluate_loaded(client, script, names, told)
 
-    async def _evaluate(self, client: _Client, names: list[bytes], told: list[bytes]) -> Sequence[Any]:
+    async def _evaluate_loaded(
+        self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes]
+    ) -> Sequence[Any]:
+        digest = _digest(script)
         if isinstance(client, Redis):
             # One call is a third of the work that a pipeline of them is.
-            answers: Sequence[Any] = await client.evalsha(self._script, len(names), *names, *told)
+            answers: Sequence[Any] = await client.evalsha(digest, len(names), *names, *told)
             return answers
         pipeline = _pipeline(client)
-        for name, one in zip(names, told, strict=True):
-            pipeline.execute_command("EVALSHA", self._script, 1, name, one)
+        for index, name in enumerate(names):
+            pipeline.execute_command("EVALSHA", digest, 1, name, *told[index : index + 1])
         each = await pipeline.execute(raise_on_error=False)
         for answer in each:
             if isinstance(answer, exceptions.NoScriptError):
@@ -399,63 +404,61 @@ class RedisState:
 
     async def _load(self, client: _Client) -> None:
         began = time.perf_counter()
-        names: list[bytes] = []
-        count = refused = 0
+        batch: dict[bytes, AnyLimit] = {}
+        unreadable = 0
         async for name in client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS):
-            if self._is_known(name):
-                names.append(name)
-            if len(names) >= BATCH_BUCKETS:
-                refused += await self._read(client, names)
-                count += len(names)
-                names = []
+            limit = self._limit(name)
+            if limit is not None:
+                batch[name] = limit
+            if len(batch) >= BATCH_BUCKETS:
+                unreadable += await self._read(client, batch)
+                batch = {}
                 began = time.perf_counter()
             elif time.perf_counter() - began >= PIECE_SECONDS:
                 await asyncio.sleep(0)
                 began = time.perf_counter()
-        refused += await self._read(client, names)
-        count += len(names)
-        self.status.restored = count - refused
-        _log.info("restored", buckets=self.status.restored, unreadable=refused)
+        unreadable += await self._read(client, batch)
+        _log.info("restored", buckets=self.status.restored, unreadable=unreadable)
 
-    def _is_known(self, name: bytes) -> bool:
-        """Whether it is a bucket of which a rule here says the limit."""
+    def _limit(self, name: bytes) -> AnyLimit | None:
+        """The limit that a rule here gives the bucket of this name; None when it is no bucket, or none does."""
         key = self._keys.bucket(name)
         if key is None:
-            return False
+            return None
         try:
-            return self._store.limit_of_key(key) is not None
+            return self._store.limit_of_key(key)
         except ValueError:
-            return False
+            return None
 
-    async def _read(self, client: _Client, names: Sequence[bytes]) -> int:
+    async def _read(self, client: _Client, batch: Mapping[bytes, AnyLimit]) -> int:
         """Join the buckets of these names; returns how many are none."""
-        if not names:
+        if not batch:
             return 0
-        pipeline = _pipeline(client)
-        for name in names:
-            pipeline.hgetall(name)
-        records = await self._call(pipeline.execute(raise_on_error=False))
-        refused = 0
+        answers = await self._call(self._evaluate(client, READ, list(batch)))
+        unreadable = 0
         began = time.perf_counter()
-        for name, record in zip(names, records, strict=True):
-            if isinstance(record, exceptions.RedisError) and not isinstance(record, exceptions.ResponseError):
-                raise record
+        for (name, limit), answer in zip(batch.items(), answers, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
             key = self._keys.bucket(name)
             assert key is not None
-            limit = self._store.limit_of_key(key)
             # One that has expired since is empty.
-            if limit is None or record == {}:
-                continue
-            try:
-                if not isinstance(record, dict):
-                    raise BadRecord(str(record))
-                restore(key, limit, record, self._store, self._now_us())
-            except BadRecord:
-                refused += 1
+            if answer:
+                try:
+                    restore(key, limit, answer, self._store, self._now_us())
+                    self.status.restored += 1
+                except BadRecord:
+                    unreadable += 1
             if time.perf_counter() - began >= PIECE_SECONDS:
                 await asyncio.sleep(0)
                 began = time.perf_counter()
-        return refused
+        return unreadable
+
+
+@cache
+def _digest(script: str) -> str:
+    """The script's name on a server."""
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.redis_record import JOIN, BadRecord, restore, tell
+from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, restore, tell
 
 pytestmark = needs_redis
 
@@ -45,7 +46,8 @@ async def join(redis: Redis, *told: bytes) -> list[object]:
 
 async def restored(redis: Redis, name: str, now_us: int) -> Bucket:
     store = make_store(AFTER)
-    restore(key_of(name), LIMITS[name], await redis.hgetall(NAME), store, now_us)
+    [lines] = await redis.eval(READ, 1, NAME)
+    restore(key_of(name), LIMITS[name], lines, store, now_us)
     bucket = store.get(key_of(name))
     assert bucket is not None
     bucket.advance(now_us)
@@ -177,7 +179,7 @@ async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
 async def test_what_is_no_bucket_is_refused(record: dict[bytes, bytes]) -> None:
     store = make_store(AFTER)
     with pytest.raises(BadRecord):
-        restore(key_of("tokens"), LIMITS["tokens"], record, store, NOW_US)
+        restore(key_of("tokens"), LIMITS["tokens"], b"\n".join(chain(*record.items())), store, NOW_US)
     assert len(store) == 0
 
 

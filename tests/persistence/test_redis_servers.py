@@ -23,6 +23,15 @@ __all__ = ["impatient"]
 
 SLOTS = 16_384
 
+COMMANDS = "+get +set +scan +evalsha +script|load +hgetall +hmget +hget +hset +hdel +pttl +pexpire"
+IN_A_CLUSTER = "+cluster|slots +cluster|shards +command"
+"""What docs/state.md says that a user needs."""
+
+
+async def create_user(client: Redis, *commands: str) -> None:
+    rights = [word for each in commands for word in each.split()]
+    await client.execute_command("ACL", "SETUSER", "ada", "on", ">secret", "~ratelimit:*", *rights)
+
 
 async def keeps(server: RedisServer, **config: object) -> None:
     store = make_store(BEFORE)
@@ -38,7 +47,7 @@ async def test_over_tcp_with_user_and_database_in_the_url_and_the_password_in_a_
 ) -> None:
     [port] = free_port_numbers(1)
     async with RedisServer(tmp_path, port=port) as server, server.client() as client:
-        await client.execute_command("ACL", "SETUSER", "ada", "on", ">secret", "~*", "+@all")
+        await create_user(client, COMMANDS, "+select")
         monkeypatch.setenv("PASSWORD_OF_REDIS", "secret")
         await keeps(server, url=f"redis://ada@{HOST}:{port}/3", password_variable="PASSWORD_OF_REDIS")
         await keeps(server, url=f"redis://ada:secret@{HOST}:{port}/4")
@@ -149,8 +158,12 @@ async def names_in(nodes: list[RedisServer]) -> list[bytes]:
 async def test_in_a_cluster_buckets_are_spread_and_told_again_to_a_node_that_lost_them(
     cluster: list[RedisServer],
 ) -> None:
+    for node in cluster:
+        async with node.client() as client:
+            await create_user(client, COMMANDS, IN_A_CLUSTER)
+    url = url_of(cluster).replace("//", "//ada:secret@")
     store = make_store(BEFORE)
-    state = state_in(cluster[0], store, url=url_of(cluster), cluster=True)
+    state = state_in(cluster[0], store, url=url, cluster=True)
     async with kept(state):
         for number in range(100):
             take(store, "fixed", str(number), 3, NOW_US)
@@ -165,8 +178,7 @@ async def test_in_a_cluster_buckets_are_spread_and_told_again_to_a_node_that_los
             return len(await names_in(cluster)) == 100
 
         await until(is_all_there)
-    left = await left_after_restart(cluster[0], url=url_of(cluster), cluster=True)
-    assert left == [97] * 100
+    assert await left_after_restart(cluster[0], url=url, cluster=True) == [97] * 100
 
 
 @pytest.mark.long
@@ -198,3 +210,9 @@ async def test_while_a_cluster_moves_slots_to_another_node_nothing_is_lost(clust
                 await state.save()
         left = await left_after_restart(cluster[0], url=url_of(cluster), cluster=True)
         assert left == [100 - 1 - len(moved)] * 60
+
+
+def test_the_docs_say_what_a_user_needs() -> None:
+    docs = " ".join((Path(__file__).parents[2] / "docs" / "state.md").read_text().split())
+    assert COMMANDS in docs
+    assert IN_A_CLUSTER in docs
