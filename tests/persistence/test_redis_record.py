@@ -59,13 +59,17 @@ def bucket_of(store: Store, name: str, now_us: int) -> Bucket:
 
 
 takes = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 30), st.booleans()), min_size=1, max_size=40
+    st.tuples(
+        st.integers(0, 2), st.integers(1, 200), st.one_of(st.integers(0, 30), st.integers(90, 150)), st.booleans()
+    ),
+    min_size=1,
+    max_size=25,
 )
 
 
 @pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-@given(takes, st.integers(0, 400))
+@given(takes, st.integers(0, 150))
 async def test_what_several_write_is_joined_as_the_store_joins_it(
     redis: Redis, name: str, history: list[tuple[int, int, int, bool]], pause: int
 ) -> None:
@@ -106,6 +110,43 @@ async def test_two_that_write_at_the_same_time_lose_nothing(redis: Redis) -> Non
     await asyncio.gather(*[join(redis, each) for each in reversed(told)])
     found = await restored(redis, "fixed", NOW_US)
     assert LIMITS["fixed"].capacity - found.remaining == 10 * (1 + 2 + 3)
+
+
+async def test_what_was_folded_is_not_told_again(redis: Redis) -> None:
+    late, now_us = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US), NOW_US + 13 * SECOND_US
+    late.take(150, NOW_US, always=True)
+    await join(redis, tell(late, late.entries(), NOW_US))
+    other = bucket_of(make_store(WRITERS[1]), "tokens", now_us)
+    other.take(1, now_us)
+    await join(redis, tell(other, other.entries(), now_us))
+    assert await redis.hget(NAME, "1 one") is None
+    await join(redis, tell(late, late.entries(), now_us))
+    assert await redis.hget(NAME, "1 one") is None
+    found = await restored(redis, "tokens", now_us)
+    assert found.fold(now_us) == pytest.approx(late.fold(now_us) + late.limit.period_us, abs=rounding("tokens"))
+
+
+async def test_a_base_counts_only_with_the_slots_before_it_folded(redis: Redis) -> None:
+    """Its boundary is less than a batch further: the slots between are still there, and the base has them too."""
+    bucket, now_us = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US), NOW_US + 11 * SECOND_US
+    bucket.take(70, NOW_US, always=True)
+    await join(redis, tell(bucket, bucket.entries(), NOW_US))
+    bucket.seal(now_us)
+    assert bucket.base.deficit > 0
+    bucket.take(1, now_us, always=True)
+    await join(redis, tell(bucket, bucket.entries(), now_us))
+    found = await restored(redis, "tokens", now_us)
+    assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("tokens"))
+
+
+async def test_a_later_write_never_has_it_expire_sooner(redis: Redis) -> None:
+    much, little = (bucket_of(make_store(origin), "tokens", NOW_US) for origin in WRITERS[:2])
+    much.take(150, NOW_US, always=True)
+    little.take(1, NOW_US)
+    await join(redis, tell(much, much.entries(), NOW_US))
+    before_ms = await redis.pttl(NAME)
+    await join(redis, tell(little, little.entries(), NOW_US))
+    assert await redis.pttl(NAME) > before_ms - 10_000
 
 
 async def test_it_expires_once_nothing_of_it_counts(redis: Redis) -> None:
