@@ -232,6 +232,27 @@ async def test_a_server_that_is_down_and_comes_back_empty_is_told_everything(ser
     await faulty(server, server.kill, server.start, "it cannot be reached")
 
 
+async def test_a_server_that_comes_back_with_what_it_had_before_is_told_everything(server: RedisServer) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        hit(state, store, "a")
+        await until(lambda: state.status.written == 1)
+        async with server.client() as client:
+            await client.save()
+        hit(state, store, "b")
+        await until(lambda: state.status.written == 2)
+        await server.kill()
+        await until(lambda: state.status.failed > 0)
+        await server.start()
+
+        async def is_all_there() -> bool:
+            return len(await server.names()) == 2
+
+        await until(is_all_there)
+    assert await left_after_restart(server) == [97, 97]
+
+
 async def test_a_server_that_hangs_is_waited_for_by_nobody(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
