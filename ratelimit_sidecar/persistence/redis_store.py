@@ -190,7 +190,10 @@ class RedisState:
             await self._attempt()
 
     async def save(self) -> None:
-        """Write what is waiting; for the stop."""
+        """Write what is waiting; for the stop. `run` is over by then."""
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WRITE_SECONDS):
                 await self._attempt(is_last=True)

@@ -106,6 +106,25 @@ async def test_the_last_write_is_at_the_stop(server: RedisServer) -> None:
     assert await left_after_restart(server) == [97]
 
 
+async def test_a_stop_while_it_is_still_reading_writes_all_the_same(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_store(BEFORE)
+    state = state_in(server, first)
+    for number in range(200):
+        hit(state, first, str(number))
+    await state.save()
+    await state.close()
+    monkeypatch.setattr(redis_store, "LOAD_SECONDS", 0)
+    store = make_store(AFTER)
+    state = state_in(server, store)
+    await state.load()
+    hit(state, store, "new")
+    await state.save()
+    await state.close()
+    assert len(await server.names()) == 201
+
+
 async def test_what_is_written_in_pieces_is_all_there(server: RedisServer) -> None:
     store = make_store(BEFORE)
     state = state_in(server, store)
