@@ -420,16 +420,21 @@ class SlidingWindow(Bucket):
         if self._refunded_until_us:
             slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
         else:
-            slots = [(self._leaves_us(slot), tokens) for _, slot, tokens in self.entries()]
+            slots = [(self._leaves_us(slot), tokens) for slot, tokens in self._tokens_by_slot().items()]
         return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """Of each slot what all replicas took, and the highest mark of what was given back."""
-        slots: dict[int, tuple[int, int]] = {}
-        for _, slot, tokens in self.entries():
-            taken, given = slots.get(slot & ~REFUND, (0, 0))
-            slots[slot & ~REFUND] = (taken, max(given, tokens)) if slot & REFUND else (taken + tokens, given)
-        return slots
+        tokens_of = self._tokens_by_slot()
+        given: dict[int, int] = {}
+        for slots in (self._own or {}, *(self._heard or {}).values()):
+            for slot, tokens in slots.items():
+                if slot & REFUND and tokens > given.get(slot, 0):
+                    given[slot] = tokens
+        return {
+            slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
+            for slot in {slot & ~REFUND for slot in tokens_of}
+        }
 
     def _leaves_us(self, slot: int) -> int:
         """When a slot is wholly out of the period.
