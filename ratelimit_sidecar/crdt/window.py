@@ -454,6 +454,8 @@ class SlidingWindow(Bucket):
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
+            # The slot of now may no longer count: the next take notes anew when it leaves.
+            self._own_slot_end_us = 0
             self._find_refunds()
         self.count = 0
         for leaves_us, tokens in self._counting(self.at_us):
