@@ -285,13 +285,11 @@ class RedisState:
         client, self._client = self._client, None
         if client is not None:
             with suppress(exceptions.RedisError, OSError, TimeoutError):
-                async with asyncio.timeout(CALL_SECONDS):
-                    await client.aclose()
+                await _bounded(client.aclose())
 
     async def _call(self, answer: Awaitable[T]) -> T:
         began = time.perf_counter()
-        async with asyncio.timeout(CALL_SECONDS):
-            result = await answer
+        result = await _bounded(answer)
         self.status.calls += 1
         self.status.call_seconds += time.perf_counter() - began
         return result
@@ -409,7 +407,8 @@ class RedisState:
         began = time.perf_counter()
         batch: dict[bytes, AnyLimit] = {}
         unreadable = 0
-        async for name in client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS):
+        names = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
+        while (name := await _bounded(anext(names, None))) is not None:
             limit = self._limit(name)
             if limit is not None:
                 batch[name] = limit
@@ -456,6 +455,20 @@ class RedisState:
                 await asyncio.sleep(0)
                 began = time.perf_counter()
         return unreadable
+
+
+async def _bounded(answer: Awaitable[T]) -> T:
+    """The answer, within `CALL_SECONDS`.
+
+    Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, swallows a cancellation that comes when all is sent:
+    the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on.
+    """
+    async with asyncio.timeout(CALL_SECONDS):
+        result = await answer
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return result
 
 
 @cache

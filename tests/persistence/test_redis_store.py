@@ -359,6 +359,32 @@ async def test_a_wrong_password_is_told_of_and_a_right_one_found(server: RedisSe
     assert await left_after_restart(server, url=url, password_file=file) == [97]
 
 
+@pytest.mark.parametrize("is_connected", [False, True])
+async def test_a_cancellation_ends_it_at_whatever_step_it_comes(server: RedisServer, is_connected: bool) -> None:
+    """Python 3.11's `asyncio.wait_for`, by which the library sends, swallows one between two steps of the loop."""
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        hit(state, store, "before")
+        await until(lambda: state.status.written == 1)
+    config = PersistenceConfig.model_validate({"url": server.url})
+    for steps in range(1, 60):
+        state = RedisState(lambda: connect(config), keys(config), store, lambda: NOW_US, every_seconds=0)
+        if is_connected:
+            await state.load()
+        hit(state, store, str(steps))
+        running = asyncio.create_task(state.run())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        running.cancel()
+        done, _ = await asyncio.wait([running], timeout=WITHIN_S)
+        assert done
+        assert running.cancelled(), steps
+        if state._client is not None:
+            assert await state._client.echo("ours") == b"ours", "no answer is left to be read on the connection"
+        await state.close()
+
+
 async def test_a_password_that_cannot_be_read_is_told_of(server: RedisServer, tmp_path: Path) -> None:
     store = make_store(BEFORE)
     state = state_in(server, store, password_file=tmp_path / "nowhere")
