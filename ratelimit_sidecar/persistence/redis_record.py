@@ -4,8 +4,9 @@
                                base                      boundary full period tokens
                                {incarnation} {node id}   what that origin took
 
-All is text, and the 1 the format's version. An origin's slots stand in groups of one width, `exponent number tokens
-step tokens step tokens;...`, each number but the first as the distance from the one before.
+All is text, and the 1 the format's version. An origin's slots stand in groups of one kind, `kind number tokens step
+tokens step tokens;...`, each number but the first as the distance from the one before. The kind is the exponent, and
+`slot.REFUND` more for what was given back.
 
 The script joins as the CRDT does. Counts: the maximum of each slot. Bases: one is two instants, its boundary and when
 it would be *full* again. All deficits drain alike, so the later `full` is the larger deficit at any boundary, and
@@ -21,7 +22,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
-from ratelimit_sidecar.crdt.slot import slot_exponent, slot_start_us
+from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_kind, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
@@ -41,9 +42,9 @@ local function number(value)
 end
 
 local function read(text, into)
-  for exponent, rest in string.gmatch(text, '(%d+) ([^;]+)') do
-    local slots = into[exponent] or {}
-    into[exponent] = slots
+  for kind, rest in string.gmatch(text, '(%d+) ([^;]+)') do
+    local slots = into[kind] or {}
+    into[kind] = slots
     local at = 0
     for step, tokens in string.gmatch(rest, '(%d+) (%d+)') do
       at = at + tonumber(step)
@@ -53,13 +54,17 @@ local function read(text, into)
   return into
 end
 
-local function write(widths)
+local function span_of(kind)
+  return 2 ^ (tonumber(kind) % 64)
+end
+
+local function write(kinds)
   local groups = {}
-  for exponent, slots in pairs(widths) do
+  for kind, slots in pairs(kinds) do
     local order = {}
     for at in pairs(slots) do order[#order + 1] = at end
     table.sort(order)
-    local parts, last = {exponent}, 0
+    local parts, last = {kind}, 0
     for _, at in ipairs(order) do
       parts[#parts + 1] = number(at - last)
       parts[#parts + 1] = number(slots[at])
@@ -102,12 +107,12 @@ local function join(key, told)
       origins[origin] = stored and read(stored, {}) or {}
     end
     local news = read(text, {})
-    for width, slots in pairs(news) do
-      local mine = origins[origin][width] or {}
-      origins[origin][width] = mine
+    for kind, slots in pairs(news) do
+      local mine = origins[origin][kind] or {}
+      origins[origin][kind] = mine
       for slot, tokens in pairs(slots) do
         -- What began before a base is in it.
-        if period == 0 or slot * 2 ^ tonumber(width) >= old_boundary then
+        if period == 0 or slot * span_of(kind) >= old_boundary then
           mine[slot] = math.max(mine[slot] or 0, tokens)
           changed[origin] = true
         end
@@ -118,17 +123,17 @@ local function join(key, told)
   if seals then
     new_boundary = boundary
     local events = {}
-    for origin, widths in pairs(origins) do
-      for width, slots in pairs(widths) do
-        local span = 2 ^ tonumber(width)
+    for origin, kinds in pairs(origins) do
+      for kind, slots in pairs(kinds) do
+        local span = span_of(kind)
         for slot, tokens in pairs(slots) do
           local start = slot * span
           local is_past
           if period > 0 then
             is_past = start < boundary
             if is_past then
-              local placed = start + math.floor(2 ^ math.min(tonumber(width), exponent) / 2)
-              events[#events + 1] = {math.min(placed, boundary - 1), tokens}
+              local placed = start + math.floor(math.min(span, 2 ^ exponent) / 2)
+              events[#events + 1] = {math.min(placed, boundary - 1), tonumber(kind) < 64 and tokens or -tokens}
             end
           else
             is_past = start + span + kept * span <= now
@@ -140,10 +145,10 @@ local function join(key, told)
         end
       end
     end
-    table.sort(events, function(a, b) return a[1] < b[1] end)
+    table.sort(events, function(a, b) return a[1] < b[1] or a[1] == b[1] and a[2] > b[2] end)
     for _, event in ipairs(events) do
       new_full = math.max(new_full, event[1]) + event[2] * period / rate
-      new_full = math.min(new_full, event[1] + ceiling)
+      new_full = math.max(event[1], math.min(new_full, event[1] + ceiling))
     end
   end
   if seals or boundary <= old_boundary then new_full = math.max(new_full, full) end
@@ -249,17 +254,16 @@ def tell(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
 def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
     counts: dict[Origin, dict[int, list[tuple[int, int]]]] = {}
     for origin, slot, tokens in entries:
-        exponent = slot_exponent(slot)
-        number = slot_start_us(slot) >> exponent
-        counts.setdefault(origin, {}).setdefault(exponent, []).append((number, min(tokens, MAX_SLOT_TOKENS)))
-    for origin, widths in counts.items():
+        number = slot_start_us(slot) >> slot_exponent(slot)
+        counts.setdefault(origin, {}).setdefault(slot_kind(slot), []).append((number, min(tokens, MAX_SLOT_TOKENS)))
+    for origin, kinds in counts.items():
         if any(char in origin.node for char in "\n\t"):
             # No name that a configuration can give; a peer may have made it up.
             continue
         groups = []
-        for exponent, numbers in sorted(widths.items()):
+        for kind, numbers in sorted(kinds.items()):
             numbers.sort()
-            parts = [exponent]
+            parts = [kind]
             last = 0
             for number, tokens in numbers:
                 parts += (number - last, tokens)
@@ -317,15 +321,16 @@ def _origin(field: bytes) -> Origin:
 def _entries(origin: Origin, text: bytes) -> Sequence[Entry]:
     entries = []
     for group in text.split(b";"):
-        exponent, *numbers = map(int, group.split(b" "))
-        if not MIN_EXPONENT <= exponent <= MAX_EXPONENT or len(numbers) % 2:
+        kind, *numbers = map(int, group.split(b" "))
+        exponent = slot_exponent(kind)
+        if kind >= 2 * REFUND or not MIN_EXPONENT <= exponent <= MAX_EXPONENT or len(numbers) % 2:
             raise ValueError("slots that are none")
         number = 0
         for step, tokens in zip(numbers[::2], numbers[1::2], strict=True):
             number = _bounded(number + step, MAX_TIME_US >> exponent)
             if not 1 <= tokens <= MAX_SLOT_TOKENS:
                 raise ValueError("a count that is none")
-            entries.append(Entry(origin, number << exponent | exponent, tokens))
+            entries.append(Entry(origin, number << exponent | kind, tokens))
     return entries
 
 
