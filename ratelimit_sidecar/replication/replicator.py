@@ -88,6 +88,8 @@ class Replicator:
         self.store = store
         self.tracer = tracer
         self.lending = lending
+        self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
+        """Told of each piece of the journal as the peers are: buckets, and own slots that changed. Does no I/O."""
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
@@ -147,6 +149,8 @@ class Replicator:
         for peer in self.peers.values():
             for bucket, slots in changes:
                 peer.outbox.note(bucket, slots, created_us)
+        if self.on_changes is not None:
+            self.on_changes(changes)
         self._unannounced += len(changes)
         # Woken for each piece, they would write batches of a few buckets.
         if self._unannounced >= MAX_BATCH_BUCKETS or (self._unannounced and not self._unflushed):
