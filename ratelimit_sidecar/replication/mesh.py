@@ -438,7 +438,7 @@ class Mesh:
             if peer is None:
                 self._note_refused(stream, claimed, target)
             elif peer not in self._carried.values():
-                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended)
+                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended, **stream.batch_trace)
         return stream
 
     def _note_heard(self, stream: Stream, peer: Peer) -> None:

@@ -361,6 +361,8 @@ class Stream:
         """Those heard last, until they have been applied."""
         self._applying: BatchSpan | None = None
         """The span of that, when it belongs to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -438,6 +440,7 @@ class Stream:
             return False
         if is_last:
             self._deltas = None
+            self.batch_trace = {}
             self._end_apply_span()
             if deltas.ends_full_state:
                 peer.full_state_heard = True
@@ -588,6 +591,7 @@ class Stream:
             case DeltasReceived(deltas):
                 assert self._reader is not None
                 assert self.peer is not None
+                self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
                 self._reader.begin(deltas)
                 self._deltas = deltas
                 self._applying = self.peer.received(deltas, self._replicator.tracer)
