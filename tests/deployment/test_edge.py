@@ -11,15 +11,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from deployment.cache import Unavailable
-from deployment.tools import ensure, path
 from e2e.examples import EXAMPLES, running
 
+from deployment.cache import Unavailable
+from deployment.tools import ensure, path
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 
 pytestmark = pytest.mark.deployment
 
-TOKEN = "change-me"  # noqa: S105 (the example's)
+TOKEN = "change-me"
 
 
 @asynccontextmanager

@@ -42,8 +42,8 @@ async def running(
         changed_sidecar: the same of sidecar.yaml.
 
     Yields:
-        A client of each Envoy by its name, of the upstream as "upstream", and with a sidecar of its console as "console"
-        and its gRPC port as "grpc".
+        A client of each Envoy by its name, of the upstream as "upstream", and with a sidecar of its console as
+        "console" and its gRPC port as "grpc".
     """
     ports = free_ports(len(envoys) + 1)
     own, *of_envoys = ports.regions
