@@ -108,7 +108,7 @@ def sources(
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
-        spans=SpanCounts(ended=9, exported=5, failed=3),
+        spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
@@ -143,10 +143,12 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
-def test_spans_that_have_ended_and_were_exported_or_failed_are_counted() -> None:
+def test_spans_that_have_ended_and_what_became_of_them_is_counted() -> None:
     registry = create_registry(busy_sources())
-    states = [sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed")]
-    assert states == [9, 5, 3]
+    states = [
+        sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed", "dropped")
+    ]
+    assert states == [9, 4, 3, 2]
 
 
 def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
