@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
@@ -84,6 +86,13 @@ class Reloads:
     last_success_us: int | None = NOW_US
     trouble: str = ""
     rejected: object | None = None
+
+
+COUNTERS_OF_A_NAME = 10
+GAUGES_OF_A_RULE = 4
+SERIES_OF_A_PEER = 20
+OTHER_SERIES = 100
+"""At most."""
 
 
 def sources(
@@ -510,6 +519,29 @@ async def test_an_hour_of_random_values_leaves_the_series_as_many_as_they_were()
     fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
 
     assert await series() == before
+
+
+@pytest.mark.long
+async def test_an_hour_of_random_values_in_names_leaves_the_series_under_the_stated_bound() -> None:
+    """docs/observability.md states it."""
+    detailed = Rule("edge.user", TWO_A_MINUTE, metric_of_values=True)
+    limiter = small_limiter(Rules({"edge": RuleNode(key_only={"user": RuleNode(detailed)})}))
+    fullest = FullestBuckets(limiter.store)
+    peers = [peer()]
+    registry = create_registry(sources(limiter, peers=peers, fullest=fullest))
+    bound = COUNTERS_OF_A_NAME * (MAX_NAMES + 1) + GAUGES_OF_A_RULE + SERIES_OF_A_PEER * len(peers) + OTHER_SERIES
+    values = random.Random(23)
+
+    sent = 0
+    for second in range(3_600):
+        for _ in range(5):
+            limiter.decide(request(("user", f"{values.getrandbits(64):x}")), NOW_US + second * 1_000_000)
+            sent += 1
+    fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
+
+    series = sum(not line.startswith(b"#") for line in (await encoded(registry, "")).splitlines())
+    assert sent > MAX_NAMES
+    assert series <= bound
 
 
 def test_every_metric_names_the_region() -> None:
