@@ -146,9 +146,15 @@ def _jaeger(into: Path) -> None:
         _build(Path(module), into, f"github.com/jaegertracing/jaeger/cmd/jaeger@v{TOOLS['jaeger'].version}")
 
 
+def _actionlint(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"github.com/rhysd/actionlint/cmd/actionlint@v{TOOLS['actionlint'].version}")
+
+
 TOOLS: Final[Mapping[str, Tool]] = {
     "helm": Tool("4.3.1", _helm),
     "otelcol": Tool(OTELCOL, _collector),
+    "actionlint": Tool("1.7.12", _actionlint),
     "jaeger": Tool("1.76.0", _jaeger),
     "kubernetes": Tool(KUBERNETES, _kubernetes),
     "kwok": Tool("0.8.0", _kwok),
