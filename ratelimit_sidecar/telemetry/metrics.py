@@ -213,6 +213,8 @@ class SpansStatus(Protocol):
     def exported(self) -> int: ...
     @property
     def failed(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
 
 
 class FullestStatus(Protocol):
@@ -781,11 +783,16 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_spans_total",
         "counter",
         ("region", "state"),
-        "Spans that have ended, were exported, or failed, as the collector did not take them; the rest waits in the"
-        " SDK's queue or was dropped from it. Absent without tracing.",
+        "Spans that have ended, were exported, failed, as the collector did not take them, or were dropped, as too many"
+        " waited for it. Absent without tracing.",
         _read_part_by(
             lambda sources: sources.spans,
-            lambda spans: {"ended": spans.ended, "exported": spans.exported, "failed": spans.failed},
+            lambda spans: {
+                "ended": spans.ended,
+                "exported": spans.exported,
+                "failed": spans.failed,
+                "dropped": spans.dropped,
+            },
         ),
     ),
     Definition(

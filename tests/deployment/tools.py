@@ -119,7 +119,7 @@ def _miniflare(into: Path) -> None:
 
 
 def _collector(into: Path) -> None:
-    """What deploy/otel-collector.yaml needs, and no more."""
+    """What deploy/otel/collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
     parts = {
         "receivers": [f"{core}/receiver/otlpreceiver"],
@@ -147,9 +147,21 @@ def _collector(into: Path) -> None:
         shutil.copy2(folder / "out/otelcol", into / "otelcol")
 
 
+def _jaeger(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"github.com/jaegertracing/jaeger/cmd/jaeger@v{TOOLS['jaeger'].version}")
+
+
+def _actionlint(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"github.com/rhysd/actionlint/cmd/actionlint@v{TOOLS['actionlint'].version}")
+
+
 TOOLS: Final[Mapping[str, Tool]] = {
     "helm": Tool("4.3.1", _helm),
     "otelcol": Tool(OTELCOL, _collector),
+    "actionlint": Tool("1.7.12", _actionlint),
+    "jaeger": Tool("1.76.0", _jaeger),
     "kubernetes": Tool(KUBERNETES, _kubernetes),
     "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
