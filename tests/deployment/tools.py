@@ -112,6 +112,16 @@ def _kwok(into: Path) -> None:
                     (into / f"{stage.replace('/', '-')}-{each.name}").write_bytes(each.read_bytes())
 
 
+def _envoy_gateway(into: Path) -> None:
+    """With its charts: of itself, and of the kinds of objects that it reads."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        source = "github.com/envoyproxy/gateway"
+        _build(module, into, f"{source}/cmd/envoy-gateway@v{TOOLS['envoy-gateway'].version}")
+        folder = Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", source], module).strip())
+        shutil.copytree(folder / "charts", into / "charts", copy_function=shutil.copyfile)
+
+
 def _collector(into: Path) -> None:
     """What deploy/otel-collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
@@ -146,6 +156,7 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "otelcol": Tool(OTELCOL, _collector),
     "kubernetes": Tool(KUBERNETES, _kubernetes),
     "kwok": Tool("0.8.0", _kwok),
+    "envoy-gateway": Tool("1.9.1", _envoy_gateway),
 }
 
 
