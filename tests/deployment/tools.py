@@ -118,6 +118,16 @@ def _miniflare(into: Path) -> None:
     _run([*npm, f"miniflare@{TOOLS['miniflare'].version}"], into)
 
 
+def _envoy_gateway(into: Path) -> None:
+    """With its charts: of itself, and of the kinds of objects that it reads."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        source = "github.com/envoyproxy/gateway"
+        _build(module, into, f"{source}/cmd/envoy-gateway@v{TOOLS['envoy-gateway'].version}")
+        folder = Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", source], module).strip())
+        shutil.copytree(folder / "charts", into / "charts", copy_function=shutil.copyfile)
+
+
 def _collector(into: Path) -> None:
     """What deploy/otel/collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
@@ -165,6 +175,7 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "kubernetes": Tool(KUBERNETES, _kubernetes),
     "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
+    "envoy-gateway": Tool("1.9.1", _envoy_gateway),
 }
 
 
