@@ -73,9 +73,9 @@ class Peer:
         self.refused: Counter[Refused] = Counter()
 
     @property
-    def lends(self) -> bool:
-        """True while it can be asked for loans."""
-        return bool(self.streams) and self.streams[0].lends
+    def pays(self) -> bool:
+        """True while it can be asked for tokens of strict limits."""
+        return bool(self.streams) and self.streams[0].pays
 
     def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
         """A batch of its outbox is on its way."""
