@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.shares import rank
-from ratelimit_sidecar.crdt.strict import MAX_AMOUNT, WINDOW_US, StrictBucket
+from ratelimit_sidecar.crdt.strict import MAX_AMOUNT, NEVER_US, WINDOW_US, StrictBucket
 
 LEAST_PACE_US: Final = 20_000
 PACE_SHIFT: Final = 6
 """A peer is asked again no sooner than a sixty-fourth of the limit has refilled."""
+
+NOTHING_US: Final = 250_000
+"""With a home of less than eight tokens, nor sooner than that if it had nothing left: room that is reserved in vain does
+not refill."""
 
 STALE_US: Final = 2_000_000
 """What a peer said so long ago that it had left may hold no longer: it counts as full."""
@@ -98,7 +102,8 @@ class Paying:
         likely = {
             peer: self._likely(peer, limit.capacity * homes[peer], now_us)
             for peer, end in ends.items()
-            if end not in bucket.reserved and now_us - self._asked_us.get(peer, -pace_us) >= pace_us
+            if end not in bucket.reserved
+            and now_us - self._asked_us.get(peer, NEVER_US) >= self._pace_us(peer, pace_us)
         }
         total = sum(likely.values())
         asks = {}
@@ -121,7 +126,7 @@ class Paying:
         reserve = home >> RESERVE_SHIFT
         if self._is_short(now_us):
             # Fractions of a token admit nothing. When both have no more, and will not soon, one gets the other's.
-            is_slow = bucket.refill * 1_000_000 < token * period_us
+            is_slow = bucket.refill * 1_100_000 < token * period_us
             yields = is_slow and ask.is_short and level < token and rank(bucket.key, peer) < rank(bucket.key, self.node)
             return Pay(bucket.pay(ask.amount) if yields else 0, 0)
         kept = max(reserve, bucket.demand * RESERVE_US // 1_000_000)
@@ -142,6 +147,11 @@ class Paying:
         self.bucket.advance(now_us)
         self.bucket.paid(end, pay.amount, most)
         self._left[peer] = _Told(pay.left, now_us)
+
+    def _pace_us(self, peer: str, pace_us: int) -> int:
+        told = self._left.get(peer)
+        is_small = self.bucket.ceiling < self.bucket.limit.period_us << 35
+        return max(pace_us, NOTHING_US) if is_small and told is not None and not told.amount else pace_us
 
     def _is_short(self, now_us: int) -> bool:
         return now_us - self.bucket.denied_us < WINDOW_US

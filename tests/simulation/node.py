@@ -90,6 +90,7 @@ class Node:
         self.protocol_errors: Counter[str] = Counter()
         now_us = self.clock.now_us()
         self.origin = Origin(name, draw.getrandbits(63) + 1)
+
         shares = Shares(membership, name, now_us)
         self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, rule_key=rule_key)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
