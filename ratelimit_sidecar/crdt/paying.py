@@ -19,7 +19,7 @@ PACE_SHIFT: Final = 6
 """A peer is asked again no sooner than a sixty-fourth of the limit has refilled."""
 
 NOTHING_US: Final = 250_000
-"""With a home of less than eight tokens, nor sooner than that if it had nothing left: room that is reserved in vain does
+"""With a home of less than eight tokens, nor sooner than that if it had nothing left: room reserved in vain does
 not refill."""
 
 STALE_US: Final = 2_000_000
