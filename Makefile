@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # What the demo needs; the rest takes as long again.
 DEMO_READY := $(VENV)/.demo
+# What test-deploy and compose-demo need.
+DEPLOY_READY := $(VENV)/.deploy
 # The package once more, its hot modules compiled; with COMPILED_PATH it is found before the sources.
 COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
@@ -29,11 +31,13 @@ BENCHMARK ?= decision
 SOAK ?=
 # What the differential test takes, for example: make differential DIFFERENTIAL="--seed 17 --file 3"
 DIFFERENTIAL ?=
+# What the compose demo takes, for example: make compose-demo COMPOSE_DEMO="--local-images --keep"
+COMPOSE_DEMO ?=
 # What the fuzzer takes, for example: make fuzz FUZZ="--seconds 3600"
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all differential test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo compose-demo test test-slow test-all test-deploy differential test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -62,6 +66,15 @@ test-all: test-slow ## What needs too much for CI, too, as the real envoyproxy/r
 	./dev/system-packages test-all
 	$(BIN)/python -m pytest -m long $(TESTS)
 
+test-deploy: $(DEPLOY_READY) ## The image and compose demo on a Docker engine, the Helm chart on a Kubernetes API (builds tools, long the first time)
+	./dev/system-packages test-deploy
+	PYTHONPATH=tests $(BIN)/python -m deployment.tools
+	$(BIN)/python -m pytest -m "deployment or not deployment" $(or $(TESTS),tests/deployment)
+
+compose-demo: $(DEPLOY_READY) ## docker-compose.yml from start to stop, a region cut off and healed (COMPOSE_DEMO="--local-images" pulls nothing)
+	./dev/system-packages test-deploy
+	PYTHONPATH=tests $(BIN)/python -m deployment.compose $(COMPOSE_DEMO)
+
 differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the sidecar (DIFFERENTIAL="--requests 50000")
 	./dev/system-packages test-all
 	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
@@ -70,7 +83,7 @@ differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the si
 test-compiled: export HYPOTHESIS_PROFILE ?= quick
 test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
 	@echo "==> Tests of the compiled modules"
-	$(COMPILED_PATH) $(PYTEST) -m "not interpreted and not slow and not long" $(COMPILED_TESTS) \
+	$(COMPILED_PATH) $(PYTEST) -m "not interpreted and not slow and not long and not deployment" $(COMPILED_TESTS) \
 		--ignore tests/e2e/test_demo_command.py
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)
@@ -91,14 +104,17 @@ format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: $(READY) ## Write anew all that is generated: protobuf code, reference pages, Envoy configurations
+generate: $(READY) ## Write anew all that is generated: protobuf code, reference pages, Envoy configurations, dashboards, the chart's copies
 	$(BIN)/python proto/generate.py
 	$(BIN)/python -m ratelimit_sidecar.config.reference
 	$(BIN)/python -m ratelimit_sidecar.telemetry.reference
 	$(BIN)/python -m ratelimit_sidecar.demo.bootstrap
+	$(BIN)/python deploy/grafana/generate.py
+	$(BIN)/python deploy/helm/generate.py
 
-simulate: $(READY) ## Simulate admission over several regions: tables and charts into docs/simulation.md, from seeds
+simulate: $(READY) ## Simulate admission over several regions, and quotas: tables and charts into docs/simulation.md and rlqs.md, from seeds
 	$(BIN)/python -m benchmarks.admission
+	$(BIN)/python -m benchmarks.quotas
 
 soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)
@@ -124,6 +140,10 @@ $(DEMO_READY): pyproject.toml requirements.lock
 $(READY): $(DEMO_READY)
 	@echo "==> What the tests need"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+$(DEPLOY_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[deploy]'
 	@touch $@
 
 $(COMPILED_READY): $(READY) $(SOURCES)

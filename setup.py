@@ -24,6 +24,7 @@ COMPILED = (
     "limiter/*.py",
     "replication/anti_entropy.py",
     "replication/deltas.py",
+    "replication/demands.py",
     "replication/key_numbers.py",
     "replication/key_queue.py",
     "replication/payments.py",

@@ -23,6 +23,10 @@ COLOURS = {
     "worst burst": "#1b998b",
     "undelivered": "#e6862a",
     "bound": "#999999",
+    "sidecar": "#1b998b",
+    "Doorman's way": "#6b7fd7",
+    "the whole limit each": "#d7263d",
+    "asked each time": "#b08d57",
 }
 
 _FONT = "Helvetica, Arial, sans-serif"
@@ -46,7 +50,7 @@ def admitted_over_time(
     for outcome in outcomes:
         totals = [sum(step) * per_second for step in zip(*outcome.series, strict=True)]
         lines[outcome.policy] = [((step + 0.5) / per_second, totals[step]) for step in range(first, last)]
-    _draw(path, title, lines, "seconds", "admitted per second")
+    draw(path, title, lines, "seconds", "admitted per second")
 
 
 def overshoot_over_distance(path: Path, title: str, delays_ms: Sequence[int], outcomes: Sequence[Outcome]) -> None:
@@ -56,14 +60,14 @@ def overshoot_over_distance(path: Path, title: str, delays_ms: Sequence[int], ou
         "undelivered": _points(delays_ms, [outcome.undelivered or 0 for outcome in outcomes]),
         "bound": _points(delays_ms, [outcome.bound or 0 for outcome in outcomes]),
     }
-    _draw(path, title, lines, "one-way delay, ms", "tokens")
+    draw(path, title, lines, "one-way delay, ms", "tokens")
 
 
 def _points(xs: Sequence[int], ys: Sequence[int]) -> Points:
     return [(float(x), float(y)) for x, y in zip(xs, ys, strict=True)]
 
 
-def _draw(path: Path, title: str, lines: Mapping[str, Points], x_name: str, y_name: str) -> None:
+def draw(path: Path, title: str, lines: Mapping[str, Points], x_name: str, y_name: str) -> None:
     _set_theme()
     chart = leather.Chart(title)
     for name, points in lines.items():

@@ -68,7 +68,12 @@ def who_finds(broken: Break, folder: Path) -> str:
             [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
             + [f"tests/{path}" for path in broken.tests],
             cwd=ROOT,
-            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": f"{folder}:{ROOT}"},
+            env={
+                **os.environ,
+                "HYPOTHESIS_PROFILE": "unshrunk",
+                "PYTHONSAFEPATH": "1",
+                "PYTHONPATH": f"{folder}:{ROOT}",
+            },
             capture_output=True,
             text=True,
             timeout=SECONDS,

@@ -33,6 +33,12 @@ INTERRUPTED = 130
     "until Ctrl-C.",
 )
 @click.option(
+    "--observe",
+    is_flag=True,
+    help="Start Prometheus and Alertmanager too, with the rules of deploy/prometheus: an alert fires during the "
+    "traffic and is resolved after it. They must be installed.",
+)
+@click.option(
     "--rate",
     type=click.FloatRange(min=1, max=1_000),
     default=30.0,
@@ -44,9 +50,9 @@ INTERRUPTED = 130
     type=click.IntRange(min=1_024, max=HIGHEST_BASE_PORT),
     default=10_000,
     show_default=True,
-    help="The Envoys listen on the three ports after it, everything else on others up to 50 above.",
+    help="The Envoys listen on the three ports after it, everything else on others up to 52 above.",
 )
-def demo(duration: float | None, keep: bool, rate: float, base_port: int) -> None:
+def demo(duration: float | None, keep: bool, observe: bool, rate: float, base_port: int) -> None:
     """Start three regions on this machine, each with a real Envoy and a sidecar, and the OpenClaw Rating API behind
     them; send traffic through all three and compare what they admit together with what one global bucket would.
 
@@ -54,6 +60,7 @@ def demo(duration: float | None, keep: bool, rate: float, base_port: int) -> Non
     """
     try:
         # Here, for without the demo's packages the other commands must work.
+        from ratelimit_sidecar.demo.observe import addresses  # noqa: PLC0415
         from ratelimit_sidecar.demo.run import run  # noqa: PLC0415
     except ModuleNotFoundError as missing:
         raise click.ClickException(
@@ -67,7 +74,14 @@ def demo(duration: float | None, keep: bool, rate: float, base_port: int) -> Non
         duration = DEFAULT_KEEP_DURATION_S
     try:
         verdict = asyncio.run(
-            run(examples=EXAMPLES, ports=ports_from(base_port, 3), rate=rate, duration_s=duration, keep=keep)
+            run(
+                examples=EXAMPLES,
+                ports=ports_from(base_port, 3),
+                rate=rate,
+                duration_s=duration,
+                keep=keep,
+                observers=addresses(base_port) if observe else None,
+            )
         )
     except PortTaken as taken:
         raise click.ClickException(f"{taken}; use --base-port N for other ports") from None

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import click
+import structlog
 import uvloop
 
 from ratelimit_sidecar.app import FrontEndKind, Sidecar
@@ -21,7 +22,7 @@ from ratelimit_sidecar.persistence.snapshots import StateError
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, take_stderr
-from ratelimit_sidecar.telemetry.logs import configure_logs
+from ratelimit_sidecar.telemetry.logs import configure_logs, is_json
 
 BAD_CONFIGURATION = 2
 FAILED = 1
@@ -75,15 +76,23 @@ def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: L
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, front_end, log))
     except (ConfigError, TracingError, ValueError) as error:
-        log.write_line(str(error))
+        _tell(log, str(error))
         return BAD_CONFIGURATION
     except (ListenError, StateError) as error:
-        log.write_line(str(error))
+        _tell(log, str(error))
         return FAILED
     except Exception:
-        log.write_line(traceback.format_exc())
+        _tell(log, traceback.format_exc())
         return FAILED
     return 0
+
+
+def _tell(log: LogWriter, why: str) -> None:
+    """Why it ends: an event for programs, and for people the text as it is, which may have several lines."""
+    if is_json(os.environ):
+        structlog.stdlib.get_logger(__name__).critical("failed", why=why.rstrip())
+    else:
+        log.write_line(why)
 
 
 async def _run(config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:

@@ -13,7 +13,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.shares import Shares, home_parts
+from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, Shares, home_parts, parts_of, whole_tokens
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
@@ -50,6 +50,8 @@ class Ledger:
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
         """Counts up whenever home shares change."""
+        self._withheld: dict[bytes, int] = {}
+        """Parts of home shares that are not the buckets', by key: see `withhold`."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -86,6 +88,42 @@ class Ledger:
             bucket.home_version = self._home_version
             bucket.set_home(self._home_of(key, limit, now_us), now_us)
         return bucket
+
+    def own_parts(self, key: bytes, limit: Limit, now_us: int) -> int:
+        """This node's home share of one limit at `now_us`, with what is withheld of it."""
+        return self.shares.home_of_key(key, limit.capacity, now_us)
+
+    def withhold(self, key: bytes, limit: Limit, parts: int, now_us: int) -> int:
+        """Keep parts of the home from the bucket, since others run a token bucket of them from now on; less again
+        when they have ceased to. More only as far as the bucket has tokens that it can give up: so neither homes nor
+        tokens become more by it.
+
+        Returns:
+            The parts that others may run.
+
+        Raises:
+            StoreFull: there is no bucket, and no room for one.
+        """
+        bucket = self.bucket(key, limit, now_us)
+        bucket.advance(now_us)
+        before = self._withheld.get(key, 0)
+        more = parts - before
+        if more > 0:
+            more = min(more, bucket.home)
+            if limit.capacity > MAX_WHOLE_CAPACITY:
+                tokens = more * limit.capacity // PARTS
+            else:
+                tokens = whole_tokens(more, limit.capacity)
+            tokens = min(tokens, bucket.remaining)
+            bucket.level -= (tokens * limit.period_us) << 32
+            more = min(more, parts_of(tokens, limit.capacity))
+        parts = max(0, before + more)
+        if parts:
+            self._withheld[key] = parts
+        else:
+            self._withheld.pop(key, None)
+        bucket.set_home(self._home_of(key, limit, now_us), now_us)
+        return parts
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int) -> dict[str, dict[bytes, Ask]]:
         """Look at `most` of the active buckets, in turn.
@@ -180,7 +218,8 @@ class Ledger:
             self._home_version += 1
 
     def _home_of(self, key: bytes, limit: Limit, now_us: int) -> int:
-        return self.shares.home_of_key(key, limit.capacity, now_us)
+        home = self.shares.home_of_key(key, limit.capacity, now_us)
+        return max(0, home - self._withheld.get(key, 0))
 
     def _make(self, key: bytes, limit: Limit, now_us: int) -> Paying:
         self._look_at_shares(now_us)

@@ -60,9 +60,19 @@ MAX_WHOLE_CAPACITY: Final = 1 << 20
 """Up to here homes are whole tokens. Of a larger limit, a fraction of a token at each node does not matter."""
 
 
+def parts_of(tokens: int, capacity: int) -> int:
+    """The parts that stand for so many whole tokens of `capacity`, at most MAX_WHOLE_CAPACITY."""
+    return tokens * PARTS // capacity if capacity else 0
+
+
 def whole_tokens(parts: int, capacity: int) -> int:
-    """The whole tokens that a home of `home_parts_of_key` stands for; other parts are rounded down."""
+    """What `parts_of` stands for; other parts are rounded down."""
     return parts * capacity + capacity - 1 >> 32 if capacity else 0
+
+
+def whole_tokens_up(parts: int, capacity: int) -> int:
+    """What `parts_of` stands for; other parts are rounded up."""
+    return -(-parts * capacity >> 32)
 
 
 def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
@@ -82,7 +92,7 @@ def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacit
         left = capacity - sum(capacity * each // total for each in weights.values())
         ranked = sorted(rounded, key=lambda other: (rank(key, other), other), reverse=True)
         tokens += node in ranked[:left]
-    return tokens * PARTS // capacity if capacity else 0
+    return parts_of(tokens, capacity)
 
 
 def rank(key: bytes, node: str) -> bytes:

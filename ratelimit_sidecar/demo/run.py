@@ -16,7 +16,8 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.demo import DemoError
 from ratelimit_sidecar.demo.bootstrap import DOMAIN
 from ratelimit_sidecar.demo.lag import LagMeter
-from ratelimit_sidecar.demo.ports import Ports
+from ratelimit_sidecar.demo.observe import RESOLVED_WITHIN_S, Addresses, ensure_installed, show_alert, start_observers
+from ratelimit_sidecar.demo.ports import HOST, Ports
 from ratelimit_sidecar.demo.processes import Children, first_failure
 from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge
 from ratelimit_sidecar.demo.regions import Region, Setup, start_regions
@@ -33,7 +34,15 @@ class NotLimited(DemoError):
     """The example's rules put no limit on an agent, so there is nothing to show."""
 
 
-async def run(*, examples: Path, ports: Ports, rate: float, duration_s: float | None, keep: bool) -> Verdict:
+async def run(
+    *,
+    examples: Path,
+    ports: Ports,
+    rate: float,
+    duration_s: float | None,
+    keep: bool,
+    observers: Addresses | None = None,
+) -> Verdict:
     """From start to stop.
 
     Args:
@@ -41,13 +50,17 @@ async def run(*, examples: Path, ports: Ports, rate: float, duration_s: float | 
         rate: requests a second and region, on average.
         duration_s: of the traffic; None until Ctrl-C.
         keep: leave everything up after the traffic, until Ctrl-C.
+        observers: where Prometheus and Alertmanager shall listen; None for neither.
 
     Raises:
         asyncio.CancelledError: interrupted before the traffic had begun, or once more while it was ending.
         ConfigError, NotLimited: the example's rules.
         EnvoyMissing, PortTaken, ChildFailed: as `start_regions`; ChildFailed also when a process ends by itself.
+        NotInstalled: there is no Prometheus or Alertmanager to observe it.
     """
     console = Console(highlight=False)
+    if observers is not None:
+        ensure_installed()
     rules = examples / "rules"
     limit = _agents_limit(rules)
     with (
@@ -63,17 +76,44 @@ async def run(*, examples: Path, ports: Ports, rate: float, duration_s: float | 
             )
             setup = Setup(ports, folder, examples / "rating_api.py", [rules])
             regions = await start_regions(children, setup)
+            if observers is not None:
+                targets = {f"{HOST}:{region.ports.admin}": region.name for region in regions}
+                await start_observers(
+                    children, folder, examples.parents[1] / "deploy" / "prometheus", observers, targets
+                )
+                console.print(
+                    f"Prometheus is at http://{observers.prometheus}, Alertmanager at http://{observers.alertmanager}",
+                    soft_wrap=True,
+                )
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(children.watch())
                 stop = interrupts.expect()
                 if duration_s is not None:
                     asyncio.get_running_loop().call_later(duration_s, stop.set)
+                alerts = None if observers is None else tasks.create_task(show_alert(observers, console, fires=True))
                 verdict = await _send_traffic(regions, limit, rate, stop, console)
+                if observers is not None and alerts is not None:
+                    await _show_end_of_alert(observers, alerts, console)
                 if keep and not interrupts.seen:
                     _print_curl_lines(regions, console)
                     await interrupts.expect().wait()
                 watching.cancel()
     return verdict
+
+
+async def _show_end_of_alert(observers: Addresses, shown: asyncio.Task[None], console: Console) -> None:
+    """Args:
+    shown: shows that it fires.
+    """
+    if not shown.done():
+        shown.cancel()
+        console.print("no alert has fired by the end of the traffic: give it a longer --duration")
+        return
+    try:
+        async with asyncio.timeout(RESOLVED_WITHIN_S):
+            await show_alert(observers, console, fires=False)
+    except TimeoutError:
+        console.print(f"the alert still fires {RESOLVED_WITHIN_S:.0f} s after the traffic")
 
 
 async def _send_traffic(

@@ -118,6 +118,8 @@ class Limiter:
         self.decided: Plan | None = None
         """That of the request that was decided last. To make that of a large one again would take a while."""
         self.rules = rules
+        self.generation = 0
+        """Counts up with each change of the rules."""
         self.use_rules(rules)
 
     def use_rules(self, rules: Rules) -> Retired:
@@ -143,6 +145,7 @@ class Limiter:
             retired.counts, self.counts = self.counts, CountsByRule()
             self.overflow_decisions = Counter()
         self.rules = rules
+        self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()
         self._terms = {}
@@ -211,6 +214,31 @@ class Limiter:
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
         return self._with_extras(answer, plan, buckets, in_full) if plan.has_extras or in_full else answer
+
+    def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
+        """The step of a descriptor that is decided elsewhere, for `charge` and `used`. It is of the rules in force.
+
+        Args:
+            entries: texts from `text_of`.
+        """
+        return self._make_step(domain, self.rules.match(domain, entries) if entries else None, 1, None)
+
+    def charge(self, step: Step, hits: int, now_us: int) -> None:
+        """Take what was admitted elsewhere: into debt when it is more than what is left."""
+        self._bucket_at(step, now_us).take(min(hits, MAX_HITS), now_us, always=True)
+
+    def used(self, step: Step, now_us: int) -> int:
+        """Tokens taken, also beyond the limit."""
+        bucket = self._bucket_at(step, now_us)
+        bucket.advance(now_us)
+        return bucket.limit.capacity - bucket.remaining + bucket.debt
+
+    def _bucket_at(self, step: Step, now_us: int) -> Bucket:
+        bucket = step.bucket
+        if bucket is None or step.evicted != self.store.evicted or bucket.limit is not step.limit:
+            assert step.terms.limit is not None
+            bucket = self._bucket(step, step.terms.limit, now_us)
+        return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
         """What `decide` would answer, without charging anything."""

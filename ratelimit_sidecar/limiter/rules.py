@@ -47,6 +47,10 @@ JOINED: Final = ""
 """In place of a key in `RuleNode.wildcards`, since no key is empty: the patterns of a level of which one has a wildcard
 in its key. They are for key and value joined by an underscore, as all patterns are in envoyproxy/ratelimit."""
 
+MAX_ORDER_TRIES: Final = 256
+"""Entries tried against a level, some 2 us each. Rules in which keys come in one order only take as many as the square
+of the pairs."""
+
 _SECOND_US: Final = 1_000_000
 
 
@@ -296,6 +300,16 @@ class Rules:
             node = level.node
         return levels
 
+    def in_order(self, domain: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Pairs that come without an order, in one in which a rule matches all of them: at each level the first that
+        leads there counts, by key. When there is none, or it is not found in `MAX_ORDER_TRIES`, they are in order of
+        their keys.
+        """
+        by_key = sorted(pairs)
+        root = self.domains.get(domain)
+        found = None if root is None else _order(root, by_key, [MAX_ORDER_TRIES])
+        return by_key if found is None else found
+
     def rule_of_key(self, bucket_key: bytes) -> Rule | None:
         """The rule whose bucket has that name; None when no such rule is in force here.
 
@@ -333,7 +347,7 @@ class Rules:
         return self._limit_of_key(bucket_key, Consistency.LOCAL)
 
     def strict_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket that peers lend each other shares of; None when there is no such rule here."""
+        """The limit of a bucket of which peers pay each other tokens; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.STRICT)
 
     def __iter__(self) -> Iterator[Rule]:
@@ -461,3 +475,21 @@ def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
             continue
         parts.append(f"{level.key}_{text}" if text else level.key)
     return ".".join(parts)
+
+
+def _order(node: RuleNode, left: list[tuple[str, str]], tries: list[int]) -> list[tuple[str, str]] | None:
+    """Args:
+    tries: how many are left, counted down in here.
+    """
+    if not left:
+        return [] if node.rule is not None else None
+    for at, (key, value) in enumerate(left):
+        if not tries[0]:
+            return None
+        tries[0] -= 1
+        level = _descend(node, key, value)
+        if level is not None:
+            below = _order(level.node, left[:at] + left[at + 1 :], tries)
+            if below is not None:
+                return [(key, value), *below]
+    return None

@@ -17,6 +17,7 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
+from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
@@ -107,6 +108,7 @@ class Mesh:
         listen: str | None = None,
         tracer: BatchTracer | None = None,
         purses: Purses | None = None,
+        demands: Demands | None = None,
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
         supervisor: Supervisor | None = None,
@@ -119,7 +121,7 @@ class Mesh:
         self._purses = purses
         membership = None if purses is None else purses.membership
         local = Local(origin, region, version, membership)
-        self._replicator = Replicator(local, store, now_us(), tracer, purses)
+        self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
         self._replicator.has_joined = False
         self._turns = Turns()
         self._progress = Progress()

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class BatchSpan(Protocol):
-    """A trace span that is open while a batch is on its way."""
+    """A trace span that is open while a batch is on its way, or while one is applied."""
+
+    @property
+    def context(self) -> bytes:
+        """For whoever continues the trace: `Deltas.trace`."""
 
     def end(self) -> None: ...
 
@@ -27,6 +31,13 @@ class BatchTracer(Protocol):
 
     def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes], /) -> BatchSpan | None:
         """The span of a batch sent now; None when no sampled request is in it."""
+
+    def apply_span(self, peer_node: str, context: bytes, /) -> BatchSpan | None:
+        """The span of a batch that is applied from now on.
+
+        Args:
+            context: what came with it; perhaps nonsense.
+        """
 
 
 class Peer:
@@ -81,7 +92,19 @@ class Peer:
         """A batch of its outbox is on its way."""
         self.batches_sent += 1
         self.entries_sent += batch.entries
-        self._spans.append(None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys))
+        span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
+        if span is not None:
+            batch.frame.deltas.trace = span.context
+        self._spans.append(span)
+
+    def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
+        """A batch of it is applied from now on.
+
+        Returns:
+            Its span, which whoever applies it ends; None when it belongs to no trace.
+        """
+        self.batches_received += 1
+        return tracer.apply_span(self.node, deltas.trace) if tracer is not None and deltas.trace else None
 
     def acknowledged(self, now_us: int) -> None:
         """It has applied the oldest batch on its way."""

@@ -23,8 +23,9 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
 from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
-from ratelimit_sidecar.replication.peer import BatchTracer, Peer
+from ratelimit_sidecar.replication.peer import BatchSpan, BatchTracer, Peer
 from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
@@ -33,6 +34,7 @@ from ratelimit_sidecar.replication.session import (
     ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
+    DemandsReceived,
     Established,
     Event,
     Local,
@@ -66,6 +68,7 @@ class Replicator:
         now_us: the start of the process, or near it.
         tracer: None when nothing is traced.
         purses: None on a node without strict limits; otherwise `local` shows its membership.
+        demands: None on a node that gives no quotas.
     """
 
     def __init__(
@@ -75,8 +78,11 @@ class Replicator:
         now_us: int,
         tracer: BatchTracer | None = None,
         purses: Purses | None = None,
+        *,
+        demands: Demands | None = None,
     ) -> None:
         self.local = local
+        self.demands = demands
         self.store = store
         self.tracer = tracer
         self.purses = purses
@@ -345,9 +351,12 @@ class Stream:
         self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
         self.payments = None if replicator.purses is None else replicator.purses.new_outbox()
+        self._demands_told = 0
         self._reader: DeltasReader | None = None
         self._deltas: pb.Deltas | None = None
         """Those heard last, until they have been applied."""
+        self._applying: BatchSpan | None = None
+        """The span of that, when it belongs to a trace."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -425,6 +434,7 @@ class Stream:
             return False
         if is_last:
             self._deltas = None
+            self._end_apply_span()
             if deltas.ends_full_state:
                 peer.full_state_heard = True
             self._session.acknowledge()
@@ -482,7 +492,7 @@ class Stream:
 
     def take_frame(self, now_us: int) -> bytes | None:
         """The next frame of what is ready to be sent."""
-        raw = self._session.next_frame(now_us)
+        raw = self._session.next_frame(now_us, self._tell_demands)
         peer = self.peer
         if peer is None:
             return raw
@@ -573,7 +583,7 @@ class Stream:
                 assert self.peer is not None
                 self._reader.begin(deltas)
                 self._deltas = deltas
-                self.peer.batches_received += 1
+                self._applying = self.peer.received(deltas, self._replicator.tracer)
             case DeltasAcknowledged(frames):
                 assert self.peer is not None
                 for _ in range(frames):
@@ -586,9 +596,8 @@ class Stream:
                 assert self._exchange is not None
                 assert self.peer is not None
                 self._exchange.receive(frame)
-            case ClockMeasured(offset_us):
-                assert self.peer is not None
-                self.peer.clock_offset_us = offset_us
+            case ClockMeasured() | DemandsReceived():
+                self._hear_ping(event)
 
     def _apply(self, peer: Peer, now_us: int) -> bool:
         """Returns True when that was the last piece."""
@@ -602,6 +611,11 @@ class Stream:
         replicator.unknown_keys += applied.unknown_keys
         peer.entries_received += applied.entries
         return applied.is_last
+
+    def _end_apply_span(self) -> None:
+        if self._applying is not None:
+            self._applying.end()
+            self._applying = None
 
     def _note_refused(self, peer: Peer) -> None:
         refused = self._replicator.store.journal.refused
@@ -618,6 +632,19 @@ class Stream:
         replicator.unknown_keys += purses.receive(peer.node, payments, self.payments)
         if purses.refused > refused:
             peer.refused[Refused.PAYMENT] += purses.refused - refused
+
+    def _hear_ping(self, event: ClockMeasured | DemandsReceived) -> None:
+        peer, replicator = self.peer, self._replicator
+        assert peer is not None
+        if isinstance(event, ClockMeasured):
+            peer.clock_offset_us = event.offset_us
+        elif replicator.demands is not None:
+            replicator.unknown_keys += replicator.demands.read(peer.node, event.demands)
+
+    def _tell_demands(self, ping: pb.Ping) -> None:
+        demands, peer = self._replicator.demands, self.peer
+        if demands is not None and peer is not None and peer.streams[0] is self:
+            self._demands_told = demands.write(ping, self._demands_told)
 
     def _find_peer(self, origin: Origin, now_us: int) -> Peer:
         replicator = self._replicator
@@ -697,6 +724,7 @@ class Stream:
         peer, self.peer = self.peer, None
         # An answer under way refers to its exchange: nothing but a garbage collection would free the two.
         self._deltas = self._exchange = None
+        self._end_apply_span()
         if self._replicator.purses is not None and self.payments is not None:
             self._replicator.purses.closed(self.payments)
         if peer is None:

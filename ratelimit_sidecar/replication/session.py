@@ -17,6 +17,7 @@ the transport can take one. A peer that does not read so costs no memory. Times 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
@@ -123,6 +124,13 @@ class ComparisonReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class DemandsReceived:
+    """The peer says what its Envoys want."""
+
+    demands: Sequence[pb.Demand]
+
+
+@dataclass(frozen=True, slots=True)
 class ClockMeasured:
     """The best current estimate of the peer's clock minus this node's."""
 
@@ -145,6 +153,7 @@ Event = (
     | StandingReceived
     | ComparisonReceived
     | ClockMeasured
+    | DemandsReceived
     | PeerLeft
 )
 
@@ -238,9 +247,13 @@ class Session:
         self._applied = self._received
         self._ack_owed = True
 
-    def next_frame(self, now_us: int) -> bytes | None:
-        """The next frame to be sent now, Deltas excepted; None when none is owed."""
-        frame = self._next_frame(now_us)
+    def next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None = None) -> bytes | None:
+        """The next frame to be sent now, Deltas excepted; None when none is owed.
+
+        Args:
+            on_ping: may add to it when it is a ping.
+        """
+        frame = self._next_frame(now_us, on_ping)
         return None if frame is None else frame.SerializeToString()
 
     def send_deltas(self, frame: pb.Frame, now_us: int) -> bytes:
@@ -275,7 +288,7 @@ class Session:
                 Reason.TOO_FAST, f"more than {MAX_FRAMES} frames within {FRAMES_WITHIN_US // 1_000_000} s"
             )
 
-    def _next_frame(self, now_us: int) -> pb.Frame | None:
+    def _next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None) -> pb.Frame | None:
         if self.state is State.CLOSED:
             return None
         # Even one that closes for SELF says Hello: the dialling end believes that of nobody but itself.
@@ -285,9 +298,9 @@ class Session:
         if self._goodbye is not None:
             self.state = State.CLOSED
             return pb.Frame(goodbye=self._goodbye)
-        return self._owed_frame(now_us) if self.state is State.ESTABLISHED else None
+        return self._owed_frame(now_us, on_ping) if self.state is State.ESTABLISHED else None
 
-    def _owed_frame(self, now_us: int) -> pb.Frame | None:
+    def _owed_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None) -> pb.Frame | None:
         if self._pong_owed is not None:
             ping_id, received_us = self._pong_owed
             self._pong_owed = None
@@ -299,7 +312,10 @@ class Session:
             self._ping_due_us = now_us + PING_EVERY_US
             self._last_ping += 1
             self._pings[self._last_ping] = now_us
-            return pb.Frame(ping=pb.Ping(id=self._last_ping))
+            frame = pb.Frame(ping=pb.Ping(id=self._last_ping))
+            if on_ping is not None:
+                on_ping(frame.ping)
+            return frame
         return None
 
     def _hello(self) -> pb.Hello:
@@ -377,10 +393,10 @@ class Session:
             self._unacknowledged.popleft()
         return DeltasAcknowledged(frames)
 
-    def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | None:
+    def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | DemandsReceived | None:
         if frame.HasField("ping"):
             self._pong_owed = (frame.ping.id, now_us)
-            return None
+            return DemandsReceived(frame.ping.demands) if frame.ping.demands else None
         pong = frame.pong
         sent_us = self._pings.pop(pong.id, None)
         if sent_us is None:

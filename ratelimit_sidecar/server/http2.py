@@ -459,12 +459,19 @@ class Connection:
         stream = self._streaming.get(stream_id)
         return 0 if stream is None else self._session.unsent_of(stream.request)
 
-    def acknowledge(self, stream_id: int, count: int) -> None:
-        """Bytes of a `Part` are used up: its client may send as many more."""
+    def acknowledge(self, stream_id: int, count: int, let_in: int = 0) -> None:
+        """Bytes of a `Part` are used up: its client may send as many more, less those that it was let in before."""
         stream = self._streaming.get(stream_id)
         if stream is not None:
             stream.held -= count
             self._count(-count)
+            if count > let_in:
+                self._session.consume(stream.request, count - let_in)
+
+    def let_in(self, stream_id: int, count: int) -> None:
+        """A client may send so much more, though nothing of what it has sent is used up."""
+        stream = self._streaming.get(stream_id)
+        if stream is not None and count:
             self._session.consume(stream.request, count)
 
     def _forget_streaming(self, stream: _Stream) -> None:

@@ -11,7 +11,7 @@ envoyproxy/ratelimit; Envoy's requests are a few hundred bytes, and all the head
 fit into each of 68 descriptors."""
 
 MAX_STREAMED_BYTES: Final = 65_536
-"""The largest message of a streaming call, which a client sends in part at most until it is read."""
+"""The largest message of most streaming calls, which a client sends in part at most until it is read."""
 
 MAX_HEADER_BYTES: Final = 131_072
 """Of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy takes 60 KiB of headers from

@@ -12,14 +12,21 @@ class MessageReader:
 
     Args:
         metadata: of the call.
+        most: bytes of a message.
     """
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, most: int = MAX_STREAMED_BYTES) -> None:
         self._metadata = metadata
+        self._most = most
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> None:
         self._bytes += data
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that were fed and are in no message yet."""
+        return len(self._bytes)
 
     def next_message(self, ended: bool) -> bytes | None:
         """
@@ -31,13 +38,13 @@ class MessageReader:
 
         Raises:
             RpcError: UNIMPLEMENTED when it is compressed, RESOURCE_EXHAUSTED when it is larger than
-                `MAX_STREAMED_BYTES`, INTERNAL when it is broken or cut short. The call cannot go on then.
+                it may be, INTERNAL when it is broken or cut short. The call cannot go on then.
         """
         if len(self._bytes) >= PREFIX_BYTES:
             flags = self._bytes[0]
             length = int.from_bytes(self._bytes[1:PREFIX_BYTES], "big")
-            if length > MAX_STREAMED_BYTES:
-                raise too_large(MAX_STREAMED_BYTES)
+            if length > self._most:
+                raise too_large(self._most)
             if flags != 0:
                 raise compressed(flags, self._metadata)
             end = PREFIX_BYTES + length

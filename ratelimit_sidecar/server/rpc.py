@@ -14,6 +14,8 @@ from typing import Final
 
 import structlog
 
+from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
+
 Metadata = Iterable[tuple[bytes, bytes]]
 """The request's headers, names in lower case; it can be iterated more than once."""
 
@@ -27,9 +29,14 @@ with a status. It is closed when the client cancels, and at a stop."""
 
 @dataclass(frozen=True)
 class Streaming:
-    """A method with a stream of messages in, out or both; a side with a single message is a stream of one."""
+    """A method with a stream of messages in, out or both; a side with a single message is a stream of one.
+
+    Args:
+        max_message_bytes: of one that comes in; at most `limits.MAX_MESSAGE_BYTES`.
+    """
 
     handler: StreamHandler
+    max_message_bytes: int = MAX_STREAMED_BYTES
 
 
 Handler = UnaryHandler | Streaming

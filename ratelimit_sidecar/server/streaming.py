@@ -2,7 +2,8 @@
 does not take what it has sent.
 
 Flow control: bytes are acknowledged to the client when the handler asks for the message after them, so that a client
-which is faster than the handler is stopped by its window. The other way a handler is stopped while more than
+which is faster than the handler is stopped by its window; of a message that is larger than that they are acknowledged
+when they are there, and the budget bounds them. The other way a handler is stopped while more than
 `MAX_UNSENT_BYTES` of its call wait for the client.
 """
 
@@ -15,6 +16,7 @@ from typing import Final
 
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
 from ratelimit_sidecar.server.http2 import Connection, Opened
+from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
 
@@ -47,9 +49,11 @@ class StreamingCall:
         self._flush = flush
         self._blocked = blocked
         self._fail = fail
-        self._reader = MessageReader(opened.request)
+        self._reader = MessageReader(opened.request, opened.method.max_message_bytes)
         self._last_bytes = 0
         """Of the message that the handler is busy with."""
+        self._let_in = 0
+        """Of that or the next one, acknowledged before it was whole."""
         self._client_is_done = False
         self._heard = asyncio.Event()
         """Bytes have come, or the client is done."""
@@ -121,8 +125,8 @@ class StreamingCall:
     async def _next_message(self) -> bytes:
         # The handler wants more: the client may send as much again.
         if self._last_bytes:
-            self._connection.acknowledge(self._opened.stream_id, self._last_bytes)
-            self._last_bytes = 0
+            self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._let_in)
+            self._last_bytes = self._let_in = 0
             self._flush()
         # Others have their turn, however many messages a read has brought.
         await asyncio.sleep(0)
@@ -133,6 +137,11 @@ class StreamingCall:
                 return message
             if self._client_is_done:
                 raise StopAsyncIteration
+            if self._reader.waiting >= MAX_STREAMED_BYTES:
+                # What is not whole by now comes only if the client may send more than its window.
+                self._connection.let_in(self._opened.stream_id, self._reader.waiting - self._let_in)
+                self._let_in = self._reader.waiting
+                self._flush()
             self._heard.clear()
             await self._heard.wait()
 

@@ -26,6 +26,9 @@ class LatencyObserver(Protocol):
 
     def observe(self, elapsed_ns: int) -> None: ...
 
+    def exemplify(self, trace_id: str, elapsed_ns: int, ended_ns: int) -> None:
+        """A call that was observed is in a trace."""
+
 
 class RequestTracer(Protocol):
     """Records the calls whose caller wants them traced."""
@@ -33,12 +36,15 @@ class RequestTracer(Protocol):
     def sampled(self, metadata: Metadata) -> object | None:
         """The caller's span context when it is sampled, else None; it must be cheap."""
 
-    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> str | None:
         """A finished call.
 
         Args:
             parent: what `sampled` returned.
             started_ns: nanoseconds since the epoch, as is ended_ns.
+
+        Returns:
+            The id of its trace, when that is kept.
         """
 
 
@@ -65,6 +71,7 @@ class RateLimitService:
         self._waits_for_rules = waits_for_rules
         self._limiter = limiter
         self._now_us = now_us
+        self._exemplify = latency.exemplify
         self._observe = latency.observe
         self._tracer = tracer
         self._failures = FailureLog()
@@ -115,7 +122,9 @@ class RateLimitService:
                 ended_ns = time.time_ns()
                 plan = self._limiter.decided
                 assert plan is not None
-                self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
+                trace_id = self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
+                if trace_id is not None:
+                    self._exemplify(trace_id, elapsed_ns, ended_ns)
         except Exception as failure:
             # An error in place of the answer would let pass what was denied.
             self._failures.log_first(_PATH, failure)

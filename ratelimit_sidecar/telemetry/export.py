@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.proxies import grpc_proxy
@@ -46,12 +48,24 @@ def start_tracing(node: str, region: str) -> Tracing:
     if not _wanted():
         return Tracing(None)
     try:
-        provider = TracerProvider(resource=_resource(node, region), shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(_exporter()))
+        provider = TracerProvider(resource=resource_of(node, region), shutdown_on_exit=False)
+        counts = SpanCounts()
+        provider.add_span_processor(_CountEnded(counts))
+        provider.add_span_processor(BatchSpanProcessor(_CountingExporter(_exporter(), counts)))
     except Exception as error:
         # Whatever the SDK and its exporters raise on a value they cannot use: they have no common class.
         raise TracingError(f"cannot export traces as the OTEL_* variables say: {error}") from error
-    return Tracing(provider)
+    return Tracing(provider, counts)
+
+
+@dataclass(slots=True)
+class SpanCounts:
+    """Since start. Spans that ended and were neither exported nor failed wait in the queue, or were dropped."""
+
+    ended: int = 0
+    exported: int = 0
+    failed: int = 0
+    """The collector did not take them."""
 
 
 class Tracing:
@@ -59,9 +73,11 @@ class Tracing:
 
     Args:
         provider: to be shut down by `close` alone; None when tracing is off.
+        counts: of its spans.
     """
 
-    def __init__(self, provider: TracerProvider | None) -> None:
+    def __init__(self, provider: TracerProvider | None, counts: SpanCounts | None = None) -> None:
+        self.counts = counts
         self._provider = provider
         self.tracer: RequestTracer | NoTracer = (
             NoTracer() if provider is None else RequestTracer(provider.get_tracer("ratelimit_sidecar", __version__))
@@ -89,46 +105,104 @@ class Tracing:
             _log.warning("spans_not_exported", timeout_seconds=timeout_seconds)
 
 
-def _wanted() -> bool:
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    exporters = [name.strip() for name in os.environ.get("OTEL_TRACES_EXPORTER", "").split(",") if name.strip()]
-    if exporters:
-        for name in exporters:
-            if name not in ("otlp", "none"):
-                _log.warning("trace_exporter_not_supported", exporter=name, supported="otlp, none")
-        return "otlp" in exporters
-    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+class _CountEnded(SpanProcessor):
+    def __init__(self, counts: SpanCounts) -> None:
+        self._counts = counts
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self._counts.ended += 1
 
 
-def _exporter() -> SpanExporter:
+class _CountingExporter(SpanExporter):
+    """Another exporter, whose results are counted. Only the SDK's thread exports."""
+
+    def __init__(self, exporter: SpanExporter, counts: SpanCounts) -> None:
+        self._exporter = exporter
+        self._counts = counts
+        # As it is: the SDK looks whether it takes a timeout.
+        self.shutdown = exporter.shutdown  # type: ignore[method-assign]
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        is_exported = False
+        try:
+            result = self._exporter.export(spans)
+            is_exported = result is SpanExportResult.SUCCESS
+            return result
+        finally:
+            if is_exported:
+                self._counts.exported += len(spans)
+            else:
+                self._counts.failed += len(spans)
+
+
+def is_sdk_disabled() -> bool:
+    return os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+
+
+def names_otlp(variable: str) -> bool | None:
+    """Whether a variable with a list of exporters names otlp, the only one there is; None when it names none."""
+    exporters = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    for name in exporters:
+        if name not in ("otlp", "none"):
+            _log.warning("exporter_not_supported", variable=variable, exporter=name, supported="otlp, none")
+    return "otlp" in exporters if exporters else None
+
+
+def otlp_protocol(signal: str) -> str:
+    """Args:
+    signal: as it stands in names of variables, TRACES for example.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
     protocol = (
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+        os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
+        or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        or "grpc"
     )
-    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
-    repair_otlp_proto()
+    if protocol not in ("grpc", "http/protobuf"):
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected grpc or http/protobuf")
+    return protocol
+
+
+def find_proxy(signal: str) -> None:
+    """Log the proxy through which a signal would go, if there is one."""
     endpoint = urlsplit(
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
+        os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
     )
     proxy = grpc_proxy(endpoint.hostname or "localhost", os.environ)
     if proxy is not None:
         _log.warning("through_proxy", server=endpoint.netloc, proxy=proxy)
+
+
+def _wanted() -> bool:
+    if is_sdk_disabled():
+        return False
+    named = names_otlp("OTEL_TRACES_EXPORTER")
+    if named is not None:
+        return named
+    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def _exporter() -> SpanExporter:
+    protocol = otlp_protocol("TRACES")
+    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
+    repair_otlp_proto()
+    find_proxy("TRACES")
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter as GrpcSpanExporter,
         )
 
         return GrpcSpanExporter()
-    if protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
-            OTLPSpanExporter as HttpSpanExporter,
-        )
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
+        OTLPSpanExporter as HttpSpanExporter,
+    )
 
-        return HttpSpanExporter()
-    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected grpc or http/protobuf")
+    return HttpSpanExporter()
 
 
-def _resource(node: str, region: str) -> Resource:
+def resource_of(node: str, region: str) -> Resource:
     ours = {
         "service.name": SERVICE_NAME,
         "service.version": __version__,

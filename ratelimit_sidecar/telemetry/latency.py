@@ -6,7 +6,7 @@ Written and read on the event loop alone.
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Final
+from typing import Final, NamedTuple
 
 FIRST_BOUND_NS: Final = 10_000
 
@@ -28,15 +28,30 @@ BOUNDS_NS: Final = (
 """Upper bounds, inclusive: from 10 us, about a decision from memory, to 100 ms, five times Envoy's default timeout."""
 
 
+class Exemplar(NamedTuple):
+    """A sampled request that fell into a bucket."""
+
+    trace_id: str
+    elapsed_ns: int
+    ended_ns: int
+    """Since the epoch."""
+
+
 class LatencyHistogram:
-    __slots__ = ("counts", "sum_ns")
+    __slots__ = ("counts", "exemplars", "sum_ns")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BOUNDS_NS) + 1)
         """Observations up to each bound and above the one before; the last is for those above all bounds."""
+        self.exemplars: list[Exemplar | None] = [None] * len(self.counts)
+        """Of each bucket the latest."""
         self.sum_ns = 0
 
     def observe(self, elapsed_ns: int) -> None:
         # Nearly all of them, without a search.
         self.counts[0 if elapsed_ns <= FIRST_BOUND_NS else bisect_left(BOUNDS_NS, elapsed_ns)] += 1
         self.sum_ns += elapsed_ns
+
+    def exemplify(self, trace_id: str, elapsed_ns: int, ended_ns: int) -> None:
+        """What was observed already was a sampled request; see `Exemplar`."""
+        self.exemplars[bisect_left(BOUNDS_NS, elapsed_ns)] = Exemplar(trace_id, elapsed_ns, ended_ns)

@@ -41,10 +41,10 @@ def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colo
     Raises:
         ValueError: a variable has a value it cannot have; the text names it and the values it can have.
     """
-    level = _choice(environ, "LOG_LEVEL", LEVELS, "info")
     format_ = _choice(environ, "LOG_FORMAT", FORMATS, "text")
     handler.setFormatter(_formatter(format_, colors=colors))
-    logging.basicConfig(handlers=[handler], level=level, force=True)
+    # The level comes last, so that a wrong one can be told in the format that was asked for.
+    logging.basicConfig(handlers=[handler], level=LEVELS["info"], force=True)
     logging.captureWarnings(True)
     structlog.configure(
         processors=[
@@ -55,6 +55,12 @@ def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colo
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
+    logging.getLogger().setLevel(_choice(environ, "LOG_LEVEL", LEVELS, "info"))
+
+
+def is_json(environ: Mapping[str, str]) -> bool:
+    """Whether whoever reads the log expects JSON lines."""
+    return FORMATS.get(environ.get("LOG_FORMAT", "").lower()) == "json"
 
 
 def _annotations() -> list[Processor]:

@@ -15,11 +15,14 @@ from typing import Literal, Protocol, TypeVar
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.limiter.counts import RuleCounts
+from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 
@@ -182,6 +185,24 @@ class LogStatus(Protocol):
     def dropped_lines(self) -> int: ...
 
 
+class SpansStatus(Protocol):
+    """What is read of the spans (`ratelimit_sidecar.telemetry.export.SpanCounts`)."""
+
+    @property
+    def ended(self) -> int: ...
+    @property
+    def exported(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+
+
+class FullestStatus(Protocol):
+    """What is read of the fullest buckets (`ratelimit_sidecar.limiter.fullest.FullestBuckets`)."""
+
+    @property
+    def of_rules(self) -> Mapping[tuple[str, str], Fullest]: ...
+
+
 class RulesStatus(Protocol):
     """What is read of the rules' reloads (`ratelimit_sidecar.rules_source.reloader.Reloader`, a sibling layer)."""
 
@@ -192,6 +213,10 @@ class RulesStatus(Protocol):
     @property
     def last_success_us(self) -> int | None:
         """When the rules in force were put so, in microseconds since the epoch."""
+
+    @property
+    def rejected(self) -> object | None:
+        """The newest attempt, if it failed."""
 
     @property
     def trouble(self) -> str:
@@ -216,6 +241,9 @@ class Sources:
         state: None where it is not kept.
         supervision: None where no task is begun again.
         log: None where it is written at once.
+        fullest: None where nobody looks for them.
+        spans: None where nothing is traced.
+        quotas: None where none are given.
     """
 
     node: str
@@ -235,6 +263,9 @@ class Sources:
     state: StateStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
+    fullest: FullestStatus | None = None
+    spans: SpansStatus | None = None
+    quotas: Quotas | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +300,8 @@ _ZEROS = RuleCounts()
 
 _Part = TypeVar("_Part")
 
-Sample = tuple[str, tuple[str, ...], float]
-"""Suffix of the sample's name ("" unless a histogram's), label values, value."""
+Sample = tuple[str, tuple[str, ...], float] | tuple[str, tuple[str, ...], float, Exemplar]
+"""Suffix of the sample's name ("" unless a histogram's), label values, value, and an exemplar if there is one."""
 
 Kind = Literal["counter", "gauge", "histogram", "info", "unknown"]
 
@@ -292,10 +323,11 @@ class Definition:
 
 
 def _read_decisions(at: Snapshot) -> Iterator[Sample]:
+    region = at.sources.region
     for domain, rule, counts in at.counts():
-        yield "", (domain, rule, "OK"), counts.ok
+        yield "", (region, domain, rule, "OK"), counts.ok
         if rule:
-            yield "", (domain, rule, "OVER_LIMIT"), counts.over_limit
+            yield "", (region, domain, rule, "OVER_LIMIT"), counts.over_limit
 
 
 def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -306,6 +338,19 @@ def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[Snapshot], It
                 yield "", (at.sources.region, domain, rule), value(counts)
 
     return read
+
+
+def _read_used(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.fullest is not None:
+        for (domain, rule), fullest in at.sources.fullest.of_rules.items():
+            for rank, used in enumerate(fullest.used, start=1):
+                yield "", (at.sources.region, domain, rule, str(rank)), used
+
+
+def _read_debt(at: Snapshot) -> Iterator[Sample]:
+    if at.sources.fullest is not None:
+        for (domain, rule), fullest in at.sources.fullest.of_rules.items():
+            yield "", (at.sources.region, domain, rule), fullest.debt
 
 
 def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -321,8 +366,12 @@ def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapsh
 def _read_latency(at: Snapshot) -> Iterator[Sample]:
     region, latency = at.sources.region, at.sources.latency
     totals = list(accumulate(latency.counts))
-    for bound, total in zip(_BUCKET_BOUNDS, totals, strict=True):
-        yield "_bucket", (region, bound), total
+    for bound, total, latest in zip(_BUCKET_BOUNDS, totals, latency.exemplars, strict=True):
+        if latest is None:
+            yield "_bucket", (region, bound), total
+        else:
+            exemplar = Exemplar({"trace_id": latest.trace_id}, latest.elapsed_ns / 1e9, latest.ended_ns / 1e9)
+            yield "_bucket", (region, bound), total, exemplar
     yield "_count", (region,), totals[-1]
     yield "_sum", (region,), latency.sum_ns / 1e9
 
@@ -378,12 +427,12 @@ def _read_certificate(
 
 
 def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
-    decisions = at.sources.limiter.overflow_decisions
-    for labels in at.rules.names:
-        yield "", labels, decisions.get(labels, 0)
-    for labels in list(decisions):
-        if labels not in at.rules.names:
-            yield "", labels, decisions[labels]
+    region, decisions = at.sources.region, at.sources.limiter.overflow_decisions
+    for names in at.rules.names:
+        yield "", (region, *names), decisions.get(names, 0)
+    for names in list(decisions):
+        if names not in at.rules.names:
+            yield "", (region, *names), decisions[names]
 
 
 def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -398,12 +447,6 @@ def _read_payments(at: Snapshot) -> Iterator[Sample]:
     if at.membership is not None:
         yield "", (at.sources.region, "sent"), at.membership.payments_sent
         yield "", (at.sources.region, "received"), at.membership.payments_received
-
-
-def _read_plans(at: Snapshot) -> Iterator[Sample]:
-    counts = at.sources.limiter.plan_counts
-    yield "", ("found",), counts.found
-    yield "", ("made",), counts.made
 
 
 def _read_part(
@@ -442,6 +485,14 @@ def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snaps
     return _read_part(lambda sources: sources.front_end, value)
 
 
+def _read_quotas(value: Callable[[Quotas], float]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.quotas, value)
+
+
+def _read_quotas_by(counts: Callable[[Quotas], Mapping[str, int]]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part_by(lambda sources: sources.quotas, counts)
+
+
 def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
     return _read_part(lambda sources: sources.state, value)
 
@@ -452,34 +503,11 @@ def _read_front_end_reasons(
     return _read_part_by(lambda sources: sources.front_end, counts)
 
 
-def _read_request_errors(at: Snapshot) -> Iterator[Sample]:
-    for reason, count in at.sources.request_errors.items():
-        yield "", (reason,), count
+def _read_config(value: Callable[[RulesStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.rules, value)
 
 
-def _read_ext_authz_unlimited(at: Snapshot) -> Iterator[Sample]:
-    for reason, count in at.sources.ext_authz_unlimited.items():
-        yield "", (reason,), count
-
-
-def _read_config_loads(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.rules is not None:
-        for result, count in at.sources.rules.loads.items():
-            yield "", (result,), count
-
-
-def _read_config_last_success(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.rules is not None and at.sources.rules.last_success_us is not None:
-        yield "", (), at.sources.rules.last_success_us / 1e6
-
-
-def _read_config_source_up(at: Snapshot) -> Iterator[Sample]:
-    if at.sources.rules is not None:
-        yield "", (), not at.sources.rules.trouble
-
-
-_RULE = ("domain", "rule")
-_OWN_RULE = ("region", *_RULE)
+_OWN_RULE = ("region", "domain", "rule")
 _PEER = ("region", "peer")
 
 METRICS: tuple[Definition, ...] = (
@@ -493,31 +521,31 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "ratelimit_decisions_total",
         "counter",
-        (*_RULE, "code"),
+        (*_OWN_RULE, "code"),
         "Descriptors decided, by rule and code (OK, OVER_LIMIT); rule is empty where no rule limits the descriptor.",
         _read_decisions,
     ),
     Definition(
         "ratelimit_overflow_decisions_total",
         "counter",
-        _RULE,
+        _OWN_RULE,
         "Descriptors decided by a bucket that several new keys of a rule share, while there is no room for their own.",
         _read_overflow_decisions,
     ),
     Definition(
         "ratelimit_request_errors_total",
         "counter",
-        ("reason",),
+        ("region", "reason"),
         "Requests answered with a gRPC error, by reason.",
-        _read_request_errors,
+        _read_part_by(lambda sources: sources, lambda sources: sources.request_errors),
     ),
     Definition(
         "ratelimit_ext_authz_unlimited_total",
         "counter",
-        ("reason",),
+        ("region", "reason"),
         "Requests over ext_authz that passed without a limit: of a domain without ext_authz in its rules (no_mapping),"
         " or lacking what its descriptors are made from (no_descriptor).",
-        _read_ext_authz_unlimited,
+        _read_part_by(lambda sources: sources, lambda sources: sources.ext_authz_unlimited),
     ),
     Definition(
         "ratelimit_ignored_overrides_total",
@@ -613,23 +641,30 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "ratelimit_config_loads_total",
         "counter",
-        ("result",),
+        ("region", "result"),
         "Times rules were loaded, by result (success, error), the first time included; an error leaves the old ones.",
-        _read_config_loads,
+        _read_part_by(lambda sources: sources.rules, lambda rules: rules.loads),
     ),
     Definition(
         "ratelimit_config_last_success_timestamp_seconds",
         "gauge",
-        (),
+        ("region",),
         "When the rules in force were loaded, since the epoch; absent before the first come from an xDS server.",
-        _read_config_last_success,
+        _read_config(lambda rules: None if rules.last_success_us is None else rules.last_success_us / 1e6),
+    ),
+    Definition(
+        "ratelimit_config_rejected",
+        "gauge",
+        ("region",),
+        "1 while the newest rules could not be used and those from before are in force, otherwise 0.",
+        _read_config(lambda rules: rules.rejected is not None),
     ),
     Definition(
         "ratelimit_config_source_up",
         "gauge",
-        (),
+        ("region",),
         "1 while new rules are noticed at once (folders are watched, the xDS server is connected), otherwise 0.",
-        _read_config_source_up,
+        _read_config(lambda rules: not rules.trouble),
     ),
     Definition(
         "openclaw_request_latency_seconds",
@@ -641,9 +676,9 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "ratelimit_plans_total",
         "counter",
-        ("result",),
+        ("region", "result"),
         "Requests whose plan was remembered (found), or had to be made since they were not seen lately (made).",
-        _read_plans,
+        _read_part_by(lambda sources: sources.limiter.plan_counts, lambda plans: plans._asdict()),
     ),
     Definition(
         "ratelimit_event_loop_longest_stall_seconds",
@@ -672,6 +707,17 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
         _read_part(lambda sources: sources.log, lambda log: log.dropped_lines),
+    ),
+    Definition(
+        "ratelimit_spans_total",
+        "counter",
+        ("region", "state"),
+        "Spans that have ended, were exported, or failed, as the collector did not take them; the rest waits in the"
+        " SDK's queue or was dropped from it. Absent without tracing.",
+        _read_part_by(
+            lambda sources: sources.spans,
+            lambda spans: {"ended": spans.ended, "exported": spans.exported, "failed": spans.failed},
+        ),
     ),
     Definition(
         "ratelimit_clock_gap_seconds",
@@ -738,6 +784,21 @@ METRICS: tuple[Definition, ...] = (
         _OWN_RULE,
         "Hits over the limit that shadow mode let pass (shadow_mode of envoyproxy/ratelimit).",
         _read_rules(lambda counts: counts.shadow_mode_hits),
+    ),
+    Definition(
+        "ratelimit_bucket_used_ratio",
+        "gauge",
+        (*_OWN_RULE, "rank"),
+        "Used part of the capacity of a rule's fullest buckets, rank 1 to 3, above 1 with debt; absent without buckets."
+        " As of the last look at all buckets, every 10 s or, with more than 50,000, more seldom. Not of strict rules.",
+        _read_used,
+    ),
+    Definition(
+        "ratelimit_bucket_debt_tokens",
+        "gauge",
+        _OWN_RULE,
+        "Tokens taken beyond the limit from the bucket of a rule that owes most, as of the same look.",
+        _read_debt,
     ),
     Definition(
         "crdt_buckets",
@@ -943,6 +1004,65 @@ METRICS: tuple[Definition, ...] = (
         "Payments of tokens of strict limits: sent to peers that had asked, or received from them.",
         _read_payments,
     ),
+    Definition(
+        "ratelimit_quota_streams",
+        "gauge",
+        ("region",),
+        "Streams on which Envoys report quotas.",
+        _read_quotas(lambda quotas: len(quotas.streams)),
+    ),
+    Definition(
+        "ratelimit_quota_streams_refused_total",
+        "counter",
+        ("region",),
+        "Streams refused since there were too many.",
+        _read_quotas(lambda quotas: quotas.counts.refused_streams),
+    ),
+    Definition(
+        "ratelimit_quota_buckets",
+        "gauge",
+        ("region",),
+        "Buckets with a quota, each counted once for each Envoy that has it.",
+        _read_quotas(lambda quotas: quotas.holds),
+    ),
+    Definition(
+        "ratelimit_quota_reports_total",
+        "counter",
+        ("region",),
+        "Reports of Envoys, each bucket in them counted.",
+        _read_quotas(lambda quotas: quotas.counts.reports),
+    ),
+    Definition(
+        "ratelimit_quota_report_troubles_total",
+        "counter",
+        ("region", "reason"),
+        "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
+        "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
+        _read_quotas_by(lambda quotas: quotas.counts.troubles),
+    ),
+    Definition(
+        "ratelimit_quota_requests_total",
+        "counter",
+        ("region", "result"),
+        "Requests that Envoys have decided by their quotas: allowed, denied. ratelimit_decisions_total and the hits of "
+        "each rule have them as well.",
+        _read_quotas_by(lambda quotas: quotas.counts.requests),
+    ),
+    Definition(
+        "ratelimit_quota_assignments_total",
+        "counter",
+        ("region",),
+        "Assignments sent to Envoys, also those that only renew one.",
+        _read_quotas(lambda quotas: quotas.counts.told),
+    ),
+    Definition(
+        "ratelimit_quota_buckets_forgotten_total",
+        "counter",
+        ("region", "reason"),
+        "Buckets without a request for a minute, which Envoy was told to forget (idle), and buckets that an Envoy no "
+        "longer reports (silent).",
+        _read_quotas_by(lambda quotas: quotas.counts.forgotten),
+    ),
 )
 
 
@@ -985,8 +1105,9 @@ class _Samples:
         name = self._definition.name
         # Only a histogram's buckets have a value for `le`.
         label_names = (*self._definition.labels, "le")
-        for suffix, label_values, value in self._definition.read(self._snapshot):
-            yield EncodedSample(name + suffix, dict(zip(label_names, label_values, strict=False)), value)
+        for suffix, label_values, value, *exemplar in self._definition.read(self._snapshot):
+            labels = dict(zip(label_names, label_values, strict=False))
+            yield EncodedSample(name + suffix, labels, value, exemplar=exemplar[0] if exemplar else None)
 
 
 def _family(definition: Definition) -> Metric:

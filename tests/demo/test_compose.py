@@ -14,6 +14,7 @@ import yaml
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.demo.bootstrap import REGIONS
+from ratelimit_sidecar.demo.wan import Line
 
 ROOT = Path(__file__).parents[2]
 OPENCLAW = ROOT / "examples/openclaw"
@@ -57,18 +58,30 @@ def test_there_is_an_envoy_and_a_sidecar_in_each_region() -> None:
     assert set(services()) == {
         *(f"envoy-{region}" for region in REGIONS),
         *(f"sidecar-{region}" for region in REGIONS),
+        "wan",
         "rating-api",
-        "redis",
         "otel-collector",
+        "prometheus",
     }
 
 
 def test_every_mounted_file_is_there_and_mounted_read_only() -> None:
     for service in services().values():
         for volume in service.get("volumes", []):
-            source, _, mode = volume.split(":")
-            assert (ROOT / source).exists(), volume
-            assert mode == "ro"
+            if volume.startswith("."):
+                source, _, mode = volume.split(":")
+                assert (ROOT / source).exists(), volume
+                assert mode == "ro"
+
+
+def test_the_file_of_buckets_is_on_a_volume_of_each_sidecar_s_own() -> None:
+    config = load_sidecar_config(OPENCLAW / "sidecar.yaml", {})
+    assert config.persistence is not None
+
+    volumes = [services()[f"sidecar-{region}"]["volumes"][-1].split(":") for region in REGIONS]
+
+    assert {folder for _, folder in volumes} == {str(config.persistence.file.parent)}
+    assert len({name for name, _ in volumes}) == len(REGIONS)
 
 
 def test_every_container_is_read_only_and_without_capabilities() -> None:
@@ -99,15 +112,19 @@ def test_what_envoy_calls_is_a_service_it_shares_a_network_with(region: str) -> 
         assert mine & set(called["networks"]), cluster["name"]
 
 
-@pytest.mark.parametrize("region", REGIONS)
-def test_each_sidecar_is_the_mesh_address_its_peers_have(region: str) -> None:
-    sidecar = services()[f"sidecar-{region}"]
-    config = load_sidecar_config(OPENCLAW / "sidecar.yaml", sidecar["environment"])
+def test_a_region_meets_others_only_over_the_lines_between_them() -> None:
+    wan = services()["wan"]
 
-    assert config.node.region == region
-    (alias,) = sidecar["networks"]["mesh"]["aliases"]
-    assert f"{alias}:50051" in config.sync.peers
-    assert str(config.listen.sync).endswith(":50051")
+    assert wan["networks"] == list(REGIONS)
+    for region in REGIONS:
+        sidecar = services()[f"sidecar-{region}"]
+        config = load_sidecar_config(OPENCLAW / "sidecar.yaml", sidecar["environment"])
+        assert config.node.region == region
+        assert set(sidecar["networks"]) == {region, "shared"}
+        lines = [Line.parse(text) for text in wan["command"]]
+        assert [f"wan:{line.port}" for line in lines] == list(config.sync.peers)
+        assert [line.host for line in lines] == [f"sidecar-{name}" for name in REGIONS]
+        assert all(str(config.listen.sync).endswith(f":{line.to_port}") for line in lines)
 
 
 def test_the_example_rules_limit_an_agent_and_anonymous_callers_more() -> None:

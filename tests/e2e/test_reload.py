@@ -165,7 +165,7 @@ async def test_a_reload_under_load_loses_no_request_and_a_bad_file_changes_nothi
 
             async def has_loaded_again() -> bool:
                 metrics = (await console.get("/metrics")).text
-                return 'ratelimit_config_loads_total{result="success"} 4.0' in metrics
+                return 'ratelimit_config_loads_total{region="local",result="success"} 4.0' in metrics
 
             assert await plan(30) == (100, 70)
             first = await reloads()

@@ -66,6 +66,21 @@ async def test_a_bad_config_is_told_by_line_and_ends_it_with_2(tmp_path: Path) -
     assert "grcp" in serve.output
 
 
+@pytest.mark.parametrize("level", ["fatal", "loud"], ids=["bad config", "bad level"])
+async def test_why_it_ends_is_an_event_like_all_others_where_they_are_json(level: str, tmp_path: Path) -> None:
+    file = tmp_path / "sidecar.yaml"
+    file.write_text("listen:\n  grcp: ['127.0.0.1:8081']\n")
+
+    async with command("serve", "--config", str(file), environment={"LOG_FORMAT": "json", "LOG_LEVEL": level}) as serve:
+        code = await serve.ended()
+
+    assert code == 2
+    [line] = serve.output.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["level"]) == ("failed", "critical")
+    assert ("LOG_LEVEL is 'loud'" if level == "loud" else f"{file}:2:3") in told["why"]
+
+
 async def test_bad_rules_are_told_by_file_and_line_and_end_it_with_2(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(
         "domain: openclaw\ndescriptors:\n  - key: agent\n    rate_limit: {unit: fortnight, requests_per_unit: 20}\n"

@@ -1,4 +1,5 @@
-"""One trace from the caller through Envoy into the sidecar, and from there to the batch that carries it on."""
+"""One trace from the caller through Envoy into the sidecar, and from there to the batch that carries it on and to where
+that is applied."""
 
 from pathlib import Path
 
@@ -19,7 +20,9 @@ ENVOY_FLUSH_S = 15.0
 """Envoy exports its spans every 5 s."""
 
 
-async def test_a_request_is_one_trace_through_envoy_and_sidecar_and_its_batch_links_to_it(tmp_path: Path) -> None:
+async def test_a_request_is_followed_through_envoy_and_sidecar_and_by_its_batch_into_the_other_region(
+    tmp_path: Path,
+) -> None:
     async with (
         OtlpReceiver() as receiver,
         three_regions(
@@ -36,6 +39,9 @@ async def test_a_request_is_one_trace_through_envoy_and_sidecar_and_its_batch_li
         batch = await receiver.span(lambda span: (decision.trace_id, decision.span_id) in span.links)
         assert batch.kind == "PRODUCER"
         assert batch.resource["service.name"] == "ratelimit-sidecar-us-east-1"
+        applied = await receiver.span(lambda span: span.kind == "CONSUMER" and span.parent_span_id == batch.span_id)
+        assert applied.trace_id == batch.trace_id
+        assert applied.resource["cloud.region"] == str(batch.attributes["ratelimit.peer"]).removesuffix("-a")
         parent = await receiver.span(lambda span: span.span_id == decision.parent_span_id, ENVOY_FLUSH_S)
         assert parent.resource["service.name"] == "envoy-us-east-1"
         assert parent.trace_id == TRACE_ID

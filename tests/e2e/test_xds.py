@@ -80,7 +80,8 @@ async def test_it_refuses_before_the_server_is_there_and_is_ready_and_limits_onc
         assert error.value.details() == "no rules have been loaded yet"
         body = {"domain": "shop", "descriptors": [{"entries": [{"key": "user", "value": "eve"}]}]}
         assert (await console.post("/json", json=body)).status_code == 503
-        assert 'ratelimit_request_errors_total{reason="no_rules"} 2.0' in (await console.get("/metrics")).text
+        metrics = (await console.get("/metrics")).text
+        assert 'ratelimit_request_errors_total{reason="no_rules",region="local"} 2.0' in metrics
 
         server = XdsServer()
         server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))

@@ -19,6 +19,7 @@ from ratelimit_sidecar.limiter.key import (
     OVERRIDE,
     OVERRIDE_LIMIT,
     PATTERN,
+    TOKEN_BUCKET,
     UNRULED,
     WILDCARD_VALUE,
     KeyEntry,
@@ -143,3 +144,9 @@ def test_an_honest_caller_is_admitted_again_once_the_flood_is_over_and_its_bucke
     assert limiter.store.full_since_us is None
     assert decide(limiter, request, later_us).overall_code == OK
     assert limiter.store.get(limiter.plan(request).steps[0].bucket_key) is not None
+
+
+def test_every_replica_and_version_has_the_same_overflow_bucket_for_a_key() -> None:
+    name = encode_bucket_key(TOKEN_BUCKET, "api", [KeyEntry(KEY_ONLY, "user", "ada")])
+    last = b"\x40\x03api\x01\x04user\x00"
+    assert overflow_keys(name) == (last + b"\x03\x00\x043770", last)

@@ -125,3 +125,37 @@ def test_rules_know_whether_one_of_them_is_strict(consistency: Consistency) -> N
     deep = Rules({"api": RuleNode(key_only={"a": RuleNode(key_only={"b": make_rule("b", consistency)})})})
     unruled = Rules(unruled=Rule("unruled", LIMIT, consistency=consistency))
     assert deep.has_strict == unruled.has_strict == (consistency is Consistency.STRICT)
+
+
+ORDERED = Rules(
+    {
+        "api": RuleNode(
+            exact={("plan", "free"): RuleNode(key_only={"user": make_rule("free")})},
+            key_only={"user": RuleNode(key_only={"path": make_rule("path"), "plan": make_rule("plan")})},
+        )
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ordered"),
+    [
+        ({"user": "ada", "plan": "free"}, ["plan", "user"]),
+        ({"user": "ada", "plan": "gold"}, ["user", "plan"]),
+        ({"path": "/", "user": "ada"}, ["user", "path"]),
+        # No rule is for these.
+        ({"user": "ada"}, ["user"]),
+        ({"user": "ada", "path": "/", "plan": "free"}, ["path", "plan", "user"]),
+    ],
+)
+def test_pairs_without_an_order_are_put_into_that_of_a_rule(pairs: dict[str, str], ordered: list[str]) -> None:
+    for way in (list(pairs.items()), list(reversed(pairs.items()))):
+        assert ORDERED.in_order("api", way) == [(key, pairs[key]) for key in ordered]
+
+
+def test_the_order_of_very_many_pairs_is_looked_for_no_longer_than_the_bound() -> None:
+    node = RuleNode()
+    for _ in range(3):
+        node = RuleNode(key_only={f"key{number}": node for number in range(20)})
+    pairs = [(f"key{number}", "") for number in range(20)]
+    assert Rules({"api": node}).in_order("api", pairs) == sorted(pairs)

@@ -42,6 +42,7 @@ class Span:
         self.peer_node = peer_node
         self.bucket_keys = bucket_keys
         self.has_ended = False
+        self.context = b"its trace"
 
     def end(self) -> None:
         assert not self.has_ended
@@ -53,12 +54,17 @@ class Tracer:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.applying: list[tuple[str, bytes, Span]] = []
 
     def batch_span(self, peer_node: str, bucket_keys: Sequence[bytes]) -> Span | None:
         if not bucket_keys:
             return None
         self.spans.append(Span(peer_node, bucket_keys))
         return self.spans[-1]
+
+    def apply_span(self, peer_node: str, context: bytes) -> Span:
+        self.applying.append((peer_node, context, Span(peer_node, ())))
+        return self.applying[-1][2]
 
 
 def replicator(name: str, incarnation: int = 1, tracer: Tracer | None = None) -> Replicator:
@@ -383,6 +389,35 @@ def test_batches_are_traced_from_sending_to_acknowledgement() -> None:
     other.receive(sent, NOW_US)
     exchange(one, other)
     assert span.has_ended
+
+
+def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() -> None:
+    tracer = Tracer()
+    a, b = replicator("a", tracer=Tracer()), replicator("b", tracer=tracer)
+    one, other = connected(a, b)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    sent = one.next_frame(NOW_US)
+    assert sent is not None
+    other.hear(sent, NOW_US)
+    [(peer_node, context, span)] = tracer.applying
+    assert (peer_node, context, span.has_ended) == ("a", b"its trace", False)
+    while other.apply(NOW_US):
+        pass
+    assert span.has_ended
+
+
+def test_the_span_of_a_batch_that_is_being_applied_ends_with_the_stream() -> None:
+    tracer = Tracer()
+    a, b = replicator("a", tracer=Tracer()), replicator("b", tracer=tracer)
+    one, other = connected(a, b)
+    take(a.store, "ann", 1, NOW_US)
+    a.flush(NOW_US)
+    sent = one.next_frame(NOW_US)
+    assert sent is not None
+    other.hear(sent, NOW_US)
+    other.lost("cut", NOW_US)
+    assert [span.has_ended for _, _, span in tracer.applying] == [True]
 
 
 def test_a_trace_span_ends_with_the_stream_when_its_batch_is_lost() -> None:

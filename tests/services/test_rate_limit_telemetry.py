@@ -28,16 +28,21 @@ class Observed:
     latencies_ns: list[int] = field(default_factory=list)
     looked_at: list[Metadata] = field(default_factory=list)
     records: list[tuple[object, int, int, Plan, bytes]] = field(default_factory=list)
+    exemplars: list[tuple[str, int, int]] = field(default_factory=list)
 
     def observe(self, elapsed_ns: int) -> None:
         self.latencies_ns.append(elapsed_ns)
+
+    def exemplify(self, trace_id: str, elapsed_ns: int, ended_ns: int) -> None:
+        self.exemplars.append((trace_id, elapsed_ns, ended_ns))
 
     def sampled(self, metadata: Metadata) -> object | None:
         self.looked_at.append(metadata)
         return "the caller" if (b"traceparent", b"sampled") in metadata else None
 
-    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> None:
+    def record(self, parent: object, started_ns: int, ended_ns: int, plan: Plan, response: bytes) -> str:
         self.records.append((parent, started_ns, ended_ns, plan, response))
+        return "its trace"
 
 
 def service_with(observed: Observed) -> RateLimitService:
@@ -72,6 +77,7 @@ def test_a_sampled_call_is_recorded_with_its_plan_and_answer() -> None:
     assert parent == "the caller"
     assert before_ns - 1_000_000 <= started_ns < ended_ns <= time.time_ns()
     assert ended_ns - started_ns == observed.latencies_ns[0]
+    assert observed.exemplars == [("its trace", observed.latencies_ns[0], ended_ns)]
     assert plan.domain == "shop"
     assert recorded == response
     assert RateLimitResponse.FromString(response).overall_code == RateLimitResponse.OK

@@ -20,7 +20,7 @@ from otlp_receiver import ExportTraceServiceRequest, OtlpReceiver, ReceivedSpan,
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config.proxies import spare_loopback
-from ratelimit_sidecar.telemetry.export import Tracing, TracingError, start_tracing
+from ratelimit_sidecar.telemetry.export import SpanCounts, Tracing, TracingError, start_tracing
 from ratelimit_sidecar.telemetry.traces import BATCH_SPAN, REQUEST_SPAN, NoTracer, RequestTracer
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -127,6 +127,28 @@ async def test_closing_exports_what_has_ended(monkeypatch: pytest.MonkeyPatch) -
         assert receiver.spans == []
         await tracing.close()
         assert [span.name for span in receiver.spans] == [REQUEST_SPAN]
+        assert tracing.counts == SpanCounts(ended=1, exported=1, failed=0)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+async def test_spans_that_no_collector_takes_are_counted_as_failed(
+    monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    with socket.socket() as taken:
+        # Nobody listens on it.
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+        tracing = start_tracing("us-1", "us-east-1")
+        trace_one_request(tracing)
+        assert tracing.counts is not None
+        async with asyncio.timeout(60):
+            while not tracing.counts.failed:  # noqa: ASYNC110 (another thread)
+                await asyncio.sleep(0.01)
+        await tracing.close()
+        assert tracing.counts == SpanCounts(ended=1, exported=0, failed=1)
 
 
 @pytest.mark.parametrize("has_proxy", [False, True])
@@ -192,7 +214,7 @@ def test_an_exporter_we_do_not_have_is_reported(monkeypatch: pytest.MonkeyPatch)
     with capture_logs() as logs:
         start_tracing("us-1", "us-east-1")
     [event] = logs
-    assert (event["event"], event["exporter"]) == ("trace_exporter_not_supported", "zipkin")
+    assert (event["event"], event["exporter"]) == ("exporter_not_supported", "zipkin")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +249,8 @@ async def test_a_silent_collector_costs_requests_nothing_and_delays_the_end_by_t
         began = loop.time()
         await tracing.close(timeout_seconds=0.2)
         assert 0.1 < loop.time() - began < 0.9
+        assert tracing.counts is not None
+        assert (tracing.counts.ended, tracing.counts.exported) == (100, 0)
     assert {"event": "spans_not_exported", "log_level": "warning", "timeout_seconds": 0.2} in logs
 
 

@@ -16,8 +16,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.fullest import FullestBuckets
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.telemetry import reference
+from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
@@ -80,9 +83,12 @@ class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
     last_success_us: int | None = NOW_US
     trouble: str = ""
+    rejected: object | None = None
 
 
-def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None) -> Sources:
+def sources(
+    limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None, fullest=None
+) -> Sources:
     return Sources(
         node="us-1",
         region="us-east-1",
@@ -101,6 +107,9 @@ def sources(limiter=None, *, peers=(), request_errors=None, latency=None, rules=
         state=State(),
         supervision=Supervision(),
         log=Log(),
+        fullest=fullest,
+        spans=SpanCounts(ended=9, exported=5, failed=3),
+        quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
 
@@ -111,7 +120,11 @@ def busy_sources() -> Sources:
         limiter.decide(request(("tenant", "acme"), ("plan", "gold"), ("nothing", "limits this")), NOW_US)
     latency = LatencyHistogram()
     latency.observe(30_000)
-    return sources(limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership())
+    fullest = FullestBuckets(limiter.store)
+    fullest.look(limiter.rules, NOW_US, 100)
+    return sources(
+        limiter, peers=[peer()], request_errors={"invalid": 1}, latency=latency, shared=membership(), fullest=fullest
+    )
 
 
 def test_a_front_end_tells_of_its_connections_and_of_what_it_refused() -> None:
@@ -130,6 +143,12 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
+def test_spans_that_have_ended_and_were_exported_or_failed_are_counted() -> None:
+    registry = create_registry(busy_sources())
+    states = [sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed")]
+    assert states == [9, 5, 3]
+
+
 def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
     registry = create_registry(busy_sources())
     assert sample(registry, "ratelimit_clock_gap_seconds", region="us-east-1") == -3_600
@@ -143,7 +162,7 @@ async def encoded(registry: CollectorRegistry, accept: str) -> bytes:
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
-    return registry.get_sample_value(name, labels)
+    return registry.get_sample_value(name, {"region": "us-east-1", **labels})
 
 
 def test_an_observation_counts_in_the_bucket_whose_bound_it_reaches() -> None:
@@ -422,6 +441,77 @@ def test_loads_of_rules_are_counted_by_result_with_the_time_of_the_last_good_one
     assert sample(registry, "ratelimit_config_loads_total", result="error") == 1
     assert sample(registry, "ratelimit_config_last_success_timestamp_seconds") == NOW_US / 1e6
     assert sample(registry, "ratelimit_config_source_up") == 1
+    assert sample(registry, "ratelimit_config_rejected") == 0
+
+
+def test_rules_that_were_rejected_show_until_others_are_loaded() -> None:
+    registry = create_registry(sources(rules=Reloads(rejected="line 3")))
+    assert sample(registry, "ratelimit_config_rejected") == 1
+
+
+def test_of_each_rule_the_three_fullest_buckets_show_and_the_greatest_debt() -> None:
+    limiter = small_limiter()
+    for tenant, hits in (("a", 1), ("b", 2), ("c", 1), ("d", 1)):
+        limiter.decide(request(("tenant", tenant), hits=hits), NOW_US)
+    fullest = FullestBuckets(limiter.store)
+    registry = create_registry(sources(limiter, fullest=fullest))
+    tenants = {"domain": "edge", "rule": "edge.tenant"}
+    assert sample(registry, "ratelimit_bucket_used_ratio", **tenants, rank="1") is None, "before the first look is over"
+
+    assert fullest.look(limiter.rules, NOW_US, 5)
+
+    ranks = [sample(registry, "ratelimit_bucket_used_ratio", **tenants, rank=rank) for rank in "1234"]
+    assert ranks == [1, 0.5, 0.5, None]
+    assert sample(registry, "ratelimit_bucket_debt_tokens", **tenants) == 0
+
+
+async def test_a_bucket_of_latency_shows_the_trace_of_the_latest_sampled_request_in_openmetrics_alone() -> None:
+    latency = LatencyHistogram()
+    for elapsed_ns in (30_000, 40_000, 2_000_000_000):
+        latency.observe(elapsed_ns)
+    latency.exemplify("a" * 32, 30_000, NOW_US * 1_000)
+    latency.exemplify("b" * 32, 40_000, NOW_US * 1_000)
+    latency.exemplify("c" * 32, 2_000_000_000, NOW_US * 1_000)
+    registry = create_registry(sources(latency=latency))
+
+    families = parse_openmetrics((await encoded(registry, OPENMETRICS)).decode())
+    (histogram,) = [family for family in families if family.name == "openclaw_request_latency_seconds"]
+    shown = {of.labels["le"]: of.exemplar for of in histogram.samples if of.exemplar is not None}
+    assert {le: exemplar.labels for le, exemplar in shown.items()} == {
+        "5e-05": {"trace_id": "b" * 32},
+        "+Inf": {"trace_id": "c" * 32},
+    }
+    assert (shown["5e-05"].value, float(shown["5e-05"].timestamp)) == (0.000_04, NOW_US / 1e6)
+    assert b"trace_id" not in await encoded(registry, "")
+
+
+async def test_an_hour_of_random_values_leaves_the_series_as_many_as_they_were() -> None:
+    limiter = small_limiter()
+    fullest = FullestBuckets(limiter.store)
+    registry = create_registry(sources(limiter, fullest=fullest))
+
+    async def series() -> int:
+        return sum(not line.startswith(b"#") for line in (await encoded(registry, "")).splitlines())
+
+    def send(at_us: int, number: int) -> None:
+        for key in ("tenant", "ip", f"key{number}"):
+            limiter.decide(request((key, f"value{number}"), domain="edge"), at_us)
+        limiter.decide(request(("tenant", "value"), domain=f"domain{number}"), at_us)
+
+    for number in range(3):
+        send(NOW_US, number)
+    fullest.look(limiter.rules, NOW_US, 1_000)
+    before = await series()
+
+    for number in range(3, 3_600):
+        send(NOW_US + number * 1_000_000, number)
+    fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
+
+    assert await series() == before
+
+
+def test_every_metric_names_the_region() -> None:
+    assert [metric.name for metric in METRICS if "region" not in metric.labels] == []
 
 
 def test_rules_that_have_not_come_yet_have_no_time_and_their_source_is_down() -> None:

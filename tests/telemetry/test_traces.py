@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Sampler
-from opentelemetry.trace import Span, SpanKind, get_current_span
+from opentelemetry.trace import SpanKind, get_current_span
 
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.telemetry.traces import (
@@ -23,6 +23,7 @@ from ratelimit_sidecar.telemetry.traces import (
     MAX_BUCKETS,
     MAX_REQUESTS_PER_BUCKET,
     REQUEST_SPAN,
+    BatchSpan,
     NoTracer,
     RequestTracer,
 )
@@ -85,9 +86,14 @@ class Traced:
         return list(self.exporter.get_finished_spans())
 
 
-def links(span: Span | None) -> list[int]:
-    assert isinstance(span, ReadableSpan)
-    return [link.context.span_id for link in span.links]
+def read(batch: BatchSpan | None) -> ReadableSpan:
+    assert batch is not None
+    assert isinstance(batch.span, ReadableSpan)
+    return batch.span
+
+
+def links(batch: BatchSpan | None) -> list[int]:
+    return [link.context.span_id for link in read(batch).links]
 
 
 @pytest.mark.parametrize("flags", ["01", "03", "0b", "ff"])
@@ -243,11 +249,35 @@ def test_a_batch_links_to_the_sampled_requests_that_took_from_its_buckets() -> N
     traced.decide(other)
     traced.decide(acme)
     first, _, third = (span.context.span_id for span in traced.spans())
-    span = traced.tracer.batch_span("eu-1", [b"untraced", traced.key(acme)])
-    assert links(span) == [first, third]
+    batch = traced.tracer.batch_span("eu-1", [b"untraced", traced.key(acme)])
+    assert links(batch) == [first, third]
+    span = read(batch)
     assert span.kind is SpanKind.PRODUCER
     assert span.parent is None
     assert dict(span.attributes) == {"ratelimit.peer": "eu-1"}
+
+
+def test_the_peer_that_applies_a_batch_continues_its_trace() -> None:
+    traced, there = Traced(), Traced()
+    raw = request(("tenant", "acme"))
+    traced.decide(raw)
+    sent = traced.tracer.batch_span("eu-1", [traced.key(raw)])
+    assert sent is not None
+    applied = there.tracer.apply_span("us-1", sent.context)
+    assert applied is not None
+    applied.end()
+    [span] = there.spans()
+    assert span.kind is SpanKind.CONSUMER
+    assert span.parent is not None
+    assert (span.parent.trace_id, span.parent.span_id) == (read(sent).context.trace_id, read(sent).context.span_id)
+    assert span.context.trace_id == read(sent).context.trace_id
+
+
+@pytest.mark.parametrize("context", [b"", bytes(24), bytes(16) + b"12345678", b"x" * 23, b"x" * 100])
+def test_what_is_no_context_of_a_batch_is_ignored(context: bytes) -> None:
+    traced = Traced()
+    assert traced.tracer.apply_span("us-1", context) is None
+    assert NoTracer().apply_span("us-1", context) is None
 
 
 def test_each_peer_gets_a_link_once() -> None:

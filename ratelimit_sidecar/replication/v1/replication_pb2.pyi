@@ -75,16 +75,18 @@ class Member(_message.Message):
     def __init__(self, node: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Deltas(_message.Message):
-    __slots__ = ("sequence", "origins", "buckets", "ends_full_state")
+    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FULL_STATE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     origins: _containers.RepeatedCompositeFieldContainer[Origin]
     buckets: _containers.RepeatedCompositeFieldContainer[BucketDelta]
     ends_full_state: bool
-    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ...) -> None: ...
+    trace: bytes
+    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("node", "incarnation")
@@ -139,12 +141,24 @@ class Ack(_message.Message):
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class Ping(_message.Message):
-    __slots__ = ("id", "sent_us")
+    __slots__ = ("id", "sent_us", "demands")
     ID_FIELD_NUMBER: _ClassVar[int]
     SENT_US_FIELD_NUMBER: _ClassVar[int]
+    DEMANDS_FIELD_NUMBER: _ClassVar[int]
     id: int
     sent_us: int
-    def __init__(self, id: _Optional[int] = ..., sent_us: _Optional[int] = ...) -> None: ...
+    demands: _containers.RepeatedCompositeFieldContainer[Demand]
+    def __init__(self, id: _Optional[int] = ..., sent_us: _Optional[int] = ..., demands: _Optional[_Iterable[_Union[Demand, _Mapping]]] = ...) -> None: ...
+
+class Demand(_message.Message):
+    __slots__ = ("key", "wants", "members")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    WANTS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    wants: _containers.RepeatedScalarFieldContainer[int]
+    members: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[bytes] = ..., wants: _Optional[_Iterable[int]] = ..., members: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ("id", "ping_sent_us", "received_us", "sent_us")

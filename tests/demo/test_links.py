@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from chaos.links import CHUNK_BYTES, Link, Way
+
+from ratelimit_sidecar.demo.links import CHUNK_BYTES, Link, Way
 
 HOST = "127.0.0.1"
 

@@ -1,0 +1,96 @@
+"""The fullest buckets of each rule: how near its callers are to being denied.
+
+All buckets of a store are looked at in turn, some at a time, and what a whole pass has found is kept until the next
+one is over. So the cost is spread, and what is found is up to two passes old. For each rule a few numbers are kept,
+however many buckets it has, and nothing that callers choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.key import decode_bucket_key, rule_key
+from ratelimit_sidecar.limiter.rules import Rules
+
+RANKS: Final = 3
+"""Buckets of a rule that are told of, the fullest first."""
+
+
+@dataclass(slots=True)
+class Fullest:
+    """Of one rule."""
+
+    used: list[float] = field(default_factory=list)
+    """Used parts of the capacity, the greatest first, of at most `RANKS` buckets; above 1 with debt."""
+    debt: int = 0
+    """The greatest of a bucket, in whole tokens."""
+
+    def add(self, used: float, debt: int) -> None:
+        self.debt = max(self.debt, debt)
+        if len(self.used) < RANKS:
+            self.used.append(used)
+        elif used > self.used[-1]:
+            self.used[-1] = used
+        else:
+            return
+        self.used.sort(reverse=True)
+
+
+class FullestBuckets:
+    """Looks at the buckets of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.of_rules: dict[tuple[str, str], Fullest] = {}
+        """What the last whole pass has found, by domain and name of the rule."""
+        self._store = store
+        self._walk: Iterator[Bucket] = store.walk()
+        self._of_rules: dict[tuple[str, str], Fullest] = {}
+        self._of_keys: dict[bytes, Fullest | None] = {}
+        """By what of a bucket's name is the rule's: to find the rule takes longer."""
+
+    def look(self, rules: Rules, now_us: int, most: int) -> bool:
+        """Look at the next `most` buckets.
+
+        Args:
+            rules: those in force; buckets of others don't count. They may change during a pass. They aren't kept, since
+                to free them would take long.
+            now_us: not less than in the call before.
+
+        Returns:
+            True when that was the last of a pass.
+        """
+        for _ in range(most):
+            bucket = next(self._walk, None)
+            if bucket is None:
+                self.of_rules = self._of_rules
+                self._begin()
+                return True
+            capacity = bucket.limit.capacity
+            fullest = self._fullest(rules, bucket.key)
+            if fullest is not None and capacity > 0:
+                bucket.advance(now_us)
+                debt = bucket.debt
+                fullest.add((capacity - bucket.remaining + debt) / capacity, debt)
+        return False
+
+    def _begin(self) -> None:
+        self._walk = self._store.walk()
+        self._of_rules = {}
+        self._of_keys = {}
+
+    def _fullest(self, rules: Rules, key: bytes) -> Fullest | None:
+        of_rule = rule_key(key)
+        if of_rule in self._of_keys:
+            return self._of_keys[of_rule]
+        fullest: Fullest | None = None
+        rule = rules.rule_of_key(key)
+        if rule is not None:
+            domain = decode_bucket_key(key)[1]
+            names = (domain if domain in rules.domains else "", rule.name)
+            fullest = self._of_rules.setdefault(names, Fullest())
+        self._of_keys[of_rule] = fullest
+        return fullest

@@ -1,0 +1,100 @@
+"""What Envoys want of limits that they enforce themselves (`limiter.quota`), to and from the pings of peers.
+
+A ping each second carries what has changed since the last one, and everything again every few seconds. So nothing of it
+is acknowledged, and what is lost is made good by what comes next; a peer that falls silent is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ratelimit_sidecar.limiter.fair_shares import Group
+from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota_pool import MAX_RATE
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+MAX_DEMANDS: Final = 256
+"""Of a ping. Told again every few seconds, a thousand of them are never forgotten."""
+
+MAX_BYTES: Final = 1 << 16
+"""Rough, of a ping: it takes no further demand when it has as much."""
+
+MAX_TAKEN: Final = 1_024
+"""Demands that are taken from a ping: so a peer with other bounds is understood."""
+
+MAX_WANTS: Final = 256
+MAX_MEMBERS: Final = 4_096
+
+_GROUP_BYTES: Final = 12
+
+
+class Demands:
+    """Args:
+    now_us: of the clock of `quotas`.
+    """
+
+    def __init__(self, quotas: Quotas, now_us: Callable[[], int]) -> None:
+        self._quotas = quotas
+        self._now_us = now_us
+
+    def write(self, ping: pb.Ping, told: int) -> int:
+        """Put into a ping what a peer has yet to be told.
+
+        Args:
+            told: what this has returned last for that stream; 0 at first.
+        """
+        size = 0
+        for version, key, groups in self._quotas.demands(told, MAX_DEMANDS):
+            if size >= MAX_BYTES:
+                break
+            size += len(key) + _GROUP_BYTES * len(groups)
+            ping.demands.add(
+                key=key, wants=[group.want for group in groups], members=[group.members for group in groups]
+            )
+            told = version
+        return told
+
+    def read(self, peer: str, demands: Sequence[pb.Demand]) -> int:
+        """A peer has told something.
+
+        Returns:
+            The number of keys that no rule here knows.
+
+        Raises:
+            ProtocolError: too_large, bad_key or malformed. What stood before the bad one has been heard.
+        """
+        if len(demands) > MAX_TAKEN:
+            raise ProtocolError(Reason.TOO_LARGE, f"{len(demands)} demands in a ping; at most {MAX_TAKEN} are taken")
+        now_us = self._now_us()
+        unknown_keys = 0
+        for demand in demands:
+            if not 1 <= len(demand.key) <= MAX_KEY_BYTES:
+                raise ProtocolError(
+                    Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(demand.key)}"
+                )
+            try:
+                is_known = self._quotas.hear(peer, demand.key, _groups(demand), now_us)
+            except ValueError as error:
+                raise ProtocolError(Reason.BAD_KEY, str(error)) from error
+            unknown_keys += not is_known
+        return unknown_keys
+
+
+def _groups(demand: pb.Demand) -> list[Group]:
+    wants, members = demand.wants, demand.members
+    if len(wants) != len(members) or len(wants) > MAX_WANTS:
+        raise ProtocolError(
+            Reason.MALFORMED,
+            f"a demand of {len(wants)} wants and {len(members)} members; up to {MAX_WANTS} are taken",
+        )
+    groups = []
+    for want, count in zip(wants, members, strict=True):
+        if want > MAX_RATE or not 1 <= count <= MAX_MEMBERS:
+            raise ProtocolError(
+                Reason.MALFORMED, f"{count} Envoys that want {want} each; 1 to {MAX_MEMBERS} may, up to 2**63"
+            )
+        groups.append(Group(want, count))
+    return groups

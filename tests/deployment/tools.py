@@ -1,0 +1,195 @@
+"""Programs of Go that no registry has as binaries, each built once into the cache.
+
+python -m deployment.tools [NAME ...] builds them and says which cannot be had, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from deployment.cache import CACHE, Unavailable
+
+BUILD_S: Final = 1_800
+
+KUBERNETES: Final = "1.37.2"
+OTELCOL: Final = "0.165.0"
+STABLE_OTELCOL: Final = "1.71.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Args:
+    version: of the module, without the v.
+    build: into an existing folder, which then holds the programs.
+    """
+
+    version: str
+    build: Callable[[Path], None]
+
+
+def path(name: str, program: str | None = None) -> Path:
+    """Where a program is.
+
+    Args:
+        program: when it has another name than its tool.
+
+    Raises:
+        Unavailable: it was not built yet.
+    """
+    found = _folder(name) / (program or name)
+    if not found.exists():
+        raise Unavailable(f"there is no {program or name} in the cache; `make test-deploy` builds it")
+    return found
+
+
+def ensure(name: str) -> None:
+    """Build it unless that was done.
+
+    Raises:
+        Unavailable: there is no Go, or a module cannot be had.
+    """
+    folder = _folder(name)
+    if folder.exists():
+        return
+    print(f"==> {name} {TOOLS[name].version}, in {folder} (minutes, the first time)", flush=True)
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    TOOLS[name].build(new)
+    new.rename(folder)
+
+
+def _folder(name: str) -> Path:
+    return CACHE / f"{name}-{TOOLS[name].version}"
+
+
+def _helm(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"helm.sh/helm/v4/cmd/helm@v{TOOLS['helm'].version}")
+
+
+def _kubernetes(into: Path) -> None:
+    """Its module takes the modules beside it from its own folder, which others have to name."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        (module / "go.mod").write_text("module tools\n")
+        found = json.loads(_run(["go", "mod", "download", "-json", f"k8s.io/kubernetes@v{KUBERNETES}"], module))
+        staged = re.findall(r"^\s*(k8s\.io/[a-z-]+) => \./staging/", Path(found["GoMod"]).read_text(), re.MULTILINE)
+        beside = f"v0.{KUBERNETES.partition('.')[2]}"
+        _run(["go", "mod", "edit", *(f"-replace={each}={each}@{beside}" for each in staged)], module)
+        programs = ("kube-apiserver", "kube-controller-manager", "kube-scheduler")
+        major, minor, _ = KUBERNETES.split(".")
+        # Its own build sets them, too: clients ask which version they talk to.
+        told = {"gitVersion": f"v{KUBERNETES}", "gitMajor": major, "gitMinor": minor}
+        _build(
+            module,
+            into,
+            *(f"k8s.io/kubernetes/cmd/{program}@v{KUBERNETES}" for program in programs),
+            variables={f"k8s.io/component-base/version.{name}": value for name, value in told.items()},
+        )
+
+
+def _kwok(into: Path) -> None:
+    """With its stages: what it makes nodes and pods that do not exist go through."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        _build(module, into, f"sigs.k8s.io/kwok/cmd/kwok@v{TOOLS['kwok'].version}")
+        source = Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"], module).strip())
+        for stage in ("node/fast", "node/heartbeat", "pod/fast"):
+            for each in (source / "kustomize/stage" / stage).glob("*.yaml"):
+                if each.name != "kustomization.yaml":
+                    (into / f"{stage.replace('/', '-')}-{each.name}").write_bytes(each.read_bytes())
+
+
+def _collector(into: Path) -> None:
+    """What deploy/otel-collector.yaml needs, and no more."""
+    core = "go.opentelemetry.io/collector"
+    parts = {
+        "receivers": [f"{core}/receiver/otlpreceiver"],
+        "processors": [f"{core}/processor/batchprocessor", f"{core}/processor/memorylimiterprocessor"],
+        "exporters": [f"{core}/exporter/debugexporter", f"{core}/exporter/otlpexporter"],
+    }
+    config = {
+        "dist": {
+            "name": "otelcol",
+            "output_path": "./out",
+            "module": "tools/otelcol",
+            "go": shutil.which("go", path=_go_path()),
+        },
+        **{kind: [{"gomod": f"{module} v{OTELCOL}"} for module in modules] for kind, modules in parts.items()},
+        # The file it is given, and the environment: its default.
+        "providers": [
+            {"gomod": f"{core}/confmap/provider/{each}provider v{STABLE_OTELCOL}"} for each in ("file", "env")
+        ],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _build(folder, folder, f"{core}/cmd/builder@v{OTELCOL}")
+        (folder / "builder.json").write_text(json.dumps(config))
+        _run([str(folder / "builder"), "--config", "builder.json"], folder)
+        shutil.copy2(folder / "out/otelcol", into / "otelcol")
+
+
+TOOLS: Final[Mapping[str, Tool]] = {
+    "helm": Tool("4.3.1", _helm),
+    "otelcol": Tool(OTELCOL, _collector),
+    "kubernetes": Tool(KUBERNETES, _kubernetes),
+    "kwok": Tool("0.8.0", _kwok),
+}
+
+
+def _build(module: Path, into: Path, *packages: str, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    """By a module of its own: `go install` refuses modules that replace others.
+
+    Args:
+        variables: of packages, which the linker sets.
+    """
+    if not (module / "go.mod").exists():
+        (module / "go.mod").write_text("module tools\n")
+    _run(["go", "get", "-tool", *packages], module)
+    names = [package.partition("@")[0] for package in packages]
+    flags = " ".join(["-s", "-w", *(f"-X={name}={value}" for name, value in variables.items())])
+    _run(["go", "build", "-trimpath", "-buildvcs=false", f"-ldflags={flags}", "-o", f"{into}/", *names], module)
+
+
+def _run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": _go_path(), "CGO_ENABLED": "0"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=BUILD_S
+        )
+    except FileNotFoundError as error:
+        raise Unavailable("Go is not installed") from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no output"]
+        raise Unavailable(f"{' '.join(command[:3])}: {lines[-1].strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{' '.join(command[:3])} took more than {BUILD_S} s") from error
+    return done.stdout
+
+
+def _go_path() -> str:
+    return f"{os.environ.get('PATH', '')}:/usr/local/go/bin"
+
+
+def main(names: list[str]) -> None:
+    for name in names or TOOLS:
+        try:
+            ensure(name)
+        except Unavailable as unavailable:
+            print(f"    {name} cannot be had: {unavailable}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,552 @@
+"""Quotas on virtual time, with Envoys that do as the real ones do."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from limiter.requests import OK, decide, make_request
+
+from benchmarks.quotas.envoys import ADA, DOMAIN, SECOND_US, STEP_US, Envoy, Node, World
+from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.limiter import quota
+from ratelimit_sidecar.limiter.assignment import ALLOW_ALL, DENY_ALL, TOKEN, Assignment, after, assign, terms_of
+from ratelimit_sidecar.limiter.quota import LEARNING_US, TTL_S, Quotas, QuotasFull
+from ratelimit_sidecar.limiter.quota_pool import Action, Pairs, QuotaStream, Usage
+from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
+
+PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
+SLOW = Rule("api.slow", Limit(10, 60_000_000, 10), 10, Unit.MINUTE)
+STRICT = Rule("api.strict", Limit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.STRICT)
+LOCAL = Rule("api.local", Limit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.LOCAL)
+WINDOW = Rule("api.window", WindowLimit(6_000, 60_000_000, Window.FIXED), 6_000, Unit.MINUTE)
+PER_KEY = {
+    "agent": RuleNode(PER_AGENT),
+    "slow": RuleNode(SLOW),
+    "strict": RuleNode(STRICT),
+    "local": RuleNode(LOCAL),
+    "window": RuleNode(WINDOW),
+}
+RULES = Rules({"api": RuleNode(key_only=PER_KEY)})
+STRICT_PAIRS: Pairs = (("strict", "ada"),)
+
+
+def rate(world: World) -> float:
+    return sum(assignment.rate for assignment in world.assigned()) / TOKEN
+
+
+def test_ten_to_one_to_one_gets_the_fair_shares_and_all_of_the_limit() -> None:
+    world = World(RULES)
+    node = world.node()
+    for demand, phase_us in ((400, 0), (40, 1_500_000), (40, 3_000_000)):
+        world.envoy(node, demand, phase_us=phase_us)
+    world.run(15)
+    admitted = world.run(20)
+    assert sum(admitted) == pytest.approx(20 * 300, rel=0.05)
+    assert admitted[1] == pytest.approx(20 * 40, rel=0.02)
+    assert admitted[2] == pytest.approx(20 * 40, rel=0.02)
+    assert rate(world) <= 300
+
+
+def test_demand_that_moves_is_followed_within_two_reports() -> None:
+    world = World(RULES)
+    node = world.node()
+    first, second, _ = [
+        world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))
+    ]
+    world.run(20)
+    first.demand[ADA], second.demand[ADA] = 40, 400
+    world.run(10)
+    admitted = world.run(10)
+    assert sum(admitted) == pytest.approx(10 * 300, rel=0.05)
+    assert admitted[0] == pytest.approx(10 * 40, rel=0.02)
+    assert admitted[2] == pytest.approx(10 * 40, rel=0.02)
+
+
+def test_the_assignments_of_a_node_never_exceed_the_limit() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    most = []
+    world.watch = lambda: most.append(rate(world))
+    world.run(20)
+    envoys[0].demand[ADA], envoys[1].demand[ADA] = 40, 400
+    # This one goes on with what it has.
+    envoys[1].is_deaf = True
+    world.run(30)
+    assert max(most) <= 300
+
+
+def test_two_nodes_give_shares_whose_sum_is_the_limit() -> None:
+    world = World(RULES)
+    nodes = [world.node(), world.node()]
+    for demand, node, phase_us in ((400, 0, 0), (40, 1, 1_500_000), (40, 1, 3_000_000)):
+        world.envoy(nodes[node], demand, phase_us=phase_us)
+    world.run(20)
+    assert rate(world) == pytest.approx(300, rel=0.02)
+    assert rate(world) <= 300
+    admitted = world.run(10)
+    assert sum(admitted) == pytest.approx(10 * 300, rel=0.05)
+    assert admitted[1:] == [pytest.approx(10 * 40, rel=0.02)] * 2
+
+
+def test_what_a_lost_envoy_holds_is_not_given_to_others_before_its_assignment_ends() -> None:
+    world = World(RULES)
+    node = world.node()
+    first, second = world.envoy(node, 400), world.envoy(node, 400, phase_us=2_000_000)
+    world.run(20)
+    assert held_by(second) == pytest.approx(150, rel=0.02)
+    first.lose_stream(world.now_us)
+    first.node = None
+    world.run(TTL_S - 6)
+    assert rate(world) <= 300
+    world.run(12)
+    assert held_by(second) == pytest.approx(300, rel=0.02)
+
+
+def test_an_envoy_that_is_silent_is_forgotten_like_one_that_is_lost() -> None:
+    world = World(RULES)
+    node = world.node()
+    first, second = world.envoy(node, 400), world.envoy(node, 400, phase_us=2_000_000)
+    world.run(20)
+    first.demand.clear()
+    first.buckets.clear()
+    world.run(30)
+    assert node.quotas.counts.forgotten["silent"] == 1
+    assert held_by(second) == pytest.approx(300, rel=0.02)
+
+
+def test_an_envoy_that_connects_again_goes_on_with_what_it_holds() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    world.run(20)
+    before = [held_by(envoy) for envoy in envoys]
+    for envoy in envoys:
+        envoy.lose_stream(world.now_us)
+    most = []
+    world.watch = lambda: most.append(rate(world))
+    admitted = world.run(10)
+    assert max(most) <= 300
+    assert sum(admitted) == pytest.approx(10 * 300, rel=0.05)
+    assert [held_by(envoy) for envoy in envoys] == pytest.approx(before, rel=0.1)
+
+
+def test_an_envoy_that_is_cut_off_keeps_what_it_holds_whoever_comes_back_before_it() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    world.run(20)
+    for envoy in envoys:
+        envoy.lose_stream(world.now_us)
+    envoys[0].node = None
+    for envoy in envoys[1:]:
+        envoy.demand[ADA] = 400
+    most = []
+    world.watch = lambda: most.append(rate(world))
+    world.run(40)
+    assert max(most) <= 300
+    assert sum(held_by(envoy) for envoy in envoys[1:]) == pytest.approx(300, rel=0.02)
+
+
+def test_assignments_survive_a_restart_of_the_node() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
+    world.run(20)
+    world.nodes.clear()
+    for envoy in envoys:
+        envoy.node = envoy.stream = None
+    world.run(5)
+    again = world.node(LEARNING_US)
+    for envoy in envoys:
+        envoy.node = again
+    most = []
+    world.watch = lambda: most.append(rate(world))
+    admitted = world.run(15)
+    assert max(most) <= 300
+    assert sum(admitted) == pytest.approx(15 * 300, rel=0.05)
+    assert admitted[1:] == [pytest.approx(15 * 40, rel=0.02)] * 2
+
+
+def test_a_new_bucket_gets_little_while_others_may_hold_the_limit() -> None:
+    world = World(RULES)
+    envoy = world.envoy(world.node(LEARNING_US), 400)
+    world.run(1)
+    assert 0 < held_by(envoy) <= 300 / 32
+    world.run(LEARNING_US / SECOND_US)
+    assert held_by(envoy) == 300
+
+
+def test_a_bucket_without_requests_is_abandoned_and_comes_back() -> None:
+    world = World(RULES)
+    node = world.node()
+    idle, busy = world.envoy(node, 10), world.envoy(node, 10)
+    world.run(10)
+    idle.demand[ADA] = 0
+    world.run(55)
+    assert not idle.forgotten
+    world.run(15)
+    assert idle.forgotten == 1
+    assert not busy.forgotten
+    assert held_by(busy) == 300
+    idle.demand[ADA] = 400
+    world.run(10)
+    assert held_by(idle) > 250
+
+
+def test_who_wants_nothing_has_a_little_for_its_first_requests() -> None:
+    world = World(RULES)
+    node = world.node()
+    idle = world.envoy(node, 1)
+    world.envoy(node, 1_000)
+    world.run(10)
+    idle.demand[ADA] = 0
+    world.run(10)
+    assert held_by(idle) == pytest.approx(300 / 32 / 2, rel=0.1)
+    idle.demand[ADA] = 100
+    world.run(10)
+    assert world.run(5)[0] == pytest.approx(500, rel=0.02)
+
+
+def test_a_share_below_one_a_second_is_refilled_slowly() -> None:
+    world = World(RULES)
+    node = world.node()
+    for _ in range(3):
+        world.envoy(node, 1, (("slow", "ada"),))
+    world.run(20)
+    admitted = world.run(600)
+    # A token every 18 s for each.
+    assert admitted == [pytest.approx(600 / 18, rel=0.2)] * 3
+    assert sum(admitted) <= 100 + 10
+
+
+def test_what_is_admitted_is_charged_to_the_bucket_of_whoever_asks_for_each_request() -> None:
+    world = World(RULES)
+    node = world.node()
+    world.envoy(node, 400)
+    world.run(30)
+    bucket = next(iter(node.limiter.store))
+    taken = sum(sum(slots.values()) for slots in bucket.taken.values())
+    assert taken > 9 * 300
+    # Reported every five seconds, it would be in debt for most of the time if it were charged at once.
+    debts = []
+    world.watch = lambda: debts.append(debt(node, world.now_us))
+    world.run(20)
+    assert max(debts) <= 300 / 4
+
+
+def debt(node: Node, now_us: int) -> int:
+    (bucket,) = node.limiter.store
+    bucket.advance(now_us)
+    return bucket.debt
+
+
+def test_those_who_ask_for_each_request_are_not_starved_by_quotas() -> None:
+    world = World(RULES)
+    node = world.node()
+    world.envoy(node, 1_000)
+    world.run(30)
+    asked = make_request({"agent": "ada"})
+    answers = []
+    world.watch = lambda: answers.append(decide(node.limiter, asked, world.now_us).overall_code)
+    world.run(60)
+    assert answers[len(answers) // 2 :].count(OK) > 0.2 * len(answers) / 2
+
+
+def test_a_debt_of_others_lowers_what_is_shared_until_it_is_repaid() -> None:
+    world = World(RULES)
+    node = world.node()
+    envoy = world.envoy(node, 1_000)
+    world.run(20)
+    (bucket,) = node.limiter.store
+    bucket.take(600, world.now_us, always=True)
+    world.run(6)
+    assert held_by(envoy) < 280
+    world.run(60)
+    assert held_by(envoy) == pytest.approx(300, rel=0.03)
+
+
+def test_a_local_limit_is_each_nodes_own() -> None:
+    world = World(RULES)
+    for node in (world.node(), world.node()):
+        world.envoy(node, 400, (("local", "ada"),))
+    world.run(20)
+    assert rate(world) == pytest.approx(600, rel=0.05)
+
+
+def test_a_window_is_paced() -> None:
+    world = World(RULES)
+    node = world.node()
+    world.envoy(node, 400, (("window", "ada"),))
+    world.run(5)
+    (admitted,) = world.run(60)
+    assert admitted == pytest.approx(6_000, rel=0.02)
+    (told,) = world.assigned()
+    assert told.max_tokens == 100
+
+
+def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_without_it() -> None:
+    world = World(RULES)
+    node = world.node()
+    world.envoy(node, 400, STRICT_PAIRS)
+    world.run(20)
+    assert rate(world) == pytest.approx(150, rel=0.02)
+    assert rate(world) <= 150
+    (bucket,) = node.ledger
+    assert bucket.home < 2**32 // 100
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 2**32))
+@example(1_434_438)
+def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home_share(seed: int) -> None:
+    world = World(RULES)
+    node = world.node()
+    chance = random.Random(seed)
+    demands = (0, 20, 200)
+    envoys = [world.envoy(node, chance.choice(demands), STRICT_PAIRS, STEP_US * 30 * number) for number in range(3)]
+    for envoy in envoys:
+        envoy.denies = True
+    calls = 0
+    asked = make_request({"strict": "ada"})
+    request_chance = chance.random()
+
+    def call() -> None:
+        nonlocal calls
+        if chance.random() < request_chance:
+            calls += sum(decide(node.limiter, asked, world.now_us).overall_code == OK for _ in range(10))
+
+    def check() -> None:
+        call()
+        for bucket in node.ledger:
+            bucket.advance(world.now_us)
+            pool = node.quotas.pools.get(bucket.key)
+            assigned = 0 if pool is None else sum(node.quotas.assigned(pool))
+            assert bucket.home * 300 * TOKEN // 2**32 + assigned <= 150 * TOKEN
+
+    world.watch = check
+    world.run(1)
+    history = []
+    for _ in range(8):
+        for envoy in envoys:
+            envoy.demand[STRICT_PAIRS] = chance.choice(demands)
+            envoy.is_deaf = chance.random() < 0.3
+        before = calls
+        history.append(sum(world.run(5)) + calls - before)
+    for begin in range(len(history)):
+        for end in range(begin + 1, len(history) + 1):
+            part = history[begin:end]
+            # The Envoys' tokens are whole ones.
+            assert sum(part) <= 150 + 5 * 150 * len(part) + len(envoys)
+
+
+def held_by(envoy: Envoy) -> float:
+    return sum(bucket.told.rate for bucket in envoy.buckets.values() if bucket.told is not None) / TOKEN
+
+
+# What Envoy does with an assignment, and so how it must be.
+
+LIMITS = st.builds(
+    Limit, st.integers(1, 2**40), st.sampled_from((1, 1_000_000, 60_000_000, 86_400_000_000)), st.integers(0, 2**40)
+)
+
+
+@given(LIMITS, st.lists(st.integers(0, 2**70), min_size=1, max_size=20))
+def test_shares_of_a_limit_are_token_buckets_that_together_are_no_more_than_it(limit: Limit, shares: list[int]) -> None:
+    terms = terms_of(limit)
+    whole = max(1, sum(shares))
+    assigned = [assign(terms, terms.rate * share // whole) for share in shares]
+    rates = [told.tokens_per_fill * TOKEN // told.fill_interval_s for told in assigned if told.fill_interval_s]
+    assert sum(rates) <= terms.rate
+    assert sum(told.max_tokens for told in assigned) <= limit.capacity + len(shares)
+    for told in assigned:
+        # Zero tokens and intervals are refused by Envoy, and more than 32 bits do not fit.
+        is_bucket = 1 <= told.max_tokens < 2**32 and 1 <= told.tokens_per_fill < 2**32 and told.fill_interval_s >= 1
+        assert is_bucket or told == DENY_ALL
+
+
+@given(LIMITS, st.lists(st.integers(0, 1_000), min_size=2, max_size=20))
+def test_shares_of_a_limit_never_differ_in_nothing_but_the_interval(limit: Limit, shares: list[int]) -> None:
+    terms = terms_of(limit)
+    assigned = {assign(terms, terms.rate * share // 1_000) for share in shares}
+    buckets = {told[:3] for told in assigned if told.max_tokens}
+    assert len({bucket[:2] for bucket in buckets}) == len(buckets)
+
+
+def test_a_limit_that_changed_is_told_such_that_envoy_notices_it() -> None:
+    before = assign(terms_of(Limit(500, 1_000_000, 10)), 500 * TOKEN)
+    now = assign(terms_of(Limit(250, 1_000_000, 10)), 250 * TOKEN)
+    # Envoy would take the one for the other.
+    assert before[:2] == now[:2]
+    told = after(before, now)
+    assert told[:2] != before[:2]
+    assert told.tokens_per_fill / told.fill_interval_s == pytest.approx(250, rel=0.01)
+    assert after(told, told) == told
+    assert after(None, now) == now
+
+
+def test_all_of_an_odd_rate_is_assigned() -> None:
+    told = assign(terms_of(Limit(19, 10_000_000, 2)), 19 * TOKEN // 10)
+    assert told.tokens_per_fill / told.fill_interval_s == pytest.approx(1.9, rel=0.002)
+
+
+# Reports of every kind.
+
+
+class Server:
+    """One node, spoken to directly."""
+
+    def __init__(self, rules: Rules = RULES) -> None:
+        self.world = World(rules)
+        self.node = self.world.node()
+        self.quotas: Quotas = self.node.quotas
+        self.quotas.tick(self.now_us)
+
+    @property
+    def now_us(self) -> int:
+        return self.world.now_us
+
+    def connect(self) -> QuotaStream:
+        return self.quotas.open(lambda: None)
+
+    def report(self, stream: QuotaStream, *usages: Usage, after_s: float = 0, domain: str = DOMAIN) -> list[Action]:
+        self.world.now_us += int(after_s * SECOND_US)
+        self.quotas.report(stream, domain, usages, self.now_us)
+        self.quotas.tick(self.now_us)
+        return self.quotas.take(stream, self.now_us, 10_000)
+
+
+def usage(value: str = "ada", allowed: int = 1, denied: int = 0, elapsed_s: int = 0, key: str = "agent") -> Usage:
+    return Usage(value.encode(), ((key, value),), allowed, denied, elapsed_s)
+
+
+def told(actions: list[Action]) -> list[Assignment | None]:
+    return [action.assignment for action in actions]
+
+
+def test_a_bucket_that_no_rule_limits_is_let_through_and_counted() -> None:
+    server = Server()
+    assert told(server.report(server.connect(), usage(key="colour"))) == [ALLOW_ALL]
+    assert server.quotas.counts.troubles["no_rule"] == 1
+
+
+@pytest.mark.parametrize("elapsed_s", [-1, -(2**62), 2**62, 0])
+def test_the_time_of_a_first_report_does_not_matter_much(elapsed_s: int) -> None:
+    server = Server()
+    (assignment,) = told(server.report(server.connect(), usage(elapsed_s=elapsed_s)))
+    assert assignment is not None
+    assert assignment.rate == 300 * TOKEN
+    assert server.quotas.counts.troubles["bad_time"] == (elapsed_s < 0)
+
+
+def test_counts_without_bounds_are_cut() -> None:
+    server = Server()
+    stream = server.connect()
+    server.report(stream, usage(allowed=2**64 - 1, denied=2**64 - 1))
+    (assignment,) = told(server.report(stream, usage(allowed=2**64 - 1, elapsed_s=5), after_s=5))
+    assert assignment is not None
+    assert 0 < assignment.rate <= 300 * TOKEN
+    assert debt(server.node, server.now_us) <= 4 * 3_100
+
+
+def test_two_reports_of_one_bucket_in_a_message_are_added() -> None:
+    server = Server()
+    stream = server.connect()
+    server.report(stream, usage(allowed=10), usage(allowed=10))
+    assert server.quotas.holds == 1
+    assert server.quotas.counts.requests["allowed"] == 20
+
+
+@pytest.mark.parametrize("pairs", [(), tuple((f"key{number}", "") for number in range(quota.MAX_PAIRS + 1))])
+def test_a_bucket_of_no_pairs_or_too_many_is_passed_over_and_counted(pairs: Pairs) -> None:
+    server = Server()
+    assert not server.report(server.connect(), Usage(b"", pairs, 1, 0, 0))
+    assert server.quotas.counts.troubles["bad_id"] == 1
+
+
+def test_streams_are_bounded() -> None:
+    server = Server()
+    for _ in range(quota.MAX_STREAMS):
+        server.connect()
+    with pytest.raises(QuotasFull):
+        server.connect()
+    assert server.quotas.counts.refused_streams == 1
+
+
+@pytest.mark.interpreted
+def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "MAX_HOLDS", 10)
+    server = Server()
+    greedy, other = server.connect(), server.connect()
+    actions = server.report(greedy, *[usage(f"user{number}", allowed=3) for number in range(20)])
+    # One may have as many as are free.
+    assert len(actions) == server.quotas.holds == 5
+    assert server.report(other, usage())
+    assert server.quotas.counts.troubles["no_room"] == 15
+    server.world.run(6)
+    assert (
+        sum(sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store) == 61
+    )
+
+
+def test_nothing_is_left_of_envoys_that_are_gone() -> None:
+    server = Server()
+    for _ in range(20):
+        stream = server.connect()
+        server.report(stream, *[usage(f"user{number}", allowed=100) for number in range(20)])
+        server.quotas.close(stream, server.now_us)
+    server.world.run(30)
+    assert not server.quotas.pools
+    assert not server.quotas.holds
+    assert not server.quotas.streams
+
+
+def test_other_rules_are_in_force_with_the_next_report() -> None:
+    server = Server()
+    stream = server.connect()
+    server.report(stream, usage())
+    halved = Rule("api.agent", Limit(150, 1_000_000, 150), 150, Unit.SECOND)
+    server.node.limiter.use_rules(Rules({"api": RuleNode(key_only={"agent": RuleNode(halved)})}))
+    (assignment,) = told(server.report(stream, usage(elapsed_s=5), after_s=5))
+    assert assignment is not None
+    assert assignment.rate == 150 * TOKEN
+    server.node.limiter.use_rules(Rules({}))
+    assert told(server.report(stream, usage(elapsed_s=5), after_s=5)) == [ALLOW_ALL]
+    server.node.limiter.use_rules(RULES)
+    assert told(server.report(stream, usage(elapsed_s=5), after_s=5)) != [ALLOW_ALL]
+
+
+def test_what_is_reported_is_charged_at_a_stop() -> None:
+    server = Server()
+    server.report(server.connect(), usage(allowed=1_000))
+    server.quotas.charge_all()
+    assert debt(server.node, server.now_us) == 700
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 2**32))
+def test_whatever_happens_a_node_assigns_no_more_than_the_limit(seed: int) -> None:
+    chance = random.Random(seed)
+    world = World(RULES)
+    node = world.node()
+    for _ in range(5):
+        world.envoy(node, chance.choice((0, 10, 100, 1_000)), phase_us=STEP_US * chance.randrange(100))
+
+    def check() -> None:
+        for pool in node.quotas.pools.values():
+            assert pool.held == sum(node.quotas.assigned(pool)) <= 300 * TOKEN
+
+    world.watch = check
+    for _ in range(10):
+        envoy = chance.choice(world.envoys)
+        match chance.randrange(4):
+            case 0:
+                envoy.lose_stream(world.now_us)
+            case 1:
+                envoy.is_deaf = not envoy.is_deaf
+            case _:
+                envoy.demand[ADA] = chance.choice((0, 10, 100, 1_000))
+        world.run(chance.choice((0.5, 3, 7, 30)))

@@ -1,0 +1,288 @@
+"""Quotas over gRPC, on both front ends, with gRPC's own client and Envoy's own messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from envoy.service.rate_limit_quota.v3.rlqs_pb2 import BucketId, RateLimitQuotaResponse, RateLimitQuotaUsageReports
+from envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import RateLimitQuotaServiceStub
+from envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
+from google.protobuf.duration_pb2 import Duration
+from limiter.requests import decide, make_limiter, make_request
+from server.front_ends import KINDS, channel_to, running
+
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter.quota import MAX_STREAMS, Quotas
+from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.services.quota import MAX_ID_BYTES, SERVICE_NAME, QuotaService
+
+PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
+DENIED = Rule("api.agent_denied", Limit(1, 1_000_000, 0), 0, Unit.SECOND)
+STAFF = Rule("api.agent_staff", None)
+SHADOW = Rule("api.agent_shadow", Limit(1, 1_000_000, 1), 1, Unit.SECOND, shadow_mode=True)
+PER_USER = Rule("api.plan_free.user", Limit(10, 60_000_000, 10), 10, Unit.MINUTE)
+RULES = Rules(
+    {
+        "api": RuleNode(
+            exact={
+                ("agent", "denied"): RuleNode(DENIED),
+                ("agent", "staff"): RuleNode(STAFF),
+                ("agent", "shadow"): RuleNode(SHADOW),
+                ("plan", "free"): RuleNode(key_only={"user": RuleNode(PER_USER)}),
+            },
+            key_only={"agent": RuleNode(PER_AGENT)},
+        )
+    }
+)
+WAIT_S = 60
+START_US = 1_700_000_000_000_000
+
+
+class Served:
+    """A service on a clock of the test's, behind a front end."""
+
+    def __init__(self, learning_us: int = 0) -> None:
+        self.now_us = START_US
+        self.limiter = make_limiter(RULES)
+        self.quotas = Quotas(self.limiter, START_US, lambda: self.now_us, learning_us=learning_us)
+        self.quotas.tick(START_US)
+        self.service = QuotaService(self.quotas, lambda: self.now_us)
+
+    @asynccontextmanager
+    async def running(self, kind: str) -> AsyncIterator[grpc.aio.Channel]:
+        async with (
+            running(kind, self.service.handlers()) as front_end,
+            channel_to(front_end.addresses[0]) as channel,
+        ):
+            self.front_end: FrontEnd = front_end
+            yield channel
+
+
+class Stream:
+    """One Envoy's."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.call = RateLimitQuotaServiceStub(channel).StreamRateLimitQuotas(timeout=WAIT_S)
+
+    async def report(self, *usages: RateLimitQuotaUsageReports.BucketQuotaUsage, domain: str = "api") -> None:
+        await self.call.write(RateLimitQuotaUsageReports(domain=domain, bucket_quota_usages=usages))
+
+    async def told(self) -> list[RateLimitQuotaResponse.BucketAction]:
+        response = await self.call.read()
+        assert response is not grpc.aio.EOF
+        return list(response.bucket_action)
+
+    async def code(self) -> grpc.StatusCode:
+        return await self.call.code()
+
+
+def usage(
+    allowed: int = 1, denied: int = 0, elapsed_s: int = 0, **pairs: str
+) -> RateLimitQuotaUsageReports.BucketQuotaUsage:
+    return RateLimitQuotaUsageReports.BucketQuotaUsage(
+        bucket_id=BucketId(bucket=pairs),
+        time_elapsed=Duration(seconds=elapsed_s),
+        num_requests_allowed=allowed,
+        num_requests_denied=denied,
+    )
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+async def test_a_new_bucket_is_assigned_the_whole_limit_as_a_token_bucket(kind: str) -> None:
+    async with Served().running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(agent="ada"))
+        [action] = await envoy.told()
+        assert dict(action.bucket_id.bucket) == {"agent": "ada"}
+        assignment = action.quota_assignment_action
+        bucket = assignment.rate_limit_strategy.token_bucket
+        assert bucket.max_tokens == 300
+        assert bucket.tokens_per_fill.value / bucket.fill_interval.seconds == 300
+        # Envoy takes whole seconds only, and an assignment without a time to live is over at once.
+        assert bucket.fill_interval.nanos == 0
+        assert 15 <= assignment.assignment_time_to_live.seconds <= 30
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rule"),
+    [
+        ({"agent": "denied"}, RateLimitStrategy.DENY_ALL),
+        ({"agent": "staff"}, RateLimitStrategy.ALLOW_ALL),
+        ({"agent": "shadow"}, RateLimitStrategy.ALLOW_ALL),
+        ({"colour": "red"}, RateLimitStrategy.ALLOW_ALL),
+        ({"agent": "ada", "colour": "red"}, RateLimitStrategy.ALLOW_ALL),
+    ],
+)
+async def test_what_is_limited_to_nothing_or_not_at_all_is_a_blanket_rule(
+    kind: str, pairs: dict[str, str], rule: int
+) -> None:
+    async with Served().running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(**pairs))
+        [action] = await envoy.told()
+        strategy = action.quota_assignment_action.rate_limit_strategy
+        assert strategy.WhichOneof("strategy") == "blanket_rule"
+        assert strategy.blanket_rule == rule
+        assert action.quota_assignment_action.assignment_time_to_live.seconds > 0
+
+
+@pytest.mark.parametrize("pairs", [{"plan": "free", "user": "ada"}, {"user": "ada", "plan": "free"}])
+async def test_the_pairs_of_a_bucket_are_matched_in_whatever_order_the_rules_have(
+    kind: str, pairs: dict[str, str]
+) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(**pairs))
+        [action] = await envoy.told()
+        assert action.quota_assignment_action.rate_limit_strategy.token_bucket.max_tokens == 10
+        # It is the bucket of whoever asks for each request.
+        served.now_us += 1_000_000
+        served.quotas.tick(served.now_us)
+        request = make_request({"plan": "free", "user": "ada"})
+        assert decide(served.limiter, request, served.now_us).statuses[0].limit_remaining == 8
+
+
+async def test_two_envoys_share_a_limit_and_both_are_told_when_shares_change(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        first, second = Stream(channel), Stream(channel)
+        await first.report(usage(agent="ada"))
+        assert await rates(first) == [300]
+        await second.report(usage(agent="ada"))
+        # What the first is told to hold less is the second's then.
+        assert await rates(first) == [150]
+        assert await rates(second) == [0]
+        served.quotas.tick(served.now_us)
+        assert await rates(second) == [150]
+        served.now_us += 5_000_000
+        await first.report(usage(allowed=10, elapsed_s=5, agent="ada"))
+        await first.told()
+        await second.report(usage(allowed=500, denied=1_500, elapsed_s=5, agent="ada"))
+        await second.told()
+        served.quotas.tick(served.now_us)
+        assert (await rates(second))[0] > 250
+
+
+async def rates(stream: Stream) -> list[float]:
+    found = []
+    for action in await stream.told():
+        bucket = action.quota_assignment_action.rate_limit_strategy.token_bucket
+        found.append(bucket.tokens_per_fill.value / max(1, bucket.fill_interval.seconds))
+    return found
+
+
+@pytest.mark.parametrize("message", [b"\xff\xff", b""])
+async def test_what_is_no_report_or_has_no_domain_ends_the_stream(kind: str, message: bytes) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        call = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
+        await call.write(message)
+        assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert not served.quotas.streams
+
+
+async def test_the_domain_need_only_be_said_once(kind: str) -> None:
+    async with Served().running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(agent="ada"))
+        await envoy.told()
+        await envoy.report(usage(agent="denied"), domain="")
+        [action] = await envoy.told()
+        assert action.quota_assignment_action.rate_limit_strategy.blanket_rule == RateLimitStrategy.DENY_ALL
+
+
+async def test_a_bucket_whose_id_is_no_text_is_answered_like_any_other(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        call = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
+        raw = usage(agent="aaaa").SerializeToString().replace(b"aaaa", b"\xff\xfe\xfd\xfc")
+        await call.write(b"\x0a\x03api\x12" + bytes([len(raw)]) + raw)
+        answer = await call.read()
+        assert b"\xff\xfe\xfd\xfc" in answer
+
+
+async def test_a_report_of_very_many_buckets_is_taken(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        envoy = Stream(channel)
+        usages = [usage(allowed=1, agent=f"agent number {number} of very many") for number in range(5_000)]
+        for _ in range(2):
+            served.now_us += 5_000_000
+            await envoy.report(*usages)
+            told = 0
+            while told < len(usages):
+                told += len(await envoy.told())
+        assert served.quotas.counts.reports == 2 * len(usages)
+
+
+async def test_an_id_that_is_too_long_is_passed_over_and_counted(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(agent="a" * MAX_ID_BYTES), usage(agent="ada"))
+        [action] = await envoy.told()
+        assert dict(action.bucket_id.bucket) == {"agent": "ada"}
+        assert served.quotas.counts.troubles["bad_id"] == 1
+
+
+async def test_a_client_that_is_done_is_answered_with_ok_and_one_that_cancels_leaves_nothing(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        done, gone = Stream(channel), Stream(channel)
+        for envoy in (done, gone):
+            await envoy.report(usage(agent="ada"))
+            await envoy.told()
+        await done.call.done_writing()
+        # What it was told of the other's coming is before the status.
+        while await done.call.read() is not grpc.aio.EOF:
+            pass
+        assert await done.code() == grpc.StatusCode.OK
+        gone.call.cancel()
+        async with asyncio.timeout(WAIT_S):
+            while served.quotas.streams:  # noqa: ASYNC110 (the other end)
+                await asyncio.sleep(0.01)
+
+
+async def test_a_stop_ends_the_streams(kind: str) -> None:
+    served = Served()
+    async with served.running(kind) as channel:
+        envoy = Stream(channel)
+        await envoy.report(usage(agent="ada"))
+        await envoy.told()
+        await served.front_end.stop()
+        assert await envoy.code() == grpc.StatusCode.UNAVAILABLE
+        assert not served.quotas.streams
+
+
+async def test_without_rules_streams_are_refused(kind: str) -> None:
+    served = Served()
+    served.service = QuotaService(served.quotas, lambda: served.now_us, waits_for_rules=True)
+    async with served.running(kind) as channel:
+        assert await Stream(channel).code() == grpc.StatusCode.UNAVAILABLE
+        served.service.begin()
+        envoy = Stream(channel)
+        await envoy.report(usage(agent="ada"))
+        assert await envoy.told()
+
+
+async def test_more_streams_than_there_may_be_are_refused_and_counted(kind: str) -> None:
+    served = Served()
+    for _ in range(MAX_STREAMS - 1):
+        served.quotas.open(lambda: None)
+    async with served.running(kind) as channel:
+        first = Stream(channel)
+        await first.report(usage(agent="ada"))
+        await first.told()
+        assert await Stream(channel).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert served.quotas.counts.refused_streams == 1
