@@ -75,7 +75,7 @@ class Purses:
         """A peer has said hello, and what its membership is."""
         self.ledger.shares.hear(peer, shown or _NOTHING, self._strict_us())
 
-    def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> set[str]:
+    def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
         """Ask peers for what is wanted; to be called every few milliseconds.
 
         Args:
@@ -86,14 +86,14 @@ class Purses:
         """
         now_us = self._strict_us()
         if now_us < self._tick_due_us:
-            return set()
+            return []
         self._tick_due_us = now_us + TICK_EVERY_US
         most = TICK_WORK // (4 + len(outboxes))
         ends = {peer: outbox.end for peer, outbox in outboxes.items() if outbox.has_room(most)}
         asks = self.ledger.tick(ends, now_us, most)
         for peer, wanted in asks.items():
             outboxes[peer].ask(wanted, now_us)
-        return set(asks)
+        return list(asks)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.

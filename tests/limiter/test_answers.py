@@ -517,7 +517,6 @@ def test_without_any_room_new_keys_of_a_rule_share_one_bucket_and_old_ones_keep_
         shares,
         Origin("here", 1),
         lambda key: None,
-        first_number=0,
         max_buckets=1,
         rule_key=rule_key,
     )
