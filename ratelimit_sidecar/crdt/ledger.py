@@ -13,9 +13,9 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, Shares, home_parts, parts_of, whole_tokens
+from ratelimit_sidecar.crdt.shares import Shares, home_parts, parts_of
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
-from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.crdt.strict import StrictBucket, home_of
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
@@ -43,9 +43,8 @@ class Ledger:
         self._origin = origin
         self._homes = {node: home_parts(shares.membership.weights, node) for node in shares.membership.weights}
         self._all = UntrackedDict[Paying]()
-        self._busy: list[StrictBucket] = []
-        self._active: deque[Paying] = deque()
-        self._active_keys: set[bytes] = set()
+        self._active: deque[StrictBucket] = deque()
+        """Each notes itself when something is wanted of it."""
         self._sweep_order: deque[Paying] = deque()
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
@@ -55,10 +54,6 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._all)
-
-    def __iter__(self) -> Iterator[StrictBucket]:
-        for paying in self._all.values():
-            yield paying.bucket
 
     def walk(self) -> Iterator[StrictBucket]:
         """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
@@ -109,19 +104,13 @@ class Ledger:
         before = self._withheld.get(key, 0)
         more = parts - before
         if more > 0:
-            more = min(more, bucket.home)
-            if limit.capacity > MAX_WHOLE_CAPACITY:
-                tokens = more * limit.capacity // PARTS
-            else:
-                tokens = whole_tokens(more, limit.capacity)
-            tokens = min(tokens, bucket.remaining)
-            bucket.level -= (tokens * limit.period_us) << 32
+            token = limit.period_us << 32
+            tokens = min(home_of(limit, more)[0] // token, bucket.remaining)
+            bucket.level -= tokens * token
             more = min(more, parts_of(tokens, limit.capacity))
-        parts = max(0, before + more)
-        if parts:
-            self._withheld[key] = parts
-        else:
-            self._withheld.pop(key, None)
+        self._withheld[key] = parts = max(0, before + more)
+        if not parts:
+            del self._withheld[key]
         bucket.set_home(self._home_of(key, limit, now_us), now_us)
         return parts
 
@@ -135,24 +124,16 @@ class Ledger:
             By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
         """
         self._look_at_shares(now_us)
-        for bucket in self._busy:
-            bucket.is_noted = False
-            paying = self._all.get(bucket.key)
-            if paying is not None and bucket.key not in self._active_keys:
-                self._active_keys.add(bucket.key)
-                self._active.append(paying)
-        self._busy.clear()
         members = {peer: end for peer, end in ends.items() if self._homes.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
-            paying = self._active.popleft()
-            bucket = paying.bucket
-            for peer, ask in paying.asks(members, self._homes, now_us).items():
+            bucket = self._active.popleft()
+            for peer, ask in self._all[bucket.key].asks(members, self._homes, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
             if bucket.asked or bucket.reserved:
-                self._active.append(paying)
+                self._active.append(bucket)
             else:
-                self._active_keys.remove(bucket.key)
+                bucket.is_active = False
         return asks
 
     def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
@@ -203,7 +184,7 @@ class Ledger:
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
-            if bucket.key not in self._active_keys and not bucket.is_noted and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1
@@ -224,7 +205,7 @@ class Ledger:
     def _make(self, key: bytes, limit: Limit, now_us: int) -> Paying:
         self._look_at_shares(now_us)
         home, from_us = self._home_of(key, limit, now_us), min(now_us, self.shares.since_us(now_us))
-        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, busy=self._busy)
+        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
         paying = Paying(bucket, self.shares.node)
         self._all.add(key, paying)

@@ -21,6 +21,7 @@ tokens. Time is microseconds of a clock that never steps.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
@@ -45,13 +46,13 @@ class StrictBucket(Bucket):
     home: parts that are this replica's own.
     from_us: since when they are; the bucket was empty then.
     now_us: see above for the clock.
-    busy: a list the bucket appends itself to when it is asked for something and `is_noted` is not set.
+    active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
     """
 
     __slots__ = (
+        "_active",
         "_asked_before",
         "_asked_now",
-        "_busy",
         "_given",
         "_given_us",
         "_limit",
@@ -60,7 +61,7 @@ class StrictBucket(Bucket):
         "denied_us",
         "home",
         "home_version",
-        "is_noted",
+        "is_active",
         "level",
         "refill",
         "reserved",
@@ -75,13 +76,12 @@ class StrictBucket(Bucket):
         *,
         home: int,
         from_us: int,
-        busy: list[StrictBucket] | None = None,
+        active: deque[StrictBucket] | None = None,
     ) -> None:
         super().__init__(key, origin, min(from_us, now_us))
         self._limit = limit
-        self._busy = busy if busy is not None else []
-        self.is_noted = False
-        """True while it is in the list of busy ones; whoever empties the list resets it."""
+        self._active = deque() if active is None else active
+        self.is_active = False
         self.home = home
         self.home_version = 0
         """For its owner, to see when the home has to be set again."""
@@ -128,9 +128,9 @@ class StrictBucket(Bucket):
         """Note the demand, by which peers are asked."""
         self._roll_window()
         self._asked_now += hits
-        if not self.is_noted:
-            self.is_noted = True
-            self._busy.append(self)
+        if not self.is_active:
+            self.is_active = True
+            self._active.append(self)
 
     @property
     def remaining(self) -> int:

@@ -12,7 +12,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.paying import Ask, Pay
 from ratelimit_sidecar.crdt.strict import MAX_AMOUNT
-from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.replication.deltas import check_key
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -92,14 +92,6 @@ def check_count(payments: pb.Payments) -> None:
     count = len(payments.asks) + len(payments.pays)
     if count > MAX_OPEN:
         raise ProtocolError(Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_OPEN} are taken")
-
-
-def check_key(key: bytes) -> None:
-    """Raises:
-    ProtocolError: bad_key.
-    """
-    if not 1 <= len(key) <= MAX_KEY_BYTES:
-        raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
 
 
 def read_ask(ask: pb.Ask) -> Ask:

@@ -295,7 +295,7 @@ def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_w
     world.run(20)
     assert rate(world) == pytest.approx(150, rel=0.02)
     assert rate(world) <= 150
-    (bucket,) = node.ledger
+    (bucket,) = node.ledger.walk()
     assert bucket.home < 2**32 // 100
 
 
@@ -321,7 +321,7 @@ def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_h
 
     def check() -> None:
         call()
-        for bucket in node.ledger:
+        for bucket in node.ledger.walk():
             bucket.advance(world.now_us)
             pool = node.quotas.pools.get(bucket.key)
             assigned = 0 if pool is None else sum(node.quotas.assigned(pool))

@@ -59,12 +59,12 @@ class StrictCluster(Cluster):
         """Sees more than the oracle, as it needs no demand."""
         running = [each for each in self if each.is_up]
         self.most_share = max(self.most_share, sum(map(share_of, running)))
-        self.most_level = max(self.most_level, sum(bucket.level for each in running for bucket in each.ledger))
+        self.most_level = max(self.most_level, sum(bucket.level for each in running for bucket in each.ledger.walk()))
         self.after(10 * MS, self._look)
 
 
 def share_of(each: Node) -> int:
-    for bucket in each.ledger:
+    for bucket in each.ledger.walk():
         bucket.advance(each.now_us)
         assert max(0, bucket.level) + bucket.room_reserved <= bucket.ceiling or not bucket.level
         return bucket.home

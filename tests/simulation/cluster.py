@@ -411,7 +411,7 @@ class Cluster:
         capacities: dict[bytes, list[int]] = {}
         for node in self.live:
             strict_us = node.clock.strict_us()
-            for bucket in node.ledger:
+            for bucket in node.ledger.walk():
                 bucket.advance(strict_us)
                 shares[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
