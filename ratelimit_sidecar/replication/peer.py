@@ -41,7 +41,7 @@ class BatchTracer(Protocol):
 
 
 class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
+    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas and asks."""
 
     def __init__(self, store: Store, node: str) -> None:
         self.node = node

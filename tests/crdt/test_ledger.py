@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -22,8 +24,8 @@ def ask_for(tokens: int) -> Ask:
     return Ask(tokens * TOKEN, level=0, demand=tokens * TOKEN, is_short=True)
 
 
-def make_ledger(node: str = "a", *, max_buckets: int = 10_000) -> Ledger:
-    limits = {b"k": LIMIT, b"other": LIMIT, b"window": WindowLimit(1, 1_000_000, Window.FIXED)}
+def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: Limit = LIMIT) -> Ledger:
+    limits = {b"k": limit, b"other": LIMIT, b"window": WindowLimit(1, 1_000_000, Window.FIXED)}
     shares = Shares(Membership(1, {"a": 1, "b": 1}), node, STARTED_US)
     return Ledger(shares, Origin(node, 1), limits.get, max_buckets=max_buckets, rule_key=lambda _key: b"rule")
 
@@ -170,6 +172,53 @@ def test_what_was_paid_away_is_not_withheld() -> None:
     assert pay is not None
     assert pay.amount >= 1 << 32
     assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) <= parts_of(50 - (pay.amount >> 32), 100)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("limit", [LIMIT, Limit(7, 1_000_000, 5), Limit(1 << 21, 1_000_000, 1 << 21)])
+def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: Limit) -> None:
+    chance = random.Random(seed)
+    ledgers = {node: make_ledger(node, limit=limit) for node in "ab"}
+    ends, parts, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
+    on_the_way: list[tuple[str, str, Ask | Pay]] = []
+    now_us, paid = NOW_US, 0
+    for _ in range(400):
+        passed_us = chance.choice([0, 1_000, 30_000, 300_000])
+        now_us += passed_us
+        node, other = chance.choice([("a", "b"), ("b", "a")])
+        for each in "ab":
+            # In grains: what those who run the withheld parts have, whose buckets are full of them in the end.
+            refilled = held[each] + passed_us * limit.tokens * parts[each]
+            held[each] = min(limit.ceiling * parts[each], refilled)
+        ledger = ledgers[node]
+        bucket = ledger.bucket(b"k", limit, now_us)
+        bucket.advance(now_us)
+        match chance.choice(["take", "withhold", "tick", "tick", "arrive", "arrive"]):
+            case "take":
+                bucket.take(chance.randint(1, max(1, bucket.remaining * 2)), now_us)
+            case "withhold":
+                before, level = parts[node], bucket.level
+                wanted = parts_of(chance.randint(0, limit.capacity // 2), limit.capacity)
+                parts[node] = ledger.withhold(b"k", limit, wanted, now_us)
+                held[node] += max(0, parts[node] - before) * limit.ceiling
+                held[node] = min(held[node], limit.ceiling * parts[node])
+                assert bucket.level <= level
+            case "tick":
+                asks = ledger.tick({other: ends[node]}, now_us, most=10)
+                on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
+            case "arrive" if on_the_way:
+                sender, receiver, sent = on_the_way.pop(0)
+                if isinstance(sent, Pay):
+                    ledgers[receiver].bucket(b"k", limit, now_us).advance(now_us)
+                    assert ledgers[receiver].paid(sender, ends[receiver], b"k", sent, now_us)
+                elif (pay := ledgers[receiver].answer(sender, b"k", sent, now_us)) is not None:
+                    on_the_way.append((receiver, sender, pay))
+                    paid += pay.amount
+        buckets = [each.bucket(b"k", limit, now_us) for each in ledgers.values()]
+        alive = sum(sent.amount * limit.period_us for _, _, sent in on_the_way if isinstance(sent, Pay))
+        assert sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive <= limit.ceiling << 32
+        assert all(max(0, each.level) + each.room_reserved <= each.ceiling for each in buckets)
+    assert paid
 
 
 def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
