@@ -182,6 +182,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
     ends, parts, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
     on_the_way: list[tuple[str, str, Ask | Pay]] = []
     now_us, paid = NOW_US, 0
+    before = limit.ceiling << 32
     for _ in range(400):
         passed_us = chance.choice([0, 1_000, 30_000, 300_000])
         now_us += passed_us
@@ -190,33 +191,33 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
             # In grains: what those who run the withheld parts have, whose buckets are full of them in the end.
             refilled = held[each] + passed_us * limit.tokens * parts[each]
             held[each] = min(limit.ceiling * parts[each], refilled)
+            ledgers[each].bucket(b"k", limit, now_us).advance(now_us)
         ledger = ledgers[node]
         bucket = ledger.bucket(b"k", limit, now_us)
-        bucket.advance(now_us)
         match chance.choice(["take", "withhold", "tick", "tick", "arrive", "arrive"]):
             case "take":
                 bucket.take(chance.randint(1, max(1, bucket.remaining * 2)), now_us)
             case "withhold":
-                before, level = parts[node], bucket.level
+                parts_before = parts[node]
                 wanted = parts_of(chance.randint(0, limit.capacity // 2), limit.capacity)
                 parts[node] = ledger.withhold(b"k", limit, wanted, now_us)
-                held[node] += max(0, parts[node] - before) * limit.ceiling
+                held[node] += max(0, parts[node] - parts_before) * limit.ceiling
                 held[node] = min(held[node], limit.ceiling * parts[node])
-                assert bucket.level <= level
             case "tick":
                 asks = ledger.tick({other: ends[node]}, now_us, most=10)
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)
                 if isinstance(sent, Pay):
-                    ledgers[receiver].bucket(b"k", limit, now_us).advance(now_us)
                     assert ledgers[receiver].paid(sender, ends[receiver], b"k", sent, now_us)
                 elif (pay := ledgers[receiver].answer(sender, b"k", sent, now_us)) is not None:
                     on_the_way.append((receiver, sender, pay))
                     paid += pay.amount
         buckets = [each.bucket(b"k", limit, now_us) for each in ledgers.values()]
         alive = sum(sent.amount * limit.period_us for _, _, sent in on_the_way if isinstance(sent, Pay))
-        assert sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive <= limit.ceiling << 32
+        now = sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive
+        assert now <= min(limit.ceiling << 32, before + (passed_us * limit.tokens << 32))
+        before = now
         assert all(max(0, each.level) + each.room_reserved <= each.ceiling for each in buckets)
     assert paid
 
