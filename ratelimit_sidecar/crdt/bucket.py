@@ -291,6 +291,17 @@ class Bucket(ABC):
         for slots in (self._heard or {}).values():
             yield from slots
 
+    def _tokens_by_slot(self) -> dict[int, int]:
+        """Of all origins together: to fold these costs what there are of slots, however many replicas take in each."""
+        tokens_of = dict(self._own or {})
+        if self._own_slot != _NO_SLOT:
+            tokens_of[self._own_slot] = self._own_tokens
+        if self._heard is not None:
+            for slots in self._heard.values():
+                for slot, tokens in slots.items():
+                    tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+        return tokens_of
+
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
         """This replica's entries of `slots`, less those forgotten meanwhile."""
         for slot in slots:

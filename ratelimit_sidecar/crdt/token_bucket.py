@@ -130,7 +130,7 @@ class TokenBucket(Bucket):
     def _deficit_at(self, slot: int) -> int:
         """The scaled deficit where what is given back in `slot` is placed."""
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
-        events = self._events(self.entries(), middle_us)
+        events = self._events(self._tokens_by_slot().items(), middle_us)
         return self._fold_from_base(events, middle_us, None).deficit
 
     @property
@@ -308,7 +308,7 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        return self._fold_from_base(self._events(self.entries(), now_us), now_us, None).deficit
+        return self._fold_from_base(self._events(self._tokens_by_slot().items(), now_us), now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
@@ -319,7 +319,7 @@ class TokenBucket(Bucket):
         earlier, entries = [], []
         for entry in self.entries():
             if entry.slot < from_us:
-                earlier.append(entry)
+                earlier.append((entry.slot, entry.tokens))
             elif slot_end_us(entry.slot) <= until_us:
                 entries.append(entry)
         deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
@@ -372,14 +372,13 @@ class TokenBucket(Bucket):
             exponent -= 1
         return slot_id(self.at_us, exponent)
 
-    def _events(self, entries: Iterable[tuple[Origin, int, int]], last_us: int) -> list[tuple[int, int]]:
+    def _events(self, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
         """What was given back and when, in time order, all of it by `last_us`; what was taken is negative, and so comes
-        first of an instant.
+        first of an instant. What several have taken in a slot may come at once or one after the other.
         """
         exponent = self._limit.exponent
         events = [
-            (min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens)
-            for _, slot, tokens in entries
+            (min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens) for slot, tokens in slots
         ]
         events.sort()
         return events
@@ -418,7 +417,7 @@ class TokenBucket(Bucket):
 
     def _recount(self) -> None:
         self._spilled = SpilledRefill(self._limit, self._base_us) if self._heard is not None else None
-        events = self._events(self.entries(), self.at_us)
+        events = self._events(self._tokens_by_slot().items(), self.at_us)
         folded = self._fold_from_base(events, self.at_us, self._spilled)
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
 
@@ -427,7 +426,7 @@ class TokenBucket(Bucket):
         own_slot = self._own_slot
         sealed = self._forget(lambda slot: slot < boundary_us)
         # A peer with narrower slots may have a boundary amid one of ours, which is then placed before it all the same.
-        events = self._events(sealed, boundary_us - 1)
+        events = self._events([(slot, tokens) for _, slot, tokens in sealed], boundary_us - 1)
         folded = self._fold_from_base(events, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
         if self._own_slot != own_slot:

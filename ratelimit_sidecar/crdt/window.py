@@ -420,16 +420,21 @@ class SlidingWindow(Bucket):
         if self._refunded_until_us:
             slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
         else:
-            slots = [(self._leaves_us(slot), tokens) for _, slot, tokens in self.entries()]
+            slots = [(self._leaves_us(slot), tokens) for slot, tokens in self._tokens_by_slot().items()]
         return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """Of each slot what all replicas took, and the highest mark of what was given back."""
-        slots: dict[int, tuple[int, int]] = {}
-        for _, slot, tokens in self.entries():
-            taken, given = slots.get(slot & ~REFUND, (0, 0))
-            slots[slot & ~REFUND] = (taken, max(given, tokens)) if slot & REFUND else (taken + tokens, given)
-        return slots
+        tokens_of = self._tokens_by_slot()
+        given: dict[int, int] = {}
+        for slots in (self._own or {}, *(self._heard or {}).values()):
+            for slot, tokens in slots.items():
+                if slot & REFUND and tokens > given.get(slot, 0):
+                    given[slot] = tokens
+        return {
+            slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
+            for slot in {slot & ~REFUND for slot in tokens_of}
+        }
 
     def _leaves_us(self, slot: int) -> int:
         """When a slot is wholly out of the period.
@@ -449,6 +454,8 @@ class SlidingWindow(Bucket):
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
+            # The slot of now may no longer count: the next take notes anew when it leaves.
+            self._own_slot_end_us = 0
             self._find_refunds()
         self.count = 0
         for leaves_us, tokens in self._counting(self.at_us):

@@ -16,6 +16,7 @@ names nothing is a caller's (`overflow_keys`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
@@ -56,6 +57,9 @@ OVERFLOW_BUCKETS: Final = 4_096
 
 MAX_VALUE_BYTES: Final = 128
 """Of a caller's text in a name; a longer one is hashed."""
+
+_MAX_REMEMBERED: Final = 1 << 16
+"""Of the characters of a text whose hash is remembered: headers that Envoy takes by default are no longer."""
 
 _HASH_MARK: Final = "#"
 _HASHED_LENGTH: Final = 33
@@ -127,7 +131,15 @@ def bounded(text: str) -> str:
                 return text
         except UnicodeEncodeError:
             pass
+    return _remembered_hash(text) if len(text) <= _MAX_REMEMBERED else _hash_of(text)
+
+
+def _hash_of(text: str) -> str:
     return _HASH_MARK + blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+# A proxy may copy the same long headers into many descriptors, and to encode and hash one can take half a millisecond.
+_remembered_hash = lru_cache(maxsize=16)(_hash_of)
 
 
 class KeyEntry(NamedTuple):

@@ -38,6 +38,9 @@ from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Request
 MAX_DESCRIPTORS: Final = 512
 """Of a request. How many there are is Envoy's configuration, and each takes some microseconds."""
 
+MAX_ENTRIES: Final = 8_192
+"""Of all descriptors of a request together. Envoy makes one at most for each action of its configuration."""
+
 MAX_HITS: Final = 2**48
 """Of a descriptor; more count as so many. Peers can be told of no more, and no limit is as large."""
 
@@ -167,8 +170,9 @@ class Limiter:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
 
         Raises:
-            InvalidRequest: not a RateLimitRequest, no domain, no descriptors or more than `MAX_DESCRIPTORS`. Nothing
-                that a client of the proxy sends leads to it, since Envoy lets pass what is answered with an error.
+            InvalidRequest: not a RateLimitRequest, no domain, no descriptors, more than `MAX_DESCRIPTORS` or with more
+                than `MAX_ENTRIES`. Nothing that a client of the proxy sends leads to it, since Envoy lets pass what is
+                answered with an error.
         """
         plan = self.decided = self.plan(request)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
@@ -327,11 +331,16 @@ class Limiter:
             raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
         if not request.domain:
             raise InvalidRequest("rate limit domain must not be empty")
-        messages = list(request.descriptors)
-        if not messages:
+        # Counted before they are gone through: 4 MiB hold two millions of them, which would take seconds.
+        number = len(request.descriptors)
+        if not number:
             raise InvalidRequest("rate limit descriptor list must not be empty")
-        if len(messages) > MAX_DESCRIPTORS:
-            raise InvalidRequest(f"{len(messages)} rate limit descriptors; at most {MAX_DESCRIPTORS} are taken")
+        if number > MAX_DESCRIPTORS:
+            raise InvalidRequest(f"{number} rate limit descriptors; at most {MAX_DESCRIPTORS} are taken")
+        messages = list(request.descriptors)
+        entries_in_all = sum([len(message.entries) for message in messages])
+        if entries_in_all > MAX_ENTRIES:
+            raise InvalidRequest(f"{entries_in_all} entries of descriptors; at most {MAX_ENTRIES} are taken")
         for message in messages:
             if message.is_negative_hits:
                 # They are to be given back, which no bucket can do: at least they must not be charged once more.

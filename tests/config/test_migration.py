@@ -45,6 +45,7 @@ def test_what_the_schema_reads_is_called_the_same_and_nothing_else_is() -> None:
     assert of_kind(Same) == READ.keys() - OURS
 
 
+@pytest.mark.usefixtures("logs_as_before")
 def test_logs_are_set_by_the_same_variables() -> None:
     assert of_kind(SameElsewhere) == {"LOG_LEVEL", "LOG_FORMAT"}
     for variable in of_kind(SameElsewhere):

@@ -194,7 +194,12 @@ async def test_of_scrapes_that_are_not_taken_an_address_has_some_and_only_for_a_
 
 
 @pytest.mark.parametrize("requests", [1, 50])
-async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(requests: int) -> None:
+async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(
+    requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The probe has to wait for all the clients' turns here, before it can ask.
+    monkeypatch.setattr(f"{CONNECTION}.NEW_SECONDS", 60)
+
     async def ask_on(server: ConsoleServer) -> None:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):

@@ -259,3 +259,13 @@ def test_a_window_in_which_more_was_given_back_than_is_heard_to_be_taken_counts_
         assert limit.requests - here.remaining == here.fold(NOW_US + 3)
     here.merge([taken], NOW_US + 4)
     assert here.remaining == limit.requests - 55
+
+
+def test_what_is_taken_in_a_slot_that_was_refunded_leaves_a_sliding_window_in_time() -> None:
+    bucket = bucket_of(SLIDING)
+    bucket.take(1, NOW_US)
+    bucket.refund(None, NOW_US)
+    bucket.take(1, NOW_US)
+    assert bucket.remaining == SLIDING.requests - 1
+    bucket.advance(NOW_US + 2 * MINUTE_US)
+    assert bucket.remaining == SLIDING.requests

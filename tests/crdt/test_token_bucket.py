@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections import Counter
 from itertools import zip_longest
 
@@ -531,3 +532,23 @@ def test_what_late_deltas_need_is_held_only_while_there_are_slots_of_peers() -> 
     assert is_held()
     bucket.seal(NOW_US + 2 * limit.horizon_us)
     assert not is_held()
+
+
+def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replicas_take_in_each() -> None:
+    """Each flush of each of them tells of the bucket that one caller goes on asking for, and it may have to be cut."""
+    limit = Limit(100, 1_000_000, 100)
+    slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(70)]
+
+    def seconds_with(replicas: int) -> float:
+        bucket = TokenBucket(b"k", limit, Origin("here", 1), NOW_US)
+        bucket.merge([Entry(Origin("there", 1 + of), slot, 50) for of in range(replicas) for slot in slots], NOW_US)
+        assert bucket.debt
+
+        def seconds(tokens: int) -> float:
+            began = time.thread_time()
+            assert bucket.merge([Entry(Origin("there", 1), slots[0], tokens)], NOW_US) == 1
+            return time.thread_time() - began
+
+        return min(seconds(100 + turn) for turn in range(20))
+
+    assert seconds_with(64) < 20 * seconds_with(1)

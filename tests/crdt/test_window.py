@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -208,3 +210,29 @@ def test_a_busy_sliding_window_holds_few_slots() -> None:
         window.take(1, now_us)
         window.merge([Entry(THERE, slot_id(now_us, window.limit.exponent), 1)], now_us)
         assert len(list(window.entries())) <= 2 * 130
+
+
+@pytest.mark.parametrize("is_refunded", [False, True])
+def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_however_many_replicas_take_in_each(
+    is_refunded: bool,
+) -> None:
+    limit = WindowLimit(100, 3_600_000_000, Window.SLIDING)
+    slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(40)]
+
+    bucket = SlidingWindow(b"k", limit, Origin("here", 1), NOW_US)
+    bucket.merge([Entry(Origin("there", 1 + of), slot, 50) for of in range(64) for slot in slots], NOW_US)
+    if is_refunded:
+        bucket.refund(1, NOW_US)
+
+    def seconds(call: Callable[[], object]) -> float:
+        began = time.thread_time()
+        assert call()
+        return time.thread_time() - began
+
+    def to_tell() -> float:
+        return seconds(lambda: bucket.fits_in_us(1))
+
+    def to_list_what_each_took() -> float:
+        return seconds(lambda: list(bucket.entries()))
+
+    assert min(to_tell() for _ in range(30)) < min(to_list_what_each_took() for _ in range(30))

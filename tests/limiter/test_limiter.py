@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_HITS, InvalidRequest
+from ratelimit_sidecar.limiter.encoding import varint
+from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_ENTRIES, MAX_HITS, InvalidRequest
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
 VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
@@ -161,11 +166,39 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
         (make_request({"agent": "a"}, domain=""), "domain must not be empty"),
         (make_request(), "descriptor list must not be empty"),
         (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "513 rate limit descriptors; at most 512"),
+        (make_request(*[dict.fromkeys(map(str, range(17)), "a")] * MAX_DESCRIPTORS), "8704 entries .* at most 8192"),
     ],
 )
 def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_bytes: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make_limiter(RULES).decide(request_bytes, NOW_US)
+
+
+@pytest.mark.parametrize("field", ["descriptors", "entries"])
+def test_a_message_of_the_most_bytes_with_as_many_fields_as_fit_is_refused_before_they_are_gone_through(
+    field: str,
+) -> None:
+    empty = {"descriptors": b"\x12\0", "entries": b"\x0a\0"}[field] * (2 * 1_024 * 1_024 - 8)
+    head = RateLimitRequest(domain="api").SerializeToString()
+    raw = head + (empty if field == "descriptors" else b"\x12" + varint(len(empty)) + empty)
+    limiter = make_limiter(RULES)
+
+    def seconds(call: Callable[[], object]) -> float:
+        began = time.thread_time()
+        call()
+        return time.thread_time() - began
+
+    def refuse() -> None:
+        with pytest.raises(InvalidRequest, match="are taken"):
+            limiter.decide(raw, NOW_US)
+
+    # Reading the message is what is left of it.
+    assert seconds(refuse) < 5 * seconds(lambda: Request.FromString(raw)) + 0.1
+
+
+def test_a_request_has_at_most_so_many_entries() -> None:
+    entries = dict.fromkeys(map(str, range(MAX_ENTRIES)), "a")
+    assert decide(make_limiter(RULES), make_request(entries)).overall_code == OK
 
 
 def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep() -> None:
