@@ -158,10 +158,11 @@ class Sidecar:
         origin = _new_origin(node)
         ledger = _ledger(config, rules, origin, self._clock.now_us())
         self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
+        waits_for_rules = config.xds is not None and config.xds.before_rules == "error"
         self._quotas = QuotaService(
             Quotas(self._limiter, self._strict_us(), self._clock.now_us),
             self._strict_us,
-            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+            waits_for_rules=waits_for_rules,
         )
         self._reloader = Reloader(
             self._use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
@@ -200,7 +201,7 @@ class Sidecar:
             self._clock.now_us,
             latency,
             self._tracing.tracer,
-            waits_for_rules=config.xds is not None and config.xds.before_rules == "error",
+            waits_for_rules=waits_for_rules,
         )
         ext_authz = ExtAuthzService(service, lambda: self._limiter.rules)
         services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]

@@ -17,6 +17,18 @@ NOW_US = 1_795_000_000_000_000
 TWO_A_MINUTE = Limit(tokens=2, period_us=60_000_000, capacity=2)
 
 
+class NoTelemetry:
+    """A latency observer and tracer for services of which nobody looks at these."""
+
+    def observe(self, elapsed_ns: int) -> None: ...
+
+    def exemplify(self, *_: object) -> None: ...
+
+    def sampled(self, metadata: object) -> None: ...
+
+    def record(self, *_: object) -> None: ...
+
+
 def small_rules() -> Rules:
     """In domain `edge`: two a minute by `tenant`, the same by `ip` but local, and no limit for `plan=gold`."""
     return Rules(

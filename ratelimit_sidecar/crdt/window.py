@@ -417,10 +417,16 @@ class SlidingWindow(Bucket):
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
-        if self._refunded_until_us:
-            slots = [(self._leaves_us(slot), taken - given) for slot, (taken, given) in self._by_slot().items()]
-        else:
-            slots = [(self._leaves_us(slot), tokens) for slot, tokens in self._tokens_by_slot().items()]
+        left = _left_of(self._by_slot()) if self._refunded_until_us else self._tokens_by_slot()
+        return self._counting_of(left, now_us)
+
+    def _counting_of(self, left: dict[int, int], now_us: int) -> list[tuple[int, int]]:
+        """The same.
+
+        Args:
+            left: by slot, what was taken and not given back.
+        """
+        slots = [(self._leaves_us(slot), tokens) for slot, tokens in left.items()]
         return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
@@ -456,15 +462,19 @@ class SlidingWindow(Bucket):
         if self._refunded_until_us:
             # The slot of now may no longer count: the next take notes anew when it leaves.
             self._own_slot_end_us = 0
-            self._find_refunds()
+            by_slot = self._by_slot()
+            self._find_refunds(by_slot)
+            left = _left_of(by_slot)
+        else:
+            left = self._tokens_by_slot()
         self.count = 0
-        for leaves_us, tokens in self._counting(self.at_us):
+        for leaves_us, tokens in self._counting_of(left, self.at_us):
             self.count += tokens
             self._note(leaves_us)
 
-    def _find_refunds(self) -> None:
+    def _find_refunds(self, by_slot: dict[int, tuple[int, int]]) -> None:
         self._refunded_until_us = self._unheard_until_us = 0
-        for slot, (taken, given) in self._by_slot().items():
+        for slot, (taken, given) in by_slot.items():
             if given:
                 self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
             if given > taken:
@@ -476,6 +486,10 @@ class SlidingWindow(Bucket):
     def _is_ahead(self, slot: int) -> bool:
         """True when it begins later than any clock is wrong, or as far ahead as it would be kept."""
         return slot_start_us(slot) > self.at_us + min(_kept_us(slot), MAX_AHEAD_US)
+
+
+def _left_of(by_slot: dict[int, tuple[int, int]]) -> dict[int, int]:
+    return {slot: taken - given for slot, (taken, given) in by_slot.items()}
 
 
 def _slot_of_window(limit: WindowLimit, time_us: int) -> int:

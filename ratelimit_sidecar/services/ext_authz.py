@@ -93,7 +93,7 @@ class ExtAuthzService:
         if request is None:
             self.unlimited["no_descriptor"] += 1
             return RateLimitResponse(overall_code=RateLimitResponse.OK)
-        return RateLimitResponse.FromString(self._rate_limit.answer(request, metadata, in_full=True))
+        return RateLimitResponse.FromString(self._rate_limit.should_rate_limit(request, metadata, in_full=True))
 
 
 def http_request(check: bytes) -> HttpRequest:

@@ -84,16 +84,10 @@ class RateLimitService:
         """There are rules."""
         self._waits_for_rules = False
 
-    def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
+    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
 
-        Raises:
-            RpcError: as `answer`.
-        """
-        return self.answer(request, metadata)
-
-    def answer(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes:
-        """The same for other services that ask the same question.
+        Other services that ask the same question call it, too.
 
         Args:
             metadata: of the call that led to it, in which a trace may be named.

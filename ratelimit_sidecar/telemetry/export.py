@@ -148,13 +148,25 @@ def names_otlp(variable: str) -> bool | None:
     return "otlp" in exporters if exporters else None
 
 
-def otlp_protocol(signal: str) -> str:
-    """Args:
-    signal: as it stands in names of variables, TRACES for example.
+def prepare_export(signal: str) -> str:
+    """What has to come before an exporter's module is loaded.
+
+    Args:
+        signal: as it stands in names of variables, TRACES for example.
+
+    Returns:
+        The protocol to export with.
 
     Raises:
         ValueError: it is none that there is.
     """
+    protocol = _protocol(signal)
+    repair_otlp_proto()
+    _find_proxy(signal)
+    return protocol
+
+
+def _protocol(signal: str) -> str:
     protocol = (
         os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
         or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -165,7 +177,7 @@ def otlp_protocol(signal: str) -> str:
     return protocol
 
 
-def find_proxy(signal: str) -> None:
+def _find_proxy(signal: str) -> None:
     """Log the proxy through which a signal would go, if there is one."""
     endpoint = urlsplit(
         os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
@@ -185,11 +197,8 @@ def _wanted() -> bool:
 
 
 def _exporter() -> SpanExporter:
-    protocol = otlp_protocol("TRACES")
     # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
-    repair_otlp_proto()
-    find_proxy("TRACES")
-    if protocol == "grpc":
+    if prepare_export("TRACES") == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter as GrpcSpanExporter,
         )

@@ -38,14 +38,12 @@ from prometheus_client.samples import Sample
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.telemetry.export import (
     TracingError,
-    find_proxy,
     is_sdk_disabled,
     names_otlp,
-    otlp_protocol,
+    prepare_export,
     resource_of,
 )
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES
-from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
 from ratelimit_sidecar.threads import in_daemon_thread
 
 POINTS_PER_REQUEST: Final = 2_000
@@ -164,11 +162,8 @@ def _wanted() -> bool:
 
 
 def _exporter() -> MetricExporter:
-    protocol = otlp_protocol("METRICS")
     # Imported here, for the repair must come first; and who pushes nothing needn't load them.
-    repair_otlp_proto()
-    find_proxy("METRICS")
-    if protocol == "grpc":
+    if prepare_export("METRICS") == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import (  # noqa: PLC0415
             OTLPMetricExporter as GrpcMetricExporter,
         )

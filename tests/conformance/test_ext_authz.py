@@ -20,13 +20,13 @@ from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.json_format import MessageToDict
+from observed import NoTelemetry
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
-from ratelimit_sidecar.server.rpc import Metadata
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.ratelimit import RateLimitService
@@ -62,16 +62,6 @@ descriptors: [{key: user, rate_limit: {unit: minute, requests_per_unit: 1}}]
 OK = 0
 RESOURCE_EXHAUSTED = 8
 CHECK = "/envoy.service.auth.v3.Authorization/Check"
-
-
-class NoTelemetry:
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
-
-    def sampled(self, metadata: Metadata) -> None: ...
-
-    def record(self, *_: object) -> None: ...
 
 
 @dataclass

@@ -23,6 +23,7 @@ from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.wrappers_pb2 import UInt64Value
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from observed import NoTelemetry
 from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -60,16 +61,6 @@ RULES = Rules(
         )
     }
 )
-
-
-class NoTelemetry:
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
-
-    def sampled(self, metadata: object) -> None: ...
-
-    def record(self, *_: object) -> None: ...
 
 
 @dataclass

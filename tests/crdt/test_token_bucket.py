@@ -551,4 +551,5 @@ def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replic
 
         return min(seconds(100 + turn) for turn in range(20))
 
-    assert seconds_with(64) < 20 * seconds_with(1)
+    # The entries of a slot are only added up; compiled that is a larger part of the whole.
+    assert seconds_with(64) < 45 * seconds_with(1)

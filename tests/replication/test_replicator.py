@@ -391,8 +391,8 @@ def test_batches_are_traced_from_sending_to_acknowledgement() -> None:
     assert span.has_ended
 
 
-def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() -> None:
-    tracer = Tracer()
+def hearing_a_traced_batch(tracer: Tracer) -> Stream:
+    """The stream of a node with that tracer, which has yet to apply what it heard."""
     a, b = replicator("a", tracer=Tracer()), replicator("b", tracer=tracer)
     one, other = connected(a, b)
     take(a.store, "ann", 1, NOW_US)
@@ -400,6 +400,12 @@ def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() ->
     sent = one.next_frame(NOW_US)
     assert sent is not None
     other.hear(sent, NOW_US)
+    return other
+
+
+def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() -> None:
+    tracer = Tracer()
+    other = hearing_a_traced_batch(tracer)
     [(peer_node, context, span)] = tracer.applying
     assert (peer_node, context, span.has_ended) == ("a", b"its trace", False)
     while other.apply(NOW_US):
@@ -409,13 +415,7 @@ def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() ->
 
 def test_the_span_of_a_batch_that_is_being_applied_ends_with_the_stream() -> None:
     tracer = Tracer()
-    a, b = replicator("a", tracer=Tracer()), replicator("b", tracer=tracer)
-    one, other = connected(a, b)
-    take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    sent = one.next_frame(NOW_US)
-    assert sent is not None
-    other.hear(sent, NOW_US)
+    other = hearing_a_traced_batch(tracer)
     other.lost("cut", NOW_US)
     assert [span.has_ended for _, _, span in tracer.applying] == [True]
 

@@ -7,10 +7,11 @@ from config.builders import rules_of
 from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 from hypothesis import given
 from hypothesis import strategies as st
+from observed import NoTelemetry
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
+from ratelimit_sidecar.server.rpc import Code, RpcError
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ratelimit import RateLimitService
 from ratelimit_sidecar.services.v1.check_pb2 import CheckRequest
@@ -31,16 +32,6 @@ descriptors:
   - key: path
     descriptors: [{key: address, descriptors: [{key: principal, rate_limit: {unit: hour, requests_per_unit: 1}}]}]
 """
-
-
-class NoTelemetry:
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
-
-    def sampled(self, metadata: Metadata) -> None: ...
-
-    def record(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
