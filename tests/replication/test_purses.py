@@ -9,6 +9,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
 from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.payments import MAX_OPEN, PaymentOutbox
 from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.status import MembershipStatus
@@ -88,6 +89,13 @@ def test_only_members_are_asked() -> None:
     a = Node()
     a.use_up()
     assert a.asks("stranger") == pb.Payments()
+
+
+def test_a_key_too_long_for_a_peer_is_not_sent() -> None:
+    a = Node()
+    a.use_up(bytes(MAX_KEY_BYTES + 1))
+    a.use_up()
+    assert [ask.key for ask in a.asks().asks] == [KEY]
 
 
 def test_a_peer_that_asks_for_what_no_strict_rule_knows_is_told_that_there_is_nothing() -> None:
