@@ -108,8 +108,7 @@ class BucketDescription(TypedDict):
     full_in_seconds: float
     replicated: bool
     share: float | None
-    """Of a strict limit the part that this node uses now: its own, less what is lent, and what is borrowed. What
-    remains and is owed is of that part."""
+    """Of a strict limit the part that is this node's home. What remains and is owed is of that part."""
     origins: int
     """Replicas, present and past lives of them, with consumption inside the horizon."""
     slots: int
@@ -128,7 +127,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
-        "share": bucket.share / PARTS if isinstance(bucket, StrictBucket) else None,
+        "share": bucket.home / PARTS if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }

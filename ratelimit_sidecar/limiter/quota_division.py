@@ -1,6 +1,6 @@
 """How the limit of a pool is divided: what there is, who wants how much of it, and what each gets.
 
-Of a strict limit nothing but this node's home share is divided, less what it has lent; the bucket does without it.
+Of a strict limit nothing but this node's home share is divided; the bucket does without it.
 """
 
 from __future__ import annotations

@@ -114,9 +114,9 @@ class MembershipStatus(Protocol):
     @property
     def buckets(self) -> int: ...
     @property
-    def loans_granted(self) -> int: ...
+    def payments_sent(self) -> int: ...
     @property
-    def loans_received(self) -> int: ...
+    def payments_received(self) -> int: ...
 
 
 class LoopStatus(Protocol):
@@ -466,10 +466,10 @@ def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Sn
     return read
 
 
-def _read_loans(at: Snapshot) -> Iterator[Sample]:
+def _read_payments(at: Snapshot) -> Iterator[Sample]:
     if at.membership is not None:
-        yield "", (at.sources.region, "granted"), at.membership.loans_granted
-        yield "", (at.sources.region, "received"), at.membership.loans_received
+        yield "", (at.sources.region, "sent"), at.membership.payments_sent
+        yield "", (at.sources.region, "received"), at.membership.payments_received
 
 
 def _read_part(
@@ -1049,14 +1049,14 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_strict_home_share",
         "gauge",
         ("region",),
-        "Part of each strict limit that is this node's own now, before loans, 0 to 1; absent without sync.members.",
+        "Part of each strict limit that is this node's home now, 0 to 1; absent without sync.members.",
         _read_membership(lambda membership: membership.home_share),
     ),
     Definition(
         "ratelimit_strict_membership_settled",
         "gauge",
         ("region",),
-        "1 while the home share is what sync.members gives; 0 after a start, or until all members show the epoch.",
+        "1 while the home share is what sync.members gives; 0 until all members show the epoch, or just after a start.",
         _read_membership(lambda membership: membership.settled),
     ),
     Definition(
@@ -1070,15 +1070,15 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_strict_buckets",
         "gauge",
         ("region",),
-        "Strict buckets in memory: not full, lent or borrowed, or lately so.",
+        "Strict buckets in memory: not full, or lately so.",
         _read_membership(lambda membership: membership.buckets),
     ),
     Definition(
-        "ratelimit_strict_loans_total",
+        "ratelimit_strict_payments_total",
         "counter",
         ("region", "direction"),
-        "Loans of shares of strict limits, renewals included: granted to peers, or received from them.",
-        _read_loans,
+        "Payments of tokens of strict limits: sent to peers that had asked, or received from them.",
+        _read_payments,
     ),
     Definition(
         "ratelimit_quota_streams",

@@ -135,8 +135,8 @@ async def test_who_shares_strict_limits_is_shown_beside_the_peers() -> None:
         "settled": True,
         "conflicts": ["eu-1"],
         "buckets": 7,
-        "loans_granted": 11,
-        "loans_received": 13,
+        "payments_sent": 11,
+        "payments_received": 13,
     }
 
 

@@ -333,8 +333,8 @@ def test_who_shares_strict_limits_is_shown() -> None:
     registry = create_registry(busy_sources())
     for name, value in {"home_share": 0.25, "membership_settled": 1, "membership_conflicts": 1, "buckets": 7}.items():
         assert sample(registry, f"ratelimit_strict_{name}", region="us-east-1") == value, name
-    for direction, value in {"granted": 11, "received": 13}.items():
-        assert sample(registry, "ratelimit_strict_loans_total", region="us-east-1", direction=direction) == value
+    for direction, value in {"sent": 11, "received": 13}.items():
+        assert sample(registry, "ratelimit_strict_payments_total", region="us-east-1", direction=direction) == value
 
 
 def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
