@@ -114,11 +114,12 @@ class Ledger:
         bucket.set_home(self._home_of(key, limit, now_us), now_us)
         return parts
 
-    def tick(self, ends: Mapping[str, int], now_us: int, most: int) -> dict[str, dict[bytes, Ask]]:
+    def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
         """Look at `most` of the active buckets, in turn.
 
         Args:
             ends: by peer that can be asked, this node's end of the stream to it.
+            longest_key: that peers can be asked about.
 
         Returns:
             By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
@@ -128,7 +129,8 @@ class Ledger:
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
-            for peer, ask in self._all[bucket.key].asks(members, self._homes, now_us).items():
+            askable = members if len(bucket.key) <= longest_key else {}
+            for peer, ask in self._all[bucket.key].asks(askable, self._homes, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
             if bucket.asked or bucket.reserved:
                 self._active.append(bucket)
@@ -161,11 +163,8 @@ class Ledger:
             False when it has paid more than it can have, and is believed no more than that.
         """
         paying = self._all[key]
-        capacity = paying.bucket.limit.capacity
-        most = self.shares.most_of_key(peer, key, capacity)
-        paying.paid(peer, end, pay, most, now_us)
-        # In 2**-32 tokens; homes of whole tokens are rounded down.
-        return pay.amount <= most * capacity + capacity
+        most = self.shares.most_of_key(peer, key, paying.bucket.limit.capacity)
+        return paying.paid(peer, end, pay, most, now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
         """That end of a stream, on which asks for `keys` are open, is closed."""

@@ -109,7 +109,9 @@ class Paying:
         asks = {}
         level, demand = max(0, bucket.level) // limit.period_us, bucket.demand
         for peer, left in likely.items():
-            amount = min(room * left // total // limit.period_us if total else 0, MAX_AMOUNT)
+            grains = room * left // total if total else 0
+            # No more than it will be believed: beyond that it would pay for nothing.
+            amount = min(min(grains, bucket.credit_of(peer, grains)) // limit.period_us, MAX_AMOUNT)
             if amount > 0 and amount * limit.period_us > ceiling >> 8:
                 bucket.ask(ends[peer], amount)
                 self._asked_us[peer] = now_us
@@ -128,7 +130,7 @@ class Paying:
             # Fractions of a token admit nothing. When both have no more, and will not soon, one gets the other's.
             is_slow = bucket.refill * 1_100_000 < token * period_us
             yields = is_slow and ask.is_short and level < token and rank(bucket.key, peer) < rank(bucket.key, self.node)
-            return Pay(bucket.pay(ask.amount) if yields else 0, 0)
+            return Pay(bucket.pay(peer, ask.amount) if yields else 0, 0)
         kept = max(reserve, bucket.demand * RESERVE_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
@@ -139,14 +141,14 @@ class Paying:
         if others:
             total = others + ask.demand
             spare = spare * max(ask.demand, total >> 3) // total
-        paid = bucket.pay(min(ask.amount, spare))
+        paid = bucket.pay(peer, min(ask.amount, spare))
         return Pay(paid, min(max(0, level - paid - reserve), MAX_AMOUNT))
 
-    def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> None:
-        """A peer has answered."""
+    def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
+        """A peer has answered; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
-        self.bucket.paid(end, pay.amount, most)
         self._left[peer] = _Told(pay.left, now_us)
+        return self.bucket.paid(end, peer, pay.amount, most)
 
     def _pace_us(self, peer: str, pace_us: int) -> int:
         told = self._left.get(peer)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
@@ -41,6 +41,15 @@ NO_HOME_US: Final = 2_500_000
 """Without a home nothing is ever admitted, and how long that lasts nobody here knows: some time."""
 
 
+class _Credit(NamedTuple):
+    """What a peer that has paid can have left of its own at `at_us`, for all that is known here."""
+
+    grains: int
+    at_us: int
+    ceiling: int
+    refill: int
+
+
 class StrictBucket(Bucket):
     """Args:
     home: parts that are this replica's own.
@@ -53,8 +62,7 @@ class StrictBucket(Bucket):
         "_active",
         "_asked_before",
         "_asked_now",
-        "_given",
-        "_given_us",
+        "_credits",
         "_limit",
         "_window",
         "ceiling",
@@ -89,9 +97,8 @@ class StrictBucket(Bucket):
         """L, in grains at `at_us`; below 0 what was charged although it was denied."""
         self.reserved: dict[int, int] = {}
         """R: by the end of a stream, the amount asked for on it and not answered yet."""
-        self._given = 0
-        """Grains that others have paid, less what was paid to them and what their homes have refilled since."""
-        self._given_us = self.at_us
+        self._credits: dict[str, _Credit] = {}
+        """By peer that has paid."""
         self.ceiling, self.refill = home_of(limit, home)
         """H, in grains, and the grains that it refills in a microsecond."""
         self._asked_now = self._asked_before = 0
@@ -176,33 +183,43 @@ class StrictBucket(Bucket):
         assert amount > 0
         assert max(0, self.level) + self.room_reserved <= self.ceiling
 
-    def pay(self, amount: int) -> int:
+    def pay(self, peer: str, amount: int) -> int:
         """Give up to so much away, for good; returns how much."""
         period_us = self._limit.period_us
         amount = max(0, min(amount, self.level // period_us))
         self.level -= amount * period_us
-        # It may come back, by whatever way.
-        self._given = max(0, self._given - amount * period_us)
+        if peer in self._credits:
+            credit = self._credits[peer]
+            self._credits[peer] = credit._replace(grains=credit.grains + amount * period_us)
         return amount
 
-    def paid(self, end: int, amount: int, most: int) -> None:
-        """The ask that is open on that end was answered. Others may lie: all of them together are believed no more than
-        the rest of the limit holds and refills.
+    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
+        """The ask that is open on that end was answered. A peer that lies is believed no more, from payment to payment,
+        than its home holds, what that refills, and what it was paid from here.
 
         Args:
-            most: parts that the payer's home can be.
+            most: parts that the peer's home can be.
+
+        Returns:
+            False when it has paid more than that, or than it was asked for.
         """
-        limit = self._limit
-        amount = min(amount, self.reserved.pop(end))
-        others = (limit.tokens << 32) - self.refill
-        self._given = max(0, self._given - (self.at_us - self._given_us) * others)
-        self._given_us = self.at_us
-        believed = min(home_of(limit, most)[0], (limit.ceiling << 32) - self.ceiling - self._given)
+        ceiling, refill = home_of(self._limit, most)
+        credit = min(ceiling, self.credit_of(peer, ceiling))
+        asked = self.reserved.pop(end)
+        grains = min(amount, asked) * self._limit.period_us
         # A limit lowered meanwhile may leave less room than was asked for.
         room = self.ceiling - self.room_reserved - self.level
-        added = max(0, min(amount * limit.period_us, room, believed))
-        self._given += added
+        added = max(0, min(grains, room, credit))
+        self._credits[peer] = _Credit(credit - added, self.at_us, ceiling, refill)
         self.level += added
+        return amount <= asked and grains <= credit
+
+    def credit_of(self, peer: str, most: int) -> int:
+        """The grains that a peer is believed to have of its own at `at_us`; `most` when it has never paid."""
+        credit = self._credits.get(peer)
+        if credit is None:
+            return most
+        return min(credit.ceiling, credit.grains + (self.at_us - credit.at_us) * credit.refill)
 
     def closed(self, end: int) -> None:
         """That end of a stream is closed: no answer counts any more."""
@@ -221,7 +238,7 @@ class StrictBucket(Bucket):
         # Rounded down: no token is won by a change.
         self.level = self.level * limit.period_us // self._limit.period_us
         self._limit = limit
-        self._given = 0
+        self._credits.clear()
         self.set_home(self.home, now_us)
 
     def set_home(self, home: int, now_us: int) -> None:

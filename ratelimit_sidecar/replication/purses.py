@@ -11,6 +11,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.paying import Pay
 from ratelimit_sidecar.crdt.shares import PARTS, Shown
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.payments import PaymentOutbox, check_count, read_ask, read_pay
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.status import MembershipStatus
@@ -90,7 +91,7 @@ class Purses:
         self._tick_due_us = now_us + TICK_EVERY_US
         most = TICK_WORK // (4 + len(outboxes))
         ends = {peer: outbox.end for peer, outbox in outboxes.items() if outbox.has_room(most)}
-        asks = self.ledger.tick(ends, now_us, most)
+        asks = self.ledger.tick(ends, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
             outboxes[peer].ask(wanted, now_us)
         return list(asks)

@@ -235,7 +235,7 @@ class StrictCluster:
         replica = self._at(node, end ^ 1)
         if replica is not None:
             replica.bucket.advance(self.clock_us(replica))
-            self._pay(node, peer, end, Pay(replica.bucket.pay(amount), 0))
+            self._pay(node, peer, end, Pay(replica.bucket.pay(peer, amount), 0))
 
     def _pay(self, node: str, peer: str, end: int, pay: Pay) -> None:
         self.payments += pay.amount > 0

@@ -44,7 +44,7 @@ def test_a_bucket_begins_with_what_has_refilled_since_the_home_began() -> None:
 def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_refills() -> None:
     ledger = make_ledger()
     assert not ledger.bucket(b"k", LIMIT, STARTED_US).take(1, STARTED_US)
-    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, most=10)
+    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, most=10, longest_key=100)
     assert not ledger.bucket(b"k", LIMIT, STARTED_US + OLD_LOAN_US).take(1, STARTED_US + OLD_LOAN_US)
     later_us = STARTED_US + OLD_LOAN_US + 100_000
     bucket = ledger.bucket(b"k", LIMIT, later_us)
@@ -57,7 +57,7 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     bucket = here.bucket(b"k", LIMIT, NOW_US)
     assert bucket.take(50, NOW_US)
     assert not bucket.take(30, NOW_US)
-    ask = here.tick(ENDS, NOW_US, most=10)["b"][b"k"]
+    ask = here.tick(ENDS, NOW_US, most=10, longest_key=100)["b"][b"k"]
     pay = there.answer("a", b"k", ask, NOW_US)
     assert pay is not None
     assert here.paid("b", 7, b"k", pay, NOW_US)
@@ -69,13 +69,21 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
 def test_nothing_is_asked_for_a_bucket_nobody_asks_for() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10) == {}
+    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
 
 
 def test_only_members_are_asked() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(60, NOW_US)
-    assert ledger.tick({"stranger": 7}, NOW_US, most=10) == {}
+    assert ledger.tick({"stranger": 7}, NOW_US, most=10, longest_key=100) == {}
+
+
+def test_peers_are_not_asked_about_a_key_that_is_too_long_for_them() -> None:
+    ledger = make_ledger()
+    key = bytes(101)
+    assert ledger.bucket(key, LIMIT, NOW_US).take(50, NOW_US)
+    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
+    assert list(ledger.tick(ENDS, NOW_US, most=10, longest_key=101)["b"]) == [key]
 
 
 def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> None:
@@ -83,7 +91,7 @@ def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> Non
     keys = [b"k%d" % index for index in range(10)]
     for key in keys:
         ledger.bucket(key, LIMIT, NOW_US).take(60, NOW_US, always=True)
-    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, most=4).get("b", {})]
+    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, most=4, longest_key=100).get("b", {})]
     assert asked == keys
 
 
@@ -92,10 +100,10 @@ def test_what_is_asked_for_on_an_end_that_closes_is_asked_for_on_the_next_one() 
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    first = ledger.tick(ENDS, NOW_US, most=10)["b"]
-    assert ledger.tick(ENDS, NOW_US + 400_000, most=10) == {}
+    first = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
+    assert ledger.tick(ENDS, NOW_US + 400_000, most=10, longest_key=100) == {}
     ledger.closed(7, first, NOW_US + 400_000)
-    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, most=10)["b"]) == [b"k"]
+    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, most=10, longest_key=100)["b"]) == [b"k"]
 
 
 def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
@@ -103,7 +111,7 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10)
+    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100)
     assert not ledger.paid("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
     assert bucket.remaining <= 50
 
@@ -120,13 +128,13 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    asks = ledger.tick(ENDS, NOW_US, most=10)["b"]
+    asks = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
     later_us = NOW_US + 3_000_000
-    ledger.tick(ENDS, later_us, most=10)
+    ledger.tick(ENDS, later_us, most=10, longest_key=100)
     assert ledger.sweep(later_us, most=10) == 0
     ledger.closed(7, asks, later_us)
     later_us += 3_000_000
-    ledger.tick(ENDS, later_us, most=10)
+    ledger.tick(ENDS, later_us, most=10, longest_key=100)
     assert ledger.sweep(later_us, most=10) == 1
     assert len(ledger) == 0
 
@@ -204,7 +212,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
                 held[node] += max(0, parts[node] - parts_before) * limit.ceiling
                 held[node] = min(held[node], limit.ceiling * parts[node])
             case "tick":
-                asks = ledger.tick({other: ends[node]}, now_us, most=10)
+                asks = ledger.tick({other: ends[node]}, now_us, most=10, longest_key=100)
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)

@@ -104,15 +104,16 @@ class NoReservation(StrictBucket):
         self.asked_for = amount
         self.reserved[end] = 0
 
-    def paid(self, end: int, amount: int, most: int) -> None:
+    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
         del self.reserved[end]
         self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
+        return True
 
 
 class FreePayment(StrictBucket):
-    def pay(self, amount: int) -> int:
+    def pay(self, peer: str, amount: int) -> int:
         level = self.level
-        paid = super().pay(amount)
+        paid = super().pay(peer, amount)
         self.level = level
         return paid
 
@@ -208,7 +209,7 @@ def test_what_a_restarted_replica_had_is_lost_and_refills() -> None:
 
 
 def test_room_that_is_asked_for_does_not_refill_until_it_is_answered_or_its_end_is_closed() -> None:
-    for answer in (lambda bucket: bucket.paid(7, 20 << 32, PARTS // 2), lambda bucket: bucket.closed(7)):
+    for answer in (lambda bucket: bucket.paid(7, "b", 20 << 32, PARTS // 2), lambda bucket: bucket.closed(7)):
         bucket = half()
         assert bucket.take(50, NOW_US)
         bucket.ask(7, 30 << 32)
@@ -224,25 +225,36 @@ def test_more_than_was_asked_for_is_not_believed() -> None:
     bucket = half()
     assert bucket.take(50, NOW_US)
     bucket.ask(1, 10 << 32)
-    bucket.paid(1, 50 << 32, PARTS // 2)
+    bucket.paid(1, "b", 50 << 32, PARTS // 2)
     assert bucket.remaining == 10
 
 
-def test_others_that_pay_what_they_do_not_have_are_believed_no_more_than_the_rest_of_the_limit() -> None:
+def test_a_peer_that_pays_again_and_again_is_believed_no_more_than_its_home_holds_and_refills() -> None:
+    """A quarter of the limit is its home, and the other quarter is nobody's."""
     bucket, admitted = half(), 0
     for step in range(200):
         now_us = NOW_US + step * 20_000
         while bucket.take(1, now_us):
             admitted += 1
         bucket.ask(step, 40 << 32)
-        bucket.paid(step, 40 << 32, PARTS // 2)
-    assert 300 < admitted <= PER_SECOND_100.capacity + rate_of(PER_SECOND_100, 200 * 20_000)
+        bucket.paid(step, "b", 40 << 32, PARTS // 4)
+    most = 75 + 3 * rate_of(PER_SECOND_100, 200 * 20_000) // 4
+    assert most - 2 <= admitted <= most
+
+
+def test_what_a_peer_was_paid_it_can_pay_back() -> None:
+    bucket = half()
+    for end in range(10):
+        assert bucket.pay("b", 25 << 32) == 25 << 32
+        bucket.ask(end, 25 << 32)
+        assert bucket.paid(end, "b", 25 << 32, PARTS // 4)
+    assert bucket.remaining == 50
 
 
 def test_a_payment_is_of_what_there_is() -> None:
     bucket = half()
-    assert bucket.pay(60 << 32) == 50 << 32
-    assert bucket.pay(1) == 0
+    assert bucket.pay("b", 60 << 32) == 50 << 32
+    assert bucket.pay("b", 1) == 0
     assert not bucket.take(1, NOW_US)
 
 
@@ -253,7 +265,7 @@ def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> 
     bucket.set_limit(Limit(100, SECOND_US, 20), NOW_US)
     bucket.advance(NOW_US + SECOND_US)
     assert bucket.remaining == 0
-    bucket.paid(1, 40 << 32, PARTS)
+    bucket.paid(1, "b", 40 << 32, PARTS)
     assert bucket.remaining == 10
 
 

@@ -121,7 +121,7 @@ def shows_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pays_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pay(bucket: StrictBucket, amount: int) -> int:
+    def pay(bucket: StrictBucket, _peer: str, amount: int) -> int:
         return max(0, min(amount, bucket.level // bucket.limit.period_us))
 
     monkeypatch.setattr(StrictBucket, "pay", pay)
