@@ -35,6 +35,8 @@ class RuleCounts:
     """Above the near-limit ratio and not over; of a request that crosses it only those beyond it."""
     shadow_mode_hits: int = 0
     """Hits over the limit that shadow mode let pass."""
+    given_back: int = 0
+    """Tokens that requests took and gave back again; `tokens` has them."""
 
     @property
     def tokens(self) -> int:

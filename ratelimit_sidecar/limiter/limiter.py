@@ -175,6 +175,8 @@ class Limiter:
                 answered with an error.
         """
         plan = self.decided = self.plan(request)
+        if plan.gives_back:
+            self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
         over = quotas_over = 0
@@ -218,6 +220,12 @@ class Limiter:
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
         return self._with_extras(answer, plan, buckets, in_full) if plan.has_extras or in_full else answer
+
+    def _give_back(self, plan: Plan, now_us: int) -> None:
+        """Before anything is taken, in whatever order the descriptors are. A strict limit gives nothing back."""
+        for step in plan.steps:
+            if step.gives_back and not step.terms.is_strict and step.terms.limit is not None:
+                step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
         """The step of a descriptor that is decided elsewhere, for `charge` and `used`. It is of the rules in force.
@@ -341,10 +349,6 @@ class Limiter:
         entries_in_all = sum([len(message.entries) for message in messages])
         if entries_in_all > MAX_ENTRIES:
             raise InvalidRequest(f"{entries_in_all} entries of descriptors; at most {MAX_ENTRIES} are taken")
-        for message in messages:
-            if message.is_negative_hits:
-                # They are to be given back, which no bucket can do: at least they must not be charged once more.
-                message.hits_addend.value = 0
         domain = text_of(request.domain)
         hits = request.hits_addend or 1
         texts = Texts()
@@ -360,14 +364,18 @@ class Limiter:
                 replaced |= match.rule.replaces
         steps: list[Step] = []
         quotas = 0
-        has_extras = False
+        gives_back = has_extras = False
         for match, message in zip(matches, messages, strict=True):
             own_hits = message.hits_addend.value if message.HasField("hits_addend") else None
             is_replaced = match is not None and _is_replaced(match.rule, replaced)
-            step = self._make_step(domain, None if is_replaced else match, hits, own_hits)
+            is_negative = message.is_negative_hits
+            step = self._make_step(domain, None if is_replaced else match, hits, own_hits, is_negative)
             steps.append(step)
+            gives_back = gives_back or is_negative
             quotas += step.terms.is_quota
             has_extras = has_extras or step.terms.has_extras
+        if gives_back:
+            _charge_what_was_used(steps)
         wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
@@ -375,6 +383,7 @@ class Limiter:
             quotas=quotas,
             metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
             descriptors=descriptors,
+            gives_back=gives_back,
             has_extras=has_extras,
             # In shadow mode nothing is denied.
             all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
@@ -400,13 +409,19 @@ class Limiter:
         # Without entries it is not limited, as in envoyproxy/ratelimit.
         return self.rules.match(domain, entries) if entries else None
 
-    def _make_step(self, domain: str, match: Match | None, hits: int, own_hits: int | None) -> Step:
+    def _make_step(
+        self, domain: str, match: Match | None, hits: int, own_hits: int | None, is_negative: bool = False
+    ) -> Step:
         """Args:
         hits: of the request.
         own_hits: of the descriptor, when it brings any.
+        is_negative: they are given back.
         """
         if own_hits is not None:
             hits = own_hits
+        gives_back = 0
+        if is_negative:
+            hits, gives_back = 0, min(hits, MAX_HITS)
         if match is None:
             return Step(self._unlimited, b"", hits, self.counts.of(self._label(domain), "", ""))
         rule = match.rule
@@ -423,6 +438,7 @@ class Limiter:
             match.bucket_key,
             min(hits, MAX_HITS),
             counts,
+            gives_back=gives_back,
             charges_always=always,
             charges_denied=always or _is_fixed_window(rule.limit),
         )
@@ -447,6 +463,15 @@ class Limiter:
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
             has_extras=self._extras.are_wanted(rule),
         )
+
+
+def _charge_what_was_used(steps: Sequence[Step]) -> None:
+    """Beside what is given back of a bucket, hits of the same one are what was used of it: they are spent already, so
+    they count although over the limit."""
+    given_back = {step.bucket_key for step in steps if step.gives_back}
+    for step in steps:
+        if step.bucket_key in given_back:
+            step.charges_always = step.charges_denied = True
 
 
 def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:

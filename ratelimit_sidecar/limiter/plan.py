@@ -48,6 +48,7 @@ class Step:
 
     Args:
         hits: tokens; 0 checks and charges nothing.
+        gives_back: tokens that an earlier request took and did not need; `hits` is 0 then.
         charges_always: they are charged when they are denied, too, into debt.
         charges_denied: they count when they are denied, be it so or because the algorithm counts them.
     """
@@ -59,6 +60,7 @@ class Step:
         "charges_denied",
         "counts",
         "evicted",
+        "gives_back",
         "hits",
         "limit",
         "terms",
@@ -71,12 +73,14 @@ class Step:
         hits: int,
         counts: RuleCounts,
         *,
+        gives_back: int = 0,
         charges_always: bool = False,
         charges_denied: bool = False,
     ) -> None:
         self.terms = terms
         self.bucket_key = bucket_key
         self.hits = hits
+        self.gives_back = gives_back
         self.counts = counts
         self.charges_always = charges_always
         self.charges_denied = charges_denied
@@ -99,11 +103,12 @@ class Plan:
         quotas: steps in quota mode.
         metadata: what the answer's dynamic metadata says of the request; None when it is not wanted.
         descriptors: their entries, in order.
+        gives_back: one of the steps does.
         has_extras: as that of the terms of one of them.
         all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
     """
 
-    __slots__ = ("all_or_nothing", "descriptors", "domain", "has_extras", "metadata", "quotas", "steps")
+    __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "has_extras", "metadata", "quotas", "steps")
 
     def __init__(
         self,
@@ -113,6 +118,7 @@ class Plan:
         quotas: int,
         metadata: Mapping[str, object] | None,
         descriptors: tuple[tuple[tuple[str, str], ...], ...],
+        gives_back: bool,
         has_extras: bool,
         all_or_nothing: bool,
     ) -> None:
@@ -121,5 +127,6 @@ class Plan:
         self.quotas = quotas
         self.metadata = metadata
         self.descriptors = descriptors
+        self.gives_back = gives_back
         self.has_extras = has_extras
         self.all_or_nothing = all_or_nothing

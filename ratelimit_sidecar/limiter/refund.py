@@ -80,4 +80,5 @@ def refund(
     bucket.advance(now_us)
     before = Level(bucket.remaining, bucket.debt)
     given = bucket.refund(tokens, now_us)
+    limiter.counts.of(domain, match.metric_name, rule.name).given_back += given
     return Refunded(rule, bucket, before, given, Level(bucket.remaining, bucket.debt))

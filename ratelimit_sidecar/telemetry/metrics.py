@@ -751,6 +751,13 @@ METRICS: tuple[Definition, ...] = (
         _read_rules(lambda counts: counts.tokens),
     ),
     Definition(
+        "crdt_token_given_back_total",
+        "counter",
+        _OWN_RULE,
+        "Of the tokens taken those given back on this node: what was held and not used, and resets and grants.",
+        _read_rules(lambda counts: counts.given_back),
+    ),
+    Definition(
         "ratelimit_hits_total",
         "counter",
         _OWN_RULE,
