@@ -28,6 +28,11 @@ def slot_exponent(slot: int) -> int:
     return slot & _EXPONENT_MASK
 
 
+def slot_kind(slot: int) -> int:
+    """The exponent, and `REFUND` more for what was given back."""
+    return slot & (_EXPONENT_MASK | REFUND)
+
+
 def slot_start_us(slot: int) -> int:
     return slot & _START_MASK
 

@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
 from ratelimit_sidecar.replication.demands import Demands
@@ -161,6 +161,10 @@ class Mesh:
     def use_rules(self, digest: int) -> None:
         """Other rules are in force; see `Replicator.use_rules`."""
         self._replicator.use_rules(digest)
+
+    def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
+        """Have the reader told of every change of this node; see `Replicator.on_changes`."""
+        self._replicator.on_changes = reader
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""
@@ -434,7 +438,7 @@ class Mesh:
             if peer is None:
                 self._note_refused(stream, claimed, target)
             elif peer not in self._carried.values():
-                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended)
+                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended, **stream.batch_trace)
         return stream
 
     def _note_heard(self, stream: Stream, peer: Peer) -> None:

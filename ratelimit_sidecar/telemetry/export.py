@@ -100,7 +100,8 @@ class Tracing:
         # Not the loop's executor: its end would be waited for however long the collector is silent.
         threading.Thread(target=shut_down, name="flush-spans", daemon=True).start()
         try:
-            await asyncio.wait_for(flushed.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await flushed.wait()
         except TimeoutError:
             _log.warning("spans_not_exported", timeout_seconds=timeout_seconds)
 

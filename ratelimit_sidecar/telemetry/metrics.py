@@ -171,6 +171,25 @@ class StateStatus(Protocol):
     def last_us(self) -> int | None: ...
 
 
+class RedisStatus(Protocol):
+    """What is read of the state in Redis (`ratelimit_sidecar.persistence.redis_store.RedisStatus`, a layer above)."""
+
+    @property
+    def written(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def call_seconds(self) -> float: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def last_us(self) -> int | None: ...
+
+
 class SupervisionStatus(Protocol):
     """What is read of tasks that are begun again (`ratelimit_sidecar.supervision.Supervisor`)."""
 
@@ -238,7 +257,8 @@ class Sources:
         clock: None where limits are not counted by one of the machine.
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
-        state: None where it is not kept.
+        state: None where it is not kept in a file.
+        redis: None where it is not kept in Redis.
         supervision: None where no task is begun again.
         log: None where it is written at once.
         fullest: None where nobody looks for them.
@@ -261,6 +281,7 @@ class Sources:
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
     state: StateStatus | None = None
+    redis: RedisStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
@@ -497,6 +518,10 @@ def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snaps
     return _read_part(lambda sources: sources.state, value)
 
 
+def _read_redis(value: Callable[[RedisStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.redis, value)
+
+
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
 ) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -558,7 +583,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_snapshots_total",
         "counter",
         ("region", "result"),
-        "Snapshots of the buckets that were written, or could not be; absent without `persistence`, as the next three.",
+        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next"
+        " three.",
         _read_part_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(
@@ -581,6 +607,49 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Size of the latest snapshot.",
         _read_state(lambda state: state.bytes),
+    ),
+    Definition(
+        "ratelimit_redis_buckets_total",
+        "counter",
+        ("region", "result"),
+        "Buckets written to Redis, or that it would not take for a reason of their own; absent without"
+        " `persistence.url`, as the next five.",
+        _read_part_by(lambda sources: sources.redis, lambda it: {"written": it.written, "refused": it.refused}),
+    ),
+    Definition(
+        "ratelimit_redis_failures_total",
+        "counter",
+        ("region",),
+        "Rounds of writing to Redis, or of reading at the start, that failed; after each there is a back-off.",
+        _read_redis(lambda redis: redis.failed),
+    ),
+    Definition(
+        "ratelimit_redis_calls_total",
+        "counter",
+        ("region",),
+        "Calls to Redis that were answered.",
+        _read_redis(lambda redis: redis.calls),
+    ),
+    Definition(
+        "ratelimit_redis_call_seconds_total",
+        "counter",
+        ("region",),
+        "Seconds that they took; no request waits for them.",
+        _read_redis(lambda redis: redis.call_seconds),
+    ),
+    Definition(
+        "ratelimit_redis_waiting_buckets",
+        "gauge",
+        ("region",),
+        "Buckets whose changes wait to be written to Redis.",
+        _read_redis(lambda redis: redis.waiting),
+    ),
+    Definition(
+        "ratelimit_redis_write_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When the latest round began that wrote to Redis all that was waiting, in seconds since the epoch.",
+        _read_redis(lambda redis: None if redis.last_us is None else redis.last_us / 1e6),
     ),
     Definition(
         "ratelimit_connections",

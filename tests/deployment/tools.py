@@ -1,4 +1,4 @@
-"""Programs of Go that no registry has as binaries, each built once into the cache.
+"""Programs that no Python package has, each built or installed once into the cache; most are of Go.
 
 python -m deployment.tools [NAME ...] builds them and says which cannot be had, and why.
 """
@@ -112,6 +112,12 @@ def _kwok(into: Path) -> None:
                     (into / f"{stage.replace('/', '-')}-{each.name}").write_bytes(each.read_bytes())
 
 
+def _miniflare(into: Path) -> None:
+    """Cloudflare's runtime for workers, with what runs it."""
+    npm = ["npm", "install", "--prefix", str(into), "--no-audit", "--no-fund", "--ignore-scripts"]
+    _run([*npm, f"miniflare@{TOOLS['miniflare'].version}"], into)
+
+
 def _collector(into: Path) -> None:
     """What deploy/otel-collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
@@ -145,6 +151,7 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "helm": Tool("4.3.1", _helm),
     "otelcol": Tool(OTELCOL, _collector),
     "kubernetes": Tool(KUBERNETES, _kubernetes),
+    "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
 }
 
@@ -170,7 +177,7 @@ def _run(command: list[str], folder: Path) -> str:
             command, cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=BUILD_S
         )
     except FileNotFoundError as error:
-        raise Unavailable("Go is not installed") from error
+        raise Unavailable(f"{'Node.js' if command[0] == 'npm' else 'Go'} is not installed") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no output"]
         raise Unavailable(f"{' '.join(command[:3])}: {lines[-1].strip()}") from error

@@ -38,6 +38,17 @@ class State:
 
 
 @dataclass
+class Redis:
+    written: int = 30
+    refused: int = 1
+    failed: int = 2
+    calls: int = 9
+    call_seconds: float = 0.25
+    waiting: int = 4
+    last_us: int | None = 1_790_000_000_000_000
+
+
+@dataclass
 class Certificate:
     not_after_s: float | None = 1_800_000_000.5
     failed_renewals: int = 3
@@ -105,6 +116,7 @@ def sources(
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
         state=State(),
+        redis=Redis(),
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
