@@ -31,7 +31,7 @@ class RejectionDescription(TypedDict):
 
 class RulesDescription(TypedDict):
     source: str
-    trouble: str
+    degraded_reason: str
     """Why changes there may not be noticed at once; "" when they are."""
     in_force: int
     """How many; 0 also while the source has given none."""
@@ -46,7 +46,7 @@ def describe_rules(reloader: Reloader) -> RulesDescription:
     loaded, rejected = reloader.loaded, reloader.rejected
     return {
         "source": reloader.source,
-        "trouble": reloader.trouble,
+        "degraded_reason": reloader.degraded_reason,
         "in_force": 0 if loaded is None else loaded.rules,
         "version": "" if loaded is None else loaded.version,
         "loaded_at": None if loaded is None else _time(loaded.at_us),
@@ -113,8 +113,8 @@ def _comments(description: RulesDescription) -> Iterator[str]:
         yield f"{description['source']}: no rules yet"
     else:
         yield f"{description['source']}{version}: {description['in_force']} in force since {description['loaded_at']}"
-    if description["trouble"]:
-        yield description["trouble"]
+    if description["degraded_reason"]:
+        yield description["degraded_reason"]
     rejected = description["rejected"]
     if rejected is not None:
         version = f" of version {rejected['version']}" if rejected["version"] else ""

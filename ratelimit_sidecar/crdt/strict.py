@@ -153,7 +153,7 @@ class StrictBucket(Bucket):
         """Microseconds until this replica's home is full, but for what it has asked for."""
         return self._refilled_in_us(self.ceiling)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         return self._refilled_in_us(min(self.ceiling, (hits * self._limit.period_us) << 32))
 
     def _refilled_in_us(self, level: int) -> int:

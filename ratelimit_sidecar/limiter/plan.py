@@ -12,7 +12,7 @@ from ratelimit_sidecar.limiter.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CompiledRule:
     """What is the same for every descriptor that a rule limits.
 
     Args:
@@ -25,7 +25,7 @@ class Terms:
         is_strict: it takes from this replica's share.
         is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
         near_from: tokens above which hits are near the limit.
-        has_extras: the answer has more in it than codes and levels, or may have.
+        is_decorated: the answer has more in it than codes and levels, or may have.
     """
 
     rule: Rule | None
@@ -37,7 +37,7 @@ class Terms:
     is_strict: bool = False
     is_quota: bool = False
     near_from: int = 0
-    has_extras: bool = False
+    is_decorated: bool = False
 
 
 class Step:
@@ -58,17 +58,17 @@ class Step:
         "bucket_key",
         "charges_always",
         "charges_denied",
+        "compiled",
         "counts",
         "evicted",
         "gives_back",
         "hits",
         "limit",
-        "terms",
     )
 
     def __init__(
         self,
-        terms: Terms,
+        compiled: CompiledRule,
         bucket_key: bytes,
         hits: int,
         counts: RuleCounts,
@@ -77,7 +77,7 @@ class Step:
         charges_always: bool = False,
         charges_denied: bool = False,
     ) -> None:
-        self.terms = terms
+        self.compiled = compiled
         self.bucket_key = bucket_key
         self.hits = hits
         self.gives_back = gives_back
@@ -93,7 +93,7 @@ class Step:
 
     @property
     def rule(self) -> Rule | None:
-        return self.terms.rule
+        return self.compiled.rule
 
 
 class Plan:
@@ -104,11 +104,11 @@ class Plan:
         metadata: what the answer's dynamic metadata says of the request; None when it is not wanted.
         descriptors: their entries, in order.
         gives_back: one of the steps does.
-        has_extras: as that of the terms of one of them.
+        is_decorated: as that of the compiled rule of one of them.
         all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
     """
 
-    __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "has_extras", "metadata", "quotas", "steps")
+    __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "is_decorated", "metadata", "quotas", "steps")
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Plan:
         metadata: Mapping[str, object] | None,
         descriptors: tuple[tuple[tuple[str, str], ...], ...],
         gives_back: bool,
-        has_extras: bool,
+        is_decorated: bool,
         all_or_nothing: bool,
     ) -> None:
         self.domain = domain
@@ -128,5 +128,5 @@ class Plan:
         self.metadata = metadata
         self.descriptors = descriptors
         self.gives_back = gives_back
-        self.has_extras = has_extras
+        self.is_decorated = is_decorated
         self.all_or_nothing = all_or_nothing

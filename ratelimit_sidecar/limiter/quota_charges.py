@@ -65,5 +65,5 @@ class Charges:
         if not pool.pending:
             self._pools.pop(pool, None)
         step = pool.step
-        if step is not None and tokens and not step.terms.is_strict:
+        if step is not None and tokens and not step.compiled.is_strict:
             self._limiter.charge(step, tokens, self._now_us())
