@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Args:
-    what: is concerned.
-    there: what envoyproxy/ratelimit does with it.
-    here: what the sidecar does.
-    why: it stays so.
+    """One thing that the sidecar does otherwise than envoyproxy/ratelimit, as a row of the tables shows it.
+
+    Args:
+        what: is concerned.
+        there: what envoyproxy/ratelimit does with it.
+        here: what the sidecar does.
+        why: it stays so.
     """
 
     what: str

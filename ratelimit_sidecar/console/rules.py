@@ -22,6 +22,8 @@ SORTED_AT_ONCE = 1_000
 
 
 class RejectionDescription(TypedDict):
+    """An attempt to load rules that failed, in JSON."""
+
     version: str
     at: str
     problems: list[str]
@@ -30,6 +32,8 @@ class RejectionDescription(TypedDict):
 
 
 class RulesDescription(TypedDict):
+    """The rules in force and the newest attempt to replace them, in JSON."""
+
     source: str
     degraded_reason: str
     """Why changes there may not be noticed at once; "" when they are."""

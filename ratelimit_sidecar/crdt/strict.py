@@ -51,11 +51,13 @@ class _Credit(NamedTuple):
 
 
 class StrictBucket(Bucket):
-    """Args:
-    home: parts that are this replica's own.
-    from_us: since when they are; the bucket was empty then.
-    now_us: see above for the clock.
-    active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
+    """One replica's purse of a strict limit.
+
+    Args:
+        home: parts that are this replica's own.
+        from_us: since when they are; the bucket was empty then.
+        now_us: see above for the clock.
+        active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
     """
 
     __slots__ = (

@@ -45,7 +45,7 @@ class _LimitMet(NamedTuple):
 
 
 class Decorations:
-    """What an answer may have besides codes and levels: headers, a body, dynamic metadata. Adds them to a complete one."""
+    """What an answer may have besides codes and levels: headers, a body, dynamic metadata."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

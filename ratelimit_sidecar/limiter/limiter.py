@@ -55,6 +55,8 @@ class InvalidRequest(Exception):
 
 
 class PlanCounts(NamedTuple):
+    """How often a request's plan was in the cache, and how often it had to be made."""
+
     found: int
     made: int
 

@@ -27,8 +27,10 @@ MAX_GROUPS: Final = 64
 
 
 class Division:
-    """Args:
-    now_us: of the limiter's clock. All other times are of the quotas'.
+    """Divides limits among the Envoys of all regions, by what each wants.
+
+    Args:
+        now_us: of the limiter's clock. All other times are of the quotas'.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:

@@ -35,8 +35,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Refunded:
-    """Args:
-    given: tokens.
+    """What a refund has done to a bucket.
+
+    Args:
+        given: tokens.
     """
 
     rule: Rule

@@ -60,9 +60,11 @@ class Look:
 
 
 class RulesFiles:
-    """Args:
-    paths: as `config.rules_file.load_rules` takes them.
-    read: reads them; raises ConfigError when they cannot be used.
+    """Watches files of rules, and gives a reloader what they say.
+
+    Args:
+        paths: as `config.rules_file.load_rules` takes them.
+        read: reads them; raises ConfigError when they cannot be used.
     """
 
     def __init__(

@@ -62,11 +62,13 @@ class Rejected:
 
 
 class Reloader:
-    """Args:
-    use_rules: puts rules in force, all at once; returns what those before leave behind, if anything.
-    now_us: wall clock in microseconds.
-    source: where the rules come from, for people.
-    loaded: the rules in force from the start; None when the source has yet to give any.
+    """Puts rules in force, and remembers why newer ones are not.
+
+    Args:
+        use_rules: puts rules in force, all at once; returns what those before leave behind, if anything.
+        now_us: wall clock in microseconds.
+        source: where the rules come from, for people.
+        loaded: the rules in force from the start; None when the source has yet to give any.
     """
 
     def __init__(

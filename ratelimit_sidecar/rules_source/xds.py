@@ -62,9 +62,11 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class XdsClient:
-    """Args:
-    config: where to ask, and as whom.
-    read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
+    """Asks an xDS server for rules, for as long as it runs.
+
+    Args:
+        config: where to ask, and as whom.
+        read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
     """
 
     def __init__(self, config: XdsConfig, read: Callable[[Mapping[str, Data]], Rules]) -> None:
