@@ -301,10 +301,10 @@ class Sidecar:
         degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
-        if self._snapshots is not None and self._snapshots.status.trouble:
-            degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
-        if self._redis is not None and self._redis.status.trouble:
-            degraded.append(f"the state is not kept in Redis: {self._redis.status.trouble}")
+        if self._snapshots is not None and self._snapshots.status.degraded_reason:
+            degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
+        if self._redis is not None and self._redis.status.degraded_reason:
+            degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us

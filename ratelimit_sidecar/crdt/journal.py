@@ -33,6 +33,8 @@ class Refused(StrEnum):
 
 
 class Journal:
+    """Collects the buckets with changes that no peer was told of; the replicator empties `buckets` at each flush."""
+
     __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused")
 
     def __init__(self) -> None:

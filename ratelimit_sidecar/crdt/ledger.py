@@ -23,9 +23,11 @@ LimitOfKey = Callable[[bytes], AnyLimit | None]
 
 
 class Ledger:
-    """Args:
-    limit_of_key: asked when a peer asks for tokens of a key.
-    max_buckets: as in `crdt.store`; so is `rule_key`.
+    """The strict buckets of one replica. Call `tick` now and then: it says what to ask of which peer.
+
+    Args:
+        limit_of_key: asked when a peer asks for tokens of a key.
+        max_buckets: as in `crdt.store`; so is `rule_key`.
     """
 
     def __init__(

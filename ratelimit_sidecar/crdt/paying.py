@@ -71,8 +71,10 @@ class _Told(NamedTuple):
 
 @dataclass(slots=True)
 class Paying:
-    """Args:
-    node: this replica.
+    """The policy of one strict bucket: what to ask of which peer, and what to pay one that asks.
+
+    Args:
+        node: this replica.
     """
 
     bucket: StrictBucket

@@ -51,11 +51,13 @@ class _Credit(NamedTuple):
 
 
 class StrictBucket(Bucket):
-    """Args:
-    home: parts that are this replica's own.
-    from_us: since when they are; the bucket was empty then.
-    now_us: see above for the clock.
-    active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
+    """One replica's purse of a strict limit.
+
+    Args:
+        home: parts that are this replica's own.
+        from_us: since when they are; the bucket was empty then.
+        now_us: see above for the clock.
+        active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
     """
 
     __slots__ = (
@@ -153,7 +155,7 @@ class StrictBucket(Bucket):
         """Microseconds until this replica's home is full, but for what it has asked for."""
         return self._refilled_in_us(self.ceiling)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         return self._refilled_in_us(min(self.ceiling, (hits * self._limit.period_us) << 32))
 
     def _refilled_in_us(self, level: int) -> int:

@@ -83,16 +83,18 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Mesh:
-    """Args:
-    origin: this process.
-    now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
-    steady_us: a clock that never steps; None where `now_us` does not either.
-    peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
-    listen: `host:port`; None to dial only. Port 0 takes a free one.
-    purses: None when no limit is strict.
-    certificate: None for a mesh in plain text.
-    supervisor: of the tasks that run for as long as the mesh does.
-    max_connections: inbound, at once; further ones are closed.
+    """The mesh of one node. Call `start`, then `run`, which lasts until `stop`.
+
+    Args:
+        origin: this process.
+        now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
+        steady_us: a clock that never steps; None where `now_us` does not either.
+        peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
+        listen: `host:port`; None to dial only. Port 0 takes a free one.
+        purses: None when no limit is strict.
+        certificate: None for a mesh in plain text.
+        supervisor: of the tasks that run for as long as the mesh does.
+        max_connections: inbound, at once; further ones are closed.
     """
 
     def __init__(

@@ -240,7 +240,7 @@ class RulesStatus(Protocol):
         """The newest attempt, if it failed."""
 
     @property
-    def trouble(self) -> str:
+    def degraded_reason(self) -> str:
         """Why changes at their source may not be noticed at once; "" when they are."""
 
 
@@ -735,7 +735,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "1 while new rules are noticed at once (folders are watched, the xDS server is connected), otherwise 0.",
-        _read_config(lambda rules: not rules.trouble),
+        _read_config(lambda rules: not rules.degraded_reason),
     ),
     Definition(
         "openclaw_request_latency_seconds",
@@ -825,6 +825,13 @@ METRICS: tuple[Definition, ...] = (
         _OWN_RULE,
         "Tokens taken on this node; the sum over all nodes is what a limit admitted.",
         _read_rules(lambda counts: counts.tokens),
+    ),
+    Definition(
+        "crdt_token_given_back_total",
+        "counter",
+        _OWN_RULE,
+        "Of the tokens taken those given back on this node: what was held and not used, and resets and grants.",
+        _read_rules(lambda counts: counts.given_back),
     ),
     Definition(
         "ratelimit_hits_total",
@@ -1109,12 +1116,12 @@ METRICS: tuple[Definition, ...] = (
         _read_quotas(lambda quotas: quotas.counts.reports),
     ),
     Definition(
-        "ratelimit_quota_report_troubles_total",
+        "ratelimit_quota_report_errors_total",
         "counter",
         ("region", "reason"),
         "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
         "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
-        _read_quotas_by(lambda quotas: quotas.counts.troubles),
+        _read_quotas_by(lambda quotas: quotas.counts.errors),
     ),
     Definition(
         "ratelimit_quota_requests_total",

@@ -123,9 +123,11 @@ class BatchSpan:
 
 
 class RequestTracer:
-    """Args:
-    tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
-    monotonic_ns: the age of what is remembered is measured on it.
+    """Makes the spans of requests and batches, and remembers which sampled request took from which bucket.
+
+    Args:
+        tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
+        monotonic_ns: the age of what is remembered is measured on it.
     """
 
     def __init__(self, tracer: Tracer, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:

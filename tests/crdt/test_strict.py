@@ -348,7 +348,7 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     bucket = half()
     assert not bucket.take(75, OLD_LOAN_US, always=True)
     assert (bucket.debt, bucket.remaining) == (25, 0)
-    assert bucket.fits_in_us(1) == 520_000
+    assert bucket.retry_after_us(1) == 520_000
 
 
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:

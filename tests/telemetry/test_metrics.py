@@ -95,7 +95,7 @@ class Log:
 class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
     last_success_us: int | None = NOW_US
-    trouble: str = ""
+    degraded_reason: str = ""
     rejected: object | None = None
 
 
