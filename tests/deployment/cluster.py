@@ -131,6 +131,22 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield running
 
 
+def crd(plural: str, kind: str, group: str) -> dict[str, Any]:
+    """Of objects that are taken as they are."""
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}],
+        },
+    }
+
+
 def _nodes() -> list[dict[str, Any]]:
     room = {"cpu": "32", "memory": "256Gi", "pods": "110"}
     return [
