@@ -35,7 +35,7 @@ from ratelimit_sidecar.config.sidecar_schema import ListenConfig, PersistenceCon
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
-from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
@@ -46,8 +46,8 @@ from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -186,7 +186,7 @@ class Sidecar:
             listen=config.listen.sync,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
-            lending=None if ledger is None else Lending(ledger, self._strict_us),
+            purses=None if ledger is None else Purses(ledger, self._strict_us),
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=descriptors.mesh,
@@ -301,10 +301,10 @@ class Sidecar:
         degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
-        if self._snapshots is not None and self._snapshots.status.trouble:
-            degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
-        if self._redis is not None and self._redis.status.trouble:
-            degraded.append(f"the state is not kept in Redis: {self._redis.status.trouble}")
+        if self._snapshots is not None and self._snapshots.status.degraded_reason:
+            degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
+        if self._redis is not None and self._redis.status.degraded_reason:
+            degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
@@ -562,7 +562,7 @@ class Sidecar:
             _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
         if members is not None and self._config.node.id not in members:
-            reason = "this node is not among sync.members: of strict limits it can only borrow"
+            reason = "this node is not among sync.members: of strict limits it admits nothing"
             _log.warning("no_home_share", node=self._config.node.id, members=list(members), reason=reason)
 
 
@@ -598,7 +598,6 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
         shares,
         origin,
         rules.strict_limit_of_key,
-        secrets.randbelow(MAX_FIRST_NUMBER),
         max_buckets=config.max_buckets,
         rule_key=rule_key,
     )
