@@ -22,6 +22,7 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -44,6 +45,7 @@ from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
@@ -369,6 +371,7 @@ class Sidecar:
                     chore.cancel()
                 if self._snapshots is not None and is_restored:
                     await self._snapshots.save(at_once=True)
+                await self._keep_purses()
                 if self._redis is not None:
                     # Joined there, so it does no harm that not all has been read.
                     await asyncio.wait(chores)
@@ -378,6 +381,34 @@ class Sidecar:
                 await self._redis.close()
             await self._tracing.close()
         _log.info("stopped")
+
+    @property
+    def _purses_file(self) -> Path | None:
+        kept = self._config.persistence
+        if kept is None or kept.file is None or self._limiter.ledger is None:
+            return None
+        return kept.file.with_name(kept.file.name + ENDING)
+
+    async def _take_purses(self) -> None:
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            ledger.put_back(await asyncio.to_thread(take_purses, file, holder))
+        except (OSError, BadPurses) as error:
+            _log.error("purses_not_restored", file=str(file), reason=str(error))
+
+    async def _keep_purses(self) -> None:
+        """At the end: nothing is admitted or paid any more."""
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            await asyncio.to_thread(write_purses, file, holder, ledger.keep())
+        except OSError as error:
+            _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is done beside answering, until the stop, by name."""
@@ -402,6 +433,7 @@ class Sidecar:
     async def _open(self) -> None:
         if self._snapshots is not None:
             self._snapshots.lock()
+            await self._take_purses()
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)

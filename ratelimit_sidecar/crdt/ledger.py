@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
@@ -53,6 +54,8 @@ class Ledger:
         """Counts up whenever home shares change."""
         self._withheld: dict[bytes, int] = {}
         """Parts of home shares that are not the buckets', by key: see `withhold`."""
+        self._kept: dict[bytes, int] = {}
+        """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -76,7 +79,10 @@ class Ledger:
         if paying is None:
             if not self.room.take(key):
                 raise StoreFull
-            return self._make(key, limit, now_us).bucket
+            bucket = self._make(key, limit, now_us).bucket
+            if self._kept:
+                self._put_back(bucket)
+            return bucket
         bucket = paying.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
@@ -84,7 +90,44 @@ class Ledger:
         if bucket.home_version != self._home_version:
             bucket.home_version = self._home_version
             bucket.set_home(self._home_of(key, limit, now_us), now_us)
+        if self._kept:
+            self._put_back(bucket)
         return bucket
+
+    def keep(self) -> Iterator[tuple[bytes, int]]:
+        """By key what each purse has, in 2**-32 tokens, below 0 what is owed. For the end: whoever takes or pays after
+        it has been asked spends what is kept."""
+        for key, amount in self._kept.items():
+            if self.limit_of_key(key) is not None:
+                yield key, amount
+        for bucket in self.walk():
+            amount = bucket.level // bucket.limit.period_us
+            if amount and bucket.key not in self._kept:
+                yield bucket.key, amount
+
+    def put_back(self, kept: Mapping[bytes, int]) -> None:
+        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
+        it has a home, and as far as there is room in it."""
+        self._kept = dict(kept)
+
+    def _put_some_back(self, now_us: int, most: int) -> None:
+        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
+        self._look_at_shares(now_us)
+        for _ in range(min(most, len(self._kept))):
+            key = next(iter(self._kept))
+            limit = self.limit_of_key(key)
+            if isinstance(limit, Limit):
+                with suppress(StoreFull):
+                    self.bucket(key, limit, now_us)
+                # No home, no purse.
+                self._kept.pop(key, None)
+            else:
+                # Rules may be yet to come: last in its turn.
+                self._kept[key] = self._kept.pop(key)
+
+    def _put_back(self, bucket: StrictBucket) -> None:
+        if bucket.ceiling and bucket.key in self._kept:
+            bucket.put_back(self._kept.pop(bucket.key))
 
     def own_parts(self, key: bytes, limit: Limit, now_us: int) -> int:
         """This node's home share of one limit at `now_us`, with what is withheld of it."""
@@ -181,6 +224,8 @@ class Ledger:
         Returns:
             The number of buckets dropped.
         """
+        if self._kept and now_us >= self.shares.from_us:
+            self._put_some_back(now_us, most)
         dropped = 0
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()

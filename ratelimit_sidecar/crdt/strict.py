@@ -223,6 +223,11 @@ class StrictBucket(Bucket):
             return most
         return min(credit.ceiling, credit.grains + (self.at_us - credit.at_us) * credit.refill)
 
+    def put_back(self, amount: int) -> None:
+        """It had so much when this replica was stopped, in 2**-32 tokens, below 0 what was owed."""
+        top = max(self.level, self.ceiling - self.room_reserved)
+        self.level = min(top, self.level + amount * self._limit.period_us)
+
     def closed(self, end: int) -> None:
         """That end of a stream is closed: no answer counts any more."""
         self.reserved.pop(end, None)
