@@ -38,7 +38,8 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
         "filters/envoy-ratelimit.yaml",
         "filters/envoy-ext-authz.yaml",
         "filters/envoy-ext-authz-http.yaml",
-        "filters/istio-ratelimit.yaml",
+        "../deploy/istio/workload.yaml",
+        "../deploy/istio/gateway.yaml",
         "llm-tokens/envoy.yaml",
     ],
 )
