@@ -211,6 +211,8 @@ class _Metadata:
 
     __slots__ = ("_context",)
 
+    may_be_sampled = True
+
     def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         self._context = context
 

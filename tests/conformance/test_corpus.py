@@ -39,6 +39,7 @@ from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import Metadata
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 with warnings.catch_warnings():
     # It uses what pydantic will remove in its next major version.
@@ -60,10 +61,6 @@ Ask = Callable[[RateLimitRequest], Awaitable[Answer | Refusal]]
 
 
 class NoTelemetry:
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
-
     def sampled(self, metadata: object) -> None: ...
 
     def record(self, *_: object) -> None: ...
@@ -77,7 +74,7 @@ class Subject:
     now_us: int = START_US
 
     def __post_init__(self) -> None:
-        self._service = RateLimitService(self.limiter, lambda: self.now_us, NoTelemetry(), NoTelemetry())
+        self._service = RateLimitService(self.limiter, lambda: self.now_us, LatencyHistogram(), NoTelemetry())
 
     def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
         return self._service.should_rate_limit(request, metadata)
