@@ -52,7 +52,7 @@ from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
-from ratelimit_sidecar.server.file_limit import Descriptors, allot
+from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -477,8 +477,8 @@ class Sidecar:
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
-        self._service.begin()
-        self._quotas.begin()
+        self._service.rules_loaded()
+        self._quotas.rules_loaded()
         self._health.changed()
         return retired
 
@@ -494,7 +494,7 @@ class Sidecar:
 
     def _strict_us(self) -> int:
         """The clock of strict limits, which never steps."""
-        return self._clock.now_us() - self._limiter.jumped_us
+        return self._clock.now_us() - self._limiter.clock_steps_us
 
     async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
         left = 0
@@ -536,7 +536,7 @@ class Sidecar:
         """The clock was set. Of what replicates nothing is written again that was written before, by this life of the
         node, at the same time."""
         store = self._limiter.store
-        self._limiter.jumped_us = self._clock.stepped_us
+        self._limiter.clock_steps_us = self._clock.stepped_us
         if stepped_us < 0:
             store.go_back(_new_origin(store.origin.node))
         self._mesh.set_clock(store.origin)
@@ -557,7 +557,7 @@ class Sidecar:
             peers=list(self._config.sync.peers),
             rules=len(list(rules)),
         )
-        if self._config.xds is None and not rules.domains and rules.unruled is None:
+        if self._config.xds is None and not rules.domains and rules.default_rule is None:
             reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
             _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
@@ -603,16 +603,16 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
     )
 
 
-def _limits(listen: ListenConfig, descriptors: Descriptors) -> Limits:
+def _limits(listen: ListenConfig, descriptors: FileLimits) -> Limits:
     """With those that are configured; 0 is never there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
     return replace(DEFAULT_LIMITS, connections=descriptors.clients, age=age_s or None, age_grace=grace_s or inf)
 
 
-def _descriptors() -> Descriptors:
+def _descriptors() -> FileLimits:
     """What connections may take of the process's file descriptors."""
-    wanted = Descriptors(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
-    given = allot(wanted)
+    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    given = raise_file_limit(wanted)
     if given != wanted:
         fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
         _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
@@ -623,7 +623,7 @@ def _rules_files(config: SidecarConfig) -> RulesFiles:
     read = partial(
         load_rules,
         config.rules,
-        unruled=config.bucket,
+        default_rule=config.bucket,
         defaults=config.rule_defaults,
         merge_domains=config.merge_domains,
     )
@@ -633,7 +633,7 @@ def _rules_files(config: SidecarConfig) -> RulesFiles:
 def _reader_of_resources(config: SidecarConfig) -> Callable[[Mapping[str, Mapping[str, object]]], Rules]:
     return partial(
         rules_of_resources,
-        unruled=config.bucket,
+        default_rule=config.bucket,
         defaults=config.rule_defaults,
         merge_domains=config.merge_domains,
     )

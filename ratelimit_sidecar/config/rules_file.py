@@ -20,7 +20,7 @@ from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacit
 from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 
-UNRULED_NAME = "bucket"
+DEFAULT_RULE_NAME = "bucket"
 """Name, in metrics, of the rule for descriptors that no other matches; a rule's own name has a dot in it."""
 
 _SUFFIXES = (".yaml", ".yml")
@@ -32,7 +32,7 @@ _STANDARD = RuleDefaults()
 def load_rules(
     paths: Iterable[Path],
     *,
-    unruled: BucketConfig | None = None,
+    default_rule: BucketConfig | None = None,
     defaults: RuleDefaults = _STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
@@ -40,20 +40,20 @@ def load_rules(
 
     Args:
         paths: files, and folders as `find_rules_files` reads them.
-        unruled: the bucket for every descriptor that no rule matches; None leaves those unlimited.
+        default_rule: the bucket for every descriptor that no rule matches; None leaves those unlimited.
         merge_domains: files may share a domain.
 
     Raises:
         ConfigError: every problem of every file.
     """
     files, problems = find_rules_files(paths)
-    return _rules_of(_load_all(files, problems), problems, unruled, defaults, merge_domains)
+    return _rules_of(_load_all(files, problems), problems, default_rule, defaults, merge_domains)
 
 
 def rules_of_resources(
     resources: Mapping[str, Mapping[str, object]],
     *,
-    unruled: BucketConfig | None = None,
+    default_rule: BucketConfig | None = None,
     defaults: RuleDefaults = _STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
@@ -66,7 +66,7 @@ def rules_of_resources(
         ConfigError: every problem of every resource.
     """
     documents = (document_of_resource(name, data) for name, data in resources.items())
-    return _rules_of(documents, [], unruled, defaults, merge_domains)
+    return _rules_of(documents, [], default_rule, defaults, merge_domains)
 
 
 def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
@@ -131,7 +131,7 @@ def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Docume
 def _rules_of(
     documents: Iterable[Document],
     problems: list[Problem],
-    unruled: BucketConfig | None,
+    default_rule: BucketConfig | None,
     defaults: RuleDefaults,
     merge_domains: bool,
 ) -> Rules:
@@ -144,7 +144,7 @@ def _rules_of(
         raise ConfigError(problems)
     return Rules(
         domains=dict(roots),
-        unruled=None if unruled is None else _unruled_rule(unruled, defaults),
+        default_rule=None if default_rule is None else _default_rule(default_rule, defaults),
         override_window=defaults.window,
         override_consistency=defaults.consistency,
         override_charge=defaults.charge,
@@ -229,7 +229,7 @@ def _read_all(
     return [(domain, level.node()) for domain, level in levels]
 
 
-def _unruled_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:
+def _default_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:
     return Rule(
-        UNRULED_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency, charge=defaults.charge
+        DEFAULT_RULE_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency, charge=defaults.charge
     )

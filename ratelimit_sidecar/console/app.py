@@ -32,7 +32,7 @@ from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
-from ratelimit_sidecar.limiter.key import FORMS, encode_bucket_key
+from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -190,13 +190,17 @@ class _Console:
         limit = _page_size(query.get("limit"))
         after = self._cursor_key(query["after"]) if "after" in query else b""
         domain = query.get("domain")
-        prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
+        prefixes = (
+            (b"",)
+            if domain is None
+            else tuple(encode_bucket_key(bucket_type, domain, ()) for bucket_type in sorted(BUCKET_TYPES))
+        )
         limiter = self._sources.limiter
         page = await self._pager.page(after, limit, prefixes)
         described: list[BucketDescription] = []
         for start in range(0, len(page.buckets), DESCRIBED_AT_ONCE):
             now_us = self._sources.now_us()
-            strict_us = now_us - limiter.jumped_us
+            strict_us = now_us - limiter.clock_steps_us
             described += [
                 describe_bucket(
                     bucket,

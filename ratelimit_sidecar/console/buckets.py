@@ -21,12 +21,12 @@ from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.shares import PARTS
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import (
+    DEFAULT_RULE,
     EXACT,
     KEY_ONLY,
     OVERRIDE,
     OVERRIDE_LIMIT,
     PATTERN,
-    UNRULED,
     WILDCARD_VALUE,
     decode_bucket_key,
 )
@@ -42,13 +42,13 @@ _MATCH_NAMES = {
     KEY_ONLY: "key",
     PATTERN: "pattern",
     WILDCARD_VALUE: "value",
-    UNRULED: "none",
+    DEFAULT_RULE: "none",
     OVERRIDE: "override",
     OVERRIDE_LIMIT: "override_limit",
 }
 
 
-_CALLERS_OWN = {KEY_ONLY, WILDCARD_VALUE, UNRULED}
+_CALLERS_OWN = {KEY_ONLY, WILDCARD_VALUE, DEFAULT_RULE}
 """Entries whose values a caller chooses; all others stand in the rules."""
 
 _SECRET = secrets.token_bytes(32)

@@ -748,8 +748,10 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_plans_total",
         "counter",
         ("region", "result"),
-        "Requests whose plan was remembered (found), or had to be made since they were not seen lately (made).",
-        _read_part_by(lambda sources: sources.limiter.plan_counts, lambda plans: plans._asdict()),
+        "Requests whose plan was in the cache (hit), or had to be made (miss).",
+        _read_part_by(
+            lambda sources: sources.limiter.plan_counts, lambda plans: {"hit": plans.hits, "miss": plans.misses}
+        ),
     ),
     Definition(
         "ratelimit_event_loop_longest_stall_seconds",
@@ -1106,7 +1108,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "Buckets with a quota, each counted once for each Envoy that has it.",
-        _read_quotas(lambda quotas: quotas.holds),
+        _read_quotas(lambda quotas: quotas.bucket_count),
     ),
     Definition(
         "ratelimit_quota_reports_total",
@@ -1136,7 +1138,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region",),
         "Assignments sent to Envoys, also those that only renew one.",
-        _read_quotas(lambda quotas: quotas.counts.told),
+        _read_quotas(lambda quotas: quotas.counts.assignments),
     ),
     Definition(
         "ratelimit_quota_buckets_forgotten_total",

@@ -105,7 +105,7 @@ def subject_of(case: Case, folder: Path) -> Subject:
     (folder / "sidecar.yaml").write_text(yaml.safe_dump({"rules": ["rules"], **case.config}))
     config = load_sidecar_config(folder / "sidecar.yaml", case.environment)
     rules = load_rules(
-        config.rules, unruled=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
+        config.rules, default_rule=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
     )
     return Subject(Limiter(rules, Origin("node", 1), config.settings))
 

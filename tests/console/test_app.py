@@ -144,8 +144,8 @@ async def test_a_strict_bucket_is_shown_as_the_part_of_it_that_this_node_has() -
     console = Console(strict_limiter())
     console.limiter.decide(request(("tenant", "acme")), NOW_US)
     # A step of the wall clock refills nothing.
-    console.limiter.jumped_us = 3_600_000_000
-    console.now_us = NOW_US + console.limiter.jumped_us + 15_000_000
+    console.limiter.clock_steps_us = 3_600_000_000
+    console.now_us = NOW_US + console.limiter.clock_steps_us + 15_000_000
     body = (await console.get("/buckets?domain=edge")).json()
     [bucket] = body["buckets"]
     assert (body["active"], bucket["rule"], bucket["capacity"]) == (1, "edge.tenant", 2)
@@ -194,11 +194,11 @@ async def test_a_bucket_that_nobody_replicates_says_so() -> None:
 
 
 async def test_a_bucket_of_the_limit_for_everything_else_says_that_no_rule_matched() -> None:
-    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    console = Console(small_limiter(Rules(default_rule=Rule("default_rule", TWO_A_MINUTE))))
     console.limiter.decide(request(("a key", "öäü"), domain="anywhere"), NOW_US)
     [bucket] = await console.buckets()
     assert bucket["entries"] == [{"key": "a key", "value": "öäü", "match": "none"}]
-    assert (bucket["domain"], bucket["rule"]) == ("anywhere", "unruled")
+    assert (bucket["domain"], bucket["rule"]) == ("anywhere", "default_rule")
 
 
 async def test_pages_together_list_every_bucket_once() -> None:
@@ -219,7 +219,7 @@ async def test_the_last_page_says_so_even_when_it_is_full() -> None:
 
 
 async def test_one_domain_can_be_selected() -> None:
-    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    console = Console(small_limiter(Rules(default_rule=Rule("default_rule", TWO_A_MINUTE))))
     for domain in ("edge", "edge2", "e", "edg", "other domain"):
         for value in ("1", "2"):
             console.limiter.decide(request(("k", value), domain=domain), NOW_US)
