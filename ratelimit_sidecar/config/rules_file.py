@@ -25,7 +25,7 @@ DEFAULT_RULE_NAME = "bucket"
 
 _SUFFIXES = (".yaml", ".yml")
 _UNREAD_SUFFIX = ".md"
-"""Of files that nobody takes for rules."""
+"""The suffix of files in a folder of rules that are certainly no rules."""
 _STANDARD = RuleDefaults()
 
 
@@ -89,17 +89,17 @@ def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
 
 
 def is_rules_file(entry: Path) -> bool:
-    """Whether an entry of a folder is read."""
+    """Whether an entry of a folder is read as a rules file."""
     # A dangling link passes, to be reported when it is read.
     return entry.suffix in _SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
 
 
 def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
-    """What a folder of rules holds that may be meant as rules, and is not read: envoyproxy/ratelimit reads all it
-    finds. A path that is no folder holds nothing.
+    """Files in a folder of rules that may be meant as rules but are not read; envoyproxy/ratelimit reads all files. A
+    path that is no folder has none.
 
     Args:
-        paths: what is read besides.
+        paths: other paths that are read.
     """
     for entry in _entries(folder):
         if entry.name.startswith(".") or entry.suffix == _UNREAD_SUFFIX or is_rules_file(entry) or entry in paths:
@@ -113,14 +113,14 @@ def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    # What keeps a folder from being read is told by who reads it.
+    # An unreadable folder is reported where it is read.
     with suppress(OSError):
         return sorted(folder.iterdir())
     return []
 
 
 def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Document]:
-    """The files that can be parsed; what keeps others from it is added to `problems`."""
+    """The files that can be parsed; problems of the others are added to `problems`."""
     for file in files:
         try:
             yield load(file, must_be_regular=True)
@@ -155,19 +155,19 @@ def _rules_of(
 
 
 class _DomainSettings:
-    """What documents say of their domains besides rules."""
+    """The settings of domains besides rules."""
 
     def __init__(self) -> None:
         self.all_or_nothing: set[str] = set()
-        """Domains of which a document says so."""
+        """Domains with all_or_nothing."""
         self.mappings: dict[str, HttpMapping] = {}
         self.default = ""
-        """The domain whose mapping says that it is the default."""
+        """The default domain for requests over ext_authz; "" for none."""
         self._places: dict[str, str] = {}
-        """Of the mappings."""
+        """By domain, where its mapping is, for problems."""
 
     def add(self, domain: str, reader: TreeReader, document: Document) -> Iterator[Problem]:
-        """Take what one document says, and tell what contradicts another one."""
+        """Add the settings of one document; yields contradictions with others."""
         if reader.all_or_nothing:
             self.all_or_nothing.add(domain)
         if reader.mapping is None:

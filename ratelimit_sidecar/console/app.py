@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.authority import Authority
-from ratelimit_sidecar.console.browsers import GuardedFromPages
+from ratelimit_sidecar.console.browsers import BrowserGuard
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.log_level import log_level_endpoint
@@ -51,7 +51,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class ConsoleSources:
     """What the console shows.
 
     Args:
@@ -83,18 +83,18 @@ class Sources:
     token_file: Path | None = None
 
 
-def create_app(sources: Sources) -> ASGIApp:
+def create_app(sources: ConsoleSources) -> ASGIApp:
     console = _Console(sources)
     routes = [Route(path, endpoint, methods=[method]) for path, method, endpoint, _ in console.endpoints]
     app = Starlette(
         routes=[Route("/", console.index, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
     )
-    return partial(_log_failures, GuardedFromPages(app, sources.names))
+    return partial(_log_failures, BrowserGuard(app, sources.names))
 
 
 class _Console:
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: ConsoleSources) -> None:
         self._sources = sources
         limiter = sources.limiter
         # An empty ledger is false.

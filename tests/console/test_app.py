@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, Sources, create_app
+from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, ConsoleSources, create_app
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
@@ -268,7 +268,7 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
     def broken() -> Sequence[PeerStatus]:
         raise RuntimeError("the secret detail")
 
-    sources = Sources(
+    sources = ConsoleSources(
         node="us-1",
         region="us-east-1",
         limiter=console.limiter,

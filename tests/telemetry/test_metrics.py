@@ -25,7 +25,7 @@ from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
+from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, SidecarCollector, create_registry
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
@@ -108,8 +108,8 @@ OTHER_SERIES = 100
 
 def sources(
     limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None, fullest=None
-) -> Sources:
-    return Sources(
+) -> MetricSources:
+    return MetricSources(
         node="us-1",
         region="us-east-1",
         limiter=limiter or small_limiter(),
@@ -134,7 +134,7 @@ def sources(
     )
 
 
-def busy_sources() -> Sources:
+def busy_sources() -> MetricSources:
     """With at least one sample for every metric."""
     limiter = small_limiter()
     for _ in range(3):
