@@ -45,7 +45,7 @@ class RateLimitService:
 
     Args:
         now_us: see `Limiter.decide`.
-        waits_for_rules: calls are refused until `begin`.
+        waits_for_rules: calls are refused until `rules_loaded`.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class RateLimitService:
         """For a front end."""
         return {_PATH: self.should_rate_limit}
 
-    def begin(self) -> None:
-        """There are rules."""
+    def rules_loaded(self) -> None:
+        """Stop refusing calls: rules are loaded."""
         self._waits_for_rules = False
 
     def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes:
@@ -106,7 +106,7 @@ class RateLimitService:
             parent = self._tracer.sampled(metadata) if metadata.may_be_sampled else None
             if parent is not None:
                 ended_ns = time.time_ns()
-                plan = self._limiter.decided
+                plan = self._limiter.last_plan
                 assert plan is not None
                 trace_id = self._tracer.record(parent, ended_ns - elapsed_ns, ended_ns, plan, response)
                 if trace_id is not None:

@@ -23,7 +23,7 @@ from google.protobuf.json_format import MessageToDict
 from observed import NoTelemetry
 from server.front_ends import KINDS, channel_to, running
 
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
@@ -290,7 +290,7 @@ async def test_a_request_with_more_headers_than_a_proxy_takes_is_refused(sidecar
 
 @pytest.fixture
 async def over_http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    server = ConsoleServer(ext_authz_app(sidecar_with(tmp_path).ext_authz), "127.0.0.1:0")
+    server = HttpServer(ext_authz_app(sidecar_with(tmp_path).ext_authz), "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())

@@ -78,7 +78,7 @@ def test_the_plan_of_a_sampled_call_is_made_once_however_large() -> None:
     entry = RateLimitDescriptor.Entry(key="user", value="a" * 60_000)
     large = RateLimitRequest(domain="shop", descriptors=[RateLimitDescriptor(entries=[entry])]).SerializeToString()
     RateLimitService(limiter, lambda: NOW_US, observed.latency, observed).should_rate_limit(large, SAMPLED)
-    assert limiter.plan_counts.made == len(observed.records) == 1
+    assert limiter.plan_counts.misses == len(observed.records) == 1
 
 
 def test_a_sampled_call_is_recorded_with_its_plan_and_answer() -> None:
