@@ -26,6 +26,9 @@ NEVER_US: Final = -1 << 62
 DEMAND_US: Final = 1_000_000
 """What was asked for is forgotten within such a time."""
 
+FADE_US: Final = 10_000
+"""Steps in which it is forgotten: one for each request would take longer than all else that it needs."""
+
 NO_HOME_US: Final = 2_500_000
 """Without a home nothing is ever admitted, and how long that lasts nobody here knows: some time."""
 
@@ -113,21 +116,23 @@ class StrictBucket(Bucket):
 
     def _want(self, hits: int) -> None:
         """Note the demand, by which peers are asked."""
-        self._wanted = self._still_wanted + (hits << 20)
-        self._wanted_us = self.at_us
+        if self.at_us - self._wanted_us >= FADE_US:
+            self._fade()
+        self._wanted += hits << 20
         if not self.is_active:
             self.is_active = True
             self._active.append(self)
 
-    @property
-    def _still_wanted(self) -> int:
+    def _fade(self) -> None:
         elapsed_us = self.at_us - self._wanted_us
-        return self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
+        self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
+        self._wanted_us = self.at_us
 
     @property
     def demand(self) -> int:
         """The amount that was asked for in the last second or so, admitted or not."""
-        return self._still_wanted << 12
+        self._fade()
+        return self._wanted << 12
 
     @property
     def remaining(self) -> int:
