@@ -170,7 +170,7 @@ class StrictBucket(Bucket):
     @property
     def room(self) -> int:
         """The grains that may be asked for."""
-        return self.ceiling - self.level - self.room_reserved
+        return self.ceiling - max(0, self.level) - self.room_reserved
 
     def ask(self, end: int, amount: int) -> None:
         """Ask for up to so much, more than 0, on that end of a stream, on which no other ask of this bucket is open."""

@@ -313,6 +313,15 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     assert bucket.fits_in_us(1) == 520_000
 
 
+def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
+    bucket = half()
+    bucket.take(75, NOW_US, always=True)
+    assert bucket.room == bucket.ceiling
+    bucket.ask(1, 50 * TOKEN)
+    bucket.paid(1, "b", 50 * TOKEN, 50 * TOKEN)
+    assert bucket.remaining == 25
+
+
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket = half()
     bucket.take(20, OLD_LOAN_US)
