@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, TypedDict
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.shares import PARTS
+from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import (
     DEFAULT_RULE,
@@ -137,7 +137,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
-        "share": bucket.home / PARTS if isinstance(bucket, StrictBucket) else None,
+        "share": bucket.home / (TOKEN * max(1, bucket.limit.capacity)) if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }

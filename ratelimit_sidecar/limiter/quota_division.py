@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, parts_of, whole_tokens_up
+from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.limiter.assignment import ShareBase, within_debt
 from ratelimit_sidecar.limiter.fair_shares import Group, fair_level, grouped, rounded_want
@@ -84,7 +84,8 @@ class Division:
         if step.compiled.is_strict:
             assert ledger is not None
             assert isinstance(pool.limit, Limit)
-            return base.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS
+            capacity = pool.limit.capacity
+            return base.rate * ledger.shares.home(pool.key, capacity, now_us) // (TOKEN * max(1, capacity))
         return within_debt(pool.limit, base.rate, self._limiter.used(step, self._now_us()))
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, now_us: int) -> int:
@@ -99,14 +100,13 @@ class Division:
         ledger, limit = self._limiter.ledger, pool.limit
         assert ledger is not None
         assert isinstance(limit, Limit)
-        parts = -(-rate * PARTS // base.rate) if base.rate else 0
-        if limit.capacity <= MAX_WHOLE_CAPACITY:
-            parts = parts_of(min(whole_tokens_up(parts, limit.capacity), limit.capacity), limit.capacity)
+        # Homes are whole tokens.
+        tokens = min(-(-rate * limit.capacity // base.rate), limit.capacity) if base.rate else 0
         try:
-            parts = ledger.withhold(pool.key, limit, parts, now_us)
+            withheld = ledger.withhold(pool.key, limit, tokens * TOKEN, now_us)
         except StoreFull:
             return 0
-        return base.rate * parts // PARTS
+        return base.rate * withheld // (TOKEN * max(1, limit.capacity))
 
 
 def _merged(groups: list[Group]) -> list[Group]:
