@@ -34,10 +34,12 @@ NO_HOME_US: Final = 2_500_000
 
 
 class StrictBucket(Bucket):
-    """Args:
-    home: this replica's own.
-    from_us: since when it is; the bucket was empty then.
-    active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
+    """One replica's purse of a strict limit.
+
+    Args:
+        home: this replica's own.
+        from_us: since when it is; the bucket was empty then.
+        active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
     """
 
     __slots__ = (
