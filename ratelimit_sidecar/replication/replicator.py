@@ -23,7 +23,7 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
-from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.deltas import DeltasReader, OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.loans import LoanOutbox
@@ -90,6 +90,8 @@ class Replicator:
         self.lending = lending
         self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
         """Told of each piece of the journal as the peers are: buckets, and own slots that changed. Does no I/O."""
+        self.on_news: Callable[[Bucket, Sequence[Entry]], object] | None = None
+        """Told of what peers tell that is new here. Does no I/O."""
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
@@ -276,6 +278,25 @@ class Replicator:
                 if peer is not sender and peer.streams:
                     peer.outbox.note_relayed(bucket, (entry,))
                     peer.streams[0].wake()
+
+    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """Tell all peers of these entries, which are of an origin that this node alone speaks for."""
+        for peer in self.peers.values():
+            if peer.streams:
+                peer.outbox.note_relayed(bucket, entries)
+                peer.streams[0].wake()
+
+    def _hear_news(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        if self.relay.is_needed:
+            self.pass_on(sender, bucket, entries)
+        if self.on_news is not None:
+            self.on_news(bucket, entries)
+
+    def news_reader(self, sender: Peer) -> OnNews | None:
+        """What is to be told of news from that peer; None when nobody wants to know."""
+        if self.relay.is_needed or self.on_news is not None:
+            return partial(self._hear_news, sender)
+        return None
 
     def has_room_for_peer(self, now_us: int) -> bool:
         """Whether one more may dial in. Those that have gone make room."""
@@ -610,7 +631,7 @@ class Stream:
         """Returns True when that was the last piece."""
         replicator = self._replicator
         assert self._reader is not None
-        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        on_news = replicator.news_reader(peer)
         try:
             applied = self._reader.apply(replicator.store, now_us, on_news)
         finally:
