@@ -22,6 +22,7 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -35,7 +36,7 @@ from ratelimit_sidecar.config.sidecar_schema import ListenConfig, PersistenceCon
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
-from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
@@ -44,10 +45,11 @@ from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -186,7 +188,7 @@ class Sidecar:
             listen=config.listen.sync,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
-            lending=None if ledger is None else Lending(ledger, self._strict_us),
+            purses=None if ledger is None else Purses(ledger, self._strict_us),
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=descriptors.mesh,
@@ -301,10 +303,10 @@ class Sidecar:
         degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
-        if self._snapshots is not None and self._snapshots.status.trouble:
-            degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
-        if self._redis is not None and self._redis.status.trouble:
-            degraded.append(f"the state is not kept in Redis: {self._redis.status.trouble}")
+        if self._snapshots is not None and self._snapshots.status.degraded_reason:
+            degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
+        if self._redis is not None and self._redis.status.degraded_reason:
+            degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
@@ -369,6 +371,7 @@ class Sidecar:
                     chore.cancel()
                 if self._snapshots is not None and is_restored:
                     await self._snapshots.save(at_once=True)
+                await self._keep_purses()
                 if self._redis is not None:
                     # Joined there, so it does no harm that not all has been read.
                     await asyncio.wait(chores)
@@ -378,6 +381,34 @@ class Sidecar:
                 await self._redis.close()
             await self._tracing.close()
         _log.info("stopped")
+
+    @property
+    def _purses_file(self) -> Path | None:
+        kept = self._config.persistence
+        if kept is None or kept.file is None or self._limiter.ledger is None:
+            return None
+        return kept.file.with_name(kept.file.name + ENDING)
+
+    async def _take_purses(self) -> None:
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            ledger.put_back(await asyncio.to_thread(take_purses, file, holder))
+        except (OSError, BadPurses) as error:
+            _log.error("purses_not_restored", file=str(file), reason=str(error))
+
+    async def _keep_purses(self) -> None:
+        """At the end: nothing is admitted or paid any more."""
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            await asyncio.to_thread(write_purses, file, holder, ledger.keep())
+        except OSError as error:
+            _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is done beside answering, until the stop, by name."""
@@ -402,6 +433,7 @@ class Sidecar:
     async def _open(self) -> None:
         if self._snapshots is not None:
             self._snapshots.lock()
+            await self._take_purses()
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
@@ -562,7 +594,7 @@ class Sidecar:
             _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
         if members is not None and self._config.node.id not in members:
-            reason = "this node is not among sync.members: of strict limits it can only borrow"
+            reason = "this node is not among sync.members: of strict limits it admits nothing"
             _log.warning("no_home_share", node=self._config.node.id, members=list(members), reason=reason)
 
 
@@ -598,7 +630,6 @@ def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) ->
         shares,
         origin,
         rules.strict_limit_of_key,
-        secrets.randbelow(MAX_FIRST_NUMBER),
         max_buckets=config.max_buckets,
         rule_key=rule_key,
     )

@@ -1,7 +1,7 @@
 """Wall-clock microseconds, for slots that replicas on other machines must recognise.
 
 Anchored to the wall clock at start and carried by Linux's CLOCK_BOOTTIME, which goes on while the machine is suspended:
-so a suspension is no gap, and a loan of a strict limit ends in time then, too. `slew` closes small gaps to the wall
+so a suspension is no gap, and a strict limit refills for it, too. `slew` closes small gaps to the wall
 clock by at most `MAX_SLEW_PER_SECOND_US` in a second, so a wandering system clock neither refills a bucket nor stops
 its refill. When the wall clock is behind, this one stands still for a few milliseconds a second until it is not.
 

@@ -59,7 +59,7 @@ def strict_limiter() -> Limiter:
     )
     shares = Shares(Membership(1, {"here": 1, "there": 1}), "here", NOW_US - 10 * TWO_A_MINUTE.period_us)
     origin = Origin("here", 1)
-    return Limiter(rules, origin, ledger=Ledger(shares, origin, rules.strict_limit_of_key, first_number=0))
+    return Limiter(rules, origin, ledger=Ledger(shares, origin, rules.strict_limit_of_key))
 
 
 def membership(*, conflicts: tuple[str, ...] = ("eu-1",), settled: bool = True) -> MembershipStatus:
@@ -69,8 +69,8 @@ def membership(*, conflicts: tuple[str, ...] = ("eu-1",), settled: bool = True) 
         settled=settled,
         conflicts=conflicts,
         buckets=7,
-        loans_granted=11,
-        loans_received=13,
+        payments_sent=11,
+        payments_received=13,
     )
 
 

@@ -16,9 +16,11 @@ from ratelimit_sidecar.crdt.limit import Limit
 MS = 1_000
 
 LIMIT = Limit(100, SECOND_US, 200)
+FEW = Limit(5, 60 * SECOND_US, 5)
 
 THREE = uniform(3, 80 * MS)
 THREE_REAL = azure("East US", "West Europe", "Southeast Asia")
+FIVE = uniform(5, 80 * MS)
 FIVE_REAL = azure("East US", "West Europe", "Southeast Asia", "Japan East", "Brazil South")
 
 
@@ -130,6 +132,28 @@ def scenarios() -> list[Scenario]:
             FIVE_REAL,
         ),
         partition(),
+        Scenario(
+            "few-three",
+            "Five a minute, asked for twice a second in all three regions; 80 ms links",
+            steady([2, 2, 2], 0, 600 * SECOND_US),
+            600 * SECOND_US,
+            limit=FEW,
+        ),
+        Scenario(
+            "few-five",
+            "Five a minute, asked for twice a second in all five regions; 80 ms links",
+            steady([2, 2, 2, 2, 2], 0, 600 * SECOND_US),
+            600 * SECOND_US,
+            FIVE,
+            FEW,
+        ),
+        Scenario(
+            "few-rotating",
+            "Five a minute, asked for twice a second in one region, every 5 s in the next; 80 ms links",
+            hot_spot(3, 2, 0, 5 * SECOND_US, 600 * SECOND_US),
+            600 * SECOND_US,
+            limit=FEW,
+        ),
     ]
 
 

@@ -181,7 +181,7 @@ class Node:
         # Long in its membership: it has its home share.
         shares = Shares(PAIR, "node", world.now_us - 10 * SECOND_US)
         origin = Origin("node", len(world.nodes) + 1)
-        self.ledger = Ledger(shares, origin, rules.strict_limit_of_key, 0)
+        self.ledger = Ledger(shares, origin, rules.strict_limit_of_key)
         self.limiter = Limiter(rules, origin, ledger=self.ledger)
         self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us)
         self.server: Server = self.quotas if server is None else server

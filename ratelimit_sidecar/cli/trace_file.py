@@ -40,10 +40,12 @@ class BadLine(Exception):
 
 
 class TraceLine(NamedTuple):
-    """Args:
-    number: from 1.
-    size_bytes: of the line, to tell how far the reading is.
-    request: or what is wrong with the line.
+    """One line of a trace, with the request that it holds.
+
+    Args:
+        number: from 1.
+        size_bytes: of the line, to tell how far the reading is.
+        request: or what is wrong with the line.
     """
 
     number: int

@@ -35,11 +35,15 @@ class SameElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class ReplacedBy:
+    """Something else here serves the purpose of the variable."""
+
     what: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotNeeded:
+    """The variable has no purpose here."""
+
     because: str
 
 

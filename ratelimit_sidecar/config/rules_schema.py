@@ -271,9 +271,9 @@ class Descriptor(Section):
     bucket: BucketConfig | None = Field(None, description="The limit as a token bucket, in place of rate_limit.")
     consistency: Annotated[ConsistencyName | None, ShownDefault("as `CRDT_ENGINE` says")] = Field(
         None,
-        description="How far its buckets are shared: `eventual`, over the whole mesh; `strict`, in shares that the"
-        " `sync.members` of the sidecars lend each other, so that together they never exceed the limit, token buckets"
-        " only; `local`, not at all: each sidecar has the limit to itself.",
+        description="How far its buckets are shared: `eventual`, over the whole mesh; `strict`, divided among the"
+        " `sync.members` of the sidecars, which pay each other tokens, so that together they never exceed the limit,"
+        " token buckets only; `local`, not at all: each sidecar has the limit to itself.",
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,

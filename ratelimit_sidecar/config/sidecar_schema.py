@@ -559,9 +559,9 @@ class SidecarConfig(Section):
     )
     engine: Annotated[Engine, text("CRDT_ENGINE", only=True), ShownDefault("eventual")] = Field(
         Consistency.EVENTUAL,
-        description="How limits are shared: `eventual` (or `ubos`) over the whole mesh; `strict` in shares that the"
-        " `sync.members` lend each other; `local` not at all: each sidecar has every limit to itself. `consistency` of"
-        " a rule wins.",
+        description="How limits are shared: `eventual` (or `ubos`) over the whole mesh; `strict` divided among the"
+        " `sync.members`, which pay each other tokens; `local` not at all: each sidecar has every limit to itself."
+        " `consistency` of a rule wins.",
     )
 
     @property

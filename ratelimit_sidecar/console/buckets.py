@@ -55,6 +55,8 @@ _SECRET = secrets.token_bytes(32)
 
 
 class Page(NamedTuple):
+    """Some buckets in the order of their keys."""
+
     buckets: list[Bucket]
     more: bool
     """There are buckets after these."""
@@ -68,6 +70,8 @@ class Walked(Protocol):
 
 
 class BucketPager:
+    """Finds pages in the buckets of several stores, a slice at a time, one search after the other."""
+
     def __init__(self, *stores: Walked) -> None:
         self._stores = stores
         self._one_pass = asyncio.Lock()
@@ -86,6 +90,8 @@ class BucketPager:
 
 
 class EntryDescription(TypedDict):
+    """One entry of a bucket's key, in JSON."""
+
     key: str
     value: str
     """One that a caller chooses is shown by a hash of this process alone, unless values are to be shown: it may be a
@@ -97,6 +103,8 @@ class EntryDescription(TypedDict):
 
 
 class BucketDescription(TypedDict):
+    """One bucket, in JSON."""
+
     domain: str
     entries: list[EntryDescription]
     rule: str | None
@@ -108,8 +116,7 @@ class BucketDescription(TypedDict):
     full_in_seconds: float
     replicated: bool
     share: float | None
-    """Of a strict limit the part that this node uses now: its own, less what is lent, and what is borrowed. What
-    remains and is owed is of that part."""
+    """Of a strict limit the part that is this node's home. What remains and is owed is of that part."""
     origins: int
     """Replicas, present and past lives of them, with consumption inside the horizon."""
     slots: int
@@ -128,7 +135,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
-        "share": bucket.share / PARTS if isinstance(bucket, StrictBucket) else None,
+        "share": bucket.home / PARTS if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }

@@ -214,7 +214,7 @@ class Bucket(ABC):
         """Fold all that is held anew."""
 
     @abstractmethod
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         """Microseconds from `at_us` until `hits` would be admitted if nobody took any more; when they are more than
         the limit ever holds, until all tokens are there.
         """

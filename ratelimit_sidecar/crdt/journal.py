@@ -28,11 +28,13 @@ class Refused(StrEnum):
     """More than this replica has taken, said of itself."""
     DEBT = "debt"
     """A base with more than the debt ceiling, to which it was cut."""
-    LOAN = "loan"
-    """A loan of a strict limit from or to a node that is no member, or of more than the lender can have."""
+    PAYMENT = "payment"
+    """An ask or a payment of a node that is no member, or a payment of more than the peer can have."""
 
 
 class Journal:
+    """Collects the buckets with changes that no peer was told of; the replicator empties `buckets` at each flush."""
+
     __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused")
 
     def __init__(self) -> None:

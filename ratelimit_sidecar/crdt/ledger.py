@@ -1,51 +1,34 @@
-"""All strict buckets of one replica, and what it has to say to its peers about them.
+"""All strict buckets of one replica, and what it has to ask its peers for.
 
-Only buckets that somebody asked for of late, or that hold a loan, are looked at in a `tick`, and a bounded number of
-them. A full bucket without loans is dropped: made anew it has no more than it had.
+Only buckets that somebody asked for of late are looked at in a `tick`, and a bounded number of them. A full bucket that
+asks for nothing is dropped: made anew it has no more than it had.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.lending import Loans
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, Shares, parts_of, whole_tokens
+from ratelimit_sidecar.crdt.shares import Shares, home_parts, parts_of
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
-from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
+from ratelimit_sidecar.crdt.strict import StrictBucket, home_of
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no strict rule for it."""
 
-MAX_FIRST_NUMBER: Final = 2**31
-
-LOST_AT_ONCE: Final = 4_096
-"""Of the active buckets, those that are told at once when a peer is lost: more than ticks get round in a second. What
-the others go on waiting for or dividing by is stale before they are looked at (`lending.STALE_US`). Callers can make a
-million active, by inventing keys, and to tell them all would hold up every request.
-"""
-
-
-@dataclass(slots=True)
-class Wishes:
-    """What to tell one peer, by bucket key; both in order of their numbers with what was said before."""
-
-    asks: dict[bytes, Ask] = field(default_factory=dict)
-    returns: dict[bytes, Return] = field(default_factory=dict)
-
 
 class Ledger:
-    """Args:
-    limit_of_key: asked when a peer wants to borrow of a key that has no bucket here yet.
-    first_number: for the numbers of asks; random, 0 to 2**31.
-    max_buckets: as in `crdt.store`; so is `rule_key`.
+    """The strict buckets of one replica. Call `tick` now and then: it says what to ask of which peer.
+
+    Args:
+        limit_of_key: asked when a peer asks for tokens of a key.
+        max_buckets: as in `crdt.store`; so is `rule_key`.
     """
 
     def __init__(
@@ -53,7 +36,6 @@ class Ledger:
         shares: Shares,
         origin: Origin,
         limit_of_key: LimitOfKey,
-        first_number: int,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
         rule_key: Callable[[bytes], bytes] = lambda _key: b"",
@@ -62,30 +44,27 @@ class Ledger:
         self.shares = shares
         self.limit_of_key = limit_of_key
         self._origin = origin
-        self._first_number = first_number
-        self._loans = UntrackedDict[Loans]()
-        self._busy: list[StrictBucket] = []
-        self._active: deque[Loans] = deque()
-        self._active_keys: set[bytes] = set()
-        self._sweep_order: deque[Loans] = deque()
+        self._homes = {node: home_parts(shares.membership.weights, node) for node in shares.membership.weights}
+        self._all = UntrackedDict[Paying]()
+        self._active: deque[StrictBucket] = deque()
+        """Each notes itself when something is wanted of it."""
+        self._sweep_order: deque[Paying] = deque()
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
         """Counts up whenever home shares change."""
         self._withheld: dict[bytes, int] = {}
         """Parts of home shares that are not the buckets', by key: see `withhold`."""
+        self._kept: dict[bytes, int] = {}
+        """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
 
     def __len__(self) -> int:
-        return len(self._loans)
-
-    def __iter__(self) -> Iterator[StrictBucket]:
-        for loans in self._loans.values():
-            yield loans.bucket
+        return len(self._all)
 
     def walk(self) -> Iterator[StrictBucket]:
         """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
-        for shard in self._loans.shards:
-            for loans in list(shard.values()):
-                yield loans.bucket
+        for shard in self._all.shards:
+            for paying in list(shard.values()):
+                yield paying.bucket
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home share changed.
@@ -96,27 +75,67 @@ class Ledger:
         Raises:
             StoreFull: there is none, and no room for one.
         """
-        loans = self._loans.get(key)
-        if loans is None:
+        paying = self._all.get(key)
+        if paying is None:
             if not self.room.take(key):
                 raise StoreFull
-            return self._make(key, limit, now_us).bucket
-        bucket = loans.bucket
+            bucket = self._make(key, limit, now_us).bucket
+            if self._kept:
+                self._put_back(bucket)
+            return bucket
+        bucket = paying.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
             bucket.home_version = -1
         if bucket.home_version != self._home_version:
             bucket.home_version = self._home_version
             bucket.set_home(self._home_of(key, limit, now_us), now_us)
+        if self._kept:
+            self._put_back(bucket)
         return bucket
+
+    def keep(self) -> Iterator[tuple[bytes, int]]:
+        """By key what each purse has, in 2**-32 tokens, below 0 what is owed. For the end: whoever takes or pays after
+        it has been asked spends what is kept."""
+        for key, amount in self._kept.items():
+            if self.limit_of_key(key) is not None:
+                yield key, amount
+        for bucket in self.walk():
+            amount = bucket.level // bucket.limit.period_us
+            if amount and bucket.key not in self._kept:
+                yield bucket.key, amount
+
+    def put_back(self, kept: Mapping[bytes, int]) -> None:
+        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
+        it has a home, and as far as there is room in it."""
+        self._kept = dict(kept)
+
+    def _put_some_back(self, now_us: int, most: int) -> None:
+        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
+        self._look_at_shares(now_us)
+        for _ in range(min(most, len(self._kept))):
+            key = next(iter(self._kept))
+            limit = self.limit_of_key(key)
+            if isinstance(limit, Limit):
+                with suppress(StoreFull):
+                    self.bucket(key, limit, now_us)
+                # No home, no purse.
+                self._kept.pop(key, None)
+            else:
+                # Rules may be yet to come: last in its turn.
+                self._kept[key] = self._kept.pop(key)
+
+    def _put_back(self, bucket: StrictBucket) -> None:
+        if bucket.ceiling and bucket.key in self._kept:
+            bucket.put_back(self._kept.pop(bucket.key))
 
     def own_parts(self, key: bytes, limit: Limit, now_us: int) -> int:
         """This node's home share of one limit at `now_us`, with what is withheld of it."""
         return self.shares.home_of_key(key, limit.capacity, now_us)
 
     def withhold(self, key: bytes, limit: Limit, parts: int, now_us: int) -> int:
-        """Keep parts of the home share from the bucket, since others run a token bucket of them from now on; less again
-        when they have ceased to. More only as far as the bucket has tokens that it can give up: so neither shares nor
+        """Keep parts of the home from the bucket, since others run a token bucket of them from now on; less again
+        when they have ceased to. More only as far as the bucket has tokens that it can give up: so neither homes nor
         tokens become more by it.
 
         Returns:
@@ -130,55 +149,42 @@ class Ledger:
         before = self._withheld.get(key, 0)
         more = parts - before
         if more > 0:
-            more = min(more, bucket.home_now - bucket.lent)
-            if limit.capacity > MAX_WHOLE_CAPACITY:
-                tokens = more * limit.capacity // PARTS
-            else:
-                tokens = whole_tokens(more, limit.capacity)
-            tokens = max(0, min(tokens, bucket.remaining))
-            bucket.level -= (tokens * limit.period_us) << 32
+            token = limit.period_us << 32
+            tokens = min(home_of(limit, more)[0] // token, bucket.remaining)
+            bucket.level -= tokens * token
             more = min(more, parts_of(tokens, limit.capacity))
-        parts = max(0, before + more)
-        if parts:
-            self._withheld[key] = parts
-        else:
-            self._withheld.pop(key, None)
+        self._withheld[key] = parts = max(0, before + more)
+        if not parts:
+            del self._withheld[key]
         bucket.set_home(self._home_of(key, limit, now_us), now_us)
         return parts
 
-    def tick(self, homes: Mapping[str, int], now_us: int, most: int) -> dict[str, Wishes]:
+    def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
         """Look at `most` of the active buckets, in turn.
 
         Args:
-            homes: by node, the home share of every peer that can be reached.
+            ends: by peer that can be asked, this node's end of the stream to it.
+            longest_key: that peers can be asked about.
 
         Returns:
-            What to tell each peer.
+            By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
         """
         self._look_at_shares(now_us)
-        for bucket in self._busy:
-            bucket.is_noted = False
-            loans = self._loans.get(bucket.key)
-            if loans is not None and bucket.key not in self._active_keys:
-                self._active_keys.add(bucket.key)
-                self._active.append(loans)
-        self._busy.clear()
-        wishes: dict[str, Wishes] = {}
+        members = {peer: end for peer, end in ends.items() if self._homes.get(peer)}
+        asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
-            loans = self._active.popleft()
-            asks, returns = loans.ask(homes, now_us)
-            for lender, ask in asks.items():
-                wishes.setdefault(lender, Wishes()).asks[loans.bucket.key] = ask
-            for lender, returned in returns.items():
-                wishes.setdefault(lender, Wishes()).returns[loans.bucket.key] = returned
-            if loans.bucket.asked or loans.bucket.lenders:
-                self._active.append(loans)
+            bucket = self._active.popleft()
+            askable = members if len(bucket.key) <= longest_key else {}
+            for peer, ask in self._all[bucket.key].asks(askable, self._homes, now_us).items():
+                asks.setdefault(peer, {})[bucket.key] = ask
+            if bucket.asked or bucket.reserved:
+                self._active.append(bucket)
             else:
-                self._active_keys.remove(loans.bucket.key)
-        return wishes
+                bucket.is_active = False
+        return asks
 
-    def answer(self, borrower: str, key: bytes, ask: Ask, now_us: int) -> Grant | None:
-        """Lend to a peer.
+    def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
+        """Pay a peer that has asked.
 
         Returns:
             None when no strict rule here knows the key, or there is no room for its bucket.
@@ -186,54 +192,6 @@ class Ledger:
         Raises:
             ValueError: not a bucket's name.
         """
-        loans = self._known(key, now_us)
-        return loans.answer(borrower, ask, now_us) if loans is not None else None
-
-    def granted(self, lender: str, key: bytes, grant: Grant, now_us: int) -> bool:
-        """A lender has answered.
-
-        Returns:
-            False when it has granted more than it can have, and is believed no more than that.
-        """
-        loans = self._loans.get(key)
-        if loans is None:
-            return True
-        most = self.shares.most_of_key(lender, key, loans.bucket.limit.capacity)
-        loans.granted(lender, grant, now_us, most=most)
-        return grant.parts <= most
-
-    def returned(self, borrower: str, key: bytes, returned: Return, now_us: int) -> None:
-        """A borrower has given back a part of its loan, or all of it."""
-        loans = self._loans.get(key)
-        if loans is not None:
-            loans.returned(borrower, returned, now_us)
-
-    def lost(self, peer: str) -> None:
-        """The peer cannot be reached: no answer is coming."""
-        for loans in islice(self._active, LOST_AT_ONCE):
-            loans.lost(peer)
-
-    def sweep(self, now_us: int, most: int) -> int:
-        """Drop the full buckets without loans among the next `most`, in turn.
-
-        Returns:
-            The number of buckets dropped.
-        """
-        dropped = 0
-        for _ in range(min(most, len(self._sweep_order))):
-            loans = self._sweep_order.popleft()
-            bucket = loans.bucket
-            if bucket.key not in self._active_keys and not bucket.is_noted and bucket.is_idle(now_us):
-                # A grant may still be on its way: made anew, the bucket must not ask under a number it has used.
-                self._first_number = max(self._first_number, loans.last_number)
-                del self._loans[bucket.key]
-                self.room.give_back(bucket.key)
-                dropped += 1
-            else:
-                self._sweep_order.append(loans)
-        return dropped
-
-    def _known(self, key: bytes, now_us: int) -> Loans | None:
         limit = self.limit_of_key(key)
         if not isinstance(limit, Limit):
             return None
@@ -241,24 +199,61 @@ class Ledger:
             self.bucket(key, limit, now_us)
         except StoreFull:
             return None
-        return self._loans[key]
+        return self._all[key].answer(peer, ask, now_us)
+
+    def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
+        """A peer has answered the ask for `key` that is open on that end of a stream.
+
+        Returns:
+            False when it has paid more than it can have, and is believed no more than that.
+        """
+        paying = self._all[key]
+        most = self.shares.most_of_key(peer, key, paying.bucket.limit.capacity)
+        return paying.paid(peer, end, pay, most, now_us)
+
+    def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
+        """That end of a stream, on which asks for `keys` are open, is closed."""
+        for key in keys:
+            bucket = self._all[key].bucket
+            bucket.advance(now_us)
+            bucket.closed(end)
+
+    def sweep(self, now_us: int, most: int) -> int:
+        """Drop the full buckets that ask for nothing among the next `most`, in turn.
+
+        Returns:
+            The number of buckets dropped.
+        """
+        if self._kept and now_us >= self.shares.from_us:
+            self._put_some_back(now_us, most)
+        dropped = 0
+        for _ in range(min(most, len(self._sweep_order))):
+            paying = self._sweep_order.popleft()
+            bucket = paying.bucket
+            if not bucket.is_active and bucket.is_idle(now_us):
+                del self._all[bucket.key]
+                self.room.give_back(bucket.key)
+                dropped += 1
+            else:
+                self._sweep_order.append(paying)
+        return dropped
 
     def _look_at_shares(self, now_us: int) -> None:
-        in_force = self.shares.in_force(max(now_us, self.shares.from_us))
+        in_force = self.shares.in_force(now_us)
         if in_force != self._in_force:
             self._in_force = in_force
             self._home_version += 1
 
     def _home_of(self, key: bytes, limit: Limit, now_us: int) -> int:
-        home = self.shares.home_of_key(key, limit.capacity, max(now_us, self.shares.from_us))
+        home = self.shares.home_of_key(key, limit.capacity, now_us)
         return max(0, home - self._withheld.get(key, 0))
 
-    def _make(self, key: bytes, limit: Limit, now_us: int) -> Loans:
+    def _make(self, key: bytes, limit: Limit, now_us: int) -> Paying:
         self._look_at_shares(now_us)
-        home, from_us = self._home_of(key, limit, now_us), self.shares.since_us(now_us)
-        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, busy=self._busy)
+        home, from_us = self._home_of(key, limit, now_us), min(now_us, self.shares.since_us(now_us))
+        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
-        loans = Loans(bucket, self._first_number)
-        self._loans.add(key, loans)
-        self._sweep_order.append(loans)
-        return loans
+        paying = Paying(bucket, self.shares.node)
+        self._all.add(key, paying)
+        self._sweep_order.append(paying)
+        return paying

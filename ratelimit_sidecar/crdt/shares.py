@@ -5,8 +5,7 @@ under an epoch number. The rule that keeps the sum of what is used at most one w
 
 - A node of epoch E + 1 uses the smaller of its home shares before and after. So beside nodes still on E the sum is at
   most that of E, and beside nodes on E + 1 at most that of E + 1.
-- It uses the new share in full once every member has shown epoch E + 1, and one longest loan has passed since: each of
-  them was restarted to get there, and what it had lent before has ended then.
+- It uses the new share in full once every member has shown epoch E + 1.
 
 A node that leaves is in the membership before and not in the one after: it must be stopped before the new epoch is
 rolled out. A peer that shows other members under the same epoch is a mistake; then the smaller share of the two is
@@ -23,12 +22,9 @@ from typing import Final
 PARTS: Final = 1 << 32
 """The whole of a limit."""
 
-LOAN_US: Final = 2_400_000
-"""How long a borrower may use a loan, from its asking for it, on its own clock."""
-
-LOAN_GUARD_US: Final = 120_000
-"""How much longer the lender does without, from its granting it: 5 %, while two clocks slewed by up to 0.5 % each
-differ by 1 %."""
+OLD_LOAN_US: Final = 2_520_000
+"""Versions before this protocol lent shares, for at most so long. A node that has just started may have lent some in
+its former life. So its home is zero until each other member has shown this protocol, or they have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +57,7 @@ def home_parts(weights: Mapping[str, int], node: str) -> int:
 
 
 MAX_WHOLE_CAPACITY: Final = 1 << 20
-"""Up to here shares are whole tokens. Of a larger limit, a fraction of a token at each node does not matter."""
+"""Up to here homes are whole tokens. Of a larger limit, a fraction of a token at each node does not matter."""
 
 
 def parts_of(tokens: int, capacity: int) -> int:
@@ -94,12 +90,13 @@ def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacit
     if capacity * weight % total:
         rounded = [other for other, each in weights.items() if capacity * each % total]
         left = capacity - sum(capacity * each // total for each in weights.values())
-        ranked = sorted(rounded, key=lambda other: (_rank(key, other), other), reverse=True)
+        ranked = sorted(rounded, key=lambda other: (rank(key, other), other), reverse=True)
         tokens += node in ranked[:left]
     return parts_of(tokens, capacity)
 
 
-def _rank(key: bytes, node: str) -> bytes:
+def rank(key: bytes, node: str) -> bytes:
+    """The higher, the sooner a node gets what only some can have of this key."""
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
@@ -109,8 +106,7 @@ class Shares:
 
     Args:
         node: this one.
-        started_us: when it did. Until one longest loan later its home share is zero: it has forgotten what it had
-            lent, and what it had admitted.
+        started_us: when it did; its buckets were empty then.
     """
 
     membership: Membership
@@ -118,13 +114,20 @@ class Shares:
     started_us: int
     conflicts: dict[str, Shown] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only what members say has an effect."""
+    from_us: int = field(init=False)
+    """When the home share begins."""
     _current_since_us: dict[str, int] = field(default_factory=dict)
     """When each peer first showed this epoch with these members."""
+    _speak: set[str] = field(default_factory=set)
+    """Members that have shown any membership, which only this protocol can."""
+
+    def __post_init__(self) -> None:
+        alone = not self._others
+        self.from_us = self.started_us + (0 if alone else OLD_LOAN_US)
 
     @property
-    def from_us(self) -> int:
-        """When the home share begins."""
-        return self.started_us + LOAN_US + LOAN_GUARD_US
+    def _others(self) -> set[str]:
+        return set(self.membership.weights) - {self.node}
 
     def since_us(self, now_us: int) -> int:
         """Since when the home share is what it is at `now_us`, or from when it will be."""
@@ -134,6 +137,10 @@ class Shares:
     def hear(self, peer: str, shown: Shown, now_us: int) -> None:
         """A peer has said what its membership is."""
         self.conflicts.pop(peer, None)
+        if shown.epoch:
+            self._speak.add(peer)
+            if now_us < self.from_us and self._speak >= self._others:
+                self.from_us = now_us
         if shown.epoch != self.membership.epoch:
             if shown.epoch < self.membership.epoch:
                 # It may have been restarted with an older configuration.
@@ -148,11 +155,10 @@ class Shares:
         """When the new share counts in full; None while a member has not shown this epoch."""
         if self.membership.previous is None:
             return self.from_us
-        others = [member for member in self.membership.weights if member != self.node]
-        if not all(member in self._current_since_us for member in others):
+        others = self._others
+        if not others <= self._current_since_us.keys():
             return None
-        last_us = max((self._current_since_us[member] for member in others), default=self.started_us)
-        return max(self.from_us, last_us + LOAN_US + LOAN_GUARD_US)
+        return max([self.from_us, *(self._current_since_us[member] for member in others)])
 
     def home(self, now_us: int) -> int:
         """This node's home share at `now_us`, in parts; of a single limit see `home_of_key`."""

@@ -21,9 +21,11 @@ _NONE: Final = [0] * CELLS
 
 
 class SpilledRefill:
-    """Args:
-    limit: whose slots, and whose rate.
-    from_us: nothing before it will be noted.
+    """Remembers how much refill a full bucket has lost, and when.
+
+    Args:
+        limit: whose slots, and whose rate.
+        from_us: nothing before it will be noted.
     """
 
     __slots__ = ("_cell", "_cells", "_limit")

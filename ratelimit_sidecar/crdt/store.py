@@ -33,11 +33,13 @@ class StoreFull(Exception):
 
 
 class Store:
-    """Args:
-    origin: this replica.
-    limit_of_key: asked when a peer mentions a key.
-    max_buckets: at once; at least 1.
-    rule_key: see `Room`.
+    """The buckets of one replica, made when they are first asked for. Call `sweep` now and then, which drops idle ones.
+
+    Args:
+        origin: this replica.
+        limit_of_key: asked when a peer mentions a key.
+        max_buckets: at once; at least 1.
+        rule_key: see `Room`.
     """
 
     def __init__(

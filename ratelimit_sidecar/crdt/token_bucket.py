@@ -147,7 +147,7 @@ class TokenBucket(Bucket):
         """Microseconds from `at_us` until the bucket is full again, rounded up."""
         return -(-self.deficit // self._limit.tokens)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         if hits > self._limit.capacity:
             return self.full_in_us
         missing = self.deficit + hits * self._limit.period_us - self._limit.ceiling

@@ -95,7 +95,7 @@ class FixedWindow(Bucket):
         """Microseconds until the next window begins."""
         return self._end_us - self.at_us
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         return 0 if self.count + hits <= self._limit.requests else self.full_in_us
 
     def advance(self, now_us: int) -> None:
@@ -313,7 +313,7 @@ class SlidingWindow(Bucket):
         """Microseconds until the last slot that holds something is out of the period."""
         return max(0, self._last_leaves_us - self.at_us)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         count, fits_us = self.count, self.at_us
         for leaves_us, tokens in sorted(self._counting(self.at_us)):
             if count + hits <= self._limit.requests:

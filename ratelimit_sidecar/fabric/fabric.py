@@ -54,14 +54,14 @@ class FabricStatus:
         failed: that were not.
         token: of the lease that this sidecar holds as the gateway; 0 when it does not.
         terms: how often it became the gateway.
-        trouble: why nothing is shared; "" when it is.
+        degraded_reason: why nothing is shared; "" when it is.
     """
 
     ticks: int = 0
     failed: int = 0
     token: int = 0
     terms: int = 0
-    trouble: str = ""
+    degraded_reason: str = ""
 
 
 class Fabric:
@@ -127,8 +127,8 @@ class Fabric:
         else:
             self.status.ticks += 1
             self._wait_seconds = FIRST_WAIT_SECONDS
-            if self.status.trouble:
-                self.status.trouble = ""
+            if self.status.degraded_reason:
+                self.status.degraded_reason = ""
                 _log.info("shared_again")
 
     async def _share_forever(self) -> None:
@@ -137,7 +137,7 @@ class Fabric:
             began = clock()
             await self.share()
             left = TICK_SECONDS - (clock() - began)
-            await asyncio.sleep(self._back_off() if self.status.trouble else max(left, 0))
+            await asyncio.sleep(self._back_off() if self.status.degraded_reason else max(left, 0))
 
     def _back_off(self) -> float:
         seconds = self._wait_seconds
@@ -147,10 +147,10 @@ class Fabric:
     def _failed(self, error: Exception) -> None:
         self.status.failed += 1
         self.sharing.tell_again()
-        trouble = reason_of(error)
-        if trouble != self.status.trouble:
-            self.status.trouble = trouble
-            _log.error("not_shared", reason=trouble, error=str(error) or repr(error))
+        degraded_reason = reason_of(error)
+        if degraded_reason != self.status.degraded_reason:
+            self.status.degraded_reason = degraded_reason
+            _log.error("not_shared", reason=degraded_reason, error=str(error) or repr(error))
 
     async def _share(self, client: Redis) -> None:
         batches = list(self.sharing.batches(self._now_us()))

@@ -347,7 +347,7 @@ class Rules:
         return self._limit_of_key(bucket_key, Consistency.LOCAL)
 
     def strict_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket that peers lend each other shares of; None when there is no such rule here."""
+        """The limit of a bucket of which peers pay each other tokens; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.STRICT)
 
     def __iter__(self) -> Iterator[Rule]:

@@ -89,7 +89,7 @@ class RedisStatus:
         calls, call_seconds: that were answered, and what they took in all.
         waiting: buckets to be written.
         last_us: when all that was waiting was written last, microseconds since the epoch.
-        trouble: why nothing is written; "" when it is.
+        degraded_reason: why nothing is written; "" when it is.
     """
 
     written: int = 0
@@ -99,7 +99,7 @@ class RedisStatus:
     calls: int = 0
     call_seconds: float = 0.0
     last_us: int | None = None
-    trouble: str = ""
+    degraded_reason: str = ""
     waiting_slots: dict[bytes, list[int]] = field(default_factory=dict)
 
     @property
@@ -177,7 +177,7 @@ class RedisState:
             await asyncio.wait([self._loading])
         while True:
             # A failure has the next attempt wait for longer.
-            seconds = self._every_seconds if not self.status.trouble else self._back_off()
+            seconds = self._every_seconds if not self.status.degraded_reason else self._back_off()
             await asyncio.sleep(seconds)
             await self._attempt()
 
@@ -227,15 +227,15 @@ class RedisState:
         self.status.failed += 1
         # Nobody knows what the server has when it is back.
         self._again = self._store.walk()
-        trouble = reason_of(error)
-        if trouble != self.status.trouble:
-            self.status.trouble = trouble
-            _log.error("state_not_kept", reason=trouble, error=str(error) or repr(error))
+        degraded_reason = reason_of(error)
+        if degraded_reason != self.status.degraded_reason:
+            self.status.degraded_reason = degraded_reason
+            _log.error("state_not_kept", reason=degraded_reason, error=str(error) or repr(error))
 
     def _recovered(self) -> None:
         self._wait_seconds = FIRST_WAIT_SECONDS
-        if self.status.trouble:
-            self.status.trouble = ""
+        if self.status.degraded_reason:
+            self.status.degraded_reason = ""
             _log.info("state_kept_again")
 
     async def _ready_client(self) -> _Client:

@@ -102,7 +102,7 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _log.exception("stream_failed", address=stream.address)
+        _log.exception("stream_failed", address=stream.address, **stream.batch_trace)
         stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
 
 
@@ -144,7 +144,7 @@ async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns,
         nonlocal frame
         frame = None
         with _faults_of(stream, now_us):
-            # Before each piece of a batch, too: a peer waits for its pong or a loan no longer than for a piece.
+            # Before each piece of a batch, too: a peer waits for its pong or a payment no longer than for a piece.
             frame = stream.take_frame(now_us())
             return frame is None and stream.write(now_us())
         return False

@@ -234,10 +234,10 @@ class DeltasReader:
             key = self._numbers.key(number)
             if number in self._limits:
                 return key, self._limits[number]
-        elif not 1 <= len(key) <= MAX_KEY_BYTES:
-            raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
-        elif number:
-            self._numbers.hear(number, key)
+        else:
+            check_key(key)
+            if number:
+                self._numbers.hear(number, key)
         try:
             limit = limit_of_key(key)
         except ValueError as error:
@@ -245,6 +245,14 @@ class DeltasReader:
         if number:
             self._limits[number] = limit
         return key, limit
+
+
+def check_key(key: bytes) -> None:
+    """Raises:
+    ProtocolError: bad_key.
+    """
+    if not 1 <= len(key) <= MAX_KEY_BYTES:
+        raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
 
 
 def _check_size(deltas: pb.Deltas) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE
-from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.replication.deltas import check_key
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -32,8 +32,10 @@ _GROUP_BYTES: Final = 12
 
 
 class Demands:
-    """Args:
-    now_us: of the clock of `quotas`.
+    """Writes this node's demands into pings, and reads those of peers.
+
+    Args:
+        now_us: of the clock of `quotas`.
     """
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int]) -> None:
@@ -71,10 +73,7 @@ class Demands:
         now_us = self._now_us()
         unknown_keys = 0
         for demand in demands:
-            if not 1 <= len(demand.key) <= MAX_KEY_BYTES:
-                raise ProtocolError(
-                    Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(demand.key)}"
-                )
+            check_key(demand.key)
             try:
                 is_known = self._quotas.hear(peer, demand.key, _groups(demand), now_us)
             except ValueError as error:

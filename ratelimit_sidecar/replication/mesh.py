@@ -20,9 +20,9 @@ from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer
 from ratelimit_sidecar.replication.progress import Progress
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.refusals import Refusals
 from ratelimit_sidecar.replication.replicator import RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.resolver import Resolver
@@ -83,16 +83,18 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Mesh:
-    """Args:
-    origin: this process.
-    now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
-    steady_us: a clock that never steps; None where `now_us` does not either.
-    peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
-    listen: `host:port`; None to dial only. Port 0 takes a free one.
-    lending: None when no limit is strict.
-    certificate: None for a mesh in plain text.
-    supervisor: of the tasks that run for as long as the mesh does.
-    max_connections: inbound, at once; further ones are closed.
+    """The mesh of one node. Call `start`, then `run`, which lasts until `stop`.
+
+    Args:
+        origin: this process.
+        now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
+        steady_us: a clock that never steps; None where `now_us` does not either.
+        peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
+        listen: `host:port`; None to dial only. Port 0 takes a free one.
+        purses: None when no limit is strict.
+        certificate: None for a mesh in plain text.
+        supervisor: of the tasks that run for as long as the mesh does.
+        max_connections: inbound, at once; further ones are closed.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Mesh:
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
-        lending: Lending | None = None,
+        purses: Purses | None = None,
         demands: Demands | None = None,
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
@@ -118,10 +120,10 @@ class Mesh:
         self._max_connections = max_connections
         self._supervisor = Supervisor() if supervisor is None else supervisor
         self._steady_us = now_us if steady_us is None else steady_us
-        self._lending = lending
-        membership = None if lending is None else lending.membership
+        self._purses = purses
+        membership = None if purses is None else purses.membership
         local = Local(origin, region, version, membership)
-        self._replicator = Replicator(local, store, now_us(), tracer, lending, demands=demands)
+        self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
         self._replicator.has_joined = False
         self._turns = Turns()
         self._progress = Progress()
@@ -176,7 +178,7 @@ class Mesh:
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""
-        return None if self._lending is None else self._lending.status()
+        return None if self._purses is None else self._purses.status()
 
     def status(self) -> list[PeerStatus]:
         """Every peer known by name, then every address that has led to nobody yet and name that is not resolved."""
@@ -446,7 +448,7 @@ class Mesh:
             if peer is None:
                 self._note_refused(stream, claimed, target)
             elif peer not in self._carried.values():
-                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended)
+                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended, **stream.batch_trace)
         return stream
 
     def _note_heard(self, stream: Stream, peer: Peer) -> None:
@@ -456,8 +458,8 @@ class Mesh:
             if peer not in self._carried.values():
                 _log.info("peer_connected", peer=peer.node, region=peer.region, address=stream.address)
             self._carried[stream] = peer
-            if self._lending is not None and self._lending.conflicts_with(peer.node):
-                _log.warning("peer_shows_other_members", peer=peer.node, epoch=self._lending.membership.epoch)
+            if self._purses is not None and self._purses.conflicts_with(peer.node):
+                _log.warning("peer_shows_other_members", peer=peer.node, epoch=self._purses.membership.epoch)
         offset_us = peer.clock_offset_us or 0
         was_skewed, peer.is_skewed = peer.is_skewed, abs(offset_us) > SKEW_US
         if peer.is_skewed and not was_skewed:

@@ -41,7 +41,7 @@ class BatchTracer(Protocol):
 
 
 class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas, asks and returns."""
+    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas and asks."""
 
     def __init__(self, store: Store, node: str) -> None:
         self.node = node
@@ -84,9 +84,9 @@ class Peer:
         self.refused: Counter[Refused] = Counter()
 
     @property
-    def lends(self) -> bool:
-        """True while it can be asked for loans."""
-        return bool(self.streams) and self.streams[0].lends
+    def pays(self) -> bool:
+        """True while it can be asked for tokens of strict limits."""
+        return bool(self.streams) and self.streams[0].pays
 
     def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
         """A batch of its outbox is on its way."""

@@ -4,8 +4,8 @@ Theory of operation. A *peer* is another node, by its id, whatever the streams t
 connection, of which two nodes may have two, as each may dial the other. Both carry deltas inwards, but outwards one of
 them is in use, the first established; when it is lost the next takes over, from the full state on. (Moving to a better
 one would cost a full state and gain nothing: any live stream is as good.) The stream in use also carries what this node
-has to say as a borrower, and the sums of what it holds (`anti_entropy`); a loan is granted, and sums are answered, on
-the stream on which they came. What peers cannot hear from each other is passed on (`relay`).
+asks peers for of strict limits, and the sums of what it holds (`anti_entropy`); an ask is paid, and sums are answered,
+on the stream on which they came. What peers cannot hear from each other is passed on (`relay`).
 
 Everything that affects a peer lives here: who it is (its incarnation), which stream is in use, what it has yet to hear.
 """
@@ -20,15 +20,13 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Refused
-from ratelimit_sidecar.crdt.ledger import Wishes
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
 from ratelimit_sidecar.replication.deltas import DeltasReader, OnNews
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.lending import Lending
-from ratelimit_sidecar.replication.loans import LoanOutbox
 from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.peer import BatchSpan, BatchTracer, Peer
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
@@ -39,8 +37,8 @@ from ratelimit_sidecar.replication.session import (
     DemandsReceived,
     Established,
     Event,
-    LoansReceived,
     Local,
+    PaymentsReceived,
     PeerLeft,
     Session,
     StandingReceived,
@@ -69,7 +67,7 @@ class Replicator:
     Args:
         now_us: the start of the process, or near it.
         tracer: None when nothing is traced.
-        lending: None on a node without strict limits; otherwise `local` shows its membership.
+        purses: None on a node without strict limits; otherwise `local` shows its membership.
         demands: None on a node that gives no quotas.
     """
 
@@ -79,7 +77,7 @@ class Replicator:
         store: Store,
         now_us: int,
         tracer: BatchTracer | None = None,
-        lending: Lending | None = None,
+        purses: Purses | None = None,
         *,
         demands: Demands | None = None,
     ) -> None:
@@ -87,11 +85,11 @@ class Replicator:
         self.demands = demands
         self.store = store
         self.tracer = tracer
-        self.lending = lending
         self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
         """Told of each piece of the journal as the peers are: buckets, and own slots that changed. Does no I/O."""
         self.on_news: Callable[[Bucket, Sequence[Entry]], object] | None = None
         """Told of what peers tell that is new here. Does no I/O."""
+        self.purses = purses
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
@@ -179,10 +177,10 @@ class Replicator:
         return self.summing.is_stepping
 
     def tend(self, now_us: int) -> None:
-        """What a flush does besides: tell lenders what the ledger has to say, find ways around broken links, forget who
+        """What a flush does besides: ask peers for what the ledger wants, find ways around broken links, forget who
         has gone and what is over."""
-        if self.lending is not None:
-            self._borrow(self.lending)
+        if self.purses is not None:
+            self._ask(self.purses)
         self._find_ways(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
@@ -328,8 +326,8 @@ class Replicator:
 
     def _forget(self, node: str) -> None:
         del self.peers[node]
-        if self.lending is not None:
-            self.lending.forget(node)
+        if self.purses is not None:
+            self.purses.forget(node)
 
     def is_settled(self) -> bool:
         """True when every connected peer has acknowledged everything."""
@@ -340,12 +338,14 @@ class Replicator:
         for peer in self.peers.values():
             yield from peer.streams
 
-    def _borrow(self, lending: Lending) -> None:
-        lenders = {peer.node: peer.streams[0] for peer in self.peers.values() if peer.lends}
-        for node, wishes in lending.tick(lenders).items():
-            # A return to a peer out of reach need not arrive: its loan ends by itself.
-            if node in lenders:
-                lenders[node].tell(wishes)
+    def _ask(self, purses: Purses) -> None:
+        outboxes = {
+            peer.node: outbox
+            for peer in self.peers.values()
+            if peer.pays and (outbox := peer.streams[0].payments) is not None
+        }
+        for node in purses.tick(outboxes):
+            self.peers[node].streams[0].wake()
 
 
 class Stream:
@@ -375,13 +375,15 @@ class Stream:
         self._replicator = replicator
         self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
+        self.payments = None if replicator.purses is None else replicator.purses.new_outbox()
         self._demands_told = 0
-        self._loans = LoanOutbox()
         self._reader: DeltasReader | None = None
         self._deltas: pb.Deltas | None = None
         """Those heard last, until they have been applied."""
         self._applying: BatchSpan | None = None
         """The span of that, when it belongs to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -406,9 +408,9 @@ class Stream:
         return self._session.is_over
 
     @property
-    def lends(self) -> bool:
-        """True when loans can be asked for and granted on it."""
-        return self._session.lends
+    def pays(self) -> bool:
+        """True when the ends can ask and pay each other on it."""
+        return self._session.pays
 
     @property
     def compares(self) -> bool:
@@ -459,6 +461,7 @@ class Stream:
             return False
         if is_last:
             self._deltas = None
+            self.batch_trace = {}
             self._end_apply_span()
             if deltas.ends_full_state:
                 peer.full_state_heard = True
@@ -492,6 +495,8 @@ class Stream:
         """To be called a few times a second: pings, and notices a dead peer, which leaves the stream closing."""
         try:
             self._session.check_time(now_us)
+            if self._replicator.purses is not None and self.payments is not None:
+                self._replicator.purses.check_time(self.payments)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
@@ -532,9 +537,9 @@ class Stream:
         return is_owed
 
     def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
-        loans = self._loans.take_frame()
-        if loans is not None:
-            return self._session.send_loans(loans)
+        payments = None if self.payments is None else self.payments.take_frame()
+        if payments is not None:
+            return self._session.send_payments(payments)
         comparison = self._take_comparison(peer)
         if comparison is not None:
             return self._session.send_comparison(comparison)
@@ -559,11 +564,6 @@ class Stream:
             standing.wish = peer.own_wish
             return pb.Frame(standing=standing)
         return self._exchange.take_frame()
-
-    def tell(self, wishes: Wishes) -> None:
-        """Send the peer what the ledger has to say to it."""
-        self._loans.add(wishes)
-        self.wake()
 
     def tell_standing_again(self) -> None:
         """The peer may have missed how this node stands."""
@@ -609,6 +609,7 @@ class Stream:
             case DeltasReceived(deltas):
                 assert self._reader is not None
                 assert self.peer is not None
+                self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
                 self._reader.begin(deltas)
                 self._deltas = deltas
                 self._applying = self.peer.received(deltas, self._replicator.tracer)
@@ -616,8 +617,8 @@ class Stream:
                 assert self.peer is not None
                 for _ in range(frames):
                     self.peer.acknowledged(now_us)
-            case LoansReceived(loans):
-                self._lend(loans)
+            case PaymentsReceived(payments):
+                self._hear_payments(payments)
             case StandingReceived(standing):
                 self._hear_standing(standing, now_us)
             case ComparisonReceived(frame):
@@ -651,14 +652,15 @@ class Stream:
             peer.refused += refused
             refused.clear()
 
-    def _lend(self, loans: pb.Loans) -> None:
-        replicator, peer, lending = self._replicator, self.peer, self._replicator.lending
+    def _hear_payments(self, payments: pb.Payments) -> None:
+        replicator, peer, purses = self._replicator, self.peer, self._replicator.purses
         assert peer is not None
-        assert lending is not None
-        refused = lending.refused
-        replicator.unknown_keys += lending.receive(peer.node, loans, self._loans)
-        if lending.refused > refused:
-            peer.refused[Refused.LOAN] += lending.refused - refused
+        assert purses is not None
+        assert self.payments is not None
+        refused = purses.refused
+        replicator.unknown_keys += purses.receive(peer.node, payments, self.payments)
+        if purses.refused > refused:
+            peer.refused[Refused.PAYMENT] += purses.refused - refused
 
     def _hear_ping(self, event: ClockMeasured | DemandsReceived) -> None:
         peer, replicator = self.peer, self._replicator
@@ -742,8 +744,8 @@ class Stream:
             peer.outbox.open(origin, compares=compares)
             replicator.announce()
             replicator.change_ways()
-        if replicator.lending is not None:
-            replicator.lending.hear(peer.node, who.membership)
+        if replicator.purses is not None:
+            replicator.purses.hear(peer.node, who.membership)
 
     def _leave(self, why: str, now_us: int) -> None:
         """Stop being the peer's stream; another one of the peer's, if there is one, takes over."""
@@ -752,6 +754,8 @@ class Stream:
         # An answer under way refers to its exchange: nothing but a garbage collection would free the two.
         self._deltas = self._exchange = None
         self._end_apply_span()
+        if self._replicator.purses is not None and self.payments is not None:
+            self._replicator.purses.closed(self.payments)
         if peer is None:
             return
         peer.last_error = why
@@ -780,8 +784,6 @@ class Stream:
             peer.rules = 0
             self._replicator.announce()
             self._replicator.change_ways()
-            if self._replicator.lending is not None:
-                self._replicator.lending.lost(peer.node)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

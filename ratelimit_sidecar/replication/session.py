@@ -2,8 +2,8 @@
 
 Theory of operation. Both ends say Hello first and may say anything else once they have heard the other's Hello. From
 then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second; between two that have
-shown each other a membership there are Loans, too, and between two that speak protocol 3 comparisons, of which none is
-acknowledged. The transport keeps order and loses
+shown each other a membership there are Payments, too, and between two that speak protocol 3 comparisons, of which none
+is acknowledged. The transport keeps order and loses
 nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
 
     HELLO --Hello heard--> ESTABLISHED
@@ -27,8 +27,8 @@ from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
     COMPARING_PROTOCOL,
-    LOANS_PROTOCOL,
     MAX_DETAIL_CHARS,
+    PAYING_PROTOCOL,
     PROTOCOL,
     ProtocolError,
     Reason,
@@ -56,6 +56,8 @@ CLOCK_SAMPLES: Final = 8
 
 
 class State(Enum):
+    """How far a session is."""
+
     HELLO = auto()
     ESTABLISHED = auto()
     CLOSING = auto()
@@ -103,10 +105,10 @@ class DeltasAcknowledged:
 
 
 @dataclass(frozen=True, slots=True)
-class LoansReceived:
-    """The peer asks for loans, gives some back, or answers."""
+class PaymentsReceived:
+    """The peer asks for tokens of strict limits, or pays what it was asked for."""
 
-    loans: pb.Loans
+    payments: pb.Payments
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ Event = (
     Established
     | DeltasReceived
     | DeltasAcknowledged
-    | LoansReceived
+    | PaymentsReceived
     | StandingReceived
     | ComparisonReceived
     | ClockMeasured
@@ -169,8 +171,8 @@ class Session:
         self._local = local
         self.state = State.HELLO
         self.peer: Origin | None = None
-        self.lends = False
-        """True when Loans may be sent and received: both ends speak of them and have shown a membership."""
+        self.pays = False
+        """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
         self.compares = False
         """True when both ends know of Standing, comparisons and numbers for keys."""
         self.heard_us = now_us
@@ -267,10 +269,10 @@ class Session:
         frame.deltas.sequence = self._sent
         return frame.SerializeToString()
 
-    def send_loans(self, frame: pb.Frame) -> bytes:
-        """A Loans frame, to be sent now."""
+    def send_payments(self, frame: pb.Frame) -> bytes:
+        """A Payments frame, to be sent now."""
         assert self.state is State.ESTABLISHED
-        assert self.lends
+        assert self.pays
         return frame.SerializeToString()
 
     def send_comparison(self, frame: pb.Frame) -> bytes:
@@ -346,8 +348,8 @@ class Session:
                 return self._receive_hello(frame.hello)
             case "deltas":
                 return self._receive_deltas(frame.deltas)
-            case "loans":
-                return self._receive_loans(frame.loans)
+            case "payments":
+                return self._receive_payments(frame.payments)
             case "ack":
                 return self._receive_ack(frame.ack)
             case "ping" | "pong":
@@ -358,7 +360,7 @@ class Session:
     def _receive_hello(self, hello: pb.Hello) -> Established:
         peer, membership = read_hello(hello), read_membership(hello)
         self.peer = peer
-        self.lends = membership is not None and self._local.membership is not None and hello.protocol >= LOANS_PROTOCOL
+        self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
@@ -370,10 +372,10 @@ class Session:
         self._received = deltas.sequence
         return DeltasReceived(deltas)
 
-    def _receive_loans(self, loans: pb.Loans) -> LoansReceived:
-        if not self.lends:
-            raise ProtocolError(Reason.UNEXPECTED, "loans between nodes of which one has shown no membership")
-        return LoansReceived(loans)
+    def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:
+        if not self.pays:
+            raise ProtocolError(Reason.UNEXPECTED, "payments between nodes of which one has shown no membership")
+        return PaymentsReceived(payments)
 
     def _receive_comparison(self, kind: str, frame: pb.Frame) -> StandingReceived | ComparisonReceived:
         if not self.compares:

@@ -65,14 +65,14 @@ class MembershipStatus:
 
     Args:
         epoch: of the membership that this node is configured with.
-        home_share: of each strict limit, what is this node's own now, before loans; 0 to 1.
+        home_share: of each strict limit, what is this node's home now; 0 to 1.
         settled: the home share is the one that the membership gives. Before, it is less: the process has just
             started, or not every member has shown this epoch yet.
         conflicts: nodes that show other members under the same epoch: a mistake in the configuration of one of the
             two, during which this one uses the smaller share.
         buckets: strict buckets in memory.
-        loans_granted: asks of peers answered with a loan.
-        loans_received: asks that peers have answered with a loan.
+        payments_sent: asks of peers answered with more than nothing.
+        payments_received: asks that peers have answered with more than nothing.
     """
 
     epoch: int
@@ -80,5 +80,5 @@ class MembershipStatus:
     settled: bool
     conflicts: tuple[str, ...]
     buckets: int
-    loans_granted: int
-    loans_received: int
+    payments_sent: int
+    payments_received: int

@@ -14,17 +14,19 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership, Standing
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """The newest protocol spoken here."""
 
 OLDEST_PROTOCOL: Final = 1
 """The oldest that a peer may insist on."""
 
-LOANS_PROTOCOL: Final = 2
-"""The oldest with Loans: to a peer that speaks an older one they would be no frames at all."""
-
 COMPARING_PROTOCOL: Final = 3
 """The oldest with numbers for keys, Standing, and the frames by which nodes compare what they hold."""
+
+PAYING_PROTOCOL: Final = 4
+"""The oldest with Payments. Older ones have loans of strict shares, and show their members where none is seen here; so
+with such a peer each keeps to its own home.
+"""
 
 MAX_FRAME_BYTES: Final = 1 << 18
 """Well above what `outbox` puts into a batch, so that a peer with other bounds is understood. One that is made for it
@@ -56,8 +58,8 @@ class Reason(StrEnum):
     """Not the name of a bucket."""
     BAD_BASE = "bad_base"
     BAD_SLOT = "bad_slot"
-    BAD_LOAN = "bad_loan"
-    """A loan with a number out of its range."""
+    BAD_PAYMENT = "bad_payment"
+    """An ask or a payment with an amount out of its range."""
     BAD_DIGEST = "bad_digest"
     """A comparison with a number out of its range, or of another number of sums than it must have."""
     TOO_FAST = "too_fast"

@@ -114,9 +114,9 @@ class MembershipStatus(Protocol):
     @property
     def buckets(self) -> int: ...
     @property
-    def loans_granted(self) -> int: ...
+    def payments_sent(self) -> int: ...
     @property
-    def loans_received(self) -> int: ...
+    def payments_received(self) -> int: ...
 
 
 class LoopStatus(Protocol):
@@ -213,6 +213,8 @@ class SpansStatus(Protocol):
     def exported(self) -> int: ...
     @property
     def failed(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
 
 
 class FullestStatus(Protocol):
@@ -238,7 +240,7 @@ class RulesStatus(Protocol):
         """The newest attempt, if it failed."""
 
     @property
-    def trouble(self) -> str:
+    def degraded_reason(self) -> str:
         """Why changes at their source may not be noticed at once; "" when they are."""
 
 
@@ -464,10 +466,10 @@ def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Sn
     return read
 
 
-def _read_loans(at: Snapshot) -> Iterator[Sample]:
+def _read_payments(at: Snapshot) -> Iterator[Sample]:
     if at.membership is not None:
-        yield "", (at.sources.region, "granted"), at.membership.loans_granted
-        yield "", (at.sources.region, "received"), at.membership.loans_received
+        yield "", (at.sources.region, "sent"), at.membership.payments_sent
+        yield "", (at.sources.region, "received"), at.membership.payments_received
 
 
 def _read_part(
@@ -733,7 +735,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "1 while new rules are noticed at once (folders are watched, the xDS server is connected), otherwise 0.",
-        _read_config(lambda rules: not rules.trouble),
+        _read_config(lambda rules: not rules.degraded_reason),
     ),
     Definition(
         "openclaw_request_latency_seconds",
@@ -781,11 +783,16 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_spans_total",
         "counter",
         ("region", "state"),
-        "Spans that have ended, were exported, or failed, as the collector did not take them; the rest waits in the"
-        " SDK's queue or was dropped from it. Absent without tracing.",
+        "Spans that have ended, were exported, failed, as the collector did not take them, or were dropped, as too many"
+        " waited for it. Absent without tracing.",
         _read_part_by(
             lambda sources: sources.spans,
-            lambda spans: {"ended": spans.ended, "exported": spans.exported, "failed": spans.failed},
+            lambda spans: {
+                "ended": spans.ended,
+                "exported": spans.exported,
+                "failed": spans.failed,
+                "dropped": spans.dropped,
+            },
         ),
     ),
     Definition(
@@ -818,6 +825,13 @@ METRICS: tuple[Definition, ...] = (
         _OWN_RULE,
         "Tokens taken on this node; the sum over all nodes is what a limit admitted.",
         _read_rules(lambda counts: counts.tokens),
+    ),
+    Definition(
+        "crdt_token_given_back_total",
+        "counter",
+        _OWN_RULE,
+        "Of the tokens taken those given back on this node: what was held and not used, and resets and grants.",
+        _read_rules(lambda counts: counts.given_back),
     ),
     Definition(
         "ratelimit_hits_total",
@@ -1042,14 +1056,14 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_strict_home_share",
         "gauge",
         ("region",),
-        "Part of each strict limit that is this node's own now, before loans, 0 to 1; absent without sync.members.",
+        "Part of each strict limit that is this node's home now, 0 to 1; absent without sync.members.",
         _read_membership(lambda membership: membership.home_share),
     ),
     Definition(
         "ratelimit_strict_membership_settled",
         "gauge",
         ("region",),
-        "1 while the home share is what sync.members gives; 0 after a start, or until all members show the epoch.",
+        "1 while the home share is what sync.members gives; 0 until all members show the epoch, or just after a start.",
         _read_membership(lambda membership: membership.settled),
     ),
     Definition(
@@ -1063,15 +1077,15 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_strict_buckets",
         "gauge",
         ("region",),
-        "Strict buckets in memory: not full, lent or borrowed, or lately so.",
+        "Strict buckets in memory: not full, or lately so.",
         _read_membership(lambda membership: membership.buckets),
     ),
     Definition(
-        "ratelimit_strict_loans_total",
+        "ratelimit_strict_payments_total",
         "counter",
         ("region", "direction"),
-        "Loans of shares of strict limits, renewals included: granted to peers, or received from them.",
-        _read_loans,
+        "Payments of tokens of strict limits: sent to peers that had asked, or received from them.",
+        _read_payments,
     ),
     Definition(
         "ratelimit_quota_streams",
@@ -1102,12 +1116,12 @@ METRICS: tuple[Definition, ...] = (
         _read_quotas(lambda quotas: quotas.counts.reports),
     ),
     Definition(
-        "ratelimit_quota_report_troubles_total",
+        "ratelimit_quota_report_errors_total",
         "counter",
         ("region", "reason"),
         "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
         "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
-        _read_quotas_by(lambda quotas: quotas.counts.troubles),
+        _read_quotas_by(lambda quotas: quotas.counts.errors),
     ),
     Definition(
         "ratelimit_quota_requests_total",

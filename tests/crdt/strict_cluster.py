@@ -1,4 +1,4 @@
-"""Several replicas of one strict bucket on virtual time: demand, delays, losses, cuts, crashes and skewed clocks.
+"""Several replicas of one strict bucket on virtual time, over streams that close at either end, with any policy.
 
 The oracle is outside: every admission of every replica, at its true time, goes through one bucket that never refuses.
 Its deficit above the capacity is what was admitted beyond `capacity + rate * T` in some interval.
@@ -9,72 +9,87 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from random import Random
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.lending import Loans
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
+from ratelimit_sidecar.crdt.paying import Pay, Paying
+from ratelimit_sidecar.crdt.shares import PARTS, Membership, Shares, Shown, home_parts
+from ratelimit_sidecar.crdt.strict import StrictBucket
 
-TICK_US = 50_000
+TICK_US = 20_000
 START_US = 1_000_000_000
+KEY = b"k"
 
 
-@dataclass
+@dataclass(eq=False)
 class Replica:
+    """One life of it. Its clock is ahead, and runs fast or slow."""
+
     node: str
     skew_us: int
+    drift_ppm: int
     shares: Shares
-    loans: Loans
-    life: int = 1
+    paying: Paying
+    ends: dict[str, list[int]] = field(default_factory=dict)
+    """By peer, its open ends of streams; the first is in use."""
 
     @property
     def bucket(self) -> StrictBucket:
-        return self.loans.bucket
+        return self.paying.bucket
 
 
 @dataclass
 class StrictCluster:
     """Args:
-    delay_us: one way, between any two.
-    drift_ppm: how much faster or slower clocks run at most, each drawn from the seed.
+    delay_us: one way, at most; drawn anew for each message, and each stream keeps its own order.
+    drift_ppm: how much slower or faster clocks run at most, each drawn from the seed.
+    bucket_type: a test breaks the rule by another one.
     """
 
     limit: Limit
     nodes: tuple[str, ...] = ("a", "b", "c")
     seed: int = 0
     delay_us: int = 40_000
-    loss: float = 0.0
     max_skew_us: int = 0
     drift_ppm: int = 0
     weights: dict[str, int] | None = None
+    bucket_type: type[StrictBucket] = StrictBucket
+    counts_late: bool = False
+    """A broken rule: an answer counts though the end of its stream is closed."""
+    pays_twice: bool = False
+    """A broken rule: some answers come twice."""
+    starts_full: bool = False
+    """A broken rule: a restarted replica has a full home."""
+    keeps_twice: bool = False
+    """A broken rule: what was kept at a stop is used by two lives."""
+    is_fixed_delay: bool = True
     now_us: int = START_US
     admitted: dict[str, int] = field(default_factory=dict)
-    denied: dict[str, int] = field(default_factory=dict)
     cut: set[frozenset[str]] = field(default_factory=set)
     replicas: dict[str, Replica] = field(default_factory=dict)
-    most_share: int = 0
-    """Most parts in use at one moment by all replicas."""
-    most_level: int = 0
-    """Most scaled tokens held at one moment by all replicas."""
+    payments: int = 0
     worst: int = 0
-    """Most scaled tokens beyond `capacity + rate * T` in any interval; 0 keeps the promise."""
+    """Most scaled tokens beyond `capacity + rate * T` in any interval, with the rate of the fastest clock; 0 keeps the
+    promise."""
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
         self.membership = Membership(1, self.weights or dict.fromkeys(self.nodes, 1))
         self._events: list[tuple[int, int, Callable[[], None]]] = []
-        self._deficit = 0
-        self._deficit_us = self.now_us
-        self._drift = {node: self.random.randint(-self.drift_ppm, self.drift_ppm) for node in self.nodes}
+        self._deficit, self._deficit_us = 0, self.now_us
+        self._limits = [self.limit]
+        self._ends = 0
+        self._kept: dict[str, int] = {}
+        self._arrived: dict[int, int] = {}
         for node in self.nodes:
-            self.start(node)
+            self.start(node, full=True)
             self.at(self.random.randrange(TICK_US), lambda node=node: self._tick(node))
 
-    def clock_us(self, node: str, skew_us: int) -> int:
+    def clock_us(self, replica: Replica) -> int:
         elapsed_us = self.now_us - START_US
-        return self.now_us + skew_us + elapsed_us * self._drift[node] // 1_000_000
+        return self.now_us + replica.skew_us + elapsed_us * replica.drift_ppm // 1_000_000
 
     def at(self, after_us: int, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now_us + after_us, self.random.getrandbits(60), event))
@@ -84,39 +99,101 @@ class StrictCluster:
         while self._events and self._events[0][0] <= end_us:
             self.now_us, _, event = heapq.heappop(self._events)
             event()
+            self.check()
         self.now_us = end_us
 
-    def start(self, node: str) -> None:
-        """A life of a replica: it remembers nothing."""
+    def start(self, node: str, *, full: bool = False) -> None:
+        """A life of a replica: it remembers nothing. Those of the beginning have run for long."""
         skew_us = self.random.randint(-self.max_skew_us, self.max_skew_us)
-        now_us = self.clock_us(node, skew_us)
-        shares = Shares(self.membership, node, now_us)
-        bucket = StrictBucket(
-            b"k",
-            self.limit,
+        drift_ppm = self.random.randint(-self.drift_ppm, self.drift_ppm)
+        shares = Shares(self.membership, node, 0)
+        replica = Replica(node, skew_us, drift_ppm, shares, None)  # type: ignore[arg-type]
+        now_us = self.clock_us(replica)
+        shares.from_us = now_us
+        self.replicas[node] = replica
+        for other in list(self.replicas.values()):
+            if other is not replica:
+                shares.hear(other.node, shown(other), now_us)
+                other.shares.hear(node, shown(replica), self.clock_us(other))
+        limit = self._limits[-1]
+        bucket = self.bucket_type(
+            KEY,
+            limit,
             Origin(node, 1),
             now_us,
-            home=shares.home_of_key(b"k", self.limit.capacity, shares.from_us),
-            from_us=shares.from_us,
+            home=shares.home_of_key(KEY, limit.capacity, now_us),
+            from_us=0 if full or self.starts_full else now_us,
         )
-        life = self.random.getrandbits(40)
-        self.replicas[node] = Replica(node, skew_us, shares, Loans(bucket, self.random.getrandbits(31)), life)
+        if node in self._kept:
+            bucket.put_back(self._kept[node] if self.keeps_twice else self._kept.pop(node))
+        replica.paying = Paying(bucket, node)
+        for other in list(self.replicas.values()):
+            if other.paying is not None:
+                self._set_home(other)
+        for other in self.replicas.values():
+            if other is not replica:
+                self.connect(node, other.node)
+
+    def stop(self, node: str) -> None:
+        """Cleanly: what its purse has is kept for its next life."""
+        bucket = self.replicas[node].bucket
+        self._kept[node] = bucket.level // bucket.limit.period_us
+        self.crash(node)
 
     def crash(self, node: str) -> None:
-        del self.replicas[node]
-        for replica in self.replicas.values():
-            replica.loans.lost(node)
+        """Its peers notice later."""
+        gone = self.replicas.pop(node)
+        for peer, ends in gone.ends.items():
+            for end in ends:
+                self._close_soon(peer, end ^ 1)
+
+    def connect(self, one: str, other: str) -> None:
+        """One more stream between the two."""
+        if one not in self.replicas or other not in self.replicas:
+            return
+        self._ends += 2
+        self.replicas[one].ends.setdefault(other, []).append(self._ends)
+        self.replicas[other].ends.setdefault(one, []).append(self._ends ^ 1)
+
+    def close(self, node: str, peer: str) -> None:
+        """The node closes the stream in use; the other end notices later."""
+        replica = self.replicas.get(node)
+        ends = replica.ends.get(peer) if replica is not None else None
+        if ends:
+            end = ends[0]
+            self._close(node, end)
+            self._close_soon(peer, end ^ 1)
+
+    def set_limit(self, node: str, limit: Limit) -> None:
+        """Replicas change their rules at different moments; the oracle allows the greatest of them."""
+        self._limits.append(limit)
+        replica = self.replicas.get(node)
+        if replica is not None:
+            replica.bucket.set_limit(limit, self.clock_us(replica))
+            self._set_home(replica)
+
+    def set_membership(self, membership: Membership, node: str) -> None:
+        """Restart the node with another membership."""
+        self.membership = membership
+        if node in self.replicas:
+            self.crash(node)
+        self.start(node)
 
     def take(self, node: str, hits: int = 1) -> bool:
         replica = self.replicas.get(node)
-        if replica is None:
+        if replica is None or not replica.bucket.take(hits, self.clock_us(replica)):
             return False
-        admitted = replica.bucket.take(hits, self.clock_us(node, replica.skew_us))
-        counts = self.admitted if admitted else self.denied
-        counts[node] = counts.get(node, 0) + hits
-        if admitted:
-            self._note(hits)
-        return admitted
+        self.admitted[node] = self.admitted.get(node, 0) + hits
+        rate = self.limit.tokens * (1_000_000 + self.drift_ppm)
+        elapsed_us = self.now_us - self._deficit_us
+        self._deficit = max(0, self._deficit - elapsed_us * rate) + hits * self.limit.period_us * 1_000_000
+        self._deficit_us = self.now_us
+        self.worst = max(self.worst, self._deficit - self.limit.ceiling * 1_000_000)
+        return True
+
+    def take_all(self, node: str) -> None:
+        while self.take(node):
+            pass
 
     def demand(self, node: str, per_second: int, duration_us: int) -> None:
         """Single hits at random instants, `per_second` on average."""
@@ -126,57 +203,115 @@ class StrictCluster:
     def total_admitted(self) -> int:
         return sum(self.admitted.values())
 
-    def _look(self) -> None:
-        """Stricter than the oracle of admissions, as it needs no demand: what the sums of shares and levels come to."""
-        buckets = []
-        for node, replica in self.replicas.items():
-            replica.bucket.advance(self.clock_us(node, replica.skew_us))
-            buckets.append(replica.bucket)
-        self.most_share = max(self.most_share, sum(bucket.share for bucket in buckets))
-        self.most_level = max(self.most_level, sum(max(0, bucket.level) for bucket in buckets))
+    def ask(self, node: str, peer: str, part: float) -> None:
+        """Ask for some of the room, whatever the policy."""
+        replica = self.replicas.get(node)
+        if replica is None or not replica.ends.get(peer):
+            return
+        bucket, end = replica.bucket, self.random.choice(replica.ends[peer])
+        bucket.advance(self.clock_us(replica))
+        room = bucket.ceiling - bucket.level - bucket.room_reserved
+        amount = int(room * part) // bucket.limit.period_us
+        if end not in bucket.reserved and amount > 0:
+            bucket.ask(end, amount)
+            self._send(end, lambda: self._asked_for_any(peer, node, end, amount))
 
-    def _note(self, hits: int) -> None:
-        elapsed_us = self.now_us - self._deficit_us
-        self._deficit = max(0, self._deficit - elapsed_us * self.limit.tokens) + hits * self.limit.period_us
-        self._deficit_us = self.now_us
-        self.worst = max(self.worst, self._deficit - self.limit.ceiling)
+    def check(self) -> None:
+        """Stricter than the oracle, as it needs no demand."""
+        if self.bucket_type is StrictBucket and not self.pays_twice:
+            for replica in self.replicas.values():
+                bucket = replica.bucket
+                assert bucket.level >= 0
+                assert bucket.level + bucket.room_reserved <= bucket.ceiling or not bucket.level
+        assert self.worst <= 0
 
     def _tick(self, node: str) -> None:
         self.at(TICK_US, lambda: self._tick(node))
-        self._look()
         replica = self.replicas.get(node)
         if replica is None:
             return
-        now_us = self.clock_us(node, replica.skew_us)
-        homes = {
-            other: peer.shares.home(peer.shares.from_us)
-            for other, peer in self.replicas.items()
-            if other != node and frozenset((node, other)) not in self.cut
-        }
-        asks, returns = replica.loans.ask(homes, now_us)
-        for lender, returned in returns.items():
-            self._send(node, lender, returned)
-        for lender, ask in asks.items():
-            self._send(node, lender, ask)
+        weights = replica.shares.membership.weights
+        homes = {member: home_parts(weights, member) for member in weights}
+        ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in homes}
+        for peer, ask in replica.paying.asks(ends, homes, self.clock_us(replica)).items():
+            self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
 
-    def _send(self, source: str, target: str, message: Ask | Grant | Return) -> None:
-        lives = self.replicas[source].life, self.replicas[target].life if target in self.replicas else 0
-        if self.random.random() < self.loss:
-            return
-        self.at(self.delay_us, lambda: self._receive(source, target, lives, message))
+    def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
+        replica = self._at(node, end ^ 1)
+        if replica is not None:
+            pay = replica.paying.answer(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
+            self._pay(node, peer, end, pay)
 
-    def _receive(self, source: str, target: str, lives: tuple[int, int], message: Ask | Grant | Return) -> None:
-        replica = self.replicas.get(target)
-        # A stream ends with either process, and with a cut.
-        if replica is None or replica.life != lives[1] or frozenset((source, target)) in self.cut:
+    def _asked_for_any(self, node: str, peer: str, end: int, amount: int) -> None:
+        replica = self._at(node, end ^ 1)
+        if replica is not None:
+            replica.bucket.advance(self.clock_us(replica))
+            self._pay(node, peer, end, Pay(replica.bucket.pay(peer, amount), 0))
+
+    def _pay(self, node: str, peer: str, end: int, pay: Pay) -> None:
+        self.payments += pay.amount > 0
+        lives = self.replicas.get(peer)
+        for _ in range(1 + (self.pays_twice and self.random.random() < 0.3)):
+            self._send(end ^ 1, lambda: self._paid(peer, node, end, pay, lives))
+
+    def _paid(self, node: str, payer: str, end: int, pay: Pay, life: Replica | None) -> None:
+        replica = self._at(node, end)
+        if replica is None and self.counts_late and life is self.replicas.get(node):
+            replica = life
+        if replica is None:
             return
-        now_us = self.clock_us(target, replica.skew_us)
-        if isinstance(message, Ask):
-            grant = replica.loans.answer(source, message, now_us)
-            if source in self.replicas and self.replicas[source].life == lives[0]:
-                self._send(target, source, grant)
-        elif isinstance(message, Grant):
-            replica.loans.granted(source, message, now_us)
-        else:
-            replica.loans.returned(source, message, now_us)
-        self._look()
+        bucket = replica.bucket
+        if self.counts_late or self.pays_twice:
+            bucket.reserved.setdefault(end, pay.amount)
+        replica.paying.paid(payer, end, pay, PARTS, self.clock_us(replica))
+
+    def _at(self, node: str, end: int) -> Replica | None:
+        """The replica, while its end of the stream is open."""
+        replica = self.replicas.get(node)
+        return replica if replica is not None and any(end in ends for ends in replica.ends.values()) else None
+
+    def _send(self, end: int, event: Callable[[], None]) -> None:
+        """In order of the stream's end, and of no other; over a cut nothing comes."""
+        delay_us = self.delay_us if self.is_fixed_delay else self.random.randint(0, self.delay_us)
+        arrives_us = max(self.now_us + delay_us, self._arrived.get(end, 0))
+        self._arrived[end] = arrives_us
+        ways = ((node, peer) for node, replica in self.replicas.items() for peer in replica.ends)
+        pair = next((frozenset(way) for way in ways if end in self.replicas[way[0]].ends[way[1]]), None)
+
+        def arrive() -> None:
+            if pair not in self.cut:
+                event()
+
+        self.at(arrives_us - self.now_us, arrive)
+
+    def _close_soon(self, node: str, end: int) -> None:
+        life = self.replicas.get(node)
+
+        def close() -> None:
+            if self.replicas.get(node) is life:
+                self._close(node, end)
+
+        self.at(self.random.randint(0, 2 * self.delay_us + 1), close)
+
+    def _close(self, node: str, end: int) -> None:
+        replica = self.replicas.get(node)
+        if replica is None:
+            return
+        for ends in replica.ends.values():
+            if end in ends:
+                ends.remove(end)
+        replica.bucket.advance(self.clock_us(replica))
+        replica.bucket.closed(end)
+
+    def _set_home(self, replica: Replica) -> None:
+        now_us, limit = self.clock_us(replica), replica.bucket.limit
+        replica.bucket.set_home(replica.shares.home_of_key(KEY, limit.capacity, now_us), now_us)
+
+
+def shown(replica: Replica) -> Shown:
+    membership = replica.shares.membership
+    return Shown(membership.epoch, membership.weights)
+
+
+def pairs_of(nodes: str) -> list[str]:
+    return ["".join(pair) for pair in combinations(nodes, 2)]

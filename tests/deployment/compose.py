@@ -163,7 +163,7 @@ class Demo:
             await self._until(lambda asked=query: _samples(asked), len(REGIONS), f"Prometheus: {query}", SCRAPED_S)
         await self._until(self._traced, True, "the collector has spans", SCRAPED_S)
         self._say(
-            "Prometheus scrapes all sidecars; each has written its buckets to a file or Valkey; traces come"
+            "Prometheus scrapes all sidecars; each keeps its buckets in a file or in Valkey; the collector gets traces"
         )
 
     async def _traced(self) -> bool:

@@ -40,6 +40,7 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
         "filters/envoy-ext-authz-http.yaml",
         "filters/istio-ratelimit.yaml",
         "llm-tokens/envoy.yaml",
+        "llm-tokens/envoy-holding.yaml",
     ],
 )
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:

@@ -179,7 +179,7 @@ async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is
         assert any(admission.name == "a" and admission.asked_s > killed_s for admission in again)
 
 
-async def test_a_sidecar_that_is_no_member_starts_and_says_that_it_can_only_borrow(tmp_path: Path) -> None:
+async def test_a_sidecar_that_is_no_member_starts_and_says_that_it_has_no_home(tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     async with Children(tmp_path) as children:
         config = {"sync": {"members": {"a": 1, "b": 1}}}

@@ -63,7 +63,7 @@ class Sidecar:
 
     async def share(self) -> None:
         await self.fabric.share()
-        assert self.fabric.status.trouble == ""
+        assert self.fabric.status.degraded_reason == ""
 
     def left(self, name: str = "fixed") -> list[int]:
         left = []
@@ -160,7 +160,7 @@ async def test_while_the_server_is_gone_nothing_is_forgotten(server: RedisServer
         await server.kill()
         a.take("x", 10)
         await a.fabric.share()
-        assert a.fabric.status.trouble == "it cannot be reached"
+        assert a.fabric.status.degraded_reason == "it cannot be reached"
         await server.start()
         for each in (a, b):
             await each.fabric.share()

@@ -130,7 +130,7 @@ def test_hits_of_charge_always_count_into_debt() -> None:
     [bucket] = limiter.store
     assert bucket.debt == 20
     assert limiter.counts["api", "api.tokens"].tokens == 30
-    assert bucket.fits_in_us(1) == 126_000_000
+    assert bucket.retry_after_us(1) == 126_000_000
     assert decide(limiter, make_request({"tokens": "t"}), NOW_US + 126_000_000).overall_code == OK
 
 
@@ -404,9 +404,9 @@ def test_old_rules_and_what_was_made_of_them_are_handed_over_as_they_are() -> No
         decide(limiter, make_request({"a": value}, {"b": value}))
     retired = limiter.use_rules(rules_of(rule("c")))
     assert retired.rules is old
-    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+    assert (len(retired.plans), len(retired.compiled)) == (3, 2)
     decide(limiter, make_request({"c": "1"}))
-    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+    assert (len(retired.plans), len(retired.compiled)) == (3, 2)
 
 
 def test_new_rules_hold_for_what_peers_say_too() -> None:
@@ -470,7 +470,7 @@ def test_after_many_reloads_the_names_of_rules_that_are_gone_are_not_kept(monkey
 
 def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of_what_it_takes() -> None:
     shares = Shares(Membership(1, {"here": 1, "there": 1}), "here", NOW_US - 600_000_000)
-    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None)
     rules = rules_of(rule("a", consistency=Consistency.STRICT))
     limiter = Limiter(rules, Origin("here", 1), None, ledger)
     request = make_request({"a": "1"})
@@ -484,7 +484,7 @@ def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of
 @pytest.mark.parametrize("window", list(Window))
 def test_a_limit_in_the_request_that_is_counted_in_windows_holds_beside_a_strict_token_bucket(window: Window) -> None:
     shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
-    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None)
     rules = rules_of(rule("a", consistency=Consistency.STRICT), override_window=window)
     limiter = Limiter(rules, Origin("here", 1), None, ledger)
     request = with_override(make_request({"a": "1"}), 2, RateLimitUnit.MINUTE)
@@ -494,7 +494,7 @@ def test_a_limit_in_the_request_that_is_counted_in_windows_holds_beside_a_strict
 
 def test_a_step_of_the_clock_refills_no_strict_bucket() -> None:
     shares = Shares(Membership(1, {"here": 1}), "here", NOW_US - 600_000_000)
-    ledger = Ledger(shares, Origin("here", 1), lambda key: None, first_number=0)
+    ledger = Ledger(shares, Origin("here", 1), lambda key: None)
     limiter = Limiter(rules_of(rule("a", consistency=Consistency.STRICT)), Origin("here", 1), None, ledger)
     assert decide(limiter, make_request({"a": "1"}, hits=10)).overall_code == OK
     limiter.jumped_us = 3_600_000_000
@@ -517,7 +517,6 @@ def test_without_any_room_new_keys_of_a_rule_share_one_bucket_and_old_ones_keep_
         shares,
         Origin("here", 1),
         lambda key: None,
-        first_number=0,
         max_buckets=1,
         rule_key=rule_key,
     )

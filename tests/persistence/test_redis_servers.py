@@ -73,7 +73,7 @@ async def test_over_tls_with_certificates_of_both(tmp_path: Path) -> None:
         distrustful = state_in(server, make_store(BEFORE), url=url, tls={**files, "ca": str(tmp_path / "stranger.pem")})
         await distrustful.load()
         await distrustful.close()
-        assert distrustful.status.trouble == "it cannot be reached"
+        assert distrustful.status.degraded_reason == "it cannot be reached"
 
 
 @pytest.mark.long
@@ -205,7 +205,7 @@ async def test_while_a_cluster_moves_slots_to_another_node_nothing_is_lost(clust
                     await clients[0].execute_command("MIGRATE", HOST, target.port, key, 0, 5_000)
                 for client in (clients[1], clients[0], clients[2]):
                     await client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
-            await until(lambda: not state.status.waiting and state.status.trouble == "")
+            await until(lambda: not state.status.waiting and state.status.degraded_reason == "")
             async with asyncio.timeout(WITHIN_S):
                 await state.save()
         left = await left_after_restart(cluster[0], url=url_of(cluster), cluster=True)

@@ -79,7 +79,7 @@ async def left_after_restart(server: RedisServer, **config: object) -> list[int]
     state = state_in(server, store, **config)
     await state.load()
     await state.close()
-    assert state.status.trouble == ""
+    assert state.status.degraded_reason == ""
     return sorted(bucket.remaining for bucket in store)
 
 
@@ -189,7 +189,7 @@ async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:
         async with kept(state):
             await until(lambda: state.status.refused == 1)
         assert await client.get(name) == b"something else"
-    assert state.status.trouble == "", "the others are kept"
+    assert state.status.degraded_reason == "", "the others are kept"
     assert await left_after_restart(server) == []
 
 
@@ -212,13 +212,16 @@ async def test_an_unknown_format_is_neither_read_nor_overwritten(server: RedisSe
         async with kept(state):
             hit(state, store)
             await until(lambda: state.status.failed >= 3)
-            assert state.status.trouble == "its keys are of format '7'; this version reads and writes 1"
+            assert state.status.degraded_reason == "its keys are of format '7'; this version reads and writes 1"
             assert state.status.written == 0
         assert await client.keys() == [b"ratelimit:format"]
 
 
 async def faulty(
-    server: RedisServer, begin: Callable[[], Awaitable[object]], end: Callable[[], Awaitable[object]], trouble: str
+    server: RedisServer,
+    begin: Callable[[], Awaitable[object]],
+    end: Callable[[], Awaitable[object]],
+    degraded_reason: str,
 ) -> None:
     """While a fault lasts it is told of once, and once it is over all is there."""
     store = make_store(BEFORE)
@@ -230,11 +233,11 @@ async def faulty(
             await begin()
             hit(state, store, "meanwhile")
             await until(lambda: state.status.failed >= 3)
-            assert trouble in state.status.trouble
+            assert degraded_reason in state.status.degraded_reason
             hit(state, store, "later")
             assert state.status.waiting >= 1
             await end()
-            await until(lambda: state.status.trouble == "")
+            await until(lambda: state.status.degraded_reason == "")
 
             async def is_all_there() -> bool:
                 return len(await server.names()) == 3
@@ -288,7 +291,7 @@ async def test_a_server_that_hangs_is_waited_for_by_nobody(
 
 
 @pytest.mark.parametrize(
-    ("fault", "mended", "trouble"),
+    ("fault", "mended", "degraded_reason"),
     [
         (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "it is out of memory"),
         (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "it is a read-only replica"),
@@ -296,7 +299,7 @@ async def test_a_server_that_hangs_is_waited_for_by_nobody(
     ],
 )
 async def test_a_server_that_refuses_to_write_is_told_once_it_does(
-    server: RedisServer, fault: tuple[str, ...], mended: tuple[str, ...], trouble: str
+    server: RedisServer, fault: tuple[str, ...], mended: tuple[str, ...], degraded_reason: str
 ) -> None:
     async with server.client() as client:
 
@@ -306,7 +309,7 @@ async def test_a_server_that_refuses_to_write_is_told_once_it_does(
         async def end() -> None:
             await client.execute_command(*mended)
 
-        await faulty(server, begin, end, trouble)
+        await faulty(server, begin, end, degraded_reason)
 
 
 async def test_a_server_that_was_flushed_is_told_everything_again(server: RedisServer) -> None:
@@ -353,9 +356,9 @@ async def test_a_wrong_password_is_told_of_and_a_right_one_found(server: RedisSe
     async with kept(state):
         hit(state, store)
         await until(lambda: state.status.failed >= 2)
-        assert state.status.trouble == "it refuses user or password"
+        assert state.status.degraded_reason == "it refuses user or password"
         file.write_text("right\n")
-        await until(lambda: state.status.written >= 1 and state.status.trouble == "")
+        await until(lambda: state.status.written >= 1 and state.status.degraded_reason == "")
     assert await left_after_restart(server, url=url, password_file=file) == [97]
 
 
@@ -389,7 +392,7 @@ async def test_a_password_that_cannot_be_read_is_told_of(server: RedisServer, tm
     store = make_store(BEFORE)
     state = state_in(server, store, password_file=tmp_path / "nowhere")
     await state.load()
-    assert state.status.trouble == "the file of its password cannot be read: No such file or directory"
+    assert state.status.degraded_reason == "the file of its password cannot be read: No such file or directory"
     await state.close()
 
 
@@ -432,7 +435,7 @@ async def test_a_start_without_the_server_goes_on_and_reads_later(server: RedisS
     late = state_in(server, after)
     with server.hanging():
         await asyncio.wait_for(late.load(), WITHIN_S)
-        assert late.status.trouble == "it does not answer in time"
+        assert late.status.degraded_reason == "it does not answer in time"
         assert len(after) == 0
     async with kept(late):
         await until(lambda: late.status.restored == 1)

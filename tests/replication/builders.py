@@ -5,7 +5,7 @@ from __future__ import annotations
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import LOAN_GUARD_US, LOAN_US, Membership, Shares, Shown
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
@@ -26,8 +26,8 @@ PER_PLAN = Limit(100, SECOND_US, 100)
 
 PAIR = Membership(1, {"a": 1, "b": 1})
 
-SIT_OUT_US = LOAN_US + LOAN_GUARD_US
-"""How long after its start a replica has no home share."""
+SIT_OUT_US = OLD_LOAN_US
+"""How long after its start a replica has no home, when it hears of nobody."""
 
 
 def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM, plan: Limit = PER_PLAN) -> Rules:
@@ -68,10 +68,8 @@ def store_of(local: Local, rules: Rules = RULES) -> Store:
     return Store(local.origin, rules.replicated_limit_of_key)
 
 
-def ledger_of(
-    name: str, membership: Membership, started_us: int, rules: Rules = RULES, *, first_number: int = 0
-) -> Ledger:
-    return Ledger(Shares(membership, name, started_us), Origin(name, 1), rules.strict_limit_of_key, first_number)
+def ledger_of(name: str, membership: Membership, started_us: int, rules: Rules = RULES) -> Ledger:
+    return Ledger(Shares(membership, name, started_us), Origin(name, 1), rules.strict_limit_of_key)
 
 
 def bucket_of(store: Store, value: str, now_us: int, key: str = "user", rules: Rules = RULES) -> Bucket:

@@ -19,8 +19,8 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 
 MS = 1_000
@@ -30,18 +30,17 @@ MAX_REDIAL_US = 400 * MS
 
 
 class Node:
-    """One life of one sidecar. Its clock, the one of loans as well, is `skew_us` ahead of the cluster's."""
+    """One life of one sidecar. Its clock, the one of strict buckets as well, is `skew_us` ahead of the cluster's."""
 
     def __init__(self, cluster: Cluster, name: str, incarnation: int, skew_us: int, rules: Rules) -> None:
         self.cluster = cluster
         self.skew_us = skew_us
         self.rules = rules
-        first_number = cluster.random.getrandbits(31)
-        self.ledger = ledger_of(name, cluster.membership, self.now_us, rules, first_number=first_number)
-        lending = Lending(self.ledger, lambda: self.now_us)
-        self.local = node(name, incarnation, membership=lending.membership)
+        self.ledger = ledger_of(name, cluster.membership, self.now_us, rules)
+        purses = Purses(self.ledger, lambda: self.now_us)
+        self.local = node(name, incarnation, membership=purses.membership)
         self.store = store_of(self.local, rules)
-        self.replicator = Replicator(self.local, self.store, self.now_us, lending=lending)
+        self.replicator = Replicator(self.local, self.store, self.now_us, purses=purses)
         self.is_up = True
 
     @property

@@ -13,9 +13,9 @@ from replication.builders import bucket_of, node, store_of, take
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
 from ratelimit_sidecar.replication.peer import BatchTracer
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -90,7 +90,7 @@ async def sidecar(
     tracer: BatchTracer | None = None,
     clock: Callable[[], int] = now_us,
     steady: Callable[[], int] | None = None,
-    lending: Lending | None = None,
+    purses: Purses | None = None,
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
     supervisor: Supervisor | None = None,
@@ -108,7 +108,7 @@ async def sidecar(
         peers=peers,
         listen=listen,
         tracer=tracer,
-        lending=lending,
+        purses=purses,
         certificate=certificate,
         resolver=resolver,
         supervisor=supervisor,

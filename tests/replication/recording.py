@@ -27,7 +27,7 @@ from replication.builders import (
     store_of,
 )
 
-from ratelimit_sidecar.replication.lending import Lending
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL, Reason
@@ -44,9 +44,9 @@ class Party(Replicator):
     def __init__(self, name: str) -> None:
         self.clock_us = NOW_US
         self.ledger = ledger_of(name, PAIR, NOW_US - 2 * SIT_OUT_US)
-        lending = Lending(self.ledger, lambda: self.clock_us)
-        local = node(name, INCARNATION[name], membership=lending.membership)
-        super().__init__(local, store_of(local), NOW_US, lending=lending)
+        purses = Purses(self.ledger, lambda: self.clock_us)
+        local = node(name, INCARNATION[name], membership=purses.membership)
+        super().__init__(local, store_of(local), NOW_US, purses=purses)
 
     def take(self, value: str, hits: int) -> None:
         bucket_of(self.store, value, self.clock_us).take(hits, self.clock_us, always=True)
@@ -85,7 +85,7 @@ def listener() -> Party:
 
 
 def converse() -> list[tuple[int, bytes]]:
-    """What "a" says to "b" from hello to goodbye: its state, a few changes, loans, pings."""
+    """What "a" says to "b" from hello to goodbye: its state, a few changes, payments, pings."""
     a, b = Party("a"), listener()
     a.take("ann", 5 * PER_USER.capacity)
     said: list[tuple[int, bytes]] = []

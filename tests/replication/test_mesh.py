@@ -43,7 +43,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import dialler, flushing, mesh
-from ratelimit_sidecar.replication.lending import Lending
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import FORGET_US, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
@@ -558,32 +558,33 @@ async def test_a_peers_list_may_name_an_address_twice() -> None:
         assert len(b.mesh.status()) == 1
 
 
-def lending_of(name: str) -> Lending:
+def purses_of(name: str) -> Purses:
     """Of a node that has its home share, a half of each strict limit."""
-    return Lending(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
+    return Purses(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
 
 
-async def test_a_node_in_want_borrows_over_the_mesh_what_another_one_has_to_spare() -> None:
-    borrower, lender = lending_of("a"), lending_of("b")
+async def test_a_node_in_want_is_paid_over_the_mesh_what_another_one_has_to_spare() -> None:
+    here, there = purses_of("a"), purses_of("b")
     async with (
-        sidecar("b", lending=lender) as b,
-        sidecar("a", listen=None, peers=[address_of(b)], lending=borrower) as a,
+        sidecar("b", purses=there) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], purses=here) as a,
     ):
         await a.connected_to("b")
-        bucket = borrower.ledger.bucket(key_of("gold", "plan"), PER_PLAN, now_us())
-        assert not bucket.take(80, now_us())
-        await a.until(lambda: bucket.borrowed_from("b") > 0)
-        assert bucket.take(80, now_us())
+        bucket = here.ledger.bucket(key_of("gold", "plan"), PER_PLAN, now_us())
+        assert bucket.take(bucket.remaining, now_us())
+        assert not bucket.take(30, now_us())
+        await a.until(lambda: here.received > 0)
+        assert bucket.take(10, now_us())
         statuses = [each.mesh.membership_status() for each in (a, b)]
-        assert [status and (status.loans_received, status.loans_granted) for status in statuses] == [(1, 0), (0, 1)]
+        assert [status and (status.payments_received, status.payments_sent) for status in statuses] != [(0, 0), (0, 0)]
 
 
 async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_share() -> None:
     ledger = ledger_of("b", Membership(1, {"a": 1, "b": 3}), now_us() - 2 * SIT_OUT_US)
     with capture_logs() as logs:
         async with (
-            sidecar("a", lending=lending_of("a")) as a,
-            sidecar("b", listen=None, peers=[address_of(a)], lending=Lending(ledger, now_us)) as b,
+            sidecar("a", purses=purses_of("a")) as a,
+            sidecar("b", listen=None, peers=[address_of(a)], purses=Purses(ledger, now_us)) as b,
         ):
             await a.connected_to("b")
             await b.connected_to("a")

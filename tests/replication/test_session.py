@@ -21,7 +21,7 @@ from ratelimit_sidecar.replication.session import (
     DeltasAcknowledged,
     DeltasReceived,
     Established,
-    LoansReceived,
+    PaymentsReceived,
     PeerLeft,
     Session,
     StandingReceived,
@@ -56,7 +56,7 @@ def new_session() -> Session:
     return Session(node("a"), NOW_US)
 
 
-def lending_session(**fields: object) -> Session:
+def paying_session(**fields: object) -> Session:
     """Its node has a membership; the peer has said hello."""
     session = Session(node("a", membership=MEMBERSHIP), NOW_US)
     session.receive(hello(**fields), NOW_US)
@@ -160,29 +160,29 @@ def test_whatever_membership_can_be_configured_is_within_those_bounds() -> None:
     assert config.MAX_EPOCH <= MAX_EPOCH
 
 
-def test_nodes_that_have_shown_each_other_a_membership_send_each_other_loans() -> None:
-    session = lending_session(membership=membership(b=1))
-    loans = pb.Loans(asks=[pb.LoanAsk(key=b"k", number=1, parts=2)])
-    assert session.receive(frame(loans=loans), NOW_US) == LoansReceived(loans)
-    assert session.send_loans(pb.Frame(loans=loans)) == frame(loans=loans)
+def test_nodes_that_have_shown_each_other_a_membership_pay_each_other() -> None:
+    session = paying_session(membership=membership(b=1))
+    payments = pb.Payments(asks=[pb.Ask(key=b"k", amount=2)])
+    assert session.receive(frame(payments=payments), NOW_US) == PaymentsReceived(payments)
+    assert session.send_payments(pb.Frame(payments=payments)) == frame(payments=payments)
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"protocol": 1, "membership": membership(b=1)}], ids=["no membership", "older protocol"]
+    "fields", [{}, {"protocol": 3, "membership": membership(b=1)}], ids=["no membership", "older protocol"]
 )
-def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_loans_neither_gets_nor_sends_any(
+def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_payments_neither_gets_nor_sends_any(
     fields: dict[str, object],
 ) -> None:
-    session = lending_session(**fields)
-    assert not session.lends
-    assert_closes_after_hello(session, frame(loans=pb.Loans()))
+    session = paying_session(**fields)
+    assert not session.pays
+    assert_closes_after_hello(session, frame(payments=pb.Payments()))
 
 
-def test_a_node_without_membership_takes_no_loans_of_a_peer_that_has_one() -> None:
+def test_a_node_without_membership_takes_no_payments_of_a_peer_that_has_one() -> None:
     session = new_session()
     session.receive(hello(membership=membership(b=1)), NOW_US)
-    assert not session.lends
-    assert_closes_after_hello(session, frame(loans=pb.Loans()))
+    assert not session.pays
+    assert_closes_after_hello(session, frame(payments=pb.Payments()))
 
 
 def assert_closes_after_hello(session: Session, raw: bytes) -> None:

@@ -11,7 +11,8 @@ from replication.builders import NOW_US, SECOND_US, SIT_OUT_US, key_of, rules_wi
 from replication.cluster import MS, Cluster, Node
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import LOAN_US, PARTS, Membership, home_parts
+from ratelimit_sidecar.crdt.shares import PARTS, Membership, home_parts
+from ratelimit_sidecar.crdt.strict import StrictBucket
 
 PLAN = key_of("gold", "plan")
 
@@ -52,21 +53,30 @@ class StrictCluster(Cluster):
             self.after(self.random.randrange(for_us), lambda: self.take(name))
 
     def share(self, name: str) -> float:
-        """What the node uses of the limit now, home and borrowed."""
+        """The node's home of the limit now."""
         return share_of(self[name]) / PARTS
 
     def _look(self) -> None:
         """Sees more than the oracle, as it needs no demand."""
         running = [each for each in self if each.is_up]
         self.most_share = max(self.most_share, sum(map(share_of, running)))
-        self.most_level = max(self.most_level, sum(bucket.level for each in running for bucket in each.ledger))
+        buckets = [bucket for each in running if (bucket := bucket_of(each)) is not None]
+        self.most_level = max(self.most_level, sum(bucket.level for bucket in buckets))
         self.after(10 * MS, self._look)
 
 
+def bucket_of(each: Node) -> StrictBucket | None:
+    """To walk through the ledger would be most of the work of a test."""
+    paying = each.ledger._all.get(PLAN)
+    return None if paying is None else paying.bucket
+
+
 def share_of(each: Node) -> int:
-    for bucket in each.ledger:
+    bucket = bucket_of(each)
+    if bucket is not None:
         bucket.advance(each.now_us)
-        return bucket.share
+        assert max(0, bucket.level) + bucket.room_reserved <= bucket.ceiling or not bucket.level
+        return bucket.home
     limit = each.rules.strict_limit_of_key(PLAN)
     assert limit is not None
     return each.ledger.shares.home_of_key(PLAN, limit.capacity, each.now_us)
@@ -82,7 +92,6 @@ def run_faults(seed: int) -> StrictCluster:
     names = "abcd"[: draw.randint(2, 4)]
     delay_us = draw.choice([(MS, 2 * MS), (5 * MS, 80 * MS), (300 * MS, 700 * MS)])
     cluster = StrictCluster(seed, names, limit, delay_us=delay_us, skew_us=500 * MS)
-    # Home shares begin 2.5 s after a start.
     cluster.run(draw.randint(SECOND_US, 2 * SIT_OUT_US))
     for _ in range(6):
         busy = draw.sample(names, draw.randint(1, 2))
@@ -111,9 +120,8 @@ def restart(cluster: Cluster, name: str, after_us: int) -> None:
         cluster.after(after_us, lambda: cluster.start(name))
 
 
-def loans_of(cluster: Cluster) -> int:
-    statuses = [each.replicator.lending.status() for each in cluster if each.replicator.lending is not None]
-    return sum(status.loans_received for status in statuses)
+def payments_of(cluster: Cluster) -> int:
+    return sum(each.replicator.purses.received for each in cluster if each.replicator.purses is not None)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -124,10 +132,10 @@ def test_whatever_happens_nothing_is_admitted_beyond_the_limit(seed: int) -> Non
     assert cluster.most_level <= cluster.limit.ceiling * PARTS
 
 
-def test_those_schedules_are_about_loans() -> None:
-    """Lest the promise be kept by never borrowing."""
+def test_those_schedules_are_about_payments() -> None:
+    """Lest the promise be kept by never paying."""
     clusters = [run_faults(seed) for seed in range(8)]
-    assert sum(map(loans_of, clusters)) > 50
+    assert sum(map(payments_of, clusters)) > 50
     assert sum(sum(cluster.admitted.values()) for cluster in clusters) > 1_000
 
 
@@ -164,58 +172,46 @@ def test_a_limit_of_as_many_tokens_as_there_are_nodes_admits_what_it_says() -> N
     assert cluster.worst <= 0
 
 
-def test_a_node_cut_off_serves_its_home_share_once_its_loans_have_ended_and_borrows_again_when_it_is_back() -> None:
+def test_a_node_cut_off_serves_its_home_and_is_paid_again_when_it_is_back() -> None:
     cluster = settled(2, "abc")
     cluster.demand("a", 1_000, 30 * SECOND_US)
-    cluster.run(3 * SECOND_US)
-    assert cluster.share("a") > 0.9
     cluster.cut("a", "b")
     cluster.cut("a", "c")
-    cluster.run(LOAN_US)
-    assert cluster.share("a") == pytest.approx(1 / 3, abs=0.01)
+    cluster.run(7 * SECOND_US)
     before = cluster.admitted["a"]
     cluster.run(6 * SECOND_US)
-    assert cluster.admitted["a"] - before == pytest.approx(200, abs=4)
+    assert cluster.admitted["a"] - before == pytest.approx(200, abs=6)
     cluster.heal_all()
     cluster.run(3 * SECOND_US)
-    assert cluster.share("a") > 0.9
+    before = cluster.admitted["a"]
+    cluster.run(6 * SECOND_US)
+    assert cluster.admitted["a"] - before >= 0.95 * 600
     assert cluster.worst <= 0
 
 
-def test_a_crash_of_a_lender_costs_its_share_until_its_next_life_has_sat_out_the_former_ones_loans() -> None:
+def test_a_restarted_node_has_what_refills_as_soon_as_it_is_connected() -> None:
     cluster = settled(3, "abc")
-    cluster.demand("a", 1_000, 20 * SECOND_US)
-    cluster.run(3 * SECOND_US)
     cluster.crash("b")
+    cluster.run(10 * SECOND_US)
     cluster.start("b")
-    cluster.run(SIT_OUT_US - SECOND_US // 10)
-    assert cluster.share("b") == 0
-    assert cluster.share("a") < 0.7
     cluster.run(2 * SECOND_US)
-    assert cluster.share("a") > 0.9
+    assert cluster.share("b") > 0
+    cluster.demand("b", 1_000, 5 * SECOND_US)
+    cluster.run(5 * SECOND_US)
+    assert cluster.admitted["b"] >= 0.95 * 500
     assert cluster.worst <= 0
 
 
-def test_the_stream_that_takes_over_carries_the_loans_on() -> None:
+def test_the_stream_that_takes_over_carries_the_payments_on() -> None:
     cluster = settled(4, "ab")
-    cluster.demand("a", 1_000, 20 * SECOND_US)
+    cluster.demand("a", 1_000, 10 * SECOND_US)
     cluster.run(2 * SECOND_US)
     in_use, other = cluster["a"].peer("b").streams
     next(end for end in cluster.ends_at("a") if end.stream is in_use).hang_up()
     assert cluster["a"].peer("b").streams == [other]
-    for _ in range(40):
-        cluster.run(100 * MS)
-        assert cluster.share("a") > 0.9
-
-
-def test_a_tenant_that_falls_silent_leaves_its_share_to_others_at_once() -> None:
-    cluster = settled(5, "ab")
-    cluster.demand("a", 1_000, 3 * SECOND_US)
-    cluster.run(3 * SECOND_US)
-    assert cluster.share("a") > 0.9
-    # Demand is what was asked for in the last half second to a second.
-    cluster.run(SECOND_US + 200 * MS)
-    assert cluster.share("a") == cluster.share("b") == 0.5
+    before = cluster.admitted["a"]
+    cluster.run(5 * SECOND_US)
+    assert cluster.admitted["a"] - before >= 0.95 * 500
 
 
 def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_limit() -> None:
@@ -227,10 +223,9 @@ def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_
         cluster.crash(name)
         cluster.start(name)
         cluster.run(3 * SECOND_US)
-        assert cluster[name].ledger.shares.home(cluster[name].now_us) == home_parts(new if name != "a" else old, name)
-    cluster.run(SIT_OUT_US)
+        assert cluster[name].ledger.shares.home(cluster[name].now_us) >= home_parts(new if name != "a" else old, name)
     for each in cluster:
-        status = each.replicator.lending and each.replicator.lending.status()
+        status = each.replicator.purses and each.replicator.purses.status()
         assert status
         assert (status.epoch, status.settled, status.conflicts) == (2, True, ())
         assert status.home_share == pytest.approx(new[each.local.origin.node] / 6)

@@ -39,7 +39,7 @@ ENTRIES_PER_BUCKET = 200
 """What a node may keep of one bucket for one peer: its slots of the longest that an unread stream lives, twice."""
 
 ENTRIES_PER_PEER = 2_000
-"""What it may keep for one peer besides: batches on their way and their keys, streams, pings, loans."""
+"""What it may keep for one peer besides: batches on their way and their keys, streams, pings, payments."""
 
 ENTRIES_PER_NODE = 4 * RANGES
 """What it may keep for all peers: the sums of every range, of two comparisons done and one under way."""
@@ -129,9 +129,9 @@ class Cluster:
         return sum(oracle.overshoots for oracle in self._oracles.values())
 
     @property
-    def loans(self) -> int:
+    def payments(self) -> int:
         """Granted by the lives that still are."""
-        return sum(node.lending.loans_granted for node in self.live)
+        return sum(node.purses.paid for node in self.live)
 
     def run(self, for_us: int) -> None:
         self.loop.run(for_us)
@@ -411,10 +411,13 @@ class Cluster:
         capacities: dict[bytes, list[int]] = {}
         for node in self.live:
             strict_us = node.clock.strict_us()
-            for bucket in node.ledger:
+            for bucket in node.ledger.walk():
                 bucket.advance(strict_us)
-                shares[bucket.key] += bucket.share
+                shares[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
+                held = max(0, bucket.level) + bucket.room_reserved
+                if held > bucket.ceiling and bucket.level > 0:
+                    raise BrokenPromise(f"strict: level and reserved room of {bucket.key!r} exceed the home")
                 levels[bucket.key] += max(0, bucket.level) * SECOND_US // bucket.limit.period_us
         for key, share in shares.items():
             # Homes are whole tokens: of different capacities, while rules are rolled out, other parts of the whole.

@@ -14,7 +14,7 @@ from simulation.loop import MS, SECOND_US
 from simulation.network import End
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.ledger import MAX_FIRST_NUMBER, Ledger
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -27,8 +27,8 @@ from ratelimit_sidecar.replication.dialler import (
     MAX_REDIAL_SECONDS,
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
-from ratelimit_sidecar.replication.lending import Lending
 from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, GOODBYE_SECONDS
+from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator, Stream
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.wire import Reason
@@ -90,14 +90,14 @@ class Node:
         self.protocol_errors: Counter[str] = Counter()
         now_us = self.clock.now_us()
         self.origin = Origin(name, draw.getrandbits(63) + 1)
+
         shares = Shares(membership, name, now_us)
-        first_number = draw.randrange(MAX_FIRST_NUMBER)
-        self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, first_number, rule_key=rule_key)
+        self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, rule_key=rule_key)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
-        self.lending = Lending(self.ledger, self.clock.strict_us)
-        local = Local(self.origin, f"region of {name}", "0", self.lending.membership)
-        self.replicator = Replicator(local, self.store, now_us, lending=self.lending)
+        self.purses = Purses(self.ledger, self.clock.strict_us)
+        local = Local(self.origin, f"region of {name}", "0", self.purses.membership)
+        self.replicator = Replicator(local, self.store, now_us, purses=self.purses)
         self.replicator.use_rules(rules.digest)
         self._targets = {target: _Target(target) for target in targets}
         self._ticks = draw.randrange(SLEW_TICKS)

@@ -44,7 +44,7 @@ class Outcome:
     decisions: int
     admitted: int
     drains: int
-    loans: int
+    payments: int
     overshoots: int
     converged_us: int
 
@@ -72,7 +72,7 @@ def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[st
             cluster.decisions,
             cluster.admitted,
             cluster.drains,
-            cluster.loans,
+            cluster.payments,
             cluster.overshoots,
             converged_us,
         )

@@ -70,7 +70,11 @@ class Busy:
             fresh = request(self.cluster.editions.second, 1, ("user", f"of {taker}"))
             self.cluster.take(taker, fresh)
             self.cluster.run(SECOND_US)
-            assert not [each for each in self.cluster.unknown() if each[1].tokens == 1]
+            taken = [(self.cluster.nodes[taker].origin, 1)]
+            for node in self.cluster.live:
+                bucket = node.store.get(fresh.descriptors[0].bucket_key)
+                assert bucket is not None, f"{node.name} does not know what {taker} took"
+                assert [(entry.origin, entry.tokens) for entry in bucket.entries()] == taken, node.name
 
 
 def most(rule: str, for_us: int) -> int:

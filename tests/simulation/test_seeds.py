@@ -12,7 +12,7 @@ from simulation.oracles import BrokenPromise
 from simulation.run import Outcome, failure_of, replay, run_seed
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.strict import Grant, StrictBucket
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.replicator import Replicator
@@ -59,7 +59,7 @@ def test_those_runs_are_about_something() -> None:
     outcomes = assert_promises_are_kept(range(20))
     assert sum(outcome.decisions for outcome in outcomes) > 20 * 100
     assert 0.3 < sum(outcome.admitted for outcome in outcomes) / sum(outcome.decisions for outcome in outcomes) < 0.95
-    assert sum(outcome.loans for outcome in outcomes) > 20
+    assert sum(outcome.payments for outcome in outcomes) > 20
     assert sum(outcome.drains for outcome in outcomes) > 1
     assert sum(outcome.frames for outcome in outcomes) > 20 * 200
     assert sum(outcome.overshoots for outcome in outcomes) > 5
@@ -120,11 +120,11 @@ def shows_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Outbox, "lag_us", lambda _self, _now_us: 0)
 
 
-def lends_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lend(_self: StrictBucket, _borrower: str, ask: object, parts: int, available: int, _now_us: int) -> Grant:
-        return Grant(ask.number, parts, 0, available)  # type: ignore[attr-defined]
+def pays_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pay(bucket: StrictBucket, _peer: str, amount: int) -> int:
+        return max(0, min(amount, bucket.level // bucket.limit.period_us))
 
-    monkeypatch.setattr(StrictBucket, "lend", lend)
+    monkeypatch.setattr(StrictBucket, "pay", pay)
 
 
 def admits_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
         (never_hears, "convergence|lag|clean stop"),
         (forgets_what_was_cut_off, "convergence|lag"),
         (shows_no_lag, "lag"),
-        (lends_what_it_keeps, "strict"),
+        (pays_what_it_keeps, "strict"),
         (admits_everything, "eventual|local"),
         (leaves_without_a_word, "clean stop"),
         (keeps_every_change, "memory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
@@ -93,8 +95,15 @@ class Log:
 class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
     last_success_us: int | None = NOW_US
-    trouble: str = ""
+    degraded_reason: str = ""
     rejected: object | None = None
+
+
+COUNTERS_OF_A_NAME = 10
+GAUGES_OF_A_RULE = 4
+SERIES_OF_A_PEER = 20
+OTHER_SERIES = 100
+"""At most."""
 
 
 def sources(
@@ -120,7 +129,7 @@ def sources(
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
-        spans=SpanCounts(ended=9, exported=5, failed=3),
+        spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
@@ -155,10 +164,12 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
-def test_spans_that_have_ended_and_were_exported_or_failed_are_counted() -> None:
+def test_spans_that_have_ended_and_what_became_of_them_is_counted() -> None:
     registry = create_registry(busy_sources())
-    states = [sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed")]
-    assert states == [9, 5, 3]
+    states = [
+        sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed", "dropped")
+    ]
+    assert states == [9, 4, 3, 2]
 
 
 def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
@@ -322,8 +333,8 @@ def test_who_shares_strict_limits_is_shown() -> None:
     registry = create_registry(busy_sources())
     for name, value in {"home_share": 0.25, "membership_settled": 1, "membership_conflicts": 1, "buckets": 7}.items():
         assert sample(registry, f"ratelimit_strict_{name}", region="us-east-1") == value, name
-    for direction, value in {"granted": 11, "received": 13}.items():
-        assert sample(registry, "ratelimit_strict_loans_total", region="us-east-1", direction=direction) == value
+    for direction, value in {"sent": 11, "received": 13}.items():
+        assert sample(registry, "ratelimit_strict_payments_total", region="us-east-1", direction=direction) == value
 
 
 def test_where_no_limit_can_be_strict_nothing_is_shown_of_shares() -> None:
@@ -520,6 +531,29 @@ async def test_an_hour_of_random_values_leaves_the_series_as_many_as_they_were()
     fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
 
     assert await series() == before
+
+
+@pytest.mark.long
+async def test_an_hour_of_random_values_in_names_leaves_the_series_under_the_stated_bound() -> None:
+    """docs/observability.md states it."""
+    detailed = Rule("edge.user", TWO_A_MINUTE, metric_of_values=True)
+    limiter = small_limiter(Rules({"edge": RuleNode(key_only={"user": RuleNode(detailed)})}))
+    fullest = FullestBuckets(limiter.store)
+    peers = [peer()]
+    registry = create_registry(sources(limiter, peers=peers, fullest=fullest))
+    bound = COUNTERS_OF_A_NAME * (MAX_NAMES + 1) + GAUGES_OF_A_RULE + SERIES_OF_A_PEER * len(peers) + OTHER_SERIES
+    values = random.Random(23)
+
+    sent = 0
+    for second in range(3_600):
+        for _ in range(5):
+            limiter.decide(request(("user", f"{values.getrandbits(64):x}")), NOW_US + second * 1_000_000)
+            sent += 1
+    fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
+
+    series = sum(not line.startswith(b"#") for line in (await encoded(registry, "")).splitlines())
+    assert sent > MAX_NAMES
+    assert series <= bound
 
 
 def test_every_metric_names_the_region() -> None:

@@ -1,7 +1,4 @@
-"""`strict`, shares and loans: the real buckets and lending of the sidecar, with messages in place of frames.
-
-Equal home shares. Every flush each region looks at its demand and asks, returns or answers as `crdt/lending.py` says.
-"""
+"""`strict`, purses: the real buckets and payments of the sidecar, with messages in place of frames. Equal homes."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ from functools import partial
 
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.lending import Loans
-from ratelimit_sidecar.crdt.shares import LOAN_US, home_parts, home_parts_of_key
-from ratelimit_sidecar.crdt.strict import Ask, Grant, Return, StrictBucket
+from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
+from ratelimit_sidecar.crdt.shares import home_parts, home_parts_of_key
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.session import SILENCE_US
 
 RECONNECT_US = 1_000_000
@@ -24,59 +21,61 @@ class Strict(LocalPolicy):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        timeline, names = setup.timeline, setup.network.topology.regions
+        timeline, names, limit = setup.timeline, setup.network.topology.regions, setup.limit
         key, weights = b"the limit", dict.fromkeys(names, 1)
-        home = home_parts(weights, names[0])
-        # The regions were started long ago: their shares are theirs, and full.
-        limit = setup.limit
-        began_us = timeline.now_us - limit.ceiling // limit.tokens - 2 * LOAN_US
-        homes = [home_parts_of_key(weights, name, key, limit.capacity) for name in names]
-        self._buckets = [
-            StrictBucket(key, limit, Origin(name, 1), began_us, home=each, from_us=began_us)
-            for name, each in zip(names, homes, strict=True)
+        # The regions were started long ago: their homes are full.
+        began_us = timeline.now_us - limit.ceiling // limit.tokens - 1_000_000
+        self._names = names
+        self._homes = {name: home_parts(weights, name) for name in names}
+        self._most = [home_parts_of_key(weights, name, key, limit.capacity) for name in names]
+        self._purses = [
+            Paying(StrictBucket(key, limit, Origin(name, 1), began_us, home=home, from_us=began_us), name)
+            for name, home in zip(names, self._most, strict=True)
         ]
-        self._loans = [Loans(bucket, setup.random.getrandbits(31)) for bucket in self._buckets]
-        self._homes = [{peer: home for peer in names if peer != name} for name in names]
-        for region in setup.regions:
-            timeline.every(FLUSH_US, timeline.now_us + setup.random.randrange(FLUSH_US), partial(self._flush, region))
+        self._ends = 0
+        self._open: list[dict[str, int]] = [{} for _ in names]
+        for one in setup.regions:
+            for other in range(one):
+                self._connect(one, other)
+            timeline.every(FLUSH_US, timeline.now_us + setup.random.randrange(FLUSH_US), partial(self._flush, one))
         for cut in setup.network.cuts:
             if cut.ends_connections:
-                timeline.at(cut.start_us + SILENCE_US, partial(self._part, cut.parts))
-                timeline.at(cut.end_us + RECONNECT_US, partial(self._rejoin, cut.parts, home))
+                timeline.at(cut.start_us + SILENCE_US, partial(self._each_parted, cut.parts, self._part))
+                timeline.at(cut.end_us + RECONNECT_US, partial(self._each_parted, cut.parts, self._connect))
 
     def take(self, region: int, now_us: int) -> bool:
-        return self._buckets[region].take(1, now_us)
+        return self._purses[region].bucket.take(1, now_us)
 
     def _flush(self, region: int) -> None:
-        names, network = self.setup.network.topology.regions, self.setup.network
-        asks, returns = self._loans[region].ask(self._homes[region], self.setup.timeline.now_us)
+        ends = self._open[region]
+        asks = self._purses[region].asks(ends, self._homes, self.setup.timeline.now_us)
         for peer in self.setup.regions:
-            if (ask := asks.get(names[peer])) is not None:
-                network.send(region, peer, partial(self._asked, peer, region, ask))
-            if (returned := returns.get(names[peer])) is not None:
-                network.send(region, peer, partial(self._returned, peer, names[region], returned))
+            if (ask := asks.get(self._names[peer])) is not None:
+                end = ends[self._names[peer]]
+                self.setup.network.send(region, peer, partial(self._asked, peer, region, end, ask))
 
-    def _asked(self, region: int, borrower: int, ask: Ask) -> None:
-        names, now_us = self.setup.network.topology.regions, self.setup.timeline.now_us
-        grant = self._loans[region].answer(names[borrower], ask, now_us)
-        self.setup.network.send(region, borrower, partial(self._granted, borrower, names[region], grant))
+    def _asked(self, region: int, peer: int, end: int, ask: Ask) -> None:
+        if self._open[region].get(self._names[peer]) == end:
+            pay = self._purses[region].answer(self._names[peer], ask, self.setup.timeline.now_us)
+            self.setup.network.send(region, peer, partial(self._paid, peer, region, end, pay))
 
-    def _granted(self, region: int, lender: str, grant: Grant) -> None:
-        self._loans[region].granted(lender, grant, self.setup.timeline.now_us)
+    def _paid(self, region: int, payer: int, end: int, pay: Pay) -> None:
+        if self._open[region].get(self._names[payer]) == end:
+            now_us = self.setup.timeline.now_us
+            self._purses[region].paid(self._names[payer], end, pay, self._most[payer], now_us)
 
-    def _returned(self, region: int, borrower: str, returned: Return) -> None:
-        self._loans[region].returned(borrower, returned, self.setup.timeline.now_us)
-
-    def _part(self, parts: Callable[[int, int], bool]) -> None:
+    def _each_parted(self, parts: Callable[[int, int], bool], do: Callable[[int, int], None]) -> None:
         for one in self.setup.regions:
-            for other in self.setup.regions:
+            for other in range(one):
                 if parts(one, other):
-                    name = self.setup.network.topology.regions[other]
-                    del self._homes[one][name]
-                    self._loans[one].lost(name)
+                    do(one, other)
 
-    def _rejoin(self, parts: Callable[[int, int], bool], home: int) -> None:
-        for one in self.setup.regions:
-            for other in self.setup.regions:
-                if parts(one, other):
-                    self._homes[one][self.setup.network.topology.regions[other]] = home
+    def _connect(self, one: int, other: int) -> None:
+        self._ends += 1
+        self._open[one][self._names[other]] = self._open[other][self._names[one]] = self._ends
+
+    def _part(self, one: int, other: int) -> None:
+        for region, peer in ((one, other), (other, one)):
+            bucket = self._purses[region].bucket
+            bucket.advance(self.setup.timeline.now_us)
+            bucket.closed(self._open[region].pop(self._names[peer]))

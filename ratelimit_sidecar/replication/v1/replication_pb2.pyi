@@ -17,30 +17,30 @@ RECENT: Wish
 EVERYTHING: Wish
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "loans", "standing", "digest", "summary", "pull")
+    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "standing", "digest", "summary", "pull", "payments")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
-    LOANS_FIELD_NUMBER: _ClassVar[int]
     STANDING_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
+    PAYMENTS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     deltas: Deltas
     ack: Ack
     ping: Ping
     pong: Pong
     goodbye: Goodbye
-    loans: Loans
     standing: Standing
     digest: Digest
     summary: Summary
     pull: Pull
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., loans: _Optional[_Union[Loans, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
+    payments: Payments
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., payments: _Optional[_Union[Payments, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership")
@@ -180,51 +180,37 @@ class Goodbye(_message.Message):
     detail: str
     def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
-class Loans(_message.Message):
-    __slots__ = ("returns", "asks", "grants")
-    RETURNS_FIELD_NUMBER: _ClassVar[int]
+class Payments(_message.Message):
+    __slots__ = ("pays", "asks")
+    PAYS_FIELD_NUMBER: _ClassVar[int]
     ASKS_FIELD_NUMBER: _ClassVar[int]
-    GRANTS_FIELD_NUMBER: _ClassVar[int]
-    returns: _containers.RepeatedCompositeFieldContainer[LoanReturn]
-    asks: _containers.RepeatedCompositeFieldContainer[LoanAsk]
-    grants: _containers.RepeatedCompositeFieldContainer[LoanGrant]
-    def __init__(self, returns: _Optional[_Iterable[_Union[LoanReturn, _Mapping]]] = ..., asks: _Optional[_Iterable[_Union[LoanAsk, _Mapping]]] = ..., grants: _Optional[_Iterable[_Union[LoanGrant, _Mapping]]] = ...) -> None: ...
+    pays: _containers.RepeatedCompositeFieldContainer[Pay]
+    asks: _containers.RepeatedCompositeFieldContainer[Ask]
+    def __init__(self, pays: _Optional[_Iterable[_Union[Pay, _Mapping]]] = ..., asks: _Optional[_Iterable[_Union[Ask, _Mapping]]] = ...) -> None: ...
 
-class LoanAsk(_message.Message):
-    __slots__ = ("key", "number", "parts")
+class Ask(_message.Message):
+    __slots__ = ("key", "amount", "level", "demand", "is_short")
     KEY_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
+    IS_SHORT_FIELD_NUMBER: _ClassVar[int]
     key: bytes
-    number: int
-    parts: int
-    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+    amount: int
+    level: int
+    demand: int
+    is_short: bool
+    def __init__(self, key: _Optional[bytes] = ..., amount: _Optional[int] = ..., level: _Optional[int] = ..., demand: _Optional[int] = ..., is_short: _Optional[bool] = ...) -> None: ...
 
-class LoanGrant(_message.Message):
-    __slots__ = ("key", "number", "parts", "tokens", "available")
+class Pay(_message.Message):
+    __slots__ = ("key", "amount", "left")
     KEY_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     key: bytes
-    number: int
-    parts: int
-    tokens: int
-    available: int
-    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ..., available: _Optional[int] = ...) -> None: ...
-
-class LoanReturn(_message.Message):
-    __slots__ = ("key", "number", "parts", "tokens")
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    key: bytes
-    number: int
-    parts: int
-    tokens: int
-    def __init__(self, key: _Optional[bytes] = ..., number: _Optional[int] = ..., parts: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    amount: int
+    left: int
+    def __init__(self, key: _Optional[bytes] = ..., amount: _Optional[int] = ..., left: _Optional[int] = ...) -> None: ...
 
 class Standing(_message.Message):
     __slots__ = ("reaches", "rules", "full", "joined", "wish")

@@ -1,0 +1,190 @@
+"""A ledger on the mesh: what it asks peers for and when, and what it makes of what they say."""
+
+from __future__ import annotations
+
+import pytest
+from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_PLAN, RULES, SIT_OUT_US, key_of, ledger_of
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
+from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.replication.payments import MAX_OPEN, PaymentOutbox
+from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.status import MembershipStatus
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+
+KEY = key_of("gold", "plan")
+TOKEN = 1 << 32
+
+
+class Node:
+    """Its purses, the clock of them, and its end of a stream; long past its start."""
+
+    def __init__(self, name: str = "a", *, started_us: int = NOW_US - 2 * SIT_OUT_US) -> None:
+        self.strict_us = NOW_US
+        self.ledger = ledger_of(name, PAIR, started_us)
+        self.purses = Purses(self.ledger, lambda: self.strict_us)
+        self.outbox = self.purses.new_outbox()
+
+    def bucket(self, key: bytes = KEY) -> StrictBucket:
+        return self.ledger.bucket(key, PER_PLAN, self.strict_us)
+
+    def use_up(self, key: bytes = KEY) -> None:
+        """Be denied: more is wanted than the home holds."""
+        self.bucket(key).take(self.bucket(key).remaining, self.strict_us)
+        assert not self.bucket(key).take(30, self.strict_us)
+
+    def asks(self, peer: str = "b") -> pb.Payments:
+        self.purses.tick({peer: self.outbox})
+        return said_by(self.outbox)
+
+    def receive(self, peer: str, payments: pb.Payments) -> pb.Payments:
+        self.purses.receive(peer, payments, self.outbox)
+        return said_by(self.outbox)
+
+
+def said_by(outbox: PaymentOutbox) -> pb.Payments:
+    frame = outbox.take_frame()
+    return pb.Payments() if frame is None else frame.payments
+
+
+def ask_for(tokens: int, key: bytes = KEY) -> pb.Payments:
+    return pb.Payments(asks=[pb.Ask(key=key, amount=tokens * TOKEN, is_short=True)])
+
+
+def test_what_is_asked_for_is_paid_and_used() -> None:
+    a, b = Node("a"), Node("b")
+    a.use_up()
+    assert a.receive("b", b.receive("a", a.asks())) == pb.Payments()
+    assert (b.purses.status().payments_sent, a.purses.status().payments_received) == (1, 1)
+    assert (a.purses.status().payments_sent, b.purses.status().payments_received) == (0, 0)
+    assert a.bucket().level + b.bucket().level == 50 * TOKEN * PER_PLAN.period_us
+    assert a.bucket().take(30, NOW_US)
+
+
+def test_the_ledger_is_looked_at_every_20_ms() -> None:
+    a = Node()
+    a.asks()
+    a.use_up()
+    a.strict_us += TICK_EVERY_US - 1
+    assert not a.asks().asks
+    a.strict_us += 1
+    assert a.asks().asks
+
+
+def test_no_more_asks_are_open_than_a_stream_may_have() -> None:
+    a = Node()
+    for index in range(2 * MAX_OPEN):
+        a.use_up(key_of(f"{index}", "plan"))
+    for _ in range(100):
+        a.strict_us += TICK_EVERY_US
+        a.asks()
+    assert MAX_OPEN - 100 < len(a.outbox.open) <= MAX_OPEN
+
+
+def test_only_members_are_asked() -> None:
+    a = Node()
+    a.use_up()
+    assert a.asks("stranger") == pb.Payments()
+
+
+def test_a_key_too_long_for_a_peer_is_not_sent() -> None:
+    a = Node()
+    a.use_up(bytes(MAX_KEY_BYTES + 1))
+    a.use_up()
+    assert [ask.key for ask in a.asks().asks] == [KEY]
+
+
+def test_a_peer_that_asks_for_what_no_strict_rule_knows_is_told_that_there_is_nothing() -> None:
+    b = Node("b")
+    asks = [pb.Ask(key=key_of("x", "nobody", ELSEWHERE), amount=4), pb.Ask(key=key_of("ann"), amount=1)]
+    assert b.purses.receive("a", pb.Payments(asks=asks), b.outbox) == 2
+    assert list(said_by(b.outbox).pays) == [pb.Pay(key=ask.key) for ask in asks]
+    assert b.purses.status().payments_sent == 0
+
+
+def test_a_node_that_is_no_member_is_paid_nothing() -> None:
+    b = Node("b")
+    assert list(b.receive("stranger", ask_for(10)).pays) == [pb.Pay(key=KEY)]
+    assert b.bucket().remaining == 50
+    assert b.purses.refused == 1
+
+
+def test_a_payment_of_more_than_the_payer_can_have_counts_as_what_was_asked_for() -> None:
+    b = Node("b")
+    b.use_up()
+    b.asks("a")
+    b.receive("a", pb.Payments(pays=[pb.Pay(key=KEY, amount=2**62)]))
+    assert b.bucket().remaining <= 50
+    assert b.purses.refused == 1
+
+
+@pytest.mark.parametrize("key", [b"\x09", b""], ids=["no bucket's name", "empty"])
+def test_an_ask_that_names_no_bucket_is_refused(key: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        Node().receive("b", ask_for(1, key))
+    assert caught.value.reason is Reason.BAD_KEY
+
+
+def test_an_ask_before_the_one_before_it_is_answered_is_refused() -> None:
+    b = Node("b")
+    b.purses.receive("a", ask_for(1), b.outbox)
+    with pytest.raises(ProtocolError) as caught:
+        b.purses.receive("a", ask_for(1), b.outbox)
+    assert caught.value.reason is Reason.UNEXPECTED
+
+
+def test_nothing_is_kept_for_a_peer_that_does_not_read_the_answers() -> None:
+    b = Node("b")
+    for index in range(MAX_OPEN):
+        b.purses.receive("a", ask_for(1, key_of(f"{index}", "plan")), b.outbox)
+    with pytest.raises(ProtocolError) as caught:
+        b.purses.receive("a", ask_for(1), b.outbox)
+    assert caught.value.reason is Reason.UNEXPECTED
+    assert len(b.ledger) == MAX_OPEN
+
+
+def test_more_than_a_frame_may_have_is_not_even_looked_at() -> None:
+    b = Node("b")
+    with pytest.raises(ProtocolError) as caught:
+        b.receive("a", pb.Payments(asks=[pb.Ask(key=KEY, amount=1)] * (MAX_OPEN + 1)))
+    assert caught.value.reason is Reason.TOO_LARGE
+    assert len(b.ledger) == 0
+
+
+def test_the_membership_is_shown_as_it_is_configured() -> None:
+    assert Node().purses.membership == Shown(1, PAIR.weights)
+
+
+def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
+    node = Node(started_us=NOW_US)
+    assert node.purses.status() == MembershipStatus(
+        epoch=1, home_share=0.0, settled=False, conflicts=(), buckets=0, payments_sent=0, payments_received=0
+    )
+    node.purses.hear("b", Shown(1, PAIR.weights))
+    node.bucket()
+    assert node.purses.status() == MembershipStatus(
+        epoch=1, home_share=0.5, settled=True, conflicts=(), buckets=1, payments_sent=0, payments_received=0
+    )
+
+
+def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_forgotten() -> None:
+    node = Node()
+    for end in (lambda: node.purses.hear("b", Shown(1, PAIR.weights)), lambda: node.purses.forget("b")):
+        node.purses.hear("b", Shown(1, {"a": 1, "b": 3}))
+        assert (node.purses.status().conflicts, node.purses.status().home_share) == (("b",), 0.25)
+        end()
+        assert (node.purses.status().conflicts, node.purses.status().home_share) == ((), 0.5)
+
+
+def test_a_member_that_comes_back_without_a_membership_no_longer_counts_as_having_shown_it() -> None:
+    shares = Shares(Membership(2, PAIR.weights, {"a": 1, "b": 2}), "a", NOW_US - 2 * SIT_OUT_US)
+    purses = Purses(Ledger(shares, Origin("a", 1), RULES.strict_limit_of_key), lambda: NOW_US)
+    shares.hear("b", purses.membership, NOW_US - SIT_OUT_US)
+    assert purses.status().settled
+    purses.hear("b", None)
+    status = purses.status()
+    assert (status.settled, status.home_share) == (False, pytest.approx(1 / 3))
