@@ -19,6 +19,7 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.record import GATEWAY, GIVE_UP, LEASE, SHARE, FabricKeys, field_of, pairs
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, Region, region_origin
@@ -94,6 +95,7 @@ class Fabric:
         self._mesh_of = mesh_of
         self._client: Redis | None = None
         self._wait_seconds = FIRST_WAIT_SECONDS
+        self._gives_up = False
         # One life of this process, as far as leases go.
         self._id = f"{store.origin.node} {secrets.token_hex(8)}"
         self._drawn = secrets.token_hex(8)
@@ -103,6 +105,10 @@ class Fabric:
         """Keep in mind that own slots of these buckets changed. Does no I/O."""
         self.sharing.note(changes)
 
+    def give_up(self) -> None:
+        """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
+        self._gives_up = True
+
     async def run(self) -> None:
         """Share, for ever."""
         try:
@@ -111,7 +117,7 @@ class Fabric:
                 if self._mesh_of is not None:
                     tasks.create_task(self._seek_lease(self._mesh_of))
         finally:
-            await self._disconnect()
+            await self.close()
 
     async def share(self) -> None:
         """One tick. What goes wrong is logged when it is something else than the last time."""
@@ -119,10 +125,10 @@ class Fabric:
             await self._share(self._ready_client())
         except _FAILURES as error:
             self._failed(error)
-            await self._disconnect()
+            await self.close()
         except asyncio.CancelledError:
             # Amid an answer.
-            await self._disconnect()
+            await self.close()
             raise
         else:
             self.status.ticks += 1
@@ -197,7 +203,8 @@ class Fabric:
             self._client = self._connect()
         return self._client
 
-    async def _disconnect(self) -> None:
+    async def close(self) -> None:
+        """Close the connections; the next call opens others."""
         client, self._client = self._client, None
         if client is not None:
             with suppress(exceptions.RedisError, OSError, TimeoutError):
@@ -224,7 +231,7 @@ class Fabric:
         clock = asyncio.get_running_loop().time
         store = Store(
             Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1),
-            self._store.limit_of_key,
+            self._limit_of_key,
             max_buckets=self._store.room.most,
         )
         region = Region(self._region, store)
@@ -232,11 +239,12 @@ class Fabric:
         mesh.read_news(region.note_news)
         self.status.token = token
         self.status.terms += 1
+        self._gives_up = False
         _log.info("gateway_began", token=token)
         running: asyncio.Task[None] | None = None
         renew_at = clock() + RENEW_SECONDS
         try:
-            while clock() < ends:
+            while clock() < ends and not self._gives_up:
                 try:
                     async with asyncio.timeout_at(ends):
                         if clock() >= renew_at:
@@ -272,6 +280,10 @@ class Fabric:
                 await asyncio.wait([running])
             with suppress(*_FAILURES):
                 await self._evaluate(self._ready_client(), GIVE_UP, [([self._keys.lease], [f"{self._id} {token}"])])
+
+    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
+        # Other rules may have replaced it meanwhile.
+        return self._store.limit_of_key(key)
 
     async def _exchange(self, region: Region, mesh: Mesh, token: int) -> bool:
         """One tick of the gateway; returns whether there is more to be read at once."""

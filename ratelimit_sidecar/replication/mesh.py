@@ -166,7 +166,7 @@ class Mesh:
 
     def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
         """Have the reader told of every change of this node; see `Replicator.on_changes`."""
-        self._replicator.on_changes = reader
+        self._replicator.on_changes.append(reader)
 
     def read_news(self, reader: Callable[[Bucket, Sequence[Entry]], object]) -> None:
         """Have the reader told of everything new that peers tell; see `Replicator.on_news`."""

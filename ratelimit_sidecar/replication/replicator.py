@@ -85,8 +85,8 @@ class Replicator:
         self.demands = demands
         self.store = store
         self.tracer = tracer
-        self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
-        """Told of each piece of the journal as the peers are: buckets, and own slots that changed. Does no I/O."""
+        self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
+        """Told of each piece of the journal as the peers are: buckets, and own slots that changed. None does I/O."""
         self.on_news: Callable[[Bucket, Sequence[Entry]], object] | None = None
         """Told of what peers tell that is new here. Does no I/O."""
         self.purses = purses
@@ -149,8 +149,8 @@ class Replicator:
         for peer in self.peers.values():
             for bucket, slots in changes:
                 peer.outbox.note(bucket, slots, created_us)
-        if self.on_changes is not None:
-            self.on_changes(changes)
+        for reader in self.on_changes:
+            reader(changes)
         self._unannounced += len(changes)
         # Woken for each piece, they would write batches of a few buckets.
         if self._unannounced >= MAX_BATCH_BUCKETS or (self._unannounced and not self._unflushed):

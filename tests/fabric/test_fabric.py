@@ -74,7 +74,7 @@ class Sidecar:
         return sorted(left)
 
     async def close(self) -> None:
-        await self.fabric._disconnect()
+        await self.fabric.close()
 
 
 @asynccontextmanager
