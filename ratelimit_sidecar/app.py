@@ -245,6 +245,7 @@ class Sidecar:
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
                 redis=None if self._redis is None else self._redis.status,
+                fabric=None if self._fabric is None else self._fabric.status,
                 supervision=self._supervisor,
                 log=log,
                 fullest=self._fullest,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,10 +52,12 @@ class FabricStatus:
     """What metrics and the console show.
 
     Args:
-        ticks: that were answered.
+        ticks, call_seconds: that were answered, and what they took in all.
         failed: that were not.
         token: of the lease that this sidecar holds as the gateway; 0 when it does not.
         terms: how often it became the gateway.
+        buckets: that are shared.
+        last_us: when the latest tick was answered, microseconds since the epoch.
         degraded_reason: why nothing is shared; "" when it is.
     """
 
@@ -62,6 +65,9 @@ class FabricStatus:
     failed: int = 0
     token: int = 0
     terms: int = 0
+    call_seconds: float = 0.0
+    buckets: int = 0
+    last_us: int | None = None
     degraded_reason: str = ""
 
 
@@ -121,6 +127,7 @@ class Fabric:
 
     async def share(self) -> None:
         """One tick. What goes wrong is logged when it is something else than the last time."""
+        began, began_us = time.perf_counter(), self._now_us()
         try:
             await self._share(self._ready_client())
         except _FAILURES as error:
@@ -132,6 +139,8 @@ class Fabric:
             raise
         else:
             self.status.ticks += 1
+            self.status.call_seconds += time.perf_counter() - began
+            self.status.last_us = began_us
             self._wait_seconds = FIRST_WAIT_SECONDS
             if self.status.degraded_reason:
                 self.status.degraded_reason = ""
@@ -160,6 +169,7 @@ class Fabric:
 
     async def _share(self, client: Redis) -> None:
         batches = list(self.sharing.batches(self._now_us()))
+        self.status.buckets = len(self.sharing)
         waiting = list(batches)
         try:
             answers = await self._evaluate(client, SHARE, [self._call_of(batch) for batch in batches])
