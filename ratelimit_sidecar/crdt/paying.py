@@ -1,8 +1,9 @@
-"""When and how much a replica asks for and pays, of one strict bucket. Safety does not depend on anything in here.
+"""When and how much a replica asks for and pays, for one strict bucket. Safety does not depend on this file.
 
-A replica that was short of tokens, or has less than three quarters of its home and some demand, asks its peers: for
-most of its room, in proportion to what each had left. A replica that is not short itself pays what its own demand does
-not need soon, and divides that among those who ask by their demand. Times and amounts are those of `strict.py`.
+A replica asks its peers when it has denied a request lately, or when it has some demand and its level is below three
+quarters of its home. It asks for most of its free room, in proportion to what each peer had left. A replica that is not
+short itself pays what its own demand does not need soon, and divides that among the asking peers by their demand. Times
+and amounts are those of `strict.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ from ratelimit_sidecar.crdt.shares import TOKEN, rank
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
 LEAST_PACE_US: Final = 20_000
+"""A peer is asked again after this time at the earliest."""
+
 PACE_SHIFT: Final = 6
-"""A peer is asked again no sooner than a sixty-fourth of the limit has refilled."""
+"""A peer is asked again only after 1/64 of the limit has refilled."""
 
 RECENT_US: Final = 500_000
-"""So long a replica counts as short after it has denied something, and what peers have said last as true. After that
-a peer counts as full, and wants nothing."""
+"""A replica counts as short for this time after a denial. What a peer has said is too old after this time; then the
+peer is assumed to be full and to have no demand.
+"""
 
 SOON_US: Final = 250_000
-"""Room is left for what refills until then, up to a quarter of it, and tokens for the demand until then. Of a home of
-less than eight tokens, a peer that had nothing is not asked sooner: room reserved in vain does not refill."""
+"""As much room as refills in this time is not asked for (up to a quarter of all room), so that the own refill still
+fits before the answers arrive; and the tokens that the recent demand takes in this time are not paid. When a home is
+smaller than eight tokens, a peer that had nothing left is asked again only after this time, because reserved room does
+not refill.
+"""
 
 RESERVE_SHIFT: Final = 4
-"""A sixteenth of the home, in whole tokens, is not paid, so that a region that wakes up can serve at once."""
+"""1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
 
 
 class Ask(NamedTuple):
-    """For up to `amount`.
+    """A request to a peer for up to `amount`.
 
     Args:
-        level: what the one who asks has.
-        demand: what it is asked for in a second.
-        is_short: it has denied something of late.
+        level: the level of the node that asks.
+        demand: the tokens that its requests ask for in a second.
+        is_short: True if it has denied a request lately.
     """
 
     amount: int
@@ -50,7 +57,7 @@ class Pay(NamedTuple):
     """The answer to an ask.
 
     Args:
-        left: what the payer could have paid besides.
+        left: what the payer could still pay.
     """
 
     amount: int
@@ -59,10 +66,10 @@ class Pay(NamedTuple):
 
 @dataclass(slots=True)
 class _Peer:
-    """What it had left when it answered last, what its demand was when it asked last, and when it was asked last.
+    """What it had left when it last answered, its demand when it last asked, and when it was last asked.
 
     Args:
-        most: that its home can be.
+        most: the largest that its home can be.
     """
 
     most: int = 0
@@ -75,13 +82,13 @@ class _Peer:
 
 @dataclass(slots=True)
 class Paying:
-    """Asks and pays for one bucket."""
+    """The policy of one strict bucket: how much to ask each peer for, and how much to pay a peer that asks."""
 
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
     def asks(self, ends: Mapping[str, int], now_us: int) -> dict[str, Ask]:
-        """What to ask each peer for now; room for it has been reserved.
+        """The asks to send now, by peer. Room is reserved for each.
 
         Args:
             ends: by peer that can be reached, this node's end of the stream to it.
@@ -103,7 +110,7 @@ class Paying:
         for peer, left in likely.items():
             payer = self._peers[peer]
             grains = room * left // total if total else 0
-            # No more than it will be believed: beyond that it would pay for nothing.
+            # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
                 grains = min(grains, bucket.credit_of(peer, payer.most))
             amount = grains // period_us
@@ -114,13 +121,14 @@ class Paying:
         return asks
 
     def answer(self, peer: str, ask: Ask, now_us: int) -> Pay:
-        """Pay what a peer's fair part is of what can be spared."""
+        """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(now_us)
         asker.demand, asker.heard_us = ask.demand, now_us
         level, reserve = max(0, bucket.level) // bucket.limit.period_us, bucket.home >> RESERVE_SHIFT
         if self._is_short(now_us):
-            # Fractions of a token admit nothing. When both have no more, and will not soon, one gets the other's.
+            # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
+            # the higher rank gives its fraction to the other.
             is_slow = bucket.refill * 1_100_000 < TOKEN * bucket.limit.period_us
             is_behind = rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node)
             gives = is_slow and ask.is_short and level < TOKEN and is_behind
@@ -136,7 +144,7 @@ class Paying:
         return Pay(paid, max(0, level - paid - reserve))
 
     def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
-        """A peer has answered; see `StrictBucket.paid`."""
+        """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
         payer = self._peers[peer]
         payer.left, payer.most, payer.answered_us = pay.left, most, now_us
@@ -152,6 +160,6 @@ class Paying:
         return now_us - self.bucket.denied_us < RECENT_US
 
     def _likely(self, peer: _Peer, now_us: int) -> int:
-        """What it has left, for all that is known: as much as this replica's home at most."""
+        """An estimate of what it has left: at most as much as this replica's home."""
         home = self.bucket.home
         return home if now_us - peer.answered_us >= RECENT_US else min(home, max(peer.left, home >> 5))

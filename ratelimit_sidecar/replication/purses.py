@@ -43,7 +43,7 @@ _NOTHING: Final = Shown(0, {})
 
 
 class PaymentOutbox:
-    """What one stream has yet to send of payments, and has open.
+    """What one stream has to send of payments, and which of its asks are open.
 
     Args:
         end: names this node's end of the stream, for the life of this process.
@@ -74,8 +74,10 @@ class PaymentOutbox:
 
 
 class Purses:
-    """Args:
-    strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
+    """What a node's streams call for strict limits: `tick` to ask peers, `receive` for what comes from them.
+
+    Args:
+        strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
     """
 
     def __init__(self, ledger: Ledger, strict_us: Callable[[], int]) -> None:

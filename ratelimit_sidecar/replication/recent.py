@@ -20,6 +20,8 @@ SHARDS: Final = 256
 
 
 class RecentBuckets:
+    """The buckets that were taken from in the last seconds."""
+
     def __init__(self) -> None:
         self._shards: tuple[OrderedDict[bytes, int], ...] = tuple(OrderedDict() for _ in range(SHARDS))
         """When own entries of a bucket last changed, the newest last."""

@@ -85,6 +85,8 @@ class Replicator:
         self.demands = demands
         self.store = store
         self.tracer = tracer
+        self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
+        """Told of each piece of the journal as the peers are: buckets, and own slots that changed. Does no I/O."""
         self.purses = purses
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
@@ -145,6 +147,8 @@ class Replicator:
         for peer in self.peers.values():
             for bucket, slots in changes:
                 peer.outbox.note(bucket, slots, created_us)
+        if self.on_changes is not None:
+            self.on_changes(changes)
         self._unannounced += len(changes)
         # Woken for each piece, they would write batches of a few buckets.
         if self._unannounced >= MAX_BATCH_BUCKETS or (self._unannounced and not self._unflushed):
@@ -357,6 +361,8 @@ class Stream:
         """Those heard last, until they have been applied."""
         self._applying: BatchSpan | None = None
         """The span of that, when it belongs to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -434,6 +440,7 @@ class Stream:
             return False
         if is_last:
             self._deltas = None
+            self.batch_trace = {}
             self._end_apply_span()
             if deltas.ends_full_state:
                 peer.full_state_heard = True
@@ -581,6 +588,7 @@ class Stream:
             case DeltasReceived(deltas):
                 assert self._reader is not None
                 assert self.peer is not None
+                self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
                 self._reader.begin(deltas)
                 self._deltas = deltas
                 self._applying = self.peer.received(deltas, self._replicator.tracer)

@@ -63,6 +63,8 @@ class StrictCluster:
     """A broken rule: some answers come twice."""
     starts_full: bool = False
     """A broken rule: a restarted replica has a full home."""
+    keeps_twice: bool = False
+    """A broken rule: what was kept at a stop is used by two lives."""
     is_fixed_delay: bool = True
     now_us: int = START_US
     admitted: dict[str, int] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class StrictCluster:
         self._deficit, self._deficit_us = 0, self.now_us
         self._limits = [self.limit]
         self._ends = 0
+        self._kept: dict[str, int] = {}
         self._arrived: dict[int, int] = {}
         for node in self.nodes:
             self.start(node, full=True)
@@ -122,6 +125,8 @@ class StrictCluster:
             home=shares.home(KEY, limit.capacity, now_us),
             from_us=0 if full or self.starts_full else now_us,
         )
+        if node in self._kept:
+            bucket.put_back(self._kept[node] if self.keeps_twice else self._kept.pop(node))
         replica.paying = Paying(bucket)
         for other in list(self.replicas.values()):
             if other.paying is not None:
@@ -129,6 +134,12 @@ class StrictCluster:
         for other in self.replicas.values():
             if other is not replica:
                 self.connect(node, other.node)
+
+    def stop(self, node: str) -> None:
+        """Cleanly: what its purse has is kept for its next life."""
+        bucket = self.replicas[node].bucket
+        self._kept[node] = bucket.level // bucket.limit.period_us
+        self.crash(node)
 
     def crash(self, node: str) -> None:
         """Its peers notice later."""
@@ -329,6 +340,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "what is paid is kept": {"bucket_type": FreePayment},
     "a payment counts twice": {"pays_twice": True},
     "a process starts with a full home": {"starts_full": True},
+    "what was kept at a stop is used by two lives": {"keeps_twice": True},
 }
 """Without any one of the rules more is admitted than the limit. Another one is `counts_late`, which chance hardly ever
 hits: see `test_an_answer_after_its_end_has_closed_does_not_count`."""
