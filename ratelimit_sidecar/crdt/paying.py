@@ -130,9 +130,10 @@ class Paying:
             # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
             # the higher rank gives its fraction to the other.
             is_slow = bucket.refill * 1_100_000 < TOKEN * bucket.limit.period_us
-            is_behind = rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node)
-            gives = is_slow and ask.is_short and level < TOKEN and is_behind
-            return Pay(bucket.pay(peer, ask.amount) if gives else 0, 0)
+            gives = is_slow and ask.is_short and level < TOKEN
+            if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
+                return Pay(bucket.pay(peer, ask.amount), 0)
+            return Pay(0, 0)
         kept = max(reserve, bucket.demand * SOON_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
