@@ -98,14 +98,19 @@ class Paying:
         is_short = self._is_short(now_us)
         if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
             return {}
-        room = bucket.room - min(bucket.room // 4, bucket.refill * SOON_US)
-        likely = {
-            peer: self._likely(self._peers[peer], now_us)
-            for peer, end in ends.items()
-            if end not in bucket.reserved and now_us - self._peers[peer].asked_us >= self._pace_us(self._peers[peer])
-        }
-        total, period_us = sum(likely.values()), bucket.limit.period_us
-        level, demand = max(0, bucket.level) // period_us, bucket.demand
+        limit, home, room = bucket.limit, bucket.home, bucket.room
+        room -= min(room // 4, bucket.refill * SOON_US)
+        pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
+        slow_pace_us = max(pace_us, SOON_US) if home < 8 * TOKEN else pace_us
+        # What each is likely to have left: at most as much as this replica's home.
+        likely: dict[str, int] = {}
+        for peer, end in ends.items():
+            payer = self._peers[peer]
+            had_nothing = payer.answered_us != NEVER_US and not payer.left
+            if end not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
+                is_known = now_us - payer.answered_us < RECENT_US
+                likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
+        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
         asks = {}
         for peer, left in likely.items():
             payer = self._peers[peer]
@@ -113,8 +118,8 @@ class Paying:
             # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
                 grains = min(grains, bucket.credit_of(peer, payer.most))
-            amount = grains // period_us
-            if amount > bucket.home >> 8:
+            amount = grains // limit.period_us
+            if amount > home >> 8:
                 bucket.ask(ends[peer], amount)
                 payer.asked_us = now_us
                 asks[peer] = Ask(amount, level, demand, is_short)
@@ -151,16 +156,5 @@ class Paying:
         payer.left, payer.most, payer.answered_us = pay.left, most, now_us
         return self.bucket.paid(end, peer, pay.amount, most)
 
-    def _pace_us(self, peer: _Peer) -> int:
-        limit = self.bucket.limit
-        pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
-        had_nothing = peer.answered_us != NEVER_US and not peer.left
-        return max(pace_us, SOON_US) if had_nothing and self.bucket.home < 8 * TOKEN else pace_us
-
     def _is_short(self, now_us: int) -> bool:
         return now_us - self.bucket.denied_us < RECENT_US
-
-    def _likely(self, peer: _Peer, now_us: int) -> int:
-        """An estimate of what it has left: at most as much as this replica's home."""
-        home = self.bucket.home
-        return home if now_us - peer.answered_us >= RECENT_US else min(home, max(peer.left, home >> 5))
