@@ -56,7 +56,8 @@ class Addresses:
 
 
 def ensure_installed() -> None:
-    """
+    """Check that Prometheus and Alertmanager are there.
+
     Raises:
         NotInstalled: Prometheus or Alertmanager is missing.
     """
@@ -119,7 +120,8 @@ def prometheus_command(folder: Path, deployed: Path, at: Addresses, regions_of_t
 
 
 def alertmanager_command(folder: Path, config: Path, at: Addresses) -> Command:
-    """
+    """The command that runs Alertmanager.
+
     Raises:
         NotInstalled: there is no Alertmanager.
     """

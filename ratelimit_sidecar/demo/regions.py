@@ -121,7 +121,8 @@ async def start_regions(children: Children, setup: Setup) -> list[Region]:
 
 
 async def wait_connected(regions: Sequence[Region]) -> None:
-    """
+    """Wait until every sidecar is connected to all others.
+
     Raises:
         ChildFailed: a sidecar still misses a peer after `CONNECTED_WITHIN_S`.
     """

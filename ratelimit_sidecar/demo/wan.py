@@ -13,7 +13,7 @@ import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ratelimit_sidecar.demo.links import Link, Way
+from ratelimit_sidecar.demo.links import Direction, Link
 
 ANY = "0.0.0.0"  # noqa: S104
 
@@ -33,7 +33,8 @@ class Line:
 
     @classmethod
     def parse(cls, text: str) -> Line:
-        """
+        """Parse `PORT=HOST:PORT`.
+
         Raises:
             ValueError: not PORT=HOST:PORT.
         """
@@ -43,7 +44,8 @@ class Line:
         return cls(int(found[1]), found[2], int(found[3]))
 
     async def dial(self) -> socket.socket:
-        """
+        """Connect to the address that the line leads to.
+
         Raises:
             OSError: the name is unknown, or nobody answers.
         """
@@ -73,7 +75,7 @@ async def carry(lines: list[Line], delay_s: float, jitter_s: float) -> None:
     async with AsyncExitStack() as links:
         for seed, line in enumerate(lines):
             listener = socket.create_server((ANY, line.port))
-            ways = (Way(delay_s, jitter_s, 2 * seed), Way(delay_s, jitter_s, 2 * seed + 1))
+            ways = (Direction(delay_s, jitter_s, 2 * seed), Direction(delay_s, jitter_s, 2 * seed + 1))
             await links.enter_async_context(Link(listener, line.dial, *ways))
             print(f"port {listener.getsockname()[1]} leads to {line.host}:{line.to_port}", flush=True)
         await stop.wait()

@@ -1,7 +1,7 @@
-"""Payments between the purses of strict limits (crdt/strict.py): what one stream has yet to send of them, and has open.
+"""Payments of strict limits (crdt/strict.py): the asks and payments that one stream has to send, and its open asks.
 
-Each ask on a stream is answered by one payment on it, and for each bucket one ask is open at a time. So what is pending
-is bounded, and ends with the stream: an ask not sent has changed nothing, and a payment that is lost costs its payer.
+Each ask is answered by one payment on the same stream, and for each bucket one ask is open at a time. So the pending
+ones are bounded, and end with the stream: an unsent ask has changed nothing, and a lost payment is lost for its payer.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_OPEN: Final = 1_024
-"""Asks without an answer on one stream."""
+"""The most open asks on one stream."""
 
 MAX_BATCH: Final = 16
-"""Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
+"""The most asks and payments in one frame. Answering an ask takes about 50 us: 0.8 ms between two decisions."""
 
 MAX_BATCH_BYTES: Final = 1 << 16
-"""Rough, of keys: a frame takes no further one when it has as much."""
+"""About the most bytes of keys in a frame."""
 
 
 class PaymentOutbox:
-    """What one stream has to send of payments, and which of its asks are open.
+    """The asks and payments that one stream has to send, and its open asks.
 
     Args:
-        end: names this node's end of the stream, for the life of this process.
+        end: the number of this node's end of the stream, unique in this process.
     """
 
     def __init__(self, end: int) -> None:
         self.end = end
         self.open: dict[bytes, int] = {}
-        """By key, when this node has asked for what is not answered yet; oldest first."""
+        """By key, when this node made an ask that is not answered yet; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._asks: OrderedDict[bytes, Ask] = OrderedDict()
         self._pays: OrderedDict[bytes, Pay] = OrderedDict()
@@ -50,8 +50,10 @@ class PaymentOutbox:
             self.open[key] = now_us
 
     def owe(self, key: bytes) -> None:
-        """Raises:
-        ProtocolError: unexpected; the peer has asked for that already, or for more than may be open.
+        """Note that a payment for this key is owed to the peer.
+
+        Raises:
+            ProtocolError: unexpected; the peer has asked for that already, or for more than may be open.
         """
         if key in self._pays or len(self._pays) >= MAX_OPEN:
             raise ProtocolError(Reason.UNEXPECTED, f"an ask while {len(self._pays)} before it are not answered")
@@ -60,14 +62,16 @@ class PaymentOutbox:
         self._pays[key] = pay
 
     def answered(self, key: bytes) -> None:
-        """Raises:
-        ProtocolError: unexpected; this node has not asked for that.
+        """Note that the ask for this key was answered.
+
+        Raises:
+            ProtocolError: unexpected; this node has not asked for that.
         """
         if key in self._asks or self.open.pop(key, None) is None:
             raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
 
     def waits_since_us(self, now_us: int) -> int:
-        """When the oldest ask without an answer was made; `now_us` without one."""
+        """When the oldest open ask was made; `now_us` without one."""
         return next(iter(self.open.values()), now_us)
 
     def take_frame(self) -> pb.Frame | None:
@@ -88,8 +92,10 @@ class PaymentOutbox:
 
 
 def check_count(payments: pb.Payments) -> None:
-    """Raises:
-    ProtocolError: too_large.
+    """Check the number of asks and payments in a frame.
+
+    Raises:
+        ProtocolError: too_large.
     """
     count = len(payments.asks) + len(payments.pays)
     if count > MAX_OPEN:
@@ -97,8 +103,10 @@ def check_count(payments: pb.Payments) -> None:
 
 
 def read_ask(ask: pb.Ask) -> Ask:
-    """Raises:
-    ProtocolError: bad_key or bad_payment; so `read_pay`.
+    """Read a peer's ask, and check its numbers.
+
+    Raises:
+        ProtocolError: bad_key or bad_payment; so `read_pay`.
     """
     check_key(ask.key)
     return Ask(_amount(ask.amount), _amount(ask.level), _amount(ask.demand), ask.is_short)
