@@ -16,8 +16,8 @@ from ratelimit_sidecar.limiter.explanation import (
     DescriptorExplanation,
     Explanation,
     LevelExplanation,
+    MatchKind,
     Result,
-    Way,
     readable_bucket_name,
 )
 from ratelimit_sidecar.limiter.replay import Replay, Tally
@@ -133,9 +133,9 @@ def _level_text(index: int, level: LevelExplanation) -> Iterator[str]:
 
 
 def _way_text(level: LevelExplanation, attempt: Attempt) -> str:
-    if attempt.way is Way.EXACT:
+    if attempt.way is MatchKind.EXACT:
         return f"{level.key}={level.value}, exactly"
-    if attempt.way is Way.WILDCARD:
+    if attempt.way is MatchKind.WILDCARD:
         return f"{level.key}={attempt.pattern}"
     return f"{level.key}, with any value"
 

@@ -1,6 +1,6 @@
 """Long network lines between machines: TCP proxies that deliver data later, with jitter, or not for a while.
 
-A `Direction` is one direction of a line, for all its connections. A `Link` accepts connections, and has a direction
+A `Way` is one direction of a line, for all its connections. A `Link` accepts connections, and has a direction
 there and one back. Order is kept, as in TCP. The data on the way is bounded. So when a direction stalls, the sender's
 socket fills up and blocks, as on a real line.
 """
@@ -26,7 +26,7 @@ _END = b""
 """The end of a connection that the other end has closed."""
 
 
-class Direction:
+class Way:
     """One direction of a line: data is delivered later, or not for a while.
 
     Args:
@@ -88,7 +88,7 @@ class Link:
     """
 
     def __init__(
-        self, listener: socket.socket, dial: Callable[[], Awaitable[socket.socket]], there: Direction, back: Direction
+        self, listener: socket.socket, dial: Callable[[], Awaitable[socket.socket]], there: Way, back: Way
     ) -> None:
         self._listener = listener
         self._dial = dial

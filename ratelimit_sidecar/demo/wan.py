@@ -13,7 +13,7 @@ import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ratelimit_sidecar.demo.links import Direction, Link
+from ratelimit_sidecar.demo.links import Link, Way
 
 ANY = "0.0.0.0"  # noqa: S104
 
@@ -75,7 +75,7 @@ async def carry(lines: list[Line], delay_s: float, jitter_s: float) -> None:
     async with AsyncExitStack() as links:
         for seed, line in enumerate(lines):
             listener = socket.create_server((ANY, line.port))
-            ways = (Direction(delay_s, jitter_s, 2 * seed), Direction(delay_s, jitter_s, 2 * seed + 1))
+            ways = (Way(delay_s, jitter_s, 2 * seed), Way(delay_s, jitter_s, 2 * seed + 1))
             await links.enter_async_context(Link(listener, line.dial, *ways))
             print(f"port {listener.getsockname()[1]} leads to {line.host}:{line.to_port}", flush=True)
         await stop.wait()

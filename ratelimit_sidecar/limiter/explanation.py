@@ -39,7 +39,7 @@ class Result(Enum):
     ABSENT = "no such rule"
 
 
-class Way(Enum):
+class MatchKind(Enum):
     """The ways to match an entry, in their order."""
 
     EXACT = "exact"
@@ -55,7 +55,7 @@ class Attempt:
         pattern: of a WILDCARD; else empty.
     """
 
-    way: Way
+    way: MatchKind
     pattern: str
     result: Result
 
@@ -179,24 +179,24 @@ def _explain_levels(rules: Rules, domain: str, entries: Entries) -> Iterator[Lev
 def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) -> LevelExplanation:
     matched = level.kind if level is not None else None
     has_exact, has_key = (key, value) in node.exact, key in node.key_only
-    attempts = [Attempt(Way.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
+    attempts = [Attempt(MatchKind.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
     misfits = 0
     joined = node.wildcards.get(JOINED)
     wildcards = node.wildcards.get(key) if joined is None else joined
     text = value if joined is None else f"{key}_{value}"
     for pattern, _ in wildcards.patterns if wildcards is not None else ():
         if level is not None and matched == PATTERN and pattern == level.pattern:
-            attempts.append(Attempt(Way.WILDCARD, pattern, Result.MATCHES))
+            attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.MATCHES))
         elif WildcardSet([(pattern, None)]).find(text) is not None:
-            attempts.append(Attempt(Way.WILDCARD, pattern, Result.FITS_TOO))
+            attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.FITS_TOO))
         else:
             misfits += 1
             if misfits <= MAX_MISFITS:
-                attempts.append(Attempt(Way.WILDCARD, pattern, Result.DOES_NOT_FIT))
+                attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.DOES_NOT_FIT))
     if has_key:
-        attempts.append(Attempt(Way.KEY, "", Result.MATCHES if matched == KEY_ONLY else Result.FITS_TOO))
+        attempts.append(Attempt(MatchKind.KEY, "", Result.MATCHES if matched == KEY_ONLY else Result.FITS_TOO))
     else:
-        attempts.append(Attempt(Way.KEY, "", Result.ABSENT))
+        attempts.append(Attempt(MatchKind.KEY, "", Result.ABSENT))
     return LevelExplanation(key, value, tuple(attempts), misfits, () if level is not None else _keys_of(node))
 
 

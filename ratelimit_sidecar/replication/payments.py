@@ -1,7 +1,7 @@
-"""Payments of strict limits (crdt/strict.py): the asks and payments that one stream has to send, and its open asks.
+"""Payments between the purses of strict limits (crdt/strict.py): what one stream has yet to send of them, and has open.
 
-Each ask is answered by one payment on the same stream, and for each bucket one ask is open at a time. So the pending
-ones are bounded, and end with the stream: an unsent ask has changed nothing, and a lost payment is lost for its payer.
+Each ask on a stream is answered by one payment on it, and for each bucket one ask is open at a time. So what is pending
+is bounded, and ends with the stream: an ask not sent has changed nothing, and a payment that is lost costs its payer.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_OPEN: Final = 1_024
-"""The most open asks on one stream."""
+"""Asks without an answer on one stream."""
 
 MAX_BATCH: Final = 16
-"""The most asks and payments in one frame. Answering an ask takes about 50 us: 0.8 ms between two decisions."""
+"""Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
 
 MAX_BATCH_BYTES: Final = 1 << 16
-"""About the most bytes of keys in a frame."""
+"""Rough, of keys: a frame takes no further one when it has as much."""
 
 
 class PaymentOutbox:
-    """The asks and payments that one stream has to send, and its open asks.
+    """What one stream has to send of payments, and which of its asks are open.
 
     Args:
-        end: the number of this node's end of the stream, unique in this process.
+        end: names this node's end of the stream, for the life of this process.
     """
 
     def __init__(self, end: int) -> None:
         self.end = end
         self.open: dict[bytes, int] = {}
-        """By key, when this node made an ask that is not answered yet; oldest first."""
+        """By key, when this node has asked for what is not answered yet; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._asks: OrderedDict[bytes, Ask] = OrderedDict()
         self._pays: OrderedDict[bytes, Pay] = OrderedDict()
@@ -50,10 +50,8 @@ class PaymentOutbox:
             self.open[key] = now_us
 
     def owe(self, key: bytes) -> None:
-        """Note that a payment for this key is owed to the peer.
-
-        Raises:
-            ProtocolError: unexpected; the peer has asked for that already, or for more than may be open.
+        """Raises:
+        ProtocolError: unexpected; the peer has asked for that already, or for more than may be open.
         """
         if key in self._pays or len(self._pays) >= MAX_OPEN:
             raise ProtocolError(Reason.UNEXPECTED, f"an ask while {len(self._pays)} before it are not answered")
@@ -62,16 +60,14 @@ class PaymentOutbox:
         self._pays[key] = pay
 
     def answered(self, key: bytes) -> None:
-        """Note that the ask for this key was answered.
-
-        Raises:
-            ProtocolError: unexpected; this node has not asked for that.
+        """Raises:
+        ProtocolError: unexpected; this node has not asked for that.
         """
         if key in self._asks or self.open.pop(key, None) is None:
             raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
 
     def waits_since_us(self, now_us: int) -> int:
-        """When the oldest open ask was made; `now_us` without one."""
+        """When the oldest ask without an answer was made; `now_us` without one."""
         return next(iter(self.open.values()), now_us)
 
     def take_frame(self) -> pb.Frame | None:
@@ -92,10 +88,8 @@ class PaymentOutbox:
 
 
 def check_count(payments: pb.Payments) -> None:
-    """Check the number of asks and payments in a frame.
-
-    Raises:
-        ProtocolError: too_large.
+    """Raises:
+    ProtocolError: too_large.
     """
     count = len(payments.asks) + len(payments.pays)
     if count > MAX_OPEN:
@@ -103,10 +97,8 @@ def check_count(payments: pb.Payments) -> None:
 
 
 def read_ask(ask: pb.Ask) -> Ask:
-    """Read a peer's ask, and check its numbers.
-
-    Raises:
-        ProtocolError: bad_key or bad_payment; so `read_pay`.
+    """Raises:
+    ProtocolError: bad_key or bad_payment; so `read_pay`.
     """
     check_key(ask.key)
     return Ask(_amount(ask.amount), _amount(ask.level), _amount(ask.demand), ask.is_short)

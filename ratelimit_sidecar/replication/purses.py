@@ -1,6 +1,6 @@
-"""Connects a node's ledger of strict limits to the mesh: asks peers, and handles their asks and payments.
+"""A node's ledger of strict limits on the mesh: what it hears from peers, and when it asks them for something.
 
-Sans-I/O. It has its own clock: strict buckets use one that never steps (crdt/strict.py), deltas the wall clock.
+Sans-I/O, with a clock of its own: strict buckets go by one that never steps (crdt/strict.py), deltas by the wall.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 TICK_EVERY_US: Final = 20_000
 
 TICK_WORK: Final = 256
-"""The pairs of bucket and peer that a tick looks at, about 4 us each: 1 ms, 5 % of the time."""
+"""A tick looks at so many pairs of a bucket and a peer, of which each takes some 4 us: 1 ms, 5 % of the time."""
 
 _NOTHING: Final = Shown(0, {})
-"""The membership shown by a peer that has none: an epoch before the first."""
+"""What a peer without a membership shows: an epoch before the first."""
 
 
 class Purses:
-    """Strict limits on the mesh. Call `tick` to ask peers, `receive` for their frames, and `hear` when a peer says
-    hello.
+    """What a node's streams call for strict limits: `tick` to ask peers, `receive` for what comes from them.
 
     Args:
-        strict_us: returns the time of the ledger's clock, which never steps.
+        strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
     """
 
     def __init__(self, ledger: Ledger, strict_us: Callable[[], int]) -> None:
         self.ledger = ledger
         self.paid = 0
-        """Asks of peers that were answered with more than nothing."""
+        """Asks of peers answered with more than nothing."""
         self.received = 0
-        """Asks of this node that were answered with more than nothing."""
+        """Asks that peers have answered with more than nothing."""
         self.refused = 0
-        """Refused asks and payments: of nodes that are no members, or payments of more than a peer can have."""
+        """Asks and payments of nodes that are no members, and payments of more than a peer can have."""
         self._strict_us = strict_us
         self._ends = 0
         self._tick_due_us = strict_us()
 
     @property
     def membership(self) -> Shown:
-        """The membership that this node shows."""
+        """What this node shows."""
         membership = self.ledger.shares.membership
         return Shown(membership.epoch, membership.weights)
 
@@ -71,19 +70,19 @@ class Purses:
         )
 
     def new_outbox(self) -> PaymentOutbox:
-        """An outbox for a new stream."""
+        """Of another stream."""
         self._ends += 1
         return PaymentOutbox(self._ends)
 
     def hear(self, peer: str, shown: Shown | None) -> None:
-        """Note the membership in a peer's hello."""
+        """A peer has said hello, and what its membership is."""
         self.ledger.shares.hear(peer, shown or _NOTHING, self._strict_us())
 
     def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
-        """Ask peers for tokens; call it every few milliseconds.
+        """Ask peers for what is wanted; to be called every few milliseconds.
 
         Args:
-            outboxes: by peer that can be asked, the outbox of the stream in use.
+            outboxes: of the stream in use to each peer that can be asked.
 
         Returns:
             The peers to which there is something to send.
@@ -100,16 +99,17 @@ class Purses:
         return list(asks)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
-        """Handle a frame of a peer.
+        """Apply a frame of a peer.
 
         Args:
-            outbox: of the stream on which it came; the answers go there.
+            outbox: of the stream on which it came; takes the answers.
 
         Returns:
-            The number of buckets that the peer asks for and that no strict rule here has.
+            The number of buckets that the peer asks for and no strict rule here knows.
 
         Raises:
-            ProtocolError: too_large, bad_key, bad_payment or unexpected. Items before the bad one have been handled.
+            ProtocolError: too_large, bad_key, bad_payment or unexpected. What stood before the bad one has been
+                applied, and is as good as if it had come alone.
         """
         check_count(payments)
         now_us = self._strict_us()
@@ -138,20 +138,18 @@ class Purses:
         return unknown_keys
 
     def check_time(self, outbox: PaymentOutbox) -> None:
-        """Check that no ask has been open for too long.
-
-        Raises:
-            ProtocolError: stalled. Until the stream closes, the room reserved for the answer stays unused.
+        """Raises:
+        ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
         """
         now_us = self._strict_us()
         if now_us - outbox.waits_since_us(now_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
 
     def closed(self, outbox: PaymentOutbox) -> None:
-        """Note that the outbox's stream is closed at this end."""
+        """Its stream is closed at this end."""
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
 
     def forget(self, peer: str) -> None:
-        """Forget the membership of a peer that does not come back."""
+        """The peer is not coming back: what it has shown is void."""
         self.ledger.shares.hear(peer, _NOTHING, self._strict_us())

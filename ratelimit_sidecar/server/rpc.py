@@ -104,7 +104,7 @@ class FailureLog:
         self._known: set[tuple[str, type[Exception], str, int]] = set()
 
     def status_of(self, path: str, error: Exception, metadata: Metadata = ()) -> RpcError:
-        """The status for the caller, without details of the failure.
+        """The status for the caller, who is not told what went wrong in here.
 
         Args:
             metadata: of the call; it may name a trace.
@@ -113,7 +113,7 @@ class FailureLog:
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")
 
     def log_first(self, path: str, error: Exception, metadata: Metadata) -> None:
-        """Log a failure if it is the first of its kind."""
+        """Log it when it is the first of its kind."""
         where = error.__traceback__
         while where is not None and where.tb_next is not None:
             where = where.tb_next

@@ -25,7 +25,7 @@ from e2e.sidecars import ask, sidecar_command
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
-from ratelimit_sidecar.demo.links import Direction, Link
+from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 
@@ -135,7 +135,7 @@ class Regions:
         self,
         by_name: Mapping[str, Region],
         net: Network,
-        ways: Mapping[tuple[str, str], Direction],
+        ways: Mapping[tuple[str, str], Way],
         children: Children,
         console: httpx.AsyncClient,
         quiet: asyncio.Lock,
@@ -314,7 +314,7 @@ class Lab:
         for port in (ports.grpc, ports.admin):
             listener = socket.socket()
             await stack.enter_async_context(
-                Link(_bound(listener, port), partial(net.dial, name, (HOST, port)), Direction(), Direction())
+                Link(_bound(listener, port), partial(net.dial, name, (HOST, port)), Way(), Way())
             )
 
     def _command(self, net: Network, name: str, ports: Mapping[str, RegionPorts]) -> Command:
@@ -353,9 +353,9 @@ _CHANNEL = (
 )
 
 
-def _way(source: str, sink: str, seed: int) -> Direction:
+def _way(source: str, sink: str, seed: int) -> Way:
     delay_s = ROUND_TRIPS_S[frozenset((source, sink))] / 2
-    return Direction(delay_s * (1 - JITTER), 2 * delay_s * JITTER, seed)
+    return Way(delay_s * (1 - JITTER), 2 * delay_s * JITTER, seed)
 
 
 def _bound(listener: socket.socket, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from ratelimit_sidecar.demo.links import CHUNK_BYTES, Direction, Link
+from ratelimit_sidecar.demo.links import CHUNK_BYTES, Link, Way
 
 HOST = "127.0.0.1"
 
@@ -26,7 +26,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @asynccontextmanager
 async def through(
-    there: Direction, back: Direction, serve: Server = echo
+    there: Way, back: Way, serve: Server = echo
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection over a link to a server, which sends back what it gets if it is no other."""
     server = await asyncio.start_server(serve, HOST, 0)
@@ -49,13 +49,13 @@ async def through(
 
 async def test_bytes_arrive_in_order_and_whole_however_they_were_delayed() -> None:
     sent = bytes(range(256)) * 8_192
-    async with through(Direction(jitter_s=0.01, seed=1), Direction(jitter_s=0.01, seed=2)) as (reader, writer):
+    async with through(Way(jitter_s=0.01, seed=1), Way(jitter_s=0.01, seed=2)) as (reader, writer):
         writer.write(sent)
         assert await reader.readexactly(len(sent)) == sent
 
 
 async def test_nothing_arrives_before_both_ways_have_taken_their_time() -> None:
-    async with through(Direction(DELAY_S), Direction(2 * DELAY_S)) as (reader, writer):
+    async with through(Way(DELAY_S), Way(2 * DELAY_S)) as (reader, writer):
         started_s = asyncio.get_running_loop().time()
         writer.write(b"ping")
         assert await reader.readexactly(4) == b"ping"
@@ -63,8 +63,8 @@ async def test_nothing_arrives_before_both_ways_have_taken_their_time() -> None:
 
 
 async def test_a_stalled_way_delivers_nothing_until_it_resumes_and_then_all() -> None:
-    there = Direction()
-    async with through(there, Direction()) as (reader, writer):
+    there = Way()
+    async with through(there, Way()) as (reader, writer):
         there.stall()
         writer.write(b"ping")
         with pytest.raises(TimeoutError):
@@ -81,7 +81,7 @@ async def test_the_end_of_a_connection_comes_after_all_that_was_sent_before_it()
         heard.set_result(await reader.read())
         writer.close()
 
-    async with through(Direction(DELAY_S), Direction(), listen) as (reader, writer):
+    async with through(Way(DELAY_S), Way(), listen) as (reader, writer):
         writer.write(b"last words")
         writer.write_eof()
         assert await heard == b"last words"
@@ -93,7 +93,7 @@ async def test_a_connection_to_where_nobody_listens_ends() -> None:
         raise ConnectionRefusedError
 
     listener = socket.create_server((HOST, 0))
-    async with Link(listener, refused, Direction(), Direction()):
+    async with Link(listener, refused, Way(), Way()):
         reader, writer = await asyncio.open_connection(*listener.getsockname())
         assert await reader.read() == b""
         writer.close()

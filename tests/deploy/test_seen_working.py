@@ -26,7 +26,7 @@ from e2e.sidecars import ask, sidecar_command
 from e2e.test_wrong_clock import with_clock_of
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
-from ratelimit_sidecar.demo.links import Direction, Link
+from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.observe import Addresses, prometheus_command
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
@@ -78,7 +78,7 @@ class Site:
     prometheus: httpx.AsyncClient
     sidecars: dict[str, Child]
     stubs: dict[str, RateLimitServiceStub]
-    line: Direction
+    line: Way
     """Between the two of `CUT`, both ways."""
 
     async def ask(self, node: str, key: str, value: str, hits: int = 1) -> None:
@@ -148,7 +148,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         channels = await stack.enter_async_context(serving())
         alerting = await stack.enter_async_context(alertmanager(folder, configured(folder, channels)))
         children = await stack.enter_async_context(Children(folder))
-        line = Direction()
+        line = Way()
         over = {}
         for dials, is_dialled in (CUT, CUT[::-1]):
             listener = socket.create_server((HOST, 0))

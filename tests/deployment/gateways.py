@@ -23,7 +23,7 @@ from chaos.namespaces import Network, network, why_impossible
 
 from deployment import tools
 from deployment.cache import Unavailable
-from ratelimit_sidecar.demo.links import Direction, Link
+from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
@@ -167,7 +167,7 @@ async def _published(stack: AsyncExitStack, net: Network, machine: str, port: in
     listener = socket.socket()
     listener.bind((HOST, 0))
     here = listener.getsockname()[1]
-    await stack.enter_async_context(Link(listener, partial(net.dial, machine, (HOST, port)), Direction(), Direction()))
+    await stack.enter_async_context(Link(listener, partial(net.dial, machine, (HOST, port)), Way(), Way()))
     limits = httpx.Limits(max_keepalive_connections=0)
     client = httpx.AsyncClient(base_url=f"http://{HOST}:{here}", trust_env=False, timeout=60, limits=limits)
     return await stack.enter_async_context(client)
