@@ -25,7 +25,7 @@ class Unanswered(Exception):
     """The sidecar did not answer; the text has the address and the reason."""
 
 
-class Refused(Exception):
+class SidecarRefused(Exception):
     """The sidecar refused the request; the text is the sidecar's."""
 
 
@@ -76,7 +76,7 @@ def change(
     """
     try:
         return ask(admin_url, path, needs=needs, expected=expected, post=asked, token=_token(token_file))
-    except Refused as error:
+    except SidecarRefused as error:
         click.echo(f"refused: {error}", err=True)
         sys.exit(REFUSED)
     except Unanswered as error:
@@ -103,7 +103,7 @@ def ask(
 
     Raises:
         Unanswered: the sidecar cannot be reached, or it is no sidecar.
-        Refused: it refuses and says why.
+        SidecarRefused: it refuses and says why.
     """
     url = admin_url + path
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -119,7 +119,7 @@ def ask(
         with error:
             why = _reason(error)
         if post is not None and why is not None:
-            raise Refused(why) from error
+            raise SidecarRefused(why) from error
         raise Unanswered(f"{url} answers {error.code}: is it the admin address of a sidecar?") from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)

@@ -1,4 +1,4 @@
-"""What `explain` prints, as text for people and as JSON for programs."""
+"""The output of `explain`, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ratelimit_sidecar.limiter.replay import Replay, Tally
 from ratelimit_sidecar.limiter.rules import Charge, Rule
 
 TOP_DESCRIPTORS = 20
-"""Denied descriptors in the text; JSON has all that the replay kept."""
+"""The most denied descriptors in the text; JSON has all that the replay kept."""
 
 _SECOND_US = 1_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

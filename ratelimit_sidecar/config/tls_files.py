@@ -57,7 +57,7 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedCertificate:
     """Files that belong together.
 
     Args:
@@ -132,13 +132,13 @@ class CertificateInForce:
         self._side: Side = side
         self._lock = Lock()
         """Only one thread reads the files at a time. The event loop never does, and never waits for this lock."""
-        self._in_force: Loaded | None = None
+        self._in_force: LoadedCertificate | None = None
         self._error = ""
         self.failed_renewals = 0
         """How often the files were read again and could not be used."""
 
     @property
-    def in_force(self) -> Loaded:
+    def in_force(self) -> LoadedCertificate:
         """The files that were last usable, without reading them again."""
         assert self._in_force is not None
         return self._in_force
@@ -160,9 +160,9 @@ class CertificateInForce:
         except ValueError:
             # OpenSSL accepts the certificate, so it can be used.
             ends_s = None
-        self._in_force = Loaded(files, context, ends_s)
+        self._in_force = LoadedCertificate(files, context, ends_s)
 
-    def renew(self) -> Loaded:
+    def renew(self) -> LoadedCertificate:
         """Read the files again, and return the content in force. It blocks, so do not call it on the event loop."""
         with self._lock:
             error = ""

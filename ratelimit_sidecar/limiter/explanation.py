@@ -26,7 +26,7 @@ Entries = Sequence[tuple[str, str]]
 MAX_MISFITS: Final = 5
 """The most patterns that do not fit listed by name; the others are counted."""
 
-MAX_NAMES = 10
+MAX_SUGGESTIONS = 10
 """The most keys or domains of the rules listed when nothing matches."""
 
 
@@ -67,7 +67,7 @@ class LevelExplanation:
     Args:
         attempts: in order of precedence; of the patterns that do not fit only the first `MAX_MISFITS`.
         misfits: the number of patterns that do not fit.
-        keys: the keys in the rules at this level, if nothing matches; at most `MAX_NAMES`.
+        keys: the keys in the rules at this level, if nothing matches; at most `MAX_SUGGESTIONS`.
     """
 
     key: str
@@ -204,13 +204,13 @@ def _keys_of(node: RuleNode) -> tuple[str, ...]:
     keys = {key for key, _ in node.exact} | (node.wildcards.keys() - {JOINED}) | node.key_only.keys()
     if JOINED in node.wildcards:
         keys |= {pattern for pattern, _ in node.wildcards[JOINED].patterns}
-    return tuple(sorted(keys)[:MAX_NAMES])
+    return tuple(sorted(keys)[:MAX_SUGGESTIONS])
 
 
 def why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
     root = rules.domains.get(domain)
     if root is None:
-        known = ", ".join(sorted(rules.domains)[:MAX_NAMES]) or "none"
+        known = ", ".join(sorted(rules.domains)[:MAX_SUGGESTIONS]) or "none"
         return f"no rules for the domain {domain}; there are rules for: {known}"
     levels = rules.walk(domain, entries)
     node = levels[-1].node if levels else root
