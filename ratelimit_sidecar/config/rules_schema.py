@@ -303,7 +303,8 @@ class AuthzEntry(Section):
         None,
         alias="from",
         description="The part of the request that is its value. `header`: the header `name`; if it comes"
-        " several times, all its values, joined by commas. `context_extension`: what Envoy's configuration of the route has under `name`."
+        " several times, all its values, joined by commas. `context_extension`: what Envoy's configuration of the"
+        " route has under `name`."
         " `path`: without the query. `method`. `source_address`: of whoever is connected to Envoy, without port."
         " `principal`: who that is by its TLS certificate. Over HTTP there are only the first, `path` and `method`."
         " Where the request has none, the whole descriptor is left out, as Envoy does.",
