@@ -34,17 +34,17 @@ __all__ = ["SidecarConfig", "load_sidecar_config"]
 
 
 def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> SidecarConfig:
-    """The configuration in force.
+    """Load the configuration.
 
     Args:
         path: the file; None for the defaults and the environment alone.
-        environ: as `os.environ`; a variable that is empty counts as not set.
+        environ: as `os.environ`; an empty variable counts as not set.
 
     Returns:
-        With paths relative to the working directory, no longer to the file.
+        The configuration, with paths relative to the working directory, no longer to the file.
 
     Raises:
-        ConfigError: everything that is wrong with the file and the environment.
+        ConfigError: all problems of the file and the environment.
     """
     document = Document(ENVIRONMENT, origin=None) if path is None else load(path)
     data = document.data
@@ -67,8 +67,9 @@ def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> Sideca
 
 
 def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> SidecarConfig:
-    """With paths that the file gives relative to `folder`; and without those of a runtime folder beside xds, where
-    envoyproxy/ratelimit does not look either."""
+    """Make paths in the file relative to `folder`. With xds drop the rules of a runtime folder, as envoyproxy/ratelimit
+    does.
+    """
     rules, xds = config.rules, config.xds
     if "rules" in completed.variables:
         rules = () if xds is not None else rules
@@ -114,7 +115,7 @@ def _with_tls_paths(tls: T, at: str, completed: Completed, folder: Path) -> T:
 
 
 def _contradictions(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
-    """What no single value shows."""
+    """Problems that come from several values together."""
     listen = config.listen
     addresses: list[tuple[KeyPath, str]] = [(("listen", "grpc", i), text) for i, text in enumerate(listen.grpc)]
     addresses.append((("listen", "admin"), listen.admin))
