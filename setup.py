@@ -27,7 +27,6 @@ COMPILED = (
     "replication/demands.py",
     "replication/key_numbers.py",
     "replication/key_queue.py",
-    "replication/payments.py",
     "replication/purses.py",
     "replication/outbox.py",
     "replication/pace.py",

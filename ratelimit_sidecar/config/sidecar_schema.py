@@ -376,7 +376,9 @@ class XdsConfig(Section):
 
 
 class SyncTlsConfig(Section):
-    """TLS between sidecars, which show each other certificates; the files are read again when they change."""
+    """TLS between sidecars, which show each other certificates. The files are read again at each handshake and every
+    minute, so a renewed certificate is used without a restart.
+    """
 
     certificate: FilePath = Field(description="PEM file of this sidecar's certificate, and those between it and `ca`.")
     key: FilePath = Field(description="PEM file of its private key, not encrypted.")
@@ -573,7 +575,7 @@ class SidecarConfig(Section):
     )
     max_buckets: MaxBuckets = Field(
         DEFAULT_MAX_BUCKETS,
-        description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. A rule that"
+        description="Buckets kept at once, of strict limits and of others each; 440 bytes or more a bucket. A rule that"
         " takes too many of them has overflow buckets, which new keys share; no live bucket is forgotten.",
     )
     persistence: PersistenceConfig | None = Field(

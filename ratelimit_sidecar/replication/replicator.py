@@ -327,7 +327,7 @@ class Replicator:
     def _forget(self, node: str) -> None:
         del self.peers[node]
         if self.purses is not None:
-            self.purses.forget(node)
+            self.purses.hear(node, None)
 
     def is_settled(self) -> bool:
         """True when every connected peer has acknowledged everything."""

@@ -20,7 +20,7 @@ from typing import Final
 
 from deployment.cache import CACHE, Unavailable
 
-BUILD_S: Final = 1_800
+BUILD_S: Final = 3_600
 
 KUBERNETES: Final = "1.37.2"
 OTELCOL: Final = "0.165.0"
@@ -128,6 +128,18 @@ def _envoy_gateway(into: Path) -> None:
         shutil.copytree(folder / "charts", into / "charts", copy_function=shutil.copyfile)
 
 
+def _istio(into: Path) -> None:
+    """istiod, with its chart and the kinds of objects that it reads."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        _build(module, into, f"istio.io/istio/pilot/cmd/pilot-discovery@v{TOOLS['istio'].version}")
+        folder = (
+            Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", "istio.io/istio"], module).strip()) / "manifests/charts"
+        )
+        shutil.copytree(folder / "istio-control/istio-discovery", into / "istiod", copy_function=shutil.copyfile)
+        shutil.copyfile(folder / "base/files/crd-all.gen.yaml", into / "crds.yaml")
+
+
 def _collector(into: Path) -> None:
     """What deploy/otel/collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
@@ -176,6 +188,8 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
     "envoy-gateway": Tool("1.9.1", _envoy_gateway),
+    # The newest one whose modules can be had by their versions alone.
+    "istio": Tool("0.0.0-20260827124520-eed52ebb66ad", _istio),
 }
 
 

@@ -75,10 +75,15 @@ async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
 
 async def left_after_restart(server: RedisServer, **config: object) -> list[int]:
     """What a sidecar that starts now has left of each bucket."""
-    store = make_store(AFTER)
-    state = state_in(server, store, **config)
-    await state.load()
-    await state.close()
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            store = make_store(AFTER)
+            state = state_in(server, store, **config)
+            await state.load()
+            await state.close()
+            # On a busy machine the second that a call has may not do.
+            if state.status.degraded_reason != "it does not answer in time":
+                break
     assert state.status.degraded_reason == ""
     return sorted(bucket.remaining for bucket in store)
 
