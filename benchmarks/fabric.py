@@ -1,6 +1,6 @@
 """`python -m benchmarks.fabric`: what a fabric costs with 10, 30 and 100 sidecars, and what follows for 1,000.
 
-Sidecars without front ends, ten in a process, take from 20 keys, ten times a second each, against one Redis. Once all
+Sidecars without front ends, ten in a process, take from 4 keys, five times a second each, against one Redis. Once all
 share the same keys, as a hot limit of a region does; and once all have keys of their own, so that nobody has to be told
 anything. Processor times are of the sidecars and of Redis; machine and moment hardly matter to them.
 """
@@ -22,8 +22,8 @@ from benchmarks.serving.servers import running_servers
 
 SIZES = (10, 30, 100)
 IN_PROCESS = 10
-KEYS = 20
-RATE = 10.0
+KEYS = 4
+RATE = 5.0
 
 
 def measure(redis: RedisServer, folder: Path, sidecars: int, seconds: float, *, alike: bool) -> Mapping[str, float]:

@@ -119,19 +119,20 @@ class LightSidecar:
 
 
 async def work(sidecars: Sequence[LightSidecar], rate: float, seconds: float) -> dict[str, float]:
-    loop = asyncio.get_running_loop()
     over = asyncio.Event()
+    lines = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     async with AsyncExitStack() as stack:
         running = [asyncio.create_task(each.fabric.run()) for each in sidecars]
         print("ready", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
+        await lines.readline()
         began, began_cpu, began_ticks = time.monotonic(), time.process_time(), ticks_of(sidecars)
         watching = [asyncio.create_task(each.watch()) for each in sidecars]
         loading = [asyncio.create_task(each.load(rate, over)) for each in sidecars] if rate else []
-        ended = loop.run_in_executor(None, sys.stdin.readline)
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds or None):
-                await asyncio.shield(ended)
+                await lines.readline()
         over.set()
         if loading:
             await asyncio.wait(loading)

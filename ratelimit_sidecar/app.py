@@ -180,7 +180,11 @@ class Sidecar:
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules)
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
-        self._snapshots, self._redis = self._make_state()
+        self._snapshots, self._redis = _state(
+            config.persistence, self._limiter.store, self._clock.now_us, self._local_limit_of_key
+        )
+        if self._redis is not None:
+            self._mesh.read_changes(self._redis.note)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
         self._service = RateLimitService(
             self._limiter,
@@ -233,6 +237,51 @@ class Sidecar:
             supervisor=self._supervisor,
             max_connections=max_connections,
         )
+
+    def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
+        # Who does not configure it pays nothing for it.
+        from redis.asyncio import Redis  # noqa: PLC0415
+
+        from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
+        from ratelimit_sidecar.fabric.record import FabricKeys  # noqa: PLC0415
+        from ratelimit_sidecar.persistence.redis_client import connect  # noqa: PLC0415
+
+        def make_client() -> Redis:
+            client = connect(config)
+            assert isinstance(client, Redis)
+            return client
+
+        fabric = Fabric(
+            make_client,
+            FabricKeys(config.prefix),
+            self._limiter.store,
+            self._clock.now_us,
+            region=self._config.node.region,
+            mesh_of=partial(self._make_gateway, max_connections=max_connections),
+        )
+        self._mesh.read_changes(fabric.note)
+        return fabric
+
+    def _make_gateway(self, store: Store, max_connections: int) -> Mesh:
+        sync = self._config.sync
+        self._gateway = mesh = Mesh(
+            origin=store.origin,
+            region=self._config.node.region,
+            version=__version__,
+            store=store,
+            now_us=self._clock.now_us,
+            steady_us=self._strict_us,
+            peers=sync.peers,
+            listen=self._config.listen.sync,
+            certificate=None if sync.tls is None else NodeCertificate(sync.tls),
+            supervisor=self._supervisor,
+            max_connections=max_connections,
+        )
+        mesh.use_rules(self._limiter.rules.digest)
+        return mesh
+
+    def _peers(self) -> list[PeerStatus]:
+        return (self._gateway or self._mesh).status()
 
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
         return metrics.create_registry(
@@ -303,58 +352,6 @@ class Sidecar:
         if self._config.listen.healthy_with_rules_only and not self._limiter.rules.domains:
             missing.append("there are no rules of any domain yet")
         return missing
-
-    def _make_state(self) -> tuple[Snapshots | None, RedisState | None]:
-        kept = self._config.persistence
-        snapshots, redis = _state(kept, self._limiter.store, self._clock.now_us, self._local_limit_of_key)
-        if redis is not None:
-            self._mesh.read_changes(redis.note)
-        return snapshots, redis
-
-    def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
-        # Who does not configure it pays nothing for it.
-        from redis.asyncio import Redis  # noqa: PLC0415
-
-        from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
-        from ratelimit_sidecar.fabric.record import FabricKeys  # noqa: PLC0415
-        from ratelimit_sidecar.persistence.redis_client import connect  # noqa: PLC0415
-
-        def make_client() -> Redis:
-            client = connect(config)
-            assert isinstance(client, Redis)
-            return client
-
-        fabric = Fabric(
-            make_client,
-            FabricKeys(config.prefix),
-            self._limiter.store,
-            self._clock.now_us,
-            region=self._config.node.region,
-            mesh_of=partial(self._make_gateway, max_connections=max_connections),
-        )
-        self._mesh.read_changes(fabric.note)
-        return fabric
-
-    def _make_gateway(self, store: Store, max_connections: int) -> Mesh:
-        sync = self._config.sync
-        self._gateway = mesh = Mesh(
-            origin=store.origin,
-            region=self._config.node.region,
-            version=__version__,
-            store=store,
-            now_us=self._clock.now_us,
-            steady_us=self._strict_us,
-            peers=sync.peers,
-            listen=self._config.listen.sync,
-            certificate=None if sync.tls is None else NodeCertificate(sync.tls),
-            supervisor=self._supervisor,
-            max_connections=max_connections,
-        )
-        mesh.use_rules(self._limiter.rules.digest)
-        return mesh
-
-    def _peers(self) -> list[PeerStatus]:
-        return (self._gateway or self._mesh).status()
 
     def degraded(self) -> list[str]:
         """What does not work as it should, as texts. The sidecar is ready all the same."""

@@ -74,8 +74,9 @@ local function join_base(key, boundary, full, period, rate)
     boundary, full = math.max(boundary, old_boundary), math.max(full, old_full)
   end
   if full > boundary then
-    text = string.format('%.0f %.0f %s %s', boundary, math.ceil(full), period, rate)
-    redis.call('HSET', key, 'base', text)
+    local joined = string.format('%.0f %.0f %s %s', boundary, math.ceil(full), period, rate)
+    if joined ~= text then redis.call('HSET', key, 'base', joined) end
+    text = joined
   end
   return text
 end
@@ -113,36 +114,51 @@ local answers = {epoch, version}
 for i = 3, #ARGV do
   local key, index = KEYS[2 * i - 3], KEYS[2 * i - 2]
   local asked = words_of(ARGV[i])
-  local seen, ttl, oldest = asked[1], tonumber(asked[2]), tonumber(asked[3])
-  local packed = redis.call('HGET', key, field)
-  local own = packed and cmsgpack.unpack(packed) or {}
-  local is_changed, is_window = false, asked[6] == '0'
-  for at = 8, #asked, 2 do
-    local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
-    local before = own[slot] or 0
-    if count > before then
-      local here, elsewhere = sums_of(key, asked[at])
-      here = is_window and is_refund(slot) and math.max(here, count) or here + count - before
-      write_sums(key, index, version, asked[at], here, elsewhere)
-      own[slot] = count
-      is_changed = true
-    end
-  end
-  if is_changed then
-    redis.call('ZADD', KEYS[2], version, string.sub(key, #KEYS[1] - 1, -2))
-    if not packed or version % 16 == 0 then
-      keep(key, index, ttl, oldest, version)
-      for slot in pairs(own) do
-        if slot < oldest then own[slot] = nil end
+  local seen, is_window = asked[1], asked[6] == '0'
+  local own, fields, sums = nil, {}, {}
+  if #asked > 7 then
+    local packed = redis.call('HGET', key, field)
+    own = packed and cmsgpack.unpack(packed) or {}
+    for at = 8, #asked, 2 do
+      local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
+      local before = own[slot] or 0
+      if count > before then
+        local here, elsewhere = sums_of(key, asked[at])
+        here = is_window and is_refund(slot) and math.max(here, count) or here + count - before
+        own[slot] = count
+        sums[asked[at]] = {here, elsewhere}
+        fields[#fields + 1] = 's' .. asked[at]
+        fields[#fields + 1] = string.format('%.0f %.0f', here, elsewhere)
+        redis.call('ZADD', index, version, asked[at])
       end
     end
-    redis.call('HSET', key, field, cmsgpack.pack(own))
+    if #fields > 0 then
+      redis.call('ZADD', KEYS[2], version, string.sub(key, #KEYS[1] - 1, -2))
+      local oldest = tonumber(asked[3])
+      if not packed or version % 16 == 0 then
+        for slot in pairs(own) do
+          if slot < oldest then own[slot] = nil end
+        end
+      end
+      fields[#fields + 1] = field
+      fields[#fields + 1] = cmsgpack.pack(own)
+      redis.call('HSET', key, unpack(fields))
+      -- After the first write: what is not there does not expire.
+      if not packed or version % 16 == 0 then keep(key, index, tonumber(asked[2]), oldest, version) end
+    end
   end
-  local base = redis.call('HGET', key, 'base')
-  if not is_window then base = join_base(key, tonumber(asked[4]), tonumber(asked[5]), asked[6], asked[7]) end
-  local others = {}
-  for _, slot in ipairs(redis.call('ZRANGEBYSCORE', index, '(' .. seen, '+inf')) do
-    local here, elsewhere = sums_of(key, slot)
+  local base = ''
+  if not is_window then
+    base = join_base(key, tonumber(asked[4]), tonumber(asked[5]), asked[6], asked[7]) or ''
+  end
+  local changed, others = redis.call('ZRANGEBYSCORE', index, '(' .. seen, '+inf'), {}
+  if #changed > 0 and not own then
+    local packed = redis.call('HGET', key, field)
+    own = packed and cmsgpack.unpack(packed) or {}
+  end
+  for _, slot in ipairs(changed) do
+    local here, elsewhere
+    if sums[slot] then here, elsewhere = sums[slot][1], sums[slot][2] else here, elsewhere = sums_of(key, slot) end
     local sum = here - (own[tonumber(slot)] or 0) + elsewhere
     if is_window and is_refund(tonumber(slot)) then sum = math.max(here, elsewhere) end
     if sum > 0 then
@@ -150,7 +166,7 @@ for i = 3, #ARGV do
       others[#others + 1] = string.format('%.0f', sum)
     end
   end
-  answers[#answers + 1] = (base or '') .. ';' .. table.concat(others, ' ')
+  answers[#answers + 1] = base .. ';' .. table.concat(others, ' ')
 end
 return answers
 """

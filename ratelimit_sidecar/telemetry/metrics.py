@@ -280,7 +280,7 @@ class MetricSources:
         listener_certificate: None if Envoy's calls come in plain text.
         state: None without state in a file.
         redis: None without state in Redis.
-        fabric: None if limits are not shared on one.
+        fabric: None without a fabric.
         supervision: None without supervised tasks.
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
