@@ -611,8 +611,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_snapshots_total",
         "counter",
         ("region", "result"),
-        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next"
-        " three.",
+        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as are all"
+        " metrics of snapshots.",
         _read_source_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(
@@ -641,7 +641,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "result"),
         "Buckets written to Redis, or that it would not take for a reason of their own; absent without"
-        " `persistence.url`, as the next five.",
+        " `persistence.url`, as are all metrics of Redis.",
         _read_source_by(lambda sources: sources.redis, lambda it: {"written": it.written, "refused": it.refused}),
     ),
     Definition(
