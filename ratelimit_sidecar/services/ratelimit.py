@@ -1,7 +1,7 @@
 """envoy.service.ratelimit.v3.RateLimitService: the limiter's decision as a unary call, measured and perhaps traced.
 
-A call that isn't sampled costs two clock readings and one observation besides: under 5 % of the processor time of a
-call (`benchmarks/telemetry.py`).
+A call that isn't sampled costs two clock readings and one observation besides, 0.3 us
+(`benchmarks/telemetry.py`).
 """
 
 from __future__ import annotations
