@@ -274,12 +274,9 @@ _DIFFERENCES = """\
 
 - **The algorithm.** Without step 2 a limit is a token bucket: it refills evenly, so there is no moment at which all
   clients may begin again, and no burst of twice the limit around it. Rules choose one by one with `algorithm`.
-- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when both have the
-  same unit; but not in token buckets, where each such limit has a bucket of its own, and a changed one begins full.
-  A token bucket's level is what was taken, drained at one rate. What is older than the horizon is kept as that level
-  alone, and of several sidecars' the larger holds. With two rates it would depend on which limit was asked for last,
-  here and on each peer: the slower one would leave debt to the other, and a small limit would cut what is owed to a
-  wide one. Where limits change while they are used, choose `fixed_window` or `sliding_window`.
+- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when that counts in
+  windows of the same unit. Beside a token bucket it is counted in a sliding window of its own: when the limit changes,
+  what was taken still counts. Only where `CRDT_ENGINE` is `strict` is it a token bucket, one for each limit.
 - **Sharing.** Redis made several instances one. Here the sidecars tell each other what they let through: list them in
   `sync.peers`. Without peers each sidecar has every limit to itself.
 - **The start.** Counts in Redis are not taken over: every limit begins anew.

@@ -155,7 +155,9 @@ and so on.
 2. A rule applies only when it is as deep as the descriptor has entries: a deeper or shallower match limits nothing.
 3. What no rule limits passes, or falls into the `bucket` of the sidecar's configuration where there is one; each such
    descriptor has a bucket of its own, and counts under the rule name `{default_rule}`.
-4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules.
+4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules. It is counted with the
+   descriptor's rule if that counts in windows of the same unit, otherwise in a sliding window, or as `algorithm` of the
+   sidecar's configuration says.
 5. Of the rules that a request meets, those that another one `replaces` do not count.
 
 In metrics a rule is named by its path, `domain.key_value.key`: `shop.tenant_acme.path_/export` in the example, and

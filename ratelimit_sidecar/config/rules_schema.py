@@ -60,6 +60,16 @@ class RuleDefaults:
     charge: Charge = Charge.ADMITTED
     all_or_nothing: bool = False
 
+    @property
+    def override_window(self) -> Window | None:
+        """How limits in requests are counted. A window holds what was taken, whatever the limit is by then. The level
+        of a token bucket depends on its rate, so each limit would need a bucket of its own, and a changed one would
+        begin full. Only token buckets can be strict.
+        """
+        if self.window is None and self.consistency is not Consistency.STRICT:
+            return Window.SLIDING
+        return self.window
+
 
 def window_of(algorithm: str) -> Window | None:
     """The window of an algorithm of `ALGORITHMS`; None for a token bucket."""
