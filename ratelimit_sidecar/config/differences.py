@@ -1,6 +1,6 @@
 """What is answered or accepted otherwise than by envoyproxy/ratelimit, on purpose, with the reason.
 
-The pages on rules and on moving from envoyproxy/ratelimit show these tables. The differential test (tests/differential)
+The page on moving from envoyproxy/ratelimit shows these tables. The differential test (tests/differential)
 compares both services and fails on whatever is in none of them.
 """
 

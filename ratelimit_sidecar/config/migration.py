@@ -54,7 +54,7 @@ SAME = Same()
 _IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
 _NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
 _NO_STATSD = NotNeeded(
-    "metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin` (see [Its metrics](#its-metrics))"
+    "no metrics are sent to statsd: Prometheus fetches them from `listen.admin` (see [Its metrics](#its-metrics))"
 )
 _BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
 
@@ -239,16 +239,16 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
 }
 
 _INTRO = """\
-Rules files, environment and Envoy's filter stay as they are; only the address of the service changes. There is no Redis
-to run: the sidecar decides in memory.
+Rules files, environment and Envoy's filter stay as they are; the address of the service changes, and no Redis is
+needed.
 
-1. Check that the rules are understood. Whatever is wrong with them is listed with file, line, column and a fix.
+1. Check the rules. Whatever is wrong is listed with file, line, column and a fix.
 
    ```
    ratelimit-sidecar check path/to/config
    ```
 
-2. Say that limits are counted as before, in a `sidecar.yaml` of one line:
+2. Count limits as before, by a `sidecar.yaml` of one line:
 
    ```yaml
    algorithm: fixed_window
@@ -260,42 +260,41 @@ to run: the sidecar decides in memory.
    RUNTIME_ROOT=/data RUNTIME_SUBDIRECTORY=ratelimit ratelimit-sidecar serve --config sidecar.yaml
    ```
 
-4. Let the cluster that `rate_limit_service` names in Envoy's configuration point to it. Nothing else changes there:
+4. Point the cluster of `rate_limit_service` in Envoy's configuration to it:
 
    ```yaml
    endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8081}}}
    ```
 
-With `SHADOW_MODE=true` it counts and answers, and denies nothing: a way to look before turning it on.
+With `SHADOW_MODE=true` it counts and answers, and denies nothing.
 """
 
 _DIFFERENCES = """\
 ## What differs
 
-- **The algorithm.** Without step 2 a limit is a token bucket: it refills evenly, so there is no moment at which all
-  clients may begin again, and no burst of twice the limit around it. Rules choose one by one with `algorithm`.
+- **The algorithm.** Without step 2 a limit is a token bucket, which refills evenly. Rules choose one by one with
+  `algorithm`.
 - **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when that counts in
   windows of the same unit. Beside a token bucket it is counted in a sliding window of its own: when the limit changes,
   what was taken still counts. Only where `CRDT_ENGINE` is `strict` is it a token bucket, one for each limit.
-- **Sharing.** Redis made several instances one. Here the sidecars tell each other what they let through: list them in
-  `sync.peers`. Without peers each sidecar has every limit to itself.
+- **Sharing.** Without `sync.peers` each sidecar has every limit to itself.
 - **The start.** Counts in Redis are not taken over: every limit begins anew.
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
 - **State** is in memory: with `persistence` it survives when all sidecars stop ([state.md](state.md)).
-- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should it hold anything else
-  that is read there, but for `*.md`, the start ends with an error, and `check` says so too. A folder may be empty: its
-  files are picked up when they come. One that loses all its files keeps its rules, where there it has none from then
-  on.
-- **Health.** gRPC health checks may name the service `ratelimit` or `envoy.service.ratelimit.v3.RateLimitService`, or
-  none: the answer is the same, where there it is always SERVING for none.
+- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Anything else that is read there,
+  but for `*.md`, ends the start with an error. It may be empty: files are picked up when they come. One that loses all
+  its files keeps its rules; there it has none from then on.
+- **Health.** gRPC health checks may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or
+  none, with the same answer; there it is always SERVING for none.
 - **Metrics** have other names, and labels: see [below](#its-metrics).
 
-With `algorithm: fixed_window` every answer is the same in every field, but for this; `make test-all` compares both
-services:
+With `algorithm: fixed_window` every answer is the same in every field (`make test-all` compares them), but for this:
 """
 
 _RULES = """\
+### Rules files
+
 Every file is accepted or refused alike, but for these:
 """
 
@@ -316,7 +315,7 @@ METRICS: Mapping[str, str] = {
     "`*.domain_not_found`": '`ratelimit_decisions_total{domain="",rule=""}`, in descriptors, of all such domains',
     "`config_load_success`, `config_load_error`": "`ratelimit_config_loads_total`, by `result`",
     "`call.should_rate_limit.service_error`": "`ratelimit_request_errors_total`, by `reason`",
-    "`call.should_rate_limit.redis_error`, `redis.*`, `memcache.*`": "nothing: there is no such server",
+    "`call.should_rate_limit.redis_error`, `redis.*`, `memcache.*`": "nothing: no request waits for such a server",
     "`global_shadow_mode`": '`ratelimit_decisions_total{code="OVER_LIMIT"}`: in shadow mode those are let through',
     "`ratelimit_server.ShouldRateLimit.total_requests`": "`openclaw_request_latency_seconds_count`",
     "`ratelimit_server.ShouldRateLimit.response_time`": "`openclaw_request_latency_seconds`, a histogram",
@@ -324,9 +323,9 @@ METRICS: Mapping[str, str] = {
 """What dashboards read there, and what they read here."""
 
 _AFTER_METRICS = """\
-`/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format. Nothing is pushed: where
-metrics are to end in statsd or Datadog, let the agent there fetch `/metrics`, as Telegraf's `prometheus` input, the
-OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
+`/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format; OTLP can be
+[pushed](reference/otel.md). For statsd or Datadog let the agent there fetch `/metrics`, as Telegraf's `prometheus`
+input, the OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
 """
 
 _VARIABLES = """\
