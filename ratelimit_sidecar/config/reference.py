@@ -98,8 +98,7 @@ Errors end the start with exit code 2 and one line for each: `file:line:column: 
 the fix`. `ratelimit-sidecar check --config sidecar.yaml` says the same beforehand, also of the rules.
 
 A variable named under "Default" is read where the file does not have the key; an empty one counts as not set. Those of
-envoyproxy/ratelimit are [all listed here](../migration-from-envoyproxy-ratelimit.md). A name is 1 to 128 printable
-characters without spaces.
+envoyproxy/ratelimit are [all listed here](../migration-from-envoyproxy-ratelimit.md).
 """
 
 _ENVIRONMENT_ONLY = """\
