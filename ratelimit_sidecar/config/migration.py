@@ -51,11 +51,9 @@ Verdict = Same | SameElsewhere | ReplacedBy | NotNeeded
 
 SAME = Same()
 
-_IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
-_NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
-_NO_STATSD = NotNeeded(
-    "no metrics are sent to statsd: Prometheus fetches them from `listen.admin` (see [Its metrics](#its-metrics))"
-)
+_IN_MEMORY = NotNeeded("limits are in memory, shared over `sync.peers`")
+_NO_MEMCACHE = NotNeeded("there is no memcached to ask")
+_NO_STATSD = NotNeeded("nothing is sent to statsd, see [Its metrics](#its-metrics)")
 _BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
 
 VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
@@ -73,8 +71,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
         "GRPC_SERVER_USE_TLS": Same(
-            "see [TLS between Envoy and the sidecar](envoy-tls.md). Not for the unix socket of `GRPC_UDS`: both"
-            " together end the start with an error"
+            "see [TLS between Envoy and the sidecar](envoy-tls.md). Together with `GRPC_UDS` it ends the start with an"
+            " error"
         ),
         "GRPC_SERVER_TLS_CERT": SAME,
         "GRPC_SERVER_TLS_KEY": SAME,
@@ -93,9 +91,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     "Rules": {
         "CONFIG_TYPE": SAME,
         "FORCE_START_WITHOUT_INITIAL_CONFIG": NotNeeded(
-            "files are read before anything is answered, and an xDS server is not waited for: until it has sent rules,"
-            " calls get an error, as there, so that Envoy's `failure_mode_deny` decides; `xds.before_rules: pass` lets"
-            " them through, and `/readyz` says that there are none"
+            "an xDS server is not waited for: until it has sent rules calls get an error, as there, or pass with"
+            " `xds.before_rules: pass`"
         ),
         "CONFIG_GRPC_XDS_NODE_ID": SAME,
         "CONFIG_GRPC_XDS_NODE_METADATA": Same("`key=value,key=value`; `:` separates too where there is no `=`"),
@@ -111,7 +108,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "XDS_CLIENT_BACKOFF_MAX_INTERVAL": ReplacedBy("`xds.retry_seconds`"),
         "XDS_CLIENT_BACKOFF_RANDOM_FACTOR": _BACK_OFF,
         "XDS_CLIENT_BACKOFF_JITTER": _BACK_OFF,
-        "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("responses of several 100,000 rules are taken as they are"),
+        "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("several 100,000 rules are taken"),
         "RUNTIME_ROOT": Same(
             "`rules` in the configuration file wins. With neither, nor `RUNTIME_SUBDIRECTORY`, nor xDS, the folder"
             " `/srv/runtime_data/current/config` is read if it is there; there it is with `RUNTIME_WATCH_ROOT=false`"
@@ -123,9 +120,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         ),
         "RUNTIME_APPDIRECTORY": Same("without it `config`, as there"),
         "RUNTIME_IGNOREDOTFILES": NotNeeded("names that begin with a dot are never read"),
-        "RUNTIME_WATCH_ROOT": NotNeeded(
-            "changes are noticed wherever they happen, at the files as well as at links on the way to them"
-        ),
+        "RUNTIME_WATCH_ROOT": NotNeeded("changes are noticed at files and at links on the way to them"),
         "MERGE_DOMAIN_CONFIG": SAME,
     },
     "Answers": {
@@ -146,23 +141,21 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     },
     "Metrics and traces": {
         "USE_DOG_STATSD": _NO_STATSD,
-        "USE_DOG_STATSD_MOGRIFIERS": NotNeeded(
-            "metrics have labels from the start; so are the `DOG_STATSD_MOGRIFIER_*` variables"
-        ),
+        "USE_DOG_STATSD_MOGRIFIERS": NotNeeded("metrics have labels; so are the `DOG_STATSD_MOGRIFIER_*` variables"),
         "USE_STATSD": _NO_STATSD,
         "STATSD_HOST": _NO_STATSD,
         "STATSD_PORT": _NO_STATSD,
         "STATS_FLUSH_INTERVAL": _NO_STATSD,
         "EXTRA_TAGS": ReplacedBy("the labels of Prometheus' scrape configuration"),
         "SANITIZE_DESCRIPTOR_METRIC_DOTS": NotNeeded(
-            "keys and values are labels of metrics, in which a dot is like any other character"
+            "keys and values are labels, in which a dot is like any other character"
         ),
-        "DISABLE_STATS": NotNeeded("metrics that nobody fetches cost next to nothing"),
-        "USE_PROMETHEUS": NotNeeded("metrics are always there, at `/metrics` of `listen.admin`"),
+        "DISABLE_STATS": NotNeeded("unfetched metrics cost next to nothing"),
+        "USE_PROMETHEUS": NotNeeded("always on, at `/metrics` of `listen.admin`"),
         "PROMETHEUS_ADDR": ReplacedBy("`listen.admin`"),
         "PROMETHEUS_PATH": NotNeeded("the path is always `/metrics`"),
-        "PROMETHEUS_MAPPER_YAML": NotNeeded("metrics have labels from the start, see [Metrics](reference/metrics.md)"),
-        "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are always in seconds, as Prometheus wants them"),
+        "PROMETHEUS_MAPPER_YAML": NotNeeded("see [Metrics](reference/metrics.md)"),
+        "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are in seconds"),
         "TRACING_ENABLED": ReplacedBy("`OTEL_EXPORTER_OTLP_ENDPOINT`: traces are sent when it is set"),
         "TRACING_SERVICE_NAME": ReplacedBy("`OTEL_SERVICE_NAME`"),
         "TRACING_SERVICE_NAMESPACE": ReplacedBy("`OTEL_RESOURCE_ATTRIBUTES`, as in `service.namespace=shop`"),
@@ -170,14 +163,12 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "TRACING_EXPORTER_PROTOCOL": ReplacedBy(
             "`OTEL_EXPORTER_OTLP_PROTOCOL`: `grpc`, which is the default, or `http/protobuf`"
         ),
-        "TRACING_SAMPLING_RATE": ReplacedBy(
-            "Envoy's own sampling: what it traces is traced here too, and nothing else"
-        ),
+        "TRACING_SAMPLING_RATE": ReplacedBy("Envoy's own sampling: what it traces is traced here too"),
     },
     "Backends": {
         "BACKEND_TYPE": _IN_MEMORY,
-        "EXPIRATION_JITTER_MAX_SECONDS": NotNeeded("counts that say nothing any more are dropped one by one"),
-        "LOCAL_CACHE_SIZE_IN_BYTES": NotNeeded("every decision is made in memory"),
+        "EXPIRATION_JITTER_MAX_SECONDS": NotNeeded("idle buckets are dropped one by one"),
+        "LOCAL_CACHE_SIZE_IN_BYTES": NotNeeded("limits are in memory"),
         "CACHE_KEY_PREFIX": _IN_MEMORY,
         **dict.fromkeys(
             (
@@ -278,7 +269,7 @@ _DIFFERENCES = """\
   windows of the same unit. Beside a token bucket it is counted in a sliding window of its own: when the limit changes,
   what was taken still counts. Only where `CRDT_ENGINE` is `strict` is it a token bucket, one for each limit.
 - **Sharing.** Without `sync.peers` each sidecar has every limit to itself.
-- **The start.** Counts in Redis are not taken over: every limit begins anew.
+- **The start.** Counts in Redis are not taken over.
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
 - **State** is in memory: with `persistence` it survives when all sidecars stop ([state.md](state.md)).
@@ -287,7 +278,7 @@ _DIFFERENCES = """\
   its files keeps its rules; there it has none from then on.
 - **Health.** gRPC health checks may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or
   none, with the same answer; there it is always SERVING for none.
-- **Metrics** have other names, and labels: see [below](#its-metrics).
+- **Metrics** have [other names](#its-metrics).
 
 With `algorithm: fixed_window` every answer is the same in every field (`make test-all` compares them), but for this:
 """
@@ -301,8 +292,8 @@ Every file is accepted or refused alike, but for these:
 _METRICS = """\
 ## Its metrics
 
-There a metric's name holds the domain and the rule, as in `ratelimit.service.rate_limit.shop.user_eve.over_limit`;
-here those are the labels `domain` and `rule`, and `rule` is the same text, `shop.user_eve`.
+Domain and rule of `ratelimit.service.rate_limit.shop.user_eve.over_limit` are labels here: `domain`, and `rule` with
+the text `shop.user_eve`.
 """
 
 METRICS: Mapping[str, str] = {
@@ -331,8 +322,7 @@ input, the OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMet
 _VARIABLES = """\
 ## Its environment variables
 
-A value in the configuration file wins over a variable. Booleans are written as Go takes them (`1`, `t`, `T`, `TRUE`,
-`true`, `True`, and likewise `0` to `False`).
+The configuration file wins over variables. Booleans are Go's (`1`, `t`, `T`, `TRUE`, `true`, `True`; `0` to `False`).
 """
 
 
@@ -377,4 +367,4 @@ def _said_of(verdict: Verdict, key: str) -> str:
         case ReplacedBy(what):
             return f"replaced by {what}"
         case NotNeeded(because):
-            return f"not needed because {because}"
+            return f"not needed: {because}"
