@@ -224,10 +224,10 @@ class _Reader:
         if self._fields > MAX_FIELDS:
             raise InvalidRequest(f"more than {MAX_FIELDS} fields")
         byte = self._raw[at]
-        if 0x08 <= byte < 0x80:
+        if byte < 0x80:
             return byte, at + 1
         tag, after = self._varint(at)
-        if after > at + 5 or tag > _MAX_UINT32 or tag < 0x08:
+        if after > at + 5 or tag > _MAX_UINT32:
             raise _Malformed
         return tag, after
 
@@ -258,6 +258,8 @@ class _Reader:
 
     def _skip(self, at: int, end: int, tag: int) -> int:
         """Where the field after an unknown one begins. `at` is where the unknown one's value does."""
+        if tag < 1 << 3:
+            raise _Malformed
         groups: list[int] = []
         while True:
             wire_type = tag & 7

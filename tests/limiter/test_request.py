@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.limiter.key import text_of
@@ -111,6 +111,8 @@ def by_hand(raw: bytes) -> Read | None:
 
 
 @given(requests)
+@example(b"\x0a\x01d\x12\x00\x7b\x00\x00\x7c")
+@example(b"\x0a\x01d\x12\x00\x00\x00")
 def test_what_is_read_is_what_protobuf_reads(raw: bytes) -> None:
     assert by_hand(raw) == by_protobuf(raw)
 
