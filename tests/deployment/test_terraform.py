@@ -57,7 +57,9 @@ class Tofu:
             "TF_CLI_CONFIG_FILE": str(config),
             "TOFU": str(tools.path("opentofu", "tofu")),
             "TF_IN_AUTOMATION": "1",
-            "NO_COLOR": "1",
+            "TF_CLI_ARGS_validate": "-no-color",
+            "TF_CLI_ARGS_test": "-no-color",
+            "TF_CLI_ARGS_plan": "-no-color",
         }
 
     def verify(self, *arguments: str, expected: int = 0) -> str:

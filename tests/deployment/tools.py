@@ -50,7 +50,7 @@ def path(name: str, program: str | None = None) -> Path:
     """
     found = _folder(name) / (program or name)
     if not found.exists():
-        raise Unavailable(f"there is no {program or name} in the cache; `make test-deploy` builds it")
+        raise Unavailable(f"there is no {name} in the cache; `make test-deploy` builds it")
     return found
 
 
@@ -285,7 +285,7 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "envoy-gateway": Tool("1.9.1", _envoy_gateway),
     "opentofu": Tool("1.12.6", _opentofu),
     "provider-tls": Tool("4.2.1", _provider("tls", "v1.2.1-0.20260819085117-d044ca7c6f52")),
-    "provider-kubernetes": Tool("3.2.1", _provider("kubernetes", "28fb611cb6be20c5059efadd6cbf16b9ad64cd6c")),
+    "provider-kubernetes": Tool("3.2.1", _provider("kubernetes", "v1.13.4-0.20260821094251-3a33fb6cc605")),
     "provider-helm": Tool("3.1.2", _provider("helm", "ecffae07748ea9e2e99660e5ad3f852a12fbc5fc")),
     "provider-aws": Tool("6.47.1", _aws_provider),
     # The newest one whose modules can be had by their versions alone.

@@ -47,8 +47,8 @@ locals {
     eu-west-2      = "10.2.0.0/16"
     ap-southeast-1 = "10.3.0.0/16"
   }
-  names = { for region in keys(local.cidrs) : region => "${region}.${var.domain}" }
-  peers = { for region in keys(local.cidrs) : region => [for other, cidr in local.cidrs : cidr if other != region] }
+  names  = { for region in keys(local.cidrs) : region => "${region}.${var.domain}" }
+  peers  = { for region in keys(local.cidrs) : region => [for other, cidr in local.cidrs : cidr if other != region] }
   folder = coalesce(var.rules, "${path.module}/../../../../examples/openclaw/rules")
   rules  = { for file in fileset(local.folder, "*.yaml") : file => file("${local.folder}/${file}") }
   edges = {

@@ -1,7 +1,7 @@
 # What has to be said once a region: providers are found by name alone.
 
 provider "kubernetes" {
-  alias = "us"
+  alias                  = "us"
   host                   = local.clusters["us-east-1"].endpoint
   cluster_ca_certificate = local.clusters["us-east-1"].ca
   exec {
@@ -50,7 +50,7 @@ module "edge_us" {
 }
 
 provider "kubernetes" {
-  alias = "eu"
+  alias                  = "eu"
   host                   = local.clusters["eu-west-2"].endpoint
   cluster_ca_certificate = local.clusters["eu-west-2"].ca
   exec {
@@ -99,7 +99,7 @@ module "edge_eu" {
 }
 
 provider "kubernetes" {
-  alias = "ap"
+  alias                  = "ap"
   host                   = local.clusters["ap-southeast-1"].endpoint
   cluster_ca_certificate = local.clusters["ap-southeast-1"].ca
   exec {

@@ -38,9 +38,9 @@ variables {
 
 run "each_region_finds_the_others_by_name" {
   assert {
-    condition = module.mesh.regions["us-east-1"].peers == tolist([
+    condition = module.mesh.regions["us-east-1"].peers == [
       "ap-southeast-1.mesh.example.internal:50051", "eu-west-2.mesh.example.internal:50051",
-    ])
+    ]
     error_message = "By names of the private zone."
   }
   assert {

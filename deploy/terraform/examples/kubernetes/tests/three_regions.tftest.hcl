@@ -7,10 +7,10 @@ run "three_regions_know_each_other" {
     error_message = "Three regions."
   }
   assert {
-    condition = module.mesh.regions["us-east-1"].peers == tolist([
+    condition = module.mesh.regions["us-east-1"].peers == [
       "rl-ratelimit-sidecar-mesh.ratelimit-ap-southeast-1.svc:50051",
       "rl-ratelimit-sidecar-mesh.ratelimit-eu-west-2.svc:50051",
-    ])
+    ]
     error_message = "Each has the others as peers."
   }
 }

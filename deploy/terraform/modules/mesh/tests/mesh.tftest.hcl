@@ -10,7 +10,7 @@ variables {
 
 run "each_region_is_told_of_the_others_and_gets_a_certificate_of_one_authority" {
   assert {
-    condition     = output.regions["us-east-1"].peers == tolist(["eu:50051"])
+    condition     = output.regions["us-east-1"].peers == ["eu:50051"]
     error_message = "A region's peers are the other regions."
   }
   assert {
