@@ -12,8 +12,9 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.encoding import varint
-from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_ENTRIES, MAX_HITS, InvalidRequest
+from ratelimit_sidecar.limiter.limiter import MAX_HITS
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
+from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 
@@ -156,8 +157,8 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
         (b"\xff\xff\xff", "not an envoy.service"),
         (make_request({"agent": "a"}, domain=""), "domain must not be empty"),
         (make_request(), "descriptor list must not be empty"),
-        (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "513 rate limit descriptors; at most 512"),
-        (make_request(*[dict.fromkeys(map(str, range(17)), "a")] * MAX_DESCRIPTORS), "8704 entries .* at most 8192"),
+        (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "more than 512 rate limit descriptors"),
+        (make_request(*[dict.fromkeys(map(str, range(17)), "a")] * MAX_DESCRIPTORS), "more than 8192 entries"),
     ],
 )
 def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_bytes: bytes, message: str) -> None:
@@ -180,7 +181,7 @@ def test_a_message_of_the_most_bytes_with_as_many_fields_as_fit_is_refused_befor
         return time.thread_time() - began
 
     def refuse() -> None:
-        with pytest.raises(InvalidRequest, match="are taken"):
+        with pytest.raises(InvalidRequest, match="more than"):
             limiter.decide(raw, NOW_US)
 
     # Reading the message is what is left of it.
