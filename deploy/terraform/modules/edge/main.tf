@@ -172,3 +172,8 @@ resource "kubernetes_service_v1" "this" {
     }
   }
 }
+
+output "service" {
+  description = "NAMESPACE/NAME of the service, whose load balancer edge functions are to reach."
+  value       = "${var.namespace}/${kubernetes_service_v1.this.metadata[0].name}"
+}

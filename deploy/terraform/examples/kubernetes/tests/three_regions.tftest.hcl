@@ -20,7 +20,7 @@ run "an_edge_is_made_when_there_is_a_token_for_it" {
     edge_token = "0123456789abcdef0123456789abcdef"
   }
   assert {
-    condition     = length(module.edge) == 1
+    condition     = module.edge[0].service == "ratelimit-ap-southeast-1/ratelimit-edge"
     error_message = "One, before the first region."
   }
 }
