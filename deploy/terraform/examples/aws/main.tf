@@ -75,8 +75,6 @@ module "cloud" {
   cidr           = each.value
   peer_cidrs     = local.peers[each.key]
   administrators = var.administrators
-  zone_name      = var.domain
-  zone_arn       = module.network.zone.arn
 }
 
 module "network" {

@@ -1,4 +1,5 @@
-# Ways between the VPCs of all regions, two by two, and a DNS zone that all of them see.
+# Ways between the VPCs of all regions, two by two, and a DNS zone that all of them see and each writes its pods' addresses
+# to.
 
 terraform {
   required_version = ">= 1.7"
@@ -19,6 +20,7 @@ variable "vpcs" {
     region      = string
     cidr        = string
     route_table = string
+    cluster     = string
   }))
 }
 
@@ -26,7 +28,7 @@ locals {
   names = sort(keys(var.vpcs))
   pairs = {
     for pair in setproduct(local.names, local.names) : join("-to-", pair) => { from = pair[0], to = pair[1] }
-    if pair[0] < pair[1]
+    if index(local.names, pair[0]) < index(local.names, pair[1])
   }
   # Each way needs a route at both of its ends.
   routes = merge([
@@ -73,6 +75,47 @@ resource "aws_route53_zone" "this" {
   }
 }
 
-output "zone" {
-  value = { name = var.domain, arn = aws_route53_zone.this.arn }
+resource "aws_iam_role" "dns" {
+  name = "ratelimit-dns-${replace(var.domain, ".", "-")}"
+  assume_role_policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Effect    = "Allow"
+      Principal = { Service = "pods.eks.amazonaws.com" }
+      Action    = ["sts:AssumeRole", "sts:TagSession"]
+    }]
+  })
+}
+
+resource "aws_iam_role_policy" "dns" {
+  name = "records"
+  role = aws_iam_role.dns.name
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [
+      { Effect = "Allow", Action = "route53:ChangeResourceRecordSets", Resource = aws_route53_zone.this.arn },
+      {
+        Effect   = "Allow"
+        Action   = ["route53:ListHostedZones", "route53:ListResourceRecordSets", "route53:ListTagsForResources"]
+        Resource = "*"
+      },
+    ]
+  })
+}
+
+resource "aws_eks_addon" "dns" {
+  for_each     = var.vpcs
+  region       = each.value.region
+  cluster_name = each.value.cluster
+  addon_name   = "external-dns"
+  configuration_values = jsonencode({
+    domainFilters = [var.domain]
+    policy        = "sync"
+    txtOwnerId    = each.value.cluster
+  })
+  pod_identity_association {
+    role_arn        = aws_iam_role.dns.arn
+    service_account = "external-dns"
+  }
+  depends_on = [aws_iam_role_policy.dns]
 }

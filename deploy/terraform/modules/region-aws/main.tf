@@ -10,12 +10,12 @@ terraform {
 locals {
   zones = { for index, letter in var.zones : "${var.region}${letter}" => index }
   trusts = {
-    for service in ["eks", "ec2", "pods.eks"] : service => jsonencode({
+    for service in ["eks", "ec2"] : service => jsonencode({
       Version = "2012-10-17"
       Statement = [{
         Effect    = "Allow"
         Principal = { Service = "${service}.amazonaws.com" }
-        Action    = service == "pods.eks" ? ["sts:AssumeRole", "sts:TagSession"] : ["sts:AssumeRole"]
+        Action    = "sts:AssumeRole"
       }]
     })
   }

@@ -8,10 +8,13 @@ output "cluster" {
 }
 
 output "vpc" {
+  description = "What the module mesh-aws needs."
   value = {
     id          = aws_vpc.this.id
     region      = var.region
     cidr        = var.cidr
     route_table = aws_route_table.private.id
+    # With what gives pods of external-dns their role.
+    cluster = aws_eks_addon.identity.cluster_name
   }
 }

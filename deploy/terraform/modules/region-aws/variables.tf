@@ -46,17 +46,6 @@ variable "nodes" {
   default = {}
 }
 
-variable "zone_arn" {
-  description = "A private DNS zone that external-dns may write to; null for none."
-  type        = string
-  default     = null
-}
-
-variable "zone_name" {
-  type    = string
-  default = null
-}
-
 variable "peer_cidrs" {
   description = "Of the other regions' VPCs."
   type        = list(string)

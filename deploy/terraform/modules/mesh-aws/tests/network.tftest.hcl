@@ -1,11 +1,17 @@
-mock_provider "aws" {}
+mock_provider "aws" {
+  mock_resource "aws_iam_role" {
+    defaults = {
+      arn = "arn:aws:iam::123456789012:role/mocked"
+    }
+  }
+}
 
 variables {
   domain = "mesh.example.internal"
   vpcs = {
-    us = { id = "vpc-1", region = "us-east-1", cidr = "10.1.0.0/16", route_table = "rtb-1" }
-    eu = { id = "vpc-2", region = "eu-west-2", cidr = "10.2.0.0/16", route_table = "rtb-2" }
-    ap = { id = "vpc-3", region = "ap-southeast-1", cidr = "10.3.0.0/16", route_table = "rtb-3" }
+    us = { id = "vpc-1", region = "us-east-1", cidr = "10.1.0.0/16", route_table = "rtb-1", cluster = "us" }
+    eu = { id = "vpc-2", region = "eu-west-2", cidr = "10.2.0.0/16", route_table = "rtb-2", cluster = "eu" }
+    ap = { id = "vpc-3", region = "ap-southeast-1", cidr = "10.3.0.0/16", route_table = "rtb-3", cluster = "ap" }
   }
 }
 
@@ -29,5 +35,9 @@ run "every_two_regions_are_peered_once_with_a_route_each_way" {
   assert {
     condition     = length(aws_route53_zone.this.vpc) == 3
     error_message = "All regions see the zone."
+  }
+  assert {
+    condition     = { for region, addon in aws_eks_addon.dns : region => addon.cluster_name } == { us = "us", eu = "eu", ap = "ap" }
+    error_message = "And write to it."
   }
 }

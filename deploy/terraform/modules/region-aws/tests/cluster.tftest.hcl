@@ -17,8 +17,6 @@ variables {
   cidr           = "10.2.0.0/16"
   peer_cidrs     = ["10.1.0.0/16", "10.3.0.0/16"]
   administrators = ["192.0.2.0/24"]
-  zone_name      = "mesh.example.internal"
-  zone_arn       = "arn:aws:route53:::hostedzone/Z1"
 }
 
 run "nodes_are_in_private_subnets_of_two_zones" {
@@ -57,18 +55,6 @@ run "only_other_regions_reach_the_mesh_and_only_administrators_the_api" {
   assert {
     condition     = output.cluster.ca == "authority"
     error_message = "Providers take PEM."
-  }
-}
-
-run "without_a_zone_there_is_no_external_dns" {
-  command = plan
-  variables {
-    zone_name = null
-    zone_arn  = null
-  }
-  assert {
-    condition     = length(aws_eks_addon.dns) == 0 && length(aws_iam_role.dns) == 0
-    error_message = "Neither it nor its role."
   }
 }
 
