@@ -104,9 +104,10 @@ async def test_the_connection_that_waits_for_its_client_the_longest_makes_room(
     app = App()
     async with (
         running(app) as server,
+        # First: the server has accepted it when the others are answered.
+        connect(server) as silent,
         connect(server) as at_work,
         connect(server) as idle,
-        connect(server) as silent,
     ):
         at_work.send(GET.replace(b"/ ", b"/slow ", 1))
         await app.slow_began.wait()
