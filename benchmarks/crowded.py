@@ -146,7 +146,7 @@ class MemoryPeer:
             writer = DeltasWriter(self.origin)
             for bucket, slots in self._store.drain_changes():
                 writer.add(bucket, None, list(bucket.own_entries(slots)))
-            self._say_deltas(writer.frame)
+            self._say_deltas(writer.deltas)
 
     async def ping(self) -> None:
         """Until cancelled."""
@@ -167,11 +167,11 @@ class MemoryPeer:
     def _say(self, frame: pb.Frame) -> None:
         self._said.put_nowait(frame.SerializeToString())
 
-    def _say_deltas(self, frame: pb.Frame) -> None:
+    def _say_deltas(self, deltas: pb.Deltas) -> None:
         self._sequence += 1
-        frame.deltas.sequence = self._sequence
+        deltas.sequence = self._sequence
         self._sent_ns.append(time.monotonic_ns())
-        self._say(frame)
+        self._say(pb.Frame(deltas=deltas))
 
 
 class Crowd:

@@ -78,13 +78,13 @@ def snapshot(store: Store, begun_at_us: int, written: Written) -> Iterator[bytes
         for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
             writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
-                yield _counted(_record(kind, writers[kind].deltas.SerializeToString()), written)
+                yield _counted(_record(kind, writers[kind].payload()), written)
                 writers[kind] = DeltasWriter(store.origin)
         if pace.ends_piece(len(entries)):
             yield b""
     for kind, writer in writers.items():
         if writer.keys:
-            yield _counted(_record(kind, writer.deltas.SerializeToString()), written)
+            yield _counted(_record(kind, writer.payload()), written)
     yield _counted(_record(END, End(buckets=written.buckets).SerializeToString()), written)
 
 
@@ -172,11 +172,7 @@ def restore(kind: int, payload: bytes, to: Target, now_us: int) -> Iterator[int]
     reader = DeltasReader(to.origin)
     local = to.local_limit_of_key if kind == LOCAL else None
     try:
-        reader.begin(Deltas.FromString(payload))
-        is_last = False
-        while not is_last:
-            applied = reader.apply(to.store, now_us, local_limit_of_key=local)
-            is_last = applied.is_last
+        for applied in reader.apply(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
             # What is not believed of a snapshot is no peer's word.
             to.store.journal.refused.clear()
             yield applied.entries

@@ -337,8 +337,6 @@ class Exchange:
         """Ranges whose Summary has come in answer to the Digest of `_summarised_us`."""
         self._summarised_us = 0
         self._pulls: deque[pb.Pull] = deque()
-        self._pieces: Iterator[None] | None = None
-        """Of the answer to the frame heard last, until it is done."""
         self._exchanged_us = 0
         self._told = self._pulled = 0
         """Buckets, because of the pass `_exchanged_us`."""
@@ -376,8 +374,9 @@ class Exchange:
             return pb.Frame(summary=summary)
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
 
-    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> None:
-        """Take a frame, to be answered in pieces: by `answer`.
+    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> Iterator[None]:
+        """Take a frame and answer it, in steps: buckets that differ are repaired or asked for, and counted as the
+        peer's resyncs.
 
         Raises:
             ProtocolError: bad_digest.
@@ -397,7 +396,7 @@ class Exchange:
             self._told = self._pulled = 0
         if isinstance(frame, pb.Pull):
             if own is not None:
-                self._pieces = self._answer_pull(frame, own)
+                yield from self._answer_pull(frame, own)
             return
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
@@ -405,23 +404,7 @@ class Exchange:
             # Of a pass that is over.
             return
         self._summarised.add(frame.range)
-        self._pieces = self._answer_summary(frame, own)
-
-    @property
-    def is_answering(self) -> bool:
-        return self._pieces is not None
-
-    def answer(self) -> bool:
-        """Do a piece of what the frame heard last asks for: buckets that differ are told or asked for, and counted as
-        the peer's resyncs.
-
-        Returns:
-            True when it has to be called again, before the next `receive`.
-        """
-        for _ in self._pieces or ():
-            return True
-        self._pieces = None
-        return False
+        yield from self._answer_summary(frame, own)
 
     def _receive_digest(self, digest: pb.Digest) -> None:
         segments = digest.segments
@@ -497,4 +480,4 @@ class Exchange:
         if self._told < MAX_EXCHANGED:
             self._told += 1
             self._peer.resyncs += 1
-            self._peer.outbox.tell(key)
+            self._peer.outbox.repair(key)

@@ -26,11 +26,11 @@ from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.refusals import Refusals
 from ratelimit_sidecar.replication.replicator import RESTART_US, Replicator, Stream
 from ratelimit_sidecar.replication.resolver import Resolver
+from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
-from ratelimit_sidecar.replication.turns import Turns
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
 from ratelimit_sidecar.supervision import Supervisor
 
@@ -123,7 +123,7 @@ class Mesh:
         local = Local(origin, region, version, membership)
         self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
         self._replicator.has_joined = False
-        self._turns = Turns()
+        self._scheduler = Scheduler()
         self._progress = Progress()
         """Made whenever a frame was heard or a stream or dial has ended."""
         self._dialler = Dialler(
@@ -340,14 +340,13 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        await self._turns.do(lambda: self._replicator.note_changes(self._now_us()), is_urgent=True)
-        await self._turns.do(lambda: self._replicator.tend(self._now_us()), is_urgent=True)
+        await self._scheduler.run(self._replicator.flush(self._now_us()), is_urgent=True)
 
     async def _compare(self) -> None:
-        await self._turns.do(lambda: self._replicator.compare(self._now_us()))
+        await self._scheduler.run(self._replicator.compare(self._now_us()))
 
     async def _drain(self) -> None:
-        self._replicator.flush(self._now_us())
+        await self._flush()
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self.until(self._replicator.is_settled)
@@ -420,7 +419,7 @@ class Mesh:
                 call,
                 stream,
                 woken=woken,
-                turns=self._turns,
+                scheduler=self._scheduler,
                 now_us=self._now_us,
                 on_heard=note_heard,
                 # A listener ends its calls with a status, which nothing overtakes.

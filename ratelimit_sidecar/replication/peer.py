@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.outbox import Batch, Outbox
+from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.lag import Batch
+from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
@@ -43,7 +45,7 @@ class BatchTracer(Protocol):
 class Peer:
     """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas and asks."""
 
-    def __init__(self, store: Store, node: str) -> None:
+    def __init__(self, store: Store, changes: ChangeLog, node: str) -> None:
         self.node = node
         self.region = ""
         self.address = ""
@@ -53,7 +55,7 @@ class Peer:
         self.is_configured = False
         """True once a configured address has led to it."""
         self.streams: list[Stream] = []
-        self.outbox = Outbox(store)
+        self.outbox = Outbox(store, changes)
         self.full_state_heard = False
         """True when it has told everything it knew when its stream began."""
         self.reaches: frozenset[str] | None = None
@@ -88,14 +90,13 @@ class Peer:
         """True while it can be asked for tokens of strict limits."""
         return bool(self.streams) and self.streams[0].pays
 
-    def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
-        """A batch of its outbox is on its way."""
+    def sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
+        """A batch of its outbox is on its way; returns what continues its trace, if it belongs to one."""
         self.batches_sent += 1
         self.entries_sent += batch.entries
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
-        if span is not None:
-            batch.frame.deltas.trace = span.context
         self._spans.append(span)
+        return b"" if span is None else span.context
 
     def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
         """A batch of it is applied from now on.

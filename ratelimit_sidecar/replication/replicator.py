@@ -22,12 +22,11 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
+from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.peer import BatchSpan, BatchTracer, Peer
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.recent import RecentBuckets
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.session import (
     ClockMeasured,
@@ -53,9 +52,6 @@ memory. A configured peer always has its place.
 
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
-
-FLUSH_WORK: Final = 96
-"""Of one go of a flush: 0.1 ms and more. Each bucket is as much work as there are peers, and two more."""
 
 FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
@@ -105,72 +101,49 @@ class Replicator:
         self._ways_changed = False
         self._ways_looked_us = 0
         self._was_full = False
-        self._recent = RecentBuckets()
+        self.changes = ChangeLog(store, now_us)
         self.summing = Summing(store, now_us)
-        self._flushed_us = self._created_us = now_us
-        """When the last flush began, and the one before."""
-        self._unflushed = 0
-        """Buckets that were in the journal when the flush under way began, and are so still."""
-        self._unannounced = 0
-        """Buckets that peers have yet to hear of, and that their streams have not been woken for."""
 
-    def flush(self, now_us: int) -> None:
-        """Move all own changes from the store's journal to what the peers have yet to hear, `compare`, and `tend`;
-        every few milliseconds. Who has other things to do in between does it in pieces: `note_changes`, then `tend`,
-        and `compare` whenever there is time."""
-        while self.note_changes(now_us) or self.store.journal.buckets:
-            pass
-        while self.compare(now_us):
-            pass
-        self.tend(now_us)
+    def flush(self, now_us: int) -> Iterator[None]:
+        """Let the peers be told what this node has changed, and `_tend`; every few milliseconds, in steps."""
+        changes = self.changes
+        end = changes.end
+        for _ in changes.flush(now_us, is_told=any(peer.streams for peer in self.peers.values())):
+            if changes.end > end:
+                self._tell_changes(end)
+                end = changes.end
+            yield
+        if changes.end > end:
+            self._tell_changes(end)
+        self._tend(now_us)
 
-    def note_changes(self, now_us: int) -> bool:
-        """Move own changes of some buckets from the journal to what the peers have yet to hear.
-
-        Returns:
-            True when it has to be called again, for the rest of those that were in it when the first piece was moved.
-        """
-        if not self._unflushed:
-            self._unflushed = len(self.store.journal.buckets)
-            # Nobody has noted when each change was made, only that it was not before the last flush.
-            self._created_us, self._flushed_us = self._flushed_us, now_us
-        created_us = self._created_us
-        most = FLUSH_WORK // (2 + len(self.peers))
-        changes = self.store.drain_changes(min(self._unflushed, max(1, most)))
-        self._unflushed -= len(changes)
-        if changes and self.first_change_us is None:
+    def _tell_changes(self, first: int) -> None:
+        """There are further segments of changes, `first` and those after it."""
+        segment = self.changes.get(first)
+        created_us = self.changes.created_us if segment is None else segment.created_us
+        if self.first_change_us is None:
             self.first_change_us = created_us
-        for bucket, _ in changes:
-            self._recent.note(bucket.key, now_us)
         for peer in self.peers.values():
-            for bucket, slots in changes:
-                peer.outbox.note(bucket, slots, created_us)
-        self._unannounced += len(changes)
-        # Woken for each piece, they would write batches of a few buckets.
-        if self._unannounced >= MAX_BATCH_BUCKETS or (self._unannounced and not self._unflushed):
-            self._unannounced = 0
-            for peer in self.peers.values():
-                if peer.streams:
-                    peer.streams[0].wake()
-        return self._unflushed > 0
+            if peer.streams:
+                peer.streams[0].wake()
+            else:
+                peer.outbox.missed_changes(created_us)
 
-    def compare(self, now_us: int) -> bool:
-        """Do a piece of a step by which what the peers hold is compared: a step is to be begun every few milliseconds.
-
-        Returns:
-            True when it has to be called again, for the rest of the step.
-        """
-        streams = [stream for stream in self.streams() if stream.compares]
-        if not streams:
+    def compare(self, now_us: int) -> Iterator[None]:
+        """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""
+        if not any(stream.compares for stream in self.streams()):
             self.summing.pause()
-            return False
-        done = self.summing.step(now_us)
-        if done is not None:
-            for stream in streams:
-                stream.passed(done, now_us)
-        return self.summing.is_stepping
+            return
+        while True:
+            done = self.summing.step(now_us)
+            if done is not None:
+                for stream in [stream for stream in self.streams() if stream.compares]:
+                    stream.passed(done, now_us)
+            if not self.summing.is_stepping:
+                return
+            yield
 
-    def tend(self, now_us: int) -> None:
+    def _tend(self, now_us: int) -> None:
         """What a flush does besides: ask peers for what the ledger wants, find ways around broken links, forget who
         has gone and what is over."""
         if self.purses is not None:
@@ -181,9 +154,6 @@ class Replicator:
             self._was_full = is_full
             self.announce()
         self.forget_peers(now_us - FORGET_US)
-        self._recent.forget(now_us)
-        for peer in self.peers.values():
-            peer.outbox.tidy()
 
     def set_clock(self, origin: Origin, now_us: int) -> None:
         """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.
@@ -193,7 +163,8 @@ class Replicator:
         """
         assert not any(self.streams())
         self.local = replace(self.local, origin=origin)
-        self._flushed_us = self._created_us = self._ways_looked_us = now_us
+        self.changes.set_clock(now_us)
+        self._ways_looked_us = now_us
         if self.first_change_us is not None:
             self.first_change_us = now_us
         for peer in self.peers.values():
@@ -238,7 +209,7 @@ class Replicator:
 
     def grant_wish(self, peer: Peer, now_us: int) -> None:
         """Begin to tell a peer what it has said that it wants to be told."""
-        peer.outbox.wish(now_us, None if peer.wish == pb.EVERYTHING else self._recent)
+        peer.outbox.request(now_us, recent=peer.wish != pb.EVERYTHING)
 
     def lose(self, peer: Peer) -> None:
         """The last stream of a peer has ended. If it was to tell everything, and has not, another one is asked."""
@@ -258,17 +229,17 @@ class Replicator:
             return
         self._ways_looked_us = now_us
         for peer in self.relay.look(self.peers):
-            peer.outbox.walk_again(now_us - WALK_BACK_US)
+            peer.outbox.snapshot(now_us - WALK_BACK_US)
             peer.streams[0].wake()
         self._ways_changed = self.relay.is_to_look_again
 
-    def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
+    def pass_on(self, sender: Peer, now_us: int, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """News from a peer, for those that cannot hear it themselves."""
         for entry in entries:
             for peer in self.relay.to_be_told(entry.origin.node):
                 # Who reaches whom was looked at a moment ago.
                 if peer is not sender and peer.streams:
-                    peer.outbox.note_relayed(bucket, (entry,))
+                    peer.outbox.relay(bucket, (entry,), now_us)
                     peer.streams[0].wake()
 
     def has_room_for_peer(self, now_us: int) -> bool:
@@ -353,10 +324,8 @@ class Stream:
         self.payments = None if replicator.purses is None else replicator.purses.new_outbox()
         self._demands_told = 0
         self._reader: DeltasReader | None = None
-        self._deltas: pb.Deltas | None = None
-        """Those heard last, until they have been applied."""
         self._applying: BatchSpan | None = None
-        """The span of that, when it belongs to a trace."""
+        """The span of the deltas that are being applied, when they belong to a trace."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -395,68 +364,25 @@ class Stream:
         """When the last frame arrived."""
         return self._session.heard_us
 
-    def receive(self, raw: bytes, now_us: int) -> None:
-        """Take one frame in and apply it. A bad one leaves the stream closing, with `error` set. Who has other things
-        to do in between does it in pieces: `hear`, then `apply`."""
-        self.hear(raw, now_us)
-        while self.apply(now_us):
-            pass
-
-    def hear(self, raw: bytes, now_us: int) -> None:
-        """Take one frame in; `apply` does what takes long. A bad one leaves the stream closing, with `error` set."""
+    def receive(self, raw: bytes, now_us: int) -> Iterator[None]:
+        """Take one frame in and apply it, in steps; the next one may come when all have been done. A bad frame leaves
+        the stream closing, with `error` set."""
         try:
             event = self._session.receive(raw, now_us)
-            if event is not None:
-                self._handle(event, now_us)
             if self.peer is not None:
                 self.peer.bytes_received += len(raw)
+            if event is not None:
+                yield from self._handle(event, now_us)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
-
-    def apply(self, now_us: int) -> bool:
-        """Apply a piece of the frame heard last: deltas, which leave the stream closing when they are bad, with `error`
-        set, or comparisons.
-
-        Returns:
-            True when it has to be called again, before the next `hear`.
-        """
-        peer, deltas = self.peer, self._deltas
-        # Without a peer the stream is closing: nothing is heard any more.
-        if peer is None:
-            return False
-        if deltas is None:
-            return self._answer()
-        try:
-            is_last = self._apply(peer, now_us)
-        except ProtocolError as error:
-            self.fail(error, now_us)
-            return False
-        if is_last:
-            self._deltas = None
-            self._end_apply_span()
-            if deltas.ends_full_state:
-                peer.full_state_heard = True
-            self._session.acknowledge()
-            self.wake()
-        return not is_last
-
-    def _answer(self) -> bool:
-        """True when it has to be called again."""
-        exchange = self._exchange
-        if exchange is None or not exchange.is_answering:
-            return False
-        if exchange.answer():
-            return True
-        self.wake()
-        return False
 
     def passed(self, done: Pass, now_us: int) -> None:
         """This node has summed up what it holds."""
         peer = self.peer
         assert peer is not None
         outbox = peer.outbox
-        is_in_time = peer.full_state_heard and not outbox.is_walking and not outbox.is_behind(now_us - SETTLE_US)
+        is_in_time = peer.full_state_heard and not outbox.owes_snapshot and not outbox.is_behind(now_us - SETTLE_US)
         if self._exchange is None or not is_in_time or peer.rules_match(self._replicator.rules) is False:
             return
         if peer.streams[0] is self:
@@ -474,7 +400,8 @@ class Stream:
         self.wake()
 
     def write(self, now_us: int) -> bool:
-        """Write a piece of the next batch of deltas, which `take_frame` returns once it is whole.
+        """Do a step towards the next batch of deltas, which `next_frame` returns once it is whole. To be called when
+        that has nothing: a peer waits for its pong or a payment no longer than for a step.
 
         Returns:
             False when there was nothing to write.
@@ -483,15 +410,7 @@ class Stream:
         return peer is not None and peer.streams[0] is self and peer.outbox.write(now_us)
 
     def next_frame(self, now_us: int) -> bytes | None:
-        """The next frame to be sent now; None when there is none before the next `wake`. Who has other things to do in
-        between does it in pieces: `take_frame`, and when that has none, `write`, until it has nothing to write."""
-        while True:
-            frame = self.take_frame(now_us)
-            if frame is not None or not self.write(now_us):
-                return frame
-
-    def take_frame(self, now_us: int) -> bytes | None:
-        """The next frame of what is ready to be sent."""
+        """The next frame of what is ready to be sent; None when there is none before the next `write` or `wake`."""
         raw = self._session.next_frame(now_us, self._tell_demands)
         peer = self.peer
         if peer is None:
@@ -517,12 +436,12 @@ class Stream:
             return self._session.send_comparison(comparison)
         if peer.streams[0] is not self:
             return None
-        batch = peer.outbox.take_written(now_us)
+        batch = peer.outbox.take_batch()
         if batch is None:
             return None
-        self._pause_owed = peer.outbox.is_walking
-        peer.sent(batch, self._replicator.tracer)
-        return self._session.send_deltas(batch.frame, now_us)
+        self._pause_owed = peer.outbox.owes_snapshot
+        trace = peer.sent(batch, self._replicator.tracer)
+        return self._session.send_deltas(batch.payload, trace, now_us)
 
     def _take_comparison(self, peer: Peer) -> pb.Frame | None:
         if self._exchange is None:
@@ -565,7 +484,24 @@ class Stream:
         self._leave(why, now_us)
         self.wake()
 
-    def _handle(self, event: Event, now_us: int) -> None:
+    def _handle(self, event: Event, now_us: int) -> Iterator[None]:
+        match event:
+            case DeltasReceived(deltas):
+                yield from self._apply(deltas, now_us)
+            case ComparisonReceived(frame):
+                assert self._exchange is not None
+                for _ in self._exchange.receive(frame):
+                    yield
+                    if self.peer is None:
+                        return
+            case DeltasAcknowledged(frames):
+                assert self.peer is not None
+                for _ in range(frames):
+                    self.peer.acknowledged(now_us)
+            case _:
+                self._hear(event, now_us)
+
+    def _hear(self, event: Event, now_us: int) -> None:
         match event:
             case Established():
                 if self._check_peer is not None:
@@ -578,39 +514,35 @@ class Stream:
                     for stream in [each for each in self.peer.streams if each is not self]:
                         stream.close(Reason.SUPERSEDED, "the peer's clock was set", now_us)
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
-            case DeltasReceived(deltas):
-                assert self._reader is not None
-                assert self.peer is not None
-                self._reader.begin(deltas)
-                self._deltas = deltas
-                self._applying = self.peer.received(deltas, self._replicator.tracer)
-            case DeltasAcknowledged(frames):
-                assert self.peer is not None
-                for _ in range(frames):
-                    self.peer.acknowledged(now_us)
             case PaymentsReceived(payments):
                 self._hear_payments(payments)
             case StandingReceived(standing):
                 self._hear_standing(standing, now_us)
-            case ComparisonReceived(frame):
-                assert self._exchange is not None
-                assert self.peer is not None
-                self._exchange.receive(frame)
             case ClockMeasured() | DemandsReceived():
                 self._hear_ping(event)
 
-    def _apply(self, peer: Peer, now_us: int) -> bool:
-        """Returns True when that was the last piece."""
-        replicator = self._replicator
+    def _apply(self, deltas: pb.Deltas, now_us: int) -> Iterator[None]:
+        replicator, peer = self._replicator, self.peer
         assert self._reader is not None
-        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        assert peer is not None
+        on_news = partial(replicator.pass_on, peer, now_us) if replicator.relay.is_needed else None
+        self._applying = peer.received(deltas, replicator.tracer)
         try:
-            applied = self._reader.apply(replicator.store, now_us, on_news)
+            for applied in self._reader.apply(deltas, replicator.store, now_us, on_news):
+                self._note_refused(peer)
+                replicator.unknown_keys += applied.unknown_keys
+                peer.entries_received += applied.entries
+                if not applied.is_last:
+                    yield
+                    if self.peer is None:
+                        # The stream is closing: nothing is heard any more.
+                        return
         finally:
             self._note_refused(peer)
-        replicator.unknown_keys += applied.unknown_keys
-        peer.entries_received += applied.entries
-        return applied.is_last
+        self._end_apply_span()
+        if deltas.ends_full_state:
+            peer.full_state_heard = True
+        self._session.acknowledge()
 
     def _end_apply_span(self) -> None:
         if self._applying is not None:
@@ -657,7 +589,7 @@ class Stream:
         if peer is None:
             if not self.is_dialled and not replicator.has_room_for_peer(now_us):
                 raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers have dialled in already")
-            peer = replicator.peers[origin.node] = Peer(replicator.store, origin.node)
+            peer = replicator.peers[origin.node] = Peer(replicator.store, replicator.changes, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
             self._supersede(peer, now_us)
         return peer
@@ -722,8 +654,7 @@ class Stream:
         """Stop being the peer's stream; another one of the peer's, if there is one, takes over."""
         self.why_ended = self.why_ended or why
         peer, self.peer = self.peer, None
-        # An answer under way refers to its exchange: nothing but a garbage collection would free the two.
-        self._deltas = self._exchange = None
+        self._exchange = None
         self._end_apply_span()
         if self._replicator.purses is not None and self.payments is not None:
             self._replicator.purses.closed(self.payments)

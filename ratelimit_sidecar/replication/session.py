@@ -35,6 +35,7 @@ from ratelimit_sidecar.replication.wire import (
     read_frame,
     read_hello,
     read_membership,
+    write_deltas,
     write_membership,
 )
 
@@ -256,16 +257,19 @@ class Session:
         frame = self._next_frame(now_us, on_ping)
         return None if frame is None else frame.SerializeToString()
 
-    def send_deltas(self, frame: pb.Frame, now_us: int) -> bytes:
-        """Number a Deltas frame, to be sent now.
+    def send_deltas(self, payload: bytes, trace: bytes, now_us: int) -> bytes:
+        """A Deltas frame, to be sent now; it gets the next number.
 
         The caller bounds how many it leaves unacknowledged.
+
+        Args:
+            payload: a Deltas without a number.
+            trace: "" for none.
         """
         assert self.state is State.ESTABLISHED
         self._sent += 1
         self._unacknowledged.append(now_us)
-        frame.deltas.sequence = self._sent
-        return frame.SerializeToString()
+        return write_deltas(pb.Deltas(sequence=self._sent, trace=trace), payload)
 
     def send_payments(self, frame: pb.Frame) -> bytes:
         """A Payments frame, to be sent now."""

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
-from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership, Standing
+from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Standing
 
 PROTOCOL: Final = 4
 """The newest protocol spoken here."""
@@ -115,6 +115,23 @@ def read_frame(raw: bytes) -> Frame:
     if frame.WhichOneof("kind") is None:
         raise ProtocolError(Reason.MALFORMED, "a Frame of no known kind")
     return frame
+
+
+def write_deltas(head: Deltas, payload: bytes) -> bytes:
+    """A Frame of a Deltas that has the fields of both.
+
+    Args:
+        payload: a Deltas, encoded once for many streams.
+    """
+    encoded = head.SerializeToString()
+    left = len(encoded) + len(payload)
+    # The tag of a field with a length, and the length as a varint: joining encoded messages merges them.
+    prefix = [Frame.DELTAS_FIELD_NUMBER << 3 | 2]
+    while left > 0x7F:
+        prefix.append(left & 0x7F | 0x80)
+        left >>= 7
+    prefix.append(left)
+    return bytes(prefix) + encoded + payload
 
 
 def read_origin(node: str, incarnation: int) -> Origin:

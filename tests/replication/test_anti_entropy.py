@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, key_of, node, rules_with, store_of, take
+from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, done, key_of, node, rules_with, store_of, take
 from replication.cluster import Cluster, Node
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -38,6 +38,7 @@ from ratelimit_sidecar.replication.anti_entropy import (
     Summing,
     range_of,
 )
+from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -201,8 +202,8 @@ def test_buckets_that_change_meanwhile_are_left_alone() -> None:
 
 def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
     """Is told of buckets by `tell`."""
-    peer = Peer(store, "b")
-    peer.outbox.tell = tell  # type: ignore[method-assign]
+    peer = Peer(store, ChangeLog(store, NOW_US), "b")
+    peer.outbox.repair = tell  # type: ignore[method-assign]
     return peer
 
 
@@ -212,10 +213,8 @@ def hear(exchange: Exchange, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[i
     Returns:
         The number of buckets told or asked for because of it, and of the pieces that it took.
     """
-    before, pieces = exchange._peer.resyncs, 1
-    exchange.receive(frame)
-    while exchange.answer():
-        pieces += 1
+    before = exchange._peer.resyncs
+    pieces = len(list(exchange.receive(frame))) + 1
     return exchange._peer.resyncs - before, pieces
 
 
@@ -397,7 +396,7 @@ ZEROES = [0] * SEGMENT_RANGES
 )
 def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) -> None:
     with pytest.raises(ProtocolError) as caught:
-        exchange_of_nothing().receive(frame)
+        done(exchange_of_nothing().receive(frame))
     assert caught.value.reason is Reason.BAD_DIGEST
 
 
@@ -415,7 +414,6 @@ def test_what_a_stream_was_at_is_freed_when_it_ends() -> None:
     stream = next(cluster["a"].replicator.streams())
     exchange = stream._exchange
     assert exchange is not None
-    exchange._pieces = exchange._answer_pull(pb.Pull(), Pass(EVERY_US, ()))
     before = sys.getrefcount(exchange)
     stream.lost("gone", NOW_US)
     assert sys.getrefcount(exchange) == before - 1
@@ -590,11 +588,11 @@ def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkey
 
 @pytest.mark.interpreted
 def test_a_digest_is_answered_once() -> None:
-    store, summing, done = whole_pass(50)
+    store, summing, own = whole_pass(50)
     exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)
-    digest = pb.Digest(at_us=done.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
+    digest = pb.Digest(at_us=own.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
     for summaries in (RANGES, 0):
-        exchange.receive(digest)
+        done(exchange.receive(digest))
         for _ in range(summaries):
             assert exchange.take_frame() is not None
         assert exchange.take_frame() is None

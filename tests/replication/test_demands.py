@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_USER, RULES, SECOND_US, frame, key_of, ledger_of, node
+from replication.builders import (
+    ELSEWHERE,
+    NOW_US,
+    PAIR,
+    PER_USER,
+    RULES,
+    SECOND_US,
+    frame,
+    key_of,
+    ledger_of,
+    node,
+    receive,
+)
 from replication.test_replicator import exchange, hello, said_by
 
 from ratelimit_sidecar.limiter.assignment import TOKEN
@@ -126,9 +138,9 @@ KEY = key_of("ada")
 def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], reason: Reason) -> None:
     here = QuotaNode("a")
     stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     said_by(stream)
-    stream.receive(ping(*demands), NOW_US)
+    receive(stream, ping(*demands), NOW_US)
     assert stream.error is not None
     assert stream.error.reason is reason
 
@@ -136,10 +148,10 @@ def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], 
 def test_a_demand_for_what_no_rule_here_knows_is_counted_and_not_kept() -> None:
     here = QuotaNode("a")
     stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     unknown = key_of("ada", "nobody", ELSEWHERE)
-    stream.receive(ping(pb.Demand(key=unknown, wants=[1], members=[1])), NOW_US)
+    receive(stream, ping(pb.Demand(key=unknown, wants=[1], members=[1])), NOW_US)
     assert here.replicator.unknown_keys == 1
     assert not here.quotas.pools
-    stream.receive(ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
+    receive(stream, ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
     assert here.quotas.pools[KEY].heard["b"].groups == [Group(MAX_RATE, 1)]

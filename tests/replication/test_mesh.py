@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
@@ -284,11 +284,11 @@ async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch
         failed = asyncio.Event()
         with monkeypatch.context() as broken:
 
-            def note_changes(_now_us: int) -> bool:
+            def flush(_now_us: int) -> Iterator[None]:
                 failed.set()
                 raise RuntimeError("it broke")
 
-            broken.setattr(a.mesh._replicator, "note_changes", note_changes)
+            broken.setattr(a.mesh._replicator, "flush", flush)
             await asyncio.wait_for(failed.wait(), TIMEOUT_SECONDS)
         a.take("ann", 7)
         await b.knows("ann", 7)

@@ -8,6 +8,7 @@ import pytest
 from replication.builders import SECOND_US, key_of, node, store_of
 from replication.cluster import MS, Cluster, Node
 
+from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.relay import MAX_ORIGINS, Relay
 from ratelimit_sidecar.replication.session import SILENCE_US
@@ -111,7 +112,7 @@ def peers() -> dict[str, Peer]:
     store = store_of(node("b"))
     found = {}
     for name in "acd":
-        peer = found[name] = Peer(store, name)
+        peer = found[name] = Peer(store, ChangeLog(store, 0), name)
         peer.streams.append(Connected())  # type: ignore[arg-type]
     return found
 

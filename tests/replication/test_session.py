@@ -234,14 +234,14 @@ def test_deltas_out_of_turn_are_unexpected(sequence: int) -> None:
 
 def test_deltas_sent_are_numbered_from_one() -> None:
     session = established()
-    sent = [pb.Frame.FromString(session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)) for _ in range(2)]
+    sent = [pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US)) for _ in range(2)]
     assert [each.deltas.sequence for each in sent] == [1, 2]
 
 
 def test_an_acknowledgement_counts_the_frames_it_is_the_first_to_acknowledge() -> None:
     session = established()
     for _ in range(3):
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     assert session.receive(frame(ack=pb.Ack(sequence=2)), NOW_US) == DeltasAcknowledged(2)
     assert session.receive(frame(ack=pb.Ack(sequence=3)), NOW_US) == DeltasAcknowledged(1)
 
@@ -250,7 +250,7 @@ def test_an_acknowledgement_counts_the_frames_it_is_the_first_to_acknowledge() -
 def test_an_acknowledgement_of_deltas_that_are_not_open_is_unexpected(sequence: int) -> None:
     session = established()
     for _ in range(2):
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     session.receive(frame(ack=pb.Ack(sequence=1)), NOW_US)
     assert_closes(session, frame(ack=pb.Ack(sequence=sequence)), Reason.UNEXPECTED)
 
@@ -339,7 +339,7 @@ def test_a_peer_that_talks_but_owes_an_answer_for_ten_seconds_is_given_up(owes: 
     session = established()
     if owes == "an acknowledgement":
         session.receive(frame(pong=pb.Pong(id=1)), NOW_US)
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     session.receive(frame(ping=pb.Ping(id=1)), NOW_US + STALL_US - 1)
     session.check_time(NOW_US + STALL_US - 1)
     with pytest.raises(ProtocolError, match=r"stalled: no answer for 10\.0 s"):

@@ -7,11 +7,13 @@ product's own code.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from replication.builders import done
 from simulation.clock import NodeClock
 from simulation.loop import MS, SECOND_US
-from simulation.network import End
+from simulation.network import STEP_US, End
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
@@ -100,6 +102,8 @@ class Node:
         self.replicator = Replicator(local, self.store, now_us, purses=self.purses)
         self.replicator.use_rules(rules.digest)
         self._targets = {target: _Target(target) for target in targets}
+        self._jobs: dict[str, Iterator[None]] = {}
+        """Those under way: the next of a kind is begun when the one before has ended."""
         self._ticks = draw.randrange(SLEW_TICKS)
         cluster.loop.after(draw.randrange(FLUSH_US), self._tick)
         for target in self._targets.values():
@@ -142,7 +146,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        self.replicator.flush(self.clock.now_us())
+        done(self.replicator.flush(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -166,7 +170,10 @@ class Node:
             loop.at(self.resumes_us, self._tick)
             return
         now_us = self.clock.now_us()
-        self.replicator.flush(now_us)
+        for name, begin in (("flush", self.replicator.flush), ("compare", self.replicator.compare)):
+            if name not in self._jobs:
+                self._jobs[name] = begin(now_us)
+                self._do(name)
         self._ticks = ticks = self._ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):
@@ -181,6 +188,15 @@ class Node:
         if not ticks % MEMORY_TICKS:
             self.cluster.look_at_memory(self)
         loop.after(FLUSH_US, self._tick)
+
+    def _do(self, name: str) -> None:
+        """Do a job step by step: what happens between two of them is up to the cluster's events."""
+        if not self.is_up:
+            return
+        for _ in self._jobs[name]:
+            self.cluster.loop.at(max(self.cluster.loop.now_us + STEP_US, self.resumes_us), self._do, name)
+            return
+        del self._jobs[name]
 
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""

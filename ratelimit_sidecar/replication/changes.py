@@ -1,0 +1,239 @@
+"""What this node took, in the order in which it changed: one log for all peers.
+
+A flush moves the changed buckets from the store's journal into *segments*, numbered 1, 2, 3 ... A segment is the keys
+of up to 256 buckets and, encoded once, the Deltas that tell of them. A peer is a *cursor*: the number of the segment
+that it is sent next (`cursor`). Peers that keep up are all sent the same bytes, of the newest `SHARED_SEGMENTS`. Older
+segments are only an index: what changed since a peer's cursor, each bucket once and with its newest counts (`keys`).
+What is older than `RETENTION_US`, or more than `MAX_CHANGES`, is forgotten; who has not been sent it needs a snapshot.
+
+Only own changes are in here. What others took they tell themselves; to note that as well would cost every node, for
+each peer that it hears from, as much as to apply it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, NO_KNOWLEDGE, DeltasWriter, Knowledge
+from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+
+MAX_BATCH_BUCKETS: Final = 256
+MAX_BATCH_ENTRIES: Final = 1_024
+MAX_BATCH_BYTES: Final = 1 << 16
+"""Rough. Together these keep a batch to some milliseconds of work for its receiver."""
+
+SHARED_SEGMENTS: Final = 64
+"""Kept encoded: more than a second of flushes, and 4 MiB at worst. A peer is sent up to `outbox.MAX_UNACKNOWLEDGED`
+ahead of what it has acknowledged, so these are for who is slower than that."""
+
+RECENT_US: Final = 10_000_000
+"""A node that starts is told everything by one peer, and by the others what they took within this time: what the one
+that tells everything may not have heard yet."""
+
+RETENTION_US: Final = 2 * RECENT_US
+"""Twice that, so that what was recent when a peer began to be told is still known when it comes to be told. A stream
+whose peer acknowledges nothing for half of it is closed."""
+
+MAX_CHANGES: Final = 1 << 19
+"""Keys in all segments: 26,000 changed buckets a second for as long as they are kept, and some 50 MB."""
+
+FLUSH_STEP_BUCKETS: Final = 16
+"""Of one step of a flush: 0.1 ms where it takes long."""
+
+FORGOTTEN_SEGMENTS: Final = 2
+"""For each that a flush adds, and for a flush that adds none."""
+
+_SHARDS: Final = 64
+"""Small dicts in place of one, which makes itself anew when so many keys come and go: 8 ms with 100,000 of them."""
+
+
+class Segment:
+    """Changes of up to 256 buckets.
+
+    Args:
+        changes_before: keys in all segments before it.
+        created_us: not later than the first of its changes.
+    """
+
+    def __init__(self, number: int, changes_before: int, created_us: int) -> None:
+        self.number = number
+        self.changes_before = changes_before
+        self.created_us = created_us
+        self.sealed_us = 0
+        self.keys: list[bytes] = []
+        self.entries = 0
+        """Slot entries in it."""
+        self.payload: bytes | None = None
+        """Deltas without a sequence; None when it is not encoded, or no more."""
+        self.knowledge: Knowledge = NO_KNOWLEDGE
+        """What a stream has to know to understand the payload."""
+
+
+class ChangeLog:
+    """Args:
+    now_us: the start of the process, or near it.
+    """
+
+    def __init__(self, store: Store, now_us: int) -> None:
+        self._store = store
+        self._segments: deque[Segment] = deque()
+        self._latest: tuple[dict[bytes, int], ...] = tuple({} for _ in range(_SHARDS))
+        """By key, the number of the last segment that has it."""
+        self._numbers = KeyNumbersGiven()
+        self._open = Segment(1, 0, now_us)
+        """Takes changes; not in `_segments` yet."""
+        self._writer: DeltasWriter | None = None
+        """Encodes it; None while there is no peer to tell."""
+        self._is_told = False
+        self._flushed_us = self._created_us = now_us
+        """When the last flush began, and the one before."""
+        self._unflushed = 0
+        """Buckets that were in the journal when the flush under way began, and are so still."""
+        self._to_forget = 0
+
+    @property
+    def end(self) -> int:
+        """The number of the segment that changes go to now: the cursor of a peer that has been sent everything."""
+        return self._open.number
+
+    def get(self, number: int) -> Segment | None:
+        """None for one that is forgotten, or not there yet."""
+        if not self._segments:
+            return None
+        index = number - self._segments[0].number
+        return self._segments[index] if 0 <= index < len(self._segments) else None
+
+    def changes_since(self, cursor: int) -> int:
+        """How many changed buckets a peer has yet to be sent; one that changed in many segments may count for each."""
+        segment = self.get(cursor)
+        unsealed = len(self._open.keys)
+        return unsealed if segment is None else self._open.changes_before - segment.changes_before + unsealed
+
+    def flush(self, now_us: int, *, is_told: bool) -> Iterator[None]:
+        """Move what changed into segments, in steps. What changes meanwhile is for the next flush.
+
+        Args:
+            is_told: there is a peer to tell; otherwise nothing is encoded.
+        """
+        # Nobody has noted when each change was made, only that it was not before the last flush.
+        if not self._unflushed:
+            self._created_us = self._flushed_us
+        self._flushed_us = now_us
+        if not self._open.keys:
+            self._open.created_us = self._created_us
+        self._is_told = is_told
+        self._unflushed = len(self._store.journal.buckets)
+        self._to_forget += FORGOTTEN_SEGMENTS
+        while self._unflushed > 0:
+            changes = self._store.drain_changes(min(self._unflushed, FLUSH_STEP_BUCKETS))
+            # Another flush, of a node that is stopping, may have come between two steps of this one.
+            self._unflushed = self._unflushed - len(changes) if changes else 0
+            for bucket, slots in changes:
+                self._add(bucket, slots, now_us)
+            if self._unflushed:
+                yield
+        self._seal(now_us)
+        yield from self._forget(now_us)
+
+    def keys(self, first: int, end: int) -> Iterator[bytes | None]:
+        """The keys that changed in segments `first` to `end`, which is left out; None for a look at one that comes
+        again further on.
+
+        Raises:
+            LookupError: one of these segments is forgotten.
+        """
+        for number in range(first, end):
+            segment = self.get(number)
+            if segment is None:
+                raise LookupError(number)
+            for key in segment.keys:
+                latest = self._latest[hash(key) % _SHARDS].get(key, number)
+                # What is in a segment behind `end` is told of in part only, by its payload.
+                yield None if number < latest < end else key
+
+    @property
+    def created_us(self) -> int:
+        """Not later than the first change in the segment that changes go to now."""
+        return self._open.created_us
+
+    def next_shared(self, number: int) -> int:
+        """The first segment from `number` on that is encoded, or the end."""
+        number = max(number, self._open.number - SHARED_SEGMENTS)
+        while (segment := self.get(number)) is not None and segment.payload is None:
+            number += 1
+        return number
+
+    def recent_from(self, now_us: int) -> int:
+        """The first segment with changes of the last RECENT_US."""
+        first = self._open.number
+        for segment in reversed(self._segments):
+            if segment.sealed_us < now_us - RECENT_US:
+                break
+            first = segment.number
+        return first
+
+    def set_clock(self, now_us: int) -> None:
+        """The clock was set, and nobody is connected: instants from before mean nothing any more."""
+        self._segments.clear()
+        self._latest = tuple({} for _ in range(_SHARDS))
+        self._numbers = KeyNumbersGiven()
+        self._writer = None
+        self._open = Segment(self._open.number + 1, self._open.changes_before + len(self._open.keys), now_us)
+        self._flushed_us = self._created_us = now_us
+
+    def _add(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
+        key = bucket.key
+        entries = list(bucket.own_entries(slots))
+        if not entries or len(key) > MAX_KEY_BYTES:
+            return
+        segment = self._open
+        if self._is_told and not segment.keys:
+            self._writer = DeltasWriter(self._store.origin, self._numbers)
+        segment.keys.append(key)
+        self._latest[hash(key) % _SHARDS][key] = segment.number
+        segment.entries += len(entries)
+        writer = self._writer
+        if writer is not None:
+            for start in range(0, len(entries), MAX_PART_ENTRIES):
+                writer.add(bucket, None, entries[start : start + MAX_PART_ENTRIES])
+        is_full = len(segment.keys) >= MAX_BATCH_BUCKETS or segment.entries >= MAX_BATCH_ENTRIES
+        if is_full or (writer is not None and writer.rough_bytes >= MAX_BATCH_BYTES):
+            self._seal(now_us)
+
+    def _seal(self, now_us: int) -> None:
+        segment, writer = self._open, self._writer
+        if not segment.keys:
+            return
+        self._writer = None
+        if writer is not None:
+            segment.payload = writer.payload()
+            segment.knowledge = writer.knowledge()
+        segment.sealed_us = now_us
+        self._segments.append(segment)
+        changes = segment.changes_before + len(segment.keys)
+        self._open = Segment(segment.number + 1, changes, self._created_us)
+        self._to_forget += FORGOTTEN_SEGMENTS
+        old = self.get(segment.number - SHARED_SEGMENTS)
+        if old is not None:
+            old.payload, old.knowledge = None, NO_KNOWLEDGE
+
+    def _forget(self, now_us: int) -> Iterator[None]:
+        while self._to_forget > 0 and self._segments:
+            self._to_forget -= 1
+            oldest = self._segments[0]
+            changes = self._open.changes_before - oldest.changes_before
+            # Neither is one that is ahead kept: the clock was set back.
+            if abs(now_us - oldest.sealed_us) <= RETENTION_US and changes <= MAX_CHANGES:
+                break
+            self._segments.popleft()
+            for key in oldest.keys:
+                latest = self._latest[hash(key) % _SHARDS]
+                if latest.get(key) == oldest.number:
+                    del latest[key]
+            yield
+        self._to_forget = 0
