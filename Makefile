@@ -66,7 +66,7 @@ test-all: test-slow ## What needs too much for CI, too, as the real envoyproxy/r
 	./dev/system-packages test-all
 	$(BIN)/python -m pytest -m long $(TESTS)
 
-test-deploy: $(DEPLOY_READY) ## The image and compose demo on a Docker engine, the Helm chart on a Kubernetes API (builds tools, long the first time)
+test-deploy: $(DEPLOY_READY) ## The image and compose demo on a Docker engine, the Helm chart, Envoy Gateway and Istio on a Kubernetes API (builds tools, long the first time)
 	./dev/system-packages test-deploy
 	PYTHONPATH=tests $(BIN)/python -m deployment.tools
 	$(BIN)/python -m pytest -m "deployment or not deployment" $(or $(TESTS),tests/deployment)

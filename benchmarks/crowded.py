@@ -108,7 +108,7 @@ class MemoryPeer:
         # It hears from all others itself, so the node has nothing to pass on.
         standing = pb.Standing(reaches=[NODE, *PEERS], rules=RULES_DIGEST, joined=True, wish=pb.EVERYTHING)
         self._say(pb.Frame(standing=standing))
-        self._say_deltas(pb.Frame(deltas=pb.Deltas(ends_full_state=True)))
+        self._say_deltas(pb.Deltas(ends_full_state=True))
 
     async def read(self) -> bytes:
         return await self._said.get()

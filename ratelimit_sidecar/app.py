@@ -22,6 +22,8 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -30,19 +32,20 @@ from ratelimit_sidecar import limiter as limiter_package
 from ratelimit_sidecar.clock import FAR_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
-from ratelimit_sidecar.config.sidecar_schema import ListenConfig
+from ratelimit_sidecar.config.sidecar_schema import ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import ConsoleServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
@@ -75,6 +78,13 @@ from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
 from ratelimit_sidecar.telemetry.push import start_push
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
+
+if TYPE_CHECKING:
+    from ratelimit_sidecar.persistence.redis_store import RedisState
+
+SNAPSHOT_SECONDS = 10.0
+REDIS_SECONDS = 1.0
+"""Between two snapshots, or two rounds of writing to Redis, unless configured."""
 
 RESTORE_SECONDS = 2.0
 """What reading the snapshot gets before Envoy is answered; a large one is read on while it is."""
@@ -184,15 +194,11 @@ class Sidecar:
             max_connections=descriptors.mesh,
         )
         self._mesh.use_rules(rules.digest)
-        self._snapshots: Snapshots | None = None
-        if config.persistence is not None:
-            self._snapshots = Snapshots(
-                config.persistence.file,
-                self._limiter.store,
-                self._clock.now_us,
-                self._local_limit_of_key,
-                config.persistence.every_seconds,
-            )
+        self._snapshots, self._redis = _state(
+            config.persistence, self._limiter.store, self._clock.now_us, self._local_limit_of_key
+        )
+        if self._redis is not None:
+            self._mesh.read_changes(self._redis.note)
         self._fullest = FullestBuckets(self._limiter.store)
         latency = LatencyHistogram()
         self._stalls = StallMonitor()
@@ -234,6 +240,7 @@ class Sidecar:
                 front_end=self._h2,
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
+                redis=None if self._redis is None else self._redis.status,
                 supervision=self._supervisor,
                 log=log,
                 fullest=self._fullest,
@@ -284,7 +291,7 @@ class Sidecar:
             missing.append("the gRPC front end is starting")
         if self._reloader.has_rules.is_set():
             if self._restoring is not None and not self._restoring.done():
-                missing.append("the snapshot is being read")
+                missing.append("the state is being read")
             if not self._joined:
                 missing.append("peers have not yet told all they know")
         if self._config.listen.healthy_with_rules_only and not self._limiter.rules.domains:
@@ -296,8 +303,10 @@ class Sidecar:
         degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
-        if self._snapshots is not None and self._snapshots.status.trouble:
-            degraded.append(f"the state is not kept: {self._snapshots.status.trouble}")
+        if self._snapshots is not None and self._snapshots.status.degraded_reason:
+            degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
+        if self._redis is not None and self._redis.status.degraded_reason:
+            degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
@@ -362,9 +371,44 @@ class Sidecar:
                     chore.cancel()
                 if self._snapshots is not None and is_restored:
                     await self._snapshots.save(at_once=True)
+                await self._keep_purses()
+                if self._redis is not None:
+                    # Joined there, so it does no harm that not all has been read.
+                    await asyncio.wait(chores)
+                    await self._redis.save()
         finally:
+            if self._redis is not None:
+                await self._redis.close()
             await self._tracing.close()
         _log.info("stopped")
+
+    @property
+    def _purses_file(self) -> Path | None:
+        kept = self._config.persistence
+        if kept is None or kept.file is None or self._limiter.ledger is None:
+            return None
+        return kept.file.with_name(kept.file.name + ENDING)
+
+    async def _take_purses(self) -> None:
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            ledger.put_back(await asyncio.to_thread(take_purses, file, holder))
+        except (OSError, BadPurses) as error:
+            _log.error("purses_not_restored", file=str(file), reason=str(error))
+
+    async def _keep_purses(self) -> None:
+        """At the end: nothing is admitted or paid any more."""
+        file, ledger = self._purses_file, self._limiter.ledger
+        if file is None or ledger is None:
+            return
+        try:
+            holder = holder_of(ledger.shares.node, ledger.shares.membership)
+            await asyncio.to_thread(write_purses, file, holder, ledger.keep())
+        except OSError as error:
+            _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is done beside answering, until the stop, by name."""
@@ -374,6 +418,8 @@ class Sidecar:
         if snapshots is not None:
             yield "snapshots", lambda: self._keep(snapshots)
         yield "quotas", self._quotas.run
+        if self._redis is not None:
+            yield "redis", self._redis.run
         yield "slew", self._slew
         yield "stalls", self._stalls.run
         yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
@@ -387,14 +433,18 @@ class Sidecar:
     async def _open(self) -> None:
         if self._snapshots is not None:
             self._snapshots.lock()
+            await self._take_purses()
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
             if self._reloader.has_rules.is_set():
                 await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
-            if self._snapshots is not None:
-                self._restoring = asyncio.create_task(self._restore(self._snapshots))
+            keeper = self._snapshots or self._redis
+            if self._redis is not None:
+                opened.push_async_callback(self._redis.close)
+            if keeper is not None:
+                self._restoring = asyncio.create_task(self._restore(keeper))
                 if self._reloader.has_rules.is_set():
                     await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
@@ -416,10 +466,10 @@ class Sidecar:
             await self._start_mesh()
         await self._mesh.run()
 
-    async def _restore(self, snapshots: Snapshots) -> None:
+    async def _restore(self, keeper: Snapshots | RedisState) -> None:
         # Of what has no rule nothing is kept.
         await self._reloader.has_rules.wait()
-        await snapshots.load()
+        await keeper.load()
 
     async def _keep(self, snapshots: Snapshots) -> None:
         if self._restoring is not None:
@@ -550,6 +600,21 @@ class Sidecar:
 
 def _new_origin(node: str) -> Origin:
     return Origin(node, secrets.randbelow(2**64 - 1) + 1)
+
+
+def _state(
+    kept: PersistenceConfig | None, store: Store, now_us: Callable[[], int], local_limit_of_key: LimitOfKey
+) -> tuple[Snapshots | None, RedisState | None]:
+    """What keeps the buckets across restarts: a file, Redis, or neither."""
+    if kept is None:
+        return None, None
+    if kept.file is not None:
+        return Snapshots(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
+    # Who does not configure it pays nothing for it.
+    from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
+    from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
+
+    return None, RedisState(partial(connect, kept), keys(kept), store, now_us, kept.every_seconds or REDIS_SECONDS)
 
 
 def _ahead(offset_us: int) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Final
 
 MAX_SLEW_PER_SECOND_US: Final = 5_000
-"""0.5 %: ten times what NTP itself slews, and still within what P3 promises of the rate."""
+"""0.5 %: ten times what NTP itself slews, and small beside the overshoot bound (P3 in docs/algorithm.md)."""
 
 MAX_SLEW_US: Final = 2 * MAX_SLEW_PER_SECOND_US
 """In one go, however long ago the last one was: so long the clock may stand still."""

@@ -24,8 +24,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Supervisor:
-    """Args:
-    monotonic_s: what the time since a failure is measured with.
+    """Runs tasks and begins those that fail again; tells which are down.
+
+    Args:
+        monotonic_s: what the time since a failure is measured with.
     """
 
     def __init__(self, monotonic_s: Callable[[], float] = time.monotonic) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import grpc
 import grpc.aio
 
 from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
@@ -52,9 +53,11 @@ class ReceivedSpan:
 class OtlpReceiver(TraceServiceServicer):
     """`async with OtlpReceiver() as receiver`; exporters are given OTEL_EXPORTER_OTLP_ENDPOINT=`receiver.endpoint`."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.address = ""
         """host:port."""
+        self.requests = 0
+        self._credentials = credentials
         self.spans: list[ReceivedSpan] = []
         self._more = asyncio.Condition()
         self._server = grpc.aio.server()
@@ -65,7 +68,11 @@ class OtlpReceiver(TraceServiceServicer):
 
     async def __aenter__(self) -> Self:
         add_TraceServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if self._credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", self._credentials)
+        self.address = f"127.0.0.1:{port}"
         await self._server.start()
         return self
 
@@ -98,6 +105,7 @@ class OtlpReceiver(TraceServiceServicer):
         self, request: ExportTraceServiceRequest, _context: object
     ) -> ExportTraceServiceResponse:
         async with self._more:
+            self.requests += 1
             self.spans += received_spans(request)
             self._more.notify_all()
         return ExportTraceServiceResponse()

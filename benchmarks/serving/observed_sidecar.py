@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -115,13 +115,14 @@ def observed_sidecar(
     standard_collector: bool = False,
     peers: tuple[str, ...] = (),
     ports: RegionPorts | None = None,
+    config: Mapping[str, object] | None = None,
     rules: str,
 ) -> Observed:
     """Start one and wait for its first answer.
 
     Args:
         standard_collector: with CPython's settings of the garbage collector in place of the sidecar's.
-        peers, ports, rules: as of `Servers.start_sidecar`.
+        peers, ports, config, rules: as of `Servers.start_sidecar`.
     """
     file = servers.folder / f"{name}-stalls"
     file.write_bytes(bytes(_PAGE.size))
@@ -130,7 +131,7 @@ def observed_sidecar(
     program = ["benchmarks.serving.observed_sidecar", str(file)]
     if standard_collector:
         program.append("--standard-collector")
-    return Observed(servers.sidecar(name, program=program, peers=peers, ports=ports, rules=rules), page)
+    return Observed(servers.sidecar(name, program=program, peers=peers, ports=ports, config=config, rules=rules), page)
 
 
 def print_longest_stalls(results: Sequence[Result]) -> None:

@@ -147,8 +147,10 @@ def _with_children(pid: int) -> Iterator[int]:
     """The process, its children and theirs."""
     yield pid
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        for child in (thread / "children").read_text(encoding="ascii").split():
-            yield from _with_children(int(child))
+        # The thread may have ended since.
+        with suppress(OSError):
+            for child in (thread / "children").read_text(encoding="ascii").split():
+                yield from _with_children(int(child))
 
 
 def first_answer(address: str, within_seconds: float = START_WITHIN_SECONDS, request: bytes = ONE_DESCRIPTOR) -> bytes:

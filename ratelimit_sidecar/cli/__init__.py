@@ -8,6 +8,7 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.cli.check import check
 from ratelimit_sidecar.cli.demo import demo
 from ratelimit_sidecar.cli.explain import explain
+from ratelimit_sidecar.cli.log_level import log_level
 from ratelimit_sidecar.cli.peers import peers
 from ratelimit_sidecar.cli.refund import grant, reset
 from ratelimit_sidecar.cli.serve import serve
@@ -26,3 +27,4 @@ main.add_command(explain)
 main.add_command(peers)
 main.add_command(reset)
 main.add_command(grant)
+main.add_command(log_level)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Final
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -14,6 +16,9 @@ import click
 
 DEFAULT_ADMIN: Final = "http://127.0.0.1:8080"
 TIMEOUT_SECONDS: Final = 5.0
+
+REFUSED: Final = 1
+UNREACHABLE: Final = 2
 
 
 class Unanswered(Exception):
@@ -40,6 +45,42 @@ admin_option: Final = click.option(
     callback=_checked,
     help="The admin address (`listen.admin`) of the sidecar to ask.",
 )
+
+
+token_option: Final = click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the token that the sidecar's `listen.admin_token_file` names; without one, only the"
+    " sidecar's own machine may ask.",
+)
+
+
+def change(
+    admin_url: str,
+    path: str,
+    asked: Mapping[str, object],
+    token_file: Path | None,
+    *,
+    needs: Mapping[str, type],
+    called: str,
+) -> dict[str, Any]:
+    """What the sidecar answers to who wants something of it changed; ends the process where it does not do it.
+
+    Args:
+        asked: is sent, as JSON.
+        token_file: holds the token of those who may change state.
+        needs: what is in every answer.
+        called: what such an answer is.
+    """
+    try:
+        return ask(admin_url, path, needs=needs, called=called, post=asked, token=_token(token_file))
+    except Refused as error:
+        click.echo(f"refused: {error}", err=True)
+        sys.exit(REFUSED)
+    except Unanswered as error:
+        click.echo(str(error), err=True)
+        sys.exit(UNREACHABLE)
 
 
 def ask(
@@ -101,3 +142,15 @@ def _reason(error: HTTPError) -> str | None:
 def printable(told: str) -> str:
     """What a peer has told, without what a terminal would take for a command or for a line's end."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in told)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        token = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read: {error}", param_hint="--token-file") from error
+    if not token or not token.isprintable():
+        raise click.BadParameter(f"{path} holds no token, which is one line of text", param_hint="--token-file")
+    return token

@@ -113,11 +113,20 @@ def explain(
         _replay(rules, settings, trace, output_format)
         return
     if check is not None:
-        made = _made_of(rules, check)
+        try:
+            made = _made_of(rules, Parse(check.read(), CheckRequest()))
+        except (ParseError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"--check: not a CheckRequest in JSON: {error}") from error
+        except RpcError as error:
+            raise click.UsageError(f"--check: {error.message}") from error
         if isinstance(made, str):
             click.echo(json.dumps({"unlimited": made}, ensure_ascii=False) if output_format == "json" else made)
             return
-        domain, of_request = made
+        domain = text_of(made.domain)
+        of_request = [
+            [(text_of(entry.key), text_of(entry.value)) for entry in descriptor.entries]
+            for descriptor in made.descriptors
+        ]
     else:
         assert domain is not None
         of_request = [entries_of(text) for text in descriptors]
@@ -144,14 +153,13 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
     return rules, config.settings
 
 
-def _made_of(rules: Rules, check: BinaryIO) -> tuple[str, list[list[tuple[str, str]]]] | str:
-    """The domain and the descriptors of a request over ext_authz, or why it has none."""
-    try:
-        http = http_request(Parse(check.read(), CheckRequest()).SerializeToString())
-    except (ParseError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--check: not a CheckRequest in JSON: {error}") from error
-    except RpcError as error:
-        raise click.UsageError(f"--check: {error.message}") from error
+def _made_of(rules: Rules, check: CheckRequest) -> Request | str:
+    """The rate limit request that a request over ext_authz is made into, or why it is not limited.
+
+    Raises:
+        RpcError: it is no request over HTTP.
+    """
+    http = http_request(check.SerializeToString())
     domain = text_of(http.context_extensions.get(DOMAIN_EXTENSION, b"")) or rules.default_domain
     mapping = rules.http_mappings.get(domain)
     if mapping is None:
@@ -161,14 +169,13 @@ def _made_of(rules: Rules, check: BinaryIO) -> tuple[str, list[list[tuple[str, s
     raw = rate_limit_request(domain, mapping, http)
     if raw is None:
         return f"not limited: it lacks what each descriptor of {domain!r} is made from"
-    descriptors = Request.FromString(raw).descriptors
-    return domain, [[(text_of(entry.key), text_of(entry.value)) for entry in of.entries] for of in descriptors]
+    return Request.FromString(raw)
 
 
 def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:
     replay = Replay(rules, settings)
     bad_lines = 0
-    for number, outcome in _asked(replay, trace):
+    for number, outcome in _asked(rules, replay, trace):
         bad_lines += 1
         if bad_lines <= MAX_BAD_LINES_SHOWN:
             click.echo(f"{trace.name}:{number}: {outcome}", err=True)
@@ -182,16 +189,25 @@ def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: st
         sys.exit(BROKEN_INPUT)
 
 
-def _asked(replay: Replay, trace: BinaryIO) -> Iterator[tuple[int, Exception]]:
+def _asked(rules: Rules, replay: Replay, trace: BinaryIO) -> Iterator[tuple[int, Exception | str]]:
     """Replay all lines; gives those that are broken."""
     for line in _with_progress(read_trace(trace), trace):
-        if isinstance(line.request, BadLine):
-            yield line.number, line.request
+        recorded = line.recorded
+        if isinstance(recorded, BadLine):
+            yield line.number, recorded
             continue
+        request = recorded.request
         try:
-            replay.ask(line.request, line.at_us)
+            made = _made_of(rules, request) if isinstance(request, CheckRequest) else request
+            for at_us in recorded.times_us():
+                if isinstance(made, str):
+                    replay.let_pass(at_us)
+                else:
+                    replay.ask(made, at_us)
         except InvalidRequest as error:
             yield line.number, error
+        except RpcError as error:
+            yield line.number, error.message
 
 
 def _with_progress(lines: Iterator[TraceLine], trace: BinaryIO) -> Iterator[TraceLine]:

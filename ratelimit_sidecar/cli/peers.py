@@ -9,11 +9,10 @@ from typing import Any
 
 import click
 
-from ratelimit_sidecar.cli.admin import Unanswered, admin_option, ask, printable
+from ratelimit_sidecar.cli.admin import UNREACHABLE, Unanswered, admin_option, ask, printable
 from ratelimit_sidecar.cli.table import table
 
 NOT_CONNECTED = 1
-UNREACHABLE = 2
 
 _UNKNOWN = "-"
 _RULES = {True: "same", False: "DIFFER", None: _UNKNOWN}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ratelimit_sidecar.cli.admin import Refused, Unanswered, admin_option, ask, printable
+from ratelimit_sidecar.cli.admin import admin_option, change, printable, token_option
 from ratelimit_sidecar.cli.descriptor import entries_of
-
-REFUSED = 1
-UNREACHABLE = 2
 
 _NEEDS = {"rule": str, "bucket": str, "capacity": int, "replicated": bool, "before": dict, "given": int, "after": dict}
 
@@ -22,13 +18,7 @@ _NEEDS = {"rule": str, "bucket": str, "capacity": int, "replicated": bool, "befo
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print what the sidecar answers, in place of text."),
-        click.option(
-            "--token-file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="File with the token that the sidecar's `listen.admin_token_file` names; without one, only the"
-            " sidecar's own machine may ask.",
-        ),
+        token_option,
         admin_option,
         click.argument("descriptor", metavar="KEY=VALUE[,KEY=VALUE]..."),
         click.argument("domain"),
@@ -74,27 +64,8 @@ def _refund(
     asked: dict[str, object] = {"domain": domain, "entries": entries}
     if tokens is not None:
         asked["tokens"] = tokens
-    try:
-        body = ask(admin_url, "/refund", needs=_NEEDS, called="level of a bucket", post=asked, token=_token(token_file))
-    except Refused as error:
-        click.echo(f"refused: {error}", err=True)
-        sys.exit(REFUSED)
-    except Unanswered as error:
-        click.echo(str(error), err=True)
-        sys.exit(UNREACHABLE)
+    body = change(admin_url, "/refund", asked, token_file, needs=_NEEDS, called="level of a bucket")
     click.echo(json.dumps(body, ensure_ascii=False, indent=2) if as_json else "\n".join(_text(body)))
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        token = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} cannot be read: {error}", param_hint="--token-file") from error
-    if not token or not token.isprintable():
-        raise click.BadParameter(f"{path} holds no token, which is one line of text", param_hint="--token-file")
-    return token
 
 
 def _text(body: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 import structlog
@@ -21,14 +22,25 @@ from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 from ratelimit_sidecar.persistence.snapshots import StateError
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
-from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, take_stderr
-from ratelimit_sidecar.telemetry.logs import configure_logs, is_json
+from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, TakenStderr
+from ratelimit_sidecar.telemetry.logs import FORMATS, configure_logs
 
 BAD_CONFIGURATION = 2
 FAILED = 1
 
 
 class _ServeCommand(click.Command):
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Wrong arguments are told as all else is where programs read the log."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            if FORMATS.get(os.environ.get("LOG_FORMAT", "").lower()) != "json":
+                raise
+            configure_logs(os.environ, LogWriter(STDERR))
+            _tell(error.format_message())
+            sys.exit(BAD_CONFIGURATION)
+
     def format_epilog(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         """The option list as it is: click would wrap its lines."""
         formatter.write_paragraph()
@@ -64,35 +76,38 @@ def serve(config_path: Path | None, frontend: str) -> None:
     if os.getpid() == 1:
         # The kernel keeps from the first process of a container what it has no handler for. Once it runs, it has one.
         signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    sys.exit(_run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(take_stderr())))
+    stderr = TakenStderr()
+    code = _run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(stderr.log), stderr)
+    stderr.close()
+    sys.exit(code)
 
 
-def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter) -> int:
+def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter, stderr: TakenStderr) -> int:
     """Returns the exit code. Why it is not 0 is written as the log is, since nobody may read it."""
     try:
-        configure_logs(os.environ, log, colors=os.isatty(STDERR))
+        try:
+            configure_logs(os.environ, log, colors=os.isatty(stderr.log))
+        finally:
+            stderr.start()
         spare_loopback(os.environ)
         config = load_sidecar_config(config_path, os.environ)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(config, front_end, log))
     except (ConfigError, TracingError, ValueError) as error:
-        _tell(log, str(error))
+        _tell(str(error))
         return BAD_CONFIGURATION
     except (ListenError, StateError) as error:
-        _tell(log, str(error))
+        _tell(str(error))
         return FAILED
     except Exception:
-        _tell(log, traceback.format_exc())
+        _tell(traceback.format_exc())
         return FAILED
     return 0
 
 
-def _tell(log: LogWriter, why: str) -> None:
-    """Why it ends: an event for programs, and for people the text as it is, which may have several lines."""
-    if is_json(os.environ):
-        structlog.stdlib.get_logger(__name__).critical("failed", why=why.rstrip())
-    else:
-        log.write_line(why)
+def _tell(why: str) -> None:
+    """Why it ends."""
+    structlog.stdlib.get_logger(__name__).critical("failed", why=why.rstrip())
 
 
 async def _run(config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import BinaryIO, NamedTuple
 
+from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from google.protobuf.json_format import ParseDict, ParseError
 
@@ -20,12 +21,18 @@ A trace has one JSON object a line:
   {"time": "2026-01-01T00:00:01Z", "domain": "shop", "hits": 2,
    "descriptors": [[["plan", "gold"], ["user", "eve"]],
                    {"entries": [{"key": "path", "value": "/"}]}]}
+  {"time": 1767225602, "check": {"attributes": {"request": {"http": {"path": "/"}}}}}
+  {"time": 1767225605, "domain": "shop", "bucket_id": {"user": "eve"}, "requests": 40}
 
 \b
   time         seconds since the epoch, or ISO 8601 (UTC, unless it says otherwise)
-  domain       of Envoy's rate limit filter
+  domain       of Envoy's filter
   descriptors  each a list of [key, value], or a RateLimitDescriptor as JSON
   hits         the request's hits_addend; 1 when absent
+  check        over ext_authz: a CheckRequest as JSON, which says itself what else is here
+  bucket_id    of the quota filter, as in its reports; hits and descriptors are in its place
+  requests     in the report: allowed and denied ones together,
+  seconds      evenly in so many before that time; 5 when absent
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -33,23 +40,49 @@ _SECOND_US = 1_000_000
 _LAST_SECOND = 253_402_300_799
 """Of the year 9999."""
 _KNOWN = ("time", "domain", "descriptors", "hits")
+_KNOWN_OF_CHECK = ("time", "check")
+_KNOWN_OF_REPORT = ("time", "domain", "bucket_id", "requests", "seconds")
+_REPORT_SECONDS = 5
+"""From one report of Envoy's quota filter to the next, as a rule."""
+MAX_REPORTED = 1_000_000
+"""Requests of one report, and seconds."""
 
 
 class BadLine(Exception):
     """A line that is no request; its text says why."""
 
 
+class Recorded(NamedTuple):
+    """A request, or so many that are the same.
+
+    Args:
+        at_us: when the last of them was made, in microseconds since the epoch.
+        within_us: they were made evenly in this time.
+    """
+
+    at_us: int
+    request: RateLimitRequest | CheckRequest
+    number: int = 1
+    within_us: int = 0
+
+    def times_us(self) -> Iterator[int]:
+        """When each of them was made."""
+        for left in range(self.number - 1, -1, -1):
+            yield max(0, self.at_us - self.within_us * left // self.number)
+
+
 class TraceLine(NamedTuple):
-    """Args:
-    number: from 1.
-    size_bytes: of the line, to tell how far the reading is.
-    request: or what is wrong with the line.
+    """One line of a trace.
+
+    Args:
+        number: from 1.
+        size_bytes: of the line, to tell how far the reading is.
+        recorded: or what is wrong with the line.
     """
 
     number: int
     size_bytes: int
-    at_us: int
-    request: RateLimitRequest | BadLine
+    recorded: Recorded | BadLine
 
 
 def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
@@ -64,18 +97,18 @@ def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
                 raise BadLine(f"longer than {MAX_LINE_BYTES} bytes")
             if not line.strip():
                 continue
-            at_us, request = parse_line(line)
+            recorded = parse_line(line)
         except BadLine as error:
-            yield TraceLine(number, size, 0, error)
+            yield TraceLine(number, size, error)
         else:
-            yield TraceLine(number, size, at_us, request)
+            yield TraceLine(number, size, recorded)
 
 
-def parse_line(line: bytes) -> tuple[int, RateLimitRequest]:
-    """When a request was made, in microseconds since the epoch, and the request.
+def parse_line(line: bytes) -> Recorded:
+    """What a line tells of.
 
     Raises:
-        BadLine: it is none.
+        BadLine: it is no request.
     """
     try:
         item = json.loads(line)
@@ -85,11 +118,17 @@ def parse_line(line: bytes) -> tuple[int, RateLimitRequest]:
         raise BadLine("nested too deeply") from error
     if not isinstance(item, dict):
         raise BadLine("not a JSON object")
-    unknown = [name for name in item if name not in _KNOWN]
+    known = _KNOWN_OF_CHECK if "check" in item else _KNOWN_OF_REPORT if "bucket_id" in item else _KNOWN
+    unknown = [name for name in item if name not in known]
     if unknown:
-        raise BadLine(f"unknown key {unknown[0]!r}; known are {', '.join(_KNOWN)}")
+        raise BadLine(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
     if "time" not in item:
         raise BadLine("no time")
+    at_us = _microseconds(item["time"])
+    if "check" in item:
+        return Recorded(at_us, _check_of(item["check"]))
+    if "bucket_id" in item:
+        return _report_of(at_us, item)
     descriptors = item.get("descriptors")
     if not isinstance(descriptors, list):
         raise BadLine("descriptors is no list")
@@ -99,7 +138,35 @@ def parse_line(line: bytes) -> tuple[int, RateLimitRequest]:
             _add_descriptor(request, descriptor)
     except (TypeError, ValueError, ParseError) as error:
         raise BadLine(f"no rate limit request: {' '.join(str(error).split())}") from error
-    return _microseconds(item["time"]), request
+    return Recorded(at_us, request)
+
+
+def _check_of(item: object) -> CheckRequest:
+    if not isinstance(item, dict):
+        raise BadLine("check is no object")
+    request = CheckRequest()
+    try:
+        ParseDict(item, request)
+    except (AttributeError, TypeError, ParseError) as error:
+        raise BadLine(f"no CheckRequest: {' '.join(str(error).split())}") from error
+    return request
+
+
+def _report_of(at_us: int, item: dict[str, object]) -> Recorded:
+    bucket_id, number, seconds = item["bucket_id"], item.get("requests"), item.get("seconds", _REPORT_SECONDS)
+    if not (isinstance(bucket_id, dict) and all(isinstance(text, str) for text in bucket_id.values())):
+        raise BadLine("bucket_id is no object of texts")
+    for name, value in (("requests", number), ("seconds", seconds)):
+        if type(value) is not int or not 0 <= value <= MAX_REPORTED:
+            raise BadLine(f"{name} is no whole number from 0 to {MAX_REPORTED}")
+    assert isinstance(number, int)
+    assert isinstance(seconds, int)
+    try:
+        request = RateLimitRequest(domain=item.get("domain"))
+        _add_descriptor(request, [[key, value] for key, value in bucket_id.items()])
+    except (TypeError, ValueError) as error:
+        raise BadLine(f"no report of a quota: {' '.join(str(error).split())}") from error
+    return Recorded(at_us, request, number, seconds * _SECOND_US)
 
 
 def _add_descriptor(request: RateLimitRequest, item: object) -> None:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Args:
-    what: is concerned.
-    there: what envoyproxy/ratelimit does with it.
-    here: what the sidecar does.
-    why: it stays so.
+    """One thing that the sidecar does otherwise than envoyproxy/ratelimit, as a row of the tables shows it.
+
+    Args:
+        what: is concerned.
+        there: what envoyproxy/ratelimit does with it.
+        here: what the sidecar does.
+        why: it stays so.
     """
 
     what: str
@@ -47,8 +49,9 @@ ANSWERS: Mapping[str, Difference] = {
     "negative-hits": Difference(
         "A descriptor with `is_negative_hits`",
         "its hits are charged",
-        "nothing is charged, and nothing given back",
-        "an unknown field must not turn a request into its opposite",
+        "its hits are given back, at most as many as were taken; what the same request takes of that limit is charged"
+        " in any case",
+        "so a request can hold what it may cost, and settle for what it has cost ([how](llm-tokens.md#holding-tokens))",
     ),
     "unit-multiplier": Difference(
         "`unit_multiplier` in a descriptor's limit",

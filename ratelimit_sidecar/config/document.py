@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 import yaml
 
 from ratelimit_sidecar.config.errors import ConfigError, KeyPath, Problem, dotted, quoted
-from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
+from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data
 from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.yaml_data import START, Entry, Position, YamlList, YamlMap, resolve
 
@@ -271,7 +271,7 @@ class _Builder:
         self._root = None
         self._open.clear()
         self._anchors.clear()
-        let_go(pieces)
+        free_in_pieces(pieces)
 
     def feed(self, event: yaml.Event) -> None:
         if isinstance(event, yaml.CollectionEndEvent):

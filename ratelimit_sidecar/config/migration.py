@@ -35,11 +35,15 @@ class SameElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class ReplacedBy:
+    """Something else here serves the purpose of the variable."""
+
     what: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotNeeded:
+    """The variable has no purpose here."""
+
     because: str
 
 
@@ -281,7 +285,7 @@ _DIFFERENCES = """\
 - **The start.** Counts in Redis are not taken over: every limit begins anew.
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
-- **State** is in memory: with `persistence` it survives when all sidecars stop (docs/state.md).
+- **State** is in memory: with `persistence` it survives when all sidecars stop ([state.md](state.md)).
 - **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should it hold anything else
   that is read there, but for `*.md`, the start ends with an error, and `check` says so too. A folder may be empty: its
   files are picked up when they come. One that loses all its files keeps its rules, where there it has none from then

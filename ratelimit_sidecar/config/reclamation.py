@@ -17,7 +17,7 @@ from ratelimit_sidecar.config.yaml_data import YamlList
 from ratelimit_sidecar.limiter.rules import RuleNode
 
 
-def let_go(pieces: list[object]) -> None:
+def free_in_pieces(pieces: list[object]) -> None:
     """Empty the list.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.document import Document, load, unreadable
 from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
-from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data, pieces_of_rules
+from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data, pieces_of_rules
 from ratelimit_sidecar.config.resource import document_of_resource
 from ratelimit_sidecar.config.rules_schema import RuleDefaults
 from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacity
@@ -140,7 +140,7 @@ def _rules_of(
     if problems:
         pieces = pieces_of_rules(root for _, root in roots)
         roots.clear()
-        let_go(pieces)
+        free_in_pieces(pieces)
         raise ConfigError(problems)
     return Rules(
         domains=dict(roots),
@@ -225,7 +225,7 @@ def _read_all(
         level.forget_places()
     pieces = pieces_of_data(data)
     data.clear()
-    let_go(pieces)
+    free_in_pieces(pieces)
     return [(domain, level.node()) for domain, level in levels]
 
 

@@ -16,7 +16,14 @@ from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, KeyPath, P
 from ratelimit_sidecar.config.rules_file import unread
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import default_folder
-from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig, SidecarConfig, SyncTlsConfig, XdsTlsConfig
+from ratelimit_sidecar.config.sidecar_schema import (
+    ListenTlsConfig,
+    PersistenceConfig,
+    RedisTlsConfig,
+    SidecarConfig,
+    SyncTlsConfig,
+    XdsTlsConfig,
+)
 from ratelimit_sidecar.config.structure import validate
 from ratelimit_sidecar.config.tls_files import TlsPaths, read_checked
 from ratelimit_sidecar.config.yaml_data import YamlMap
@@ -78,11 +85,14 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         listen = listen.model_copy(update={"admin_token_file": folder / listen.admin_token_file})
     kept = config.persistence
     if kept is not None:
-        kept = kept.model_copy(update={"file": folder / kept.file})
+        files = {"file": kept.file, "password_file": kept.password_file}
+        if kept.tls is not None:
+            kept = kept.model_copy(update={"tls": _with_tls_paths(kept.tls, "persistence.tls", completed, folder)})
+        kept = kept.model_copy(update={name: folder / path for name, path in files.items() if path is not None})
     return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept})
 
 
-T = TypeVar("T", SyncTlsConfig, XdsTlsConfig, ListenTlsConfig)
+T = TypeVar("T", SyncTlsConfig, XdsTlsConfig, ListenTlsConfig, RedisTlsConfig)
 
 
 def _with_tls_paths(tls: T, at: str, completed: Completed, folder: Path) -> T:
@@ -116,6 +126,8 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from unread(path, config.rules)
     if config.xds is not None:
         yield from _of_xds(config, document, completed)
+    if config.persistence is not None:
+        yield from _of_persistence(config.persistence, document)
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -136,6 +148,40 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
         if files[name] is None and files[other] is not None:
             fix = f"add it, or remove {other}"
             yield document.problem(("xds", "tls", name), "nothing", f"the {name} that belongs to xds.tls.{other}", fix)
+
+
+def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Problem]:
+    """Keys that do not go together."""
+    at = "persistence"
+    if (kept.file is None) == (kept.url is None):
+        found = "neither file nor url" if kept.file is None else "both file and url"
+        yield document.problem((at,), found, "one of the two", "keep one of them")
+        return
+    for name in ("sentinel", "cluster", "password_file", "password_variable", "tls"):
+        if kept.url is None and getattr(kept, name):
+            yield document.problem((at, name), f"{name} beside file", "it beside url", "remove it")
+    if kept.url is None:
+        return
+    is_unix = kept.url.startswith("unix:")
+    if kept.cluster and (kept.sentinel is not None or is_unix):
+        other = "a unix socket" if is_unix else "sentinel"
+        yield document.problem((at, "cluster"), f"true beside {other}", "one of the two", "remove one")
+    if kept.sentinel is not None and is_unix:
+        yield document.problem((at, "sentinel"), "a name beside a unix socket", "one of the two", "remove one")
+    if "," in kept.url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
+        fix = "name the Sentinels' master in sentinel, or say cluster: true"
+        yield document.problem((at, "url"), "several hosts", "one", fix)
+    if kept.password_file is not None and kept.password_variable is not None:
+        found = "password_file beside password_variable"
+        yield document.problem((at, "password_file"), found, "one of the two", "remove one")
+    tls = kept.tls
+    if tls is None:
+        return
+    if not kept.url.startswith("rediss:"):
+        yield document.problem((at, "tls"), "files beside a url without TLS", "a rediss:// url", "change one of them")
+    for name, path in (("ca", tls.ca), ("certificate", tls.certificate), ("key", tls.key)):
+        if path is not None:
+            yield from _unreachable(path, (at, "tls", name), document, "a file that can be read")
 
 
 def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import socket
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -109,6 +110,28 @@ def _check_client_name(text: str) -> str:
     return text
 
 
+def _check_redis_url(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme == "unix":
+        if url.netloc.rpartition("@")[2] or not url.path or not re.fullmatch(r"(db=\d{1,6})?", url.query):
+            raise ValueError("no path of a socket")
+        return text
+    if url.scheme not in ("redis", "rediss") or not re.fullmatch(r"/?\d{0,6}", url.path) or url.query:
+        raise ValueError("no such scheme or database")
+    for host in url.netloc.rpartition("@")[2].split(","):
+        parts = urlsplit(f"//{host}")
+        # Raises ValueError for a port that is none.
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("no host")
+    return text
+
+
+def _check_prefix(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z_.:-]{1,64}", text):
+        raise ValueError("not a prefix")
+    return text
+
+
 def _to_path(value: object) -> object:
     return Path(value) if isinstance(value, str) and value and "\0" not in value else value
 
@@ -182,6 +205,16 @@ SnapshotSeconds = Annotated[
     BeforeValidator(_to_float),
     Field(ge=1, le=MAX_SNAPSHOT_SECONDS),
     Expected(f"a number from 1 to {MAX_SNAPSHOT_SECONDS}", of="plain"),
+]
+RedisUrl = Annotated[
+    str,
+    AfterValidator(_check_redis_url),
+    Expected("redis://host:port/db, rediss:// with TLS, several hosts after commas, or unix:///path?db=0", of="text"),
+]
+KeyPrefix = Annotated[
+    str,
+    AfterValidator(_check_prefix),
+    Expected("1 to 64 letters, digits and characters of _ . : -", of="text"),
 ]
 BeforeRules = Annotated[Literal["error", "pass"], Expected("error or pass", choices=("error", "pass"))]
 AgeSeconds = Annotated[
@@ -343,7 +376,9 @@ class XdsConfig(Section):
 
 
 class SyncTlsConfig(Section):
-    """TLS between sidecars, which show each other certificates; the files are read again when they change."""
+    """TLS between sidecars, which show each other certificates. The files are read again at each handshake and every
+    minute, so a renewed certificate is used without a restart.
+    """
 
     certificate: FilePath = Field(description="PEM file of this sidecar's certificate, and those between it and `ca`.")
     key: FilePath = Field(description="PEM file of its private key, not encrypted.")
@@ -404,16 +439,47 @@ class ResponseHeadersConfig(Section):
     )
 
 
-class PersistenceConfig(Section):
-    """Where buckets are kept across restarts. Without it a sidecar that starts knows what its peers tell it."""
+class RedisTlsConfig(Section):
+    """TLS to a `rediss://` server; the files are read anew for each connection."""
 
-    file: FilePath = Field(
-        description="The file of the latest snapshot, on a disk that outlives the process. A sidecar has its own."
+    ca: Annotated[FilePath | None, ShownDefault("the well-known authorities")] = Field(
+        None, description="PEM file of the authorities whose certificates the server may have."
     )
-    every_seconds: Annotated[SnapshotSeconds, ShownDefault("10")] = Field(
-        10.0,
-        description="Seconds between snapshots, at least: one takes no more than a twentieth of the processor's time. A"
-        " process that is killed loses what was taken since the last one.",
+    certificate: FilePath | None = Field(
+        None, description="PEM file of this sidecar's own certificate, for a server that asks for one."
+    )
+    key: FilePath | None = Field(None, description="PEM file of its private key, not encrypted.")
+
+
+class PersistenceConfig(Section):
+    """Where buckets are kept across restarts: in a `file`, or in Redis or Valkey at a `url`. Without it a sidecar that
+    starts knows what its peers tell it."""
+
+    file: FilePath | None = Field(
+        None,
+        description="The file of the latest snapshot, on a disk that outlives the process. A sidecar has its own.",
+    )
+    url: RedisUrl | None = Field(
+        None,
+        description="Redis or Valkey: `redis://user@host:6379/0`, `rediss://` with TLS, or `unix:///path?db=0`. Of"
+        " Sentinels or of a Cluster's nodes several, as in `redis://a:26379,b:26379/0`. Sidecars may share it.",
+    )
+    sentinel: Name | None = Field(
+        None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
+    )
+    cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
+    password_file: FilePath | None = Field(
+        None, description="The file of the password, which is read anew after each failure."
+    )
+    password_variable: Name | None = Field(None, description="The environment variable that holds the password.")
+    tls: RedisTlsConfig | None = Field(None, description="Files for a `rediss://` server.")
+    prefix: KeyPrefix = Field(
+        "ratelimit", description="What all keys in Redis begin with: meshes that share a server need one each."
+    )
+    every_seconds: Annotated[SnapshotSeconds | None, ShownDefault("10 for a file, 1 for Redis")] = Field(
+        None,
+        description="Seconds between snapshots, at least, or between writes to Redis: either takes no more than a"
+        " twentieth of the processor's time. A process that is killed loses what was taken since the last one.",
     )
 
 
@@ -483,7 +549,7 @@ class SidecarConfig(Section):
     )
     max_buckets: MaxBuckets = Field(
         DEFAULT_MAX_BUCKETS,
-        description="Buckets kept at once, of strict limits and of others each; about 500 bytes a bucket. A rule that"
+        description="Buckets kept at once, of strict limits and of others each; 440 bytes or more a bucket. A rule that"
         " takes too many of them has overflow buckets, which new keys share; no live bucket is forgotten.",
     )
     persistence: PersistenceConfig | None = Field(

@@ -30,6 +30,8 @@ _DECIMAL = re.compile(r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9_]*)?(?:\.[0-9_]*)?(?:[eE
 
 
 class Position(NamedTuple):
+    """Where something stands in a file; both numbers count from 1."""
+
     line: int
     column: int
 

@@ -1,6 +1,6 @@
-"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does, and
-POST /refund, which gives back what a caller has used up. They answer in JSON, but for the few whose form is others'
-(/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
+"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does, POST
+/refund, which gives back what a caller has used up, and POST /log-level. They answer in JSON, but for the few whose
+form is others' (/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
 
 They share the event loop with the decisions, so each does its work in slices of at most about a millisecond.
 """
@@ -28,6 +28,7 @@ from ratelimit_sidecar.console.authority import Authority
 from ratelimit_sidecar.console.browsers import GuardedFromPages
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
+from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
@@ -37,6 +38,8 @@ from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.telemetry.exposition import Exposition
+from ratelimit_sidecar.telemetry.logs import LogLevel
+from ratelimit_sidecar.telemetry.traces import trace_fields
 
 DEFAULT_PAGE_BUCKETS = 100
 MAX_PAGE_BUCKETS = 200
@@ -98,6 +101,7 @@ class _Console:
         self._pager = BucketPager(limiter.store, *(() if limiter.ledger is None else (limiter.ledger,)))
         self._exposition = Exposition(sources.registry)
         self._seal = Fernet(Fernet.generate_key())
+        authority = Authority(sources.token_file)
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
             ("/metrics", "GET", self.metrics, "Prometheus metrics"),
             ("/healthz", "GET", self.healthz, "200 while the process lives"),
@@ -125,10 +129,14 @@ class _Console:
             (
                 "/refund",
                 "POST",
-                refund_endpoint(
-                    limiter, sources.now_us, Authority(sources.token_file), shows_values=sources.shows_values
-                ),
+                refund_endpoint(limiter, sources.now_us, authority, shows_values=sources.shows_values),
                 "gives a caller back what it used up: domain, entries, and tokens unless it is all",
+            ),
+            (
+                "/log-level",
+                "POST",
+                log_level_endpoint(LogLevel(), authority),
+                "logs from another level on: level, and seconds unless it is for good",
             ),
         )
 
@@ -279,4 +287,4 @@ async def _log_failures(app: ASGIApp, scope: Scope, receive: Receive, send: Send
     try:
         await app(scope, receive, send)
     except Exception:
-        _log.exception("console_request_failed", path=scope.get("path"))
+        _log.exception("console_request_failed", path=scope.get("path"), **trace_fields(scope.get("headers", ())))

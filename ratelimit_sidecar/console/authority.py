@@ -39,8 +39,10 @@ _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
 
 class Authority:
-    """Args:
-    token_file: read anew for each request, so that a token can be replaced; None when there is no token.
+    """Decides whether a request may change state; `require` it before anything is changed.
+
+    Args:
+        token_file: read anew for each request, so that a token can be replaced; None when there is no token.
     """
 
     def __init__(self, token_file: Path | None) -> None:

@@ -41,8 +41,10 @@ def require_json(request: Request) -> None:
 
 
 class GuardedFromPages:
-    """Args:
-    names: of hosts, by which the console is called besides.
+    """Refuses requests that other people's pages have a browser send; wraps an ASGI application.
+
+    Args:
+        names: of hosts, by which the console is called besides.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:

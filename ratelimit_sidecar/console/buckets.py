@@ -55,6 +55,8 @@ _SECRET = secrets.token_bytes(32)
 
 
 class Page(NamedTuple):
+    """Some buckets in the order of their keys."""
+
     buckets: list[Bucket]
     more: bool
     """There are buckets after these."""
@@ -68,6 +70,8 @@ class Walked(Protocol):
 
 
 class BucketPager:
+    """Finds pages in the buckets of several stores, a slice at a time, one search after the other."""
+
     def __init__(self, *stores: Walked) -> None:
         self._stores = stores
         self._one_pass = asyncio.Lock()
@@ -86,6 +90,8 @@ class BucketPager:
 
 
 class EntryDescription(TypedDict):
+    """One entry of a bucket's key, in JSON."""
+
     key: str
     value: str
     """One that a caller chooses is shown by a hash of this process alone, unless values are to be shown: it may be a
@@ -97,6 +103,8 @@ class EntryDescription(TypedDict):
 
 
 class BucketDescription(TypedDict):
+    """One bucket, in JSON."""
+
     domain: str
     entries: list[EntryDescription]
     rule: str | None

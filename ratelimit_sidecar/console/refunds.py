@@ -24,6 +24,7 @@ from ratelimit_sidecar.console.buckets import describe_entries
 from ratelimit_sidecar.limiter.explanation import readable_bucket_name
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
 from ratelimit_sidecar.limiter.refund import NoSuchLimit, NotRefundable, Refunded, refund
+from ratelimit_sidecar.telemetry.traces import trace_fields
 
 MAX_ENTRIES: Final = 64
 
@@ -44,7 +45,7 @@ def refund_endpoint(
         try:
             await authority.require(request)
         except HTTPException as error:
-            _log.warning("refund_refused", by=who, reason=error.detail)
+            _log.warning("refund_refused", by=who, reason=error.detail, **trace_fields(request.headers.raw))
             raise
         domain, entries, tokens = await asyncio.to_thread(_parsed, await request.body())
         try:
@@ -56,6 +57,8 @@ def refund_endpoint(
         # A warning, so that it is there whatever the level of the log.
         _log.warning(
             "refunded",
+            audit=True,
+            **trace_fields(request.headers.raw),
             by=who,
             domain=domain,
             rule=refunded.rule.name,

@@ -22,6 +22,8 @@ SORTED_AT_ONCE = 1_000
 
 
 class RejectionDescription(TypedDict):
+    """An attempt to load rules that failed, in JSON."""
+
     version: str
     at: str
     problems: list[str]
@@ -30,8 +32,10 @@ class RejectionDescription(TypedDict):
 
 
 class RulesDescription(TypedDict):
+    """The rules in force and the newest attempt to replace them, in JSON."""
+
     source: str
-    trouble: str
+    degraded_reason: str
     """Why changes there may not be noticed at once; "" when they are."""
     in_force: int
     """How many; 0 also while the source has given none."""
@@ -46,7 +50,7 @@ def describe_rules(reloader: Reloader) -> RulesDescription:
     loaded, rejected = reloader.loaded, reloader.rejected
     return {
         "source": reloader.source,
-        "trouble": reloader.trouble,
+        "degraded_reason": reloader.degraded_reason,
         "in_force": 0 if loaded is None else loaded.rules,
         "version": "" if loaded is None else loaded.version,
         "loaded_at": None if loaded is None else _time(loaded.at_us),
@@ -113,8 +117,8 @@ def _comments(description: RulesDescription) -> Iterator[str]:
         yield f"{description['source']}: no rules yet"
     else:
         yield f"{description['source']}{version}: {description['in_force']} in force since {description['loaded_at']}"
-    if description["trouble"]:
-        yield description["trouble"]
+    if description["degraded_reason"]:
+        yield description["degraded_reason"]
     rejected = description["rejected"]
     if rejected is not None:
         version = f" of version {rejected['version']}" if rejected["version"] else ""

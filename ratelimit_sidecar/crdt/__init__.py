@@ -1,1 +1,4 @@
-"""Replicated token buckets: pure, without I/O, clock or asyncio. Imports nothing of the other layers."""
+"""Buckets (token buckets, windows, strict shares) and their stores: pure, without I/O, clock or asyncio.
+
+Imports nothing of the other layers.
+"""

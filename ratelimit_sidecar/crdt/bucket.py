@@ -4,14 +4,14 @@
 
 Only the origin writes its entries and counts never fall, so the join is the pointwise maximum (a state-based
 G-Counter, Shapiro et al. 2011). Every algorithm is a fold over this one state: `token_bucket.py` and `window.py`.
-A slot names its own width, so slots from before and after a change of the limit live side by side; which of them
-count, and when, is the algorithm's affair.
+A slot names its own width, so slots from before and after a change of the limit live side by side. The algorithm
+decides which of them count, and when.
 
-What operators give back is such a counter, too, in the same maps, under ids of its own (`slot.REFUND`): it grows,
-and nothing that was taken ever falls.
+Refunds are a second grow-only counter in the same maps, under ids of their own (`slot.REFUND`). So a refund never
+lowers what was taken.
 
-Most buckets hold one or two slots, and there may be a million: the own slot being written is two attributes, and what
-else there may be is made when it is needed.
+Most buckets hold one or two slots, and there may be a million. So the own slot being written is two attributes, and
+the maps are created when they are needed.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from ratelimit_sidecar.crdt.untracked_dict import untrack
 _NO_SLOT: Final = -1
 
 SET_BACK_US: Final = 5_000_000
-"""An instant that is so far before the last one says that the clock was set back; a nearer one counts as the last.
+"""A time that is this much before the last one means that the clock was set back. If it is less, the bucket stands
+still until the last time is reached again.
 
-No more than half of the shortest horizon: what is nearer and stands still for so long is still shared with peers.
+It is half of the shortest horizon, so that a bucket that stands still meanwhile is still shared with peers.
 """
 
 MAX_UNSENT_SLOTS: Final = 1_024
-"""Own slots to be told of, before those that are forgotten are taken out; fewer than 700 are held."""
+"""At this length the list of slots to send is cleared of those that were dropped; fewer than 700 slots are held."""
 
 MAX_ORIGINS: Final = 1_024
-"""In one bucket, besides connected peers. A mesh of 256 nodes that were all restarted three times has as many."""
+"""The most origins in one bucket besides connected peers: a mesh of 256 nodes, each restarted three times."""
 
 MAX_SLOTS: Final = 1_024
-"""Of one origin in one bucket. The narrowest slots fill a horizon with 627. Of more, the newest count: which these are
-does not depend on the order in which they were heard.
+"""The most slots of one origin in one bucket; the narrowest slots fill a horizon with 627. If there are more, the
+newest are kept, so the order of arrival makes no difference.
 """
 
 FINAL_US: Final = 2_000_000
-"""A slot that is over for so long is written to no more, by a clock that is no further behind."""
+"""When a slot has been over for this long, its origin no longer writes to it, unless its clock is further behind."""
 
 RECOUNT: Final = -1
-"""See `Bucket._hear`."""
+"""Returned by `_hear` instead of a count when the origin now has too many slots; the caller must trim and recount."""
 
 
 class Origin(NamedTuple):
-    """One life of one replica. A restarted node is a new origin, so no origin ever counts below what it said."""
+    """One life of one replica. A restarted node is a new origin, so the counts of an origin never fall."""
 
     node: str
     incarnation: int
@@ -70,7 +71,7 @@ NO_BASE: Final = Base(0, 0)
 
 
 class Entry(NamedTuple):
-    """What one origin took in one slot, or gave back: the unit of replication."""
+    """The tokens that one origin took or gave back in one slot: the unit of replication."""
 
     origin: Origin
     slot: int
@@ -81,7 +82,7 @@ class Settled(NamedTuple):
     """The part of a bucket's state that replicas can compare.
 
     Args:
-        deficit: what older entries amount to, by the algorithm; 0 when they do not count.
+        deficit: the older entries, folded into one number by the algorithm; 0 when they do not count.
         entries: in no particular order.
     """
 
@@ -117,7 +118,7 @@ class Bucket(ABC):
     def __init__(self, key: bytes, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
         self.key = key
         self.at_us = now_us
-        """The last instant given."""
+        """The time of the last call."""
         self.origin = origin
         self.journal = journal
         self._own_slot = _NO_SLOT
@@ -128,11 +129,12 @@ class Bucket(ABC):
         self._heard: dict[Origin, dict[int, int]] | None = None
         """Slots of all other origins; none of the dicts in it is empty."""
         self._unsent: list[int] | None = None
+        """Own slots written since `drain_changed_slots`."""
 
     @property
     @abstractmethod
     def limit(self) -> AnyLimit:
-        """What it enforces; see `set_limit`."""
+        """The limit that it enforces; see `set_limit`."""
 
     @abstractmethod
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -140,7 +142,7 @@ class Bucket(ABC):
 
         Args:
             hits: 0 or more. 0 checks and charges nothing.
-            always: charge what is denied, too.
+            always: charge hits even if they are denied.
 
         Returns:
             True when admitted.
@@ -148,16 +150,17 @@ class Bucket(ABC):
 
     @abstractmethod
     def would_admit(self, hits: int, now_us: int) -> bool:
-        """What `take` would return, without charging anything."""
+        """Return what `take` would return, without charging anything."""
 
     def refund(self, _tokens: int | None, _now_us: int) -> int:
-        """Make tokens that were taken available again, here and on every peer; never more than fill the bucket.
+        """Make tokens that were taken available again, here and on every peer, up to a full bucket.
 
         Args:
-            _tokens: at least 1; None for as many as fill it.
+            _tokens: at least 1; None to fill the bucket.
 
         Returns:
-            How many were given. A strict bucket gives none: what its members hold together is the limit.
+            How many tokens were given back. A strict bucket gives none, since the levels of all members together would
+            then exceed the limit.
         """
         return 0
 
@@ -185,9 +188,9 @@ class Bucket(ABC):
         """
 
     def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
-        """Hear from an origin itself what it took. Others may have said more; it knows better.
+        """Lower counts of `sender` to what it says itself; other peers may have claimed more.
 
-        Counts of slots that are over are final. So to lower them keeps replicas alike, once all have heard it.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
 
         Returns:
             True when something changed.
@@ -206,17 +209,17 @@ class Bucket(ABC):
         return is_changed
 
     def _is_final(self, slot: int) -> bool:
-        """True when its origin, asked now, would say the last word on it."""
+        """True when its origin writes to the slot no more."""
         return slot_end_us(slot) + FINAL_US <= self.at_us
 
     @abstractmethod
     def _recount(self) -> None:
-        """Fold all that is held anew."""
+        """Compute the live values again from all entries."""
 
     @abstractmethod
-    def fits_in_us(self, hits: int) -> int:
-        """Microseconds from `at_us` until `hits` would be admitted if nobody took any more; when they are more than
-        the limit ever holds, until all tokens are there.
+    def retry_after_us(self, hits: int) -> int:
+        """Microseconds from `at_us` until `hits` would be admitted if nobody took any more. If `hits` exceed the
+        capacity: until all tokens are there.
         """
 
     @abstractmethod
@@ -229,27 +232,30 @@ class Bucket(ABC):
 
     @abstractmethod
     def seal(self, now_us: int) -> None:
-        """Forget the slots that no longer count one by one."""
+        """Drop slots that are past the horizon; a token bucket folds them into its base."""
 
     @abstractmethod
     def is_idle(self, now_us: int) -> bool:
-        """True when all tokens are there and nothing is held that a peer could miss: it equals an absent bucket."""
+        """True when the bucket equals an absent one: all tokens are there, and no peer could miss one of its
+        entries.
+        """
 
     @abstractmethod
     def fold(self, now_us: int) -> int:
-        """What counts against the limit at `now_us`, as a pure function of the replicated state.
+        """How much counts against the limit at `now_us`, as a pure function of the replicated state.
 
-        Replicas with equal state and limit return equal integers. Its unit is the algorithm's.
+        This is the specification; tests compare the O(1) path with it. Replicas with equal state and limit return equal
+        integers. The unit depends on the algorithm.
         """
 
     @property
     def base(self) -> Base:
-        """What is left of slots that are forgotten; windows need nothing of them."""
+        """The deficit of the slots that were sealed. Windows need none."""
         return NO_BASE
 
     @property
     def telling_base(self) -> Base | None:
-        """The base, for a peer; None when it says nothing that its absence does not."""
+        """The base to send to a peer; None when the peer needs none."""
         return None
 
     def merge_base(self, _other: Base, _now_us: int) -> bool:
@@ -292,7 +298,9 @@ class Bucket(ABC):
             yield from slots
 
     def _tokens_by_slot(self) -> dict[int, int]:
-        """Of all origins together: to fold these costs what there are of slots, however many replicas take in each."""
+        """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
+        origins there are.
+        """
         tokens_of = dict(self._own or {})
         if self._own_slot != _NO_SLOT:
             tokens_of[self._own_slot] = self._own_tokens
@@ -303,7 +311,7 @@ class Bucket(ABC):
         return tokens_of
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
-        """This replica's entries of `slots`, less those forgotten meanwhile."""
+        """This replica's entries of `slots`, without those dropped meanwhile."""
         for slot in slots:
             if slot == self._own_slot:
                 yield Entry(self.origin, slot, self._own_tokens)
@@ -311,13 +319,13 @@ class Bucket(ABC):
                 yield Entry(self.origin, slot, self._own[slot])
 
     def drain_changed_slots(self) -> list[int]:
-        """Own slots written since the last call; the next write puts the bucket into the journal again."""
+        """Return the own slots written since the last call. The next write puts the bucket into the journal again."""
         changed, self._unsent = self._unsent, None
         self._own_slot_unsent = False
         return changed or []
 
     def heard_entries(self, slots: Iterable[tuple[Origin, int]]) -> Iterator[Entry]:
-        """Other replicas' entries of `slots`, less those forgotten meanwhile."""
+        """Other replicas' entries of `slots`, without those dropped meanwhile."""
         heard = self._heard or {}
         for origin, slot in slots:
             tokens = heard.get(origin, {}).get(slot)
@@ -331,27 +339,29 @@ class Bucket(ABC):
                 yield entry
 
     def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
-        """What all replicas hold alike that have heard of everything written up to `until_us`, and go on holding at
-        least until `kept_until_us`; None when that is what an absent bucket holds.
+        """The part of the state to compare between replicas: entries written up to `until_us` that every replica still
+        holds at `kept_until_us`. None when an absent bucket would be the same.
         """
         return None
 
     @property
     def _holds_nothing(self) -> bool:
-        """True when there is no slot that counts, or that a peer could miss."""
+        """True when there are no slots, and none to send."""
         return self._own_slot == _NO_SLOT and not self._own and not self._heard and not self._unsent
 
     def _open_own_slot(self, slot: int) -> None:
-        """Write to `slot` from now on: at once, so that no slot without tokens is ever held."""
+        """Make `slot` the one that `_write_own` counts in. Call that at once: a slot without tokens must not
+        be held.
+        """
         self._take_new_origin()
         if self._own_slot != _NO_SLOT:
             if self._own is None:
                 self._own = {}
             self._own[self._own_slot] = self._own_tokens
         self._own_slot = slot
-        # Written to before, if the limit has changed and changed back: the count goes on.
+        # It has tokens already if the limit changed and changed back; then the count goes on.
         self._own_tokens = self._own.pop(slot, 0) if self._own is not None else 0
-        # A list: only a slot that is written to again has to be looked for.
+        # Searching the list is rare: only a slot that is opened again needs it.
         self._own_slot_unsent = self._own_tokens > 0 and self._unsent is not None and slot in self._unsent
 
     def _write_own(self, hits: int) -> None:
@@ -362,7 +372,7 @@ class Bucket(ABC):
             self._own_slot_unsent = True
 
     def _write_refund(self, slot: int, count: int) -> None:
-        """Let the count of `slot`, whose id has `REFUND`, be `count`; it is more than before."""
+        """Set the refund entry of `slot`, an id with `REFUND`, to `count`, which must be higher than before."""
         self._take_new_origin()
         if self._own is None:
             self._own = {}
@@ -371,7 +381,7 @@ class Bucket(ABC):
             self._note_unsent(self.journal, slot)
 
     def _own_refund(self, slot: int) -> int:
-        """The count of `slot`, whose id has `REFUND`."""
+        """This replica's refund entry of `slot`, an id with `REFUND`."""
         self._take_new_origin()
         return 0 if self._own is None else self._own.get(slot, 0)
 
@@ -380,14 +390,14 @@ class Bucket(ABC):
             self._unsent = []
             journal.buckets.append(self)
         elif len(self._unsent) >= MAX_UNSENT_SLOTS:
-            # Nobody drains the journal for a while.
+            # The journal has not been drained for long.
             own = self._own or {}
             self._unsent = [unsent for unsent in self._unsent if unsent in own or unsent == self._own_slot]
         self._unsent.append(slot)
 
     def _take_new_origin(self) -> None:
-        """After the clock was set back, write as another life of this replica: what the one before has written, and
-        may have forgotten, only ever grows for those who heard of it. It is kept as if it had been heard.
+        """After the clock was set back, write under a new origin. The old own counts are kept as if a peer had reported
+        them, because peers never accept smaller counts.
         """
         origin = None if self.journal is None else self.journal.origin
         if origin is None or origin == self.origin:
@@ -405,11 +415,10 @@ class Bucket(ABC):
             untrack(self._heard)
 
     def _hear(self, entry: Entry) -> int:
-        """Join one entry that a subclass has found to be in range.
+        """Join one entry whose slot the subclass has checked.
 
         Returns:
-            By how much it raised the count; 0 when it told nothing new; RECOUNT when there are too many slots now, to
-            be trimmed and counted anew.
+            By how much it raised the count; 0 when it was not new; `RECOUNT` when the origin has too many slots now.
         """
         origin, slot, tokens = entry
         if origin == self.origin:
@@ -424,7 +433,7 @@ class Bucket(ABC):
         return RECOUNT if len(slots) > MAX_SLOTS else added
 
     def _trim(self) -> None:
-        """Forget the oldest slots of origins that have too many."""
+        """Drop the oldest slots of origins that have too many."""
         for slots in (self._heard or {}).values():
             if len(slots) > MAX_SLOTS:
                 for slot in sorted(slots)[:-MAX_SLOTS]:
@@ -442,7 +451,7 @@ class Bucket(ABC):
             self._refuse(Refused.ORIGINS)
             return 0
         heard[origin] = {slot: tokens}
-        # Every new value of a dict brings it back into sight.
+        # Adding a value makes the collector track the dict again.
         untrack(heard)
         return tokens
 
@@ -454,8 +463,8 @@ class Bucket(ABC):
         return self.journal is not None and origin in self.journal.peers
 
     def _recall(self, slot: int, tokens: int) -> int:
-        """Hear of an own slot. Nobody knows better than this replica, unless it has forgotten the slot: it dropped the
-        bucket as idle, and then got a limit under which the slot counts again, or does so for a peer.
+        """Join a peer's entry of this replica's own origin. It is accepted only for a slot that this replica no longer
+        holds: it dropped the bucket as idle, and under another limit the slot counts again, here or at a peer.
         """
         own = self._own or {}
         held = self._own_tokens if slot == self._own_slot else own.get(slot, 0)
@@ -469,7 +478,11 @@ class Bucket(ABC):
         return tokens
 
     def _forget(self, is_past: Callable[[int], bool]) -> list[tuple[Origin, int, int]]:
-        """Drop the slots that are past; returns what was in them, as entries are written."""
+        """Drop the slots that are past.
+
+        Returns:
+            Their entries, as (origin, slot, tokens).
+        """
         forgotten = []
         if self._own_slot != _NO_SLOT and is_past(self._own_slot):
             forgotten.append((self.origin, self._own_slot, self._own_tokens))

@@ -1,5 +1,5 @@
-"""What all buckets of one store share: which of them have own entries that no peer has been told of yet, who the peers
-are, and what of their words was refused.
+"""State that all buckets of one store share: which buckets have entries that were not sent yet, who the peers are, and
+how often a part of a peer's data was refused.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class Refused(StrEnum):
-    """Why a part of what a peer said was not believed; no honest peer with a right clock and these rules says it."""
+    """Why a part of a peer's data was refused. Usual causes are a wrong clock or other rules."""
 
     AHEAD = "ahead"
     """A slot that begins later than MAX_AHEAD_US from now: the peer's clock is wrong, or it lies."""
     WIDE = "wide"
-    """A slot wider than the limit's own, and than those of a day: of a limit that is no longer."""
+    """A slot wider than the limit's own, and than those of a limit of a day."""
     ORIGINS = "origins"
     """An origin beyond the `MAX_ORIGINS` of a bucket."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
-    """More than this replica has taken, said of itself."""
+    """An entry of this replica's own origin with more than it has taken."""
     DEBT = "debt"
     """A base with more than the debt ceiling, to which it was cut."""
     PAYMENT = "payment"
@@ -33,19 +33,23 @@ class Refused(StrEnum):
 
 
 class Journal:
+    """Collects the buckets with entries that were not sent yet; the replicator empties `buckets` at each flush."""
+
     __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused")
 
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         """Each at most once."""
         self.peers: set[Origin] = set()
-        """Those that are connected: what they take is heard, however many origins others have told of."""
+        """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
         self.refused: Counter[Refused] = Counter()
-        """Since it was last emptied."""
+        """Counted since its reader last cleared it."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
-        """Called when a bucket gets nearly used up: others, who do not know, go on admitting. O(1), and does no I/O."""
+        """Called when a bucket gets nearly used up, so that peers learn it at once. It must be O(1), without I/O."""
         self.origin: Origin | None = None
-        """What this replica writes by since its clock was set back (`Store.go_back`); None when it never was."""
+        """The origin that buckets must write under since the clock was set back (`Store.go_back`); None when it was
+        never set back.
+        """
 
 
 def _wait_for_the_next_flush() -> None:

@@ -1,31 +1,31 @@
-"""All strict buckets of one replica, and what it has to ask its peers for.
+"""All strict buckets of one replica, and the asks to send to peers.
 
-Only buckets that somebody asked for of late are looked at in a `tick`, and a bounded number of them. A full bucket that
-asks for nothing is dropped: made anew it has no more than it had.
+A `tick` looks at a bounded number of the buckets that requests used lately. `sweep` drops full buckets without open
+asks; such a bucket has no more tokens when it is created again.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import Shares, home_parts, parts_of
-from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, StoreFull
+from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket, home_of
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 
-LimitOfKey = Callable[[bytes], AnyLimit | None]
-"""The limit of a key that a peer names; None when this replica has no strict rule for it."""
-
 
 class Ledger:
-    """Args:
-    limit_of_key: asked when a peer asks for tokens of a key.
-    max_buckets: as in `crdt.store`; so is `rule_key`.
+    """All strict buckets of one replica. Call `tick` often and send the asks that it returns; call `sweep` regularly.
+
+    Args:
+        limit_of_key: called for keys that peers ask for.
+        max_buckets: as in `crdt.store`; so is `rule_key`.
     """
 
     def __init__(
@@ -44,19 +44,21 @@ class Ledger:
         self._homes = {node: home_parts(shares.membership.weights, node) for node in shares.membership.weights}
         self._all = UntrackedDict[Paying]()
         self._active: deque[StrictBucket] = deque()
-        """Each notes itself when something is wanted of it."""
+        """Buckets that `tick` has to look at; each appends itself when a request takes from it."""
         self._sweep_order: deque[Paying] = deque()
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
         """Counts up whenever home shares change."""
         self._withheld: dict[bytes, int] = {}
-        """Parts of home shares that are not the buckets', by key: see `withhold`."""
+        """By key, the parts of the home share that the bucket must not use: see `withhold`."""
+        self._kept: dict[bytes, int] = {}
+        """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
 
     def __len__(self) -> int:
         return len(self._all)
 
     def walk(self) -> Iterator[StrictBucket]:
-        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
         for shard in self._all.shards:
             for paying in list(shard.values()):
                 yield paying.bucket
@@ -68,13 +70,16 @@ class Ledger:
             now_us: see `crdt.strict` for the clock.
 
         Raises:
-            StoreFull: there is none, and no room for one.
+            StoreFull: there is no bucket, and no room for a new one.
         """
         paying = self._all.get(key)
         if paying is None:
             if not self.room.take(key):
                 raise StoreFull
-            return self._make(key, limit, now_us).bucket
+            bucket = self._make(key, limit, now_us).bucket
+            if self._kept:
+                self._put_back(bucket)
+            return bucket
         bucket = paying.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
@@ -82,22 +87,60 @@ class Ledger:
         if bucket.home_version != self._home_version:
             bucket.home_version = self._home_version
             bucket.set_home(self._home_of(key, limit, now_us), now_us)
+        if self._kept:
+            self._put_back(bucket)
         return bucket
 
+    def keep(self) -> Iterator[tuple[bytes, int]]:
+        """By key what each purse has, in 2**-32 tokens, below 0 what is owed. For the end: whoever takes or pays after
+        it has been asked spends what is kept."""
+        for key, amount in self._kept.items():
+            if self.limit_of_key(key) is not None:
+                yield key, amount
+        for bucket in self.walk():
+            amount = bucket.level // bucket.limit.period_us
+            if amount and bucket.key not in self._kept:
+                yield bucket.key, amount
+
+    def put_back(self, kept: Mapping[bytes, int]) -> None:
+        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
+        it has a home, and as far as there is room in it."""
+        self._kept = dict(kept)
+
+    def _put_some_back(self, now_us: int, most: int) -> None:
+        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
+        self._look_at_shares(now_us)
+        for _ in range(min(most, len(self._kept))):
+            key = next(iter(self._kept))
+            limit = self.limit_of_key(key)
+            if isinstance(limit, Limit):
+                with suppress(StoreFull):
+                    self.bucket(key, limit, now_us)
+                # No home, no purse.
+                self._kept.pop(key, None)
+            else:
+                # Rules may be yet to come: last in its turn.
+                self._kept[key] = self._kept.pop(key)
+
+    def _put_back(self, bucket: StrictBucket) -> None:
+        if bucket.ceiling and bucket.key in self._kept:
+            bucket.put_back(self._kept.pop(bucket.key))
+
     def own_parts(self, key: bytes, limit: Limit, now_us: int) -> int:
-        """This node's home share of one limit at `now_us`, with what is withheld of it."""
+        """This node's home share of one limit at `now_us`, withheld parts included."""
         return self.shares.home_of_key(key, limit.capacity, now_us)
 
     def withhold(self, key: bytes, limit: Limit, parts: int, now_us: int) -> int:
-        """Keep parts of the home from the bucket, since others run a token bucket of them from now on; less again
-        when they have ceased to. More only as far as the bucket has tokens that it can give up: so neither homes nor
-        tokens become more by it.
+        """Set how many parts of the home the bucket must not use, because Envoys have token buckets with these parts.
+
+        More parts are withheld only if the bucket has as many tokens, which it gives up. So the sum of homes and tokens
+        stays within the limit.
 
         Returns:
-            The parts that others may run.
+            The parts that Envoys may use.
 
         Raises:
-            StoreFull: there is no bucket, and no room for one.
+            StoreFull: there is no bucket, and no room for a new one.
         """
         bucket = self.bucket(key, limit, now_us)
         bucket.advance(now_us)
@@ -115,14 +158,14 @@ class Ledger:
         return parts
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        """Look at `most` of the active buckets, in turn.
+        """Look at the next `most` active buckets.
 
         Args:
             ends: by peer that can be asked, this node's end of the stream to it.
-            longest_key: that peers can be asked about.
+            longest_key: the longest key that an ask can have.
 
         Returns:
-            By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
+            The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
         """
         self._look_at_shares(now_us)
         members = {peer: end for peer, end in ends.items() if self._homes.get(peer)}
@@ -139,13 +182,13 @@ class Ledger:
         return asks
 
     def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
-        """Pay a peer that has asked.
+        """Answer a peer's ask: the payment to send.
 
         Returns:
-            None when no strict rule here knows the key, or there is no room for its bucket.
+            None when no strict rule here has the key, or there is no room for its bucket.
 
         Raises:
-            ValueError: not a bucket's name.
+            ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
         if not isinstance(limit, Limit):
@@ -157,28 +200,30 @@ class Ledger:
         return self._all[key].answer(peer, ask, now_us)
 
     def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
-        """A peer has answered the ask for `key` that is open on that end of a stream.
+        """Add a peer's payment for the ask for `key` that is open on that stream end.
 
         Returns:
-            False when it has paid more than it can have, and is believed no more than that.
+            False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         paying = self._all[key]
         most = self.shares.most_of_key(peer, key, paying.bucket.limit.capacity)
         return paying.paid(peer, end, pay, most, now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
-        """That end of a stream, on which asks for `keys` are open, is closed."""
+        """Free the room of the asks for `keys` that were open on that stream end, which is closed."""
         for key in keys:
             bucket = self._all[key].bucket
             bucket.advance(now_us)
             bucket.closed(end)
 
     def sweep(self, now_us: int, most: int) -> int:
-        """Drop the full buckets that ask for nothing among the next `most`, in turn.
+        """Look at the next `most` buckets and drop those that are full and have no open asks.
 
         Returns:
             The number of buckets dropped.
         """
+        if self._kept and now_us >= self.shares.from_us:
+            self._put_some_back(now_us, most)
         dropped = 0
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()

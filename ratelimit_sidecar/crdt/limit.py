@@ -29,25 +29,26 @@ overdrawn seems to be, and more is denied than ought to be: up to twice it hardl
 """
 
 URGENT_SHARE: Final = 8
-"""What has less than one part in so many left is nearly used up: peers are told at once."""
+"""A bucket with less than 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
 
 SLOTS_PER_PERIOD: Final = 32
-"""Of a sliding window: it holds 32 to 64 slots, and a token comes back up to 1/32 of the period late."""
+"""A sliding window has 32 to 64 slots, so a token comes back up to 1/32 of the period late."""
 
 HORIZON_SLOTS: Final = 64
 MIN_HORIZON_US: Final = 10_000_000
 """Whatever is delivered within this time counts in full."""
 
 MAX_AHEAD_US: Final = MIN_HORIZON_US
-"""How far a peer's clock may be ahead. A slot that begins later is not believed: it would count until then, and on."""
+"""How far a peer's clock may be ahead. Later slots are refused, because they would count until their time has come."""
 
 MAX_WIDER_EXPONENT: Final = 31
-"""Slots wider than the limit's own are from before it changed. They do no harm, but are kept for as long as they are
-wide. So only such of a limit of a day are heard: 2**31 us = 36 minutes.
+"""The widest slot that is accepted from a peer when the limit's own slots are narrower: 2**31 us = 36 minutes, the
+slots of a limit of a day. Wider slots than the limit's own are from before it changed. They are kept for as long as
+they are wide.
 """
 
 MAX_WIDER_WINDOW_EXPONENT: Final = 36
-"""The same of fixed windows, whose slots are as wide as they: 2**36 us = 19 hours."""
+"""The same for fixed windows, whose slots are almost as long as the window: 2**36 us = 19 hours."""
 
 MAX_TOKENS: Final = 2**40
 MAX_CAPACITY: Final = 2**40
@@ -66,8 +67,8 @@ class Limit:
             of one rate are one limit.
         period_us: microseconds; 1 to 2**50.
         capacity: tokens a full bucket holds; 0 (always deny) to 2**40.
-        max_debt: the sealed deficit is cut to this many capacities (at least 1), or to the refill of the horizon when
-            that is more; older debt is forgiven.
+        max_debt: debt is cut to this many capacities (at least 1), or to the refill of the horizon plus one slot if
+            that is more.
 
     Raises:
         ValueError: a number is outside its range.
@@ -81,9 +82,9 @@ class Limit:
     ceiling: int = field(init=False, compare=False)
     """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
     urgent_deficit: int = field(init=False, compare=False)
-    """From here on the bucket is nearly used up, scaled."""
+    """At this deficit or more the bucket is nearly used up; scaled."""
     debt_ceiling: int = field(init=False, compare=False)
-    """The largest sealed deficit, scaled."""
+    """The largest deficit that a bucket keeps, scaled."""
     exponent: int = field(init=False, compare=False)
     """Slots are 2**exponent microseconds wide."""
     slot_refill: int = field(init=False, compare=False)
@@ -108,16 +109,16 @@ class Limit:
         set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
         set_field(self, "slot_refill", self.tokens << self.exponent)
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
-        # What refills within the horizon is never forgiven: it is what several replicas under load admit in a partition
-        # that ends within it. One slot's refill more: known only by its slots, a bucket that never owed may seem to.
+        # Debt of up to the horizon's refill is never forgiven: replicas under load may admit so much in a partition
+        # that ends within the horizon. One slot's refill is added, because takes are placed at the middle of their
+        # slot, so that a bucket without debt can seem to have some.
         debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
         set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
 
     def boundary_us(self, now_us: int) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike.
 
-        0 where the horizon reaches back before the epoch: nothing was taken before that, and peers are told of no other
-        times.
+        0 when the horizon reaches back before the epoch, because times below 0 are not sent to peers.
         """
         return max(0, now_us - self.horizon_us) >> self.exponent << self.exponent
 
@@ -148,8 +149,8 @@ class WindowLimit:
     window: Window
 
     exponent: int = field(init=False, compare=False)
-    """Slots are 2**exponent microseconds wide: at most 1/32 of a sliding window, and the greater part of a fixed one;
-    but 16 ms at least.
+    """Slots are 2**exponent microseconds wide: at most 1/32 of a sliding window, and more than half of a fixed one; but
+    at least 16 ms.
     """
 
     def __post_init__(self) -> None:
@@ -159,7 +160,7 @@ class WindowLimit:
         object.__setattr__(self, "urgent_count", self.requests - self.requests // URGENT_SHARE)
 
     urgent_count: int = field(init=False, compare=False)
-    """From here on the window is nearly used up."""
+    """At this count or more the window is nearly used up."""
 
     @property
     def capacity(self) -> int:

@@ -1,8 +1,9 @@
-"""When and how much a replica asks for and pays, of one strict bucket. Safety does not depend on anything in here.
+"""When and how much a replica asks for and pays, for one strict bucket. Safety does not depend on this file.
 
-A replica that was short of tokens, or has less than three quarters of its home and some demand, asks its peers: for
-most of its room, in proportion to what each had left. A replica that is not short itself pays what its own demand does
-not need soon, and divides that among those who ask by their demand. Times are those of `strict.py`.
+A replica asks its peers when it has denied a request lately, or when it has some demand and its level is below three
+quarters of its home. It asks for most of its free room, in proportion to what each peer had left. A replica that is not
+short itself pays what its own demand does not need soon, and divides that among the asking peers by their demand. Times
+are those of `strict.py`.
 """
 
 from __future__ import annotations
@@ -15,36 +16,41 @@ from ratelimit_sidecar.crdt.shares import rank
 from ratelimit_sidecar.crdt.strict import MAX_AMOUNT, NEVER_US, WINDOW_US, StrictBucket
 
 LEAST_PACE_US: Final = 20_000
+"""A peer is asked again after this time at the earliest."""
+
 PACE_SHIFT: Final = 6
-"""A peer is asked again no sooner than a sixty-fourth of the limit has refilled."""
+"""A peer is asked again only after 1/64 of the limit has refilled."""
 
 NOTHING_US: Final = 250_000
-"""With a home of less than eight tokens, nor sooner than that if it had nothing left: room reserved in vain does
-not refill."""
+"""When a home is smaller than eight tokens, a peer that had nothing left is asked again only after this time, because
+reserved room does not refill.
+"""
 
 STALE_US: Final = 2_000_000
-"""What a peer said so long ago that it had left may hold no longer: it counts as full."""
+"""A peer's report of what it has left is too old after this time. Then the peer is assumed to have all of its home."""
 
 OWN_REFILL_US: Final = 300_000
-"""Room that is not asked for, up to a quarter of it: own refill must find room until the answers are there."""
+"""As much room as refills in this time is not asked for (up to a quarter of all room), so that the own refill still
+fits before the answers arrive.
+"""
 
 RESERVE_SHIFT: Final = 4
-"""A sixteenth of the home, in whole tokens, is not paid, so that a region that wakes up can serve at once."""
+"""1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
 
 RESERVE_US: Final = 200_000
-"""Nor what the demand of late takes in such a time."""
+"""The tokens that the recent demand takes in this time are not paid either."""
 
 ASKERS_US: Final = 1_000_000
-"""What is left is divided among those who have asked within such a time."""
+"""Spare tokens are divided among the peers that asked within this time."""
 
 
 class Ask(NamedTuple):
-    """For up to `amount`. Amounts are 2**-32 tokens.
+    """A request to a peer for up to `amount`. Amounts are in 2**-32 tokens.
 
     Args:
-        level: what the one who asks has.
-        demand: what it is asked for in a second.
-        is_short: it has denied something of late.
+        level: the level of the node that asks.
+        demand: the tokens that its requests ask for in a second.
+        is_short: True if it has denied a request lately.
     """
 
     amount: int
@@ -57,34 +63,39 @@ class Pay(NamedTuple):
     """The answer to an ask.
 
     Args:
-        left: what the payer could have paid besides.
+        left: what the payer could still pay.
     """
 
     amount: int
     left: int
 
 
-class _Told(NamedTuple):
+class _Report(NamedTuple):
+    """An amount that a peer reported, and when."""
+
     amount: int
     at_us: int
 
 
 @dataclass(slots=True)
 class Paying:
-    """Args:
-    node: this replica.
+    """The policy of one strict bucket: how much to ask each peer for, and how much to pay a peer that asks.
+
+    Args:
+        node: this replica.
     """
 
     bucket: StrictBucket
     node: str
-    _left: dict[str, _Told] = field(default_factory=dict)
-    """By peer, what it had left when it answered last."""
-    _demand: dict[str, _Told] = field(default_factory=dict)
-    """By peer, its demand when it asked last."""
+    _left: dict[str, _Report] = field(default_factory=dict)
+    """By peer, what it had left when it last answered."""
+    _demand: dict[str, _Report] = field(default_factory=dict)
+    """By peer, its demand when it last asked."""
     _asked_us: dict[str, int] = field(default_factory=dict)
+    """By peer, when it was last asked."""
 
     def asks(self, ends: Mapping[str, int], homes: Mapping[str, int], now_us: int) -> dict[str, Ask]:
-        """What to ask each peer for now; room for it has been reserved.
+        """The asks to send now, by peer. Room is reserved for each.
 
         Args:
             ends: by peer that can be reached, this node's end of the stream to it.
@@ -110,7 +121,7 @@ class Paying:
         level, demand = max(0, bucket.level) // limit.period_us, bucket.demand
         for peer, left in likely.items():
             grains = room * left // total if total else 0
-            # No more than it will be believed: beyond that it would pay for nothing.
+            # No more than the peer is credited with: anything above that would be paid but not counted here.
             amount = min(min(grains, bucket.credit_of(peer, grains)) // limit.period_us, MAX_AMOUNT)
             if amount > 0 and amount * limit.period_us > ceiling >> 8:
                 bucket.ask(ends[peer], amount)
@@ -119,15 +130,16 @@ class Paying:
         return asks
 
     def answer(self, peer: str, ask: Ask, now_us: int) -> Pay:
-        """Pay what a peer's fair part is of what can be spared."""
+        """Pay the peer its fair part of the spare tokens."""
         bucket = self.bucket
         bucket.advance(now_us)
-        self._demand[peer] = _Told(ask.demand, now_us)
+        self._demand[peer] = _Report(ask.demand, now_us)
         period_us = bucket.limit.period_us
         token, level, home = 1 << 32, max(0, bucket.level) // period_us, bucket.ceiling // period_us
         reserve = home >> RESERVE_SHIFT
         if self._is_short(now_us):
-            # Fractions of a token admit nothing. When both have no more, and will not soon, one gets the other's.
+            # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
+            # the lower rank gives its fraction to the other.
             is_slow = bucket.refill * 1_100_000 < token * period_us
             yields = is_slow and ask.is_short and level < token and rank(bucket.key, peer) < rank(bucket.key, self.node)
             return Pay(bucket.pay(peer, ask.amount) if yields else 0, 0)
@@ -136,7 +148,9 @@ class Paying:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // token * token)
         others = sum(
-            told.amount for other, told in self._demand.items() if other != peer and now_us - told.at_us < ASKERS_US
+            report.amount
+            for other, report in self._demand.items()
+            if other != peer and now_us - report.at_us < ASKERS_US
         )
         if others:
             total = others + ask.demand
@@ -145,22 +159,22 @@ class Paying:
         return Pay(paid, min(max(0, level - paid - reserve), MAX_AMOUNT))
 
     def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
-        """A peer has answered; see `StrictBucket.paid`."""
+        """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
-        self._left[peer] = _Told(pay.left, now_us)
+        self._left[peer] = _Report(pay.left, now_us)
         return self.bucket.paid(end, peer, pay.amount, most)
 
     def _pace_us(self, peer: str, pace_us: int) -> int:
-        told = self._left.get(peer)
+        report = self._left.get(peer)
         is_small = self.bucket.ceiling < self.bucket.limit.period_us << 35
-        return max(pace_us, NOTHING_US) if is_small and told is not None and not told.amount else pace_us
+        return max(pace_us, NOTHING_US) if is_small and report is not None and not report.amount else pace_us
 
     def _is_short(self, now_us: int) -> bool:
         return now_us - self.bucket.denied_us < WINDOW_US
 
     def _likely(self, peer: str, home: int, now_us: int) -> int:
-        """What a peer has left, for all that is known."""
-        told = self._left.get(peer)
-        if told is None or now_us - told.at_us >= STALE_US:
+        """An estimate of what a peer has left."""
+        report = self._left.get(peer)
+        if report is None or now_us - report.at_us >= STALE_US:
             return home
-        return min(home, max(told.amount, home >> 5))
+        return min(home, max(report.amount, home >> 5))

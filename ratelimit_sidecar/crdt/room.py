@@ -21,8 +21,9 @@ class Room:
     """Counts the buckets of one store.
 
     Args:
-        most: at once; at least 1. It may be changed at any time.
-        rule_key: what of a key is its rule's, itself a key. Such keys always get a bucket: there must be few of them.
+        most: the most buckets at once, at least 1. It may be changed at any time.
+        rule_key: returns the part of a bucket key that all buckets of its rule share. A key that equals its rule key
+            always gets a bucket, so there must be few of them.
     """
 
     def __init__(self, most: int, rule_key: Callable[[bytes], bytes]) -> None:

@@ -3,13 +3,13 @@
 A share is an integer in parts of 2**32 of a limit. Home shares come from weights that every member configures alike,
 under an epoch number. The rule that keeps the sum of what is used at most one while epochs differ:
 
-- A node of epoch E + 1 uses the smaller of its home shares before and after. So beside nodes still on E the sum is at
-  most that of E, and beside nodes on E + 1 at most that of E + 1.
+- A node of epoch E + 1 uses the smaller of its home shares of E and E + 1. So together with nodes still on E the sum is
+  at most that of E, and together with nodes on E + 1 at most that of E + 1.
 - It uses the new share in full once every member has shown epoch E + 1.
 
-A node that leaves is in the membership before and not in the one after: it must be stopped before the new epoch is
-rolled out. A peer that shows other members under the same epoch is a mistake; then the smaller share of the two is
-used. Times are microseconds of a clock that never steps (see `strict.py`).
+A node that leaves must be stopped before the new epoch is rolled out. A peer that shows other members under the same
+epoch is configured wrongly; then the smaller share of the two is used. Times are microseconds of a clock that never
+steps (see `strict.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PARTS: Final = 1 << 32
 """The whole of a limit."""
 
 OLD_LOAN_US: Final = 2_520_000
-"""Versions before this protocol lent shares, for at most so long. A node that has just started may have lent some in
-its former life. So its home is zero until each other member has shown this protocol, or they have ended."""
+"""Protocols 2 and 3 lent shares for at most 2.52 s. After a start the home is zero until every other member has shown
+protocol 4, or until such loans must have expired.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,43 +45,43 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a peer says of its membership."""
+    """The membership that a peer has shown."""
 
     epoch: int
     weights: Mapping[str, int]
 
 
 def home_parts(weights: Mapping[str, int], node: str) -> int:
-    """A node's home share; 0 for one that is no member. Rounded down, so that the sum is at most `PARTS`."""
+    """A node's home share; 0 if it is no member. Rounded down, so that the sum is at most `PARTS`."""
     total = sum(weights.values())
     return PARTS * weights.get(node, 0) // total if total else 0
 
 
 MAX_WHOLE_CAPACITY: Final = 1 << 20
-"""Up to here homes are whole tokens. Of a larger limit, a fraction of a token at each node does not matter."""
+"""Up to this capacity homes are whole tokens. With larger limits a fraction of a token at each node does not matter."""
 
 
 def parts_of(tokens: int, capacity: int) -> int:
-    """The parts that stand for so many whole tokens of `capacity`, at most MAX_WHOLE_CAPACITY."""
+    """The parts for a number of whole tokens of `capacity`, which is at most MAX_WHOLE_CAPACITY."""
     return tokens * PARTS // capacity if capacity else 0
 
 
 def whole_tokens(parts: int, capacity: int) -> int:
-    """What `parts_of` stands for; other parts are rounded down."""
+    """The inverse of `parts_of`; other parts are rounded down."""
     return parts * capacity + capacity - 1 >> 32 if capacity else 0
 
 
 def whole_tokens_up(parts: int, capacity: int) -> int:
-    """What `parts_of` stands for; other parts are rounded up."""
+    """The inverse of `parts_of`; other parts are rounded up."""
     return -(-parts * capacity >> 32)
 
 
 def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
-    """A node's home share of one limit, in whole tokens: a fraction of one would never admit anything.
+    """A node's home share of one limit, in parts that are whole tokens: a fraction of a token would admit nothing.
 
-    The tokens that remain when each has its part rounded down go to one node each, another one for each key: to those
-    with the highest hash of key and node (rendezvous hashing, Thaler and Ravishankar 1998). So every node finds the
-    same, and the sum is the capacity.
+    Each node's share is rounded down. The tokens that remain go to one node each: to those with the highest hash of key
+    and node (rendezvous hashing, Thaler and Ravishankar 1998). So all nodes compute the same shares, the sum is the
+    capacity, and different keys favour different nodes.
     """
     total = sum(weights.values())
     weight = weights.get(node, 0)
@@ -96,7 +97,7 @@ def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacit
 
 
 def rank(key: bytes, node: str) -> bytes:
-    """The higher, the sooner a node gets what only some can have of this key."""
+    """A node's rank for this key. Nodes with a higher rank come first when only some can get a token."""
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
@@ -105,21 +106,21 @@ class Shares:
     """The membership as one node sees it.
 
     Args:
-        node: this one.
-        started_us: when it did; its buckets were empty then.
+        node: this node.
+        started_us: when it started; its buckets were empty then.
     """
 
     membership: Membership
     node: str
     started_us: int
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only what members say has an effect."""
+    """Peers that show other members under the same epoch. Only those of members have an effect."""
     from_us: int = field(init=False)
     """When the home share begins."""
     _current_since_us: dict[str, int] = field(default_factory=dict)
     """When each peer first showed this epoch with these members."""
-    _speak: set[str] = field(default_factory=set)
-    """Members that have shown any membership, which only this protocol can."""
+    _upgraded: set[str] = field(default_factory=set)
+    """Peers that have shown a membership, which only protocol 4 can."""
 
     def __post_init__(self) -> None:
         alone = not self._others
@@ -130,16 +131,16 @@ class Shares:
         return set(self.membership.weights) - {self.node}
 
     def since_us(self, now_us: int) -> int:
-        """Since when the home share is what it is at `now_us`, or from when it will be."""
+        """The time since which the home share has its value of `now_us`, or from which it will have it."""
         settled_us = self.settled_us()
         return settled_us if settled_us is not None and settled_us <= now_us else self.from_us
 
     def hear(self, peer: str, shown: Shown, now_us: int) -> None:
-        """A peer has said what its membership is."""
+        """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         if shown.epoch:
-            self._speak.add(peer)
-            if now_us < self.from_us and self._speak >= self._others:
+            self._upgraded.add(peer)
+            if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = now_us
         if shown.epoch != self.membership.epoch:
             if shown.epoch < self.membership.epoch:
@@ -161,7 +162,7 @@ class Shares:
         return max([self.from_us, *(self._current_since_us[member] for member in others)])
 
     def home(self, now_us: int) -> int:
-        """This node's home share at `now_us`, in parts; of a single limit see `home_of_key`."""
+        """This node's home share at `now_us`, in parts. For one limit see `home_of_key`."""
         return min((home_parts(weights, self.node) for weights in self.in_force(now_us)), default=0)
 
     def home_of_key(self, key: bytes, capacity: int, now_us: int) -> int:
@@ -171,16 +172,18 @@ class Shares:
         )
 
     def most_of_key(self, member: str, key: bytes, capacity: int) -> int:
-        """The most that a member's home share of one limit can be, in parts; 0 of a node that is none."""
+        """The largest that a node's home share of one limit can be, in parts; 0 if it is no member."""
         memberships = (self.membership.weights, self.membership.previous or {})
         return max(home_parts_of_key(weights, member, key, capacity) for weights in memberships)
 
     def is_member(self, node: str) -> bool:
-        """True of the members of this epoch and of the one before."""
+        """True for members of this epoch or the one before."""
         return node in self.membership.weights or node in (self.membership.previous or {})
 
     def in_force(self, now_us: int) -> list[Mapping[str, int]]:
-        """The weights of which this node uses the smallest share at `now_us`; none before its share begins."""
+        """The memberships in force at `now_us`, as weights; this node uses the smallest of its shares in them. Empty
+        before its home begins.
+        """
         if now_us < self.from_us:
             return []
         membership = self.membership

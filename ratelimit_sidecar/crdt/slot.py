@@ -2,10 +2,10 @@
 
 The id is the slot's start with the exponent in the low bits, which are free because a start is a multiple of
 2**14 or more. So ids sort by start (a slot whose id is less than a boundary began before it), name their own width, and
-slots of different widths (before and after a limit changed) live in one map. They are not regrouped: whoever has heard
-the parts of a slot would count its sum again.
+slots of different widths (before and after a limit changed) live in one map. Slots are never merged into wider ones: a
+replica that already has the narrow ones would count the same tokens twice.
 
-What is given back in a slot is counted beside what is taken in it, under an id that differs in `REFUND`.
+Refunds of a slot have an id of their own: the slot's id with the bit `REFUND` set.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 REFUND: Final = 64
-"""Set in the id of what was given back in a slot; the id sorts right after that of what was taken in it."""
+"""The bit that is set in the id of a refund. The id sorts right after that of the slot itself."""
 
 _EXPONENT_MASK: Final = 63
 _START_MASK: Final = ~(_EXPONENT_MASK | REFUND)
@@ -28,6 +28,11 @@ def slot_exponent(slot: int) -> int:
     return slot & _EXPONENT_MASK
 
 
+def slot_kind(slot: int) -> int:
+    """The exponent, plus `REFUND` if the id is that of a refund."""
+    return slot & (_EXPONENT_MASK | REFUND)
+
+
 def slot_start_us(slot: int) -> int:
     return slot & _START_MASK
 
@@ -37,10 +42,11 @@ def slot_end_us(slot: int) -> int:
 
 
 def placed_us(slot: int, exponent: int) -> int:
-    """Where a bucket whose own slots are 2**`exponent` us wide places consumption known only by its slot.
+    """The instant at which tokens known only by their slot count, in a bucket whose own slots are 2**`exponent` us
+    wide.
 
-    In the middle; but of a wider slot, from before the limit changed, as if the slot ended after such a width: its
-    middle may be hours ahead, and all of it would be held to have been taken just now, again and again until then.
+    It is the middle of the slot. A wider slot, from before the limit changed, counts as if it had the bucket's width:
+    its real middle may be hours ahead, and until then its tokens would count as taken just now, at each fold.
     """
     width = slot & _EXPONENT_MASK
     return (slot & _START_MASK) + (1 << (width if width < exponent else exponent) >> 1)

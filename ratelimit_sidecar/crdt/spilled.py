@@ -1,10 +1,11 @@
-"""Refill that came while a bucket was full: it pays for what was taken before it and is heard of only afterwards.
+"""Spilled refill = refill that arrived while the bucket was already full and was therefore lost.
 
-A late delta placed at s raises the deficit by what the refill spilled since s does not pay, and the earliest pays
-first (docs/algorithm.md). Late deltas are placed at the middles of slots and nowhere else. So it is exact to know how
-much was spilled from each middle to the next: a *cell*. The last `CELLS` are kept.
+Had a late delta been known in time, the bucket would not have been full, and that refill would have counted. So a delta
+placed at s raises the deficit only by what is more than the refill spilled since s; the earliest refill pays first
+(docs/algorithm.md). Late deltas are placed only at the middles of slots. So it is exact to know how much was spilled
+from each middle to the next: a *cell*. The last `CELLS` are kept.
 
-Amounts are scaled as deficits are. Only buckets that hear from peers have one.
+Amounts are scaled as deficits are. Only buckets that received entries of peers have one.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
 CELLS: Final = 16
-"""2 s or more of slots 131 ms wide, 0.26 s of the narrowest: what comes later than this has the slots folded again."""
+"""2 s or more with slots of 131 ms, 0.26 s with the narrowest. A delta that is later than this causes a new fold."""
 
 _NONE: Final = [0] * CELLS
 
 
 class SpilledRefill:
-    """Args:
-    limit: whose slots, and whose rate.
-    from_us: nothing before it will be noted.
+    """Remembers how much refill a full bucket has lost, and when.
+
+    Args:
+        limit: the bucket's limit; it gives the width of slots and the rate.
+        from_us: the first instant of which spilled refill is noted.
     """
 
     __slots__ = ("_cell", "_cells", "_limit")
@@ -31,15 +34,15 @@ class SpilledRefill:
     def __init__(self, limit: Limit, from_us: int) -> None:
         self._limit = limit
         self._cell = _cell_of(from_us, limit.exponent)
-        """The one noted last; a cell is numbered by the slot in whose middle it ends."""
+        """The newest cell with refill. A cell has the number of the slot in whose middle it ends."""
         self._cells = _NONE[:]
-        """Spilled in each, up to `_cell`."""
+        """The refill spilled in each of the last `CELLS` cells; the last one is `_cell`."""
         # There may be a million; see `untracked_dict`.
         untrack(self._cells)
         untrack(self)
 
     def note(self, amount: int, until_us: int) -> None:
-        """Refill of `amount` was spilled, without a break, until `until_us`; of late, nothing was noted after it."""
+        """Note that `amount` was spilled in one stretch that ended at `until_us`. Call it in order of time."""
         cells, limit = self._cells, self._limit
         exponent = limit.exponent
         cell = _cell_of(until_us, exponent)
@@ -50,7 +53,7 @@ class SpilledRefill:
         self._cell = cell
         del cells[:new]
         cells += _NONE[:new]
-        # It may lie in more cells than this one, and in more than are kept. Where it fills one, all share the number.
+        # The stretch may reach back over several cells, and further than those that are kept.
         room = (until_us - (cell << exponent) + (1 << exponent >> 1)) * limit.tokens
         index = -1
         while amount > room and index > -CELLS:
@@ -61,10 +64,10 @@ class SpilledRefill:
         cells[index] += amount if amount < room else room
 
     def pay(self, charge: int, middle_us: int) -> int | None:
-        """Pay `charge` with what was spilled since `middle_us`, the middle of a slot, and spend that.
+        """Pay for `charge` with the refill spilled since `middle_us`, the middle of a slot. What pays is used up.
 
         Returns:
-            What is left to pay; None when it is not known any more.
+            The unpaid rest; None when `middle_us` is older than all cells.
         """
         cells = self._cells
         first = _cell_of(middle_us, self._limit.exponent) - self._cell + CELLS

@@ -1,11 +1,12 @@
-"""All buckets of one replica, by canonical key.
+"""All buckets of one replica but strict ones, by bucket key.
 
-Holds active buckets only: an idle one equals an absent one, so `sweep` drops it and nobody can tell. Changes collect
-in a journal that holds a bucket at most once, so it is bounded by the buckets, however long nobody drains it.
+Holds active buckets only: an idle one equals an absent one, so `sweep` drops it and no decision changes. Changes
+collect in a journal that holds a bucket at most once. So the journal never has more entries than there are buckets,
+even when nobody drains it.
 
-Anybody can invent keys, so there is `room` for some buckets only. Without it no live bucket is forgotten, which would
-give its tokens back: a new key gets no bucket (its caller then takes from one that several keys share), and what peers
-tell of it is not kept, as if it had not been delivered. `sweep` makes room again.
+Anybody can invent keys, so the number of buckets is bounded (`room`). No live bucket is dropped to make room, because
+that would give its tokens back. Instead a new key gets no bucket: the caller takes from an overflow bucket that several
+keys share, and what peers send about the key is ignored. `sweep` makes room again.
 """
 
 from __future__ import annotations
@@ -22,22 +23,27 @@ from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
 DEFAULT_MAX_BUCKETS: Final = 1_000_000
-"""About 0.6 GB of buckets with two slots each."""
+"""About 0.44 GB of buckets with one slot each, the plans of their requests included (`benchmarks.keys`)."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
 
 
 class StoreFull(Exception):
-    """There is no room for a bucket of a new key."""
+    """There is no room for the bucket of a new key."""
 
 
 class Store:
-    """Args:
-    origin: this replica.
-    limit_of_key: asked when a peer mentions a key.
-    max_buckets: at once; at least 1.
-    rule_key: see `Room`.
+    """All active buckets of this replica, by bucket key.
+
+    `bucket()` returns one and creates it if there is room; `join()` merges a peer's state. Call `sweep` regularly to
+    drop idle buckets, and `drain_changes` to learn which buckets have changes to send.
+
+    Args:
+        origin: this replica.
+        limit_of_key: called for keys that peers send.
+        max_buckets: the most buckets at once; at least 1.
+        rule_key: see `Room`.
     """
 
     def __init__(
@@ -58,18 +64,18 @@ class Store:
         self.evicted = 0
         """Idle buckets dropped since start."""
         self.refused_keys = 0
-        """Times since start that a peer told of a key that got no bucket."""
+        """How often since start a peer's delta was ignored because its key got no bucket."""
         self.full_since_us: int | None = None
-        """When a key first got no bucket; None when there is ample room again."""
+        """When a key first got no bucket; None once there is ample room again."""
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def __iter__(self) -> Iterator[Bucket]:
-        return self._buckets.values()
+        return self.walk()
 
     def walk(self) -> Iterator[Bucket]:
-        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
         for shard in self._buckets.shards:
             yield from list(shard.values())
 
@@ -80,7 +86,7 @@ class Store:
         """The bucket of `key`, created full when absent, enforcing `limit` from now on; O(1) unless the limit changed.
 
         Args:
-            replicated: False keeps what is taken from a new bucket to this replica.
+            replicated: False for a bucket whose takes are not sent to peers. Only used when the bucket is created.
 
         Raises:
             StoreFull: there is none, and no room for one.
@@ -101,7 +107,7 @@ class Store:
         """See `join`.
 
         Returns:
-            None when no replicated rule here knows the key: then nothing was kept.
+            None when no replicated rule here has the key; then nothing was kept.
         """
         limit = self.limit_of_key(key)
         return None if limit is None else self.join(key, limit, base, entries, now_us)
@@ -117,16 +123,16 @@ class Store:
         replicated: bool = True,
         sender: Origin | None = None,
     ) -> int:
-        """Join what a peer says of one bucket; without room for a new one nothing is kept.
+        """Merge a peer's state of one bucket. Nothing is kept when there is no room for a new bucket.
 
         Args:
-            limit: what `limit_of_key` says of the key.
-            base: its deficit scaled by the period of that limit.
+            limit: the limit that `limit_of_key` returns for the key.
+            base: its deficit is scaled by the period of that limit.
             replicated: as for `bucket`.
-            sender: whose word it is; None when that is not known.
+            sender: the origin that sent it, if its identity is certain. It may correct its own counts downwards.
 
         Returns:
-            The number of entries that told something new.
+            The number of entries that were new.
         """
         try:
             bucket = self.bucket(key, limit, now_us, replicated=replicated)
@@ -151,11 +157,11 @@ class Store:
         return changed
 
     def go_back(self, origin: Origin) -> None:
-        """The clock was set back: from now on this replica writes as another life of it. Each bucket notices by itself,
-        when it is used next. No level rises by it, and nothing that was taken is forgotten.
+        """The clock was set back: from now on this replica writes under a new origin. Each bucket does so when it is
+        used next. No level rises by it, and nothing that was taken is forgotten.
 
         Args:
-            origin: the same node, and an incarnation that was never used before.
+            origin: the same node with a new incarnation.
         """
         self.origin = self.journal.origin = origin
 

@@ -5,12 +5,13 @@ taken. In closed form, the reflected process of Lindley and Skorokhod:
 
     D(t) = max(0, sup over s <= t of [taken in (s, t] - rate * (t - s)])
 
-What is given back drains at an instant what else would drain in time; of one slot it comes after all that was taken.
+A refund lowers D at once, to no less than 0. In one slot the takes come first, then the refunds.
 
 Everything that touches D lives in this file. Units: time in microseconds of wall clock, deficits scaled by the limit's
 `period_us` (so they drain `tokens` a microsecond), consumption in whole tokens. The live pair (deficit at `at_us`,
-`full_at_us`) makes a take O(1): own takes enter at their exact time, a remote slot at its middle, never after now. It
-adds what refill that was spilled since (`spilled.py`) does not pay.
+`full_at_us`) makes a take O(1). Own takes count at their exact time, a remote slot at its middle, never after now. A
+remote slot from before `full_at_us` is first paid by the refill that was spilled since then (`spilled.py`); only the
+rest is added.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_end_us, slot_exp
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
 SEAL_BATCH_SLOTS: Final = 16
-"""Sealing sorts what it seals, so a busy bucket waits for this many slots to fall behind the horizon."""
+"""Sealing sorts slots, so a busy bucket waits until this many slots are behind the horizon."""
 
 MIN_BASE_AGE_US: Final = MIN_HORIZON_US // 2
-"""No replica seals what is younger than the horizon; half of the shortest one is left for clocks that differ."""
+"""A peer's base with a boundary younger than this is refused. Replicas seal only slots older than the horizon; half of
+the shortest horizon is left for clocks that differ.
+"""
 
 
 class TokenBucket(Bucket):
-    """One in use seals itself; one that is not does so when its owner calls `is_idle`."""
+    """A replicated token bucket. `take` seals old slots as needed; call `is_idle` on unused ones so that they seal too.
+
+    `fold` is the specification. Tests hold the O(1) path (`deficit`, `full_at_us`) to it.
+    """
 
     __slots__ = (
         "_base_deficit",
@@ -55,30 +61,30 @@ class TokenBucket(Bucket):
         self.deficit = 0
         """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
         self.full_at_us = now_us
-        """No refill was spilled since: what was taken after it simply adds, however late it is heard of."""
+        """The last time at which the deficit was 0. No refill was spilled since, so tokens taken later simply add to
+        the deficit, however late they are reported.
+        """
         self._peak = 0
-        """The deficit was at most that since the base. What is heard late may have to be cut when it could be more than
-        the debt ceiling.
+        """An upper bound on the deficit since the base. If it exceeds the debt ceiling, debt may have been cut, and the
+        slots have to be folded again.
         """
         self._spilled: SpilledRefill | None = None
-        """Only of a bucket that heard, late, of what was taken before `full_at_us`."""
+        """None as long as the bucket has no entries of peers."""
         self._refunded_until_us = 0
-        """The end of the last slot in which something is given back. What was taken before may be paid with it, however
-        late it is heard of.
+        """The end of the last slot with a refund. The refund may pay for earlier takes that are reported late, so these
+        have the slots folded again.
         """
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
         self._sealed_until_us = 0
-        """The end of an own slot that was sealed before it was over: the limit had wider slots then."""
+        """The end of an own slot that was sealed before it was over, because the limit had wider slots then."""
 
     @property
     def limit(self) -> Limit:
         return self._limit
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
-        """See `Bucket.take`. What is denied changes nothing that replicates, unless charged `always`: then it
-        becomes debt.
-        """
+        """See `Bucket.take`. Denied hits change nothing that replicates. With `always` they become debt."""
         self.advance(now_us)
         limit = self._limit
         charge = hits * limit.period_us
@@ -101,7 +107,7 @@ class TokenBucket(Bucket):
         return self.deficit + hits * self._limit.period_us <= self._limit.ceiling
 
     def refund(self, tokens: int | None, now_us: int) -> int:
-        """See `Bucket.refund`. As much as the fold needs, so that every replica comes to the same level."""
+        """See `Bucket.refund`. It covers the fold's deficit, so that every replica reaches the same level."""
         self.advance(now_us)
         self._seal_when_due()
         period_us = self._limit.period_us
@@ -117,8 +123,8 @@ class TokenBucket(Bucket):
         return given
 
     def _last_slot(self) -> int:
-        """The slot of now, or one that is placed later and in which somebody took something: nothing given back earlier
-        would pay for that.
+        """The slot to write a refund to: the current one, or a later one with takes, which an earlier refund would not
+        cover.
         """
         exponent = self._limit.exponent
         last = self._slot_of_now()
@@ -128,7 +134,7 @@ class TokenBucket(Bucket):
         return last
 
     def _deficit_at(self, slot: int) -> int:
-        """The scaled deficit where what is given back in `slot` is placed."""
+        """The scaled deficit at the instant where a refund in `slot` counts."""
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
         events = self._events(self._tokens_by_slot().items(), middle_us)
         return self._fold_from_base(events, middle_us, None).deficit
@@ -147,7 +153,7 @@ class TokenBucket(Bucket):
         """Microseconds from `at_us` until the bucket is full again, rounded up."""
         return -(-self.deficit // self._limit.tokens)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         if hits > self._limit.capacity:
             return self.full_in_us
         missing = self.deficit + hits * self._limit.period_us - self._limit.ceiling
@@ -171,11 +177,11 @@ class TokenBucket(Bucket):
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
         """Join entries of a peer; idempotent, in any order.
 
-        Slots that began before the base or the horizon are ignored: what they hold is in somebody's base. So are
-        slots that begin later than `MAX_AHEAD_US` from now: no clock is that wrong and they would count until then.
+        Slots that began before the base or the horizon are ignored, because they are in somebody's base. Slots that
+        begin later than `MAX_AHEAD_US` from now are refused: no clock is that wrong, and they would count until then.
 
         Returns:
-            The number of entries that told something new.
+            The number of entries that were new.
         """
         self.advance(now_us)
         self._seal_when_due()
@@ -230,8 +236,8 @@ class TokenBucket(Bucket):
 
     @property
     def telling_base(self) -> Base | None:
-        """See `Bucket.telling_base`. One that is ahead of the horizon tells from when on slots are missing here: the
-        limit had a shorter horizon for a while.
+        """See `Bucket.telling_base`. A base without deficit is sent, too, if it is ahead of the horizon, as after a
+        limit with a shorter one: it says from when on slots are missing here.
         """
         is_ahead = self._base_us > self._limit.boundary_us(self.at_us)
         return self.base if self._base_deficit or is_ahead else None
@@ -240,8 +246,8 @@ class TokenBucket(Bucket):
         """Join a peer's base: advance the older to the newer boundary, keep the larger deficit.
 
         Args:
-            other: its deficit scaled by this bucket's `period_us`. Ignored when its boundary is too young to have
-                been reached: then its clock is seconds wrong.
+            other: its deficit is scaled by this bucket's `period_us`. It is ignored when its boundary is younger than
+                `MIN_BASE_AGE_US`: then the peer's clock is seconds wrong.
 
         Returns:
             True when the base changed.
@@ -253,7 +259,7 @@ class TokenBucket(Bucket):
         boundary_us = max(before.boundary_us, other.boundary_us)
         if boundary_us > before.boundary_us:
             self._seal_before(boundary_us)
-        # Cut before it is drained: what is left does not depend on how far this replica has sealed.
+        # Cut before it is drained, so that the rest does not depend on how far this replica has sealed.
         deficit = other.deficit
         if deficit > self._limit.debt_ceiling:
             self._refuse(Refused.DEBT)
@@ -266,26 +272,27 @@ class TokenBucket(Bucket):
         return True
 
     def seal(self, now_us: int) -> None:
-        """Fold what lies behind the horizon into the base and forget its slots."""
+        """Fold the slots behind the horizon into the base and drop them."""
         self.advance(now_us)
         limit = self._limit
         boundary_us = limit.boundary_us(self.at_us)
         if boundary_us > self._base_us:
             self._seal_before(boundary_us)
             if self._peak >= limit.debt_ceiling:
-                # It may be behind the base now. And what was cut when it was heard is now cut in its slot's middle.
+                # The peak may be behind the base now. And debt that was cut when its slot arrived is now cut at the
+                # slot's middle.
                 self._recount()
 
     def is_idle(self, now_us: int) -> bool:
-        """True when the bucket is full and nothing in it counts or is missed by a peer: then it equals an absent one.
+        """True when the bucket is full and has no slots that count or are yet to be sent: then it equals an absent one.
 
-        An own slot must also be over: a bucket made anew would count it from zero, below what peers were told.
+        An own slot must also be over, because a new bucket would count it from zero, below what peers already have.
         """
         self.advance(now_us)
         if self.deficit or self._unsent:
             self._seal_when_due()
             return False
-        # Not sealed for this: most buckets looked at are dropped or have not been used for less than the horizon.
+        # Sealing first would be wasted: most buckets are dropped now, or were used within the horizon.
         boundary_us = self._limit.boundary_us(self.at_us)
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
@@ -293,7 +300,7 @@ class TokenBucket(Bucket):
         return self.at_us >= self._sealed_until_us
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """See `Bucket.set_limit`; what was taken within the horizon still counts, at the new rate."""
+        """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
         scaled = -(-self._base_deficit * limit.period_us // self._limit.period_us)
@@ -304,15 +311,15 @@ class TokenBucket(Bucket):
         self._recount()
 
     def fold(self, now_us: int) -> int:
-        """The scaled deficit at `now_us` as a pure function of the replicated state.
+        """The scaled deficit at `now_us` as a pure function of the replicated state: the specification of the live one.
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
         return self._fold_from_base(self._events(self._tokens_by_slot().items(), now_us), now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
-        """See `Bucket.settled`. Nobody seals before `kept_until_us` what is placed after the boundary of then: up to
-        there the deficit is compared, and of what is placed later the slots that are over.
+        """See `Bucket.settled`. No replica seals slots after the boundary of `kept_until_us` before then. So up to that
+        boundary the deficit is compared, and after it the entries of slots that are over.
         """
         limit = self._limit
         from_us = max(limit.boundary_us(kept_until_us), self._base_us)
@@ -324,13 +331,13 @@ class TokenBucket(Bucket):
                 entries.append(entry)
         deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
         if not entries and deficit <= (kept_until_us - from_us) * limit.tokens:
-            # It is full by then: some have dropped it.
+            # It will be full by then, so some replicas have dropped it.
             return None
         return Settled(deficit, entries)
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. What peers do not believe (see `merge`), or this replica has sealed by a boundary
-        that is yet to come, is left out; as much as the level would rise by that counts as taken now.
+        """The clock was set back. Drop slots that peers refuse (see `merge`), and a base whose boundary is still to
+        come. The tokens by which the level would rise count as taken now.
         """
         limit, deficit = self._limit, self.deficit
         boundary_us = limit.boundary_us(now_us)
@@ -349,23 +356,23 @@ class TokenBucket(Bucket):
             self.deficit += tokens * limit.period_us
 
     def _seal_when_due(self) -> None:
-        """Seal a busy bucket now and then, so that it holds few slots however seldom its owner calls `seal`."""
+        """Seal a busy bucket now and then, so that it holds few slots even if its owner seldom calls `seal`."""
         limit = self._limit
         if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
 
     def _open_slot_of_now(self) -> None:
-        """Write to the slot of now."""
+        """Open the current slot for writing."""
         self._seal_when_due()
         slot = self._slot_of_now()
         self._own_slot_end_us = slot_end_us(slot)
         self._open_own_slot(slot)
 
     def _slot_of_now(self) -> int:
-        """The slot to write to; of one that began before the base only a part that did not.
+        """The slot to write to. If the regular one began before the base, a narrower one that began after it.
 
-        Such a slot may have been sealed and forgotten, and counted anew it would say less than peers were told. It
-        happens only after a change of the limit. A slot that begins later was never sealed, and powers of two nest.
+        The regular one may have been sealed and dropped; counted again from zero it would be below what peers have.
+        This happens only after a change of the limit. A slot that begins after the base was never sealed.
         """
         exponent = self._limit.exponent
         while slot_id(self.at_us, exponent) < self._base_us:
@@ -373,8 +380,8 @@ class TokenBucket(Bucket):
         return slot_id(self.at_us, exponent)
 
     def _events(self, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
-        """What was given back and when, in time order, all of it by `last_us`; what was taken is negative, and so comes
-        first of an instant. What several have taken in a slot may come at once or one after the other.
+        """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they
+        come before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
         """
         exponent = self._limit.exponent
         events = [
@@ -384,10 +391,10 @@ class TokenBucket(Bucket):
         return events
 
     def _fold_from_base(self, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None) -> _Folded:
-        """Fold the base and `events` (see `_events`) up to `now_us`, and note what is spilled.
+        """Fold the base and `events` (see `_events`) up to `now_us`, and note spilled refill.
 
-        The deficit is cut to the debt ceiling at every event, so the outcome does not depend on whether, and in how
-        many steps, a part was sealed.
+        The deficit is cut to the debt ceiling at every event, so the result does not depend on whether, and in how
+        many steps, slots were sealed.
         """
         at_us, deficit = self._base_us, self._base_deficit
         full_at_us = at_us
@@ -402,7 +409,7 @@ class TokenBucket(Bucket):
                 full_at_us = event_us
             deficit -= given * period_us
             if deficit < 0:
-                # More was given back than was missing.
+                # More was given back than the deficit.
                 deficit = 0
                 full_at_us = event_us
             deficit = min(deficit, debt_ceiling)
@@ -422,15 +429,15 @@ class TokenBucket(Bucket):
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
 
     def _seal_before(self, boundary_us: int) -> None:
-        """Move the base up to `boundary_us`."""
+        """Move the base up to `boundary_us`, and drop the slots before it."""
         own_slot = self._own_slot
         sealed = self._forget(lambda slot: slot < boundary_us)
-        # A peer with narrower slots may have a boundary amid one of ours, which is then placed before it all the same.
+        # The boundary of a peer with narrower slots may lie inside one of our slots. That slot counts before it, too.
         events = self._events([(slot, tokens) for _, slot, tokens in sealed], boundary_us - 1)
         folded = self._fold_from_base(events, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
         if self._own_slot != own_slot:
-            # Sealed while it was written to.
+            # The slot being written to was sealed.
             self._own_slot_end_us = 0
         if self._heard is None:
             self._spilled = None
@@ -440,8 +447,10 @@ class TokenBucket(Bucket):
 
 
 class _Folded(NamedTuple):
+    """The result of a fold."""
+
     deficit: int
     full_at_us: int
-    """No refill was spilled since."""
+    """The last time at which the deficit was 0."""
     peak: int
-    """The largest deficit on the way, after it was cut."""
+    """The largest deficit during the fold, after cuts."""

@@ -1,19 +1,20 @@
 """Counting windows as folds over the same replicated state as the token bucket's: what was taken, and when.
 
-A fixed window has one slot, the one of its width (rounded down to a power of two) in which it begins: its sum is exact
-whatever its length. A sliding window sums slots of time, and lets go of one only when all of it is out of the period:
-no period ever holds more than the limit, and a token comes back up to one slot late. What replicas admit at the same
-time beyond the limit is not debt here: it is forgotten with its window.
+A fixed window has one slot: the one in which it begins, as wide as the window rounded down to a power of two. So its
+sum is exact. A sliding window sums slots of time and drops one only when all of it is out of the period. So no period
+holds more than the limit, and a token comes back up to one slot late. Tokens that replicas admit at the same time
+beyond the limit are no debt: they are forgotten with the window.
 
-What is given back is a mark in the slot in which it was taken: of all that was taken in it so much does not count, and
-of several replicas' marks the highest holds. So two that give back the same do so once, and what is taken later counts.
+A refund is a mark on the slot in which the tokens were taken: so many of them do not count. If several replicas mark a
+slot, the highest mark holds. So a refund that two replicas give at the same time counts once.
 
-The period may change, and change back. So slots of another width than the limit's are kept, and heard of, for as long
-as they could count under a limit that has such slots.
+The period may change, and change back. So slots of other widths than the limit's are accepted and kept for as long as
+they could count under a limit with such slots.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
@@ -29,10 +30,10 @@ from ratelimit_sidecar.crdt.limit import (
 from ratelimit_sidecar.crdt.slot import REFUND, slot_end_us, slot_exponent, slot_id, slot_start_us
 
 
-class FixedWindow(Bucket):
-    """Counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
+class _Window(Bucket):
+    """What fixed and sliding windows have in common: a count of tokens that is compared with the limit."""
 
-    __slots__ = ("_end_us", "_limit", "_slot", "_unheard", "_written_us", "count")
+    __slots__ = ("_limit", "count")
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
@@ -40,15 +41,46 @@ class FixedWindow(Bucket):
         super().__init__(key, origin, now_us, journal)
         self._limit = limit
         self.count = 0
-        """Tokens taken in the current window by all replicas, less those given back."""
-        self._unheard = 0
-        """Given back of tokens that this replica has yet to hear of."""
-        self._slot = self._end_us = self._written_us = 0
-        self._enter_window()
+        """Tokens of all replicas that count now, less refunds."""
 
     @property
     def limit(self) -> WindowLimit:
         return self._limit
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self._limit.requests - self.count)
+
+    @property
+    def debt(self) -> int:
+        return max(0, self.count - self._limit.requests)
+
+    def seal(self, now_us: int) -> None:
+        self.advance(now_us)
+
+    def is_idle(self, now_us: int) -> bool:
+        self.advance(now_us)
+        self._forget(self._is_past)
+        return self._holds_nothing
+
+    @abstractmethod
+    def _is_past(self, slot: int) -> bool:
+        """True when the slot cannot count any more, whichever limit it is of."""
+
+
+class FixedWindow(_Window):
+    """A replicated fixed window. It counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
+
+    __slots__ = ("_end_us", "_slot", "_unheard", "_written_us")
+
+    def __init__(
+        self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
+    ) -> None:
+        super().__init__(key, limit, origin, now_us, journal)
+        self._unheard = 0
+        """Refunds received for takes that this replica has not received yet."""
+        self._slot = self._end_us = self._written_us = 0
+        self._enter_window()
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -71,7 +103,7 @@ class FixedWindow(Bucket):
         return self.count + hits - self._unheard <= self._limit.requests
 
     def refund(self, tokens: int | None, now_us: int) -> int:
-        """See `Bucket.refund`. What is counted over the limit was denied, so it is not owed first."""
+        """See `Bucket.refund`. Hits over the limit were denied, so a refund does not count them."""
         self.advance(now_us)
         counted = min(self.count, self._limit.requests)
         left = 0 if tokens is None else max(0, counted - tokens)
@@ -83,19 +115,11 @@ class FixedWindow(Bucket):
         return counted - left
 
     @property
-    def remaining(self) -> int:
-        return max(0, self._limit.requests - self.count)
-
-    @property
-    def debt(self) -> int:
-        return max(0, self.count - self._limit.requests)
-
-    @property
     def full_in_us(self) -> int:
         """Microseconds until the next window begins."""
         return self._end_us - self.at_us
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         return 0 if self.count + hits <= self._limit.requests else self.full_in_us
 
     def advance(self, now_us: int) -> None:
@@ -109,8 +133,8 @@ class FixedWindow(Bucket):
             self._enter_window()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Of windows before the current one nothing counts; of the next one it is kept, for a peer
-        whose clock is ahead.
+        """See `Bucket.merge`. Entries of past windows are ignored. Those of the next window are kept, since the clock
+        of a peer may be ahead.
         """
         self.advance(now_us)
         widest = max(self._limit.exponent, MAX_WIDER_WINDOW_EXPONENT)
@@ -137,16 +161,8 @@ class FixedWindow(Bucket):
             self._recount()
         return news
 
-    def seal(self, now_us: int) -> None:
-        self.advance(now_us)
-
-    def is_idle(self, now_us: int) -> bool:
-        self.advance(now_us)
-        self._forget(self._is_past)
-        return self._holds_nothing
-
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """Enforce another limit from now on. One with another period has other windows, with counts of their own."""
+        """Enforce another limit from now on. With another period, windows begin at other times and count from zero."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
         former, self._limit = self._limit, limit
@@ -159,7 +175,7 @@ class FixedWindow(Bucket):
         return max(0, self._sum(slot) - self._most_refunded(slot | REFUND))
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
-        """See `Bucket.entries_since`. All or nothing: takes are counted in the slot in which their window began."""
+        """See `Bucket.entries_since`. Returns all or nothing, since a window has only one slot."""
         return self.entries() if self._written_us > since_us else iter(())
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
@@ -171,7 +187,7 @@ class FixedWindow(Bucket):
         return Settled(0, entries) if entries else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back: what was counted in a window that is after the next counts in the one of now."""
+        """The clock was set back. Own takes counted in a window later than the next one count in the current one."""
         counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
         former_slot = self._slot
         self._take_new_origin()
@@ -192,13 +208,13 @@ class FixedWindow(Bucket):
         self._recount()
 
     def _is_ahead(self, slot: int) -> bool:
-        """True when it is later than the next window, or begins later than any clock is wrong."""
+        """True when it is later than the next window, or begins later than `MAX_AHEAD_US` from now."""
         exponent = slot_exponent(slot)
         if slot > self.at_us + MAX_AHEAD_US:
             return True
         if exponent == self._limit.exponent:
             return slot > _slot_of_window(self._limit, self._end_us) | REFUND
-        # The longest window with such a slot is almost twice as long.
+        # The longest window with a slot of this width is almost twice as long.
         return slot_start_us(slot) > self.at_us + (2 << exponent)
 
     def _recount(self) -> None:
@@ -206,8 +222,8 @@ class FixedWindow(Bucket):
         self.count, self._unheard = max(0, taken - given), max(0, given - taken)
 
     def _is_final(self, slot: int) -> bool:
-        """See `Bucket._is_final`. A window is longer than its slot, which is written to until the window ends. What
-        its origin said before it said more is corrected in turn, by its next word or by comparing.
+        """See `Bucket._is_final`. Always true. The slot may still be written to, but then a count that was lowered is
+        raised again by the origin's next entry, or by comparing.
         """
         return True
 
@@ -215,51 +231,43 @@ class FixedWindow(Bucket):
         return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
 
     def _most_refunded(self, slot: int) -> int:
-        """Each replica's mark is for what all have taken: so the highest holds."""
+        """The highest mark of all replicas. Each mark already covers the takes of all."""
         return max((entry.tokens for entry in self.entries() if entry.slot == slot), default=0)
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
         if exponent == self._limit.exponent:
             return slot < self._slot
-        # The window begins within the slot and is less than twice as long.
+        # The window begins inside the slot and is less than twice as long as it.
         return slot_end_us(slot) + (2 << exponent) <= self.at_us
 
 
-class SlidingWindow(Bucket):
-    """Counts what was admitted over the period that ends now."""
+class SlidingWindow(_Window):
+    """A replicated sliding window: counts the tokens admitted in the period that ends now."""
 
     __slots__ = (
         "_first_leaves_us",
         "_last_leaves_us",
-        "_limit",
         "_own_slot_end_us",
         "_refunded_until_us",
         "_refunded_us",
         "_unheard_until_us",
-        "count",
     )
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
-        super().__init__(key, origin, now_us, journal)
-        self._limit = limit
-        self.count = 0
-        """Tokens in the slots that are not wholly out of the period, of all replicas, less those given back."""
+        super().__init__(key, limit, origin, now_us, journal)
         self._refunded_until_us = 0
-        """The end of the last slot of which something is given back; 0 when there is none."""
+        """The end of the last slot with a refund; 0 when there is none."""
         self._unheard_until_us = 0
-        """The same, of what this replica has yet to hear that it was taken."""
+        """The end of the last slot with refunds for takes that this replica has not received yet; 0 when there is none.
+        """
         self._refunded_us = 0
-        """When something was last given back, here or as was heard."""
+        """When a refund was last given here, or received."""
         self._first_leaves_us = self._last_leaves_us = 0
-        """When the first and the last of them will be; 0 when there is none."""
+        """When the first and the last slot that counts leave the period; 0 when no slot counts."""
         self._own_slot_end_us = 0
-
-    @property
-    def limit(self) -> WindowLimit:
-        return self._limit
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -284,7 +292,7 @@ class SlidingWindow(Bucket):
         return self.count + hits <= self._limit.requests
 
     def refund(self, tokens: int | None, now_us: int) -> int:
-        """See `Bucket.refund`. The last taken first: the others come back sooner by themselves."""
+        """See `Bucket.refund`. The newest takes first, because older ones leave the period sooner anyway."""
         self.advance(now_us)
         given = self.count if tokens is None else min(tokens, self.count)
         left = given
@@ -295,25 +303,17 @@ class SlidingWindow(Bucket):
                 left -= part
         if given:
             self._refunded_us = self.at_us
-            # Found out anew when it is counted anew.
+            # `_recount` computes it again, if it is not 0.
             self._refunded_until_us = self.at_us
             self._recount()
         return given
 
     @property
-    def remaining(self) -> int:
-        return max(0, self._limit.requests - self.count)
-
-    @property
-    def debt(self) -> int:
-        return max(0, self.count - self._limit.requests)
-
-    @property
     def full_in_us(self) -> int:
-        """Microseconds until the last slot that holds something is out of the period."""
+        """Microseconds until the last slot that counts leaves the period."""
         return max(0, self._last_leaves_us - self.at_us)
 
-    def fits_in_us(self, hits: int) -> int:
+    def retry_after_us(self, hits: int) -> int:
         count, fits_us = self.count, self.at_us
         for leaves_us, tokens in sorted(self._counting(self.at_us)):
             if count + hits <= self._limit.requests:
@@ -323,7 +323,7 @@ class SlidingWindow(Bucket):
         return fits_us - self.at_us
 
     def advance(self, now_us: int) -> None:
-        """Let go of the slots that are wholly out of the period that ends at `now_us`."""
+        """Drop the slots that are wholly before the period that ends at `now_us`."""
         if now_us <= self.at_us - SET_BACK_US:
             self._go_back(now_us)
         self.at_us = max(self.at_us, now_us)
@@ -331,8 +331,8 @@ class SlidingWindow(Bucket):
             self._recount()
 
     def merge(self, entries: Iterable[Entry], now_us: int) -> int:
-        """See `Bucket.merge`. Slots that are past are ignored, and those that begin later than any clock is wrong, or
-        as far ahead as they would be kept.
+        """See `Bucket.merge`. Past slots are ignored. Slots that begin later than `MAX_AHEAD_US` from now, or as far
+        ahead as they would be kept, are refused.
         """
         self.advance(now_us)
         widest = max(self._limit.exponent, MAX_WIDER_EXPONENT)
@@ -363,30 +363,22 @@ class SlidingWindow(Bucket):
             self._recount()
         return news
 
-    def seal(self, now_us: int) -> None:
-        self.advance(now_us)
-
-    def is_idle(self, now_us: int) -> bool:
-        self.advance(now_us)
-        self._forget(self._is_past)
-        return self._holds_nothing
-
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """Enforce another limit from now on; what was taken within its period counts, as far as it is still known."""
+        """Enforce another limit from now on. Takes within its period count, if their slots are still held."""
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
         former, self._limit = self._limit, limit
-        # Requests that bring limits of the same period may take turns at this.
+        # Requests with overrides of the same period may alternate, so this case must be cheap.
         if limit.period_us != former.period_us:
             self._own_slot_end_us = 0
             self._recount()
 
     def fold(self, now_us: int) -> int:
-        """Tokens in the slots that are not wholly out of the period that ends at `now_us`."""
+        """Tokens in the slots that are at least partly in the period that ends at `now_us`."""
         return sum([tokens for _, tokens in self._counting(now_us)])
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
-        """See `Bucket.entries_since`. What is given back is written to slots that are over."""
+        """See `Bucket.entries_since`. After a refund all entries, since refunds are written to slots that are over."""
         return self.entries() if self._refunded_us > since_us else super().entries_since(since_us)
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
@@ -399,7 +391,7 @@ class SlidingWindow(Bucket):
         return Settled(0, entries) if entries else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back: of what counted, what no peer believes by the time of now counts as taken now."""
+        """The clock was set back. Drop slots that peers refuse now; their tokens count as taken now."""
         count = self.count
         self._take_new_origin()
         self.at_us = now_us
@@ -416,21 +408,21 @@ class SlidingWindow(Bucket):
             self.count += tokens
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
-        """When they leave, and tokens, of the slots in the period that ends at `now_us`."""
+        """The slots in the period that ends at `now_us`, each as (time at which it leaves the period, tokens)."""
         left = _left_of(self._by_slot()) if self._refunded_until_us else self._tokens_by_slot()
         return self._counting_of(left, now_us)
 
     def _counting_of(self, left: dict[int, int], now_us: int) -> list[tuple[int, int]]:
-        """The same.
+        """As `_counting`.
 
         Args:
-            left: by slot, what was taken and not given back.
+            left: by slot, the tokens taken less refunds.
         """
         slots = [(self._leaves_us(slot), tokens) for slot, tokens in left.items()]
         return [(leaves_us, tokens) for leaves_us, tokens in slots if leaves_us > now_us and tokens > 0]
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
-        """Of each slot what all replicas took, and the highest mark of what was given back."""
+        """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
         given: dict[int, int] = {}
         for slots in (self._own or {}, *(self._heard or {}).values()):
@@ -445,8 +437,8 @@ class SlidingWindow(Bucket):
     def _leaves_us(self, slot: int) -> int:
         """When a slot is wholly out of the period.
 
-        One from before the limit changed may be wider, and is treated as if it ended after the limit's width; or its
-        limit may have had a shorter period, by the end of which whoever has that limit still has forgotten it.
+        A wider slot, from before the limit changed, counts as if it had the width of the limit's slots. A narrower one
+        may be of a limit with a shorter period; then it leaves when peers that still have that limit drop it.
         """
         end_us = slot_start_us(slot) + (1 << min(slot_exponent(slot), self._limit.exponent))
         return min(end_us + self._limit.period_us, slot_end_us(slot) + _kept_us(slot))
@@ -460,7 +452,7 @@ class SlidingWindow(Bucket):
         self._forget(self._is_past)
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
-            # The slot of now may no longer count: the next take notes anew when it leaves.
+            # The current slot may no longer count. The next take opens it again and notes when it leaves.
             self._own_slot_end_us = 0
             by_slot = self._by_slot()
             self._find_refunds(by_slot)
@@ -484,7 +476,7 @@ class SlidingWindow(Bucket):
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us
 
     def _is_ahead(self, slot: int) -> bool:
-        """True when it begins later than any clock is wrong, or as far ahead as it would be kept."""
+        """True when it begins later than `MAX_AHEAD_US` from now, or as far ahead as it would be kept."""
         return slot_start_us(slot) > self.at_us + min(_kept_us(slot), MAX_AHEAD_US)
 
 
@@ -493,10 +485,12 @@ def _left_of(by_slot: dict[int, tuple[int, int]]) -> dict[int, int]:
 
 
 def _slot_of_window(limit: WindowLimit, time_us: int) -> int:
-    """The slot in which the window of `time_us` begins: no two windows begin in the same, none is shorter than it."""
+    """The slot in which the window of `time_us` begins. A window is never shorter than its slot, so each has
+    its own.
+    """
     return slot_id(time_us - time_us % limit.period_us, limit.exponent)
 
 
 def _kept_us(slot: int) -> int:
-    """The longest period with such slots."""
+    """The longest period that a limit with slots of this width can have."""
     return 2 * SLOTS_PER_PERIOD << slot_exponent(slot)

@@ -27,9 +27,11 @@ _END = b""
 
 
 class Way:
-    """Args:
-    delay_s: from reading to delivering.
-    jitter_s: what is added to it at most, drawn anew for each chunk.
+    """One direction of a line: what is read is delivered later, or not for a while.
+
+    Args:
+        delay_s: from reading to delivering.
+        jitter_s: what is added to it at most, drawn anew for each chunk.
     """
 
     def __init__(self, delay_s: float = 0.0, jitter_s: float = 0.0, seed: int = 0) -> None:

@@ -24,6 +24,8 @@ class PortTaken(DemoError):
 
 @dataclass(frozen=True, slots=True)
 class RegionPorts:
+    """The ports of one region's Envoy and sidecar."""
+
     envoy: int
     """Where callers go."""
     envoy_admin: int
@@ -38,6 +40,8 @@ class RegionPorts:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
+    """The ports of all regions, and of the upstream that they share."""
+
     upstream: int
     regions: tuple[RegionPorts, ...]
 

@@ -20,9 +20,11 @@ ANY = "0.0.0.0"  # noqa: S104
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Args:
-    port: where it is dialled; 0 for one that the system picks.
-    host, to_port: where it leads.
+    """A TCP port that leads to an address elsewhere.
+
+    Args:
+        port: where it is dialled; 0 for one that the system picks.
+        host, to_port: where it leads.
     """
 
     port: int

@@ -40,12 +40,12 @@ class _LimitMet(NamedTuple):
     is_denied: bool
 
     @property
-    def fits_in_us(self) -> int:
-        return self.bucket.fits_in_us(self.step.hits)
+    def retry_after_us(self) -> int:
+        return self.bucket.retry_after_us(self.step.hits)
 
 
-class Extras:
-    """Adds them to an answer that is otherwise complete."""
+class Decorations:
+    """What an answer may have besides codes and levels: headers, a body, dynamic metadata."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -77,11 +77,11 @@ class Extras:
             longest = max(
                 # Of a limit that lets nothing through there is nothing to wait for.
                 (denial for denial in denials if denial.rule.retry_after or (in_full and denial.bucket.limit.capacity)),
-                key=lambda denial: denial.fits_in_us,
+                key=lambda denial: denial.retry_after_us,
                 default=None,
             )
             if longest is not None:
-                _add_headers(response, ("Retry-After", _seconds(longest.fits_in_us)))
+                _add_headers(response, ("Retry-After", _seconds(longest.retry_after_us)))
                 if not all_limits:
                     _add_list_headers(response, [longest])
                 if names is None:
@@ -103,7 +103,7 @@ class Extras:
         over = [
             status
             for step, status in zip(plan.steps, response.statuses, strict=True)
-            if status.code == _OVER_LIMIT and not step.terms.is_quota
+            if status.code == _OVER_LIMIT and not step.compiled.is_quota
         ]
         if not limited:
             return
@@ -129,7 +129,7 @@ def _add_list_headers(response: RateLimitResponse, limits: Sequence[_LimitMet]) 
     policies, levels = [], []
     for met in limits:
         name, bucket = _structured_string(met.rule.limit_name or met.rule.name), met.bucket
-        again_us = met.fits_in_us if met.is_denied else bucket.full_in_us
+        again_us = met.retry_after_us if met.is_denied else bucket.full_in_us
         policies.append(f"{name};q={bucket.limit.capacity};w={_window_seconds(bucket.limit)}")
         levels.append(f"{name};r={bucket.remaining};t={_seconds(again_us)}")
     if limits:

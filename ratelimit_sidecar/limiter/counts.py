@@ -35,6 +35,8 @@ class RuleCounts:
     """Above the near-limit ratio and not over; of a request that crosses it only those beyond it."""
     shadow_mode_hits: int = 0
     """Hits over the limit that shadow mode let pass."""
+    given_back: int = 0
+    """Tokens that requests took and gave back again; `tokens` has them."""
 
     @property
     def tokens(self) -> int:
@@ -65,7 +67,7 @@ class RuleCounts:
         Args:
             is_charged: False when nothing of the request is, whatever the step says.
         """
-        hits, terms = step.hits, step.terms
+        hits, compiled = step.hits, step.compiled
         self.over_limit += 1
         self.denied_hits += hits
         over = hits
@@ -73,9 +75,9 @@ class RuleCounts:
             self.charged_hits += hits
             over = min(hits, bucket.debt)
             # What was still under the limit when these hits came.
-            self.near_limit_hits += min(hits - over, bucket.limit.capacity - terms.near_from)
+            self.near_limit_hits += min(hits - over, bucket.limit.capacity - compiled.near_from)
         self.over_limit_hits += over
-        if terms.is_shadow:
+        if compiled.is_shadow:
             self.shadow_mode_hits += over
 
 

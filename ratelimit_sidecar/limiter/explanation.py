@@ -49,8 +49,10 @@ class Way(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Args:
-    pattern: of a WILDCARD; else empty.
+    """One thing that was tried to match an entry: an exact value, a pattern, or the key alone.
+
+    Args:
+        pattern: of a WILDCARD; else empty.
     """
 
     way: Way
@@ -103,8 +105,10 @@ class DescriptorExplanation:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Args:
-    response: what the limiter answers to the whole request.
+    """A whole request: how each descriptor was matched, and the answer.
+
+    Args:
+        response: what the limiter answers to the whole request.
     """
 
     domain: str

@@ -19,6 +19,8 @@ varies a little stays the same."""
 
 
 class Group(NamedTuple):
+    """So many who each want as much."""
+
     want: int
     members: int
 

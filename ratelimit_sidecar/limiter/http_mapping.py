@@ -49,12 +49,14 @@ HttpMapping = tuple[tuple[EntrySource, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """Args:
-    headers: by name in lower case; the values of one that came several times joined by commas (RFC 9110, 5.3).
-    context_extensions: what the proxy's configuration says of the route.
-    path: with its query.
-    source_address: of the client, without port; empty when it has none.
-    principal: who the client is by its certificate; empty without one.
+    """What ext_authz is told of a client's request: the parts that a mapping can make descriptors of.
+
+    Args:
+        headers: by name in lower case; the values of one that came several times joined by commas (RFC 9110, 5.3).
+        context_extensions: what the proxy's configuration says of the route.
+        path: with its query.
+        source_address: of the client, without port; empty when it has none.
+        principal: who the client is by its certificate; empty without one.
     """
 
     headers: Mapping[bytes, bytes]

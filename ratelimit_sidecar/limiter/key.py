@@ -143,6 +143,8 @@ _remembered_hash = lru_cache(maxsize=16)(_hash_of)
 
 
 class KeyEntry(NamedTuple):
+    """One entry of a bucket's name: what kind of match it was, and its texts."""
+
     kind: int
     key: str
     value: str

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
-from ratelimit_sidecar.limiter.answer import Extras, metadata_of_request
+from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.encoding import (
     OVERALL_OK,
@@ -29,7 +29,7 @@ from ratelimit_sidecar.limiter.encoding import (
     status_head,
 )
 from ratelimit_sidecar.limiter.key import Texts, overflow_keys, rule_key, text_of
-from ratelimit_sidecar.limiter.plan import Plan, Step, Terms
+from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, Step
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
@@ -55,6 +55,8 @@ class InvalidRequest(Exception):
 
 
 class PlanCounts(NamedTuple):
+    """How often a request's plan was in the cache, and how often it had to be made."""
+
     found: int
     made: int
 
@@ -68,7 +70,7 @@ class Retired:
 
     rules: Rules | None
     plans: dict[bytes, Plan]
-    terms: dict[int, Terms]
+    compiled: dict[int, CompiledRule]
     counts: CountsByRule
     """Empty when they go on."""
 
@@ -105,19 +107,19 @@ class Limiter:
         """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
         self.ignored_overrides = 0
         """Limits in descriptors, since start, that were not enforced because their unit is unknown."""
-        self._extras = Extras(self.settings)
+        self._decorations = Decorations(self.settings)
         # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
-        self._unlimited = Terms(
+        self._unlimited = CompiledRule(
             None,
             None,
             bare_status(_OK, 0),
             is_quota=self.settings.quota_mode,
-            has_extras=self._extras.are_wanted(None),
+            is_decorated=self._decorations.are_wanted(None),
         )
-        self._terms: dict[int, Terms] = {}
+        self._compiled: dict[int, CompiledRule] = {}
         """By the id of the rule."""
         self._plans = PlanCache()
-        self._plans_found = self._plans_made = 0
+        self._plan_hits = self._plan_misses = 0
         self.decided: Plan | None = None
         """That of the request that was decided last. To make that of a large one again would take a while."""
         self.rules = rules
@@ -142,7 +144,7 @@ class Limiter:
                 raise ValueError("a strict rule needs the members among whom its limit is shared")
         else:
             self.ledger.limit_of_key = rules.strict_limit_of_key
-        retired = Retired(self.rules, self._plans.plans, self._terms, CountsByRule())
+        retired = Retired(self.rules, self._plans.plans, self._compiled, CountsByRule())
         if not self.counts.has_room_for(rules.names):
             # Counters may begin anew: Prometheus takes that for a restart.
             retired.counts, self.counts = self.counts, CountsByRule()
@@ -151,7 +153,7 @@ class Limiter:
         self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()
-        self._terms = {}
+        self._compiled = {}
         self.decided = None
         return retired
 
@@ -175,22 +177,24 @@ class Limiter:
                 answered with an error.
         """
         plan = self.decided = self.plan(request)
+        if plan.gives_back:
+            self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
         over = quotas_over = 0
         evicted = self.store.evicted
         buckets: list[Bucket | None] = []
         for step in plan.steps:
-            terms, hits, counts = step.terms, step.hits, step.counts
-            if terms.limit is None:
-                counts.pass_unlimited(hits, is_ruled=terms.rule is not None)
-                statuses += terms.ok_head
+            compiled, hits, counts = step.compiled, step.hits, step.counts
+            if compiled.limit is None:
+                counts.pass_unlimited(hits, is_ruled=compiled.rule is not None)
+                statuses += compiled.ok_head
                 buckets.append(None)
                 continue
-            at_us = now_us - self.jumped_us if terms.is_strict else now_us
+            at_us = now_us - self.jumped_us if compiled.is_strict else now_us
             bucket = step.bucket
             if bucket is None or step.evicted != evicted or bucket.limit is not step.limit:
-                bucket = self._bucket(step, terms.limit, at_us)
+                bucket = self._bucket(step, compiled.limit, at_us)
                 if bucket.key != step.bucket_key:
                     self._note_overflow(plan.domain, step)
             is_charged = not withholds or step.charges_always
@@ -199,16 +203,16 @@ class Limiter:
                 counts.ok += 1
                 if is_charged:
                     counts.admitted_hits += hits
-                    near = bucket.limit.capacity - remaining - terms.near_from
+                    near = bucket.limit.capacity - remaining - compiled.near_from
                     if near > 0:
                         counts.near_limit_hits += min(hits, near)
-                beginning = terms.ok_head
+                beginning = compiled.ok_head
             else:
                 remaining = bucket.remaining
                 counts.deny(step, bucket, is_charged=is_charged)
-                beginning = terms.over_head
-                if not terms.is_shadow:
-                    if terms.is_quota:
+                beginning = compiled.over_head
+                if not compiled.is_shadow:
+                    if compiled.is_quota:
                         quotas_over += 1
                     else:
                         over += 1
@@ -217,7 +221,13 @@ class Limiter:
         is_denied = _is_over(plan, over, quotas_over) and not self.settings.shadow_mode
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
-        return self._with_extras(answer, plan, buckets, in_full) if plan.has_extras or in_full else answer
+        return self._decorated(answer, plan, buckets, in_full) if plan.is_decorated or in_full else answer
+
+    def _give_back(self, plan: Plan, now_us: int) -> None:
+        """Before anything is taken, in whatever order the descriptors are. A strict limit gives nothing back."""
+        for step in plan.steps:
+            if step.gives_back and not step.compiled.is_strict and step.compiled.limit is not None:
+                step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
         """The step of a descriptor that is decided elsewhere, for `charge` and `used`. It is of the rules in force.
@@ -240,28 +250,28 @@ class Limiter:
     def _bucket_at(self, step: Step, now_us: int) -> Bucket:
         bucket = step.bucket
         if bucket is None or step.evicted != self.store.evicted or bucket.limit is not step.limit:
-            assert step.terms.limit is not None
-            bucket = self._bucket(step, step.terms.limit, now_us)
+            assert step.compiled.limit is not None
+            bucket = self._bucket(step, step.compiled.limit, now_us)
         return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
         """What `decide` would answer, without charging anything."""
         over = quotas_over = 0
         for step in plan.steps:
-            terms = step.terms
-            if terms.limit is None or terms.is_shadow:
+            compiled = step.compiled
+            if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.jumped_us if terms.is_strict else now_us
-            if not self._bucket(step, terms.limit, at_us).would_admit(step.hits, at_us):
-                if terms.is_quota:
+            at_us = now_us - self.jumped_us if compiled.is_strict else now_us
+            if not self._bucket(step, compiled.limit, at_us).would_admit(step.hits, at_us):
+                if compiled.is_quota:
                     quotas_over += 1
                 else:
                     over += 1
         return _is_over(plan, over, quotas_over)
 
-    def _with_extras(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
+    def _decorated(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
         response = RateLimitResponse.FromString(answer)
-        self._extras.add(response, plan, buckets, in_full)
+        self._decorations.add(response, plan, buckets, in_full)
         raw: bytes = response.SerializeToString()
         return raw
 
@@ -273,11 +283,11 @@ class Limiter:
         """
         plan = self._plans.plans.get(request)
         if plan is not None:
-            self._plans_found += 1
+            self._plan_hits += 1
             return plan
         ignored = self.ignored_overrides
         plan = self._make_plan(request)
-        self._plans_made += 1
+        self._plan_misses += 1
         if self.ignored_overrides == ignored:
             self._plans.keep(request, plan)
         return plan
@@ -285,7 +295,7 @@ class Limiter:
     @property
     def plan_counts(self) -> PlanCounts:
         """How often a plan was there already, and how often it was made, since start."""
-        return PlanCounts(self._plans_found, self._plans_made)
+        return PlanCounts(self._plan_hits, self._plan_misses)
 
     def _note_overflow(self, domain: str, step: Step) -> None:
         rule = step.rule
@@ -298,13 +308,13 @@ class Limiter:
             bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
             return self._overflow_bucket(step, at_us)
-        if not step.terms.is_strict:
+        if not step.compiled.is_strict:
             step.bucket, step.evicted, step.limit = bucket, self.store.evicted, bucket.limit
         return bucket
 
     def _overflow_bucket(self, step: Step, at_us: int) -> Bucket:
         for key in overflow_keys(step.bucket_key):
-            limit = step.terms.limit
+            limit = step.compiled.limit
             if not isinstance(limit, WindowLimit):
                 # One that the request brings is rounded in the name, so that there are few of them.
                 rule = self.rules.rule_of_key(key)
@@ -318,11 +328,11 @@ class Limiter:
         raise AssertionError("the last overflow bucket of a rule has room always")
 
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
-        if step.terms.is_strict:
+        if step.compiled.is_strict:
             assert self.ledger is not None
             assert isinstance(limit, Limit)
             return self.ledger.bucket(key, limit, at_us)
-        return self.store.bucket(key, limit, at_us, replicated=step.terms.is_replicated)
+        return self.store.bucket(key, limit, at_us, replicated=step.compiled.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         try:
@@ -341,10 +351,6 @@ class Limiter:
         entries_in_all = sum([len(message.entries) for message in messages])
         if entries_in_all > MAX_ENTRIES:
             raise InvalidRequest(f"{entries_in_all} entries of descriptors; at most {MAX_ENTRIES} are taken")
-        for message in messages:
-            if message.is_negative_hits:
-                # They are to be given back, which no bucket can do: at least they must not be charged once more.
-                message.hits_addend.value = 0
         domain = text_of(request.domain)
         hits = request.hits_addend or 1
         texts = Texts()
@@ -360,14 +366,18 @@ class Limiter:
                 replaced |= match.rule.replaces
         steps: list[Step] = []
         quotas = 0
-        has_extras = False
+        gives_back = is_decorated = False
         for match, message in zip(matches, messages, strict=True):
             own_hits = message.hits_addend.value if message.HasField("hits_addend") else None
             is_replaced = match is not None and _is_replaced(match.rule, replaced)
-            step = self._make_step(domain, None if is_replaced else match, hits, own_hits)
+            is_negative = message.is_negative_hits
+            step = self._make_step(domain, None if is_replaced else match, hits, own_hits, is_negative)
             steps.append(step)
-            quotas += step.terms.is_quota
-            has_extras = has_extras or step.terms.has_extras
+            gives_back = gives_back or is_negative
+            quotas += step.compiled.is_quota
+            is_decorated = is_decorated or step.compiled.is_decorated
+        if gives_back:
+            _charge_what_was_used(steps)
         wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
@@ -375,7 +385,8 @@ class Limiter:
             quotas=quotas,
             metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
             descriptors=descriptors,
-            has_extras=has_extras,
+            gives_back=gives_back,
+            is_decorated=is_decorated,
             # In shadow mode nothing is denied.
             all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
         )
@@ -400,42 +411,51 @@ class Limiter:
         # Without entries it is not limited, as in envoyproxy/ratelimit.
         return self.rules.match(domain, entries) if entries else None
 
-    def _make_step(self, domain: str, match: Match | None, hits: int, own_hits: int | None) -> Step:
+    def _make_step(
+        self, domain: str, match: Match | None, hits: int, own_hits: int | None, is_negative: bool = False
+    ) -> Step:
         """Args:
         hits: of the request.
         own_hits: of the descriptor, when it brings any.
+        is_negative: they are given back.
         """
         if own_hits is not None:
             hits = own_hits
+        gives_back = 0
+        if is_negative:
+            hits, gives_back = 0, min(hits, MAX_HITS)
         if match is None:
             return Step(self._unlimited, b"", hits, self.counts.of(self._label(domain), "", ""))
         rule = match.rule
-        terms = self._terms.get(id(rule))
-        if terms is None:
-            terms = self._make_terms(rule)
+        compiled = self._compiled.get(id(rule))
+        if compiled is None:
+            compiled = self._compile(rule)
             if not match.is_override:
                 # It holds the rule, so no other can come to have its id.
-                self._terms[id(rule)] = terms
+                self._compiled[id(rule)] = compiled
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
         return Step(
-            terms,
+            compiled,
             match.bucket_key,
             min(hits, MAX_HITS),
             counts,
+            gives_back=gives_back,
             charges_always=always,
             charges_denied=always or _is_fixed_window(rule.limit),
         )
 
-    def _make_terms(self, rule: Rule) -> Terms:
+    def _compile(self, rule: Rule) -> CompiledRule:
         if rule.limit is None:
-            return Terms(rule, None, bare_status(_OK, _MAX_UINT32), has_extras=self._extras.are_wanted(rule))
+            return CompiledRule(
+                rule, None, bare_status(_OK, _MAX_UINT32), is_decorated=self._decorations.are_wanted(rule)
+            )
         current_limit = RateLimitResponse.RateLimit(
             name=rule.limit_name,
             requests_per_unit=rule.requests_per_unit,
             unit=RateLimitResponse.RateLimit.UNKNOWN if rule.unit is None else rule.unit.name,
         )
-        return Terms(
+        return CompiledRule(
             rule,
             rule.limit,
             status_head(_OK, current_limit),
@@ -445,8 +465,17 @@ class Limiter:
             is_strict=rule.consistency is Consistency.STRICT,
             is_quota=rule.quota_mode or self.settings.quota_mode,
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
-            has_extras=self._extras.are_wanted(rule),
+            is_decorated=self._decorations.are_wanted(rule),
         )
+
+
+def _charge_what_was_used(steps: Sequence[Step]) -> None:
+    """Beside what is given back of a bucket, hits of the same one are what was used of it: they are spent already, so
+    they count although over the limit."""
+    given_back = {step.bucket_key for step in steps if step.gives_back}
+    for step in steps:
+        if step.bucket_key in given_back:
+            step.charges_always = step.charges_denied = True
 
 
 def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:

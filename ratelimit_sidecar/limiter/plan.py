@@ -12,7 +12,7 @@ from ratelimit_sidecar.limiter.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CompiledRule:
     """What is the same for every descriptor that a rule limits.
 
     Args:
@@ -25,7 +25,7 @@ class Terms:
         is_strict: it takes from this replica's share.
         is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
         near_from: tokens above which hits are near the limit.
-        has_extras: the answer has more in it than codes and levels, or may have.
+        is_decorated: the answer has more in it than codes and levels, or may have.
     """
 
     rule: Rule | None
@@ -37,7 +37,7 @@ class Terms:
     is_strict: bool = False
     is_quota: bool = False
     near_from: int = 0
-    has_extras: bool = False
+    is_decorated: bool = False
 
 
 class Step:
@@ -48,6 +48,7 @@ class Step:
 
     Args:
         hits: tokens; 0 checks and charges nothing.
+        gives_back: tokens that an earlier request took and did not need; `hits` is 0 then.
         charges_always: they are charged when they are denied, too, into debt.
         charges_denied: they count when they are denied, be it so or because the algorithm counts them.
     """
@@ -57,26 +58,29 @@ class Step:
         "bucket_key",
         "charges_always",
         "charges_denied",
+        "compiled",
         "counts",
         "evicted",
+        "gives_back",
         "hits",
         "limit",
-        "terms",
     )
 
     def __init__(
         self,
-        terms: Terms,
+        compiled: CompiledRule,
         bucket_key: bytes,
         hits: int,
         counts: RuleCounts,
         *,
+        gives_back: int = 0,
         charges_always: bool = False,
         charges_denied: bool = False,
     ) -> None:
-        self.terms = terms
+        self.compiled = compiled
         self.bucket_key = bucket_key
         self.hits = hits
+        self.gives_back = gives_back
         self.counts = counts
         self.charges_always = charges_always
         self.charges_denied = charges_denied
@@ -89,7 +93,7 @@ class Step:
 
     @property
     def rule(self) -> Rule | None:
-        return self.terms.rule
+        return self.compiled.rule
 
 
 class Plan:
@@ -99,11 +103,12 @@ class Plan:
         quotas: steps in quota mode.
         metadata: what the answer's dynamic metadata says of the request; None when it is not wanted.
         descriptors: their entries, in order.
-        has_extras: as that of the terms of one of them.
+        gives_back: one of the steps does.
+        is_decorated: as that of the compiled rule of one of them.
         all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
     """
 
-    __slots__ = ("all_or_nothing", "descriptors", "domain", "has_extras", "metadata", "quotas", "steps")
+    __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "is_decorated", "metadata", "quotas", "steps")
 
     def __init__(
         self,
@@ -113,7 +118,8 @@ class Plan:
         quotas: int,
         metadata: Mapping[str, object] | None,
         descriptors: tuple[tuple[tuple[str, str], ...], ...],
-        has_extras: bool,
+        gives_back: bool,
+        is_decorated: bool,
         all_or_nothing: bool,
     ) -> None:
         self.domain = domain
@@ -121,5 +127,6 @@ class Plan:
         self.quotas = quotas
         self.metadata = metadata
         self.descriptors = descriptors
-        self.has_extras = has_extras
+        self.gives_back = gives_back
+        self.is_decorated = is_decorated
         self.all_or_nothing = all_or_nothing

@@ -22,6 +22,8 @@ _SEEN_PLACES: Final = 1 << 16
 
 
 class PlanCache:
+    """Plans of requests that come again and again. Look one up in `plans`, and `keep` one that was made."""
+
     def __init__(self) -> None:
         self.plans: dict[bytes, Plan] = {}
         """To look up in; `keep` alone adds to it."""

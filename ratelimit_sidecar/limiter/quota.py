@@ -107,14 +107,14 @@ class Demand(NamedTuple):
 class Counts:
     """Since start."""
 
-    __slots__ = ("forgotten", "refused_streams", "reports", "requests", "told", "troubles")
+    __slots__ = ("errors", "forgotten", "refused_streams", "reports", "requests", "told")
 
     def __init__(self) -> None:
         self.reports = 0
         """Of buckets."""
         self.requests = {"allowed": 0, "denied": 0}
         """What Envoys have done with requests, as they report."""
-        self.troubles = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0}
+        self.errors = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0}
         """Reports of buckets that no rule limits; for which there was no room; with an id that has no pairs, too many
         or is too long; whose time runs backwards."""
         self.told = 0
@@ -270,10 +270,10 @@ class Quotas:
         counts.requests["denied"] += denied
         elapsed_s = usage.elapsed_s
         if elapsed_s < 0:
-            counts.troubles["bad_time"] += 1
+            counts.errors["bad_time"] += 1
             elapsed_s = 0
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
-            counts.troubles["bad_id"] += 1
+            counts.errors["bad_id"] += 1
             return None
         key = (domain, usage.pairs)
         hold = stream.holds.get(key)
@@ -283,8 +283,8 @@ class Quotas:
             self._match_again(hold, now_us)
         step = hold.step
         self._count(step, allowed, denied)
-        if step.terms.rule is None:
-            counts.troubles["no_rule"] += 1
+        if step.compiled.rule is None:
+            counts.errors["no_rule"] += 1
         pool = hold.pool
         if allowed and pool.step is not None:
             self._charges.add(pool, allowed, now_us)
@@ -312,7 +312,7 @@ class Quotas:
         hold.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
         # An Envoy may have as many as are free.
         if len(stream.holds) >= MAX_HOLDS - self.holds or pool.key not in self.pools:
-            self.counts.troubles["no_room"] += 1
+            self.counts.errors["no_room"] += 1
             return hold
         if elapsed_s and (pool.lost or self._is_learning):
             pool.waiting[hold] = None
@@ -324,7 +324,7 @@ class Quotas:
     def _pool(self, step: Step) -> Pool:
         key = step.bucket_key
         pool = self.pools.get(key)
-        terms = step.terms
+        terms = step.compiled
         if pool is None:
             pool = Pool(key, terms.limit)
             if len(self.pools) < MAX_POOLS:
@@ -339,9 +339,9 @@ class Quotas:
         """Like requests that were decided here."""
         counts = step.counts
         counts.ok += allowed
-        if step.terms.limit is not None:
+        if step.compiled.limit is not None:
             counts.admitted_hits += allowed
-        elif step.terms.rule is not None:
+        elif step.compiled.rule is not None:
             counts.unlimited_hits += allowed
         counts.over_limit += denied
         counts.denied_hits += denied
@@ -432,7 +432,7 @@ class Quotas:
 
     def _tell_peers(self, pool: Pool, own: list[Group], now_us: int) -> None:
         step = pool.step
-        if step is None or not step.terms.is_replicated:
+        if step is None or not step.compiled.is_replicated:
             return
         demand = tuple(own)
         if demand != pool.demand or (demand and now_us - pool.told_us >= TELL_US):
@@ -466,7 +466,7 @@ class Quotas:
         if hold in pool.waiting:
             return None
         terms = pool.terms
-        if terms is None or hold.step.terms.is_shadow or self._limiter.settings.shadow_mode:
+        if terms is None or hold.step.compiled.is_shadow or self._limiter.settings.shadow_mode:
             pool.held -= hold.rate
             assignment = ALLOW_ALL
         else:
@@ -487,7 +487,7 @@ class Quotas:
         others = pool.held - before
         free = max(0, pool.budget - others)
         share = min(target, free)
-        if hold.step.terms.is_strict:
+        if hold.step.compiled.is_strict:
             share = free = max(0, min(share, self._division.withhold(pool, terms, others + share, now_us) - others))
             if share < target:
                 # The bucket has more tokens soon.
@@ -501,7 +501,7 @@ class Quotas:
         ):
             assignment = told
         else:
-            assignment = after(told, assign(terms, share, is_strict=hold.step.terms.is_strict))
+            assignment = after(told, assign(terms, share, is_strict=hold.step.compiled.is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
             # Others may be waiting for it.

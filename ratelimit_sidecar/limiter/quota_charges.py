@@ -20,8 +20,10 @@ _POOLS_AT_ONCE: Final = 256
 
 
 class Charges:
-    """Args:
-    now_us: of the limiter's clock. All other times are of the quotas'.
+    """Charges to buckets what Envoys have reported. Call its `tick` every few milliseconds.
+
+    Args:
+        now_us: of the limiter's clock. All other times are of the quotas'.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
@@ -65,5 +67,5 @@ class Charges:
         if not pool.pending:
             self._pools.pop(pool, None)
         step = pool.step
-        if step is not None and tokens and not step.terms.is_strict:
+        if step is not None and tokens and not step.compiled.is_strict:
             self._limiter.charge(step, tokens, self._now_us())

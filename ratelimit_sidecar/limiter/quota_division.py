@@ -27,8 +27,10 @@ MAX_GROUPS: Final = 64
 
 
 class Division:
-    """Args:
-    now_us: of the limiter's clock. All other times are of the quotas'.
+    """Divides limits among the Envoys of all regions, by what each wants.
+
+    Args:
+        now_us: of the limiter's clock. All other times are of the quotas'.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
@@ -52,7 +54,7 @@ class Division:
             demand = hold.demand if hold.demand >= 0 else total // everybody
             hold.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
             wants.append(hold.want)
-        if pool.step is not None and pool.step.terms.is_strict:
+        if pool.step is not None and pool.step.compiled.is_strict:
             # What is held no longer is the bucket's again, and what nobody here wants stays there.
             self.withhold(pool, terms, pool.held, now_us)
             total = min(total, max(sum(wants), total // IDLE_PART))
@@ -71,7 +73,7 @@ class Division:
 
     def release(self, pool: Pool, now_us: int) -> None:
         """Nobody holds anything of it any more."""
-        if pool.step is not None and pool.step.terms.is_strict and pool.terms is not None:
+        if pool.step is not None and pool.step.compiled.is_strict and pool.terms is not None:
             self.withhold(pool, pool.terms, 0, now_us)
 
     def _total(self, pool: Pool, terms: Terms, now_us: int) -> int:
@@ -79,7 +81,7 @@ class Division:
         step, ledger = pool.step, self._limiter.ledger
         if step is None or pool.limit is None:
             return terms.rate
-        if step.terms.is_strict:
+        if step.compiled.is_strict:
             assert ledger is not None
             assert isinstance(pool.limit, Limit)
             return terms.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS

@@ -35,8 +35,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Refunded:
-    """Args:
-    given: tokens.
+    """What a refund has done to a bucket.
+
+    Args:
+        given: tokens.
     """
 
     rule: Rule
@@ -80,4 +82,5 @@ def refund(
     bucket.advance(now_us)
     before = Level(bucket.remaining, bucket.debt)
     given = bucket.refund(tokens, now_us)
+    limiter.counts.of(domain, match.metric_name, rule.name).given_back += given
     return Refunded(rule, bucket, before, given, Level(bucket.remaining, bucket.debt))

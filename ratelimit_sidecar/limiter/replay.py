@@ -16,6 +16,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.limiter.variants import alone, enforced
 
 MAX_DESCRIPTORS = 10_000
@@ -74,7 +75,13 @@ class Replay:
         self._until_sweep = _LEAST_TO_SWEEP
         self._limiter = Limiter(enforced(alone(rules)), Origin("replay", 1), replace(settings, shadow_mode=False))
 
-    def ask(self, request: RateLimitRequest, at_us: int) -> bool:
+    def let_pass(self, at_us: int) -> None:
+        """Count a request that nothing limits, since no descriptor could be made of it."""
+        self._advance(at_us)
+        self.requests.count(False, self.now_us)
+        self.unlimited += 1
+
+    def ask(self, request: RateLimitRequest | Request, at_us: int) -> bool:
         """Replay one request.
 
         Args:
@@ -88,11 +95,7 @@ class Replay:
         """
         raw = request.SerializeToString()
         plan = self._limiter.plan(raw)
-        if self.first_us is None:
-            self.first_us = at_us
-        elif at_us < self.now_us:
-            self.late += 1
-        self.now_us = max(self.now_us, at_us)
+        self._advance(at_us)
         response = RateLimitResponse.FromString(self._limiter.decide(raw, self.now_us))
         denied: bool = response.overall_code == _OVER_LIMIT
         self.requests.count(denied, self.now_us)
@@ -105,6 +108,13 @@ class Replay:
         if self._until_sweep <= 0:
             self._sweep()
         return denied
+
+    def _advance(self, at_us: int) -> None:
+        if self.first_us is None:
+            self.first_us = at_us
+        elif at_us < self.now_us:
+            self.late += 1
+        self.now_us = max(self.now_us, at_us)
 
     def _sweep(self) -> None:
         store = self._limiter.store

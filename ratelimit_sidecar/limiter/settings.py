@@ -16,13 +16,15 @@ class ResponseHeaders:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Args:
-    shadow_mode: the overall code is always OK.
-    quota_mode: every rule is in quota mode.
-    near_limit_ratio: hits above this part of a limit count as near it; 0 to 1.
-    response_headers: None for none.
-    all_limits: every answer tells of all limits that the request met, in RateLimit-Policy and RateLimit.
-    dynamic_metadata: answers carry what was asked and the metadata of the rules that passed.
+    """What holds for all rules of a sidecar.
+
+    Args:
+        shadow_mode: the overall code is always OK.
+        quota_mode: every rule is in quota mode.
+        near_limit_ratio: hits above this part of a limit count as near it; 0 to 1.
+        response_headers: None for none.
+        all_limits: every answer tells of all limits that the request met, in RateLimit-Policy and RateLimit.
+        dynamic_metadata: answers carry what was asked and the metadata of the rules that passed.
     """
 
     shadow_mode: bool = False

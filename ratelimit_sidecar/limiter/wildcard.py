@@ -16,8 +16,10 @@ T = TypeVar("T")
 
 
 class WildcardSet(Generic[T]):
-    """Args:
-    patterns: in file order; each has at least one `*`, which stands for any text, also none.
+    """Patterns, each with something that belongs to it; `find` gives the first that fits a value.
+
+    Args:
+        patterns: in file order; each has at least one `*`, which stands for any text, also none.
     """
 
     def __init__(self, patterns: Iterable[tuple[str, T]]) -> None:

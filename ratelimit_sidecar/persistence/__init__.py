@@ -1,1 +1,1 @@
-"""What survives a restart: snapshots of all buckets in a file."""
+"""State that survives a restart: all buckets but strict ones in a file, or all replicated buckets in Redis."""

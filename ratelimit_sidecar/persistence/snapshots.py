@@ -62,7 +62,7 @@ class SnapshotStatus:
         restored_buckets: told of by the snapshot that was read at the start.
         buckets, bytes: of the last one, written or read.
         last_us: when the last one was begun, microseconds since the epoch; None when there is none.
-        trouble: why the last attempt failed; "" when it did not.
+        degraded_reason: why the last attempt failed; "" when it did not.
     """
 
     taken: int = 0
@@ -71,7 +71,7 @@ class SnapshotStatus:
     buckets: int = 0
     bytes: int = 0
     last_us: int | None = None
-    trouble: str = ""
+    degraded_reason: str = ""
 
 
 class Snapshots:
@@ -173,10 +173,15 @@ class Snapshots:
                     await asyncio.to_thread(new.unlink, missing_ok=True)
                 return
             status = self.status
-            if status.trouble:
+            if status.degraded_reason:
                 _log.info("snapshot_written_again", file=str(self._path))
             status.taken += 1
-            status.buckets, status.bytes, status.last_us, status.trouble = written.buckets, written.bytes, begun_us, ""
+            status.buckets, status.bytes, status.last_us, status.degraded_reason = (
+                written.buckets,
+                written.bytes,
+                begun_us,
+                "",
+            )
 
     async def _write(self, new: Path, pieces: Iterator[bytes], *, at_once: bool) -> None:
         file = await asyncio.to_thread(_create, new)
@@ -214,10 +219,10 @@ class Snapshots:
             self._fail("snapshot_not_set_aside", error)
 
     def _fail(self, event: str, error: OSError) -> None:
-        trouble = error.strerror or str(error)
-        if trouble != self.status.trouble:
-            self.status.trouble = trouble
-            _log.error(event, file=str(self._path), reason=trouble)
+        degraded_reason = error.strerror or str(error)
+        if degraded_reason != self.status.degraded_reason:
+            self.status.degraded_reason = degraded_reason
+            _log.error(event, file=str(self._path), reason=degraded_reason)
 
 
 async def _in_turns(pieces: Iterator[int]) -> int:

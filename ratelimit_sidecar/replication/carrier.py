@@ -102,7 +102,7 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _log.exception("stream_failed", address=stream.address)
+        _log.exception("stream_failed", address=stream.address, **stream.batch_trace)
         stream.fail(ProtocolError(Reason.INTERNAL, "the node's log says more"), now_us())
 
 

@@ -13,7 +13,7 @@ each peer that it hears from, as much as to apply it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket
@@ -81,6 +81,8 @@ class ChangeLog:
 
     def __init__(self, store: Store, now_us: int) -> None:
         self._store = store
+        self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
+        """Told of each step's part of the journal: buckets, and own slots that changed. Does no I/O."""
         self._segments: deque[Segment] = deque()
         self._latest: tuple[dict[bytes, int], ...] = tuple({} for _ in range(_SHARDS))
         """By key, the number of the last segment that has it."""
@@ -135,6 +137,8 @@ class ChangeLog:
             self._unflushed = self._unflushed - len(changes) if changes else 0
             for bucket, slots in changes:
                 self._add(bucket, slots, now_us)
+            if changes and self.on_changes is not None:
+                self.on_changes(changes)
             if self._unflushed:
                 yield
         self._seal(now_us)

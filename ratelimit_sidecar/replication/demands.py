@@ -32,8 +32,10 @@ _GROUP_BYTES: Final = 12
 
 
 class Demands:
-    """Args:
-    now_us: of the clock of `quotas`.
+    """Writes this node's demands into pings, and reads those of peers.
+
+    Args:
+        now_us: of the clock of `quotas`.
     """
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int]) -> None:

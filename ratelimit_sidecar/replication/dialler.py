@@ -63,10 +63,12 @@ Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
 
 
 class Dialler:
-    """Args:
-    peers: `host:port`, as configured.
-    now_us: of a clock that never steps.
-    certificate: None to dial in plain text.
+    """Resolves and dials the peers of a node, for as long as it runs.
+
+    Args:
+        peers: `host:port`, as configured.
+        now_us: of a clock that never steps.
+        certificate: None to dial in plain text.
     """
 
     def __init__(

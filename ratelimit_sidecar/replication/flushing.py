@@ -12,8 +12,10 @@ URGENT_FLUSH_SECONDS = 0.002
 
 
 class Flushing:
-    """Args:
-    flush: what it raises ends `run`.
+    """Flushes at its times; `hurry` has it do so at once.
+
+    Args:
+        flush: what it raises ends `run`.
     """
 
     def __init__(self, flush: Callable[[], Awaitable[None]]) -> None:

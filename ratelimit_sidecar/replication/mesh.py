@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
 from ratelimit_sidecar.replication.demands import Demands
@@ -83,16 +83,18 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Mesh:
-    """Args:
-    origin: this process.
-    now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
-    steady_us: a clock that never steps; None where `now_us` does not either.
-    peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
-    listen: `host:port`; None to dial only. Port 0 takes a free one.
-    purses: None when no limit is strict.
-    certificate: None for a mesh in plain text.
-    supervisor: of the tasks that run for as long as the mesh does.
-    max_connections: inbound, at once; further ones are closed.
+    """The mesh of one node. Call `start`, then `run`, which lasts until `stop`.
+
+    Args:
+        origin: this process.
+        now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
+        steady_us: a clock that never steps; None where `now_us` does not either.
+        peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
+        listen: `host:port`; None to dial only. Port 0 takes a free one.
+        purses: None when no limit is strict.
+        certificate: None for a mesh in plain text.
+        supervisor: of the tasks that run for as long as the mesh does.
+        max_connections: inbound, at once; further ones are closed.
     """
 
     def __init__(
@@ -161,6 +163,10 @@ class Mesh:
     def use_rules(self, digest: int) -> None:
         """Other rules are in force; see `Replicator.use_rules`."""
         self._replicator.use_rules(digest)
+
+    def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
+        """Have the reader told of every change of this node; see `ChangeLog.on_changes`."""
+        self._replicator.changes.on_changes = reader
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""
@@ -433,7 +439,7 @@ class Mesh:
             if peer is None:
                 self._note_refused(stream, claimed, target)
             elif peer not in self._carried.values():
-                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended)
+                _log.info("peer_lost", peer=peer.node, address=address, why=stream.why_ended, **stream.batch_trace)
         return stream
 
     def _note_heard(self, stream: Stream, peer: Peer) -> None:

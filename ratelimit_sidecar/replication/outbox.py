@@ -215,9 +215,9 @@ class Outbox:
         sources = self._sources
         if sources is None or self._written is not None:
             return False
-        if self._draft is None:
-            if len(self._in_flight) >= MAX_UNACKNOWLEDGED or not self._begin(sources, now_us):
-                return False
+        has_room = len(self._in_flight) < MAX_UNACKNOWLEDGED
+        if self._draft is None and not (has_room and self._begin(sources, now_us)):
+            return False
         draft = self._draft
         if draft is None:
             # A segment, as it is encoded.

@@ -27,8 +27,10 @@ MAX_BATCH_BYTES: Final = 1 << 16
 
 
 class PaymentOutbox:
-    """Args:
-    end: names this node's end of the stream, for the life of this process.
+    """What one stream has to send of payments, and which of its asks are open.
+
+    Args:
+        end: names this node's end of the stream, for the life of this process.
     """
 
     def __init__(self, end: int) -> None:

@@ -28,8 +28,10 @@ _NOTHING: Final = Shown(0, {})
 
 
 class Purses:
-    """Args:
-    strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
+    """What a node's streams call for strict limits: `tick` to ask peers, `receive` for what comes from them.
+
+    Args:
+        strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
     """
 
     def __init__(self, ledger: Ledger, strict_us: Callable[[], int]) -> None:

@@ -326,6 +326,8 @@ class Stream:
         self._reader: DeltasReader | None = None
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
         self._exchange: Exchange | None = None
         self._standing_told = 0
         self._pause_owed = False
@@ -526,6 +528,7 @@ class Stream:
         assert self._reader is not None
         assert peer is not None
         on_news = partial(replicator.pass_on, peer, now_us) if replicator.relay.is_needed else None
+        self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
         try:
             for applied in self._reader.apply(deltas, replicator.store, now_us, on_news):
@@ -539,6 +542,7 @@ class Stream:
                         return
         finally:
             self._note_refused(peer)
+        self.batch_trace = {}
         self._end_apply_span()
         if deltas.ends_full_state:
             peer.full_state_heard = True

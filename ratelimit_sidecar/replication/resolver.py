@@ -26,9 +26,11 @@ async def system_addresses(host: str, port: int) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class Resolver:
-    """Args:
-    addresses: as `system_addresses`.
-    every_seconds: how often each name is resolved, give or take a fifth.
+    """How names are resolved, and how often.
+
+    Args:
+        addresses: as `system_addresses`.
+        every_seconds: how often each name is resolved, give or take a fifth.
     """
 
     addresses: Callable[[str, int], Awaitable[Sequence[str]]] = system_addresses

@@ -57,6 +57,8 @@ CLOCK_SAMPLES: Final = 8
 
 
 class State(Enum):
+    """How far a session is."""
+
     HELLO = auto()
     ESTABLISHED = auto()
     CLOSING = auto()

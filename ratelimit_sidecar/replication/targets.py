@@ -76,8 +76,10 @@ class Name:
 
 
 class Targets:
-    """Args:
-    peers: `host:port`, as configured; any may stand there twice.
+    """All addresses of a node's peers, and the names that they come from.
+
+    Args:
+        peers: `host:port`, as configured; any may stand there twice.
     """
 
     def __init__(self, peers: Sequence[str]) -> None:

@@ -60,9 +60,11 @@ class Look:
 
 
 class RulesFiles:
-    """Args:
-    paths: as `config.rules_file.load_rules` takes them.
-    read: reads them; raises ConfigError when they cannot be used.
+    """Watches files of rules, and gives a reloader what they say.
+
+    Args:
+        paths: as `config.rules_file.load_rules` takes them.
+        read: reads them; raises ConfigError when they cannot be used.
     """
 
     def __init__(
@@ -136,13 +138,13 @@ class RulesFiles:
                 recursive=False,
                 ignore_permission_denied=False,
             )
-            reloader.trouble = ""
+            reloader.degraded_reason = ""
         except (OSError, WatchfilesRustInternalError) as error:
             every_seconds = self._check_ms / 1_000
-            trouble = f"not watched ({error}), only looked at every {every_seconds:g} s"
-            if trouble != reloader.trouble:
+            degraded_reason = f"not watched ({error}), only looked at every {every_seconds:g} s"
+            if degraded_reason != reloader.degraded_reason:
                 _log.warning("rules_not_watched", error=str(error), looked_at_every_seconds=every_seconds)
-            reloader.trouble = trouble
+            reloader.degraded_reason = degraded_reason
         try:
             yield watch
         finally:

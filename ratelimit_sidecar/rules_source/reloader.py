@@ -17,7 +17,7 @@ from typing import TypeVar
 import structlog
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
-from ratelimit_sidecar.config.reclamation import let_go, pieces_of_rules
+from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_rules
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.threads import in_daemon_thread
@@ -62,18 +62,20 @@ class Rejected:
 
 
 class Reloader:
-    """Args:
-    use_rules: puts rules in force, all at once; returns what those before leave behind, if anything.
-    now_us: wall clock in microseconds.
-    source: where the rules come from, for people.
-    loaded: the rules in force from the start; None when the source has yet to give any.
+    """Puts rules in force, and remembers why newer ones are not.
+
+    Args:
+        use_rules: puts rules in force, all at once; returns what those before leave behind, if anything.
+        now_us: wall clock in microseconds.
+        source: where the rules come from, for people.
+        loaded: the rules in force from the start; None when the source has yet to give any.
     """
 
     def __init__(
         self, use_rules: Callable[[Rules], Retired | None], now_us: Callable[[], int], source: str, loaded: Rules | None
     ) -> None:
         self.source = source
-        self.trouble = ""
+        self.degraded_reason = ""
         """Why changes at the source may not be noticed at once; "" when they are. The source says so."""
         self.loads = {"success": 0, "error": 0}
         """Attempts since start, the first one included."""
@@ -121,7 +123,7 @@ class Reloader:
 
     async def patiently(self, work: Callable[[], _Result]) -> _Result:
         """What reads the source, done in a thread. Where that takes too long, as on a network file system that hangs,
-        `trouble` says so until it is done. Nothing else is read meanwhile: it would hang as well.
+        `degraded_reason` says so until it is done. Nothing else is read meanwhile: it would hang as well.
 
         Raises:
             Exception: what `work` raises.
@@ -130,10 +132,15 @@ class Reloader:
         try:
             await asyncio.wait([working], timeout=PATIENCE_SECONDS)
             if not working.done():
-                former, self.trouble = self.trouble, f"reading them has taken more than {PATIENCE_SECONDS:g} s so far"
-                _log.error("rules_not_read", source=self.source, why=self.trouble, in_force="the rules from before")
+                former, self.degraded_reason = (
+                    self.degraded_reason,
+                    f"reading them has taken more than {PATIENCE_SECONDS:g} s so far",
+                )
+                _log.error(
+                    "rules_not_read", source=self.source, why=self.degraded_reason, in_force="the rules from before"
+                )
                 await asyncio.wait([working])
-                self.trouble = former
+                self.degraded_reason = former
             return working.result()
         finally:
             working.cancel()
@@ -171,7 +178,7 @@ def _count(rules: Rules) -> int:
 
 def _give_back(retired: Retired) -> None:
     """Bit by bit, as `config.reclamation` has it: between any two steps the loop can take Python's lock."""
-    for owned in (retired.plans, retired.terms, retired.counts):
+    for owned in (retired.plans, retired.compiled, retired.counts):
         while owned:
             owned.popitem()
     rules, retired.rules = retired.rules, None
@@ -179,7 +186,7 @@ def _give_back(retired: Retired) -> None:
         pieces = pieces_of_rules(rules.domains.values())
         pieces += rules.names
         del rules
-        let_go(pieces)
+        free_in_pieces(pieces)
 
 
 @contextmanager

@@ -18,8 +18,10 @@ _INVALID_ARGUMENT = 3
 
 
 class Subscription:
-    """Args:
-    node: who asks.
+    """The requests of a client for resources of one type: the first of a stream, and an answer to each response.
+
+    Args:
+        node: who asks.
     """
 
     def __init__(self, type_url: str, node: Node) -> None:

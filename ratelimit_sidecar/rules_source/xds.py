@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.proxies import grpc_proxy
-from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data
+from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data
 from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
 from ratelimit_sidecar.limiter.rules import Rules
@@ -62,9 +62,11 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class XdsClient:
-    """Args:
-    config: where to ask, and as whom.
-    read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
+    """Asks an xDS server for rules, for as long as it runs.
+
+    Args:
+        config: where to ask, and as whom.
+        read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
     """
 
     def __init__(self, config: XdsConfig, read: Callable[[Mapping[str, Data]], Rules]) -> None:
@@ -76,7 +78,7 @@ class XdsClient:
 
     async def run(self, reloader: Reloader) -> None:
         """Put in force what the server sends, until cancelled."""
-        reloader.trouble = "not connected yet"
+        reloader.degraded_reason = "not connected yet"
         proxy = grpc_proxy(urlsplit(f"//{self._config.server}").hostname or "", os.environ)
         if proxy is not None:
             _log.warning("through_proxy", server=self._config.server, proxy=proxy)
@@ -109,9 +111,9 @@ class XdsClient:
         except Exception:
             _log.exception("xds_stream_failed", server=self._config.server)
             why = "an internal error; the log has the details"
-        if why != reloader.trouble:
+        if why != reloader.degraded_reason:
             _log.warning("xds_disconnected", server=self._config.server, why=why)
-        reloader.trouble = why
+        reloader.degraded_reason = why
         return loop.time() - dialled_at >= LASTING_SECONDS
 
     async def _follow(self, reloader: Reloader) -> str:
@@ -121,7 +123,7 @@ class XdsClient:
             async with asyncio.timeout(NETWORK_SECONDS):
                 await call.wait_for_connection()
             await _write(call, self._subscription.begin())
-            reloader.trouble = ""
+            reloader.degraded_reason = ""
             _log.info("xds_connected", server=self._config.server, version=self._subscription.version)
             while True:
                 raw = await call.read()
@@ -148,7 +150,7 @@ class XdsClient:
             pieces = pieces_of_data(resources.values())
             # An exception keeps the frames that have it.
             resources.clear()
-            let_go(pieces)
+            free_in_pieces(pieces)
 
     async def _channel(self) -> grpc.aio.Channel:
         tls = self._config.tls

@@ -1,1 +1,1 @@
-"""Front ends: they carry unary gRPC calls to handlers, and know nothing of what the handlers do."""
+"""Front ends: they carry unary and streaming gRPC calls to handlers, and know nothing of what the handlers do."""

@@ -255,7 +255,7 @@ class GrpcProtocol:
         except RpcError as error:
             self._connection.refuse(call, error)
         except Exception as failure:
-            self._connection.refuse(call, self._shared.failures.status_of(call.path, failure))
+            self._connection.refuse(call, self._shared.failures.status_of(call.path, failure, call.request))
         else:
             self._connection.answer(call, response)
 

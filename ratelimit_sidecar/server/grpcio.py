@@ -270,7 +270,7 @@ def _unary(
         except RpcError as error:
             status = error
         except Exception as error:
-            status = failures.status_of(path, error)
+            status = failures.status_of(path, error, _Metadata(context))
         await _abort(context, status)
         raise AssertionError("abort returned")
 
@@ -298,7 +298,7 @@ def _streaming(
         except RpcError as error:
             return error
         except Exception as error:
-            return failures.status_of(path, error)
+            return failures.status_of(path, error, _Metadata(context))
         return SHUTTING_DOWN if stop.done() else None
 
     async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
+from ratelimit_sidecar.telemetry.traces import trace_fields
 
 Metadata = Iterable[tuple[bytes, bytes]]
 """The request's headers, names in lower case; it can be iterated more than once."""
@@ -101,12 +102,16 @@ class FailureLog:
         self._log = structlog.get_logger()
         self._known: set[tuple[str, type[Exception], str, int]] = set()
 
-    def status_of(self, path: str, error: Exception) -> RpcError:
-        """The status for the caller, who is not told what went wrong in here."""
-        self.log_first(path, error)
+    def status_of(self, path: str, error: Exception, metadata: Metadata = ()) -> RpcError:
+        """The status for the caller, who is not told what went wrong in here.
+
+        Args:
+            metadata: of the call, in which a trace may be named.
+        """
+        self.log_first(path, error, metadata)
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")
 
-    def log_first(self, path: str, error: Exception) -> None:
+    def log_first(self, path: str, error: Exception, metadata: Metadata) -> None:
         """Log it when it is the first of its kind."""
         where = error.__traceback__
         while where is not None and where.tb_next is not None:
@@ -116,4 +121,4 @@ class FailureLog:
         if kind in self._known or len(self._known) >= MAX_KINDS_LOGGED:
             return
         self._known.add(kind)
-        self._log.error("rpc_failed", method=path, exc_info=error)
+        self._log.error("rpc_failed", method=path, exc_info=error, **trace_fields(metadata))

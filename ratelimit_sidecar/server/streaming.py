@@ -103,12 +103,12 @@ class StreamingCall:
             # With its traceback it would refer to itself, by this frame.
             error = refused.with_traceback(None)
         except Exception as failure:
-            error = self._failures.status_of(self._opened.path, failure)
+            error = self._failures.status_of(self._opened.path, failure, self._opened.request)
         try:
             self._finish(error)
         except Exception as failure:
             # It must not end the other calls, which are in the same group of tasks.
-            self._failures.status_of(self._opened.path, failure)
+            self._failures.status_of(self._opened.path, failure, self._opened.request)
             self._fail()
 
     def _finish(self, error: RpcError | None) -> None:

@@ -34,7 +34,9 @@ def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
             try:
                 response = _answer(service, scope, raw_path[len(PREFIX) :])
             except Exception as error:
-                known = error if isinstance(error, RpcError) else failures.status_of("ext_authz over HTTP", error)
+                known = error
+                if not isinstance(known, RpcError):
+                    known = failures.status_of("ext_authz over HTTP", error, scope["headers"])
                 response = JSONResponse({"error": known.message}, 503)
         else:
             response = _NO_PREFIX

@@ -121,5 +121,5 @@ class RateLimitService:
                     self._exemplify(trace_id, elapsed_ns, ended_ns)
         except Exception as failure:
             # An error in place of the answer would let pass what was denied.
-            self._failures.log_first(_PATH, failure)
+            self._failures.log_first(_PATH, failure, metadata)
         return response

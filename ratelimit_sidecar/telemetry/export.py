@@ -3,18 +3,20 @@
 Off unless an OTLP endpoint is set or OTEL_TRACES_EXPORTER names otlp. Ended spans go into the SDK's bounded queue
 (OTEL_BSP_*), and a thread of its own exports them: when the collector is slow or dead the oldest spans are lost,
 never a request. The resource is `service.name` = ratelimit-sidecar, `service.instance.id` = the node, `cloud.region` =
-its region; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them. The exporters read the environment
-themselves, so this module does too.
+its region, and in Kubernetes the pod; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them. The exporters read
+the environment themselves, so this module does too. All variables: `otel_variables`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 from urllib.parse import urlsplit
 
 import structlog
@@ -24,13 +26,25 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.proxies import grpc_proxy
+from ratelimit_sidecar.telemetry.logs import LEVELS
+from ratelimit_sidecar.telemetry.otel_variables import unused
 from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 SERVICE_NAME = "ratelimit-sidecar"
 
+DEFAULT_QUEUE = 2_048
+"""Spans, as in the SDK."""
+
 FLUSH_SECONDS = 3.0
 """How long `Tracing.close` waits for the collector: within the 10 s a container is given to stop, after the drain."""
+
+_KUBERNETES: Final = {
+    "k8s.pod.name": "POD_NAME",
+    "k8s.namespace.name": "POD_NAMESPACE",
+    "k8s.node.name": "NODE_NAME",
+}
+"""Attributes of the resource, and the variables with which the chart tells them to the container."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -45,13 +59,15 @@ def start_tracing(node: str, region: str) -> Tracing:
     Raises:
         TracingError: a variable has a value that the exporter or the SDK rejects.
     """
+    check_variables()
     if not _wanted():
         return Tracing(None)
     try:
         provider = TracerProvider(resource=resource_of(node, region), shutdown_on_exit=False)
+        queue = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") or DEFAULT_QUEUE)
         counts = SpanCounts()
-        provider.add_span_processor(_CountEnded(counts))
-        provider.add_span_processor(BatchSpanProcessor(_CountingExporter(_exporter(), counts)))
+        provider.add_span_processor(_CountEnded(counts, queue))
+        provider.add_span_processor(BatchSpanProcessor(_CountingExporter(_exporter(), counts), max_queue_size=queue))
     except Exception as error:
         # Whatever the SDK and its exporters raise on a value they cannot use: they have no common class.
         raise TracingError(f"cannot export traces as the OTEL_* variables say: {error}") from error
@@ -60,12 +76,20 @@ def start_tracing(node: str, region: str) -> Tracing:
 
 @dataclass(slots=True)
 class SpanCounts:
-    """Since start. Spans that ended and were neither exported nor failed wait in the queue, or were dropped."""
+    """Since start."""
 
     ended: int = 0
+    exporting: int = 0
+    """Now."""
     exported: int = 0
     failed: int = 0
     """The collector did not take them."""
+    dropped: int = 0
+    """Too many waited for it."""
+
+    @property
+    def waiting(self) -> int:
+        return self.ended - self.exporting - self.exported - self.failed - self.dropped
 
 
 class Tracing:
@@ -100,16 +124,23 @@ class Tracing:
         # Not the loop's executor: its end would be waited for however long the collector is silent.
         threading.Thread(target=shut_down, name="flush-spans", daemon=True).start()
         try:
-            await asyncio.wait_for(flushed.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await flushed.wait()
         except TimeoutError:
             _log.warning("spans_not_exported", timeout_seconds=timeout_seconds)
 
 
 class _CountEnded(SpanProcessor):
-    def __init__(self, counts: SpanCounts) -> None:
+    """Comes before the queue, which drops the oldest span where it is full, and does not say so. Between taking spans
+    out and exporting them it has room that is not known of here: then one more is counted, and one less later."""
+
+    def __init__(self, counts: SpanCounts, queue: int) -> None:
         self._counts = counts
+        self._queue = queue
 
     def on_end(self, span: ReadableSpan) -> None:
+        if self._counts.waiting >= self._queue:
+            self._counts.dropped += 1
         self._counts.ended += 1
 
 
@@ -124,15 +155,32 @@ class _CountingExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         is_exported = False
+        self._counts.exporting = len(spans)
         try:
             result = self._exporter.export(spans)
             is_exported = result is SpanExportResult.SUCCESS
             return result
         finally:
+            self._counts.exporting = 0
             if is_exported:
                 self._counts.exported += len(spans)
             else:
                 self._counts.failed += len(spans)
+
+
+def check_variables() -> None:
+    """Heed what the SDK documents and does not do itself, and tell of variables that do nothing.
+
+    Raises:
+        TracingError: a variable has a value that it cannot have.
+    """
+    for name, why in unused(os.environ):
+        _log.warning("otel_variable_unused", variable=name, why=why)
+    level = os.environ.get("OTEL_LOG_LEVEL")
+    if level:
+        if level.lower() not in LEVELS:
+            raise TracingError(f"OTEL_LOG_LEVEL is {level!r}, expected one of {', '.join(LEVELS)}")
+        logging.getLogger("opentelemetry").setLevel(LEVELS[level.lower()])
 
 
 def is_sdk_disabled() -> bool:
@@ -217,5 +265,6 @@ def resource_of(node: str, region: str) -> Resource:
         "service.version": __version__,
         "service.instance.id": node,
         "cloud.region": region,
+        **{attribute: os.environ[name] for attribute, name in _KUBERNETES.items() if os.environ.get(name)},
     }
     return Resource.create({**ours, **OTELResourceDetector().detect().attributes})

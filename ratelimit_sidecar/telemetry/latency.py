@@ -38,6 +38,8 @@ class Exemplar(NamedTuple):
 
 
 class LatencyHistogram:
+    """Counts how long requests took."""
+
     __slots__ = ("counts", "exemplars", "sum_ns")
 
     def __init__(self) -> None:

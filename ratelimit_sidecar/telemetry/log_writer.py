@@ -6,11 +6,15 @@ cannot be written.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
-import stat
+import re
+from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+
+import structlog
 
 MAX_WAITING_BYTES = 4 * 1_024 * 1_024
 """Some 20,000 lines: more than a busy sidecar says in an hour."""
@@ -22,22 +26,58 @@ FLUSH_SECONDS = 2.0
 STDERR = 2
 
 
-def take_stderr() -> int:
-    """A descriptor for the log. What libraries write to stderr by themselves, as gRPC's C core does, never blocks from
-    now on: where stderr is a pipe that nobody reads, that is lost.
+MAX_LINE_BYTES = 16_384
+"""What has no end after so many is a line."""
 
-    A pipe is opened anew for them, since to set the one that was given would set it for whoever else has it.
+_ABSL = re.compile(rb"([IWEF])\d{4} ")
+_ABSL_LEVELS = {b"I": logging.INFO, b"W": logging.WARNING, b"E": logging.ERROR, b"F": logging.ERROR}
+"""How lines of gRPC's core begin, with the month and the day."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class TakenStderr:
+    """Takes over stderr. What libraries write to it by themselves, as gRPC's C core does, goes through a pipe, and each
+    line is logged as an event `stderr`. They are never held up: what finds the pipe full is lost.
+
+    When the process crashes, what is still in the pipe is lost, too; where it crashed is written to the log as it is.
     """
-    try:
-        if not stat.S_ISFIFO(os.fstat(STDERR).st_mode):
-            return STDERR
-        opened = os.open(f"/proc/self/fd/{STDERR}", os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return STDERR
-    log = os.dup(STDERR)
-    os.dup2(opened, STDERR)
-    os.close(opened)
-    return log
+
+    def __init__(self) -> None:
+        self.log = os.dup(STDERR)
+        """The descriptor that was stderr."""
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        os.dup2(write, STDERR)
+        os.close(write)
+        faulthandler.enable(self.log)
+        self._reader = Thread(target=self._read_forever, name="stderr", daemon=True)
+
+    def start(self) -> None:
+        """Log what was written, and what will be."""
+        self._reader.start()
+
+    def close(self) -> None:
+        """Log what was written so far. What comes later is written to stderr as it is."""
+        os.dup2(self.log, STDERR)
+        self._reader.join(FLUSH_SECONDS)
+
+    def _read_forever(self) -> None:
+        rest = b""
+        while read := os.read(self._read, MAX_LINE_BYTES):
+            *lines, rest = (rest + read).split(b"\n")
+            if len(rest) >= MAX_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            _tell(lines)
+        _tell([rest])
+
+
+def _tell(lines: Sequence[bytes]) -> None:
+    for line in lines:
+        if line.strip():
+            as_absl = _ABSL.match(line)
+            level = logging.WARNING if as_absl is None else _ABSL_LEVELS[as_absl[1]]
+            _log.log(level, "stderr", line=line.decode("utf-8", "backslashreplace"))
 
 
 class LogWriter(logging.Handler):
@@ -61,10 +101,6 @@ class LogWriter(logging.Handler):
             line = self.format(record)
         except Exception as error:
             line = f"a log line of {record.name} cannot be rendered: {error!r}"
-        self.write_line(line)
-
-    def write_line(self, line: str) -> None:
-        """Write a line as it is."""
         raw = f"{line}\n".encode("utf-8", "backslashreplace")
         with self._counting:
             if self._waiting_bytes + len(raw) > MAX_WAITING_BYTES:

@@ -1,17 +1,23 @@
 """Logs: events with fields on stderr, as JSON lines or as text for people.
 
-Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, uvicorn, asyncio) and
-Python's warnings take the same way out. Nothing is logged on the request path.
+Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, uvicorn, asyncio),
+Python's warnings, and exceptions that nobody catches take the same way out. Nothing is logged on the request path.
+Lines that come again and again are left out and counted (`Repeats`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Literal, TypeVar
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 LEVELS = {
     "trace": logging.DEBUG,
@@ -30,6 +36,10 @@ LogFormat = Literal["text", "json"]
 FORMATS: Mapping[str, LogFormat] = {"text": "text", "logfmt": "text", "json": "json"}
 """LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit, whose text is called logfmt by some."""
 
+BURST_LINES: Final = 50
+REFILL_SECONDS: Final = 30.0
+"""From one place in the code come so many lines at once, and then one each so many seconds: 3,000 a day."""
+
 
 def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colors: bool = False) -> None:
     """Send every log of the process one way, as LOG_LEVEL (default info) and LOG_FORMAT (default text) say.
@@ -41,11 +51,15 @@ def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colo
     Raises:
         ValueError: a variable has a value it cannot have; the text names it and the values it can have.
     """
-    format_ = _choice(environ, "LOG_FORMAT", FORMATS, "text")
+    # What is wrong comes last, so that it can be told: a wrong level in the format that was asked for.
+    format_ = FORMATS.get(environ.get("LOG_FORMAT", "").lower(), "text")
     handler.setFormatter(_formatter(format_, colors=colors))
-    # The level comes last, so that a wrong one can be told in the format that was asked for.
+    handler.addFilter(Repeats())
     logging.basicConfig(handlers=[handler], level=LEVELS["info"], force=True)
+    # For each header of each request.
+    logging.getLogger("hpack").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    _log_uncaught()
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -55,12 +69,99 @@ def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colo
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
+    _choice(environ, "LOG_FORMAT", FORMATS, "text")
     logging.getLogger().setLevel(_choice(environ, "LOG_LEVEL", LEVELS, "info"))
 
 
-def is_json(environ: Mapping[str, str]) -> bool:
-    """Whether whoever reads the log expects JSON lines."""
-    return FORMATS.get(environ.get("LOG_FORMAT", "").lower()) == "json"
+class LogLevel:
+    """The level from which on lines are logged, which may be another one than the configured one for a while.
+
+    It is the one of the process, as it is when this is made.
+    """
+
+    def __init__(self) -> None:
+        self._root = logging.getLogger()
+        self.configured = self._root.level
+        self._back: asyncio.TimerHandle | None = None
+
+    @property
+    def current(self) -> int:
+        return self._root.level
+
+    def set(self, level: int, seconds: float | None = None) -> None:
+        """Args:
+        seconds: until the configured one holds again; None: until it is set anew.
+        """
+        if self._back is not None:
+            self._back.cancel()
+        self._back = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._go_back)
+        self._root.setLevel(level)
+
+    def _go_back(self) -> None:
+        self._back = None
+        self._root.setLevel(self.configured)
+        structlog.stdlib.get_logger(__name__).warning("log_level_restored", to=level_name(self.configured))
+
+
+def level_name(level: int) -> str:
+    names = {LEVELS[name]: name for name in ("debug", "info", "warning", "error", "fatal")}
+    return names.get(level, str(level))
+
+
+@dataclass(slots=True)
+class _Place:
+    left: float
+    at_s: float
+    left_out: int = 0
+
+
+class Repeats(logging.Filter):
+    """Leaves out lines of a place in the code from which many come, until they become fewer. The next one that passes
+    says how many are missing (`left_out`). Lines with `audit=True`, and why the process ends, all pass.
+
+    Args:
+        monotonic_s: seconds on a clock that never steps.
+    """
+
+    def __init__(self, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._monotonic_s = monotonic_s
+        self._lock = threading.Lock()
+        # Bounded by the code: events are literals.
+        self._places: dict[tuple[str, int, str], _Place] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fields = record.msg if isinstance(record.msg, dict) else {}
+        if record.levelno >= logging.CRITICAL or fields.get("audit"):
+            return True
+        now_s = self._monotonic_s()
+        with self._lock:
+            key = (record.pathname, record.lineno, str(fields.get("event", "")))
+            place = self._places.setdefault(key, _Place(BURST_LINES, now_s))
+            place.left = min(BURST_LINES, place.left + (now_s - place.at_s) / REFILL_SECONDS)
+            place.at_s = now_s
+            if place.left < 1:
+                place.left_out += 1
+                return False
+            place.left -= 1
+            record.left_out, place.left_out = place.left_out, 0
+        return True
+
+
+def _log_uncaught() -> None:
+    """Exceptions that would be printed on stderr."""
+    log = structlog.stdlib.get_logger(__name__)
+
+    def of_thread(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
+            name = None if failed.thread is None else failed.thread.name
+            log.error("thread_failed", thread=name, exc_info=failed.exc_value)
+
+    def unraisable(failed: sys.UnraisableHookArgs) -> None:
+        log.error("exception_ignored", where=failed.err_msg, what=repr(failed.object), exc_info=failed.exc_value)
+
+    threading.excepthook = of_thread
+    sys.unraisablehook = unraisable
 
 
 def _annotations() -> list[Processor]:
@@ -77,11 +178,27 @@ def _formatter(format_: LogFormat, colors: bool) -> logging.Formatter:
         # The traceback as one string: the structured form would carry local variables, and with them secrets.
         renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        renderers = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+        renderers = [
+            _put_below,
+            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback),
+        ]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=_annotations(),
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        processors=[_tell_left_out, structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
     )
+
+
+def _put_below(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """A reason of several lines is written below the event, as a traceback is."""
+    why = event.get("why")
+    if isinstance(why, str) and "\n" in why and "exception" not in event:
+        event["exception"] = event.pop("why")
+    return event
+
+
+def _tell_left_out(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    left_out = getattr(event["_record"], "left_out", 0)
+    return {**event, "left_out": left_out} if left_out else event
 
 
 _Value = TypeVar("_Value")

@@ -171,6 +171,25 @@ class StateStatus(Protocol):
     def last_us(self) -> int | None: ...
 
 
+class RedisStatus(Protocol):
+    """What is read of the state in Redis (`ratelimit_sidecar.persistence.redis_store.RedisStatus`, a layer above)."""
+
+    @property
+    def written(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def call_seconds(self) -> float: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def last_us(self) -> int | None: ...
+
+
 class SupervisionStatus(Protocol):
     """What is read of tasks that are begun again (`ratelimit_sidecar.supervision.Supervisor`)."""
 
@@ -194,6 +213,8 @@ class SpansStatus(Protocol):
     def exported(self) -> int: ...
     @property
     def failed(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
 
 
 class FullestStatus(Protocol):
@@ -219,7 +240,7 @@ class RulesStatus(Protocol):
         """The newest attempt, if it failed."""
 
     @property
-    def trouble(self) -> str:
+    def degraded_reason(self) -> str:
         """Why changes at their source may not be noticed at once; "" when they are."""
 
 
@@ -238,7 +259,8 @@ class Sources:
         clock: None where limits are not counted by one of the machine.
         front_end: None where the library that carries calls tells nothing.
         listener_certificate: None where Envoy's calls come in plain text.
-        state: None where it is not kept.
+        state: None where it is not kept in a file.
+        redis: None where it is not kept in Redis.
         supervision: None where no task is begun again.
         log: None where it is written at once.
         fullest: None where nobody looks for them.
@@ -261,6 +283,7 @@ class Sources:
     front_end: FrontEndStatus | None = None
     listener_certificate: CertificateStatus | None = None
     state: StateStatus | None = None
+    redis: RedisStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
@@ -497,6 +520,10 @@ def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snaps
     return _read_part(lambda sources: sources.state, value)
 
 
+def _read_redis(value: Callable[[RedisStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
+    return _read_part(lambda sources: sources.redis, value)
+
+
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
 ) -> Callable[[Snapshot], Iterator[Sample]]:
@@ -558,7 +585,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_snapshots_total",
         "counter",
         ("region", "result"),
-        "Snapshots of the buckets that were written, or could not be; absent without `persistence`, as the next three.",
+        "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next"
+        " three.",
         _read_part_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(
@@ -581,6 +609,49 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Size of the latest snapshot.",
         _read_state(lambda state: state.bytes),
+    ),
+    Definition(
+        "ratelimit_redis_buckets_total",
+        "counter",
+        ("region", "result"),
+        "Buckets written to Redis, or that it would not take for a reason of their own; absent without"
+        " `persistence.url`, as the next five.",
+        _read_part_by(lambda sources: sources.redis, lambda it: {"written": it.written, "refused": it.refused}),
+    ),
+    Definition(
+        "ratelimit_redis_failures_total",
+        "counter",
+        ("region",),
+        "Rounds of writing to Redis, or of reading at the start, that failed; after each there is a back-off.",
+        _read_redis(lambda redis: redis.failed),
+    ),
+    Definition(
+        "ratelimit_redis_calls_total",
+        "counter",
+        ("region",),
+        "Calls to Redis that were answered.",
+        _read_redis(lambda redis: redis.calls),
+    ),
+    Definition(
+        "ratelimit_redis_call_seconds_total",
+        "counter",
+        ("region",),
+        "Seconds that they took; no request waits for them.",
+        _read_redis(lambda redis: redis.call_seconds),
+    ),
+    Definition(
+        "ratelimit_redis_waiting_buckets",
+        "gauge",
+        ("region",),
+        "Buckets whose changes wait to be written to Redis.",
+        _read_redis(lambda redis: redis.waiting),
+    ),
+    Definition(
+        "ratelimit_redis_write_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When the latest round began that wrote to Redis all that was waiting, in seconds since the epoch.",
+        _read_redis(lambda redis: None if redis.last_us is None else redis.last_us / 1e6),
     ),
     Definition(
         "ratelimit_connections",
@@ -664,7 +735,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "1 while new rules are noticed at once (folders are watched, the xDS server is connected), otherwise 0.",
-        _read_config(lambda rules: not rules.trouble),
+        _read_config(lambda rules: not rules.degraded_reason),
     ),
     Definition(
         "openclaw_request_latency_seconds",
@@ -712,11 +783,16 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_spans_total",
         "counter",
         ("region", "state"),
-        "Spans that have ended, were exported, or failed, as the collector did not take them; the rest waits in the"
-        " SDK's queue or was dropped from it. Absent without tracing.",
+        "Spans that have ended, were exported, failed, as the collector did not take them, or were dropped, as too many"
+        " waited for it. Absent without tracing.",
         _read_part_by(
             lambda sources: sources.spans,
-            lambda spans: {"ended": spans.ended, "exported": spans.exported, "failed": spans.failed},
+            lambda spans: {
+                "ended": spans.ended,
+                "exported": spans.exported,
+                "failed": spans.failed,
+                "dropped": spans.dropped,
+            },
         ),
     ),
     Definition(
@@ -749,6 +825,13 @@ METRICS: tuple[Definition, ...] = (
         _OWN_RULE,
         "Tokens taken on this node; the sum over all nodes is what a limit admitted.",
         _read_rules(lambda counts: counts.tokens),
+    ),
+    Definition(
+        "crdt_token_given_back_total",
+        "counter",
+        _OWN_RULE,
+        "Of the tokens taken those given back on this node: what was held and not used, and resets and grants.",
+        _read_rules(lambda counts: counts.given_back),
     ),
     Definition(
         "ratelimit_hits_total",
@@ -1033,12 +1116,12 @@ METRICS: tuple[Definition, ...] = (
         _read_quotas(lambda quotas: quotas.counts.reports),
     ),
     Definition(
-        "ratelimit_quota_report_troubles_total",
+        "ratelimit_quota_report_errors_total",
         "counter",
         ("region", "reason"),
         "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
         "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
-        _read_quotas_by(lambda quotas: quotas.counts.troubles),
+        _read_quotas_by(lambda quotas: quotas.counts.errors),
     ),
     Definition(
         "ratelimit_quota_requests_total",

@@ -71,6 +71,8 @@ def start_push(node: str, region: str, registry: CollectorRegistry) -> MetricsPu
 
 
 class MetricsPush:
+    """Pushes the metrics to a collector, for as long as it runs."""
+
     def __init__(
         self, registry: CollectorRegistry, exporter: MetricExporter, resource: Resource, interval_seconds: float
     ) -> None:

@@ -22,8 +22,10 @@ WINDOW_NS = 60_000_000_000
 
 
 class StallMonitor:
-    """Args:
-    monotonic_ns: what is measured with.
+    """Measures how long the event loop stands still, for as long as it runs.
+
+    Args:
+        monotonic_ns: what is measured with.
     """
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:

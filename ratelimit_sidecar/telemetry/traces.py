@@ -74,8 +74,20 @@ _RPC = {
     "rpc.method": REQUEST_SPAN,
 }
 
+_TRACE_IDS: Final = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}|((?:[0-9a-fA-F]{16}){1,2})(?:-.*)?")
+
 Metadata = Iterable[tuple[bytes, bytes]]
 """Raw request headers; names in lower case."""
+
+
+def trace_fields(metadata: Metadata) -> dict[str, str]:
+    """For a line of the log: `trace_id` in hexadecimal, when the request belongs to a trace, sampled or not."""
+    for name, value in metadata:
+        if name in _TRACE_HEADERS:
+            ids = _TRACE_IDS.fullmatch(value)
+            if ids is not None:
+                return {"trace_id": (ids[1] or ids[2].lower().zfill(32)).decode()}
+    return {}
 
 
 @dataclass(slots=True)
@@ -111,9 +123,11 @@ class BatchSpan:
 
 
 class RequestTracer:
-    """Args:
-    tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
-    monotonic_ns: the age of what is remembered is measured on it.
+    """Makes the spans of requests and batches, and remembers which sampled request took from which bucket.
+
+    Args:
+        tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
+        monotonic_ns: the age of what is remembered is measured on it.
     """
 
     def __init__(self, tracer: Tracer, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:

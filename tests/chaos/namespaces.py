@@ -7,6 +7,7 @@ arrival, as on a broken line: the sender is not told.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import shutil
@@ -68,6 +69,16 @@ class Network:
         made = self._threads[machine].submit(socket.socket).result()
         made.setblocking(False)
         return made
+
+    async def dial(self, machine: str, address: tuple[str, int]) -> socket.socket:
+        """A connection from that machine."""
+        dialled = self.socket(machine)
+        try:
+            await asyncio.get_running_loop().sock_connect(dialled, address)
+        except BaseException:
+            dialled.close()
+            raise
+        return dialled
 
     def cut(self, one: str, other: str) -> None:
         """Nothing gets from either to the other any more."""

@@ -295,7 +295,7 @@ class Lab:
                 await self._publish(stack, net, name, ports[name])
             for (source, sink), way in ways.items():
                 port = ports[sink].sync
-                dial = partial(_dial, net, source, (net.addresses[sink], port))
+                dial = partial(net.dial, source, (net.addresses[sink], port))
                 listener = net.socket(source)
                 await stack.enter_async_context(Link(_bound(listener, port), dial, way, ways[sink, source]))
             children = await stack.enter_async_context(Children(self.folder))
@@ -314,7 +314,7 @@ class Lab:
         for port in (ports.grpc, ports.admin):
             listener = socket.socket()
             await stack.enter_async_context(
-                Link(_bound(listener, port), partial(_dial, net, name, (HOST, port)), Way(), Way())
+                Link(_bound(listener, port), partial(net.dial, name, (HOST, port)), Way(), Way())
             )
 
     def _command(self, net: Network, name: str, ports: Mapping[str, RegionPorts]) -> Command:
@@ -362,13 +362,3 @@ def _bound(listener: socket.socket, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((HOST, port))
     return listener
-
-
-async def _dial(net: Network, machine: str, address: tuple[str, int]) -> socket.socket:
-    dialled = net.socket(machine)
-    try:
-        await asyncio.get_running_loop().sock_connect(dialled, address)
-    except BaseException:
-        dialled.close()
-        raise
-    return dialled

@@ -334,8 +334,8 @@ def test_times_are_numbers_of_seconds_or_iso_8601_with_or_without_a_zone() -> No
         '"2026-01-01T01:00:00.25+01:00"',
         '"2026-01-01T00:00:00.25Z"',
     ):
-        at_us, _ = parse_line(f'{{"time": {written}, "domain": "shop", "descriptors": []}}'.encode())
-        assert at_us == expected
+        recorded = parse_line(f'{{"time": {written}, "domain": "shop", "descriptors": []}}'.encode())
+        assert recorded.at_us == expected
 
 
 def test_a_request_older_than_the_one_before_counts_at_its_time_and_is_told_of(command: Explain) -> None:
@@ -427,7 +427,10 @@ json_values = st.recursive(
 )
 
 
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("time", "domain", "descriptors", "hits"), json_values)))
+KEYS = ("time", "domain", "descriptors", "hits", "check", "bucket_id", "requests", "seconds")
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, json_values)))
 def test_any_json_is_a_request_or_a_bad_line(item: dict[str, object]) -> None:
     with contextlib.suppress(BadLine):
         parse_line(json.dumps(item).encode())
@@ -496,6 +499,39 @@ def test_why_a_request_over_ext_authz_is_not_limited(
     file = check_request(explained, domain, headers)
     assert explained.text("--check", file) == f"{why}\n"
     assert explained.json("--check", file) == {"unlimited": why}
+
+
+def test_a_trace_may_have_requests_over_ext_authz_and_reports_of_quotas(tmp_path: Path) -> None:
+    explained = Explain(tmp_path)
+    explained.rules.write_text(RULES + EXT_AUTHZ)
+    mapped = json.loads(Path(check_request(explained, "shop", {"x-user-id": "eve"}, "/")).read_text())
+    unmapped = {"attributes": {"request": {"http": {"path": "/"}}, "contextExtensions": {"domain": "other"}}}
+    trace = explained.trace(
+        {"time": 100, "domain": "shop", "bucket_id": {"user": "eve"}, "requests": 1, "seconds": 10},
+        *({"time": 100 + number, "check": mapped} for number in range(3)),
+        {"time": 104, "check": unmapped},
+        {"time": 110, "domain": "shop", "bucket_id": {"user": "eve"}, "requests": 4},
+    )
+    replayed = explained.json("--trace", trace)
+    # Two an hour are eve's; one that no mapping is for passes.
+    assert (replayed["requests"]["asked"], replayed["requests"]["denied"]) == (9, 6)
+    assert replayed["late_requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ({"time": 0, "check": {"attribute": 1}}, "no CheckRequest"),
+        ({"time": 0, "check": {}, "domain": "shop"}, "unknown key 'domain'; known are time, check"),
+        ({"time": 0, "domain": "shop", "bucket_id": {"user": "eve"}}, "requests is no whole number"),
+        ({"time": 0, "domain": "shop", "bucket_id": {"user": 1}, "requests": 1}, "bucket_id is no object of texts"),
+        ({"time": 0, "domain": "shop", "bucket_id": {}, "requests": 1, "seconds": 1.5}, "seconds is no whole number"),
+    ],
+)
+def test_a_line_of_another_kind_that_is_none_is_told(command: Explain, line: dict[str, object], why: str) -> None:
+    result = command.run("--trace", command.trace(line))
+    assert result.exit_code == 2
+    assert why in result.stderr
 
 
 def test_what_is_no_check_request_is_told(tmp_path: Path) -> None:

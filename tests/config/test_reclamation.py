@@ -14,7 +14,7 @@ from config.builders import rules, write
 from ratelimit_sidecar.config import document, rules_file
 from ratelimit_sidecar.config.document import parse
 from ratelimit_sidecar.config.errors import ConfigError
-from ratelimit_sidecar.config.reclamation import let_go, pieces_of_data, pieces_of_rules
+from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data, pieces_of_rules
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.yaml_data import YamlMap
 from ratelimit_sidecar.limiter.rules import RuleNode
@@ -73,7 +73,7 @@ def pieces_of_resource(_: Path) -> list[object]:
 @pytest.mark.parametrize("make", [pieces_of_file, pieces_of_tree, pieces_of_tree_by_key, pieces_of_resource])
 def test_no_step_frees_more_than_one_piece(make: Callable[[Path], list[object]], tmp_path: Path) -> None:
     pieces = Watched(make(tmp_path))
-    let_go(pieces)
+    free_in_pieces(pieces)
     assert not pieces
     assert sum(pieces.freed) > 3 * RULES
     assert max(pieces.freed) < AT_ONCE
@@ -87,11 +87,11 @@ def test_a_file_that_was_read_is_given_back_in_such_steps(
 
     def watched(pieces: list[object]) -> None:
         steps = Watched(pieces)
-        let_go(steps)
+        free_in_pieces(steps)
         freed.extend(steps.freed)
 
     for module in (document, rules_file):
-        monkeypatch.setattr(module, "let_go", watched)
+        monkeypatch.setattr(module, "free_in_pieces", watched)
     file = write(tmp_path / "a.yaml", text)
     with suppress(ConfigError):
         rules(file)
@@ -101,7 +101,7 @@ def test_a_file_that_was_read_is_given_back_in_such_steps(
 
 def test_what_somebody_else_refers_to_stays_as_it_is() -> None:
     data = parse(wide().encode(), "a.yaml").data
-    let_go(pieces_of_data([data]))
+    free_in_pieces(pieces_of_data([data]))
     assert data == parse(wide().encode(), "a.yaml").data
 
 

@@ -328,6 +328,78 @@ def test_a_rules_path_that_does_not_exist_is_told_where_it_is_written(tmp_path: 
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{}", "persistence: found neither file nor url, expected one of the two; keep one of them"),
+        (
+            "{file: s, url: 'redis://r'}",
+            "persistence: found both file and url, expected one of the two; keep one of them",
+        ),
+        (
+            "{file: s, cluster: true}",
+            "persistence.cluster: found cluster beside file, expected it beside url; remove it",
+        ),
+        (
+            "{url: 'redis://a,b'}",
+            "persistence.url: found several hosts, expected one; name the Sentinels' master in sentinel, or say"
+            " cluster: true",
+        ),
+        (
+            "{url: 'redis://a,b', cluster: true, sentinel: m}",
+            "persistence.cluster: found true beside sentinel, expected one of the two; remove one",
+        ),
+        (
+            "{url: 'redis://a', password_file: f, password_variable: V}",
+            "persistence.password_file: found password_file beside password_variable, expected one of the two;"
+            " remove one",
+        ),
+        (
+            "{url: 'redis://a', tls: {}}",
+            "persistence.tls: found files beside a url without TLS, expected a rediss:// url; change one of them",
+        ),
+    ],
+)
+def test_keys_of_persistence_that_do_not_go_together_are_told_of(tmp_path: Path, text: str, line: str) -> None:
+    [found] = sidecar_errors(tmp_path, f"persistence: {text}")
+    assert found.partition(": ")[2] == line
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://r", "redis://r:6379/3", "rediss://ada:secret@r", "redis://[::1]:6379", "redis://a:1,b:2,[::1]:3/0"),
+        *("unix:///run/redis.sock", "unix://ada@/run/redis.sock?db=2"),
+    ],
+)
+def test_urls_of_redis(tmp_path: Path, url: str) -> None:
+    cluster = "," in url
+    assert sidecar(tmp_path, f"persistence: {{url: '{url}', cluster: {str(cluster).lower()}}}").persistence is not None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "r:6379",
+            "http://r",
+            "redis://",
+            "redis://r:port",
+            "redis://r:0",
+            "redis://a,",
+            "redis://r/a",
+            "redis://r?db=1",
+        ),
+        *("unix://run/redis.sock", "unix://", "unix:///s?db=x", "unix:///s?x=1"),
+    ],
+)
+def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
+    [found] = sidecar_errors(tmp_path, f"persistence: {{url: '{url}'}}")
+    assert (
+        "expected redis://host:port/db, rediss:// with TLS, several hosts after commas, or unix:///path?db=0" in found
+    )
+
+
 def test_rules_come_from_files_or_over_xds(tmp_path: Path) -> None:
     write(tmp_path / "good.yaml", "domain: d")
     assert sidecar_errors(tmp_path, "xds: {}\nrules: [good.yaml]") == [

@@ -28,7 +28,7 @@ async def test_the_root_lists_the_endpoints_and_each_of_them_answers() -> None:
     body = (await console.get("/")).json()
     assert (body["node"], body["region"], body["version"]) == ("us-1", "us-east-1", __version__)
     readable = {"/metrics", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"}
-    assert set(body["endpoints"]) == {*readable, "/json", "/refund"}
+    assert set(body["endpoints"]) == {*readable, "/json", "/refund", "/log-level"}
     for path in readable:
         assert (await console.get(path)).status_code == 200, path
 
@@ -283,11 +283,11 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
     )
     console.app = create_app(sources)
     with capture_logs() as logs:
-        response = await console.get("/peers")
+        response = await console.get("/peers", b3="463ac35c9f6413ad-a2fb4a1d1a96d312-0")
     assert response.status_code == 500
     assert "secret" not in response.text
-    assert [(log["event"], log["path"], log["exc_info"]) for log in logs] == [
-        ("console_request_failed", "/peers", True)
+    assert [(log["event"], log["path"], log["trace_id"], log["exc_info"]) for log in logs] == [
+        ("console_request_failed", "/peers", "0" * 16 + "463ac35c9f6413ad", True)
     ]
 
 

@@ -94,7 +94,7 @@ async def test_why_the_newest_rules_are_not_in_force_is_shown_on_rlconfig_and_on
         "degraded": [],
         "rules": {
             "source": "files rules",
-            "trouble": "",
+            "degraded_reason": "",
             "in_force": 4,
             "version": "",
             "loaded_at": "2026-11-18T11:06:40Z",
@@ -126,7 +126,7 @@ async def test_of_very_many_problems_the_first_are_shown_and_all_are_counted() -
 
 def test_a_source_that_has_given_nothing_yet_says_so_and_why() -> None:
     reloader = Reloader(lambda _: None, lambda: NOW_US, "xDS server localhost:18000", None)
-    reloader.trouble = "UNAVAILABLE: connection refused"
+    reloader.degraded_reason = "UNAVAILABLE: connection refused"
     description = describe_rules(reloader)
     assert (description["loaded_at"], description["in_force"]) == (None, 0)
     assert dump_rules(Rules(), description).splitlines() == [

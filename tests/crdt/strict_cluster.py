@@ -62,6 +62,8 @@ class StrictCluster:
     """A broken rule: some answers come twice."""
     starts_full: bool = False
     """A broken rule: a restarted replica has a full home."""
+    keeps_twice: bool = False
+    """A broken rule: what was kept at a stop is used by two lives."""
     is_fixed_delay: bool = True
     now_us: int = START_US
     admitted: dict[str, int] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class StrictCluster:
         self._deficit, self._deficit_us = 0, self.now_us
         self._limits = [self.limit]
         self._ends = 0
+        self._kept: dict[str, int] = {}
         self._arrived: dict[int, int] = {}
         for node in self.nodes:
             self.start(node, full=True)
@@ -121,6 +124,8 @@ class StrictCluster:
             home=shares.home_of_key(KEY, limit.capacity, now_us),
             from_us=0 if full or self.starts_full else now_us,
         )
+        if node in self._kept:
+            bucket.put_back(self._kept[node] if self.keeps_twice else self._kept.pop(node))
         replica.paying = Paying(bucket, node)
         for other in list(self.replicas.values()):
             if other.paying is not None:
@@ -128,6 +133,12 @@ class StrictCluster:
         for other in self.replicas.values():
             if other is not replica:
                 self.connect(node, other.node)
+
+    def stop(self, node: str) -> None:
+        """Cleanly: what its purse has is kept for its next life."""
+        bucket = self.replicas[node].bucket
+        self._kept[node] = bucket.level // bucket.limit.period_us
+        self.crash(node)
 
     def crash(self, node: str) -> None:
         """Its peers notice later."""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import (
     MAX_WHOLE_CAPACITY,
@@ -79,7 +80,8 @@ def run_faults(seed: int, **broken: object) -> StrictCluster:
         elif draw < 0.93:
             cluster.cut ^= {frozenset(random.choice(pairs_of(names)))}
         elif one in cluster.replicas:
-            cluster.crash(one)
+            end_life = random.choice([cluster.crash, cluster.stop])
+            end_life(one)
         if one not in cluster.replicas:
             cluster.start(one)
         cluster.run(random.choice([0, 1_000, 20_000, 150_000, SECOND_US]))
@@ -125,13 +127,55 @@ class FreePayment(StrictBucket):
         {"bucket_type": FreePayment},
         {"pays_twice": True},
         {"starts_full": True},
+        {"keeps_twice": True},
     ],
-    ids=["no room reserved", "not deducted", "paid twice", "full after a restart"],
+    ids=["no room reserved", "not deducted", "paid twice", "full after a restart", "kept purse used twice"],
 )
 @pytest.mark.interpreted
 def test_each_broken_rule_is_found(broken: dict[str, object]) -> None:
     with pytest.raises(AssertionError):
         deque((run_faults(seed, **broken) for seed in range(150)), maxlen=0)
+
+
+def test_what_a_purse_had_at_a_clean_stop_it_has_again() -> None:
+    bucket = half()
+    assert bucket.take(20, NOW_US)
+    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=PARTS // 2, from_us=NOW_US)
+    again.put_back(bucket.level // bucket.limit.period_us)
+    assert again.remaining == 30
+
+
+def test_what_is_owed_at_a_clean_stop_is_owed_again() -> None:
+    bucket = half()
+    bucket.take(70, NOW_US, always=True)
+    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=PARTS // 2, from_us=NOW_US)
+    again.put_back(bucket.level // bucket.limit.period_us)
+    assert again.debt == 20
+
+
+def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> None:
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", NOW_US)
+    ledger = Ledger(shares, Origin("a", 2), lambda _key: PER_SECOND_100)
+    ledger.put_back({b"k": 30 << 32, b"other": 7})
+    bucket = ledger.bucket(b"k", PER_SECOND_100, NOW_US)
+    assert bucket.remaining == 0
+    assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
+    shares.hear("b", Shown(1, {"a": 1, "b": 1}), NOW_US)
+    ledger.tick({}, NOW_US + 1, 1, 99)
+    for _ in range(2):
+        assert ledger.bucket(b"k", PER_SECOND_100, NOW_US + 1).remaining == 30
+    assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
+
+
+def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
+    limits = {b"k": PER_SECOND_100}
+    ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", NOW_US), Origin("a", 2), limits.get)
+    ledger.put_back({b"gone": 1 << 32, b"k": 30 << 32})
+    ledger.sweep(NOW_US, 10)
+    assert [bucket.remaining for bucket in ledger.walk()] == [30]
+    assert dict(ledger.keep()) == {b"k": 30 << 32}
+    ledger.sweep(NOW_US + SECOND_US, 10)
+    assert dict(ledger.keep()) == {}
 
 
 def answer_after_its_end_has_closed(**broken: object) -> None:
@@ -348,7 +392,7 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     bucket = half()
     assert not bucket.take(75, OLD_LOAN_US, always=True)
     assert (bucket.debt, bucket.remaining) == (25, 0)
-    assert bucket.fits_in_us(1) == 520_000
+    assert bucket.retry_after_us(1) == 520_000
 
 
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:

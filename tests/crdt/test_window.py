@@ -230,7 +230,7 @@ def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_howeve
         return time.thread_time() - began
 
     def to_tell() -> float:
-        return seconds(lambda: bucket.fits_in_us(1))
+        return seconds(lambda: bucket.retry_after_us(1))
 
     def to_list_what_each_took() -> float:
         return seconds(lambda: list(bucket.entries()))

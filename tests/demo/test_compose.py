@@ -7,17 +7,21 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 from ratelimit_sidecar.demo.bootstrap import REGIONS
 from ratelimit_sidecar.demo.wan import Line
 
 ROOT = Path(__file__).parents[2]
 OPENCLAW = ROOT / "examples/openclaw"
+IN_VALKEY = "us-east-1"
+"""The region that keeps its state in Valkey."""
 
 Service = dict[str, Any]
 
@@ -25,6 +29,14 @@ Service = dict[str, Any]
 def services() -> dict[str, Service]:
     compose: dict[str, dict[str, Service]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     return compose["services"]
+
+
+def config_of(region: str) -> SidecarConfig:
+    sidecar = services()[f"sidecar-{region}"]
+    [file] = [
+        volume.split(":")[0] for volume in sidecar["volumes"] if ":/etc/ratelimit-sidecar/sidecar.yaml:" in volume
+    ]
+    return load_sidecar_config(ROOT / file, sidecar["environment"])
 
 
 def run(*argv: str) -> None:
@@ -59,6 +71,7 @@ def test_there_is_an_envoy_and_a_sidecar_in_each_region() -> None:
         *(f"envoy-{region}" for region in REGIONS),
         *(f"sidecar-{region}" for region in REGIONS),
         "wan",
+        "valkey",
         "rating-api",
         "otel-collector",
         "prometheus",
@@ -74,14 +87,30 @@ def test_every_mounted_file_is_there_and_mounted_read_only() -> None:
                 assert mode == "ro"
 
 
-def test_the_file_of_buckets_is_on_a_volume_of_each_sidecar_s_own() -> None:
-    config = load_sidecar_config(OPENCLAW / "sidecar.yaml", {})
-    assert config.persistence is not None
+def test_the_buckets_of_each_region_are_on_a_volume_of_its_own() -> None:
+    kept_in = {region: config_of(region).persistence for region in REGIONS}
+    url = kept_in[IN_VALKEY].url
+    assert url is not None
+    assert urlsplit(url).hostname == "valkey"
+    assert set(services()["valkey"]["networks"]) <= set(services()[f"sidecar-{IN_VALKEY}"]["networks"])
 
-    volumes = [services()[f"sidecar-{region}"]["volumes"][-1].split(":") for region in REGIONS]
+    owners = {
+        region: services()["valkey" if region == IN_VALKEY else f"sidecar-{region}"]["volumes"][-1].split(":")
+        for region in REGIONS
+    }
 
-    assert {folder for _, folder in volumes} == {str(config.persistence.file.parent)}
-    assert len({name for name, _ in volumes}) == len(REGIONS)
+    assert {region: folder for region, (_, folder) in owners.items() if region != IN_VALKEY} == {
+        region: str(kept.file.parent) for region, kept in kept_in.items() if kept.file is not None
+    }
+    assert owners[IN_VALKEY][1] in services()["valkey"]["command"]
+    assert len({name for name, _ in owners.values()}) == len(REGIONS)
+
+
+def test_the_sidecars_differ_in_where_their_state_is_alone() -> None:
+    one, other = (yaml.safe_load((OPENCLAW / name).read_text()) for name in ("sidecar.yaml", "sidecar-valkey.yaml"))
+
+    assert one.pop("persistence") != other.pop("persistence")
+    assert one == other
 
 
 def test_every_container_is_read_only_and_without_capabilities() -> None:
@@ -118,9 +147,9 @@ def test_a_region_meets_others_only_over_the_lines_between_them() -> None:
     assert wan["networks"] == list(REGIONS)
     for region in REGIONS:
         sidecar = services()[f"sidecar-{region}"]
-        config = load_sidecar_config(OPENCLAW / "sidecar.yaml", sidecar["environment"])
+        config = config_of(region)
         assert config.node.region == region
-        assert set(sidecar["networks"]) == {region, "shared"}
+        assert set(sidecar["networks"]) - {"state-us-east-1"} == {region, "shared"}
         lines = [Line.parse(text) for text in wan["command"]]
         assert [f"wan:{line.port}" for line in lines] == list(config.sync.peers)
         assert [line.host for line in lines] == [f"sidecar-{name}" for name in REGIONS]

@@ -1,13 +1,14 @@
 """Prometheus, Alertmanager and sidecars together, all real: what the dashboards ask for is there, and faults are told.
 
-Four sidecars in three regions. One has the wrong time from the start. Then another is stopped, the rules of a third are
-broken, and a bucket is used up.
+Four sidecars in three regions. One has the wrong time from the start. Then a bucket is used up, the line between two
+is cut and led back, the rules of one are broken, and another is stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from e2e.sidecars import ask, sidecar_command
 from e2e.test_wrong_clock import with_clock_of
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
+from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.observe import Addresses, prometheus_command
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
+from ratelimit_sidecar.demo.wan import Line
 from ratelimit_sidecar.replication.dialler import METHOD
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
@@ -46,6 +49,7 @@ WITHIN_S = 180.0
 REGIONS = {"us-1": "us-east-1", "eu-1": "eu-west-2", "eu-2": "eu-west-2", "ap-1": "ap-southeast-1"}
 WRONG_CLOCK = "ap-1"
 STOPPED = "eu-2"
+CUT = ("us-1", "eu-1")
 BROKEN_RULES = "us-1"
 
 RULES = """
@@ -74,7 +78,8 @@ class Site:
     prometheus: httpx.AsyncClient
     sidecars: dict[str, Child]
     stubs: dict[str, RateLimitServiceStub]
-    folder: Path
+    line: Way
+    """Between the two of `CUT`, both ways."""
 
     async def ask(self, node: str, key: str, value: str, hits: int = 1) -> None:
         with suppress(grpc.aio.AioRpcError):
@@ -110,7 +115,11 @@ class Site:
         await self.channels.wait(are_there, WITHIN_S)
 
 
-def sidecars(folder: Path, ports: dict[str, RegionPorts]) -> list[Command]:
+def sidecars(folder: Path, ports: dict[str, RegionPorts], over: dict[tuple[str, str], int]) -> list[Command]:
+    """
+    Args:
+        over: the port at which the first dials the second, where that is not its own.
+    """
     made = []
     for node, region in REGIONS.items():
         rules = folder / f"rules-{node}"
@@ -119,7 +128,10 @@ def sidecars(folder: Path, ports: dict[str, RegionPorts]) -> list[Command]:
         config = {
             "node": {"id": node, "region": region},
             "rules": [str(rules)],
-            "sync": {"peers": [f"{HOST}:{of.sync}" for of in ports.values()], "members": dict.fromkeys(REGIONS, 1)},
+            "sync": {
+                "peers": [f"{HOST}:{over.get((node, peer), of.sync)}" for peer, of in ports.items()],
+                "members": dict.fromkeys(REGIONS, 1),
+            },
             "persistence": {"file": str(folder / f"state-{node}"), "every_seconds": 1},
         }
         of_node = sidecar_command(folder, ports[node], config, name=node, ready_path="/healthz")
@@ -136,7 +148,14 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         channels = await stack.enter_async_context(serving())
         alerting = await stack.enter_async_context(alertmanager(folder, configured(folder, channels)))
         children = await stack.enter_async_context(Children(folder))
-        started = {command.name: await children.start(command) for command in sidecars(folder, ports)}
+        line = Way()
+        over = {}
+        for dials, is_dialled in (CUT, CUT[::-1]):
+            listener = socket.create_server((HOST, 0))
+            over[dials, is_dialled] = listener.getsockname()[1]
+            to = Line(0, HOST, ports[is_dialled].sync)
+            await stack.enter_async_context(Link(listener, to.dial, line, line))
+        started = {command.name: await children.start(command) for command in sidecars(folder, ports, over)}
         targets = {f"{HOST}:{ports[node].admin}": region for node, region in REGIONS.items()}
         at = Addresses(f"{HOST}:{found.upstream}", f"{alerting.base_url.host}:{alerting.base_url.port}")
         await children.start(prometheus_command(folder, DEPLOYED, at, targets))
@@ -154,7 +173,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         with suppress(grpc.aio.AioRpcError):
             async for _ in call:
                 pass
-        yield Site(channels, prometheus, started, stubs, folder)
+        yield Site(channels, prometheus, started, stubs, line)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -183,6 +202,16 @@ async def test_every_panel_has_data_and_five_faults_are_told_where_they_should_b
 
         await at.ask("us-1", "quota", "bob", hits=97)
         await at.told(("mail", "A bucket of shop.quota in shop is 97% used"))
+
+        cut = [
+            (channel, f"in {REGIONS[node]} has no stream with {peer}")
+            for node, peer in (CUT, CUT[::-1])
+            for channel in ("mail", f"#ratelimit-{REGIONS[node]}")
+        ]
+        at.line.stall()
+        await at.told(*cut)
+        at.line.resume()
+        await at.told(("#ratelimit-us-east-1", "RateLimitPeerDisconnected us-east-1"), resolved=True)
 
         broken = tmp_path / f"rules-{BROKEN_RULES}" / "shop.yaml"
         broken.write_text(RULES.replace("shadow_mode", "shade_mode"))

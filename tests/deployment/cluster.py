@@ -74,7 +74,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     kwok = tools.path("kwok")
     _write_key(folder / "accounts")
     (folder / "tokens.csv").write_text(f"{TOKEN},administrator,1,system:masters\n")
-    client, peer, port = _free_port(), _free_port(), _free_port()
+    client, peer, port = free_port(), free_port(), free_port()
     running = Cluster(_write_kubeconfig(folder, port), port, folder / "certificates/apiserver.crt")
     apiserver, manager, scheduler = map(str, programs)
     with ExitStack() as processes:
@@ -110,17 +110,17 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         start(
             manager,
             *common,
-            f"--secure-port={_free_port()}",
+            f"--secure-port={free_port()}",
             f"--service-account-private-key-file={folder}/accounts.key",
             f"--root-ca-file={running.authority}",
         )
-        start(scheduler, *common, f"--secure-port={_free_port()}")
+        start(scheduler, *common, f"--secure-port={free_port()}")
         stages = [f"--config={each}" for each in sorted(kwok.parent.glob("*.yaml"))]
         start(
             str(kwok),
             f"--kubeconfig={running.kubeconfig}",
             "--manage-all-nodes=true",
-            f"--server-address={HOST}:{_free_port()}",
+            f"--server-address={HOST}:{free_port()}",
             *stages,
         )
         running.kubectl(
@@ -129,6 +129,22 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         _wait_for(running, folder, "wait", "--for=condition=Ready", "node", "--all", "--timeout=60s")
         _wait_for(running, folder, "get", "serviceaccount", "default")
         yield running
+
+
+def crd(plural: str, kind: str, group: str) -> dict[str, Any]:
+    """Of objects that are taken as they are."""
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}],
+        },
+    }
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -207,7 +223,7 @@ def _write_key(stem: Path) -> None:
     stem.with_suffix(".pub").write_bytes(public)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

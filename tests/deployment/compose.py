@@ -30,6 +30,7 @@ from ratelimit_sidecar.demo.traffic import RegionTraffic, Traffic
 
 PROJECT: Final = "ratelimit-demo"
 RULES: Final = ROOT / "examples/openclaw/rules"
+KEPT: Final = "ratelimit_snapshots_total|ratelimit_redis_buckets_total"
 PROMETHEUS: Final = "http://127.0.0.1:9090"
 CUT_OFF: Final = "eu-west-2"
 
@@ -157,12 +158,12 @@ class Demo:
             raise Broken("what both sides admitted was not repaid")
 
     async def _is_observed(self) -> None:
-        """Prometheus sees all sidecars, and that they write their files; the collector has got traces."""
-        for query in ("up", 'ratelimit_snapshots_total{result="written"} > 0'):
+        """Prometheus sees all sidecars, and that they write their buckets; the collector has got traces."""
+        for query in ("up", f"{{__name__=~'{KEPT}',result='written'}} > 0"):
             await self._until(lambda asked=query: _samples(asked), len(REGIONS), f"Prometheus: {query}", SCRAPED_S)
         await self._until(self._traced, True, "the collector has spans", SCRAPED_S)
         self._say(
-            "Prometheus scrapes all sidecars; each has written its buckets to its volume; the collector gets traces"
+            "Prometheus scrapes all sidecars; each keeps its buckets in a file or in Valkey; the collector gets traces"
         )
 
     async def _traced(self) -> bool:

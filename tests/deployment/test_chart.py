@@ -121,6 +121,15 @@ def test_a_node_s_region_is_read_from_the_pod_where_kubernetes_copies_it_there()
     assert pod_of(rendered)["automountServiceAccountToken"] is False
 
 
+def test_the_container_is_told_where_it_runs_for_its_traces_and_its_own_variables_come_last() -> None:
+    own = {"name": "OTEL_RESOURCE_ATTRIBUTES", "value": "k8s.cluster.name=blue"}
+    *_, pod, namespace, node, last = container_of(render(values=values(env=[own])))["env"]
+
+    told = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in (pod, namespace, node)}
+    assert told == {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace", "NODE_NAME": "spec.nodeName"}
+    assert last == own
+
+
 def test_an_older_kubernetes_is_asked_for_it_by_an_init_container() -> None:
     rendered = render(values=values(region=""), kubernetes=OLD_KUBERNETES)
 

@@ -14,7 +14,7 @@ import yaml
 
 from deployment.cache import Unavailable
 from deployment.charts import CHART, FULLNAME, OLD_KUBERNETES, RELEASE, VALUES, helm, render
-from deployment.cluster import HOST, REGION, ZONES, Cluster, cluster
+from deployment.cluster import HOST, REGION, ZONES, Cluster, cluster, crd
 
 pytestmark = pytest.mark.deployment
 
@@ -45,7 +45,9 @@ def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         helm("version")
         with cluster(tmp_path_factory.mktemp("kubernetes")) as running:
-            running.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all(map(_crd, OPERATORS)))
+            running.kubectl(
+                "apply", "--filename=-", stdin=yaml.safe_dump_all(crd(plural, *of) for plural, of in OPERATORS.items())
+            )
             for plural, (_, group) in OPERATORS.items():
                 running.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{group}", "--timeout=60s")
             yield running
@@ -161,19 +163,3 @@ def test_the_init_container_learns_the_region_of_its_node(kubernetes: Cluster, n
         account = f"--as=system:serviceaccount:{namespace}:{FULLNAME}"
         with pytest.raises(AssertionError):
             kubernetes.kubectl("auth", "can-i", *forbidden.split(), account)
-
-
-def _crd(plural: str) -> dict[str, Any]:
-    kind, group = OPERATORS[plural]
-    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": "Namespaced",
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
-            "versions": [{"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}],
-        },
-    }

@@ -1,4 +1,4 @@
-"""Programs of Go that no registry has as binaries, each built once into the cache.
+"""Programs that no Python package has, each built or installed once into the cache; most are of Go.
 
 python -m deployment.tools [NAME ...] builds them and says which cannot be had, and why.
 """
@@ -112,8 +112,36 @@ def _kwok(into: Path) -> None:
                     (into / f"{stage.replace('/', '-')}-{each.name}").write_bytes(each.read_bytes())
 
 
+def _miniflare(into: Path) -> None:
+    """Cloudflare's runtime for workers, with what runs it."""
+    npm = ["npm", "install", "--prefix", str(into), "--no-audit", "--no-fund", "--ignore-scripts"]
+    _run([*npm, f"miniflare@{TOOLS['miniflare'].version}"], into)
+
+
+def _envoy_gateway(into: Path) -> None:
+    """With its charts: of itself, and of the kinds of objects that it reads."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        source = "github.com/envoyproxy/gateway"
+        _build(module, into, f"{source}/cmd/envoy-gateway@v{TOOLS['envoy-gateway'].version}")
+        folder = Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", source], module).strip())
+        shutil.copytree(folder / "charts", into / "charts", copy_function=shutil.copyfile)
+
+
+def _istio(into: Path) -> None:
+    """istiod, with its chart and the kinds of objects that it reads."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        _build(module, into, f"istio.io/istio/pilot/cmd/pilot-discovery@v{TOOLS['istio'].version}")
+        folder = (
+            Path(_run(["go", "list", "-m", "-f", "{{.Dir}}", "istio.io/istio"], module).strip()) / "manifests/charts"
+        )
+        shutil.copytree(folder / "istio-control/istio-discovery", into / "istiod", copy_function=shutil.copyfile)
+        shutil.copyfile(folder / "base/files/crd-all.gen.yaml", into / "crds.yaml")
+
+
 def _collector(into: Path) -> None:
-    """What deploy/otel-collector.yaml needs, and no more."""
+    """What deploy/otel/collector.yaml needs, and no more."""
     core = "go.opentelemetry.io/collector"
     parts = {
         "receivers": [f"{core}/receiver/otlpreceiver"],
@@ -141,11 +169,27 @@ def _collector(into: Path) -> None:
         shutil.copy2(folder / "out/otelcol", into / "otelcol")
 
 
+def _jaeger(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"github.com/jaegertracing/jaeger/cmd/jaeger@v{TOOLS['jaeger'].version}")
+
+
+def _actionlint(into: Path) -> None:
+    with tempfile.TemporaryDirectory() as module:
+        _build(Path(module), into, f"github.com/rhysd/actionlint/cmd/actionlint@v{TOOLS['actionlint'].version}")
+
+
 TOOLS: Final[Mapping[str, Tool]] = {
     "helm": Tool("4.3.1", _helm),
     "otelcol": Tool(OTELCOL, _collector),
+    "actionlint": Tool("1.7.12", _actionlint),
+    "jaeger": Tool("1.76.0", _jaeger),
     "kubernetes": Tool(KUBERNETES, _kubernetes),
+    "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
+    "envoy-gateway": Tool("1.9.1", _envoy_gateway),
+    # The newest one whose modules can be had by their versions alone.
+    "istio": Tool("0.0.0-20260827124520-eed52ebb66ad", _istio),
 }
 
 
@@ -170,7 +214,7 @@ def _run(command: list[str], folder: Path) -> str:
             command, cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=BUILD_S
         )
     except FileNotFoundError as error:
-        raise Unavailable("Go is not installed") from error
+        raise Unavailable(f"{'Node.js' if command[0] == 'npm' else 'Go'} is not installed") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no output"]
         raise Unavailable(f"{' '.join(command[:3])}: {lines[-1].strip()}") from error

@@ -42,7 +42,8 @@ async def running(
         changed_sidecar: the same of sidecar.yaml.
 
     Yields:
-        A client of each Envoy by its name, and with a sidecar one of its console as "console".
+        A client of each Envoy by its name, of the upstream as "upstream", and with a sidecar of its console as
+        "console" and its gRPC port as "grpc".
     """
     ports = free_ports(len(envoys) + 1)
     own, *of_envoys = ports.regions
@@ -57,7 +58,7 @@ async def running(
             text = _changed(text, changed_sidecar)
             text = text.replace("listen: {", f'listen: {{admin: "{HOST}:8080", ')
             text = text.replace("listen:\n", f"listen:\n  admin: {HOST}:8080\n")
-            config = _written(folder, "sidecar", _with_ports(text, shared))
+            config = _written(folder, "sidecar", with_ports(text, shared))
             argv = [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", config]
             starting.append(Command("sidecar", argv, f"http://{HOST}:{own.admin}/readyz"))
         for name, of_envoy in zip(envoys, of_envoys, strict=True):
@@ -65,14 +66,15 @@ async def running(
             # Beside other tests a sidecar may take longer than an example lets it.
             text = text.replace("timeout: 0.1s", "timeout: 30s")
             config = _written(
-                folder, name, _with_ports(text, {**shared, 10_000: of_envoy.envoy, 9_901: of_envoy.envoy_admin})
+                folder, name, with_ports(text, {**shared, 10_000: of_envoy.envoy, 9_901: of_envoy.envoy_admin})
             )
             argv = [find_envoy(), "-c", config, "--concurrency", "1", "--disable-hot-restart"]
             starting.append(Command(name, argv, f"http://{HOST}:{of_envoy.envoy_admin}/ready"))
         await asyncio.gather(*[children.start(command) for command in starting])
         addresses = {name: of.envoy for name, of in zip(envoys, of_envoys, strict=True)}
+        addresses["upstream"] = ports.upstream
         if with_sidecar:
-            addresses["console"] = own.admin
+            addresses |= {"console": own.admin, "grpc": own.grpc}
         yield {
             name: await clients.enter_async_context(
                 httpx.AsyncClient(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=60)
@@ -96,7 +98,7 @@ def _changed(text: str, changed: Mapping[str, str]) -> str:
     return text
 
 
-def _with_ports(text: str, ports: Mapping[int, int]) -> str:
+def with_ports(text: str, ports: Mapping[int, int]) -> str:
     for port, free in ports.items():
         text = text.replace(f"port_value: {port}}}", f"port_value: {free}}}").replace(
             f"{HOST}:{port}", f"{HOST}:{free}"

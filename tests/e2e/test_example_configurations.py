@@ -38,8 +38,10 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
         "filters/envoy-ratelimit.yaml",
         "filters/envoy-ext-authz.yaml",
         "filters/envoy-ext-authz-http.yaml",
-        "filters/istio-ratelimit.yaml",
+        "../deploy/istio/workload.yaml",
+        "../deploy/istio/gateway.yaml",
         "llm-tokens/envoy.yaml",
+        "llm-tokens/envoy-holding.yaml",
     ],
 )
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:

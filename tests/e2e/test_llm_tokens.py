@@ -21,11 +21,25 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 @dataclass(frozen=True, slots=True)
 class Proxy:
     client: httpx.AsyncClient
+    holding: httpx.AsyncClient
+    """To the Envoy that holds 500 tokens for each request."""
     console: httpx.AsyncClient
 
     async def complete(self, team: str, prompt: str, max_tokens: int, *, stream: bool = False) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "stream": stream}
         return await self.client.post("/v1/chat/completions", headers={"x-team": team}, json=body)
+
+    async def hold(self, team: str, max_tokens: int, *, stream: bool = False) -> httpx.Response:
+        """Ask where tokens are held first."""
+        return await Proxy(self.holding, self.holding, self.console).complete(
+            team, "one two three", max_tokens, stream=stream
+        )
+
+    async def until_settled(self, tokens: int) -> None:
+        """Wait until exactly so many are taken."""
+        async with asyncio.timeout(60):
+            while await self.taken() != tokens:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.01)
 
     async def taken(self) -> int:
         """Tokens of all teams together."""
@@ -56,8 +70,9 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
     folder = tmp_path_factory.mktemp("llm")
     # So that nothing to speak of is refilled meanwhile.
     changed = {"unit: minute": "unit: year"}
-    async with running(folder, "llm-tokens", "llm-tokens/model.py", ["envoy"], changed_rules=changed) as clients:
-        yield Proxy(clients["envoy"], clients["console"])
+    envoys = ["envoy", "envoy-holding"]
+    async with running(folder, "llm-tokens", "llm-tokens/model.py", envoys, changed_rules=changed) as clients:
+        yield Proxy(clients["envoy"], clients["envoy-holding"], clients["console"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -84,6 +99,30 @@ async def test_a_response_that_says_nothing_costs_nothing(proxy: Proxy) -> None:
     assert await proxy.taken() == before + 10
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_held_is_given_back_once_the_response_says_what_was_used(proxy: Proxy, *, stream: bool) -> None:
+    before = await proxy.taken()
+    assert (await proxy.hold(f"holding {stream}", 297, stream=stream)).status_code == 200
+    await proxy.until_settled(before + 300)
+    # More than was held is debt of the 700 that are left.
+    assert (await proxy.hold(f"holding {stream}", 797, stream=stream)).status_code == 200
+    await proxy.until_settled(before + 1_100)
+    assert (await proxy.hold(f"holding {stream}", 1)).status_code == 429
+
+
+async def test_what_is_under_way_holds_its_tokens_and_who_cannot_hold_them_is_denied_and_charged_nothing(
+    proxy: Proxy,
+) -> None:
+    before = await proxy.taken()
+    for _ in range(2):
+        # Their responses say nothing, so what they hold stays charged.
+        assert (await proxy.holding.get("/v1/models", headers={"x-team": "zoe"})).status_code == 404
+    for _ in range(3):
+        assert (await proxy.hold("zoe", 1)).status_code == 429
+    assert (await proxy.hold("tom", 7)).status_code == 200
+    await proxy.until_settled(before + 1_010)
+
+
 async def test_what_is_used_in_one_region_counts_in_all(tmp_path: Path) -> None:
     addresses = [f"{HOST}:{region.sync}" for region in free_ports(3).regions]
     async with AsyncExitStack() as stack:
@@ -103,7 +142,7 @@ async def test_what_is_used_in_one_region_counts_in_all(tmp_path: Path) -> None:
                     changed_sidecar={"listen: {": sync},
                 )
             )
-            regions.append(Proxy(clients["envoy"], clients["console"]))
+            regions.append(Proxy(clients["envoy"], clients["envoy"], clients["console"]))
         for region in regions[:2]:
             assert (await region.complete("eve", "one two three", 597)).status_code == 200
         for region in regions:

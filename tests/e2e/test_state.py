@@ -14,8 +14,12 @@ import pytest
 from e2e.sidecars import sidecar_command, status
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
+from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.config.rules_schema import RuleDefaults
+from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.persistence.purses import holder_of, write_purses
 
 LIMIT = 1_000
 RULES = f"""
@@ -27,6 +31,13 @@ descriptors:
   - key: alone
     algorithm: fixed_window
     consistency: local
+    rate_limit: {{unit: month, requests_per_unit: {LIMIT}}}
+"""
+STRICT_RULES = f"""
+domain: shop
+descriptors:
+  - key: plan
+    consistency: strict
     rate_limit: {{unit: month, requests_per_unit: {LIMIT}}}
 """
 WITHIN_S = 60.0
@@ -86,6 +97,31 @@ async def test_one_that_is_killed_loses_what_came_after_its_last_snapshot_only(t
         await children.kill(child)
         await children.start(command)
         assert await remaining(own, "month") in {LIMIT - 40, LIMIT - 43}
+
+
+async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empty_after_a_kill(tmp_path: Path) -> None:
+    [own] = free_ports(1).regions
+    rules = tmp_path / "strict.yaml"
+    rules.write_text(STRICT_RULES)
+    config = {
+        "rules": [str(rules)],
+        "sync": {"members": {"node": 1}},
+        "persistence": {"file": str(tmp_path / "state")},
+    }
+    match = load_rules([rules], defaults=RuleDefaults(has_members=True)).match("shop", [("plan", "ada")])
+    assert match is not None
+    kept, holder = tmp_path / "state.purses", holder_of("node", Membership(1, {"node": 1}))
+    write_purses(kept, holder, [(match.bucket_key, 500 << 32)])
+    async with Children(tmp_path) as children:
+        child = await children.start(sidecar_command(tmp_path, own, config, name="node"))
+        assert await remaining(own, "plan", 10) == 490
+        assert not kept.exists()
+        await children.stop(child)
+        child = await children.start(child.command)
+        assert await remaining(own, "plan", 10) == 480
+        await children.kill(child)
+        await children.start(child.command)
+        assert await remaining(own, "plan") == 0
 
 
 async def test_a_second_sidecar_on_the_same_file_does_not_start(tmp_path: Path) -> None:

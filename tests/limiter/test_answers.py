@@ -130,7 +130,7 @@ def test_hits_of_charge_always_count_into_debt() -> None:
     [bucket] = limiter.store
     assert bucket.debt == 20
     assert limiter.counts["api", "api.tokens"].tokens == 30
-    assert bucket.fits_in_us(1) == 126_000_000
+    assert bucket.retry_after_us(1) == 126_000_000
     assert decide(limiter, make_request({"tokens": "t"}), NOW_US + 126_000_000).overall_code == OK
 
 
@@ -404,9 +404,9 @@ def test_old_rules_and_what_was_made_of_them_are_handed_over_as_they_are() -> No
         decide(limiter, make_request({"a": value}, {"b": value}))
     retired = limiter.use_rules(rules_of(rule("c")))
     assert retired.rules is old
-    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+    assert (len(retired.plans), len(retired.compiled)) == (3, 2)
     decide(limiter, make_request({"c": "1"}))
-    assert (len(retired.plans), len(retired.terms)) == (3, 2)
+    assert (len(retired.plans), len(retired.compiled)) == (3, 2)
 
 
 def test_new_rules_hold_for_what_peers_say_too() -> None:

@@ -96,15 +96,6 @@ def with_field(request: bytes, *path_and_value: int) -> bytes:
     return parsed.SerializeToString()
 
 
-def test_hits_that_are_to_be_given_back_are_not_charged() -> None:
-    limiter = make_limiter(RULES)
-    decide(limiter, make_request({"agent": "a"}, hits=7))
-    for hits in (0, 5):
-        back = with_field(make_request({"agent": "a"}, hits=hits), 4, 1)
-        [status] = decide(limiter, back).statuses
-        assert (status.code, status.limit_remaining) == (OK, 13)
-
-
 @pytest.mark.parametrize(
     ("unit", "multiplier", "answered"),
     [("HOUR", 24, "DAY"), ("SECOND", 60, "MINUTE"), ("HOUR", 1, "HOUR"), ("HOUR", 0, "HOUR")],

@@ -430,7 +430,7 @@ def told(actions: list[Action]) -> list[Assignment | None]:
 def test_a_bucket_that_no_rule_limits_is_let_through_and_counted() -> None:
     server = Server()
     assert told(server.report(server.connect(), usage(key="colour"))) == [ALLOW_ALL]
-    assert server.quotas.counts.troubles["no_rule"] == 1
+    assert server.quotas.counts.errors["no_rule"] == 1
 
 
 @pytest.mark.parametrize("elapsed_s", [-1, -(2**62), 2**62, 0])
@@ -439,7 +439,7 @@ def test_the_time_of_a_first_report_does_not_matter_much(elapsed_s: int) -> None
     (assignment,) = told(server.report(server.connect(), usage(elapsed_s=elapsed_s)))
     assert assignment is not None
     assert assignment.rate == 300 * TOKEN
-    assert server.quotas.counts.troubles["bad_time"] == (elapsed_s < 0)
+    assert server.quotas.counts.errors["bad_time"] == (elapsed_s < 0)
 
 
 def test_counts_without_bounds_are_cut() -> None:
@@ -464,7 +464,7 @@ def test_two_reports_of_one_bucket_in_a_message_are_added() -> None:
 def test_a_bucket_of_no_pairs_or_too_many_is_passed_over_and_counted(pairs: Pairs) -> None:
     server = Server()
     assert not server.report(server.connect(), Usage(b"", pairs, 1, 0, 0))
-    assert server.quotas.counts.troubles["bad_id"] == 1
+    assert server.quotas.counts.errors["bad_id"] == 1
 
 
 def test_streams_are_bounded() -> None:
@@ -485,7 +485,7 @@ def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkey
     # One may have as many as are free.
     assert len(actions) == server.quotas.holds == 5
     assert server.report(other, usage())
-    assert server.quotas.counts.troubles["no_room"] == 15
+    assert server.quotas.counts.errors["no_room"] == 15
     server.world.run(6)
     assert (
         sum(sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store) == 61

@@ -39,7 +39,7 @@ async def test_what_was_saved_is_there_again(tmp_path: Path) -> None:
     loaded = snapshots_of(file, after)
     await loaded.load()
     assert sorted(bucket.remaining for bucket in after) == [97, 97]
-    assert (loaded.status.restored_buckets, loaded.status.last_us, loaded.status.trouble) == (2, NOW_US, "")
+    assert (loaded.status.restored_buckets, loaded.status.last_us, loaded.status.degraded_reason) == (2, NOW_US, "")
 
 
 async def test_without_a_file_the_start_goes_on(tmp_path: Path) -> None:
@@ -103,10 +103,10 @@ async def test_a_disk_that_is_full_leaves_the_old_snapshot_and_is_told_of_until_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == whole
-    assert (snapshots.status.failed, snapshots.status.trouble) == (1, "File too large")
+    assert (snapshots.status.failed, snapshots.status.degraded_reason) == (1, "File too large")
     assert files_in(tmp_path) == [("state", len(whole), 0o600)]
     await snapshots.save()
-    assert snapshots.status.trouble == ""
+    assert snapshots.status.degraded_reason == ""
     assert snapshots.status.buckets == 2_001
 
 

@@ -341,11 +341,13 @@ async def test_a_fault_of_this_program_ends_one_stream_is_counted_and_the_peer_c
     faulty = FaultyStore(local.origin, store_of(local).limit_of_key)
     async with sidecar("a", store=faulty) as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
         await a.connected_to("b")
+        why = "the peer closed the stream: internal: the node's log says more"
+        # On a machine that stands still another stream may end before, or after, for its silence.
+        told = asyncio.create_task(b.until(lambda: b.mesh.status()[0].last_error == why))
         b.take("ann", 7)
         await a.knows("ann", 7)
-        assert a.mesh.protocol_errors == {"internal": 1}
-        await b.until(lambda: b.mesh.status()[0].last_error != "")
-        assert b.mesh.status()[0].last_error == "the peer closed the stream: internal: the node's log says more"
+        await told
+        assert a.mesh.protocol_errors["internal"] == 1
 
 
 async def test_a_draining_node_first_tells_what_it_has_taken_and_then_says_goodbye() -> None:

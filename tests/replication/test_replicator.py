@@ -402,11 +402,13 @@ def applying_a_traced_batch(tracer: Tracer) -> tuple[Stream, Iterator[None]]:
 
 def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() -> None:
     tracer = Tracer()
-    _, applying = applying_a_traced_batch(tracer)
+    other, applying = applying_a_traced_batch(tracer)
     [(peer_node, context, span)] = tracer.applying
     assert (peer_node, context, span.has_ended) == ("a", b"its trace", False)
+    assert other.batch_trace == {"trace_id": b"its trace".hex()}
     done(applying)
     assert span.has_ended
+    assert other.batch_trace == {}
 
 
 def test_the_span_of_a_batch_that_is_being_applied_ends_with_the_stream() -> None:
@@ -414,6 +416,8 @@ def test_the_span_of_a_batch_that_is_being_applied_ends_with_the_stream() -> Non
     other, _ = applying_a_traced_batch(tracer)
     other.lost("cut", NOW_US)
     assert [span.has_ended for _, _, span in tracer.applying] == [True]
+    # For the line that tells of the end.
+    assert other.batch_trace == {"trace_id": b"its trace".hex()}
 
 
 def test_a_trace_span_ends_with_the_stream_when_its_batch_is_lost() -> None:

@@ -321,7 +321,7 @@ async def test_without_events_files_are_looked_at_now_and_then(folder: Path, mon
             assert await recorder.next_load() == ["two"]
             (folder / "b.yaml").write_text("three")
             await recorder.until_loaded("three", "two")
-    assert "Too many open files" in recorder.reloader.trouble
+    assert "Too many open files" in recorder.reloader.degraded_reason
     assert [log["event"] for log in logs].count("rules_not_watched") == 1
 
 
@@ -351,7 +351,7 @@ async def test_a_watch_that_tells_of_nothing_only_delays_a_load(
     async with followed(folder, check_seconds=0.05) as (recorder, _):
         replace_file(folder / "a.yaml", "two")
         assert await recorder.next_load() == ["two"]
-        assert recorder.reloader.trouble == ""
+        assert recorder.reloader.degraded_reason == ""
 
 
 async def test_without_events_a_file_is_not_loaded_while_it_is_being_written(

@@ -195,16 +195,16 @@ async def test_what_old_rules_leave_behind_is_given_back_one_by_one_and_not_by_t
     assert await reloader.load(lambda: rules_of("new")) is None
     assert (len(plans.emptied_by), len(terms.emptied_by)) == (2, 1)
     assert threading.current_thread() not in {*plans.emptied_by, *terms.emptied_by}
-    assert (retired.plans, retired.terms, retired.rules) == ({}, {}, None)
+    assert (retired.plans, retired.compiled, retired.rules) == ({}, {}, None)
 
 
 async def test_old_rules_are_taken_to_pieces_before_they_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
 
-    def let_go(pieces: list[object]) -> None:
+    def free_in_pieces(pieces: list[object]) -> None:
         names.extend(piece.name for piece in pieces if isinstance(piece, Rule))
 
-    monkeypatch.setattr(reloader_module, "let_go", let_go)
+    monkeypatch.setattr(reloader_module, "free_in_pieces", free_in_pieces)
     retired = Retired(rules_of("old", "older"), {}, {}, CountsByRule())
     await Reloader(lambda _: retired, lambda: NOW_US, "files", None).load(lambda: rules_of("new"))
     assert sorted(names) == ["old.user", "older.user"]
@@ -243,7 +243,7 @@ async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_whe
 ) -> None:
     monkeypatch.setattr(reloader_module, "PATIENCE_SECONDS", 0.01)
     recorder = Recorder()
-    recorder.reloader.trouble = "not watched"
+    recorder.reloader.degraded_reason = "not watched"
     answers = threading.Event()
 
     def read() -> Rules:
@@ -252,10 +252,10 @@ async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_whe
 
     loading = asyncio.create_task(recorder.reloader.load(read))
     async with asyncio.timeout(LOADED_WITHIN_S):
-        while recorder.reloader.trouble == "not watched":  # noqa: ASYNC110
+        while recorder.reloader.degraded_reason == "not watched":  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert recorder.reloader.trouble == "reading them has taken more than 0.01 s so far"
+    assert recorder.reloader.degraded_reason == "reading them has taken more than 0.01 s so far"
     answers.set()
     assert await recorder.next_load() == ["one"]
     await loading
-    assert recorder.reloader.trouble == "not watched"
+    assert recorder.reloader.degraded_reason == "not watched"

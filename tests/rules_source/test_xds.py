@@ -50,7 +50,7 @@ async def following(
 
 async def until_trouble(recorder: Recorder, text: str) -> None:
     async with asyncio.timeout(20):
-        while text not in recorder.reloader.trouble:  # noqa: ASYNC110 (nothing else tells of it)
+        while text not in recorder.reloader.degraded_reason:  # noqa: ASYNC110 (nothing else tells of it)
             await asyncio.sleep(0.01)
 
 
@@ -60,7 +60,7 @@ async def test_the_first_configuration_is_put_in_force_and_accepted() -> None:
     async with serving(server), following(server.address, headers={"x-tenant": "acme"}) as recorder:
         assert await recorder.next_load() == ["bank", "shop"]
         first, ack = await server.heard(), await server.heard()
-        assert recorder.reloader.trouble == ""
+        assert recorder.reloader.degraded_reason == ""
     assert (first.type_url, first.version_info, first.response_nonce) == (TYPE_URL, "", "")
     assert (first.node.id, dict(first.node.metadata), list(first.resource_names)) == ("sidecar-1", {"zone": "a"}, [])
     assert (first.node.user_agent_name, first.node.user_agent_version) == ("ratelimit-sidecar", __version__)
@@ -150,7 +150,7 @@ async def test_after_a_restart_the_server_is_asked_again_and_the_rules_stay_mean
             first, ack = await restarted.heard(), await restarted.heard()
             assert (first.node.id, first.version_info, first.response_nonce) == ("sidecar-1", "", "")
             assert (ack.version_info, ack.response_nonce) == ("1", "nonce 1")
-            assert recorder.reloader.trouble == ""
+            assert recorder.reloader.degraded_reason == ""
 
 
 async def test_a_server_that_is_down_at_the_start_is_dialled_until_it_is_there() -> None:
@@ -163,7 +163,7 @@ async def test_a_server_that_is_down_at_the_start_is_dialled_until_it_is_there()
             server.publish("1", config("shop", "user"))
             async with serving(server, address):
                 assert await recorder.next_load() == ["shop"]
-                assert recorder.reloader.trouble == ""
+                assert recorder.reloader.degraded_reason == ""
     events = [log["event"] for log in logs]
     assert events.index("xds_disconnected") < events.index("xds_connected")
 

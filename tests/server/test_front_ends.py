@@ -17,6 +17,9 @@ from ratelimit_sidecar.server.rpc import Code, RpcError
 
 PATH = "/test.Echo/Echo"
 
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+SPAN_ID = "b7ad6b7169203331"
+
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
@@ -182,13 +185,13 @@ async def test_an_unexpected_failure_is_internal_and_logged_once_a_kind(kind: st
         with structlog.testing.capture_logs() as logs:
             for message in (b"key", b"value", b"key", b"key"):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await call(front_end.addresses[0], message)
+                    await call(front_end.addresses[0], message, (("traceparent", f"00-{TRACE_ID}-{SPAN_ID}-00"),))
                 assert caught.value.code() == grpc.StatusCode.INTERNAL
                 assert "secret" not in caught.value.details()
             assert await call(front_end.addresses[0], b"fine") == b"fine"
-    assert [(log["event"], log["method"], type(log["exc_info"])) for log in logs] == [
-        ("rpc_failed", PATH, KeyError),
-        ("rpc_failed", PATH, ValueError),
+    assert [(log["event"], log["method"], log["trace_id"], type(log["exc_info"])) for log in logs] == [
+        ("rpc_failed", PATH, TRACE_ID, KeyError),
+        ("rpc_failed", PATH, TRACE_ID, ValueError),
     ]
 
 

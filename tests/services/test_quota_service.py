@@ -233,7 +233,7 @@ async def test_an_id_that_is_too_long_is_passed_over_and_counted(kind: str) -> N
         await envoy.report(usage(agent="a" * MAX_ID_BYTES), usage(agent="ada"))
         [action] = await envoy.told()
         assert dict(action.bucket_id.bucket) == {"agent": "ada"}
-        assert served.quotas.counts.troubles["bad_id"] == 1
+        assert served.quotas.counts.errors["bad_id"] == 1
 
 
 async def test_a_client_that_is_done_is_answered_with_ok_and_one_that_cancels_leaves_nothing(kind: str) -> None:

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from observed import NOW_US, request, small_limiter
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from otlp_receiver import ExportTraceServiceRequest, OtlpReceiver, ReceivedSpan, received_spans
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config.proxies import spare_loopback
+from ratelimit_sidecar.telemetry import export
 from ratelimit_sidecar.telemetry.export import SpanCounts, Tracing, TracingError, start_tracing
 from ratelimit_sidecar.telemetry.traces import BATCH_SPAN, REQUEST_SPAN, NoTracer, RequestTracer
 
@@ -223,6 +226,7 @@ def test_an_exporter_we_do_not_have_is_reported(monkeypatch: pytest.MonkeyPatch)
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "carrier-pigeon"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "many"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -251,7 +255,28 @@ async def test_a_silent_collector_costs_requests_nothing_and_delays_the_end_by_t
         assert 0.1 < loop.time() - began < 0.9
         assert tracing.counts is not None
         assert (tracing.counts.ended, tracing.counts.exported) == (100, 0)
+        # 16 wait, and at most as many are on their way.
+        assert 68 <= tracing.counts.dropped <= 84
     assert {"event": "spans_not_exported", "log_level": "warning", "timeout_seconds": 0.2} in logs
+
+
+async def test_an_exporter_that_fails_takes_no_answer_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = threading.Event()
+
+    class Broken(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            exported.set()
+            raise RuntimeError("it broke")
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+    monkeypatch.setattr(export, "_exporter", Broken)
+    tracing = start_tracing("us-1", "us-east-1")
+    trace_one_request(tracing)
+    assert await asyncio.to_thread(exported.wait, 60)
+    trace_one_request(tracing)
+    await tracing.close()
+    assert tracing.counts == SpanCounts(ended=2, failed=2)
 
 
 @pytest.mark.parametrize("last_words", ["await tracing.close(timeout_seconds=0.2)", "raise SystemExit(0)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import warnings
 import pytest
 import structlog
 
-from ratelimit_sidecar.telemetry.logs import configure_logs
+from ratelimit_sidecar.telemetry.logs import BURST_LINES, REFILL_SECONDS, LogLevel, Repeats, configure_logs
 
 pytestmark = pytest.mark.usefixtures("logs_as_before")
 
@@ -117,3 +118,62 @@ def test_log_level_holds_for_ours_and_for_libraries(level: str, logged: list[str
 def test_an_impossible_setting_is_refused_with_what_is_possible(variable: str, value: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"{variable} is '{value}', expected one of {expected}"):
         configured(**{variable: value})
+
+
+def test_lines_that_repeat_are_left_out_and_counted() -> None:
+    now_s = 1_000.0
+    stream = configured(LOG_FORMAT="json")
+    [handler] = logging.getLogger().handlers
+    handler.filters[:] = [Repeats(lambda: now_s)]
+    log = structlog.stdlib.get_logger("mesh")
+
+    def say(times: int) -> None:
+        for number in range(times):
+            log.warning("peer_unreachable", number=number)
+
+    say(BURST_LINES + 7)
+    logging.getLogger("grpc").warning("what others say is counted for itself")
+    assert len(lines(stream)) == BURST_LINES + 1
+    now_s += REFILL_SECONDS
+    say(2)
+    *_, line = lines(stream)
+    assert line["left_out"] == 7
+    assert len(lines(stream)) == BURST_LINES + 2
+    now_s += BURST_LINES * REFILL_SECONDS
+    say(2)
+    assert [line.get("left_out") for line in lines(stream)[-2:]] == [1, None]
+
+
+def test_libraries_repeat_themselves_with_other_words() -> None:
+    stream = configured(LOG_FORMAT="json")
+    for number in range(2 * BURST_LINES):
+        logging.getLogger("grpc").warning(f"peer {number} is gone")
+    assert len(lines(stream)) == BURST_LINES
+
+
+def test_what_an_operator_did_is_never_left_out() -> None:
+    stream = configured(LOG_FORMAT="json")
+    for number in range(2 * BURST_LINES):
+        structlog.stdlib.get_logger("console").warning("refunded", audit=True, number=number)
+    assert len(lines(stream)) == 2 * BURST_LINES
+
+
+async def test_another_level_holds_until_the_configured_one_comes_back() -> None:
+    stream = configured(LOG_FORMAT="json", LOG_LEVEL="error")
+    level = LogLevel()
+    level.set(logging.DEBUG, seconds=3_600)
+    structlog.stdlib.get_logger("mesh").debug("seen")
+    level.set(logging.INFO, seconds=0)
+    async with asyncio.timeout(60):
+        while level.current != level.configured:  # noqa: ASYNC110 (a timer of the loop)
+            await asyncio.sleep(0)
+    structlog.stdlib.get_logger("mesh").info("not seen")
+    assert [line["event"] for line in lines(stream)] == ["seen"]
+
+
+def test_a_reason_of_several_lines_can_be_read_by_people() -> None:
+    stream = configured(LOG_FORMAT="text")
+    structlog.stdlib.get_logger("serve").critical("failed", why="rules.yaml:3:5: key\n  expected a text")
+    first, *rest = stream.getvalue().splitlines()
+    assert "failed" in first
+    assert rest == ["rules.yaml:3:5: key", "  expected a text"]

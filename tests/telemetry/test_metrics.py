@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
@@ -34,6 +36,17 @@ class State:
     failed: int = 1
     buckets: int = 20
     bytes: int = 900
+    last_us: int | None = 1_790_000_000_000_000
+
+
+@dataclass
+class Redis:
+    written: int = 30
+    refused: int = 1
+    failed: int = 2
+    calls: int = 9
+    call_seconds: float = 0.25
+    waiting: int = 4
     last_us: int | None = 1_790_000_000_000_000
 
 
@@ -82,8 +95,15 @@ class Log:
 class Reloads:
     loads: dict[str, int] = field(default_factory=lambda: {"success": 2, "error": 1})
     last_success_us: int | None = NOW_US
-    trouble: str = ""
+    degraded_reason: str = ""
     rejected: object | None = None
+
+
+COUNTERS_OF_A_NAME = 10
+GAUGES_OF_A_RULE = 4
+SERIES_OF_A_PEER = 20
+OTHER_SERIES = 100
+"""At most."""
 
 
 def sources(
@@ -105,10 +125,11 @@ def sources(
         front_end=FrontEnd(),
         listener_certificate=Certificate(),
         state=State(),
+        redis=Redis(),
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
-        spans=SpanCounts(ended=9, exported=5, failed=3),
+        spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
     )
 
@@ -143,10 +164,12 @@ def test_failed_tasks_and_lost_log_lines_are_counted() -> None:
     assert sample(registry, "ratelimit_log_lines_dropped_total", region="us-east-1") == 7
 
 
-def test_spans_that_have_ended_and_were_exported_or_failed_are_counted() -> None:
+def test_spans_that_have_ended_and_what_became_of_them_is_counted() -> None:
     registry = create_registry(busy_sources())
-    states = [sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed")]
-    assert states == [9, 5, 3]
+    states = [
+        sample(registry, "ratelimit_spans_total", state=state) for state in ("ended", "exported", "failed", "dropped")
+    ]
+    assert states == [9, 4, 3, 2]
 
 
 def test_a_clock_that_is_far_from_the_systems_shows_and_so_does_each_step() -> None:
@@ -508,6 +531,29 @@ async def test_an_hour_of_random_values_leaves_the_series_as_many_as_they_were()
     fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
 
     assert await series() == before
+
+
+@pytest.mark.long
+async def test_an_hour_of_random_values_in_names_leaves_the_series_under_the_stated_bound() -> None:
+    """docs/observability.md states it."""
+    detailed = Rule("edge.user", TWO_A_MINUTE, metric_of_values=True)
+    limiter = small_limiter(Rules({"edge": RuleNode(key_only={"user": RuleNode(detailed)})}))
+    fullest = FullestBuckets(limiter.store)
+    peers = [peer()]
+    registry = create_registry(sources(limiter, peers=peers, fullest=fullest))
+    bound = COUNTERS_OF_A_NAME * (MAX_NAMES + 1) + GAUGES_OF_A_RULE + SERIES_OF_A_PEER * len(peers) + OTHER_SERIES
+    values = random.Random(23)
+
+    sent = 0
+    for second in range(3_600):
+        for _ in range(5):
+            limiter.decide(request(("user", f"{values.getrandbits(64):x}")), NOW_US + second * 1_000_000)
+            sent += 1
+    fullest.look(limiter.rules, NOW_US + 3_600_000_000, 1_000_000)
+
+    series = sum(not line.startswith(b"#") for line in (await encoded(registry, "")).splitlines())
+    assert sent > MAX_NAMES
+    assert series <= bound
 
 
 def test_every_metric_names_the_region() -> None:

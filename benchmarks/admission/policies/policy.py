@@ -18,7 +18,7 @@ Answer = Callable[[bool, int], None]
 """Called with whether the request was admitted, and when that was decided (which can be before the answer arrived)."""
 
 FLUSH_US = 20_000
-"""How often regions tell each other what has changed: what the mesh does (DESIGN: replication mesh)."""
+"""How often regions tell each other what has changed: what the mesh does (docs/replication.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,10 @@ env:
   - name: REGION
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['topology.kubernetes.io/region']"}}
   {{- end }}
+  # For traces and pushed metrics.
+  - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+  - {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+  - {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
   {{- with .Values.env }}{{ toYaml . | nindent 2 }}{{ end }}
 ports:
   - {name: grpc, containerPort: {{ .Values.ports.grpc }}}

@@ -1,0 +1,116 @@
+"""What the purses of strict limits had left, kept over a clean stop in a file that is used once.
+
+    file = magic hash of holder { key amount }* checksum      hash, key = length:2 bytes      amount = 8 bytes
+
+It is written when nothing is admitted or paid any more, and is gone, for certain, before any of it is used again. So
+what is kept is only moved, as if this replica had held it all the time: no purse ever has more than it had. The holder
+is a node in a membership: under another one, others may have got its home meanwhile. A process that is killed writes
+no file, and begins with empty purses. An amount is in 2**-32 tokens, below 0 what is owed; numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+from ratelimit_sidecar.crdt.shares import Membership
+
+MAGIC: Final = b"rlpurse\x01"
+"""The last byte is the version of the format."""
+
+ENDING: Final = ".purses"
+"""Of the name, after that of the snapshot's file."""
+
+_LENGTH: Final = struct.Struct("<H")
+_AMOUNT: Final = struct.Struct("<q")
+_CHECKSUM: Final = struct.Struct("<I")
+
+
+class BadPurses(Exception):
+    """A file that is none of this holder's; its text says why, and completes "the file of purses ..."."""
+
+
+def holder_of(node: str, membership: Membership) -> str:
+    """Who may use what is kept: this node, among these members."""
+    return repr((node, membership.epoch, sorted(membership.weights.items())))
+
+
+def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -> None:
+    """
+    Raises:
+        OSError: it could not be written; there is none then.
+    """
+    new = path.with_name(path.name + ".new")
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            checksum = 0
+            for piece in _pieces(holder, purses):
+                checksum = crc32(piece, checksum)
+                file.write(piece)
+            file.write(_CHECKSUM.pack(checksum))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
+    """What is in the file, which is gone then; nothing when there is none.
+
+    Raises:
+        BadPurses: it is none, or another holder's; it stays.
+        OSError: it cannot be read or removed; then nothing of it may be used.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    purses = _read(raw, holder)
+    path.unlink()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Not there any more even after a loss of power.
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return purses
+
+
+def _pieces(holder: str, purses: Iterable[tuple[bytes, int]]) -> Iterable[bytes]:
+    name = sha256(holder.encode()).digest()
+    yield MAGIC + _LENGTH.pack(len(name)) + name
+    for key, amount in purses:
+        if len(key) < 1 << 16:
+            yield _LENGTH.pack(len(key)) + key + _AMOUNT.pack(max(-1 << 62, min(amount, 1 << 62)))
+
+
+def _read(raw: bytes, holder: str) -> Mapping[bytes, int]:
+    if raw[: len(MAGIC) - 1] != MAGIC[:-1]:
+        raise BadPurses("is none: it begins with other bytes")
+    if raw[: len(MAGIC)] != MAGIC:
+        raise BadPurses("is of another version")
+    end = len(raw) - _CHECKSUM.size
+    if end < len(MAGIC) or _CHECKSUM.unpack_from(raw, end)[0] != crc32(raw[:end]):
+        raise BadPurses("is damaged: its checksum is wrong")
+    name, at = _text(raw, len(MAGIC))
+    if name != sha256(holder.encode()).digest():
+        raise BadPurses("is another node's, or of another membership")
+    purses = {}
+    while at < end:
+        key, at = _text(raw, at)
+        [purses[key]] = _AMOUNT.unpack_from(raw, at)
+        at += _AMOUNT.size
+    return purses
+
+
+def _text(raw: bytes, at: int) -> tuple[bytes, int]:
+    [length] = _LENGTH.unpack_from(raw, at)
+    start = at + _LENGTH.size
+    return raw[start : start + length], start + length

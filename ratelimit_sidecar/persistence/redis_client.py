@@ -1,0 +1,99 @@
+"""The connection to Redis or Valkey, as configured: one server, the master that Sentinels name, or a Cluster.
+
+Nothing is tried again here: who calls has a back-off of its own, and all that is written may be written twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from itertools import count
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
+from ratelimit_sidecar.persistence.redis_record import Keys
+
+COMMAND_SECONDS: Final = 1.0
+"""What a server gets to take a connection, and to answer."""
+
+DEFAULT_PORT: Final = 6_379
+DEFAULT_SENTINEL_PORT: Final = 26_379
+
+_SHARDS: Final = 16
+
+_MOVES: Final = 3
+"""How often a Cluster may say in one call that a key is elsewhere now."""
+
+
+def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) -> Redis | RedisCluster:
+    """A client, which connects when it is first used.
+
+    Raises:
+        OSError: the file of the password cannot be read.
+    """
+    assert config.url is not None
+    url = urlsplit(config.url)
+    user_info, _, hosts = url.netloc.rpartition("@")
+    user, _, password = user_info.partition(":")
+    options: dict[str, Any] = {
+        "username": unquote(user) or None,
+        "password": _password(config, environ) or unquote(password) or None,
+        "socket_timeout": COMMAND_SECONDS,
+        "socket_connect_timeout": COMMAND_SECONDS,
+        "protocol": 2,
+    }
+    if url.scheme == "unix":
+        database = parse_qs(url.query).get("db", ["0"])[0]
+        return Redis(unix_socket_path=unquote(url.path), db=int(database), retry=_retry(0), **options)
+    if url.scheme == "rediss":
+        options["ssl"] = True
+        tls = config.tls
+        if tls is not None:
+            files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+            options |= {name: str(path) for name, path in files.items() if path is not None}
+    addresses = _addresses(hosts, DEFAULT_PORT if config.sentinel is None else DEFAULT_SENTINEL_PORT)
+    if config.cluster:
+        nodes = [ClusterNode(host, port) for host, port in addresses]
+        return RedisCluster(startup_nodes=nodes, retry=_retry(_MOVES), **options)
+    options |= {"db": int(url.path.strip("/") or 0), "retry": _retry(0)}
+    if config.sentinel is not None:
+        of_sentinels = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
+        sentinel = Sentinel(addresses, sentinel_kwargs=of_sentinels, **options)  # type: ignore[no-untyped-call]
+        master: Redis = sentinel.master_for(config.sentinel)
+        return master
+    [(host, port)] = addresses
+    return Redis(host=host, port=port, **options)
+
+
+def keys(config: PersistenceConfig) -> Keys:
+    """The names of the keys; in a Cluster of up to `_SHARDS` nodes each has one that tells whether it lost its data."""
+    if not config.cluster:
+        return Keys(config.prefix)
+    tags: dict[int, str] = {}
+    for number in count():
+        tags.setdefault(key_slot(str(number).encode()) * _SHARDS // REDIS_CLUSTER_HASH_SLOTS, str(number))
+        if len(tags) == _SHARDS:
+            break
+    return Keys(config.prefix, list(tags.values()))
+
+
+def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
+    parts = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    return [(part.hostname or "", part.port or default_port) for part in parts]
+
+
+def _password(config: PersistenceConfig, environ: Mapping[str, str]) -> str | None:
+    if config.password_file is not None:
+        return config.password_file.read_text().strip()
+    return None if config.password_variable is None else environ.get(config.password_variable)
+
+
+def _retry(times: int) -> Retry:
+    return Retry(NoBackoff(), times)

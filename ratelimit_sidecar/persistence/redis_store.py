@@ -1,0 +1,516 @@
+"""Buckets in Redis or Valkey: what changed is written every second, what is there is read at the start.
+
+Theory of operation. A flush tells not only the peers which own slots changed (`note`); they are kept by bucket, each
+once, until `run` writes them, in batches. One script joins them in the server (`redis_record`), so several sidecars may
+write the same bucket, and one write more does no harm. A sidecar writes what it has taken itself: all of them do so.
+
+A call that fails, or takes longer than a second, ends the round. Until the next one, after a back-off, nothing is sent;
+changes are kept, of at most `MAX_WAITING` buckets. The server may have lost some of what it had, so everything is then
+written again, slowly, with what is known of others. The same is done when a value of `Keys.formats` is another one:
+after FLUSHALL, and in a new server.
+
+All of it is done on the event loop, in short pieces with pauses between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha1
+from typing import Any, Final, TypeVar
+
+import structlog
+from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.client import Pipeline
+from redis.asyncio.cluster import ClusterPipeline
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry
+from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
+from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, PIECE_SECONDS
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+
+CALL_SECONDS: Final = 2.0
+"""What a call may take in all, whatever the client library makes of it."""
+
+LOAD_SECONDS: Final = 10.0
+"""What reading at the start gets before the sidecar is ready; a large store is read on while it is."""
+
+LAST_WRITE_SECONDS: Final = 3.0
+"""What the last write gets, at a stop."""
+
+FIRST_WAIT_SECONDS: Final = 0.5
+MAX_WAIT_SECONDS: Final = 30.0
+"""Between two attempts: it doubles from the first to this, and a random part of up to half is taken off."""
+
+BATCH_BUCKETS: Final = 16
+"""Written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
+
+BUCKET_SECONDS: Final = 0.000_06
+"""What writing one takes of the loop's time, about; the library's part cannot be measured from outside."""
+
+SCAN_KEYS: Final = 128
+
+MAX_WAITING: Final = 100_000
+"""Buckets that wait to be written, some 200 bytes each. Of more all are written again once it goes on."""
+
+MAX_WAITING_SLOTS: Final = 64
+"""Of one bucket; of more all are written."""
+
+AGAIN_A_SECOND: Final = 1_000
+"""Buckets written again in a second, after a failure."""
+
+_ALL: Final[list[int]] = []
+"""In place of slots: every entry there is, of all origins."""
+
+_SERVER_FAULTS: Final = ("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS")
+"""Of a bucket that could not be joined for one of these the others cannot either."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+_Client = Redis | RedisCluster
+
+T = TypeVar("T")
+
+
+class _Unusable(Exception):
+    """The server cannot be used, though nothing failed on the way to it; the text says why."""
+
+
+@dataclass(slots=True)
+class RedisStatus:
+    """What metrics and the console show.
+
+    Args:
+        written: buckets, since the start.
+        failed: attempts that ended with a failure.
+        refused: buckets that the server would not join, for a reason of their own.
+        restored: buckets that were read.
+        calls, call_seconds: that were answered, and what they took in all.
+        waiting: buckets to be written.
+        last_us: when all that was waiting was written last, microseconds since the epoch.
+        degraded_reason: why nothing is written; "" when it is.
+    """
+
+    written: int = 0
+    failed: int = 0
+    refused: int = 0
+    restored: int = 0
+    calls: int = 0
+    call_seconds: float = 0.0
+    last_us: int | None = None
+    degraded_reason: str = ""
+    waiting_slots: dict[bytes, list[int]] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.waiting_slots)
+
+
+class RedisState:
+    """Call `load`, then `run`, `save` at the end, and `close`.
+
+    Args:
+        connect: makes a client; called again after each failure, as a password may have changed.
+        every_seconds: between the beginnings of two rounds of writing.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Redis | RedisCluster],
+        keys: Keys,
+        store: Store,
+        now_us: Callable[[], int],
+        every_seconds: float,
+    ) -> None:
+        self.status = RedisStatus()
+        self._waiting = self.status.waiting_slots
+        self._connect = connect
+        self._keys = keys
+        self._store = store
+        self._origin = store.origin
+        self._now_us = now_us
+        self._every_seconds = every_seconds
+        self._client: _Client | None = None
+        self._epochs: dict[str, bytes] = {}
+        """The values of `Keys.formats` when they were last looked at."""
+        self._again: Iterator[Bucket] | None = None
+        """Buckets that are still to be written again."""
+        self._is_loaded = False
+        self._loading: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
+        self._wait_seconds = FIRST_WAIT_SECONDS
+
+    def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
+        """Keep in mind that own slots of these buckets changed. Does no I/O."""
+        if self._store.origin is not self._origin:
+            # The clock was set back: slots of the former life are no longer found by their number alone.
+            self._origin = self._store.origin
+            self._again = self._store.walk()
+        every_us = round(self._every_seconds * 1e6)
+        for bucket, slots in changes:
+            if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                self._wait(bucket.key, slots)
+
+    def _wait(self, key: bytes, slots: list[int]) -> None:
+        waiting = self._waiting
+        known = waiting.get(key)
+        if known is None:
+            if len(waiting) >= MAX_WAITING:
+                self._again = self._store.walk()
+                return
+            waiting[key] = slots
+        elif known is not _ALL:
+            if slots is _ALL or len(known) + len(slots) > MAX_WAITING_SLOTS:
+                waiting[key] = _ALL
+            else:
+                known += [slot for slot in slots if slot not in known]
+
+    async def load(self) -> None:
+        """Read what is there; returns when it is read, at the first failure, or after `LOAD_SECONDS`."""
+        self._loading = asyncio.create_task(self._attempt())
+        await asyncio.wait([self._loading], timeout=LOAD_SECONDS)
+
+    async def run(self) -> None:
+        """Read, unless that is done, and write every now and then, for ever."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+        while True:
+            # A failure has the next attempt wait for longer.
+            seconds = self._every_seconds if not self.status.degraded_reason else self._back_off()
+            await asyncio.sleep(seconds)
+            await self._attempt()
+
+    async def save(self) -> None:
+        """Write what is waiting; for the stop. `run` is over by then."""
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WRITE_SECONDS):
+                await self._attempt(is_last=True)
+
+    async def close(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+        await self._disconnect()
+
+    async def _attempt(self, *, is_last: bool = False) -> None:
+        """One round: all that is waiting, and some of what is written again. What goes wrong is logged when it is
+        something else than the last time."""
+        async with self._writing:
+            try:
+                client = await self._ready_client()
+                if not self._is_loaded and not is_last:
+                    await self._load(client)
+                    self._is_loaded = True
+                begun_us = self._now_us()
+                await self._write_waiting(client, is_last=is_last)
+                self.status.last_us = begun_us
+                self._recovered()
+                if not is_last:
+                    await self._write_again(client)
+            except (exceptions.RedisError, _Unusable, OSError, TimeoutError) as error:
+                self._failed(error)
+                await self._disconnect()
+            except asyncio.CancelledError:
+                # Amid an answer.
+                await self._disconnect()
+                raise
+
+    def _back_off(self) -> float:
+        seconds = self._wait_seconds
+        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
+        return seconds * random.uniform(0.5, 1)
+
+    def _failed(self, error: Exception) -> None:
+        self.status.failed += 1
+        # Nobody knows what the server has when it is back.
+        self._again = self._store.walk()
+        degraded_reason = _reason(error)
+        if degraded_reason != self.status.degraded_reason:
+            self.status.degraded_reason = degraded_reason
+            _log.error("state_not_kept", reason=degraded_reason, error=str(error) or repr(error))
+
+    def _recovered(self) -> None:
+        self._wait_seconds = FIRST_WAIT_SECONDS
+        if self.status.degraded_reason:
+            self.status.degraded_reason = ""
+            _log.info("state_kept_again")
+
+    async def _ready_client(self) -> _Client:
+        """A client whose server has keys of this format."""
+        client = self._client
+        if client is None:
+            try:
+                self._client = client = self._connect()
+            except OSError as error:
+                raise _Unusable(f"the file of its password cannot be read: {error.strerror}") from error
+        values = await self._formats(client, self._keys.formats)
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            for name in missing:
+                await self._call(client.set(name, f"{FORMAT} {secrets.token_hex(8)}", nx=True))
+            # Or what another sidecar has set.
+            values |= await self._formats(client, missing)
+        is_lost = False
+        for name, value in values.items():
+            version = (value or b"").partition(b" ")[0]
+            if version != str(FORMAT).encode():
+                found = version[:32].decode(errors="replace")
+                raise _Unusable(f"its keys are of format {found!r}; this version reads and writes {FORMAT}")
+            if value is not None and self._epochs.setdefault(name, value) != value:
+                self._epochs[name] = value
+                is_lost = True
+        if is_lost:
+            self._again = self._store.walk()
+            _log.warning("state_lost", reason="the server has lost its data: all of it is written again")
+        return client
+
+    async def _formats(self, client: _Client, names: Sequence[str]) -> dict[str, bytes | None]:
+        pipeline = _pipeline(client)
+        for name in names:
+            pipeline.get(name)
+        return dict(zip(names, await self._call(pipeline.execute()), strict=True))
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(exceptions.RedisError, OSError, TimeoutError):
+                await _bounded(client.aclose())
+
+    async def _call(self, answer: Awaitable[T]) -> T:
+        began = time.perf_counter()
+        result = await _bounded(answer)
+        self.status.calls += 1
+        self.status.call_seconds += time.perf_counter() - began
+        return result
+
+    async def _write_waiting(self, client: _Client, *, is_last: bool) -> None:
+        # What changes meanwhile is for the next round.
+        left = len(self._waiting)
+        while left > 0 and self._waiting:
+            keys = [key for key, _ in zip(self._waiting, range(min(left, BATCH_BUCKETS)), strict=False)]
+            left -= len(keys)
+            batch = {key: self._waiting.pop(key) for key in keys}
+            try:
+                await self._write(client, batch, is_last=is_last)
+            except BaseException:
+                for key, slots in batch.items():
+                    self._wait(key, slots)
+                raise
+
+    async def _write_again(self, client: _Client) -> None:
+        left = max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds))
+        every_us = round(self._every_seconds * 1e6)
+        began = time.perf_counter()
+        batch: dict[bytes, list[int]] = {}
+        again = self._again
+        while again is not None and left > 0:
+            bucket = next(again, None)
+            if bucket is None:
+                if self._again is again:
+                    self._again = None
+                break
+            if bucket.journal is not None and is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                batch[bucket.key] = _ALL
+                left -= 1
+            if len(batch) >= BATCH_BUCKETS:
+                await self._write(client, batch)
+                batch = {}
+                began = time.perf_counter()
+            elif time.perf_counter() - began >= PIECE_SECONDS:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        if batch:
+            await self._write(client, batch)
+
+    async def _write(self, client: _Client, batch: dict[bytes, list[int]], *, is_last: bool = False) -> None:
+        """Have the server join these buckets, and leave time to others."""
+        began = time.perf_counter()
+        now_us = self._now_us()
+        keys, told = [], []
+        for key, slots in batch.items():
+            bucket = self._store.get(key)
+            # One that was dropped is full.
+            if bucket is not None and (entries := _entries(bucket, slots)):
+                keys.append(key)
+                told.append(tell(bucket, entries, now_us))
+            if not is_last and time.perf_counter() - began >= PIECE_SECONDS:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        if not keys:
+            return
+        names = list(map(self._keys.of_bucket, keys))
+        for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
+            if answer in (0, 1):
+                self.status.written += 1
+                if answer and batch[key] is not _ALL:
+                    # It is new there, or was lost: then more of it may be missing.
+                    bucket = self._store.get(key)
+                    if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
+                        self._wait(key, _ALL)
+                continue
+            self._check(answer)
+        if not is_last:
+            await asyncio.sleep(len(keys) * BUCKET_SECONDS / LOOP_SHARE)
+
+    def _check(self, answer: object) -> None:
+        """Whether the others can be joined when one could not."""
+        if isinstance(answer, exceptions.RedisError) and not isinstance(answer, exceptions.ResponseError):
+            raise answer
+        text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
+        for fault in _SERVER_FAULTS:
+            if fault in text:
+                raise exceptions.ResponseError(text)
+        self.status.refused += 1
+        if self.status.refused == 1:
+            _log.error("bucket_not_kept", error=text)
+
+    async def _evaluate(
+        self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes] = ()
+    ) -> Sequence[Any]:
+        """The script's answer for each bucket, or an exception in place of it."""
+        try:
+            return await self._evaluate_loaded(client, script, names, told)
+        except exceptions.NoScriptError:
+            # SCRIPT FLUSH, or a node that is new in the Cluster.
+            await client.script_load(script)
+            return await self._evaluate_loaded(client, script, names, told)
+
+    async def _evaluate_loaded(
+        self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes]
+    ) -> Sequence[Any]:
+        digest = _digest(script)
+        if isinstance(client, Redis):
+            # One call is a third of the work that a pipeline of them is.
+            answers: Sequence[Any] = await client.evalsha(digest, len(names), *names, *told)
+            return answers
+        pipeline = _pipeline(client)
+        for index, name in enumerate(names):
+            pipeline.execute_command("EVALSHA", digest, 1, name, *told[index : index + 1])
+        each = await pipeline.execute(raise_on_error=False)
+        for answer in each:
+            if isinstance(answer, exceptions.NoScriptError):
+                raise answer
+        return [answer[0] if isinstance(answer, list) else answer for answer in each]
+
+    async def _load(self, client: _Client) -> None:
+        began = time.perf_counter()
+        batch: dict[bytes, AnyLimit] = {}
+        unreadable = 0
+        names = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
+        while (name := await _bounded(anext(names, None))) is not None:
+            limit = self._limit(name)
+            if limit is not None:
+                batch[name] = limit
+            if len(batch) >= BATCH_BUCKETS:
+                unreadable += await self._read(client, batch)
+                batch = {}
+                began = time.perf_counter()
+            elif time.perf_counter() - began >= PIECE_SECONDS:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        unreadable += await self._read(client, batch)
+        _log.info("restored", buckets=self.status.restored, unreadable=unreadable)
+
+    def _limit(self, name: bytes) -> AnyLimit | None:
+        """The limit that a rule here gives the bucket of this name; None when it is no bucket, or none does."""
+        key = self._keys.bucket(name)
+        if key is None:
+            return None
+        try:
+            return self._store.limit_of_key(key)
+        except ValueError:
+            return None
+
+    async def _read(self, client: _Client, batch: Mapping[bytes, AnyLimit]) -> int:
+        """Join the buckets of these names; returns how many are none."""
+        if not batch:
+            return 0
+        answers = await self._call(self._evaluate(client, READ, list(batch)))
+        unreadable = 0
+        began = time.perf_counter()
+        for (name, limit), answer in zip(batch.items(), answers, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            key = self._keys.bucket(name)
+            assert key is not None
+            # One that has expired since is empty.
+            if answer:
+                try:
+                    restore(key, limit, answer, self._store, self._now_us())
+                    self.status.restored += 1
+                except BadRecord:
+                    unreadable += 1
+            if time.perf_counter() - began >= PIECE_SECONDS:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+        return unreadable
+
+
+async def _bounded(answer: Awaitable[T]) -> T:
+    """The answer, within `CALL_SECONDS`.
+
+    Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, swallows a cancellation that comes when all is sent:
+    the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on.
+    """
+    async with asyncio.timeout(CALL_SECONDS):
+        result = await answer
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return result
+
+
+@cache
+def _digest(script: str) -> str:
+    """The script's name on a server."""
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
+    return client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
+
+
+def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:
+    if slots is not _ALL:
+        entries = list(bucket.own_entries(slots))
+        if len(entries) == len(slots):
+            return entries
+    # Or some were sealed since, or are another life's.
+    return list(bucket.entries())
+
+
+def _reason(error: Exception) -> str:
+    """In words that are the same for the same state."""
+    text = str(error)
+    if isinstance(error, _Unusable):
+        return text
+    for words, reason in (
+        (("WRONGPASS", "NOAUTH", "invalid username-password"), "it refuses user or password"),
+        (("NOPERM", "no permissions"), "it does not permit what is needed"),
+        (("OOM", "maxmemory"), "it is out of memory"),
+        (("READONLY", "read only replica"), "it is a read-only replica"),
+        (("LOADING", "loading the dataset"), "it is loading its data"),
+        (("MISCONF",), "it cannot write to its disk"),
+        (("CLUSTERDOWN",), "the cluster is down"),
+    ):
+        if any(word in text for word in words):
+            return reason
+    # While it connects, the library calls a time-out a failure of the connection.
+    if isinstance(error, exceptions.TimeoutError | TimeoutError) or "Timeout" in text:
+        return "it does not answer in time"
+    if isinstance(error, exceptions.AuthenticationError):
+        return "it refuses user or password"
+    if isinstance(error, exceptions.ConnectionError | OSError | exceptions.RedisClusterException):
+        return "it cannot be reached"
+    return f"it answers with {type(error).__name__}"

@@ -1,0 +1,121 @@
+"""examples/edge: the worker in Cloudflare's local runtime, before an origin, asking sidecars of two regions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from e2e.examples import EXAMPLES, running
+
+from deployment.cache import Unavailable
+from deployment.tools import ensure, path
+from ratelimit_sidecar.demo.ports import HOST, free_ports
+
+pytestmark = pytest.mark.deployment
+
+TOKEN = "change-me"
+
+
+@asynccontextmanager
+async def edge(sidecars: dict[str, str], continent: str, upstream: str, fail: str = "open") -> AsyncIterator[str]:
+    """The URL of an edge at which the worker runs."""
+    port = free_ports(1).upstream
+    settings = {
+        "worker": str(EXAMPLES / "edge/worker.js"),
+        "host": HOST,
+        "port": port,
+        "upstream": upstream,
+        "continent": continent,
+        "bindings": {"SIDECARS": json.dumps(sidecars), "ASK_MS": "30000", "FAIL": fail, "EDGE_TOKEN": TOKEN},
+    }
+    node = shutil.which("node")
+    assert node is not None
+    process = await asyncio.create_subprocess_exec(
+        node,
+        str(Path(__file__).with_name("edge.mjs")),
+        str(path("miniflare", "node_modules")),
+        json.dumps(settings),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            assert await process.stdout.readline() == b"ready\n"
+        yield f"http://{HOST}:{port}"
+    finally:
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(30):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runtime() -> None:
+    try:
+        ensure("miniflare")
+    except Unavailable as unavailable:
+        pytest.skip(str(unavailable))
+
+
+async def statuses(client: httpx.AsyncClient, url: str, number: int, **headers: str) -> list[int]:
+    return [(await client.get(f"{url}/healthz", headers=headers)).status_code for _ in range(number)]
+
+
+async def test_an_edge_of_one_continent_denies_what_was_used_up_at_that_of_another(tmp_path: Path) -> None:
+    addresses = [f"{HOST}:{region.sync}" for region in free_ports(2).regions]
+    async with AsyncExitStack() as stack:
+        sidecars, upstream = {}, ""
+        for continent, address in zip(("EU", "AS"), addresses, strict=True):
+            folder = tmp_path / continent
+            folder.mkdir()
+            sync = f'node: {{id: {continent}}}\nsync: {{peers: {addresses}}}\nlisten: {{sync: "{address}", '
+            clients = await stack.enter_async_context(
+                running(
+                    folder,
+                    "edge",
+                    "llm-tokens/model.py",
+                    ["envoy"],
+                    changed_rules={"unit: second, requests_per_unit: 50": "unit: year, requests_per_unit: 3"},
+                    changed_sidecar={"listen: {": sync},
+                )
+            )
+            sidecars[continent] = str(clients["envoy"].base_url).rstrip("/")
+            upstream = str(clients["upstream"].base_url)
+        client = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=60))
+        europe = await stack.enter_async_context(edge({**sidecars, "*": sidecars["EU"]}, "EU", upstream))
+        asia = await stack.enter_async_context(edge({**sidecars, "*": sidecars["EU"]}, "AS", upstream))
+        assert await statuses(client, europe, 3, **{"x-api-key": "eve"}) == [200, 200, 200]
+        async with asyncio.timeout(60):
+            # It is a few milliseconds until the other region has heard of them.
+            while (denied := await client.get(f"{asia}/healthz", headers={"x-api-key": "eve"})).status_code == 200:
+                pass
+        assert denied.status_code == 429
+        assert int(denied.headers["retry-after"]) > 0
+        assert await statuses(client, asia, 1, **{"x-api-key": "ada"}) == [200]
+
+
+async def test_who_may_ask_and_what_is_done_when_nobody_answers(tmp_path: Path) -> None:
+    async with running(tmp_path, "edge", "llm-tokens/model.py", ["envoy"]) as clients:
+        proxy, upstream = clients["envoy"], str(clients["upstream"].base_url)
+        body = {"domain": "edge", "descriptors": [{"entries": [{"key": "api_key", "value": "eve"}]}]}
+        assert (await proxy.post("/json", json=body)).status_code == 403
+        mine = {"authorization": f"Bearer {TOKEN}"}
+        assert (await proxy.post("/json", json=body, headers=mine)).status_code == 200
+        assert (await proxy.get("/buckets", headers=mine)).status_code == 403
+        nobody = f"http://{HOST}:{free_ports(1).upstream}"
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            async with edge({"*": nobody}, "EU", upstream) as url:
+                assert await statuses(client, url, 1) == [200]
+            async with edge({"*": nobody}, "EU", upstream, fail="closed") as url:
+                assert await statuses(client, url, 1) == [503]

@@ -1,0 +1,59 @@
+"""Purses are kept over a clean stop, and used once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.persistence.purses import BadPurses, holder_of, take_purses, write_purses
+
+KEPT = {b"one": 5 << 32, b"\x00two \xff": -7, b"most": 1 << 62}
+
+
+def test_what_was_written_is_there_once(tmp_path: Path) -> None:
+    file = tmp_path / "state.purses"
+    write_purses(file, "a", KEPT.items())
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert take_purses(file, "a") == KEPT
+    assert take_purses(file, "a") == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_node_or_membership_gets_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "state.purses"
+    holders = [
+        holder_of(node, Membership(epoch, weights))
+        for node, epoch, weights in (
+            ("a", 1, {"a": 1, "b": 1}),
+            ("b", 1, {"a": 1, "b": 1}),
+            ("a", 2, {"a": 1, "b": 1}),
+            ("a", 1, {"a": 1, "b": 2}),
+        )
+    ]
+    write_purses(file, holders[0], KEPT.items())
+    for holder in holders[1:]:
+        with pytest.raises(BadPurses, match="another"):
+            take_purses(file, holder)
+    assert take_purses(file, holder_of("a", Membership(1, {"b": 1, "a": 1}))) == KEPT
+
+
+def test_a_file_that_is_torn_damaged_or_foreign_is_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "state.purses"
+    write_purses(file, "a", KEPT.items())
+    raw = file.read_bytes()
+    bad = [raw[:length] for length in range(len(raw))]
+    bad += [raw[:at] + bytes((raw[at] ^ 1,)) + raw[at + 1 :] for at in range(len(raw))]
+    for each in (*bad, b"text", raw + b"\0"):
+        file.write_bytes(each)
+        with pytest.raises(BadPurses):
+            take_purses(file, "a")
+    assert file.exists()
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "state.purses").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_purses(tmp_path / "state.purses", "a", KEPT.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.purses"]

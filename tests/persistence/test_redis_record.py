@@ -1,0 +1,270 @@
+"""A bucket in a real Redis is joined there as the store joins it, and read again as it was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from persistence.redis_server import RedisServer, needs_redis
+from persistence.test_snapshot import AFTER, LIMITS, NOW_US, RULES, SECOND_US, make_store
+from redis.asyncio import Redis
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.slot import slot_start_us
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, restore, tell
+
+pytestmark = needs_redis
+
+WRITERS = [Origin("one", 1), Origin("two", 2), Origin("three", 3)]
+NAME = b"ratelimit:1:{bucket}"
+"""Of the one bucket that these tests know."""
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[Redis]:
+    async with RedisServer(tmp_path) as server, server.client() as client:
+        yield client
+
+
+def key_of(name: str) -> bytes:
+    match = RULES.match("api", [(name, "a")])
+    assert match is not None
+    return match.bucket_key
+
+
+async def join(redis: Redis, *told: bytes) -> list[object]:
+    answers: list[object] = await redis.eval(JOIN, len(told), *[NAME] * len(told), *told)
+    return answers
+
+
+async def restored(redis: Redis, name: str, now_us: int) -> Bucket:
+    store = make_store(AFTER)
+    [lines] = await redis.eval(READ, 1, NAME)
+    restore(key_of(name), LIMITS[name], lines, store, now_us)
+    bucket = store.get(key_of(name))
+    assert bucket is not None
+    bucket.advance(now_us)
+    return bucket
+
+
+def bucket_of(store: Store, name: str, now_us: int) -> Bucket:
+    return store.bucket(key_of(name), LIMITS[name], now_us)
+
+
+takes = st.lists(
+    st.tuples(
+        *(st.integers(0, 2), st.integers(1, 200), st.one_of(st.integers(0, 30), st.integers(90, 150))),
+        *(st.booleans(), st.sampled_from([False, False, False, True])),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(takes, st.integers(0, 150))
+async def test_what_several_write_is_joined_as_the_store_joins_it(
+    redis: Redis, name: str, history: list[tuple[int, int, int, bool, bool]], pause: int
+) -> None:
+    """Of writers that do not hear each other, and take or give back. Token buckets get into debt beyond the horizon."""
+    await redis.flushall()
+    stores = [make_store(origin) for origin in WRITERS]
+    together = make_store(Origin("all", 9))
+    now_us = NOW_US
+    for writer, hits, gap, writes, gives_back in history:
+        now_us += gap * SECOND_US // 10
+        bucket = bucket_of(stores[writer], name, now_us)
+        if gives_back:
+            bucket.refund(hits, now_us)
+        else:
+            bucket.take(hits, now_us, always=True)
+        # An observer that hears all of it at once.
+        own = list(bucket.own_entries(bucket.drain_changed_slots()))
+        bucket.journal.buckets.clear() if bucket.journal else None
+        together.join(bucket.key, bucket.limit, None, own, now_us)
+        told = tell(bucket, own if writes else bucket.entries(), now_us)
+        assert (await join(redis, told, told))[1] == 0, "twice is once"
+    now_us += pause * SECOND_US // 10
+    expected = bucket_of(together, name, now_us)
+    found = await restored(redis, name, now_us)
+    if isinstance(expected.limit, Limit) and any(gives_back for *_, gives_back in history):
+        # The base of one who has not heard of what another gave back is the larger one.
+        assert found.fold(now_us) >= expected.fold(now_us) - rounding(name)
+    else:
+        assert found.fold(now_us) == pytest.approx(expected.fold(now_us), abs=rounding(name))
+
+
+@pytest.mark.parametrize("name", ["tokens", "fixed", "sliding"])
+async def test_what_was_given_back_is_kept(redis: Redis, name: str) -> None:
+    bucket, now_us = bucket_of(make_store(WRITERS[0]), name, NOW_US), NOW_US
+    assert bucket.take(35, now_us)
+    assert bucket.refund(30, now_us) == 30
+    for _ in range(20):
+        # So that a token bucket is folded there.
+        now_us += SECOND_US
+        bucket.take(10, now_us, always=True)
+        await join(redis, tell(bucket, bucket.own_entries(bucket.drain_changed_slots()), now_us))
+    found = await restored(redis, name, now_us)
+    assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding(name))
+
+
+def rounding(name: str) -> int:
+    """Bases are whole microseconds: each of so many writes may have added what is refilled in one."""
+    limit = LIMITS[name]
+    return 50 * limit.tokens if isinstance(limit, Limit) else 0
+
+
+async def test_two_that_write_at_the_same_time_lose_nothing(redis: Redis) -> None:
+    told = []
+    for writer, origin in enumerate(WRITERS):
+        bucket = bucket_of(make_store(origin), "fixed", NOW_US)
+        for hits in range(10):
+            bucket.take(writer + 1, NOW_US + hits)
+            told.append(tell(bucket, bucket.entries(), NOW_US))
+    await asyncio.gather(*[join(redis, each) for each in reversed(told)])
+    found = await restored(redis, "fixed", NOW_US)
+    assert LIMITS["fixed"].capacity - found.remaining == 10 * (1 + 2 + 3)
+
+
+async def test_what_was_folded_is_not_told_again(redis: Redis) -> None:
+    late, now_us = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US), NOW_US + 13 * SECOND_US
+    late.take(150, NOW_US, always=True)
+    await join(redis, tell(late, late.entries(), NOW_US))
+    other = bucket_of(make_store(WRITERS[1]), "tokens", now_us)
+    other.take(1, now_us)
+    await join(redis, tell(other, other.entries(), now_us))
+    assert await redis.hget(NAME, "1 one") is None
+    await join(redis, tell(late, late.entries(), now_us))
+    assert await redis.hget(NAME, "1 one") is None
+    found = await restored(redis, "tokens", now_us)
+    assert found.fold(now_us) == pytest.approx(late.fold(now_us) + late.limit.period_us, abs=rounding("tokens"))
+
+
+async def test_a_base_counts_only_with_the_slots_before_it_folded(redis: Redis) -> None:
+    """Its boundary is less than a batch further: the slots between are still there, and the base has them too."""
+    bucket = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US)
+    bucket.take(70, NOW_US, always=True)
+    for now_us in (NOW_US, NOW_US + 95 * SECOND_US // 10, NOW_US + 11 * SECOND_US):
+        bucket.seal(now_us)
+        bucket.take(1, now_us, always=True)
+        await join(redis, tell(bucket, bucket.entries(), now_us))
+    assert bucket.base.deficit > 0
+    found = await restored(redis, "tokens", now_us)
+    assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("tokens"))
+
+
+async def test_a_later_write_never_has_it_expire_sooner(redis: Redis) -> None:
+    much, little = (bucket_of(make_store(origin), "tokens", NOW_US) for origin in WRITERS[:2])
+    much.take(150, NOW_US, always=True)
+    little.take(1, NOW_US)
+    await join(redis, tell(much, much.entries(), NOW_US))
+    before_ms = await redis.pttl(NAME)
+    await join(redis, tell(little, little.entries(), NOW_US))
+    assert await redis.pttl(NAME) > before_ms - 10_000
+
+
+async def test_it_expires_once_nothing_of_it_counts(redis: Redis) -> None:
+    for name, least_s, most_s in (
+        ("tokens", 10, 60),
+        ("fixed", 10, 3_620),
+        ("sliding", 60, 80),
+        ("month", 40_000, 9e6),
+    ):
+        await redis.flushall()
+        bucket = bucket_of(make_store(WRITERS[0]), name, NOW_US)
+        bucket.take(30, NOW_US)
+        await join(redis, tell(bucket, bucket.entries(), NOW_US))
+        ttl_s = await redis.pttl(NAME) / 1_000
+        assert least_s <= ttl_s <= most_s
+        assert ttl_s * SECOND_US >= bucket.full_in_us
+
+
+async def test_slots_that_are_over_are_not_kept(redis: Redis) -> None:
+    for name in ("tokens", "fixed", "sliding"):
+        await redis.flushall()
+        bucket = bucket_of(make_store(WRITERS[0]), name, NOW_US)
+        now_us, sizes = NOW_US, []
+        for _ in range(300):
+            now_us += 1 << bucket.limit.exponent
+            bucket.take(1, now_us)
+            own = list(bucket.own_entries(bucket.drain_changed_slots()))
+            await join(redis, tell(bucket, own, now_us))
+            sizes.append(await redis.hstrlen(NAME, "1 one"))
+        assert max(sizes[200:]) <= max(sizes[:200]) < 700
+
+
+async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
+    """A monthly limit that ten sidecars with long names use, and one by the second that three use all the time."""
+    nodes = [Origin(f"ingress-gateway-7d9fc6b-{number:05}", 2**63 + number) for number in range(10)]
+    for origin in nodes:
+        bucket = bucket_of(make_store(origin), "fixed", NOW_US)
+        bucket.take(1_000_000, NOW_US)
+        await join(redis, tell(bucket, bucket.entries(), NOW_US))
+    used = await redis.memory_usage(NAME)
+    assert used is not None
+    assert used < 1_024
+    await redis.flushall()
+    for origin in nodes[:3]:
+        store = make_store(origin)
+        for step in range(600):
+            bucket = bucket_of(store, "tokens", NOW_US + step * SECOND_US // 10)
+            bucket.take(1, NOW_US + step * SECOND_US // 10)
+        await join(redis, tell(bucket, bucket.entries(), NOW_US + 60 * SECOND_US))
+    used = await redis.memory_usage(NAME)
+    assert used is not None
+    assert used < 2_048
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {b"at": b"1"},
+        {b"at": b"1", b"base": b"1 2 3"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"node": b"17 1 1"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"1 node": b"17 1"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"1 node": b"17 1 0"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"1 node": b"5 1 1"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"1 node": b"145 1 1"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"1 node": b"17 -1 1"},
+        {b"at": b"1", b"base": b"0 0 0 0", b"0 node": b"17 1 1"},
+        {b"at": b"-1", b"base": b"0 0 0 0"},
+        {b"at": b"\xff", b"base": b"0 0 0 0"},
+    ],
+)
+async def test_what_is_no_bucket_is_refused(record: dict[bytes, bytes]) -> None:
+    store = make_store(AFTER)
+    with pytest.raises(BadRecord):
+        restore(key_of("tokens"), LIMITS["tokens"], b"\n".join(chain(*record.items())), store, NOW_US)
+    assert len(store) == 0
+
+
+async def test_a_base_under_another_limit_keeps_its_tokens(redis: Redis) -> None:
+    slow, fast = Limit(1, SECOND_US, 100), Limit(50, SECOND_US, 100)
+    store = make_store(WRITERS[0])
+    bucket = store.bucket(key_of("tokens"), slow, NOW_US)
+    for second in range(400):
+        bucket.take(1, NOW_US + second * SECOND_US, always=True)
+        bucket.take(1, NOW_US + second * SECOND_US, always=True)
+    now_us = NOW_US + 400 * SECOND_US
+    bucket.seal(now_us)
+    assert bucket.base.deficit > 0
+    await join(redis, tell(bucket, bucket.entries(), now_us))
+    record = await redis.hgetall(NAME)
+    boundary_us, full_us = map(int, record[b"base"].split()[:2])
+    assert full_us - boundary_us == bucket.base.deficit // slow.tokens
+    bucket.set_limit(fast, now_us)
+    await join(redis, tell(bucket, bucket.entries(), now_us))
+    record = await redis.hgetall(NAME)
+    boundary_us, full_us, period_us, tokens = map(int, record[b"base"].split())
+    assert (period_us, tokens) == (fast.period_us, fast.tokens)
+    assert (full_us - boundary_us) * tokens // period_us == pytest.approx(bucket.base.deficit // fast.period_us, abs=2)
+    assert slot_start_us(next(iter(bucket.entries())).slot) >= boundary_us
