@@ -115,6 +115,9 @@ class Replicator:
             yield
         if changes.end > end:
             self._tell_changes(end)
+        for stream in self.streams():
+            if stream.is_ack_due(now_us):
+                stream.wake()
         self._tend(now_us)
 
     def _tell_changes(self, first: int) -> None:
@@ -379,6 +382,10 @@ class Stream:
             self.fail(error, now_us)
         self.wake()
 
+    def is_ack_due(self, now_us: int) -> bool:
+        """True when `next_frame` has an acknowledgement that it did not have before."""
+        return self._session.is_ack_due(now_us)
+
     def passed(self, done: Pass, now_us: int) -> None:
         """This node has summed up what it holds."""
         peer = self.peer
@@ -488,7 +495,9 @@ class Stream:
 
     def _handle(self, event: Event, now_us: int) -> Iterator[None]:
         match event:
-            case DeltasReceived(deltas):
+            case DeltasReceived(deltas, acknowledged):
+                if acknowledged is not None:
+                    self._hear(acknowledged, now_us)
                 yield from self._apply(deltas, now_us)
             case ComparisonReceived(frame):
                 assert self._exchange is not None
@@ -496,10 +505,6 @@ class Stream:
                     yield
                     if self.peer is None:
                         return
-            case DeltasAcknowledged(frames):
-                assert self.peer is not None
-                for _ in range(frames):
-                    self.peer.acknowledged(now_us)
             case _:
                 self._hear(event, now_us)
 
@@ -516,6 +521,11 @@ class Stream:
                     for stream in [each for each in self.peer.streams if each is not self]:
                         stream.close(Reason.SUPERSEDED, "the peer's clock was set", now_us)
                 self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
+            case DeltasAcknowledged(frames, delay_us):
+                assert self.peer is not None
+                for _ in range(frames):
+                    self.peer.acknowledged(now_us - delay_us)
+                self.wake()
             case PaymentsReceived(payments):
                 self._hear_payments(payments)
             case StandingReceived(standing):
@@ -546,7 +556,7 @@ class Stream:
         self._end_apply_span()
         if deltas.ends_full_state:
             peer.full_state_heard = True
-        self._session.acknowledge()
+        self._session.acknowledge(now_us)
 
     def _end_apply_span(self) -> None:
         if self._applying is not None:

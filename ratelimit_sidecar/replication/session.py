@@ -30,6 +30,7 @@ from ratelimit_sidecar.replication.wire import (
     MAX_DETAIL_CHARS,
     PAYING_PROTOCOL,
     PROTOCOL,
+    RIDING_PROTOCOL,
     ProtocolError,
     Reason,
     read_frame,
@@ -48,6 +49,13 @@ STALL_US: Final = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
 
 MAX_FRAMES: Final = 10_000
+ACK_DELAY_US: Final = 20_000
+"""An acknowledgement waits so long for Deltas to carry it: until the next flush. A frame of its own costs either end as
+much as a small batch."""
+
+RIDING_US: Final = 2 * ACK_DELAY_US
+"""Only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
+
 FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
 in frames that each take a millisecond and more to apply."""
@@ -93,16 +101,26 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class DeltasReceived:
-    """To be applied, and then acknowledged."""
+    """To be applied, and then acknowledged.
+
+    Args:
+        acknowledged: what they acknowledge themselves.
+    """
 
     deltas: pb.Deltas
+    acknowledged: DeltasAcknowledged | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeltasAcknowledged:
-    """The peer has applied the `frames` oldest of the Deltas not acknowledged before."""
+    """The peer has applied the `frames` oldest of the Deltas not acknowledged before.
+
+    Args:
+        delay_us: how long ago.
+    """
 
     frames: int
+    delay_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +203,12 @@ class Session:
         self._received = self._applied = 0
         """The last of the peer's Deltas."""
         self._ack_owed = False
+        self._ack_due_us = 0
+        """When it is sent in a frame of its own."""
+        self._applied_us = 0
+        self._acks_ride = False
+        """True when both ends know of acknowledgements on Deltas."""
+        self._deltas_sent_us = 0
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
         """When each of the Deltas not acknowledged was sent."""
@@ -245,10 +269,17 @@ class Session:
         """The connection is gone."""
         self.state = State.CLOSED
 
-    def acknowledge(self) -> None:
+    def acknowledge(self, now_us: int) -> None:
         """All Deltas received have been applied."""
-        self._applied = self._received
-        self._ack_owed = True
+        self._applied, self._applied_us = self._received, now_us
+        if not self._ack_owed:
+            self._ack_owed = True
+            is_busy = self._acks_ride and now_us - self._deltas_sent_us < RIDING_US
+            self._ack_due_us = now_us + ACK_DELAY_US if is_busy else now_us
+
+    def is_ack_due(self, now_us: int) -> bool:
+        """True when an acknowledgement has waited in vain for Deltas to carry it."""
+        return self._ack_owed and now_us >= self._ack_due_us
 
     def next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None = None) -> bytes | None:
         """The next frame to be sent now, Deltas excepted; None when none is owed.
@@ -271,7 +302,12 @@ class Session:
         assert self.state is State.ESTABLISHED
         self._sent += 1
         self._unacknowledged.append(now_us)
-        return write_deltas(pb.Deltas(sequence=self._sent, trace=trace), payload)
+        self._deltas_sent_us = now_us
+        head = pb.Deltas(sequence=self._sent, trace=trace)
+        if self._ack_owed and self._acks_ride:
+            self._ack_owed = False
+            head.acknowledged, head.ack_delay_us = self._applied, max(0, now_us - self._applied_us)
+        return write_deltas(head, payload)
 
     def send_payments(self, frame: pb.Frame) -> bytes:
         """A Payments frame, to be sent now."""
@@ -311,7 +347,7 @@ class Session:
             ping_id, received_us = self._pong_owed
             self._pong_owed = None
             return pb.Frame(pong=pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us))
-        if self._ack_owed:
+        if self.is_ack_due(now_us):
             self._ack_owed = False
             return pb.Frame(ack=pb.Ack(sequence=self._applied))
         if now_us >= self._ping_due_us:
@@ -355,7 +391,7 @@ class Session:
             case "payments":
                 return self._receive_payments(frame.payments)
             case "ack":
-                return self._receive_ack(frame.ack)
+                return self._acknowledged(frame.ack.sequence, 0)
             case "ping" | "pong":
                 return self._receive_ping_or_pong(frame, now_us)
         assert kind is not None
@@ -366,6 +402,7 @@ class Session:
         self.peer = peer
         self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
+        self._acks_ride = hello.protocol >= RIDING_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
         return Established(peer, hello.region, hello.version[:MAX_DETAIL_CHARS], protocol, membership)
@@ -374,7 +411,8 @@ class Session:
         if deltas.sequence != self._received + 1:
             raise ProtocolError(Reason.UNEXPECTED, f"deltas {deltas.sequence} after deltas {self._received}")
         self._received = deltas.sequence
-        return DeltasReceived(deltas)
+        acknowledged = self._acknowledged(deltas.acknowledged, deltas.ack_delay_us) if deltas.acknowledged else None
+        return DeltasReceived(deltas, acknowledged)
 
     def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:
         if not self.pays:
@@ -388,16 +426,16 @@ class Session:
             return StandingReceived(frame.standing)
         return ComparisonReceived(getattr(frame, kind))
 
-    def _receive_ack(self, ack: pb.Ack) -> DeltasAcknowledged:
-        frames = ack.sequence - (self._sent - len(self._unacknowledged))
+    def _acknowledged(self, sequence: int, delay_us: int) -> DeltasAcknowledged:
+        frames = sequence - (self._sent - len(self._unacknowledged))
         if not 1 <= frames <= len(self._unacknowledged):
             raise ProtocolError(
                 Reason.UNEXPECTED,
-                f"acknowledgement of deltas {ack.sequence}; {len(self._unacknowledged)} of {self._sent} are open",
+                f"acknowledgement of deltas {sequence}; {len(self._unacknowledged)} of {self._sent} are open",
             )
         for _ in range(frames):
             self._unacknowledged.popleft()
-        return DeltasAcknowledged(frames)
+        return DeltasAcknowledged(frames, min(delay_us, STALL_US))
 
     def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | DemandsReceived | None:
         if frame.HasField("ping"):

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Standing
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """The newest protocol spoken here."""
 
 OLDEST_PROTOCOL: Final = 1
@@ -27,6 +27,9 @@ PAYING_PROTOCOL: Final = 4
 """The oldest with Payments. Older ones have loans of strict shares, and show their members where none is seen here; so
 with such a peer each keeps to its own home.
 """
+
+RIDING_PROTOCOL: Final = 5
+"""The oldest whose Deltas carry acknowledgements."""
 
 MAX_FRAME_BYTES: Final = 1 << 18
 """Well above what `outbox` puts into a batch, so that a peer with other bounds is understood. One that is made for it

@@ -34,7 +34,7 @@ from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.payments import MAX_BATCH
 from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
-from ratelimit_sidecar.replication.session import STALL_US
+from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -382,7 +382,7 @@ def test_batches_are_traced_from_sending_to_acknowledgement() -> None:
     [span] = tracer.spans
     assert (span.peer_node, span.bucket_keys, span.has_ended) == ("b", (key_of("ann"),), False)
     receive(other, sent, NOW_US)
-    exchange(one, other)
+    exchange(one, other, NOW_US + ACK_DELAY_US)
     assert span.has_ended
 
 

@@ -10,6 +10,7 @@ from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 from ratelimit_sidecar.config import sidecar_schema as config
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.session import (
+    ACK_DELAY_US,
     CLOCK_SAMPLES,
     FRAMES_WITHIN_US,
     MAX_FRAMES,
@@ -211,7 +212,7 @@ def test_deltas_are_handed_on_and_acknowledged_once_they_are_applied() -> None:
     session = established()
     assert isinstance(session.receive(deltas(1), NOW_US), DeltasReceived)
     assert session.next_frame(NOW_US) is None
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     # What is not applied yet is not acknowledged along with what is.
     session.receive(deltas(2), NOW_US)
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
@@ -222,9 +223,47 @@ def test_one_acknowledgement_stands_for_all_deltas_heard_before_it() -> None:
     session = established()
     for sequence in (1, 2, 3):
         session.receive(deltas(sequence), NOW_US)
-        session.acknowledge()
+        session.acknowledge(NOW_US)
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=3))
     assert session.next_frame(NOW_US) is None
+
+
+def test_an_acknowledgement_rides_on_the_next_deltas() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert session.next_frame(NOW_US + ACK_DELAY_US - 1) is None
+    sent = pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US + 7)).deltas
+    assert (sent.acknowledged, sent.ack_delay_us) == (1, 7)
+    assert session.next_frame(NOW_US + ACK_DELAY_US) is None
+    other = established()
+    other.send_deltas(b"", b"", NOW_US)
+    event = other.receive(frame(deltas=pb.Deltas(sequence=1, acknowledged=1, ack_delay_us=7)), NOW_US)
+    assert isinstance(event, DeltasReceived)
+    assert event.acknowledged == DeltasAcknowledged(1, 7)
+
+
+def test_an_acknowledgement_waits_for_deltas_no_longer_than_for_a_flush() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert not session.is_ack_due(NOW_US + ACK_DELAY_US - 1)
+    assert session.is_ack_due(NOW_US + ACK_DELAY_US)
+    assert session.next_frame(NOW_US + ACK_DELAY_US) == frame(ack=pb.Ack(sequence=1))
+
+
+def test_an_acknowledgement_to_an_older_node_is_a_frame_of_its_own() -> None:
+    session = new_session()
+    session.receive(hello(protocol=4), NOW_US)
+    said = [session.next_frame(NOW_US) for _ in range(2)]
+    assert [kind_of(raw) for raw in said] == ["hello", "ping"]
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert not pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US)).deltas.acknowledged
+    assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
 
 
 @pytest.mark.parametrize("sequence", [0, 2], ids=["again", "gap"])
@@ -369,7 +408,7 @@ def test_a_peer_may_say_goodbye_instead_of_hello() -> None:
 def test_closing_says_goodbye_and_nothing_that_was_owed() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     session.close(Reason.DRAINING, "shutting down")
     assert not session.is_over
     assert session.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="draining", detail="shutting down"))
@@ -398,7 +437,7 @@ def test_closing_because_the_stream_leads_to_itself_still_says_hello_so_that_the
 def test_a_lost_connection_leaves_nothing_to_say() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     session.lost()
     assert session.next_frame(NOW_US) is None
     assert session.is_over

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2ratelimit_sidecar/replication/v1/replication.proto\x12 ratelimit_sidecar.replication.v1\"\xa1\x05\n\x05\x46rame\x12\x38\n\x05hello\x18\x01 \x01(\x0b\x32\'.ratelimit_sidecar.replication.v1.HelloH\x00\x12:\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32(.ratelimit_sidecar.replication.v1.DeltasH\x00\x12\x34\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32%.ratelimit_sidecar.replication.v1.AckH\x00\x12\x36\n\x04ping\x18\x04 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PingH\x00\x12\x36\n\x04pong\x18\x05 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PongH\x00\x12<\n\x07goodbye\x18\x06 \x01(\x0b\x32).ratelimit_sidecar.replication.v1.GoodbyeH\x00\x12>\n\x08standing\x18\x08 \x01(\x0b\x32*.ratelimit_sidecar.replication.v1.StandingH\x00\x12:\n\x06\x64igest\x18\t \x01(\x0b\x32(.ratelimit_sidecar.replication.v1.DigestH\x00\x12<\n\x07summary\x18\n \x01(\x0b\x32).ratelimit_sidecar.replication.v1.SummaryH\x00\x12\x36\n\x04pull\x18\x0b \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PullH\x00\x12>\n\x08payments\x18\x0c \x01(\x0b\x32*.ratelimit_sidecar.replication.v1.PaymentsH\x00\x42\x06\n\x04kindJ\x04\x08\x07\x10\x08\"\xa5\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x0f\n\x07version\x18\x05 \x01(\t\x12@\n\nmembership\x18\x07 \x01(\x0b\x32,.ratelimit_sidecar.replication.v1.MembershipJ\x04\x08\x06\x10\x07\"V\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x39\n\x07members\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Member\"&\n\x06Member\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x04\"\xbd\x01\n\x06\x44\x65ltas\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x39\n\x07origins\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Origin\x12>\n\x07\x62uckets\x18\x03 \x03(\x0b\x32-.ratelimit_sidecar.replication.v1.BucketDelta\x12\x17\n\x0f\x65nds_full_state\x18\x04 \x01(\x08\x12\r\n\x05trace\x18\x05 \x01(\x0c\"+\n\x06Origin\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\xd5\x01\n\x0b\x42ucketDelta\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x34\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.Base\x12\x37\n\x04runs\x18\x03 \x03(\x0b\x32).ratelimit_sidecar.replication.v1.SlotRun\x12\x0e\n\x06number\x18\x04 \x01(\r\x12:\n\x07refunds\x18\x05 \x03(\x0b\x32).ratelimit_sidecar.replication.v1.SlotRun\"Q\n\x04\x42\x61se\x12\x13\n\x0b\x62oundary_us\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x11\n\tremainder\x18\x03 \x01(\x04\x12\x11\n\tperiod_us\x18\x04 \x01(\x04\"J\n\x07SlotRun\x12\x0e\n\x06origin\x18\x01 \x01(\r\x12\x10\n\x08\x65xponent\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x03(\x04\"\x17\n\x03\x41\x63k\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"^\n\x04Ping\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07sent_us\x18\x02 \x01(\x04\x12\x39\n\x07\x64\x65mands\x18\x03 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Demand\"5\n\x06\x44\x65mand\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05wants\x18\x02 \x03(\x04\x12\x0f\n\x07members\x18\x03 \x03(\r\"N\n\x04Pong\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x14\n\x0cping_sent_us\x18\x02 \x01(\x04\x12\x13\n\x0breceived_us\x18\x03 \x01(\x04\x12\x0f\n\x07sent_us\x18\x04 \x01(\x04\")\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"t\n\x08Payments\x12\x33\n\x04pays\x18\x01 \x03(\x0b\x32%.ratelimit_sidecar.replication.v1.Pay\x12\x33\n\x04\x61sks\x18\x02 \x03(\x0b\x32%.ratelimit_sidecar.replication.v1.Ask\"S\n\x03\x41sk\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x04\x12\r\n\x05level\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\x12\x10\n\x08is_short\x18\x05 \x01(\x08\"0\n\x03Pay\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x04\x12\x0c\n\x04left\x18\x03 \x01(\x04\"~\n\x08Standing\x12\x0f\n\x07reaches\x18\x01 \x03(\t\x12\r\n\x05rules\x18\x02 \x01(\x06\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12\x0e\n\x06joined\x18\x04 \x01(\x08\x12\x34\n\x04wish\x18\x05 \x01(\x0e\x32&.ratelimit_sidecar.replication.v1.Wish\"7\n\x06\x44igest\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\x10\n\x08segments\x18\x02 \x03(\r\x12\x0c\n\x04sums\x18\x03 \x03(\x06\"E\n\x07Summary\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\r\n\x05range\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x03(\x06\x12\x0e\n\x06states\x18\x04 \x03(\x06\"2\n\x04Pull\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\r\n\x05range\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x03(\x06*1\n\x04Wish\x12\r\n\tUNDECIDED\x10\x00\x12\n\n\x06RECENT\x10\x01\x12\x0e\n\nEVERYTHING\x10\x02\x32k\n\x0bReplication\x12\\\n\x04Sync\x12\'.ratelimit_sidecar.replication.v1.Frame\x1a\'.ratelimit_sidecar.replication.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2ratelimit_sidecar/replication/v1/replication.proto\x12 ratelimit_sidecar.replication.v1\"\xa1\x05\n\x05\x46rame\x12\x38\n\x05hello\x18\x01 \x01(\x0b\x32\'.ratelimit_sidecar.replication.v1.HelloH\x00\x12:\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32(.ratelimit_sidecar.replication.v1.DeltasH\x00\x12\x34\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32%.ratelimit_sidecar.replication.v1.AckH\x00\x12\x36\n\x04ping\x18\x04 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PingH\x00\x12\x36\n\x04pong\x18\x05 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PongH\x00\x12<\n\x07goodbye\x18\x06 \x01(\x0b\x32).ratelimit_sidecar.replication.v1.GoodbyeH\x00\x12>\n\x08standing\x18\x08 \x01(\x0b\x32*.ratelimit_sidecar.replication.v1.StandingH\x00\x12:\n\x06\x64igest\x18\t \x01(\x0b\x32(.ratelimit_sidecar.replication.v1.DigestH\x00\x12<\n\x07summary\x18\n \x01(\x0b\x32).ratelimit_sidecar.replication.v1.SummaryH\x00\x12\x36\n\x04pull\x18\x0b \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.PullH\x00\x12>\n\x08payments\x18\x0c \x01(\x0b\x32*.ratelimit_sidecar.replication.v1.PaymentsH\x00\x42\x06\n\x04kindJ\x04\x08\x07\x10\x08\"\xa5\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06region\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x0f\n\x07version\x18\x05 \x01(\t\x12@\n\nmembership\x18\x07 \x01(\x0b\x32,.ratelimit_sidecar.replication.v1.MembershipJ\x04\x08\x06\x10\x07\"V\n\nMembership\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x39\n\x07members\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Member\"&\n\x06Member\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x04\"\xe9\x01\n\x06\x44\x65ltas\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x39\n\x07origins\x18\x02 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Origin\x12>\n\x07\x62uckets\x18\x03 \x03(\x0b\x32-.ratelimit_sidecar.replication.v1.BucketDelta\x12\x17\n\x0f\x65nds_full_state\x18\x04 \x01(\x08\x12\r\n\x05trace\x18\x05 \x01(\x0c\x12\x14\n\x0c\x61\x63knowledged\x18\x06 \x01(\x04\x12\x14\n\x0c\x61\x63k_delay_us\x18\x07 \x01(\x04\"+\n\x06Origin\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\xd5\x01\n\x0b\x42ucketDelta\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x34\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32&.ratelimit_sidecar.replication.v1.Base\x12\x37\n\x04runs\x18\x03 \x03(\x0b\x32).ratelimit_sidecar.replication.v1.SlotRun\x12\x0e\n\x06number\x18\x04 \x01(\r\x12:\n\x07refunds\x18\x05 \x03(\x0b\x32).ratelimit_sidecar.replication.v1.SlotRun\"Q\n\x04\x42\x61se\x12\x13\n\x0b\x62oundary_us\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x11\n\tremainder\x18\x03 \x01(\x04\x12\x11\n\tperiod_us\x18\x04 \x01(\x04\"J\n\x07SlotRun\x12\x0e\n\x06origin\x18\x01 \x01(\r\x12\x10\n\x08\x65xponent\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x03(\x04\"\x17\n\x03\x41\x63k\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"^\n\x04Ping\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07sent_us\x18\x02 \x01(\x04\x12\x39\n\x07\x64\x65mands\x18\x03 \x03(\x0b\x32(.ratelimit_sidecar.replication.v1.Demand\"5\n\x06\x44\x65mand\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05wants\x18\x02 \x03(\x04\x12\x0f\n\x07members\x18\x03 \x03(\r\"N\n\x04Pong\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x14\n\x0cping_sent_us\x18\x02 \x01(\x04\x12\x13\n\x0breceived_us\x18\x03 \x01(\x04\x12\x0f\n\x07sent_us\x18\x04 \x01(\x04\")\n\x07Goodbye\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"t\n\x08Payments\x12\x33\n\x04pays\x18\x01 \x03(\x0b\x32%.ratelimit_sidecar.replication.v1.Pay\x12\x33\n\x04\x61sks\x18\x02 \x03(\x0b\x32%.ratelimit_sidecar.replication.v1.Ask\"S\n\x03\x41sk\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x04\x12\r\n\x05level\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\x12\x10\n\x08is_short\x18\x05 \x01(\x08\"0\n\x03Pay\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x04\x12\x0c\n\x04left\x18\x03 \x01(\x04\"~\n\x08Standing\x12\x0f\n\x07reaches\x18\x01 \x03(\t\x12\r\n\x05rules\x18\x02 \x01(\x06\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12\x0e\n\x06joined\x18\x04 \x01(\x08\x12\x34\n\x04wish\x18\x05 \x01(\x0e\x32&.ratelimit_sidecar.replication.v1.Wish\"7\n\x06\x44igest\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\x10\n\x08segments\x18\x02 \x03(\r\x12\x0c\n\x04sums\x18\x03 \x03(\x06\"E\n\x07Summary\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\r\n\x05range\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x03(\x06\x12\x0e\n\x06states\x18\x04 \x03(\x06\"2\n\x04Pull\x12\r\n\x05\x61t_us\x18\x01 \x01(\x04\x12\r\n\x05range\x18\x02 \x01(\r\x12\x0c\n\x04keys\x18\x03 \x03(\x06*1\n\x04Wish\x12\r\n\tUNDECIDED\x10\x00\x12\n\n\x06RECENT\x10\x01\x12\x0e\n\nEVERYTHING\x10\x02\x32k\n\x0bReplication\x12\\\n\x04Sync\x12\'.ratelimit_sidecar.replication.v1.Frame\x1a\'.ratelimit_sidecar.replication.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ratelimit_sidecar.replication.v1.replication_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WISH']._serialized_start=2532
-  _globals['_WISH']._serialized_end=2581
+  _globals['_WISH']._serialized_start=2576
+  _globals['_WISH']._serialized_end=2625
   _globals['_FRAME']._serialized_start=89
   _globals['_FRAME']._serialized_end=762
   _globals['_HELLO']._serialized_start=765
@@ -42,39 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMBER']._serialized_start=1020
   _globals['_MEMBER']._serialized_end=1058
   _globals['_DELTAS']._serialized_start=1061
-  _globals['_DELTAS']._serialized_end=1250
-  _globals['_ORIGIN']._serialized_start=1252
-  _globals['_ORIGIN']._serialized_end=1295
-  _globals['_BUCKETDELTA']._serialized_start=1298
-  _globals['_BUCKETDELTA']._serialized_end=1511
-  _globals['_BASE']._serialized_start=1513
-  _globals['_BASE']._serialized_end=1594
-  _globals['_SLOTRUN']._serialized_start=1596
-  _globals['_SLOTRUN']._serialized_end=1670
-  _globals['_ACK']._serialized_start=1672
-  _globals['_ACK']._serialized_end=1695
-  _globals['_PING']._serialized_start=1697
-  _globals['_PING']._serialized_end=1791
-  _globals['_DEMAND']._serialized_start=1793
-  _globals['_DEMAND']._serialized_end=1846
-  _globals['_PONG']._serialized_start=1848
-  _globals['_PONG']._serialized_end=1926
-  _globals['_GOODBYE']._serialized_start=1928
-  _globals['_GOODBYE']._serialized_end=1969
-  _globals['_PAYMENTS']._serialized_start=1971
-  _globals['_PAYMENTS']._serialized_end=2087
-  _globals['_ASK']._serialized_start=2089
-  _globals['_ASK']._serialized_end=2172
-  _globals['_PAY']._serialized_start=2174
-  _globals['_PAY']._serialized_end=2222
-  _globals['_STANDING']._serialized_start=2224
-  _globals['_STANDING']._serialized_end=2350
-  _globals['_DIGEST']._serialized_start=2352
-  _globals['_DIGEST']._serialized_end=2407
-  _globals['_SUMMARY']._serialized_start=2409
-  _globals['_SUMMARY']._serialized_end=2478
-  _globals['_PULL']._serialized_start=2480
-  _globals['_PULL']._serialized_end=2530
-  _globals['_REPLICATION']._serialized_start=2583
-  _globals['_REPLICATION']._serialized_end=2690
+  _globals['_DELTAS']._serialized_end=1294
+  _globals['_ORIGIN']._serialized_start=1296
+  _globals['_ORIGIN']._serialized_end=1339
+  _globals['_BUCKETDELTA']._serialized_start=1342
+  _globals['_BUCKETDELTA']._serialized_end=1555
+  _globals['_BASE']._serialized_start=1557
+  _globals['_BASE']._serialized_end=1638
+  _globals['_SLOTRUN']._serialized_start=1640
+  _globals['_SLOTRUN']._serialized_end=1714
+  _globals['_ACK']._serialized_start=1716
+  _globals['_ACK']._serialized_end=1739
+  _globals['_PING']._serialized_start=1741
+  _globals['_PING']._serialized_end=1835
+  _globals['_DEMAND']._serialized_start=1837
+  _globals['_DEMAND']._serialized_end=1890
+  _globals['_PONG']._serialized_start=1892
+  _globals['_PONG']._serialized_end=1970
+  _globals['_GOODBYE']._serialized_start=1972
+  _globals['_GOODBYE']._serialized_end=2013
+  _globals['_PAYMENTS']._serialized_start=2015
+  _globals['_PAYMENTS']._serialized_end=2131
+  _globals['_ASK']._serialized_start=2133
+  _globals['_ASK']._serialized_end=2216
+  _globals['_PAY']._serialized_start=2218
+  _globals['_PAY']._serialized_end=2266
+  _globals['_STANDING']._serialized_start=2268
+  _globals['_STANDING']._serialized_end=2394
+  _globals['_DIGEST']._serialized_start=2396
+  _globals['_DIGEST']._serialized_end=2451
+  _globals['_SUMMARY']._serialized_start=2453
+  _globals['_SUMMARY']._serialized_end=2522
+  _globals['_PULL']._serialized_start=2524
+  _globals['_PULL']._serialized_end=2574
+  _globals['_REPLICATION']._serialized_start=2627
+  _globals['_REPLICATION']._serialized_end=2734
 # @@protoc_insertion_point(module_scope)
