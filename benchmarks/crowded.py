@@ -106,8 +106,8 @@ class MemoryPeer:
         hello = pb.Hello(protocol=PROTOCOL, node=name, region=name, incarnation=1, version=__version__)
         self._say(pb.Frame(hello=hello))
         # It hears from all others itself, so the node has nothing to pass on.
-        standing = pb.Standing(reaches=[NODE, *PEERS], rules=RULES_DIGEST, joined=True, wish=pb.EVERYTHING)
-        self._say(pb.Frame(standing=standing))
+        status = pb.Status(reaches=[NODE, *PEERS], rules=RULES_DIGEST, joined=True, sync_request=pb.EVERYTHING)
+        self._say(pb.Frame(status=status))
         self._say_deltas(pb.Deltas(ends_full_state=True))
 
     async def read(self) -> bytes:

@@ -21,8 +21,9 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
 
@@ -64,8 +65,8 @@ class Mesh:
             self.streams.append(stream)
             self._say(stream, pb.Frame(hello=pb.Hello(protocol=PROTOCOL, node=name, incarnation=1)))
             reaches = ["node", *(other for other in names if other != name)]
-            standing = pb.Standing(reaches=reaches, rules=1, joined=True, wish=pb.EVERYTHING)
-            self._say(stream, pb.Frame(standing=standing))
+            status = pb.Status(reaches=reaches, rules=1, joined=True, sync_request=pb.EVERYTHING)
+            self._say(stream, pb.Frame(status=status))
         self.flush()
 
     def flush(self) -> None:

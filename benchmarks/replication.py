@@ -26,8 +26,9 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import PROTOCOL
 
 REGIONS = ("us-east-1", "eu-west-2", "ap-southeast-1")

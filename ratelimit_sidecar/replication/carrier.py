@@ -16,8 +16,8 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.replication.replicator import Stream
 from ratelimit_sidecar.replication.scheduler import Scheduler
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 

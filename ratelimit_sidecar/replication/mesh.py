@@ -17,6 +17,7 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
+from ratelimit_sidecar.replication.connections import RESTART_US
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
@@ -24,11 +25,12 @@ from ratelimit_sidecar.replication.peer import BatchTracer, Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.refusals import Refusals
-from ratelimit_sidecar.replication.replicator import RESTART_US, Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
@@ -124,7 +126,7 @@ class Mesh:
         membership = None if purses is None else purses.membership
         local = Local(origin, region, version, membership)
         self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
-        self._replicator.has_joined = False
+        self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
         self._progress = Progress()
         """Made whenever a frame was heard or a stream or dial has ended."""
@@ -183,7 +185,7 @@ class Mesh:
         return peers + unreached + unresolved
 
     def _unreached(self, address: str, last_error: str, protocol_errors: Mapping[str, int]) -> PeerStatus:
-        since_us = self._replicator.first_change_us
+        since_us = self._replicator.connections.first_change_us
         return PeerStatus(
             node="",
             region="",
@@ -333,7 +335,7 @@ class Mesh:
         except TimeoutError:
             return False
         finally:
-            self._replicator.join()
+            self._replicator.sync.join()
         return True
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
+from ratelimit_sidecar.replication.payments import PaymentOutbox
+from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import Reason
 
-if TYPE_CHECKING:
-    from ratelimit_sidecar.replication.replicator import Stream
+
+class Link(Protocol):
+    """What a peer has to do with a stream to it (`stream.Stream`)."""
+
+    address: str
+    is_dialled: bool
+    payments: PaymentOutbox | None
+    wake: Callable[[], None]
+
+    @property
+    def heard_us(self) -> int: ...
+
+    @property
+    def pays(self) -> bool: ...
+
+    @property
+    def compares(self) -> bool: ...
+
+    def is_ack_due(self, now_us: int) -> bool: ...
+
+    def compare(self, done: Round) -> None: ...
+
+    def tell_status_again(self) -> None: ...
+
+    def close(self, reason: Reason, detail: str, now_us: int) -> None: ...
 
 
 class BatchSpan(Protocol):
@@ -43,7 +69,7 @@ class BatchTracer(Protocol):
 
 
 class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas and asks."""
+    """A remote node and everything known about it."""
 
     def __init__(self, store: Store, changes: ChangeLog, node: str) -> None:
         self.node = node
@@ -54,7 +80,8 @@ class Peer:
         self.protocol = 0
         self.is_configured = False
         """True once a configured address has led to it."""
-        self.streams: list[Stream] = []
+        self.streams: list[Link] = []
+        """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
         self.full_state_heard = False
         """True when it has told everything it knew when its stream began."""
@@ -62,10 +89,10 @@ class Peer:
         """Nodes that it has a stream to; None while it has not said."""
         self.has_joined = False
         """True when it says that it has heard from its peers what they know."""
-        self.wish: pb.Wish = pb.UNDECIDED
-        """What it wants to be told."""
-        self.own_wish: pb.Wish = pb.UNDECIDED
-        """What this node wants to be told by it."""
+        self.request: pb.SyncRequest = pb.UNDECIDED
+        """Which snapshot it has asked for."""
+        self.own_request: pb.SyncRequest = pb.UNDECIDED
+        """Which snapshot this node asks it for."""
         self.is_full = False
         """True when it has no room for buckets of new keys."""
         self.rules = 0
@@ -84,6 +111,30 @@ class Peer:
         self.connections = 0
         self.protocol_errors: Counter[str] = Counter()
         self.refused: Counter[Refused] = Counter()
+
+    @property
+    def active(self) -> Link | None:
+        """The stream on which this node sends; others are only read."""
+        return self.streams[0] if self.streams else None
+
+    def wake(self) -> None:
+        """There is something to send."""
+        if self.streams:
+            self.streams[0].wake()
+
+    def grant_request(self, now_us: int) -> None:
+        """Begin to send the snapshot that it has asked for, if it has."""
+        if self.request != pb.UNDECIDED:
+            self.outbox.request(now_us, recent=self.request == pb.RECENT)
+
+    def forget_streams(self, now_us: int) -> None:
+        """Its last stream has ended: what it said of itself on them is over."""
+        self.lost_us = now_us
+        self.request = self.own_request = pb.UNDECIDED
+        self.full_state_heard = False
+        self.clock_offset_us = None
+        self.reaches = None
+        self.rules = 0
 
     @property
     def pays(self) -> bool:
@@ -125,6 +176,15 @@ class Peer:
     def rules_match(self, rules: int) -> bool | None:
         """Whether it replicates by the rules with that digest; None while that is not known."""
         return self.rules == rules if self.rules and rules else None
+
+    def is_comparable(self, rules: int, now_us: int) -> bool:
+        """True when both ends have heard what counts in the round of now.
+
+        Args:
+            rules: a digest of this node's rules.
+        """
+        is_told = not self.outbox.owes_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
+        return self.full_state_heard and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
         """Args:

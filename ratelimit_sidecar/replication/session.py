@@ -24,6 +24,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.pings import Pings
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
     COMPARING_PROTOCOL,
@@ -39,8 +40,6 @@ from ratelimit_sidecar.replication.wire import (
     write_deltas,
     write_membership,
 )
-
-PING_EVERY_US: Final = 1_000_000
 
 SILENCE_US: Final = 5_000_000
 """Nothing heard for so long, five pings: the peer is dead or cut off."""
@@ -59,9 +58,6 @@ RIDING_US: Final = 2 * ACK_DELAY_US
 FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
 in frames that each take a millisecond and more to apply."""
-
-CLOCK_SAMPLES: Final = 8
-"""Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
 
 
 class State(Enum):
@@ -131,10 +127,10 @@ class PaymentsReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class StandingReceived:
+class StatusReceived:
     """The peer says whom it hears from, and what rules it has."""
 
-    standing: pb.Standing
+    status: pb.Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +167,7 @@ Event = (
     | DeltasReceived
     | DeltasAcknowledged
     | PaymentsReceived
-    | StandingReceived
+    | StatusReceived
     | ComparisonReceived
     | ClockMeasured
     | DemandsReceived
@@ -193,7 +189,7 @@ class Session:
         self.pays = False
         """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
         self.compares = False
-        """True when both ends know of Standing, comparisons and numbers for keys."""
+        """True when both ends know of Status, comparisons and numbers for keys."""
         self.heard_us = now_us
         """When the last frame arrived."""
         self._frames = 0
@@ -212,12 +208,8 @@ class Session:
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
         """When each of the Deltas not acknowledged was sent."""
-        self._ping_due_us = now_us
-        self._last_ping = 0
-        self._pings: dict[int, int] = {}
-        """When each ping not answered was sent."""
+        self._pings = Pings(now_us)
         self._pong_owed: tuple[int, int] | None = None
-        self._clock_samples: deque[tuple[int, int]] = deque(maxlen=CLOCK_SAMPLES)
 
     @property
     def is_over(self) -> bool:
@@ -249,7 +241,7 @@ class Session:
         if self.state in (State.CLOSING, State.CLOSED):
             return
         silent_us = now_us - self.heard_us
-        unanswered_us = now_us - min([*self._unacknowledged, *self._pings.values()], default=now_us)
+        unanswered_us = now_us - min([*self._unacknowledged, self._pings.waits_since_us(now_us)])
         if silent_us >= SILENCE_US:
             error = ProtocolError(Reason.SILENT, f"nothing heard for {silent_us / 1e6:.1f} s")
         elif unanswered_us >= STALL_US:
@@ -309,16 +301,10 @@ class Session:
             head.acknowledged, head.ack_delay_us = self._applied, max(0, now_us - self._applied_us)
         return write_deltas(head, payload)
 
-    def send_payments(self, frame: pb.Frame) -> bytes:
-        """A Payments frame, to be sent now."""
+    def send(self, frame: pb.Frame) -> bytes:
+        """Payments, a Status or a frame of a comparison, to be sent now."""
         assert self.state is State.ESTABLISHED
-        assert self.pays
-        return frame.SerializeToString()
-
-    def send_comparison(self, frame: pb.Frame) -> bytes:
-        """A Standing or a frame of a comparison, to be sent now."""
-        assert self.state is State.ESTABLISHED
-        assert self.compares
+        assert self.pays if frame.HasField("payments") else self.compares
         return frame.SerializeToString()
 
     def _count_frame(self, now_us: int) -> None:
@@ -350,15 +336,10 @@ class Session:
         if self.is_ack_due(now_us):
             self._ack_owed = False
             return pb.Frame(ack=pb.Ack(sequence=self._applied))
-        if now_us >= self._ping_due_us:
-            self._ping_due_us = now_us + PING_EVERY_US
-            self._last_ping += 1
-            self._pings[self._last_ping] = now_us
-            frame = pb.Frame(ping=pb.Ping(id=self._last_ping))
-            if on_ping is not None:
-                on_ping(frame.ping)
-            return frame
-        return None
+        ping = self._pings.take_ping(now_us)
+        if ping is not None and on_ping is not None:
+            on_ping(ping)
+        return None if ping is None else pb.Frame(ping=ping)
 
     def _hello(self) -> pb.Hello:
         local = self._local
@@ -419,11 +400,11 @@ class Session:
             raise ProtocolError(Reason.UNEXPECTED, "payments between nodes of which one has shown no membership")
         return PaymentsReceived(payments)
 
-    def _receive_comparison(self, kind: str, frame: pb.Frame) -> StandingReceived | ComparisonReceived:
+    def _receive_comparison(self, kind: str, frame: pb.Frame) -> StatusReceived | ComparisonReceived:
         if not self.compares:
             raise ProtocolError(Reason.UNEXPECTED, f"{kind} from a peer that said it speaks an older protocol")
-        if kind == "standing":
-            return StandingReceived(frame.standing)
+        if kind == "status":
+            return StatusReceived(frame.status)
         return ComparisonReceived(getattr(frame, kind))
 
     def _acknowledged(self, sequence: int, delay_us: int) -> DeltasAcknowledged:
@@ -441,14 +422,4 @@ class Session:
         if frame.HasField("ping"):
             self._pong_owed = (frame.ping.id, now_us)
             return DemandsReceived(frame.ping.demands) if frame.ping.demands else None
-        pong = frame.pong
-        sent_us = self._pings.pop(pong.id, None)
-        if sent_us is None:
-            raise ProtocolError(Reason.UNEXPECTED, f"pong {pong.id}, which answers no open ping")
-        # Pings before it stay unanswered: the peer owes one pong at a time.
-        self._pings = {ping_id: sent for ping_id, sent in self._pings.items() if ping_id > pong.id}
-        round_trip_us = (now_us - sent_us) - (pong.sent_us - pong.received_us)
-        offset_us = ((pong.received_us - sent_us) + (pong.sent_us - now_us)) // 2
-        self._clock_samples.append((round_trip_us, offset_us))
-        # The offset's error is at most half the round trip (RFC 5905, section 8).
-        return ClockMeasured(min(self._clock_samples)[1])
+        return ClockMeasured(self._pings.answered(frame.pong, now_us))

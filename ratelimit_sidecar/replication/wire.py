@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
-from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Standing
+from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Status
 
 PROTOCOL: Final = 5
 """The newest protocol spoken here."""
@@ -21,7 +21,7 @@ OLDEST_PROTOCOL: Final = 1
 """The oldest that a peer may insist on."""
 
 COMPARING_PROTOCOL: Final = 3
-"""The oldest with numbers for keys, Standing, and the frames by which nodes compare what they hold."""
+"""The oldest with numbers for keys, Status, and the frames by which nodes compare what they hold."""
 
 PAYING_PROTOCOL: Final = 4
 """The oldest with Payments. Older ones have loans of strict shares, and show their members where none is seen here; so
@@ -193,13 +193,13 @@ def read_membership(hello: Hello) -> Shown | None:
     return Shown(epoch, weights)
 
 
-def read_reaches(standing: Standing) -> frozenset[str]:
+def read_reaches(status: Status) -> frozenset[str]:
     """The nodes that a peer says it has a stream to.
 
     Raises:
         ProtocolError: malformed.
     """
-    reaches = standing.reaches
+    reaches = status.reaches
     if len(reaches) > MAX_MEMBERS or any(not node or len(node.encode()) > MAX_NAME_BYTES for node in reaches):
         raise ProtocolError(
             Reason.MALFORMED, f"a peer reaches at most {MAX_MEMBERS} nodes, with names of 1 to {MAX_NAME_BYTES} bytes"

@@ -11,8 +11,9 @@ from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 NOW_US = 1_790_000_000_000_000

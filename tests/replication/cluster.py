@@ -32,7 +32,8 @@ from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 
 MS = 1_000
 FLUSH_US = 20 * MS

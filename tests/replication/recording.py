@@ -31,7 +31,8 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL, Reason
 

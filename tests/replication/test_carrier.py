@@ -14,8 +14,9 @@ from ratelimit_sidecar.replication import carrier
 from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.scheduler import QUANTUM_NS, Scheduler
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 A = node("a")

@@ -24,8 +24,9 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, QuotaStream, Usage
 from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, Demands
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
-from ratelimit_sidecar.replication.session import PING_EVERY_US
+from ratelimit_sidecar.replication.pings import PING_EVERY_US
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 

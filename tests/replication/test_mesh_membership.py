@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
 from ratelimit_sidecar.replication import dialler, mesh, targets
+from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, redial_seconds
 from ratelimit_sidecar.replication.mesh import CERTAIN_US
-from ratelimit_sidecar.replication.replicator import FORGET_US, Replicator
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor

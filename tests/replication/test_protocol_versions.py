@@ -17,7 +17,7 @@ from replication.builders import (
 from replication.recording import LATER_US, RECORDED, Party, Recording, listener, read_recording
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 
 RECORDINGS = sorted(RECORDED.glob("protocol_*.json"))
 

@@ -29,12 +29,14 @@ from replication.builders import (
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_BUCKETS
+from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.payments import MAX_BATCH
 from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
-from ratelimit_sidecar.replication.replicator import FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -673,11 +675,11 @@ def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     assert a.purses is not None
     receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
     assert a.purses.status().conflicts == ("c",)
-    a.forget_peers(NOW_US)
+    a.connections.forget(NOW_US)
     assert a.purses.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
-    a.forget_peers(NOW_US)
+    a.connections.forget(NOW_US)
     assert a.purses.status().conflicts == ()
 
 
@@ -772,7 +774,7 @@ def test_a_bad_ask_closes_its_stream_and_is_counted_by_reason(ask: pb.Ask, reaso
     assert a.protocol_errors == {reason: 1}
 
 
-def test_an_older_standing_that_comes_late_does_not_stay() -> None:
+def test_an_older_status_that_comes_late_does_not_stay() -> None:
     a, b, c = (replicator(name) for name in "abc")
     (a1, b1), (a2, b2) = connected(a, b), connected(b, a)[::-1]
     ac, ca = connected(a, c)
@@ -798,7 +800,7 @@ def test_an_older_standing_that_comes_late_does_not_stay() -> None:
 def starting(name: str) -> Replicator:
     """A node that waits for its peers to tell what they know."""
     found = replicator(name)
-    found.has_joined = False
+    found.sync.has_joined = False
     return found
 
 
@@ -833,7 +835,7 @@ def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
     a, b, c = starting("a"), knowing("b", "ann"), knowing("c", "ann")
     one, other = stream_of(a), stream_of(b)
     # It has heard how b stands, and what it then says is on its way.
-    while not a.peers or a.peers["b"].own_wish != pb.EVERYTHING:
+    while not a.peers or a.peers["b"].own_request != pb.EVERYTHING:
         for sender, receiver in ((one, other), (other, one)):
             for raw in said_by(sender):
                 receive(receiver, raw, NOW_US)
@@ -850,7 +852,7 @@ def test_nodes_that_start_together_wait_for_one_that_has_been_there() -> None:
     one, other = connected(a, b)
     assert known_to(a) == set()
     # It has given up waiting, or been told by others.
-    b.join()
+    b.sync.join()
     exchange(one, other)
     assert known_to(a) == {key_of("old")}
 

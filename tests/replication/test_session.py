@@ -9,12 +9,11 @@ from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
 from ratelimit_sidecar.config import sidecar_schema as config
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.pings import CLOCK_SAMPLES, PING_EVERY_US
 from ratelimit_sidecar.replication.session import (
     ACK_DELAY_US,
-    CLOCK_SAMPLES,
     FRAMES_WITHIN_US,
     MAX_FRAMES,
-    PING_EVERY_US,
     SILENCE_US,
     STALL_US,
     ClockMeasured,
@@ -25,7 +24,7 @@ from ratelimit_sidecar.replication.session import (
     PaymentsReceived,
     PeerLeft,
     Session,
-    StandingReceived,
+    StatusReceived,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
@@ -165,7 +164,7 @@ def test_nodes_that_have_shown_each_other_a_membership_pay_each_other() -> None:
     session = paying_session(membership=membership(b=1))
     payments = pb.Payments(asks=[pb.Ask(key=b"k", amount=2)])
     assert session.receive(frame(payments=payments), NOW_US) == PaymentsReceived(payments)
-    assert session.send_payments(pb.Frame(payments=payments)) == frame(payments=payments)
+    assert session.send(pb.Frame(payments=payments)) == frame(payments=payments)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +443,7 @@ def test_a_lost_connection_leaves_nothing_to_say() -> None:
 
 
 COMPARISONS = [
-    frame(standing=pb.Standing()),
+    frame(status=pb.Status()),
     frame(digest=pb.Digest()),
     frame(summary=pb.Summary()),
     frame(pull=pb.Pull()),
@@ -466,7 +465,7 @@ def test_comparisons_are_handed_on(raw: bytes) -> None:
     session = established()
     event = session.receive(raw, NOW_US)
     kind = pb.Frame.FromString(raw).WhichOneof("kind")
-    assert isinstance(event, StandingReceived if kind == "standing" else ComparisonReceived)
+    assert isinstance(event, StatusReceived if kind == "status" else ComparisonReceived)
 
 
 @pytest.mark.parametrize(("theirs", "spoken"), [(1, 1), (2, 2), (PROTOCOL, PROTOCOL), (PROTOCOL + 9, PROTOCOL)])
@@ -491,7 +490,7 @@ def test_a_peer_that_sends_more_than_it_could_have_to_say_is_too_fast() -> None:
 
 
 @pytest.mark.parametrize("reaches", [[""], ["x" * (MAX_NAME_BYTES + 1)], ["x"] * (MAX_MEMBERS + 1)])
-def test_a_standing_has_bounds(reaches: list[str]) -> None:
+def test_a_status_has_bounds(reaches: list[str]) -> None:
     with pytest.raises(ProtocolError) as caught:
-        read_reaches(pb.Standing(reaches=reaches))
+        read_reaches(pb.Status(reaches=reaches))
     assert caught.value.reason is Reason.MALFORMED

@@ -30,7 +30,7 @@ from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication import changes, key_numbers, key_queue
-from ratelimit_sidecar.replication.anti_entropy import EVERY_US, KEPT_US, RANGES
+from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES
 from ratelimit_sidecar.replication.wire import Reason
 
 _OK = RateLimitResponse.OK

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from simulation.loop import MS, SECOND_US, Loop
 
 from ratelimit_sidecar.replication.carrier import WRITE_SECONDS
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 
 if TYPE_CHECKING:
     from simulation.node import Node

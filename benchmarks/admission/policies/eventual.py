@@ -16,8 +16,9 @@ from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, FIRST_REDIAL_SECONDS, MAX_REDIAL_SECONDS
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 
 KEY = b"the limit"
 CHECK_TIME_US = round(CHECK_TIME_SECONDS * 1_000_000)
