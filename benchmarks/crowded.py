@@ -214,7 +214,9 @@ async def crowded(turn_ms: float, seconds: float) -> Figures:
     peers = [MemoryPeer(name, keys[first :: len(PEERS)], taking, clock.now_us) for first, name in enumerate(PEERS)]
     crowd = Crowd(turn_ms, taking.take)
     running: list[asyncio.Task[object]] = [asyncio.create_task(mesh.run())]
-    running += [asyncio.create_task(mesh._carry(peer, peer.origin.node, None, None)) for peer in peers]
+    running += [
+        asyncio.create_task(mesh._carried.carry(peer, peer.origin.node, None, None, mesh._dialler)) for peer in peers
+    ]
     try:
         async with asyncio.timeout(60):
             for peer in peers:

@@ -59,6 +59,35 @@ class PeerStatus:
     refused: Mapping[str, int]
 
 
+def unreached_status(
+    address: str, lag_seconds: float, last_error: str, protocol_errors: Mapping[str, int]
+) -> PeerStatus:
+    """Of an address that has led to nobody yet, or a name that is not resolved."""
+    return PeerStatus(
+        node="",
+        region="",
+        address=address,
+        version="",
+        protocol=0,
+        connected=False,
+        lag_seconds=lag_seconds,
+        pending_buckets=0,
+        batches_sent=0,
+        batches_received=0,
+        entries_sent=0,
+        entries_received=0,
+        bytes_sent=0,
+        bytes_received=0,
+        resyncs=0,
+        rules_match=None,
+        reconnects=0,
+        clock_offset_seconds=None,
+        last_error=last_error,
+        protocol_errors=dict(protocol_errors),
+        refused={},
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class MembershipStatus:
     """Who shares strict limits, as this node sees it at one instant. Counters count from this process's start.

@@ -21,6 +21,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import (
     CONNECT_SECONDS,
@@ -29,7 +30,7 @@ from ratelimit_sidecar.replication.dialler import (
     MAX_REDIAL_SECONDS,
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
-from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, GOODBYE_SECONDS
+from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
 from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
