@@ -31,7 +31,6 @@ COMPILED = (
     "replication/inbound.py",
     "replication/key_numbers.py",
     "replication/key_queue.py",
-    "replication/payments.py",
     "replication/pings.py",
     "replication/purses.py",
     "replication/lag.py",

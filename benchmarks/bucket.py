@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.shares import PARTS
+from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
@@ -176,7 +176,9 @@ def main() -> None:
         "take, fixed window": (take_from(FixedWindow(b"k", fixed, HERE, NOW_US, Journal())), ROUNDS, 1),
         "take, sliding window": (take_from(SlidingWindow(b"k", sliding, HERE, NOW_US, Journal())), ROUNDS, 1),
         "take, strict": (
-            take_from(StrictBucket(b"k", LIMIT, HERE, NOW_US, home=PARTS, from_us=NOW_US - 10_000_000)),
+            take_from(
+                StrictBucket(b"k", LIMIT, HERE, NOW_US, home=LIMIT.capacity * TOKEN, from_us=NOW_US - 10_000_000)
+            ),
             ROUNDS,
             1,
         ),

@@ -1,10 +1,10 @@
 """The composition root: the only place that knows every part, and the one owner that opens and closes them.
 
-Opened in this order: console, mesh, front end, so that a probe sees a starting sidecar, and requests come last. Envoy
-is answered at once, from whatever is known; ready it is said to be once the peers that can be reached have told what
-they know. While an xDS server has yet to send the first rules, mesh and readiness wait for them, and calls are refused
-if so configured. At a stop the order is the other way round: no new requests, answers to those in flight, then what was
-admitted is told to the peers, then the spans are flushed.
+The order of opening is console, mesh, front end, so that probes see a starting sidecar, and requests come last. Envoy
+is answered at once, with the state known so far. The sidecar is ready once the peers that can be reached have sent
+their state. While an xDS server has not sent the first rules, mesh and readiness wait for them, and calls are refused
+if so configured. At a stop the order is reversed: no new requests, answers to those in flight, then the last takes are
+sent to the peers, then the spans are flushed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from enum import Enum
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar import limiter as limiter_package
@@ -34,7 +36,7 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
@@ -55,7 +57,7 @@ from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
-from ratelimit_sidecar.server.file_limit import Descriptors, allot
+from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -85,39 +87,42 @@ if TYPE_CHECKING:
 
 SNAPSHOT_SECONDS = 10.0
 REDIS_SECONDS = 1.0
-"""Between two snapshots, or two rounds of writing to Redis, unless configured."""
+"""The interval of snapshots, and of writing to Redis, unless configured."""
 
 RESTORE_SECONDS = 2.0
-"""What reading the snapshot gets before Envoy is answered; a large one is read on while it is."""
+"""How long Envoy's first requests wait for the snapshot to be read. A large one is read on while requests are
+answered.
+"""
 
 JOIN_SECONDS = 10.0
-"""What reachable peers get to tell what they know before the sidecar says it is ready."""
+"""How long reachable peers may take to send their state before the sidecar says it is ready."""
 
 STOP_SECONDS = 20.0
-"""What a stop may take: front end, mesh and console get 5, 3 and 3 s at most, traces 5. Then the process ends, whatever
-hangs; Kubernetes kills it after 30."""
+"""The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
+something hangs; Kubernetes kills it after 30.
+"""
 
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
 SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
-"""So many buckets are looked at in a step, half a millisecond, and steps follow each other so that all buckets have
-been within a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it."""
+"""A sweep step looks at this many buckets in half a millisecond. Steps follow each other so that a pass over all
+buckets takes a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it.
+"""
 
 FULLEST_BUCKETS = 100
 FULLEST_PASS_SECONDS = 10.0
 FULLEST_LEAST_SECONDS, FULLEST_MOST_SECONDS = 0.02, 5.0
-"""So many buckets are looked at in a step for how full they are (0.1 ms; 0.8 us each, measured with 200,000), and all
-within 10 s where there are up to 50,000. With a million a pass takes over three minutes, in half a hundredth of the
-loop's time.
+"""A step looks at this many buckets for how full they are (0.1 ms; 0.8 us each, measured with 200,000). Up to 50,000
+buckets take 10 s. A million take over three minutes, in 0.5 % of the loop's time.
 """
 
 SLEW_SECONDS = 1.0
 
 GC_THRESHOLDS = (1_000, 1, 1_000_000)
-"""Practically no collection of the oldest generation: with 100,000 buckets it stops the loop for over 100 ms, and Envoy
-lets pass what is not answered in 20 ms. Buckets and plans are in no cycle, so counting references frees them. The
-middle one is collected with at most 3,000 objects: with 70,000 it took 4 to 12 ms while 10,000 buckets a second came
-in and went out.
+"""The oldest generation is practically never collected: with 100,000 buckets that stops the loop for over 100 ms, and
+Envoy lets requests pass without an answer after 20 ms. Buckets and plans are in no cycle, so reference counts free
+them. The middle generation is collected with at most 3,000 objects: with 70,000 it took 4 to 12 ms, at 10,000 new
+buckets a second.
 """
 
 SWITCH_SECONDS = 0.000_2
@@ -131,56 +136,87 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class FrontEndKind(Enum):
-    """What carries Envoy's calls."""
+    """The front end that carries Envoy's calls."""
 
     H2 = "h2"
     GRPCIO = "grpcio"
 
 
 class Sidecar:
-    """One process: built from its configuration, then `run` once.
+    """One sidecar process: make it from a configuration, then `run` it once.
 
     Args:
-        log: where its log goes.
+        log: the writer of its log.
 
     Raises:
         ConfigError: the rules are broken.
-        TracingError: the OTEL_* variables are.
+        TracingError: an OTEL_* variable is.
     """
 
     def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
         self._config = config
-        node, region = config.node.id, config.node.region
-        self._source: RulesFiles | XdsClient
-        if config.xds is None:
-            self._source = _rules_files(config)
-            rules, source = self._source.read_first(), f"files {', '.join(map(str, config.rules)) or '(none)'}"
-        else:
-            read = _reader_of_resources(config)
-            self._source = XdsClient(config.xds, read)
-            rules, source = read({}), f"xDS server {config.xds.server}"
+        self._log = log
+        self._source, rules, source_name = _rules_source(config)
         self._clock = Clock()
         self._stop = asyncio.Event()
         self._joined = False
         self._restoring: asyncio.Task[None] | None = None
         self._supervisor = Supervisor()
-        descriptors = _descriptors()
-        self._tracing = start_tracing(node, region)
-        origin = _new_origin(node)
-        ledger = _ledger(config, rules, origin, self._clock.now_us())
-        self._limiter = Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
+        self._stalls = StallMonitor()
+        self._latency = LatencyHistogram()
+        file_limits = _raise_file_limit()
+        self._tracing = start_tracing(config.node.id, config.node.region)
+        self._limiter = _limiter(config, rules, self._clock.now_us())
+        self._fullest = FullestBuckets(self._limiter.store)
+        self._reloader = Reloader(
+            self._use_rules, self._clock.now_us, source_name, loaded=rules if config.xds is None else None
+        )
         waits_for_rules = config.xds is not None and config.xds.before_rules == "error"
-        self._quotas = QuotaService(
-            Quotas(self._limiter, self._strict_us(), self._clock.now_us),
-            self._strict_us,
+        quotas = Quotas(self._limiter, self._strict_us(), self._clock.now_us)
+        self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules)
+        self._mesh = self._make_mesh(file_limits.mesh)
+        self._mesh.use_rules(rules.digest)
+        self._snapshots, self._redis = _state(
+            config.persistence, self._limiter.store, self._clock.now_us, self._local_limit_of_key
+        )
+        if self._redis is not None:
+            self._mesh.read_changes(self._redis.note)
+        self._service = RateLimitService(
+            self._limiter,
+            self._clock.now_us,
+            self._latency,
+            self._tracing.tracer,
             waits_for_rules=waits_for_rules,
         )
-        self._reloader = Reloader(
-            self._use_rules, self._clock.now_us, source, loaded=rules if config.xds is None else None
-        )
-        self._mesh = Mesh(
-            origin=origin,
-            region=region,
+        ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
+        services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
+        handlers = {
+            **self._service.handlers(),
+            **self._quotas.handlers(),
+            **ext_authz.handlers(),
+            **self._health.handlers(),
+            **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
+        }
+        certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
+        self._h2: H2FrontEnd | None = None
+        self._front_end = self._make_front_end(front_end, handlers, _limits(config.listen, file_limits), certificate)
+        registry = self._make_registry(ext_authz, certificate)
+        self._push = start_push(config.node.id, config.node.region, registry)
+        self._console = HttpServer(self._make_console_app(registry), config.listen.admin)
+        self._ext_authz: HttpServer | None = None
+        if config.listen.ext_authz_http is not None:
+            self._ext_authz = HttpServer(
+                ext_authz_app(ext_authz),
+                config.listen.ext_authz_http,
+                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
+            )
+
+    def _make_mesh(self, max_connections: int) -> Mesh:
+        config, ledger = self._config, self._limiter.ledger
+        return Mesh(
+            origin=self._limiter.store.origin,
+            region=config.node.region,
             version=__version__,
             store=self._limiter.store,
             now_us=self._clock.now_us,
@@ -192,46 +228,18 @@ class Sidecar:
             purses=None if ledger is None else Purses(ledger, self._strict_us),
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
-            max_connections=descriptors.mesh,
+            max_connections=max_connections,
         )
-        self._mesh.use_rules(rules.digest)
-        self._snapshots, self._redis = _state(
-            config.persistence, self._limiter.store, self._clock.now_us, self._local_limit_of_key
-        )
-        if self._redis is not None:
-            self._mesh.read_changes(self._redis.note)
-        self._fullest = FullestBuckets(self._limiter.store)
-        latency = LatencyHistogram()
-        self._stalls = StallMonitor()
-        self._service = service = RateLimitService(
-            self._limiter,
-            self._clock.now_us,
-            latency,
-            self._tracing.tracer,
-            waits_for_rules=waits_for_rules,
-        )
-        ext_authz = ExtAuthzService(service, lambda: self._limiter.rules)
-        services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
-        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
-        handlers = {
-            **service.handlers(),
-            **self._quotas.handlers(),
-            **ext_authz.handlers(),
-            **self._health.handlers(),
-            **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
-        }
-        certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
-        limits = _limits(config.listen, descriptors)
-        self._h2: H2FrontEnd | None = None
-        self._front_end = self._make_front_end(front_end, handlers, limits, certificate)
-        registry = metrics.create_registry(
-            metrics.Sources(
-                node=node,
-                region=region,
+
+    def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
+        return metrics.create_registry(
+            metrics.MetricSources(
+                node=self._config.node.id,
+                region=self._config.node.region,
                 limiter=self._limiter,
-                latency=latency,
+                latency=self._latency,
                 peers=self._mesh.status,
-                request_errors=service.errors,
+                request_errors=self._service.errors,
                 ext_authz_unlimited=ext_authz.unlimited,
                 replication=self._mesh,
                 rules=self._reloader,
@@ -243,17 +251,19 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 redis=None if self._redis is None else self._redis.status,
                 supervision=self._supervisor,
-                log=log,
+                log=self._log,
                 fullest=self._fullest,
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
             )
         )
-        self._push = start_push(node, region, registry)
-        console_app = console.create_app(
-            console.Sources(
-                node=node,
-                region=region,
+
+    def _make_console_app(self, registry: CollectorRegistry) -> ASGIApp:
+        listen = self._config.listen
+        return console.create_app(
+            console.ConsoleSources(
+                node=self._config.node.id,
+                region=self._config.node.region,
                 limiter=self._limiter,
                 registry=registry,
                 peers=self._mesh.status,
@@ -262,28 +272,19 @@ class Sidecar:
                 degraded=self.degraded,
                 now_us=self._clock.now_us,
                 reloader=self._reloader,
-                should_rate_limit=service.should_rate_limit,
-                shows_values=config.listen.admin_shows_values,
-                names=config.listen.admin_names,
-                token_file=config.listen.admin_token_file,
+                should_rate_limit=self._service.should_rate_limit,
+                shows_values=listen.admin_shows_values,
+                names=listen.admin_names,
+                token_file=listen.admin_token_file,
             )
         )
-        self._console = ConsoleServer(console_app, config.listen.admin)
-        self._ext_authz: ConsoleServer | None = None
-        if config.listen.ext_authz_http is not None:
-            self._ext_authz = ConsoleServer(
-                ext_authz_app(ext_authz),
-                config.listen.ext_authz_http,
-                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
-            )
-        self._log = log
 
     def missing(self) -> list[str]:
-        """What the sidecar still waits for before it answers as well as it can, in words; empty when it does. Where
-        that changes the health service is told.
+        """What the sidecar still waits for before it is ready, as texts; empty when it is ready. Whenever that changes,
+        the health service must be told (`HealthService.changed`).
 
-        Rules that an xDS server has yet to send are not among it, unless it is so configured: only the console's
-        /readyz waits for them, so that nobody restarts a sidecar because there are none.
+        Rules that an xDS server has not sent yet do not count, unless configured so. Only the console's /readyz waits
+        for them, so that nobody restarts a sidecar because there are none.
         """
         if self._stop.is_set():
             return ["the sidecar is shutting down"]
@@ -300,7 +301,7 @@ class Sidecar:
         return missing
 
     def degraded(self) -> list[str]:
-        """What the sidecar does worse than it could, in words; it is ready all the same."""
+        """What does not work as it should, as texts. The sidecar is ready all the same."""
         degraded = list(self._supervisor.failing())
         if self._h2 is not None and self._h2.is_shedding:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
@@ -341,7 +342,7 @@ class Sidecar:
             loop.add_signal_handler(signal_number, self._begin_stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         await self._open()
-        # What is there now stays: no garbage collection has to look at code and rules again while requests wait.
+        # Code and rules stay alive: keep garbage collections from looking at them while requests wait.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -374,7 +375,7 @@ class Sidecar:
                     await self._snapshots.save(at_once=True)
                 await self._keep_purses()
                 if self._redis is not None:
-                    # Joined there, so it does no harm that not all has been read.
+                    # Redis joins, so it does no harm if not everything was read yet.
                     await asyncio.wait(chores)
                     await self._redis.save()
         finally:
@@ -412,7 +413,7 @@ class Sidecar:
             _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
-        """What is done beside answering, until the stop, by name."""
+        """Background tasks, by name; they run until the stop."""
         yield "rules", lambda: self._source.run(self._reloader)
         yield "join", self._join
         snapshots = self._snapshots
@@ -462,20 +463,20 @@ class Sidecar:
 
     async def _replicate(self) -> None:
         if not self._reloader.has_rules.is_set():
-            # Peers tell all they know at once, and of that a node keeps what it has rules for.
+            # Peers send their whole state at the start of a stream, and a node keeps only state for which it has rules.
             await self._mesh.wait(self._reloader.has_rules)
             await self._start_mesh()
         await self._mesh.run()
 
     async def _restore(self, keeper: Snapshots | RedisState) -> None:
-        # Of what has no rule nothing is kept.
+        # State without a rule would be dropped.
         await self._reloader.has_rules.wait()
         await keeper.load()
 
     async def _keep(self, snapshots: Snapshots) -> None:
         if self._restoring is not None:
             await self._restoring
-        # Not before: a snapshot of half of the state would take the place of all of it.
+        # Wait, because a snapshot now would replace the whole state by the part that was read so far.
         await snapshots.run()
 
     async def _join(self) -> None:
@@ -502,7 +503,7 @@ class Sidecar:
         last.start()
 
     def _end_at_once(self) -> None:
-        """In a thread: the loop, or one that it waits for, hangs."""
+        """End the process. It runs in a thread, since the loop hangs."""
         _log.error("stop_took_too_long", after_seconds=STOP_SECONDS)
         self._log.flush()
         os._exit(1)
@@ -510,13 +511,13 @@ class Sidecar:
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
-        self._service.begin()
-        self._quotas.begin()
+        self._service.rules_loaded()
+        self._quotas.rules_loaded()
         self._health.changed()
         return retired
 
     def _reload(self) -> None:
-        """What SIGHUP asks for."""
+        """Reload the rules, on SIGHUP."""
         if isinstance(self._source, RulesFiles):
             self._source.ask()
         else:
@@ -527,7 +528,7 @@ class Sidecar:
 
     def _strict_us(self) -> int:
         """The clock of strict limits, which never steps."""
-        return self._clock.now_us() - self._limiter.jumped_us
+        return self._clock.now_us() - self._limiter.clock_steps_us
 
     async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
         left = 0
@@ -551,7 +552,7 @@ class Sidecar:
             self._fullest.look(self._limiter.rules, self._clock.now_us(), FULLEST_BUCKETS)
 
     def _warn_when_full(self, buckets: Store | Ledger) -> None:
-        """Once a pass: what overflows is counted, and shown in the metrics."""
+        """Log once a pass that a store is full. Metrics count the decisions of overflow buckets."""
         if not buckets.room.is_ample:
             overflowed = sum(self._limiter.overflow_decisions.values())
             _log.warning(
@@ -566,10 +567,11 @@ class Sidecar:
                 self._note_step(stepped_us)
 
     def _note_step(self, stepped_us: int) -> None:
-        """The clock was set. Of what replicates nothing is written again that was written before, by this life of the
-        node, at the same time."""
+        """Pass on a step of the clock. After a step back the node writes under a new origin, so that its former counts
+        cannot fall.
+        """
         store = self._limiter.store
-        self._limiter.jumped_us = self._clock.stepped_us
+        self._limiter.clock_steps_us = self._clock.stepped_us
         if stepped_us < 0:
             store.go_back(_new_origin(store.origin.node))
         self._mesh.set_clock(store.origin)
@@ -590,7 +592,7 @@ class Sidecar:
             peers=list(self._config.sync.peers),
             rules=len(list(rules)),
         )
-        if self._config.xds is None and not rules.domains and rules.unruled is None:
+        if self._config.xds is None and not rules.domains and rules.default_rule is None:
             reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
             _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
@@ -606,12 +608,12 @@ def _new_origin(node: str) -> Origin:
 def _state(
     kept: PersistenceConfig | None, store: Store, now_us: Callable[[], int], local_limit_of_key: LimitOfKey
 ) -> tuple[Snapshots | None, RedisState | None]:
-    """What keeps the buckets across restarts: a file, Redis, or neither."""
+    """The persistence of buckets: a file, Redis, or neither."""
     if kept is None:
         return None, None
     if kept.file is not None:
         return Snapshots(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
-    # Who does not configure it pays nothing for it.
+    # Imported only when configured.
     from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
 
@@ -622,51 +624,51 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _ledger(config: SidecarConfig, rules: Rules, origin: Origin, now_us: int) -> Ledger | None:
-    """None when no limit can be strict."""
-    if config.membership is None:
-        return None
-    shares = Shares(config.membership, origin.node, now_us)
-    return Ledger(
-        shares,
-        origin,
-        rules.strict_limit_of_key,
-        max_buckets=config.max_buckets,
-        rule_key=rule_key,
-    )
+def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
+    origin = _new_origin(config.node.id)
+    ledger: Ledger | None = None
+    if config.membership is not None:
+        shares = Shares(config.membership, origin.node, now_us)
+        ledger = Ledger(shares, origin, rules.strict_limit_of_key, max_buckets=config.max_buckets, rule_key=rule_key)
+    return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 
 
-def _limits(listen: ListenConfig, descriptors: Descriptors) -> Limits:
-    """With those that are configured; 0 is never there."""
+def _limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
+    """The front end's limits, with those that are configured; 0 is not allowed there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
-    return replace(DEFAULT_LIMITS, connections=descriptors.clients, age=age_s or None, age_grace=grace_s or inf)
+    return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
 
 
-def _descriptors() -> Descriptors:
-    """What connections may take of the process's file descriptors."""
-    wanted = Descriptors(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
-    given = allot(wanted)
+def _raise_file_limit() -> FileLimits:
+    """Raise the limit on file descriptors, and log it if it stays too low."""
+    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    given = raise_file_limit(wanted)
     if given != wanted:
         fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
         _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
     return given
 
 
-def _rules_files(config: SidecarConfig) -> RulesFiles:
-    read = partial(
+def _rules_source(config: SidecarConfig) -> tuple[RulesFiles | XdsClient, Rules, str]:
+    """Where rules come from, the first ones, and the source's name for people.
+
+    Raises:
+        ConfigError: the rules are broken.
+    """
+    if config.xds is not None:
+        read_resources = partial(
+            rules_of_resources,
+            default_rule=config.bucket,
+            defaults=config.rule_defaults,
+            merge_domains=config.merge_domains,
+        )
+        return XdsClient(config.xds, read_resources), read_resources({}), f"xDS server {config.xds.server}"
+    read_files = partial(
         load_rules,
         config.rules,
-        unruled=config.bucket,
+        default_rule=config.bucket,
         defaults=config.rule_defaults,
         merge_domains=config.merge_domains,
     )
-    return RulesFiles(config.rules, read)
-
-
-def _reader_of_resources(config: SidecarConfig) -> Callable[[Mapping[str, Mapping[str, object]]], Rules]:
-    return partial(
-        rules_of_resources,
-        unruled=config.bucket,
-        defaults=config.rule_defaults,
-        merge_domains=config.merge_domains,
-    )
+    files = RulesFiles(config.rules, read_files)
+    return files, files.read_first(), f"files {', '.join(map(str, config.rules)) or '(none)'}"

@@ -1,7 +1,7 @@
-"""Tasks that must not just stop: one that fails is logged, counted, and begun again after a wait.
+"""Supervised tasks: a task that fails is logged, counted, and restarted after a wait.
 
-The wait doubles from `FIRST_SECONDS` to `MAX_SECONDS` while a task keeps failing, and starts afresh once it has lasted
-for `LASTING_SECONDS`. The other tasks go on meanwhile.
+The wait doubles from `FIRST_SECONDS` to `MAX_SECONDS` while a task keeps failing. Once the task has run for
+`LASTING_SECONDS`, the wait starts from the beginning again. Other tasks go on meanwhile.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ FIRST_SECONDS = 0.05
 MAX_SECONDS = 5.0
 LASTING_SECONDS = 30.0
 
-TOLD_SECONDS = 60.0
-"""For how long a failure is told of after the task was begun again."""
+REPORTED_SECONDS = 60.0
+"""How long a failure is reported after the task was restarted."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class Supervisor:
-    """Runs tasks and begins those that fail again; tells which are down.
+    """Runs tasks, restarts those that fail, and reports failures.
 
     Args:
-        monotonic_s: what the time since a failure is measured with.
+        monotonic_s: returns the seconds of a clock that never goes back.
     """
 
     def __init__(self, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._monotonic_s = monotonic_s
         self._restarts: Counter[str] = Counter()
         self._down: set[str] = set()
-        """Tasks that wait to be begun again."""
+        """Tasks that wait to be restarted."""
         self._failed_s: dict[str, float] = {}
-        """When each task failed last."""
+        """When each task last failed."""
 
     @property
     def restarts(self) -> Mapping[str, int]:
-        """How often each task has failed since the start; a task that never did has 0."""
+        """How often each task has failed since the start; 0 for a task that never did."""
         return self._restarts
 
     def failing(self) -> Sequence[str]:
-        """Tasks that failed lately, in words."""
-        since_s = self._monotonic_s() - TOLD_SECONDS
+        """Tasks that failed lately, as texts for people."""
+        since_s = self._monotonic_s() - REPORTED_SECONDS
         return [
             f"{task} has failed {self._restarts[task]} times, and {'is down' if task in self._down else 'goes on'}"
             for task, failed_s in self._failed_s.items()
@@ -66,7 +66,7 @@ class Supervisor:
             try:
                 return await run()
             except Exception:
-                _log.exception("task_failed", task=task, begun_again_in_seconds=wait_s)
+                _log.exception("task_failed", task=task, restarted_in_seconds=wait_s)
             self._failed_s[task] = now_s = self._monotonic_s()
             if now_s - began_s >= LASTING_SECONDS:
                 wait_s = FIRST_SECONDS

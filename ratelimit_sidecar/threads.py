@@ -1,4 +1,4 @@
-"""Work that blocks, done in a thread of its own which never keeps the process from ending."""
+"""Blocking work in a daemon thread, which does not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ _Result = TypeVar("_Result")
 
 
 async def in_daemon_thread(name: str, work: Callable[[], _Result]) -> _Result:
-    """What `work` returns, or raises.
+    """Run blocking `work` in a daemon thread and return its result.
 
-    For what may never end, as reading from a network file system that hangs. The loop's own threads (and uvloop's) are
-    waited for when the process ends, and there are few of them. Cancelled, this returns at once, and the thread goes on
-    by itself.
+    It is for work that may never end, as reading from a network file system that hangs. The loop's own threads (and
+    uvloop's) are few, and the process waits for them when it ends. When this is cancelled it returns at once, and the
+    thread goes on.
 
     Raises:
         RuntimeError: the system has no more threads.
+        Exception: what `work` raises.
     """
     done: Future[_Result] = Future()
-    # From now on it can't be cancelled: the thread ends when its work does, whoever still waits.
+    # From now on the future cannot be cancelled: the thread always runs to its end.
     done.set_running_or_notify_cancel()
     Thread(target=_run, args=(work, done), name=name, daemon=True).start()
     try:
         return await asyncio.wrap_future(done)
     finally:
-        # An exception in it refers to this frame, by its traceback: a cycle, which nobody collects.
+        # An exception in it refers to this frame by its traceback: a reference cycle, which is never collected.
         del done
 
 
@@ -36,7 +37,7 @@ def _run(work: Callable[[], _Result], done: Future[_Result]) -> None:
     try:
         result = work()
     except BaseException as error:
-        # Whatever it is, who waits must hear of it.
+        # The waiting task must get every exception, whatever it is.
         done.set_exception(error)
         # As above.
         del done

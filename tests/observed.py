@@ -18,11 +18,7 @@ TWO_A_MINUTE = Limit(tokens=2, period_us=60_000_000, capacity=2)
 
 
 class NoTelemetry:
-    """A latency observer and tracer for services of which nobody looks at these."""
-
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
+    """A tracer for services of which nobody looks at it."""
 
     def sampled(self, metadata: object) -> None: ...
 

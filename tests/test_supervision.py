@@ -2,7 +2,7 @@
 
 import asyncio
 
-from ratelimit_sidecar.supervision import TOLD_SECONDS, Supervisor
+from ratelimit_sidecar.supervision import REPORTED_SECONDS, Supervisor
 
 
 class Clock:
@@ -43,7 +43,7 @@ async def test_a_task_is_told_of_while_it_is_down_and_for_a_minute_after() -> No
     keeping = asyncio.create_task(supervisor.keep("listener", run))
     await asyncio.sleep(0)
     assert supervisor.failing() == ["listener has failed 1 times, and is down"]
-    clock.now_s += TOLD_SECONDS
+    clock.now_s += REPORTED_SECONDS
     assert supervisor.failing() == ["listener has failed 1 times, and is down"]
     clock.now_s -= 1
 

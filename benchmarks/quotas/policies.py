@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.assignment import SECOND_US, TOKEN, Assignment, assign, terms_of
+from ratelimit_sidecar.limiter.assignment import SECOND_US, TOKEN, Assignment, assign, share_base_of
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream, Usage
 
 LEASE_US: Final = 20 * SECOND_US
@@ -32,7 +32,7 @@ class Doorman:
     """
 
     def __init__(self, limit: Limit) -> None:
-        self._terms = terms_of(limit)
+        self._base = share_base_of(limit)
         self._leases: dict[QuotaStream, Lease] = {}
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
@@ -60,16 +60,16 @@ class Doorman:
         lease.is_due = False
         self._forget(now_us)
         others = sum(other.has for other in self._leases.values() if other is not lease)
-        lease.has = max(0, min(self._fair(lease), self._terms.rate - others))
+        lease.has = max(0, min(self._fair(lease), self._base.rate - others))
         lease.ends_us = now_us + LEASE_US
-        return [Action(lease.bucket_id, assign(self._terms, lease.has))]
+        return [Action(lease.bucket_id, assign(self._base, lease.has))]
 
     def tick(self, now_us: int) -> None:
         """Nothing is done between reports."""
 
     @property
     def _equal(self) -> int:
-        return self._terms.rate // len(self._leases)
+        return self._base.rate // len(self._leases)
 
     def _forget(self, now_us: int) -> None:
         for stream, lease in list(self._leases.items()):
@@ -95,8 +95,8 @@ class WholeEach:
     """Every Envoy gets all of the limit."""
 
     def __init__(self, limit: Limit) -> None:
-        terms = terms_of(limit)
-        self._whole: Assignment = assign(terms, terms.rate)
+        base = share_base_of(limit)
+        self._whole: Assignment = assign(base, base.rate)
         self._due: dict[QuotaStream, list[bytes]] = {}
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:

@@ -63,7 +63,7 @@ def change(
     token_file: Path | None,
     *,
     needs: Mapping[str, type],
-    called: str,
+    expected: str,
 ) -> dict[str, Any]:
     """What the sidecar answers to who wants something of it changed; ends the process where it does not do it.
 
@@ -71,10 +71,10 @@ def change(
         asked: is sent, as JSON.
         token_file: holds the token of those who may change state.
         needs: what is in every answer.
-        called: what such an answer is.
+        expected: the answer in words, for the error.
     """
     try:
-        return ask(admin_url, path, needs=needs, called=called, post=asked, token=_token(token_file))
+        return ask(admin_url, path, needs=needs, expected=expected, post=asked, token=_token(token_file))
     except Refused as error:
         click.echo(f"refused: {error}", err=True)
         sys.exit(REFUSED)
@@ -88,7 +88,7 @@ def ask(
     path: str,
     *,
     needs: Mapping[str, type],
-    called: str,
+    expected: str,
     post: Mapping[str, object] | None = None,
     token: str | None = None,
 ) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def ask(
 
     Args:
         needs: what is in every answer.
-        called: what such an answer is.
+        expected: the answer in words, for the error.
         post: is sent, as JSON.
         token: of those who may change state.
 
@@ -126,7 +126,7 @@ def ask(
     except ValueError as error:
         raise Unanswered(f"{url} answers no JSON: is it the admin address of a sidecar?") from error
     if not isinstance(body, dict) or not all(isinstance(body.get(name), kind) for name, kind in needs.items()):
-        raise Unanswered(f"{url} answers no {called}: is it the admin address of a sidecar?")
+        raise Unanswered(f"{url} answers no {expected}: is it the admin address of a sidecar?")
     return body
 
 

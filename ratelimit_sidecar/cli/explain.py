@@ -149,7 +149,7 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
     if config_path is None:
         # Who shares strict limits is nowhere else, and makes no difference to one request.
         defaults = replace(defaults, has_members=True)
-    rules = load_rules(paths, unruled=config.bucket, defaults=defaults, merge_domains=config.merge_domains)
+    rules = load_rules(paths, default_rule=config.bucket, defaults=defaults, merge_domains=config.merge_domains)
     return rules, config.settings
 
 

@@ -33,6 +33,6 @@ def log_level(*, level: str, seconds: int | None, admin_url: str, token_file: Pa
     asked: dict[str, object] = {"level": level}
     if seconds is not None:
         asked["seconds"] = seconds
-    told = change(admin_url, "/log-level", asked, token_file, needs=_NEEDS, called="level of a log")
+    told = change(admin_url, "/log-level", asked, token_file, needs=_NEEDS, expected="level of a log")
     until = f", for {seconds} s" if seconds is not None else ""
     click.echo(printable(f"level {told['level']}{until}; before {told['before']}, configured {told['configured']}"))

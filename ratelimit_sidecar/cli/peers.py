@@ -67,7 +67,7 @@ def peers(admin_url: str, as_json: bool) -> None:
     Exits with 0 when every peer is connected, with 1 when one is not, with 2 when the sidecar does not answer.
     """
     try:
-        body = ask(admin_url, "/peers", needs={"peers": list}, called="list of peers")
+        body = ask(admin_url, "/peers", needs={"peers": list}, expected="list of peers")
     except Unanswered as error:
         click.echo(str(error), err=True)
         sys.exit(UNREACHABLE)

@@ -64,7 +64,7 @@ def _refund(
     asked: dict[str, object] = {"domain": domain, "entries": entries}
     if tokens is not None:
         asked["tokens"] = tokens
-    body = change(admin_url, "/refund", asked, token_file, needs=_NEEDS, called="level of a bucket")
+    body = change(admin_url, "/refund", asked, token_file, needs=_NEEDS, expected="level of a bucket")
     click.echo(json.dumps(body, ensure_ascii=False, indent=2) if as_json else "\n".join(_text(body)))
 
 

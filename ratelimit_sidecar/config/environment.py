@@ -1,8 +1,8 @@
-"""What environment variables say, written into the data of the configuration file where that says nothing.
+"""Environment variables as a source of values, where the configuration file has none.
 
 The fields of the schema name their variables (`FromEnvironment`), and the functions here read them: booleans as Go's
-strconv.ParseBool takes them, durations and maps as envoyproxy/ratelimit does. What they make of a variable is checked
-as a value in a file is, and a problem with it names the variable.
+strconv.ParseBool, durations and maps as envoyproxy/ratelimit does. The results are checked like values in a file, and a
+problem names the variable.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _SECONDS = {
 
 
 class Unreadable(Exception):
-    """A variable that has no counterpart in a file. Its text completes "expected ..."."""
+    """A variable whose text cannot be read. The exception's text completes "expected ..."."""
 
 
 def text(variable: str, *, only: bool = False) -> FromEnvironment:
-    """As it is."""
+    """The variable's text, unchanged."""
     return FromEnvironment((variable,), lambda values: values[variable], only)
 
 
@@ -51,17 +51,17 @@ def flag(variable: str) -> FromEnvironment:
 
 
 def switch(variable: str) -> FromEnvironment:
-    """A section, which is there when the variable is true."""
+    """A section, which is present if the variable is true."""
     return FromEnvironment((variable,), lambda values: {} if read_bool(values[variable]) else None)
 
 
 def choice(variable: str, chosen: str) -> FromEnvironment:
-    """One of several words, which is meant when the variable is true."""
+    """One of several words, which is chosen if the variable is true."""
     return FromEnvironment((variable,), lambda values: chosen if read_bool(values[variable]) else None)
 
 
 def part(variable: str) -> FromEnvironment:
-    """A number from 0 to 1; what is above counts as 1."""
+    """A number from 0 to 1; a greater one counts as 1."""
     return FromEnvironment((variable,), lambda values: _read_part(values[variable]))
 
 
@@ -74,15 +74,16 @@ def pairs(variable: str, separators: str, *, secret: bool = False) -> FromEnviro
     """A mapping of text to text, `key:value,key:value`.
 
     Args:
-        separators: of key and value; the first of them that is there at all is meant.
+        separators: possible separators of key and value; the first one that occurs is used.
     """
     return FromEnvironment((variable,), lambda values: _read_pairs(values[variable], separators), secret=secret)
 
 
 def read_bool(given: str) -> bool:
-    """
+    """A boolean as Go's strconv.ParseBool reads it.
+
     Raises:
-        Unreadable: it is none.
+        Unreadable: it is no boolean.
     """
     if given not in _BOOLS:
         raise Unreadable("true or false")
@@ -116,7 +117,7 @@ def _read_pairs(given: str, separators: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Variables that gave a value, and what they hold, for the "found" of a problem."""
+    """The variables that a value came from, and their texts, for the "found" of a problem."""
 
     names: str
     found: str
@@ -127,8 +128,8 @@ class Completed:
     """A configuration file's data, completed from the environment.
 
     Args:
-        variables: where values came from, by their dotted keys.
-        problems: variables that cannot be read, and keys in the file that only the environment may give; both are left
+        variables: by dotted key, the variables that its value came from.
+        problems: variables that cannot be read, and keys in the file that only the environment may set. Both are left
             out of the data.
     """
 
@@ -137,8 +138,8 @@ class Completed:
     problems: Sequence[Problem]
 
     def naming_variables(self, problem: Problem) -> Problem:
-        """The same problem, said of the variables that the value came from, if it came from some."""
-        # Of a list its only item is meant.
+        """The problem with the variables in place of the file, if its value came from variables."""
+        # A variable for a list gives its only item.
         given = self.variables.get(problem.key.removesuffix("[0]"))
         if given is None:
             return problem
@@ -177,7 +178,7 @@ class _Completer:
                     self._read(source, completed, path)
             below, inner = section_of(field), completed.get(key)
             if below is None or not (inner is None or isinstance(inner, dict)):
-                # Something else than a mapping is reported when the data is validated.
+                # A value that is no mapping is reported when the data is validated.
                 continue
             if inner is None and field.default is None:
                 continue
@@ -207,7 +208,7 @@ class _Completer:
 
 
 def variables_of(section: type[Section]) -> Iterator[tuple[str, str]]:
-    """Every variable that gives a field of the section, or of one below it, a value; and the field's dotted key."""
+    """Every variable for a field of the section or one below it, with the field's dotted key."""
     for path, field in walk(section):
         source = environment_of(field)
         for variable in source.variables if source is not None else ():

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.differences import RULES, table
 from ratelimit_sidecar.config.migration import migration_page
-from ratelimit_sidecar.config.rules_file import UNRULED_NAME
+from ratelimit_sidecar.config.rules_file import DEFAULT_RULE_NAME
 from ratelimit_sidecar.config.rules_schema import AuthzEntry, Descriptor, ExtAuthz, RateLimit, RulesFile
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 from ratelimit_sidecar.config.structure import (
@@ -154,7 +154,7 @@ and so on.
    with the key alone.
 2. A rule applies only when it is as deep as the descriptor has entries: a deeper or shallower match limits nothing.
 3. What no rule limits passes, or falls into the `bucket` of the sidecar's configuration where there is one; each such
-   descriptor has a bucket of its own, and counts under the rule name `{unruled}`.
+   descriptor has a bucket of its own, and counts under the rule name `{default_rule}`.
 4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules.
 5. Of the rules that a request meets, those that another one `replaces` do not count.
 
@@ -250,7 +250,11 @@ def rules_page() -> str:
         "Each of `descriptors` has `entries`, a list, each with these keys:",
         _table("Key", options_of(AuthzEntry)),
     ]
-    parts += [_RULES_MATCHING.format(unruled=UNRULED_NAME).rstrip(), _RULES_DIFFERENCES.rstrip(), table(RULES)]
+    parts += [
+        _RULES_MATCHING.format(default_rule=DEFAULT_RULE_NAME).rstrip(),
+        _RULES_DIFFERENCES.rstrip(),
+        table(RULES),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,19 +20,19 @@ from ratelimit_sidecar.config.rules_tree import Level, TreeReader, shown_capacit
 from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 
-UNRULED_NAME = "bucket"
+DEFAULT_RULE_NAME = "bucket"
 """Name, in metrics, of the rule for descriptors that no other matches; a rule's own name has a dot in it."""
 
 _SUFFIXES = (".yaml", ".yml")
 _UNREAD_SUFFIX = ".md"
-"""Of files that nobody takes for rules."""
+"""The suffix of files in a folder of rules that are certainly no rules."""
 _STANDARD = RuleDefaults()
 
 
 def load_rules(
     paths: Iterable[Path],
     *,
-    unruled: BucketConfig | None = None,
+    default_rule: BucketConfig | None = None,
     defaults: RuleDefaults = _STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
@@ -40,20 +40,20 @@ def load_rules(
 
     Args:
         paths: files, and folders as `find_rules_files` reads them.
-        unruled: the bucket for every descriptor that no rule matches; None leaves those unlimited.
+        default_rule: the bucket for every descriptor that no rule matches; None leaves those unlimited.
         merge_domains: files may share a domain.
 
     Raises:
         ConfigError: every problem of every file.
     """
     files, problems = find_rules_files(paths)
-    return _rules_of(_load_all(files, problems), problems, unruled, defaults, merge_domains)
+    return _rules_of(_load_all(files, problems), problems, default_rule, defaults, merge_domains)
 
 
 def rules_of_resources(
     resources: Mapping[str, Mapping[str, object]],
     *,
-    unruled: BucketConfig | None = None,
+    default_rule: BucketConfig | None = None,
     defaults: RuleDefaults = _STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
@@ -66,7 +66,7 @@ def rules_of_resources(
         ConfigError: every problem of every resource.
     """
     documents = (document_of_resource(name, data) for name, data in resources.items())
-    return _rules_of(documents, [], unruled, defaults, merge_domains)
+    return _rules_of(documents, [], default_rule, defaults, merge_domains)
 
 
 def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
@@ -89,17 +89,17 @@ def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
 
 
 def is_rules_file(entry: Path) -> bool:
-    """Whether an entry of a folder is read."""
+    """Whether an entry of a folder is read as a rules file."""
     # A dangling link passes, to be reported when it is read.
     return entry.suffix in _SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
 
 
 def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
-    """What a folder of rules holds that may be meant as rules, and is not read: envoyproxy/ratelimit reads all it
-    finds. A path that is no folder holds nothing.
+    """Files in a folder of rules that may be meant as rules but are not read; envoyproxy/ratelimit reads all files. A
+    path that is no folder has none.
 
     Args:
-        paths: what is read besides.
+        paths: other paths that are read.
     """
     for entry in _entries(folder):
         if entry.name.startswith(".") or entry.suffix == _UNREAD_SUFFIX or is_rules_file(entry) or entry in paths:
@@ -113,14 +113,14 @@ def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    # What keeps a folder from being read is told by who reads it.
+    # An unreadable folder is reported where it is read.
     with suppress(OSError):
         return sorted(folder.iterdir())
     return []
 
 
 def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Document]:
-    """The files that can be parsed; what keeps others from it is added to `problems`."""
+    """The files that can be parsed; problems of the others are added to `problems`."""
     for file in files:
         try:
             yield load(file, must_be_regular=True)
@@ -131,7 +131,7 @@ def _load_all(files: Iterable[Path], problems: list[Problem]) -> Iterator[Docume
 def _rules_of(
     documents: Iterable[Document],
     problems: list[Problem],
-    unruled: BucketConfig | None,
+    default_rule: BucketConfig | None,
     defaults: RuleDefaults,
     merge_domains: bool,
 ) -> Rules:
@@ -144,7 +144,7 @@ def _rules_of(
         raise ConfigError(problems)
     return Rules(
         domains=dict(roots),
-        unruled=None if unruled is None else _unruled_rule(unruled, defaults),
+        default_rule=None if default_rule is None else _default_rule(default_rule, defaults),
         override_window=defaults.window,
         override_consistency=defaults.consistency,
         override_charge=defaults.charge,
@@ -155,19 +155,19 @@ def _rules_of(
 
 
 class _DomainSettings:
-    """What documents say of their domains besides rules."""
+    """The settings of domains besides rules."""
 
     def __init__(self) -> None:
         self.all_or_nothing: set[str] = set()
-        """Domains of which a document says so."""
+        """Domains with all_or_nothing."""
         self.mappings: dict[str, HttpMapping] = {}
         self.default = ""
-        """The domain whose mapping says that it is the default."""
+        """The default domain for requests over ext_authz; "" for none."""
         self._places: dict[str, str] = {}
-        """Of the mappings."""
+        """By domain, where its mapping is, for problems."""
 
     def add(self, domain: str, reader: TreeReader, document: Document) -> Iterator[Problem]:
-        """Take what one document says, and tell what contradicts another one."""
+        """Add the settings of one document; yields contradictions with others."""
         if reader.all_or_nothing:
             self.all_or_nothing.add(domain)
         if reader.mapping is None:
@@ -229,7 +229,7 @@ def _read_all(
     return [(domain, level.node()) for domain, level in levels]
 
 
-def _unruled_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:
+def _default_rule(bucket: BucketConfig, defaults: RuleDefaults) -> Rule:
     return Rule(
-        UNRULED_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency, charge=defaults.charge
+        DEFAULT_RULE_NAME, bucket.limit(), shown_capacity(bucket), None, defaults.consistency, charge=defaults.charge
     )

@@ -249,7 +249,7 @@ def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     if sync.members is None:
         if is_strict:
             fix = "list in it the node ids of all sidecars that share limits"
-            yield document.problem(("engine",), "strict", "it beside sync.members", fix)
+            yield document.problem(("engine",), "strict", "sync.members as well", fix)
         for key, is_given in (("epoch", sync.epoch > 1), ("previous_members", sync.previous_members is not None)):
             if is_given:
                 found, fix = f"{key} without members", f"add members, or remove {key}"

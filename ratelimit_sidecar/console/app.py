@@ -25,14 +25,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.authority import Authority
-from ratelimit_sidecar.console.browsers import GuardedFromPages
+from ratelimit_sidecar.console.browsers import BrowserGuard
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
-from ratelimit_sidecar.limiter.key import FORMS, encode_bucket_key
+from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -51,7 +51,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class ConsoleSources:
     """What the console shows.
 
     Args:
@@ -83,18 +83,18 @@ class Sources:
     token_file: Path | None = None
 
 
-def create_app(sources: Sources) -> ASGIApp:
+def create_app(sources: ConsoleSources) -> ASGIApp:
     console = _Console(sources)
     routes = [Route(path, endpoint, methods=[method]) for path, method, endpoint, _ in console.endpoints]
     app = Starlette(
         routes=[Route("/", console.index, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _http_error, _BadQuery: _bad_query, Exception: _failure},
     )
-    return partial(_log_failures, GuardedFromPages(app, sources.names))
+    return partial(_log_failures, BrowserGuard(app, sources.names))
 
 
 class _Console:
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: ConsoleSources) -> None:
         self._sources = sources
         limiter = sources.limiter
         # An empty ledger is false.
@@ -190,13 +190,17 @@ class _Console:
         limit = _page_size(query.get("limit"))
         after = self._cursor_key(query["after"]) if "after" in query else b""
         domain = query.get("domain")
-        prefixes = (b"",) if domain is None else tuple(encode_bucket_key(form, domain, ()) for form in sorted(FORMS))
+        prefixes = (
+            (b"",)
+            if domain is None
+            else tuple(encode_bucket_key(bucket_type, domain, ()) for bucket_type in sorted(BUCKET_TYPES))
+        )
         limiter = self._sources.limiter
         page = await self._pager.page(after, limit, prefixes)
         described: list[BucketDescription] = []
         for start in range(0, len(page.buckets), DESCRIBED_AT_ONCE):
             now_us = self._sources.now_us()
-            strict_us = now_us - limiter.jumped_us
+            strict_us = now_us - limiter.clock_steps_us
             described += [
                 describe_bucket(
                     bucket,

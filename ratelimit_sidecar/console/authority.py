@@ -1,8 +1,8 @@
-"""Who may change state over the console: whoever knows the token in `listen.admin_token_file`, and where there is none,
-whoever calls from this machine itself.
+"""Decides who may change state over the console: who knows the token in `listen.admin_token_file`, or without such a
+file, who calls from this machine.
 
-A request from loopback may have been passed on by a proxy that anybody can call. Proxies say so in headers; so without
-a token a request with one of them is refused.
+A request from loopback may come from a proxy that anybody can call. Proxies add headers. So without a token file, a
+request with such a header is refused.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ _OF_PROXIES: Final = (
     "x-real-ip",
     "x-request-id",
 )
-"""Beginnings of the names of headers."""
+"""Prefixes of names of headers that proxies add."""
 
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
 
 class Authority:
-    """Decides whether a request may change state; `require` it before anything is changed.
+    """Decides whether a request may change state. Call `require` before changing anything.
 
     Args:
-        token_file: read anew for each request, so that a token can be replaced; None when there is no token.
+        token_file: read for each request, so that the token can be replaced; None if there is no token.
     """
 
     def __init__(self, token_file: Path | None) -> None:
         self._token_file = token_file
 
     async def require(self, request: Request) -> None:
-        """Return when the request may change state.
+        """Return if the request may change state.
 
         Raises:
-            HTTPException: 401 without the right token, 403 when only a token would do, 503 when it cannot be read.
+            HTTPException: 401 without the right token, 403 if a token is needed but none is configured, 503 if the file
+                cannot be read.
         """
         if self._token_file is None:
             _require_this_machine(request)

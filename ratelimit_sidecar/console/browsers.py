@@ -1,12 +1,12 @@
-"""What keeps other people's web pages from using the console through a browser that can reach it: an ASGI middleware.
+"""Protects the console from web pages of others in a browser that can reach it: an ASGI middleware.
 
-A page can do two things. It can send a request whose answer it cannot read, as POST /json, which spends tokens; there a
-browser names the page's site in Origin or Sec-Fetch-Site. And it can have its own domain name resolve to the console's
-address (DNS rebinding), and then read all answers; there the name stands in Host, and nothing else tells, since on
-plain HTTP browsers send no Sec-Fetch headers. So Host has to be a name that nobody else can own: an IP address, a name
-without a dot or in a zone that is nobody's, this machine's own name, or one that is configured.
+Such a page can do two things. It can send a request whose answer it cannot read, as POST /json, which spends tokens.
+Then the browser names the page's site in Origin or Sec-Fetch-Site. And it can let its own domain name resolve to the
+console's address (DNS rebinding), and then read all answers. Then only Host shows the name, since browsers send no
+Sec-Fetch headers over plain HTTP. So Host has to be a name that nobody else can own: an IP address, a name without a
+dot or in a private zone, this machine's own name, or one that is configured.
 
-Probes and scrapers send whatever names them, and find nothing here that is worth hiding: their paths are not checked.
+Probes and scrapers send any Host, and their answers need no protection: their paths are not checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _OTHER_SITE = JSONResponse({"error": "refused: a page of another site asks for t
 
 
 def require_json(request: Request) -> None:
-    """For what is posted: no page of another site can send that without asking first, which is not answered.
+    """Require a JSON content type for a POST. A page of another site can send that only after a preflight request,
+    which is not answered.
 
     Raises:
         HTTPException: 415.
@@ -40,11 +41,11 @@ def require_json(request: Request) -> None:
         raise HTTPException(415, "expected the header Content-Type: application/json")
 
 
-class GuardedFromPages:
-    """Refuses requests that other people's pages have a browser send; wraps an ASGI application.
+class BrowserGuard:
+    """Refuses requests that pages of other sites make a browser send; wraps an ASGI application.
 
     Args:
-        names: of hosts, by which the console is called besides.
+        names: further names of hosts under which the console is reached.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
@@ -62,7 +63,7 @@ class GuardedFromPages:
         await app(scope, receive, send)
 
     def _is_ours(self, host: str) -> bool:
-        """An empty one is of HTTP/1.0, which no browser speaks."""
+        """Whether Host is a name of this console. HTTP/1.0, which no browser speaks, has no Host; that is accepted."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:

@@ -1,7 +1,7 @@
 """All buckets in memory, page by page in the order of their keys, while requests are decided in between.
 
-A cursor is the last key of the page before, and a page holds the next greater ones. So the server keeps nothing between
-pages, and a bucket that is there from the first page to the last is listed exactly once, whatever comes and goes
+A cursor is the last key of the page before, and a page has the next greater ones. So the server keeps nothing between
+pages, and a bucket that exists from the first page to the last is listed exactly once, whatever is added or dropped
 meanwhile. The price is a pass over all buckets for each page, since a dict has no order to seek in. The pass goes in
 slices of `SLICE_BUCKETS`, and only one request at a time makes one.
 """
@@ -18,22 +18,22 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, TypedDict
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.shares import PARTS
+from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import (
+    DEFAULT_RULE,
     EXACT,
     KEY_ONLY,
     OVERRIDE,
     OVERRIDE_LIMIT,
     PATTERN,
-    UNRULED,
     WILDCARD_VALUE,
     decode_bucket_key,
 )
 from ratelimit_sidecar.limiter.rules import Rules
 
 SLICE_BUCKETS = 512
-"""Looked at in one go, in half a millisecond to one, since each is somewhere else in memory."""
+"""The buckets of one slice. It takes half a millisecond to one, mostly for memory access."""
 
 _by_key = attrgetter("key")
 
@@ -42,14 +42,14 @@ _MATCH_NAMES = {
     KEY_ONLY: "key",
     PATTERN: "pattern",
     WILDCARD_VALUE: "value",
-    UNRULED: "none",
+    DEFAULT_RULE: "none",
     OVERRIDE: "override",
     OVERRIDE_LIMIT: "override_limit",
 }
 
 
-_CALLERS_OWN = {KEY_ONLY, WILDCARD_VALUE, UNRULED}
-"""Entries whose values a caller chooses; all others stand in the rules."""
+_CALLER_CHOSEN = {KEY_ONLY, WILDCARD_VALUE, DEFAULT_RULE}
+"""Kinds of entries whose values a caller chooses; all others are from the rules."""
 
 _SECRET = secrets.token_bytes(32)
 
@@ -59,20 +59,20 @@ class Page(NamedTuple):
 
     buckets: list[Bucket]
     more: bool
-    """There are buckets after these."""
+    """True if there are buckets after these."""
 
 
-class Walked(Protocol):
-    """A store, as far as pages need one."""
+class BucketSource(Protocol):
+    """A store of buckets to list."""
 
     def walk(self) -> Iterator[Bucket]:
-        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
 
 
 class BucketPager:
-    """Finds pages in the buckets of several stores, a slice at a time, one search after the other."""
+    """Makes pages of the buckets of several stores, a slice at a time. One request at a time."""
 
-    def __init__(self, *stores: Walked) -> None:
+    def __init__(self, *stores: BucketSource) -> None:
         self._stores = stores
         self._one_pass = asyncio.Lock()
 
@@ -94,12 +94,14 @@ class EntryDescription(TypedDict):
 
     key: str
     value: str
-    """One that a caller chooses is shown by a hash of this process alone, unless values are to be shown: it may be a
-    token or somebody's address."""
+    """A value that a caller chose is replaced by a hash, unless values are to be shown: it may be a token or an
+    address.
+    """
     match: str
-    """What the rule names: "key_value"; "key" (each value has a bucket of its own); "pattern", with the "value" after
-    it when each has a bucket of its own; or "none": no rule matched. "override": the request gave the limit, which
-    stands in "override_limit"."""
+    """How the rule matched: "key_value"; "key" (each value has a bucket of its own); "pattern", followed by an entry
+    "value" if each value has a bucket of its own; "none": no rule matched; "override": the request has the limit, which
+    is in "override_limit".
+    """
 
 
 class BucketDescription(TypedDict):
@@ -108,7 +110,7 @@ class BucketDescription(TypedDict):
     domain: str
     entries: list[EntryDescription]
     rule: str | None
-    """Its name; None when it is in force no more."""
+    """The rule's name; None if it is no longer in force."""
     capacity: int
     remaining: int
     debt: int
@@ -116,9 +118,9 @@ class BucketDescription(TypedDict):
     full_in_seconds: float
     replicated: bool
     share: float | None
-    """Of a strict limit the part that is this node's home. What remains and is owed is of that part."""
+    """For a strict limit, the part that is this node's home. `remaining` and `debt` are of that part."""
     origins: int
-    """Replicas, present and past lives of them, with consumption inside the horizon."""
+    """The number of origins with entries within the horizon, former lives of replicas included."""
     slots: int
 
 
@@ -135,7 +137,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
         "replicated": bucket.journal is not None,
-        "share": bucket.home / PARTS if isinstance(bucket, StrictBucket) else None,
+        "share": bucket.home / (TOKEN * max(1, bucket.limit.capacity)) if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),
     }
@@ -145,7 +147,7 @@ def describe_entries(bucket_key: bytes, *, shows_values: bool) -> list[EntryDesc
     return [
         {
             "key": entry.key,
-            "value": entry.value if shows_values or entry.kind not in _CALLERS_OWN else _hidden(entry.value),
+            "value": entry.value if shows_values or entry.kind not in _CALLER_CHOSEN else _hidden(entry.value),
             "match": _MATCH_NAMES[entry.kind],
         }
         for entry in decode_bucket_key(bucket_key).entries
@@ -153,5 +155,5 @@ def describe_entries(bucket_key: bytes, *, shows_values: bool) -> list[EntryDesc
 
 
 def _hidden(value: str) -> str:
-    """Two values can be told apart by it, and none can be found by trying."""
+    """A hash of the value with a key of this process. Equal values look equal, and cannot be found by trying."""
     return f"hidden:{blake2b(value.encode(), key=_SECRET, digest_size=8).hexdigest()}"

@@ -1,12 +1,12 @@
-"""One HTTP/1.1 connection of the console: uvicorn's, with bounds on how long a client can hold it by being slow.
+"""One HTTP/1.1 connection: uvicorn's, with bounds on how long a slow client can hold it.
 
-uvicorn itself only bounds the time between two requests. Here a request has to come whole within REQUEST_SECONDS and an
-answer has to be taken within ANSWER_SECONDS. While MAX_CONNECTIONS are open, a new one takes the place of another: of
-those from the address with most of them, the one that has waited for its client the longest, or when they all have
-asked, one that is no probe. So slow clients, and busy ones, however many, keep no probe out.
+uvicorn itself only bounds the time between two requests. Here a request has to arrive within REQUEST_SECONDS, and an
+answer has to be read within ANSWER_SECONDS. When more than MAX_CONNECTIONS are open, one is closed: from the address
+with the most connections, the one that has waited longest for its client, or if none waits, one that is no probe. So
+slow or busy clients, however many, cannot keep probes out.
 
-One that sends requests before it has the answer to the last (pipelining, which no client of ours does) has its
-connection closed after that answer: so each waits for its client now and then.
+A client that sends requests before it has the answer to the last (pipelining, which no client of ours does) has its
+connection closed after that answer. So each connection waits for its client now and then.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from ratelimit_sidecar.console.requests import PROBES, SCRAPE
 
 MAX_CONNECTIONS = 128
 REQUEST_SECONDS = 10.0
-"""From a connection's begin, or from a request's first byte, to its last."""
+"""The time from a new connection, or from a request's first byte, to the request's last byte."""
 ANSWER_SECONDS = 30.0
-"""From an answer's begin until the kernel has all of it: some MB over a slow line."""
+"""The time from an answer's first byte until the kernel has all of it: some MB over a slow line."""
 
 
 PIECE_BYTES = 4_096
-"""What h11 is given at once of a read. Its bound on a head is for one that is incomplete: a longer one that came in a
-single read would be taken, and one of 128 KiB keeps the event loop for 50 ms."""
+"""The bytes that h11 gets at once. It limits only incomplete heads, so a longer head in a single read would be
+accepted, and one of 128 KiB holds up the event loop for 50 ms.
+"""
 
 NEW_SECONDS = 0.5
-"""What a client gets to go on before others are preferred to it, such as a probe that has just connected."""
+"""The time for which a connection that waits for its client counts as new, and is closed after slow ones. A probe that
+has just connected must have time to send its request.
+"""
 
 
 class _Claim(IntEnum):
-    """To keep a connection, when another one is to be closed; the smallest loses."""
+    """The priority of a connection when one is to be closed: the smallest is closed first."""
 
     SLOW = auto()
     UNANSWERED = auto()
@@ -50,16 +53,16 @@ class _Claim(IntEnum):
 
 
 class _Wait(Enum):
-    """What the client has to do next."""
+    """What the connection waits for."""
 
     SEND_REQUEST = auto()
     TAKE_ANSWER = auto()
     SEND_NEXT_REQUEST = auto()
-    """uvicorn bounds this one."""
+    """uvicorn bounds this wait."""
 
 
-class ConsoleConnection(H11Protocol):
-    """Made by `uvicorn.Server`, as its configuration's `http`."""
+class BoundedConnection(H11Protocol):
+    """Made by `uvicorn.Server`, as the `http` of its configuration."""
 
     def __init__(
         self,
@@ -70,13 +73,13 @@ class ConsoleConnection(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._wait: _Wait | None = None
-        """None while the application works on a request."""
+        """None while the application handles a request."""
         self._waits_since = 0.0
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Writing is then paused while there is anything that the client has not taken.
+        # So writing is paused whenever the client has not read everything.
         transport.set_write_buffer_limits(high=0)
         self._watch()
         if len(self.connections) > MAX_CONNECTIONS:
@@ -91,7 +94,7 @@ class ConsoleConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
-            # What is sent first is taken first.
+            # The client has pipelined.
             self.transport.close()
         super().on_response_complete()
         self._watch()
@@ -115,20 +118,23 @@ class ConsoleConnection(H11Protocol):
         error = sys.exception()
         if error is not None:
             traceback.clear_frames(error.__traceback__)
-        # A body can turn out to be garbage after its request is answered, with 413.
+        # A body can turn out to be malformed after its request was answered with 413.
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.transport.abort()
 
     def abort(self) -> None:
-        """Close without sending what the client has not taken, and forget it at once."""
+        """Close without sending the rest, and forget the connection at once."""
         self.connections.discard(self)
         self.transport.abort()
 
     def _watch(self) -> None:
-        """Call this after everything that can change what is waited for. A deadline stays while that is the same, so a
-        request that trickles in gets no more time than one that does not come."""
+        """Set the deadline anew if the connection waits for something else than before; call this after each event.
+
+        While it waits for the same, the deadline stays. So a request that trickles in gets no more time than one that
+        does not come.
+        """
         wait = self._waits_for()
         if wait is self._wait:
             return
@@ -152,7 +158,7 @@ class ConsoleConnection(H11Protocol):
         return None
 
     def _make_room(self) -> None:
-        others = [other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self]
+        others = [other for other in self.connections if isinstance(other, BoundedConnection) and other is not self]
         held = Counter(other._address for other in others)
         order = [(-held[other._address], other._claim(), other._waits_since, id(other), other) for other in others]
         *_, claim, _, _, other = min(order)

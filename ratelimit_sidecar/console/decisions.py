@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.browsers import require_json
-from ratelimit_sidecar.server.rpc import Code, RpcError, UnaryHandler
+from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
 
 _ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
 _STATUS = {RateLimitResponse.OK: 200, RateLimitResponse.OVER_LIMIT: 429}
@@ -36,7 +36,7 @@ def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaita
         except (ParseError, UnicodeDecodeError) as error:
             raise HTTPException(400, f"not a RateLimitRequest in JSON: {error}") from error
         try:
-            raw = should_rate_limit(message.SerializeToString(), request.headers.raw)
+            raw = should_rate_limit(message.SerializeToString(), Headers(request.headers.raw))
         except RpcError as error:
             raise HTTPException(_ERROR_STATUS.get(error.code, 500), error.message) from error
         return await asyncio.to_thread(_in_json, raw)

@@ -1,14 +1,13 @@
-"""POST /refund: gives a caller back what it has used up, and says how much there was before and is now.
+"""POST /refund: gives tokens back to a caller, and returns the levels before and after.
 
     {"domain": "shop", "entries": [{"key": "user", "value": "eve"}], "tokens": 100}
 
-Without `tokens` the bucket is full afterwards. Who did it, and to what bucket, is logged.
+Without `tokens` the bucket is full afterwards. The sender and the bucket are logged.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any, Final
@@ -19,12 +18,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.authority import Authority
-from ratelimit_sidecar.console.browsers import require_json
 from ratelimit_sidecar.console.buckets import describe_entries
+from ratelimit_sidecar.console.changes import json_object, require_authority
 from ratelimit_sidecar.limiter.explanation import readable_bucket_name
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
 from ratelimit_sidecar.limiter.refund import NoSuchLimit, NotRefundable, Refunded, refund
-from ratelimit_sidecar.telemetry.traces import trace_fields
 
 MAX_ENTRIES: Final = 64
 
@@ -34,19 +32,15 @@ _log = structlog.stdlib.get_logger(__name__)
 def refund_endpoint(
     limiter: Limiter, now_us: Callable[[], int], authority: Authority, *, shows_values: bool
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Args:
-    now_us: the clock of the decisions.
-    shows_values: in the log, of descriptors, as callers gave them.
+    """Make the endpoint.
+
+    Args:
+        now_us: returns the time of the limiter's clock.
+        shows_values: True if the log shows the values that callers chose.
     """
 
     async def give_back(request: Request) -> Response:
-        require_json(request)
-        who = request.client.host if request.client is not None else ""
-        try:
-            await authority.require(request)
-        except HTTPException as error:
-            _log.warning("refund_refused", by=who, reason=error.detail, **trace_fields(request.headers.raw))
-            raise
+        sender = await require_authority(request, authority, "refund_refused")
         domain, entries, tokens = await asyncio.to_thread(_parsed, await request.body())
         try:
             refunded = refund(limiter, domain, entries, tokens, now_us())
@@ -54,12 +48,11 @@ def refund_endpoint(
             raise HTTPException(404, str(error)) from error
         except NotRefundable as error:
             raise HTTPException(409, str(error)) from error
-        # A warning, so that it is there whatever the level of the log.
+        # A warning, so that it is logged at every usual level.
         _log.warning(
             "refunded",
             audit=True,
-            **trace_fields(request.headers.raw),
-            by=who,
+            **sender,
             domain=domain,
             rule=refunded.rule.name,
             descriptor=[
@@ -94,12 +87,9 @@ def _parsed(body: bytes) -> tuple[str, list[tuple[str, str]], int | None]:
     Raises:
         HTTPException: 400.
     """
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"not JSON: {error}") from error
-    if not isinstance(given, dict) or not {"domain", "entries"} <= given.keys() <= {"domain", "entries", "tokens"}:
-        raise HTTPException(400, "expected an object with domain, entries and, unless all is to be given back, tokens")
+    given = json_object(
+        body, {"domain", "entries"}, "tokens", "domain, entries and, unless all is to be given back, tokens"
+    )
     entries = given["entries"]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_ENTRIES:
         raise HTTPException(400, f"entries: expected a list of 1 to {MAX_ENTRIES} objects with key and value")

@@ -1,9 +1,10 @@
 """Bounds on the console's requests, whatever the application: an ASGI middleware.
 
-A request takes part in MAX_REQUESTS from when it has come whole until its answer begins, so that none of them waits for
-a client: slow ones can't keep others out. Probes need no place among them, and scrapes have MAX_SCRAPES of their own,
-until their answers, which are made while they are sent, have been taken. One request begins in a turn of the event
-loop, and one probe or scrape, in the order in which they came: however many come, decisions wait for no more.
+A request counts among MAX_REQUESTS from when it has arrived completely until its answer begins. So it does not count
+while it waits for its client, and slow clients cannot keep others out. Probes do not count. Scrapes have MAX_SCRAPES
+places of their own, until the client has read the answer, since answers are made while they are sent. In each turn of
+the event loop one request and one probe or scrape start, in order of arrival. So decisions never wait for more than
+these.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_REQUESTS = 32
-"""That the application works on at once; more are answered 503."""
+"""The most requests that the application handles at once; more are answered 503."""
 PROBES = frozenset({"/healthz", "/readyz", "/healthcheck"})
-"""Answered at once, from what is known."""
+"""Paths that are answered at once, from memory."""
 SCRAPE = "/metrics"
 MAX_SCRAPES = 8
 MAX_SCRAPES_OF_ADDRESS = 4
-"""A pair of Prometheus servers behind one address, and people."""
+"""Enough for a pair of Prometheus servers behind one address, and people."""
 SCRAPE_SECONDS = 60.0
-"""After which an answer to one that is not taken is given up: Prometheus' longest usual interval."""
+"""A scrape whose answer is not read within this time is ended: Prometheus' longest usual interval."""
 MAX_BODY_BYTES = 262_144
-"""Of a request to /json; a larger one is answered 413. Parsing so much JSON keeps Python's lock for 2 ms."""
+"""The largest body; a larger one is answered 413. Parsing that much JSON holds Python's lock for 2 ms."""
 
 _TOO_LARGE = JSONResponse({"error": f"a body may have {MAX_BODY_BYTES} bytes"}, 413)
 _TOO_MANY = JSONResponse({"error": f"{MAX_REQUESTS} other requests are being answered"}, 503)
@@ -33,13 +34,13 @@ _TOO_MANY_SCRAPES = JSONResponse({"error": "other scrapes are being answered"}, 
 
 
 class BoundedRequests:
-    """Reads a request's body before the application is called."""
+    """Applies the bounds, and reads a request's body before it calls the application."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._at_work: set[object] = set()
         self._scraping: list[str] = []
-        """The addresses of those who do."""
+        """The addresses of current scrapes."""
         self._one_begins = asyncio.Lock()
         self._one_probe_begins = asyncio.Lock()
 
@@ -73,7 +74,7 @@ class BoundedRequests:
             return
         self._scraping.append(address)
         try:
-            # uvicorn closes a connection whose answer ends before it is whole.
+            # When the answer ends early, uvicorn closes the connection.
             async with asyncio.timeout(SCRAPE_SECONDS):
                 await self._app(scope, receive, send)
         except TimeoutError:
@@ -103,7 +104,7 @@ class _TooLarge(Exception):
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """None when the client is gone before all of it has come."""
+    """The body; None if the client is gone before it is complete."""
     if int(Headers(scope=scope).get("content-length", "0")) > MAX_BODY_BYTES:
         raise _TooLarge
     body = bytearray()

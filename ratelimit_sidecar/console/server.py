@@ -1,8 +1,8 @@
-"""The console's HTTP server: uvicorn on one TCP address inside this event loop, for a scraper, a few probes and a few
-people. Another one, on an address of its own, takes what Envoy's ext_authz filter sends over HTTP.
+"""An HTTP server: uvicorn on one TCP address, inside this event loop. One serves the console, for a scraper, a few
+probes and a few people; another one, on its own address, takes requests of Envoy's ext_authz filter over HTTP.
 
-It leaves signals and logging to the process. Of what uvicorn says only errors are logged: how it starts and stops is
-said elsewhere, and what clients do wrong must not fill the log.
+It leaves signals and logging to the process. Only uvicorn's errors are logged: the process itself logs start and stop,
+and mistakes of clients must not fill the log.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import logging
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
-from ratelimit_sidecar.console.connection import ConsoleConnection
+from ratelimit_sidecar.console.connection import BoundedConnection
 from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
 
 MAX_HEAD_BYTES = 16_384
-"""Of a request, while it is incomplete. Headers of one byte cost the most to read: 7 ms for so many."""
+"""The longest incomplete head of a request. The worst case, headers of one byte, takes 7 ms to read."""
 DRAIN_SECONDS = 2
-"""What clients get at a stop to send the rest of a request or to take an answer."""
+"""How long clients may take at a stop to send the rest of a request, or to read an answer."""
 KEEP_ALIVE_SECONDS = 75
 """Longer than Prometheus' default interval (60 s), so that it keeps its connection."""
 
 _TICK_SECONDS = 1.0
 """How often the Date header is renewed."""
 _CANCEL_SECONDS = 1
-"""After the drain, for the application: it has no client any more, and uvicorn cancels it, which is logged."""
+"""How long the application may go on after the drain. Then uvicorn cancels it, and logs that."""
 
 
-class ConsoleServer:
-    """Its life is that of a front end (see `server.front_end`).
+class HttpServer:
+    """Call `start`, `serve` and `stop`, as for a front end (see `server.front_end`).
 
     Args:
         address: `host:port` or `[IPv6]:port`; port 0 for a free one.
-        keep_alive_seconds: after which a connection without requests is closed.
+        keep_alive_seconds: a connection without requests is closed after this time.
     """
 
     def __init__(self, app: ASGIApp, address: str, *, keep_alive_seconds: int = KEEP_ALIVE_SECONDS) -> None:
@@ -51,15 +51,11 @@ class ConsoleServer:
 
     @property
     def address(self) -> str:
-        """Where it listens since `start`; of a name with several addresses the first."""
+        """The address it listens on since `start`; the first one of a name with several."""
         return self._listeners[0].address
 
     async def start(self) -> None:
-        """Bind; clients can connect from here on.
-
-        Raises:
-            ListenError: the address cannot be bound.
-        """
+        """Bind the address; clients can connect from now on."""
         self._listeners = listen([self._configured])
 
     async def serve(self) -> None:
@@ -75,7 +71,7 @@ class ConsoleServer:
             self._ended.set()
 
     async def stop(self) -> None:
-        """Refuse new connections, and return when what is in flight is answered or the drain time is over."""
+        """Refuse new connections, and return when requests in flight are answered or the drain time is over."""
         self._stopping.set()
         self.ready.clear()
         if self._serving:
@@ -84,7 +80,7 @@ class ConsoleServer:
             self._close_listeners()
 
     async def _serve(self, server: Server) -> None:
-        """`Server.serve` without its signal handlers, stopped at once, and draining also when cancelled."""
+        """`Server.serve` without signal handlers, that stops at once and also drains when cancelled."""
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup([listener.socket for listener in self._listeners])
@@ -109,7 +105,7 @@ def _configuration(app: ASGIApp, keep_alive_seconds: int) -> Config:
     return Config(
         BoundedRequests(app),
         interface="asgi3",
-        http=ConsoleConnection,
+        http=BoundedConnection,
         ws="none",
         loop="none",
         lifespan="off",

@@ -1,7 +1,7 @@
-"""All strict buckets of one replica, and the asks to send to peers.
+"""All strict buckets of one replica, and what it has to ask its peers for.
 
-A `tick` looks at a bounded number of the buckets that requests used lately. `sweep` drops full buckets without open
-asks; such a bucket has no more tokens when it is created again.
+Only buckets that somebody asked for of late are looked at in a `tick`, and a bounded number of them. A full bucket that
+asks for nothing is dropped: made anew it has no more than it had.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.shares import Shares, home_parts, parts_of
+from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
-from ratelimit_sidecar.crdt.strict import StrictBucket, home_of
+from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 
 
@@ -41,16 +41,14 @@ class Ledger:
         self.shares = shares
         self.limit_of_key = limit_of_key
         self._origin = origin
-        self._homes = {node: home_parts(shares.membership.weights, node) for node in shares.membership.weights}
         self._all = UntrackedDict[Paying]()
         self._active: deque[StrictBucket] = deque()
         """Buckets that `tick` has to look at; each appends itself when a request takes from it."""
         self._sweep_order: deque[Paying] = deque()
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
-        """Counts up whenever home shares change."""
-        self._withheld: dict[bytes, int] = {}
-        """By key, the parts of the home share that the bucket must not use: see `withhold`."""
+        """Counts up whenever homes change."""
+        self._homes_since_us = 0
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
 
@@ -58,25 +56,23 @@ class Ledger:
         return len(self._all)
 
     def walk(self) -> Iterator[StrictBucket]:
-        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
+        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
         for shard in self._all.shards:
             for paying in list(shard.values()):
                 yield paying.bucket
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
-        """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home share changed.
+        """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home changed.
 
         Args:
             now_us: see `crdt.strict` for the clock.
 
         Raises:
-            StoreFull: there is no bucket, and no room for a new one.
+            StoreFull: there is none, and no room for one.
         """
         paying = self._all.get(key)
         if paying is None:
-            if not self.room.take(key):
-                raise StoreFull
-            bucket = self._make(key, limit, now_us).bucket
+            bucket = self._make(key, limit, now_us)
             if self._kept:
                 self._put_back(bucket)
             return bucket
@@ -86,7 +82,7 @@ class Ledger:
             bucket.home_version = -1
         if bucket.home_version != self._home_version:
             bucket.home_version = self._home_version
-            bucket.set_home(self._home_of(key, limit, now_us), now_us)
+            bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
         if self._kept:
             self._put_back(bucket)
         return bucket
@@ -103,12 +99,12 @@ class Ledger:
                 yield bucket.key, amount
 
     def put_back(self, kept: Mapping[bytes, int]) -> None:
-        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
-        it has a home, and as far as there is room in it."""
+        """Use what `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it
+        when it has a home, and as far as there is room in it."""
         self._kept = dict(kept)
 
     def _put_some_back(self, now_us: int, most: int) -> None:
-        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
+        """Fill purses that nobody has asked for yet, so that they refill and are dropped like all others."""
         self._look_at_shares(now_us)
         for _ in range(min(most, len(self._kept))):
             key = next(iter(self._kept))
@@ -126,69 +122,60 @@ class Ledger:
         if bucket.ceiling and bucket.key in self._kept:
             bucket.put_back(self._kept.pop(bucket.key))
 
-    def own_parts(self, key: bytes, limit: Limit, now_us: int) -> int:
-        """This node's home share of one limit at `now_us`, withheld parts included."""
-        return self.shares.home_of_key(key, limit.capacity, now_us)
-
-    def withhold(self, key: bytes, limit: Limit, parts: int, now_us: int) -> int:
-        """Set how many parts of the home the bucket must not use, because Envoys have token buckets with these parts.
-
-        More parts are withheld only if the bucket has as many tokens, which it gives up. So the sum of homes and tokens
-        stays within the limit.
+    def withhold(self, key: bytes, limit: Limit, amount: int, now_us: int) -> int:
+        """Keep so much of the home from the bucket, since others run a token bucket of it from now on; less again when
+        they have ceased to. More only as far as the bucket has tokens that it can give up: so neither homes nor tokens
+        become more by it.
 
         Returns:
-            The parts that Envoys may use.
+            The amount that others may run.
 
         Raises:
-            StoreFull: there is no bucket, and no room for a new one.
+            StoreFull: there is no bucket, and no room for one.
         """
         bucket = self.bucket(key, limit, now_us)
         bucket.advance(now_us)
-        before = self._withheld.get(key, 0)
-        more = parts - before
+        more = amount - bucket.withheld
         if more > 0:
-            token = limit.period_us << 32
-            tokens = min(home_of(limit, more)[0] // token, bucket.remaining)
-            bucket.level -= tokens * token
-            more = min(more, parts_of(tokens, limit.capacity))
-        self._withheld[key] = parts = max(0, before + more)
-        if not parts:
-            del self._withheld[key]
-        bucket.set_home(self._home_of(key, limit, now_us), now_us)
-        return parts
+            more = min(more, bucket.home, bucket.remaining * TOKEN)
+            bucket.level -= more * limit.period_us
+        bucket.withheld += more
+        bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
+        return bucket.withheld
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        """Look at the next `most` active buckets.
+        """Look at `most` of the active buckets, in turn.
 
         Args:
             ends: by peer that can be asked, this node's end of the stream to it.
-            longest_key: the longest key that an ask can have.
+            longest_key: that peers can be asked about.
 
         Returns:
-            The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
+            By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
         """
         self._look_at_shares(now_us)
-        members = {peer: end for peer, end in ends.items() if self._homes.get(peer)}
+        weights = self.shares.membership.weights
+        members = {peer: end for peer, end in ends.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
-            for peer, ask in self._all[bucket.key].asks(askable, self._homes, now_us).items():
+            for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
-            if bucket.asked or bucket.reserved:
+            if bucket.demand or bucket.reserved:
                 self._active.append(bucket)
             else:
                 bucket.is_active = False
         return asks
 
     def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
-        """Answer a peer's ask: the payment to send.
+        """Pay a peer that has asked.
 
         Returns:
-            None when no strict rule here has the key, or there is no room for its bucket.
+            None when no strict rule here knows the key, or there is no room for its bucket.
 
         Raises:
-            ValueError: not a bucket key.
+            ValueError: not a bucket's name.
         """
         limit = self.limit_of_key(key)
         if not isinstance(limit, Limit):
@@ -200,24 +187,21 @@ class Ledger:
         return self._all[key].answer(peer, ask, now_us)
 
     def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
-        """Add a peer's payment for the ask for `key` that is open on that stream end.
+        """A peer has answered the ask for `key` that is open on that end of a stream.
 
         Returns:
-            False if the peer claims to pay more than it can have. Then only what it can have was added.
+            False when it has paid more than it can have, and is believed no more than that.
         """
         paying = self._all[key]
-        most = self.shares.most_of_key(peer, key, paying.bucket.limit.capacity)
-        return paying.paid(peer, end, pay, most, now_us)
+        return paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
-        """Free the room of the asks for `keys` that were open on that stream end, which is closed."""
+        """That end of a stream, on which asks for `keys` are open, is closed."""
         for key in keys:
-            bucket = self._all[key].bucket
-            bucket.advance(now_us)
-            bucket.closed(end)
+            self._all[key].bucket.closed(end, now_us)
 
     def sweep(self, now_us: int, most: int) -> int:
-        """Look at the next `most` buckets and drop those that are full and have no open asks.
+        """Drop the full buckets that ask for nothing among the next `most`, in turn.
 
         Returns:
             The number of buckets dropped.
@@ -239,19 +223,21 @@ class Ledger:
     def _look_at_shares(self, now_us: int) -> None:
         in_force = self.shares.in_force(now_us)
         if in_force != self._in_force:
+            self._homes_since_us = now_us if self._in_force else self.shares.from_us
             self._in_force = in_force
             self._home_version += 1
 
-    def _home_of(self, key: bytes, limit: Limit, now_us: int) -> int:
-        home = self.shares.home_of_key(key, limit.capacity, now_us)
-        return max(0, home - self._withheld.get(key, 0))
-
-    def _make(self, key: bytes, limit: Limit, now_us: int) -> Paying:
+    def _make(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+        if not self.room.take(key):
+            raise StoreFull
         self._look_at_shares(now_us)
-        home, from_us = self._home_of(key, limit, now_us), min(now_us, self.shares.since_us(now_us))
+        home, from_us = (
+            self.shares.home(key, limit.capacity, now_us),
+            self._homes_since_us if self._in_force else now_us,
+        )
         bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
-        paying = Paying(bucket, self.shares.node)
+        paying = Paying(bucket)
         self._all.add(key, paying)
         self._sweep_order.append(paying)
-        return paying
+        return bucket

@@ -1,15 +1,15 @@
-"""Who owns how much of every strict limit: shares by configured membership, safe while it changes.
+"""Who owns how much of every strict limit: homes by configured membership, safe while it changes.
 
-A share is an integer in parts of 2**32 of a limit. Home shares come from weights that every member configures alike,
-under an epoch number. The rule that keeps the sum of what is used at most one while epochs differ:
+Homes come from weights that every member configures alike, under an epoch number. The rule that keeps the sum of homes
+at most one limit while epochs differ:
 
-- A node of epoch E + 1 uses the smaller of its home shares of E and E + 1. So together with nodes still on E the sum is
-  at most that of E, and together with nodes on E + 1 at most that of E + 1.
-- It uses the new share in full once every member has shown epoch E + 1.
+- A node of epoch E + 1 uses the smaller of its homes before and after. So beside nodes still on E the sum is at most
+  that of E, and beside nodes on E + 1 at most that of E + 1.
+- It uses the new home in full once every member has shown epoch E + 1.
 
-A node that leaves must be stopped before the new epoch is rolled out. A peer that shows other members under the same
-epoch is configured wrongly; then the smaller share of the two is used. Times are microseconds of a clock that never
-steps (see `strict.py`).
+A node that leaves is in the membership before and not in the one after: it must be stopped before the new epoch is
+rolled out. A peer that shows other members under the same epoch is a mistake; then the smaller home of the two is
+used. Units are those of `strict.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
-PARTS: Final = 1 << 32
-"""The whole of a limit."""
+TOKEN: Final = 1 << 32
+"""Amounts are in such parts of one."""
 
 OLD_LOAN_US: Final = 2_520_000
-"""Protocols 2 and 3 lent shares for at most 2.52 s. After a start the home is zero until every other member has shown
-protocol 4, or until such loans must have expired.
-"""
+"""Versions before this protocol lent shares, for at most so long. A node that has just started may have lent some in
+its former life. So its home is zero until each other member has shown this protocol, or they have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,59 +44,34 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The membership that a peer has shown."""
+    """What a peer says of its membership."""
 
     epoch: int
     weights: Mapping[str, int]
 
 
-def home_parts(weights: Mapping[str, int], node: str) -> int:
-    """A node's home share; 0 if it is no member. Rounded down, so that the sum is at most `PARTS`."""
-    total = sum(weights.values())
-    return PARTS * weights.get(node, 0) // total if total else 0
+def home_of(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
+    """A node's home of one limit, in whole tokens: a fraction of one would never admit anything.
 
-
-MAX_WHOLE_CAPACITY: Final = 1 << 20
-"""Up to this capacity homes are whole tokens. With larger limits a fraction of a token at each node does not matter."""
-
-
-def parts_of(tokens: int, capacity: int) -> int:
-    """The parts for a number of whole tokens of `capacity`, which is at most MAX_WHOLE_CAPACITY."""
-    return tokens * PARTS // capacity if capacity else 0
-
-
-def whole_tokens(parts: int, capacity: int) -> int:
-    """The inverse of `parts_of`; other parts are rounded down."""
-    return parts * capacity + capacity - 1 >> 32 if capacity else 0
-
-
-def whole_tokens_up(parts: int, capacity: int) -> int:
-    """The inverse of `parts_of`; other parts are rounded up."""
-    return -(-parts * capacity >> 32)
-
-
-def home_parts_of_key(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
-    """A node's home share of one limit, in parts that are whole tokens: a fraction of a token would admit nothing.
-
-    Each node's share is rounded down. The tokens that remain go to one node each: to those with the highest hash of key
-    and node (rendezvous hashing, Thaler and Ravishankar 1998). So all nodes compute the same shares, the sum is the
-    capacity, and different keys favour different nodes.
+    The tokens that remain when each has its part rounded down go to one node each, another one for each key: to those
+    with the highest hash of key and node (rendezvous hashing, Thaler and Ravishankar 1998). So every node finds the
+    same, and the sum is the capacity.
     """
     total = sum(weights.values())
     weight = weights.get(node, 0)
-    if not total or not weight or capacity > MAX_WHOLE_CAPACITY:
-        return home_parts(weights, node)
+    if not weight:
+        return 0
     tokens = capacity * weight // total
     if capacity * weight % total:
         rounded = [other for other, each in weights.items() if capacity * each % total]
         left = capacity - sum(capacity * each // total for each in weights.values())
         ranked = sorted(rounded, key=lambda other: (rank(key, other), other), reverse=True)
         tokens += node in ranked[:left]
-    return parts_of(tokens, capacity)
+    return tokens * TOKEN
 
 
 def rank(key: bytes, node: str) -> bytes:
-    """A node's rank for this key. Nodes with a higher rank come first when only some can get a token."""
+    """The higher, the sooner a node gets what only some can have of this key."""
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
@@ -106,89 +80,72 @@ class Shares:
     """The membership as one node sees it.
 
     Args:
-        node: this node.
-        started_us: when it started; its buckets were empty then.
+        node: this one.
+        started_us: when it did; its buckets were empty then.
     """
 
     membership: Membership
     node: str
     started_us: int
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only those of members have an effect."""
+    """Peers that show other members under the same epoch. Only what members say has an effect."""
     from_us: int = field(init=False)
-    """When the home share begins."""
-    _current_since_us: dict[str, int] = field(default_factory=dict)
-    """When each peer first showed this epoch with these members."""
-    _upgraded: set[str] = field(default_factory=set)
-    """Peers that have shown a membership, which only protocol 4 can."""
+    """When the home begins."""
+    _current: set[str] = field(default_factory=set)
+    """Who shows this epoch, or did before a later one."""
+    _speak: set[str] = field(default_factory=set)
+    """Who has shown any membership, which only this protocol can."""
 
     def __post_init__(self) -> None:
-        alone = not self._others
-        self.from_us = self.started_us + (0 if alone else OLD_LOAN_US)
+        self.from_us = self.started_us + (OLD_LOAN_US if self._others else 0)
 
     @property
     def _others(self) -> set[str]:
         return set(self.membership.weights) - {self.node}
 
-    def since_us(self, now_us: int) -> int:
-        """The time since which the home share has its value of `now_us`, or from which it will have it."""
-        settled_us = self.settled_us()
-        return settled_us if settled_us is not None and settled_us <= now_us else self.from_us
+    @property
+    def is_settled(self) -> bool:
+        """True when the new home counts in full: every member has shown this epoch."""
+        return self.membership.previous is None or self._others <= self._current
 
     def hear(self, peer: str, shown: Shown, now_us: int) -> None:
-        """Note the membership that a peer has shown."""
+        """A peer has said what its membership is."""
         self.conflicts.pop(peer, None)
         if shown.epoch:
-            self._upgraded.add(peer)
-            if now_us < self.from_us and self._upgraded >= self._others:
+            self._speak.add(peer)
+            if now_us < self.from_us and self._speak >= self._others:
                 self.from_us = now_us
-        if shown.epoch != self.membership.epoch:
-            if shown.epoch < self.membership.epoch:
-                # It may have been restarted with an older configuration.
-                self._current_since_us.pop(peer, None)
-            return
-        if dict(shown.weights) == dict(self.membership.weights):
-            self._current_since_us.setdefault(peer, now_us)
-        else:
-            self.conflicts[peer] = shown
+        if shown.epoch < self.membership.epoch:
+            # It may have been restarted with an older configuration.
+            self._current.discard(peer)
+        elif shown.epoch == self.membership.epoch:
+            if dict(shown.weights) == dict(self.membership.weights):
+                self._current.add(peer)
+            else:
+                self.conflicts[peer] = shown
 
-    def settled_us(self) -> int | None:
-        """When the new share counts in full; None while a member has not shown this epoch."""
-        if self.membership.previous is None:
-            return self.from_us
-        others = self._others
-        if not others <= self._current_since_us.keys():
-            return None
-        return max([self.from_us, *(self._current_since_us[member] for member in others)])
+    def part(self, now_us: int) -> float:
+        """This node's part of every limit at `now_us`, but for rounding."""
+        return min((weights.get(self.node, 0) / sum(weights.values()) for weights in self.in_force(now_us)), default=0)
 
-    def home(self, now_us: int) -> int:
-        """This node's home share at `now_us`, in parts. For one limit see `home_of_key`."""
-        return min((home_parts(weights, self.node) for weights in self.in_force(now_us)), default=0)
+    def home(self, key: bytes, capacity: int, now_us: int) -> int:
+        """This node's home of one limit at `now_us`."""
+        return min((home_of(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0)
 
-    def home_of_key(self, key: bytes, capacity: int, now_us: int) -> int:
-        """This node's home share of one limit at `now_us`, in parts."""
-        return min(
-            (home_parts_of_key(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0
-        )
-
-    def most_of_key(self, member: str, key: bytes, capacity: int) -> int:
-        """The largest that a node's home share of one limit can be, in parts; 0 if it is no member."""
+    def most(self, member: str, key: bytes, capacity: int) -> int:
+        """The most that a member's home of one limit can be; 0 of a node that is none."""
         memberships = (self.membership.weights, self.membership.previous or {})
-        return max(home_parts_of_key(weights, member, key, capacity) for weights in memberships)
+        return max(home_of(weights, member, key, capacity) for weights in memberships)
 
     def is_member(self, node: str) -> bool:
-        """True for members of this epoch or the one before."""
+        """True of the members of this epoch and of the one before."""
         return node in self.membership.weights or node in (self.membership.previous or {})
 
     def in_force(self, now_us: int) -> list[Mapping[str, int]]:
-        """The memberships in force at `now_us`, as weights; this node uses the smallest of its shares in them. Empty
-        before its home begins.
-        """
+        """The weights of which this node uses the smallest home at `now_us`; none before its home begins."""
         if now_us < self.from_us:
             return []
-        membership = self.membership
-        found = [membership.weights]
-        settled_us = self.settled_us()
-        if membership.previous is not None and (settled_us is None or now_us < settled_us):
-            found.append(membership.previous)
+        found = [self.membership.weights]
+        if self.membership.previous is not None and not self.is_settled:
+            found.append(self.membership.previous)
         return found + [shown.weights for peer, shown in self.conflicts.items() if self.is_member(peer)]

@@ -1,73 +1,53 @@
-"""A bucket that all replicas together never overdraw: each holds a part of the tokens, and pays others what it can
-spare.
+"""A bucket that all replicas together never overdraw: each has a purse of it, and pays others what it does not need.
 
-Theory of operation (after bounded counters, Balegas et al. 2015, and the demarcation protocol, Barbara and
-Garcia-Molina 1992). Replica i has a *home* H_i, the most tokens that it may hold, and a part r_i of the refill; the
-sums are at most the limit's. It holds a level L. To get more it *asks* a peer on a stream, and reserves room R for the
-answer: L + R <= H always. The peer *pays* out of its level, on the same stream, and at most the room. When the end of
-the stream closes here, the room is free again, and a later payment on it does not count.
+Replica i has a *home* H_i, the most that it may hold, and a part of the refill; the sums are at most the limit's. It
+holds a level L. To get more it *asks* a peer on a stream, and reserves room R for the answer: L + R <= H always. The
+peer *pays* out of its level, on the same stream, and at most that. When the end of the stream closes here, the room is
+free again, and what comes later does not count. So levels and payments under way together are at most
+sum(L + R) <= sum(H) <= capacity, and only refill raises them. docs/algorithm.md has the proof.
 
-Why it is safe. A payment under way has its room at the one that asked, so levels and payments under way are together at
-most sum(L + R) <= sum(H) <= capacity. A take lowers that by what it admits, a payment moves it, a crash or a lost
-payment lowers it, and only refill raises it, by at most `rate * dt`. So what is admitted in (s, t] is at most
-capacity + rate * (t - s). Delays, order, loss, restarts and wall clocks do not come into it.
-docs/algorithm.md has more.
+This is the rule, and all that safety depends on. When and how much is asked for and paid is up to `paying.py`.
 
-Safety depends on this file alone. `paying.py` decides when and how much is asked for and paid.
-
-Units: a home is in parts of 2**32 of the limit, a payment in 2**-32 tokens, a level in *grains*: a token is
-period_us * 2**32 grains. So everything is an integer. With a limit of up to a million tokens, homes are whole tokens.
-Time is microseconds of a clock that never steps.
+Units: amounts, homes among them, are in 2**-32 tokens, a level in grains, of which a token has period_us * 2**32: so
+all of it is integers. Time is microseconds of a clock that never steps.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, whole_tokens
-
-WINDOW_US: Final = 500_000
-"""Demand is measured over the current window and the one before."""
-
-MAX_AMOUNT: Final = 1 << 62
-"""The largest payment, in 2**-32 tokens."""
 
 NEVER_US: Final = -1 << 62
 
+DEMAND_US: Final = 1_000_000
+"""What was asked for is forgotten within such a time."""
+
+FADE_US: Final = 10_000
+"""Steps in which it is forgotten: one for each request would take longer than all else that it needs."""
+
 NO_HOME_US: Final = 2_500_000
-"""The retry time in answers while this replica has no home. How long that lasts is not known here."""
-
-
-class _Credit(NamedTuple):
-    """The most that a peer can still have at `at_us`, after what it has paid to this replica."""
-
-    grains: int
-    at_us: int
-    ceiling: int
-    refill: int
+"""Without a home nothing is ever admitted, and how long that lasts nobody here knows: some time."""
 
 
 class StrictBucket(Bucket):
-    """This replica's part of a strict limit. It decides from its own level, and changes it by refill and payments.
+    """One replica's purse of a strict limit.
 
     Args:
-        home: the parts of the limit that are this replica's.
-        from_us: the time since when it has them; the bucket was empty then.
-        now_us: see above for the clock.
-        active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
+        home: this replica's own.
+        from_us: since when it is; the bucket was empty then.
+        active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
     """
 
     __slots__ = (
         "_active",
-        "_asked_before",
-        "_asked_now",
-        "_credits",
+        "_drawn",
         "_limit",
-        "_window",
+        "_wanted",
+        "_wanted_us",
         "ceiling",
         "denied_us",
         "home",
@@ -76,6 +56,7 @@ class StrictBucket(Bucket):
         "level",
         "refill",
         "reserved",
+        "withheld",
     )
 
     def __init__(
@@ -95,19 +76,20 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0
-        """Used by the owner to see whether it has to set the home again."""
+        """For its owner, to see when the home has to be set again."""
+        self.withheld = 0
+        """Of the home: others run a token bucket of that."""
         self.level = 0
-        """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
+        """L, in grains at `at_us`; below 0 what was charged although it was denied."""
         self.reserved: dict[int, int] = {}
-        """R: by stream end, the amount asked for on it and not answered yet."""
-        self._credits: dict[str, _Credit] = {}
-        """By peer that has paid."""
-        self.ceiling, self.refill = home_of(limit, home)
-        """The home (H) in grains, and its refill in grains per microsecond."""
-        self._asked_now = self._asked_before = 0
-        self._window = now_us // WINDOW_US
+        """R: by the end of a stream, the amount asked for on it and not answered yet."""
+        self._drawn: dict[str, tuple[int, int]] = {}
+        """By peer that has paid, the grains that were then missing in its home for all that is known here, and when."""
+        self.ceiling, self.refill = in_grains(limit, home)
+        """H, in grains, and the grains that it refills in a microsecond."""
+        self._wanted, self._wanted_us = 0, now_us
         self.denied_us = NEVER_US
-        """Time of the last denial."""
+        """When there was too little for a request last."""
         self.advance(now_us)
 
     @property
@@ -115,9 +97,7 @@ class StrictBucket(Bucket):
         return self._limit
 
     def would_admit(self, hits: int, now_us: int) -> bool:
-        """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
-        are asked.
-        """
+        """See `Bucket.would_admit`; what would be denied is asked of peers, as `take` does."""
         self.advance(now_us)
         if (hits * self._limit.period_us) << 32 <= self.level:
             return True
@@ -137,16 +117,28 @@ class StrictBucket(Bucket):
         return admitted
 
     def _want(self, hits: int) -> None:
-        """Count the hits as demand, and mark the bucket as active so that peers are asked."""
-        self._roll_window()
-        self._asked_now += hits
+        """Note the demand, by which peers are asked."""
+        if self.at_us - self._wanted_us >= FADE_US:
+            self._fade()
+        self._wanted += hits << 20
         if not self.is_active:
             self.is_active = True
             self._active.append(self)
 
+    def _fade(self) -> None:
+        elapsed_us = self.at_us - self._wanted_us
+        self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
+        self._wanted_us = self.at_us
+
+    @property
+    def demand(self) -> int:
+        """The amount that was asked for in the last second or so, admitted or not."""
+        self._fade()
+        return self._wanted << 12
+
     @property
     def remaining(self) -> int:
-        """Whole tokens that this replica can admit by itself at `at_us`."""
+        """Whole tokens this replica can admit by itself at `at_us`."""
         return max(0, self.level // (self._limit.period_us << 32))
 
     @property
@@ -155,7 +147,7 @@ class StrictBucket(Bucket):
 
     @property
     def full_in_us(self) -> int:
-        """Microseconds until this replica's home is full, reserved room not considered."""
+        """Microseconds until this replica's home is full, but for what it has asked for."""
         return self._refilled_in_us(self.ceiling)
 
     def retry_after_us(self, hits: int) -> int:
@@ -177,126 +169,97 @@ class StrictBucket(Bucket):
         """R, in grains."""
         return sum(self.reserved.values()) * self._limit.period_us
 
-    def ask(self, end: int, amount: int) -> None:
-        """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
+    @property
+    def room(self) -> int:
+        """The grains that may be asked for."""
+        return self.ceiling - max(0, self.level) - self.room_reserved
 
-        Args:
-            end: the stream end on which it is sent. No other ask of this bucket may be open on it.
-            amount: more than 0, and no more than there is room for.
-        """
+    def ask(self, end: int, amount: int) -> None:
+        """Ask for up to so much, more than 0, on that end of a stream, on which no other ask of this bucket is open."""
         assert end not in self.reserved
+        assert 0 < amount * self._limit.period_us <= self.room
         self.reserved[end] = amount
-        assert amount > 0
-        assert max(0, self.level) + self.room_reserved <= self.ceiling
 
     def pay(self, peer: str, amount: int) -> int:
-        """Take up to `amount` out of the level, to send to a peer; returns how much."""
+        """Give up to so much away, for good; returns how much."""
         period_us = self._limit.period_us
         amount = max(0, min(amount, self.level // period_us))
         self.level -= amount * period_us
-        if peer in self._credits:
-            credit = self._credits[peer]
-            self._credits[peer] = credit._replace(grains=credit.grains + amount * period_us)
+        drawn, at_us = self._drawn.get(peer, (0, 0))
+        self._drawn[peer] = max(0, drawn - amount * period_us), at_us
         return amount
 
     def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
-        """Add the payment that answers the ask open on `end`.
-
-        Credit the peer at most with what it can have: its home, the refill since, and payments from here.
+        """The ask that is open on that end was answered. A peer that lies is believed no more, from payment to payment,
+        than its home holds, what that refills, and what it was paid from here.
 
         Args:
-            most: the largest that the peer's home can be, in parts.
+            most: that the peer's home can be.
 
         Returns:
-            False if the peer claims more than that, or more than it was asked for.
+            False when it has paid more than that, or than it was asked for.
         """
-        ceiling, refill = home_of(self._limit, most)
-        credit = min(ceiling, self.credit_of(peer, ceiling))
-        asked = self.reserved.pop(end)
+        credit, asked = self.credit_of(peer, most), self.reserved.pop(end)
         grains = min(amount, asked) * self._limit.period_us
-        # If the limit was lowered meanwhile, there may be less room than was reserved.
-        room = self.ceiling - self.room_reserved - self.level
-        added = max(0, min(grains, room, credit))
-        self._credits[peer] = _Credit(credit - added, self.at_us, ceiling, refill)
+        # A limit lowered meanwhile may leave less room than was asked for.
+        added = max(0, min(grains, self.room, credit))
+        self._drawn[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
     def credit_of(self, peer: str, most: int) -> int:
-        """The most grains that a peer can have at `at_us`; `most` if it has never paid."""
-        credit = self._credits.get(peer)
-        if credit is None:
-            return most
-        return min(credit.ceiling, credit.grains + (self.at_us - credit.at_us) * credit.refill)
+        """The grains that a peer with such a home is believed to have of its own at `at_us`."""
+        ceiling, refill = in_grains(self._limit, most)
+        drawn, at_us = self._drawn.get(peer, (0, 0))
+        return ceiling - max(0, drawn - (self.at_us - at_us) * refill)
 
     def put_back(self, amount: int) -> None:
-        """It had so much when this replica was stopped, in 2**-32 tokens, below 0 what was owed."""
-        top = max(self.level, self.ceiling - self.room_reserved)
+        """Add what it had when this replica was stopped, in 2**-32 tokens; below 0 it is what was owed."""
+        top = max(self.level, self.room + max(0, self.level))
         self.level = min(top, self.level + amount * self._limit.period_us)
 
-    def closed(self, end: int) -> None:
-        """Free the room reserved on that stream end: it is closed, so no answer can come."""
+    def closed(self, end: int, now_us: int) -> None:
+        """That end of a stream is closed: no answer counts any more."""
+        self.advance(now_us)
         self.reserved.pop(end, None)
 
+    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
+        """The home has to be set anew."""
+        assert isinstance(limit, Limit)
+        self.advance(now_us)
+        # Rounded down: no token is won by a change.
+        self.level = self.level * limit.period_us // self._limit.period_us
+        self._limit = limit
+        self._drawn.clear()
+
+    def set_home(self, home: int, now_us: int) -> None:
+        """Another home from now on, with what is withheld of it."""
+        self.advance(now_us)
+        self.home = max(0, home - self.withheld)
+        self.ceiling, self.refill = in_grains(self._limit, self.home)
+        self.level = min(self.level, max(0, self.ceiling - self.room_reserved))
+
+    def is_idle(self, now_us: int) -> bool:
+        """True when it is full and asks for nothing: made anew, it would not have more."""
+        self.advance(now_us)
+        return self.level == self.ceiling and not self.reserved and not self.withheld
+
+    def fold(self, now_us: int) -> int:
+        """The level of this replica."""
+        self.advance(now_us)
+        return self.level
+
+    def seal(self, now_us: int) -> None:
+        self.advance(now_us)
+
     def merge(self, _entries: Iterable[Entry], _now_us: int) -> int:
-        """Ignore entries: each replica counts only its own takes."""
+        """Nothing: what others take from their homes is theirs to count."""
         return 0
 
     def _recount(self) -> None:
         pass
 
-    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        assert isinstance(limit, Limit)
-        self.advance(now_us)
-        # Rounded down, so that a change adds no tokens.
-        self.level = self.level * limit.period_us // self._limit.period_us
-        self._limit = limit
-        self._credits.clear()
-        self.set_home(self.home, now_us)
 
-    def set_home(self, home: int, now_us: int) -> None:
-        """Set another home from now on; the level is cut to it."""
-        self.advance(now_us)
-        self.home = home
-        self.ceiling, self.refill = home_of(self._limit, home)
-        self.level = min(self.level, max(0, self.ceiling - self.room_reserved))
-
-    def seal(self, now_us: int) -> None:
-        self.advance(now_us)
-
-    def is_idle(self, now_us: int) -> bool:
-        """True when it is full and no ask is open: a new bucket would not have more."""
-        self.advance(now_us)
-        return self.level == self.ceiling and not self.reserved
-
-    def fold(self, now_us: int) -> int:
-        """This replica's level. A strict bucket has no replicated state."""
-        self.advance(now_us)
-        return self.level
-
-    @property
-    def asked(self) -> int:
-        """Tokens that requests asked for in the last one to two windows, admitted or not."""
-        self._roll_window()
-        return self._asked_before + self._asked_now
-
-    @property
-    def demand(self) -> int:
-        """The rate at which requests asked for tokens lately, in 2**-32 tokens per second."""
-        return (self.asked * 1_000_000 << 32) // (WINDOW_US + self.at_us % WINDOW_US)
-
-    def _roll_window(self) -> None:
-        window = self.at_us // WINDOW_US
-        if window != self._window:
-            self._asked_before = self._asked_now if window == self._window + 1 else 0
-            self._asked_now = 0
-            self._window = window
-
-
-def home_of(limit: Limit, parts: int) -> tuple[int, int]:
-    """The size of a home in grains, and its refill in grains per microsecond."""
-    capacity = limit.capacity
-    if capacity > MAX_WHOLE_CAPACITY:
-        return limit.ceiling * parts, limit.tokens * parts
-    tokens = whole_tokens(parts, capacity)
-    # Rounded down, by less than 1/4,096 of one token's refill.
-    return tokens * limit.period_us << 32, (limit.tokens * tokens << 32) // max(1, capacity)
+def in_grains(limit: Limit, home: int) -> tuple[int, int]:
+    """The grains that a home holds, and that it refills in a microsecond."""
+    return home * limit.period_us, limit.tokens * home // max(1, limit.capacity)

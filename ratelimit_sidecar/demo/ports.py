@@ -12,7 +12,6 @@ from pathlib import Path
 from ratelimit_sidecar.demo import DemoError
 
 HOST = "127.0.0.1"
-DEFAULT_BASE_PORT = 10_000
 
 _FREE_RANGE = range(15_000, 32_000)
 """Below the range (32768 up, on Linux) from which outgoing connections get their ports."""

@@ -1,10 +1,10 @@
-"""What an answer has in it besides codes and levels: headers, a body, dynamic metadata.
+"""Response decorations: headers, a body and dynamic metadata, besides codes and levels.
 
-Three kinds of headers can tell callers about their limit: envoyproxy/ratelimit's three, on every answer
-(LIMIT_RESPONSE_HEADERS_ENABLED); and for a denial by a rule with `retry_after` Retry-After (RFC 9110, section 10.2.3)
-with the fields of draft-ietf-httpapi-ratelimit-headers, in its current form (RateLimit-Policy, RateLimit) and in
-that of its older versions (RateLimit-Limit, -Remaining, -Reset). In the current form all limits that a request met can
-be told of, each an item of the two lists, in every answer. Envoy itself can add its x-ratelimit headers.
+Two kinds of headers tell callers about their limit. envoyproxy/ratelimit's three headers are on every answer
+(LIMIT_RESPONSE_HEADERS_ENABLED). A denial by a rule with `retry_after` has Retry-After (RFC 9110, section 10.2.3) and
+the fields of draft-ietf-httpapi-ratelimit-headers, both in its current form (RateLimit-Policy, RateLimit) and in that
+of its older versions (RateLimit-Limit, -Remaining, -Reset). The current form can also be on every answer, with an item
+for each limit of the request. Envoy itself can add its x-ratelimit headers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OLD_HEADERS: Final = ResponseHeaders()
 
 
 class _LimitMet(NamedTuple):
-    """A descriptor that met a limit."""
+    """The outcome of a descriptor that has a limit."""
 
     step: Step
     rule: Rule
@@ -45,13 +45,13 @@ class _LimitMet(NamedTuple):
 
 
 class Decorations:
-    """What an answer may have besides codes and levels: headers, a body, dynamic metadata."""
+    """Adds headers, a body and dynamic metadata to answers."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def are_wanted(self, rule: Rule | None) -> bool:
-        """True when an answer to a descriptor under that rule may get any."""
+        """True when the answer to a descriptor of that rule may get decorations."""
         if self._settings.response_headers is not None or self._settings.dynamic_metadata:
             return True
         return rule is not None and (self._settings.all_limits or rule.retry_after or bool(rule.body))
@@ -59,9 +59,11 @@ class Decorations:
     def add(
         self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool = False
     ) -> None:
-        """Args:
-        buckets: one for each step, as it is after the decision; None for a step that is not limited.
-        in_full: as if all limits were wanted, and `retry_after` of each rule.
+        """Add all decorations to an answer.
+
+        Args:
+            buckets: one for each step, after the decision; None for a step that is not limited.
+            in_full: True to treat all limits as wanted, and each rule as if it had `retry_after`.
         """
         names = self._settings.response_headers
         all_limits = self._settings.all_limits or in_full
@@ -75,7 +77,7 @@ class Decorations:
             if bodies:
                 response.raw_body = bodies[0].encode()
             longest = max(
-                # Of a limit that lets nothing through there is nothing to wait for.
+                # Waiting does not help with a limit of 0.
                 (denial for denial in denials if denial.rule.retry_after or (in_full and denial.bucket.limit.capacity)),
                 key=lambda denial: denial.retry_after_us,
                 default=None,
@@ -93,8 +95,10 @@ class Decorations:
                 response.dynamic_metadata.update({"metadata": merged})
 
     def _add_limit_headers(self, response: RateLimitResponse, plan: Plan, names: ResponseHeaders) -> None:
-        """Of the last descriptor over a limit that is no quota, or else of the first with the least remaining."""
-        # One of which all that a number can say remains is not shown, as in envoyproxy/ratelimit.
+        """Show the last descriptor over its limit that is not in quota mode, or else the first with the least
+        remaining.
+        """
+        # A limit whose remaining count is at uint32's maximum is not shown, as in envoyproxy/ratelimit.
         limited = [
             status
             for status in response.statuses
@@ -125,7 +129,7 @@ def _limits_met(response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucke
 
 
 def _add_list_headers(response: RateLimitResponse, limits: Sequence[_LimitMet]) -> None:
-    """draft-ietf-httpapi-ratelimit-headers-10: lists, with an item for each limit."""
+    """Add the lists of draft-ietf-httpapi-ratelimit-headers-10, with an item for each limit."""
     policies, levels = [], []
     for met in limits:
         name, bucket = _structured_string(met.rule.limit_name or met.rule.name), met.bucket
@@ -152,12 +156,14 @@ def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> N
 def metadata_of_request(
     request: Request, descriptors: Sequence[Sequence[tuple[str, str]]], steps: Sequence[Step]
 ) -> dict[str, object]:
-    """What dynamic metadata says of a request, in the shape of envoyproxy/ratelimit: hits and limits only where the
-    request brings them. What was taken, and the limits of the rules, are under `applied`, one for each descriptor.
+    """Dynamic metadata about a request, in the shape of envoyproxy/ratelimit: hits and limits only if the request has
+    them.
+
+    The hits taken, and the limits of the rules, are under `applied`, one item for each descriptor.
     """
     asked: list[dict[str, object]] = []
     applied: list[dict[str, object]] = []
-    # Each text once, however many descriptors have it.
+    # Convert each text once, however many descriptors have it.
     shown = {text: readable(text) for text in {text for entries in descriptors for entry in entries for text in entry}}
     for message, entries, step in zip(request.descriptors, descriptors, steps, strict=True):
         descriptor: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in entries]}
@@ -185,17 +191,17 @@ def metadata_of_request(
 
 
 def _override_text(override: Override) -> str:
-    """As Go prints the message."""
+    """An override as Go prints the message."""
     parts = [f"requests_per_unit:{override.requests_per_unit}"] if override.requests_per_unit else []
     if override.unit:
-        # Which has no name for a week.
+        # The enumeration has no name for a week.
         names = RateLimitUnit.DESCRIPTOR.values_by_number
         parts.append(f"unit:{names[override.unit].name if override.unit in names else override.unit}")
     return " ".join(parts)
 
 
 def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
-    """Of the rules that let something through, merged."""
+    """The metadata of the rules that admitted, merged."""
     merged: dict[str, object] = {}
     for step, status in zip(plan.steps, response.statuses, strict=True):
         if step.rule is not None and status.code != _OVER_LIMIT:
@@ -204,7 +210,7 @@ def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, obj
 
 
 def _merge(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
-    """Both, to any depth; where they disagree the first counts, as in envoyproxy/ratelimit."""
+    """Merge to any depth. Where both have a value the first wins, as in envoyproxy/ratelimit."""
     merged = {**second, **first}
     for key in first.keys() & second.keys():
         one, other = first[key], second[key]

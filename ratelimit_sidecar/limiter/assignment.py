@@ -1,8 +1,8 @@
-"""What an Envoy is told to enforce: a part of a limit as a token bucket of Envoy's (envoy.type.v3.TokenBucket).
+"""An assignment: a part of a limit that an Envoy enforces as a token bucket (envoy.type.v3.TokenBucket).
 
-Envoy takes the interval of a token bucket in whole seconds, and does not notice when nothing but that has changed. It
-refills continuously, at tokens by seconds: so the interval is fixed by the limit, long enough that a thousandth of the
-limit is a whole token, and only the numbers of tokens change. Less than that is nothing: DENY_ALL.
+Envoy takes the fill interval in whole seconds, and ignores a change of the interval alone. It refills continuously, at
+tokens by seconds. So the interval is fixed by the limit, long enough that 1/1,000 of the limit is a whole token, and
+only the numbers of tokens change. A smaller share is DENY_ALL.
 
 Rates are in billionths of a token per second.
 """
@@ -19,21 +19,21 @@ TOKEN: Final = 1_000_000_000
 SECOND_US: Final = 1_000_000
 
 STEPS: Final = 1_000
-"""A share is a multiple of one part in so many of the limit, at most."""
+"""Shares are multiples of 1/1,000 of the limit, or finer."""
 
 REPAY_S: Final = 10
 
 LEAST_PART: Final = 8
-"""One part in so many of a limit can always be shared: a debt that was heard of late must not stop everybody."""
+"""At least 1/8 of a limit can always be shared, so that a debt reported late does not stop all Envoys."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
 
 class Assignment(NamedTuple):
-    """A token bucket; without tokens ALLOW_ALL or DENY_ALL.
+    """A token bucket, or without tokens ALLOW_ALL or DENY_ALL.
 
     Args:
-        rate: what it stands for, which is at least what it admits in the long run.
+        rate: the share it was made from; it admits no more than that in the long run.
     """
 
     max_tokens: int
@@ -42,23 +42,19 @@ class Assignment(NamedTuple):
     rate: int
     allows_all: bool = False
 
-    def is_like(self, other: Assignment) -> bool:
-        """Whether Envoy does the same for both."""
-        return self[:3] == other[:3] and self.allows_all == other.allows_all
-
 
 ALLOW_ALL: Final = Assignment(0, 0, 0, 0, allows_all=True)
 DENY_ALL: Final = Assignment(0, 0, 0, 0)
 
 
-class Terms(NamedTuple):
-    """What of a limit shares are made from.
+class ShareBase(NamedTuple):
+    """The rate, burst and fill interval from which shares of a limit are made.
 
     Args:
-        rate: the whole of it.
-        burst: tokens at once, of all together. A window has none: what a token bucket lets through at once comes on
-            top of what it refills while the window lasts. So it is a second's refill, and one token at least.
-        fill_interval_s: of all its shares.
+        rate: the rate of the whole limit.
+        burst: tokens that all shares together may hold at once. A window has no burst of its own, and a burst comes on
+            top of the refill during the window. So it is one second's refill, and at least one token.
+        fill_interval_s: the same for all shares.
     """
 
     rate: int
@@ -66,50 +62,54 @@ class Terms(NamedTuple):
     fill_interval_s: int
 
 
-def terms_of(limit: AnyLimit) -> Terms:
+def share_base_of(limit: AnyLimit) -> ShareBase:
     tokens = limit.tokens if isinstance(limit, Limit) else limit.requests
     rate = tokens * SECOND_US * TOKEN // limit.period_us
     burst = limit.capacity
     if isinstance(limit, WindowLimit):
         burst = min(burst, max(1, rate // TOKEN))
-    return Terms(rate if burst else 0, burst, max(1, -(-STEPS * TOKEN // max(1, rate))))
+    return ShareBase(rate if burst else 0, burst, max(1, -(-STEPS * TOKEN // max(1, rate))))
 
 
-def assign(terms: Terms, share: int, *, is_strict: bool = False) -> Assignment:
-    """Args:
-    share: of the rate.
-    is_strict: a part of the burst that is less than a token is none; otherwise it is one, since without any
-        nothing would ever be admitted.
+def assign(base: ShareBase, share: int, *, is_strict: bool = False) -> Assignment:
+    """Make the assignment for a share of the rate.
+
+    Args:
+        is_strict: if the part of the burst is less than a token, there is none. Otherwise it is one token, since a
+            bucket without any would never admit anything.
     """
-    per_fill = min(share * terms.fill_interval_s // TOKEN, _MAX_UINT32)
-    most = terms.burst * share // terms.rate if terms.rate else 0
+    per_fill = min(share * base.fill_interval_s // TOKEN, _MAX_UINT32)
+    most = base.burst * share // base.rate if base.rate else 0
     most = min(most if is_strict else max(most, 1), _MAX_UINT32)
     if not per_fill or not most:
         return DENY_ALL
-    return Assignment(most, per_fill, terms.fill_interval_s, share)
+    return Assignment(most, per_fill, base.fill_interval_s, share)
 
 
-def after(told: Assignment | None, assignment: Assignment) -> Assignment:
-    """The assignment, such that Envoy notices it: the limit, and with it the interval, may have changed."""
+def noticeable(previous: Assignment | None, new: Assignment) -> Assignment:
+    """Change `new` a little if Envoy would otherwise not notice the change.
+
+    That is when only the fill interval differs, after a change of the limit.
+    """
     if (
-        told is None
-        or told[:2] != assignment[:2]
-        or told.fill_interval_s == assignment.fill_interval_s
-        or not assignment.tokens_per_fill
+        previous is None
+        or previous[:2] != new[:2]
+        or previous.fill_interval_s == new.fill_interval_s
+        or not new.tokens_per_fill
     ):
-        return assignment
-    return assignment._replace(tokens_per_fill=max(1, assignment.tokens_per_fill - 1))
+        return new
+    return new._replace(tokens_per_fill=max(1, new.tokens_per_fill - 1))
 
 
 def within_debt(limit: AnyLimit, rate: int, used: int) -> int:
-    """The rate that may be shared while so much of a limit is used: all of it, less what brings it back within
-    `REPAY_S`, or the time in which it refills when that is longer.
+    """The rate that may be shared while `used` tokens of a limit are used.
 
-    Envoys are told of it every five seconds, so a shorter time would overshoot. A quarter of a token bucket is left to
-    those who ask for each request. In a window it is no matter how much is used, as long as it is within the limit.
+    It is the whole rate, less what brings the bucket back within `REPAY_S`, or its refill time if that is longer.
+    Envoys get a new share every five seconds, so a shorter time would overshoot. A quarter of a token bucket is left to
+    requests that are decided here. A window needs no correction as long as no more than the limit is used.
 
     Args:
-        used: tokens, also those taken beyond the limit.
+        used: tokens, those beyond the limit included.
     """
     kept = limit.capacity - (limit.capacity // 4 if isinstance(limit, Limit) else 0)
     if used <= kept or not rate:

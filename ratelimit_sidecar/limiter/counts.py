@@ -1,4 +1,4 @@
-"""What was decided since start, by rule, as the metrics show it. Plain integers: a count costs an addition."""
+"""Counters of decisions since start, by rule, as the metrics show them. Plain integers: a count costs an addition."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ if TYPE_CHECKING:
     from ratelimit_sidecar.limiter.plan import Step
 
 MAX_NAMES = 10_000
-"""Names counted apart. Rules may put values of requests into names, and callers can invent values without end."""
+"""The most names with counters of their own. Rules may put values of requests into names, and callers can invent
+values.
+"""
 
 
 @dataclass(slots=True)
 class RuleCounts:
-    """Descriptors, and the hits in them: the latter are envoyproxy/ratelimit's statistics of the same names."""
+    """Counters of descriptors, and of hits: the latter are envoyproxy/ratelimit's statistics of the same names."""
 
     ok: int = 0
     """Descriptors admitted."""
     over_limit: int = 0
-    """Descriptors denied, or that would have been but for shadow mode."""
+    """Descriptors over the limit, those in shadow mode included."""
     admitted_hits: int = 0
     """Hits of admitted descriptors that have a limit."""
     unlimited_hits: int = 0
     denied_hits: int = 0
     charged_hits: int = 0
-    """Of those denied: taken all the same."""
+    """Denied hits that were charged all the same."""
     over_limit_hits: int = 0
-    """Of a request that crosses the limit only those beyond it."""
+    """Hits over the limit; of a request that crosses the limit only those beyond it."""
     near_limit_hits: int = 0
-    """Above the near-limit ratio and not over; of a request that crosses it only those beyond it."""
+    """Hits above the near-limit ratio and within the limit."""
     shadow_mode_hits: int = 0
-    """Hits over the limit that shadow mode let pass."""
+    """Hits over the limit that shadow mode admitted."""
     given_back: int = 0
-    """Tokens that requests took and gave back again; `tokens` has them."""
+    """Tokens that were given back; `tokens` still counts them."""
 
     @property
     def tokens(self) -> int:
@@ -52,20 +54,21 @@ class RuleCounts:
         return self.within_limit_hits + self.denied_hits
 
     def pass_unlimited(self, hits: int, *, is_ruled: bool) -> None:
-        """A descriptor that needs no bucket.
+        """Count a descriptor without limit.
 
         Args:
-            is_ruled: a rule says so; hits of others are not counted.
+            is_ruled: True if a rule makes it unlimited. Hits of descriptors without any rule are not counted.
         """
         self.ok += 1
         if is_ruled:
             self.unlimited_hits += hits
 
     def deny(self, step: Step, bucket: Bucket, *, is_charged: bool) -> None:
-        """A denied descriptor, with the bucket as it is afterwards. An admitted one `Limiter.decide` counts itself.
+        """Count a denied descriptor. `Limiter.decide` itself counts admitted ones.
 
         Args:
-            is_charged: False when nothing of the request is, whatever the step says.
+            bucket: the bucket after the decision.
+            is_charged: False when nothing of the request is charged, whatever the step says.
         """
         hits, compiled = step.hits, step.compiled
         self.over_limit += 1
@@ -74,7 +77,7 @@ class RuleCounts:
         if step.charges_denied and is_charged:
             self.charged_hits += hits
             over = min(hits, bucket.debt)
-            # What was still under the limit when these hits came.
+            # The part of these hits that was still within the limit.
             self.near_limit_hits += min(hits - over, bucket.limit.capacity - compiled.near_from)
         self.over_limit_hits += over
         if compiled.is_shadow:
@@ -82,19 +85,20 @@ class RuleCounts:
 
 
 class CountsByRule(dict[tuple[str, str], RuleCounts]):
-    """By (domain, name of the rule in metrics); descriptors that no rule limits count under the name ""."""
+    """Counters by (domain, name of the rule in metrics). Descriptors without rule count under the name ""."""
 
     def has_room_for(self, names: Sized) -> bool:
-        """Whether most of what is here can be of these rules; false after many reloads, since names of rules that are
-        gone are not taken out one by one."""
+        """Whether it is still small enough to go on with these rules. False after many reloads, since the names of
+        former rules are not removed one by one.
+        """
         return len(self) <= MAX_NAMES + 2 * len(names)
 
     def of(self, domain: str, metric_name: str, rule_name: str) -> RuleCounts:
-        """The counts of a name.
+        """The counters of a name.
 
         Args:
-            metric_name: may have values of the request in it.
-            rule_name: counts in its place when there are too many names already.
+            metric_name: may contain values of the request.
+            rule_name: used instead when there are too many names already.
         """
         counts = self.get((domain, metric_name))
         if counts is not None:

@@ -1,8 +1,8 @@
-"""A RateLimitResponse's codes and levels as bytes, laid by hand: a third of the time that building a message takes.
+"""A RateLimitResponse's codes and levels, serialized by hand: a third of the time that building a message takes.
 
-What a rule's statuses have in common (code, current_limit) is laid once, as their *head*; a decision adds how much
-remains and when the bucket is full again. Field numbers are those of envoy/service/ratelimit/v3/rls.proto, the result
-is to the byte what protobuf itself writes, which a property test holds it to. Numbers are LEB128, seven bits a byte.
+The part that all statuses of a rule and code have in common (code, current_limit) is serialized once, as their *head*.
+A decision adds how much remains and when the bucket is full again. Field numbers are those of
+envoy/service/ratelimit/v3/rls.proto. The bytes are exactly those of protobuf itself; a property test checks it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def _varint(number: int) -> bytes:
 
 
 _LAST: Final = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
-"""Numbers that end here: one or two bytes."""
+"""Varints of numbers below 2**14."""
 
 _MORE: Final = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))
-"""Their lowest 14 bits, when more follow."""
+"""The first two varint bytes of a larger number, by its lowest 14 bits."""
 
 _DURATION: Final = tuple(bytes((0x22, length)) for length in range(8))
-"""The beginning of duration_until_reset, which is that long."""
+"""Tag and length of `duration_until_reset`, by length."""
 
 OVERALL_OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
 OVERALL_OVER_LIMIT: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OVER_LIMIT).SerializeToString()
-"""The beginning of an answer."""
+"""The overall code; an answer begins with it."""
 
 _MAX_UINT32: Final = 2**32 - 1
 _SECOND_US: Final = 1_000_000
@@ -44,8 +44,10 @@ _MAX_DURATION_SECONDS: Final = 315_576_000_000
 
 
 def varint(number: int) -> bytes:
-    """Args:
-    number: 0 or more.
+    """A number as protobuf's varint.
+
+    Args:
+        number: 0 or more.
     """
     if number <= _TABLE_MASK:
         return _LAST[number]
@@ -53,13 +55,13 @@ def varint(number: int) -> bytes:
 
 
 def status_head(code: int, current_limit: RateLimitResponse.RateLimit | None) -> bytes:
-    """What the statuses of one rule and code begin with."""
+    """The head of the statuses of one rule and code."""
     raw: bytes = RateLimitResponse.DescriptorStatus(code=code, current_limit=current_limit).SerializeToString()
     return raw
 
 
 def bare_status(code: int, remaining: int) -> bytes:
-    """A status that tells of no bucket, as a field of an answer."""
+    """A status without a bucket, as a field of an answer."""
     status = RateLimitResponse.DescriptorStatus(code=code, limit_remaining=remaining)
     raw: bytes = RateLimitResponse(statuses=[status]).SerializeToString()
     return raw
@@ -71,12 +73,12 @@ def encode_status(head: bytes, remaining: int, reset_us: int) -> bytes:
     Args:
         head: from `status_head`.
         remaining: tokens; 0 or more. The field holds no more than 2**32 - 1.
-        reset_us: microseconds until the bucket is full; 0 or more. Told in whole seconds, rounded up, as
-            envoyproxy/ratelimit does: Envoy cuts off a part of one, and callers would come back too early.
+        reset_us: microseconds until the bucket is full; 0 or more. It is sent in whole seconds, rounded up, as in
+            envoyproxy/ratelimit: Envoy cuts off fractions, so callers would come back too early.
     """
     seconds = -(-reset_us // _SECOND_US)
     duration = b""
-    # The usual sizes of numbers stand here: a call for each would cost a tenth of the whole.
+    # The usual sizes of numbers are handled inline: calls would cost a tenth of the whole.
     if seconds >> 2 * _TABLE_BITS:
         duration = b"\x08" + varint(min(seconds, _MAX_DURATION_SECONDS))
     elif seconds > _TABLE_MASK:
@@ -92,5 +94,5 @@ def encode_status(head: bytes, remaining: int, reset_us: int) -> bytes:
         body = head + b"\x18" + _LAST[remaining] + _DURATION[len(duration)] + duration
     else:
         body = head + _DURATION[len(duration)] + duration
-    # A name of the rules is in it, which may be long.
+    # The head contains a name from the rules, which may be long.
     return b"\x12" + varint(len(body)) + body

@@ -18,7 +18,7 @@ from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, Key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import JOINED, Level, Match, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
-from ratelimit_sidecar.limiter.variants import alone
+from ratelimit_sidecar.limiter.variants import made_local
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
 Entries = Sequence[tuple[str, str]]
@@ -128,7 +128,7 @@ def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence
         for key, value in entries:
             descriptor.entries.add(key=key, value=value)
     raw = request.SerializeToString()
-    limiter = Limiter(alone(rules), Origin("explain", 1), settings)
+    limiter = Limiter(made_local(rules), Origin("explain", 1), settings)
     steps = limiter.plan(raw).steps
     response = RateLimitResponse.FromString(limiter.decide(raw, now_us))
     explained = []

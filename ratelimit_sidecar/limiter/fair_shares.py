@@ -1,11 +1,11 @@
-"""Max-min fair shares: a total is divided among those who want some of it.
+"""Max-min fair shares: a total is divided among members who each want some of it.
 
-Nobody gets more than it wants while another one, who gets no more, wants more (progressive filling; Bertsekas and
-Gallager, Data Networks, 6.5.2). What nobody wants is spread evenly, so that whoever comes to want more has some of it
-already. Integers in any unit; the sum is never above the total, and less by fewer units than there are shares.
+No member gets more than it wants while another one, who gets no more, wants more (progressive filling; Bertsekas and
+Gallager, Data Networks, 6.5.2). The rest that nobody wants is spread evenly, so that a member whose want rises has some
+spare already. Integers in any unit. The sum is never above the total, and below it by less than one unit a member.
 
-Those who want the same are one *group*: a want, and how many there are of it. So many can be divided among, and told
-of, in few numbers.
+Members who want the same are one *group*: the want, and the number of members. So demands can be divided and sent in
+few numbers.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 WANT_BITS: Final = 6
-"""Wants are rounded up to so many significant bits: by a sixty-fourth on average. So few are different, and a want that
-varies a little stays the same."""
+"""Wants are rounded up to this many significant bits, by 1/64 on average. So there are few different wants, and a want
+that varies a little stays the same.
+"""
 
 
 class Group(NamedTuple):
-    """So many who each want as much."""
+    """A number of members who each want the same."""
 
     want: int
     members: int
 
 
 class Level(NamedTuple):
-    """What everybody gets.
+    """The level up to which wants are fulfilled.
 
     Args:
-        most: of what is wanted; None where everybody gets all of it.
-        spare: besides.
+        most: the most of its want that a member gets; None if all get all of it.
+        spare: what each gets on top.
     """
 
     most: int | None
@@ -41,7 +42,7 @@ class Level(NamedTuple):
 
 
 def fair_level(total: int, groups: Iterable[Group]) -> Level:
-    """The level at which the shares of all are the total.
+    """The level at which the sum of all shares is the total.
 
     Args:
         total: 0 or more, as are the wants.
@@ -58,7 +59,7 @@ def fair_level(total: int, groups: Iterable[Group]) -> Level:
 
 
 def grouped(wants: Iterable[int]) -> list[Group]:
-    """In order of the wants."""
+    """The groups of these wants, in order of the want."""
     counts: dict[int, int] = {}
     for want in wants:
         counts[want] = counts.get(want, 0) + 1
@@ -66,6 +67,6 @@ def grouped(wants: Iterable[int]) -> list[Group]:
 
 
 def rounded_want(want: int) -> int:
-    """Up, to `WANT_BITS` significant bits."""
+    """The want, rounded up to `WANT_BITS` significant bits."""
     shift = max(0, want.bit_length() - WANT_BITS)
     return -(-want >> shift) << shift

@@ -1,8 +1,8 @@
 """The fullest buckets of each rule: how near its callers are to being denied.
 
-All buckets of a store are looked at in turn, some at a time, and what a whole pass has found is kept until the next
-one is over. So the cost is spread, and what is found is up to two passes old. For each rule a few numbers are kept,
-however many buckets it has, and nothing that callers choose.
+A pass looks at all buckets of a store, some at a time. Its result is shown until the next pass is over. So the work is
+spread over time, and the result is up to two passes old. For each rule a few numbers are kept, and nothing that
+callers choose.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ratelimit_sidecar.limiter.key import decode_bucket_key, rule_key
 from ratelimit_sidecar.limiter.rules import Rules
 
 RANKS: Final = 3
-"""Buckets of a rule that are told of, the fullest first."""
+"""The buckets shown for each rule, the fullest first."""
 
 
 @dataclass(slots=True)
 class Fullest:
-    """Of one rule."""
+    """The fullest buckets of one rule."""
 
     used: list[float] = field(default_factory=list)
-    """Used parts of the capacity, the greatest first, of at most `RANKS` buckets; above 1 with debt."""
+    """The used parts of the capacity of at most `RANKS` buckets, the greatest first; above 1 with debt."""
     debt: int = 0
-    """The greatest of a bucket, in whole tokens."""
+    """The greatest debt of a bucket, in whole tokens."""
 
     def add(self, used: float, debt: int) -> None:
         self.debt = max(self.debt, debt)
@@ -41,27 +41,27 @@ class Fullest:
 
 
 class FullestBuckets:
-    """Looks at the buckets of one store."""
+    """Finds the fullest buckets of each rule in one store. Call `look` regularly, and read `of_rules`."""
 
     def __init__(self, store: Store) -> None:
         self.of_rules: dict[tuple[str, str], Fullest] = {}
-        """What the last whole pass has found, by domain and name of the rule."""
+        """The result of the last whole pass, by domain and name of the rule."""
         self._store = store
         self._walk: Iterator[Bucket] = store.walk()
         self._of_rules: dict[tuple[str, str], Fullest] = {}
         self._of_keys: dict[bytes, Fullest | None] = {}
-        """By what of a bucket's name is the rule's: to find the rule takes longer."""
+        """By rule key, since finding the rule takes longer."""
 
     def look(self, rules: Rules, now_us: int, most: int) -> bool:
         """Look at the next `most` buckets.
 
         Args:
-            rules: those in force; buckets of others don't count. They may change during a pass. They aren't kept, since
-                to free them would take long.
+            rules: the current rules; buckets of other rules do not count. They may change during a pass. They are not
+                kept here, since freeing them would take long.
             now_us: not less than in the call before.
 
         Returns:
-            True when that was the last of a pass.
+            True when that was the end of a pass.
         """
         for _ in range(most):
             bucket = next(self._walk, None)

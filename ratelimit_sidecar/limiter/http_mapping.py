@@ -1,8 +1,8 @@
-"""The descriptors of an HTTP request: what `rate_limits` of a route is to Envoy's rate limit filter, a domain's mapping
-is to requests that come whole, over ext_authz.
+"""Mappings from HTTP requests to descriptors, for ext_authz: what `rate_limits` of a route is for Envoy's rate limit
+filter.
 
-As there, a descriptor is left out when the request lacks what one of its entries is made from, and a request without
-descriptors is not limited. Everything of a request is bytes, since callers send what they like.
+As in Envoy, a descriptor is left out when the request lacks the part that one of its entries is made from, and a
+request without descriptors is not limited. Everything in a request is bytes, since callers can send anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 
 
 class Part(Enum):
-    """What of a request an entry's value is made from."""
+    """The part of a request that an entry's value is made from."""
 
     HEADER = "header"
     CONTEXT_EXTENSION = "context_extension"
@@ -26,7 +26,7 @@ class Part(Enum):
 
 
 NAMED = frozenset((Part.HEADER, Part.CONTEXT_EXTENSION))
-"""Of which a request has several, by name."""
+"""Parts of which a request has several, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class EntrySource:
     """Where an entry of a descriptor comes from.
 
     Args:
-        part: None for a value that is always the same.
-        text: the name of the header, in lower case, or of the context extension; or the value.
+        part: None for a constant value.
+        text: the name of the header, in lower case, or of the context extension; or the constant value.
     """
 
     key: bytes
@@ -44,19 +44,19 @@ class EntrySource:
 
 
 HttpMapping = tuple[tuple[EntrySource, ...], ...]
-"""The descriptors of a domain, each the sources of its entries."""
+"""The descriptors of a domain: for each, the sources of its entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """What ext_authz is told of a client's request: the parts that a mapping can make descriptors of.
+    """The parts of a client's request that a mapping can make descriptors from.
 
     Args:
-        headers: by name in lower case; the values of one that came several times joined by commas (RFC 9110, 5.3).
-        context_extensions: what the proxy's configuration says of the route.
+        headers: by name in lower case; repeated headers are joined by commas (RFC 9110, 5.3).
+        context_extensions: set for the route in the proxy's configuration.
         path: with its query.
-        source_address: of the client, without port; empty when it has none.
-        principal: who the client is by its certificate; empty without one.
+        source_address: the client's address, without port; empty if it has none.
+        principal: the client's name in its certificate; empty without one.
     """
 
     headers: Mapping[bytes, bytes]
@@ -67,7 +67,7 @@ class HttpRequest:
     principal: bytes = b""
 
     def value_of(self, source: EntrySource) -> bytes | None:
-        """None when the request lacks it. A header may be there and empty."""
+        """The value for an entry; None when the request lacks it. A header may be present and empty."""
         match source.part:
             case None:
                 return source.text
@@ -76,7 +76,7 @@ class HttpRequest:
             case Part.CONTEXT_EXTENSION:
                 return self.context_extensions.get(source.text)
             case Part.PATH:
-                # Else a query made up by the caller would begin a bucket of its own.
+                # Without the query, since callers could get new buckets by inventing queries.
                 value = self.path.partition(b"#")[0].partition(b"?")[0]
             case Part.METHOD:
                 value = self.method

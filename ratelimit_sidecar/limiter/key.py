@@ -1,16 +1,16 @@
-"""The canonical name of a bucket: algorithm, domain, path of the rule, matched values.
+"""Bucket keys: algorithm, domain, path of the rule, matched values, in bytes.
 
-Equal on every replica, whatever the order of its files. Every text is preceded by its length, so no two different
-paths share a name ((a_b, c) and (a, b_c) do where keys are joined by underscores). Layout:
+The key of a bucket is equal on every replica, whatever the order of its files. Every text is preceded by its length, so
+different paths have different keys ((a_b, c) and (a, b_c) would not if texts were joined by underscores). Layout:
 
-    form:1 text(domain) { kind:1 text(key) text(value) }*      text(t) = LEB128(bytes in t) t
+    bucket type:1 text(domain) { kind:1 text(key) text(value) }*      text(t) = LEB128(bytes in t) t
 
-form says what kind of bucket it is, so that a rule whose algorithm or consistency changes begins a new one. kind says
-how the rule matched the entry, and so which part of the rule's path the value stands for.
+The bucket type says how the bucket counts and how it is shared. So a rule whose algorithm or consistency changes gets
+new buckets. The kind says how the rule matched the entry, and so which part of the rule's path the value stands for.
 
-Callers choose the values, and so how long names are and how many there are. A long value stands in a name as its hash
-(`bounded`). When there are too many buckets, new names of a rule share a few thousand *overflow buckets*, in whose
-names nothing is a caller's (`overflow_keys`).
+Callers choose the values, and so how long keys are and how many there are. A long value is replaced by its hash
+(`bounded`). When there are too many buckets, new keys of a rule share a few thousand *overflow buckets*, whose keys
+contain nothing that a caller chose (`overflow_keys`).
 """
 
 from __future__ import annotations
@@ -25,41 +25,43 @@ FIXED_WINDOW: Final = 1
 SLIDING_WINDOW: Final = 2
 STRICT_TOKEN_BUCKET: Final = 3
 OVERFLOW: Final = 0x40
-"""Added to the form of a rule's overflow buckets."""
+"""Added to the bucket type of a rule's overflow buckets."""
 LOCAL: Final = 0x80
-"""Added to the form of a bucket that is never replicated."""
+"""Added to the bucket type of a bucket that is never replicated."""
 
 EXACT: Final = 0
 """The rule names key and value."""
 KEY_ONLY: Final = 1
 """The rule names the key; every value has a bucket of its own."""
-UNRULED: Final = 2
-"""No rule matched: the entry belongs to the bucket given to every other descriptor."""
+DEFAULT_RULE: Final = 2
+"""No rule matched: the entry belongs to a bucket of the default rule."""
 WILDCARD_VALUE: Final = 3
-"""The rule names key and pattern, which stands in the entry before this one; every value has a bucket of its own."""
+"""The value that matched a pattern, which is in the entry before; every value has a bucket of its own."""
 PATTERN: Final = 4
-"""A pattern of the rule: alone when all its values share one bucket, else followed by the WILDCARD_VALUE."""
+"""A pattern of the rule. If its values do not share one bucket, a WILDCARD_VALUE follows."""
 OVERRIDE: Final = 5
 """The request itself gave the limit."""
 OVERRIDE_LIMIT: Final = 6
-"""Last entry of such a bucket; key and value are requests per unit, 0 for windows, and unit."""
+"""Last entry of an override; key and value are requests per unit (0 for windows) and unit."""
 
-_KINDS: Final = frozenset((EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
+_KINDS: Final = frozenset((EXACT, KEY_ONLY, DEFAULT_RULE, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT))
 _WINDOWS_AND_TOKEN_BUCKET: Final = (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW)
-_FORMS_OF_VALUES: Final = (
+_TYPES: Final = (
     STRICT_TOKEN_BUCKET,
     *_WINDOWS_AND_TOKEN_BUCKET,
-    *[form | LOCAL for form in _WINDOWS_AND_TOKEN_BUCKET],
+    *[bucket_type | LOCAL for bucket_type in _WINDOWS_AND_TOKEN_BUCKET],
 )
-FORMS: Final = frozenset((*_FORMS_OF_VALUES, *[form | OVERFLOW for form in _FORMS_OF_VALUES]))
+BUCKET_TYPES: Final = frozenset((*_TYPES, *[bucket_type | OVERFLOW for bucket_type in _TYPES]))
 OVERFLOW_BUCKETS: Final = 4_096
-"""Of one rule. Whoever comes new to a full store shares one with as small a part of all others who do."""
+"""The overflow buckets of one rule. When the store is full, each new key shares one with 1/4,096 of all other
+new keys.
+"""
 
 MAX_VALUE_BYTES: Final = 128
-"""Of a caller's text in a name; a longer one is hashed."""
+"""The longest text of a caller in a bucket key; a longer one is hashed."""
 
 _MAX_REMEMBERED: Final = 1 << 16
-"""Of the characters of a text whose hash is remembered: headers that Envoy takes by default are no longer."""
+"""The longest text, in characters, whose hash is cached. Headers that Envoy takes by default are no longer."""
 
 _HASH_MARK: Final = "#"
 _HASHED_LENGTH: Final = 33
@@ -71,7 +73,7 @@ _MAX_SHIFT: Final = 28
 _NO_TEXT: Final = b"\0"
 
 _NOT_OF_TEXTS: Final = chr(0xD800)
-"""A code point that `text_of` never gives."""
+"""A code point that is never in a result of `text_of`."""
 _ITS_ESCAPE: Final = b"\\ud800"
 
 
@@ -81,12 +83,15 @@ def hash64(raw: bytes) -> int:
 
 
 def text_of(raw: bytes) -> str:
-    """Bytes of a request as text, whatever they are: no two become the same (PEP 383)."""
+    """Decode bytes of a request, whatever they are. Different bytes give different texts (PEP 383)."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 class Texts:
-    """Those of one request. A proxy may copy the same long header into many descriptors: it is decoded once."""
+    """Decodes the texts of one request; each long text only once.
+
+    A proxy may copy the same long header into many descriptors.
+    """
 
     def __init__(self) -> None:
         self._long: dict[bytes, str] = {}
@@ -102,23 +107,23 @@ class Texts:
 
 
 def readable(text: str) -> str:
-    """Text from `text_of` as Unicode: bytes that are none appear as `\\xff`."""
+    """Text from `text_of` as valid Unicode: bytes that are not UTF-8 appear as `\\xff`."""
     if text.isascii():
         return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        # The encoder writes `\udcff` in a tenth of the time in which a decoder writes `\xff`; of a header full of such
-        # bytes that is longer than Envoy waits. What was `\ud` before is something else meanwhile.
+        # Encoding to `\udcff` takes a tenth of the time of decoding to `\xff`, which with a long header is longer than
+        # Envoy waits. A `\ud` that is already in the text is replaced meanwhile.
         raw = text.replace("\\ud", _NOT_OF_TEXTS).encode("utf-8", "backslashreplace")
         return raw.replace(b"\\udc", b"\\x").replace(_ITS_ESCAPE, b"\\ud").decode()
     return text
 
 
 def bounded(text: str) -> str:
-    """A caller's text as it stands in the name of a bucket or a metric: valid Unicode of at most `MAX_VALUE_BYTES`.
+    """A caller's text as it stands in a bucket key or metric: valid Unicode of at most `MAX_VALUE_BYTES`.
 
-    What is longer or isn't Unicode, or could be taken for a hash, is hashed: `#` and 32 hexadecimal digits.
+    A text that is longer, is not Unicode, or looks like a hash is replaced by `#` and 32 hexadecimal digits.
 
     Args:
         text: from `text_of`.
@@ -138,116 +143,118 @@ def _hash_of(text: str) -> str:
     return _HASH_MARK + blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-# A proxy may copy the same long headers into many descriptors, and to encode and hash one can take half a millisecond.
+# A proxy may copy the same long headers into many descriptors, and hashing one can take half a millisecond.
 _remembered_hash = lru_cache(maxsize=16)(_hash_of)
 
 
 class KeyEntry(NamedTuple):
-    """One entry of a bucket's name: what kind of match it was, and its texts."""
+    """One entry of a bucket key: the kind of match, and the texts."""
 
     kind: int
     key: str
     value: str
 
 
-class BucketName(NamedTuple):
-    """A name, read."""
+class DecodedKey(NamedTuple):
+    """A decoded bucket key."""
 
-    form: int
+    bucket_type: int
     domain: str
     entries: list[KeyEntry]
 
 
-def encode_bucket_key(form: int, domain: str, entries: Iterable[KeyEntry]) -> bytes:
-    return bucket_key_head(form, domain) + b"".join([entry_bytes(*entry) for entry in entries])
+def encode_bucket_key(bucket_type: int, domain: str, entries: Iterable[KeyEntry]) -> bytes:
+    return bucket_key_head(bucket_type, domain) + b"".join([entry_bytes(*entry) for entry in entries])
 
 
-def bucket_key_head(form: int, domain: str) -> bytes:
-    """The name of a bucket up to its entries."""
-    return _BYTES[form] + _text(domain)
+def bucket_key_head(bucket_type: int, domain: str) -> bytes:
+    """The bucket key up to its entries."""
+    return _BYTES[bucket_type] + _text(domain)
 
 
 def entry_bytes(kind: int, key: str, value: str) -> bytes:
-    """A `KeyEntry` as it stands in a name."""
+    """A `KeyEntry` in bytes."""
     return _BYTES[kind] + _text(key) + _text(value)
 
 
-def decode_bucket_key(name: bytes) -> BucketName:
-    """Read a name.
+def decode_bucket_key(bucket_key: bytes) -> DecodedKey:
+    """Decode a bucket key.
 
     Raises:
-        ValueError: not a name that `encode_bucket_key` writes.
+        ValueError: not a key that `encode_bucket_key` makes.
     """
-    if not name or name[0] not in FORMS:
-        raise ValueError("bucket key of an unknown form")
+    if not bucket_key or bucket_key[0] not in BUCKET_TYPES:
+        raise ValueError("bucket key of an unknown type")
     entries = []
-    domain, at = _get_text(name, 1)
-    while at < len(name):
-        kind = name[at]
+    domain, at = _get_text(bucket_key, 1)
+    while at < len(bucket_key):
+        kind = bucket_key[at]
         if kind not in _KINDS:
             raise ValueError(f"bucket key has an entry of unknown kind {kind}")
-        key, at = _get_text(name, at + 1)
-        value, at = _get_text(name, at)
+        key, at = _get_text(bucket_key, at + 1)
+        value, at = _get_text(bucket_key, at)
         entries.append(KeyEntry(kind, key, value))
-    return BucketName(name[0], domain, entries)
+    return DecodedKey(bucket_key[0], domain, entries)
 
 
-def rule_key(name: bytes) -> bytes:
-    """What of a name is the rule's, without what callers choose: a name itself, of which there are as many as there are
-    rules, one for what no rule matches, and for limits given by requests one for each domain, unit and power of two.
+def rule_key(bucket_key: bytes) -> bytes:
+    """The bucket key with all caller-chosen parts removed; the same for all buckets of one rule.
+
+    It is itself a bucket key. There is one for each rule, one for the default rule, and for overrides one for each
+    domain, unit and power of two.
 
     Raises:
-        ValueError: not a name.
+        ValueError: not a bucket key.
     """
-    if not name or name[0] not in FORMS:
-        raise ValueError("bucket key of an unknown form")
-    at = _text_span(name, 1)[1]
-    parts = [name[:at]]
-    while at < len(name):
-        kind = name[at]
+    if not bucket_key or bucket_key[0] not in BUCKET_TYPES:
+        raise ValueError("bucket key of an unknown type")
+    at = _text_span(bucket_key, 1)[1]
+    parts = [bucket_key[:at]]
+    while at < len(bucket_key):
+        kind = bucket_key[at]
         if kind not in _KINDS:
             raise ValueError(f"bucket key has an entry of unknown kind {kind}")
-        key_end = _text_span(name, at + 1)[1]
-        end = _text_span(name, key_end)[1]
-        if kind == UNRULED:
+        key_end = _text_span(bucket_key, at + 1)[1]
+        end = _text_span(bucket_key, key_end)[1]
+        if kind == DEFAULT_RULE:
             # Callers choose the domain and the keys, too.
-            return name[:1] + _NO_TEXT + _BYTES[UNRULED] + _NO_TEXT + _NO_TEXT
+            return bucket_key[:1] + _NO_TEXT + _BYTES[DEFAULT_RULE] + _NO_TEXT + _NO_TEXT
         if kind == KEY_ONLY:
-            parts.append(name[at:key_end] + _NO_TEXT)
+            parts.append(bucket_key[at:key_end] + _NO_TEXT)
         elif kind == OVERRIDE_LIMIT:
-            # The next lower power of two: the requests' own limits may be as many as their values.
-            key = _get_text(name, at + 1)[0]
+            # Round down to a power of two, since requests may bring any number of different limits.
+            key = _get_text(bucket_key, at + 1)[0]
             requests = int(key) if key.isascii() and key.isdecimal() else 0
             power = str(1 << requests.bit_length() - 1 if requests else 0)
-            parts.append(_BYTES[kind] + _text(power) + name[key_end:end])
+            parts.append(_BYTES[kind] + _text(power) + bucket_key[key_end:end])
         elif kind not in (WILDCARD_VALUE, OVERRIDE):
-            parts.append(name[at:end])
+            parts.append(bucket_key[at:end])
         at = end
     return b"".join(parts)
 
 
-def overflow_keys(name: bytes) -> tuple[bytes, bytes]:
-    """The names of the buckets that take the place of `name` when it gets none: one of its rule's `OVERFLOW_BUCKETS`,
-    and the rule's last, for when there is no room for that either.
+def overflow_keys(bucket_key: bytes) -> tuple[bytes, bytes]:
+    """The keys of the overflow buckets to try when `bucket_key` gets no bucket: first one of its rule's
+    `OVERFLOW_BUCKETS`, then the rule's last one, which always has room.
 
-    Pure, so equal on every replica.
+    They are the same on every replica.
 
     Raises:
-        ValueError: not a name.
+        ValueError: not a bucket key.
     """
-    own = rule_key(name)
+    own = rule_key(bucket_key)
     last = _BYTES[own[0] | OVERFLOW] + own[1:]
-    return last + _NUMBERS[hash64(name) % OVERFLOW_BUCKETS], last
+    return last + _NUMBERS[hash64(bucket_key) % OVERFLOW_BUCKETS], last
 
 
-def is_overflow_key(name: bytes) -> bool:
-    """True for what `overflow_keys` returns.
+def is_overflow_key(bucket_key: bytes) -> bool:
+    """True for keys that `overflow_keys` returns.
 
     Raises:
-        ValueError: not a name.
+        ValueError: not a bucket key.
     """
-    last = rule_key(name)
-    return bool(name[0] & OVERFLOW) and name.startswith(last) and name[len(last) :] in _ENDS
+    last = rule_key(bucket_key)
+    return bool(bucket_key[0] & OVERFLOW) and bucket_key.startswith(last) and bucket_key[len(last) :] in _ENDS
 
 
 def _text(text: str) -> bytes:
@@ -263,30 +270,31 @@ def _text(text: str) -> bytes:
     return bytes(prefix) + raw
 
 
-def _get_text(name: bytes, at: int) -> tuple[str, int]:
-    start, end = _text_span(name, at)
-    return name[start:end].decode(), end
+def _get_text(bucket_key: bytes, at: int) -> tuple[str, int]:
+    start, end = _text_span(bucket_key, at)
+    return bucket_key[start:end].decode(), end
 
 
-def _text_span(name: bytes, at: int) -> tuple[int, int]:
+def _text_span(bucket_key: bytes, at: int) -> tuple[int, int]:
     length = shift = 0
     while True:
-        if at >= len(name) or shift > _MAX_SHIFT:
+        if at >= len(bucket_key) or shift > _MAX_SHIFT:
             raise ValueError("bucket key is cut short")
-        byte = name[at]
+        byte = bucket_key[at]
         at += 1
         length |= (byte & 0x7F) << shift
         if byte < _CONTINUES:
             break
         shift += 7
     end = at + length
-    if end > len(name):
+    if end > len(bucket_key):
         raise ValueError("bucket key is cut short")
     return at, end
 
 
 _NUMBERS: Final = tuple(_BYTES[WILDCARD_VALUE] + _NO_TEXT + _text(str(number)) for number in range(OVERFLOW_BUCKETS))
-"""The last entries of the names of overflow buckets. Replicas that had one for each rule take such a name for a bucket
-that no rule knows."""
+"""The last entries of the keys of overflow buckets. An older version has only one overflow bucket for each rule, and
+ignores these keys.
+"""
 
 _ENDS: Final = frozenset((b"", *_NUMBERS))

@@ -2,7 +2,7 @@
 
 A *plan* says which buckets a request takes from and how much. It is a pure function of the request's bytes and the
 rules, so it is kept by those bytes in a bounded cache: a proxy sends the same few thousand requests over and over.
-What is in the answer besides codes and levels is `answer.py`'s affair.
+`answer.py` adds headers, bodies and metadata to the answer.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Request
 
 MAX_DESCRIPTORS: Final = 512
-"""Of a request. How many there are is Envoy's configuration, and each takes some microseconds."""
+"""The most descriptors in a request. Their number comes from Envoy's configuration, and each takes some
+microseconds.
+"""
 
 MAX_ENTRIES: Final = 8_192
-"""Of all descriptors of a request together. Envoy makes one at most for each action of its configuration."""
+"""The most entries of all descriptors of a request together. Envoy makes at most one for each action it is configured
+with.
+"""
 
 MAX_HITS: Final = 2**48
-"""Of a descriptor; more count as so many. Peers can be told of no more, and no limit is as large."""
+"""The most hits of a descriptor; more count as this many. No limit is as large, and deltas cannot carry more."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
@@ -55,34 +59,34 @@ class InvalidRequest(Exception):
 
 
 class PlanCounts(NamedTuple):
-    """How often a request's plan was in the cache, and how often it had to be made."""
+    """How often since start the plan of a request was in the cache (hits), and how often it had to be made (misses)."""
 
-    found: int
-    made: int
+    hits: int
+    misses: int
 
 
 @dataclass(slots=True)
 class Retired:
-    """What a limiter has decided by until other rules came in force, and now nobody else refers to.
+    """The rules, plans and counters that a rules change replaced.
 
-    To free it at once can take tens of milliseconds: that is left to who has time (`rules_source.reloader`).
+    Free them in small steps (`rules_source.reloader`); freeing all at once takes tens of milliseconds.
     """
 
     rules: Rules | None
     plans: dict[bytes, Plan]
     compiled: dict[int, CompiledRule]
     counts: CountsByRule
-    """Empty when they go on."""
+    """Empty when the counters are kept."""
 
 
 class Limiter:
-    """Decides for every front end.
+    """Decides requests for every front end. `decide` answers one; call `use_rules` when the rules change.
 
     Args:
         origin: this replica.
-        ledger: the strict buckets; None where no rule is strict.
-        max_buckets: at once. A rule that takes too many of them, or new keys when there is no room, has overflow
-            buckets, which several keys share.
+        ledger: the strict buckets; None if no rule is strict.
+        max_buckets: the most buckets at once. When a rule has too many, or there is no room for new keys, these share
+            overflow buckets.
 
     Raises:
         ValueError: a rule is strict and there is no ledger.
@@ -100,15 +104,15 @@ class Limiter:
         self.settings = settings or Settings()
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
-        self.jumped_us = 0
-        """The sum of the clock's steps since start; strict buckets are given the time without them."""
+        self.clock_steps_us = 0
+        """The sum of the clock's steps since start. Strict buckets get the time without them."""
         self.counts = CountsByRule()
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
-        """Of `counts`, by (domain, name of the rule): descriptors decided by an overflow bucket."""
+        """Descriptors that an overflow bucket decided, by (domain, rule name). They are also in `counts`."""
         self.ignored_overrides = 0
-        """Limits in descriptors, since start, that were not enforced because their unit is unknown."""
+        """Limits in descriptors that were ignored since start because their unit is unknown."""
         self._decorations = Decorations(self.settings)
-        # As in envoyproxy/ratelimit: in global quota mode what is not limited is a quota that passes.
+        # As in envoyproxy/ratelimit: in global quota mode a descriptor without limit counts as a quota that admits.
         self._unlimited = CompiledRule(
             None,
             None,
@@ -117,36 +121,34 @@ class Limiter:
             is_decorated=self._decorations.are_wanted(None),
         )
         self._compiled: dict[int, CompiledRule] = {}
-        """By the id of the rule."""
+        """By `id` of the rule."""
         self._plans = PlanCache()
         self._plan_hits = self._plan_misses = 0
-        self.decided: Plan | None = None
-        """That of the request that was decided last. To make that of a large one again would take a while."""
+        self.last_plan: Plan | None = None
+        """The plan of the last request, kept for tracing, because making the plan of a large request again
+        takes long.
+        """
         self.rules = rules
         self.generation = 0
-        """Counts up with each change of the rules."""
-        self.use_rules(rules)
+        """Counts up with each rules change."""
+        self._use_strict_rules(rules)
 
     def use_rules(self, rules: Rules) -> Retired:
         """Decide by other rules from now on.
 
-        Buckets keep what was taken; one whose limit has changed enforces the new one from its next use on. However
-        many rules and plans there are, this takes the same time.
+        Buckets keep their takes; one whose limit has changed enforces the new limit from its next use on. This takes
+        the same time however many rules and plans there are.
 
         Returns:
-            What those before leave behind.
+            What was replaced, to be freed in steps.
 
         Raises:
-            ValueError: a rule is strict and there is no ledger; the rules before stay in force.
+            ValueError: a rule is strict and there is no ledger; the former rules stay in force.
         """
-        if self.ledger is None:
-            if rules.has_strict:
-                raise ValueError("a strict rule needs the members among whom its limit is shared")
-        else:
-            self.ledger.limit_of_key = rules.strict_limit_of_key
+        self._use_strict_rules(rules)
         retired = Retired(self.rules, self._plans.plans, self._compiled, CountsByRule())
         if not self.counts.has_room_for(rules.names):
-            # Counters may begin anew: Prometheus takes that for a restart.
+            # Counters may restart at zero: to Prometheus that is a restart of the process.
             retired.counts, self.counts = self.counts, CountsByRule()
             self.overflow_decisions = Counter()
         self.rules = rules
@@ -154,29 +156,35 @@ class Limiter:
         self.store.limit_of_key = rules.replicated_limit_of_key
         self._plans = PlanCache()
         self._compiled = {}
-        self.decided = None
+        self.last_plan = None
         return retired
+
+    def _use_strict_rules(self, rules: Rules) -> None:
+        if self.ledger is not None:
+            self.ledger.limit_of_key = rules.strict_limit_of_key
+        elif rules.has_strict:
+            raise ValueError("a strict rule needs the members among whom its limit is shared")
 
     def decide(self, request: bytes, now_us: int, in_full: bool = False) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
 
-        Every descriptor is decided on its own: one that is over its limit does not keep the others from being
-        charged, as in envoyproxy/ratelimit; but for domains in which it is all or nothing.
+        Every descriptor is decided on its own, as in envoyproxy/ratelimit: if one is over its limit, the others are
+        still charged. Domains with `all_or_nothing` are the exception.
 
         Args:
             now_us: wall clock in microseconds; not less than in the call before, unless the clock was set back.
-            in_full: the headers tell of all limits, and of a denial when to come back, whatever settings and rules say:
-                for a proxy that adds no headers of its own.
+            in_full: True adds headers for all limits, and Retry-After to a denial, whatever settings and rules say. It
+                is for proxies that add no headers of their own.
 
         Returns:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
 
         Raises:
             InvalidRequest: not a RateLimitRequest, no domain, no descriptors, more than `MAX_DESCRIPTORS` or with more
-                than `MAX_ENTRIES`. Nothing that a client of the proxy sends leads to it, since Envoy lets pass what is
-                answered with an error.
+                than `MAX_ENTRIES`. A client of the proxy cannot cause it; that matters because Envoy lets requests pass
+                whose answer is an error.
         """
-        plan = self.decided = self.plan(request)
+        plan = self.last_plan = self.plan(request)
         if plan.gives_back:
             self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
@@ -191,7 +199,7 @@ class Limiter:
                 statuses += compiled.ok_head
                 buckets.append(None)
                 continue
-            at_us = now_us - self.jumped_us if compiled.is_strict else now_us
+            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
             bucket = step.bucket
             if bucket is None or step.evicted != evicted or bucket.limit is not step.limit:
                 bucket = self._bucket(step, compiled.limit, at_us)
@@ -224,13 +232,16 @@ class Limiter:
         return self._decorated(answer, plan, buckets, in_full) if plan.is_decorated or in_full else answer
 
     def _give_back(self, plan: Plan, now_us: int) -> None:
-        """Before anything is taken, in whatever order the descriptors are. A strict limit gives nothing back."""
+        """Give tokens back before any step takes some, whatever the order of the descriptors. Strict limits give
+        nothing back.
+        """
         for step in plan.steps:
             if step.gives_back and not step.compiled.is_strict and step.compiled.limit is not None:
                 step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
-        """The step of a descriptor that is decided elsewhere, for `charge` and `used`. It is of the rules in force.
+        """The step of a descriptor that an Envoy decides by itself, for `charge` and `used`. It belongs to the current
+        rules.
 
         Args:
             entries: texts from `text_of`.
@@ -238,11 +249,11 @@ class Limiter:
         return self._make_step(domain, self.rules.match(domain, entries) if entries else None, 1, None)
 
     def charge(self, step: Step, hits: int, now_us: int) -> None:
-        """Take what was admitted elsewhere: into debt when it is more than what is left."""
+        """Take hits that an Envoy has admitted. If there are too few tokens, the rest becomes debt."""
         self._bucket_at(step, now_us).take(min(hits, MAX_HITS), now_us, always=True)
 
     def used(self, step: Step, now_us: int) -> int:
-        """Tokens taken, also beyond the limit."""
+        """Tokens taken, those beyond the limit included."""
         bucket = self._bucket_at(step, now_us)
         bucket.advance(now_us)
         return bucket.limit.capacity - bucket.remaining + bucket.debt
@@ -255,13 +266,13 @@ class Limiter:
         return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
-        """What `decide` would answer, without charging anything."""
+        """Return whether `decide` would deny the request, without charging anything."""
         over = quotas_over = 0
         for step in plan.steps:
             compiled = step.compiled
             if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.jumped_us if compiled.is_strict else now_us
+            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
             if not self._bucket(step, compiled.limit, at_us).would_admit(step.hits, at_us):
                 if compiled.is_quota:
                     quotas_over += 1
@@ -276,7 +287,7 @@ class Limiter:
         return raw
 
     def plan(self, request: bytes) -> Plan:
-        """What `decide` would take for that request.
+        """The plan of a request: what `decide` would take.
 
         Raises:
             InvalidRequest: as `decide`.
@@ -294,7 +305,7 @@ class Limiter:
 
     @property
     def plan_counts(self) -> PlanCounts:
-        """How often a plan was there already, and how often it was made, since start."""
+        """How often since start a plan was in the cache, and how often it was made."""
         return PlanCounts(self._plan_hits, self._plan_misses)
 
     def _note_overflow(self, domain: str, step: Step) -> None:
@@ -303,7 +314,7 @@ class Limiter:
         self.overflow_decisions[self._label(domain), rule.name] += 1
 
     def _bucket(self, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
-        """The step's own, or while there is no room for it an overflow bucket."""
+        """The step's bucket, or an overflow bucket if there is no room for it."""
         try:
             bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
         except StoreFull:
@@ -316,7 +327,7 @@ class Limiter:
         for key in overflow_keys(step.bucket_key):
             limit = step.compiled.limit
             if not isinstance(limit, WindowLimit):
-                # One that the request brings is rounded in the name, so that there are few of them.
+                # The limit of a request is rounded in the bucket key, so that there are few such buckets.
                 rule = self.rules.rule_of_key(key)
                 assert rule is not None
                 limit = rule.limit
@@ -341,7 +352,7 @@ class Limiter:
             raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
         if not request.domain:
             raise InvalidRequest("rate limit domain must not be empty")
-        # Counted before they are gone through: 4 MiB hold two millions of them, which would take seconds.
+        # Check the number first: 4 MiB can hold two million descriptors, and to read those would take seconds.
         number = len(request.descriptors)
         if not number:
             raise InvalidRequest("rate limit descriptor list must not be empty")
@@ -392,7 +403,7 @@ class Limiter:
         )
 
     def _label(self, domain: str) -> str:
-        """Only names from the rules become labels of a metric: callers can invent any domain."""
+        """The domain as a label of metrics: "" unless it is in the rules, since callers can invent domains."""
         return domain if domain in self.rules.domains else ""
 
     def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: Descriptor) -> Match | None:
@@ -414,10 +425,12 @@ class Limiter:
     def _make_step(
         self, domain: str, match: Match | None, hits: int, own_hits: int | None, is_negative: bool = False
     ) -> Step:
-        """Args:
-        hits: of the request.
-        own_hits: of the descriptor, when it brings any.
-        is_negative: they are given back.
+        """Make the step of one descriptor.
+
+        Args:
+            hits: the hits of the request.
+            own_hits: the hits of the descriptor; None if it has none.
+            is_negative: True if the hits are to be given back.
         """
         if own_hits is not None:
             hits = own_hits
@@ -431,7 +444,7 @@ class Limiter:
         if compiled is None:
             compiled = self._compile(rule)
             if not match.is_override:
-                # It holds the rule, so no other can come to have its id.
+                # It refers to the rule, so no other object can get the same id.
                 self._compiled[id(rule)] = compiled
         counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
@@ -470,8 +483,9 @@ class Limiter:
 
 
 def _charge_what_was_used(steps: Sequence[Step]) -> None:
-    """Beside what is given back of a bucket, hits of the same one are what was used of it: they are spent already, so
-    they count although over the limit."""
+    """Charge steps always if the same request also gives tokens back to their bucket. Their hits are the real usage,
+    which is already spent, so they count even over the limit.
+    """
     given_back = {step.bucket_key for step in steps if step.gives_back}
     for step in steps:
         if step.bucket_key in given_back:
@@ -479,15 +493,19 @@ def _charge_what_was_used(steps: Sequence[Step]) -> None:
 
 
 def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:
-    """Args:
-    over: steps over their limit that are no quotas.
-    quotas_over: those that are.
+    """Whether the request is denied.
+
+    Args:
+        over: the number of steps over their limit that are not in quota mode.
+        quotas_over: the number of those in quota mode.
     """
     return over > 0 or quotas_over == plan.quotas > 0
 
 
 def _is_replaced(rule: Rule, replaced: set[str]) -> bool:
-    """An unlimited rule is not, as in envoyproxy/ratelimit: it goes on saying that there is no limit."""
+    """Whether another rule's `replaces` names this one. An unlimited rule cannot be replaced, as in
+    envoyproxy/ratelimit.
+    """
     return rule.limit is not None and rule.limit_name in replaced
 
 
@@ -496,7 +514,7 @@ def _is_fixed_window(limit: AnyLimit | None) -> bool:
 
 
 _UNITS = {number: Unit[name] for name, number in RateLimitResponse.RateLimit.Unit.items() if name in Unit.__members__}
-"""Envoy's enumerations of units, here and in an override (type.v3.RateLimitUnit)."""
+"""By number of Envoy's enumerations, of answers and of overrides (type.v3.RateLimitUnit)."""
 
 _UNITS_OF_SECONDS = {unit.value: unit for unit in Unit}
-"""So 24 hours are a day. Periods that are no unit cannot be answered with."""
+"""By seconds, so that 24 hours are a day. Answers cannot express other periods."""

@@ -1,4 +1,4 @@
-"""What a request asks for: which buckets it takes from and how much. Made from the request's bytes and the rules."""
+"""A plan: which buckets a request takes from and how much. It is made from the request's bytes and the rules."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ratelimit_sidecar.limiter.rules import Rule
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """What is the same for every descriptor that a rule limits.
+    """A rule, prepared for decisions: everything that is the same for every descriptor it limits.
 
     Args:
         rule: None for descriptors that no rule limits.
         limit: None when there is none to check.
-        ok_head: the beginning of the status of an admitted descriptor (see `encoding`); without a limit all of it.
-        over_head: of a denied one.
-        is_shadow: a denied descriptor is answered with OK.
-        is_replicated: peers are told what it takes.
-        is_strict: it takes from this replica's share.
-        is_quota: over the limit it does not by itself make the answer OVER_LIMIT.
-        near_from: tokens above which hits are near the limit.
-        is_decorated: the answer has more in it than codes and levels, or may have.
+        ok_head: the beginning of the status of an admitted descriptor (see `encoding`); without a limit the whole
+            status.
+        over_head: the beginning of the status of a denied one.
+        is_shadow: True if a denied descriptor is answered with OK.
+        is_replicated: True if takes are sent to peers.
+        is_strict: True if it takes from this replica's share only.
+        is_quota: True if this rule alone, over its limit, does not make the answer OVER_LIMIT.
+        near_from: hits above this number of tokens are near the limit.
+        is_decorated: True if the answer may have headers, a body or metadata.
     """
 
     rule: Rule | None
@@ -43,14 +44,14 @@ class CompiledRule:
 class Step:
     """One descriptor of a request: what to take from which bucket.
 
-    No dataclass: of a compiled one the constructor would stay interpreted, and requests that were not seen before wait
-    for it.
+    It is no dataclass, because mypyc leaves the constructor of one interpreted, and every new request makes steps.
 
     Args:
-        hits: tokens; 0 checks and charges nothing.
-        gives_back: tokens that an earlier request took and did not need; `hits` is 0 then.
-        charges_always: they are charged when they are denied, too, into debt.
-        charges_denied: they count when they are denied, be it so or because the algorithm counts them.
+        hits: tokens to take; 0 checks and charges nothing.
+        gives_back: tokens to give back, which an earlier request took and did not need; then `hits` is 0.
+        charges_always: True if denied hits are charged, too, as debt.
+        charges_denied: True if denied hits are counted, by the rule's `charge` or because the algorithm is a fixed
+            window.
     """
 
     __slots__ = (
@@ -85,11 +86,11 @@ class Step:
         self.charges_always = charges_always
         self.charges_denied = charges_denied
         self.bucket: Bucket | None = None
-        """Where it took from last."""
+        """The bucket it last took from."""
         self.evicted = -1
-        """The store's count of dropped buckets then. While it stands, `bucket` is still the one."""
+        """The store's `evicted` at that time. As long as it is unchanged, `bucket` is still in the store."""
         self.limit: AnyLimit | None = None
-        """What the bucket enforced then; a limit in another request may have taken its place."""
+        """The limit that the bucket enforced then. An override of another request may have replaced it."""
 
     @property
     def rule(self) -> Rule | None:
@@ -97,15 +98,15 @@ class Step:
 
 
 class Plan:
-    """All of a request. A plain class, as `Step` is.
+    """Everything needed to decide one request. No dataclass, for the same reason as `Step`.
 
     Args:
-        quotas: steps in quota mode.
-        metadata: what the answer's dynamic metadata says of the request; None when it is not wanted.
-        descriptors: their entries, in order.
-        gives_back: one of the steps does.
-        is_decorated: as that of the compiled rule of one of them.
-        all_or_nothing: an answer OVER_LIMIT charges nothing, but for what is charged always.
+        quotas: the number of steps in quota mode.
+        metadata: the answer's dynamic metadata about the request; None when it is not wanted.
+        descriptors: the entries of each descriptor, in order.
+        gives_back: True if a step gives tokens back.
+        is_decorated: True if one of the steps' rules is.
+        all_or_nothing: True if a denied request is charged nothing, except steps that are always charged.
     """
 
     __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "is_decorated", "metadata", "quotas", "steps")

@@ -1,8 +1,8 @@
-"""Plans by the bytes of their requests: bounded, and of use also while callers invent values without end.
+"""A bounded cache of plans by the bytes of their requests. It stays useful while callers invent values without end.
 
-Once it is full, a plan is kept only if its request was seen lately: what comes once does not push out what comes again
-and again, and costs no more than its plan. What was seen is known by its hash alone, in a table in which a newer hash
-overwrites an older one of the same place. When one is let in, those that have been there longest go.
+Once it is full, a plan is kept only if its request was seen lately. So requests that come once do not push out those
+that come again and again. Requests seen are remembered by hash alone, in a table in which a newer hash replaces an
+older one at the same place. To make room, the oldest plans are dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from ratelimit_sidecar.limiter.plan import Plan
 
 MAX_BYTES: Final = 32 * 1_024 * 1_024
-"""Of all plans, as `_bytes_of` estimates them: some 16,000 of the usual size."""
+"""The most bytes of all plans, as `_bytes_of` estimates them: about 16,000 plans of the usual size."""
 
 MAX_PLAN_BYTES: Final = 32 * 1_024
 """The plan of a larger request is never kept."""
@@ -22,17 +22,17 @@ _SEEN_PLACES: Final = 1 << 16
 
 
 class PlanCache:
-    """Plans of requests that come again and again. Look one up in `plans`, and `keep` one that was made."""
+    """A cache of plans. Look one up in `plans`; after a miss, make the plan and `keep` it."""
 
     def __init__(self) -> None:
         self.plans: dict[bytes, Plan] = {}
-        """To look up in; `keep` alone adds to it."""
+        """For look-ups; only `keep` changes it."""
         self.bytes = 0
-        """Of all of them."""
+        """The estimated bytes of all plans."""
         self._seen = array("q", bytes(8 * _SEEN_PLACES))
 
     def keep(self, request: bytes, plan: Plan) -> None:
-        """A plan was made that is not in here."""
+        """Add a plan that was just made and is not in here, if it is worth keeping."""
         size = _bytes_of(request, plan)
         if size > MAX_PLAN_BYTES:
             return
@@ -50,7 +50,9 @@ class PlanCache:
 
 
 def _bytes_of(request: bytes, plan: Plan) -> int:
-    """About what they take: each text three times, in the request, the descriptor and the bucket's name."""
+    """An estimate of the memory of both. Each text is held three times: in the request, the descriptor and the bucket
+    key.
+    """
     entries = 0
     for descriptor in plan.descriptors:
         entries += len(descriptor)

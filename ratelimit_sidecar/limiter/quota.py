@@ -1,15 +1,16 @@
 """Quotas: parts of limits that Envoys enforce by themselves (envoy.service.rate_limit_quota.v3), and report on.
 
-Theory of operation. An Envoy's *bucket* is a set of pairs, which the rules match like a descriptor; all buckets with
-one limit and key, of all Envoys, are a *pool* (`quota_pool.py`). Every 5 s an Envoy reports what it has admitted, which
-is charged (`quota_charges.py`), and denied: its demand. The limit is divided among all demands, of this node's Envoys
-and of those that peers tell of (`quota_division.py`), and each Envoy is told its share: with every report, for
-assignments end, and at once when it has changed by more than a sixteenth.
+Theory of operation. An Envoy's *bucket* is a set of pairs, which the rules match like a descriptor. All buckets with
+one limit and bucket key, of all Envoys, are a *pool* (`quota_pool.py`). Every 5 s an Envoy reports how many requests it
+admitted, which are charged (`quota_charges.py`), and how many it denied; the sum is its demand. The limit is divided
+among all demands, of this node's Envoys and of those that peers report (`quota_division.py`), and each Envoy gets its
+share as an assignment: with every report, because assignments expire, and at once when it has changed by more than
+1/16.
 
-All assignments of a node together never exceed what is to be divided. So a share is lowered first, and only what that
-has freed is given to others; and what an Envoy holds that was lost stays its own until its assignment ends. A node that
-has just started does not know what its Envoys hold: until all have had time to report it tells nothing to those that
-hold something, and little to others.
+All assignments of a node together never exceed the rate to be divided. So a share is lowered first, and only what that
+has freed is given to others. When a stream ends, its assignments are *orphaned*: they still count until they expire,
+since the Envoy may go on. A node that has just started does not know the assignments of its Envoys. Until all have had
+time to report, it sends nothing to Envoys that have an assignment, and little to others.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from ratelimit_sidecar.limiter.assignment import (
     STEPS,
     TOKEN,
     Assignment,
-    Terms,
-    after,
+    ShareBase,
     assign,
-    terms_of,
+    noticeable,
+    share_base_of,
 )
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
@@ -37,55 +38,60 @@ from ratelimit_sidecar.limiter.quota_pool import (
     MAX_RATE,
     REPORT_US,
     Action,
-    Heard,
-    Hold,
-    Lost,
+    EnvoyBucket,
+    OrphanedAssignment,
     Pairs,
+    PeerDemand,
     Pool,
     QuotaStream,
     Usage,
 )
 
 TTL_S: Final = 20
-"""Of an assignment. Renewed with each report, it outlives a restart of this node by nearly ten seconds."""
+"""The lifetime of an assignment. It is renewed with each report, so it outlives a restart of this node by nearly ten
+seconds.
+"""
 
 TTL_US: Final = TTL_S * SECOND_US
 
 LEARNING_US: Final = REPORT_US + SECOND_US
-"""From the start. By then each Envoy has connected again, which it does when its next report is due."""
+"""After a start, wait this long before dividing. By then each Envoy has connected again: it does when its next report
+is due.
+"""
 
 SILENCE_US: Final = 3 * REPORT_US + SECOND_US
-"""An Envoy lists all its buckets in each report: one that it has not for so long it no longer has."""
+"""An Envoy lists all its buckets in each report. A bucket not listed for this long no longer exists."""
 
 IDLE_US: Final = 60 * SECOND_US
-"""A bucket without a request for so long is to be forgotten, by Envoy as well."""
+"""A bucket without a request for this long is dropped here, and the Envoy is told to drop it."""
 
 LEAST_MEASURE_US: Final = SECOND_US
-"""The first report of a bucket comes at once, the second when all others are due."""
+"""The shortest time over which a demand is measured. The first report of a bucket comes at once, so it says little."""
 
 CHANGE_PART: Final = 16
-"""A share that has changed by one part in so many is told at once."""
+"""A share that has changed by more than 1/16 is sent at once."""
 
 SAME_PART: Final = 64
-"""And by less than one in so many not even when it is renewed."""
+"""When an assignment is renewed and the share has changed by less than 1/64, the old one is sent again."""
 
-TELL_US: Final = 4 * SECOND_US
-"""Peers are told of a demand that has not changed so often, since they forget it after `DEMAND_US`."""
+PUBLISH_US: Final = 4 * SECOND_US
+"""A demand that has not changed is published to peers this often, since they drop it after `DEMAND_US`."""
 
 DEMAND_US: Final = 4 * REPORT_US
 
 MAX_STREAMS: Final = 1_024
 MAX_POOLS: Final = 32_768
-MAX_HOLDS: Final = 65_536
-"""Buckets of all Envoys together. Of one that finds no room what it reports is charged; it is told nothing, so that
-Envoy does as it is configured to without an assignment."""
+MAX_ENVOY_BUCKETS: Final = 65_536
+"""The most buckets of all Envoys together. If there is no room for one, its reports are charged, but it gets no
+assignment, so the Envoy acts as it is configured to without one.
+"""
 
 MAX_PAIRS: Final = 32
-"""Of a bucket."""
+"""The most pairs in one bucket."""
 
 _SWEEP_POOLS: Final = 256
-_SHARE_HOLDS: Final = 256
-"""A tick looks at so many, and at those of the pool that exceeds it."""
+_DIVIDE_BUCKETS: Final = 256
+"""A tick divides pools with this many buckets in all, and finishes the pool that exceeds it."""
 
 
 class QuotasFull(Exception):
@@ -93,10 +99,10 @@ class QuotasFull(Exception):
 
 
 class Demand(NamedTuple):
-    """As peers are told of it.
+    """One limit's demand on this node, as sent to peers.
 
     Args:
-        version: counts up with each that is to be told.
+        version: counts up with each demand that is to be sent.
     """
 
     version: int
@@ -104,32 +110,36 @@ class Demand(NamedTuple):
     groups: tuple[Group, ...]
 
 
-class Counts:
-    """Since start."""
+class QuotaCounts:
+    """Counters for metrics, since start."""
 
-    __slots__ = ("errors", "forgotten", "refused_streams", "reports", "requests", "told")
+    __slots__ = ("assignments", "errors", "forgotten", "refused_streams", "reports", "requests")
 
     def __init__(self) -> None:
         self.reports = 0
-        """Of buckets."""
+        """Reports of single buckets."""
         self.requests = {"allowed": 0, "denied": 0}
-        """What Envoys have done with requests, as they report."""
+        """Requests that Envoys have allowed and denied, as they report."""
         self.errors = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0}
-        """Reports of buckets that no rule limits; for which there was no room; with an id that has no pairs, too many
-        or is too long; whose time runs backwards."""
-        self.told = 0
-        """Assignments, the same again included."""
+        """Reports with an error: no rule limits the bucket; there is no room for it; its id has no pairs, too many, or
+        is too long; its time runs backwards.
+        """
+        self.assignments = 0
+        """Assignments sent, renewals included."""
         self.forgotten = {"idle": 0, "silent": 0}
-        """Buckets that an Envoy was told to forget, and those that it no longer spoke of."""
+        """Buckets dropped because they had no requests (idle), or because the Envoy no longer reported them
+        (silent).
+        """
         self.refused_streams = 0
 
 
 class Quotas:
-    """All quotas of one node.
+    """All quotas of one node. Call `open`, `report`, `take` and `close` for the stream of each Envoy, and `tick`
+    regularly.
 
     Args:
-        now_us: the start.
-        charge_us: the time by which buckets are charged, from that of quotas.
+        now_us: the time of the start.
+        charge_us: returns the time of the limiter's clock, by which buckets are charged.
     """
 
     def __init__(
@@ -140,15 +150,15 @@ class Quotas:
         self._division = Division(limiter, charge_us)
         self._learns_until_us = now_us + learning_us
         self._is_learning = True
-        self.counts = Counts()
+        self.counts = QuotaCounts()
         self.streams: dict[QuotaStream, None] = {}
         self.pools: dict[bytes, Pool] = {}
-        self.holds = 0
+        self.bucket_count = 0
         self._dirty: dict[Pool, None] = {}
         self._to_sweep: list[Pool] = []
         self._version = 0
-        self._told: dict[bytes, int] = {}
-        """By key the version at which its demand was last to be told, in order of them."""
+        self._demand_versions: dict[bytes, int] = {}
+        """By key, the version at which its demand was last to be sent; in order of versions."""
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
         """An Envoy has connected.
@@ -164,61 +174,61 @@ class Quotas:
         return stream
 
     def close(self, stream: QuotaStream, now_us: int) -> None:
-        """The stream has ended. What it holds Envoy goes on enforcing, if it is alive, until that ends."""
+        """The stream has ended. Its Envoy, if it is alive, goes on with its assignments until they expire."""
         del self.streams[stream]
-        for hold in list(stream.holds.values()):
-            self._drop(hold, now_us)
+        for bucket in list(stream.buckets.values()):
+            self._drop(bucket, now_us)
 
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
         """An Envoy reports on some of its buckets."""
         touched: dict[Pool, None] = {}
         for usage in usages:
-            hold = self._report(stream, domain, usage, now_us)
-            if hold is not None:
-                touched[hold.pool] = None
+            bucket = self._report(stream, domain, usage, now_us)
+            if bucket is not None:
+                touched[bucket.pool] = None
         for pool in touched:
-            if len(pool.holds) <= _SHARE_HOLDS // 8:
-                self._share(pool, now_us)
+            if len(pool.buckets) <= _DIVIDE_BUCKETS // 8:
+                self._divide(pool, now_us)
             else:
-                self._soil(pool)
+                self._mark_dirty(pool)
 
     def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
-        """What the Envoy is to be told now, of at most so many buckets. It counts as told."""
+        """Return the actions to send to the Envoy now, for at most `most` buckets. They count as sent."""
         actions: list[Action] = []
         while stream.due and len(actions) < most:
-            hold = next(iter(stream.due))
-            del stream.due[hold]
-            action = self._tell(hold, now_us)
+            bucket = next(iter(stream.due))
+            del stream.due[bucket]
+            action = self._next_action(bucket, now_us)
             if action is not None:
                 actions.append(action)
         return actions
 
     def tick(self, now_us: int) -> None:
-        """Charge what is pending, and divide anew what needs it; to be called about ten times a second."""
+        """Charge pending hits, and divide the pools that need it. Call it about ten times a second."""
         if self._is_learning and now_us >= self._learns_until_us:
             self._is_learning = False
             for pool in self.pools.values():
-                self._soil(pool)
+                self._mark_dirty(pool)
         self._charges.tick(now_us)
         self._sweep(now_us)
         looked_at = 0
-        while self._dirty and looked_at < _SHARE_HOLDS:
+        while self._dirty and looked_at < _DIVIDE_BUCKETS:
             pool = next(iter(self._dirty))
-            looked_at += 1 + len(pool.holds)
-            self._share(pool, now_us)
+            looked_at += 1 + len(pool.buckets)
+            self._divide(pool, now_us)
 
     def charge_all(self) -> None:
-        """At a stop: nothing that was reported is lost."""
+        """Charge all pending hits. Call it at a stop, so that no report is lost."""
         self._charges.all()
 
     def hear(self, peer: str, key: bytes, groups: Sequence[Group], now_us: int) -> bool:
-        """A peer tells of its Envoys' demand.
+        """Note the demand of a peer's Envoys.
 
         Returns:
-            False when no replicated rule here knows the key, or there is no room.
+            False when no replicated rule here has the key, or there is no room.
 
         Raises:
-            ValueError: not a bucket's name.
+            ValueError: not a bucket key.
         """
         pool = self.pools.get(key)
         if pool is None:
@@ -228,41 +238,41 @@ class Quotas:
             if not groups:
                 return True
             pool = self.pools[key] = Pool(key, limit)
-        before = pool.heard.get(peer)
+        before = pool.peer_demands.get(peer)
         if groups:
-            pool.heard[peer] = Heard(groups, now_us)
+            pool.peer_demands[peer] = PeerDemand(groups, now_us)
         elif before is not None:
-            del pool.heard[peer]
+            del pool.peer_demands[peer]
         if before is None or list(before.groups) != list(groups):
-            self._soil(pool)
+            self._mark_dirty(pool)
         return True
 
-    def demands(self, told: int, most: int) -> list[Demand]:
-        """Those that a peer has yet to be told of, the oldest first.
+    def demands(self, sent: int, most: int) -> list[Demand]:
+        """The demands that were not sent to a peer yet, the oldest first.
 
         Args:
-            told: the version of the one that it was told last; 0 when it was told nothing.
+            sent: the version of the last one that was sent to it; 0 when none was.
         """
         newer: list[bytes] = []
-        for key in reversed(self._told):
-            if self._told[key] <= told:
+        for key in reversed(self._demand_versions):
+            if self._demand_versions[key] <= sent:
                 break
             newer.append(key)
         demands: list[Demand] = []
         while newer and len(demands) < most:
             key = newer.pop()
-            demands.append(Demand(self._told[key], key, self.pools[key].demand))
+            demands.append(Demand(self._demand_versions[key], key, self.pools[key].demand))
         return demands
 
     def assigned(self, pool: Pool) -> Iterator[int]:
-        """The rates in force, of Envoys that are lost as well."""
-        for hold in pool.holds:
-            if hold.told is not None:
-                yield hold.told.rate
-        for lost in pool.lost:
-            yield lost.rate
+        """The rates of all assignments that have not expired, orphaned ones included."""
+        for bucket in pool.buckets:
+            if bucket.assignment is not None:
+                yield bucket.assignment.rate
+        for orphan in pool.orphans:
+            yield orphan.rate
 
-    def _report(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> Hold | None:
+    def _report(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> EnvoyBucket | None:
         counts = self.counts
         counts.reports += 1
         allowed, denied = min(usage.allowed, MAX_HITS), min(usage.denied, MAX_HITS)
@@ -276,67 +286,71 @@ class Quotas:
             counts.errors["bad_id"] += 1
             return None
         key = (domain, usage.pairs)
-        hold = stream.holds.get(key)
-        if hold is None:
-            hold = self._hold(stream, key, usage, elapsed_s, now_us)
-        elif hold.generation != self._limiter.generation:
-            self._match_again(hold, now_us)
-        step = hold.step
+        bucket = stream.buckets.get(key)
+        if bucket is None:
+            bucket = self._add_bucket(stream, key, usage, elapsed_s, now_us)
+        elif bucket.generation != self._limiter.generation:
+            self._match_again(bucket, now_us)
+        step = bucket.step
         self._count(step, allowed, denied)
         if step.compiled.rule is None:
             counts.errors["no_rule"] += 1
-        pool = hold.pool
+        pool = bucket.pool
         if allowed and pool.step is not None:
             self._charges.add(pool, allowed, now_us)
-        if hold not in pool.holds:
+        if bucket not in pool.buckets:
             return None
         if allowed or denied:
-            hold.active_us = now_us
-        hold.reported_us = now_us
-        hold.counted += allowed + denied
-        measured_us = now_us - hold.measured_us
+            bucket.active_us = now_us
+        bucket.reported_us = now_us
+        bucket.counted += allowed + denied
+        measured_us = now_us - bucket.measured_us
         if measured_us >= LEAST_MEASURE_US:
-            hold.demand = min(hold.counted * SECOND_US * TOKEN // measured_us, MAX_RATE)
-            hold.counted, hold.measured_us = 0, now_us
-        pool.due[hold] = None
-        return hold
+            bucket.demand = min(bucket.counted * SECOND_US * TOKEN // measured_us, MAX_RATE)
+            bucket.counted, bucket.measured_us = 0, now_us
+        pool.due[bucket] = None
+        return bucket
 
-    def _hold(self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, now_us: int) -> Hold:
-        """A new one. Without room for it, it is one that nobody knows of."""
+    def _add_bucket(
+        self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, now_us: int
+    ) -> EnvoyBucket:
+        """Create the record of a bucket reported for the first time. If there is no room it is returned but
+        not stored.
+        """
         step = self._step(key)
         pool = self._pool(step)
-        hold = Hold(stream, key, usage, pool, step)
-        hold.generation = self._limiter.generation
-        hold.active_us = now_us
-        # The time is the Envoy's word. All that hangs on it is whether it holds something, and the first measure.
-        hold.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
-        # An Envoy may have as many as are free.
-        if len(stream.holds) >= MAX_HOLDS - self.holds or pool.key not in self.pools:
+        bucket = EnvoyBucket(stream, key, usage, pool, step)
+        bucket.generation = self._limiter.generation
+        bucket.active_us = now_us
+        # The Envoy says how much time has elapsed. It decides only whether it has an assignment, and the first demand.
+        bucket.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
+        # An Envoy may have as many buckets as are still free.
+        if len(stream.buckets) >= MAX_ENVOY_BUCKETS - self.bucket_count or pool.key not in self.pools:
             self.counts.errors["no_room"] += 1
-            return hold
-        if elapsed_s and (pool.lost or self._is_learning):
-            pool.waiting[hold] = None
-        self.holds += 1
-        stream.holds[key] = hold
-        pool.holds[hold] = None
-        return hold
+            return bucket
+        if elapsed_s and (pool.orphans or self._is_learning):
+            pool.waiting[bucket] = None
+        self.bucket_count += 1
+        stream.buckets[key] = bucket
+        pool.buckets[bucket] = None
+        return bucket
 
     def _pool(self, step: Step) -> Pool:
         key = step.bucket_key
         pool = self.pools.get(key)
-        terms = step.compiled
+        compiled = step.compiled
         if pool is None:
-            pool = Pool(key, terms.limit)
+            pool = Pool(key, compiled.limit)
             if len(self.pools) < MAX_POOLS:
                 self.pools[key] = pool
-        if terms.limit is not None:
+        if compiled.limit is not None:
             pool.step = step
-            if pool.limit != terms.limit:
-                pool.limit, pool.terms = terms.limit, terms_of(terms.limit)
+            if pool.limit != compiled.limit:
+                pool.limit, pool.share_base = compiled.limit, share_base_of(compiled.limit)
         return pool
 
     def _count(self, step: Step, allowed: int, denied: int) -> None:
-        """Like requests that were decided here."""
+        """Count reported requests like those decided here."""
         counts = step.counts
         counts.ok += allowed
         if step.compiled.limit is not None:
@@ -347,190 +361,192 @@ class Quotas:
         counts.denied_hits += denied
         counts.over_limit_hits += denied
 
-    def _match_again(self, hold: Hold, now_us: int) -> None:
-        """Other rules are in force. What it holds of a limit that is now others' counts as lost until it ends."""
-        hold.generation = self._limiter.generation
-        hold.step = self._step(hold.key)
-        pool = self._pool(hold.step)
-        self._soil(pool)
-        if pool is hold.pool:
+    def _match_again(self, bucket: EnvoyBucket, now_us: int) -> None:
+        """The rules have changed. If the bucket is in another pool now, its assignment counts as orphaned in the former
+        one.
+        """
+        bucket.generation = self._limiter.generation
+        bucket.step = self._step(bucket.key)
+        pool = self._pool(bucket.step)
+        self._mark_dirty(pool)
+        if pool is bucket.pool:
             return
         if pool.key not in self.pools:
-            self._drop(hold, now_us)
+            self._drop(bucket, now_us)
             return
-        self._leave(hold, now_us)
-        hold.pool = pool
-        pool.holds[hold] = None
-        # What it goes on enforcing until it is told again is counted where it was.
-        hold.told = None
+        self._leave(bucket, now_us)
+        bucket.pool = pool
+        pool.buckets[bucket] = None
+        # Until it gets a new one, its assignment counts in the former pool.
+        bucket.assignment = None
 
     def _step(self, key: tuple[str, Pairs]) -> Step:
         domain, pairs = key
         return self._limiter.quota_step(domain, self._limiter.rules.in_order(domain, pairs))
 
-    def _drop(self, hold: Hold, now_us: int) -> None:
-        """Nothing is heard of it any more."""
-        self.holds -= 1
-        del hold.stream.holds[hold.key]
-        hold.stream.due.pop(hold, None)
-        self._leave(hold, now_us)
+    def _drop(self, bucket: EnvoyBucket, now_us: int) -> None:
+        """Drop the record of a bucket that no longer exists."""
+        self.bucket_count -= 1
+        del bucket.stream.buckets[bucket.key]
+        bucket.stream.due.pop(bucket, None)
+        self._leave(bucket, now_us)
 
-    def _leave(self, hold: Hold, now_us: int) -> None:
-        pool = hold.pool
-        del pool.holds[hold]
-        pool.due.pop(hold, None)
-        pool.waiting.pop(hold, None)
-        if hold.told is not None and hold.rate and hold.expires_us > now_us:
-            pool.lost.append(Lost(hold.rate, hold.expires_us, now_us))
+    def _leave(self, bucket: EnvoyBucket, now_us: int) -> None:
+        pool = bucket.pool
+        del pool.buckets[bucket]
+        pool.due.pop(bucket, None)
+        pool.waiting.pop(bucket, None)
+        if bucket.assignment is not None and bucket.rate and bucket.expires_us > now_us:
+            pool.orphans.append(OrphanedAssignment(bucket.rate, bucket.expires_us, now_us))
         else:
-            pool.held -= hold.rate
-        self._soil(pool)
+            pool.held -= bucket.rate
+        self._mark_dirty(pool)
 
     def _forget(self, pool: Pool, now_us: int) -> None:
         del self.pools[pool.key]
-        self._told.pop(pool.key, None)
+        self._demand_versions.pop(pool.key, None)
         self._division.release(pool, now_us)
 
-    def _soil(self, pool: Pool) -> None:
-        """It has to be divided anew."""
+    def _mark_dirty(self, pool: Pool) -> None:
+        """Have the pool divided at one of the next ticks."""
         if not pool.is_dirty:
             pool.is_dirty = True
             self._dirty[pool] = None
 
-    def _share(self, pool: Pool, now_us: int) -> None:
+    def _divide(self, pool: Pool, now_us: int) -> None:
         if pool.is_dirty:
             pool.is_dirty = False
             del self._dirty[pool]
         if pool.waiting:
-            self._settle(pool, now_us)
+            self._assign_orphans(pool, now_us)
         due, pool.due = pool.due, {}
-        if pool.terms is not None and (pool.holds or pool.lost or pool.demand):
-            self._tell_peers(pool, self._division.divide(pool, pool.terms, now_us), now_us)
-        for hold in due:
-            self._wake(hold)
-        if pool.terms is None:
+        if pool.share_base is not None and (pool.buckets or pool.orphans or pool.demand):
+            self._publish_demand(pool, self._division.divide(pool, pool.share_base, now_us), now_us)
+        for bucket in due:
+            self._wake(bucket)
+        if pool.share_base is None:
             return
-        for hold in pool.holds:
-            if hold.told is not None and self._has_changed(pool, pool.terms, hold):
-                self._wake(hold)
+        for bucket in pool.buckets:
+            if bucket.assignment is not None and self._has_changed(pool, pool.share_base, bucket):
+                self._wake(bucket)
 
-    def _settle(self, pool: Pool, now_us: int) -> None:
-        """Envoys that have lost their connection are back: which of them held what they don't say. So it is waited
-        until all are there that can be. If some are not, those that are held the least: what is then still counted as
-        lost is no less than what the others hold.
+    def _assign_orphans(self, pool: Pool, now_us: int) -> None:
+        """After a reconnect Envoys do not say which assignment they still enforce. Wait until all can have reported,
+        then give each one of the orphaned assignments, smallest first. So those that stay orphaned are at least what
+        missing Envoys enforce.
         """
-        last_us = max([lost.lost_us for lost in pool.lost], default=0)
-        if self._is_learning or (len(pool.waiting) < len(pool.lost) and now_us < last_us + LEARNING_US):
+        last_us = max([orphan.orphaned_us for orphan in pool.orphans], default=0)
+        if self._is_learning or (len(pool.waiting) < len(pool.orphans) and now_us < last_us + LEARNING_US):
             return
-        pool.lost.sort()
-        for hold, lost in zip(pool.waiting, pool.lost, strict=False):
-            hold.told, hold.expires_us = Assignment(0, 0, 0, lost.rate), lost.expires_us
-        del pool.lost[: len(pool.waiting)]
-        for hold in pool.waiting:
-            pool.due[hold] = None
+        pool.orphans.sort()
+        for bucket, orphan in zip(pool.waiting, pool.orphans, strict=False):
+            bucket.assignment, bucket.expires_us = Assignment(0, 0, 0, orphan.rate), orphan.expires_us
+        del pool.orphans[: len(pool.waiting)]
+        for bucket in pool.waiting:
+            pool.due[bucket] = None
         pool.waiting.clear()
 
-    def _tell_peers(self, pool: Pool, own: list[Group], now_us: int) -> None:
+    def _publish_demand(self, pool: Pool, own: list[Group], now_us: int) -> None:
         step = pool.step
         if step is None or not step.compiled.is_replicated:
             return
         demand = tuple(own)
-        if demand != pool.demand or (demand and now_us - pool.told_us >= TELL_US):
+        if demand != pool.demand or (demand and now_us - pool.demand_sent_us >= PUBLISH_US):
             pool.demand = demand
-            pool.told_us = now_us
+            pool.demand_sent_us = now_us
             self._version += 1
-            self._told.pop(pool.key, None)
-            self._told[pool.key] = self._version
+            self._demand_versions.pop(pool.key, None)
+            self._demand_versions[pool.key] = self._version
 
-    def _has_changed(self, pool: Pool, terms: Terms, hold: Hold) -> bool:
-        target, rate = pool.level.share(hold.want), hold.rate
+    def _has_changed(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket) -> bool:
+        target, rate = pool.level.share(bucket.want), bucket.rate
         if target < rate:
             return (rate - target) * CHANGE_PART > rate
-        # What others have yet to give up it is told of when they have.
+        # It gets the part that others still have to give up once they have.
         more = min(target - rate, pool.budget - pool.held)
-        return more > max(rate // CHANGE_PART, terms.rate // STEPS)
+        return more > max(rate // CHANGE_PART, base.rate // STEPS)
 
-    def _wake(self, hold: Hold) -> None:
-        stream = hold.stream
-        stream.due[hold] = None
+    def _wake(self, bucket: EnvoyBucket) -> None:
+        stream = bucket.stream
+        stream.due[bucket] = None
         stream.wake()
 
-    def _tell(self, hold: Hold, now_us: int) -> Action | None:
-        pool = hold.pool
-        if now_us - hold.active_us >= IDLE_US:
+    def _next_action(self, bucket: EnvoyBucket, now_us: int) -> Action | None:
+        pool = bucket.pool
+        if now_us - bucket.active_us >= IDLE_US:
             self.counts.forgotten["idle"] += 1
-            # It forgets what it holds with the bucket.
-            hold.expires_us = now_us
-            self._drop(hold, now_us)
-            return Action(hold.bucket_id, None)
-        if hold in pool.waiting:
+            # The Envoy drops its assignment with the bucket.
+            bucket.expires_us = now_us
+            self._drop(bucket, now_us)
+            return Action(bucket.bucket_id, None)
+        if bucket in pool.waiting:
             return None
-        terms = pool.terms
-        if terms is None or hold.step.compiled.is_shadow or self._limiter.settings.shadow_mode:
-            pool.held -= hold.rate
+        base = pool.share_base
+        if base is None or bucket.step.compiled.is_shadow or self._limiter.settings.shadow_mode:
+            pool.held -= bucket.rate
             assignment = ALLOW_ALL
         else:
-            assignment = self._next(pool, terms, hold, now_us)
-            # Told a moment ago, it need not be renewed.
-            if assignment is hold.told and now_us - (hold.expires_us - TTL_US) < LEAST_MEASURE_US:
+            assignment = self._next_assignment(pool, base, bucket, now_us)
+            # It was sent a moment ago, so it need not be renewed.
+            if assignment is bucket.assignment and now_us - (bucket.expires_us - TTL_US) < LEAST_MEASURE_US:
                 return None
-        self.counts.told += 1
-        hold.told, hold.expires_us = assignment, now_us + TTL_US
-        return Action(hold.bucket_id, assignment)
+        self.counts.assignments += 1
+        bucket.assignment, bucket.expires_us = assignment, now_us + TTL_US
+        return Action(bucket.bucket_id, assignment)
 
-    def _next(self, pool: Pool, terms: Terms, hold: Hold, now_us: int) -> Assignment:
-        before = hold.rate
-        target = pool.level.share(hold.want)
+    def _next_assignment(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket, now_us: int) -> Assignment:
+        before = bucket.rate
+        target = pool.level.share(bucket.want)
         if self._is_learning:
-            # Others may hold most of the limit.
-            target = min(target, terms.rate // IDLE_PART)
+            # Others may have assignments for most of the limit.
+            target = min(target, base.rate // IDLE_PART)
         others = pool.held - before
         free = max(0, pool.budget - others)
         share = min(target, free)
-        if hold.step.compiled.is_strict:
-            share = free = max(0, min(share, self._division.withhold(pool, terms, others + share, now_us) - others))
+        if bucket.step.compiled.is_strict:
+            share = free = max(0, min(share, self._division.withhold(pool, base, others + share, now_us) - others))
             if share < target:
-                # The bucket has more tokens soon.
-                self._soil(pool)
-        told = hold.told
+                # The strict bucket will have more tokens soon.
+                self._mark_dirty(pool)
+        previous = bucket.assignment
         if (
-            told is not None
-            and told.fill_interval_s == terms.fill_interval_s
+            previous is not None
+            and previous.fill_interval_s == base.fill_interval_s
             and before <= free
             and abs(share - before) * SAME_PART <= before
         ):
-            assignment = told
+            assignment = previous
         else:
-            assignment = after(told, assign(terms, share, is_strict=hold.step.compiled.is_strict))
+            assignment = noticeable(previous, assign(base, share, is_strict=bucket.step.compiled.is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
-            # Others may be waiting for it.
-            self._soil(pool)
+            # Others may wait for the rate that this frees.
+            self._mark_dirty(pool)
         return assignment
 
     def _sweep(self, now_us: int) -> None:
-        """Look at some pools in turn for what is over."""
+        """Look at the next few pools for buckets, assignments and demands that have expired."""
         if not self._to_sweep:
             self._to_sweep = list(self.pools.values())
         for pool in self._to_sweep[-_SWEEP_POOLS:]:
-            self._tidy(pool, now_us)
+            self._expire(pool, now_us)
         del self._to_sweep[-_SWEEP_POOLS:]
 
-    def _tidy(self, pool: Pool, now_us: int) -> None:
-        silent = [hold for hold in pool.holds if now_us - hold.reported_us >= SILENCE_US]
-        for hold in silent:
+    def _expire(self, pool: Pool, now_us: int) -> None:
+        silent = [bucket for bucket in pool.buckets if now_us - bucket.reported_us >= SILENCE_US]
+        for bucket in silent:
             self.counts.forgotten["silent"] += 1
-            self._drop(hold, now_us)
-        if any(lost.expires_us <= now_us for lost in pool.lost):
-            pool.held -= sum([lost.rate for lost in pool.lost if lost.expires_us <= now_us])
-            pool.lost = [lost for lost in pool.lost if lost.expires_us > now_us]
-            self._soil(pool)
-        forgotten = [peer for peer, heard in pool.heard.items() if now_us - heard.heard_us >= DEMAND_US]
+            self._drop(bucket, now_us)
+        if any(orphan.expires_us <= now_us for orphan in pool.orphans):
+            pool.held -= sum([orphan.rate for orphan in pool.orphans if orphan.expires_us <= now_us])
+            pool.orphans = [orphan for orphan in pool.orphans if orphan.expires_us > now_us]
+            self._mark_dirty(pool)
+        forgotten = [peer for peer, demand in pool.peer_demands.items() if now_us - demand.received_us >= DEMAND_US]
         for peer in forgotten:
-            del pool.heard[peer]
-            self._soil(pool)
+            del pool.peer_demands[peer]
+            self._mark_dirty(pool)
         if pool.waiting:
-            self._soil(pool)
-        is_over = not pool.is_needed and not pool.is_dirty and now_us - pool.told_us >= TELL_US
+            self._mark_dirty(pool)
+        is_over = not pool.is_needed and not pool.is_dirty and now_us - pool.demand_sent_us >= PUBLISH_US
         if is_over and self.pools.get(pool.key) is pool:
             self._forget(pool, now_us)

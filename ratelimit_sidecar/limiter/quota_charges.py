@@ -1,7 +1,7 @@
-"""What Envoys have admitted, charged to the limit's bucket evenly until their next report is due.
+"""The hits that Envoys have admitted are charged to the limit's bucket evenly until their next report is due.
 
-All at once it would look like a burst of five seconds: the bucket would be in debt for most of the time, to those who
-ask about each request.
+Charged all at once they would look like a burst of five seconds. The bucket would then be in debt most of the time, and
+requests that are decided here would be denied.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota_pool import REPORT_US, Pool
 
 CHARGE_PART: Final = 8
-"""Of the capacity: no more is charged at once."""
+"""At most 1/8 of the capacity is charged at once when a report arrives."""
 
 _POOLS_AT_ONCE: Final = 256
-"""A tick charges so many."""
+"""A tick charges this many pools."""
 
 
 class Charges:
-    """Charges to buckets what Envoys have reported. Call its `tick` every few milliseconds.
+    """Charges the hits that Envoys have reported to the limits' buckets. Call `tick` about ten times a second.
 
     Args:
-        now_us: of the limiter's clock. All other times are of the quotas'.
+        now_us: returns the time of the limiter's clock. All other times are of the quotas' clock.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
         self._limiter = limiter
         self._now_us = now_us
         self._pools: dict[Pool, None] = {}
-        """Those with something pending."""
+        """Pools with pending hits."""
 
     def all(self) -> None:
-        """Everything that is pending, at once."""
+        """Charge all pending hits at once."""
         for pool in list(self._pools):
             self._take(pool, pool.pending)
 
     def add(self, pool: Pool, hits: int, now_us: int) -> None:
-        """An Envoy has admitted so many."""
+        """An Envoy has admitted `hits`; charge them soon."""
         if not pool.pending:
             pool.charged_us = now_us
             self._pools[pool] = None
@@ -48,7 +48,7 @@ class Charges:
             self._take(pool, pool.pending)
 
     def tick(self, now_us: int) -> None:
-        """Charge what is due; to be called about ten times a second."""
+        """Charge the hits that are due by now."""
         for _ in range(min(_POOLS_AT_ONCE, len(self._pools))):
             pool = next(iter(self._pools))
             # To the end of the queue.

@@ -1,6 +1,6 @@
-"""How the limit of a pool is divided: what there is, who wants how much of it, and what each gets.
+"""How the limit of a pool is divided: how much there is, who wants how much of it, and how much each gets.
 
-Of a strict limit nothing but this node's home share is divided; the bucket does without it.
+Of a strict limit only this node's home share is divided; the strict bucket cannot use the part that Envoys have.
 """
 
 from __future__ import annotations
@@ -9,108 +9,108 @@ from collections.abc import Callable
 from typing import Final
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import MAX_WHOLE_CAPACITY, PARTS, parts_of, whole_tokens_up
+from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
-from ratelimit_sidecar.limiter.assignment import Terms, within_debt
+from ratelimit_sidecar.limiter.assignment import ShareBase, within_debt
 from ratelimit_sidecar.limiter.fair_shares import Group, fair_level, grouped, rounded_want
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, Pool
 
 IDLE_PART: Final = 32
-"""One part in so many of a limit is for those who want nothing, of all together: so their first requests pass."""
+"""All idle Envoys together get 1/32 of the limit, so that their first requests pass."""
 
 HEADROOM_PART: Final = 64
-"""Who had so many requests wants to be able to have one part in so many more."""
+"""A demand is raised by 1/64, as headroom."""
 
 MAX_GROUPS: Final = 64
-"""Of one demand that peers are told of."""
+"""The most groups in a demand that is sent to peers."""
 
 
 class Division:
-    """Divides limits among the Envoys of all regions, by what each wants.
+    """Divides limits among the Envoys of all regions, by demand.
 
     Args:
-        now_us: of the limiter's clock. All other times are of the quotas'.
+        now_us: returns the time of the limiter's clock. All other times are of the quotas' clock.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
         self._limiter = limiter
         self._now_us = now_us
 
-    def divide(self, pool: Pool, terms: Terms, now_us: int) -> list[Group]:
-        """Set the pool's level and budget anew.
+    def divide(self, pool: Pool, base: ShareBase, now_us: int) -> list[Group]:
+        """Compute the pool's level and budget.
 
         Returns:
-            What is wanted here.
+            The demand of this node's Envoys.
         """
-        total = self._total(pool, terms, now_us)
-        heard = [group for each in pool.heard.values() for group in each.groups]
-        # Those that wait are the lost.
-        holds = [hold for hold in pool.holds if not (pool.lost and hold in pool.waiting)]
-        everybody = len(holds) + len(pool.lost) + sum([group.members for group in heard])
-        wants = [lost.rate for lost in pool.lost]
-        for hold in holds:
-            # One that is new may want as much as anybody.
-            demand = hold.demand if hold.demand >= 0 else total // everybody
-            hold.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
-            wants.append(hold.want)
+        total = self._total(pool, base, now_us)
+        of_peers = [group for each in pool.peer_demands.values() for group in each.groups]
+        # Buckets that wait will get one of the orphaned assignments: count those only once.
+        buckets = [bucket for bucket in pool.buckets if not (pool.orphans and bucket in pool.waiting)]
+        everybody = len(buckets) + len(pool.orphans) + sum([group.members for group in of_peers])
+        wants = [orphan.rate for orphan in pool.orphans]
+        for bucket in buckets:
+            # The demand of a new bucket is not known yet: assume an equal part.
+            demand = bucket.demand if bucket.demand >= 0 else total // everybody
+            bucket.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
+            wants.append(bucket.want)
         if pool.step is not None and pool.step.compiled.is_strict:
-            # What is held no longer is the bucket's again, and what nobody here wants stays there.
-            self.withhold(pool, terms, pool.held, now_us)
+            # The bucket gets back rates that expired, and keeps the rate that nobody here wants.
+            self.withhold(pool, base, pool.held, now_us)
             total = min(total, max(sum(wants), total // IDLE_PART))
         own = grouped(wants)
         if len(own) > MAX_GROUPS:
             own = _merged(own)
         least = total // (IDLE_PART * max(1, everybody))
-        groups = [Group(max(group.want, least), group.members) for group in (*own, *heard)]
+        groups = [Group(max(group.want, least), group.members) for group in (*own, *of_peers)]
         level = fair_level(total, groups)
         pool.level = level
-        elsewhere = sum([level.share(max(group.want, least)) * group.members for group in heard])
+        elsewhere = sum([level.share(max(group.want, least)) * group.members for group in of_peers])
         pool.budget = total - elsewhere
-        for hold in holds:
-            hold.want = max(hold.want, least)
+        for bucket in buckets:
+            bucket.want = max(bucket.want, least)
         return own
 
     def release(self, pool: Pool, now_us: int) -> None:
-        """Nobody holds anything of it any more."""
-        if pool.step is not None and pool.step.compiled.is_strict and pool.terms is not None:
-            self.withhold(pool, pool.terms, 0, now_us)
+        """Give the pool's part back to the strict bucket: no Envoy has an assignment any more."""
+        if pool.step is not None and pool.step.compiled.is_strict and pool.share_base is not None:
+            self.withhold(pool, pool.share_base, 0, now_us)
 
-    def _total(self, pool: Pool, terms: Terms, now_us: int) -> int:
-        """What can be divided."""
+    def _total(self, pool: Pool, base: ShareBase, now_us: int) -> int:
+        """The rate that can be divided."""
         step, ledger = pool.step, self._limiter.ledger
         if step is None or pool.limit is None:
-            return terms.rate
+            return base.rate
         if step.compiled.is_strict:
             assert ledger is not None
             assert isinstance(pool.limit, Limit)
-            return terms.rate * ledger.own_parts(pool.key, pool.limit, now_us) // PARTS
-        return within_debt(pool.limit, terms.rate, self._limiter.used(step, self._now_us()))
+            capacity = pool.limit.capacity
+            return base.rate * ledger.shares.home(pool.key, capacity, now_us) // (TOKEN * max(1, capacity))
+        return within_debt(pool.limit, base.rate, self._limiter.used(step, self._now_us()))
 
-    def withhold(self, pool: Pool, terms: Terms, rate: int, now_us: int) -> int:
-        """Of a strict limit let the bucket do without what all hold together.
+    def withhold(self, pool: Pool, base: ShareBase, rate: int, now_us: int) -> int:
+        """Withhold the rate that Envoys have in total from the bucket of a strict limit.
 
-        An Envoy whose share rises may find tokens in it at once. So whatever rises, though another's has fallen as
-        much, is paid for with tokens of the bucket, to which what has fallen comes back without any.
+        An Envoy whose share rises may use that many tokens at once. So each rise is paid for with tokens of the bucket,
+        even if another Envoy's share has fallen as much. Shares that fall go back to the bucket without tokens.
 
         Returns:
-            The rate that all may hold: less than is asked for, when the bucket is short of tokens.
+            The rate that Envoys may have in total; less than `rate` when the bucket is short of tokens.
         """
         ledger, limit = self._limiter.ledger, pool.limit
         assert ledger is not None
         assert isinstance(limit, Limit)
-        parts = -(-rate * PARTS // terms.rate) if terms.rate else 0
-        if limit.capacity <= MAX_WHOLE_CAPACITY:
-            parts = parts_of(min(whole_tokens_up(parts, limit.capacity), limit.capacity), limit.capacity)
+        # Homes are whole tokens.
+        tokens = min(-(-rate * limit.capacity // base.rate), limit.capacity) if base.rate else 0
         try:
-            parts = ledger.withhold(pool.key, limit, parts, now_us)
+            withheld = ledger.withhold(pool.key, limit, tokens * TOKEN, now_us)
         except StoreFull:
             return 0
-        return terms.rate * parts // PARTS
+        return base.rate * withheld // (TOKEN * max(1, limit.capacity))
 
 
 def _merged(groups: list[Group]) -> list[Group]:
-    """In `MAX_GROUPS`, each with the greatest want of those in it: nobody counts for less."""
+    """The same in `MAX_GROUPS` groups, each with the greatest want of its members. So no member counts for less."""
     size = -(-len(groups) // MAX_GROUPS)
     parts = [groups[at : at + size] for at in range(0, len(groups), size)]
     return [Group(part[-1].want, sum([group.members for group in part])) for part in parts]

@@ -1,7 +1,7 @@
-"""What is known of Envoys with quotas: their buckets, and the pools of those that share one limit on one key.
+"""The state of Envoys with quotas: their buckets, and the pools of buckets that share one limit on one bucket key.
 
-Values and state only; what is done with them is in `quota.py`, `quota_division.py` and `quota_charges.py`. Times are
-microseconds of one clock that does not step, rates billionths of a token per second.
+Values and state only; `quota.py`, `quota_division.py` and `quota_charges.py` work on them. Times are microseconds of
+one clock that does not step, rates billionths of a token per second.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.limit import AnyLimit
-from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment, Terms, terms_of
+from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment, ShareBase, share_base_of
 from ratelimit_sidecar.limiter.fair_shares import Group, Level
 from ratelimit_sidecar.limiter.plan import Step
 
 Pairs = tuple[tuple[str, str], ...]
 
 REPORT_US: Final = 5 * SECOND_US
-"""Between two reports of an Envoy, whatever its `reporting_interval`."""
+"""The time between two reports of an Envoy, whatever its `reporting_interval`."""
 
 MAX_RATE: Final = 2**63 - 1
-"""Of a demand: nine billion requests a second."""
+"""The largest demand: nine billion requests a second."""
 
 
 class Usage(NamedTuple):
-    """What an Envoy reports of one bucket.
+    """An Envoy's report on one bucket.
 
     Args:
-        bucket_id: as it came, to be sent back.
+        bucket_id: as the Envoy sent it, to be sent back.
         pairs: texts from `text_of`.
-        elapsed_s: since the last report of it; 0 of a new one, as Envoy cuts it to whole seconds.
+        elapsed_s: seconds since the last report on it; 0 for a new one, since Envoy cuts it to whole seconds.
     """
 
     bucket_id: bytes
@@ -40,17 +40,18 @@ class Usage(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What an Envoy is told. Without an assignment it is to forget the bucket."""
+    """A message to an Envoy about one bucket. Without an assignment it must drop the bucket."""
 
     bucket_id: bytes
     assignment: Assignment | None
 
 
-class Hold:
+class EnvoyBucket:
     """One bucket of one Envoy."""
 
     __slots__ = (
         "active_us",
+        "assignment",
         "bucket_id",
         "counted",
         "demand",
@@ -62,7 +63,6 @@ class Hold:
         "reported_us",
         "step",
         "stream",
-        "told",
         "want",
     )
 
@@ -73,102 +73,105 @@ class Hold:
         self.pool = pool
         self.step = step
         self.generation = 0
-        """That of the rules which it was matched by."""
+        """The generation of the rules that it was matched by."""
         self.demand = -1
-        """Hits per second, also those denied; -1 while not measured."""
+        """Hits per second, denied ones included, in billionths; -1 while not measured."""
         self.counted = 0
         """Hits since `measured_us`."""
         self.measured_us = self.reported_us = self.active_us = 0
-        self.told: Assignment | None = None
+        self.assignment: Assignment | None = None
+        """The last assignment sent."""
         self.expires_us = 0
+        """When that expires."""
         self.want = 0
+        """The rate it wants, rounded up; set by `Division.divide`."""
 
     @property
     def rate(self) -> int:
-        """What it holds."""
-        return 0 if self.told is None else self.told.rate
+        """The rate of its assignment; 0 without one."""
+        return 0 if self.assignment is None else self.assignment.rate
 
 
-class Lost(NamedTuple):
-    """What an Envoy holds, or may hold, whose stream has ended."""
+class OrphanedAssignment(NamedTuple):
+    """An assignment whose stream has ended. It counts until it expires, since its Envoy may still enforce it."""
 
     rate: int
     expires_us: int
-    lost_us: int
+    orphaned_us: int
 
 
-class Heard(NamedTuple):
-    """A peer's demand."""
+class PeerDemand(NamedTuple):
+    """The demand of one peer's Envoys on one limit."""
 
     groups: Sequence[Group]
-    heard_us: int
+    received_us: int
 
 
 class Pool:
-    """All that share one limit on one key."""
+    """All Envoy buckets that share one limit on one bucket key, and the demands of peers on it."""
 
     __slots__ = (
+        "buckets",
         "budget",
         "charge_until_us",
         "charged_us",
         "demand",
+        "demand_sent_us",
         "due",
-        "heard",
         "held",
-        "holds",
         "is_dirty",
         "key",
         "level",
         "limit",
-        "lost",
+        "orphans",
+        "peer_demands",
         "pending",
+        "share_base",
         "step",
-        "terms",
-        "told_us",
         "waiting",
     )
 
     def __init__(self, key: bytes, limit: AnyLimit | None) -> None:
         self.key = key
         self.limit = limit
-        self.terms: Terms | None = None if limit is None else terms_of(limit)
+        self.share_base: ShareBase | None = None if limit is None else share_base_of(limit)
         self.step: Step | None = None
-        """To take by from its bucket; None while only peers have told of it."""
-        self.holds: dict[Hold, None] = {}
-        self.due: dict[Hold, None] = {}
-        """To be told when it is shared the next time."""
-        self.lost: list[Lost] = []
-        self.waiting: dict[Hold, None] = {}
-        """Those that hold something, of which it is not known how much: see `Quotas._settle`."""
-        self.heard: dict[str, Heard] = {}
+        """How to charge the limit's bucket; None while only peers have reported a demand."""
+        self.buckets: dict[EnvoyBucket, None] = {}
+        self.due: dict[EnvoyBucket, None] = {}
+        """Buckets that get an assignment when the pool is divided next."""
+        self.orphans: list[OrphanedAssignment] = []
+        self.waiting: dict[EnvoyBucket, None] = {}
+        """Buckets that have an assignment of unknown rate: see `Quotas._assign_orphans`."""
+        self.peer_demands: dict[str, PeerDemand] = {}
         self.level = Level(0, 0)
         self.budget = 0
-        """The rate of all holds, and of what is lost."""
+        """The rate this node may assign in total."""
         self.held = 0
-        """Of it."""
+        """How much of `budget` is assigned now, orphaned assignments included."""
         self.is_dirty = False
         self.pending = 0
         """Tokens to be charged until `charge_until_us`."""
         self.charged_us = self.charge_until_us = 0
         self.demand: tuple[Group, ...] = ()
-        """As peers are told of it."""
-        self.told_us = 0
+        """The demand last sent to peers."""
+        self.demand_sent_us = 0
 
     @property
     def is_needed(self) -> bool:
-        return bool(self.holds or self.lost or self.heard or self.pending)
+        return bool(self.buckets or self.orphans or self.peer_demands or self.pending)
 
 
 class QuotaStream:
-    """One Envoy, or rather one of its filters.
+    """One stream of an Envoy; each of its quota filters has one.
 
     Args:
-        wake: called when `Quotas.take` may have something.
+        wake: called when `Quotas.take` may return something.
     """
 
-    __slots__ = ("due", "holds", "wake")
+    __slots__ = ("buckets", "due", "wake")
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
-        self.holds: dict[tuple[str, Pairs], Hold] = {}
-        self.due: dict[Hold, None] = {}
+        self.buckets: dict[tuple[str, Pairs], EnvoyBucket] = {}
+        self.due: dict[EnvoyBucket, None] = {}

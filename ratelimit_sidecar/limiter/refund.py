@@ -1,4 +1,4 @@
-"""Giving a caller back what it has used up: the bucket of one descriptor is found as for a request, and refilled."""
+"""Refunds: find the bucket of one descriptor as for a request, and give tokens back to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NoSuchLimit(Exception):
 
 
 class NotRefundable(Exception):
-    """There is a rule, and nothing of it can be given back; the text says why."""
+    """The rule's tokens cannot be given back; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Refunded:
-    """What a refund has done to a bucket.
+    """The result of a refund.
 
     Args:
-        given: tokens.
+        given: the tokens that were given back.
     """
 
     rule: Rule
@@ -51,14 +51,14 @@ class Refunded:
 def refund(
     limiter: Limiter, domain: str, entries: Sequence[tuple[str, str]], tokens: int | None, now_us: int
 ) -> Refunded:
-    """Give tokens back to the bucket of a descriptor. Peers are told with the next flush.
+    """Give tokens back to the bucket of a descriptor. Peers receive it with the next flush.
 
     Args:
-        tokens: at least 1; None for as many as fill the bucket. More than fill it are not given.
+        tokens: at least 1; None to fill the bucket. No more are given back than fill it.
 
     Raises:
         NoSuchLimit: no rule matches.
-        NotRefundable: the rule is unlimited or strict, or there is no bucket of the descriptor's own.
+        NotRefundable: the rule is unlimited or strict, or the descriptor has no bucket of its own.
     """
     rules = limiter.rules
     match = rules.match(domain, entries)

@@ -1,8 +1,8 @@
-"""Requests of the past through the limiter, as if nothing were in shadow mode: who would have been denied.
+"""Replay: decide requests of the past as if nothing were in shadow mode, to see who would have been denied.
 
-Time is that of the requests. One limiter decides all of them: what several replicas admit beyond a limit at the same
-time is not in it. Memory is bounded however many there are: by the buckets that are not full at a time, as in a
-sidecar; by the rules; and by `MAX_DESCRIPTORS`.
+Time is that of the requests. One limiter decides all of them, so overshoot of several replicas does not appear. Memory
+is bounded by the number of buckets that are not full at a time, as in a sidecar; by the rules; and by
+`MAX_DESCRIPTORS`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
-from ratelimit_sidecar.limiter.variants import alone, enforced
+from ratelimit_sidecar.limiter.variants import made_local, without_shadow_mode
 
 MAX_DESCRIPTORS = 10_000
-"""Denied descriptors told apart. Beyond, the half denied least often is given up, and counted as others."""
+"""The most denied descriptors with a tally of their own. Beyond that, the half with the fewest denials is added up as
+others.
+"""
 
 _LEAST_TO_SWEEP: Final = 1_000
-"""Full buckets are dropped each time that as many descriptors were decided as buckets were left the last time, but at
-least so many: so there are at most twice as many as needed, and a descriptor pays for one bucket's look."""
+"""Full buckets are dropped each time that as many descriptors were decided as there were buckets after the last time,
+but not more often than this. So there are at most twice as many buckets as needed.
+"""
 
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 
@@ -33,11 +36,11 @@ Entries = tuple[tuple[str, str], ...]
 
 @dataclass(slots=True)
 class Tally:
-    """What one rule or descriptor was asked and denied.
+    """How often one rule or descriptor was asked and denied.
 
     Args:
-        first_denied_us: when it was denied first; None when it never was.
-        in_shadow_mode: it would have been let through, as the rules are now.
+        first_denied_us: the time of the first denial; None without one.
+        in_shadow_mode: True if the current rules would have admitted it.
     """
 
     asked: int = 0
@@ -54,7 +57,7 @@ class Tally:
 
 
 class Replay:
-    """Give it requests in order; its attributes tell what became of them so far."""
+    """Replays requests. Call `ask` for each in order; the attributes have the totals so far."""
 
     def __init__(self, rules: Rules, settings: Settings) -> None:
         self.requests = Tally(in_shadow_mode=settings.shadow_mode)
@@ -66,17 +69,19 @@ class Replay:
         self.denied_descriptors: dict[tuple[str, Entries], Tally] = {}
         """By (domain, entries), counted from the first denial on."""
         self.other_denials = 0
-        """Denials of descriptors that are not among them any more."""
+        """Denials of descriptors that are no longer in `denied_descriptors`."""
         self.late = 0
-        """Requests older than the one before them; they count as if they had come at its time."""
+        """Requests older than the one before; they are decided at the time of that one."""
         self.first_us: int | None = None
         self.now_us = 0
         self._shadowed = {rule.name for rule in rules if rule.shadow_mode}
         self._until_sweep = _LEAST_TO_SWEEP
-        self._limiter = Limiter(enforced(alone(rules)), Origin("replay", 1), replace(settings, shadow_mode=False))
+        self._limiter = Limiter(
+            without_shadow_mode(made_local(rules)), Origin("replay", 1), replace(settings, shadow_mode=False)
+        )
 
     def let_pass(self, at_us: int) -> None:
-        """Count a request that nothing limits, since no descriptor could be made of it."""
+        """Count a request without descriptors, which nothing limits."""
         self._advance(at_us)
         self.requests.count(False, self.now_us)
         self.unlimited += 1

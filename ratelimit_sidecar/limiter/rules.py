@@ -1,10 +1,10 @@
-"""What is limited: an immutable tree of rules, matched level by level over a descriptor's entries.
+"""Rules: an immutable tree, matched level by level over a descriptor's entries.
 
 At each level the first of these leads on: the rule that names key and value; the first wildcard, in file order, that
-fits the value; the rule that names the key alone. A rule applies only when its depth equals the number of entries: a
-deeper or shallower match gives no limit. The `unruled` limit, when given, is for every descriptor that then has
-none. A limit in the request itself overrides all of this in a domain that has rules. Matching is on pairs, as in
-Envoy's RateLimitDescriptor; the order is that of envoyproxy/ratelimit.
+fits the value; the rule that names the key alone. A rule applies only when its depth equals the number of entries. A
+descriptor that no rule matches has the `default_rule`, if there is one. A limit in the request itself overrides all of
+this in a domain that has rules. Matching is on pairs, as in Envoy's RateLimitDescriptor; the order is that of
+envoyproxy/ratelimit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.key import (
+    DEFAULT_RULE,
     EXACT,
     FIXED_WINDOW,
     KEY_ONLY,
@@ -28,7 +29,6 @@ from ratelimit_sidecar.limiter.key import (
     SLIDING_WINDOW,
     STRICT_TOKEN_BUCKET,
     TOKEN_BUCKET,
-    UNRULED,
     WILDCARD_VALUE,
     KeyEntry,
     bounded,
@@ -44,12 +44,14 @@ from ratelimit_sidecar.limiter.wildcard import WildcardSet
 MAX_REQUESTS_PER_UNIT: Final = 2**32 - 1
 
 JOINED: Final = ""
-"""In place of a key in `RuleNode.wildcards`, since no key is empty: the patterns of a level of which one has a wildcard
-in its key. They are for key and value joined by an underscore, as all patterns are in envoyproxy/ratelimit."""
+"""The key in `RuleNode.wildcards` for patterns on key and value joined by an underscore, as all patterns are in
+envoyproxy/ratelimit. A level uses it when one of its patterns has a wildcard in its key. No real key is empty.
+"""
 
 MAX_ORDER_TRIES: Final = 256
-"""Entries tried against a level, some 2 us each. Rules in which keys come in one order only take as many as the square
-of the pairs."""
+"""The most entries tried against a level, about 2 us each. With n pairs, rules that have the keys in one order need n*n
+tries at most.
+"""
 
 _SECOND_US: Final = 1_000_000
 
@@ -58,9 +60,9 @@ class Consistency(Enum):
     """How far a rule's buckets are shared (docs/algorithm.md)."""
 
     EVENTUAL = "eventual"
-    """Decided on what has been heard from all replicas: overshoot is bounded, and repaid as debt."""
+    """Decided on what was received from all replicas. Overshoot is bounded, and repaid as debt."""
     STRICT = "strict"
-    """Decided on this replica's share of the limit: all together never exceed it. Token buckets only."""
+    """Decided on this replica's share of the limit, so all replicas together never exceed it. Token buckets only."""
     LOCAL = "local"
     """Never replicated: every sidecar has the whole limit to itself."""
 
@@ -69,11 +71,13 @@ class Charge(Enum):
     """Which hits of a token bucket or a sliding window count. A fixed window counts all of them."""
 
     ADMITTED = "admitted"
-    """Those that are let through."""
+    """Admitted hits."""
     REPORTED = "reported"
-    """Of descriptors that bring their own hits all: Envoy reports with them what a request has cost, afterwards."""
+    """Admitted hits, and all hits of descriptors with a hits_addend: with it Envoy reports afterwards what a request
+    has cost.
+    """
     ALWAYS = "always"
-    """All, also those that are denied, into debt."""
+    """All hits; denied ones become debt."""
 
 
 class Unit(Enum):
@@ -96,15 +100,16 @@ class Rule:
         name: the rule's dotted path, `domain.key_value.key`, as it appears in metrics.
         limit: None for `unlimited`.
         requests_per_unit: what the answer's current_limit shows; 0 to 2**32 - 1.
-        unit: None when the rule was given as a bucket: its refill has no unit of Envoy's.
-        limit_name: the `name` in `rate_limit`: shown in the answer, and what another rule's `replaces` means.
+        unit: None when the rule was given as a bucket, whose refill has no unit of Envoy's.
+        limit_name: the `name` in `rate_limit`: shown in the answer, and used by `replaces` of other rules.
         replaces: limit names of rules that do not count in a request that this one matches.
-        shadow_mode: decided and charged, but answered with OK.
-        quota_mode: over the limit alone it does not make the answer OVER_LIMIT; all such rules of a request do.
-        retry_after: a denial says in headers when to come back.
-        body: of the response to a denied request; empty for Envoy's own.
-        metadata: of any form; goes into the answer's dynamic metadata when the rule passes.
-        metric_of_values: the name in metrics ends in all values of the request (`detailed_metric`).
+        shadow_mode: True to decide and charge, but answer OK.
+        quota_mode: True if this rule alone, over its limit, does not make the answer OVER_LIMIT; all such rules of a
+            request together do.
+        retry_after: True if headers of a denial say when to come back.
+        body: the body of the response to a denied request; empty for Envoy's own.
+        metadata: goes into the answer's dynamic metadata when the rule admits.
+        metric_of_values: True if the name in metrics has all values of the request (`detailed_metric`).
     """
 
     name: str
@@ -123,8 +128,8 @@ class Rule:
     metric_of_values: bool = False
 
     @property
-    def form(self) -> int:
-        """The first byte of its buckets' names."""
+    def bucket_type(self) -> int:
+        """The bucket type of its bucket keys."""
         if self.consistency is Consistency.STRICT:
             return STRICT_TOKEN_BUCKET
         local = LOCAL if self.consistency is Consistency.LOCAL else 0
@@ -139,8 +144,8 @@ class RuleNode:
 
     Args:
         wildcards: by key, the patterns for its values; or all under `JOINED`.
-        shares_bucket: all values that its pattern fits share one bucket (`share_threshold`).
-        value_in_metric: the value of the request stands in the name in metrics (`value_to_metric`).
+        shares_bucket: True if all values that its pattern fits share one bucket (`share_threshold`).
+        value_in_metric: True if the name in metrics has the value of the request (`value_to_metric`).
     """
 
     rule: Rule | None = None
@@ -160,12 +165,12 @@ class RuleNode:
 
 
 class Level:
-    """How one entry of a descriptor was matched. A plain class, whose constructor is compiled.
+    """How one entry of a descriptor was matched. No dataclass, so that mypyc compiles its constructor.
 
     Args:
         kind: EXACT, PATTERN or KEY_ONLY (see `limiter.key`).
-        pattern: what the rules have as value; empty for KEY_ONLY.
-        is_joined: the pattern is for key and value (see `JOINED`).
+        pattern: the value in the rules; empty for KEY_ONLY.
+        is_joined: True if the pattern is for key and value joined (see `JOINED`).
     """
 
     __slots__ = ("is_joined", "key", "kind", "node", "pattern", "value")
@@ -182,11 +187,11 @@ class Level:
 
 
 class Match:
-    """A rule and the bucket of it that a descriptor falls into. A plain class, whose constructor is compiled.
+    """The rule of a descriptor, and its bucket. No dataclass, so that mypyc compiles its constructor.
 
     Args:
-        metric_name: the rule's name, with such values of the request as the rules ask for.
-        is_override: the rule was made for this request, from the limit in it.
+        metric_name: the rule's name in metrics, with values of the request if the rules ask for them.
+        is_override: True if the rule was made for this request, from the limit in it.
     """
 
     __slots__ = ("bucket_key", "is_override", "metric_name", "rule")
@@ -204,17 +209,17 @@ class Rules:
 
     Args:
         domains: the root of each domain's tree.
-        unruled: for every descriptor, of any domain, that no rule matches.
-        override_window: how a limit that a request brings is counted: None for a token bucket.
-        override_consistency: how far its bucket is shared.
-        override_charge: which of its hits count.
-        all_or_nothing: the domains in which a request that is denied is charged nothing.
-        http_mappings: by domain, how descriptors are made of HTTP requests.
-        default_domain: whose mapping is for requests that name no domain; "" for none.
+        default_rule: the rule for every descriptor, of any domain, that no other rule matches.
+        override_window: the window of overrides (limits in requests); None for a token bucket.
+        override_consistency: how overrides are shared.
+        override_charge: which hits of overrides count.
+        all_or_nothing: the domains in which a denied request is charged nothing.
+        http_mappings: by domain, how descriptors are made from HTTP requests.
+        default_domain: the domain for HTTP requests that name none; "" for none.
     """
 
     domains: Mapping[str, RuleNode] = field(default_factory=dict)
-    unruled: Rule | None = None
+    default_rule: Rule | None = None
     override_window: Window | None = None
     override_consistency: Consistency = Consistency.EVENTUAL
     override_charge: Charge = Charge.ADMITTED
@@ -223,22 +228,23 @@ class Rules:
     default_domain: str = ""
 
     digest: int = field(init=False, compare=False)
-    """Of 64 bits, never 0; equal on replicas on which the same takes amount to the same."""
+    """64 bits, never 0. Equal on replicas whose rules treat equal takes alike."""
     has_strict: bool = field(init=False, compare=False)
-    """Whether one of them is strict. Like the digest it is found out where rules are read, and at hand where they are
-    put in force: in between two requests."""
+    """True if a rule is strict. Computed here, in the thread that reads the rules, so that putting them in force is
+    quick.
+    """
     names: Mapping[tuple[str, str], None] = field(init=False, compare=False)
-    """Domain and name of each rule, as metrics label it; found out there, too, so that no scrape has to."""
+    """Domain and name of each rule, as metrics label it. Computed here for the same reason."""
 
     def __post_init__(self) -> None:
-        # A sum, in which the order of rules does not matter: to sort 20,000 would keep Python's lock for 5 ms.
+        # A sum does not depend on the order of rules. Sorting 20,000 would hold Python's lock for 5 ms.
         digest = hash64(f"{self.override_window} {self.override_consistency}".encode())
         has_strict = False
         names: dict[tuple[str, str], None] = {}
         for domain, rule in self._by_domain():
             names[domain, rule.name] = None
             if rule.consistency is not Consistency.LOCAL:
-                digest += hash64(f"{rule.name} {rule.form} {rule.limit}".encode())
+                digest += hash64(f"{rule.name} {rule.bucket_type} {rule.limit}".encode())
             if rule.consistency is Consistency.STRICT:
                 has_strict = True
         object.__setattr__(self, "digest", digest % 2**64 or 1)
@@ -246,23 +252,23 @@ class Rules:
         object.__setattr__(self, "names", names)
 
     def match(self, domain: str, entries: Sequence[tuple[str, str]]) -> Match | None:
-        """The rule for one descriptor; None when it is not limited."""
+        """The match for one descriptor; None when it is not limited."""
         levels = self.walk(domain, entries)
         rule = _rule_of_levels(levels, entries)
         if rule is not None:
             return _match_of_levels(domain, levels, rule)
-        if self.unruled is not None:
-            key_entries = [KeyEntry(UNRULED, bounded(key), bounded(value)) for key, value in entries]
-            key = encode_bucket_key(self.unruled.form, bounded(domain), key_entries)
-            return Match(self.unruled, key, self.unruled.name)
+        if self.default_rule is not None:
+            key_entries = [KeyEntry(DEFAULT_RULE, bounded(key), bounded(value)) for key, value in entries]
+            key = encode_bucket_key(self.default_rule.bucket_type, bounded(domain), key_entries)
+            return Match(self.default_rule, key, self.default_rule.name)
         return None
 
     def override(self, domain: str, entries: Sequence[tuple[str, str]], requests: int, unit: Unit) -> Match | None:
-        """The rule for a descriptor that brings its own limit; None when the domain has no rules.
+        """The match for a descriptor that brings its own limit (an override); None when the domain has no rules.
 
-        Windows are counted by the unit, whatever the limit, as in envoyproxy/ratelimit: a lower limit finds what is
-        already used, also by requests that bring none, where the descriptor's rule is of the same unit. A token bucket
-        has a rate, so each limit has one of its own.
+        With windows the bucket depends on the unit alone, as in envoyproxy/ratelimit. So overrides with different
+        limits count together, and also with requests without override if the descriptor's rule has the same unit. With
+        token buckets each limit has a bucket of its own, since the rate differs.
         """
         if domain not in self.domains:
             return None
@@ -270,7 +276,7 @@ class Rules:
         if self.override_window is not None:
             levels = self.walk(domain, entries)
             beside = _rule_of_levels(levels, entries)
-            # The value, not the pattern, names the counter of such a limit; they can be the same text.
+            # An override counts by the value, not by the pattern; the two can be the same text.
             if (
                 beside is not None
                 and beside.unit is unit
@@ -284,10 +290,10 @@ class Rules:
         key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
         counted = requests if self.override_window is None else 0
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
-        return Match(rule, encode_bucket_key(rule.form, domain, key_entries), rule.name, is_override=True)
+        return Match(rule, encode_bucket_key(rule.bucket_type, domain, key_entries), rule.name, is_override=True)
 
     def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[Level]:
-        """How the entries were matched, as far as they were: fewer levels than entries when one was not."""
+        """How the entries were matched. There are fewer levels than entries when an entry did not match."""
         levels: list[Level] = []
         node = self.domains.get(domain)
         for key, value in entries:
@@ -301,9 +307,10 @@ class Rules:
         return levels
 
     def in_order(self, domain: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Pairs that come without an order, in one in which a rule matches all of them: at each level the first that
-        leads there counts, by key. When there is none, or it is not found in `MAX_ORDER_TRIES`, they are in order of
-        their keys.
+        """Order pairs that come without an order, so that a rule matches all of them.
+
+        At each level the first pair by key that leads to a rule is used. The pairs are in order of their keys when
+        there is no such order, or it is not found within `MAX_ORDER_TRIES`.
         """
         by_key = sorted(pairs)
         root = self.domains.get(domain)
@@ -311,24 +318,24 @@ class Rules:
         return by_key if found is None else found
 
     def rule_of_key(self, bucket_key: bytes) -> Rule | None:
-        """The rule whose bucket has that name; None when no such rule is in force here.
+        """The rule whose bucket has this key; None when no such rule is in force here.
 
         Raises:
-            ValueError: not a bucket's name.
+            ValueError: not a bucket key.
         """
-        form, domain, key_entries = decode_bucket_key(bucket_key)
-        if form & OVERFLOW:
+        bucket_type, domain, key_entries = decode_bucket_key(bucket_key)
+        if bucket_type & OVERFLOW:
             if not is_overflow_key(bucket_key):
                 return None
             if key_entries and key_entries[-1].kind == WILDCARD_VALUE:
-                # Its number.
+                # The number of the overflow bucket.
                 key_entries.pop()
         if not key_entries:
             return None
         if key_entries[-1].kind == OVERRIDE_LIMIT:
             rule = self._override_rule_of(domain, key_entries[-1])
-        elif all(entry.kind == UNRULED for entry in key_entries):
-            rule = self.unruled
+        elif all(entry.kind == DEFAULT_RULE for entry in key_entries):
+            rule = self.default_rule
         else:
             node = self.domains.get(domain)
             for kind, key, value in key_entries:
@@ -336,18 +343,18 @@ class Rules:
                     return None
                 node = _child(node, kind, key, value)
             rule = node.rule if node is not None else None
-        return rule if rule is not None and rule.form | OVERFLOW == form | OVERFLOW else None
+        return rule if rule is not None and rule.bucket_type | OVERFLOW == bucket_type | OVERFLOW else None
 
     def replicated_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket whose consumption peers tell each other; None when there is no such rule here."""
+        """The limit of a replicated bucket; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.EVENTUAL)
 
     def local_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket that this replica shares with nobody; None when there is no such rule here."""
+        """The limit of a bucket that is not replicated; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.LOCAL)
 
     def strict_limit_of_key(self, bucket_key: bytes) -> AnyLimit | None:
-        """The limit of a bucket of which peers pay each other tokens; None when there is no such rule here."""
+        """The limit of a strict bucket; None when there is no such rule here."""
         return self._limit_of_key(bucket_key, Consistency.STRICT)
 
     def __iter__(self) -> Iterator[Rule]:
@@ -356,7 +363,7 @@ class Rules:
             yield rule
 
     def _by_domain(self) -> Iterator[tuple[str, Rule]]:
-        """The `unruled` limit is of no domain: ""."""
+        """The `default_rule` has the domain ""."""
         for domain, root in self.domains.items():
             nodes = [root]
             while nodes:
@@ -364,8 +371,8 @@ class Rules:
                 nodes += node.children
                 if node.rule is not None:
                     yield domain, node.rule
-        if self.unruled is not None:
-            yield "", self.unruled
+        if self.default_rule is not None:
+            yield "", self.default_rule
 
     def _limit_of_key(self, bucket_key: bytes, consistency: Consistency) -> AnyLimit | None:
         rule = self.rule_of_key(bucket_key)
@@ -401,7 +408,7 @@ def limit_of_rate(
     if window is not None:
         return WindowLimit(requests, period_us, window)
     capacity = requests if burst is None else burst
-    # What holds nothing need not refill.
+    # A limit of 0 needs a rate, too, but has no capacity.
     return Limit(requests or 1, period_us, capacity if requests else 0, max_debt)
 
 
@@ -417,7 +424,7 @@ def _descend(node: RuleNode, key: str, value: str) -> Level | None:
             pattern, node_of_pattern = found
             return Level(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
     if joined is not None:
-        # Also a key that holds the wildcard itself is one to look for alone.
+        # A key with a wildcard, without value, is looked up literally.
         deeper = joined.node_of(key)
         if deeper is not None:
             return Level(PATTERN, key, value, key, deeper, is_joined=True)
@@ -430,7 +437,7 @@ def _is_pattern_itself(level: Level) -> bool:
 
 
 def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
-    """The node that an entry of a bucket's name leads to."""
+    """The node that an entry of a bucket key leads to."""
     if kind == EXACT:
         return node.exact.get((key, value))
     if kind == KEY_ONLY:
@@ -438,7 +445,7 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
     if kind == PATTERN:
         wildcards = node.wildcards.get(key)
         return wildcards.node_of(value) if wildcards is not None else None
-    # The pattern before it has led to the node already.
+    # The PATTERN entry before it has led to the node already.
     return node if kind == WILDCARD_VALUE else None
 
 
@@ -448,10 +455,10 @@ def _rule_of_levels(levels: Sequence[Level], entries: Sequence[tuple[str, str]])
 
 
 def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
-    bucket_key = bucket_key_head(rule.form, domain)
+    bucket_key = bucket_key_head(rule.bucket_type, domain)
     for level in levels:
         if level.is_joined:
-            # What callers choose comes after the pattern, also where the values of a key share one bucket.
+            # Key and value of the caller follow the pattern; the value is empty if all values share one bucket.
             value = "" if level.node.shares_bucket else bounded(level.value)
             bucket_key += entry_bytes(PATTERN, JOINED, level.pattern)
             bucket_key += entry_bytes(WILDCARD_VALUE, bounded(level.key), value)
@@ -478,8 +485,10 @@ def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
 
 
 def _order(node: RuleNode, left: list[tuple[str, str]], tries: list[int]) -> list[tuple[str, str]] | None:
-    """Args:
-    tries: how many are left, counted down in here.
+    """Find an order of `left` in which a rule matches; see `Rules.in_order`.
+
+    Args:
+        tries: a list of one number, the tries that are left, which is counted down.
     """
     if not left:
         return [] if node.rule is not None else None

@@ -1,4 +1,4 @@
-"""What holds for every answer, whichever rule it comes from: the process-wide settings of envoyproxy/ratelimit."""
+"""Settings of the whole process, for every answer, whichever rule it comes from: those of envoyproxy/ratelimit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class ResponseHeaders:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What holds for all rules of a sidecar.
+    """The settings for all rules of a sidecar.
 
     Args:
-        shadow_mode: the overall code is always OK.
-        quota_mode: every rule is in quota mode.
+        shadow_mode: True if the overall code is always OK.
+        quota_mode: True if every rule is in quota mode.
         near_limit_ratio: hits above this part of a limit count as near it; 0 to 1.
         response_headers: None for none.
-        all_limits: every answer tells of all limits that the request met, in RateLimit-Policy and RateLimit.
-        dynamic_metadata: answers carry what was asked and the metadata of the rules that passed.
+        all_limits: True if every answer has all limits of the request, in RateLimit-Policy and RateLimit.
+        dynamic_metadata: True if answers have metadata about the request and of the rules that admitted.
     """
 
     shadow_mode: bool = False

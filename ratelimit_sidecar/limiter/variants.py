@@ -12,14 +12,14 @@ from ratelimit_sidecar.limiter.wildcard import WildcardSet
 _K = TypeVar("_K")
 
 
-def alone(rules: Rules) -> Rules:
-    """For one replica that is asked everything: each limit is whole, and shared with nobody."""
+def made_local(rules: Rules) -> Rules:
+    """Make every rule local, for one replica that decides everything by itself."""
     changed = changed_rules(rules, lambda rule: replace(rule, consistency=Consistency.LOCAL))
     return replace(changed, override_consistency=Consistency.LOCAL)
 
 
-def enforced(rules: Rules) -> Rules:
-    """With none in shadow mode."""
+def without_shadow_mode(rules: Rules) -> Rules:
+    """Take every rule out of shadow mode."""
     return changed_rules(rules, lambda rule: replace(rule, shadow_mode=False))
 
 
@@ -27,7 +27,7 @@ def changed_rules(rules: Rules, change: Callable[[Rule], Rule]) -> Rules:
     return replace(
         rules,
         domains=_changed_nodes(rules.domains, change),
-        unruled=None if rules.unruled is None else change(rules.unruled),
+        default_rule=None if rules.default_rule is None else change(rules.default_rule),
     )
 
 

@@ -1,8 +1,8 @@
-"""Values with wildcards: `foo*`, `*bar`, `a*b*c`. The first in file order that fits wins.
+"""Patterns with wildcards: `foo*`, `*bar`, `a*b*c`. The first in file order that fits wins.
 
-Compiled for look-up by the texts before the first `*` and after the last one: what a value costs depends on how many
-different pairs of lengths such texts have and on how many patterns share both of the value's, not on how many patterns
-there are.
+Patterns are looked up by the texts before the first `*` and after the last one. So the cost of a look-up depends on the
+number of different lengths of these texts, and on the number of patterns that share both texts, not on the number of
+all patterns.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class WildcardSet(Generic[T]):
-    """Patterns, each with something that belongs to it; `find` gives the first that fits a value.
+    """A set of patterns, each with an item. `find` returns the first that fits a value.
 
     Args:
-        patterns: in file order; each has at least one `*`, which stands for any text, also none.
+        patterns: in file order; each has at least one `*`, which stands for any text, the empty one included.
     """
 
     def __init__(self, patterns: Iterable[tuple[str, T]]) -> None:
@@ -33,12 +33,12 @@ class WildcardSet(Generic[T]):
         self._lengths = sorted({(len(first), len(last)) for first, last in self._by_ends})
 
     def node_of(self, pattern: str) -> T | None:
-        """What belongs to a pattern, by its text."""
+        """The item of a pattern, by the pattern's text."""
         return self._by_pattern.get(pattern)
 
     def find(self, value: str) -> tuple[str, T] | None:
-        """The first pattern that fits the whole of `value`, and what belongs to it. A value that is itself the text of
-        one means that one, as in envoyproxy/ratelimit.
+        """The first pattern that fits the whole of `value`, and its item. A value that is itself the text of a pattern
+        finds that one, as in envoyproxy/ratelimit.
         """
         if WILDCARD in value:
             itself = self._by_pattern.get(value)
@@ -59,9 +59,9 @@ class WildcardSet(Generic[T]):
 
 
 def _has_in_order(value: str, at: int, end: int, texts: list[str]) -> bool:
-    """Whether `texts` stand one after the other in `value` from `at` to `end`.
+    """Whether `texts` occur one after the other in `value` between `at` and `end`.
 
-    Leftmost finds suffice: a text between two wildcards that fits anywhere also fits at its first place.
+    Taking the leftmost occurrence of each is enough: if a text fits anywhere, it also fits there.
     """
     for text in texts:
         found = value.find(text, at, end)

@@ -1,11 +1,11 @@
-"""A snapshot of all buckets as bytes: what they hold, told as a peer would be told it.
+"""A snapshot of all buckets (but strict ones) as bytes: their state, as a peer would send it.
 
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
-The first record is a Header, the last an End, and those between are Deltas of the replication protocol: a node that
-starts again hears from its file what a peer would tell it, with the same checks, and joins it as idempotently. What it
-took in its last life stays that life's, since it is another origin now. Numbers are little-endian; the checksum is of
-kind, length and payload.
+The first record is a Header, the last an End, and those between are Deltas of the replication protocol. A node that
+starts joins them as if a peer had sent them, with the same checks, so reading a file twice does no harm. Takes of its
+last life keep their origin, since it has a new one now. Numbers are little-endian; the checksum is of kind, length and
+payload.
 """
 
 from __future__ import annotations
@@ -31,41 +31,42 @@ MAGIC: Final = b"rlsidec\x01"
 
 HEADER: Final = 1
 REPLICATED: Final = 2
-"""Deltas of buckets that peers know."""
+"""Deltas of replicated buckets."""
 LOCAL: Final = 3
-"""Deltas of buckets of this replica alone."""
+"""Deltas of buckets that are not replicated."""
 END: Final = 4
 
 RECORD_BUCKETS: Final = 256
 RECORD_ENTRIES: Final = 4_096
 MAX_RECORD_BYTES: Final = 64 * 1_024 * 1_024
-"""Far above what is written, which the longest names of 256 buckets bound."""
+"""Far above the records that are written, which the longest keys of 256 buckets bound."""
 
 _HEAD: Final = struct.Struct("<BII")
 
 
 class BadSnapshot(Exception):
-    """Bytes that are no whole snapshot; its text says why, and completes "the snapshot ..."."""
+    """The bytes are no complete snapshot. The text says why, and completes "the snapshot ..."."""
 
 
 @dataclass(slots=True)
-class Written:
-    """What a snapshot has come to so far."""
+class SnapshotSize:
+    """The size of a snapshot so far."""
 
     buckets: int = 0
     bytes: int = 0
 
 
-def snapshot(store: Store, begun_at_us: int, written: Written) -> Iterator[bytes]:
-    """The snapshot of a store that may change meanwhile, in pieces, some of them empty: after each of them others may
-    have their turn. A bucket is told of as it is when its turn comes, so what is taken later may be missing.
+def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[bytes]:
+    """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
+
+    The state of a bucket is that of its piece, so later takes may be missing.
 
     Args:
-        written: is filled in.
+        size: updated with each piece.
     """
-    yield _counted(MAGIC, written)
+    yield _counted(MAGIC, size)
     header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=begun_at_us)
-    yield _counted(_record(HEADER, header.SerializeToString()), written)
+    yield _counted(_record(HEADER, header.SerializeToString()), size)
     writers = {kind: DeltasWriter(store.origin) for kind in (REPLICATED, LOCAL)}
     pace = Pace()
     for bucket in store.walk():
@@ -74,28 +75,28 @@ def snapshot(store: Store, begun_at_us: int, written: Written) -> Iterator[bytes
         base = bucket.telling_base
         if not entries and base is None:
             continue
-        written.buckets += 1
+        size.buckets += 1
         for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
             writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
-                yield _counted(_record(kind, writers[kind].payload()), written)
+                yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
         if pace.ends_piece(len(entries)):
             yield b""
     for kind, writer in writers.items():
         if writer.keys:
-            yield _counted(_record(kind, writer.payload()), written)
-    yield _counted(_record(END, End(buckets=written.buckets).SerializeToString()), written)
+            yield _counted(_record(kind, writer.payload()), size)
+    yield _counted(_record(END, End(buckets=size.buckets).SerializeToString()), size)
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A snapshot that is whole.
+class SnapshotInfo:
+    """A complete snapshot.
 
     Args:
-        origin: who wrote it.
-        begun_at_us: when, by the clock of then.
-        buckets: in it.
+        origin: the origin that wrote it.
+        begun_at_us: when it was started, by the clock of that time.
+        buckets: the number of buckets in it.
     """
 
     origin: Origin
@@ -103,11 +104,11 @@ class Checked:
     buckets: int
 
 
-def check(file: BinaryIO) -> Checked:
-    """Read all of a snapshot and see whether it is whole; leaves the file at its end.
+def check(file: BinaryIO) -> SnapshotInfo:
+    """Read all of a snapshot and check that it is complete. The file is at its end then.
 
     Raises:
-        BadSnapshot: it is not, or of another format.
+        BadSnapshot: it is incomplete, or of another format.
         OSError: it cannot be read.
     """
     magic = file.read(len(MAGIC))
@@ -127,14 +128,14 @@ def check(file: BinaryIO) -> Checked:
             elif kind == END:
                 if file.read(1):
                     raise BadSnapshot("goes on after its end")
-                return Checked(origin, begun_at_us, End.FromString(payload).buckets)
+                return SnapshotInfo(origin, begun_at_us, End.FromString(payload).buckets)
         except (DecodeError, ProtocolError) as error:
             raise BadSnapshot(f"has a record that is none: {error}") from error
     raise BadSnapshot("is cut short")
 
 
 def records_again(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The records of a snapshot that was checked: their kind and payload.
+    """The records of a snapshot that was checked: kind and payload.
 
     Raises:
         BadSnapshot: it has changed meanwhile.
@@ -145,12 +146,12 @@ def records_again(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where a snapshot goes.
+class RestoreTarget:
+    """Where a snapshot is restored to.
 
     Args:
-        origin: who wrote it.
-        local_limit_of_key: for buckets of this replica alone.
+        origin: the origin that wrote it.
+        local_limit_of_key: the limits of buckets that are not replicated.
     """
 
     store: Store
@@ -158,14 +159,14 @@ class Target:
     local_limit_of_key: LimitOfKey
 
 
-def restore(kind: int, payload: bytes, to: Target, now_us: int) -> Iterator[int]:
-    """Join a record, in pieces.
+def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterator[int]:
+    """Join a record into the store, in pieces.
 
     Yields:
-        The slot entries joined in the piece.
+        The number of entries joined in the piece.
 
     Raises:
-        BadSnapshot: it is not as the protocol has it; what comes before in it has been joined.
+        BadSnapshot: it breaks the protocol. The entries before that point have been joined.
     """
     if kind not in (REPLICATED, LOCAL):
         return
@@ -173,7 +174,7 @@ def restore(kind: int, payload: bytes, to: Target, now_us: int) -> Iterator[int]
     local = to.local_limit_of_key if kind == LOCAL else None
     try:
         for applied in reader.apply(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
-            # What is not believed of a snapshot is no peer's word.
+            # These counts are for data of peers, not of a snapshot.
             to.store.journal.refused.clear()
             yield applied.entries
     except (DecodeError, ProtocolError) as error:
@@ -203,6 +204,6 @@ def _checksum(kind: int, payload: bytes) -> int:
     return crc32(payload, crc32(bytes((kind,)) + len(payload).to_bytes(4, "little")))
 
 
-def _counted(piece: bytes, written: Written) -> bytes:
-    written.bytes += len(piece)
+def _counted(piece: bytes, size: SnapshotSize) -> bytes:
+    size.bytes += len(piece)
     return piece

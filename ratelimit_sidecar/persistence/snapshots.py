@@ -1,8 +1,8 @@
-"""Snapshots in a file: one every few seconds, one at the stop, and the last one read at the start.
+"""Snapshots in a file: one every few seconds and one at the stop; the last one is read at the start.
 
 The event loop makes them in short pieces, and a thread writes and reads the file, so no request waits for the disk. A
-new snapshot takes the place of the old one when it is whole and on the disk (write, fsync, rename). A file that is
-torn, damaged or of a newer format is set aside, and the start goes on without it.
+new snapshot replaces the old one once it is complete and on the disk (write, fsync, rename). A file that is incomplete,
+damaged or of a newer format is renamed, and the start goes on without it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import structlog
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.snapshot import (
     BadSnapshot,
-    Checked,
-    Target,
-    Written,
+    RestoreTarget,
+    SnapshotInfo,
+    SnapshotSize,
     check,
     records_again,
     restore,
@@ -32,16 +32,16 @@ from ratelimit_sidecar.persistence.snapshot import (
 )
 
 NEW: Final = ".new"
-"""Added to the file's name while it is written."""
+"""Added to the file's name while it is being written."""
 ASIDE: Final = ".unreadable"
-"""Added to the name of a file that was set aside."""
+"""Added to the name of a file that cannot be used."""
 LOCK: Final = ".lock"
 
 PIECE_SECONDS: Final = 0.000_3
-"""What the loop spends on a snapshot in one go: some 25 buckets."""
+"""How long the loop works on a snapshot at a time: about 25 buckets."""
 
 LOOP_SHARE: Final = 0.05
-"""Of the loop's time, at most; a snapshot of a million buckets takes some minutes then."""
+"""The largest part of the loop's time for a snapshot. One of a million buckets takes some minutes then."""
 
 WRITE_BYTES: Final = 256 * 1_024
 
@@ -49,20 +49,20 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class StateError(Exception):
-    """The file cannot be this process's; its text says which and why."""
+    """This process cannot use the file; the text says which one and why."""
 
 
 @dataclass(slots=True)
 class SnapshotStatus:
-    """What metrics and the console show.
+    """The state of snapshots, for metrics and the console.
 
     Args:
         taken: snapshots written since the start.
-        failed: that could not be.
-        restored_buckets: told of by the snapshot that was read at the start.
-        buckets, bytes: of the last one, written or read.
-        last_us: when the last one was begun, microseconds since the epoch; None when there is none.
-        degraded_reason: why the last attempt failed; "" when it did not.
+        failed: snapshots that could not be written.
+        restored_buckets: in the snapshot that was read at the start.
+        buckets, bytes: of the last snapshot written or read.
+        last_us: when the last one was started, microseconds since the epoch; None without one.
+        degraded_reason: why the last attempt failed; "" if it did not.
     """
 
     taken: int = 0
@@ -75,11 +75,12 @@ class SnapshotStatus:
 
 
 class Snapshots:
-    """Call `lock` and `load` before `run`, and `save` at the end.
+    """Writes the snapshots of one store to a file, and reads them. Call `lock` and `load` before `run`, and `save` at
+    the end.
 
     Args:
-        local_limit_of_key: as `Rules.local_limit_of_key`, of the rules in force.
-        every_seconds: the least between the beginnings of two snapshots.
+        local_limit_of_key: as `Rules.local_limit_of_key`, for the rules in force.
+        every_seconds: the interval of snapshots.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Snapshots:
         self._saving = asyncio.Lock()
 
     def lock(self) -> None:
-        """Take the file for this process.
+        """Lock the file for this process.
 
         Raises:
             StateError: another process has it, or its folder cannot be written to.
@@ -117,10 +118,10 @@ class Snapshots:
         self._lock = lock
 
     async def load(self) -> None:
-        """Join what the file holds, in pieces, while requests may be answered.
+        """Join the snapshot in the file, in pieces, while requests may be answered.
 
-        A file with which that fails, for whatever reason, is set aside: the next snapshot, which holds less, must not
-        take its place.
+        If that fails for whatever reason, the file is renamed, so that the next snapshot, which has less, does not
+        replace it.
         """
         try:
             await self._load()
@@ -139,7 +140,7 @@ class Snapshots:
             return
         file, checked = opened
         entries = 0
-        to = Target(self._store, checked.origin, self._local_limit_of_key)
+        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         with file:
             records = records_again(file)
             while (record := await asyncio.to_thread(next, records, None)) is not None:
@@ -149,23 +150,23 @@ class Snapshots:
         _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries)
 
     async def run(self) -> None:
-        """Save every now and then, for ever."""
+        """Save a snapshot at each interval, for ever."""
         while True:
             await asyncio.sleep(self._every_seconds)
             await self.save()
 
     async def save(self, *, at_once: bool = False) -> None:
-        """Write a snapshot. What goes wrong with the file is logged when it is something else than the last time.
+        """Write a snapshot. An error with the file is logged if it differs from the last one.
 
         Args:
-            at_once: without leaving time to requests, at the stop.
+            at_once: True at the stop, to leave no time to requests.
         """
         async with self._saving:
             begun_us = self._now_us()
-            written = Written()
+            size = SnapshotSize()
             new = _beside(self._path, NEW)
             try:
-                await self._write(new, snapshot(self._store, begun_us, written), at_once=at_once)
+                await self._write(new, snapshot(self._store, begun_us, size), at_once=at_once)
             except OSError as error:
                 self.status.failed += 1
                 self._fail("snapshot_failed", error)
@@ -177,8 +178,8 @@ class Snapshots:
                 _log.info("snapshot_written_again", file=str(self._path))
             status.taken += 1
             status.buckets, status.bytes, status.last_us, status.degraded_reason = (
-                written.buckets,
-                written.bytes,
+                size.buckets,
+                size.bytes,
                 begun_us,
                 "",
             )
@@ -226,7 +227,7 @@ class Snapshots:
 
 
 async def _in_turns(pieces: Iterator[int]) -> int:
-    """Go through all of them, giving others a turn after each `PIECE_SECONDS`; returns their sum."""
+    """Run through the pieces, and let other tasks run after each `PIECE_SECONDS`. Returns the sum of the pieces."""
     total = 0
     began = time.perf_counter()
     for piece in pieces:
@@ -241,7 +242,7 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def _open_checked(path: Path) -> tuple[BinaryIO, Checked] | None:
+def _open_checked(path: Path) -> tuple[BinaryIO, SnapshotInfo] | None:
     """None when there is no file."""
     try:
         file = path.open("rb")
@@ -255,12 +256,12 @@ def _open_checked(path: Path) -> tuple[BinaryIO, Checked] | None:
 
 
 def _create(path: Path) -> BinaryIO:
-    """For its owner alone: values of requests are in it."""
+    """Create the file, readable for its owner alone: it contains values of requests."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
 
 
 def _put_in_place(file: BinaryIO, new: Path, path: Path) -> None:
-    """Make the new file last, and its name too."""
+    """Replace the old file by the new one, and have both the file and its name on the disk."""
     file.flush()
     os.fsync(file.fileno())
     new.replace(path)

@@ -158,7 +158,7 @@ class Connections:
     def _forget(self, node: str) -> None:
         del self.peers[node]
         if self._purses is not None:
-            self._purses.forget(node)
+            self._purses.hear(node, None)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

@@ -61,8 +61,6 @@ class Reason(StrEnum):
     """Not the name of a bucket."""
     BAD_BASE = "bad_base"
     BAD_SLOT = "bad_slot"
-    BAD_PAYMENT = "bad_payment"
-    """An ask or a payment with an amount out of its range."""
     BAD_DIGEST = "bad_digest"
     """A comparison with a number out of its range, or of another number of sums than it must have."""
     TOO_FAST = "too_fast"

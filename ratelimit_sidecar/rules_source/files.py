@@ -1,14 +1,14 @@
-"""Rules files and folders that are read again when what they say changes.
+"""Rules files and folders, which are read again when their content changes.
 
-Two things notice a change. The kernel (inotify, through watchfiles) tells within a moment that something happened in a
-folder that matters: one in which an entry decides which text is read. Those are the folders of rules themselves, and
-the parent of every file, folder and symbolic link on the way, so an editor's rename and Kubernetes' swap of `..data`
-are seen. And every `CHECK_SECONDS` the files are looked at anyway: network and some overlay file systems send no
-events, a process may be out of inotify instances, and a folder further up may be moved.
+Two things notice a change. The kernel (inotify, through watchfiles) reports at once that something happened in a folder
+whose entries decide which text is read. These are the folders of rules themselves, and the parent of every file, folder
+and symbolic link on the way. So an editor's rename and Kubernetes' swap of `..data` are noticed. And every
+`CHECK_SECONDS` the files are checked anyway: network and some overlay file systems send no events, a process may be out
+of inotify instances, and a folder further up may be moved.
 
-Either is only a hint: whether there is something to do is decided by the text. The look comes after the watch has
-begun, so nothing that happens in between is missed (`watchfiles.awatch` would not say when that is, hence its backend
-is used, as its documentation allows); and equal text (a `touch`, the noise of a busy folder) is left alone.
+Both are only hints. The text decides whether rules are loaded; equal text (after a `touch`) is ignored. The files are
+checked after the watch has started, so no change in between is missed. (`watchfiles.awatch` does not say when it has
+started; so its backend is used, as its documentation allows.)
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ from ratelimit_sidecar.rules_source.reloader import Reloader
 CHECK_SECONDS = 30.0
 
 QUIET_MS = 100
-"""A change is over when nothing has happened for so long: a file is written in several steps, a folder file by file."""
+"""A change is complete when nothing has happened for this long: files are written in several steps, folders file by
+file.
+"""
 
 MAX_QUIET_MS = 1_000
-"""Where something always happens, a change is taken to be over after so long."""
+"""If something happens all the time, a change counts as complete after this long."""
 
 _MAX_LINKS = 40
-"""On the way to one file; the kernel follows no more either (path_resolution(7))."""
+"""The most symbolic links on the way to one file; the kernel follows no more either (path_resolution(7))."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was there at one moment.
+    """The files at one moment.
 
     Args:
-        texts: a digest of every file's text, or why it has none, by path.
-        folders: those that are worth watching.
+        texts: by path, a digest of every file's text, or the reason why it cannot be read.
+        folders: the folders to watch.
     """
 
     texts: Mapping[Path, str]
@@ -60,11 +62,11 @@ class Look:
 
 
 class RulesFiles:
-    """Watches files of rules, and gives a reloader what they say.
+    """Watches rules files, and has a reloader load them when they change.
 
     Args:
         paths: as `config.rules_file.load_rules` takes them.
-        read: reads them; raises ConfigError when they cannot be used.
+        read: reads them; raises ConfigError if they cannot be used.
     """
 
     def __init__(
@@ -74,63 +76,66 @@ class RulesFiles:
         self._read = read
         self._check_ms = int(check_seconds * 1_000)
         self._known: Mapping[Path, str] = {}
-        """The texts at the newest attempt to load them."""
-        self._emptied: list[Path] = []
-        """Folders that had files before, and had none then."""
-        self._filled: set[Path] = set()
-        """Folders in which files were found."""
+        """The texts at the last attempt to load them."""
+        self._emptied_folders: list[Path] = []
+        """Folders that had files once, and had none at the last attempt."""
+        self._known_folders: set[Path] = set()
+        """Folders that had files once."""
         self._is_asked = False
         self._woken = threading.Event()
 
     def read_first(self) -> Rules:
-        """The rules to start with.
+        """Read the rules for the start.
 
         Raises:
             ConfigError: they cannot be used.
         """
-        # Before they are read, so that a change meanwhile is one.
+        # Look first, so that a change while reading is noticed.
         self._note(look_at(self._paths).texts)
         return self._read()
 
     def _note(self, texts: Mapping[Path, str]) -> None:
         self._known = texts
-        self._filled.update(file.parent for file in texts)
+        self._known_folders.update(file.parent for file in texts)
         there = texts.keys() | {file.parent for file in texts}
-        self._emptied = [path for path in self._paths if path in self._filled and path not in there]
+        self._emptied_folders = [path for path in self._paths if path in self._known_folders and path not in there]
 
     def _read_again(self) -> Rules:
-        """As `read`; a folder may have been empty from the start, but may not become so: that all its limits are gone
-        is more likely a mishap."""
-        if self._emptied:
+        """Read the rules, unless a folder has lost all its files: that is more likely an accident than intended. A
+        folder that was empty from the start is fine.
+        """
+        if self._emptied_folders:
             expected = "at least one file whose name ends in .yaml or .yml"
             fix = "to have no rules from now on, start the sidecar again"
             found = "no rules files any more"
-            raise ConfigError([Problem(str(path), None, None, "", found, expected, fix) for path in self._emptied])
+            raise ConfigError(
+                [Problem(str(path), None, None, "", found, expected, fix) for path in self._emptied_folders]
+            )
         return self._read()
 
     def ask(self) -> None:
-        """Have them loaded again although their text may be the same."""
+        """Load the rules again, even if their text is unchanged."""
         self._is_asked = True
         self._woken.set()
 
     async def run(self, reloader: Reloader) -> None:
-        """Load them whenever they have changed, until cancelled."""
+        """Load the rules whenever they have changed, until cancelled."""
         folders = (await self._look_at(reloader)).folders
         try:
             while True:
                 with self._watching(folders, reloader) as watch:
                     folders = await self._follow(folders, watch, reloader)
         finally:
-            # The thread that waits outlives its task otherwise.
+            # Wake the waiting thread, which would outlive its task.
             self._woken.set()
 
     @contextmanager
     def _watching(self, folders: frozenset[Path], reloader: Reloader) -> Iterator[RustNotify | None]:
-        """Yields None when they cannot be watched."""
+        """Watch the folders; yields None if that is impossible."""
         watch: RustNotify | None = None
         try:
             watch = RustNotify(
-                # Told to ignore those that it may not watch, it would ignore all errors.
+                # With ignore_permission_denied it would ignore all errors.
                 [str(folder) for folder in folders if os.access(folder, os.R_OK)],
                 debug=False,
                 force_polling=False,
@@ -152,8 +157,8 @@ class RulesFiles:
                 watch.close()
 
     async def _follow(self, folders: frozenset[Path], watch: RustNotify | None, reloader: Reloader) -> frozenset[Path]:
-        """Load what has changed, until folders have to be watched anew, which are returned."""
-        must_begin_anew = False
+        """Load changes until the folders to watch are others; returns those."""
+        must_watch_anew = False
         while True:
             look = await self._look(reloader)
             if self._is_asked or look.texts != self._known:
@@ -161,12 +166,12 @@ class RulesFiles:
                 self._woken.clear()
                 self._note(look.texts)
                 await reloader.load(self._read_again)
-            if must_begin_anew or look.folders != folders:
+            if must_watch_anew or look.folders != folders:
                 return look.folders
-            must_begin_anew = await asyncio.to_thread(self._wait, watch, folders)
+            must_watch_anew = await asyncio.to_thread(self._wait, watch, folders)
 
     async def _look(self, reloader: Reloader) -> Look:
-        """What is there; if it is new, once it stays the same, since a file may be half written."""
+        """Look at the files. If they have changed, wait until they stay the same, since one may be half written."""
         look = await self._look_at(reloader)
         for _ in range(MAX_QUIET_MS // QUIET_MS):
             if look.texts == self._known:
@@ -178,18 +183,18 @@ class RulesFiles:
         return look
 
     async def _look_at(self, reloader: Reloader) -> Look:
-        return await reloader.patiently(lambda: look_at(self._paths))
+        return await reloader.read_in_thread(lambda: look_at(self._paths))
 
     def _wait(self, watch: RustNotify | None, folders: frozenset[Path]) -> bool:
-        """Until something has happened, or it is time to look anyway; runs in a thread.
+        """Wait until something happens, or it is time to check anyway; runs in a thread.
 
         Returns:
-            True when the watch must begin anew.
+            True if the watch must start anew.
         """
         if watch is None:
             self._woken.wait(self._check_ms / 1_000)
             self._woken.clear()
-            # What was missing may be there again.
+            # Watching may be possible again.
             return True
         try:
             happened = watch.watch(
@@ -197,24 +202,26 @@ class RulesFiles:
             )
         except WatchfilesRustInternalError as error:
             _log.warning("rules_watch_failed", error=str(error))
-            # An error that stays must not keep a processor busy.
+            # Wait, so that a lasting error does not keep a processor busy.
             self._woken.wait(MAX_QUIET_MS / 1_000)
             return True
         finally:
             self._woken.clear()
         if isinstance(happened, set):
-            # What happens to a folder itself may give its name to another one, which nobody watches.
+            # A folder itself has changed: its name may belong to another folder now, which is not watched.
             return any(Path(path) in folders for _, path in happened)
-        # Woken, it has forgotten what else has happened.
+        # "stop": when woken, the watch has lost other events.
         return happened == "stop"
 
 
 def look_at(paths: Iterable[Path]) -> Look:
-    """What is there now. What cannot be read is left out, or its error is its text: nobody is blamed here."""
+    """Look at the files now. Errors are no problem here: a file's error counts as its text, other errors are
+    left out.
+    """
     texts: dict[Path, str] = {}
     folders: set[Path] = set()
     for path in paths:
-        # What has been found until an error is enough to notice when it is gone.
+        # Ignore errors: what was found before one is enough to notice when the error goes away.
         with suppress(OSError):
             folders.update(_folders_on(path))
             files = [path]
@@ -229,14 +236,14 @@ def look_at(paths: Iterable[Path]) -> Look:
 
 def _digest(file: Path) -> str:
     try:
-        # More than that is refused, whatever it says.
+        # Larger files are refused, whatever their text.
         return hashlib.blake2b(read_regular_file(file, MAX_BYTES + 1)).hexdigest()
     except OSError as error:
         return str(error.strerror)
 
 
 def _folders_on(path: Path) -> Iterator[Path]:
-    """The folders that hold `path` and every symbolic link on the way to it."""
+    """The folders that contain `path` and every symbolic link on the way to it."""
     at = Path("/")
     steps = list(reversed(path.absolute().parts))
     links = 0
@@ -252,7 +259,7 @@ def _folders_on(path: Path) -> Iterator[Path]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there: its entries say when the rest comes."""
+    """The folder, or the nearest existing one above it, in which it would appear."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder

@@ -1,8 +1,8 @@
-"""The rules in force, and what became of the newest attempt to replace them.
+"""The rules in force, and the outcome of the newest attempt to replace them.
 
-Rules are read in a thread, and put in force by the event loop between two requests: a request is decided by the old
-rules or by the new ones. Whatever goes wrong with the new ones, the old ones stay, and why is remembered until an
-attempt succeeds. What the old ones leave behind is given back in a thread, too.
+Rules are read in a thread, and put in force by the event loop between two requests. So each request is decided by the
+old rules or by the new ones. If the new rules cannot be used, the old ones stay, and the reason is kept until an
+attempt succeeds. The old rules are freed in a thread, too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.threads import in_daemon_thread
 
-PATIENCE_SECONDS = 30.0
-"""What reading the rules may take before that is told of; 200,000 rules take less."""
+SLOW_READ_SECONDS = 30.0
+"""After this time reading the rules counts as slow, and is reported; 200,000 rules take less."""
 
 MAX_PROBLEMS_LOGGED = 20
-"""Of one attempt; a file in another format than YAML has thousands."""
+"""The most problems logged for one attempt; a file that is no YAML has thousands."""
 
 _Result = TypeVar("_Result")
 
@@ -38,8 +38,8 @@ class Loaded:
     """The rules in force.
 
     Args:
-        rules: how many.
-        version: as the source calls it; "" when it doesn't number them.
+        rules: the number of rules.
+        version: as the source calls it; "" if the source has no versions.
         at_us: when they were put in force, in microseconds since the epoch.
     """
 
@@ -65,10 +65,10 @@ class Reloader:
     """Puts rules in force, and remembers why newer ones are not.
 
     Args:
-        use_rules: puts rules in force, all at once; returns what those before leave behind, if anything.
+        use_rules: puts rules in force, all at once; returns what they replaced, to be freed, if anything.
         now_us: wall clock in microseconds.
         source: where the rules come from, for people.
-        loaded: the rules in force from the start; None when the source has yet to give any.
+        loaded: the rules in force from the start; None if the source has not given any yet.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Reloader:
     ) -> None:
         self.source = source
         self.degraded_reason = ""
-        """Why changes at the source may not be noticed at once; "" when they are. The source says so."""
+        """Why changes at the source may be noticed late; "" if they are not. Set by the source."""
         self.loads = {"success": 0, "error": 0}
         """Attempts since start, the first one included."""
         self.loaded: Loaded | None = None
-        """None while the source has given none."""
+        """None until the source has given rules."""
         self.has_rules = asyncio.Event()
-        """Set since the source has given some."""
+        """Set once the source has given rules."""
         self.rejected: Rejected | None = None
         """The newest attempt, if it failed."""
         self._use_rules = use_rules
@@ -92,7 +92,7 @@ class Reloader:
 
     @property
     def last_success_us(self) -> int | None:
-        """When the rules in force were put so."""
+        """When the rules in force were loaded."""
         return None if self.loaded is None else self.loaded.at_us
 
     async def load(self, read: Callable[[], Rules], version: str = "") -> Rejected | None:
@@ -102,16 +102,16 @@ class Reloader:
             read: runs in a thread, and raises ConfigError for rules that cannot be used.
 
         Returns:
-            None, or what is wrong with them; then those in force have stayed.
+            None, or why they were rejected; then the former rules stay in force.
         """
         try:
             with _without_collections():
-                rules, count = await self.patiently(lambda: _read_and_count(read))
+                rules, count = await self.read_in_thread(lambda: _read_and_count(read))
             retired = self._use_rules(rules)
         except ConfigError as error:
             self._note_rejection(version, error.problems)
         except Exception:
-            # A fault of this program in dealing with some rules must not end it: the next ones may be other.
+            # A bug that some rules trigger must not end the process: the next rules may work.
             _log.exception("rules_load_failed", source=self.source, version=version)
             self._note_rejection(version, [Problem(self.source, None, None, "", "what this program failed at")])
         else:
@@ -121,20 +121,22 @@ class Reloader:
                 await asyncio.to_thread(_give_back, retired)
         return self.rejected
 
-    async def patiently(self, work: Callable[[], _Result]) -> _Result:
-        """What reads the source, done in a thread. Where that takes too long, as on a network file system that hangs,
-        `degraded_reason` says so until it is done. Nothing else is read meanwhile: it would hang as well.
+    async def read_in_thread(self, work: Callable[[], _Result]) -> _Result:
+        """Run `work`, which reads the source, in a thread.
+
+        If it takes too long, as on a network file system that hangs, `degraded_reason` says so until it is done. Do not
+        read anything else meanwhile: it would hang as well.
 
         Raises:
             Exception: what `work` raises.
         """
         working = asyncio.ensure_future(in_daemon_thread("rules", work))
         try:
-            await asyncio.wait([working], timeout=PATIENCE_SECONDS)
+            await asyncio.wait([working], timeout=SLOW_READ_SECONDS)
             if not working.done():
                 former, self.degraded_reason = (
                     self.degraded_reason,
-                    f"reading them has taken more than {PATIENCE_SECONDS:g} s so far",
+                    f"reading them has taken more than {SLOW_READ_SECONDS:g} s so far",
                 )
                 _log.error(
                     "rules_not_read", source=self.source, why=self.degraded_reason, in_force="the rules from before"
@@ -144,7 +146,7 @@ class Reloader:
             return working.result()
         finally:
             working.cancel()
-            # An exception in it refers to this frame, by its traceback: a cycle, which nobody collects.
+            # An exception in it refers to this frame by its traceback: a reference cycle, which is never collected.
             del working
 
     def _note_success(self, version: str, count: int) -> None:
@@ -177,7 +179,9 @@ def _count(rules: Rules) -> int:
 
 
 def _give_back(retired: Retired) -> None:
-    """Bit by bit, as `config.reclamation` has it: between any two steps the loop can take Python's lock."""
+    """Free what was replaced in small steps (see `config.reclamation`), so that the loop can take Python's lock in
+    between.
+    """
     for owned in (retired.plans, retired.compiled, retired.counts):
         while owned:
             owned.popitem()
@@ -191,13 +195,11 @@ def _give_back(retired: Retired) -> None:
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """While rules are read in a thread: the garbage collector would look at all of them again and again without letting
-    go of Python's lock, for 220 ms at a time with 10,000 rules (measured).
+    """Suspend garbage collection while rules are read in a thread. It would hold Python's lock while it looks at all
+    new objects again and again, for 220 ms at a time with 10,000 rules (measured).
 
-    What garbage there is among young objects is collected before, a few thousand at most: it would be frozen.
-
-    Afterwards neither: what is alive by then most likely stays so (`gc.freeze`), and rules have no cycles, so that old
-    ones are freed all the same.
+    Garbage among young objects, a few thousand at most, is collected first, because `gc.freeze` keeps it. What is alive
+    at the end is frozen. Rules have no reference cycles, so old ones are freed without a collection.
     """
     is_collecting = gc.isenabled()
     if is_collecting:

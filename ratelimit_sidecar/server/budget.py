@@ -1,9 +1,9 @@
-"""What clients may take of a front end: connections, and memory for calls that are not complete.
+"""Bounds on what clients may use of a front end: connections, and memory for calls that are not complete.
 
-Each bound is a part of what is free, so that those who take much leave room for others, however many they are (dynamic
-thresholds, Choudhury and Hahne 1998): a connection may hold an eighth of the free memory, and all connections of one IP
-address half of it. An address may have as many connections as are free. So one address gets a third of the memory and
-half of the connections at most. All unix sockets are one address.
+Each bound is a part of what is free, so that clients who use much leave room for others, however many they are (dynamic
+thresholds, Choudhury and Hahne 1998). A connection may hold an eighth of the free memory, and all connections of one IP
+address half of it. An address may have as many connections as are free. So one address gets at most a third of the
+memory and half of the connections. All unix sockets together are one address.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Final
 
 CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
-"""Of what is free."""
+"""The connections of one address may hold half of the free memory, and one connection an eighth (`CONNECTION_PART`)."""
 
 
 class Budget:
-    """Memory that unfinished calls of all connections may hold.
+    """Counts the memory that unfinished calls of all connections hold.
 
     Args:
-        size: bytes.
+        size: the most bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -27,19 +27,19 @@ class Budget:
         self.held = 0
 
     def allows(self, connection_bytes: int, more: int) -> bool:
-        """Whether a connection may hold `connection_bytes` in all, `more` of them in addition to what is counted."""
+        """Whether a connection may hold `connection_bytes` in all, of which `more` are not counted yet."""
         return connection_bytes <= (self.size - self.held) // CONNECTION_PART
 
     def count(self, more: int) -> None:
-        """Note that so much more is held, or less."""
+        """Add `more` bytes to the count, or subtract if it is negative."""
         self.held += more
 
 
 class AddressBudget(Budget):
-    """What one IP address takes of the whole.
+    """The memory and connections of one IP address, as a part of the whole.
 
     Args:
-        address: its name in `Room`.
+        address: its name in `ConnectionLimiter`.
     """
 
     def __init__(self, whole: Budget, address: str) -> None:
@@ -59,12 +59,12 @@ class AddressBudget(Budget):
         self.whole.count(more)
 
 
-class Room:
-    """Who is connected.
+class ConnectionLimiter:
+    """Admits connections and hands out per-address memory budgets.
 
     Args:
-        connections: in all.
-        held_bytes: what their unfinished calls may hold in all.
+        connections: the most connections.
+        held_bytes: the most memory for unfinished calls of all of them.
     """
 
     def __init__(self, connections: int, held_bytes: int) -> None:
@@ -74,12 +74,14 @@ class Room:
         self._addresses: dict[str, AddressBudget] = {}
 
     def enter(self, address: str) -> AddressBudget | None:
-        """A connection of this address has come: its budget until it `leave`s, or None when it must be closed."""
+        """Admit a new connection of this address. Returns its budget, to be given to `leave` later, or None:
+        close it.
+        """
         budget = self._addresses.get(address)
         if budget is None:
             budget = AddressBudget(self.budget, address)
         free = self._limit - self._taken
-        # Who has none may have the last one.
+        # An address without connections may get the last one.
         if free <= 0 or budget.connections > free:
             return None
         self._addresses[address] = budget
@@ -88,7 +90,7 @@ class Room:
         return budget
 
     def leave(self, budget: AddressBudget) -> None:
-        """One of its connections is gone."""
+        """Note that a connection of this budget is closed."""
         self._taken -= 1
         budget.connections -= 1
         if not budget.connections:

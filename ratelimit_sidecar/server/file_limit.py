@@ -1,7 +1,7 @@
-"""How many file descriptors the process may have, and who gets them.
+"""The limit on file descriptors, and its division among the parts of the process.
 
-Every connection takes one. The bounds on connections lie below the limit, so that some are left for files, for the
-console and for the streams that this node dials, whatever clients do.
+Every connection takes one. The bounds on connections are below the limit, so that clients cannot use up the descriptors
+for files, the console and the streams that this node dials.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import resource
 from dataclasses import dataclass
 
 RESERVED = 640
-"""For 256 dialled peers, 128 connections each of the console and of ext_authz over HTTP, and the process itself, which
-has some 30."""
+"""Reserved for 256 dialled peers, 128 connections each of the console and of ext_authz over HTTP, and about 30 of the
+process itself.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Descriptors:
-    """What each gets.
+class FileLimits:
+    """The file descriptors for each kind of connection.
 
     Args:
         clients: connections of Envoys and other clients.
@@ -31,10 +32,10 @@ class Descriptors:
         return self.clients + self.mesh + RESERVED
 
 
-def allot(wanted: Descriptors) -> Descriptors:
-    """Raise the process's soft limit to what is wanted, or as near as the hard limit lets, and share out what there is.
+def raise_file_limit(wanted: FileLimits) -> FileLimits:
+    """Raise the process's soft limit to what is wanted, or as far as the hard limit allows, and divide it.
 
-    Of less than is wanted, half at most is reserved.
+    If there are fewer than wanted, at most half of them are reserved.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted.total:
@@ -44,4 +45,4 @@ def allot(wanted: Descriptors) -> Descriptors:
         return wanted
     left = max(soft - RESERVED, soft // 2)
     clients = left * wanted.clients // (wanted.clients + wanted.mesh)
-    return Descriptors(clients, left - clients)
+    return FileLimits(clients, left - clients)

@@ -1,8 +1,7 @@
 """gRPC's length-prefixed messages and percent-encoded status text, for calls with one message each way.
 
 A message is a byte of flags (0, or 1 for compressed), four bytes of length, big-endian, and that many bytes
-(grpc/doc/PROTOCOL-HTTP2.md). Statuses for what is wrong with a body follow grpc/doc/statuscodes.md and
-compression.md.
+(grpc/doc/PROTOCOL-HTTP2.md). The statuses for malformed bodies follow grpc/doc/statuscodes.md and compression.md.
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ PREFIX_BYTES: Final = 5
 MAX_BODY_BYTES: Final = PREFIX_BYTES + MAX_MESSAGE_BYTES
 
 MAX_STATUS_TEXT: Final = 1_024
-"""Characters of a status message that are sent: it may quote what the caller sent, and travels in a
-header."""
+"""The longest status message that is sent, in characters. It may quote the caller's input, and is sent in a header."""
 
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 _PREFIXES: Final = tuple(b"\0" + length.to_bytes(4, "big") for length in range(1_024))
-"""Of the uncompressed messages that there nearly always are."""
+"""The prefixes of uncompressed messages of usual lengths."""
 
 
 def frame(message: bytes) -> bytes:
-    """A message as it goes onto the stream, uncompressed."""
+    """A message with its prefix, uncompressed."""
     length = len(message)
     return (_PREFIXES[length] if length < len(_PREFIXES) else b"\0" + length.to_bytes(4, "big")) + message
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ratelimit_sidecar.server.budget import AddressBudget, Room
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
@@ -43,7 +43,7 @@ class Shared:
         self.handlers = handlers
         self.limits = limits
         self.tasks = tasks
-        self.room = Room(limits.connections, limits.held_bytes)
+        self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
         self.counts = Counts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
@@ -58,7 +58,7 @@ class Shared:
     def enter(self, address: str) -> AddressBudget | None:
         """A connection was accepted; None when it must be closed."""
         self.accepted += 1
-        budget = self.room.enter(address)
+        budget = self.connection_limiter.enter(address)
         if budget is None:
             self.counts.closed_connections["limit"] += 1
         return budget
@@ -144,7 +144,7 @@ class GrpcProtocol:
         for call in self._streaming.values():
             call.cancel()
         self._connection.release()
-        self._shared.room.leave(self._budget)
+        self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
 
@@ -238,13 +238,13 @@ class GrpcProtocol:
     def _handle(self, event: Event) -> None:
         if isinstance(event, Call):
             self._answer(event)
-        elif isinstance(event, Part):
+        elif isinstance(event, StreamData):
             streaming = self._streaming.get(event.stream_id)
             if streaming is not None:
                 streaming.feed(event.data, event.ended)
-        elif isinstance(event, Opened):
+        elif isinstance(event, StreamStarted):
             self._begin_streaming(event)
-        elif isinstance(event, Lost):
+        elif isinstance(event, StreamCancelled):
             streaming = self._streaming.get(event.stream_id)
             if streaming is not None:
                 streaming.cancel()
@@ -259,7 +259,7 @@ class GrpcProtocol:
         else:
             self._connection.answer(call, response)
 
-    def _begin_streaming(self, opened: Opened) -> None:
+    def _begin_streaming(self, opened: StreamStarted) -> None:
         stream_id = opened.stream_id
         if self._shared.is_draining:
             # Its client has not read the GOAWAY yet.

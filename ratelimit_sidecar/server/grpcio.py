@@ -22,6 +22,7 @@ from ratelimit_sidecar.server.listeners import (
     ListenError,
     SocketFile,
     listen,
+    load_certificate,
     numeric_addresses,
     publish_socket_file,
     unix_path,
@@ -95,10 +96,7 @@ class GrpcioFrontEnd:
 
     async def start(self) -> None:
         if self._certificate is not None:
-            try:
-                await asyncio.to_thread(self._certificate.load)
-            except OSError as error:
-                raise ListenError(", ".join(self._configured), str(error)) from error
+            await load_certificate(self._certificate, self._configured)
         self.addresses = await self._listen(self._configured)
 
     async def serve(self) -> None:
@@ -210,6 +208,8 @@ class _Metadata:
     """A call's metadata as headers, converted only when a handler looks; binary values are decoded already."""
 
     __slots__ = ("_context",)
+
+    may_be_sampled = True
 
     def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         self._context = context

@@ -11,7 +11,7 @@ from ratelimit_sidecar.server.accepting import clients_of
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
-from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, ListenError, listen
+from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
@@ -72,7 +72,7 @@ class H2FrontEnd:
     @property
     def held_bytes(self) -> int:
         """What unfinished calls hold in memory."""
-        return self._shared.room.budget.held
+        return self._shared.connection_limiter.budget.held
 
     @property
     def closed_connections(self) -> Mapping[str, int]:
@@ -96,10 +96,7 @@ class H2FrontEnd:
 
     async def start(self) -> None:
         if self._certificate is not None:
-            try:
-                await asyncio.to_thread(self._certificate.load)
-            except OSError as error:
-                raise ListenError(", ".join(self._configured), str(error)) from error
+            await load_certificate(self._certificate, self._configured)
         self._listeners = listen(self._configured)
 
     async def serve(self) -> None:
@@ -153,7 +150,7 @@ class H2FrontEnd:
             if not isinstance(error, OSError):
                 self._shared.failures.status_of("accepting a connection", error)
             if protocol not in self._shared.connections:
-                self._shared.room.leave(budget)
+                self._shared.connection_limiter.leave(budget)
 
     def _protocol(self, budget: AddressBudget, began_s: float) -> GrpcProtocol:
         """

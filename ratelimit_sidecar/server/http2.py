@@ -1,16 +1,17 @@
 """One HTTP/2 connection of a gRPC server, without I/O or clock: received bytes in, calls out, bytes to send.
 
-HTTP/2 itself is nghttp2's, behind `session.Session`; here are gRPC's rules for it (PROTOCOL-HTTP2.md) and the bounds
-that no client can pass.
+nghttp2 does HTTP/2 itself, behind `session.Session`. This file has gRPC's rules for it (PROTOCOL-HTTP2.md) and the
+bounds that no client can exceed.
 
-Theory of operation. `receive` takes what came from the network and returns what happened, in order. A unary call comes
-out as one `Call` when its message is complete; until then it waits in here. A streaming call comes out as `Opened` with
-its headers, then `Part`s of its body, and `Lost` if the client gives up. What is no proper call is answered in here.
-Whoever drives a connection answers calls with `answer` or `refuse`, sends what `output` returns, closes the transport
-when `closed` is true after that, and calls `check` now and then with the time, which ends what takes too long.
+Theory of operation. `receive` takes bytes from the network and returns the events in order. A unary call is one `Call`
+event when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event with its
+headers, then `StreamData` events with its body, and `StreamCancelled` if the client gives up. Requests that are no
+proper calls are answered here. The caller answers calls with `answer` or `refuse`, sends the bytes that `output`
+returns, then handles the events of `late` and closes the transport if `closed` is true. It also calls `check`
+regularly with the time, which ends calls and connections that take too long.
 
-Flow control: a message's bytes are acknowledged to the client when they are taken out, so what waits in here is bounded
-by the windows; `Budget` bounds it for all connections together.
+Flow control: a message's bytes are acknowledged to the client when they are taken out. So the windows bound what waits
+here, and `Budget` bounds it for all connections together.
 """
 
 from __future__ import annotations
@@ -28,35 +29,40 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 NO_ERROR: Final = 0x0
 PROTOCOL_ERROR: Final = 0x1
-INTERNAL_ERROR: Final = 0x2
 CANCEL: Final = 0x8
 ENHANCE_YOUR_CALM: Final = 0xB
 """RFC 9113, section 7."""
 
 STREAM_WINDOW: Final = 2 * (PREFIX_BYTES + MAX_STREAMED_BYTES)
-"""A whole message of a streaming call fits. A single one, which may be larger, is given more window as it comes."""
+"""A whole message of a streaming call fits. For a unary message, which may be larger, more window is granted as it
+arrives.
+"""
 
 CONNECTION_WINDOW: Final = 8 * STREAM_WINDOW
 
 CALL_BYTES: Final = 2_048
-"""About what an unfinished call takes, beside its headers and body."""
+"""The estimated memory of an unfinished call, besides its headers and body."""
 
 STREAMING_BYTES: Final = 16 * 1_024
-"""About what a streaming call takes beside its headers and unread messages: a task, and what its handler holds."""
+"""The estimated memory of a streaming call, besides its headers and unread messages: a task, and what its handler
+holds.
+"""
 
 CONTROL_FRAMES: Final = 10_000
 CONTROL_FRAMES_A_CALL: Final = 4
 CONTROL_FRAMES_A_CHECK: Final = 500
-"""Frames that carry no part of a call (PING, SETTINGS, WINDOW_UPDATE, RST_STREAM, empty DATA) are paid from a credit
-that starts full, and that calls and time fill up again. A client without credit floods, and is disconnected. Clients
-send one or two WINDOW_UPDATE or PING frames a call at most, or a DATA frame of a streaming one."""
+"""Each frame that is not part of a call (PING, SETTINGS, WINDOW_UPDATE, RST_STREAM, empty DATA) costs one credit. The
+credit starts full; calls and time fill it up again. A client without credit is flooding, and is disconnected. Normal
+clients send at most one or two WINDOW_UPDATE or PING frames for each call, or for each DATA frame of a streaming call.
+"""
 
 DATA_FRAME_BYTES: Final = 16_384
-"""The most that a DATA frame carries, unless its receiver wants more (RFC 9113, section 4.2)."""
+"""The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
 
 RESETS: Final = (10_000, 1_000)
-"""Calls that a client may reset at once, and then a second. Envoy resets what is not answered in its timeout: up to
-`Limits.streams` at once, when this process was kept from running."""
+"""The number of calls that a client may reset at once, and then in each second. Envoy resets calls without an answer
+within its timeout. When this process could not run for a while, these are up to `Limits.streams` at once.
+"""
 
 _DRAIN_PING: Final = b"draining"
 _LIFE_PING: Final = b"anybody?"
@@ -67,11 +73,13 @@ _NO_GRPC: Final = b"This port speaks gRPC: POST, with content-type application/g
 
 
 class Counts:
-    """What the connections of a front end have refused since the start, by reason. Read by metrics."""
+    """Counters of what a front end has refused since the start, by reason. Read by metrics."""
 
     def __init__(self) -> None:
         self.refused_calls = dict.fromkeys(("shed", "body_idle", "too_slow"), 0)
-        """Calls ended before they were complete: others hold too much memory, or their message came too slowly."""
+        """Calls ended before they were complete, because other calls hold too much memory, or the message came too
+        slowly.
+        """
         self.closed_connections = dict.fromkeys(
             (
                 "protocol_error",
@@ -89,23 +97,24 @@ class Counts:
             ),
             0,
         )
-        """Connections closed by this end, by the reason."""
+        """Connections that this side has closed, by reason."""
         self.accept_failures = 0
-        """Times that a connection could not be accepted for want of file descriptors or memory."""
+        """How often a connection could not be accepted, for lack of file descriptors or memory."""
 
     def note_accept_failure(self) -> None:
         self.accept_failures += 1
 
 
 class Call:
-    """A unary call. It comes out of `Connection.receive` when its `message` is complete."""
+    """A unary call. `Connection.receive` returns it when its `message` is complete."""
 
     def __init__(self, request: Request, handler: UnaryHandler, now_s: float) -> None:
         self.request = request
         """Also its headers."""
         self.handler = handler
         self.message = b""
-        # While it waits for its message: how much of it there is, what it counts in the budget, and since when.
+        # While it waits for its message: bytes so far, bytes counted in the budget, when it began, when bytes last
+        # came.
         self.body_bytes = 0
         self.held = 0
         self.began_s = now_s
@@ -116,7 +125,7 @@ class Call:
         return self.request.path.decode("utf-8", "replace")
 
 
-class Opened:
+class StreamStarted:
     """A streaming call has begun."""
 
     def __init__(self, request: Request, method: Streaming) -> None:
@@ -130,25 +139,27 @@ class Opened:
         return self.request.path.decode("utf-8", "replace")
 
 
-class Part:
-    """Bytes of a streaming call, in order; messages begin and end anywhere in them. Acknowledge them when they are
-    used up (`Connection.acknowledge`)."""
+class StreamData:
+    """Bytes of a streaming call, in order; messages begin and end anywhere in them.
+
+    Acknowledge them when they are used up (`Connection.acknowledge`).
+    """
 
     def __init__(self, stream_id: int, data: bytes, ended: bool) -> None:
         self.stream_id = stream_id
         self.data = data
         self.ended = ended
-        """The client has sent all it wants to."""
+        """True if the client sends no more."""
 
 
-class Lost:
+class StreamCancelled:
     """The client has given up on a streaming call, or its stream was reset."""
 
     def __init__(self, stream_id: int) -> None:
         self.stream_id = stream_id
 
 
-Event = Call | Opened | Part | Lost
+Event = Call | StreamStarted | StreamData | StreamCancelled
 
 
 class _Stream:
@@ -157,16 +168,16 @@ class _Stream:
     def __init__(self, request: Request, held: int) -> None:
         self.request = request
         self.held = held
-        """What it counts in the budget."""
+        """The bytes counted for it in the budget."""
 
 
 class Connection:
-    """One connection of a client.
+    """One connection of a client; see above for how to drive it.
 
     Args:
         handlers: by path.
-        now_s: of the clock that `check` is given.
-        age_s: after which it is drained; None for never.
+        now_s: the time, by the clock that `check` is given.
+        age_s: the connection is drained at this age; None for never.
     """
 
     def __init__(
@@ -180,7 +191,7 @@ class Connection:
         age_s: float | None = None,
     ) -> None:
         self.closed = False
-        """Nothing more is to be received; close the transport when the last output is sent."""
+        """True when nothing more is received. Close the transport once the last output is sent."""
         self._handlers = handlers
         self._limits = limits
         self._budget = budget
@@ -195,17 +206,17 @@ class Connection:
         self._waiting: dict[int, Call] = {}
         self._streaming: dict[int, _Stream] = {}
         self._held = 0
-        """What its calls count in the budget."""
+        """The bytes counted for its calls in the budget."""
         self._credit = CONTROL_FRAMES
         self._control_frames = 0
-        """Of the session, as far as they are paid."""
+        """The session's control frames that were already charged to the credit."""
         self._last_stream_id = 0
         self._answered_early: list[Request] = []
-        """Answered before they were complete, to be reset."""
+        """Requests answered before they were complete; they are to be reset."""
         self._half_closed: dict[int, tuple[Request, float]] = {}
-        """Streaming calls that were ended before the client had sent all, and since when."""
+        """Streaming calls that ended before the client had sent everything, and since when."""
         self._late: list[Event] = []
-        """What happened while output was made."""
+        """Events that arose while output was produced."""
         self._goaway: bytes | None = None
         """The last frame of a connection whose session has failed."""
         self._now_s = now_s
@@ -226,9 +237,9 @@ class Connection:
     # Receiving
 
     def receive(self, data: bytes | memoryview) -> list[Event]:
-        """Take bytes of the network, and return what has happened.
+        """Take bytes from the network, and return the events in order.
 
-        Calls come out complete; those that the client has already given up on do not.
+        Unary calls are returned when they are complete, unless the client has given up on them already.
         """
         happened: list[Event] = []
         if self.closed:
@@ -252,7 +263,7 @@ class Connection:
         return happened
 
     def _open(self, request: Request, happened: list[Event]) -> None:
-        """A request's headers have come, and perhaps all of it."""
+        """Handle a new request: its headers have arrived, and perhaps all of it."""
         self._last_stream_id = request.stream_id
         handler = self._handlers.get(request.path)
         if handler is None or not request.is_plain_call:
@@ -273,7 +284,7 @@ class Connection:
                 self._look_at_body(call)
 
     def _refused(self, request: Request, *, is_known: bool) -> bool:
-        """Answer what isn't a call of a known method; false if it is one after all."""
+        """Answer a request that is no call of a known method. Returns False if it is one."""
         if request.is_oversized:
             self._refuse(request, RpcError(Code.RESOURCE_EXHAUSTED, f"more than {MAX_HEADER_BYTES} bytes of headers"))
         elif request.get(b":method") != b"POST":
@@ -299,11 +310,11 @@ class Connection:
         request.is_wanted = True
         stream = _Stream(request, held)
         self._streaming[request.stream_id] = stream
-        happened.append(Opened(request, method))
-        self._take_part(stream, happened)
+        happened.append(StreamStarted(request, method))
+        self._take_data(stream, happened)
 
-    def _take_part(self, stream: _Stream, happened: list[Event]) -> None:
-        """More may have come of a streaming call."""
+    def _take_data(self, stream: _Stream, happened: list[Event]) -> None:
+        """Take the bytes of a streaming call that have arrived, if any."""
         request = stream.request
         count = request.body_bytes
         if not count and not request.ended:
@@ -311,14 +322,14 @@ class Connection:
         if self._budget.allows(self._held + count, count):
             stream.held += count
             self._count(count)
-            happened.append(Part(request.stream_id, request.take_body(), request.ended))
+            happened.append(StreamData(request.stream_id, request.take_body(), request.ended))
         else:
             self._counts.refused_calls["shed"] += 1
             self.finish(request.stream_id, _too_many_calls())
-            happened.append(Lost(request.stream_id))
+            happened.append(StreamCancelled(request.stream_id))
 
     def _go_on(self, request: Request, happened: list[Event]) -> None:
-        """More has come of a call that is here."""
+        """Handle more bytes, or the end, of a call that is already here."""
         stream_id = request.stream_id
         call = self._waiting.get(stream_id)
         if call is not None:
@@ -338,9 +349,9 @@ class Connection:
             return
         if request.lost:
             self._forget_streaming(stream)
-            happened.append(Lost(stream_id))
+            happened.append(StreamCancelled(stream_id))
         else:
-            self._take_part(stream, happened)
+            self._take_data(stream, happened)
 
     def _complete(self, call: Call, happened: list[Event]) -> None:
         try:
@@ -351,7 +362,7 @@ class Connection:
             happened.append(call)
 
     def _look_at_body(self, call: Call) -> None:
-        """A part of a message has come that is not its last."""
+        """Take account of a part of a message that is not the last."""
         came = call.request.body_bytes - call.body_bytes
         if not came:
             return
@@ -365,7 +376,7 @@ class Connection:
             self._session.consume(call.request, came)
 
     def _hold(self, call: Call, count: int) -> None:
-        """Count what a waiting call holds; shed it when that is too much."""
+        """Count memory for a waiting call; refuse the call if that is too much."""
         if self._budget.allows(self._held + count, count):
             call.held += count
             self._count(count)
@@ -374,7 +385,7 @@ class Connection:
             self._shed(call.request)
 
     def _count(self, count: int) -> None:
-        """Note that its calls hold so much more, or less."""
+        """Change the count of memory that its calls hold."""
         self._held += count
         self._budget.count(count)
 
@@ -417,7 +428,7 @@ class Connection:
         self._respond(request, (*_GRPC_HEADERS, *_status(error)))
 
     def _respond(self, request: Request, headers: Headers, body: bytes = b"") -> None:
-        """Answer at once; what the client has yet to send is no longer wanted (RFC 9113, section 8.1)."""
+        """Answer at once. The rest of the request is not wanted any more (RFC 9113, section 8.1)."""
         self._session.respond(request, headers, body)
         if not request.ended:
             self._answered_early.append(request)
@@ -431,7 +442,7 @@ class Connection:
         self._session.send(stream.request, message)
         size = PREFIX_BYTES + len(message)
         self._streamed += size
-        # Its client may answer each frame with two that grant room.
+        # The client may answer each frame with two WINDOW_UPDATE frames.
         if self._credit < CONTROL_FRAMES:
             self._credit += CONTROL_FRAMES_A_CALL * (1 + size // DATA_FRAME_BYTES)
 
@@ -455,21 +466,25 @@ class Connection:
             self._respond(request, (*_GRPC_HEADERS, *trailers))
 
     def unsent(self, stream_id: int) -> int:
-        """Bytes of a streaming call that its client does not take yet."""
+        """The bytes of a streaming call that are not sent yet, because the client grants no window."""
         stream = self._streaming.get(stream_id)
         return 0 if stream is None else self._session.unsent_of(stream.request)
 
-    def acknowledge(self, stream_id: int, count: int, let_in: int = 0) -> None:
-        """Bytes of a `Part` are used up: its client may send as many more, less those that it was let in before."""
+    def acknowledge(self, stream_id: int, count: int, granted: int = 0) -> None:
+        """Acknowledge bytes of `StreamData` that are used up: the client may send as many more.
+
+        Args:
+            granted: bytes for which `grant_window` was called before.
+        """
         stream = self._streaming.get(stream_id)
         if stream is not None:
             stream.held -= count
             self._count(-count)
-            if count > let_in:
-                self._session.consume(stream.request, count - let_in)
+            if count > granted:
+                self._session.consume(stream.request, count - granted)
 
-    def let_in(self, stream_id: int, count: int) -> None:
-        """A client may send so much more, though nothing of what it has sent is used up."""
+    def grant_window(self, stream_id: int, count: int) -> None:
+        """Let a client send more bytes, although the handler has not used up any."""
         stream = self._streaming.get(stream_id)
         if stream is not None and count:
             self._session.consume(stream.request, count)
@@ -478,7 +493,7 @@ class Connection:
         request = stream.request
         request.is_wanted = False
         request.take_body()
-        # Its client may send what it likes now, unread.
+        # The client may send the rest, which is not read.
         self._session.consume(request, CONNECTION_WINDOW)
         del self._streaming[request.stream_id]
         self._count(-stream.held)
@@ -486,7 +501,7 @@ class Connection:
     # Sending, and the end
 
     def output(self) -> bytes:
-        """What is to be sent now; look at `closed` and `late` afterwards."""
+        """Return the bytes to send now. Handle `late` and look at `closed` after that."""
         if self._goaway is not None:
             goaway, self._goaway = self._goaway, b""
             return goaway
@@ -506,14 +521,16 @@ class Connection:
         return data
 
     def late(self) -> list[Event]:
-        """What happened while output was made: calls that HTTP/2 has ended."""
+        """Events that arose while output was produced; call it after `output`."""
         happened = self._late
         if happened:
             self._late = []
         return happened
 
     def _send_what_follows(self) -> None:
-        """Frames that would overtake those before them, were they given to nghttp2 at the same time."""
+        """Send the frames that must come after the others. nghttp2 would send them first if it got all at the same
+        time.
+        """
         for request in self._answered_early:
             self._session.reset(request, NO_ERROR)
         self._answered_early.clear()
@@ -526,7 +543,7 @@ class Connection:
             self._session.ping(_DRAIN_PING)
 
     def terminate(self, code: int, reason: str) -> None:
-        """End the connection: after GOAWAY with this code nothing more is received or answered.
+        """End the connection: after a GOAWAY with this code nothing more is received or answered.
 
         Args:
             reason: a key of `Counts.closed_connections`.
@@ -537,10 +554,10 @@ class Connection:
             self._session.terminate(code)
 
     def drain(self) -> None:
-        """Take no new calls, and end when those that are here are over.
+        """Take no new calls, and end when the current ones are over.
 
-        A first GOAWAY asks the client to open no more; a PING tells when it has heard that, and then a second GOAWAY
-        says which calls were taken (RFC 9113, section 6.8).
+        A first GOAWAY asks the client to open no more. The answer to a PING shows that the client has received it. Then
+        a second GOAWAY says which calls were taken (RFC 9113, section 6.8).
         """
         if self.closed or self._is_draining:
             return
@@ -558,7 +575,7 @@ class Connection:
             self._session.send_goaway()
 
     def check(self, now_s: float) -> None:
-        """End what has taken too long.
+        """End calls and connections that take too long.
 
         Args:
             now_s: seconds of a clock that never goes back.
@@ -602,9 +619,9 @@ class Connection:
         self._session.reset(call.request, CANCEL)
 
     def _check_output(self, now_s: float) -> None:
-        """A client that grants no room for its answers is disconnected, as is one that lets too many of them wait."""
+        """Disconnect a client that takes no answers, or lets too many of them wait."""
         unsent = self._session.unsent
-        # Streams are refilled as soon as their client takes something.
+        # Streaming calls produce more output as soon as their client takes something.
         if not self._unsent or unsent < self._unsent + self._streamed:
             self._unsent_since_s = now_s
         self._unsent = unsent
@@ -640,14 +657,14 @@ class Connection:
             self.terminate(NO_ERROR, "drain")
 
     def _note_end(self) -> None:
-        """nghttp2 is done: the last call of a drain is over, the client has said goodbye, or it broke HTTP/2."""
+        """Note that nghttp2 is done: the last call of a drain is over, the client said goodbye, or it broke HTTP/2."""
         self.closed = True
         code = self._session.sent_goaway_code
         if code and not self._session.said_goodbye:
             self._counts.closed_connections["flood" if code == ENHANCE_YOUR_CALM else "protocol_error"] += 1
 
     def _fail(self, code: int) -> None:
-        """The session is lost, and with it what was to be sent; its last word is written by hand."""
+        """Close after a failure of the session. Its unsent output is lost, so the GOAWAY is written by hand."""
         if not self.closed:
             self.closed = True
             self._counts.closed_connections["flood" if code == ENHANCE_YOUR_CALM else "protocol_error"] += 1
@@ -655,7 +672,7 @@ class Connection:
         self._goaway = b"\0\0\x08\x07\0\0\0\0\0" + last
 
     def release(self) -> None:
-        """Give back what its calls hold. To be called once, when the transport is gone."""
+        """Free the memory that its calls count in the budget. Call it once, when the transport is gone."""
         self.closed = True
         self._budget.count(-self._held)
         self._held = 0
@@ -675,6 +692,6 @@ def _too_many_calls() -> RpcError:
 def _status(error: RpcError) -> Headers:
     status = ((b"grpc-status", b"%d" % error.code), (b"grpc-message", percent_encode(error.message)))
     if error.code == Code.UNIMPLEMENTED:
-        # grpc/doc/compression.md: tell a client that compressed what is understood instead.
+        # grpc/doc/compression.md: tell clients which encodings are supported.
         return (*status, (b"grpc-accept-encoding", b"identity"))
     return status

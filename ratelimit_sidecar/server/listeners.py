@@ -1,12 +1,13 @@
 """Listening sockets for addresses as configured: `host:port`, `[IPv6]:port` or `unix:PATH`.
 
-All of them or none. A socket file that a crash left behind is replaced; one that somebody still answers on is
-an address in use. `[::]:port` also takes IPv4 where the system lets it, as in gRPC and Go; a name is bound at
-every address it has.
+Either all are bound or none. A socket file that a crash left behind is replaced; if a process still answers on it, the
+address is in use. `[::]:port` also takes IPv4 if the system allows it, as in gRPC and Go. A name is bound at every
+address it has.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -16,16 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ratelimit_sidecar.config.tls_files import CertificateInForce
+
 BACKLOG = 1_024
 
 UNIX_PREFIX = "unix:"
 
 UNAVAILABLE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""Of some addresses of a name: `localhost` has an IPv6 address in many places that have no IPv6."""
+"""Errors that are ignored for single addresses of a name: `localhost` often has an IPv6 address without IPv6."""
 
 SOCKET_FILE_MODE = 0o666
-"""Envoy usually runs as another user, and connecting needs the right to write. Who may reach the file is for
-its folder's permissions to say; over TCP there is no such check at all."""
+"""Envoy usually runs as another user, and connecting needs write permission. The permissions of the folder decide who
+may reach the file; over TCP there is no such check at all.
+"""
 
 
 class ListenError(Exception):
@@ -81,6 +85,18 @@ class Listener:
         self.socket.close()
         if self.file is not None:
             self.file.remove()
+
+
+async def load_certificate(certificate: CertificateInForce, addresses: Sequence[str]) -> None:
+    """Load the certificate of a listener on these addresses.
+
+    Raises:
+        ListenError: its files cannot be used.
+    """
+    try:
+        await asyncio.to_thread(certificate.load)
+    except OSError as error:
+        raise ListenError(", ".join(addresses), str(error)) from error
 
 
 def listen(addresses: Sequence[str]) -> list[Listener]:
@@ -140,7 +156,7 @@ def publish_socket_file(address: str, bound: Path) -> SocketFile:
     try:
         bound.chmod(SOCKET_FILE_MODE)
         _remove_stale(address, path)
-        # A rename would take the place of who has come in between.
+        # Hard-link, not rename: a rename would replace a socket created in the meantime.
         path.hardlink_to(bound)
         return SocketFile.at(path)
     except FileExistsError as error:

@@ -162,6 +162,8 @@ cdef class Request:
     """"" without a path."""
     cdef readonly bint is_plain_call
     """A POST of exactly `application/grpc` with `te: trailers`, not oversized: what nearly everybody sends."""
+    cdef readonly bint may_be_sampled
+    """Its `traceparent` has the sampled flag (W3C Trace Context, 3.2), or it has headers of B3, whatever they say."""
     cdef readonly bint is_oversized
     """Its headers are larger than may be; they are empty here."""
     cdef readonly bint ended
@@ -664,6 +666,14 @@ cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const 
         elif name_length == 7 and memcmp(name, b":method", 7) == 0:
             if value_length == 4 and memcmp(value, b"POST", 4) == 0:
                 request._seen |= POST
+        elif name_length == 11 and memcmp(name, b"traceparent", 11) == 0:
+            # The low bit of a digit is that of its character, but for the letters, where it is the other.
+            if value_length > 54 and (value[54] & 1) ^ (value[54] >= 97):
+                request.may_be_sampled = True
+        elif (name_length == 2 and memcmp(name, b"b3", 2) == 0) or (
+            name_length == 12 and memcmp(name, b"x-b3-traceid", 12) == 0
+        ):
+            request.may_be_sampled = True
         elif name_length == 12 and memcmp(name, b"content-type", 12) == 0:
             if value_length == 16 and memcmp(value, b"application/grpc", 16) == 0:
                 request._seen |= GRPC

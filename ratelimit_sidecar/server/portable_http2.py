@@ -25,6 +25,10 @@ OK_TRAILERS: Final = ((b"grpc-status", b"0"),)
 _POST: Final = (b":method", b"POST")
 _CONTENT_TYPE: Final = (b"content-type", b"application/grpc")
 _TE: Final = (b"te", b"trailers")
+_FLAG_AT: Final = 54
+_SAMPLED: Final = frozenset(b"%c" % digit for digit in b"13579bdf")
+"""The low digit of trace-flags, where the lowest bit is set (W3C Trace Context, 3.2)."""
+_B3: Final = (b"b3", b"x-b3-traceid")
 _GRPC_HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -42,6 +46,12 @@ class BrokenSession(Exception):
         self.code = code
 
 
+def _says_sampled(name: bytes, value: bytes) -> bool:
+    if name == b"traceparent":
+        return value[_FLAG_AT : _FLAG_AT + 1] in _SAMPLED
+    return name in _B3
+
+
 class Request:
     """A request and its stream (see `native_http2`)."""
 
@@ -55,6 +65,7 @@ class Request:
         "is_plain_call",
         "is_wanted",
         "lost",
+        "may_be_sampled",
         "path",
         "stream_id",
         "unconsumed",
@@ -68,6 +79,7 @@ class Request:
                 self.path = value
                 break
         self.is_plain_call = _POST in headers and _CONTENT_TYPE in headers and _TE in headers
+        self.may_be_sampled = any(_says_sampled(name, value) for name, value in headers)
         self.is_oversized = False
         self.ended = ended
         self.lost = False

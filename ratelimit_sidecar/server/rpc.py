@@ -7,18 +7,39 @@ that a handler did not mean to raise costs its caller a status INTERNAL, and eve
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.telemetry.traces import trace_fields
 
-Metadata = Iterable[tuple[bytes, bytes]]
-"""The request's headers, names in lower case; it can be iterated more than once."""
+
+class Metadata(Protocol):
+    """The request's headers, names in lower case; it can be iterated more than once."""
+
+    @property
+    def may_be_sampled(self) -> bool:
+        """False when none of them says that the caller traces the request. Nearly all are untraced, and to look at the
+        headers costs several times as much as the decision."""
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]: ...
+
+
+class Headers:
+    """Metadata from where they are at hand."""
+
+    may_be_sampled: Final = True
+
+    def __init__(self, pairs: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        self._pairs = tuple(pairs)
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self._pairs)
+
 
 UnaryHandler = Callable[[bytes, Metadata], bytes]
 """Serialized request and headers to serialized response; raises `RpcError` to answer with a status."""
@@ -102,7 +123,7 @@ class FailureLog:
         self._log = structlog.get_logger()
         self._known: set[tuple[str, type[Exception], str, int]] = set()
 
-    def status_of(self, path: str, error: Exception, metadata: Metadata = ()) -> RpcError:
+    def status_of(self, path: str, error: Exception, metadata: Iterable[tuple[bytes, bytes]] = ()) -> RpcError:
         """The status for the caller, who is not told what went wrong in here.
 
         Args:
@@ -111,7 +132,7 @@ class FailureLog:
         self.log_first(path, error, metadata)
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")
 
-    def log_first(self, path: str, error: Exception, metadata: Metadata) -> None:
+    def log_first(self, path: str, error: Exception, metadata: Iterable[tuple[bytes, bytes]]) -> None:
         """Log it when it is the first of its kind."""
         where = error.__traceback__
         while where is not None and where.tb_next is not None:

@@ -1,10 +1,10 @@
-"""A streaming call in progress: its handler runs in a task, reads messages as they come, and waits while its client
-does not take what it has sent.
+"""A streaming call in progress. Its handler runs in a task, reads messages as they arrive, and waits while the client
+does not read what was sent.
 
-Flow control: bytes are acknowledged to the client when the handler asks for the message after them, so that a client
-which is faster than the handler is stopped by its window; of a message that is larger than that they are acknowledged
-when they are there, and the budget bounds them. The other way a handler is stopped while more than
-`MAX_UNSENT_BYTES` of its call wait for the client.
+Flow control: the bytes of a message are acknowledged to the client when the handler asks for the next message. So the
+window stops a client that is faster than the handler. The bytes of a message larger than the window are acknowledged as
+they arrive, and the budget bounds them. In the other direction a handler waits while more than `MAX_UNSENT_BYTES` of
+its call are unsent.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from contextlib import aclosing
 from typing import Final
 
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
-from ratelimit_sidecar.server.http2 import Connection, Opened
+from ratelimit_sidecar.server.http2 import Connection, StreamStarted
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
 
 MAX_UNSENT_BYTES: Final = 65_536
-"""Of one call; above it the handler has to wait."""
+"""The most unsent bytes of one call; above it the handler has to wait."""
 
 
 class StreamingCall:
-    """One call from its headers to its status.
+    """One call, from its headers to its status. Call `start`, then `feed` for data, and `cancel` if the client gives
+    up.
 
     Args:
-        flush: sends what the connection has to send.
-        blocked: to join while the client has to take something first; `wake` is called when it may have.
+        flush: sends the connection's output.
+        blocked: the call adds itself while it waits for the client to read; then call `wake` when it may have read.
         fail: closes the connection, when not even a status can be sent.
     """
 
     def __init__(
         self,
-        opened: Opened,
+        opened: StreamStarted,
         connection: Connection,
         failures: FailureLog,
         flush: Callable[[], None],
@@ -51,42 +52,42 @@ class StreamingCall:
         self._fail = fail
         self._reader = MessageReader(opened.request, opened.method.max_message_bytes)
         self._last_bytes = 0
-        """Of the message that the handler is busy with."""
-        self._let_in = 0
-        """Of that or the next one, acknowledged before it was whole."""
+        """The size of the message that the handler is working on."""
+        self._granted = 0
+        """Bytes of that message or the next one that were acknowledged before it was complete."""
         self._client_is_done = False
         self._heard = asyncio.Event()
-        """Bytes have come, or the client is done."""
+        """Set when bytes arrived, or the client is done."""
         self._has_room = asyncio.Event()
-        """The client may have taken some of what was sent."""
+        """Set when the client may have read some of what was sent."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self, tasks: asyncio.TaskGroup, ended: Callable[[], None]) -> None:
-        """Run the handler.
+        """Run the handler in a task.
 
         Args:
-            ended: called when nothing of it runs any more.
+            ended: called when the task is over.
         """
         self._task = tasks.create_task(self._run())
         self._task.add_done_callback(lambda _task: self._close(ended))
 
     def feed(self, data: bytes, ended: bool) -> None:
-        """Take a part of the body."""
+        """Take bytes of the request body."""
         self._reader.feed(data)
         self._client_is_done = self._client_is_done or ended
         self._heard.set()
 
     def wake(self) -> None:
-        """The client may have taken some of what was sent."""
+        """Go on if the handler waits for the client to read."""
         self._has_room.set()
 
     def end(self, error: RpcError) -> None:
-        """End the call with a status, and its handler."""
+        """End the call with a status, and stop its handler."""
         self._finish(error)
         self.cancel()
 
     def cancel(self) -> None:
-        """End the handler, because the client has given up."""
+        """Stop the handler, because the client has given up."""
         if self._task is not None:
             self._task.cancel()
 
@@ -100,35 +101,35 @@ class StreamingCall:
                     self._flush()
                     await self._until_taken()
         except RpcError as refused:
-            # With its traceback it would refer to itself, by this frame.
+            # Its traceback refers to this frame and so to itself: a reference cycle.
             error = refused.with_traceback(None)
         except Exception as failure:
             error = self._failures.status_of(self._opened.path, failure, self._opened.request)
         try:
             self._finish(error)
         except Exception as failure:
-            # It must not end the other calls, which are in the same group of tasks.
+            # An exception would end the other calls of the same task group.
             self._failures.status_of(self._opened.path, failure, self._opened.request)
             self._fail()
 
     def _finish(self, error: RpcError | None) -> None:
-        """Give the call its status; later ones are ignored."""
+        """Send the status of the call; a second one is ignored."""
         self._connection.finish(self._opened.stream_id, error)
         self._flush()
 
     def _close(self, ended: Callable[[], None]) -> None:
         self._blocked.discard(self)
-        # A cancelled task has the frames that it was in, and so this call: only a garbage collection would free them.
+        # A cancelled task refers to its frames and so to this call: a reference cycle.
         self._task = None
         ended()
 
     async def _next_message(self) -> bytes:
-        # The handler wants more: the client may send as much again.
+        # The handler is done with the last message, so the client may send as much again.
         if self._last_bytes:
-            self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._let_in)
-            self._last_bytes = self._let_in = 0
+            self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._granted)
+            self._last_bytes = self._granted = 0
             self._flush()
-        # Others have their turn, however many messages a read has brought.
+        # Let other tasks run, even if many messages are already here.
         await asyncio.sleep(0)
         while True:
             message = self._reader.next_message(self._client_is_done)
@@ -138,15 +139,15 @@ class StreamingCall:
             if self._client_is_done:
                 raise StopAsyncIteration
             if self._reader.waiting >= MAX_STREAMED_BYTES:
-                # What is not whole by now comes only if the client may send more than its window.
-                self._connection.let_in(self._opened.stream_id, self._reader.waiting - self._let_in)
-                self._let_in = self._reader.waiting
+                # The rest of this message can only arrive if the client may send more than its window.
+                self._connection.grant_window(self._opened.stream_id, self._reader.waiting - self._granted)
+                self._granted = self._reader.waiting
                 self._flush()
             self._heard.clear()
             await self._heard.wait()
 
     async def _until_taken(self) -> None:
-        # Others have their turn, however fast the client reads.
+        # Let other tasks run, even if the client reads fast.
         await asyncio.sleep(0)
         while self._connection.unsent(self._opened.stream_id) > MAX_UNSENT_BYTES:
             self._has_room.clear()
@@ -155,8 +156,9 @@ class StreamingCall:
 
 
 class _Messages(AsyncIterator[bytes]):
-    """What a client sends. No generator: a handler that is closed would leave it behind, to be closed by a task that
-    nobody waits for."""
+    """The messages of a client. This is no generator: a closed handler would leave it behind, and asyncio would close
+    it in a task that nobody waits for.
+    """
 
     def __init__(self, next_message: Callable[[], Awaitable[bytes]]) -> None:
         self._next_message = next_message

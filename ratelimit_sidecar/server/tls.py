@@ -1,10 +1,10 @@
-"""TLS of listeners for Envoy: their certificate, and what happens on a connection before HTTP/2 speaks.
+"""TLS of listeners for Envoy: the certificate, and the handshake of each connection.
 
-Theory of operation. Sockets are accepted here, and each is given its TLS by the certificate, key and authority in force
-at that moment: so a renewal needs neither new sockets nor changes to a context in use, and no session of before can be
-resumed after it. (asyncio's servers have one context for ever. Its `start_tls` loses what a client says at once, on
-uvloop.) A handshake counts as a connection, so there is a bound on them. When it is over and the client is one that is
-wanted, its protocol takes its place.
+Theory of operation. Sockets are accepted here, and each gets its TLS context from the certificate, key and authority in
+force at that moment. So a renewal needs neither new sockets nor changes to a context in use, and sessions from before
+cannot be resumed. (asyncio's servers keep one context for ever. Its `start_tls` on uvloop loses bytes that a client
+sends at once.) A handshake counts as a connection, so the number of handshakes is bounded. After the handshake, if the
+client is accepted, the real protocol takes over.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 
 TIMER_SECONDS = 0.01
-"""A timer of the event loop may go off so much early, by its own clock."""
+"""A timer of the event loop may go off this much early."""
 
 _NAMES = ("DNS", "URI", "IP Address")
-"""Of subject alternative names the kinds that are looked at, as Python calls them."""
+"""The kinds of subject alternative names that are checked, as Python calls them."""
 
 _OF_NO_CLIENT = ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "NO_CERTIFICATE_RETURNED")
-"""What OpenSSL calls it when a client has no certificate."""
+"""OpenSSL's reasons when a client has no certificate."""
 
 
 class ServerCertificate(CertificateInForce):
-    """What a listener shows, and what it wants to be shown."""
+    """The certificate that a listener shows, and the check of clients' certificates."""
 
     def __init__(self, config: ListenTlsConfig) -> None:
         super().__init__(TlsPaths(config.certificate, config.key, config.ca), "server")
@@ -43,11 +43,11 @@ class ServerCertificate(CertificateInForce):
 
     @property
     def wants_name(self) -> bool:
-        """Whether not every client of the authority is taken."""
+        """True if clients of the authority need a certain name."""
         return self._client_name is not None
 
     def is_for_client(self, names: Iterable[str]) -> bool:
-        """Whether a client may call, whose certificate has these subject alternative names."""
+        """True if a client whose certificate has these subject alternative names may call."""
         if self._client_name is None or self._accepts is None:
             return True
         for name in map(_normal, names):
@@ -63,7 +63,8 @@ class TlsListeners:
     """Accepts connections over TLS, and gives each to a protocol when its handshake is over.
 
     Args:
-        make_protocol: given the budget of the client's address and the time when it connected; what takes calls.
+        make_protocol: makes the protocol that takes calls, from the budget of the client's address and the time when
+            the client connected.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class TlsListeners:
         self._make_protocol = make_protocol
         self._accepting: set[asyncio.Task[None]] = set()
         self.handshakes: set[asyncio.Task[None]] = set()
-        """Those that are not over."""
+        """Handshakes in progress."""
 
     def accept(self, listening: socket.socket) -> None:
-        """Take clients of a socket, until `stop`."""
+        """Accept clients on a socket, until `stop`."""
         self._accepting.add(self._shared.tasks.create_task(self._accept(listening)))
 
     async def stop(self) -> None:
-        """Take no more clients, and hang up on those whose handshake is not over: they have not made a call yet."""
+        """Accept no more clients, and close connections in their handshake: they have no calls yet."""
         running = self._accepting | self.handshakes
         for task in running:
             task.cancel()
@@ -112,40 +113,40 @@ class TlsListeners:
                 ssl_shutdown_timeout=shared.limits.handshake,
             )
         except ssl.SSLError as error:
-            gate.why_not = "certificate" if _is_about_client(error) else "tls"
+            gate.reject_reason = "certificate" if _is_about_client(error) else "tls"
         except OSError:
-            # Either it has hung up, or it took too long.
+            # The client closed the connection, or took too long.
             if loop.time() - began_s >= shared.limits.handshake - TIMER_SECONDS:
-                gate.why_not = "handshake"
+                gate.reject_reason = "handshake"
         except Exception as error:
-            # Whatever is in a client's certificate must not end the others' connections.
-            gate.why_not = "tls"
+            # Nothing in a client's certificate may end other connections.
+            gate.reject_reason = "tls"
             shared.failures.status_of("the TLS handshake", error)
         finally:
             if not gate.has_passed:
-                shared.room.leave(budget)
-                if gate.why_not:
-                    shared.counts.closed_connections[gate.why_not] += 1
+                shared.connection_limiter.leave(budget)
+                if gate.reject_reason:
+                    shared.counts.closed_connections[gate.reject_reason] += 1
 
 
 class _Gate(asyncio.Protocol):
-    """Stands where a connection's protocol will be, until the handshake is over."""
+    """The protocol of a connection until its handshake is over."""
 
     def __init__(self, certificate: ServerCertificate, make_protocol: Callable[[], GrpcProtocol]) -> None:
         self._certificate = certificate
         self._make_protocol = make_protocol
         self.has_passed = False
-        self.why_not = ""
-        """A key of `Counts.closed_connections`."""
+        self.reject_reason = ""
+        """Why the client was rejected, a key of `Counts.closed_connections`; empty if it was not."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # no BaseTransport
         session: ssl.SSLObject = transport.get_extra_info("ssl_object")
         # RFC 9113, section 3.3: HTTP/2 over TLS is agreed on by ALPN.
         if session.selected_alpn_protocol() != "h2":
-            self.why_not = "tls"
+            self.reject_reason = "tls"
         elif not self._certificate.is_for_client(_names_of(session.getpeercert() or {})):
-            self.why_not = "certificate"
-        if self.why_not:
+            self.reject_reason = "certificate"
+        if self.reject_reason:
             transport.abort()
             return
         self.has_passed = True
@@ -161,7 +162,7 @@ def _names_of(shown: Mapping[str, object]) -> Iterator[str]:
 
 
 def _normal(name: str) -> str:
-    """An IP address in the one way to write it; other names as they are."""
+    """An IP address in its normal form; other names as they are."""
     try:
         return str(ip_address(name.strip()))
     except ValueError:

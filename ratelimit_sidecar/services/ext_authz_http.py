@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
-from ratelimit_sidecar.server.rpc import FailureLog, RpcError
+from ratelimit_sidecar.server.rpc import FailureLog, Headers, RpcError
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService, joined
 
 PREFIX: Final = b"/ext_authz/"
@@ -48,7 +48,7 @@ def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
 def _answer(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> Response:
     domain, slash, path = after_prefix.partition(b"/")
     http = HttpRequest(joined(scope["headers"]), {}, slash + path, scope["method"].encode())
-    decision = service.decide(unquote_to_bytes(domain), http, scope["headers"])
+    decision = service.decide(unquote_to_bytes(domain), http, Headers(scope["headers"]))
     headers = {header.key: header.value for header in decision.response_headers_to_add}
     if decision.overall_code == RateLimitResponse.OVER_LIMIT:
         return Response(decision.raw_body, 429, headers)

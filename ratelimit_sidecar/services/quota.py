@@ -49,7 +49,7 @@ class QuotaService:
 
     Args:
         now_us: of the clock of `quotas`.
-        waits_for_rules: streams are refused until `begin`.
+        waits_for_rules: streams are refused until `rules_loaded`.
     """
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int], *, waits_for_rules: bool = False) -> None:
@@ -61,8 +61,8 @@ class QuotaService:
         """For a front end."""
         return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES)}
 
-    def begin(self) -> None:
-        """There are rules."""
+    def rules_loaded(self) -> None:
+        """Stop refusing streams: rules are loaded."""
         self._waits_for_rules = False
 
     async def run(self) -> None:

@@ -1,8 +1,8 @@
-"""A registry as the text Prometheus scrapes, encoded in slices: requests are decided between two of them.
+"""A registry as the text that Prometheus scrapes, encoded in slices, so that requests are decided in between.
 
-A sample takes 5 to 20 us to encode, so a thousand rules in one go would hold up every request for longer than Envoy's
-default timeout, 20 ms. A slice is about half a millisecond, and however many scrape at once, one slice is encoded in
-a turn of the event loop. The text of 20,000 rules has 20 MB: it is never there as a whole.
+A sample takes 5 to 20 us to encode. A thousand rules in one go would delay every request for longer than Envoy's
+default timeout, 20 ms. A slice takes about half a millisecond, and only one is encoded in each turn of the event loop,
+however many scrapes there are. The text of 20,000 rules has 20 MB, and never exists as a whole.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prometheus_client.samples import Sample
 SLICE_SAMPLES = 32
 
 PIECE_BYTES = 16_384
-"""Of the body: slices are sent together until they have as many."""
+"""The body is sent in pieces of at least this size, each of several slices."""
 
 _OPENMETRICS_END = b"# EOF\n"
 
 
 class Exposition:
-    """Encodes one registry for everybody who scrapes it."""
+    """Encodes one registry for all scrapes."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -44,20 +44,20 @@ class Exposition:
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):
-            # It compares what is no version.
+            # The library fails to compare a malformed version.
             encode, content_type = choose_encoder("")
         return self._encoded(encode, content_type.startswith("application/openmetrics-text")), content_type
 
     async def _encoded(self, encode: Callable[[Collector], bytes], is_openmetrics: bool) -> AsyncIterator[bytes]:
-        slices = _slices(self._registry)
+        slices = sample_slices(self._registry)
         piece = b""
         while True:
             async with self._one_slice:
                 found = next(slices, None)
                 if found is None:
                     break
-                family, is_first = found
-                text = encode(_Only(family)).removesuffix(_OPENMETRICS_END)
+                family, samples, is_first = found
+                text = encode(_Only(_part(family, samples))).removesuffix(_OPENMETRICS_END)
                 await asyncio.sleep(0)
             piece += text if is_first else _without_headers(text)
             if len(piece) >= PIECE_BYTES:
@@ -66,18 +66,26 @@ class Exposition:
         yield piece + _OPENMETRICS_END if is_openmetrics else piece
 
 
-def _slices(registry: CollectorRegistry) -> Iterator[tuple[Metric, bool]]:
-    """Parts of families with up to `SLICE_SAMPLES` each, and whether one is the first of its family."""
+def sample_slices(
+    registry: CollectorRegistry, *, whole_histograms: bool = False
+) -> Iterator[tuple[Metric, list[Sample], bool]]:
+    """Slices of up to `SLICE_SAMPLES` samples: the family, its next samples, and True for the first slice of a family.
+
+    The first slice of a family may be empty.
+
+    Args:
+        whole_histograms: True to put all samples of a histogram, which are few, into one slice.
+    """
     for family in registry.collect():
+        most = None if whole_histograms and family.type == "histogram" else SLICE_SAMPLES
         samples = iter(family.samples)
-        part = list(islice(samples, SLICE_SAMPLES))
-        yield _part(family, part), True
-        while part := list(islice(samples, SLICE_SAMPLES)):
-            yield _part(family, part), False
+        yield family, list(islice(samples, most)), True
+        while part := list(islice(samples, most)):
+            yield family, part, False
 
 
 class _Only(Collector):
-    """What the encoders take for a registry: one family."""
+    """A registry with one family, for the encoders."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family
@@ -93,8 +101,8 @@ def _part(family: Metric, samples: list[Sample]) -> Metric:
 
 
 def _without_headers(encoded: bytes) -> bytes:
-    """Less HELP, TYPE and UNIT, which the family's first slice has given; no sample begins with a hash.
+    """The samples without HELP, TYPE and UNIT, which the family's first slice has; no sample begins with a hash.
 
-    A label may have a carriage return in it, from a value of a caller's, which ends no line.
+    A label may contain a carriage return, from a caller's value. It does not end a line.
     """
     return b"\n".join([line for line in encoded.split(b"\n") if not line.startswith(b"#")])

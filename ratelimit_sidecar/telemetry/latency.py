@@ -44,16 +44,18 @@ class LatencyHistogram:
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BOUNDS_NS) + 1)
-        """Observations up to each bound and above the one before; the last is for those above all bounds."""
+        """The number of observations up to each bound and above the one before; the last is for those above
+        all bounds.
+        """
         self.exemplars: list[Exemplar | None] = [None] * len(self.counts)
-        """Of each bucket the latest."""
+        """The latest exemplar of each bucket."""
         self.sum_ns = 0
 
     def observe(self, elapsed_ns: int) -> None:
-        # Nearly all of them, without a search.
+        # Nearly all requests are below the first bound: no search.
         self.counts[0 if elapsed_ns <= FIRST_BOUND_NS else bisect_left(BOUNDS_NS, elapsed_ns)] += 1
         self.sum_ns += elapsed_ns
 
     def exemplify(self, trace_id: str, elapsed_ns: int, ended_ns: int) -> None:
-        """What was observed already was a sampled request; see `Exemplar`."""
+        """Note that a request that was observed already was sampled; see `Exemplar`."""
         self.exemplars[bisect_left(BOUNDS_NS, elapsed_ns)] = Exemplar(trace_id, elapsed_ns, ended_ns)

@@ -1,8 +1,8 @@
 """Every metric of the sidecar, in one table: name, type, labels, help, and how it is read.
 
-Nothing is counted here. At a scrape the collector reads what the other parts count anyway, sample by sample, so a
-metric costs the request path nothing. `docs/reference/metrics.md` is generated from the same table. Label values come
-from the configuration, the mesh and fixed lists, never from a request: the number of series is bounded by them.
+Nothing is counted here. At a scrape the collector reads the counters that other parts have anyway, sample by sample, so
+metrics cost the request path nothing. `docs/reference/metrics.md` is generated from the same table. Label values come
+from the configuration, the mesh and fixed lists, never from a request. So the number of series is bounded.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class CertificateStatus(Protocol):
 
     @property
     def not_after_s(self) -> float | None:
-        """When it ends, in seconds since the epoch; None when that is not known."""
+        """When the certificate ends, in seconds since the epoch; None if that is unknown."""
 
     @property
     def failed_renewals(self) -> int:
-        """Times that its files were read again and could not be used."""
+        """How often its files were read again and could not be used."""
 
 
 class Replication(Protocol):
@@ -91,11 +91,11 @@ class Replication(Protocol):
 
     @property
     def protocol_errors(self) -> Mapping[str, int]:
-        """Streams closed by this node, by reason, also those whose peer never said who it was."""
+        """Streams that this node has closed, by reason, those of unidentified peers included."""
 
     @property
     def unknown_keys(self) -> int:
-        """Buckets that peers told of and no replicated rule here knows."""
+        """Buckets in deltas of peers for which there is no replicated rule here."""
 
     @property
     def certificate(self) -> CertificateStatus | None:
@@ -103,7 +103,7 @@ class Replication(Protocol):
 
 
 class MembershipStatus(Protocol):
-    """What is read of who shares strict limits (`ratelimit_sidecar.replication.status.MembershipStatus`)."""
+    """What is read of the members of strict limits (`ratelimit_sidecar.replication.status.MembershipStatus`)."""
 
     @property
     def home_share(self) -> float: ...
@@ -191,7 +191,7 @@ class RedisStatus(Protocol):
 
 
 class SupervisionStatus(Protocol):
-    """What is read of tasks that are begun again (`ratelimit_sidecar.supervision.Supervisor`)."""
+    """What is read of supervised tasks (`ratelimit_sidecar.supervision.Supervisor`)."""
 
     @property
     def restarts(self) -> Mapping[str, int]: ...
@@ -233,7 +233,7 @@ class RulesStatus(Protocol):
 
     @property
     def last_success_us(self) -> int | None:
-        """When the rules in force were put so, in microseconds since the epoch."""
+        """When the rules in force were loaded, in microseconds since the epoch."""
 
     @property
     def rejected(self) -> object | None:
@@ -241,31 +241,31 @@ class RulesStatus(Protocol):
 
     @property
     def degraded_reason(self) -> str:
-        """Why changes at their source may not be noticed at once; "" when they are."""
+        """Why changes at their source may be noticed late; "" if they are not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """What the metrics are read from.
+class MetricSources:
+    """The parts that metrics are read from.
 
     Args:
         peers: called once a scrape.
-        request_errors: requests refused, by reason.
-        ext_authz_unlimited: requests over ext_authz that met no limit, by reason.
-        replication: None when this node has no mesh.
-        rules: None when the rules never change.
-        membership: called once a scrape; gives None when no limit can be strict.
-        loop: None where nobody measures it.
-        clock: None where limits are not counted by one of the machine.
-        front_end: None where the library that carries calls tells nothing.
-        listener_certificate: None where Envoy's calls come in plain text.
-        state: None where it is not kept in a file.
-        redis: None where it is not kept in Redis.
-        supervision: None where no task is begun again.
-        log: None where it is written at once.
-        fullest: None where nobody looks for them.
-        spans: None where nothing is traced.
-        quotas: None where none are given.
+        request_errors: refused requests, by reason.
+        ext_authz_unlimited: requests over ext_authz without a limit, by reason.
+        replication: None if this node has no mesh.
+        rules: None if the rules never change.
+        membership: called once a scrape; returns None if no limit can be strict.
+        loop: None if the event loop is not measured.
+        clock: None if time is not the machine's.
+        front_end: None if the library that carries calls has no counters.
+        listener_certificate: None if Envoy's calls come in plain text.
+        state: None without state in a file.
+        redis: None without state in Redis.
+        supervision: None without supervised tasks.
+        log: None if log lines are written at once.
+        fullest: None if the fullest buckets are not measured.
+        spans: None without tracing.
+        quotas: None if Envoys get no quotas.
     """
 
     node: str
@@ -292,24 +292,25 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state of the sources at one scrape.
+class ScrapeView:
+    """What one scrape shows: the sources, and what was read of them once for all metrics.
 
     Args:
-        rules: those in force.
-        counted: domain and rule name of all that has been counted.
+        rules: the rules in force.
+        counted: domain and rule name of everything that has counters.
         peers: by the value of the label `peer`.
     """
 
-    sources: Sources
+    sources: MetricSources
     rules: Rules
     counted: Sequence[tuple[str, str]]
     peers: Mapping[str, PeerStatus]
     membership: MembershipStatus | None
 
     def counts(self) -> Iterator[tuple[str, str, RuleCounts]]:
-        """Domain, rule name and counts as they are by now; with zeros for a configured rule that no request has met, so
-        that the first increment of an alert's `rate()` is not lost."""
+        """Domain, rule name and current counters. Rules without requests have zeros, so that `rate()` of an alert sees
+        their first increment.
+        """
         counts = self.sources.limiter.counts
         for domain, rule in self.rules.names:
             yield domain, rule, counts.get((domain, rule), _ZEROS)
@@ -321,7 +322,7 @@ class Snapshot:
 _ZEROS = RuleCounts()
 
 
-_Part = TypeVar("_Part")
+_Source = TypeVar("_Source")
 
 Sample = tuple[str, tuple[str, ...], float] | tuple[str, tuple[str, ...], float, Exemplar]
 """Suffix of the sample's name ("" unless a histogram's), label values, value, and an exemplar if there is one."""
@@ -334,18 +335,18 @@ class Definition:
     """One metric.
 
     Args:
-        name: as exposed, with the suffix that its kind asks for.
-        read: its samples; their label values stand in the order of `labels`.
+        name: as exposed, with the suffix of its kind.
+        read: reads its samples; their label values are in the order of `labels`.
     """
 
     name: str
     kind: Kind
     labels: tuple[str, ...]
     help: str
-    read: Callable[[Snapshot], Iterable[Sample]]
+    read: Callable[[ScrapeView], Iterable[Sample]]
 
 
-def _read_decisions(at: Snapshot) -> Iterator[Sample]:
+def _read_decisions(at: ScrapeView) -> Iterator[Sample]:
     region = at.sources.region
     for domain, rule, counts in at.counts():
         yield "", (region, domain, rule, "OK"), counts.ok
@@ -353,31 +354,31 @@ def _read_decisions(at: Snapshot) -> Iterator[Sample]:
             yield "", (region, domain, rule, "OVER_LIMIT"), counts.over_limit
 
 
-def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
+def _read_rules(value: Callable[[RuleCounts], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         for domain, rule, counts in at.counts():
-            # Descriptors that no rule limits take no tokens and are never denied.
+            # Descriptors without a rule take no tokens and are never denied.
             if rule:
                 yield "", (at.sources.region, domain, rule), value(counts)
 
     return read
 
 
-def _read_used(at: Snapshot) -> Iterator[Sample]:
+def _read_used(at: ScrapeView) -> Iterator[Sample]:
     if at.sources.fullest is not None:
         for (domain, rule), fullest in at.sources.fullest.of_rules.items():
             for rank, used in enumerate(fullest.used, start=1):
                 yield "", (at.sources.region, domain, rule, str(rank)), used
 
 
-def _read_debt(at: Snapshot) -> Iterator[Sample]:
+def _read_debt(at: ScrapeView) -> Iterator[Sample]:
     if at.sources.fullest is not None:
         for (domain, rule), fullest in at.sources.fullest.of_rules.items():
             yield "", (at.sources.region, domain, rule), fullest.debt
 
 
-def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
+def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         for label, peer in at.peers.items():
             number = value(peer)
             if number is not None:
@@ -386,7 +387,7 @@ def _read_peers(value: Callable[[PeerStatus], float | None]) -> Callable[[Snapsh
     return read
 
 
-def _read_latency(at: Snapshot) -> Iterator[Sample]:
+def _read_latency(at: ScrapeView) -> Iterator[Sample]:
     region, latency = at.sources.region, at.sources.latency
     totals = list(accumulate(latency.counts))
     for bound, total, latest in zip(_BUCKET_BOUNDS, totals, latency.exemplars, strict=True):
@@ -399,48 +400,48 @@ def _read_latency(at: Snapshot) -> Iterator[Sample]:
     yield "_sum", (region,), latency.sum_ns / 1e9
 
 
-def _read_peer_info(at: Snapshot) -> Iterator[Sample]:
+def _read_peer_info(at: ScrapeView) -> Iterator[Sample]:
     for label, peer in at.peers.items():
         # No protocol is spoken before the peer is reached.
         protocol = str(peer.protocol or "")
         yield "", (at.sources.region, label, peer.node, peer.region, peer.address, peer.version, protocol), 1
 
 
-def _read_peer_protocol_errors(at: Snapshot) -> Iterator[Sample]:
+def _read_peer_protocol_errors(at: ScrapeView) -> Iterator[Sample]:
     for label, peer in at.peers.items():
         for reason, count in peer.protocol_errors.items():
             yield "", (at.sources.region, label, reason), count
 
 
-def _read_peer_refused(at: Snapshot) -> Iterator[Sample]:
+def _read_peer_refused(at: ScrapeView) -> Iterator[Sample]:
     for label, peer in at.peers.items():
         for reason, count in peer.refused.items():
             yield "", (at.sources.region, label, reason), count
 
 
-def _read_protocol_errors(at: Snapshot) -> Iterator[Sample]:
+def _read_protocol_errors(at: ScrapeView) -> Iterator[Sample]:
     if at.sources.replication is not None:
         for reason, count in at.sources.replication.protocol_errors.items():
             yield "", (at.sources.region, reason), count
 
 
-def _read_unknown_keys(at: Snapshot) -> Iterator[Sample]:
+def _read_unknown_keys(at: ScrapeView) -> Iterator[Sample]:
     if at.sources.replication is not None:
         yield "", (at.sources.region,), at.sources.replication.unknown_keys
 
 
-def _of_mesh(sources: Sources) -> CertificateStatus | None:
+def _of_mesh(sources: MetricSources) -> CertificateStatus | None:
     return None if sources.replication is None else sources.replication.certificate
 
 
-def _of_listener(sources: Sources) -> CertificateStatus | None:
+def _of_listener(sources: MetricSources) -> CertificateStatus | None:
     return sources.listener_certificate
 
 
 def _read_certificate(
-    of: Callable[[Sources], CertificateStatus | None], value: Callable[[CertificateStatus], float | None]
-) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
+    of: Callable[[MetricSources], CertificateStatus | None], value: Callable[[CertificateStatus], float | None]
+) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         certificate = of(at.sources)
         number = None if certificate is None else value(certificate)
         if number is not None:
@@ -449,7 +450,7 @@ def _read_certificate(
     return read
 
 
-def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
+def _read_overflow_decisions(at: ScrapeView) -> Iterator[Sample]:
     region, decisions = at.sources.region, at.sources.limiter.overflow_decisions
     for names in at.rules.names:
         yield "", (region, *names), decisions.get(names, 0)
@@ -458,26 +459,26 @@ def _read_overflow_decisions(at: Snapshot) -> Iterator[Sample]:
             yield "", (region, *names), decisions[names]
 
 
-def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    def read(at: Snapshot) -> Iterator[Sample]:
+def _read_membership(value: Callable[[MembershipStatus], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         if at.membership is not None:
             yield "", (at.sources.region,), value(at.membership)
 
     return read
 
 
-def _read_payments(at: Snapshot) -> Iterator[Sample]:
+def _read_payments(at: ScrapeView) -> Iterator[Sample]:
     if at.membership is not None:
         yield "", (at.sources.region, "sent"), at.membership.payments_sent
         yield "", (at.sources.region, "received"), at.membership.payments_received
 
 
-def _read_part(
-    part: Callable[[Sources], _Part | None], value: Callable[[_Part], float | None]
-) -> Callable[[Snapshot], Iterator[Sample]]:
-    """One sample of a part, where it is there and has it to tell."""
+def _read_source(
+    part: Callable[[MetricSources], _Source | None], value: Callable[[_Source], float | None]
+) -> Callable[[ScrapeView], Iterator[Sample]]:
+    """Read one sample from a source; none if the source is absent or has no value."""
 
-    def read(at: Snapshot) -> Iterator[Sample]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         of = part(at.sources)
         number = None if of is None else value(of)
         if number is not None:
@@ -486,12 +487,12 @@ def _read_part(
     return read
 
 
-def _read_part_by(
-    part: Callable[[Sources], _Part | None], counts: Callable[[_Part], Mapping[str, int]]
-) -> Callable[[Snapshot], Iterator[Sample]]:
-    """A sample for each name that a part counts by, where it is there."""
+def _read_source_by(
+    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, int]]
+) -> Callable[[ScrapeView], Iterator[Sample]]:
+    """Read a sample for each name by which a source counts; none if the source is absent."""
 
-    def read(at: Snapshot) -> Iterator[Sample]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
         of = part(at.sources)
         if of is not None:
             for name, count in counts(of).items():
@@ -500,38 +501,38 @@ def _read_part_by(
     return read
 
 
-def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.loop, value)
+def _read_loop(value: Callable[[LoopStatus], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.loop, value)
 
 
-def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.front_end, value)
+def _read_front_end(value: Callable[[FrontEndStatus], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.front_end, value)
 
 
-def _read_quotas(value: Callable[[Quotas], float]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.quotas, value)
+def _read_quotas(value: Callable[[Quotas], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.quotas, value)
 
 
-def _read_quotas_by(counts: Callable[[Quotas], Mapping[str, int]]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part_by(lambda sources: sources.quotas, counts)
+def _read_quotas_by(counts: Callable[[Quotas], Mapping[str, int]]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source_by(lambda sources: sources.quotas, counts)
 
 
-def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.state, value)
+def _read_state(value: Callable[[StateStatus], float | None]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.state, value)
 
 
-def _read_redis(value: Callable[[RedisStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.redis, value)
+def _read_redis(value: Callable[[RedisStatus], float | None]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.redis, value)
 
 
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
-) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part_by(lambda sources: sources.front_end, counts)
+) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source_by(lambda sources: sources.front_end, counts)
 
 
-def _read_config(value: Callable[[RulesStatus], float | None]) -> Callable[[Snapshot], Iterator[Sample]]:
-    return _read_part(lambda sources: sources.rules, value)
+def _read_config(value: Callable[[RulesStatus], float | None]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.rules, value)
 
 
 _OWN_RULE = ("region", "domain", "rule")
@@ -564,7 +565,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "reason"),
         "Requests answered with a gRPC error, by reason.",
-        _read_part_by(lambda sources: sources, lambda sources: sources.request_errors),
+        _read_source_by(lambda sources: sources, lambda sources: sources.request_errors),
     ),
     Definition(
         "ratelimit_ext_authz_unlimited_total",
@@ -572,7 +573,7 @@ METRICS: tuple[Definition, ...] = (
         ("region", "reason"),
         "Requests over ext_authz that passed without a limit: of a domain without ext_authz in its rules (no_mapping),"
         " or lacking what its descriptors are made from (no_descriptor).",
-        _read_part_by(lambda sources: sources, lambda sources: sources.ext_authz_unlimited),
+        _read_source_by(lambda sources: sources, lambda sources: sources.ext_authz_unlimited),
     ),
     Definition(
         "ratelimit_ignored_overrides_total",
@@ -587,13 +588,13 @@ METRICS: tuple[Definition, ...] = (
         ("region", "result"),
         "Snapshots of the buckets that were written, or could not be; absent without `persistence.file`, as the next"
         " three.",
-        _read_part_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
+        _read_source_by(lambda sources: sources.state, lambda state: {"written": state.taken, "failed": state.failed}),
     ),
     Definition(
         "ratelimit_snapshot_timestamp_seconds",
         "gauge",
         ("region",),
-        "When the latest snapshot was begun, in seconds since the epoch.",
+        "When the latest snapshot was started, in seconds since the epoch.",
         _read_state(lambda state: None if state.last_us is None else state.last_us / 1e6),
     ),
     Definition(
@@ -616,7 +617,7 @@ METRICS: tuple[Definition, ...] = (
         ("region", "result"),
         "Buckets written to Redis, or that it would not take for a reason of their own; absent without"
         " `persistence.url`, as the next five.",
-        _read_part_by(lambda sources: sources.redis, lambda it: {"written": it.written, "refused": it.refused}),
+        _read_source_by(lambda sources: sources.redis, lambda it: {"written": it.written, "refused": it.refused}),
     ),
     Definition(
         "ratelimit_redis_failures_total",
@@ -714,7 +715,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "result"),
         "Times rules were loaded, by result (success, error), the first time included; an error leaves the old ones.",
-        _read_part_by(lambda sources: sources.rules, lambda rules: rules.loads),
+        _read_source_by(lambda sources: sources.rules, lambda rules: rules.loads),
     ),
     Definition(
         "ratelimit_config_last_success_timestamp_seconds",
@@ -748,8 +749,10 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_plans_total",
         "counter",
         ("region", "result"),
-        "Requests whose plan was remembered (found), or had to be made since they were not seen lately (made).",
-        _read_part_by(lambda sources: sources.limiter.plan_counts, lambda plans: plans._asdict()),
+        "Requests whose plan was in the cache (hit), or had to be made (miss).",
+        _read_source_by(
+            lambda sources: sources.limiter.plan_counts, lambda plans: {"hit": plans.hits, "miss": plans.misses}
+        ),
     ),
     Definition(
         "ratelimit_event_loop_longest_stall_seconds",
@@ -769,15 +772,15 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_task_failures_total",
         "counter",
         ("region", "task"),
-        "Times a task of the sidecar failed and was begun again: mesh_listener and grpc_listener are ports.",
-        _read_part_by(lambda sources: sources.supervision, lambda supervision: supervision.restarts),
+        "Times a task of the sidecar failed and was restarted: mesh_listener and grpc_listener are ports.",
+        _read_source_by(lambda sources: sources.supervision, lambda supervision: supervision.restarts),
     ),
     Definition(
         "ratelimit_log_lines_dropped_total",
         "counter",
         ("region",),
         "Lines missing in the log: it was read too slowly, or could not be written, as when the disk is full.",
-        _read_part(lambda sources: sources.log, lambda log: log.dropped_lines),
+        _read_source(lambda sources: sources.log, lambda log: log.dropped_lines),
     ),
     Definition(
         "ratelimit_spans_total",
@@ -785,7 +788,7 @@ METRICS: tuple[Definition, ...] = (
         ("region", "state"),
         "Spans that have ended, were exported, failed, as the collector did not take them, or were dropped, as too many"
         " waited for it. Absent without tracing.",
-        _read_part_by(
+        _read_source_by(
             lambda sources: sources.spans,
             lambda spans: {
                 "ended": spans.ended,
@@ -800,14 +803,14 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "The system clock minus the one that limits are counted by. From 10 s on it was set, and is not believed yet.",
-        _read_part(lambda sources: sources.clock, lambda clock: clock.gap_us / 1e6),
+        _read_source(lambda sources: sources.clock, lambda clock: clock.gap_us / 1e6),
     ),
     Definition(
         "ratelimit_clock_steps_total",
         "counter",
         ("region", "direction"),
         "Times that the clock that limits are counted by was set, forward or back, as the system clock had been.",
-        _read_part_by(
+        _read_source_by(
             lambda sources: sources.clock,
             lambda clock: {"forward": clock.steps_forward, "back": clock.steps_back},
         ),
@@ -901,7 +904,7 @@ METRICS: tuple[Definition, ...] = (
         "crdt_refused_keys_total",
         "counter",
         ("region",),
-        "Times a peer told of a key that had no bucket here, when there was no room for one: it was not kept.",
+        "Times the delta of a peer was not kept, since its key had no bucket here and there was no room for one.",
         lambda at: [("", (at.sources.region,), at.sources.limiter.store.refused_keys)],
     ),
     Definition(
@@ -1035,7 +1038,7 @@ METRICS: tuple[Definition, ...] = (
         "crdt_unknown_keys_total",
         "counter",
         ("region",),
-        "Buckets that peers told of and no replicated rule here knows: the nodes' rules differ.",
+        "Buckets in deltas of peers for which there is no replicated rule here: the nodes' rules differ.",
         _read_unknown_keys,
     ),
     Definition(
@@ -1106,7 +1109,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "Buckets with a quota, each counted once for each Envoy that has it.",
-        _read_quotas(lambda quotas: quotas.holds),
+        _read_quotas(lambda quotas: quotas.bucket_count),
     ),
     Definition(
         "ratelimit_quota_reports_total",
@@ -1136,7 +1139,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region",),
         "Assignments sent to Envoys, also those that only renew one.",
-        _read_quotas(lambda quotas: quotas.counts.told),
+        _read_quotas(lambda quotas: quotas.counts.assignments),
     ),
     Definition(
         "ratelimit_quota_buckets_forgotten_total",
@@ -1149,7 +1152,7 @@ METRICS: tuple[Definition, ...] = (
 )
 
 
-def create_registry(sources: Sources) -> CollectorRegistry:
+def create_registry(sources: MetricSources) -> CollectorRegistry:
     """A registry with all metrics of the sidecar, and those of the process and its Python."""
     registry = CollectorRegistry()
     registry.register(SidecarCollector(sources))
@@ -1162,7 +1165,7 @@ def create_registry(sources: Sources) -> CollectorRegistry:
 class SidecarCollector(Collector):
     """Our own metrics, without those of the process."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: MetricSources) -> None:
         self._sources = sources
 
     def describe(self) -> Iterable[Metric]:
@@ -1180,7 +1183,7 @@ class SidecarCollector(Collector):
 
 
 class _Samples:
-    def __init__(self, definition: Definition, snapshot: Snapshot) -> None:
+    def __init__(self, definition: Definition, snapshot: ScrapeView) -> None:
         self._definition = definition
         self._snapshot = snapshot
 
@@ -1203,9 +1206,9 @@ def _family(definition: Definition) -> Metric:
     return Metric(name, definition.help, definition.kind)
 
 
-def _take_snapshot(sources: Sources) -> Snapshot:
+def _take_snapshot(sources: MetricSources) -> ScrapeView:
     limiter = sources.limiter
-    return Snapshot(sources, limiter.rules, list(limiter.counts), _by_label(sources.peers()), sources.membership())
+    return ScrapeView(sources, limiter.rules, list(limiter.counts), _by_label(sources.peers()), sources.membership())
 
 
 def _by_label(peers: Iterable[PeerStatus]) -> dict[str, PeerStatus]:

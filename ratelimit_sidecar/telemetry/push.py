@@ -1,9 +1,9 @@
-"""The metrics of /metrics pushed to a collector by OTLP, for who scrapes nothing.
+"""Pushes the metrics of /metrics to a collector by OTLP, for operators without scrapes.
 
-Off unless OTEL_METRICS_EXPORTER names otlp, or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set: an endpoint for all signals
-pushes no metrics. Every OTEL_METRIC_EXPORT_INTERVAL milliseconds the registry is read a slice at a time, as for a
-scrape (`exposition.py`), and a thread sends it in requests of bounded size. A collector that is slow or gone costs
-metrics, never a request.
+Off unless OTEL_METRICS_EXPORTER names otlp, or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set; an endpoint for all signals
+does not turn it on. Every OTEL_METRIC_EXPORT_INTERVAL milliseconds the registry is read a slice at a time, as for a
+scrape (`exposition.py`), and a thread sends it in requests of bounded size. A slow or absent collector costs metrics,
+never a request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Final
 
 from opentelemetry.sdk.metrics.export import (
@@ -43,20 +42,20 @@ from ratelimit_sidecar.telemetry.export import (
     prepare_export,
     resource_of,
 )
-from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES
+from ratelimit_sidecar.telemetry.exposition import sample_slices
 from ratelimit_sidecar.threads import in_daemon_thread
 
 POINTS_PER_REQUEST: Final = 2_000
-"""About 0.3 MB; a collector takes 4 MB unless told otherwise."""
+"""About 0.3 MB; collectors accept 4 MB by default."""
 
 _DEFAULT_INTERVAL_MS: Final = "60000"
 
 
 def start_push(node: str, region: str, registry: CollectorRegistry) -> MetricsPush | None:
-    """What pushes the registry, when the environment asks for it.
+    """The push of the registry, if the environment asks for one.
 
     Raises:
-        TracingError: a variable has a value that cannot be used.
+        TracingError: a variable has an unusable value.
     """
     if not _wanted():
         return None
@@ -66,12 +65,12 @@ def start_push(node: str, region: str, registry: CollectorRegistry) -> MetricsPu
             raise ValueError("OTEL_METRIC_EXPORT_INTERVAL must be above 0")
         return MetricsPush(registry, _exporter(), resource_of(node, region), interval_ms / 1e3)
     except Exception as error:
-        # Whatever the exporters raise on a value they cannot use: they have no common class.
+        # Exporters raise various exceptions, without a common class, on values they cannot use.
         raise TracingError(f"cannot push metrics as the OTEL_* variables say: {error}") from error
 
 
 class MetricsPush:
-    """Pushes the metrics to a collector, for as long as it runs."""
+    """Pushes the metrics to a collector while `run` runs."""
 
     def __init__(
         self, registry: CollectorRegistry, exporter: MetricExporter, resource: Resource, interval_seconds: float
@@ -83,17 +82,20 @@ class MetricsPush:
         self._began_ns = time.time_ns()
 
     async def run(self) -> None:
-        """Push now and then, until cancelled."""
+        """Push at each interval, until cancelled."""
         while True:
             await asyncio.sleep(self._interval_seconds)
             await self.push()
 
     async def push(self) -> None:
-        """Push all metrics once. When the collector does not take some, which the exporter logs, the rest waits for the
-        next time."""
+        """Push all metrics once. If the collector refuses some, which the exporter logs, the rest is left for the next
+        time.
+        """
         metrics: list[Metric] = []
         points = 0
-        for family, samples in _slices(self._registry):
+        for family, samples, _ in sample_slices(self._registry, whole_histograms=True):
+            if not samples:
+                continue
             metrics += _converted(family, samples, self._began_ns, time.time_ns())
             points += len(samples)
             if points >= POINTS_PER_REQUEST:
@@ -110,17 +112,8 @@ class MetricsPush:
         return result is MetricExportResult.SUCCESS
 
 
-def _slices(registry: CollectorRegistry) -> Iterator[tuple[Family, list[Sample]]]:
-    for family in registry.collect():
-        samples = iter(family.samples)
-        # The samples of a histogram belong together, and are few.
-        most = None if family.type == "histogram" else SLICE_SAMPLES
-        while part := list(islice(samples, most)):
-            yield family, part
-
-
 def _converted(family: Family, samples: Sequence[Sample], began_ns: int, now_ns: int) -> Iterator[Metric]:
-    """Under the names that they have at a scrape."""
+    """The samples as OTLP metrics, with the names that a scrape has."""
     if family.type == "histogram":
         histogram = Histogram(_histograms(samples, began_ns, now_ns), AggregationTemporality.CUMULATIVE)
         yield Metric(family.name, family.documentation, "", histogram)
@@ -135,7 +128,7 @@ def _converted(family: Family, samples: Sequence[Sample], began_ns: int, now_ns:
 
 
 def _histograms(samples: Sequence[Sample], began_ns: int, now_ns: int) -> list[HistogramDataPoint]:
-    """Of the buckets, the count and the sum of each set of labels."""
+    """The histogram of each set of labels, from its samples."""
     by_labels: dict[tuple[tuple[str, str], ...], list[Sample]] = {}
     for sample in samples:
         labels = tuple(sorted((name, value) for name, value in sample.labels.items() if name != "le"))
@@ -146,7 +139,7 @@ def _histograms(samples: Sequence[Sample], began_ns: int, now_ns: int) -> list[H
         bounds = [float(sample.labels["le"]) for sample in of if sample.name.endswith("_bucket")]
         (total_sum,) = [sample.value for sample in of if sample.name.endswith("_sum")]
         counts = [total - before for total, before in zip(totals, [0, *totals], strict=False)]
-        # Its extremes are not known.
+        # Minimum and maximum are unknown.
         unknown = float("nan")
         made.append(
             HistogramDataPoint(
@@ -164,7 +157,7 @@ def _wanted() -> bool:
 
 
 def _exporter() -> MetricExporter:
-    # Imported here, for the repair must come first; and who pushes nothing needn't load them.
+    # Imported here: `prepare_export` must run first, and without push they need not be loaded.
     if prepare_export("METRICS") == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import (  # noqa: PLC0415
             OTLPMetricExporter as GrpcMetricExporter,

@@ -212,9 +212,13 @@ class Regions:
                 return taken
             query["after"] = body["next"]
 
+    async def read(self, name: str, path: str) -> dict[str, Any]:
+        """A page of a sidecar's console."""
+        return await self[name].read(self._console, path)
+
     async def peers(self, name: str) -> dict[str, dict[str, Any]]:
         """Its peers as a sidecar sees them, by their node ids."""
-        body = await self[name].read(self._console, "/peers")
+        body = await self.read(name, "/peers")
         return {peer["node"]: peer for peer in body["peers"]}
 
     async def connected(self, name: str) -> set[str]:
@@ -282,9 +286,19 @@ class Lab:
     quiet: asyncio.Lock
 
     @asynccontextmanager
-    async def three_regions(self) -> AsyncIterator[Regions]:
-        """Three regions that are connected and idle."""
-        (self.folder / "rules.yaml").write_text(RULES)
+    async def three_regions(
+        self,
+        rules: str = RULES,
+        members: Mapping[str, int] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[Regions]:
+        """Three regions that are connected and idle.
+
+        Args:
+            members: of strict limits; the configuration has none by default.
+            environment: of the sidecars, besides this process's.
+        """
+        (self.folder / "rules.yaml").write_text(rules)
         ports = dict(zip(NAMES, free_ports(len(NAMES)).regions, strict=True))
         async with AsyncExitStack() as stack:
             net = stack.enter_context(network(NAMES))
@@ -305,7 +319,9 @@ class Lab:
                 channel = await stack.enter_async_context(
                     grpc.aio.insecure_channel(f"{HOST}:{ports[name].grpc}", _CHANNEL)
                 )
-                by_name[name] = Region(name, self._command(net, name, ports), ports[name], channel)
+                by_name[name] = Region(
+                    name, self._command(net, name, ports, members, environment), ports[name], channel
+                )
             regions = Regions(by_name, net, ways, children, console, self.quiet)
             await regions.start_all()
             yield regions
@@ -317,7 +333,14 @@ class Lab:
                 Link(_bound(listener, port), partial(net.dial, name, (HOST, port)), Way(), Way())
             )
 
-    def _command(self, net: Network, name: str, ports: Mapping[str, RegionPorts]) -> Command:
+    def _command(
+        self,
+        net: Network,
+        name: str,
+        ports: Mapping[str, RegionPorts],
+        members: Mapping[str, int] | None,
+        environment: Mapping[str, str] | None,
+    ) -> Command:
         own = ports[name]
         config = {
             "node": {"id": name, "region": name},
@@ -332,9 +355,10 @@ class Lab:
             "sync": {
                 "insecure": True,
                 "peers": [f"{HOST}:{peer.sync}" for other, peer in ports.items() if other != name],
+                **({} if members is None else {"members": dict(members)}),
             },
         }
-        command = sidecar_command(self.folder, own, config, name=name)
+        command = sidecar_command(self.folder, own, config, name=name, environment=environment)
         return replace(command, argv=net.inside(name, command.argv))
 
 

@@ -15,7 +15,7 @@ from observed import NOW_US, request
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 
 
 @asynccontextmanager
@@ -23,7 +23,7 @@ async def used_up(token_file: Path | None = None) -> AsyncIterator[str]:
     """The URL of a console whose tenant has nothing left."""
     console = Console(token_file=token_file)
     console.limiter.decide(request(("tenant", "acme"), hits=2), NOW_US)
-    server = ConsoleServer(console.app, "127.0.0.1:0")
+    server = HttpServer(console.app, "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())

@@ -30,11 +30,11 @@ def sidecar(folder: Path, text: str | bytes, environ: Mapping[str, str] | None =
 
 def rules(
     *paths: Path,
-    unruled: BucketConfig | None = None,
+    default_rule: BucketConfig | None = None,
     defaults: RuleDefaults = STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
-    return load_rules(paths, unruled=unruled, defaults=defaults, merge_domains=merge_domains)
+    return load_rules(paths, default_rule=default_rule, defaults=defaults, merge_domains=merge_domains)
 
 
 def rules_of(folder: Path, text: str | bytes, defaults: RuleDefaults = STANDARD) -> Rules:

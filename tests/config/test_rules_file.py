@@ -276,7 +276,7 @@ def test_a_bucket_is_a_token_bucket_whatever_the_default(tmp_path: Path) -> None
     defaults = RuleDefaults(window=Window.FIXED)
     bucket = BucketConfig(capacity=3, refillRate=Decimal(1))
     assert one_rule(tmp_path, "{key: a, bucket: {capacity: 3, refillRate: 1}}", defaults).limit == bucket.limit()
-    assert rules(unruled=bucket, defaults=defaults).unruled == Rule("bucket", bucket.limit(), 3)
+    assert rules(default_rule=bucket, defaults=defaults).default_rule == Rule("bucket", bucket.limit(), 3)
     indebted = one_rule(tmp_path, "{key: a, max_debt: 2, bucket: {capacity: 3, refillRate: 1}}", defaults)
     assert indebted.limit == bucket.limit(max_debt=2)
 
@@ -399,10 +399,12 @@ def test_anchors_and_merge_keys_repeat_a_limit(tmp_path: Path) -> None:
     assert sorted((rule.name, rule.requests_per_unit) for rule in tree) == [("d.a", 1), ("d.b", 2)]
 
 
-def test_all_rules_take_the_default_consistency_and_the_rest_falls_into_the_unruled_bucket(tmp_path: Path) -> None:
+def test_all_rules_take_the_default_consistency_and_the_rest_has_the_default_rule(
+    tmp_path: Path,
+) -> None:
     file = write(tmp_path / "a.yaml", "domain: d\ndescriptors: [{key: a, rate_limit: {unlimited: yes}}]")
     bucket = BucketConfig(capacity=1000, refillRate=Decimal(10))
-    tree = rules(file, unruled=bucket, defaults=RuleDefaults(Consistency.LOCAL))
+    tree = rules(file, default_rule=bucket, defaults=RuleDefaults(Consistency.LOCAL))
     assert {rule.consistency for rule in tree} == {Consistency.LOCAL}
     assert rule_for(tree, "other", ("x", "y")) == Rule(
         "bucket", Limit(10, 1_000_000, 1000), 1000, None, Consistency.LOCAL

@@ -171,7 +171,7 @@ def test_region_comes_from_the_environment_unless_the_file_has_it(tmp_path: Path
     [
         (
             {"CRDT_ENGINE": "strict"},
-            'environment: CRDT_ENGINE: found "strict", expected it beside sync.members; list in it the node ids of all'
+            'environment: CRDT_ENGINE: found "strict", expected sync.members as well; list in it the node ids of all'
             " sidecars that share limits",
         ),
         (

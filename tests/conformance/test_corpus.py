@@ -31,14 +31,15 @@ from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, ru
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
-from ratelimit_sidecar.console.app import Sources, create_app
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.app import ConsoleSources, create_app
+from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import Metadata
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 with warnings.catch_warnings():
     # It uses what pydantic will remove in its next major version.
@@ -60,10 +61,6 @@ Ask = Callable[[RateLimitRequest], Awaitable[Answer | Refusal]]
 
 
 class NoTelemetry:
-    def observe(self, elapsed_ns: int) -> None: ...
-
-    def exemplify(self, *_: object) -> None: ...
-
     def sampled(self, metadata: object) -> None: ...
 
     def record(self, *_: object) -> None: ...
@@ -77,7 +74,7 @@ class Subject:
     now_us: int = START_US
 
     def __post_init__(self) -> None:
-        self._service = RateLimitService(self.limiter, lambda: self.now_us, NoTelemetry(), NoTelemetry())
+        self._service = RateLimitService(self.limiter, lambda: self.now_us, LatencyHistogram(), NoTelemetry())
 
     def should_rate_limit(self, request: bytes, metadata: Metadata) -> bytes:
         return self._service.should_rate_limit(request, metadata)
@@ -105,7 +102,7 @@ def subject_of(case: Case, folder: Path) -> Subject:
     (folder / "sidecar.yaml").write_text(yaml.safe_dump({"rules": ["rules"], **case.config}))
     config = load_sidecar_config(folder / "sidecar.yaml", case.environment)
     rules = load_rules(
-        config.rules, unruled=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
+        config.rules, default_rule=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
     )
     return Subject(Limiter(rules, Origin("node", 1), config.settings))
 
@@ -176,9 +173,9 @@ async def independent_client(front_end: tuple[str, Tls | None]) -> AsyncIterator
 async def json_client(stage: Stage) -> AsyncIterator[Ask]:
     """One of the console's POST /json."""
     limiter = Limiter(Rules(), Origin("node", 1))
-    console = ConsoleServer(
+    console = HttpServer(
         create_app(
-            Sources(
+            ConsoleSources(
                 node="node",
                 region="local",
                 limiter=limiter,

@@ -23,14 +23,16 @@ from google.protobuf.json_format import MessageToDict
 from observed import NoTelemetry
 from server.front_ends import KINDS, channel_to, running
 
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.server.rpc import Headers
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.ratelimit import RateLimitService
 from ratelimit_sidecar.services.v1 import check_pb2 as raw_check
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 RULES = """
 domain: shop
@@ -86,7 +88,7 @@ class Sidecar:
 
 def sidecar_with(folder: Path, rules: str = RULES) -> Sidecar:
     limiter = Limiter(rules_of(folder, rules), Origin("node", 1))
-    rate_limit = RateLimitService(limiter, lambda: sidecar.now_us, NoTelemetry(), NoTelemetry())
+    rate_limit = RateLimitService(limiter, lambda: sidecar.now_us, LatencyHistogram(), NoTelemetry())
     sidecar = Sidecar(limiter, rate_limit, ExtAuthzService(rate_limit, lambda: limiter.rules), folder)
     return sidecar
 
@@ -288,7 +290,7 @@ async def test_a_request_with_more_headers_than_a_proxy_takes_is_refused(sidecar
 
 @pytest.fixture
 async def over_http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    server = ConsoleServer(ext_authz_app(sidecar_with(tmp_path).ext_authz), "127.0.0.1:0")
+    server = HttpServer(ext_authz_app(sidecar_with(tmp_path).ext_authz), "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())
@@ -348,9 +350,9 @@ async def test_over_http_a_path_without_the_prefix_is_found_out(over_http: httpx
 async def test_dynamic_metadata_says_what_was_asked_where_it_is_on(tmp_path: Path) -> None:
     settings = Settings(dynamic_metadata=True)
     limiter = Limiter(rules_of(tmp_path, RULES), Origin("node", 1), settings)
-    rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, NoTelemetry(), NoTelemetry())
+    rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, LatencyHistogram(), NoTelemetry())
     request = CheckRequest(attributes=attributes(EVE))
-    answer = ExtAuthzService(rate_limit, lambda: limiter.rules).check(request.SerializeToString(), ())
+    answer = ExtAuthzService(rate_limit, lambda: limiter.rules).check(request.SerializeToString(), Headers())
     metadata = MessageToDict(CheckResponse.FromString(answer).dynamic_metadata)
     assert metadata["domain"] == "shop"
     assert metadata["descriptors"] == [{"entries": ["user=eve"]}]

@@ -34,6 +34,7 @@ from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 with warnings.catch_warnings():
     # It uses what pydantic will remove in its next major version.
@@ -101,7 +102,7 @@ async def sidecar_on(where: str, tmp_path: Path) -> AsyncIterator[Sidecar]:
     address = f"unix:{tmp_path}/rls.sock" if transport == "unix" else "127.0.0.1:0"
     tls = Tls(tmp_path / "tls") if transport == "tls" else None
     limiter = Limiter(RULES, Origin("node", 1))
-    rate_limit = RateLimitService(limiter, lambda: sidecar.now_us, NoTelemetry(), NoTelemetry())
+    rate_limit = RateLimitService(limiter, lambda: sidecar.now_us, LatencyHistogram(), NoTelemetry())
     health = HealthService(lambda: sidecar.serving, [SERVICE_NAME])
     handlers = {**rate_limit.handlers(), **health.handlers()}
     async with (

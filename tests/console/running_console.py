@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 
 GET = b"GET / HTTP/1.1\r\nhost: console\r\n\r\n"
 LARGE_BYTES = 32 * 1024 * 1024
@@ -75,8 +75,8 @@ class App(Starlette):
 
 
 @asynccontextmanager
-async def running(app: App | None = None) -> AsyncIterator[ConsoleServer]:
-    server = ConsoleServer(app or App(), "127.0.0.1:0")
+async def running(app: App | None = None) -> AsyncIterator[HttpServer]:
+    server = HttpServer(app or App(), "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())
@@ -87,7 +87,7 @@ async def running(app: App | None = None) -> AsyncIterator[ConsoleServer]:
             await server.stop()
 
 
-async def get(server: ConsoleServer, path: str = "/") -> httpx.Response:
+async def get(server: HttpServer, path: str = "/") -> httpx.Response:
     # Certificates take a tenth of a second to load, and are not needed.
     async with httpx.AsyncClient(timeout=60, trust_env=False, verify=False) as client:
         return await client.get(f"http://{server.address}{path}")
@@ -136,7 +136,7 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(server: ConsoleServer, of: str = "127.0.0.1") -> AsyncIterator[Client]:
+async def connect(server: HttpServer, of: str = "127.0.0.1") -> AsyncIterator[Client]:
     """Args:
     of: the client's address.
     """

@@ -9,7 +9,7 @@ import httpx
 from observed import NOW_US, peer, small_limiter
 from prometheus_client import CollectorRegistry
 
-from ratelimit_sidecar.console.app import Sources, create_app
+from ratelimit_sidecar.console.app import ConsoleSources, create_app
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -54,7 +54,7 @@ class Console:
         )
         self.service = RateLimitService(self.limiter, lambda: self.now_us, LatencyHistogram(), NoTracer())
         self.app = create_app(
-            Sources(
+            ConsoleSources(
                 node="us-1",
                 region="us-east-1",
                 limiter=self.limiter,
@@ -74,7 +74,7 @@ class Console:
 
     def _registry(self) -> CollectorRegistry:
         return metrics.create_registry(
-            metrics.Sources(
+            metrics.MetricSources(
                 node="us-1",
                 region="us-east-1",
                 limiter=self.limiter,

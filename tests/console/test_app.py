@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, Sources, create_app
+from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, ConsoleSources, create_app
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
@@ -144,8 +144,8 @@ async def test_a_strict_bucket_is_shown_as_the_part_of_it_that_this_node_has() -
     console = Console(strict_limiter())
     console.limiter.decide(request(("tenant", "acme")), NOW_US)
     # A step of the wall clock refills nothing.
-    console.limiter.jumped_us = 3_600_000_000
-    console.now_us = NOW_US + console.limiter.jumped_us + 15_000_000
+    console.limiter.clock_steps_us = 3_600_000_000
+    console.now_us = NOW_US + console.limiter.clock_steps_us + 15_000_000
     body = (await console.get("/buckets?domain=edge")).json()
     [bucket] = body["buckets"]
     assert (body["active"], bucket["rule"], bucket["capacity"]) == (1, "edge.tenant", 2)
@@ -194,11 +194,11 @@ async def test_a_bucket_that_nobody_replicates_says_so() -> None:
 
 
 async def test_a_bucket_of_the_limit_for_everything_else_says_that_no_rule_matched() -> None:
-    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    console = Console(small_limiter(Rules(default_rule=Rule("default_rule", TWO_A_MINUTE))))
     console.limiter.decide(request(("a key", "öäü"), domain="anywhere"), NOW_US)
     [bucket] = await console.buckets()
     assert bucket["entries"] == [{"key": "a key", "value": "öäü", "match": "none"}]
-    assert (bucket["domain"], bucket["rule"]) == ("anywhere", "unruled")
+    assert (bucket["domain"], bucket["rule"]) == ("anywhere", "default_rule")
 
 
 async def test_pages_together_list_every_bucket_once() -> None:
@@ -219,7 +219,7 @@ async def test_the_last_page_says_so_even_when_it_is_full() -> None:
 
 
 async def test_one_domain_can_be_selected() -> None:
-    console = Console(small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE))))
+    console = Console(small_limiter(Rules(default_rule=Rule("default_rule", TWO_A_MINUTE))))
     for domain in ("edge", "edge2", "e", "edg", "other domain"):
         for value in ("1", "2"):
             console.limiter.decide(request(("k", value), domain=domain), NOW_US)
@@ -268,7 +268,7 @@ async def test_a_failure_is_answered_500_and_logged_once_with_its_traceback() ->
     def broken() -> Sequence[PeerStatus]:
         raise RuntimeError("the secret detail")
 
-    sources = Sources(
+    sources = ConsoleSources(
         node="us-1",
         region="us-east-1",
         limiter=console.limiter,

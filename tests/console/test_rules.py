@@ -66,7 +66,7 @@ async def test_rlconfig_has_a_line_for_each_rule_and_says_where_they_came_from()
 async def test_rlconfig_follows_a_reload() -> None:
     console = console_of()
     console.now_us += 3_600_000_000
-    assert await console.reloader.load(lambda: Rules(unruled=RULES.unruled), "v2") is None
+    assert await console.reloader.load(lambda: Rules(default_rule=RULES.default_rule), "v2") is None
     lines = (await console.get("/rlconfig")).text.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["bucket", "# files rules, version v2"]
     assert lines[-1].endswith("1 in force since 2026-11-18T12:06:40Z")

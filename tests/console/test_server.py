@@ -14,13 +14,13 @@ import httpx
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
-from ratelimit_sidecar.console.connection import ConsoleConnection
+from ratelimit_sidecar.console.connection import BoundedConnection
 from ratelimit_sidecar.console.requests import MAX_BODY_BYTES, MAX_REQUESTS
-from ratelimit_sidecar.console.server import ConsoleServer
+from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.server.listeners import ListenError
 
 
-async def until_refused(server: ConsoleServer) -> None:
+async def until_refused(server: HttpServer) -> None:
     host, _, port = server.address.rpartition(":")
     while True:
         try:
@@ -31,7 +31,7 @@ async def until_refused(server: ConsoleServer) -> None:
 
 
 async def test_it_answers_on_the_port_it_was_given_by_the_system() -> None:
-    server = ConsoleServer(App(), "127.0.0.1:0")
+    server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
     assert not server.address.endswith(":0")
     async with asyncio.TaskGroup() as tasks:
@@ -57,7 +57,7 @@ def loopback_has_ipv6() -> bool:
     ],
 )
 async def test_names_and_ipv6_are_addresses_too(address: str) -> None:
-    server = ConsoleServer(App(), address)
+    server = HttpServer(App(), address)
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())
@@ -70,7 +70,7 @@ async def test_a_taken_address_is_named_in_the_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ListenError, match=f"cannot listen on {address}: Address already in use"):
-            await ConsoleServer(App(), address).start()
+            await HttpServer(App(), address).start()
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ async def test_a_taken_address_is_named_in_the_error() -> None:
 )
 async def test_an_address_that_cannot_be_listened_on_is_named_in_the_error(address: str, reason: str) -> None:
     with pytest.raises(ListenError, match=f"cannot listen on {address}: {reason}"):
-        await ConsoleServer(App(), address).start()
+        await HttpServer(App(), address).start()
 
 
 async def test_a_stop_lets_requests_in_flight_end_and_refuses_new_ones() -> None:
     app = App()
-    server = ConsoleServer(app, "127.0.0.1:0")
+    server = HttpServer(app, "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())
@@ -108,20 +108,20 @@ async def test_a_stop_lets_requests_in_flight_end_and_refuses_new_ones() -> None
 
 
 async def test_a_cancelled_server_gives_its_port_back() -> None:
-    server = ConsoleServer(App(), "127.0.0.1:0")
+    server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
     serving = asyncio.create_task(server.serve())
     await server.ready.wait()
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
-    successor = ConsoleServer(App(), server.address)
+    successor = HttpServer(App(), server.address)
     await successor.start()
     await successor.stop()
 
 
 async def test_a_server_stopped_before_it_served_does_not_serve() -> None:
-    server = ConsoleServer(App(), "127.0.0.1:0")
+    server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
     await server.stop()
     await server.serve()
@@ -191,7 +191,7 @@ async def test_a_handler_that_outlives_the_drain_is_cancelled(
 
 async def test_a_cancelled_server_drains() -> None:
     app = App()
-    server = ConsoleServer(app, "127.0.0.1:0")
+    server = HttpServer(app, "127.0.0.1:0")
     await server.start()
     serving = asyncio.create_task(server.serve())
     await server.ready.wait()
@@ -207,7 +207,7 @@ async def test_a_cancelled_server_drains() -> None:
 
 
 async def test_a_server_that_dies_raises() -> None:
-    server = ConsoleServer(App(), "127.0.0.1:0")
+    server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
     for listener in server._listeners:
         listener.close()
@@ -377,7 +377,7 @@ async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: byte
     """Which is practically never run (`app.GC_THRESHOLDS`)."""
 
     def connections() -> int:
-        return sum(isinstance(found, ConsoleConnection) for found in gc.get_objects())
+        return sum(isinstance(found, BoundedConnection) for found in gc.get_objects())
 
     async with running() as server:
         gc.collect()

@@ -10,7 +10,7 @@ from console.running_console import GET, LARGE_BYTES, App, connect, get, running
 
 from ratelimit_sidecar.console.connection import MAX_CONNECTIONS
 from ratelimit_sidecar.console.requests import MAX_REQUESTS, MAX_SCRAPES_OF_ADDRESS
-from ratelimit_sidecar.console.server import MAX_HEAD_BYTES, ConsoleServer
+from ratelimit_sidecar.console.server import MAX_HEAD_BYTES, HttpServer
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
@@ -200,7 +200,7 @@ async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(
     # The probe has to wait for all the clients' turns here, before it can ask.
     monkeypatch.setattr(f"{CONNECTION}.NEW_SECONDS", 60)
 
-    async def ask_on(server: ConsoleServer) -> None:
+    async def ask_on(server: HttpServer) -> None:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):
                 async with connect(server) as client:

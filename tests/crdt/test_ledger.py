@@ -10,14 +10,13 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.paying import Ask, Pay
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, PARTS, Membership, Shares, parts_of
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.store import StoreFull
 
 LIMIT = Limit(100, 1_000_000, 100)
 STARTED_US = 1_000_000_000
 NOW_US = STARTED_US + OLD_LOAN_US + 2_000_000
 ENDS = {"b": 7}
-TOKEN = 1 << 32
 
 
 def ask_for(tokens: int) -> Ask:
@@ -32,7 +31,7 @@ def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: Limit = LI
 
 def test_a_bucket_begins_full_when_it_was_not_asked_for_since_the_start() -> None:
     bucket = make_ledger().bucket(b"k", LIMIT, NOW_US)
-    assert (bucket.home, bucket.remaining) == (PARTS // 2, 50)
+    assert (bucket.home, bucket.remaining) == (50 * TOKEN, 50)
 
 
 def test_a_bucket_begins_with_what_has_refilled_since_the_home_began() -> None:
@@ -162,14 +161,14 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     assert bucket.take(20, NOW_US)
     # Of its 50 tokens 30 are left: no more can be somebody else's.
-    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) == parts_of(30, 100)
+    assert ledger.withhold(b"k", LIMIT, 50 * TOKEN, NOW_US) == 30 * TOKEN
     assert bucket.remaining == 0
-    assert bucket.home == PARTS // 2 - parts_of(30, 100)
+    assert bucket.home == 50 * TOKEN - 30 * TOKEN
     assert ledger.answer("b", b"k", ask_for(50), NOW_US) == Pay(0, 0)
     bucket.advance(NOW_US + 10_000_000)
     assert bucket.remaining == 20
     assert ledger.withhold(b"k", LIMIT, 0, NOW_US + 10_000_000) == 0
-    assert bucket.home == ledger.own_parts(b"k", LIMIT, NOW_US) == PARTS // 2
+    assert bucket.home == ledger.shares.home(b"k", 100, NOW_US) == 50 * TOKEN
     assert bucket.remaining == 20
 
 
@@ -179,7 +178,7 @@ def test_what_was_paid_away_is_not_withheld() -> None:
     pay = ledger.answer("b", b"k", ask_for(40), NOW_US)
     assert pay is not None
     assert pay.amount >= 1 << 32
-    assert ledger.withhold(b"k", LIMIT, PARTS // 2, NOW_US) <= parts_of(50 - (pay.amount >> 32), 100)
+    assert ledger.withhold(b"k", LIMIT, 50 * TOKEN, NOW_US) <= 50 * TOKEN - pay.amount
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -187,7 +186,7 @@ def test_what_was_paid_away_is_not_withheld() -> None:
 def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: Limit) -> None:
     chance = random.Random(seed)
     ledgers = {node: make_ledger(node, limit=limit) for node in "ab"}
-    ends, parts, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
+    ends, withheld, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
     on_the_way: list[tuple[str, str, Ask | Pay]] = []
     now_us, paid = NOW_US, 0
     before = limit.ceiling << 32
@@ -196,9 +195,9 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
         now_us += passed_us
         node, other = chance.choice([("a", "b"), ("b", "a")])
         for each in "ab":
-            # In grains: what those who run the withheld parts have, whose buckets are full of them in the end.
-            refilled = held[each] + passed_us * limit.tokens * parts[each]
-            held[each] = min(limit.ceiling * parts[each], refilled)
+            # In grains: what those who run what is withheld have, whose buckets are full of them in the end.
+            refilled = held[each] + passed_us * (limit.tokens * withheld[each] // limit.capacity)
+            held[each] = min(limit.period_us * withheld[each], refilled)
             ledgers[each].bucket(b"k", limit, now_us).advance(now_us)
         ledger = ledgers[node]
         bucket = ledger.bucket(b"k", limit, now_us)
@@ -206,11 +205,11 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
             case "take":
                 bucket.take(chance.randint(1, max(1, bucket.remaining * 2)), now_us)
             case "withhold":
-                parts_before = parts[node]
-                wanted = parts_of(chance.randint(0, limit.capacity // 2), limit.capacity)
-                parts[node] = ledger.withhold(b"k", limit, wanted, now_us)
-                held[node] += max(0, parts[node] - parts_before) * limit.ceiling
-                held[node] = min(held[node], limit.ceiling * parts[node])
+                withheld_before = withheld[node]
+                wanted = chance.randint(0, limit.capacity // 2) * TOKEN
+                withheld[node] = ledger.withhold(b"k", limit, wanted, now_us)
+                held[node] += max(0, withheld[node] - withheld_before) * limit.period_us
+                held[node] = min(held[node], limit.period_us * withheld[node])
             case "tick":
                 asks = ledger.tick({other: ends[node]}, now_us, most=10, longest_key=100)
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
@@ -231,4 +230,4 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
 
 
 def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
-    assert make_ledger().withhold(b"k", LIMIT, PARTS // 2, STARTED_US) == 0
+    assert make_ledger().withhold(b"k", LIMIT, 50 * TOKEN, STARTED_US) == 0

@@ -8,23 +8,20 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from crdt.strict_cluster import StrictCluster, pairs_of
+from crdt.strict_cluster import BROKEN, StrictCluster, pairs_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, Limit
 from ratelimit_sidecar.crdt.shares import (
-    MAX_WHOLE_CAPACITY,
     OLD_LOAN_US,
-    PARTS,
+    TOKEN,
     Membership,
     Shares,
     Shown,
-    home_parts,
-    home_parts_of_key,
-    whole_tokens,
+    home_of,
 )
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
@@ -41,7 +38,7 @@ def rate_of(limit: Limit, duration_us: int) -> int:
 
 def half() -> StrictBucket:
     """A bucket whose home is a half of the limit, and full."""
-    return StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=PARTS // 2, from_us=0)
+    return StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=50 * TOKEN, from_us=0)
 
 
 def run_faults(seed: int, **broken: object) -> StrictCluster:
@@ -100,37 +97,7 @@ def test_through_random_faults_with_skewed_clocks_nothing_is_admitted_beyond_the
     assert payments > SCHEDULES
 
 
-class NoReservation(StrictBucket):
-    def ask(self, end: int, amount: int) -> None:
-        super().ask(end, amount)
-        self.asked_for = amount
-        self.reserved[end] = 0
-
-    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
-        del self.reserved[end]
-        self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
-        return True
-
-
-class FreePayment(StrictBucket):
-    def pay(self, peer: str, amount: int) -> int:
-        level = self.level
-        paid = super().pay(peer, amount)
-        self.level = level
-        return paid
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"bucket_type": NoReservation},
-        {"bucket_type": FreePayment},
-        {"pays_twice": True},
-        {"starts_full": True},
-        {"keeps_twice": True},
-    ],
-    ids=["no room reserved", "not deducted", "paid twice", "full after a restart", "kept purse used twice"],
-)
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 @pytest.mark.interpreted
 def test_each_broken_rule_is_found(broken: dict[str, object]) -> None:
     with pytest.raises(AssertionError):
@@ -140,7 +107,7 @@ def test_each_broken_rule_is_found(broken: dict[str, object]) -> None:
 def test_what_a_purse_had_at_a_clean_stop_it_has_again() -> None:
     bucket = half()
     assert bucket.take(20, NOW_US)
-    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=PARTS // 2, from_us=NOW_US)
+    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=50 * TOKEN, from_us=NOW_US)
     again.put_back(bucket.level // bucket.limit.period_us)
     assert again.remaining == 30
 
@@ -148,7 +115,7 @@ def test_what_a_purse_had_at_a_clean_stop_it_has_again() -> None:
 def test_what_is_owed_at_a_clean_stop_is_owed_again() -> None:
     bucket = half()
     bucket.take(70, NOW_US, always=True)
-    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=PARTS // 2, from_us=NOW_US)
+    again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=50 * TOKEN, from_us=NOW_US)
     again.put_back(bucket.level // bucket.limit.period_us)
     assert again.debt == 20
 
@@ -246,14 +213,14 @@ def test_a_limit_of_about_as_many_tokens_as_there_are_members_admits_what_it_say
 
 
 def test_what_a_restarted_replica_had_is_lost_and_refills() -> None:
-    bucket = StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=PARTS // 2, from_us=NOW_US)
+    bucket = StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=50 * TOKEN, from_us=NOW_US)
     assert bucket.remaining == 0
     bucket.advance(NOW_US + SECOND_US // 2)
     assert bucket.remaining == 25
 
 
 def test_room_that_is_asked_for_does_not_refill_until_it_is_answered_or_its_end_is_closed() -> None:
-    for answer in (lambda bucket: bucket.paid(7, "b", 20 << 32, PARTS // 2), lambda bucket: bucket.closed(7)):
+    for answer in (lambda bucket: bucket.paid(7, "b", 20 << 32, 50 * TOKEN), lambda bucket: bucket.closed(7, NOW_US)):
         bucket = half()
         assert bucket.take(50, NOW_US)
         bucket.ask(7, 30 << 32)
@@ -269,7 +236,7 @@ def test_more_than_was_asked_for_is_not_believed() -> None:
     bucket = half()
     assert bucket.take(50, NOW_US)
     bucket.ask(1, 10 << 32)
-    bucket.paid(1, "b", 50 << 32, PARTS // 2)
+    bucket.paid(1, "b", 50 << 32, 50 * TOKEN)
     assert bucket.remaining == 10
 
 
@@ -281,7 +248,7 @@ def test_a_peer_that_pays_again_and_again_is_believed_no_more_than_its_home_hold
         while bucket.take(1, now_us):
             admitted += 1
         bucket.ask(step, 40 << 32)
-        bucket.paid(step, "b", 40 << 32, PARTS // 4)
+        bucket.paid(step, "b", 40 << 32, 25 * TOKEN)
     most = 75 + 3 * rate_of(PER_SECOND_100, 200 * 20_000) // 4
     assert most - 2 <= admitted <= most
 
@@ -291,7 +258,7 @@ def test_what_a_peer_was_paid_it_can_pay_back() -> None:
     for end in range(10):
         assert bucket.pay("b", 25 << 32) == 25 << 32
         bucket.ask(end, 25 << 32)
-        assert bucket.paid(end, "b", 25 << 32, PARTS // 4)
+        assert bucket.paid(end, "b", 25 << 32, 25 * TOKEN)
     assert bucket.remaining == 50
 
 
@@ -307,17 +274,11 @@ def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> 
     bucket.take(50, NOW_US)
     bucket.ask(1, 40 << 32)
     bucket.set_limit(Limit(100, SECOND_US, 20), NOW_US)
+    bucket.set_home(10 * TOKEN, NOW_US)
     bucket.advance(NOW_US + SECOND_US)
     assert bucket.remaining == 0
-    bucket.paid(1, "b", 40 << 32, PARTS)
+    bucket.paid(1, "b", 40 << 32, 100 * TOKEN)
     assert bucket.remaining == 10
-
-
-@pytest.mark.parametrize("weights", [{"a": 1, "b": 1, "c": 1}, {"a": 7, "b": 2, "c": 1}, {"a": 1}])
-def test_home_shares_never_sum_to_more_than_one_and_lose_next_to_nothing(weights: dict[str, int]) -> None:
-    total = sum(home_parts(weights, node) for node in weights)
-    assert PARTS - len(weights) < total <= PARTS
-    assert home_parts(weights, "stranger") == 0
 
 
 @given(
@@ -325,23 +286,23 @@ def test_home_shares_never_sum_to_more_than_one_and_lose_next_to_nothing(weights
         lambda weights: any(weights.values())
     ),
     key=st.binary(min_size=1, max_size=8),
-    capacity=st.integers(1, 40) | st.integers(1, MAX_WHOLE_CAPACITY),
+    capacity=st.integers(0, 40) | st.integers(1, MAX_CAPACITY),
 )
 def test_the_homes_of_one_limit_are_whole_tokens_and_sum_to_its_capacity(
     weights: dict[str, int], key: bytes, capacity: int
 ) -> None:
-    homes = {node: home_parts_of_key(weights, node, key, capacity) for node in weights}
-    tokens = {node: whole_tokens(home, capacity) for node, home in homes.items()}
-    assert sum(tokens.values()) == capacity
-    assert all(tokens[node] * PARTS // capacity == home for node, home in homes.items())
-    assert all(abs(tokens[node] - capacity * weights[node] / sum(weights.values())) < 1 for node in weights)
-    assert sum(homes.values()) <= PARTS
+    homes = {node: home_of(weights, node, key, capacity) for node in weights}
+    assert sum(homes.values()) == capacity * TOKEN
+    assert all(home % TOKEN == 0 for home in homes.values())
+    total = sum(weights.values())
+    assert all(abs(homes[node] // TOKEN * total - capacity * weights[node]) < total for node in weights)
+    assert home_of(weights, "stranger", key, capacity) == 0
 
 
 def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
     weights = dict.fromkeys("abcde", 1)
     lucky = Counter(
-        node for number in range(1_000) for node in weights if home_parts_of_key(weights, node, b"key %d" % number, 1)
+        node for number in range(1_000) for node in weights if home_of(weights, node, b"key %d" % number, 1)
     )
     assert sum(lucky.values()) == 1_000
     assert min(lucky.values()) > 120
@@ -350,11 +311,11 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
 def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.hear("stranger", Shown(1, {"stranger": 1}), OLD_LOAN_US)
-    assert shares.home(OLD_LOAN_US) == PARTS // 2
+    assert shares.part(OLD_LOAN_US) == 1 / 2
     assert list(shares.conflicts) == ["stranger"]
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
     shares.hear("b", Shown(2, {"b": 1}), OLD_LOAN_US)
-    assert shares.home(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
+    assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
 
 
 @pytest.mark.parametrize("order", list(permutations("bcd")))
@@ -374,33 +335,44 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
                     if one is not other:
                         shown = Shown(other.membership.epoch, other.membership.weights)
                         one.hear(other.node, shown, later_us)
-            assert sum(view.home(later_us) for view in views.values()) <= PARTS
+            assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
-    assert {node: view.home(now_us) for node, view in views.items()} == {node: home_parts(new, node) for node in views}
+    assert {node: view.part(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
 
 
 def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.hear("b", Shown(1, {"a": 1, "b": 3}), OLD_LOAN_US)
-    assert shares.home(OLD_LOAN_US) == PARTS // 4
+    assert shares.part(OLD_LOAN_US) == 1 / 4
     assert list(shares.conflicts) == ["b"]
     shares.hear("b", Shown(1, {"a": 1, "b": 1}), OLD_LOAN_US)
-    assert shares.home(OLD_LOAN_US) == PARTS // 2
+    assert shares.part(OLD_LOAN_US) == 1 / 2
 
 
 def test_charged_always_a_strict_bucket_owes() -> None:
     bucket = half()
     assert not bucket.take(75, OLD_LOAN_US, always=True)
     assert (bucket.debt, bucket.remaining) == (25, 0)
-    assert bucket.retry_after_us(1) == 520_000
+    assert bucket.fits_in_us(1) == 520_000
+
+
+def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
+    bucket = half()
+    bucket.take(75, NOW_US, always=True)
+    assert bucket.room == bucket.ceiling
+    bucket.ask(1, 50 * TOKEN)
+    bucket.paid(1, "b", 50 * TOKEN, 50 * TOKEN)
+    assert bucket.remaining == 25
 
 
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket = half()
     bucket.take(20, OLD_LOAN_US)
     bucket.set_limit(Limit(50, SECOND_US, 200), OLD_LOAN_US)
+    bucket.set_home(100 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 30
     bucket.set_limit(Limit(50, SECOND_US, 20), OLD_LOAN_US)
+    bucket.set_home(10 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 10
     assert bucket.level <= bucket.ceiling
 
@@ -408,10 +380,10 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.hear("b", Shown(1, {"a": 1, "b": 3}), SECOND_US)
-    assert shares.settled_us() is None
-    assert shares.home(SECOND_US) == PARTS // 4
+    assert not shares.is_settled
+    assert shares.part(SECOND_US) == 1 / 4
     shares.hear("b", Shown(2, {"a": 3, "b": 1}), 2 * SECOND_US)
-    assert shares.home(2 * SECOND_US) == 3 * PARTS // 4
+    assert shares.part(2 * SECOND_US) == 3 / 4
 
 
 def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do_not_lend_any_more() -> None:
@@ -419,11 +391,11 @@ def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do
     shares = Shares(membership, "a", 0)
     shares.hear("b", Shown(1, membership.weights), 1_000)
     shares.hear("c", Shown(0, {}), 2_000)
-    assert shares.home(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
-    assert shares.home(OLD_LOAN_US) == PARTS // 4
+    assert shares.part(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
+    assert shares.part(OLD_LOAN_US) == 1 / 4
     shares = Shares(membership, "a", 0)
     for peer in "bc":
         shares.hear(peer, Shown(1, membership.weights), 3_000)
-    assert shares.home(2_999) == 0
-    assert (shares.from_us, shares.home(3_000)) == (3_000, PARTS // 4)
-    assert Shares(Membership(1, {"a": 1}), "a", 0).home(0) == PARTS
+    assert shares.part(2_999) == 0
+    assert (shares.from_us, shares.part(3_000)) == (3_000, 1 / 4)
+    assert Shares(Membership(1, {"a": 1}), "a", 0).part(0) == 1

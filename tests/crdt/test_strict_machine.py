@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from crdt.strict_cluster import StrictCluster, pairs_of
-from hypothesis import settings
+from typing import Any, ClassVar
+
+import pytest
+from crdt.strict_cluster import BROKEN, StrictCluster, pairs_of
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import Membership
@@ -21,6 +24,8 @@ weights = st.fixed_dictionaries({node: st.integers(1, 5) for node in NODES})
 
 class StrictMachine(RuleBasedStateMachine):
     """P5: the oracle is one bucket fed every admission of every replica at its true time."""
+
+    broken: ClassVar[dict[str, Any]] = {}
 
     @initialize(
         limit=st.sampled_from(
@@ -47,6 +52,7 @@ class StrictMachine(RuleBasedStateMachine):
             drift_ppm=drift_ppm,
             weights=weights,
             is_fixed_delay=False,
+            **self.broken,
         )
 
     @rule(node=nodes, hits=st.integers(0, 30))
@@ -57,6 +63,11 @@ class StrictMachine(RuleBasedStateMachine):
     def take_all(self, node: str) -> None:
         self.cluster.take_all(node)
 
+    @rule()
+    def take_all_everywhere(self) -> None:
+        for node in NODES:
+            self.cluster.take_all(node)
+
     @rule(node=nodes, per_second=st.sampled_from([20, 300]))
     def ask_for_a_while(self, node: str, per_second: int) -> None:
         self.cluster.demand(node, per_second, SECOND_US // 2)
@@ -65,7 +76,7 @@ class StrictMachine(RuleBasedStateMachine):
     def ask_whatever_the_policy(self, way: str, part: float) -> None:
         self.cluster.ask(way[0], way[1], part)
 
-    @rule(duration_us=st.integers(0, SECOND_US) | st.just(3 * SECOND_US))
+    @rule(duration_us=st.sampled_from([0, 1_000, 20_000, 150_000, SECOND_US, 3 * SECOND_US]))
     def pass_time(self, duration_us: int) -> None:
         self.cluster.run(duration_us)
 
@@ -75,6 +86,12 @@ class StrictMachine(RuleBasedStateMachine):
 
     @rule(way=directions)
     def close_a_stream(self, way: str) -> None:
+        self.cluster.close(way[0], way[1])
+
+    @rule(way=directions)
+    def ask_and_close_while_the_answer_may_be_under_way(self, way: str) -> None:
+        self.cluster.ask(way[0], way[1], 1.0)
+        self.cluster.run(self.cluster.delay_us)
         self.cluster.close(way[0], way[1])
 
     @rule(pair=pairs)
@@ -122,3 +139,17 @@ class StrictMachine(RuleBasedStateMachine):
 
 TestStrictMachine = StrictMachine.TestCase
 TestStrictMachine.settings = settings(max_examples=max(500, settings().max_examples), stateful_step_count=20)
+
+
+@pytest.mark.long
+@pytest.mark.interpreted
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_without_any_one_rule_a_history_is_found_in_which_more_is_admitted(broken: dict[str, Any]) -> None:
+    machine = type("BrokenMachine", (StrictMachine,), {"broken": broken})
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=10_000, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True
+            ),
+        )

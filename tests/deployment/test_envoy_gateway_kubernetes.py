@@ -171,6 +171,23 @@ async def test_its_rate_limit_service_is_the_sidecar(installed: Installed) -> No
         assert found == expected, service
 
 
+async def test_envoy_gateway_takes_every_route_and_policy(installed: Installed) -> None:
+    kinds = "httproutes,backendtrafficpolicies,clienttrafficpolicies,envoyextensionpolicies"
+
+    def all_taken() -> dict[str, Any]:
+        found = installed.kubernetes.get(kinds, "--namespace=default")
+        for each in found["items"]:
+            status = each.get("status", {})
+            [judged] = status.get("parents") or status.get("ancestors") or [{"conditions": []}]
+            told = {condition["type"]: condition for condition in judged["conditions"]}
+            for wanted in {"Accepted", "ResolvedRefs"} if each["kind"] == "HTTPRoute" else {"Accepted"}:
+                assert told.get(wanted, {}).get("status") == "True", (each["metadata"]["name"], wanted, told)
+        return found
+
+    taken = await until(all_taken)
+    assert len(taken["items"]) == 15
+
+
 async def test_started_as_its_container_it_has_the_rules_and_answers_envoys_alone(installed: Installed) -> None:
     folder, own = installed.folder, installed.own
     data = installed.kubernetes.get("configmap", "envoy-ratelimit-sidecar", THERE)["data"]

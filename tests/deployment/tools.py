@@ -20,7 +20,7 @@ from typing import Final
 
 from deployment.cache import CACHE, Unavailable
 
-BUILD_S: Final = 1_800
+BUILD_S: Final = 3_600
 
 KUBERNETES: Final = "1.37.2"
 OTELCOL: Final = "0.165.0"

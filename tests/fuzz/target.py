@@ -17,7 +17,7 @@ from hpack import Encoder
 
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Lost, Opened, Part
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
 from ratelimit_sidecar.server.session import IS_NATIVE
@@ -205,18 +205,18 @@ class Run:
                 message = event.handler(event.message, event.request)
                 self.messages_bytes += len(message)
                 self.connection.answer(event, message)
-        elif isinstance(event, Opened):
+        elif isinstance(event, StreamStarted):
             _promise(stream_id not in self.seen_calls, f"the streaming call on stream {stream_id} came out twice")
             self.seen_calls.add(stream_id)
             self.streaming[stream_id] = False
-        elif isinstance(event, Part):
+        elif isinstance(event, StreamData):
             _promise(stream_id in self.seen_calls, f"a part came out for stream {stream_id}, which was not opened")
             if stream_id in self.streaming:
                 _promise(not self.streaming[stream_id], f"a part came out on stream {stream_id} after its end")
                 self.streaming[stream_id] = event.ended
             if event.data and self.random.random() < 0.8:
                 self.connection.acknowledge(stream_id, len(event.data))
-        elif isinstance(event, Lost):
+        elif isinstance(event, StreamCancelled):
             _promise(stream_id in self.seen_calls, f"stream {stream_id} was lost, and not opened")
             self.streaming.pop(stream_id, None)
 

@@ -497,7 +497,7 @@ def test_a_step_of_the_clock_refills_no_strict_bucket() -> None:
     ledger = Ledger(shares, Origin("here", 1), lambda key: None)
     limiter = Limiter(rules_of(rule("a", consistency=Consistency.STRICT)), Origin("here", 1), None, ledger)
     assert decide(limiter, make_request({"a": "1"}, hits=10)).overall_code == OK
-    limiter.jumped_us = 3_600_000_000
+    limiter.clock_steps_us = 3_600_000_000
     assert decide(limiter, make_request({"a": "1"}), NOW_US + 3_600_000_000).overall_code == OVER_LIMIT
 
 

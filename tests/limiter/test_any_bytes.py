@@ -41,7 +41,7 @@ RULES = Rules(
             },
         )
     },
-    unruled=per_minute("unruled"),
+    default_rule=per_minute("default_rule"),
 )
 SETTINGS = Settings(dynamic_metadata=True, response_headers=ResponseHeaders())
 

@@ -18,7 +18,7 @@ TEN_A_SECOND = Limit(10, 1_000_000, 10)
 @pytest.mark.parametrize("consistency", Consistency)
 def test_the_answer_is_that_of_a_whole_full_bucket_whoever_shares_it(consistency: Consistency) -> None:
     rule = Rule("api.user", TEN_A_SECOND, 10, consistency=consistency)
-    for rules in (Rules({"api": RuleNode(key_only={"user": RuleNode(rule)})}), Rules(unruled=rule)):
+    for rules in (Rules({"api": RuleNode(key_only={"user": RuleNode(rule)})}), Rules(default_rule=rule)):
         for _ in range(2):
             (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
             assert descriptor.match is not None

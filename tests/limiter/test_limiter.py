@@ -21,7 +21,7 @@ PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
 VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
 STAFF = Rule("api.agent_staff", None)
 PER_PATH = Rule("api.path", Limit(5, 1_000_000, 5), 5, Unit.SECOND, Consistency.LOCAL)
-UNRULED = Rule("unruled", Limit(1, 1_000_000, 3), 3)
+DEFAULT_RULE = Rule("default_rule", Limit(1, 1_000_000, 3), 3)
 RULES = Rules(
     {
         "api": RuleNode(
@@ -132,8 +132,8 @@ def test_an_unlimited_rule_says_so() -> None:
     assert (status.code, status.limit_remaining) == (OK, 2**32 - 1)
 
 
-def test_descriptors_that_no_rule_matches_share_the_unruled_limit_each_with_its_own_bucket() -> None:
-    limiter = make_limiter(Rules(RULES.domains, UNRULED))
+def test_descriptors_that_no_rule_matches_share_the_default_rules_limit_each_with_its_own_bucket() -> None:
+    limiter = make_limiter(Rules(RULES.domains, DEFAULT_RULE))
     red = make_request({"colour": "red"}, domain="other")
     assert [decide(limiter, red).overall_code for _ in range(4)] == [OK] * 3 + [OVER_LIMIT]
     assert decide(limiter, make_request({"colour": "blue"}, domain="other")).overall_code == OK
@@ -141,12 +141,12 @@ def test_descriptors_that_no_rule_matches_share_the_unruled_limit_each_with_its_
 
 
 def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
-    limiter = make_limiter(Rules(RULES.domains, UNRULED))
+    limiter = make_limiter(Rules(RULES.domains, DEFAULT_RULE))
     decide(limiter, make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"}))
     keys = [
         step.bucket_key for step in limiter.plan(make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"})).steps
     ]
-    assert [limiter.store.limit_of_key(key) for key in keys] == [PER_AGENT.limit, None, UNRULED.limit]
+    assert [limiter.store.limit_of_key(key) for key in keys] == [PER_AGENT.limit, None, DEFAULT_RULE.limit]
     assert [bucket.key for bucket, _ in limiter.store.drain_changes()] == [keys[0], keys[2]]
 
 
@@ -234,7 +234,7 @@ def test_a_bucket_that_was_dropped_meanwhile_is_taken_from_anew() -> None:
 
 
 def test_a_descriptor_without_entries_is_not_limited_and_the_others_are() -> None:
-    limiter = make_limiter(Rules(RULES.domains, UNRULED))
+    limiter = make_limiter(Rules(RULES.domains, DEFAULT_RULE))
     answer = decide(limiter, make_request({"agent": "a"}, {}, hits=21))
     assert [status.code for status in answer.statuses] == [OVER_LIMIT, OK]
 

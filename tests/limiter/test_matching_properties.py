@@ -117,13 +117,13 @@ def test_in_another_domain_nothing_is_limited_and_no_limit_of_a_request_counts(d
 @given(st.data())
 def test_what_no_rule_limits_belongs_to_the_bucket_for_all_else_with_all_its_values(data: st.DataObject) -> None:
     file = data.draw(files())
-    unruled = Rule("bucket", LIMIT)
-    rules = Rules(compiled(file).domains, unruled)
+    default_rule = Rule("bucket", LIMIT)
+    rules = Rules(compiled(file).domains, default_rule)
     one, other = data.draw(requests(file)), data.draw(requests(file))
     unlimited = [entries for entries in (one, other) if naive_match(file, entries) is None]
     matches = [match for match in (rules.match(DOMAIN, entries) for entries in unlimited) if match is not None]
-    assert [match.rule for match in matches] == [unruled] * len(unlimited)
-    assert all(rules.rule_of_key(match.bucket_key) is unruled for match in matches)
+    assert [match.rule for match in matches] == [default_rule] * len(unlimited)
+    assert all(rules.rule_of_key(match.bucket_key) is default_rule for match in matches)
     assert len({match.bucket_key for match in matches}) == len(set(map(tuple, unlimited)))
 
 
@@ -160,7 +160,7 @@ def test_a_limit_in_the_request_has_a_bucket_for_all_its_values_and_the_limit_or
         assert found.limit.period_us == unit.value * 1_000_000
         assert other_limit.bucket_key == given_limit.bucket_key
         if configured is not None and configured.bucket_key == given_limit.bucket_key:
-            assert (configured.rule.unit, configured.rule.form) == (unit, given_limit.rule.form)
+            assert (configured.rule.unit, configured.rule.bucket_type) == (unit, given_limit.rule.bucket_type)
     assert given_limit.bucket_key not in {other.bucket_key for other in others}
 
 

@@ -11,8 +11,9 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.limiter.key import (
+    BUCKET_TYPES,
+    DEFAULT_RULE,
     EXACT,
-    FORMS,
     KEY_ONLY,
     OVERFLOW,
     OVERFLOW_BUCKETS,
@@ -20,7 +21,6 @@ from ratelimit_sidecar.limiter.key import (
     OVERRIDE_LIMIT,
     PATTERN,
     TOKEN_BUCKET,
-    UNRULED,
     WILDCARD_VALUE,
     KeyEntry,
     encode_bucket_key,
@@ -99,7 +99,7 @@ texts = st.text(max_size=3)
 rules_entries = st.lists(
     st.builds(KeyEntry, st.sampled_from([EXACT, KEY_ONLY, PATTERN, WILDCARD_VALUE]), texts, texts), min_size=1
 )
-unruled_entries = st.lists(st.builds(KeyEntry, st.just(UNRULED), texts, texts), min_size=1)
+default_rule_entries = st.lists(st.builds(KeyEntry, st.just(DEFAULT_RULE), texts, texts), min_size=1)
 override_entries = st.builds(
     lambda entries, requests, unit: [*entries, KeyEntry(OVERRIDE_LIMIT, str(requests), unit)],
     st.lists(st.builds(KeyEntry, st.just(OVERRIDE), texts, texts)),
@@ -108,9 +108,9 @@ override_entries = st.builds(
 )
 names = st.builds(
     encode_bucket_key,
-    st.sampled_from(sorted(form for form in FORMS if not form & OVERFLOW)),
+    st.sampled_from(sorted(bucket_type for bucket_type in BUCKET_TYPES if not bucket_type & OVERFLOW)),
     texts,
-    rules_entries | unruled_entries | override_entries,
+    rules_entries | default_rule_entries | override_entries,
 )
 
 

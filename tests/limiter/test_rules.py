@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.key import (
+    BUCKET_TYPES,
+    DEFAULT_RULE,
     EXACT,
-    FORMS,
     KEY_ONLY,
     LOCAL,
     OVERRIDE,
     OVERRIDE_LIMIT,
     PATTERN,
     TOKEN_BUCKET,
-    UNRULED,
     WILDCARD_VALUE,
     KeyEntry,
     decode_bucket_key,
@@ -27,7 +27,7 @@ from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 LIMIT = Limit(1, 1_000_000, 1)
 
 texts = st.text(max_size=5) | st.text(min_size=127, max_size=130)
-kinds = st.sampled_from([EXACT, KEY_ONLY, UNRULED, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT])
+kinds = st.sampled_from([EXACT, KEY_ONLY, DEFAULT_RULE, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT])
 key_entries = st.builds(KeyEntry, kinds, texts, texts)
 
 
@@ -35,18 +35,18 @@ def make_rule(name: str, consistency: Consistency = Consistency.EVENTUAL) -> Rul
     return RuleNode(Rule(name, LIMIT, consistency=consistency))
 
 
-@given(st.sampled_from(sorted(FORMS)), texts, st.lists(key_entries, max_size=4))
-def test_a_bucket_key_reads_back_as_it_was_written(form: int, domain: str, entries: list[KeyEntry]) -> None:
-    assert decode_bucket_key(encode_bucket_key(form, domain, entries)) == (form, domain, entries)
+@given(st.sampled_from(sorted(BUCKET_TYPES)), texts, st.lists(key_entries, max_size=4))
+def test_a_bucket_key_reads_back_as_it_was_written(bucket_type: int, domain: str, entries: list[KeyEntry]) -> None:
+    assert decode_bucket_key(encode_bucket_key(bucket_type, domain, entries)) == (bucket_type, domain, entries)
 
 
 @given(st.binary(max_size=40))
 def test_bytes_that_are_no_bucket_key_are_refused_with_value_error(name: bytes) -> None:
     try:
-        form, domain, entries = decode_bucket_key(name)
+        bucket_type, domain, entries = decode_bucket_key(name)
     except ValueError:
         return
-    assert len(encode_bucket_key(form, domain, entries)) <= len(name)
+    assert len(encode_bucket_key(bucket_type, domain, entries)) <= len(name)
 
 
 def test_keys_that_join_to_the_same_text_have_different_buckets() -> None:
@@ -76,7 +76,7 @@ def test_exact_wins_over_key_only_and_depth_must_equal(entries: list[tuple[str, 
 def test_the_rule_of_a_bucket_is_found_again_from_its_name() -> None:
     rules = Rules(
         {"api": RuleNode(exact={("a", "1"): make_rule("one")}, key_only={"a": make_rule("each")})},
-        unruled=Rule("unruled", LIMIT),
+        default_rule=Rule("default_rule", LIMIT),
     )
     for domain, entries in (("api", [("a", "1")]), ("api", [("a", "2")]), ("api", [("b", "")]), ("new", [("a", "1")])):
         match = rules.match(domain, entries)
@@ -86,9 +86,9 @@ def test_the_rule_of_a_bucket_is_found_again_from_its_name() -> None:
 
 def test_a_peer_that_names_a_rule_unknown_or_local_here_gets_no_limit() -> None:
     rules = Rules({"api": RuleNode(key_only={"a": make_rule("local", Consistency.LOCAL)})})
-    for entry in (KeyEntry(KEY_ONLY, "a", "1"), KeyEntry(EXACT, "a", "1"), KeyEntry(UNRULED, "a", "1")):
-        for form in (TOKEN_BUCKET, TOKEN_BUCKET | LOCAL):
-            assert rules.replicated_limit_of_key(encode_bucket_key(form, "api", [entry])) is None
+    for entry in (KeyEntry(KEY_ONLY, "a", "1"), KeyEntry(EXACT, "a", "1"), KeyEntry(DEFAULT_RULE, "a", "1")):
+        for bucket_type in (TOKEN_BUCKET, TOKEN_BUCKET | LOCAL):
+            assert rules.replicated_limit_of_key(encode_bucket_key(bucket_type, "api", [entry])) is None
     assert (
         rules.replicated_limit_of_key(encode_bucket_key(TOKEN_BUCKET, "other", [KeyEntry(KEY_ONLY, "a", "1")])) is None
     )
@@ -101,9 +101,9 @@ def test_every_rule_is_listed_once() -> None:
                 exact={("a", "1"): make_rule("one")}, key_only={"a": RuleNode(key_only={"b": make_rule("two")})}
             )
         },
-        unruled=Rule("unruled", LIMIT),
+        default_rule=Rule("default_rule", LIMIT),
     )
-    assert sorted(rule.name for rule in rules) == ["one", "two", "unruled"]
+    assert sorted(rule.name for rule in rules) == ["default_rule", "one", "two"]
 
 
 def test_the_digest_is_of_the_shared_rules_in_any_order() -> None:
@@ -123,8 +123,8 @@ def test_the_digest_is_of_the_shared_rules_in_any_order() -> None:
 @pytest.mark.parametrize("consistency", Consistency)
 def test_rules_know_whether_one_of_them_is_strict(consistency: Consistency) -> None:
     deep = Rules({"api": RuleNode(key_only={"a": RuleNode(key_only={"b": make_rule("b", consistency)})})})
-    unruled = Rules(unruled=Rule("unruled", LIMIT, consistency=consistency))
-    assert deep.has_strict == unruled.has_strict == (consistency is Consistency.STRICT)
+    default_rule = Rules(default_rule=Rule("default_rule", LIMIT, consistency=consistency))
+    assert deep.has_strict == default_rule.has_strict == (consistency is Consistency.STRICT)
 
 
 ORDERED = Rules(

@@ -19,9 +19,9 @@ from ratelimit_sidecar.persistence.snapshot import (
     MAGIC,
     RECORD_BUCKETS,
     BadSnapshot,
-    Checked,
-    Target,
-    Written,
+    RestoreTarget,
+    SnapshotInfo,
+    SnapshotSize,
     check,
     records_again,
     restore,
@@ -71,13 +71,13 @@ def take(store: Store, name: str, value: str, hits: int, now_us: int) -> None:
 
 
 def written(store: Store) -> bytes:
-    return b"".join(snapshot(store, NOW_US, Written()))
+    return b"".join(snapshot(store, NOW_US, SnapshotSize()))
 
 
-def read(raw: bytes, store: Store, now_us: int) -> Checked:
+def read(raw: bytes, store: Store, now_us: int) -> SnapshotInfo:
     file = io.BytesIO(raw)
     checked = check(file)
-    to = Target(store, checked.origin, RULES.local_limit_of_key)
+    to = RestoreTarget(store, checked.origin, RULES.local_limit_of_key)
     for kind, payload in records_again(file):
         for _ in restore(kind, payload, to, now_us):
             pass
@@ -110,7 +110,7 @@ def test_a_store_restored_holds_what_the_one_before_held(
         before.merge(match.bucket_key, None, [Entry(ELSEWHERE, slot, heard)], now_us)
     after = make_store(AFTER)
     checked = read(written(before), after, now_us + pause_us)
-    assert checked == Checked(BEFORE, NOW_US, len(before))
+    assert checked == SnapshotInfo(BEFORE, NOW_US, len(before))
     then_us = now_us + pause_us
     for bucket in before:
         restored = after.get(bucket.key)
@@ -128,7 +128,7 @@ def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn
     store = make_store(BEFORE)
     for number in range(3 * RECORD_BUCKETS):
         take(store, "month", str(number), 1, NOW_US)
-    counted = Written()
+    counted = SnapshotSize()
     pieces = list(snapshot(store, NOW_US, counted))
     assert sum(map(len, pieces)) == counted.bytes
     assert counted.buckets == 3 * RECORD_BUCKETS
@@ -180,7 +180,7 @@ def test_any_bytes_are_none(raw: bytes) -> None:
 def test_of_what_has_no_rule_any_more_nothing_is_kept(small: bytes) -> None:
     after = make_store(AFTER, Rules({}))
     file = io.BytesIO(small)
-    to = Target(after, check(file).origin, Rules({}).local_limit_of_key)
+    to = RestoreTarget(after, check(file).origin, Rules({}).local_limit_of_key)
     for kind, payload in records_again(file):
         assert sum(_all(restore(kind, payload, to, NOW_US))) >= 0
     assert len(after) == 0

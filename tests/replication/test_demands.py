@@ -155,4 +155,4 @@ def test_a_demand_for_what_no_rule_here_knows_is_counted_and_not_kept() -> None:
     assert here.replicator.unknown_keys == 1
     assert not here.quotas.pools
     receive(stream, ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
-    assert here.quotas.pools[KEY].heard["b"].groups == [Group(MAX_RATE, 1)]
+    assert here.quotas.pools[KEY].peer_demands["b"].groups == [Group(MAX_RATE, 1)]

@@ -10,8 +10,7 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.payments import MAX_OPEN, PaymentOutbox
-from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.purses import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
 from ratelimit_sidecar.replication.status import MembershipStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
@@ -173,7 +172,7 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
 
 def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_forgotten() -> None:
     node = Node()
-    for end in (lambda: node.purses.hear("b", Shown(1, PAIR.weights)), lambda: node.purses.forget("b")):
+    for end in (lambda: node.purses.hear("b", Shown(1, PAIR.weights)), lambda: node.purses.hear("b", None)):
         node.purses.hear("b", Shown(1, {"a": 1, "b": 3}))
         assert (node.purses.status().conflicts, node.purses.status().home_share) == (("b",), 0.25)
         end()

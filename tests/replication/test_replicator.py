@@ -32,8 +32,7 @@ from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_
 from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.payments import MAX_BATCH
-from ratelimit_sidecar.replication.purses import TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
 from ratelimit_sidecar.replication.stream import Stream
@@ -760,18 +759,13 @@ def test_buckets_asked_for_that_no_strict_rule_knows_are_counted() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(
-    ("ask", "reason"),
-    [(pb.Ask(key=PLAN, amount=2**63), "bad_payment"), (pb.Ask(key=b"\x09"), "bad_key")],
-    ids=["number", "key"],
-)
-def test_a_bad_ask_closes_its_stream_and_is_counted_by_reason(ask: pb.Ask, reason: str) -> None:
+def test_a_bad_ask_closes_its_stream_and_is_counted_by_reason() -> None:
     a = Strict("a")
     stream = stream_of(a)
     receive(stream, hello("b", membership=MEMBERS), NOW_US)
-    receive(stream, frame(payments=pb.Payments(asks=[ask])), NOW_US)
-    assert pb.Frame.FromString(next_frame(stream, NOW_US) or b"").goodbye.reason == reason
-    assert a.protocol_errors == {reason: 1}
+    receive(stream, frame(payments=pb.Payments(asks=[pb.Ask(key=b"\x09")])), NOW_US)
+    assert pb.Frame.FromString(next_frame(stream, NOW_US) or b"").goodbye.reason == "bad_key"
+    assert a.protocol_errors == {"bad_key": 1}
 
 
 def test_an_older_status_that_comes_late_does_not_stay() -> None:

@@ -11,7 +11,7 @@ from replication.builders import NOW_US, SECOND_US, SIT_OUT_US, key_of, rules_wi
 from replication.cluster import MS, Cluster, Node
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import PARTS, Membership, home_parts
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
 PLAN = key_of("gold", "plan")
@@ -54,7 +54,7 @@ class StrictCluster(Cluster):
 
     def share(self, name: str) -> float:
         """The node's home of the limit now."""
-        return share_of(self[name]) / PARTS
+        return share_of(self[name]) / (self.limit.capacity * TOKEN)
 
     def _look(self) -> None:
         """Sees more than the oracle, as it needs no demand."""
@@ -79,7 +79,7 @@ def share_of(each: Node) -> int:
         return bucket.home
     limit = each.rules.strict_limit_of_key(PLAN)
     assert limit is not None
-    return each.ledger.shares.home_of_key(PLAN, limit.capacity, each.now_us)
+    return each.ledger.shares.home(PLAN, limit.capacity, each.now_us)
 
 
 def run_faults(seed: int) -> StrictCluster:
@@ -128,8 +128,8 @@ def payments_of(cluster: Cluster) -> int:
 def test_whatever_happens_nothing_is_admitted_beyond_the_limit(seed: int) -> None:
     cluster = run_faults(seed)
     assert cluster.worst <= 0
-    assert cluster.most_share <= PARTS
-    assert cluster.most_level <= cluster.limit.ceiling * PARTS
+    assert cluster.most_share <= cluster.limit.capacity * TOKEN
+    assert cluster.most_level <= cluster.limit.ceiling * TOKEN
 
 
 def test_those_schedules_are_about_payments() -> None:
@@ -223,11 +223,11 @@ def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_
         cluster.crash(name)
         cluster.start(name)
         cluster.run(3 * SECOND_US)
-        assert cluster[name].ledger.shares.home(cluster[name].now_us) >= home_parts(new if name != "a" else old, name)
+        assert cluster[name].ledger.shares.part(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
     for each in cluster:
         status = each.replicator.purses and each.replicator.purses.status()
         assert status
         assert (status.epoch, status.settled, status.conflicts) == (2, True, ())
         assert status.home_share == pytest.approx(new[each.local.origin.node] / 6)
-    assert cluster.most_share <= PARTS
+    assert cluster.most_share <= cluster.limit.capacity * TOKEN
     assert cluster.worst <= 0

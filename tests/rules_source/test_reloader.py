@@ -241,7 +241,7 @@ def test_without_any_there_is_no_success() -> None:
 async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_when_they_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reloader_module, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(reloader_module, "SLOW_READ_SECONDS", 0.01)
     recorder = Recorder()
     recorder.reloader.degraded_reason = "not watched"
     answers = threading.Event()

@@ -9,7 +9,7 @@ from pathlib import Path
 from server.front_ends import ECHO, running
 from server.raw_http2 import connected
 
-from ratelimit_sidecar.server.budget import AddressBudget, Budget, Room
+from ratelimit_sidecar.server.budget import AddressBudget, Budget, ConnectionLimiter
 from ratelimit_sidecar.server.framing import frame
 
 
@@ -38,24 +38,24 @@ def test_what_is_given_back_is_free_for_all() -> None:
 
 
 def test_one_address_has_half_of_the_connections_at_most() -> None:
-    room = Room(100, 1)
-    taken = [room.enter("10.0.0.1") for _ in range(100)]
+    limiter = ConnectionLimiter(100, 1)
+    taken = [limiter.enter("10.0.0.1") for _ in range(100)]
     assert sum(budget is not None for budget in taken) == 51
-    assert room.enter("10.0.0.2") is not None
+    assert limiter.enter("10.0.0.2") is not None
 
 
 def test_a_new_address_may_have_the_last_connection_and_none_beyond() -> None:
-    room = Room(2, 1)
-    first, second = room.enter("10.0.0.1"), room.enter("10.0.0.2")
-    assert room.enter("10.0.0.3") is None
+    limiter = ConnectionLimiter(2, 1)
+    first, second = limiter.enter("10.0.0.1"), limiter.enter("10.0.0.2")
+    assert limiter.enter("10.0.0.3") is None
     assert first is not None
     assert second is not None
-    room.leave(first)
-    third = room.enter("10.0.0.3")
+    limiter.leave(first)
+    third = limiter.enter("10.0.0.3")
     assert third is not None
-    room.leave(second)
-    room.leave(third)
-    assert not room._addresses
+    limiter.leave(second)
+    limiter.leave(third)
+    assert not limiter._addresses
 
 
 async def test_a_client_that_takes_all_the_connections_it_gets_leaves_some_to_others(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from ratelimit_sidecar.server.file_limit import Descriptors, allot
+from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
-given = allot(Descriptors(clients=800, mesh=200))
+given = raise_file_limit(FileLimits(clients=800, mesh=200))
 print(given.clients, given.mesh, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
 

@@ -19,7 +19,7 @@ from server.raw_http2 import client_connection
 from ratelimit_sidecar.server import http2, session
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Lost, Opened, Part
+from ratelimit_sidecar.server.http2 import Call, Connection, Counts, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError, Streaming
 
@@ -206,8 +206,8 @@ def test_a_streaming_call_comes_out_in_parts() -> None:
     stream_id = pair.open(STREAM_HEADERS)
     pair.client.send_data(stream_id, b"part")
     opened, part = pair.exchange()
-    assert isinstance(opened, Opened)
-    assert isinstance(part, Part)
+    assert isinstance(opened, StreamStarted)
+    assert isinstance(part, StreamData)
     assert (opened.path, part.data, part.ended) == (STREAM_PATH, b"part", False)
     pair.server.send(stream_id, b"one")
     pair.server.send(stream_id, b"two")
@@ -244,7 +244,7 @@ def test_a_streaming_call_that_its_client_resets_is_lost() -> None:
     pair.exchange()
     pair.client.reset_stream(stream_id)
     [lost] = pair.exchange()
-    assert isinstance(lost, Lost)
+    assert isinstance(lost, StreamCancelled)
     pair.server.send(stream_id, b"too late")
     pair.server.finish(stream_id, None)
     pair.exchange()
@@ -305,7 +305,7 @@ def test_a_streaming_call_that_http_2_ends_is_lost_though_its_client_says_nothin
     pair.server.receive(raw_frame(DATA, stream_id, b"more than that"))
     pair.server.output()
     [lost] = pair.server.late()
-    assert isinstance(lost, Lost)
+    assert isinstance(lost, StreamCancelled)
     assert pair.server.late() == []
     assert pair.budget.held == 0
 
@@ -321,7 +321,7 @@ def test_unread_parts_of_streaming_calls_are_bounded_for_all_connections_togethe
             pair.client.send_data(stream_id, bytes(16_384))
         happened += pair.exchange()
     assert budget.held <= budget.size // 8
-    assert [event.stream_id for event in happened if isinstance(event, Lost)] == streams[2:]
+    assert [event.stream_id for event in happened if isinstance(event, StreamCancelled)] == streams[2:]
     assert statuses(pair) == [Code.RESOURCE_EXHAUSTED]
     assert pair.counts.refused_calls["shed"] == 1
 
@@ -334,7 +334,7 @@ def test_the_window_of_a_connection_is_whole_again_when_calls_end_unread() -> No
             pair.client.send_data(stream_id, bytes(16_384))
         pair.client.reset_stream(stream_id)
         for event in pair.exchange():
-            if isinstance(event, Part):
+            if isinstance(event, StreamData):
                 pair.server.acknowledge(event.stream_id, len(event.data))
     assert pair.client.outbound_flow_control_window > http2.STREAM_WINDOW
     assert pair.budget.held == 0
@@ -713,7 +713,7 @@ def test_whatever_happens_what_calls_hold_is_given_back(steps: list[tuple]) -> N
         for event in pair.exchange():
             if isinstance(event, Call):
                 pair.server.answer(event, event.message)
-            elif isinstance(event, Part) and event.data:
+            elif isinstance(event, StreamData) and event.data:
                 pair.server.acknowledge(event.stream_id, len(event.data))
     pair.exchange()
     assert 0 <= pair.budget.held <= pair.budget.size // 8

@@ -151,6 +151,7 @@ class Server:
             request.ended,
             request.lost,
             body,
+            request.may_be_sampled,
         )
         served.bodies[stream_id] = served.bodies.get(stream_id, b"") + body
         match request.path:
@@ -358,6 +359,27 @@ def test_where_reads_are_cut_changes_nothing(module: ModuleType, steps: list[tup
     assert (cut.pings, cut.goaways, cut.is_over) == (whole.pings, whole.goaways, whole.is_over)
     answered = whole.ended - whole.resets.keys()
     assert all(cut.bodies[stream_id] == whole.bodies[stream_id] for stream_id in answered)
+
+
+@both
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        *((("traceparent", f"00-{'a' * 32}-{'b' * 16}-0{digit:x}"), digit % 2 == 1) for digit in range(16)),
+        (("traceparent", f"00-{'a' * 32}-{'b' * 16}-0"), False),
+        (("traceparent", ""), False),
+        (("b3", "0"), True),
+        (("x-b3-traceid", "a" * 32), True),
+        (("x-b3-sampled", "1"), False),
+        (("tracestate", "a=b"), False),
+    ],
+)
+def test_a_request_may_be_sampled_when_a_header_says_so(
+    module: ModuleType, header: tuple[str, str], expected: bool
+) -> None:
+    session = session_of(module)
+    [request] = session.receive(PREFACE + raw_frame(SETTINGS) + opening(1, "/a/b", header))
+    assert request.may_be_sampled is expected
 
 
 @both

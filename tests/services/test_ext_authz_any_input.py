@@ -11,10 +11,11 @@ from observed import NoTelemetry
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.server.rpc import Code, RpcError
+from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ratelimit import RateLimitService
 from ratelimit_sidecar.services.v1.check_pb2 import CheckRequest
+from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 RULES = """
 domain: shop
@@ -37,7 +38,7 @@ descriptors:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> ExtAuthzService:
     limiter = Limiter(rules_of(tmp_path_factory.mktemp("rules"), RULES), Origin("node", 1))
-    rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, NoTelemetry(), NoTelemetry())
+    rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, LatencyHistogram(), NoTelemetry())
     return ExtAuthzService(rate_limit, lambda: limiter.rules)
 
 
@@ -64,13 +65,13 @@ def test_a_request_of_any_bytes_is_answered(
         http.header_map.headers.add(key=key, raw_value=value)
     for key, value in extensions:
         attributes.context_extensions.add(key=key, value=value)
-    response = CheckResponse.FromString(service.check(request.SerializeToString(), ()))
+    response = CheckResponse.FromString(service.check(request.SerializeToString(), Headers()))
     assert response.status.code in (Code.OK, Code.RESOURCE_EXHAUSTED)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_answered_or_refused(service: ExtAuthzService, request_bytes: bytes) -> None:
     try:
-        CheckResponse.FromString(service.check(request_bytes, ()))
+        CheckResponse.FromString(service.check(request_bytes, Headers()))
     except RpcError as error:
         assert error.code == Code.INVALID_ARGUMENT  # noqa: PT017 (mostly nothing is raised)

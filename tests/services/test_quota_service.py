@@ -270,7 +270,7 @@ async def test_without_rules_streams_are_refused(kind: str) -> None:
     served.service = QuotaService(served.quotas, lambda: served.now_us, waits_for_rules=True)
     async with served.running(kind) as channel:
         assert await Stream(channel).code() == grpc.StatusCode.UNAVAILABLE
-        served.service.begin()
+        served.service.rules_loaded()
         envoy = Stream(channel)
         await envoy.report(usage(agent="ada"))
         assert await envoy.told()

@@ -21,7 +21,7 @@ class NodeClock:
         self.system_ahead_us = system_ahead_us
         self.ahead_us = system_ahead_us
         """What the process takes the time for, minus the true time."""
-        self.jumped_us = 0
+        self.clock_steps_us = 0
         self._loop = loop
         self._slewed_at_us = loop.now_us
         self._floor_us = 0
@@ -32,7 +32,7 @@ class NodeClock:
 
     def strict_us(self) -> int:
         """The clock of strict limits, which never steps."""
-        return self.now_us() - self.jumped_us
+        return self.now_us() - self.clock_steps_us
 
     def slew(self, peers_ahead_us: Sequence[int] = ()) -> int:
         """To be called about once a second.
@@ -51,7 +51,7 @@ class NodeClock:
             self._far_since_us = None
             self._floor_us += gap_us
             self.ahead_us += gap_us
-            self.jumped_us += gap_us
+            self.clock_steps_us += gap_us
             return gap_us
         self._far_since_us = None
         allowed_us = min(elapsed_us * MAX_SLEW_PER_SECOND_US // 1_000_000, MAX_SLEW_US)

@@ -25,7 +25,7 @@ from simulation.workload import TOKEN_RULES, WINDOW_RULES, Request, RulesEdition
 from ratelimit_sidecar.crdt import untracked_dict
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.limit import Limit, Window
-from ratelimit_sidecar.crdt.shares import PARTS, Membership
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.limiter.rules import Rules
@@ -406,27 +406,27 @@ class Cluster:
 
     def _look_at_shares(self) -> None:
         """More than admissions show, as it needs no demand."""
-        shares: Counter[bytes] = Counter()
+        homes: Counter[bytes] = Counter()
         levels: Counter[bytes] = Counter()
         capacities: dict[bytes, list[int]] = {}
         for node in self.live:
             strict_us = node.clock.strict_us()
             for bucket in node.ledger.walk():
                 bucket.advance(strict_us)
-                shares[bucket.key] += bucket.home
+                homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
                 held = max(0, bucket.level) + bucket.room_reserved
                 if held > bucket.ceiling and bucket.level > 0:
                     raise BrokenPromise(f"strict: level and reserved room of {bucket.key!r} exceed the home")
                 levels[bucket.key] += max(0, bucket.level) * SECOND_US // bucket.limit.period_us
-        for key, share in shares.items():
-            # Homes are whole tokens: of different capacities, while rules are rolled out, other parts of the whole.
-            rounded = sum(PARTS // each for each in capacities[key]) if len(set(capacities[key])) > 1 else 0
-            if share > PARTS + rounded:
-                raise BrokenPromise(f"strict: shares of {key!r} sum to {share / PARTS}")
+        for key, home in homes.items():
+            # Homes are whole tokens: of different capacities, while rules are rolled out, each may be rounded up.
+            rounded = len(capacities[key]) if len(set(capacities[key])) > 1 else 0
+            if home > (max(capacities[key]) + rounded) * TOKEN:
+                raise BrokenPromise(f"strict: homes of {key!r} sum to {home / TOKEN} of {capacities[key]}")
         for key, level in levels.items():
-            if level > self.editions.most["plan"].capacity * SECOND_US * PARTS:
-                raise BrokenPromise(f"strict: levels of {key!r} sum to {level / SECOND_US / PARTS} tokens")
+            if level > self.editions.most["plan"].capacity * SECOND_US * TOKEN:
+                raise BrokenPromise(f"strict: levels of {key!r} sum to {level / SECOND_US / TOKEN} tokens")
 
 
 def _boundary_of(node: Node) -> Callable[[bytes], int]:

@@ -207,7 +207,7 @@ class Node:
         if not stepped_us:
             return
         self.cluster.tell(f"the clock of {self.name} is set by {stepped_us / SECOND_US:g} s")
-        self.limiter.jumped_us += stepped_us
+        self.limiter.clock_steps_us += stepped_us
         if stepped_us < 0:
             self.origin = Origin(self.name, self.cluster.random.getrandbits(63) + 1)
             self.store.go_back(self.origin)

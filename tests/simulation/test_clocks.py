@@ -90,7 +90,7 @@ def test_a_jump_that_peers_deny_is_not_followed_and_changes_nothing() -> None:
         busy = Busy()
         busy.cluster.set_clock("a", HOUR_US)
         busy.run(2 * ALONE_US)
-        assert busy.cluster.nodes["a"].clock.jumped_us == 0
+        assert busy.cluster.nodes["a"].clock.clock_steps_us == 0
         assert not busy.cluster.differences()
         busy.cluster.set_clock("a", 0)
         busy.run(5 * SECOND_US)
@@ -106,11 +106,11 @@ def test_a_jump_that_nobody_denies_refills_once_and_is_made_good_when_the_clock_
         busy.run(15 * SECOND_US)
         busy.cluster.set_clock("a", HOUR_US)
         busy.run(3 * ALONE_US)
-        assert busy.cluster.nodes["a"].clock.jumped_us == HOUR_US
+        assert busy.cluster.nodes["a"].clock.clock_steps_us == HOUR_US
         busy.cluster.heal()
         busy.cluster.set_clock("a", 0)
         busy.run(5 * SECOND_US)
-        assert busy.cluster.nodes["a"].clock.jumped_us == 0
+        assert busy.cluster.nodes["a"].clock.clock_steps_us == 0
         for rule, limit in LIMITS.items():
             assert busy.admitted[rule] <= most(rule, 3 * ALONE_US + 25 * SECOND_US) + limit.capacity, rule
         before = dict(busy.admitted)
@@ -129,7 +129,7 @@ def test_a_node_that_was_started_an_hour_ahead_shares_limits_as_soon_as_its_cloc
         busy.cluster.set_clock("a", 0)
         left = {rule: busy.left("a", rule) for rule in LIMITS}
         busy.cluster.run(1_100 * MS)
-        assert busy.cluster.nodes["a"].clock.jumped_us == -HOUR_US
+        assert busy.cluster.nodes["a"].clock.clock_steps_us == -HOUR_US
         for rule in LIMITS:
             assert busy.left("a", rule) <= left[rule] + 2, rule
         busy.check_shared()

@@ -25,7 +25,7 @@ from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, SidecarCollector, Sources, create_registry
+from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, SidecarCollector, create_registry
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
@@ -108,8 +108,8 @@ OTHER_SERIES = 100
 
 def sources(
     limiter=None, *, peers=(), request_errors=None, latency=None, rules=None, shared=None, fullest=None
-) -> Sources:
-    return Sources(
+) -> MetricSources:
+    return MetricSources(
         node="us-1",
         region="us-east-1",
         limiter=limiter or small_limiter(),
@@ -134,7 +134,7 @@ def sources(
     )
 
 
-def busy_sources() -> Sources:
+def busy_sources() -> MetricSources:
     """With at least one sample for every metric."""
     limiter = small_limiter()
     for _ in range(3):
@@ -240,11 +240,11 @@ def test_a_rule_that_no_request_has_met_counts_zero() -> None:
 
 
 def test_the_limit_for_what_no_rule_matches_counts_zero_before_its_first_request() -> None:
-    limiter = small_limiter(Rules(unruled=Rule("unruled", TWO_A_MINUTE)))
+    limiter = small_limiter(Rules(default_rule=Rule("default_rule", TWO_A_MINUTE)))
     registry = create_registry(sources(limiter))
-    assert sample(registry, "ratelimit_decisions_total", domain="", rule="unruled", code="OK") == 0
+    assert sample(registry, "ratelimit_decisions_total", domain="", rule="default_rule", code="OK") == 0
     limiter.decide(request(("any", "thing"), domain="anywhere"), NOW_US)
-    assert sample(registry, "ratelimit_decisions_total", domain="", rule="unruled", code="OK") == 1
+    assert sample(registry, "ratelimit_decisions_total", domain="", rule="default_rule", code="OK") == 1
 
 
 async def test_callers_cannot_add_series() -> None:
@@ -379,8 +379,8 @@ def test_plans_are_counted_by_whether_they_were_remembered_over_reloads() -> Non
         limiter.decide(request(("tenant", "a")), NOW_US)
     limiter.use_rules(limiter.rules)
     limiter.decide(request(("tenant", "a")), NOW_US)
-    assert sample(registry, "ratelimit_plans_total", result="found") == 2
-    assert sample(registry, "ratelimit_plans_total", result="made") == 2
+    assert sample(registry, "ratelimit_plans_total", result="hit") == 2
+    assert sample(registry, "ratelimit_plans_total", result="miss") == 2
 
 
 def test_request_errors_and_the_build_are_shown() -> None:

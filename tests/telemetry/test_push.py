@@ -20,7 +20,7 @@ from ratelimit_sidecar.demo.processes import Children
 from ratelimit_sidecar.telemetry import push as pushing
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, Sources, create_registry
+from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, create_registry
 from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
 from ratelimit_sidecar.telemetry.push import start_push
 
@@ -89,7 +89,7 @@ def some_registry() -> CollectorRegistry:
     for elapsed_ns in (5_000, 30_000, 2_000_000_000):
         latency.observe(elapsed_ns)
     return create_registry(
-        Sources(
+        MetricSources(
             node="us-1",
             region="us-east-1",
             limiter=limiter,

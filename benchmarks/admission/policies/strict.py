@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
-from ratelimit_sidecar.crdt.shares import home_parts, home_parts_of_key
+from ratelimit_sidecar.crdt.shares import home_of
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.session import SILENCE_US
 
@@ -26,10 +26,9 @@ class Strict(LocalPolicy):
         # The regions were started long ago: their homes are full.
         began_us = timeline.now_us - limit.ceiling // limit.tokens - 1_000_000
         self._names = names
-        self._homes = {name: home_parts(weights, name) for name in names}
-        self._most = [home_parts_of_key(weights, name, key, limit.capacity) for name in names]
+        self._most = [home_of(weights, name, key, limit.capacity) for name in names]
         self._purses = [
-            Paying(StrictBucket(key, limit, Origin(name, 1), began_us, home=home, from_us=began_us), name)
+            Paying(StrictBucket(key, limit, Origin(name, 1), began_us, home=home, from_us=began_us))
             for name, home in zip(names, self._most, strict=True)
         ]
         self._ends = 0
@@ -48,7 +47,7 @@ class Strict(LocalPolicy):
 
     def _flush(self, region: int) -> None:
         ends = self._open[region]
-        asks = self._purses[region].asks(ends, self._homes, self.setup.timeline.now_us)
+        asks = self._purses[region].asks(ends, self.setup.timeline.now_us)
         for peer in self.setup.regions:
             if (ask := asks.get(self._names[peer])) is not None:
                 end = ends[self._names[peer]]
@@ -76,6 +75,5 @@ class Strict(LocalPolicy):
 
     def _part(self, one: int, other: int) -> None:
         for region, peer in ((one, other), (other, one)):
-            bucket = self._purses[region].bucket
-            bucket.advance(self.setup.timeline.now_us)
-            bucket.closed(self._open[region].pop(self._names[peer]))
+            end = self._open[region].pop(self._names[peer])
+            self._purses[region].bucket.closed(end, self.setup.timeline.now_us)
