@@ -112,9 +112,13 @@ class ChangeLog:
 
     def changes_since(self, cursor: int) -> int:
         """How many changed buckets a peer has yet to be sent; one that changed in many segments may count for each."""
-        segment = self.get(cursor)
         unsealed = len(self._open.keys)
-        return unsealed if segment is None else self._open.changes_before - segment.changes_before + unsealed
+        if cursor >= self.end:
+            return unsealed
+        # Of those that are forgotten it is only known that there were some.
+        segment = self.get(cursor) or (self._segments[0] if self._segments else None)
+        sealed = 1 if segment is None else self._open.changes_before - segment.changes_before
+        return sealed + unsealed
 
     def flush(self, now_us: int, *, is_told: bool) -> Iterator[None]:
         """Move what changed into segments, in steps. What changes meanwhile is for the next flush.

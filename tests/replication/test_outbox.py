@@ -912,5 +912,9 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: py
         take(store, f"user {index}", 1, NOW_US)
         note(outbox)
     assert outbox.log.get(outbox.log.end - 20) is None
+    assert not outbox.is_settled
+    assert outbox.lag_us(NOW_US + SECOND_US) >= SECOND_US
+    outbox.log._segments.clear()
+    assert not outbox.is_settled
     assert tokens_of(told(drained(outbox))) == 2 * SHARED_SEGMENTS
     assert outbox.is_settled
