@@ -298,7 +298,7 @@ class Session:
         head = pb.Deltas(sequence=self._sent, trace=trace)
         if self._ack_owed and self._acks_ride:
             self._ack_owed = False
-            head.acknowledged, head.ack_delay_us = self._applied, max(0, now_us - self._applied_us)
+            head.acknowledged, head.ack_delay_ms = self._applied, max(0, now_us - self._applied_us) // 1_000
         return write_deltas(head, payload)
 
     def send(self, frame: pb.Frame) -> bytes:
@@ -392,7 +392,9 @@ class Session:
         if deltas.sequence != self._received + 1:
             raise ProtocolError(Reason.UNEXPECTED, f"deltas {deltas.sequence} after deltas {self._received}")
         self._received = deltas.sequence
-        acknowledged = self._acknowledged(deltas.acknowledged, deltas.ack_delay_us) if deltas.acknowledged else None
+        acknowledged = (
+            self._acknowledged(deltas.acknowledged, 1_000 * deltas.ack_delay_ms) if deltas.acknowledged else None
+        )
         return DeltasReceived(deltas, acknowledged)
 
     def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:

@@ -46,33 +46,30 @@ A, B, C = (node(name) for name in "abc")
 MS = 1_000
 
 
-class Told(Outbox):
-    """With a log of its own, and a clock that says since when what is noted next may have changed."""
-
-    def __init__(self, store: Store) -> None:
-        self.log = ChangeLog(store, NOW_US)
-        super().__init__(store, self.log)
+def new_outbox(store: Store) -> Outbox:
+    """With a log of its own."""
+    return Outbox(store, ChangeLog(store, NOW_US))
 
 
-def note(outbox: Told, created_us: int = NOW_US, *, is_told: bool = True) -> None:
+def note(outbox: Outbox, created_us: int = NOW_US, *, is_told: bool = True) -> None:
     """Flush what the store's journal holds."""
-    end = outbox.log.end
-    outbox.log._flushed_us = created_us
-    done(outbox.log.flush(created_us, is_told=is_told))
-    if outbox.log.end > end:
+    end = outbox._log.end
+    outbox._log._flushed_us = created_us
+    done(outbox._log.flush(created_us, is_told=is_told))
+    if outbox._log.end > end:
         outbox.missed_changes(created_us)
 
 
-def open_stream(outbox: Told, peer: Origin = B.origin, *, compares: bool = True) -> None:
+def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
     """A stream is there, and its peer wants to be told everything."""
     outbox.open(peer, compares=compares)
     outbox.request(NOW_US, recent=False)
 
 
-def opened(store: Store) -> Told:
+def opened(store: Store) -> Outbox:
     """An outbox whose peer has heard the full state already."""
     store.drain_changes()
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     for _ in drained(outbox):
         pass
@@ -85,7 +82,7 @@ def next_batch(outbox: Outbox, now_us: int = NOW_US) -> Batch | None:
     return outbox.take_batch()
 
 
-def drained(outbox: Told, now_us: int = NOW_US) -> Iterator[Batch]:
+def drained(outbox: Outbox, now_us: int = NOW_US) -> Iterator[Batch]:
     """Every batch there is, each acknowledged at once."""
     while (batch := next_batch(outbox, now_us)) is not None:
         yield batch
@@ -97,7 +94,7 @@ def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
         take(store, f"user {index}", 1, now_us)
 
 
-def with_changes(buckets: int, created_us: int = NOW_US, *, is_told: bool = False) -> tuple[Store, Told]:
+def with_changes(buckets: int, created_us: int = NOW_US, *, is_told: bool = False) -> tuple[Store, Outbox]:
     """So many buckets, and an outbox whose peer has yet to hear of a take from each.
 
     Args:
@@ -165,7 +162,7 @@ def test_the_oldest_changes_go_first_and_a_bucket_that_changes_again_moves_to_th
 )
 def test_a_batch_is_bounded_in_buckets(changed: bool, most: int) -> None:
     store = store_of(A)
-    outbox = opened(store) if changed else Told(store)
+    outbox = opened(store) if changed else new_outbox(store)
     fill(store, 2 * most + 1)
     if changed:
         note(outbox)
@@ -192,7 +189,7 @@ def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
 def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     store = store_of(A)
     bucket = large_bucket(store)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     batches = list(drained(outbox))
     assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
@@ -205,7 +202,7 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
     assert outbox.pending_buckets == 1
@@ -243,7 +240,7 @@ def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
     heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_PART_ENTRIES)]
     for name in ("ann", "bob"):
         take(store, name, 1, NOW_US).merge(heard, NOW_US)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     # Each has one entry more than fits into a piece.
     assert [outbox.write(NOW_US) for _ in range(4)] == [True] * 3 + [False]
@@ -310,7 +307,7 @@ def test_what_was_written_when_the_stream_ended_is_told_on_the_next_one() -> Non
     assert keys_told(drained(outbox, later_us)) == {key_of(f"user {index}") for index in range(PIECE_WORK + 1)}
 
 
-def with_news_to_pass_on() -> tuple[Told, Bucket]:
+def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
     """What a third node has taken from a bucket."""
     store = store_of(A)
     outbox = opened(store)
@@ -340,7 +337,7 @@ def test_what_was_passed_on_in_a_batch_that_was_lost_is_told_however_long_it_too
 
 
 def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell() -> None:
-    outbox = Told(store_of(A))
+    outbox = new_outbox(store_of(A))
     open_stream(outbox)
     assert outbox.write(NOW_US)
     assert not outbox.is_settled
@@ -351,7 +348,7 @@ def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell()
 def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
     store = store_of(A)
     fill(store, 1)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     assert outbox.write(NOW_US)
     assert outbox.owes_snapshot
@@ -362,7 +359,7 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
 
 def test_no_more_than_a_few_batches_are_on_their_way() -> None:
     store = store_of(A)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
     open_stream(outbox)
     assert all(next_batch(outbox, NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
@@ -377,7 +374,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
     bucket.merge([Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1_500)], NOW_US)
     later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox, later_us)
     peers = store_of(B)
@@ -392,7 +389,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
 def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 0
@@ -401,14 +398,14 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
 def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 1
 
 
 def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
-    outbox = Told(store_of(A))
+    outbox = new_outbox(store_of(A))
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.ends_snapshot
@@ -419,7 +416,7 @@ def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else(
 def test_local_buckets_are_not_part_of_it() -> None:
     store = store_of(A)
     take(store, "ann", 1, NOW_US, key="pod")
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     note(outbox)
     assert [batch.bucket_keys for batch in drained(outbox)] == [()]
@@ -429,7 +426,7 @@ def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
     store = store_of(A)
     fill(store, 3 * LOOKED_BUCKETS)
     store.drain_changes()
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     idle_us = NOW_US + 2 * PER_USER.horizon_us
     steps = 0
@@ -443,7 +440,7 @@ def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
 def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     store = store_of(A)
     fill(store, 4 * MAX_BATCH_BUCKETS)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     has_ended = False
     # Every second batch is one of it.
@@ -611,7 +608,7 @@ def test_a_peer_that_was_lost_before_it_had_been_told_everything_is_told_everyth
     store = store_of(A)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     store.drain_changes()
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US)
@@ -657,7 +654,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
 def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
     store = store_of(A)
     bucket = take(store, "ann", 1, NOW_US)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     outbox.repair(bucket.key)
     outbox.relay(bucket, bucket.entries(), NOW_US)
     outbox.snapshot(NOW_US)
@@ -678,7 +675,7 @@ def test_a_key_that_is_told_of_again_is_a_number() -> None:
 
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
     store = store_of(A)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     outbox.missed_since(NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     open_stream(outbox)
@@ -700,7 +697,7 @@ def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation
 
 def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     store = store_of(A)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
@@ -708,7 +705,7 @@ def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
 
 def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
     store = store_of(A)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US)
@@ -723,7 +720,7 @@ def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -
 NARROW = [slot_id(NOW_US - (index << MIN_EXPONENT), MIN_EXPONENT) for index in range(100)]
 
 
-def pass_on_many(outbox: Told, store: Store, buckets: int) -> int:
+def pass_on_many(outbox: Outbox, store: Store, buckets: int) -> int:
     """Note 100 slots of another node in each of so many buckets; returns how much was taken in them."""
     for index in range(buckets):
         bucket = bucket_of(store, f"team {index}", NOW_US, "team")
@@ -755,7 +752,7 @@ def test_a_bucket_told_in_parts_is_not_cut_short_by_what_is_passed_on() -> None:
     assert tokens_of(told([first, *drained_later(outbox)])) == tokens_of(store)
 
 
-def drained_later(outbox: Told) -> Iterator[Batch]:
+def drained_later(outbox: Outbox) -> Iterator[Batch]:
     """Every batch there is; none is acknowledged before the last."""
     while (batch := next_batch(outbox, NOW_US)) is not None:
         yield batch
@@ -815,7 +812,7 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
 
 def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:
     store = store_of(A)
-    outbox = Told(store)
+    outbox = new_outbox(store)
     take(store, "old", 1, NOW_US)
     note(outbox, is_told=False)
     now_us = NOW_US + 60 * SECOND_US
@@ -853,8 +850,8 @@ def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everythin
 
 def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_number_only_with_its_key() -> None:
     store = store_of(A)
-    first, late = opened(store), Told(store)
-    late.log = late._log = first.log
+    first, late = opened(store), new_outbox(store)
+    late._log = first._log
     payloads = []
     for index in range(3):
         if index == 1:
@@ -904,6 +901,7 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_nu
     assert outbox.is_settled
 
 
+@pytest.mark.interpreted
 def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "MAX_CHANGES", 10)
     store = store_of(A)
@@ -911,10 +909,10 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: py
     for index in range(2 * SHARED_SEGMENTS):
         take(store, f"user {index}", 1, NOW_US)
         note(outbox)
-    assert outbox.log.get(outbox.log.end - 20) is None
+    assert outbox._log.get(outbox._log.end - 20) is None
     assert not outbox.is_settled
     assert outbox.lag_us(NOW_US + SECOND_US) >= SECOND_US
-    outbox.log._segments.clear()
+    outbox._log._segments.clear()
     assert not outbox.is_settled
     assert tokens_of(told(drained(outbox))) == 2 * SHARED_SEGMENTS
     assert outbox.is_settled

@@ -233,14 +233,14 @@ def test_an_acknowledgement_rides_on_the_next_deltas() -> None:
     session.receive(deltas(1), NOW_US)
     session.acknowledge(NOW_US)
     assert session.next_frame(NOW_US + ACK_DELAY_US - 1) is None
-    sent = pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US + 7)).deltas
-    assert (sent.acknowledged, sent.ack_delay_us) == (1, 7)
+    sent = pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US + 7_999)).deltas
+    assert (sent.acknowledged, sent.ack_delay_ms) == (1, 7)
     assert session.next_frame(NOW_US + ACK_DELAY_US) is None
     other = established()
     other.send_deltas(b"", b"", NOW_US)
-    event = other.receive(frame(deltas=pb.Deltas(sequence=1, acknowledged=1, ack_delay_us=7)), NOW_US)
+    event = other.receive(frame(deltas=pb.Deltas(sequence=1, acknowledged=1, ack_delay_ms=7)), NOW_US)
     assert isinstance(event, DeltasReceived)
-    assert event.acknowledged == DeltasAcknowledged(1, 7)
+    assert event.acknowledged == DeltasAcknowledged(1, 7_000)
 
 
 def test_an_acknowledgement_waits_for_deltas_no_longer_than_for_a_flush() -> None:

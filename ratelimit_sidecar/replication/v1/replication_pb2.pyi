@@ -75,22 +75,22 @@ class Member(_message.Message):
     def __init__(self, node: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Deltas(_message.Message):
-    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace", "acknowledged", "ack_delay_us")
+    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace", "acknowledged", "ack_delay_ms")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FULL_STATE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
-    ACK_DELAY_US_FIELD_NUMBER: _ClassVar[int]
+    ACK_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     origins: _containers.RepeatedCompositeFieldContainer[Origin]
     buckets: _containers.RepeatedCompositeFieldContainer[BucketDelta]
     ends_full_state: bool
     trace: bytes
     acknowledged: int
-    ack_delay_us: int
-    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ..., acknowledged: _Optional[int] = ..., ack_delay_us: _Optional[int] = ...) -> None: ...
+    ack_delay_ms: int
+    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ..., acknowledged: _Optional[int] = ..., ack_delay_ms: _Optional[int] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("node", "incarnation")
