@@ -1,14 +1,15 @@
-"""Wall-clock microseconds, for slots that replicas on other machines must recognise.
+"""Wall-clock microseconds, for slots that replicas on other machines use as well.
 
-Anchored to the wall clock at start and carried by Linux's CLOCK_BOOTTIME, which goes on while the machine is suspended:
-so a suspension is no gap, and a strict limit refills for it, too. `slew` closes small gaps to the wall
-clock by at most `MAX_SLEW_PER_SECOND_US` in a second, so a wandering system clock neither refills a bucket nor stops
-its refill. When the wall clock is behind, this one stands still for a few milliseconds a second until it is not.
+The clock starts with the wall clock and is carried on by Linux's CLOCK_BOOTTIME, which goes on while the machine is
+suspended. So a suspension is no gap, and strict limits refill during it, too. `slew` closes small gaps to the wall
+clock by at most `MAX_SLEW_PER_SECOND_US` a second, so a jittery system clock neither refills a bucket nor stops its
+refill. If the wall clock is behind, this one stands still for a few milliseconds a second.
 
-A gap of `FAR_US` or more is a system clock that was set, or is wrong: it is closed in one step, forward or back, once
-it is believed. Peers are witnesses, each for the time that its own clock is nearer to. With more witnesses for the
-system clock than against it is believed at once, else after `ALONE_US`, and with more against it after `DISPUTED_US`.
-Until then this clock goes on as it was. A step back is told to whoever holds buckets (`crdt.store.Store.go_back`).
+A gap of `FAR_US` or more means that the system clock was set, or is wrong. Such a gap is closed in one step, forward or
+back, once the system clock is believed. Peers are witnesses: each for the clock, this one or the system's, that is
+nearer to its own. If more peers are for the system clock than against it, it is believed at once; if more are against
+it, after `DISPUTED_US`; otherwise after `ALONE_US`. Until then this clock goes on. After a step back the owner of
+buckets must be told (`crdt.store.Store.go_back`).
 """
 
 from __future__ import annotations
@@ -21,49 +22,53 @@ MAX_SLEW_PER_SECOND_US: Final = 5_000
 """0.5 %: ten times what NTP itself slews, and small beside the overshoot bound (P3 in docs/algorithm.md)."""
 
 MAX_SLEW_US: Final = 2 * MAX_SLEW_PER_SECOND_US
-"""In one go, however long ago the last one was: so long the clock may stand still."""
+"""The most that one call slews, however long ago the last one was: the clock may stand still for this long."""
 
 FAR_US: Final = 10_000_000
-"""To slew so far would take half an hour, and the shortest horizon is no longer: buckets are no longer shared."""
+"""The gap from which on a clock was set: slewing it would take half an hour, and at the shortest horizon limits are no
+longer shared.
+"""
 
 ALONE_US: Final = 60_000_000
-"""A step forward refills up to one capacity of every limit: so often that can happen to a node without witnesses."""
+"""How long a set clock must last without witnesses. A step forward refills up to one capacity of every limit, so that
+can happen at most this often.
+"""
 
 DISPUTED_US: Final = 600_000_000
-"""The peers' clocks may all have been wrong from the start, and be set right at the same time."""
+"""How long a set clock must last against most peers: their clocks may all have been wrong from the start."""
 
 
 _BOOTTIME: Final = time.CLOCK_BOOTTIME
 
 
 class Clock:
-    """Call `slew` about once a second."""
+    """The sidecar's clock. Call `slew` about once a second."""
 
     def __init__(self) -> None:
         self._offset_us = time.time_ns() // 1_000 - _steady_us()
         self._slewed_at_us = _steady_us()
         self._floor_us = 0
-        """What was told before the last slew back."""
+        """The largest time returned before the last slew back."""
         self._far_since_us: int | None = None
         self.gap_us = 0
         """The system clock minus this one at the last call of `slew`, after it."""
         self.stepped_us = 0
-        """The sum of all steps: `now_us` less this never steps."""
+        """The sum of all steps: `now_us` minus this never steps."""
         self.steps_forward = self.steps_back = 0
 
     def now_us(self) -> int:
-        """Microseconds since the epoch; never less than at the call before, but for a step back by `slew`."""
+        """Microseconds since the epoch; never less than in the call before, except after a step back in `slew`."""
         now_us = self._offset_us + _steady_us()
         return now_us if now_us > self._floor_us else self._floor_us
 
     def slew(self, peers_ahead_us: Iterable[int] = ()) -> int:
-        """Move towards the wall clock by what has become allowed since the last call.
+        """Move towards the wall clock by as much as is allowed since the last call.
 
         Args:
             peers_ahead_us: the clocks of connected peers minus this one.
 
         Returns:
-            By how much the clock was set, in microseconds; 0 when it went on as it was, or was only slewed.
+            The step of the clock in microseconds; 0 if there was none, or it was only slewed.
         """
         mono_us = _steady_us()
         gap_us = time.time_ns() // 1_000 - mono_us - self._offset_us
@@ -95,7 +100,7 @@ class Clock:
 
 
 def _doubted_us(gap_us: int, peers_ahead_us: Iterable[int]) -> int:
-    """How long a system clock that is so far ahead must stay there before it is believed."""
+    """How long a system clock that is ahead by `gap_us` must stay so before it is believed."""
     witnesses = [abs(ahead_us - gap_us) < abs(ahead_us) for ahead_us in peers_ahead_us]
     agreeing = sum(witnesses)
     disagreeing = len(witnesses) - agreeing

@@ -1,4 +1,4 @@
-"""A running sidecar asked over its admin address, by the commands that do."""
+"""Requests of commands to a running sidecar, over its admin address."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ UNREACHABLE: Final = 2
 
 
 class Unanswered(Exception):
-    """The sidecar cannot be asked; the text names the address and what came of it."""
+    """The sidecar did not answer; the text has the address and the reason."""
 
 
-class Refused(Exception):
-    """The sidecar does not do what it was asked for; the text is its own."""
+class SidecarRefused(Exception):
+    """The sidecar refused the request; the text is the sidecar's."""
 
 
 def _checked(_context: click.Context, _parameter: click.Parameter, url: str) -> str:
@@ -65,17 +65,18 @@ def change(
     needs: Mapping[str, type],
     expected: str,
 ) -> dict[str, Any]:
-    """What the sidecar answers to who wants something of it changed; ends the process where it does not do it.
+    """Send a request that changes state, and return the answer. If the sidecar refuses or does not answer, the process
+    ends.
 
     Args:
-        asked: is sent, as JSON.
-        token_file: holds the token of those who may change state.
-        needs: what is in every answer.
+        asked: sent as JSON.
+        token_file: has the token that allows changes.
+        needs: keys and types that every answer has.
         expected: the answer in words, for the error.
     """
     try:
         return ask(admin_url, path, needs=needs, expected=expected, post=asked, token=_token(token_file))
-    except Refused as error:
+    except SidecarRefused as error:
         click.echo(f"refused: {error}", err=True)
         sys.exit(REFUSED)
     except Unanswered as error:
@@ -92,17 +93,17 @@ def ask(
     post: Mapping[str, object] | None = None,
     token: str | None = None,
 ) -> dict[str, Any]:
-    """What the sidecar answers.
+    """Send a request, and return the answer.
 
     Args:
-        needs: what is in every answer.
+        needs: keys and types that every answer has.
         expected: the answer in words, for the error.
-        post: is sent, as JSON.
-        token: of those who may change state.
+        post: sent as JSON; None for a GET.
+        token: allows changes.
 
     Raises:
-        Unanswered: it cannot be reached, or is no sidecar.
-        Refused: it says why not.
+        Unanswered: the sidecar cannot be reached, or it is no sidecar.
+        SidecarRefused: it refuses and says why.
     """
     url = admin_url + path
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -118,7 +119,7 @@ def ask(
         with error:
             why = _reason(error)
         if post is not None and why is not None:
-            raise Refused(why) from error
+            raise SidecarRefused(why) from error
         raise Unanswered(f"{url} answers {error.code}: is it the admin address of a sidecar?") from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -131,7 +132,7 @@ def ask(
 
 
 def _reason(error: HTTPError) -> str | None:
-    """Why a sidecar says no; None when it is not one that answers."""
+    """Why a sidecar refuses; None if the answer is not a sidecar's."""
     try:
         reason = json.load(error)["error"]
     except (ValueError, TypeError, LookupError, OSError, HTTPException):
@@ -140,7 +141,7 @@ def _reason(error: HTTPError) -> str | None:
 
 
 def printable(told: str) -> str:
-    """What a peer has told, without what a terminal would take for a command or for a line's end."""
+    """A text from a peer without control characters, for terminals."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in told)
 
 

@@ -1,4 +1,4 @@
-"""`ratelimit-sidecar check`: read rules and configuration as `serve` would, and say what is wrong with them."""
+"""`ratelimit-sidecar check`: reads rules and configuration as `serve` would, and reports their problems."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was read.
+    """The result of a check.
 
     Args:
-        files: rules files.
-        domains, rules: None when problems keep them from being counted.
+        files: the number of rules files.
+        domains, rules: their number; None if problems keep them from being counted.
     """
 
     files: int

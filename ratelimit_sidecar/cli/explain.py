@@ -1,4 +1,4 @@
-"""`ratelimit-sidecar explain`: why a request is answered as it is, or who of many would have been denied."""
+"""`ratelimit-sidecar explain`: why a request is answered as it is, or which of many requests would have been denied."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules,
 
 
 def _made_of(rules: Rules, check: CheckRequest) -> Request | str:
-    """The rate limit request that a request over ext_authz is made into, or why it is not limited.
+    """The rate limit request for a request over ext_authz, or why it is not limited.
 
     Raises:
         RpcError: it is no request over HTTP.
@@ -190,7 +190,7 @@ def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: st
 
 
 def _asked(rules: Rules, replay: Replay, trace: BinaryIO) -> Iterator[tuple[int, Exception | str]]:
-    """Replay all lines; gives those that are broken."""
+    """Replay all lines; yields those that are broken."""
     for line in _with_progress(read_trace(trace), trace):
         recorded = line.recorded
         if isinstance(recorded, BadLine):
@@ -211,7 +211,7 @@ def _asked(rules: Rules, replay: Replay, trace: BinaryIO) -> Iterator[tuple[int,
 
 
 def _with_progress(lines: Iterator[TraceLine], trace: BinaryIO) -> Iterator[TraceLine]:
-    """The same lines; a terminal is shown how far they are, where the end is known."""
+    """The same lines. Shows the progress on a terminal, if the end is known."""
     if not (sys.stderr.isatty() and trace.seekable()):
         yield from lines
         return

@@ -1,4 +1,4 @@
-"""What `explain` prints, as text for people and as JSON for programs."""
+"""The output of `explain`, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ratelimit_sidecar.limiter.explanation import (
     DescriptorExplanation,
     Explanation,
     LevelExplanation,
+    MatchKind,
     Result,
-    Way,
     readable_bucket_name,
 )
 from ratelimit_sidecar.limiter.replay import Replay, Tally
 from ratelimit_sidecar.limiter.rules import Charge, Rule
 
 TOP_DESCRIPTORS = 20
-"""Denied descriptors in the text; JSON has all that the replay kept."""
+"""The most denied descriptors in the text; JSON has all that the replay kept."""
 
 _SECOND_US = 1_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -133,9 +133,9 @@ def _level_text(index: int, level: LevelExplanation) -> Iterator[str]:
 
 
 def _way_text(level: LevelExplanation, attempt: Attempt) -> str:
-    if attempt.way is Way.EXACT:
+    if attempt.way is MatchKind.EXACT:
         return f"{level.key}={level.value}, exactly"
-    if attempt.way is Way.WILDCARD:
+    if attempt.way is MatchKind.WILDCARD:
         return f"{level.key}={attempt.pattern}"
     return f"{level.key}, with any value"
 

@@ -46,7 +46,7 @@ _COLUMNS = (
     ("reconnects", "Times that the peer came back after it was lost."),
     ("clock", "The peer's, less this sidecar's."),
 )
-"""What is not clear by its head."""
+"""Explanations of column heads."""
 
 
 class _PeersCommand(click.Command):

@@ -1,4 +1,4 @@
-"""`ratelimit-sidecar serve`: answer Envoy."""
+"""`ratelimit-sidecar serve`: runs the sidecar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAILED = 1
 
 class _ServeCommand(click.Command):
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Wrong arguments are told as all else is where programs read the log."""
+        """Log wrong arguments like other errors, since programs read the log."""
         try:
             return super().make_context(*args, **extra)
         except click.UsageError as error:
@@ -42,7 +42,7 @@ class _ServeCommand(click.Command):
             sys.exit(BAD_CONFIGURATION)
 
     def format_epilog(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """The option list as it is: click would wrap its lines."""
+        """Print the list of options unchanged; click would wrap its lines."""
         formatter.write_paragraph()
         formatter.write(describe_schema())
 
@@ -83,7 +83,7 @@ def serve(config_path: Path | None, frontend: str) -> None:
 
 
 def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter, stderr: TakenStderr) -> int:
-    """Returns the exit code. Why it is not 0 is written as the log is, since nobody may read it."""
+    """Run the sidecar; returns the exit code. The reason for another code than 0 is logged."""
     try:
         try:
             configure_logs(os.environ, log, colors=os.isatty(stderr.log))
@@ -106,7 +106,7 @@ def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: L
 
 
 def _tell(why: str) -> None:
-    """Why it ends."""
+    """Log why the process ends."""
     structlog.stdlib.get_logger(__name__).critical("failed", why=why.rstrip())
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> Iterator[str]:
-    """Its lines. The first `texts` columns and the last one are set to the left, the numbers between to the right."""
+    """The lines of a table. The first `texts` columns and the last one are aligned left, the numbers between them
+    right.
+    """
     cells = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -38,25 +38,25 @@ A trace has one JSON object a line:
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND_US = 1_000_000
 _LAST_SECOND = 253_402_300_799
-"""Of the year 9999."""
+"""The last second of the year 9999."""
 _KNOWN = ("time", "domain", "descriptors", "hits")
 _KNOWN_OF_CHECK = ("time", "check")
 _KNOWN_OF_REPORT = ("time", "domain", "bucket_id", "requests", "seconds")
 _REPORT_SECONDS = 5
-"""From one report of Envoy's quota filter to the next, as a rule."""
+"""The usual interval of reports of Envoy's quota filter."""
 MAX_REPORTED = 1_000_000
-"""Requests of one report, and seconds."""
+"""The most requests, and seconds, of one report."""
 
 
 class BadLine(Exception):
-    """A line that is no request; its text says why."""
+    """A broken line; the text says why."""
 
 
 class Recorded(NamedTuple):
-    """A request, or so many that are the same.
+    """A request, or several equal ones.
 
     Args:
-        at_us: when the last of them was made, in microseconds since the epoch.
+        at_us: the time of the last one, in microseconds since the epoch.
         within_us: they were made evenly in this time.
     """
 
@@ -66,7 +66,7 @@ class Recorded(NamedTuple):
     within_us: int = 0
 
     def times_us(self) -> Iterator[int]:
-        """When each of them was made."""
+        """The time of each of them."""
         for left in range(self.number - 1, -1, -1):
             yield max(0, self.at_us - self.within_us * left // self.number)
 
@@ -76,8 +76,8 @@ class TraceLine(NamedTuple):
 
     Args:
         number: from 1.
-        size_bytes: of the line, to tell how far the reading is.
-        recorded: or what is wrong with the line.
+        size_bytes: the line's size, to show progress.
+        recorded: the requests, or the problem of the line.
     """
 
     number: int
@@ -105,10 +105,10 @@ def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
 
 
 def parse_line(line: bytes) -> Recorded:
-    """What a line tells of.
+    """The requests in a line.
 
     Raises:
-        BadLine: it is no request.
+        BadLine: it has none.
     """
     try:
         item = json.loads(line)

@@ -1,10 +1,10 @@
-"""A YAML document as plain data that remembers where everything stood.
+"""A YAML document as plain data that remembers positions.
 
-Theory of operation. The parser's events are turned into containers and scalars by one loop without recursion, so no
-file can exhaust the stack. What leaves no doubt about the rest (a duplicate key) is noted and passed over; what does
-(broken YAML) ends the reading. Anchors, aliases and merge keys (`<<`) work as in envoyproxy/ratelimit; bounds hold
-after they are expanded. Keys are text as they are written. Documents without a value beside the one that has one, as
-templates leave them, are passed over.
+Theory of operation. One loop without recursion turns the parser's events into containers and scalars, so no file can
+exhaust the stack. A problem after which the rest is still clear (a duplicate key) is noted, and reading goes on; any
+other (broken YAML) ends it. Anchors, aliases and merge keys (`<<`) work as in envoyproxy/ratelimit; the bounds hold
+after they are expanded. Keys are text as they are written. Documents without a value, which templates leave, are
+ignored.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ MAX_BYTES = 16 * 1024 * 1024
 """Larger than any Kubernetes ConfigMap (1 MiB), and small enough to read at once."""
 
 _SEARCHED_CHARS = 65_536
-"""At a time, since a search keeps Python's lock: for a third of a ms, and for a whole megabyte 5."""
+"""The characters searched at a time. A search holds Python's lock: for 1/3 ms, and for 5 ms with a megabyte."""
 
 MAX_DEPTH = 256
-"""Mappings and lists inside each other; envoyproxy/ratelimit's grammar takes two a level of descriptors. What recurses
-over them later stays far from Python's limit of 1,000 calls."""
+"""The deepest nesting of mappings and lists; envoyproxy/ratelimit's grammar has two for each level of descriptors. So
+later recursion over them stays far below Python's limit of 1,000 calls.
+"""
 
 MAX_NODES = 2_000_000
-"""Scalars, mappings and lists, those behind an alias counted each time; about 200,000 rules."""
+"""The most scalars, mappings and lists, those behind an alias counted each time; about 200,000 rules."""
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -52,7 +53,7 @@ _SCALAR_TAGS: Mapping[str, tuple[type, ...]] = {
     "tag:yaml.org,2002:null": (type(None),),
     "tag:yaml.org,2002:timestamp": (str,),
 }
-"""What a scalar with such a tag has to be."""
+"""The type of a scalar with each tag."""
 _MERGE = "<<"
 
 
@@ -72,7 +73,7 @@ class Document:
     problems: tuple[Problem, ...] = ()
 
     def position(self, path: KeyPath) -> Position | None:
-        """Where the value at `path` stands; for a missing one, the mapping or list that lacks it."""
+        """The position of the value at `path`; for a missing one, that of the mapping or list that lacks it."""
         return self._find(path)[1]
 
     def has(self, path: KeyPath) -> bool:
@@ -80,7 +81,7 @@ class Document:
         return self._find(path)[0] is not None
 
     def describe(self, path: KeyPath) -> str:
-        """What stands at `path`, for the "found" of a problem."""
+        """The value at `path` in words, for the "found" of a problem."""
         value, _, source = self._find(path)
         if isinstance(value, YamlMap):
             return "a mapping" if value else "an empty mapping"
@@ -95,7 +96,7 @@ class Document:
         return Problem(self.file, line, column, dotted(path), found, expected, fix)
 
     def place(self, path: KeyPath) -> str:
-        """Where the value at `path` stands, for the text of another problem: `file:line`."""
+        """The place of the value at `path` for the text of another problem: `file:line`."""
         position = self.position(path)
         return f"{self.file}:{position.line}" if position else self.file
 
@@ -222,9 +223,9 @@ class _Value(NamedTuple):
     data: object
     position: Position
     source: str | None
-    """Of a scalar that is not text."""
+    """The source text of a scalar that is not text."""
     nodes: int
-    """Itself and all below it, those behind aliases too."""
+    """The number of values: itself and all below it, those behind aliases included."""
 
     @property
     def text(self) -> str | None:
@@ -240,7 +241,7 @@ class _Frame:
     position: Position
     anchor: str | None
     key: _Value | None = None
-    """Of a mapping: the key whose value comes next."""
+    """In a mapping, the key whose value comes next."""
     merges: list[YamlMap] = field(default_factory=list)
     nodes: int = 1
 
@@ -253,7 +254,7 @@ class _Builder:
         self._file = file
         self._root: _Value | None = None
         self._begin = START
-        """Where the document that is read begins."""
+        """The position where the current document begins."""
         self._open: list[_Frame] = []
         self._anchors: dict[str, _Value | None] = {}
         """By name; None while the anchored container is still open."""
@@ -264,7 +265,7 @@ class _Builder:
         return Document(self._file, root.data, root.position, tuple(self.problems))
 
     def give_back(self) -> None:
-        """What there is of a document that cannot be used."""
+        """Free the partly built document, which cannot be used."""
         done = [] if self._root is None else [self._root.data]
         pieces = pieces_of_data([*done, *(frame.container for frame in self._open)])
         done.clear()
@@ -352,7 +353,7 @@ class _Builder:
         return _Value(value.data, position, value.source, value.nodes)
 
     def _add(self, value: _Value, *, counted: bool = False) -> None:
-        """Put a finished value where it belongs."""
+        """Add a finished value to its container."""
         self._nodes += 1 if counted else value.nodes
         if self._nodes > MAX_NODES:
             self._fail(value.position, f"more than {MAX_NODES} values", "fewer", "split the file")
@@ -400,7 +401,7 @@ class _Builder:
             container.sources[name] = value.source
 
     def _merge(self, frame: _Frame, value: _Value) -> bool:
-        """Note what a `<<` brings in: later in the list is weaker, and own entries are the strongest."""
+        """Note the entries that a `<<` merges: later ones in the list are weaker, and own entries are the strongest."""
         others = value.data if isinstance(value.data, YamlList) else [value.data]
         maps = [other for other in others if isinstance(other, YamlMap)]
         if len(maps) != len(others):
@@ -409,7 +410,7 @@ class _Builder:
         return True
 
     def _path(self) -> KeyPath:
-        """Of the innermost open container."""
+        """The path of the innermost open container."""
         steps: list[str | int] = []
         for frame in self._open[:-1]:
             if isinstance(frame.container, YamlList):

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, for the person who has to fix it now.
+"""Problems of a configuration, for the person who has to fix it now.
 
 A `Problem` names the file, line, column and key, what was found there, what was expected, and the fix. Text taken from
 a file is quoted, cut and freed of control characters, so a broken file cannot garble a terminal or a log.
@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a file: names in mappings, indices in lists."""
+"""The place of a value in a file: names in mappings, indices in lists."""
 
 ENVIRONMENT = "environment"
-"""The `Problem.file` of what an environment variable says; its key is then the variable's name."""
+"""The `Problem.file` for an environment variable; the key is then the variable's name."""
 
 _MAX_QUOTED_CHARS = 60
 

@@ -1,12 +1,12 @@
-"""Large structures given back piece by piece, so that other threads can go on meanwhile.
+"""Frees large structures object by object, so that other threads can go on meanwhile.
 
-What holds 20,000 rules is freed in one step once nobody refers to it, 30 ms in which the thread keeps Python's lock and
-the event loop waits for it. So before the last reference goes, everything in it is listed, outer before inner; then the
-list is emptied from its beginning, and each object is freed alone, its inner ones being held by the list still. Nothing
-is taken out of the objects themselves: whoever else refers to one still has all of it.
+A structure of 20,000 rules is freed in one step when the last reference goes. That takes 30 ms, during which the thread
+holds Python's lock and the event loop waits for it. So before that, all its objects are listed, outer before inner.
+Then the list is emptied from its beginning, and each object is freed alone, while the list still holds the inner ones.
+The objects themselves are not changed, so other references to them stay valid.
 
-This module must stay interpreted: between any two objects the interpreter lets go of the lock when it is wanted, which
-compiled loops do not.
+This module must stay interpreted: between two objects the interpreter releases the lock on request, which compiled
+loops do not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ratelimit_sidecar.limiter.rules import RuleNode
 
 
 def free_in_pieces(pieces: list[object]) -> None:
-    """Empty the list.
+    """Empty the list, and so free its objects one by one.
 
     Args:
-        pieces: what holds another one stands before it. Only what nobody else refers to is freed.
+        pieces: outer objects before inner ones. Only objects without other references are freed.
     """
     pieces.reverse()
     while pieces:
@@ -29,9 +29,9 @@ def free_in_pieces(pieces: list[object]) -> None:
 
 
 def pieces_of_data(documents: Iterable[object]) -> list[object]:
-    """What the data of rules files consists of, down to single descriptors; the same goes for that of xDS resources.
+    """The objects in the data of rules files or xDS resources, down to single descriptors.
 
-    A descriptor without descriptors below is one piece: its size is what a person has written.
+    A descriptor without descriptors below it is one piece, since a person has written it.
     """
     pieces: list[object] = []
     pending = list(documents)
@@ -48,7 +48,7 @@ def pieces_of_data(documents: Iterable[object]) -> list[object]:
 
 
 def pieces_of_rules(roots: Iterable[RuleNode]) -> list[object]:
-    """What trees of rules consist of."""
+    """The objects in trees of rules."""
     pieces: list[object] = []
     pending = list(roots)
     while pending:

@@ -1,7 +1,6 @@
-"""Reading of files that may be replaced by anything while the sidecar runs.
+"""Reads files that may be replaced by anything while the sidecar runs.
 
-Who reads a FIFO, a device or a socket may wait for ever. They are refused, without waiting for somebody at their other
-end.
+Reading a FIFO, a device or a socket may block for ever. They are refused, without blocking.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ def read_regular_file(path: Path, max_bytes: int = -1) -> bytes:
     """The content of a file.
 
     Args:
-        max_bytes: no more is read; -1 for all.
+        max_bytes: the most bytes to read; -1 for all.
 
     Raises:
         OSError: it cannot be read, or is no regular file.

@@ -1,8 +1,7 @@
-"""What is wrong with a descriptor although each of its keys, alone, is right: keys that contradict or lack each other.
+"""Problems of a descriptor whose keys are each valid: keys that contradict each other, or lack another key.
 
-Keys of our own are refused where they would do nothing. Those of envoyproxy/ratelimit are, there, accepted anywhere,
-and files that work there must work here; so of theirs only what it refuses itself is refused, and a limit without a
-number.
+Our own keys are refused where they would do nothing. envoyproxy/ratelimit accepts its keys anywhere, and files that
+work there must work here. So of its keys only those are refused that it refuses itself, and a limit without a number.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
 _OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "charge", "retry_after", "body")
-"""Keys of our own that say something about a limit, and so do nothing without one."""
+"""Our own keys about a limit, which do nothing without one."""
 
 _OF_ADMITTING = ("burst", "max_debt", "charge", "retry_after")
-"""Those that do nothing when the limit lets nothing through, ever."""
+"""Keys that do nothing when the limit is 0."""
 
 MAX_MAPPED = 64
-"""Descriptors of one request that comes whole: a few for each kind of limit."""
+"""The most descriptors of a mapping from HTTP requests: a few for each kind of limit."""
 
 _OF_A_BUCKET = ("burst", "max_debt")
 

@@ -1,7 +1,7 @@
 """The grammar of a rules file, level by level: envoyproxy/ratelimit's, with our own optional keys.
 
 `descriptors` stays raw here: each level is validated on its own, so that one broken descriptor hides no other problem.
-What no single key shows is in `rules_checks`.
+Problems of several keys together are in `rules_checks`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ratelimit_sidecar.limiter.wildcard import WILDCARD
 UNITS = tuple(unit.name.lower() for unit in Unit)
 
 NO_UNIT = "UNKNOWN"
-"""In Envoy's enum the unit of what has none; counts as not given."""
+"""Envoy's unit for no unit; counts as absent."""
 
 AlgorithmName = Literal["token_bucket", "fixed_window", "sliding_window"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
@@ -34,22 +34,24 @@ CHARGINGS: tuple[str, ...] = get_args(ChargingName)
 ALL_OR_NOTHING: ChargingName = "all_or_nothing"
 
 MAX_BODY_CHARS = 16_384
-"""It is sent with every denial."""
+"""The longest `body`, which is sent with every denial."""
 
 MAX_METADATA_DEPTH = 30
-"""An answer nests three messages for each; protobuf's parsers, and so Envoy, take no answer with over 100."""
+"""The deepest nesting of metadata. An answer has three nested messages for each level, and protobuf's parsers, so
+Envoy, accept at most 100.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleDefaults:
-    """What holds for a rule that does not say otherwise, and for a limit that a request brings.
+    """The defaults of rules, and the settings of overrides (limits in requests).
 
     Args:
         consistency: how far buckets are shared.
         window: how a limit is counted; None for a token bucket.
-        has_members: limits may be strict: it is configured among whom they are shared.
+        has_members: True if limits may be strict, since members are configured.
         charge: which hits count.
-        all_or_nothing: of domains: a request that is denied is charged nothing.
+        all_or_nothing: True if a denied request is charged nothing, unless a domain says otherwise.
     """
 
     consistency: Consistency = Consistency.EVENTUAL
@@ -60,7 +62,7 @@ class RuleDefaults:
 
 
 def window_of(algorithm: str) -> Window | None:
-    """How an algorithm of `ALGORITHMS` counts; None for a token bucket."""
+    """The window of an algorithm of `ALGORITHMS`; None for a token bucket."""
     return None if algorithm == BUCKET_ALGORITHM else Window(algorithm)
 
 
@@ -91,7 +93,7 @@ def _to_metadata(value: object) -> object:
 
 
 def _plain(value: object, depth: int = 0) -> object:
-    """Without positions, and with numbers as JSON has them."""
+    """The value without positions, and with numbers as in JSON."""
     if isinstance(value, dict | list) and depth == MAX_METADATA_DEPTH:
         raise ValueError("deeper than Envoy reads")
     if isinstance(value, dict):
@@ -202,24 +204,25 @@ class Replaces(Section):
 
 
 class RateLimit(Section):
-    """How much of what a descriptor matches is let through."""
+    """The limit of a rule, in envoyproxy/ratelimit's terms."""
 
     unit: Annotated[UnitName, _NEEDED] = Field(
-        None, description="What the requests are counted per, in any case. A month has 30 days, a year 365."
+        None, description="The unit of time, in upper or lower case. A month has 30 days, a year 365."
     )
     requests_per_unit: Annotated[RequestsPerUnit | None, _NEEDED] = Field(
-        None, description="Requests let through per unit in the long run; 0 denies all."
+        None, description="Requests admitted per unit in the long run; 0 denies all."
     )
     unlimited: Flag = Field(
         False,
-        description="`true` in place of the two keys above: everything passes, also where a wider rule would limit.",
+        description="`true` in place of the two keys above: all requests pass, even where a wider rule would limit"
+        " them.",
     )
     name: Annotated[Scalar | None, AsWritten()] = Field(
-        None, description="Shown in the answer, and what `replaces` of another rule means."
+        None, description="The name in answers, and for `replaces` of other rules."
     )
     replaces: Annotated[tuple[Replaces, ...], Field(strict=False)] = Field(
         (),
-        description="Limits that do not count in a request which this rule matches too: a list of `name: ...`, each"
+        description="Limits that do not count in a request that also matches this rule: a list of `name: ...`, each"
         " the `name` of another rule's `rate_limit`.",
     )
 
@@ -239,7 +242,7 @@ class Descriptor(Section):
         " text 10.",
     )
     rate_limit: RateLimit | None = Field(
-        None, description="The limit, in envoyproxy/ratelimit's terms. Without it, or a bucket, what matches passes."
+        None, description="The limit, in envoyproxy/ratelimit's terms. Without it, or a bucket, matching requests pass."
     )
     shadow_mode: Flag = Field(False, description="Decide, charge and count, but answer OK.")
     quota_mode: Flag = Field(
@@ -257,7 +260,7 @@ class Descriptor(Section):
         f" where the `{WILDCARD}` is in `key`.",
     )
     metadata: Metadata | None = Field(
-        None, description="Goes into the dynamic metadata of answers in which this rule lets something through."
+        None, description="Goes into the dynamic metadata of answers in which this rule admits."
     )
     algorithm: Annotated[Algorithm | None, ShownDefault("`algorithm` of the sidecar, else token_bucket")] = Field(
         None,
@@ -266,7 +269,7 @@ class Descriptor(Section):
         " counted over the unit that ends now.",
     )
     burst: Annotated[TokenCount | None, ShownDefault("requests_per_unit")] = Field(
-        None, description="Requests a token bucket lets through at once after a quiet time."
+        None, description="Requests that a token bucket admits at once after a quiet time."
     )
     bucket: BucketConfig | None = Field(None, description="The limit as a token bucket, in place of rate_limit.")
     consistency: Annotated[ConsistencyName | None, ShownDefault("as `CRDT_ENGINE` says")] = Field(
@@ -277,7 +280,7 @@ class Descriptor(Section):
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,
-        description="Of older debt a token bucket keeps at most so many times its capacity; the rest is forgiven.",
+        description="The most debt of a token bucket, in capacities; the rest is forgiven.",
     )
     charge: Annotated[ChargeName | None, ShownDefault("that of the domain")] = Field(
         None,
@@ -285,24 +288,23 @@ class Descriptor(Section):
         " their own, as Envoy's `apply_on_stream_done` does when the cost is known only afterwards, like tokens of a"
         " language model; or `always` all. What is denied and charged is debt.",
     )
-    retry_after: Flag = Field(False, description="A denial says in its headers when to come back.")
+    retry_after: Flag = Field(False, description="Headers of a denial say when to come back.")
     body: Annotated[Body | None, AsWritten(), ShownDefault("Envoy's own")] = Field(
         None, description="Body of the response to a denied request."
     )
-    descriptors: RawDescriptors = Field(
-        (), description="The same again, for descriptors with one entry more than this level has."
-    )
+    descriptors: RawDescriptors = Field((), description="The rules below, for descriptors with one more entry.")
 
 
 class AuthzEntry(Section):
-    """One entry of a descriptor that is made of an HTTP request."""
+    """One entry of a descriptor that is made from an HTTP request."""
 
     key: MappedKey = Field(description="The key of the entry, which a descriptor of the rules matches.")
     source: Annotated[PartName | None, ShownDefault("required, unless value")] = Field(
         None,
         alias="from",
-        description="What of the request is its value. `header`: the header `name`; if it comes several times, all its"
-        " values, joined by commas. `context_extension`: what Envoy's configuration of the route has under `name`."
+        description="The part of the request that is its value. `header`: the header `name`; if it comes"
+        " several times, all its values, joined by commas. `context_extension`: what Envoy's configuration of the"
+        " route has under `name`."
         " `path`: without the query. `method`. `source_address`: of whoever is connected to Envoy, without port."
         " `principal`: who that is by its TLS certificate. Over HTTP there are only the first, `path` and `method`."
         " Where the request has none, the whole descriptor is left out, as Envoy does.",
@@ -311,21 +313,22 @@ class AuthzEntry(Section):
         None, description="The name of the header, in any case, or of the context extension."
     )
     value: Annotated[Scalar | None, AsWritten(), ShownDefault("that of the request")] = Field(
-        None, description="The value of every request, in place of `from`."
+        None, description="A value for all requests, in place of `from`."
     )
 
 
 class AuthzDescriptor(Section):
-    """One descriptor that is made of an HTTP request."""
+    """One descriptor that is made from an HTTP request."""
 
     entries: Annotated[tuple[AuthzEntry, ...], Field(strict=False)] = Field(description="Its entries, in order.")
 
 
 class ExtAuthz(Section):
-    """How a request that comes whole becomes descriptors."""
+    """The mapping from HTTP requests (ext_authz) to descriptors."""
 
     default: Flag = Field(
-        False, description="Whether it is for requests that name no domain, too; of one domain at most."
+        False,
+        description="Whether this mapping is also for requests that name no domain; at most one domain may say so.",
     )
     descriptors: Annotated[tuple[AuthzDescriptor, ...], Field(strict=False)] = Field(
         description="The descriptors of a request, as `rate_limits` of a route are in Envoy."
@@ -340,7 +343,7 @@ class RulesFile(Section):
         " `merge_domains` is on."
     )
     charge: Annotated[ChargeName | None, ShownDefault("`charge` of the sidecar")] = Field(
-        None, description="Which hits count, of rules that say nothing themselves."
+        None, description="Which hits count, for rules without their own setting."
     )
     charging: Annotated[Charging | None, ShownDefault("`charging` of the sidecar, else each")] = Field(
         None,

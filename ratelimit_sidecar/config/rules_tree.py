@@ -1,7 +1,7 @@
-"""One document of rules into the tree of its domain.
+"""Turns one document of rules into the tree of its domain.
 
-Each level is checked on its own, so a broken one hides no problem of those below it. The first level is handed in by
-the caller: where domains are merged, several documents grow one tree.
+Each level is checked on its own, so a broken one does not hide problems of those below it. The caller passes the first
+level: if domains are merged, several documents build one tree.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Level:
             self.exact[key, value] = node
 
     def forget_places(self) -> None:
-        """Once all is read. One by one: to free 20,000 at once would keep Python's lock for 6 ms."""
+        """Free the places when everything is read. One by one: freeing 20,000 at once would hold Python's lock for 6
+        ms.
+        """
         while self.first:
             self.first.popitem()
 
@@ -79,24 +81,24 @@ class Level:
 
 
 def shown_capacity(bucket: BucketConfig) -> int:
-    """What Envoy is shown as requests per unit of a bucket: it has no unit, so its capacity is the nearest."""
+    """The requests per unit that Envoy is shown for a bucket: its capacity, since a bucket has no unit."""
     return min(bucket.capacity, MAX_REQUESTS_PER_UNIT)
 
 
 class TreeReader:
-    """Reads one document, collecting its problems.
+    """Reads one document, and collects its problems.
 
-    The document is of the grammar in `rules_schema`; with problems, what is read is good for nothing but more of them.
+    The document follows the grammar in `rules_schema`. If there are problems, the tree must not be used.
     """
 
     def __init__(self, document: Document, defaults: RuleDefaults) -> None:
         self.problems = list(document.problems)
         self.all_or_nothing = defaults.all_or_nothing
-        """What the domain says, or the default."""
+        """The domain's `all_or_nothing`, or the default."""
         self.mapping: HttpMapping | None = None
-        """How the document says that descriptors are made of HTTP requests."""
+        """The document's mapping from HTTP requests to descriptors."""
         self.is_default = False
-        """The mapping is for requests that name no domain, too."""
+        """True if the mapping is also for requests that name no domain."""
         self._document = document
         self._defaults = defaults
 
@@ -142,7 +144,7 @@ class TreeReader:
             level.add(key, value, below.node(self._rule(descriptor, own_name), item))
 
     def _rule(self, descriptor: Descriptor | None, name: str) -> Rule | None:
-        """What a descriptor limits; None when it limits nothing itself."""
+        """The rule of a descriptor; None if it has none itself."""
         if descriptor is None or (descriptor.rate_limit is None and descriptor.bucket is None):
             return None
         limit, requests_per_unit, unit = _limit(descriptor, self._defaults.window)
@@ -187,7 +189,7 @@ def _entry_source(entry: AuthzEntry) -> EntrySource:
 
 
 def _limit(descriptor: Descriptor, default_window: Window | None) -> tuple[AnyLimit | None, int, Unit | None]:
-    """The limit, its requests per unit and its unit; None when all passes."""
+    """The limit, its requests per unit and its unit; None if unlimited."""
     max_debt = descriptor.max_debt or DEFAULT_MAX_DEBT
     if descriptor.bucket is not None:
         return descriptor.bucket.limit(max_debt), shown_capacity(descriptor.bucket), None

@@ -1,6 +1,6 @@
-"""envoyproxy/ratelimit's variables that have no counterpart of their own: several make one value here.
+"""envoyproxy/ratelimit's variables that have no single counterpart: several of them make one value here.
 
-Addresses come in halves there, joined as Go's net.JoinHostPort does. Rules files lie in
+Addresses come as host and port there, joined as Go's net.JoinHostPort does. Rules files are in
 `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, joined as Go's path.Join does.
 """
 
@@ -54,7 +54,7 @@ def _join_runtime(values: Mapping[str, str]) -> str:
 
 
 def default_folder(environ: Mapping[str, str]) -> Path | None:
-    """Where rules lie when neither a file nor the environment says where; None when there is no such folder."""
+    """The folder of rules if neither file nor environment names one; None if there is no such folder."""
     folder = Path(_join_runtime({"RUNTIME_APPDIRECTORY": environ.get("RUNTIME_APPDIRECTORY", "")}))
     try:
         return folder if folder.is_dir() else None

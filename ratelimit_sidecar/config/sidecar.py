@@ -17,6 +17,7 @@ from ratelimit_sidecar.config.rules_file import unread
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import default_folder
 from ratelimit_sidecar.config.sidecar_schema import (
+    FabricConfig,
     ListenTlsConfig,
     PersistenceConfig,
     RedisTlsConfig,
@@ -33,17 +34,17 @@ __all__ = ["SidecarConfig", "load_sidecar_config"]
 
 
 def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> SidecarConfig:
-    """The configuration in force.
+    """Load the configuration.
 
     Args:
         path: the file; None for the defaults and the environment alone.
-        environ: as `os.environ`; a variable that is empty counts as not set.
+        environ: as `os.environ`; an empty variable counts as not set.
 
     Returns:
-        With paths relative to the working directory, no longer to the file.
+        The configuration, with paths relative to the working directory, no longer to the file.
 
     Raises:
-        ConfigError: everything that is wrong with the file and the environment.
+        ConfigError: all problems of the file and the environment.
     """
     document = Document(ENVIRONMENT, origin=None) if path is None else load(path)
     data = document.data
@@ -66,8 +67,9 @@ def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> Sideca
 
 
 def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> SidecarConfig:
-    """With paths that the file gives relative to `folder`; and without those of a runtime folder beside xds, where
-    envoyproxy/ratelimit does not look either."""
+    """Make paths in the file relative to `folder`. With xds drop the rules of a runtime folder, as envoyproxy/ratelimit
+    does.
+    """
     rules, xds = config.rules, config.xds
     if "rules" in completed.variables:
         rules = () if xds is not None else rules
@@ -89,7 +91,14 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         if kept.tls is not None:
             kept = kept.model_copy(update={"tls": _with_tls_paths(kept.tls, "persistence.tls", completed, folder)})
         kept = kept.model_copy(update={name: folder / path for name, path in files.items() if path is not None})
-    return config.model_copy(update={"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept})
+    fabric = config.fabric
+    if fabric is not None:
+        if fabric.tls is not None:
+            fabric = fabric.model_copy(update={"tls": _with_tls_paths(fabric.tls, "fabric.tls", completed, folder)})
+        if fabric.password_file is not None:
+            fabric = fabric.model_copy(update={"password_file": folder / fabric.password_file})
+    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept, "fabric": fabric}
+    return config.model_copy(update=update)
 
 
 T = TypeVar("T", SyncTlsConfig, XdsTlsConfig, ListenTlsConfig, RedisTlsConfig)
@@ -106,7 +115,7 @@ def _with_tls_paths(tls: T, at: str, completed: Completed, folder: Path) -> T:
 
 
 def _contradictions(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
-    """What no single value shows."""
+    """Problems that come from several values together."""
     listen = config.listen
     addresses: list[tuple[KeyPath, str]] = [(("listen", "grpc", i), text) for i, text in enumerate(listen.grpc)]
     addresses.append((("listen", "admin"), listen.admin))
@@ -128,6 +137,12 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from _of_xds(config, document, completed)
     if config.persistence is not None:
         yield from _of_persistence(config.persistence, document)
+    if config.fabric is not None:
+        yield from _of_redis(config.fabric, config.fabric.url, "fabric", document)
+        if config.sync.members is not None:
+            found = "sync.members beside fabric"
+            fix = "remove one: strict limits need streams between all members"
+            yield document.problem(("fabric",), found, "one of the two", fix)
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -162,14 +177,19 @@ def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Pro
             yield document.problem((at, name), f"{name} beside file", "it beside url", "remove it")
     if kept.url is None:
         return
-    is_unix = kept.url.startswith("unix:")
+    yield from _of_redis(kept, kept.url, at, document)
+
+
+def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
+    is_unix = url.startswith("unix:")
     if kept.cluster and (kept.sentinel is not None or is_unix):
         other = "a unix socket" if is_unix else "sentinel"
         yield document.problem((at, "cluster"), f"true beside {other}", "one of the two", "remove one")
     if kept.sentinel is not None and is_unix:
         yield document.problem((at, "sentinel"), "a name beside a unix socket", "one of the two", "remove one")
-    if "," in kept.url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
-        fix = "name the Sentinels' master in sentinel, or say cluster: true"
+    if "," in url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
+        or_cluster = "" if isinstance(kept, FabricConfig) else ", or say cluster: true"
+        fix = f"name the Sentinels' master in sentinel{or_cluster}"
         yield document.problem((at, "url"), "several hosts", "one", fix)
     if kept.password_file is not None and kept.password_variable is not None:
         found = "password_file beside password_variable"
@@ -177,7 +197,7 @@ def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Pro
     tls = kept.tls
     if tls is None:
         return
-    if not kept.url.startswith("rediss:"):
+    if not url.startswith("rediss:"):
         yield document.problem((at, "tls"), "files beside a url without TLS", "a rediss:// url", "change one of them")
     for name, path in (("ca", tls.ca), ("certificate", tls.certificate), ("key", tls.key)):
         if path is not None:

@@ -1,6 +1,6 @@
-"""Everything the sidecar can be told, by its file or by the environment, and a default for all of it.
+"""All settings of the sidecar, in its file or the environment, and their defaults.
 
-The models below are the one list of options: validation, `serve --help`, docs/reference/configuration.md and the page
+The models below are the only list of options: validation, `serve --help`, docs/reference/configuration.md and the page
 about migration come from them.
 """
 
@@ -38,7 +38,7 @@ from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
 DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
 DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
-"""Where the mesh is neither encrypted nor said to need no encryption."""
+"""The default if the mesh has no TLS and is not declared insecure."""
 
 MAX_PATTERN_CHARS = 255
 MAX_SNAPSHOT_SECONDS = 3_600
@@ -51,7 +51,7 @@ MAX_MEMBER_BYTES = 255
 MAX_WEIGHT = 1_000_000
 MAX_BUCKETS = 100_000_000
 MAX_EPOCH = 1_000_000_000
-"""Within what sidecars take of each other (replication/wire.py)."""
+"""Within the range that sidecars accept from each other (replication/wire.py)."""
 
 _ENGINES = {
     "eventual": Consistency.EVENTUAL,
@@ -241,7 +241,7 @@ _HEADERS = ResponseHeaders()
 
 
 class NodeConfig(Section):
-    """Who this sidecar is."""
+    """The identity of this sidecar."""
 
     id: Annotated[Name, ShownDefault("the host name")] = Field(
         default_factory=socket.gethostname, description="Name of this sidecar; no two in one mesh may share it."
@@ -262,7 +262,8 @@ class ListenTlsConfig(Section):
     )
     ca: Annotated[FilePath | None, text("GRPC_CLIENT_TLS_CACERT")] = Field(
         None,
-        description="PEM file of the authorities that sign clients' certificates. With it whoever has none is refused.",
+        description="PEM file of the authorities that sign clients' certificates. With it, clients without such a"
+        " certificate are refused.",
     )
     client_name: Annotated[ClientName | None, text("GRPC_CLIENT_TLS_SAN")] = Field(
         None,
@@ -272,7 +273,7 @@ class ListenTlsConfig(Section):
 
 
 class ListenConfig(Section):
-    """Where this sidecar answers."""
+    """The addresses on which this sidecar answers."""
 
     grpc: Annotated[tuple[ListenAddress, ...], Field(strict=False), AfterValidator(_at_least_one), GRPC_ADDRESS] = (
         Field(("0.0.0.0:8081",), description="Where Envoy calls the rate limit service; port 0 lets the system pick.")
@@ -284,11 +285,11 @@ class ListenConfig(Section):
     )
     max_connection_age_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE")] = Field(
         86_400.0,
-        description="Age at which a connection to `listen.grpc` is told to open no more calls, up to a tenth more or"
+        description="Age at which a connection to `listen.grpc` is asked to open no more calls, up to a tenth more or"
         " less, so that Envoys spread over new sidecars; 0 for never.",
     )
     max_connection_age_grace_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE_GRACE")] = Field(
-        3_600.0, description="What calls in flight get then, before the connection is closed; 0 for no end."
+        3_600.0, description="Time for calls in flight then, before the connection is closed; 0 for no end."
     )
     healthy_with_rules_only: Annotated[Flag, flag("HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED")] = Field(
         False,
@@ -355,7 +356,7 @@ class XdsConfig(Section):
         "default", description="The node that this sidecar says it is: the server chooses the rules by it."
     )
     node_metadata: Annotated[Texts, pairs("CONFIG_GRPC_XDS_NODE_METADATA", "=:")] = Field(
-        {}, description="What else the server is told about the node."
+        {}, description="Further metadata of the node, sent to the server."
     )
     headers: Annotated[CallHeaders, pairs("CONFIG_GRPC_XDS_CLIENT_ADDITIONAL_HEADERS", ":=", secret=True)] = Field(
         {}, description="Headers of the call, for example for authorization."
@@ -440,7 +441,7 @@ class ResponseHeadersConfig(Section):
 
 
 class RedisTlsConfig(Section):
-    """TLS to a `rediss://` server; the files are read anew for each connection."""
+    """TLS to a `rediss://` server; the files are read for each connection."""
 
     ca: Annotated[FilePath | None, ShownDefault("the well-known authorities")] = Field(
         None, description="PEM file of the authorities whose certificates the server may have."
@@ -452,8 +453,9 @@ class RedisTlsConfig(Section):
 
 
 class PersistenceConfig(Section):
-    """Where buckets are kept across restarts: in a `file`, or in Redis or Valkey at a `url`. Without it a sidecar that
-    starts knows what its peers tell it."""
+    """Where buckets are kept across restarts: in a `file`, or in Redis or Valkey at a `url`. Without it, a sidecar that
+    starts has only the state of its peers.
+    """
 
     file: FilePath | None = Field(
         None,
@@ -469,22 +471,48 @@ class PersistenceConfig(Section):
     )
     cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
     password_file: FilePath | None = Field(
+        None, description="The file with the password; it is read again after each failure."
+    )
+    password_variable: Name | None = Field(None, description="The environment variable that holds the password.")
+    tls: RedisTlsConfig | None = Field(None, description="Files for a `rediss://` server.")
+    prefix: KeyPrefix = Field(
+        "ratelimit", description="The prefix of all keys in Redis. Each mesh that shares a server needs its own."
+    )
+    every_seconds: Annotated[SnapshotSeconds | None, ShownDefault("10 for a file, 1 for Redis")] = Field(
+        None,
+        description="Seconds between snapshots, at least, or between writes to Redis; both take at most a twentieth of"
+        " the processor's time. A process that is killed loses the takes since the last one.",
+    )
+
+
+class FabricConfig(Section):
+    """A Redis or Valkey by which the sidecars of a region share their buckets, in place of streams between all of them.
+    One of them, the gateway, has the region's streams to `sync.peers`, and listens at `listen.sync`."""
+
+    url: RedisUrl = Field(
+        description="As in `persistence`: `redis://user@host:6379/0`, `rediss://` with TLS, or `unix:///path?db=0`; of"
+        " Sentinels several, as in `redis://a:26379,b:26379/0`. All sidecars of a region have the same."
+    )
+    sentinel: Name | None = Field(
+        None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
+    )
+    password_file: FilePath | None = Field(
         None, description="The file of the password, which is read anew after each failure."
     )
     password_variable: Name | None = Field(None, description="The environment variable that holds the password.")
     tls: RedisTlsConfig | None = Field(None, description="Files for a `rediss://` server.")
     prefix: KeyPrefix = Field(
-        "ratelimit", description="What all keys in Redis begin with: meshes that share a server need one each."
+        "ratelimit", description="What all keys in Redis begin with: regions that share a server need one each."
     )
-    every_seconds: Annotated[SnapshotSeconds | None, ShownDefault("10 for a file, 1 for Redis")] = Field(
-        None,
-        description="Seconds between snapshots, at least, or between writes to Redis: either takes no more than a"
-        " twentieth of the processor's time. A process that is killed loses what was taken since the last one.",
-    )
+
+    @property
+    def cluster(self) -> bool:
+        """Never a Redis Cluster: a call works on keys of several buckets."""
+        return False
 
 
 class AnswersConfig(Section):
-    """What holds for every answer to Envoy, whichever rule it comes from."""
+    """Settings for every answer to Envoy, whichever rule it comes from."""
 
     shadow_mode: Annotated[Flag, flag("SHADOW_MODE")] = Field(
         _SETTINGS.shadow_mode,
@@ -502,21 +530,23 @@ class AnswersConfig(Section):
     )
     all_limits: Flag = Field(
         _SETTINGS.all_limits,
-        description="Tell callers in every answer of all limits that the request met, not only of the one that denies:"
+        description="Show callers in every answer all limits that the request met, not only the one that denies:"
         " in the lists `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers.",
     )
     dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
         _SETTINGS.dynamic_metadata,
-        description="Tell Envoy what was asked, and the `metadata` of the rules that let it through, as dynamic"
-        " metadata.",
+        description="Send Envoy dynamic metadata: the descriptors of the request, and the `metadata` of the rules that"
+        " admitted it.",
     )
 
 
 class SidecarConfig(Section):
-    """Everything `ratelimit-sidecar serve` can be told."""
+    """All settings of `ratelimit-sidecar serve`."""
 
-    node: NodeConfig = Field(default_factory=NodeConfig, description="Who this sidecar is.")
-    listen: ListenConfig = Field(default_factory=ListenConfig, description="Where this sidecar answers.")
+    node: NodeConfig = Field(default_factory=NodeConfig, description="The identity of this sidecar.")
+    listen: ListenConfig = Field(
+        default_factory=ListenConfig, description="The addresses on which this sidecar answers."
+    )
     rules: Annotated[tuple[RulesPath, ...], Field(strict=False), RUNTIME_FOLDER] = Field(
         (),
         description="Rules files, or folders of them: `*.yaml` and `*.yml`. A folder may be empty, and holds nothing"
@@ -528,15 +558,15 @@ class SidecarConfig(Section):
     )
     algorithm: Algorithm = Field(
         BUCKET_ALGORITHM,
-        description="How limits are enforced of rules that name no `algorithm` of their own.",
+        description="The algorithm of rules without their own `algorithm`.",
     )
     charge: Annotated[ChargeName | None, ShownDefault("admitted; with `xds` reported")] = Field(
-        None, description="Which hits count, of domains and rules that say nothing themselves (see `charge` of a rule)."
+        None, description="Which hits count, for domains and rules without their own setting (see `charge` of a rule)."
     )
     charging: Annotated[Charging, choice("STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT", ALL_OR_NOTHING)] = Field(
         "each",
-        description="Whether a request that is denied charges `each` limit that it meets, or `all_or_nothing`, of"
-        " domains that say nothing themselves.",
+        description="Whether a denied request charges `each` limit that it meets, or `all_or_nothing`; for domains"
+        " without their own setting.",
     )
     xds: Annotated[XdsConfig | None, XDS_WHEN_ASKED_FOR] = Field(
         None,
@@ -555,9 +585,14 @@ class SidecarConfig(Section):
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."
     )
+    fabric: FabricConfig | None = Field(
+        None,
+        description="A Redis by which the sidecars of a region share their buckets; without this key each has a stream"
+        " to every other one.",
+    )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,
-        description="What holds for every answer to Envoy, whichever rule it comes from.",
+        description="Settings for every answer to Envoy, whichever rule it comes from.",
     )
     engine: Annotated[Engine, text("CRDT_ENGINE", only=True), ShownDefault("eventual")] = Field(
         Consistency.EVENTUAL,
@@ -568,8 +603,8 @@ class SidecarConfig(Section):
 
     @property
     def rule_defaults(self) -> RuleDefaults:
-        """What holds for rules that do not say otherwise."""
-        # Envoy Gateway's policies cannot say it, and report what a request has cost.
+        """The defaults of rules."""
+        # Envoy Gateway's policies have no such setting, and report the cost of requests afterwards.
         charge = self.charge or (Charge.ADMITTED if self.xds is None else Charge.REPORTED)
         return RuleDefaults(
             self.engine,
@@ -581,13 +616,13 @@ class SidecarConfig(Section):
 
     @property
     def membership(self) -> Membership | None:
-        """Who shares strict limits; None when no limit can be strict."""
+        """The membership of strict limits; None if no limit can be strict."""
         sync = self.sync
         return None if sync.members is None else Membership(sync.epoch, sync.members, sync.previous_members)
 
     @property
     def settings(self) -> Settings:
-        """What holds for every answer."""
+        """The settings for every answer."""
         answers, headers = self.answers, self.answers.response_headers
         return Settings(
             shadow_mode=answers.shadow_mode,
@@ -606,6 +641,6 @@ class SidecarConfig(Section):
             is_open = self.sync.tls is not None or self.sync.insecure
             address = DEFAULT_SYNC_ADDRESS if is_open else DEFAULT_LOOPBACK_SYNC_ADDRESS
             listen = self.listen.model_copy(update={"sync": address})
-            # Frozen for users, not before they have it.
+            # The model is frozen only for its users.
             object.__setattr__(self, "listen", listen)
         return self

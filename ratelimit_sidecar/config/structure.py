@@ -1,7 +1,7 @@
 """Sections of a configuration: pydantic models whose errors become `Problem`s with a position and a fix.
 
-Each field says once, by `Expected`, what it takes: the errors and the reference pages both quote it. A key without a
-value (`bucket:` with everything below it commented out) counts as not given, as it does in Go's YAML.
+Each field says once, by `Expected`, which values it takes; errors and reference pages both quote that. A key without a
+value (`bucket:` with everything below it commented out) counts as absent, as in Go's YAML.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap, resolve
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a scalar field takes. Stands last in the `Annotated` that it describes.
+    """The values that a scalar field takes. It is the last item of the `Annotated` of that field.
 
     Args:
         text: completes "expected ...".
-        of: "text" when a number found there only lacks its quotes, "plain" when text found there may only have quotes
-            too many.
-        choices: all it may be, for suggestions.
-        or_else: the fix when nothing better is known about what was found.
+        of: "text" if a number found there only lacks quotes, "plain" if text found there may only have too many quotes.
+        choices: all possible values, for suggestions.
+        or_else: the fix if nothing better is known for the value found.
     """
 
     text: str
@@ -47,7 +46,9 @@ class Expected:
         )
 
     def fix(self, found: object, source: str) -> str:
-        """What to do about `found`, which is written as `source`; "" when the text says it."""
+        """The fix for a wrong value, which is written as `source` in the file; "" if the text of the problem
+        suffices.
+        """
         if self.of == "text" and not isinstance(found, str | dict | list | None):
             return f"write it in quotes: {quoted(source)}"
         if not isinstance(found, str):
@@ -64,13 +65,14 @@ class AsWritten:
 
 @dataclass(frozen=True, slots=True)
 class FromEnvironment:
-    """The variables that give a field its value.
+    """The variables that can set a field.
 
     Args:
-        read: from those that are set and not empty, at least one, to what the file would say; None when they say
-            nothing. It raises `environment.Unreadable`, or returns what is then found to be wrong as in a file.
-        only: the file cannot give it.
-        secret: what the variables hold must not be shown.
+        read: makes the value, as the file would have it, from the variables that are set and not empty (at least one);
+            None if they give no value. It raises `environment.Unreadable`. Its result is checked like a value in the
+            file.
+        only: True if the file cannot set the field.
+        secret: True if the variables' texts must not be shown.
     """
 
     variables: tuple[str, ...]
@@ -85,7 +87,7 @@ class FromEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class ShownDefault:
-    """How the reference words a default that is computed."""
+    """The text of a computed default in the reference."""
 
     text: str
 
@@ -108,15 +110,15 @@ S = TypeVar("S", bound=Section)
 
 
 def unexpected(expected: str, fix: str = "") -> PydanticCustomError:
-    """What a validator raises when it can say more than the field's `Expected`."""
+    """The error for a validator that can say more than the field's `Expected`."""
     return PydanticCustomError("unexpected", "{expected}", {"expected": expected, "fix": fix})
 
 
 def validate(section: type[S], data: object, document: Document, at: KeyPath = ()) -> tuple[S | None, list[Problem]]:
-    """Check `data`, which stands at `at` in the document.
+    """Check `data`, which is at `at` in the document.
 
     Returns:
-        The section, or None and everything that is wrong with it.
+        The section, or None and all problems.
     """
     try:
         return section.model_validate(_as_written(section, data)), []
@@ -148,7 +150,7 @@ def environment_of(field: FieldInfo) -> FromEnvironment | None:
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section a field holds (or a list of); None when it holds scalars."""
+    """The section that a field (or each item of its list) is; None if it holds scalars."""
     return _section_in(field.annotation)
 
 
@@ -166,7 +168,7 @@ def walk(section: type[Section], at: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 def expected_of(field: FieldInfo) -> str:
-    """Completes "expected ..."."""
+    """The text that completes "expected ..." for a field."""
     rule = _rule_of(field)
     return rule.text if rule else _expected_of_type(field.annotation)
 
@@ -178,7 +180,7 @@ def mapping_with_keys_of(section: type[Section]) -> str:
 
 @cache
 def _fields_as_written(section: type[Section]) -> tuple[frozenset[str], Mapping[str, type[Section]]]:
-    """The keys of a section that are `AsWritten`, and the sections in it that have such keys, by theirs."""
+    """The keys of a section that are `AsWritten`, and by key the sections in it that have such keys."""
     here, below = set(), {}
     for key, field in keys_of(section).items():
         inner = section_of(field)
@@ -190,7 +192,7 @@ def _fields_as_written(section: type[Section]) -> tuple[frozenset[str], Mapping[
 
 
 def _as_written(section: type[Section], data: object) -> object:
-    """The same data, the source text in place of scalars that are to be taken as they are written."""
+    """The same data with the source text in place of scalars that are `AsWritten`."""
     if isinstance(data, YamlList):
         return [_as_written(section, item) for item in data]
     if not isinstance(data, YamlMap):

@@ -1,8 +1,7 @@
-"""A certificate, its key and the authority of its peers, as files in PEM that may be replaced at any time.
+"""A certificate, its key and the authority of its peers: PEM files that may be replaced at any time.
 
-`CertificateInForce` holds what the files said when they were last usable. They are read again every minute, and when
-its owner asks for it. What cannot be used, as when the new certificate is there and its key is not yet, changes
-nothing: what was read before stays in force.
+`CertificateInForce` has their last usable content. The files are read again every minute, and on request. If they
+cannot be used, as when the new certificate is there and its key is not yet, the former content stays in force.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ if TYPE_CHECKING:
     import grpc
 
 READ_SECONDS = 60.0
-"""How often the files are read without a handshake: streams may last for months, and certificates do not."""
+"""How often the files are read without a handshake, since streams may last longer than certificates."""
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-"""Of a server in TLS 1.2: HTTP/2 forbids most others (RFC 9113, section 9.2.2). Envoy and gRPC offer these."""
+"""The ciphers of a server in TLS 1.2: HTTP/2 forbids most others (RFC 9113, section 9.2.2). Envoy and gRPC
+offer these.
+"""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -35,10 +36,10 @@ Side = Literal["client", "server"]
 
 @dataclass(frozen=True, slots=True)
 class TlsPaths:
-    """Where the files are.
+    """The paths of the files.
 
     Args:
-        ca: None when the other end need not show a certificate.
+        ca: None if the other end needs no certificate.
     """
 
     certificate: Path
@@ -48,7 +49,7 @@ class TlsPaths:
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """What is in them."""
+    """The content of the files."""
 
     certificate: bytes
     key: bytes
@@ -56,13 +57,13 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedCertificate:
     """Files that belong together.
 
     Args:
-        context: what Python's ssl needs for HTTP/2. It checks that the other end's certificate is of the authority, and
-            no names: which one is right depends on who the other end says it is.
-        not_after_s: when the certificate ends, in seconds since the epoch; None when that cannot be read in it.
+        context: Python's ssl context for HTTP/2. It checks that the other end's certificate is of the authority, but no
+            names: the right name depends on who the other end says it is.
+        not_after_s: when the certificate ends, in seconds since the epoch; None if that cannot be read.
     """
 
     files: TlsFiles
@@ -71,8 +72,10 @@ class Loaded:
 
 
 def read(paths: TlsPaths) -> TlsFiles:
-    """Raises:
-    OSError: a file cannot be read.
+    """Read the files.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     return TlsFiles(
         _bytes_of(paths.certificate), _bytes_of(paths.key), None if paths.ca is None else _bytes_of(paths.ca)
@@ -99,26 +102,26 @@ def read_checked(paths: TlsPaths, side: Side) -> tuple[TlsFiles, ssl.SSLContext]
         is_mismatch = error.reason == "KEY_VALUES_MISMATCH"
         why = "they do not belong together" if is_mismatch else "not a certificate and its key, in PEM"
         raise OSError(f"{paths.certificate}, {paths.key}: {why}") from error
-    # OpenSSL has read the files by itself: let it have seen the same.
+    # OpenSSL has read the files itself: check that it saw the same content.
     if read(paths) != files:
         raise OSError(f"{paths.certificate}, {paths.key}: they change while they are read")
     return files, context
 
 
 def not_after_s(certificate: bytes) -> float:
-    """When the first certificate of a file in PEM ends, in seconds since the epoch.
+    """When the first certificate of a PEM file ends, in seconds since the epoch.
 
     Raises:
-        ValueError: that cannot be read.
+        ValueError: the end cannot be read.
     """
-    # Only who has a certificate pays for it: 50 ms and 12 MB.
+    # Imported only when needed: 50 ms and 12 MB.
     from cryptography import x509  # noqa: PLC0415
 
     return x509.load_pem_x509_certificates(certificate)[0].not_valid_after_utc.timestamp()
 
 
 class CertificateInForce:
-    """What the files say now, or said when they were last usable. `load` it first.
+    """The certificate in force: the last usable content of the files. Call `load` first, and run `keep_read` as a task.
 
     Args:
         side: which end of its connections this program is.
@@ -128,21 +131,21 @@ class CertificateInForce:
         self._paths = paths
         self._side: Side = side
         self._lock = Lock()
-        """One thread reads the files at a time. The event loop's never does, and never waits for this."""
-        self._in_force: Loaded | None = None
+        """Only one thread reads the files at a time. The event loop never does, and never waits for this lock."""
+        self._in_force: LoadedCertificate | None = None
         self._error = ""
         self.failed_renewals = 0
-        """Times that the files were read again and could not be used."""
+        """How often the files were read again and could not be used."""
 
     @property
-    def in_force(self) -> Loaded:
-        """What was read last, without looking at the files."""
+    def in_force(self) -> LoadedCertificate:
+        """The files that were last usable, without reading them again."""
         assert self._in_force is not None
         return self._in_force
 
     @property
     def not_after_s(self) -> float | None:
-        """When the certificate in force ends, in seconds since the epoch; None when that is not known."""
+        """When the certificate in force ends, in seconds since the epoch; None if that is unknown."""
         return None if self._in_force is None else self._in_force.not_after_s
 
     def load(self) -> None:
@@ -155,12 +158,12 @@ class CertificateInForce:
         try:
             ends_s = not_after_s(files.certificate)
         except ValueError:
-            # OpenSSL takes it: that is what counts.
+            # OpenSSL accepts the certificate, so it can be used.
             ends_s = None
-        self._in_force = Loaded(files, context, ends_s)
+        self._in_force = LoadedCertificate(files, context, ends_s)
 
-    def renew(self) -> Loaded:
-        """Read the files again, and return what is in force now. It blocks: not for the event loop."""
+    def renew(self) -> LoadedCertificate:
+        """Read the files again, and return the content in force. It blocks, so do not call it on the event loop."""
         with self._lock:
             error = ""
             try:
@@ -176,20 +179,21 @@ class CertificateInForce:
             return self.in_force
 
     async def keep_read(self) -> None:
-        """Read the files again and again, until cancelled."""
+        """Read the files again at each interval, until cancelled."""
         while True:
             await asyncio.sleep(READ_SECONDS)
             try:
                 await in_daemon_thread("certificate", self.renew)
             except Exception:
-                # As when the system has no more threads: the next time it may be otherwise.
+                # For example the system has no more threads; the next attempt may succeed.
                 self.failed_renewals += 1
                 _log.exception("certificate_not_renewed", until_then="what was read before stays in force")
 
     def grpc_server_credentials(self) -> grpc.ServerCredentials:
-        """For a listener of gRPC's library, which renews them at each handshake, in a thread of its own. With an
-        authority, clients must have a certificate of it."""
-        # `check` has no use for it, and it takes 100 ms.
+        """Credentials for a listener of gRPC's library. It renews them at each handshake, in a thread of its own. With
+        an authority, clients must have a certificate of it.
+        """
+        # The import takes 100 ms, and `check` does not need it.
         import grpc  # noqa: PLC0415
 
         served = self.in_force.files

@@ -1,8 +1,8 @@
-"""The routes of the admin HTTP server. They only read, but for POST /json, which decides as the gRPC service does, POST
-/refund, which gives back what a caller has used up, and POST /log-level. They answer in JSON, but for the few whose
-form is others' (/metrics, /healthcheck, /rlconfig). Errors are JSON, too.
+"""The routes of the admin HTTP server. All of them only read, except POST /json, which decides like the gRPC service,
+POST /refund, which gives tokens back, and POST /log-level. Answers and errors are JSON, except where another format is
+established (/metrics, /healthcheck, /rlconfig).
 
-They share the event loop with the decisions, so each does its work in slices of at most about a millisecond.
+They share the event loop with the decisions, so each works in slices of at most about a millisecond.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ DEFAULT_PAGE_BUCKETS = 100
 MAX_PAGE_BUCKETS = 200
 
 DESCRIBED_AT_ONCE = 25
-"""Buckets, in half a millisecond."""
+"""Buckets described in one go, in half a millisecond."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ConsoleSources:
-    """What the console shows.
+    """The parts that the console shows.
 
     Args:
         peers: called once a request.
-        membership: the same; gives None when no limit can be strict.
-        missing: what the sidecar still waits for before it answers, in words; empty when it does.
-        degraded: what it does worse than it could, in words; it is ready all the same.
-        now_us: the clock of the decisions.
+        membership: called once a request; returns None if no limit can be strict.
+        missing: what the sidecar still waits for before it is ready, as texts; empty when it is ready.
+        degraded: what does not work as it should, as texts.
+        now_us: returns the time of the limiter's clock.
         reloader: of the limiter's rules.
         should_rate_limit: the method of the gRPC service.
-        shows_values: of descriptors, as callers gave them.
-        names: by which the console is called, besides those that can only be its own (`console.browsers`).
-        token_file: of the token of those who may change state (`console.authority`).
+        shows_values: True to show the values that callers chose.
+        names: names under which the console is reached, besides those that can only be its own (`console.browsers`).
+        token_file: the file with the token that allows changes (`console.authority`).
     """
 
     node: str
@@ -235,7 +235,7 @@ class _Console:
         )
 
     def _cursor(self, bucket_key: bytes) -> str:
-        """Sealed, since there are values of callers in it."""
+        """The cursor is encrypted, since a bucket key has values of callers."""
         return self._seal.encrypt(bucket_key).decode().rstrip("=")
 
     def _cursor_key(self, given: str) -> bytes:

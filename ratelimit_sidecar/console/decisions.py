@@ -25,8 +25,10 @@ _STATUS = {RateLimitResponse.OK: 200, RateLimitResponse.OVER_LIMIT: 429}
 
 
 def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaitable[Response]]:
-    """Args:
-    should_rate_limit: the method of the gRPC service.
+    """Make the endpoint.
+
+    Args:
+        should_rate_limit: the method of the gRPC service.
     """
 
     async def decide(request: Request) -> Response:

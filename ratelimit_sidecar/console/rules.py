@@ -1,4 +1,4 @@
-"""The rules in force, where they came from, and why newer ones are not: for people, their eyes and their tools."""
+"""The rules in force, where they came from, and why newer ones are not in force, for people and tools."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ratelimit_sidecar.limiter.rules import Charge, Rule, Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
 MAX_PROBLEMS_SHOWN = 100
-"""Of the newest attempt; the log has the first ones, too."""
+"""The most problems shown of the last attempt; the log has the first ones, too."""
 
 SORTED_AT_ONCE = 1_000
-"""Rules, in half a millisecond."""
+"""Rules sorted in one go, in half a millisecond."""
 
 
 class RejectionDescription(TypedDict):
@@ -36,14 +36,14 @@ class RulesDescription(TypedDict):
 
     source: str
     degraded_reason: str
-    """Why changes there may not be noticed at once; "" when they are."""
+    """Why changes at the source may be noticed late; "" if they are not."""
     in_force: int
-    """How many; 0 also while the source has given none."""
+    """The number of rules; 0 also if the source has given none yet."""
     version: str
-    """As the source calls it."""
+    """The version, as the source calls it."""
     loaded_at: str | None
     rejected: RejectionDescription | None
-    """The newest attempt to load rules, when it failed: those from before are in force."""
+    """The last attempt to load rules, if it failed; the former rules are in force."""
 
 
 def describe_rules(reloader: Reloader) -> RulesDescription:
@@ -135,7 +135,7 @@ def _count(rejected: RejectionDescription) -> str:
 
 
 def _printable(text: str) -> str:
-    """No rule can look like two, or like a comment."""
+    """Escape a name so that one rule cannot look like two, or like a comment."""
     return text if text.isprintable() and not text.startswith("#") else quoted(text, None)
 
 

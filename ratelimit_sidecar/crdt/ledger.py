@@ -1,7 +1,7 @@
-"""All strict buckets of one replica, and what it has to ask its peers for.
+"""All strict buckets of one replica, and the asks to send to peers.
 
-Only buckets that somebody asked for of late are looked at in a `tick`, and a bounded number of them. A full bucket that
-asks for nothing is dropped: made anew it has no more than it had.
+A `tick` looks at a bounded number of the buckets that requests used lately. `sweep` drops full buckets without open
+asks; such a bucket has no more tokens when it is created again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Ledger:
         return len(self._all)
 
     def walk(self) -> Iterator[StrictBucket]:
-        """Every bucket, however slowly: one that comes or goes meanwhile may be among them or not."""
+        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
         for shard in self._all.shards:
             for paying in list(shard.values()):
                 yield paying.bucket
@@ -68,7 +68,7 @@ class Ledger:
             now_us: see `crdt.strict` for the clock.
 
         Raises:
-            StoreFull: there is none, and no room for one.
+            StoreFull: there is no bucket, and no room for a new one.
         """
         paying = self._all.get(key)
         if paying is None:
@@ -88,8 +88,8 @@ class Ledger:
         return bucket
 
     def keep(self) -> Iterator[tuple[bytes, int]]:
-        """By key what each purse has, in 2**-32 tokens, below 0 what is owed. For the end: whoever takes or pays after
-        it has been asked spends what is kept."""
+        """By key what each purse has, below 0 what is owed. For the end: whoever takes or pays after it has been asked
+        spends what is kept."""
         for key, amount in self._kept.items():
             if self.limit_of_key(key) is not None:
                 yield key, amount
@@ -99,12 +99,12 @@ class Ledger:
                 yield bucket.key, amount
 
     def put_back(self, kept: Mapping[bytes, int]) -> None:
-        """Use what `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it
-        when it has a home, and as far as there is room in it."""
+        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
+        it has a home, and as far as there is room in it."""
         self._kept = dict(kept)
 
     def _put_some_back(self, now_us: int, most: int) -> None:
-        """Fill purses that nobody has asked for yet, so that they refill and are dropped like all others."""
+        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
         self._look_at_shares(now_us)
         for _ in range(min(most, len(self._kept))):
             key = next(iter(self._kept))
@@ -123,12 +123,13 @@ class Ledger:
             bucket.put_back(self._kept.pop(bucket.key))
 
     def withhold(self, key: bytes, limit: Limit, amount: int, now_us: int) -> int:
-        """Keep so much of the home from the bucket, since others run a token bucket of it from now on; less again when
-        they have ceased to. More only as far as the bucket has tokens that it can give up: so neither homes nor tokens
-        become more by it.
+        """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.
+
+        More is withheld only if the bucket has as many tokens, which it gives up. So the sum of homes and tokens stays
+        within the limit.
 
         Returns:
-            The amount that others may run.
+            The amount that Envoys may use.
 
         Raises:
             StoreFull: there is no bucket, and no room for one.
@@ -144,14 +145,14 @@ class Ledger:
         return bucket.withheld
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        """Look at `most` of the active buckets, in turn.
+        """Look at the next `most` active buckets.
 
         Args:
             ends: by peer that can be asked, this node's end of the stream to it.
-            longest_key: that peers can be asked about.
+            longest_key: the longest key that an ask can have.
 
         Returns:
-            By peer and key what to ask for. Room has been reserved: each must be `paid` or `closed`.
+            The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
         """
         self._look_at_shares(now_us)
         weights = self.shares.membership.weights
@@ -169,13 +170,13 @@ class Ledger:
         return asks
 
     def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
-        """Pay a peer that has asked.
+        """Answer a peer's ask: the payment to send.
 
         Returns:
-            None when no strict rule here knows the key, or there is no room for its bucket.
+            None when no strict rule here has the key, or there is no room for its bucket.
 
         Raises:
-            ValueError: not a bucket's name.
+            ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
         if not isinstance(limit, Limit):
@@ -187,21 +188,21 @@ class Ledger:
         return self._all[key].answer(peer, ask, now_us)
 
     def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
-        """A peer has answered the ask for `key` that is open on that end of a stream.
+        """Add a peer's payment for the ask for `key` that is open on that stream end.
 
         Returns:
-            False when it has paid more than it can have, and is believed no more than that.
+            False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         paying = self._all[key]
         return paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
-        """That end of a stream, on which asks for `keys` are open, is closed."""
+        """Free the room of the asks for `keys` that were open on that stream end, which is closed."""
         for key in keys:
             self._all[key].bucket.closed(end, now_us)
 
     def sweep(self, now_us: int, most: int) -> int:
-        """Drop the full buckets that ask for nothing among the next `most`, in turn.
+        """Look at the next `most` buckets and drop those that are full and have no open asks.
 
         Returns:
             The number of buckets dropped.

@@ -1,8 +1,9 @@
-"""When and how much a replica asks for and pays, of one strict bucket. Safety does not depend on anything in here.
+"""When and how much a replica asks for and pays, for one strict bucket. Safety does not depend on this file.
 
-A replica that was short of tokens, or has less than three quarters of its home and some demand, asks its peers: for
-most of its room, in proportion to what each had left. A replica that is not short itself pays what its own demand does
-not need soon, and divides that among those who ask by their demand. Times and amounts are those of `strict.py`.
+A replica asks its peers when it has denied a request lately, or when it has some demand and its level is below three
+quarters of its home. It asks for most of its free room, in proportion to what each peer had left. A replica that is not
+short itself pays what its own demand does not need soon, and divides that among the asking peers by their demand. Times
+and amounts are those of `strict.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ from ratelimit_sidecar.crdt.shares import TOKEN, rank
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
 LEAST_PACE_US: Final = 20_000
+"""A peer is asked again after this time at the earliest."""
+
 PACE_SHIFT: Final = 6
-"""A peer is asked again no sooner than a sixty-fourth of the limit has refilled."""
+"""A peer is asked again only after 1/64 of the limit has refilled."""
 
 RECENT_US: Final = 500_000
-"""So long a replica counts as short after it has denied something, and what peers have said last as true. After that
-a peer counts as full, and wants nothing."""
+"""A replica counts as short for this time after a denial. What a peer has said is too old after this time; then the
+peer is assumed to be full and to have no demand.
+"""
 
 SOON_US: Final = 250_000
-"""Room is left for what refills until then, up to a quarter of it, and tokens for the demand until then. Of a home of
-less than eight tokens, a peer that had nothing is not asked sooner: room reserved in vain does not refill."""
+"""As much room as refills in this time is not asked for (up to a quarter of all room), so that the own refill still
+fits before the answers arrive; and the tokens that the recent demand takes in this time are not paid. When a home is
+smaller than eight tokens, a peer that had nothing left is asked again only after this time, because reserved room does
+not refill.
+"""
 
 RESERVE_SHIFT: Final = 4
-"""A sixteenth of the home, in whole tokens, is not paid, so that a region that wakes up can serve at once."""
+"""1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
 
 
 class Ask(NamedTuple):
-    """For up to `amount`.
+    """A request to a peer for up to `amount`.
 
     Args:
-        level: what the one who asks has.
-        demand: what it is asked for in a second.
-        is_short: it has denied something of late.
+        level: the level of the node that asks.
+        demand: the tokens that its requests ask for in a second.
+        is_short: True if it has denied a request lately.
     """
 
     amount: int
@@ -50,7 +57,7 @@ class Pay(NamedTuple):
     """The answer to an ask.
 
     Args:
-        left: what the payer could have paid besides.
+        left: what the payer could still pay.
     """
 
     amount: int
@@ -59,10 +66,10 @@ class Pay(NamedTuple):
 
 @dataclass(slots=True)
 class _Peer:
-    """What it had left when it answered last, what its demand was when it asked last, and when it was asked last.
+    """What it had left when it last answered, its demand when it last asked, and when it was last asked.
 
     Args:
-        most: that its home can be.
+        most: the largest that its home can be.
     """
 
     most: int = 0
@@ -75,13 +82,13 @@ class _Peer:
 
 @dataclass(slots=True)
 class Paying:
-    """Asks and pays for one bucket."""
+    """The policy of one strict bucket: how much to ask each peer for, and how much to pay a peer that asks."""
 
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
     def asks(self, ends: Mapping[str, int], now_us: int) -> dict[str, Ask]:
-        """What to ask each peer for now; room for it has been reserved.
+        """The asks to send now, by peer. Room is reserved for each.
 
         Args:
             ends: by peer that can be reached, this node's end of the stream to it.
@@ -91,40 +98,47 @@ class Paying:
         is_short = self._is_short(now_us)
         if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
             return {}
-        room = bucket.room - min(bucket.room // 4, bucket.refill * SOON_US)
-        likely = {
-            peer: self._likely(self._peers[peer], now_us)
-            for peer, end in ends.items()
-            if end not in bucket.reserved and now_us - self._peers[peer].asked_us >= self._pace_us(self._peers[peer])
-        }
-        total, period_us = sum(likely.values()), bucket.limit.period_us
-        level, demand = max(0, bucket.level) // period_us, bucket.demand
+        limit, home, room = bucket.limit, bucket.home, bucket.room
+        room -= min(room // 4, bucket.refill * SOON_US)
+        pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
+        slow_pace_us = max(pace_us, SOON_US) if home < 8 * TOKEN else pace_us
+        # What each is likely to have left: at most as much as this replica's home.
+        likely: dict[str, int] = {}
+        for peer, end in ends.items():
+            payer = self._peers[peer]
+            had_nothing = payer.answered_us != NEVER_US and not payer.left
+            if end not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
+                is_known = now_us - payer.answered_us < RECENT_US
+                likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
+        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
         asks = {}
         for peer, left in likely.items():
             payer = self._peers[peer]
             grains = room * left // total if total else 0
-            # No more than it will be believed: beyond that it would pay for nothing.
+            # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
                 grains = min(grains, bucket.credit_of(peer, payer.most))
-            amount = grains // period_us
-            if amount > bucket.home >> 8:
+            amount = grains // limit.period_us
+            if amount > home >> 8:
                 bucket.ask(ends[peer], amount)
                 payer.asked_us = now_us
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
 
     def answer(self, peer: str, ask: Ask, now_us: int) -> Pay:
-        """Pay what a peer's fair part is of what can be spared."""
+        """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(now_us)
         asker.demand, asker.heard_us = ask.demand, now_us
         level, reserve = max(0, bucket.level) // bucket.limit.period_us, bucket.home >> RESERVE_SHIFT
         if self._is_short(now_us):
-            # Fractions of a token admit nothing. When both have no more, and will not soon, one gets the other's.
+            # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
+            # the higher rank gives its fraction to the other.
             is_slow = bucket.refill * 1_100_000 < TOKEN * bucket.limit.period_us
-            is_behind = rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node)
-            gives = is_slow and ask.is_short and level < TOKEN and is_behind
-            return Pay(bucket.pay(peer, ask.amount) if gives else 0, 0)
+            gives = is_slow and ask.is_short and level < TOKEN
+            if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
+                return Pay(bucket.pay(peer, ask.amount), 0)
+            return Pay(0, 0)
         kept = max(reserve, bucket.demand * SOON_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
@@ -136,22 +150,11 @@ class Paying:
         return Pay(paid, max(0, level - paid - reserve))
 
     def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
-        """A peer has answered; see `StrictBucket.paid`."""
+        """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
         payer = self._peers[peer]
         payer.left, payer.most, payer.answered_us = pay.left, most, now_us
         return self.bucket.paid(end, peer, pay.amount, most)
 
-    def _pace_us(self, peer: _Peer) -> int:
-        limit = self.bucket.limit
-        pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
-        had_nothing = peer.answered_us != NEVER_US and not peer.left
-        return max(pace_us, SOON_US) if had_nothing and self.bucket.home < 8 * TOKEN else pace_us
-
     def _is_short(self, now_us: int) -> bool:
         return now_us - self.bucket.denied_us < RECENT_US
-
-    def _likely(self, peer: _Peer, now_us: int) -> int:
-        """What it has left, for all that is known: as much as this replica's home at most."""
-        home = self.bucket.home
-        return home if now_us - peer.answered_us >= RECENT_US else min(home, max(peer.left, home >> 5))

@@ -3,13 +3,12 @@
 Homes come from weights that every member configures alike, under an epoch number. The rule that keeps the sum of homes
 at most one limit while epochs differ:
 
-- A node of epoch E + 1 uses the smaller of its homes before and after. So beside nodes still on E the sum is at most
-  that of E, and beside nodes on E + 1 at most that of E + 1.
+- A node of epoch E + 1 uses the smaller of its homes of E and E + 1. So together with nodes still on E the sum is at
+  most that of E, and together with nodes on E + 1 at most that of E + 1.
 - It uses the new home in full once every member has shown epoch E + 1.
 
-A node that leaves is in the membership before and not in the one after: it must be stopped before the new epoch is
-rolled out. A peer that shows other members under the same epoch is a mistake; then the smaller home of the two is
-used. Units are those of `strict.py`.
+A node that leaves must be stopped before the new epoch is rolled out. A peer that shows other members under the same
+epoch is configured wrongly; then the smaller home of the two is used. Units are those of `strict.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from hashlib import blake2b
 from typing import Final
 
 TOKEN: Final = 1 << 32
-"""Amounts are in such parts of one."""
+"""One token, as an amount."""
 
 OLD_LOAN_US: Final = 2_520_000
-"""Versions before this protocol lent shares, for at most so long. A node that has just started may have lent some in
-its former life. So its home is zero until each other member has shown this protocol, or they have ended."""
+"""Protocols 2 and 3 lent shares for at most 2.52 s. After a start the home is zero until every other member has shown
+protocol 4, or until such loans must have expired.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,18 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a peer says of its membership."""
+    """The membership that a peer has shown."""
 
     epoch: int
     weights: Mapping[str, int]
 
 
 def home_of(weights: Mapping[str, int], node: str, key: bytes, capacity: int) -> int:
-    """A node's home of one limit, in whole tokens: a fraction of one would never admit anything.
+    """A node's home of one limit, in whole tokens: a fraction of a token would admit nothing. 0 if it is no member.
 
-    The tokens that remain when each has its part rounded down go to one node each, another one for each key: to those
-    with the highest hash of key and node (rendezvous hashing, Thaler and Ravishankar 1998). So every node finds the
-    same, and the sum is the capacity.
+    Each node's part is rounded down. The tokens that remain go to one node each: to those with the highest hash of key
+    and node (rendezvous hashing, Thaler and Ravishankar 1998). So all nodes compute the same homes, the sum is the
+    capacity, and different keys favour different nodes.
     """
     total = sum(weights.values())
     weight = weights.get(node, 0)
@@ -71,7 +71,7 @@ def home_of(weights: Mapping[str, int], node: str, key: bytes, capacity: int) ->
 
 
 def rank(key: bytes, node: str) -> bytes:
-    """The higher, the sooner a node gets what only some can have of this key."""
+    """A node's rank for this key. Nodes with a higher rank come first when only some can get a token."""
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
@@ -80,21 +80,21 @@ class Shares:
     """The membership as one node sees it.
 
     Args:
-        node: this one.
-        started_us: when it did; its buckets were empty then.
+        node: this node.
+        started_us: when it started; its buckets were empty then.
     """
 
     membership: Membership
     node: str
     started_us: int
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only what members say has an effect."""
+    """Peers that show other members under the same epoch. Only those of members have an effect."""
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
-    """Who shows this epoch, or did before a later one."""
-    _speak: set[str] = field(default_factory=set)
-    """Who has shown any membership, which only this protocol can."""
+    """Peers that show this epoch, or did before a later one."""
+    _upgraded: set[str] = field(default_factory=set)
+    """Peers that have shown a membership, which only protocol 4 can."""
 
     def __post_init__(self) -> None:
         self.from_us = self.started_us + (OLD_LOAN_US if self._others else 0)
@@ -109,11 +109,11 @@ class Shares:
         return self.membership.previous is None or self._others <= self._current
 
     def hear(self, peer: str, shown: Shown, now_us: int) -> None:
-        """A peer has said what its membership is."""
+        """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         if shown.epoch:
-            self._speak.add(peer)
-            if now_us < self.from_us and self._speak >= self._others:
+            self._upgraded.add(peer)
+            if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = now_us
         if shown.epoch < self.membership.epoch:
             # It may have been restarted with an older configuration.
@@ -133,16 +133,18 @@ class Shares:
         return min((home_of(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0)
 
     def most(self, member: str, key: bytes, capacity: int) -> int:
-        """The most that a member's home of one limit can be; 0 of a node that is none."""
+        """The largest that a node's home of one limit can be; 0 if it is no member."""
         memberships = (self.membership.weights, self.membership.previous or {})
         return max(home_of(weights, member, key, capacity) for weights in memberships)
 
     def is_member(self, node: str) -> bool:
-        """True of the members of this epoch and of the one before."""
+        """True for members of this epoch or the one before."""
         return node in self.membership.weights or node in (self.membership.previous or {})
 
     def in_force(self, now_us: int) -> list[Mapping[str, int]]:
-        """The weights of which this node uses the smallest home at `now_us`; none before its home begins."""
+        """The memberships in force at `now_us`, as weights; this node uses the smallest of its homes in them. Empty
+        before its home begins.
+        """
         if now_us < self.from_us:
             return []
         found = [self.membership.weights]

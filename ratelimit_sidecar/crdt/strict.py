@@ -1,15 +1,17 @@
-"""A bucket that all replicas together never overdraw: each has a purse of it, and pays others what it does not need.
+"""A bucket that all replicas together never overdraw: each holds a part of the tokens, and pays others what it can
+spare.
 
-Replica i has a *home* H_i, the most that it may hold, and a part of the refill; the sums are at most the limit's. It
-holds a level L. To get more it *asks* a peer on a stream, and reserves room R for the answer: L + R <= H always. The
-peer *pays* out of its level, on the same stream, and at most that. When the end of the stream closes here, the room is
-free again, and what comes later does not count. So levels and payments under way together are at most
-sum(L + R) <= sum(H) <= capacity, and only refill raises them. docs/algorithm.md has the proof.
+Theory of operation (after bounded counters, Balegas et al. 2015, and the demarcation protocol, Barbara and
+Garcia-Molina 1992). Replica i has a *home* H_i, the most that it may hold, and a part of the refill; the sums are at
+most the limit's. It holds a level L. To get more it *asks* a peer on a stream, and reserves room R for the answer:
+L + R <= H always. The peer *pays* out of its level, on the same stream, and at most the room. When the end of the
+stream closes here, the room is free again, and a later payment on it does not count. So levels and payments under way
+together are at most sum(L + R) <= sum(H) <= capacity, and only refill raises them. docs/algorithm.md has the proof.
 
-This is the rule, and all that safety depends on. When and how much is asked for and paid is up to `paying.py`.
+Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
 
-Units: amounts, homes among them, are in 2**-32 tokens, a level in grains, of which a token has period_us * 2**32: so
-all of it is integers. Time is microseconds of a clock that never steps.
+Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
+everything is an integer. Time is microseconds of a clock that never steps.
 """
 
 from __future__ import annotations
@@ -24,22 +26,23 @@ from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 NEVER_US: Final = -1 << 62
 
 DEMAND_US: Final = 1_000_000
-"""What was asked for is forgotten within such a time."""
+"""Demand is averaged over about this time."""
 
 FADE_US: Final = 10_000
-"""Steps in which it is forgotten: one for each request would take longer than all else that it needs."""
+"""Demand fades in steps of this time, because to do it with each request would take as long as the rest of a `take`."""
 
 NO_HOME_US: Final = 2_500_000
-"""Without a home nothing is ever admitted, and how long that lasts nobody here knows: some time."""
+"""The retry time in answers while this replica has no home. How long that lasts is not known here."""
 
 
 class StrictBucket(Bucket):
-    """One replica's purse of a strict limit.
+    """This replica's part of a strict limit. It decides from its own level, and changes it by refill and payments.
 
     Args:
-        home: this replica's own.
-        from_us: since when it is; the bucket was empty then.
-        active: takes the bucket when something is wanted of it; whoever takes it out again resets `is_active`.
+        home: the amount of the limit that is this replica's.
+        from_us: the time since when it has that; the bucket was empty then.
+        now_us: see above for the clock.
+        active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
     """
 
     __slots__ = (
@@ -76,20 +79,20 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0
-        """For its owner, to see when the home has to be set again."""
+        """Used by the owner to see whether it has to set the home again."""
         self.withheld = 0
-        """Of the home: others run a token bucket of that."""
+        """Not part of `home`: Envoys have token buckets with this amount."""
         self.level = 0
-        """L, in grains at `at_us`; below 0 what was charged although it was denied."""
+        """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
-        """R: by the end of a stream, the amount asked for on it and not answered yet."""
+        """R: by stream end, the amount asked for on it and not answered yet."""
         self._drawn: dict[str, tuple[int, int]] = {}
-        """By peer that has paid, the grains that were then missing in its home for all that is known here, and when."""
+        """By peer, the least grains missing in its home after what it has paid to this replica, and when."""
         self.ceiling, self.refill = in_grains(limit, home)
-        """H, in grains, and the grains that it refills in a microsecond."""
+        """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
         self.denied_us = NEVER_US
-        """When there was too little for a request last."""
+        """Time of the last denial."""
         self.advance(now_us)
 
     @property
@@ -97,7 +100,9 @@ class StrictBucket(Bucket):
         return self._limit
 
     def would_admit(self, hits: int, now_us: int) -> bool:
-        """See `Bucket.would_admit`; what would be denied is asked of peers, as `take` does."""
+        """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
+        are asked.
+        """
         self.advance(now_us)
         if (hits * self._limit.period_us) << 32 <= self.level:
             return True
@@ -117,7 +122,7 @@ class StrictBucket(Bucket):
         return admitted
 
     def _want(self, hits: int) -> None:
-        """Note the demand, by which peers are asked."""
+        """Count the hits as demand, and mark the bucket as active so that peers are asked."""
         if self.at_us - self._wanted_us >= FADE_US:
             self._fade()
         self._wanted += hits << 20
@@ -132,13 +137,13 @@ class StrictBucket(Bucket):
 
     @property
     def demand(self) -> int:
-        """The amount that was asked for in the last second or so, admitted or not."""
+        """The amount per second that requests asked for lately, admitted or not."""
         self._fade()
         return self._wanted << 12
 
     @property
     def remaining(self) -> int:
-        """Whole tokens this replica can admit by itself at `at_us`."""
+        """Whole tokens that this replica can admit by itself at `at_us`."""
         return max(0, self.level // (self._limit.period_us << 32))
 
     @property
@@ -147,7 +152,7 @@ class StrictBucket(Bucket):
 
     @property
     def full_in_us(self) -> int:
-        """Microseconds until this replica's home is full, but for what it has asked for."""
+        """Microseconds until this replica's home is full, reserved room not considered."""
         return self._refilled_in_us(self.ceiling)
 
     def retry_after_us(self, hits: int) -> int:
@@ -171,17 +176,22 @@ class StrictBucket(Bucket):
 
     @property
     def room(self) -> int:
-        """The grains that may be asked for."""
+        """The most grains that can be asked for."""
         return self.ceiling - max(0, self.level) - self.room_reserved
 
     def ask(self, end: int, amount: int) -> None:
-        """Ask for up to so much, more than 0, on that end of a stream, on which no other ask of this bucket is open."""
+        """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
+
+        Args:
+            end: the stream end on which it is sent. No other ask of this bucket may be open on it.
+            amount: more than 0, and no more than there is room for.
+        """
         assert end not in self.reserved
         assert 0 < amount * self._limit.period_us <= self.room
         self.reserved[end] = amount
 
     def pay(self, peer: str, amount: int) -> int:
-        """Give up to so much away, for good; returns how much."""
+        """Take up to `amount` out of the level, to send to a peer; returns how much."""
         period_us = self._limit.period_us
         amount = max(0, min(amount, self.level // period_us))
         self.level -= amount * period_us
@@ -190,62 +200,63 @@ class StrictBucket(Bucket):
         return amount
 
     def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
-        """The ask that is open on that end was answered. A peer that lies is believed no more, from payment to payment,
-        than its home holds, what that refills, and what it was paid from here.
+        """Add the payment that answers the ask open on `end`.
+
+        Credit the peer at most with what it can have: its home, the refill since, and payments from here.
 
         Args:
-            most: that the peer's home can be.
+            most: the largest that the peer's home can be.
 
         Returns:
-            False when it has paid more than that, or than it was asked for.
+            False if the peer claims more than that, or more than it was asked for.
         """
         credit, asked = self.credit_of(peer, most), self.reserved.pop(end)
         grains = min(amount, asked) * self._limit.period_us
-        # A limit lowered meanwhile may leave less room than was asked for.
+        # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
         self._drawn[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
     def credit_of(self, peer: str, most: int) -> int:
-        """The grains that a peer with such a home is believed to have of its own at `at_us`."""
+        """The most grains that a peer with such a home can have at `at_us`."""
         ceiling, refill = in_grains(self._limit, most)
         drawn, at_us = self._drawn.get(peer, (0, 0))
         return ceiling - max(0, drawn - (self.at_us - at_us) * refill)
 
     def put_back(self, amount: int) -> None:
-        """Add what it had when this replica was stopped, in 2**-32 tokens; below 0 it is what was owed."""
-        top = max(self.level, self.room + max(0, self.level))
+        """It had so much when this replica was stopped, below 0 what was owed."""
+        top = max(self.level, self.ceiling - self.room_reserved)
         self.level = min(top, self.level + amount * self._limit.period_us)
 
     def closed(self, end: int, now_us: int) -> None:
-        """That end of a stream is closed: no answer counts any more."""
+        """Free the room reserved on that stream end: it is closed, so no answer can come."""
         self.advance(now_us)
         self.reserved.pop(end, None)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """The home has to be set anew."""
+        """The caller must set the home afterwards."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
-        # Rounded down: no token is won by a change.
+        # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
         self._limit = limit
         self._drawn.clear()
 
     def set_home(self, home: int, now_us: int) -> None:
-        """Another home from now on, with what is withheld of it."""
+        """Set another home from now on, withheld tokens included; the level is cut to it."""
         self.advance(now_us)
         self.home = max(0, home - self.withheld)
         self.ceiling, self.refill = in_grains(self._limit, self.home)
         self.level = min(self.level, max(0, self.ceiling - self.room_reserved))
 
     def is_idle(self, now_us: int) -> bool:
-        """True when it is full and asks for nothing: made anew, it would not have more."""
+        """True when it is full and no ask is open: a new bucket would not have more."""
         self.advance(now_us)
         return self.level == self.ceiling and not self.reserved and not self.withheld
 
     def fold(self, now_us: int) -> int:
-        """The level of this replica."""
+        """This replica's level. A strict bucket has no replicated state."""
         self.advance(now_us)
         return self.level
 
@@ -253,7 +264,7 @@ class StrictBucket(Bucket):
         self.advance(now_us)
 
     def merge(self, _entries: Iterable[Entry], _now_us: int) -> int:
-        """Nothing: what others take from their homes is theirs to count."""
+        """Ignore entries: each replica counts only its own takes."""
         return 0
 
     def _recount(self) -> None:
@@ -261,5 +272,5 @@ class StrictBucket(Bucket):
 
 
 def in_grains(limit: Limit, home: int) -> tuple[int, int]:
-    """The grains that a home holds, and that it refills in a microsecond."""
+    """The size of a home in grains, and its refill in grains per microsecond."""
     return home * limit.period_us, limit.tokens * home // max(1, limit.capacity)

@@ -45,8 +45,10 @@ class UntrackedDict(Generic[V]):
         return self.shards[hash(key) % SHARDS].get(key)
 
     def add(self, key: bytes, value: V) -> None:
-        """Args:
-        key: one that is not there.
+        """Add a value.
+
+        Args:
+            key: one that is not there.
         """
         shard = self.shards[hash(key) % SHARDS]
         shard[key] = value

@@ -2,4 +2,4 @@
 
 
 class DemoError(Exception):
-    """The demo can't go on; its text is for whoever runs it."""
+    """The demo cannot go on; the text is for its user."""

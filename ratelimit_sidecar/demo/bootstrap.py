@@ -88,11 +88,11 @@ _HEADER = """\
 
 @dataclass(frozen=True, slots=True)
 class EnvoySettings:
-    """What differs from one Envoy to the next. Addresses are `host:port`, or `unix:/path` for the sidecar.
+    """The differences between Envoys. Addresses are `host:port`, or `unix:/path` for the sidecar.
 
     Args:
         timeout_ms: how long a request waits for the sidecar's decision.
-        failure_mode_deny: what a request gets without a decision: a 503 (True) or its way (False).
+        failure_mode_deny: True to answer a request without a decision with 503, False to let it pass.
         collector: of OpenTelemetry traces over OTLP/gRPC; None for no tracing.
     """
 
@@ -122,7 +122,7 @@ def envoy_bootstrap(settings: EnvoySettings) -> Bootstrap:
 
 
 def to_yaml(bootstrap: Bootstrap) -> str:
-    """In the spelling Envoy's documentation uses: snake case, defaults left out."""
+    """As YAML in the spelling of Envoy's documentation: snake case, without defaults."""
     return yaml.safe_dump(bootstrap.to_dict(casing=Casing.SNAKE), sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""How long replication takes, as the sidecars' own `/peers` tell it; in seconds."""
+"""Measures how long replication takes, from the sidecars' own `/peers`, in seconds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LagMeter:
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = regions
         self.lags_s: dict[str, float] = {}
-        """The latest, by region, to the slowest of its peers."""
+        """By region, the last lag to its slowest peer."""
         self.longest_s = 0.0
-        """No token took longer: the largest lag seen, and the longest time between two looks. `/peers` gives the age
-        of the oldest token still under way, so one that was out for longer was seen at least that old.
+        """No token took longer than this: the largest lag seen, and the longest time between two polls. `/peers` shows
+        the age of the oldest unacknowledged token, so one that took longer was seen with at least that age.
         """
         self._largest_s = 0.0
         self._longest_gap_s = 0.0

@@ -1,8 +1,8 @@
-"""Long lines between machines: a TCP proxy that delivers what it reads later, with jitter, or not for a while.
+"""Long network lines between machines: TCP proxies that deliver data later, with jitter, or not for a while.
 
-A `Way` is one direction from one place to another, for all connections there are; a `Link` is where connections are
-dialled, with a way there and one back. Order is kept, as TCP does. What has been read and not delivered is bounded, so
-a way that stalls makes its sender's socket fill up and block, as a real one would.
+A `Way` is one direction of a line, for all its connections. A `Link` accepts connections, and has a direction
+there and one back. Order is kept, as in TCP. The data on the way is bounded. So when a direction stalls, the sender's
+socket fills up and blocks, as on a real line.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Self
 
 CHUNK_BYTES = 1 << 16
 MAX_CHUNKS = 256
-"""16 MiB on the way at most."""
+"""At most 16 MiB are on the way."""
 
 DIAL_S = 5.0
 """Longer than any sidecar waits for its connection."""
 
 _END = b""
-"""What is read of a connection that the other end has closed."""
+"""The end of a connection that the other end has closed."""
 
 
 class Way:
-    """One direction of a line: what is read is delivered later, or not for a while.
+    """One direction of a line: data is delivered later, or not for a while.
 
     Args:
         delay_s: from reading to delivering.
-        jitter_s: what is added to it at most, drawn anew for each chunk.
+        jitter_s: a random time up to this is added for each chunk.
     """
 
     def __init__(self, delay_s: float = 0.0, jitter_s: float = 0.0, seed: int = 0) -> None:
@@ -78,12 +78,12 @@ class Way:
 
 
 class Link:
-    """Accepts connections, dials one of its own for each, and carries between the two.
+    """Accepts connections, dials one for each, and carries data between the two.
 
     Args:
-        listener: bound.
-        dial: gives a connected socket.
-        there: from who connects to who is dialled.
+        listener: a bound socket.
+        dial: returns a connected socket.
+        there: the direction from the accepted to the dialled connection.
         back: the other direction.
     """
 

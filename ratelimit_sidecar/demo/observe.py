@@ -1,7 +1,7 @@
-"""Prometheus and Alertmanager beside the demo, with the rules of `deploy`: an alert fires while the traffic runs, and
-is resolved after it.
+"""Prometheus and Alertmanager beside the demo, with the rules of `deploy`: an alert fires during the traffic, and is
+resolved after it.
 
-The alert is that of a bucket near exhaustion. What is said of alerts comes from Alertmanager, which Prometheus tells.
+It is the alert for a nearly exhausted bucket. The demo reads alerts from Alertmanager, which gets them from Prometheus.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ratelimit_sidecar.demo.processes import Children, Command
 ALERT: Final = "RateLimitBucketNearExhaustion"
 
 RESOLVED_WITHIN_S: Final = 60.0
-"""The bucket is full again after 10 s, and looked at every 5 s."""
+"""The bucket is full again after 10 s, and is checked every 5 s."""
 
 _POLL_S: Final = 0.5
 
@@ -37,11 +37,11 @@ _ALERTMANAGER: Final = ("alertmanager", "prometheus-alertmanager")
 
 
 class NotInstalled(DemoError):
-    """There is no Prometheus or no Alertmanager to run."""
+    """Prometheus or Alertmanager is not installed."""
 
 
 class Alert(BaseModel):
-    """One that fires, as Alertmanager shows it."""
+    """A firing alert, as Alertmanager shows it."""
 
     labels: dict[str, str]
     annotations: dict[str, str]
@@ -49,14 +49,15 @@ class Alert(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """`host:port` of both."""
+    """The addresses of both, `host:port`."""
 
     prometheus: str
     alertmanager: str
 
 
 def ensure_installed() -> None:
-    """
+    """Check that Prometheus and Alertmanager are there.
+
     Raises:
         NotInstalled: Prometheus or Alertmanager is missing.
     """
@@ -79,7 +80,7 @@ def find(*names: str) -> str:
 
 
 def prometheus_command(folder: Path, deployed: Path, at: Addresses, regions_of_targets: Mapping[str, str]) -> Command:
-    """Prometheus as deployed, but that it looks every second, and that an alert waits for none.
+    """The command that runs Prometheus as deployed, except that it scrapes every second and alerts fire at once.
 
     Args:
         folder: for its configuration and its data.
@@ -119,7 +120,8 @@ def prometheus_command(folder: Path, deployed: Path, at: Addresses, regions_of_t
 
 
 def alertmanager_command(folder: Path, config: Path, at: Addresses) -> Command:
-    """
+    """The command that runs Alertmanager.
+
     Raises:
         NotInstalled: there is no Alertmanager.
     """
@@ -139,11 +141,11 @@ def alertmanager_command(folder: Path, config: Path, at: Addresses) -> Command:
 async def start_observers(
     children: Children, folder: Path, deployed: Path, at: Addresses, regions_of_targets: Mapping[str, str]
 ) -> None:
-    """Start both. Alertmanager keeps what it is told to itself.
+    """Start both. Alertmanager sends no notifications.
 
     Raises:
         NotInstalled: one is missing.
-        ChildFailed: one did not come up.
+        ChildFailed: one did not start.
     """
     config = folder / "alertmanager.yml"
     config.write_text(yaml.safe_dump({"route": {"receiver": "nobody"}, "receivers": [{"name": "nobody"}]}))
@@ -156,7 +158,7 @@ async def start_observers(
 
 
 async def show_alert(at: Addresses, console: Console, *, fires: bool) -> None:
-    """Wait until `ALERT` fires, or until it does no more, and say so."""
+    """Wait until `ALERT` fires, or no longer fires, and print that."""
     async with httpx.AsyncClient(base_url=f"http://{at.alertmanager}", trust_env=False, timeout=30) as client:
         while bool(alerts := await _firing(client)) != fires:  # noqa: ASYNC110 (another process)
             await asyncio.sleep(_POLL_S)
@@ -170,5 +172,5 @@ async def _firing(client: httpx.AsyncClient) -> Sequence[Alert]:
 
 
 def addresses(base: int) -> Addresses:
-    """After the demo's other ports: Prometheus at base + 51, Alertmanager at base + 52."""
+    """The addresses after the demo's other ports: Prometheus at base + 51, Alertmanager at base + 52."""
     return Addresses(f"{HOST}:{base + 51}", f"{HOST}:{base + 52}")

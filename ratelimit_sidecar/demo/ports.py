@@ -75,7 +75,8 @@ def free_ports(regions: int) -> Ports:
 
 
 def ensure_free(ports: Iterable[int]) -> None:
-    """
+    """Check that nobody listens on these ports.
+
     Raises:
         PortTaken: somebody listens on one of them.
     """

@@ -1,7 +1,7 @@
-"""Child processes with one owner: started, waited for until they serve, stopped, and never left behind.
+"""Child processes with one owner: it starts them, waits until they serve, stops them, and never leaves one behind.
 
-Each child leads a session of its own, so Ctrl-C in the terminal reaches the owner alone, which then stops them in
-order. Output goes to one log file a child; when a child fails, the error carries the end of it.
+Each child leads a session of its own. So Ctrl-C in the terminal reaches only the owner, which stops the children in
+order. Output goes to one log file for each child; when a child fails, the error has the end of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READY_WITHIN_S = 30.0
 """Six Python processes and three Envoys start at once, on as few as two cores."""
 
 STOP_WITHIN_S = 5.0
-"""From SIGTERM to SIGKILL."""
+"""The time from SIGTERM to SIGKILL."""
 
 _POLL_S = 0.05
 _PROBE_TIMEOUT_S = 2.0
@@ -32,12 +32,12 @@ _TAIL_LINES = 20
 
 
 class ChildFailed(DemoError):
-    """A child ended, or was not ready in time; its text ends with the child's last output."""
+    """A child ended, or was not ready in time; the text ends with the child's last output."""
 
 
 @contextmanager
 def first_failure() -> Iterator[None]:
-    """Let a `ChildFailed` out of task groups alone, not as a group of exceptions."""
+    """Raise the first `ChildFailed` of a task group alone, not as a group of exceptions."""
     failures: list[ChildFailed] = []
     try:
         yield
@@ -57,7 +57,7 @@ def _leaves(group: BaseExceptionGroup[ChildFailed]) -> Iterator[ChildFailed]:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run.
+    """A command to run.
 
     Args:
         name: of the child and its log file.
@@ -89,12 +89,12 @@ class Child:
         return self._process.returncode
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the child and all that it has started."""
+        """Send a signal to the child and all processes that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     async def wait(self) -> int:
-        """Wait until it has ended; gives its exit code."""
+        """Wait until it has ended; returns its exit code."""
         return await self._process.wait()
 
     async def watch(self) -> None:
@@ -188,7 +188,7 @@ class Children:
             await self.kill(child)
 
     async def kill(self, child: Child) -> None:
-        """Kill a child and all that it has started (SIGKILL), and wait until it is gone."""
+        """Kill a child and all processes that it has started (SIGKILL), and wait until they are gone."""
         child.signal(signal.SIGKILL)
         await child.wait()
         if child in self._running:

@@ -25,7 +25,9 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 
 MAX_ERROR_SHARE = 0.01
-"""Of all requests. Each may or may not have been charged; with more of them the comparison says nothing."""
+"""The largest part of requests that may fail. Each failed one may or may not have been charged, so with more of them
+the comparison says nothing.
+"""
 
 
 class OneBucket:
@@ -37,7 +39,7 @@ class OneBucket:
         self.admitted = 0
 
     def offer(self, at_s: float) -> None:
-        """One request; instants may not go back."""
+        """Offer one request. Times must not go back."""
         at_us = round(at_s * 1_000_000)
         if self._bucket is None:
             self._bucket = TokenBucket(b"one", self._limit, Origin("one", 1), at_us)
@@ -47,7 +49,7 @@ class OneBucket:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Requests, all regions together.
+    """The result: numbers of requests of all regions together.
 
     Args:
         allowance: how far `admitted` may be above `ceiling` (M and the slots' middle) or below `one_bucket`.
@@ -63,7 +65,7 @@ class Verdict:
 
     @property
     def broken(self) -> str | None:
-        """What was not kept; None when all was."""
+        """Which promise was broken; None if all were kept."""
         if self.errors > self.offered * MAX_ERROR_SHARE:
             return f"{self.errors} of {self.offered} requests failed"
         if self.admitted > self.ceiling + self.allowance:

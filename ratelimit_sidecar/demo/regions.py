@@ -24,24 +24,24 @@ CONNECTED_WITHIN_S = 15.0
 """How long the sidecars may take to find each other once they are ready."""
 
 DECISION_TIMEOUT_MS = 2_000
-"""Envoy's patience with its sidecar. Generous, for this machine is shared by seven processes and their clients."""
+"""How long Envoy waits for its sidecar: generous, since seven processes and their clients share this machine."""
 
 _POLL_S = 0.05
 
 
 class EnvoyMissing(DemoError):
-    """There is no `envoy` to run."""
+    """`envoy` is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What to start.
+    """The processes to start.
 
     Args:
-        folder: an existing one for the configs it writes; its logs belong to `Children`.
-        upstream: the program to put behind the Envoys; takes --port, answers /healthz.
+        folder: an existing folder for the configurations; logs belong to `Children`.
+        upstream: the program behind the Envoys; takes --port, answers /healthz.
         rules: files or folders of rules, for every sidecar.
-        collector: `host:port` that Envoys and sidecars send their traces to; None for no traces.
+        collector: `host:port` for traces of Envoys and sidecars; None for no traces.
         environment: for the sidecars, on top of this process's.
     """
 
@@ -56,7 +56,7 @@ class Setup:
 
 @dataclass(slots=True)
 class Region:
-    """A region that runs. `sidecar` and `envoy` are replaced by whoever restarts them."""
+    """A running region. A caller that restarts its processes replaces `sidecar` and `envoy`."""
 
     name: str
     ports: RegionPorts
@@ -65,12 +65,12 @@ class Region:
 
     @property
     def url(self) -> str:
-        """Of its Envoy."""
+        """The URL of its Envoy."""
         return f"http://{HOST}:{self.ports.envoy}"
 
     @property
     def admin_url(self) -> str:
-        """Of its sidecar's admin HTTP."""
+        """The URL of its sidecar's admin HTTP."""
         return f"http://{HOST}:{self.ports.admin}"
 
 
@@ -94,7 +94,7 @@ class Peers(BaseModel):
 
     @property
     def lag_s(self) -> float:
-        """The slowest peer's."""
+        """The lag of the slowest peer."""
         return max((peer.lag_seconds for peer in self.peers), default=0.0)
 
 
@@ -121,7 +121,8 @@ async def start_regions(children: Children, setup: Setup) -> list[Region]:
 
 
 async def wait_connected(regions: Sequence[Region]) -> None:
-    """
+    """Wait until every sidecar is connected to all others.
+
     Raises:
         ChildFailed: a sidecar still misses a peer after `CONNECTED_WITHIN_S`.
     """
@@ -135,7 +136,7 @@ async def wait_connected(regions: Sequence[Region]) -> None:
 
 
 async def read_peers(client: httpx.AsyncClient, region: Region) -> Peers:
-    """How a region's sidecar sees the others.
+    """The peers of a region's sidecar.
 
     Raises:
         httpx.HTTPError: it did not answer.

@@ -1,4 +1,5 @@
-"""The lines between the regions of docker-compose.yml: TCP ports, each led to another address, late.
+"""The network lines between the regions of docker-compose.yml: each is a TCP port that leads to another address, with
+delay.
 
 python -m ratelimit_sidecar.demo.wan --delay-ms 40 50051=sidecar-us-east-1:50051 50052=sidecar-eu-west-2:50051
 """
@@ -20,11 +21,11 @@ ANY = "0.0.0.0"  # noqa: S104
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A TCP port that leads to an address elsewhere.
+    """A TCP port that leads to another address.
 
     Args:
-        port: where it is dialled; 0 for one that the system picks.
-        host, to_port: where it leads.
+        port: the port to connect to; 0 for a free one.
+        host, to_port: the address that it leads to.
     """
 
     port: int
@@ -33,7 +34,8 @@ class Line:
 
     @classmethod
     def parse(cls, text: str) -> Line:
-        """
+        """Parse `PORT=HOST:PORT`.
+
         Raises:
             ValueError: not PORT=HOST:PORT.
         """
@@ -43,7 +45,8 @@ class Line:
         return cls(int(found[1]), found[2], int(found[3]))
 
     async def dial(self) -> socket.socket:
-        """
+        """Connect to the address that the line leads to.
+
         Raises:
             OSError: the name is unknown, or nobody answers.
         """
@@ -61,11 +64,11 @@ class Line:
 
 
 async def carry(lines: list[Line], delay_s: float, jitter_s: float) -> None:
-    """Until SIGTERM or SIGINT.
+    """Carry data on all lines until SIGTERM or SIGINT.
 
     Args:
-        delay_s: of each direction.
-        jitter_s: what is added to it at most.
+        delay_s: the delay in each direction.
+        jitter_s: a random time up to this is added.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,7 +1,7 @@
-"""Why a request is answered as it is: level by level what was tried, the rule, its bucket, and the decision.
+"""Explains an answer: what was tried at each level, the rule, its bucket, and the decision.
 
-The decision is the limiter's own, not worked out a second time. The rest reads the rules as `Rules.walk` does, and adds
-what matching has no need of: what did not fit, and what would have fitted but came later.
+The limiter itself makes the decision. The rest reads the rules as `Rules.walk` does, and adds what matching does not
+need: patterns that did not fit, and those that would have fitted but came later.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ratelimit_sidecar.limiter.wildcard import WildcardSet
 Entries = Sequence[tuple[str, str]]
 
 MAX_MISFITS: Final = 5
-"""Patterns that do not fit are named up to here, and counted beyond."""
+"""The most patterns that do not fit listed by name; the others are counted."""
 
-MAX_NAMES = 10
-"""Keys or domains that the rules do have, named where nothing matches."""
+MAX_SUGGESTIONS = 10
+"""The most keys or domains of the rules listed when nothing matches."""
 
 
 class Result(Enum):
-    """What came of one way to match an entry."""
+    """The outcome of one way to match an entry."""
 
     MATCHES = "matches"
     FITS_TOO = "fits too, but comes later"
@@ -39,7 +39,7 @@ class Result(Enum):
     ABSENT = "no such rule"
 
 
-class Way(Enum):
+class MatchKind(Enum):
     """The ways to match an entry, in their order."""
 
     EXACT = "exact"
@@ -49,13 +49,13 @@ class Way(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One thing that was tried to match an entry: an exact value, a pattern, or the key alone.
+    """One attempt to match an entry: an exact value, a pattern, or the key alone.
 
     Args:
         pattern: of a WILDCARD; else empty.
     """
 
-    way: Way
+    way: MatchKind
     pattern: str
     result: Result
 
@@ -65,9 +65,9 @@ class LevelExplanation:
     """How one entry was matched.
 
     Args:
-        attempts: in the order in which they count; of the patterns that do not fit only the first `MAX_MISFITS`.
-        misfits: patterns that do not fit, in all.
-        keys: what the rules at this level have, when nothing matches; at most `MAX_NAMES`.
+        attempts: in order of precedence; of the patterns that do not fit only the first `MAX_MISFITS`.
+        misfits: the number of patterns that do not fit.
+        keys: the keys in the rules at this level, if nothing matches; at most `MAX_SUGGESTIONS`.
     """
 
     key: str
@@ -86,12 +86,12 @@ class DescriptorExplanation:
     """One descriptor of a request.
 
     Args:
-        levels: as far as entries were matched, and the first that was not.
+        levels: the levels that matched, and the first one that did not.
         match: None when no rule limits it.
-        why_unlimited: in words, when there is no match; else empty.
-        is_replaced: its rule does not count here, because another descriptor's rule `replaces` it.
-        status: what the limiter answers.
-        full_in_us: microseconds until the bucket is full again; 0 when there is none.
+        why_unlimited: in words, if there is no match; else empty.
+        is_replaced: True if its rule does not count, because another descriptor's rule `replaces` it.
+        status: the limiter's answer.
+        full_in_us: microseconds until the bucket is full again; 0 without a bucket.
     """
 
     entries: tuple[tuple[str, str], ...]
@@ -108,7 +108,7 @@ class Explanation:
     """A whole request: how each descriptor was matched, and the answer.
 
     Args:
-        response: what the limiter answers to the whole request.
+        response: the limiter's answer to the whole request.
     """
 
     domain: str
@@ -150,7 +150,7 @@ def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence
 
 
 def readable_bucket_name(bucket_key: bytes) -> str:
-    """A bucket's name for people: `shop / plan=gold / path=/api/* (all values share it)`."""
+    """The name of a bucket for people: `shop / plan=gold / path=/api/* (all values share it)`."""
     _, domain, entries = decode_bucket_key(bucket_key)
     parts = [domain]
     for entry, following in zip(entries, [*entries[1:], None], strict=True):
@@ -179,24 +179,24 @@ def _explain_levels(rules: Rules, domain: str, entries: Entries) -> Iterator[Lev
 def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) -> LevelExplanation:
     matched = level.kind if level is not None else None
     has_exact, has_key = (key, value) in node.exact, key in node.key_only
-    attempts = [Attempt(Way.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
+    attempts = [Attempt(MatchKind.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]
     misfits = 0
     joined = node.wildcards.get(JOINED)
     wildcards = node.wildcards.get(key) if joined is None else joined
     text = value if joined is None else f"{key}_{value}"
     for pattern, _ in wildcards.patterns if wildcards is not None else ():
         if level is not None and matched == PATTERN and pattern == level.pattern:
-            attempts.append(Attempt(Way.WILDCARD, pattern, Result.MATCHES))
+            attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.MATCHES))
         elif WildcardSet([(pattern, None)]).find(text) is not None:
-            attempts.append(Attempt(Way.WILDCARD, pattern, Result.FITS_TOO))
+            attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.FITS_TOO))
         else:
             misfits += 1
             if misfits <= MAX_MISFITS:
-                attempts.append(Attempt(Way.WILDCARD, pattern, Result.DOES_NOT_FIT))
+                attempts.append(Attempt(MatchKind.WILDCARD, pattern, Result.DOES_NOT_FIT))
     if has_key:
-        attempts.append(Attempt(Way.KEY, "", Result.MATCHES if matched == KEY_ONLY else Result.FITS_TOO))
+        attempts.append(Attempt(MatchKind.KEY, "", Result.MATCHES if matched == KEY_ONLY else Result.FITS_TOO))
     else:
-        attempts.append(Attempt(Way.KEY, "", Result.ABSENT))
+        attempts.append(Attempt(MatchKind.KEY, "", Result.ABSENT))
     return LevelExplanation(key, value, tuple(attempts), misfits, () if level is not None else _keys_of(node))
 
 
@@ -204,13 +204,13 @@ def _keys_of(node: RuleNode) -> tuple[str, ...]:
     keys = {key for key, _ in node.exact} | (node.wildcards.keys() - {JOINED}) | node.key_only.keys()
     if JOINED in node.wildcards:
         keys |= {pattern for pattern, _ in node.wildcards[JOINED].patterns}
-    return tuple(sorted(keys)[:MAX_NAMES])
+    return tuple(sorted(keys)[:MAX_SUGGESTIONS])
 
 
 def why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
     root = rules.domains.get(domain)
     if root is None:
-        known = ", ".join(sorted(rules.domains)[:MAX_NAMES]) or "none"
+        known = ", ".join(sorted(rules.domains)[:MAX_SUGGESTIONS]) or "none"
         return f"no rules for the domain {domain}; there are rules for: {known}"
     levels = rules.walk(domain, entries)
     node = levels[-1].node if levels else root

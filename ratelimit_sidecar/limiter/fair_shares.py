@@ -26,7 +26,7 @@ class Group(NamedTuple):
     members: int
 
 
-class Level(NamedTuple):
+class ShareLevel(NamedTuple):
     """The level up to which wants are fulfilled.
 
     Args:
@@ -41,7 +41,7 @@ class Level(NamedTuple):
         return (want if self.most is None else min(want, self.most)) + self.spare
 
 
-def fair_level(total: int, groups: Iterable[Group]) -> Level:
+def fair_level(total: int, groups: Iterable[Group]) -> ShareLevel:
     """The level at which the sum of all shares is the total.
 
     Args:
@@ -52,10 +52,10 @@ def fair_level(total: int, groups: Iterable[Group]) -> Level:
     count = everybody = sum([group.members for group in ordered])
     for group in ordered:
         if group.want * count >= left:
-            return Level(left // count, 0)
+            return ShareLevel(left // count, 0)
         left -= group.want * group.members
         count -= group.members
-    return Level(None, left // everybody if everybody else 0)
+    return ShareLevel(None, left // everybody if everybody else 0)
 
 
 def grouped(wants: Iterable[int]) -> list[Group]:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment, ShareBase, share_base_of
-from ratelimit_sidecar.limiter.fair_shares import Group, Level
+from ratelimit_sidecar.limiter.fair_shares import Group, ShareLevel
 from ratelimit_sidecar.limiter.plan import Step
 
 Pairs = tuple[tuple[str, str], ...]
@@ -144,7 +144,7 @@ class Pool:
         self.waiting: dict[EnvoyBucket, None] = {}
         """Buckets that have an assignment of unknown rate: see `Quotas._assign_orphans`."""
         self.peer_demands: dict[str, PeerDemand] = {}
-        self.level = Level(0, 0)
+        self.level = ShareLevel(0, 0)
         self.budget = 0
         """The rate this node may assign in total."""
         self.held = 0

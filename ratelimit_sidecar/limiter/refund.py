@@ -21,7 +21,7 @@ class NotRefundable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class BucketLevel:
     """How full a bucket is.
 
     Args:
@@ -43,9 +43,9 @@ class Refunded:
 
     rule: Rule
     bucket: Bucket
-    before: Level
+    before: BucketLevel
     given: int
-    after: Level
+    after: BucketLevel
 
 
 def refund(
@@ -80,7 +80,7 @@ def refund(
             f"there is no room for a bucket of its own (max_buckets): it shares one of the rule {rule.name} with others"
         ) from error
     bucket.advance(now_us)
-    before = Level(bucket.remaining, bucket.debt)
+    before = BucketLevel(bucket.remaining, bucket.debt)
     given = bucket.refund(tokens, now_us)
     limiter.counts.of(domain, match.metric_name, rule.name).given_back += given
-    return Refunded(rule, bucket, before, given, Level(bucket.remaining, bucket.debt))
+    return Refunded(rule, bucket, before, given, BucketLevel(bucket.remaining, bucket.debt))

@@ -2,7 +2,7 @@
 
 Time is that of the requests. One limiter decides all of them, so overshoot of several replicas does not appear. Memory
 is bounded by the number of buckets that are not full at a time, as in a sidecar; by the rules; and by
-`MAX_DESCRIPTORS`.
+`MAX_DENIED_DESCRIPTORS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.limiter.variants import made_local, without_shadow_mode
 
-MAX_DESCRIPTORS = 10_000
+MAX_DENIED_DESCRIPTORS = 10_000
 """The most denied descriptors with a tally of their own. Beyond that, the half with the fewest denials is added up as
 others.
 """
@@ -135,13 +135,13 @@ class Replay:
         if of_descriptor is None:
             if not denied:
                 return
-            if len(self.denied_descriptors) >= MAX_DESCRIPTORS:
+            if len(self.denied_descriptors) >= MAX_DENIED_DESCRIPTORS:
                 self._give_up_half()
             of_descriptor = self.denied_descriptors[domain, entries] = Tally()
         of_descriptor.count(denied, self.now_us)
 
     def _give_up_half(self) -> None:
         by_denials = sorted(self.denied_descriptors.items(), key=lambda item: item[1].denied, reverse=True)
-        kept, given_up = by_denials[: MAX_DESCRIPTORS // 2], by_denials[MAX_DESCRIPTORS // 2 :]
+        kept, given_up = by_denials[: MAX_DENIED_DESCRIPTORS // 2], by_denials[MAX_DENIED_DESCRIPTORS // 2 :]
         self.denied_descriptors = dict(kept)
         self.other_denials += sum(tally.denied for _, tally in given_up)

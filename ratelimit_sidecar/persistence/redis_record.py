@@ -291,7 +291,7 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
             if field not in (AT, BASE)
             for entry in _entries(_origin(field), text)
         ]
-        base = _base(record[BASE], limit)
+        base = read_base(record[BASE], limit)
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
     if not isinstance(limit, Limit):
@@ -334,7 +334,7 @@ def _entries(origin: Origin, text: bytes) -> Sequence[Entry]:
     return entries
 
 
-def _base(text: bytes, limit: AnyLimit) -> Base:
+def read_base(text: bytes, limit: AnyLimit) -> Base:
     """The base, for the period of `limit`; rounded up, so that no debt is lost."""
     boundary_us, full_us, period_us, tokens = map(int, text.split(b" "))
     _bounded(boundary_us, MAX_TIME_US)

@@ -21,8 +21,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha1
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -34,12 +32,10 @@ from redis.asyncio.cluster import ClusterPipeline
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.redis_calls import Unusable, bounded, digest_of, reason_of
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
 from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, PIECE_SECONDS
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-
-CALL_SECONDS: Final = 2.0
-"""What a call may take in all, whatever the client library makes of it."""
 
 LOAD_SECONDS: Final = 10.0
 """What reading at the start gets before the sidecar is ready; a large store is read on while it is."""
@@ -79,10 +75,6 @@ _log = structlog.stdlib.get_logger(__name__)
 _Client = Redis | RedisCluster
 
 T = TypeVar("T")
-
-
-class _Unusable(Exception):
-    """The server cannot be used, though nothing failed on the way to it; the text says why."""
 
 
 @dataclass(slots=True)
@@ -218,7 +210,7 @@ class RedisState:
                 self._recovered()
                 if not is_last:
                     await self._write_again(client)
-            except (exceptions.RedisError, _Unusable, OSError, TimeoutError) as error:
+            except (exceptions.RedisError, Unusable, OSError, TimeoutError) as error:
                 self._failed(error)
                 await self._disconnect()
             except asyncio.CancelledError:
@@ -235,7 +227,7 @@ class RedisState:
         self.status.failed += 1
         # Nobody knows what the server has when it is back.
         self._again = self._store.walk()
-        degraded_reason = _reason(error)
+        degraded_reason = reason_of(error)
         if degraded_reason != self.status.degraded_reason:
             self.status.degraded_reason = degraded_reason
             _log.error("state_not_kept", reason=degraded_reason, error=str(error) or repr(error))
@@ -253,7 +245,7 @@ class RedisState:
             try:
                 self._client = client = self._connect()
             except OSError as error:
-                raise _Unusable(f"the file of its password cannot be read: {error.strerror}") from error
+                raise Unusable(f"the file of its password cannot be read: {error.strerror}") from error
         values = await self._formats(client, self._keys.formats)
         missing = [name for name, value in values.items() if value is None]
         if missing:
@@ -266,7 +258,7 @@ class RedisState:
             version = (value or b"").partition(b" ")[0]
             if version != str(FORMAT).encode():
                 found = version[:32].decode(errors="replace")
-                raise _Unusable(f"its keys are of format {found!r}; this version reads and writes {FORMAT}")
+                raise Unusable(f"its keys are of format {found!r}; this version reads and writes {FORMAT}")
             if value is not None and self._epochs.setdefault(name, value) != value:
                 self._epochs[name] = value
                 is_lost = True
@@ -285,11 +277,11 @@ class RedisState:
         client, self._client = self._client, None
         if client is not None:
             with suppress(exceptions.RedisError, OSError, TimeoutError):
-                await _bounded(client.aclose())
+                await bounded(client.aclose())
 
     async def _call(self, answer: Awaitable[T]) -> T:
         began = time.perf_counter()
-        result = await _bounded(answer)
+        result = await bounded(answer)
         self.status.calls += 1
         self.status.call_seconds += time.perf_counter() - began
         return result
@@ -389,7 +381,7 @@ class RedisState:
     async def _evaluate_loaded(
         self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes]
     ) -> Sequence[Any]:
-        digest = _digest(script)
+        digest = digest_of(script)
         if isinstance(client, Redis):
             # One call is a third of the work that a pipeline of them is.
             answers: Sequence[Any] = await client.evalsha(digest, len(names), *names, *told)
@@ -408,7 +400,7 @@ class RedisState:
         batch: dict[bytes, AnyLimit] = {}
         unreadable = 0
         names = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
-        while (name := await _bounded(anext(names, None))) is not None:
+        while (name := await bounded(anext(names, None))) is not None:
             limit = self._limit(name)
             if limit is not None:
                 batch[name] = limit
@@ -457,26 +449,6 @@ class RedisState:
         return unreadable
 
 
-async def _bounded(answer: Awaitable[T]) -> T:
-    """The answer, within `CALL_SECONDS`.
-
-    Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, swallows a cancellation that comes when all is sent:
-    the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on.
-    """
-    async with asyncio.timeout(CALL_SECONDS):
-        result = await answer
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-    return result
-
-
-@cache
-def _digest(script: str) -> str:
-    """The script's name on a server."""
-    return sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
 def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
     return client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
 
@@ -488,29 +460,3 @@ def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:
             return entries
     # Or some were sealed since, or are another life's.
     return list(bucket.entries())
-
-
-def _reason(error: Exception) -> str:
-    """In words that are the same for the same state."""
-    text = str(error)
-    if isinstance(error, _Unusable):
-        return text
-    for words, reason in (
-        (("WRONGPASS", "NOAUTH", "invalid username-password"), "it refuses user or password"),
-        (("NOPERM", "no permissions"), "it does not permit what is needed"),
-        (("OOM", "maxmemory"), "it is out of memory"),
-        (("READONLY", "read only replica"), "it is a read-only replica"),
-        (("LOADING", "loading the dataset"), "it is loading its data"),
-        (("MISCONF",), "it cannot write to its disk"),
-        (("CLUSTERDOWN",), "the cluster is down"),
-    ):
-        if any(word in text for word in words):
-            return reason
-    # While it connects, the library calls a time-out a failure of the connection.
-    if isinstance(error, exceptions.TimeoutError | TimeoutError) or "Timeout" in text:
-        return "it does not answer in time"
-    if isinstance(error, exceptions.AuthenticationError):
-        return "it refuses user or password"
-    if isinstance(error, exceptions.ConnectionError | OSError | exceptions.RedisClusterException):
-        return "it cannot be reached"
-    return f"it answers with {type(error).__name__}"

@@ -81,8 +81,8 @@ class ChangeLog:
 
     def __init__(self, store: Store, now_us: int) -> None:
         self._store = store
-        self.on_changes: Callable[[Sequence[tuple[Bucket, list[int]]]], object] | None = None
-        """Told of each step's part of the journal: buckets, and own slots that changed. Does no I/O."""
+        self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
+        """Each is told of each step's part of the journal: buckets, and own slots that changed. Does no I/O."""
         self._segments: deque[Segment] = deque()
         self._latest: tuple[dict[bytes, int], ...] = tuple({} for _ in range(_SHARDS))
         """By key, the number of the last segment that has it."""
@@ -141,8 +141,8 @@ class ChangeLog:
             self._unflushed = self._unflushed - len(changes) if changes else 0
             for bucket, slots in changes:
                 self._add(bucket, slots, now_us)
-            if changes and self.on_changes is not None:
-                self.on_changes(changes)
+            for reader in self.on_changes:
+                reader(changes)
             if self._unflushed:
                 yield
         self._seal(now_us)

@@ -1,7 +1,7 @@
-"""What Envoys want of limits that they enforce themselves (`limiter.quota`), to and from the pings of peers.
+"""The demands of Envoys on limits that they enforce themselves (`limiter.quota`), in the pings between peers.
 
-A ping each second carries what has changed since the last one, and everything again every few seconds. So nothing of it
-is acknowledged, and what is lost is made good by what comes next; a peer that falls silent is forgotten.
+A ping each second carries the demands that have changed since the last one, and all of them again every few seconds. So
+they need no acknowledgement: a lost one is sent again soon. The demands of a silent peer are forgotten.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_DEMANDS: Final = 256
-"""Of a ping. Told again every few seconds, a thousand of them are never forgotten."""
+"""The most demands in a ping. They are sent again every few seconds, so a thousand of them are never forgotten."""
 
 MAX_BYTES: Final = 1 << 16
-"""Rough, of a ping: it takes no further demand when it has as much."""
+"""About the most bytes of demands in a ping."""
 
 MAX_TAKEN: Final = 1_024
-"""Demands that are taken from a ping: so a peer with other bounds is understood."""
+"""The most demands accepted in a ping; more than are sent, so that peers with other bounds are understood."""
 
 MAX_WANTS: Final = 256
 MAX_MEMBERS: Final = 4_096
@@ -35,7 +35,7 @@ class Demands:
     """Writes this node's demands into pings, and reads those of peers.
 
     Args:
-        now_us: of the clock of `quotas`.
+        now_us: returns the time of the clock of `quotas`.
     """
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int]) -> None:
@@ -43,10 +43,10 @@ class Demands:
         self._now_us = now_us
 
     def write(self, ping: pb.Ping, told: int) -> int:
-        """Put into a ping what a peer has yet to be told.
+        """Add the demands that were not sent to a peer yet to a ping.
 
         Args:
-            told: what this has returned last for that stream; 0 at first.
+            told: the last return value for that stream; 0 at first.
         """
         size = 0
         for version, key, groups in self._quotas.demands(told, MAX_DEMANDS):
@@ -60,13 +60,13 @@ class Demands:
         return told
 
     def read(self, peer: str, demands: Sequence[pb.Demand]) -> int:
-        """A peer has told something.
+        """Read a peer's demands.
 
         Returns:
-            The number of keys that no rule here knows.
+            The number of keys that no rule here has.
 
         Raises:
-            ProtocolError: too_large, bad_key or malformed. What stood before the bad one has been heard.
+            ProtocolError: too_large, bad_key or malformed. Demands before the bad one have been read.
         """
         if len(demands) > MAX_TAKEN:
             raise ProtocolError(Reason.TOO_LARGE, f"{len(demands)} demands in a ping; at most {MAX_TAKEN} are taken")

@@ -1,7 +1,7 @@
-"""The streams that a node dials: the names of its peers resolved again and again, each address dialled for ever.
+"""The streams that a node dials: it resolves the names of its peers again and again, and dials each address for ever.
 
-Two targets that lead to one node are dialled once: the second stream is closed as redundant when the peer has said who
-it is, and that target waits until the other's stream is lost.
+Two targets that lead to one node are dialled once. The second stream is closed as redundant when the peer has said who
+it is, and its target waits until the other's stream is lost.
 """
 
 from __future__ import annotations
@@ -29,21 +29,26 @@ from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, 
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 CONNECT_SECONDS = 2.0
-"""For TCP and TLS handshakes over any distance, with one packet lost. A dial with TLS has two of each, and twice the
-time."""
+"""The time for a TCP or a TLS handshake over any distance, with one packet lost. A dial with TLS has two of each, and
+twice the time.
+"""
 
 FIRST_REDIAL_SECONDS = 0.2
 MAX_REDIAL_SECONDS = 1.0
 """Waits are random up to a bound that doubles from the first of these to the second ("full jitter")."""
 
 MISCONFIGURED_REDIAL_SECONDS = 30.0
-"""When only people can mend what is wrong with the other end, or with this one."""
+"""The wait when an error at one of the ends needs people to fix it."""
 
 PARKED_SECONDS = 60.0
-"""Before an address that led to a peer connected under another one is tried again: it may lead to a new node now."""
+"""The wait before an address is tried again that led to a peer connected under another address: it may lead to a new
+node.
+"""
 
 LASTING_SECONDS = 10.0
-"""A stream that lasted so long was in order: its address is dialled again at once, and the waits start afresh."""
+"""A stream that lasted this long was fine: its address is dialled again at once, and the waits start from the
+beginning.
+"""
 
 _MISCONFIGURED = frozenset({Reason.CERTIFICATE, Reason.DUPLICATE_NODE})
 
@@ -60,15 +65,15 @@ _CHANNEL_OPTIONS = (
 _log = structlog.stdlib.get_logger(__name__)
 
 Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
-"""Carries a stream that was dialled until it is over."""
+"""Carries a dialled stream until it ends."""
 
 
 class Dialler:
-    """Resolves and dials the peers of a node, for as long as it runs.
+    """Resolves and dials the peers of a node while `run` runs.
 
     Args:
         peers: `host:port`, as configured.
-        now_us: of a clock that never steps.
+        now_us: returns the time of a clock that never steps.
         certificate: None to dial in plain text.
     """
 
@@ -102,11 +107,11 @@ class Dialler:
                 tasks.create_task(self._keep_resolved(name, tasks))
 
     def stop(self) -> None:
-        """Dial no more; streams go on."""
+        """Dial no more; current streams go on."""
         self._is_stopping = True
 
     def has_joined(self) -> bool:
-        """Whether every peer that can be reached has told everything it knows."""
+        """True if every peer that can be reached has sent its whole state."""
         return all(name.is_settled for name in self.targets.names) and all(map(self._has_joined, self.targets))
 
     def _has_joined(self, target: Target) -> bool:
@@ -114,10 +119,10 @@ class Dialler:
         return target.is_self or target.has_failed or (peer is not None and peer.full_state_heard)
 
     def refuse_redundant(self, target: Target, origin: Origin) -> None:
-        """To be asked when a dialled peer says who it is.
+        """Refuse a second stream to one peer. Call it when a dialled peer has said who it is.
 
         Raises:
-            ProtocolError: another target's stream leads to this very process.
+            ProtocolError: another target's stream leads to the same process.
         """
         peer = self._replicator.peers.get(origin.node)
         if peer is not None and peer.incarnation == origin.incarnation:
@@ -127,7 +132,7 @@ class Dialler:
                     raise ProtocolError(Reason.REDUNDANT, f"{origin.node} is connected as {stream.address} already")
 
     def note_joined(self, target: Target, peer: Peer) -> None:
-        """The peer at the other end of a target's stream has been accepted."""
+        """Note that the peer at the other end of a target's stream was accepted."""
         self._note_reached(target, peer.node)
 
     def _note_reached(self, target: Target, node: str) -> None:
@@ -185,10 +190,10 @@ class Dialler:
         return target.is_self or self._is_stopping
 
     async def _dial(self, target: Target) -> bool:
-        """Dial once, unless its peer is connected under another address, and carry the stream until it is lost.
+        """Dial once, unless its peer is connected under another address, and carry the stream until it ends.
 
         Returns:
-            True when it lasted.
+            True if it lasted.
         """
         if self.targets.is_reached_otherwise(target):
             with suppress(TimeoutError):
@@ -218,7 +223,7 @@ class Dialler:
 
     @asynccontextmanager
     async def _call(self, target: Target) -> AsyncIterator[tuple[Call, PeerCertificate | None]]:
-        """A call on a connection of its own; with TLS, and the certificate of the other end."""
+        """A call on its own connection; with TLS, also the other end's certificate."""
         async with asyncio.timeout(CONNECT_SECONDS) as connecting:
             if self._certificate is None:
                 shown, channel = None, grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)

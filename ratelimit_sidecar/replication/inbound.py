@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import Refused
@@ -81,7 +80,7 @@ class Inbound:
 
     def _apply(self, deltas: pb.Deltas, now_us: int) -> Iterator[None]:
         replicator, peer = self._replicator, self.peer
-        on_news = partial(replicator.pass_on, peer, now_us) if replicator.relay.is_needed else None
+        on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
         try:

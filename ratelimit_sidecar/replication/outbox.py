@@ -131,12 +131,12 @@ class Outbox:
         oldest_us = self._oldest_unacknowledged_us()
         return oldest_us is not None and oldest_us < since_us
 
-    def relay(self, bucket: Bucket, entries: Iterable[Entry], now_us: int) -> None:
+    def relay(self, bucket: Bucket, entries: Iterable[Entry]) -> None:
         """These entries of others are news that the peer hears of from nobody else."""
         sources = self._sources
         if sources is not None and not sources.side.relay(bucket, entries):
             sources.side = SideLog(self._store)
-            sources.snapshots.begin(now_us - RECENT_US)
+            sources.snapshots.begin(self._log.created_us - RECENT_US)
 
     def repair(self, key: bytes) -> None:
         """The peer has to hear everything about one bucket."""

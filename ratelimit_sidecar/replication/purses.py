@@ -43,7 +43,7 @@ _NOTHING: Final = Shown(0, {})
 
 
 class PaymentOutbox:
-    """What one stream has yet to send of payments, and has open.
+    """What one stream has to send of payments, and which of its asks are open.
 
     Args:
         end: names this node's end of the stream, for the life of this process.

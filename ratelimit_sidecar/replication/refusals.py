@@ -1,4 +1,4 @@
-"""Which refused streams are worth a line in the log: a peer that is refused comes back every few seconds, for ever."""
+"""Decides which refused streams are logged, since a refused peer comes back every few seconds, for ever."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ratelimit_sidecar.replication.targets import host_of
 
 MAX_REFUSALS = 1_024
-"""Remembered at once; when there are more, all are forgotten, and told again."""
+"""The most refusals remembered. When there are more, all are forgotten, and logged again."""
 
 
 @dataclass(slots=True)
@@ -17,7 +17,7 @@ class _Refusal:
 
 
 class Refusals:
-    """By host, not port: each connection of a peer that dials in has a port of its own."""
+    """Remembers refusals by host, since each connection of a peer that dials in has a port of its own."""
 
     def __init__(self) -> None:
         self._refusals: dict[tuple[str, str], _Refusal] = {}
@@ -26,10 +26,10 @@ class Refusals:
         """Note that a stream to or from `address` was refused.
 
         Args:
-            certain_after_us: what passes by itself within this time isn't worth a line.
+            certain_after_us: a refusal that goes away by itself within this time is not logged.
 
         Returns:
-            True once: when it is to be told.
+            True once: the caller must log it then.
         """
         key = (host_of(address), why)
         if key not in self._refusals and len(self._refusals) >= MAX_REFUSALS:
@@ -41,12 +41,12 @@ class Refusals:
         return True
 
     def is_told(self, address: str, why: str) -> bool:
-        """Whether `note` has been True for it."""
+        """Whether `note` has returned True for this refusal."""
         refusal = self._refusals.get((host_of(address), why))
         return refusal is not None and refusal.is_told
 
     def forget(self, address: str) -> None:
-        """A stream to or from it was accepted: whatever is refused next is news."""
+        """Note that a stream to or from the address was accepted. The next refusal is logged again."""
         host = host_of(address)
         for key in [key for key in self._refusals if key[0] == host]:
             del self._refusals[key]

@@ -1,4 +1,4 @@
-"""What a node knows of one peer, as an immutable value for metrics and the admin console."""
+"""The state of one peer, as an immutable value for metrics and the admin console."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class PeerStatus:
         node: the peer's node id; "" for an address that has not been reached yet, or a name that is not resolved.
         region: "" as long as `node` is.
         address: the address dialled, or the far end of the connection for a peer that only dials in.
-        version: of its software; "" before it was first reached.
-        protocol: that is spoken with it, the lower of both nodes' newest; 0 before it was first reached.
+        version: the peer's software version; "" before it was first reached.
+        protocol: the protocol in use, the lower of both nodes' newest; 0 before it was first reached.
         connected: a stream is established.
         lag_seconds: the age of this node's oldest delta the peer has not acknowledged; with none outstanding, the
             lag of the last acknowledged batch.
-        pending_buckets: buckets of which the peer has something yet to be sent.
+        pending_buckets: buckets with entries that are still to be sent to the peer.
         batches_sent: delta batches sent.
         batches_received: delta batches received and applied.
         entries_sent: slot entries in the batches sent.
@@ -27,13 +27,13 @@ class PeerStatus:
         bytes_sent: of frames of all kinds, as the protocol has them: before HTTP/2 and TLS.
         bytes_received: likewise.
         resyncs: buckets exchanged with the peer because a comparison of both nodes' state found that they differ.
-        rules_match: False while the peer replicates under other rules than this node; None while that is not known.
-        reconnects: times the peer came back after it had been lost.
+        rules_match: False while the peer has other rules than this node; None while that is unknown.
+        reconnects: how often the peer came back after it had been lost.
         clock_offset_seconds: the peer's clock minus this node's, positive when the peer is ahead; None before the
             first measurement.
-        last_error: why the last stream or dial ended; "" when none has.
+        last_error: why the last stream or dial ended; "" if none has.
         protocol_errors: streams of this peer that this node closed, by reason (`wire.Reason`).
-        refused: what the peer told and this node does not believe, by reason (`crdt.journal.Refused`).
+        refused: parts of the peer's data that this node has refused, by reason (`crdt.journal.Refused`).
     """
 
     node: str
@@ -90,18 +90,18 @@ def unreached_status(
 
 @dataclass(frozen=True, slots=True)
 class MembershipStatus:
-    """Who shares strict limits, as this node sees it at one instant. Counters count from this process's start.
+    """The membership of strict limits as this node sees it at one instant. Counters count from this process's start.
 
     Args:
         epoch: of the membership that this node is configured with.
-        home_share: of each strict limit, what is this node's home now; 0 to 1.
-        settled: the home share is the one that the membership gives. Before, it is less: the process has just
+        home_share: the part of each strict limit that is this node's home now; 0 to 1.
+        settled: True if the home share is that of the membership. Otherwise it is smaller, because the process has just
             started, or not every member has shown this epoch yet.
-        conflicts: nodes that show other members under the same epoch: a mistake in the configuration of one of the
-            two, during which this one uses the smaller share.
+        conflicts: nodes that show other members under the same epoch. One of the two nodes is configured wrongly;
+            meanwhile this one uses the smaller share.
         buckets: strict buckets in memory.
-        payments_sent: asks of peers answered with more than nothing.
-        payments_received: asks that peers have answered with more than nothing.
+        payments_sent: asks of peers that were answered with more than nothing.
+        payments_received: asks of this node that were answered with more than nothing.
     """
 
     epoch: int

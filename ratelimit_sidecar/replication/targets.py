@@ -1,11 +1,11 @@
-"""Which addresses a node dials: those it is configured with, and those that the configured names resolve to.
+"""The addresses that a node dials: the configured ones, and those that configured names resolve to.
 
-Theory of operation. A configured peer is an IP address, which is one *target* for ever, or a *name*, which is resolved
-again and again and has a target for each of its addresses (a headless service of Kubernetes has one for each pod). Two
-names with an address in common share its target. A target that no name has any more is kept for a grace time and while
-its stream lives, as DNS servers leave out what is there; a name that cannot be resolved keeps all it had.
+Theory of operation. A configured peer is either an IP address, which is one *target* for ever, or a *name*. A name is
+resolved again and again and has a target for each of its addresses (a headless service of Kubernetes has one for each
+pod). Two names with a common address share its target. A target without a name is kept for a grace time and while its
+stream lives, since DNS servers leave out existing addresses. A name that cannot be resolved keeps all its addresses.
 
-Everything that affects a target lives here. Instants are microseconds of this node's clock.
+Everything that affects a target is in this file. Times are microseconds of this node's clock.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ipaddress import ip_address
 from ratelimit_sidecar.replication.stream import Stream
 
 GRACE_US = 30_000_000
-"""What an address that its name has lost gets to come back."""
+"""How long an address is kept after its name no longer has it."""
 
 MAX_ADDRESSES = 256
-"""Of one name that are dialled: as many as there can be peers (`replicator.MAX_PEERS`)."""
+"""The most addresses dialled of one name: as many as there can be peers (`replicator.MAX_PEERS`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,37 +30,38 @@ class Target:
 
     address: str
     node: str = ""
-    """Whom it led to last."""
+    """The node that it last led to; "" for none yet."""
     is_self: bool = False
     has_failed: bool = False
-    """True when at least one dial has shown that nobody can be reached there, or nobody who would talk."""
+    """True if a dial has shown that no peer can be reached there, or none that accepts the stream."""
     last_error: str = ""
     protocol_errors: Counter[str] = field(default_factory=Counter)
     stream: Stream | None = None
-    """While one is carried."""
+    """The current stream; None without one."""
     gone_us: int | None = None
-    """Since when no name has the address; None while one has, and for what is configured as an IP address."""
+    """Since when no name has the address; None while one has it, and for a configured IP address."""
     is_misconfigured: bool = False
-    """True when its last dial showed what only people can mend: an id that two nodes have, a certificate for another
-    node."""
+    """True if its last dial showed an error that people have to fix: two nodes with one id, a certificate for another
+    node.
+    """
     is_mute: bool = False
-    """True when its last dial got no answer in time."""
+    """True if its last dial got no answer in time."""
 
     @property
     def family(self) -> int:
-        """4 or 6, of an IP address; 0 of a name."""
+        """4 or 6 for an IP address; 0 for a name."""
         host = host_of(self.address)
         return ip_address(host.partition("%")[0]).version if _is_ip(host) else 0
 
     @property
     def is_joined(self) -> bool:
-        """True while its stream's peer has said who it is and was accepted."""
+        """True while it has a stream whose peer was accepted."""
         return self.stream is not None and self.stream.peer is not None
 
 
 @dataclass(slots=True, eq=False)
 class Name:
-    """A configured peer that is no IP address.
+    """A configured peer that is a name, not an IP address.
 
     Args:
         configured: `host:port`.
@@ -68,18 +69,18 @@ class Name:
 
     configured: str
     addresses: tuple[str, ...] = ()
-    """What it resolved to last, as `ip:port`."""
+    """The addresses that it last resolved to, as `ip:port`."""
     is_settled: bool = False
-    """True once it was resolved or could not be."""
+    """True once resolving has succeeded or failed."""
     error: str = ""
-    """Why it cannot be resolved now; "" when it can, or that was not tried yet."""
+    """Why it cannot be resolved now; "" if it can, or was not tried yet."""
 
 
 class Targets:
     """All addresses of a node's peers, and the names that they come from.
 
     Args:
-        peers: `host:port`, as configured; any may stand there twice.
+        peers: `host:port`, as configured; duplicates are allowed.
     """
 
     def __init__(self, peers: Sequence[str]) -> None:
@@ -96,13 +97,13 @@ class Targets:
         return iter(list(self._targets.values()))
 
     def resolved(self, name: Name, addresses: Iterable[str], now_us: int) -> list[Target]:
-        """Note what a name has been resolved to.
+        """Note the addresses that a name was resolved to.
 
         Args:
             addresses: `ip:port`; at least one.
 
         Returns:
-            Targets that are new.
+            The new targets.
         """
         name.addresses = tuple(sorted(set(addresses))[:MAX_ADDRESSES])
         name.is_settled, name.error = True, ""
@@ -119,7 +120,7 @@ class Targets:
         return new
 
     def take_retired(self, now_us: int) -> list[Target]:
-        """Those whose grace has ended and that have no stream; they are targets no longer."""
+        """Remove and return targets without a stream whose grace time is over."""
         retired = [
             target
             for target in self
@@ -130,18 +131,19 @@ class Targets:
         return retired
 
     def leads_to(self, node: str) -> bool:
-        """Whether any target led to that node last."""
+        """True if any target last led to that node."""
         return any(target.node == node for target in self)
 
     def is_reached_otherwise(self, target: Target) -> bool:
-        """Whether another target's stream is to the node that this one led to last."""
+        """True if another target has a stream to the node that this one last led to."""
         return bool(target.node) and any(
             other.is_joined and other.node == target.node for other in self if other is not target
         )
 
     def unreached(self) -> list[Target]:
-        """Those that have led to nobody yet, and should have: of a name with addresses of both IPv4 and IPv6, one
-        family will often not be listened on."""
+        """Targets that should have led to a node and have not. If a name has both IPv4 and IPv6 addresses, one family
+        may have no listener; then its targets are left out.
+        """
         reached = {
             (name.configured, other.family)
             for name in self.names
@@ -161,7 +163,7 @@ class Targets:
 
 
 def host_of(address: str) -> str:
-    """Of `host:port`, or `[ipv6]:port`, with or without the scheme that gRPC puts before it."""
+    """The host of `host:port` or `[ipv6]:port`, with or without gRPC's scheme before it."""
     host = address.rpartition(":")[0]
     for scheme in ("ipv4:", "ipv6:"):
         host = host.removeprefix(scheme)

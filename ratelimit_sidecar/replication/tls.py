@@ -1,13 +1,13 @@
 """TLS between sidecars: each end shows a certificate, which must be for the node that the end says it is.
 
-Theory of operation. A listener learns from gRPC which names are in a client's certificate. A dialler does not: gRPC for
-Python tells it nothing of the server's, and compares it with one DNS name at most. So a dial has two handshakes. The
-first is made by Python's ssl module, which checks the chain against the authority and gives the certificate; then gRPC
-connects, and is given this one certificate as all that it trusts. Whoever answers must hold its private key, so the
-names read in the first handshake are those of the other end of the second.
+Theory of operation. A listener learns the names in a client's certificate from gRPC. A dialler does not: gRPC for
+Python tells it nothing about the server's certificate, and compares it with at most one DNS name. So a dial has two
+handshakes. Python's ssl module does the first one, checks the chain against the authority and returns the certificate.
+Then gRPC connects, and trusts only that one certificate. The end that answers must have its private key, so the names
+read in the first handshake are those of the other end of the second.
 
-The files are read again at each handshake, and every minute, so that what is wrong with them is known before it
-matters (`config.tls_files`).
+The files are read again at each handshake, and every minute, so that errors in them are known before they matter
+(`config.tls_files`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MAX_NAMES_TOLD = 5
 
 
 class UntrustedError(Exception):
-    """A handshake that came to nothing; its text says why, and what to do."""
+    """A failed handshake; the text says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerCertificate:
-    """What the other end has shown, and its authority has signed.
+    """The certificate that the other end has shown, signed by the authority.
 
     Args:
         names: its subject alternative names of the kinds DNS and URI.
@@ -64,11 +64,11 @@ class PeerCertificate:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A dialled end's certificate.
+    """The certificate of a dialled peer.
 
     Args:
-        pem: all that gRPC is to trust.
-        server_name: one of its names, as gRPC insists on comparing one.
+        pem: the only certificate that gRPC must trust.
+        server_name: one of its names, since gRPC insists on comparing one.
     """
 
     certificate: PeerCertificate
@@ -77,14 +77,14 @@ class Pinned:
 
 
 class NodeCertificate(CertificateInForce):
-    """This node's certificate, its key, and the authority of all nodes' certificates; in force as the files say now."""
+    """This node's certificate, its key, and the authority of all nodes' certificates (see `CertificateInForce`)."""
 
     def __init__(self, config: SyncTlsConfig) -> None:
         super().__init__(TlsPaths(config.certificate, config.key, config.ca), "client")
         self.peer_names = config.peer_names
 
     async def look_at(self, host: str, port: int) -> Pinned:
-        """The certificate of who listens there, checked against the authority; the first of a dial's two handshakes.
+        """The certificate of a listener, checked against the authority: the first of a dial's two handshakes.
 
         Raises:
             UntrustedError: the two ends do not trust each other.
@@ -113,13 +113,13 @@ class NodeCertificate(CertificateInForce):
         return _pinned(shown, der)
 
     def channel_credentials(self, pinned: Pinned) -> grpc.ChannelCredentials:
-        """For the second handshake: with this very certificate at the other end, or none at all."""
+        """Credentials for the second handshake, which trust only that certificate."""
         files = self.in_force.files
         return grpc.ssl_channel_credentials(pinned.pem, files.key, files.certificate)
 
 
 def of_client(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertificate:
-    """The certificate of a client, as gRPC tells its listener (`ServicerContext.auth_context`)."""
+    """The certificate of a client, from gRPC's `ServicerContext.auth_context`."""
     names = [*auth_context.get("peer_dns", ()), *auth_context.get("peer_uri", ())]
     return PeerCertificate(frozenset(name.decode("utf-8", "replace") for name in names))
 

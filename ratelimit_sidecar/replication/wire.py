@@ -1,6 +1,6 @@
 """Frames of `replication.proto`: their bounds, and the reasons for which a stream is closed.
 
-Whatever a peer sends is either a frame within these bounds or a `ProtocolError`; nothing else is let in.
+Data from a peer is either a frame within these bounds or raises a `ProtocolError`; nothing else gets in.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ PROTOCOL: Final = 5
 """The newest protocol spoken here."""
 
 OLDEST_PROTOCOL: Final = 1
-"""The oldest that a peer may insist on."""
+"""The oldest protocol that this version accepts."""
 
 COMPARING_PROTOCOL: Final = 3
 """The oldest with numbers for keys, Status, and the frames by which nodes compare what they hold."""
 
 PAYING_PROTOCOL: Final = 4
-"""The oldest with Payments. Older ones have loans of strict shares, and show their members where none is seen here; so
-with such a peer each keeps to its own home.
+"""The oldest protocol with Payments. Older peers have loans of strict shares, and show their members where none is seen
+here. So between such a peer and this node nothing is paid, and each uses its own home.
 """
 
 RIDING_PROTOCOL: Final = 5
 """The oldest whose Deltas carry acknowledgements."""
 
 MAX_FRAME_BYTES: Final = 1 << 18
-"""Well above what `outbox` puts into a batch, so that a peer with other bounds is understood. One that is made for it
-takes 10 ms and 30 times its size to read.
+"""The largest frame. It is well above the batches of `outbox`, so that peers with other bounds are understood. A frame
+made for the purpose takes 10 ms and 30 times its size to read.
 """
 
 MAX_NAME_BYTES: Final = 255
-"""Of a node or region: as long as a DNS name may be."""
+"""The longest name of a node or region: as long as a DNS name may be."""
 
 MAX_MEMBERS: Final = 256
-"""Of a membership: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
+"""The most members: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
 
 MAX_WEIGHT: Final = 1 << 32
 MAX_EPOCH: Final = 1 << 62
 
 MAX_DETAIL_CHARS: Final = 200
-"""Of a goodbye: it ends in logs and in an HTTP/2 header."""
+"""The longest detail of a goodbye, which goes into logs and an HTTP/2 header."""
 
 
 class Reason(StrEnum):
-    """Why a stream is closed, as a Goodbye, a metric's label and a log line show it."""
+    """Why a stream is closed, as in a Goodbye, a metric's label and a log line."""
 
     MALFORMED = "malformed"
     """Not a frame of this protocol."""
     TOO_LARGE = "too_large"
     UNEXPECTED = "unexpected"
-    """A frame that has no place at this point of the conversation."""
+    """A frame that must not come at this point of the stream."""
     BAD_KEY = "bad_key"
-    """Not the name of a bucket."""
+    """Not a bucket key."""
     BAD_BASE = "bad_base"
     BAD_SLOT = "bad_slot"
     BAD_DIGEST = "bad_digest"
@@ -73,14 +73,14 @@ class Reason(StrEnum):
     """The peer's certificate is not for the node that it says it is."""
     TOO_MANY_PEERS = "too_many_peers"
     SILENT = "silent"
-    """Nothing was heard for so long that the peer or the way to it must be dead."""
+    """Nothing was received for so long that the peer or the connection must be dead."""
     STALLED = "stalled"
-    """The peer talks but does not read, or does not apply what it is sent."""
+    """The peer sends but does not read, or does not apply what it receives."""
     INTERNAL = "internal"
-    """A fault of this node; its log has the traceback."""
+    """An error in this node; its log has the traceback."""
     # What follows is nobody's fault and is not counted as an error.
     SELF = "self"
-    """The stream leads back to this very process."""
+    """The stream leads to this very process."""
     REDUNDANT = "redundant"
     """The dialling node reaches the peer under another address already."""
     SUPERSEDED = "superseded"
@@ -88,7 +88,7 @@ class Reason(StrEnum):
     DRAINING = "draining"
     """This process is shutting down."""
     CLOCK_SET = "clock_set"
-    """This node's clock was set: both tell each other everything anew."""
+    """This node's clock was set: both nodes send each other their whole state again."""
 
 
 FAULTLESS: Final = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING, Reason.CLOCK_SET})
@@ -104,8 +104,10 @@ class ProtocolError(Exception):
 
 
 def read_frame(raw: bytes) -> Frame:
-    """Raises:
-    ProtocolError: malformed or too large.
+    """Parse a frame.
+
+    Raises:
+        ProtocolError: malformed or too large.
     """
     if len(raw) > MAX_FRAME_BYTES:
         raise ProtocolError(Reason.TOO_LARGE, f"a frame of {len(raw)} bytes; at most {MAX_FRAME_BYTES} are taken")
@@ -136,8 +138,10 @@ def write_deltas(head: Deltas, payload: bytes) -> bytes:
 
 
 def read_origin(node: str, incarnation: int) -> Origin:
-    """Raises:
-    ProtocolError: malformed.
+    """Read an origin, and check it.
+
+    Raises:
+        ProtocolError: malformed.
     """
     if not node or len(node.encode()) > MAX_NAME_BYTES:
         raise ProtocolError(Reason.MALFORMED, f"a node id must have 1 to {MAX_NAME_BYTES} bytes")
@@ -147,7 +151,7 @@ def read_origin(node: str, incarnation: int) -> Origin:
 
 
 def read_hello(hello: Hello) -> Origin:
-    """The peer a Hello announces.
+    """The peer that a Hello announces.
 
     Raises:
         ProtocolError: malformed, or no protocol in common.
@@ -162,13 +166,13 @@ def read_hello(hello: Hello) -> Origin:
 
 
 def write_membership(shown: Shown) -> Membership:
-    """What `read_membership` reads."""
+    """The message that `read_membership` reads."""
     members = [Member(node=node, weight=weight) for node, weight in shown.weights.items()]
     return Membership(epoch=shown.epoch, members=members)
 
 
 def read_membership(hello: Hello) -> Shown | None:
-    """What a Hello says of the sender's membership; None when it has none.
+    """The sender's membership in a Hello; None if it has none.
 
     Raises:
         ProtocolError: malformed.

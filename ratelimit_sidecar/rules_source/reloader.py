@@ -34,7 +34,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedRules:
     """The rules in force.
 
     Args:
@@ -79,7 +79,7 @@ class Reloader:
         """Why changes at the source may be noticed late; "" if they are not. Set by the source."""
         self.loads = {"success": 0, "error": 0}
         """Attempts since start, the first one included."""
-        self.loaded: Loaded | None = None
+        self.loaded: LoadedRules | None = None
         """None until the source has given rules."""
         self.has_rules = asyncio.Event()
         """Set once the source has given rules."""
@@ -151,7 +151,7 @@ class Reloader:
 
     def _note_success(self, version: str, count: int) -> None:
         self.loads["success"] += 1
-        self.loaded = Loaded(count, version, self._now_us())
+        self.loaded = LoadedRules(count, version, self._now_us())
         self.rejected = None
         self.has_rules.set()
 

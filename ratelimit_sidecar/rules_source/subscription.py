@@ -1,9 +1,9 @@
-"""What a client says on an ADS stream, state of the world, about resources of one type. No I/O.
+"""A client's requests on an ADS stream, state of the world, about resources of one type. No I/O.
 
 The protocol (Envoy's documentation, "xDS REST and gRPC protocol"): a stream begins with a request that names the node
-and the type. Every response is answered, before the next one is read, by a request with its nonce: with its version
-when it was accepted (ACK), with the version accepted last and the error when it was not (NACK). No resource names means
-all: each response holds every resource there is, and what it lacks is gone.
+and the type. Before the next response is read, every response is answered by a request with its nonce: with its version
+if it was accepted (ACK), or with the last accepted version and the error (NACK). No resource names means all: each
+response has every resource there is, and a missing one is gone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from envoy.config.core.v3.base_pb2 import Node
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
 MAX_ERROR_CHARS = 4_096
-"""Of a NACK's error: for a server's log, not for a document."""
+"""The longest error of a NACK, which is for a server's log."""
 
 _INVALID_ARGUMENT = 3
 
@@ -26,16 +26,16 @@ class Subscription:
 
     def __init__(self, type_url: str, node: Node) -> None:
         self.version = ""
-        """That was accepted last; "" before the first."""
+        """The version that was last accepted; "" before the first."""
         self._type_url = type_url
         self._node = node
 
     def begin(self) -> DiscoveryRequest:
-        """What to send first on a new stream.
+        """The first request of a new stream.
 
-        It asks for everything, also when something was accepted on a former stream. A version there would spare the
-        server an answer; but some (Envoy Gateway) count their versions from their own start, and take their third one
-        for that of the server before them.
+        It asks for everything, even if something was accepted on a former stream. With a version the server might not
+        need to answer; but some (Envoy Gateway) count their versions from their own start, and would take their third
+        version for that of their former life.
         """
         return self._request("", "")
 

@@ -1,7 +1,7 @@
-"""Rules from an xDS server, over one ADS stream on grpc.aio that is dialled again for ever.
+"""Rules from an xDS server, over one ADS stream on grpc.aio, which is dialled again for ever.
 
-What is said on the stream is decided in `subscription`. A server that is away, or was never there, changes nothing:
-the rules it gave last stay, over any number of streams.
+`subscription` decides what is sent on the stream. When the server is away, or was never there, its last rules stay in
+force.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ from ratelimit_sidecar.threads import in_daemon_thread
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
 
 NETWORK_SECONDS = 5.0
-"""For a TCP and a TLS handshake; and for one request to be taken."""
+"""The time for a TCP and a TLS handshake, and for one request to be sent."""
 
 FIRST_REDIAL_SECONDS = 0.2
 """Waits are random up to a bound that doubles from this one to `retry_seconds` ("full jitter")."""
 
 LASTING_SECONDS = 10.0
-"""A stream that lasted so long was in order: the server is dialled again at once, and the waits start afresh."""
+"""A stream that lasted this long was fine: the server is dialled again at once, and the waits start from the
+beginning.
+"""
 
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
-"""Several 100,000 rules; what is larger ends the stream."""
+"""The largest response: several 100,000 rules. A larger one ends the stream."""
 
 _MAX_PROBLEMS_TOLD = 50
 
@@ -62,11 +64,11 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class XdsClient:
-    """Asks an xDS server for rules, for as long as it runs.
+    """Gets rules from an xDS server while `run` runs.
 
     Args:
-        config: where to ask, and as whom.
-        read: checks what the server sent, by the names of the resources; raises ConfigError when it cannot be used.
+        config: the server to ask, and this node's identity.
+        read: checks the resources by name; raises ConfigError if they cannot be used.
     """
 
     def __init__(self, config: XdsConfig, read: Callable[[Mapping[str, Data]], Rules]) -> None:
@@ -77,7 +79,7 @@ class XdsClient:
         self._subscription = Subscription(TYPE_URL, node)
 
     async def run(self, reloader: Reloader) -> None:
-        """Put in force what the server sends, until cancelled."""
+        """Put the server's rules in force, until cancelled."""
         reloader.degraded_reason = "not connected yet"
         proxy = grpc_proxy(urlsplit(f"//{self._config.server}").hostname or "", os.environ)
         if proxy is not None:
@@ -117,7 +119,7 @@ class XdsClient:
         return loop.time() - dialled_at >= LASTING_SECONDS
 
     async def _follow(self, reloader: Reloader) -> str:
-        """Returns why the stream has ended."""
+        """Follow the stream; returns why it has ended."""
         async with await self._channel() as channel:
             call = channel.stream_stream(METHOD)(metadata=tuple(self._config.headers.items()))
             async with asyncio.timeout(NETWORK_SECONDS):
@@ -167,7 +169,7 @@ async def _write(call: grpc.aio.StreamStreamCall[bytes, bytes], request: Discove
 
 
 def _credentials(tls: XdsTlsConfig) -> grpc.ChannelCredentials:
-    """Read anew at each dial, so that rotated files are taken up."""
+    """Credentials, read at each dial, so that rotated files are used."""
     ca, key, certificate = (
         None if file is None else read_regular_file(file) for file in (tls.ca, tls.key, tls.certificate)
     )

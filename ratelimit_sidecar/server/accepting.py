@@ -1,6 +1,6 @@
-"""Taking connections from a listening socket, also while the system is out of file descriptors or memory for them.
+"""Accepts connections on a listening socket, also when the system runs out of file descriptors or memory.
 
-Then clients wait in the socket's backlog, and it is tried again now and then.
+In that case clients wait in the socket's backlog, and accepting is tried again every second.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import Shared
 
 AGAIN_SECONDS = 1.0
-"""After a connection could not be accepted; asyncio waits as long."""
+"""How long to wait after a failure; asyncio waits as long."""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""accept(2): other errors are of the one connection."""
+"""Errors of the system as a whole; others are of the one connection (accept(2))."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -27,10 +27,10 @@ _log = structlog.stdlib.get_logger(__name__)
 async def connections_of(
     listening: socket.socket, note_failure: Callable[[], None]
 ) -> AsyncIterator[tuple[socket.socket, str]]:
-    """The connections of clients as they come, and their IP addresses ("" over a unix socket), for ever.
+    """Yield connections and their IP addresses ("" over a unix socket), for ever.
 
     Args:
-        note_failure: called whenever one cannot be accepted for want of something.
+        note_failure: called whenever one cannot be accepted for lack of resources.
     """
     loop = asyncio.get_running_loop()
     is_exhausted = False
@@ -52,7 +52,7 @@ async def connections_of(
 
 
 async def clients_of(listening: socket.socket, shared: Shared) -> AsyncIterator[tuple[socket.socket, AddressBudget]]:
-    """The connections for which a front end has room, for ever; others are closed."""
+    """Yield the connections that the front end admits, for ever; others are closed."""
     async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
         budget = shared.enter(address)
         if budget is None:

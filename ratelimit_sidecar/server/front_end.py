@@ -1,7 +1,7 @@
-"""The life of a front end, the same for every kind of it: `start` binds, `serve` answers, `stop` drains.
+"""The interface of front ends: `start` binds, `serve` answers, `stop` drains.
 
 In an `asyncio.TaskGroup`: `await front_end.start()`, then `tasks.create_task(front_end.serve())`, and `await
-front_end.stop()` at the end. A front end lives once. It installs no signal handlers and starts no processes.
+front_end.stop()` at the end. A front end can be used once. It installs no signal handlers and starts no processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class FrontEnd(Protocol):
 
     @property
     def addresses(self) -> Sequence[str]:
-        """Where it listens since `start`, with the ports that the system chose where 0 was asked for."""
+        """The addresses it listens on since `start`, with the chosen ports in place of 0."""
 
     async def start(self) -> None:
         """Bind every address; clients can connect from here on.

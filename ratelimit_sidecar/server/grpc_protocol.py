@@ -1,9 +1,8 @@
-"""asyncio's side of a client's connection: reads go into its `http2.Connection`, calls are answered at once, and all
-answers of a read leave in one write.
+"""asyncio's side of a client's connection: received bytes go into its `http2.Connection`, calls are answered at once,
+and all answers to one read are sent in one write.
 
-Back-pressure: while a client does not read its answers, nothing more of it is read. A read with so many calls that they
-would keep the event loop busy is taken in slices, and other connections have their turn in between, also within a slice
-whose calls take long.
+Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
+handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, Rpc
 from ratelimit_sidecar.server.streaming import StreamingCall
 
 SLICE_BYTES: Final = 4_096
-"""Holds 130 calls at most, since none is shorter than 31 bytes."""
+"""At most 130 calls, since none is shorter than 31 bytes."""
 
 QUANTUM_NS: Final = 1_000_000
-"""How long calls of one connection are answered in one turn of the event loop; the one that fills it is the last."""
+"""How long calls of one connection are answered in one turn of the event loop. The call that exceeds it is finished."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
-"""Answers that wait for a client to read them, beyond which nothing more of it is read."""
+"""The bytes of unread answers beyond which nothing more is read from the client."""
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
 class Shared:
-    """What the connections of a front end have in common.
+    """State that all connections of a front end share.
 
     Args:
         handlers: by path.
@@ -48,15 +47,15 @@ class Shared:
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
-        """Set when a connection is gone."""
+        """Set when a connection is closed."""
         self.is_draining = False
         self.accepted = 0
         """Connections since the start."""
         self.now_s = 0.0
-        """As of the latest check."""
+        """The time of the last check."""
 
     def enter(self, address: str) -> AddressBudget | None:
-        """A connection was accepted; None when it must be closed."""
+        """Count a new connection. Returns the budget of its address, or None if it must be closed."""
         self.accepted += 1
         budget = self.connection_limiter.enter(address)
         if budget is None:
@@ -65,11 +64,11 @@ class Shared:
 
 
 class GrpcProtocol:
-    """An `asyncio.Protocol` (https://docs.python.org/3/library/asyncio-protocol.html).
+    """The `asyncio.Protocol` of one connection (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
-        budget: of the client's address. It is given back to `Shared.room` when the connection is lost.
-        age_s: after which the connection is drained; None for never.
+        budget: of the client's address. It is returned to `Shared.connection_limiter` when the connection is closed.
+        age_s: the connection is drained at this age; None for never.
     """
 
     def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
@@ -81,14 +80,14 @@ class GrpcProtocol:
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
         self._blocked: set[StreamingCall] = set()
-        """Of the streaming calls those whose client has to take something first."""
+        """Streaming calls that wait for their client to read."""
         self._rest: memoryview | None = None
-        """What was read and is not taken yet."""
+        """Received bytes that were not given to the connection yet."""
         self._happened: list[Event] = []
         self._handled = 0
-        """What happened in the slice that was taken last, and how much of it is dealt with."""
+        """The events of the last slice, and how many of them were handled."""
         self._is_paused = False
-        """The client does not read its answers."""
+        """True while the client does not read its answers."""
         self._is_closing = False
         self._unwritten = 0
         self._unwritten_since_s = shared.now_s
@@ -106,7 +105,7 @@ class GrpcProtocol:
 
     def data_received(self, data: bytes) -> None:
         if self._rest is not None:
-            # TLS may have had some more.
+            # With TLS, bytes may arrive although reading is paused.
             self._rest = memoryview(bytes(self._rest) + data)
         elif self._is_behind():
             self._rest = memoryview(data)
@@ -124,7 +123,7 @@ class GrpcProtocol:
             self._take_slices()
 
     def eof_received(self) -> bool:
-        """The client has half-closed; asyncio closes when all is written."""
+        """The client has half-closed; asyncio closes once everything is written."""
         return False
 
     def pause_writing(self) -> None:
@@ -151,7 +150,7 @@ class GrpcProtocol:
     # What the front end calls
 
     def check(self, now_s: float) -> None:
-        """End what takes too long."""
+        """End calls and connections that take too long."""
         transport = self._transport
         if transport is None:
             return
@@ -168,8 +167,9 @@ class GrpcProtocol:
         self._flush()
 
     def drain(self) -> None:
-        """Take no new calls, and close when those in flight are answered. Streaming ones, which might never end, are
-        ended."""
+        """Take no new calls, and close when those in flight are answered. Streaming calls, which might never end, are
+        ended.
+        """
         for call in list(self._streaming.values()):
             call.end(SHUTTING_DOWN)
         self._connection.drain()
@@ -182,7 +182,7 @@ class GrpcProtocol:
             self._transport.abort()
 
     def fail(self) -> None:
-        """Close at once, since this program cannot deal with it."""
+        """Close at once after an internal error."""
         if self._transport is not None:
             self._shared.counts.closed_connections["internal"] += 1
             self._transport.abort()
@@ -190,7 +190,7 @@ class GrpcProtocol:
     # Calls
 
     def _is_behind(self) -> bool:
-        """Whether there is more of what was read."""
+        """True if some received bytes or events are not handled yet."""
         return self._rest is not None or self._handled < len(self._happened)
 
     def _forget_unhandled(self) -> None:
@@ -199,7 +199,7 @@ class GrpcProtocol:
         self._handled = 0
 
     def _take_slices(self) -> None:
-        """Deal with what was read, for a quantum; then let other connections have their turn."""
+        """Handle received bytes for one quantum; then let other connections run."""
         started_ns = _perf_counter_ns()
         while True:
             happened = self._happened
@@ -262,7 +262,7 @@ class GrpcProtocol:
     def _begin_streaming(self, opened: StreamStarted) -> None:
         stream_id = opened.stream_id
         if self._shared.is_draining:
-            # Its client has not read the GOAWAY yet.
+            # The client has not seen the GOAWAY yet.
             self._connection.finish(stream_id, SHUTTING_DOWN)
             return
         call = StreamingCall(
@@ -292,7 +292,7 @@ class GrpcProtocol:
         if self._streaming:
             late = connection.late()
             if self._handled < len(self._happened):
-                # They come after what has happened before.
+                # Handle them after the earlier events.
                 self._happened.extend(late)
             else:
                 for event in late:

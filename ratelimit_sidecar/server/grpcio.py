@@ -1,7 +1,7 @@
-"""The second front end: the same handlers on grpc.aio, whose C core speaks HTTP/2 and gRPC; messages stay bytes.
+"""The second front end: the same handlers on grpc.aio, whose C core does HTTP/2 and gRPC; messages stay bytes.
 
-It is several times slower than h2, but an implementation of gRPC that everybody knows: to compare with, and
-to fall back on. Compressed requests, which h2 refuses, the C core decompresses.
+It is several times slower than h2, but well known: to compare with, and to fall back on. Unlike h2, it accepts
+compressed requests.
 """
 
 from __future__ import annotations
@@ -46,31 +46,32 @@ _NAMES = ("peer_dns", "peer_uri", "peer_ip")
 """Subject alternative names of a client's certificate, as gRPC's library calls them."""
 
 MAX_CALLS = 8_192
-"""Concurrent calls in all: a queue that long is answered after Envoy's default timeout of 20 ms, so a longer one helps
-nobody."""
+"""The most concurrent calls. A longer queue helps nobody: Envoy's default timeout of 20 ms would be over before its
+end.
+"""
 
 FAILED_CHECK_SECONDS = 0.1
-"""How often it is looked whether the server still takes calls."""
+"""How often it is checked whether the server still takes calls."""
 
 LISTENER = "grpc_listener"
-"""Its name in metrics and `/readyz`."""
+"""The task's name in metrics and `/readyz`."""
 
 MAX_MS = 2**31 - 1
-"""The C core's integers end there, and mean never."""
+"""The largest integer of the C core, which stands for never."""
 
 
 class GrpcioFrontEnd:
-    """A `FrontEnd` (see `server.front_end`).
+    """A `FrontEnd` on grpc.aio (see `server.front_end`).
 
-    Theory of operation. The library's loop that takes calls ends with an exception when a client sends a path that is
-    not UTF-8, and it offers no hook to refuse such a call. So the server is made anew on the same addresses whenever
-    that happens. The calls of that moment are lost.
+    Theory of operation. The library's accept loop ends with an exception when a client sends a path that is not UTF-8,
+    and there is no hook to refuse such a call. So whenever that happens, a new server is made on the same addresses.
+    The calls in flight are lost.
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        limits: of them those hold that the C core can keep.
-        certificate: of TCP addresses; None for plain text.
-        supervisor: makes the server anew, and counts that.
+        limits: only those that the C core can keep apply.
+        certificate: for TCP addresses; None for plain text.
+        supervisor: makes the new server, and counts that.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class GrpcioFrontEnd:
         await self._close()
 
     async def _serve(self) -> None:
-        """Answer until `stop`, or raise what has ended the library's loop."""
+        """Answer until `stop`, or raise the exception that has ended the library's loop."""
         if self._server is None and not self._stopping.is_set():
             # With the ports that were chosen.
             await self._listen(list(dict.fromkeys(self.addresses)))
@@ -132,7 +133,7 @@ class GrpcioFrontEnd:
             raise
 
     async def _listen(self, addresses: Sequence[str]) -> list[str]:
-        """Returns where it listens now."""
+        """Listen; returns the addresses, with their ports."""
         self._server = server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=MAX_CALLS)
         server.add_generic_rpc_handlers(self._handlers)
         try:
@@ -152,7 +153,7 @@ class GrpcioFrontEnd:
             self._files.pop().remove()
 
     def _bind(self, server: grpc.aio.Server, address: str) -> list[str]:
-        """Returns the address, with the port that was chosen, once for each IP address that it has."""
+        """Bind one address. Returns it with the chosen port, once for each IP address that it has."""
         if address.startswith(UNIX_PREFIX):
             # The C core takes a socket's file away from a live server, so it is given a new one.
             path = unix_path(address)
@@ -193,7 +194,7 @@ class GrpcioFrontEnd:
 
 
 def _why_not(address: str, refused: RuntimeError) -> OSError:
-    """Why the C core cannot listen on an address, which it doesn't tell."""
+    """Find out why the C core cannot listen on an address, since its exception does not say it."""
     try:
         for listener in listen([address]):
             listener.close()
@@ -314,7 +315,7 @@ def _streaming(
 
 
 async def _next_response(responses: AsyncGenerator[bytes, None], stop: asyncio.Task[bool]) -> bytes | None:
-    """What is there at a stop is still told.
+    """The next response, until a stop. One that is ready at the stop is still returned.
 
     Returns:
         None at the end, or at a stop.
@@ -329,10 +330,10 @@ async def _next_response(responses: AsyncGenerator[bytes, None], stop: asyncio.T
 
 
 def _check_client(context: grpc.aio.ServicerContext[bytes, bytes], certificate: ServerCertificate) -> None:
-    """
+    """Check the name in a client's certificate. gRPC's library allows that only once there is a call.
+
     Raises:
-        RpcError: a client over TCP, whose certificate is not for the name that is wanted. gRPC's library lets nobody
-            look before there is a call.
+        RpcError: the certificate is not for the configured name.
     """
     shown = context.auth_context()
     # Over a unix socket there is no TLS.

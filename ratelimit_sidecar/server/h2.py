@@ -16,21 +16,23 @@ from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
 CHECKED_AT_ONCE = 256
-"""Connections looked at for what takes too long, before others have their turn: 0.2 ms."""
+"""Connections checked in one go, 0.2 ms, before other tasks run."""
 
 SHEDDING_SECONDS = 60.0
-"""For how long it is told that something was refused for want of room."""
+"""How long `is_shedding` stays true after something was refused for lack of memory or connections."""
 
 AGE_JITTER = 0.1
-"""As gRPC servers have it, so that clients that came together do not all leave together."""
+"""The age of a connection varies by a tenth, as in gRPC servers, so that connections that came together end
+one by one.
+"""
 
 
 class H2FrontEnd:
-    """A `FrontEnd` (see `server.front_end`).
+    """The default `FrontEnd` (see `server.front_end`).
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        certificate: of TCP addresses; None for plain text.
+        certificate: for TCP addresses; None for plain text.
     """
 
     def __init__(
@@ -66,22 +68,22 @@ class H2FrontEnd:
 
     @property
     def accepted_connections(self) -> int:
-        """Since the start."""
+        """Connections accepted since the start."""
         return self._shared.accepted
 
     @property
     def held_bytes(self) -> int:
-        """What unfinished calls hold in memory."""
+        """The memory that unfinished calls hold."""
         return self._shared.connection_limiter.budget.held
 
     @property
     def closed_connections(self) -> Mapping[str, int]:
-        """Connections ended by this side, by reason."""
+        """Connections that this side has closed, by reason."""
         return self._shared.counts.closed_connections
 
     @property
     def accept_failures(self) -> int:
-        """Times that a connection could not be accepted for want of file descriptors or memory."""
+        """How often a connection could not be accepted, for lack of file descriptors or memory."""
         return self._shared.counts.accept_failures
 
     @property
@@ -91,7 +93,7 @@ class H2FrontEnd:
 
     @property
     def is_shedding(self) -> bool:
-        """Whether calls or connections were lately refused for want of room."""
+        """True if calls or connections were refused lately, for lack of memory or connections."""
         return self._is_shedding_until_s > self._shared.now_s
 
     async def start(self) -> None:
@@ -153,7 +155,8 @@ class H2FrontEnd:
                 self._shared.connection_limiter.leave(budget)
 
     def _protocol(self, budget: AddressBudget, began_s: float) -> GrpcProtocol:
-        """
+        """Make the protocol of a new connection.
+
         Args:
             began_s: when the client connected.
         """

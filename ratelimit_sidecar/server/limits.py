@@ -1,4 +1,4 @@
-"""The bounds that front ends keep, so that no client can take the sidecar's memory or its time."""
+"""The bounds of front ends, so that no client can use up the sidecar's memory or time."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_MESSAGE_BYTES: Final = 4 * 1_024 * 1_024
-"""A larger request is answered RESOURCE_EXHAUSTED, which Envoy lets pass. It is gRPC's own default, so that of
-envoyproxy/ratelimit; Envoy's requests are a few hundred bytes, and all the headers that it takes by default, 60 KiB,
-fit into each of 68 descriptors."""
+"""The largest request. A larger one is answered RESOURCE_EXHAUSTED, and Envoy lets it pass. It is the default of gRPC
+and so of envoyproxy/ratelimit. Envoy's requests have a few hundred bytes; 68 descriptors could each hold all headers
+that Envoy accepts by default, 60 KiB.
+"""
 
 MAX_STREAMED_BYTES: Final = 65_536
-"""The largest message of most streaming calls, which a client sends in part at most until it is read."""
+"""The largest message of most streaming calls; it also limits how much a client sends before it is read."""
 
 MAX_HEADER_BYTES: Final = 131_072
-"""Of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy takes 60 KiB of headers from
-its own clients and passes some of them on."""
+"""The largest headers of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy accepts
+60 KiB of headers from its own clients and passes some of them on.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one front end takes from its clients. Times are in seconds.
+    """The bounds of one front end. Times are in seconds.
 
     Args:
-        connections: at once; an Envoy opens one a worker thread. Further ones are closed at once.
-        streams: calls on one connection at once. Envoy sends all calls of a worker over one.
-        held_bytes: what unfinished calls of all connections may hold in memory. A connection may hold an eighth of what
-            is free, so that no few of them take all of it.
-        handshake: from a new connection to its first SETTINGS frame, TLS included.
-        body_idle: a call whose message stops in the middle for as long is reset.
-        call: a call whose message is not complete after that is reset.
-        stalled: a client that takes no answers for as long is disconnected.
-        idle: a connection without calls is closed. Envoy closes idle ones after an hour, and whoever calls should
-            choose, since opening a new one costs a part of its timeout: this only clears away what was forgotten.
-        ping_after: a connection with a streaming call is asked for a sign of life after such a silence, and is closed
-            when it gives none for as long again.
-        drain: what calls in flight get at a stop.
-        goaway_ping: how long a client may take to answer the PING between the two GOAWAYs of a drain.
-        age: a connection this old, up to a tenth more or less, is drained, so that clients spread over new sidecars;
-            None: never.
-        age_grace: what calls in flight then get.
-        check_every: how often these times are looked at; each can be so much longer.
+        connections: the most connections; an Envoy opens one for each worker thread. Further ones are closed at once.
+        streams: the most concurrent calls on one connection. Envoy sends all calls of a worker over one.
+        held_bytes: the most memory for unfinished calls of all connections. A connection may hold an eighth of what is
+            free, so that a few of them cannot use all of it.
+        handshake: the time from a new connection to its first SETTINGS frame, TLS included.
+        body_idle: a call whose message stops in the middle for this long is reset.
+        call: a call whose message is not complete after this time is reset.
+        stalled: a client that reads no answers for this long is disconnected.
+        idle: a connection without calls is closed after this time. Envoy closes its own after an hour. Clients should
+            choose, since a new connection costs a part of a call's timeout; this only removes forgotten ones.
+        ping_after: a connection with a streaming call is sent a PING after such a silence, and is closed after a second
+            one.
+        drain: the time for calls in flight at a stop.
+        goaway_ping: the time for a client to answer the PING between the two GOAWAYs of a drain.
+        age: a connection is drained at this age, a tenth more or less, so that clients spread over new sidecars; None
+            for never.
+        age_grace: the time for calls in flight then.
+        check_every: the interval of checks of these times; each can be exceeded by this much.
     """
 
     connections: int = 4_096

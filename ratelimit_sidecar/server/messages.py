@@ -8,11 +8,11 @@ from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 
 class MessageReader:
-    """Bytes in, as they come; whole messages out.
+    """Splits received bytes into gRPC messages. `feed` bytes, and call `next_message`.
 
     Args:
         metadata: of the call.
-        most: bytes of a message.
+        most: the largest message, in bytes.
     """
 
     def __init__(self, metadata: Metadata, most: int = MAX_STREAMED_BYTES) -> None:
@@ -25,11 +25,12 @@ class MessageReader:
 
     @property
     def waiting(self) -> int:
-        """Bytes that were fed and are in no message yet."""
+        """The number of bytes that were fed and are not part of a returned message."""
         return len(self._bytes)
 
     def next_message(self, ended: bool) -> bytes | None:
-        """
+        """The next complete message, if there is one.
+
         Args:
             ended: no more bytes will come.
 

@@ -1,13 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""HTTP/2 for `http2.Connection`, on libnghttp2 in C: what it needs of a server's session, and no more.
+"""A server's HTTP/2 session for `http2.Connection`, on libnghttp2 in C.
 
-`portable_http2` is the same on the package ngh2, for where nothing could be compiled; a test holds the two to each other.
-A request's headers stay one block of memory until somebody looks at them, and an answer is one call.
+`portable_http2` is the same on the package ngh2, for installations without a C compiler; a test compares the two. A
+request's headers stay one block of memory until they are read, and an answer is one call.
 
 Safety. nghttp2 calls back while it parses or writes. A callback never raises: one that fails makes nghttp2 fail with it,
-and a session in which nghttp2 has failed neither parses nor writes again. Callbacks run no code but this module's, so
+and a session in which nghttp2 has failed neither parses nor writes again. Callbacks run only this module's code, so
 nothing re-enters nghttp2. `_requests` owns the requests of open streams, and nghttp2 borrows them until the stream is
-closed. Neither class refers to anything that could refer back, so both do without the garbage collector, which would
+closed. Neither class refers to anything that could refer back. So both do without the garbage collector, which would
 clear what nghttp2 still borrows.
 """
 
@@ -154,8 +154,9 @@ class BrokenSession(Exception):
 @cython.no_gc
 @cython.freelist(128)
 cdef class Request:
-    """A request and its stream. `Session.receive` returns it when its headers are complete, and again when more has come
-    while `is_wanted` is set."""
+    """A request and its stream. `Session.receive` returns it when its headers are complete, and again when more has arrived
+    while `is_wanted` is set.
+    """
 
     cdef readonly int stream_id
     cdef readonly bytes path
@@ -165,17 +166,17 @@ cdef class Request:
     cdef readonly bint may_be_sampled
     """Its `traceparent` has the sampled flag (W3C Trace Context, 3.2), or it has headers of B3, whatever they say."""
     cdef readonly bint is_oversized
-    """Its headers are larger than may be; they are empty here."""
+    """Its headers were too large; they are empty here."""
     cdef readonly bint ended
-    """The client has sent all of it."""
+    """True if the client has sent everything."""
     cdef readonly bint lost
-    """The stream is closed: the client has reset it, or it is answered."""
+    """True if the stream is closed: the client has reset it, or it is answered."""
     cdef readonly bint is_answered
-    """The headers of its response were submitted."""
+    """True if the headers of its response were submitted."""
     cdef public bint is_wanted
-    """Whoever sets it wants to hear of what comes later."""
+    """Set it to get the request again when more of it arrives."""
     cdef readonly Py_ssize_t header_bytes
-    """As RFC 9113 (6.5.2) counts them."""
+    """The size of the headers as RFC 9113 (6.5.2) counts it."""
     cdef object _body  # bytes, or a bytearray once there is more than one part
     cdef Py_ssize_t _unconsumed
     cdef bint _is_listed
@@ -200,11 +201,11 @@ cdef class Request:
 
     @property
     def body_bytes(self):
-        """Bytes of the body that have come and were not taken."""
+        """The number of bytes of the body that were received and not taken."""
         return len(self._body)
 
     def take_body(self):
-        """What has come of the body since the last call."""
+        """The bytes of the body received since the last call."""
         body = self._body
         self._body = b""
         return body if type(body) is bytes else bytes(body)
@@ -213,7 +214,7 @@ cdef class Request:
         return iter(self.headers())
 
     def headers(self):
-        """All of them, pseudo-headers too, as pairs of bytes."""
+        """All headers, pseudo-headers too, as pairs of bytes."""
         cdef size_t at = 0
         cdef uint32_t lengths[2]
         cdef list found = []
@@ -277,29 +278,29 @@ cdef class Session:
     """A server's session of HTTP/2.
 
     Args:
-        max_streams: open at once.
+        max_streams: the most open streams.
         stream_window, connection_window: bytes a client may send before they are consumed.
-        max_header_bytes: of a request; a larger one is `Request.is_oversized`.
-        resets: streams that a client may reset at once, and then a second.
+        max_header_bytes: the largest headers of a request; with larger ones it is `Request.is_oversized`.
+        resets: streams that a client may reset at once, and then in each second.
     """
 
     cdef nghttp2_session *_session
     cdef int _broken
-    """The code for a GOAWAY, once nghttp2 has failed."""
+    """The code for a GOAWAY, if nghttp2 has failed."""
     cdef dict _requests
     cdef list _changed
     cdef bytes _last_path
     cdef Py_ssize_t _max_header_bytes
     cdef readonly Py_ssize_t unsent
-    """Bytes of answers that the client grants no room for yet."""
+    """The bytes of answers that wait for window from the client."""
     cdef readonly long long control_frames
-    """Received since the start, of those that carry no part of a request."""
+    """The frames received since the start that carry no part of a request."""
     cdef readonly bint has_settings
-    """The client has shaken hands."""
+    """True if the client's SETTINGS have arrived."""
     cdef readonly bint said_goodbye
-    """The client has sent GOAWAY."""
+    """True if the client has sent GOAWAY."""
     cdef readonly bytes ponged
-    """What the latest acknowledged PING carried."""
+    """The payload of the last acknowledged PING."""
     cdef readonly int sent_goaway_code
     """Of the latest GOAWAY that was sent."""
 
@@ -371,7 +372,7 @@ cdef class Session:
         return self._take_changed()
 
     def late(self):
-        """As `receive`, of what happened while output was made."""
+        """As `receive`, for events that arose while output was produced."""
         return self._take_changed()
 
     cdef list _take_changed(self):
@@ -423,12 +424,12 @@ cdef class Session:
 
     @property
     def needs_replacing(self):
-        """The connection has lost so much of its window that the client will stall. (Never, in here.)"""
+        """True if the connection has lost so much of its window that the client will stall. (Never here.)"""
         return False
 
     @property
     def is_over(self):
-        """Nothing more is to be received or sent."""
+        """True if nothing more is to be received or sent."""
         if self._broken:
             return True
         return not nghttp2_session_want_read(self._session) and not nghttp2_session_want_write(self._session)
@@ -512,7 +513,7 @@ cdef class Session:
             self.consume(request, request._unconsumed)
 
     def unsent_of(self, Request request not None):
-        """Bytes of a response that the client grants no room for yet."""
+        """The bytes of a response that wait for window from the client."""
         return request._unsent
 
     def has_sent_all(self, Request request not None):
@@ -543,16 +544,16 @@ cdef class Session:
         nghttp2_submit_ping(self._session, NGHTTP2_FLAG_NONE, <const uint8_t *>PyBytes_AS_STRING(payload))
 
     def send_shutdown_notice(self):
-        """A GOAWAY that asks for no new streams, and still takes them."""
+        """Send a GOAWAY that asks for no new streams, and still accepts them."""
         nghttp2_submit_shutdown_notice(self._session)
 
     def send_goaway(self):
-        """A GOAWAY that says which streams were taken."""
+        """Send a GOAWAY that says which streams were taken."""
         nghttp2_submit_goaway(self._session, NGHTTP2_FLAG_NONE,
                               nghttp2_session_get_last_proc_stream_id(self._session), 0, NULL, 0)
 
     def terminate(self, uint32_t code):
-        """A last GOAWAY; nothing is received after it."""
+        """Send a last GOAWAY; nothing is received after it."""
         nghttp2_session_terminate_session(self._session, code)
 
     cdef void _resume(self, Request request) noexcept:
@@ -561,7 +562,7 @@ cdef class Session:
             nghttp2_session_resume_data(self._session, request.stream_id)
 
     cdef int _note(self, Request request) except -1:
-        """Tell of it once, when the bytes at hand are taken."""
+        """Return the request once, when the current bytes are taken."""
         if not request._is_listed:
             request._is_listed = True
             self._changed.append(request)
@@ -784,7 +785,7 @@ cdef int _on_stream_closed(nghttp2_session *session, int32_t stream_id, uint32_t
 
 cdef nghttp2_ssize _read_response(nghttp2_session *session, int32_t stream_id, uint8_t *buffer, size_t length,
                                   uint32_t *data_flags, nghttp2_data_source *source, void *user_data) noexcept:
-    """Lay messages, each behind its prefix, into a frame; at the end the trailers."""
+    """Put messages, each behind its prefix, into a frame; at the end the trailers."""
     cdef Session self = <Session>user_data
     cdef Request request
     cdef Py_ssize_t size, count, copied = 0, room = <Py_ssize_t>length

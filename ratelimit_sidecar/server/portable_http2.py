@@ -1,8 +1,8 @@
-"""The same as `native_http2`, on the package ngh2: for where no C compiler was at hand when this was installed.
+"""The same as `native_http2` on the package ngh2, for installations without a C compiler.
 
-It is slower, and differs in two things. When a stream ends in the middle of a DATA frame, ngh2 does not tell what had
-come of that frame, so that much of the connection's window is lost; a connection that has lost half of it needs to be
-replaced. And a request with headers larger than may be ends its connection.
+It is slower, and differs in two points. When a stream ends in the middle of a DATA frame, ngh2 does not say how much of
+that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its window
+must be replaced. And a request with headers that are too large ends its connection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENHANCE_YOUR_CALM: Final = 0xB
 PROTOCOL_ERROR: Final = 0x1
 
 MAX_FRAME_BYTES: Final = 16_384
-"""Of a client's DATA frames, as SETTINGS_MAX_FRAME_SIZE is left at what it is."""
+"""The largest DATA frame of a client, since SETTINGS_MAX_FRAME_SIZE keeps its default."""
 
 OK_TRAILERS: Final = ((b"grpc-status", b"0"),)
 _POST: Final = (b":method", b"POST")
@@ -359,7 +359,7 @@ class Session:
             self.consume(request, request.unconsumed)
 
     def _append(self, request: Request, data: bytes) -> None:
-        """A part of a body that is not its last, or is for somebody to consume."""
+        """Append a part of a body."""
         request.unconsumed += len(data)
         self._unconsumed += len(data)
         if request.is_answered and not request.is_wanted:

@@ -1,8 +1,8 @@
-"""What front ends and services agree on: messages and headers in, messages or a status out.
+"""The interface between front ends and services: messages and headers in, messages or a status out.
 
 A unary handler is synchronous, because it answers from memory; a front end runs it on the event loop, one call at a
-time. A method with a stream of messages on either side is an asynchronous generator, in a task of its own. An exception
-that a handler did not mean to raise costs its caller a status INTERNAL, and everybody else nothing.
+time. A method with a stream of messages on either side is an asynchronous generator, in a task of its own. After an
+unexpected exception in a handler, its caller gets the status INTERNAL, and other calls go on.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class Headers:
 
 
 UnaryHandler = Callable[[bytes, Metadata], bytes]
-"""Serialized request and headers to serialized response; raises `RpcError` to answer with a status."""
+"""A handler: serialized request and headers to serialized response. It raises `RpcError` to answer with a status."""
 
 StreamHandler = Callable[[AsyncIterator[bytes], Metadata], AsyncGenerator[bytes, None]]
-"""An asynchronous generator: serialized requests and headers to serialized responses; raises `RpcError` to end the call
-with a status. It is closed when the client cancels, and at a stop."""
+"""A handler as an asynchronous generator: serialized requests and headers to serialized responses. It raises `RpcError`
+to end the call with a status. It is closed when the client cancels, and at a stop.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Streaming:
     """A method with a stream of messages in, out or both; a side with a single message is a stream of one.
 
     Args:
-        max_message_bytes: of one that comes in; at most `limits.MAX_MESSAGE_BYTES`.
+        max_message_bytes: the largest incoming message; at most `limits.MAX_MESSAGE_BYTES`.
     """
 
     handler: StreamHandler
@@ -64,14 +65,14 @@ class Streaming:
 Handler = UnaryHandler | Streaming
 
 Handlers = Mapping[str, Handler]
-"""By path, `/package.Service/Method`."""
+"""Handlers by path, `/package.Service/Method`."""
 
 MAX_KINDS_LOGGED = 256
-"""Kinds of unexpected failure that are told apart; more of them are counted as known."""
+"""The most kinds of unexpected failures that are logged; further kinds are ignored."""
 
 
 class Code(IntEnum):
-    """The gRPC status codes a server here answers with (grpc/doc/statuscodes.md)."""
+    """The gRPC status codes that servers here answer with (grpc/doc/statuscodes.md)."""
 
     OK = 0
     INVALID_ARGUMENT = 3
@@ -98,14 +99,14 @@ class RpcError(Exception):
 
 
 SHUTTING_DOWN: Final = RpcError(Code.UNAVAILABLE, "the server is shutting down")
-"""Ends streaming calls at a stop, since they might never end by themselves."""
+"""The status that ends streaming calls at a stop, since they might never end by themselves."""
 
 
 async def first_message(messages: AsyncIterator[bytes]) -> bytes:
-    """The message of a method that takes one and answers with many.
+    """The only message of a method that takes one message and answers with many.
 
     Raises:
-        RpcError: UNIMPLEMENTED when there is none (grpc/doc/statuscodes.md).
+        RpcError: UNIMPLEMENTED if there is none (grpc/doc/statuscodes.md).
     """
     async for message in messages:
         return message
@@ -113,10 +114,10 @@ async def first_message(messages: AsyncIterator[bytes]) -> bytes:
 
 
 class FailureLog:
-    """Turns exceptions that no handler meant to raise into a status, and logs each kind of them once.
+    """Turns unexpected exceptions of handlers into a status, and logs each kind of them once.
 
-    Once, because what fails for one request fails for thousands a second. A kind is an exception's type,
-    raised at one line, for one method.
+    Only once, because what fails for one request fails for thousands a second. A kind is an exception's type, raised at
+    one line, for one method.
     """
 
     def __init__(self) -> None:
@@ -127,7 +128,7 @@ class FailureLog:
         """The status for the caller, who is not told what went wrong in here.
 
         Args:
-            metadata: of the call, in which a trace may be named.
+            metadata: of the call; it may name a trace.
         """
         self.log_first(path, error, metadata)
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")

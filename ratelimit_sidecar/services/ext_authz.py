@@ -1,12 +1,11 @@
 """envoy.service.auth.v3.Authorization: rate limits for proxies that ask whether a request may pass.
 
-A thin shell: `limiter.http_mapping` makes of the request what Envoy's rate limit filter would have sent, the rate limit
-service answers that, and its answer is said here in the words of ext_authz. So both ask the same buckets. Two forms of
-the same question come in, as Envoy has them: a gRPC call, and the request itself over HTTP, without its body
-(`services.ext_authz_http`).
+`limiter.http_mapping` turns the request into the RateLimitRequest that Envoy's rate limit filter would have sent. The
+rate limit service answers it, and its answer is translated for ext_authz. So both services use the same buckets. As in
+Envoy there are two forms: a gRPC call, and the request itself over HTTP, without its body (`services.ext_authz_http`).
 
-Neither a domain without a mapping nor a request that lacks what the mapping needs is an error: it is not limited, as
-where Envoy's rate limit filter has no descriptors to send, and counted.
+A domain without a mapping, or a request that lacks what the mapping needs, is no error. Such a request is not limited,
+as when Envoy's rate limit filter has no descriptors to send; it is counted.
 """
 
 from __future__ import annotations
@@ -30,26 +29,27 @@ from ratelimit_sidecar.services.v1.check_pb2 import CheckRequest
 SERVICE_NAME: Final = "envoy.service.auth.v3.Authorization"
 
 DOMAIN_EXTENSION: Final = b"domain"
-"""The context extension that says whose mapping and rules a request is for."""
+"""The context extension that names the domain."""
 
 MAX_HEADERS: Final = 1_024
-"""Of a request. Envoy takes 100 by default."""
+"""The most headers of a request. Envoy accepts 100 by default."""
 
 _PATH: Final = f"/{SERVICE_NAME}/Check"
 
 
 class ExtAuthzService:
-    """One method, `Check`, and the same for a request over HTTP.
+    """The service, with one method, `Check`, and the same for a request over HTTP (`decide`).
 
     Args:
-        rate_limit: which decides; calls that are refused here are counted there.
-        rules: those in force, called once a request.
+        rate_limit: decides; refused calls are counted there.
+        rules: returns the rules in force; called once a request.
     """
 
     def __init__(self, rate_limit: RateLimitService, rules: Callable[[], Rules]) -> None:
         self.unlimited = {"no_mapping": 0, "no_descriptor": 0}
-        """Requests since the start that no rule was asked for: of a domain without a mapping, or without what any of
-        its descriptors is made from."""
+        """Requests since the start for which no limit was checked: the domain has no mapping, or the request lacks what
+        all of its descriptors are made from.
+        """
         self._rate_limit = rate_limit
         self._rules = rules
 
@@ -74,10 +74,10 @@ class ExtAuthzService:
         return raw
 
     def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> RateLimitResponse:
-        """What the rate limit service says of an HTTP request.
+        """The rate limit service's answer for an HTTP request.
 
         Args:
-            domain: empty for the default one of the rules.
+            domain: empty for the default domain of the rules.
             metadata: of the call or request that brought it.
 
         Raises:
@@ -97,10 +97,10 @@ class ExtAuthzService:
 
 
 def http_request(check: bytes) -> HttpRequest:
-    """What a serialized CheckRequest asks about.
+    """The HTTP request in a serialized CheckRequest.
 
     Raises:
-        RpcError: INVALID_ARGUMENT: it is none, or has more than `MAX_HEADERS`.
+        RpcError: INVALID_ARGUMENT: it is no CheckRequest, or has more than `MAX_HEADERS`.
     """
     try:
         attributes = CheckRequest.FromString(check).attributes
@@ -125,7 +125,7 @@ def http_request(check: bytes) -> HttpRequest:
 
 
 def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[bytes, bytes]:
-    """By name in lower case, with all values that came under it."""
+    """Headers by name in lower case; several values of one name are joined by commas."""
     values: dict[bytes, list[bytes]] = {}
     for name, value in headers:
         values.setdefault(name.lower(), []).append(value)

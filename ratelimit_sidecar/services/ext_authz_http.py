@@ -1,10 +1,10 @@
 """ext_authz over HTTP, as an ASGI application: the request itself comes in, and the status says whether it may pass.
 
-Envoy's HTTP form sends the request's method, path and those headers that it is told to, no body. The path begins with
-the filter's `path_prefix`, which names the domain: `/ext_authz/shop`, or `/ext_authz/` for the default one. 200 lets
-the request pass, 429 denies it with the headers and the body that the client is to see. A failure is 503: a status from
-500 up is an error to Envoy's filter, which then decides by its `failure_mode_allow`. A path without the prefix is
-denied with 404, so that nobody takes a filter without one for a limit.
+Envoy's HTTP form sends the request's method, path and the configured headers, without a body. The path begins with the
+filter's `path_prefix`, which names the domain: `/ext_authz/shop`, or `/ext_authz/` for the default one. 200 lets the
+request pass; 429 denies it, with the headers and the body for the client. A failure is 503: Envoy's filter treats
+statuses from 500 up as errors, and then follows its `failure_mode_allow`. A path without the prefix is denied with 404,
+so that a filter without a prefix is noticed.
 """
 
 from __future__ import annotations

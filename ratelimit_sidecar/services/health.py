@@ -21,13 +21,13 @@ OVERALL = ""
 
 
 class HealthService:
-    """One state for all services: they are served by the same process from the same memory.
+    """The service. It has one state for all services, since one process serves them from the same memory.
 
-    Whoever lets `serving` change calls `changed` after that.
+    Call `changed` whenever the result of `serving` has changed.
 
     Args:
-        serving: false while not ready yet, and while draining.
-        services: full names of those that can be asked for, besides the server as a whole.
+        serving: returns False while the sidecar is not ready, and while it drains.
+        services: full names of the known services, besides the server as a whole.
     """
 
     def __init__(self, serving: Callable[[], bool], services: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ class HealthService:
             )
         }
         self._change = asyncio.Event()
-        """Set at the next change; then there is a new one for the change after that."""
+        """Set at the next change, and then replaced by a new event."""
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -53,7 +53,7 @@ class HealthService:
         }
 
     def changed(self) -> None:
-        """Let those who watch look at `serving` again."""
+        """Send the new state to watching clients."""
         self._change.set()
         self._change = asyncio.Event()
 
@@ -76,16 +76,16 @@ class HealthService:
         return raw
 
     async def watch(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
-        """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse now and after each change. Of a
-        service that isn't here there is one, and then no change.
+        """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse now and after each change. An
+        unknown service gets one answer, and no changes.
 
         Raises:
-            RpcError: INVALID_ARGUMENT for something else than a request, UNIMPLEMENTED without one.
+            RpcError: INVALID_ARGUMENT for anything but a request, UNIMPLEMENTED without one.
         """
         is_known = _service_of(await first_message(requests)) in self._known
         told = None
         while True:
-            # A change from here on, also while the client takes its time, ends the wait below.
+            # A change from here on ends the wait below, also one that happens while the answer is sent.
             change = self._change
             status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
             if status != told:

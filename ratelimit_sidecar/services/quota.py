@@ -1,5 +1,7 @@
-"""envoy.service.rate_limit_quota.v3.RateLimitQuotaService: Envoys report what they have admitted, and are told how much
-they may. What they are told is decided by `limiter.quota`; here are messages, streams and the time.
+"""envoy.service.rate_limit_quota.v3.RateLimitQuotaService: Envoys report how many requests they admitted, and get
+assignments.
+
+`limiter.quota` decides the assignments; this file has the messages, the streams and the time.
 """
 
 from __future__ import annotations
@@ -32,24 +34,24 @@ SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"
 _PATH: Final = f"/{SERVICE_NAME}/StreamRateLimitQuotas"
 
 MAX_ID_BYTES: Final = 1_024
-"""Of a bucket's id. A longer one is passed over: callers may choose what is in it, and it is kept."""
+"""The longest id of a bucket. Longer ones are ignored: callers may choose their content, and ids are kept in memory."""
 
 REPORTS_AT_ONCE: Final = 32
-"""Buckets of a report that are looked at before others have their turn: half a millisecond."""
+"""The number of buckets of a report that are handled in one go, half a millisecond, before other tasks run."""
 
 ACTIONS_AT_ONCE: Final = 64
-"""Of a message."""
+"""The most actions in one message."""
 
 TICK_SECONDS: Final = 0.1
 IDLE_TICK_SECONDS: Final = 1.0
 
 
 class QuotaService:
-    """One method, `StreamRateLimitQuotas`.
+    """The service, with one method, `StreamRateLimitQuotas`. Run `run` as a task.
 
     Args:
-        now_us: of the clock of `quotas`.
-        waits_for_rules: streams are refused until `rules_loaded`.
+        now_us: returns the time of the clock of `quotas`.
+        waits_for_rules: True to refuse streams until `rules_loaded`.
     """
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int], *, waits_for_rules: bool = False) -> None:

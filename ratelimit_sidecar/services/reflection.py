@@ -1,8 +1,8 @@
-"""grpc.reflection: what services there are and what their messages look like, so that tools such as grpcurl need no
-.proto files (grpc/doc/server-reflection.md).
+"""grpc.reflection: lists services and the format of their messages, so that tools such as grpcurl need no .proto files
+(grpc/doc/server-reflection.md).
 
-It tells of the services it is given and what they are made of, nothing else that this process has loaded; all of it is
-public API. The generation v1 is v1alpha under another name.
+It describes only the services it is given and their messages, all of which are public. The generation v1 is v1alpha
+under another name.
 """
 
 from __future__ import annotations

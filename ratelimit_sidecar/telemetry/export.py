@@ -1,10 +1,10 @@
-"""From a span to the collector: the OpenTelemetry SDK, set up by the standard OTEL_* variables.
+"""Exports spans to a collector with the OpenTelemetry SDK, configured by the standard OTEL_* variables.
 
 Off unless an OTLP endpoint is set or OTEL_TRACES_EXPORTER names otlp. Ended spans go into the SDK's bounded queue
-(OTEL_BSP_*), and a thread of its own exports them: when the collector is slow or dead the oldest spans are lost,
-never a request. The resource is `service.name` = ratelimit-sidecar, `service.instance.id` = the node, `cloud.region` =
-its region, and in Kubernetes the pod; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them. The exporters read
-the environment themselves, so this module does too. All variables: `otel_variables`.
+(OTEL_BSP_*), and a thread exports them. When the collector is slow or dead, the oldest spans are lost, never a request.
+The resource is `service.name` = ratelimit-sidecar, `service.instance.id` = the node, `cloud.region` = its region, and
+in Kubernetes the pod; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them. The exporters read the environment
+themselves, so this module does too. All variables: `otel_variables`.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ _KUBERNETES: Final = {
     "k8s.namespace.name": "POD_NAMESPACE",
     "k8s.node.name": "NODE_NAME",
 }
-"""Attributes of the resource, and the variables with which the chart tells them to the container."""
+"""Attributes of the resource, by the variables in which the chart gives them to the container."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class TracingError(Exception):
-    """The OTEL_* variables ask for something that cannot be had; the text is for the user."""
+    """The OTEL_* variables ask for something impossible; the text is for the user."""
 
 
 def start_tracing(node: str, region: str) -> Tracing:
-    """Start exporting spans when the environment asks for it.
+    """Start exporting spans, if the environment asks for it.
 
     Raises:
         TracingError: a variable has a value that the exporter or the SDK rejects.
@@ -76,16 +76,16 @@ def start_tracing(node: str, region: str) -> Tracing:
 
 @dataclass(slots=True)
 class SpanCounts:
-    """Since start."""
+    """Counters of spans since start."""
 
     ended: int = 0
     exporting: int = 0
-    """Now."""
+    """Spans that are being exported now."""
     exported: int = 0
     failed: int = 0
-    """The collector did not take them."""
+    """Spans that the collector did not take."""
     dropped: int = 0
-    """Too many waited for it."""
+    """Spans that did not fit into the queue."""
 
     @property
     def waiting(self) -> int:
@@ -108,7 +108,7 @@ class Tracing:
         )
 
     async def close(self, timeout_seconds: float = FLUSH_SECONDS) -> None:
-        """Export what has ended so far; what the collector has not taken within `timeout_seconds` is lost."""
+        """Export the spans that have ended; those not exported within `timeout_seconds` are lost."""
         provider = self._provider
         if provider is None:
             return
@@ -131,8 +131,10 @@ class Tracing:
 
 
 class _CountEnded(SpanProcessor):
-    """Comes before the queue, which drops the oldest span where it is full, and does not say so. Between taking spans
-    out and exporting them it has room that is not known of here: then one more is counted, and one less later."""
+    """Counts spans before they enter the SDK's queue, which drops the oldest span when it is full without saying so.
+    While the SDK exports, its queue has more room than this one knows; then one span too many is counted as dropped,
+    and later one less.
+    """
 
     def __init__(self, counts: SpanCounts, queue: int) -> None:
         self._counts = counts
@@ -145,7 +147,7 @@ class _CountEnded(SpanProcessor):
 
 
 class _CountingExporter(SpanExporter):
-    """Another exporter, whose results are counted. Only the SDK's thread exports."""
+    """Wraps an exporter and counts its results. Only the SDK's thread exports."""
 
     def __init__(self, exporter: SpanExporter, counts: SpanCounts) -> None:
         self._exporter = exporter
@@ -169,10 +171,10 @@ class _CountingExporter(SpanExporter):
 
 
 def check_variables() -> None:
-    """Heed what the SDK documents and does not do itself, and tell of variables that do nothing.
+    """Apply variables that the SDK documents but ignores, and log variables that do nothing here.
 
     Raises:
-        TracingError: a variable has a value that it cannot have.
+        TracingError: a variable has an impossible value.
     """
     for name, why in unused(os.environ):
         _log.warning("otel_variable_unused", variable=name, why=why)
@@ -197,16 +199,16 @@ def names_otlp(variable: str) -> bool | None:
 
 
 def prepare_export(signal: str) -> str:
-    """What has to come before an exporter's module is loaded.
+    """Prepare the environment before an exporter's module is imported.
 
     Args:
-        signal: as it stands in names of variables, TRACES for example.
+        signal: as in the names of variables, for example TRACES.
 
     Returns:
         The protocol to export with.
 
     Raises:
-        ValueError: it is none that there is.
+        ValueError: there is no such protocol.
     """
     protocol = _protocol(signal)
     repair_otlp_proto()

@@ -1,7 +1,7 @@
-"""Writes log lines in a thread of its own, so that a log which nobody reads, or a full disk, holds up nothing else.
+"""Writes log lines in a thread, so that a log that nobody reads, or a full disk, delays nothing else.
 
-Lines wait in a queue of at most `MAX_WAITING_BYTES`. Those that find it full are dropped and counted, as are those that
-cannot be written.
+Lines wait in a queue of at most `MAX_WAITING_BYTES`. Lines that do not fit, or cannot be written, are dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from threading import Event, Lock, Thread
 import structlog
 
 MAX_WAITING_BYTES = 4 * 1_024 * 1_024
-"""Some 20,000 lines: more than a busy sidecar says in an hour."""
+"""About 20,000 lines: more than a busy sidecar logs in an hour."""
 
 FLUSH_SECONDS = 2.0
-"""What the log's reader gets to take what waits, at the end of the process."""
+"""How long the process waits at its end for the log to be written."""
 
 
 STDERR = 2
 
 
 MAX_LINE_BYTES = 16_384
-"""What has no end after so many is a line."""
+"""A line of stderr is cut at this length."""
 
 _ABSL = re.compile(rb"([IWEF])\d{4} ")
 _ABSL_LEVELS = {b"I": logging.INFO, b"W": logging.WARNING, b"E": logging.ERROR, b"F": logging.ERROR}
-"""How lines of gRPC's core begin, with the month and the day."""
+"""Prefixes of lines of gRPC's core: level, month and day."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 class TakenStderr:
-    """Takes over stderr. What libraries write to it by themselves, as gRPC's C core does, goes through a pipe, and each
-    line is logged as an event `stderr`. They are never held up: what finds the pipe full is lost.
+    """Redirects stderr to the log. Libraries, as gRPC's C core, write to stderr through a pipe, and each line is logged
+    as an event `stderr`. They are never blocked: text that does not fit into the pipe is lost.
 
-    When the process crashes, what is still in the pipe is lost, too; where it crashed is written to the log as it is.
+    When the process crashes, text in the pipe is lost, too; the stack trace of the crash is written to the log as it
+    is.
     """
 
     def __init__(self) -> None:
         self.log = os.dup(STDERR)
-        """The descriptor that was stderr."""
+        """A descriptor of the original stderr."""
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         os.dup2(write, STDERR)
@@ -54,11 +55,11 @@ class TakenStderr:
         self._reader = Thread(target=self._read_forever, name="stderr", daemon=True)
 
     def start(self) -> None:
-        """Log what was written, and what will be."""
+        """Start logging what is written to stderr, earlier text included."""
         self._reader.start()
 
     def close(self) -> None:
-        """Log what was written so far. What comes later is written to stderr as it is."""
+        """Log what was written so far. Later text goes to stderr as it is."""
         os.dup2(self.log, STDERR)
         self._reader.join(FLUSH_SECONDS)
 
@@ -68,11 +69,11 @@ class TakenStderr:
             *lines, rest = (rest + read).split(b"\n")
             if len(rest) >= MAX_LINE_BYTES:
                 lines, rest = [*lines, rest], b""
-            _tell(lines)
-        _tell([rest])
+            _log_lines(lines)
+        _log_lines([rest])
 
 
-def _tell(lines: Sequence[bytes]) -> None:
+def _log_lines(lines: Sequence[bytes]) -> None:
     for line in lines:
         if line.strip():
             as_absl = _ABSL.match(line)
@@ -81,10 +82,10 @@ def _tell(lines: Sequence[bytes]) -> None:
 
 
 class LogWriter(logging.Handler):
-    """A handler whose `emit` never blocks.
+    """A log handler whose `emit` never blocks.
 
     Args:
-        descriptor: of the file that is written to.
+        descriptor: of the file to write to.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -110,7 +111,7 @@ class LogWriter(logging.Handler):
         self._waiting.put(raw)
 
     def flush(self) -> None:
-        """Wait until what was said so far is written, though for `FLUSH_SECONDS` at most."""
+        """Wait until all lines so far are written, at most for `FLUSH_SECONDS`."""
         written = Event()
         self._waiting.put(written)
         written.wait(FLUSH_SECONDS)
@@ -128,11 +129,11 @@ class LogWriter(logging.Handler):
 
 
 def _write(descriptor: int, raw: bytes) -> bool:
-    """Whether all of it could be written."""
+    """Write bytes; returns False if that fails."""
     try:
         while raw:
             raw = raw[os.write(descriptor, raw) :]
     except OSError:
-        # The disk is full, or whoever has read the log is gone: the next line may find it otherwise.
+        # The disk is full, or the reader of the log is gone; the next line may succeed.
         return False
     return True

@@ -1,8 +1,8 @@
 """Logs: events with fields on stderr, as JSON lines or as text for people.
 
-Ours are written with structlog; what the libraries log through `logging` (grpc, opentelemetry, uvicorn, asyncio),
-Python's warnings, and exceptions that nobody catches take the same way out. Nothing is logged on the request path.
-Lines that come again and again are left out and counted (`Repeats`).
+Our events are logged with structlog. Logs of libraries (grpc, opentelemetry, uvicorn, asyncio), Python's warnings and
+uncaught exceptions go the same way. Nothing is logged on the request path. Lines that repeat very often are left out
+and counted (`Repeats`).
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ LEVELS = {
 LogFormat = Literal["text", "json"]
 
 FORMATS: Mapping[str, LogFormat] = {"text": "text", "logfmt": "text", "json": "json"}
-"""LOG_FORMAT, in any case; the default is text, as in envoyproxy/ratelimit, whose text is called logfmt by some."""
+"""LOG_FORMAT, in any case. The default is text, as in envoyproxy/ratelimit; its text format is also called logfmt."""
 
 BURST_LINES: Final = 50
 REFILL_SECONDS: Final = 30.0
-"""From one place in the code come so many lines at once, and then one each so many seconds: 3,000 a day."""
+"""The lines from one place in the code that pass at once, and the time after which one more passes: 3,000 a day."""
 
 
 def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colors: bool = False) -> None:
-    """Send every log of the process one way, as LOG_LEVEL (default info) and LOG_FORMAT (default text) say.
+    """Send all logs of the process to one handler, with LOG_LEVEL (default info) and LOG_FORMAT (default text).
 
     Args:
-        handler: takes the lines; `LogWriter` does so without blocking.
-        colors: of the text for people.
+        handler: writes the lines; `LogWriter` does so without blocking.
+        colors: True for colored text.
 
     Raises:
-        ValueError: a variable has a value it cannot have; the text names it and the values it can have.
+        ValueError: a variable has an unknown value; the text names it and the known values.
     """
-    # What is wrong comes last, so that it can be told: a wrong level in the format that was asked for.
+    # Wrong values are reported at the end, so that the error is logged in the requested format.
     format_ = FORMATS.get(environ.get("LOG_FORMAT", "").lower(), "text")
     handler.setFormatter(_formatter(format_, colors=colors))
     handler.addFilter(Repeats())
     logging.basicConfig(handlers=[handler], level=LEVELS["info"], force=True)
-    # For each header of each request.
+    # It logs every header of every request.
     logging.getLogger("hpack").setLevel(logging.INFO)
     logging.captureWarnings(True)
     _log_uncaught()
@@ -74,9 +74,8 @@ def configure_logs(environ: Mapping[str, str], handler: logging.Handler, *, colo
 
 
 class LogLevel:
-    """The level from which on lines are logged, which may be another one than the configured one for a while.
-
-    It is the one of the process, as it is when this is made.
+    """The current log level, which may differ from the configured one for a while. Make it once logging is
+    configured.
     """
 
     def __init__(self) -> None:
@@ -89,8 +88,10 @@ class LogLevel:
         return self._root.level
 
     def set(self, level: int, seconds: float | None = None) -> None:
-        """Args:
-        seconds: until the configured one holds again; None: until it is set anew.
+        """Change the level.
+
+        Args:
+            seconds: after this time the configured level returns; None to keep the new one.
         """
         if self._back is not None:
             self._back.cancel()
@@ -116,11 +117,11 @@ class _Place:
 
 
 class Repeats(logging.Filter):
-    """Leaves out lines of a place in the code from which many come, until they become fewer. The next one that passes
-    says how many are missing (`left_out`). Lines with `audit=True`, and why the process ends, all pass.
+    """Leaves out lines from a place in the code that logs too often. The next line that passes says how many were left
+    out (`left_out`). Lines with `audit=True` and critical ones always pass.
 
     Args:
-        monotonic_s: seconds on a clock that never steps.
+        monotonic_s: returns the seconds of a clock that never steps.
     """
 
     def __init__(self, monotonic_s: Callable[[], float] = time.monotonic) -> None:
@@ -149,7 +150,7 @@ class Repeats(logging.Filter):
 
 
 def _log_uncaught() -> None:
-    """Exceptions that would be printed on stderr."""
+    """Log exceptions that Python would print on stderr."""
     log = structlog.stdlib.get_logger(__name__)
 
     def of_thread(failed: threading.ExceptHookArgs) -> None:
@@ -175,7 +176,7 @@ def _annotations() -> list[Processor]:
 def _formatter(format_: LogFormat, colors: bool) -> logging.Formatter:
     renderers: list[Processor]
     if format_ == "json":
-        # The traceback as one string: the structured form would carry local variables, and with them secrets.
+        # The traceback as one string: the structured form contains local variables, and so secrets.
         renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
         renderers = [
@@ -189,7 +190,7 @@ def _formatter(format_: LogFormat, colors: bool) -> logging.Formatter:
 
 
 def _put_below(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A reason of several lines is written below the event, as a traceback is."""
+    """Write a reason of several lines below the event, like a traceback."""
     why = event.get("why")
     if isinstance(why, str) and "\n" in why and "exception" not in event:
         event["exception"] = event.pop("why")

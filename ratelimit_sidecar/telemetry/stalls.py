@@ -1,7 +1,7 @@
-"""How long the event loop was kept from going round, as requests feel it: by a callback, the collector, or the system.
+"""Measures stalls of the event loop, as requests feel them: by a callback, the collector, or the system.
 
-A timer goes off every few milliseconds, and how late it is is measured. A stall may have begun up to a period before
-the timer was due, so what is shown is up to `PERIOD_SECONDS` less than the stall, never more.
+A timer goes off every few milliseconds, and its delay is measured. A stall may begin up to a period before the timer is
+due. So the result is up to `PERIOD_SECONDS` less than the stall, never more.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import time
 from collections.abc import Callable
 
 PERIOD_SECONDS = 0.004
-"""250 times a second; where waking a processor is dear, as in many virtual machines, that is 1 % of it."""
+"""250 times a second. Where waking a processor is expensive, as in many virtual machines, that is 1 % of one."""
 
 _PERIOD_NS = int(PERIOD_SECONDS * 1e9)
 
 LONG_NS = 5_000_000
-"""A quarter of what Envoy waits for an answer by default."""
+"""A quarter of Envoy's default timeout."""
 
 WINDOW_NS = 60_000_000_000
 
 
 class StallMonitor:
-    """Measures how long the event loop stands still, for as long as it runs.
+    """Measures stalls of the event loop while `run` runs.
 
     Args:
-        monotonic_ns: what is measured with.
+        monotonic_ns: returns the nanoseconds of a clock that never goes back.
     """
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.long_stalls = 0
-        """Since start, those longer than `LONG_NS`."""
+        """Stalls longer than `LONG_NS` since start."""
         self._monotonic_ns = monotonic_ns
         self._window_from_ns = monotonic_ns()
         self._longest_ns = 0
         self._longest_before_ns = 0
-        """In the window before this one."""
+        """The longest stall in the window before this one."""
 
     @property
     def longest_seconds(self) -> float:
@@ -44,7 +44,7 @@ class StallMonitor:
         return max(self._longest_ns, self._longest_before_ns) / 1e9
 
     def note(self, late_ns: int) -> None:
-        """The timer went off that much too late."""
+        """Note the delay of the timer."""
         self._turn_window()
         self._longest_ns = max(self._longest_ns, late_ns)
         self.long_stalls += late_ns > LONG_NS

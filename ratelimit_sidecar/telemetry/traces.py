@@ -1,12 +1,11 @@
-"""Spans: one for each sampled request, and two for each replicated batch that carries what sampled requests took, at
-either end.
+"""Spans: one for each sampled request, and two for each replicated batch with takes of sampled requests, one at each
+end.
 
-Whoever called (Envoy) decides what is sampled: without a `traceparent` whose sampled flag is set, or in its absence B3
-headers that say so (Zipkin's), there is no span, and a request then costs one pass over its header names. A batch
-belongs to no request, so its span is the root of a trace of its own and *links* to the requests in it: they are
-remembered by bucket, a minute at most, and each peer's batches link to them once. The peer that applies the batch
-continues its trace. Everything here runs on the event loop and waits for nothing; spans leave the process through
-`telemetry/export.py`.
+The caller (Envoy) decides what is sampled. Without a `traceparent` whose sampled flag is set, or without B3 headers
+that say so (Zipkin's), there is no span, and the cost is one pass over the names of headers. A batch belongs to no
+single request. So its span is the root of a trace of its own and *links* to the requests in it. For that, requests are
+remembered by bucket for at most a minute, and each peer's batches link to them once. The peer that applies the batch
+continues its trace. Everything here runs on the event loop and waits for nothing; `telemetry/export.py` exports spans.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency
 
-# They warn of each member of a `tracestate` that is none: whatever a caller sends would fill the log.
+# They log a warning for each malformed member of a `tracestate`, so callers could fill the log.
 for _name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -50,10 +49,10 @@ APPLY_SPAN = "apply batch"
 MAX_BUCKETS: Final = 128
 MAX_REQUESTS_PER_BUCKET: Final = 8
 MAX_AGE_NS: Final = 60_000_000_000
-"""Requests remembered for links; beyond these the oldest are forgotten, and a batch has fewer links."""
+"""The most requests remembered for links. Beyond these the oldest are forgotten, and a batch has fewer links."""
 
 _SAMPLED_FLAG_AT: Final = 54
-"""Where the low digit of trace-flags stands: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
+"""The position of the low digit of trace-flags: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
 _SAMPLED_DIGITS: Final = b"13579bdf"
 
 _TRACE_ID_BYTES: Final = 16
@@ -81,7 +80,7 @@ Metadata = Iterable[tuple[bytes, bytes]]
 
 
 def trace_fields(metadata: Metadata) -> dict[str, str]:
-    """For a line of the log: `trace_id` in hexadecimal, when the request belongs to a trace, sampled or not."""
+    """Fields for a log line: `trace_id` in hexadecimal, if the request belongs to a trace, sampled or not."""
     for name, value in metadata:
         if name in _TRACE_HEADERS:
             ids = _TRACE_IDS.fullmatch(value)
@@ -96,7 +95,7 @@ class _Taken:
 
     Args:
         at_ns: when, on the monotonic clock.
-        linked_by: nodes of the peers whose batch has the link.
+        linked_by: the peers whose batches already have the link.
     """
 
     request: SpanContext
@@ -105,7 +104,7 @@ class _Taken:
 
 
 class BatchSpan:
-    """A batch on its way, or being applied."""
+    """The span of a batch that is being sent or applied."""
 
     __slots__ = ("span",)
 
@@ -126,8 +125,8 @@ class RequestTracer:
     """Makes the spans of requests and batches, and remembers which sampled request took from which bucket.
 
     Args:
-        tracer: of the SDK, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) hold.
-        monotonic_ns: the age of what is remembered is measured on it.
+        tracer: the SDK's, so that its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*) apply.
+        monotonic_ns: returns nanoseconds, to measure the age of what is remembered.
     """
 
     def __init__(self, tracer: Tracer, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -135,10 +134,10 @@ class RequestTracer:
         self._monotonic_ns = monotonic_ns
         self._propagator = TraceContextTextMapPropagator()
         self._taken: OrderedDict[bytes, deque[_Taken]] = OrderedDict()
-        """By bucket, the one taken from last at the end."""
+        """By bucket key; the bucket used last is at the end."""
 
     def sampled(self, metadata: Metadata) -> Context | None:
-        """The caller's span when it is sampled, to pass to `record`."""
+        """The caller's span context if it is sampled, to pass to `record`."""
         has_b3 = False
         for name, value in metadata:
             if name not in _TRACE_HEADERS:

@@ -340,7 +340,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "what is paid is kept": {"bucket_type": FreePayment},
     "a payment counts twice": {"pays_twice": True},
     "a process starts with a full home": {"starts_full": True},
-    "what was kept at a stop is used twice": {"keeps_twice": True},
+    "what was kept at a stop is used by two lives": {"keeps_twice": True},
 }
 """Without any one of the rules more is admitted than the limit. Another one is `counts_late`, which chance hardly ever
 hits: see `test_an_answer_after_its_end_has_closed_does_not_count`."""

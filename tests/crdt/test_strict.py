@@ -353,7 +353,7 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     bucket = half()
     assert not bucket.take(75, OLD_LOAN_US, always=True)
     assert (bucket.debt, bucket.remaining) == (25, 0)
-    assert bucket.fits_in_us(1) == 520_000
+    assert bucket.retry_after_us(1) == 520_000
 
 
 def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:

@@ -108,6 +108,11 @@ class StrictMachine(RuleBasedStateMachine):
             self.cluster.crash(node)
 
     @rule(node=nodes)
+    def stop(self, node: str) -> None:
+        if node in self.cluster.replicas:
+            self.cluster.stop(node)
+
+    @rule(node=nodes)
     def restart(self, node: str) -> None:
         if node not in self.cluster.replicas:
             self.cluster.start(node)

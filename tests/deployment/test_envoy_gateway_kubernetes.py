@@ -9,6 +9,7 @@ import base64
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,14 @@ async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[I
 
 async def until(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What is found, once it is there. A thread looks: Envoy Gateway's way to the API leads through this one."""
-    async with asyncio.timeout(WITHIN_S):
-        while True:
-            try:
-                return await asyncio.to_thread(look)
-            except AssertionError:
-                await asyncio.sleep(0.2)
+    ends_at = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            return await asyncio.to_thread(look)
+        except AssertionError:
+            if time.monotonic() > ends_at:
+                raise
+            await asyncio.sleep(0.2)
 
 
 def install(kubernetes: Cluster, folder: Path, program: str) -> None:

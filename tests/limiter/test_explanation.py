@@ -6,7 +6,7 @@ import pytest
 from limiter.requests import NOW_US, OK
 
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.limiter.explanation import Result, Way, explain, readable_bucket_name
+from ratelimit_sidecar.limiter.explanation import MatchKind, Result, explain, readable_bucket_name
 from ratelimit_sidecar.limiter.limiter import InvalidRequest
 from ratelimit_sidecar.limiter.rules import JOINED, Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
@@ -49,7 +49,7 @@ def test_a_pattern_for_key_and_value_is_explained_as_one_for_values_is() -> None
     rules = Rules({"api": RuleNode(wildcards={JOINED: WildcardSet([("user_b*", leaf), ("user*", leaf)])})})
     (descriptor,) = explain(rules, Settings(), "api", [[("user", "eve")]], NOW_US).descriptors
     [level] = descriptor.levels
-    assert [(attempt.pattern, attempt.result) for attempt in level.attempts if attempt.way is Way.WILDCARD] == [
+    assert [(attempt.pattern, attempt.result) for attempt in level.attempts if attempt.way is MatchKind.WILDCARD] == [
         ("user_b*", Result.DOES_NOT_FIT),
         ("user*", Result.MATCHES),
     ]

@@ -93,7 +93,7 @@ def test_buckets_in_use_are_kept() -> None:
 def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(replay_module, "MAX_DESCRIPTORS", 10)
+    monkeypatch.setattr(replay_module, "MAX_DENIED_DESCRIPTORS", 10)
     replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), Settings())
     for _ in range(3):
         replay.ask(user("often"), NOW_US)

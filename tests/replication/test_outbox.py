@@ -315,7 +315,7 @@ def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
     store.merge(key_of("ann"), None, [entry], NOW_US)
     bucket = store.get(key_of("ann"))
     assert bucket is not None
-    outbox.relay(bucket, [entry], NOW_US)
+    outbox.relay(bucket, [entry])
     return outbox, bucket
 
 
@@ -638,7 +638,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     store.merge(key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
     bucket = take(store, "ann", 1, NOW_US)
     store.drain_changes()
-    outbox.relay(bucket, [Entry(C.origin, slot, 4)], NOW_US)
+    outbox.relay(bucket, [Entry(C.origin, slot, 4)])
     [batch] = drained(outbox)
     peers = store_of(B)
     apply_deltas(peers, deltas_of(batch), A.origin, NOW_US)
@@ -656,7 +656,7 @@ def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
     bucket = take(store, "ann", 1, NOW_US)
     outbox = new_outbox(store)
     outbox.repair(bucket.key)
-    outbox.relay(bucket, bucket.entries(), NOW_US)
+    outbox.relay(bucket, bucket.entries())
     outbox.snapshot(NOW_US)
     assert outbox.pending_buckets == 0
 
@@ -726,7 +726,7 @@ def pass_on_many(outbox: Outbox, store: Store, buckets: int) -> int:
         bucket = bucket_of(store, f"team {index}", NOW_US, "team")
         entries = [Entry(C.origin, slot, 1) for slot in NARROW]
         assert bucket.merge(entries, NOW_US) == len(NARROW)
-        outbox.relay(bucket, entries, NOW_US)
+        outbox.relay(bucket, entries)
     return buckets * len(NARROW)
 
 

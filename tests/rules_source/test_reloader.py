@@ -21,7 +21,7 @@ from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 from ratelimit_sidecar.rules_source import reloader as reloader_module
-from ratelimit_sidecar.rules_source.reloader import MAX_PROBLEMS_LOGGED, Loaded, Reloader
+from ratelimit_sidecar.rules_source.reloader import MAX_PROBLEMS_LOGGED, LoadedRules, Reloader
 
 
 def broken() -> Rules:
@@ -34,7 +34,7 @@ async def test_good_rules_are_put_in_force_and_counted() -> None:
         rejected = await recorder.reloader.load(lambda: rules_of("one", "two"), "7")
     assert rejected is None
     assert recorder.in_force == ["one", "two"]
-    assert recorder.reloader.loaded == Loaded(2, "7", NOW_US)
+    assert recorder.reloader.loaded == LoadedRules(2, "7", NOW_US)
     assert recorder.reloader.last_success_us == NOW_US
     assert recorder.reloader.loads == {"success": 1, "error": 0}
     assert [(log["event"], log["rules"], log["version"], log["source"]) for log in logs] == [
@@ -49,7 +49,7 @@ async def test_bad_rules_leave_the_old_ones_in_force_and_each_problem_is_logged_
     with capture_logs() as logs:
         rejected = await recorder.reloader.load(broken)
     assert recorder.in_force == ["old"]
-    assert recorder.reloader.loaded == Loaded(1, "", NOW_US)
+    assert recorder.reloader.loaded == LoadedRules(1, "", NOW_US)
     assert recorder.reloader.loads == {"success": 1, "error": 1}
     assert rejected is not None
     assert rejected is recorder.reloader.rejected
@@ -221,13 +221,13 @@ async def test_new_rules_count_as_loaded_before_the_old_ones_are_given_back() ->
     retired = Retired(None, Late({b"a": None}), {}, CountsByRule())
     reloader = Reloader(lambda _: retired, lambda: NOW_US, "files", None)
     await reloader.load(lambda: rules_of("one", "two"))
-    assert loaded == [Loaded(2, "", NOW_US)]
+    assert loaded == [LoadedRules(2, "", NOW_US)]
 
 
 def test_rules_in_force_from_the_start_count_as_loaded() -> None:
     used: list[Rules] = []
     reloader = Reloader(used.append, lambda: NOW_US, "files: a.yaml", rules_of("one", "two"))
-    assert reloader.loaded == Loaded(2, "", NOW_US)
+    assert reloader.loaded == LoadedRules(2, "", NOW_US)
     assert reloader.loads == {"success": 1, "error": 0}
     assert used == []
 
