@@ -15,13 +15,13 @@ from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Status
 
 PROTOCOL: Final = 5
-"""The newest protocol spoken here."""
+"""The newest protocol that this version speaks."""
 
 OLDEST_PROTOCOL: Final = 1
 """The oldest protocol that this version accepts."""
 
 COMPARING_PROTOCOL: Final = 3
-"""The oldest with numbers for keys, Status, and the frames by which nodes compare what they hold."""
+"""The oldest protocol with numbers for keys, Status, and frames for comparing state."""
 
 PAYING_PROTOCOL: Final = 4
 """The oldest protocol with Payments. Older peers have loans of strict shares, and show their members where none is seen
@@ -40,7 +40,7 @@ MAX_NAME_BYTES: Final = 255
 """The longest name of a node or region: as long as a DNS name may be."""
 
 MAX_MEMBERS: Final = 256
-"""The most members: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
+"""The most members: as many as a full mesh may have (`connections.MAX_PEERS`)."""
 
 MAX_WEIGHT: Final = 1 << 32
 MAX_EPOCH: Final = 1 << 62
@@ -196,7 +196,7 @@ def read_membership(hello: Hello) -> Shown | None:
 
 
 def read_reaches(status: Status) -> frozenset[str]:
-    """The nodes that a peer says it has a stream to.
+    """The nodes to which a peer says it has a stream.
 
     Raises:
         ProtocolError: malformed.
