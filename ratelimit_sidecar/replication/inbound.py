@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import Refused
@@ -80,7 +81,7 @@ class Inbound:
 
     def _apply(self, deltas: pb.Deltas, now_us: int) -> Iterator[None]:
         replicator, peer = self._replicator, self.peer
-        on_news = replicator.news_reader(peer)
+        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
         try:

@@ -10,15 +10,13 @@ decided in `sync`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.connections import FORGET_US, Connections
-from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
 from ratelimit_sidecar.replication.purses import Purses
@@ -54,8 +52,6 @@ class Replicator:
         self.store = store
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
-        self.on_news: Callable[[Bucket, Sequence[Entry]], object] | None = None
-        """Told of everything new that peers tell, and of the entries told with it. Does no I/O."""
         self.purses = purses
         self.connections = Connections(store, self.changes, purses, self._note_connections)
         self.peers = self.connections.peers
@@ -184,24 +180,6 @@ class Replicator:
             peer.outbox.snapshot(now_us - WALK_BACK_US)
             peer.wake()
         self._ways_changed = self.relay.is_to_look_again
-
-    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        """Relay entries to all connected peers, whoever took them. They are joined here already."""
-        for peer in self.peers.values():
-            peer.outbox.relay(bucket, entries)
-            peer.wake()
-
-    def news_reader(self, sender: Peer) -> OnNews | None:
-        """What is to be told of news from a peer; None when nobody needs them."""
-        if self.relay.is_needed or self.on_news is not None:
-            return partial(self._hear_news, sender)
-        return None
-
-    def _hear_news(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        if self.relay.is_needed:
-            self.pass_on(sender, bucket, entries)
-        if self.on_news is not None:
-            self.on_news(bucket, entries)
 
     def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """News from a peer, for those that cannot hear it themselves."""

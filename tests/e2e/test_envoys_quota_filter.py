@@ -21,7 +21,7 @@ from google.protobuf.wrappers_pb2 import UInt32Value
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children
-from ratelimit_sidecar.limiter.assignment import Assignment, after
+from ratelimit_sidecar.limiter.assignment import Assignment, noticeable
 
 pytestmark = [pytest.mark.long, pytest.mark.asyncio(loop_scope="module")]
 
@@ -147,7 +147,7 @@ async def test_another_interval_alone_is_not_noticed_and_so_not_sent_alone(proxy
     await proxy.server.assign(usage, bucket(5, 10, 1))
     await asyncio.sleep(1)
     assert await proxy.ask("interval", 9) == 0
-    told = after(Assignment(5, 10, 100_000, 0), Assignment(5, 10, 1, 0))
+    told = noticeable(Assignment(5, 10, 100_000, 0), Assignment(5, 10, 1, 0))
     await proxy.server.assign(usage, bucket(told.max_tokens, told.tokens_per_fill, told.fill_interval_s))
     await asyncio.sleep(1)
     assert await proxy.ask("interval", 5) >= 4
