@@ -2,7 +2,7 @@
 
 A flush moves the changed buckets from the store's journal into *segments*, numbered 1, 2, 3 ... A segment is the keys
 of up to 256 buckets and, encoded once, the Deltas that tell of them. A peer is a *cursor*: the number of the segment
-that it is sent next (`cursor`). Peers that keep up are all sent the same bytes, of the newest `SHARED_SEGMENTS`. Older
+that it is sent next. Peers that keep up are all sent the same bytes, of the newest `SHARED_SEGMENTS`. Older
 segments are only an index: what changed since a peer's cursor, each bucket once and with its newest counts (`keys`).
 What is older than `RETENTION_US`, or more than `MAX_CHANGES`, is forgotten; who has not been sent it needs a snapshot.
 
@@ -20,7 +20,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, NO_KNOWLEDGE, DeltasWriter, Knowledge
 from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
-from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, NOTHING, Parts, own_part
 
 MAX_BATCH_BUCKETS: Final = 256
 MAX_BATCH_ENTRIES: Final = 1_024
@@ -46,10 +46,10 @@ FLUSH_STEP_BUCKETS: Final = 16
 """Of one step of a flush: 0.1 ms where it takes long."""
 
 FORGOTTEN_SEGMENTS: Final = 2
-"""For each that a flush adds, and for a flush that adds none."""
+"""At most, for each that a flush adds, and at its end."""
 
-_SHARDS: Final = 64
-"""Small dicts in place of one, which makes itself anew when so many keys come and go: 8 ms with 100,000 of them."""
+MAX_SEEN: Final = 16_384
+"""So many keys are remembered as told of while a peer catches up: a larger set takes milliseconds to grow."""
 
 
 class Segment:
@@ -84,8 +84,6 @@ class ChangeLog:
         self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
         """Each is told of each step's part of the journal: buckets, and own slots that changed. Does no I/O."""
         self._segments: deque[Segment] = deque()
-        self._latest: tuple[dict[bytes, int], ...] = tuple({} for _ in range(_SHARDS))
-        """By key, the number of the last segment that has it."""
         self._numbers = KeyNumbersGiven()
         self._open = Segment(1, 0, now_us)
         """Takes changes; not in `_segments` yet."""
@@ -96,7 +94,6 @@ class ChangeLog:
         """When the last flush began, and the one before."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
-        self._to_forget = 0
 
     @property
     def end(self) -> int:
@@ -134,7 +131,6 @@ class ChangeLog:
             self._open.created_us = self._created_us
         self._is_told = is_told
         self._unflushed = len(self._store.journal.buckets)
-        self._to_forget += FORGOTTEN_SEGMENTS
         while self._unflushed > 0:
             changes = self._store.drain_changes(min(self._unflushed, FLUSH_STEP_BUCKETS))
             # Another flush, of a node that is stopping, may have come between two steps of this one.
@@ -146,23 +142,25 @@ class ChangeLog:
             if self._unflushed:
                 yield
         self._seal(now_us)
-        yield from self._forget(now_us)
+        self._forget(now_us)
 
     def keys(self, first: int, end: int) -> Iterator[bytes | None]:
-        """The keys that changed in segments `first` to `end`, which is left out; None for a look at one that comes
-        again further on.
+        """The keys that changed in segments `first` to `end`, which is left out; None for a look at one that came
+        before, and whose newest counts were told then.
 
         Raises:
             LookupError: one of these segments is forgotten.
         """
+        seen: set[bytes] = set()
         for number in range(first, end):
             segment = self.get(number)
             if segment is None:
                 raise LookupError(number)
             for key in segment.keys:
-                latest = self._latest[hash(key) % _SHARDS].get(key, number)
-                # What is in a segment behind `end` is told of in part only, by its payload.
-                yield None if number < latest < end else key
+                yield None if key in seen else key
+                if len(seen) >= MAX_SEEN:
+                    seen = set()
+                seen.add(key)
 
     @property
     def created_us(self) -> int:
@@ -188,7 +186,6 @@ class ChangeLog:
     def set_clock(self, now_us: int) -> None:
         """The clock was set, and nobody is connected: instants from before mean nothing any more."""
         self._segments.clear()
-        self._latest = tuple({} for _ in range(_SHARDS))
         self._numbers = KeyNumbersGiven()
         self._writer = None
         self._open = Segment(self._open.number + 1, self._open.changes_before + len(self._open.keys), now_us)
@@ -203,7 +200,6 @@ class ChangeLog:
         if self._is_told and not segment.keys:
             self._writer = DeltasWriter(self._store.origin, self._numbers)
         segment.keys.append(key)
-        self._latest[hash(key) % _SHARDS][key] = segment.number
         segment.entries += len(entries)
         writer = self._writer
         if writer is not None:
@@ -225,23 +221,101 @@ class ChangeLog:
         self._segments.append(segment)
         changes = segment.changes_before + len(segment.keys)
         self._open = Segment(segment.number + 1, changes, self._created_us)
-        self._to_forget += FORGOTTEN_SEGMENTS
+        self._forget(now_us)
         old = self.get(segment.number - SHARED_SEGMENTS)
         if old is not None:
             old.payload, old.knowledge = None, NO_KNOWLEDGE
 
-    def _forget(self, now_us: int) -> Iterator[None]:
-        while self._to_forget > 0 and self._segments:
-            self._to_forget -= 1
-            oldest = self._segments[0]
-            changes = self._open.changes_before - oldest.changes_before
+    def _forget(self, now_us: int) -> None:
+        for _ in range(FORGOTTEN_SEGMENTS):
+            oldest = self._segments[0] if self._segments else None
             # Neither is one that is ahead kept: the clock was set back.
-            if abs(now_us - oldest.sealed_us) <= RETENTION_US and changes <= MAX_CHANGES:
-                break
+            if oldest is None or (
+                abs(now_us - oldest.sealed_us) <= RETENTION_US
+                and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
+            ):
+                return
             self._segments.popleft()
-            for key in oldest.keys:
-                latest = self._latest[hash(key) % _SHARDS]
-                if latest.get(key) == oldest.number:
-                    del latest[key]
-            yield
-        self._to_forget = 0
+
+
+class Cursor:
+    """How far one peer has come in the log.
+
+    While it keeps up it is sent each segment as it is encoded for all. One that is behind those catches up: it is told
+    what changed since its cursor, each bucket once and with its newest counts.
+
+    Args:
+        takes_numbers: False for a peer whose protocol has no numbers for keys: it is not sent encoded segments.
+    """
+
+    def __init__(self, store: Store, log: ChangeLog, *, takes_numbers: bool) -> None:
+        self._store = store
+        self._log = log
+        self._takes_numbers = takes_numbers
+        self._known = 0
+        """A bit for each number whose key the stream has carried."""
+        self._next = log.end
+        """The segment that is sent next."""
+        self._passed_us = log.created_us
+        """Not later than the first change behind the cursor."""
+        self._catching_up: Parts | None = None
+        self.lost_since_us: int | None = None
+        """Set when what changed since then is forgotten: the peer needs a snapshot."""
+
+    @property
+    def has_changes(self) -> bool:
+        """True while there is a segment to be sent."""
+        return self._next < self._log.end
+
+    @property
+    def pending(self) -> int:
+        """About how many changed buckets are yet to be sent."""
+        return self._log.changes_since(self._next)
+
+    @property
+    def created_us(self) -> int | None:
+        """Of the oldest change that is yet to be sent; None when there is none."""
+        if not self.pending:
+            return None
+        segment = self._log.get(self._next)
+        if segment is not None:
+            return segment.created_us
+        return self._passed_us if self.has_changes else self._log.created_us
+
+    def take_shared(self) -> tuple[Segment, bytes] | None:
+        """The next segment and its payload for this stream, which then is behind the cursor; None when the peer has to
+        catch up."""
+        segment = self._log.get(self._next)
+        if segment is None or segment.payload is None or self._catching_up is not None or not self._takes_numbers:
+            return None
+        payload = segment.knowledge.missing(self._known) + segment.payload
+        self._known |= segment.knowledge.all
+        self._next += 1
+        self._passed_us = segment.created_us
+        return segment, payload
+
+    def parts(self) -> Parts:
+        """What the peer has to catch up with."""
+        if self._catching_up is None:
+            # It misses what these segments say of numbers.
+            self._known = 0
+            self._catching_up = self._catch_up()
+        return self._catching_up
+
+    def _catch_up(self) -> Parts:
+        log = self._log
+        end = log.next_shared(self._next + 1) if self._takes_numbers else log.end
+        since_us = self.created_us or self._passed_us
+        try:
+            for key in log.keys(self._next, end):
+                if key is None:
+                    yield NOTHING
+                else:
+                    yield from own_part(self._store, key, since_us)
+        except LookupError:
+            end = log.end
+            self.lost_since_us = since_us
+        last = log.get(end - 1)
+        self._passed_us = since_us if last is None else last.created_us
+        self._next = end
+        self._catching_up = None

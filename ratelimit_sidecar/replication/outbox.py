@@ -2,7 +2,7 @@
 
 While a stream to the peer is there, each batch comes from one of these, in turn:
 
-- the log (`cursor`): the next segment as it is encoded for all, or what the peer has to catch up with;
+- the log (`changes`): the next segment as it is encoded for all, or what the peer has to catch up with;
 - the side log: *repairs*, buckets that a comparison found to differ (all origins' entries and the base), and what
   others took that the peer hears of from nobody else (*relayed*);
 - a *snapshot*: at the stream's start, and after a gap, all there is that was written since some instant.
@@ -14,25 +14,23 @@ everything, or has forgotten it in a restart, is told all there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.backlog import SideLog, Snapshots
 from ratelimit_sidecar.replication.changes import (
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
-    RECENT_US,
     ChangeLog,
+    Cursor,
 )
-from ratelimit_sidecar.replication.cursor import Cursor
 from ratelimit_sidecar.replication.deltas import DeltasWriter
 from ratelimit_sidecar.replication.lag import Batch, InFlight, earlier
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, Parts
-from ratelimit_sidecar.replication.side_log import SideLog
-from ratelimit_sidecar.replication.snapshots import Snapshots
 
 LOOKED_BUCKETS: Final = 512
 """Looked at for one batch: that takes a millisecond when none of them has anything to tell."""
@@ -131,12 +129,12 @@ class Outbox:
         oldest_us = self._oldest_unacknowledged_us()
         return oldest_us is not None and oldest_us < since_us
 
-    def relay(self, bucket: Bucket, entries: Iterable[Entry]) -> None:
+    def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """These entries of others are news that the peer hears of from nobody else."""
         sources = self._sources
         if sources is not None and not sources.side.relay(bucket, entries):
+            sources.snapshots.begin(sources.side.relayed_since_us)
             sources.side = SideLog(self._store)
-            sources.snapshots.begin(self._log.created_us - RECENT_US)
 
     def repair(self, key: bytes) -> None:
         """The peer has to hear everything about one bucket."""

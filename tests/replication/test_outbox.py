@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import changes, key_numbers
+from ratelimit_sidecar.replication import backlog, changes, key_numbers
 from ratelimit_sidecar.replication.changes import RECENT_US, SHARED_SEGMENTS, ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
@@ -146,14 +146,15 @@ def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
     ]
 
 
-def test_the_oldest_changes_go_first_and_a_bucket_that_changes_again_moves_to_the_end() -> None:
+def test_who_is_behind_is_told_the_oldest_changes_first_and_each_bucket_once() -> None:
     store = store_of(A)
     outbox = opened(store)
     for index, name in enumerate(["ann", "bob", "ann", "cid"]):
         take(store, name, 1, NOW_US)
         note(outbox, NOW_US + index, is_told=False)
     [batch] = drained(outbox)
-    assert batch.bucket_keys == (key_of("bob"), key_of("ann"), key_of("cid"))
+    assert batch.bucket_keys == (key_of("ann"), key_of("bob"), key_of("cid"))
+    assert tokens_of(told([batch])) == 4
     assert batch.created_us == NOW_US
 
 
@@ -739,6 +740,20 @@ def test_all_that_is_passed_on_arrives_however_much_it_is() -> None:
     outbox = opened(store)
     taken = pass_on_many(outbox, store, 40)
     assert tokens_of(told(drained(outbox))) == taken
+
+
+def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_old_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    store = store_of(A)
+    outbox = opened(store)
+    old = Entry(C.origin, slot_id(NOW_US - 60 * SECOND_US, MIN_EXPONENT), 5)
+    bucket = bucket_of(store, "old", NOW_US)
+    bucket.merge([old], NOW_US)
+    outbox.relay(bucket, [old])
+    relayed = pass_on_many(outbox, store, 9)
+    assert tokens_of(told(drained(outbox))) == relayed + 5
 
 
 def test_a_bucket_told_in_parts_is_not_cut_short_by_what_is_passed_on() -> None:
