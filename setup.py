@@ -28,7 +28,6 @@ COMPILED = (
     "replication/connections.py",
     "replication/deltas.py",
     "replication/demands.py",
-    "replication/inbound.py",
     "replication/key_numbers.py",
     "replication/pings.py",
     "replication/purses.py",

@@ -72,7 +72,7 @@ class Mesh:
     def flush(self) -> None:
         self.now_us += FLUSH_US
         began_ns = time.thread_time_ns()
-        do(self.replicator.flush(self.now_us))
+        do(self.replicator.flush_steps(self.now_us))
         self.spent_ns += time.thread_time_ns() - began_ns
         for stream in self.streams:
             while (raw := self._next_frame(stream)) is not None:
@@ -94,7 +94,7 @@ class Mesh:
     def _say(self, stream: Stream, frame: pb.Frame) -> None:
         raw = frame.SerializeToString()
         began_ns = time.thread_time_ns()
-        do(stream.receive(raw, self.now_us))
+        do(stream.receive_steps(raw, self.now_us))
         self.spent_ns += time.thread_time_ns() - began_ns
         assert stream.error is None, stream.error
 

@@ -100,7 +100,7 @@ class Region:
 
     @property
     def entries_sent(self) -> int:
-        return sum(peer.entries_sent for peer in self.replicator.peers.values())
+        return sum(peer.counts.entries_sent for peer in self.replicator.peers.values())
 
 
 class Mesh:
@@ -125,12 +125,12 @@ class Mesh:
         while self._on_the_way and self._on_the_way[0][0] <= self.now_us:
             _, stream, raw = self._on_the_way.popleft()
             with self.stopwatch:
-                do(stream.receive(raw, self.now_us))
+                do(stream.receive_steps(raw, self.now_us))
             assert stream.error is None, stream.error
         with self.stopwatch:
             for region in self.regions:
-                do(region.replicator.flush(self.now_us))
-                do(region.replicator.compare(self.now_us))
+                do(region.replicator.flush_steps(self.now_us))
+                do(region.replicator.compare_steps(self.now_us))
             if self.now_us % CHECK_TIME_US < FLUSH_US:
                 for stream in self._other_end:
                     stream.check_time(self.now_us)

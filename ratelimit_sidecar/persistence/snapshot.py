@@ -173,7 +173,7 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
     reader = DeltasReader(to.origin)
     local = to.local_limit_of_key if kind == LOCAL else None
     try:
-        for applied in reader.apply(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
+        for applied in reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
             # These counts are for data of peers, not of a snapshot.
             to.store.journal.refused.clear()
             yield applied.entries

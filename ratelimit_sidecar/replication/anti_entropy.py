@@ -12,11 +12,11 @@ those that differ. A bucket that changed meanwhile is left alone: its next delta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import Final
 
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.rounds import (
     LOOK_WORK,
@@ -101,7 +101,7 @@ class Exchange:
             return pb.Frame(summary=summary)
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
 
-    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> Iterator[None]:
+    def receive_steps(self, frame: pb.Digest | pb.Summary | pb.Pull) -> Steps:
         """Take a frame and answer it, in steps: buckets that differ are repaired or asked for, and counted as the
         peer's resyncs.
 
@@ -123,7 +123,7 @@ class Exchange:
             self._repaired = self._pulled = 0
         if isinstance(frame, pb.Pull):
             if own is not None:
-                yield from self._answer_pull(frame, own)
+                yield from self._answer_pull_steps(frame, own)
             return
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
@@ -131,7 +131,7 @@ class Exchange:
             # Of a round that is over.
             return
         self._summarised.add(frame.range)
-        yield from self._answer_summary(frame, own)
+        yield from self._answer_summary_steps(frame, own)
 
     def _receive_digest(self, digest: pb.Digest) -> None:
         segments = digest.segments
@@ -161,7 +161,7 @@ class Exchange:
                 if their_sum != own.sums[number]:
                     self._differing[number] = None
 
-    def _answer_summary(self, summary: pb.Summary, own: Round) -> Iterator[None]:
+    def _answer_summary_steps(self, summary: pb.Summary, own: Round) -> Steps:
         theirs = dict(zip(summary.keys, summary.states, strict=True))
         pulled = []
         buckets = own.buckets(summary.range)
@@ -171,7 +171,7 @@ class Exchange:
         for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
             left -= LOOK_WORK
-            if their_state != state and not (their_state is None and self._peer.is_full):
+            if their_state != state and not (their_state is None and self._peer.said.is_full):
                 left -= SUM_WORK + TELL_WORK
                 bucket = self._store.get(key)
                 # If it has changed since, its next delta will say how much it holds.
@@ -190,9 +190,9 @@ class Exchange:
         for start in range(0, len(pulled), MAX_PULL_KEYS):
             keys = pulled[start : start + MAX_PULL_KEYS]
             self._pulls.append(pb.Pull(at_us=own.at_us, range=summary.range, keys=keys))
-        self._peer.resyncs += sum(hashed in theirs for hashed in pulled)
+        self._peer.counts.resyncs += sum(hashed in theirs for hashed in pulled)
 
-    def _answer_pull(self, pull: pb.Pull, own: Round) -> Iterator[None]:
+    def _answer_pull_steps(self, pull: pb.Pull, own: Round) -> Steps:
         buckets = own.buckets(pull.range)
         if buckets.is_crowded:
             return
@@ -206,5 +206,5 @@ class Exchange:
     def _repair(self, key: bytes) -> None:
         if self._repaired < MAX_EXCHANGED:
             self._repaired += 1
-            self._peer.resyncs += 1
+            self._peer.counts.resyncs += 1
             self._peer.outbox.repair(key)

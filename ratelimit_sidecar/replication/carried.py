@@ -168,7 +168,7 @@ class CarriedStreams:
             purses = self._replicator.purses
             if purses is not None and purses.conflicts_with(peer.node):
                 _log.warning("peer_shows_other_members", peer=peer.node, epoch=purses.membership.epoch)
-        offset_us = peer.clock_offset_us or 0
+        offset_us = peer.said.clock_offset_us or 0
         was_skewed, peer.is_skewed = peer.is_skewed, abs(offset_us) > SKEW_US
         if peer.is_skewed and not was_skewed:
             _log.warning("peer_clock_skewed", peer=peer.node, offset_seconds=offset_us / 1e6)

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
@@ -109,9 +110,9 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
 async def _read(
     call: Call, stream: Stream, scheduler: Scheduler, now_us: Callable[[], int], on_heard: Callable[[], None]
 ) -> None:
-    def receive(frame: bytes) -> Iterator[None]:
+    def receive_steps(frame: bytes) -> Steps:
         with _faults_of(stream, now_us):
-            yield from stream.receive(frame, now_us())
+            yield from stream.receive_steps(frame, now_us())
         on_heard()
 
     while True:
@@ -126,7 +127,7 @@ async def _read(
         if frame is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        await scheduler.run(receive(frame))
+        await scheduler.run(receive_steps(frame))
 
 
 async def _write(
@@ -134,7 +135,7 @@ async def _write(
 ) -> None:
     frame: bytes | None = None
 
-    def write() -> Iterator[None]:
+    def write_steps() -> Steps:
         nonlocal frame
         with _faults_of(stream, now_us):
             while True:
@@ -145,7 +146,7 @@ async def _write(
 
     while True:
         woken.clear()
-        await scheduler.run(write())
+        await scheduler.run(write_steps())
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):

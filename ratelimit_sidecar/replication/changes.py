@@ -20,6 +20,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, NO_KNOWLEDGE, DeltasWriter, Knowledge
 from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
+from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, NOTHING, Parts, own_part
 
 MAX_BATCH_BUCKETS: Final = 256
@@ -117,7 +118,7 @@ class ChangeLog:
         sealed = 1 if segment is None else self._open.changes_before - segment.changes_before
         return sealed + unsealed
 
-    def flush(self, now_us: int, *, is_told: bool) -> Iterator[None]:
+    def flush_steps(self, now_us: int, *, is_told: bool) -> Steps:
         """Move what changed into segments, in steps. What changes meanwhile is for the next flush.
 
         Args:

@@ -207,7 +207,7 @@ class DeltasReader:
         self._limits: dict[int, AnyLimit | None] = {}
         """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
 
-    def apply(
+    def apply_steps(
         self,
         deltas: pb.Deltas,
         store: Store,

@@ -29,7 +29,7 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus, unreached_status
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
@@ -151,11 +151,18 @@ class Mesh:
         since_us = self._replicator.connections.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
         unreached = [
-            unreached_status(target.address, lag_seconds, target.last_error, target.protocol_errors)
+            PeerStatus(
+                address=target.address,
+                lag_seconds=lag_seconds,
+                last_error=target.last_error,
+                protocol_errors=target.protocol_errors,
+            )
             for target in targets.unreached()
         ]
         unresolved = [
-            unreached_status(name.configured, lag_seconds, name.error, {}) for name in targets.names if name.error
+            PeerStatus(address=name.configured, lag_seconds=lag_seconds, last_error=name.error)
+            for name in targets.names
+            if name.error
         ]
         return peers + unreached + unresolved
 
@@ -217,7 +224,7 @@ class Mesh:
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""
-        offsets_us = [peer.clock_offset_us for peer in self._replicator.peers.values()]
+        offsets_us = [peer.said.clock_offset_us for peer in self._replicator.peers.values()]
         return [offset_us for offset_us in offsets_us if offset_us is not None]
 
     def set_clock(self, origin: Origin) -> None:
@@ -256,10 +263,10 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
-        await self._scheduler.run(self._replicator.flush(self._now_us()), is_urgent=True)
+        await self._scheduler.run(self._replicator.flush_steps(self._now_us()), is_urgent=True)
 
     async def _compare(self) -> None:
-        await self._scheduler.run(self._replicator.compare(self._now_us()))
+        await self._scheduler.run(self._replicator.compare_steps(self._now_us()))
 
     async def _drain(self) -> None:
         await self._flush()

@@ -14,7 +14,7 @@ everything, or has forgotten it in a restart, is told all there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -29,7 +29,7 @@ from ratelimit_sidecar.replication.changes import (
 )
 from ratelimit_sidecar.replication.deltas import DeltasWriter
 from ratelimit_sidecar.replication.lag import Batch, InFlight, earlier
-from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, Parts
 
 LOOKED_BUCKETS: Final = 512
@@ -83,7 +83,7 @@ class Outbox:
         """Which source comes first in the next batch."""
         self._draft: _Draft | None = None
         # Not in the draft, which it refers to: nothing but a garbage collection would free the two.
-        self._steps: Iterator[None] = iter(())
+        self._steps: Steps = iter(())
         self._written: Batch | None = None
         self._in_flight = InFlight()
         self._is_told_all = False
@@ -277,11 +277,11 @@ class Outbox:
                 self._written = Batch(payload, keys, segment.entries, created_us, now_us, now_us, False)
                 return True
             draft = _Draft(DeltasWriter(self._store.origin), now_us, created_us)
-            self._steps = _fill(draft.writer, cursor.parts(), MAX_BATCH_BUCKETS)
+            self._steps = _fill_steps(draft.writer, cursor.parts(), MAX_BATCH_BUCKETS)
         else:
             draft = _Draft(DeltasWriter(self._store.origin), now_us, None)
             parts = side.parts(now_us) if source == 1 else snapshots.parts(now_us)
-            self._steps = _fill(draft.writer, parts, WHOLE_BATCH_BUCKETS)
+            self._steps = _fill_steps(draft.writer, parts, WHOLE_BATCH_BUCKETS)
         self._draft = draft
         return True
 
@@ -292,7 +292,7 @@ class Outbox:
         return oldest_us if self._sources is None else earlier(oldest_us, self._sources.cursor.created_us)
 
 
-def _fill(writer: DeltasWriter, parts: Parts, most_buckets: int) -> Iterator[None]:
+def _fill_steps(writer: DeltasWriter, parts: Parts, most_buckets: int) -> Steps:
     """Write what fits; yields between steps."""
     pace = Pace()
     for looked, part in enumerate(parts, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ratelimit_sidecar.crdt.journal import Refused
@@ -68,6 +69,43 @@ class BatchTracer(Protocol):
         """
 
 
+@dataclass(slots=True)
+class Said:
+    """What a peer has said of itself on the streams of now.
+
+    Args:
+        full_state: it has told everything that it knew when its stream began.
+        reaches: nodes that it has a stream to; None while it has not said.
+        has_joined: it has heard from its peers what they know.
+        request: which snapshot it asks for.
+        is_full: it has no room for buckets of new keys.
+        rules: a digest of those it replicates by; 0 while it has not said.
+    """
+
+    full_state: bool = False
+    reaches: frozenset[str] | None = None
+    has_joined: bool = False
+    request: pb.SyncRequest = pb.UNDECIDED
+    is_full: bool = False
+    rules: int = 0
+    clock_offset_us: int | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one peer, since this process's start; see `PeerStatus`."""
+
+    batches_sent: int = 0
+    batches_received: int = 0
+    entries_sent: int = 0
+    entries_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    resyncs: int = 0
+    protocol_errors: Counter[str] = field(default_factory=Counter)
+    refused: Counter[Refused] = field(default_factory=Counter)
+
+
 class Peer:
     """A remote node and everything known about it."""
 
@@ -83,34 +121,16 @@ class Peer:
         self.streams: list[Link] = []
         """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
-        self.full_state_heard = False
-        """True when it has told everything it knew when its stream began."""
-        self.reaches: frozenset[str] | None = None
-        """Nodes that it has a stream to; None while it has not said."""
-        self.has_joined = False
-        """True when it says that it has heard from its peers what they know."""
-        self.request: pb.SyncRequest = pb.UNDECIDED
-        """Which snapshot it has asked for."""
+        self.said = Said()
+        self.counts = Counts()
         self.own_request: pb.SyncRequest = pb.UNDECIDED
         """Which snapshot this node asks it for."""
-        self.is_full = False
-        """True when it has no room for buckets of new keys."""
-        self.rules = 0
-        """A digest of the rules it replicates by; 0 while it has not said."""
-        self.clock_offset_us: int | None = None
         self.is_skewed = False
         """True when the clock offset has been warned about."""
         self.last_error = ""
         self.lost_us = 0
         self._spans: deque[BatchSpan | None] = deque()
-        self.batches_sent = self.batches_received = 0
-        self.entries_sent = self.entries_received = 0
-        self.bytes_sent = self.bytes_received = 0
-        self.resyncs = 0
-        """Buckets told or asked for because a comparison found them to differ."""
         self.connections = 0
-        self.protocol_errors: Counter[str] = Counter()
-        self.refused: Counter[Refused] = Counter()
 
     @property
     def active(self) -> Link | None:
@@ -124,17 +144,14 @@ class Peer:
 
     def grant_request(self, now_us: int) -> None:
         """Begin to send the snapshot that it has asked for, if it has."""
-        if self.request != pb.UNDECIDED:
-            self.outbox.request(now_us, recent=self.request == pb.RECENT)
+        if self.said.request != pb.UNDECIDED:
+            self.outbox.request(now_us, recent=self.said.request == pb.RECENT)
 
     def forget_streams(self, now_us: int) -> None:
         """Its last stream has ended: what it said of itself on them is over."""
         self.lost_us = now_us
-        self.request = self.own_request = pb.UNDECIDED
-        self.full_state_heard = False
-        self.clock_offset_us = None
-        self.reaches = None
-        self.rules = 0
+        self.own_request = pb.UNDECIDED
+        self.said = Said()
 
     @property
     def pays(self) -> bool:
@@ -143,8 +160,8 @@ class Peer:
 
     def sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
         """A batch of its outbox is on its way; returns what continues its trace, if it belongs to one."""
-        self.batches_sent += 1
-        self.entries_sent += batch.entries
+        self.counts.batches_sent += 1
+        self.counts.entries_sent += batch.entries
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
         self._spans.append(span)
         return b"" if span is None else span.context
@@ -155,7 +172,7 @@ class Peer:
         Returns:
             Its span, which whoever applies it ends; None when it belongs to no trace.
         """
-        self.batches_received += 1
+        self.counts.batches_received += 1
         return tracer.apply_span(self.node, deltas.trace) if tracer is not None and deltas.trace else None
 
     def acknowledged(self, now_us: int) -> None:
@@ -175,7 +192,7 @@ class Peer:
 
     def rules_match(self, rules: int) -> bool | None:
         """Whether it replicates by the rules with that digest; None while that is not known."""
-        return self.rules == rules if self.rules and rules else None
+        return self.said.rules == rules if self.said.rules and rules else None
 
     def is_comparable(self, rules: int, now_us: int) -> bool:
         """True when both ends have heard what counts in the round of now.
@@ -184,7 +201,7 @@ class Peer:
             rules: a digest of this node's rules.
         """
         is_told = not self.outbox.owes_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
-        return self.full_state_heard and is_told and self.rules_match(rules) is not False
+        return self.said.full_state and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
         """Args:
@@ -199,17 +216,17 @@ class Peer:
             connected=bool(self.streams),
             lag_seconds=self.outbox.lag_us(now_us) / 1e6,
             pending_buckets=self.outbox.pending_buckets,
-            batches_sent=self.batches_sent,
-            batches_received=self.batches_received,
-            entries_sent=self.entries_sent,
-            entries_received=self.entries_received,
-            bytes_sent=self.bytes_sent,
-            bytes_received=self.bytes_received,
-            resyncs=self.resyncs,
+            batches_sent=self.counts.batches_sent,
+            batches_received=self.counts.batches_received,
+            entries_sent=self.counts.entries_sent,
+            entries_received=self.counts.entries_received,
+            bytes_sent=self.counts.bytes_sent,
+            bytes_received=self.counts.bytes_received,
+            resyncs=self.counts.resyncs,
             rules_match=self.rules_match(rules),
             reconnects=max(0, self.connections - 1),
-            clock_offset_seconds=None if self.clock_offset_us is None else self.clock_offset_us / 1e6,
+            clock_offset_seconds=None if self.said.clock_offset_us is None else self.said.clock_offset_us / 1e6,
             last_error=self.last_error,
-            protocol_errors=dict(self.protocol_errors),
-            refused={why.value: count for why, count in self.refused.items()},
+            protocol_errors=dict(self.counts.protocol_errors),
+            refused={why.value: count for why, count in self.counts.refused.items()},
         )

@@ -18,6 +18,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.demands import Demands
+from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
 from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
@@ -70,11 +71,11 @@ class Replicator:
         self._was_full = False
         self.summing = Summing(store, now_us)
 
-    def flush(self, now_us: int) -> Iterator[None]:
+    def flush_steps(self, now_us: int) -> Steps:
         """Let the peers be told what this node has changed, and `_tend`; every few milliseconds, in steps."""
         changes = self.changes
         end = changes.end
-        for _ in changes.flush(now_us, is_told=any(peer.streams for peer in self.peers.values())):
+        for _ in changes.flush_steps(now_us, is_told=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
                 self._tell_changes(end)
                 end = changes.end
@@ -98,7 +99,7 @@ class Replicator:
             else:
                 peer.outbox.missed_changes(created_us)
 
-    def compare(self, now_us: int) -> Iterator[None]:
+    def compare_steps(self, now_us: int) -> Steps:
         """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""
         if not any(stream.compares for stream in self.streams()):
             self.summing.pause()

@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
+
+from ratelimit_sidecar.replication.pace import Steps
 
 QUANTUM_NS = 200_000
 """At least. The step that uses it up is the last, so it takes up to as long as the longest step more."""
@@ -34,12 +36,9 @@ GROWTH = 16
 LONG_TURN_NS = 500_000
 """Where others need so long for a turn, they are left one at a time."""
 
-Job = Iterator[None]
-"""Yields after each step, of 0.1 ms or so."""
-
 
 class _Waiting(NamedTuple):
-    job: Job
+    job: Steps
     is_urgent: bool
     done: asyncio.Future[None]
 
@@ -62,7 +61,7 @@ class Scheduler:
         """When it was."""
         self._waiting: deque[_Waiting] = deque()
 
-    async def run(self, job: Job, *, is_urgent: bool = False) -> None:
+    async def run(self, job: Steps, *, is_urgent: bool = False) -> None:
         """Do a job: at once as much of it as the quantum allows, and the rest in turn with others.
 
         Args:
@@ -84,7 +83,7 @@ class Scheduler:
         else:
             self._waiting.append(waiting)
 
-    def _step(self, job: Job) -> bool:
+    def _step(self, job: Steps) -> bool:
         """True when it was the last of the job."""
         began_ns = self._monotonic_ns()
         try:

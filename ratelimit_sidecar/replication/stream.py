@@ -6,24 +6,161 @@ answered, on the stream on which they came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.inbound import Inbound
-from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.crdt.journal import Refused
+from ratelimit_sidecar.replication.anti_entropy import Exchange
+from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.peer import BatchSpan, Peer
+from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.rounds import Round
 from ratelimit_sidecar.replication.session import (
+    ClockMeasured,
     ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
+    DemandsReceived,
     Established,
     Event,
+    PaymentsReceived,
     PeerLeft,
     Session,
+    StatusReceived,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
+from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
+
+
+class Inbound:
+    """What a peer says on one stream, once both ends have accepted each other.
+
+    Args:
+        is_proven: see `DeltasReader`.
+        payments: of the stream.
+    """
+
+    def __init__(
+        self,
+        replicator: Replicator,
+        session: Session,
+        peer: Peer,
+        origin: Origin,
+        *,
+        is_proven: bool,
+        payments: PaymentOutbox | None,
+    ) -> None:
+        self.peer = peer
+        self._replicator = replicator
+        self._session = session
+        self._reader = DeltasReader(origin, is_proven=is_proven)
+        self._payments = payments
+        self.exchange: Exchange | None = None
+        """None once the stream is closed, and with a peer that cannot compare."""
+        if session.compares:
+            leads = replicator.local.origin.node < peer.node
+            self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
+        self._is_over = False
+        self._applying: BatchSpan | None = None
+        """The span of the deltas that are being applied, when they belong to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
+
+    def close(self) -> None:
+        """Nothing is heard any more."""
+        self._is_over = True
+        self.exchange = None
+        self._end_span()
+
+    def apply_steps(self, event: DeltasReceived | ComparisonReceived, now_us: int) -> Steps:
+        """Apply and acknowledge a batch, or answer a comparison, in steps; no more of them once it is closed.
+
+        Raises:
+            ProtocolError: see `DeltasReader.apply_steps` and `Exchange.receive_steps`.
+        """
+        if isinstance(event, DeltasReceived):
+            yield from self._apply_steps(event.deltas, now_us)
+            return
+        assert self.exchange is not None
+        for _ in self.exchange.receive_steps(event.frame):
+            yield
+            if self._is_over:
+                return
+
+    def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
+        replicator, peer = self._replicator, self.peer
+        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
+        self._applying = peer.received(deltas, replicator.tracer)
+        try:
+            for applied in self._reader.apply_steps(deltas, replicator.store, now_us, on_news):
+                self._note_refused()
+                replicator.unknown_keys += applied.unknown_keys
+                peer.counts.entries_received += applied.entries
+                if not applied.is_last:
+                    yield
+                    if self._is_over:
+                        return
+        finally:
+            self._note_refused()
+        self.batch_trace = {}
+        self._end_span()
+        if deltas.ends_full_state:
+            peer.said.full_state = True
+        self._session.acknowledge(now_us)
+
+    def hear(self, event: Event, now_us: int) -> None:
+        """Hear what takes no steps.
+
+        Raises:
+            ProtocolError: see `Purses.receive`, `Demands.read` and `read_reaches`.
+        """
+        match event:
+            case PaymentsReceived(payments):
+                self._hear_payments(payments)
+            case StatusReceived(status):
+                self._hear_status(status, now_us)
+            case ClockMeasured(offset_us):
+                self.peer.said.clock_offset_us = offset_us
+            case DemandsReceived(demands) if self._replicator.demands is not None:
+                self._replicator.unknown_keys += self._replicator.demands.read(self.peer.node, demands)
+
+    def _hear_payments(self, payments: pb.Payments) -> None:
+        purses = self._replicator.purses
+        assert purses is not None
+        assert self._payments is not None
+        refused = purses.refused
+        self._replicator.unknown_keys += purses.receive(self.peer.node, payments, self._payments)
+        if purses.refused > refused:
+            self.peer.counts.refused[Refused.PAYMENT] += purses.refused - refused
+
+    def _hear_status(self, status: pb.Status, now_us: int) -> None:
+        peer = self.peer
+        peer.said.rules = status.rules
+        peer.said.is_full = status.full
+        peer.said.has_joined = status.joined
+        self._replicator.sync.decide(peer)
+        if status.sync_request != pb.UNDECIDED:
+            peer.said.request = status.sync_request
+            peer.grant_request(now_us)
+        reaches = read_reaches(status)
+        if reaches != peer.said.reaches:
+            peer.said.reaches = reaches
+            self._replicator.change_ways()
+
+    def _end_span(self) -> None:
+        if self._applying is not None:
+            self._applying.end()
+            self._applying = None
+
+    def _note_refused(self) -> None:
+        refused = self._replicator.store.journal.refused
+        if refused:
+            self.peer.counts.refused += refused
+            refused.clear()
 
 
 class Stream:
@@ -102,15 +239,15 @@ class Stream:
         """When the last frame arrived."""
         return self._session.heard_us
 
-    def receive(self, raw: bytes, now_us: int) -> Iterator[None]:
+    def receive_steps(self, raw: bytes, now_us: int) -> Steps:
         """Take one frame in and apply it, in steps; the next one may come when all have been done. A bad frame leaves
         the stream closing, with `error` set."""
         try:
             event = self._session.receive(raw, now_us)
             if self.peer is not None:
-                self.peer.bytes_received += len(raw)
+                self.peer.counts.bytes_received += len(raw)
             if event is not None:
-                yield from self._handle(event, now_us)
+                yield from self._handle_steps(event, now_us)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
@@ -154,7 +291,7 @@ class Stream:
         if raw is None:
             raw = self._take_frame(peer, now_us)
         if raw is not None:
-            peer.bytes_sent += len(raw)
+            peer.counts.bytes_sent += len(raw)
         return raw
 
     def take_pause(self) -> bool:
@@ -175,7 +312,7 @@ class Stream:
         if error.reason not in FAULTLESS:
             self._replicator.protocol_errors[error.reason] += 1
             if self.peer is not None:
-                self.peer.protocol_errors[error.reason] += 1
+                self.peer.counts.protocol_errors[error.reason] += 1
         self._leave(str(error), now_us)
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
@@ -216,14 +353,14 @@ class Stream:
         if demands is not None and peer is not None and peer.active is self:
             self._demands_told = demands.write(ping, self._demands_told)
 
-    def _handle(self, event: Event, now_us: int) -> Iterator[None]:
+    def _handle_steps(self, event: Event, now_us: int) -> Steps:
         if not isinstance(event, DeltasReceived | ComparisonReceived):
             self._hear(event, now_us)
             return
         if isinstance(event, DeltasReceived) and event.acknowledged is not None:
             self._hear(event.acknowledged, now_us)
         assert self._inbound is not None
-        yield from self._inbound.apply(event, now_us)
+        yield from self._inbound.apply_steps(event, now_us)
 
     def _hear(self, event: Event, now_us: int) -> None:
         match event:

@@ -98,13 +98,13 @@ def done(job: Iterator[object]) -> None:
 
 def receive(stream: Stream, raw: bytes, now_us: int) -> None:
     """Let a stream take a frame in and apply it."""
-    done(stream.receive(raw, now_us))
+    done(stream.receive_steps(raw, now_us))
 
 
 def flush(replicator: Replicator, now_us: int) -> None:
     """Let a node's peers be told what it has changed, and compare."""
-    done(replicator.flush(now_us))
-    done(replicator.compare(now_us))
+    done(replicator.flush_steps(now_us))
+    done(replicator.compare_steps(now_us))
 
 
 def next_frame(stream: Stream, now_us: int) -> bytes | None:
@@ -122,7 +122,7 @@ def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -
 
 def apply_all(reader: DeltasReader, store: Store, deltas: pb.Deltas, now_us: int) -> Applied:
     """Returns what all steps amount to."""
-    steps = list(reader.apply(deltas, store, now_us))
+    steps = list(reader.apply_steps(deltas, store, now_us))
     return Applied(sum(step.entries for step in steps), sum(step.unknown_keys for step in steps), is_last=True)
 
 

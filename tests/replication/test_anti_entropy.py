@@ -60,11 +60,11 @@ def lose_changes(each: Node) -> None:
 
 
 def resyncs(cluster: Cluster) -> int:
-    return sum(peer.resyncs for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.resyncs for each in cluster for peer in each.replicator.peers.values())
 
 
 def entries_sent(cluster: Cluster) -> int:
-    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.entries_sent for each in cluster for peer in each.replicator.peers.values())
 
 
 def taken_at(each: Node, value: str, key: str = "user") -> int:
@@ -147,7 +147,7 @@ def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: in
                 each.bucket(cluster.random.choice("xyz"), key).take(1, each.now_us)
     assert resyncs(cluster) == 0
     # Not because there was nothing to compare.
-    assert all(peer.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
+    assert all(peer.counts.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
 
 
 def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
@@ -211,9 +211,9 @@ def hear(exchange: Exchange, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[i
     Returns:
         The number of buckets told or asked for because of it, and of the pieces that it took.
     """
-    before = exchange._peer.resyncs
-    pieces = len(list(exchange.receive(frame))) + 1
-    return exchange._peer.resyncs - before, pieces
+    before = exchange._peer.counts.resyncs
+    pieces = len(list(exchange.receive_steps(frame))) + 1
+    return exchange._peer.counts.resyncs - before, pieces
 
 
 def sums_of(store: Store, at_us: int) -> Round:
@@ -394,7 +394,7 @@ ZEROES = [0] * SEGMENT_RANGES
 )
 def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) -> None:
     with pytest.raises(ProtocolError) as caught:
-        done(exchange_of_nothing().receive(frame))
+        done(exchange_of_nothing().receive_steps(frame))
     assert caught.value.reason is Reason.BAD_DIGEST
 
 
@@ -592,7 +592,7 @@ def test_a_digest_is_answered_once() -> None:
     exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)
     digest = pb.Digest(at_us=own.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
     for summaries in (RANGES, 0):
-        done(exchange.receive(digest))
+        done(exchange.receive_steps(digest))
         for _ in range(summaries):
             assert exchange.take_frame() is not None
         assert exchange.take_frame() is None

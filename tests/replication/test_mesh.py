@@ -289,7 +289,7 @@ async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch
                 failed.set()
                 raise RuntimeError("it broke")
 
-            broken.setattr(a.mesh._replicator, "flush", flush)
+            broken.setattr(a.mesh._replicator, "flush_steps", flush)
             await asyncio.wait_for(failed.wait(), TIMEOUT_SECONDS)
         a.take("ann", 7)
         await b.knows("ann", 7)

@@ -55,7 +55,7 @@ def note(outbox: Outbox, created_us: int = NOW_US, *, is_told: bool = True) -> N
     """Flush what the store's journal holds."""
     end = outbox._log.end
     outbox._log._flushed_us = created_us
-    done(outbox._log.flush(created_us, is_told=is_told))
+    done(outbox._log.flush_steps(created_us, is_told=is_told))
     if outbox._log.end > end:
         outbox.missed_changes(created_us)
 

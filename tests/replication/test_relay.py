@@ -86,7 +86,7 @@ def test_when_the_one_that_passes_on_is_gone_another_one_does() -> None:
 
 
 def entries_sent(cluster: Cluster) -> int:
-    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.entries_sent for each in cluster for peer in each.replicator.peers.values())
 
 
 @pytest.mark.parametrize(("cut", "sent"), [(False, 3), (True, 3)], ids=["whole", "one link cut"])
@@ -119,7 +119,7 @@ def peers() -> dict[str, Peer]:
 
 def reach(peers: dict[str, Peer], **reaches: str) -> None:
     for name, peer in peers.items():
-        peer.reaches = frozenset(reaches[name]) if name in reaches else None
+        peer.said.reaches = frozenset(reaches[name]) if name in reaches else None
 
 
 def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
@@ -150,7 +150,7 @@ def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) 
         assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
     assert len(relay._of_origin) < 10
     for peer in peers.values():
-        peer.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
+        peer.said.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
     relay.look(peers)
     assert len(relay._of_origin) <= MAX_ORIGINS
 
@@ -164,11 +164,11 @@ def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() ->
     cluster.run(SECOND_US)
     cluster.crash("c")
     cluster.run(SECOND_US)
-    before = [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")]
+    before = [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")]
     cluster.start("c")
     cluster.run_until_settled()
     cluster.run(2 * SECOND_US)
-    assert [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")] == before
+    assert [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")] == before
     assert_all_hold(cluster, 2, "user 7")
 
 

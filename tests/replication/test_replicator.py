@@ -165,7 +165,7 @@ def test_a_peer_counts_what_went_each_way() -> None:
     a, b = replicator("a"), replicator("b")
     take(a.store, "ann", 5, NOW_US)
     connected(a, b)
-    [at_a], [at_b] = a.peers.values(), b.peers.values()
+    at_a, at_b = a.peers["b"].counts, b.peers["a"].counts
     assert (at_a.batches_sent, at_a.entries_sent) == (at_b.batches_received, at_b.entries_received) == (1, 1)
     assert (at_a.batches_received, at_a.entries_received) == (at_b.batches_sent, at_b.entries_sent) == (1, 0)
 
@@ -183,11 +183,11 @@ def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
     a, b = replicator("a"), replicator("b")
     one = stream_of(a, is_dialled=True)
     receive(one, hello("b"), NOW_US)
-    assert not a.peers["b"].full_state_heard
+    assert not a.peers["b"].said.full_state
     receive(one, frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
-    assert a.peers["b"].full_state_heard
+    assert a.peers["b"].said.full_state
     one.lost("cut", NOW_US)
-    assert not a.peers["b"].full_state_heard
+    assert not a.peers["b"].said.full_state
     assert b.peers == {}
 
 
@@ -323,23 +323,23 @@ def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
     receive(stream, hello("b"), NOW_US)
     said_by(stream)
     applied = []
-    for _ in stream.receive(many_deltas(2 * PIECE_WORK + 1), NOW_US):
-        applied.append((len(a.store), a.peers["b"].full_state_heard, len(said_by(stream))))
-    applied.append((len(a.store), a.peers["b"].full_state_heard, len(said_by(stream))))
+    for _ in stream.receive_steps(many_deltas(2 * PIECE_WORK + 1), NOW_US):
+        applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
+    applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
     assert applied == [(PIECE_WORK, False, 0), (2 * PIECE_WORK, False, 0), (2 * PIECE_WORK + 1, True, 1)]
-    assert a.peers["b"].entries_received == 2 * PIECE_WORK + 1
+    assert a.peers["b"].counts.entries_received == 2 * PIECE_WORK + 1
 
 
 def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
     a = replicator("a")
     stream = stream_of(a)
     receive(stream, hello("b"), NOW_US)
-    applying = stream.receive(many_deltas(2 * PIECE_WORK), NOW_US)
+    applying = stream.receive_steps(many_deltas(2 * PIECE_WORK), NOW_US)
     next(applying)
     stream.lost("gone", NOW_US)
     done(applying)
     assert len(a.store) == PIECE_WORK
-    assert not a.peers["b"].full_state_heard
+    assert not a.peers["b"].said.full_state
 
 
 def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
@@ -349,7 +349,7 @@ def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
     said_by(stream)
     deltas = pb.Frame.FromString(many_deltas(PIECE_WORK)).deltas
     deltas.buckets.add(key=b"\x09")
-    assert len(list(stream.receive(frame(deltas=deltas), NOW_US))) == 1
+    assert len(list(stream.receive_steps(frame(deltas=deltas), NOW_US))) == 1
     [said] = said_by(stream)
     assert pb.Frame.FromString(said).goodbye.reason == "bad_key"
 
@@ -396,7 +396,7 @@ def applying_a_traced_batch(tracer: Tracer) -> tuple[Stream, Iterator[None]]:
     flush(a, NOW_US)
     sent = next_frame(one, NOW_US)
     assert sent is not None
-    applying = other.receive(sent, NOW_US)
+    applying = other.receive_steps(sent, NOW_US)
     next(applying)
     return other, applying
 
@@ -477,13 +477,13 @@ def test_many_changes_are_flushed_in_steps_and_what_is_taken_meanwhile_waits() -
         take(a.store, f"user-{number}", 1, NOW_US + 39_000)
     outbox = a.peers["b"].outbox
     flushed = []
-    for step, _ in enumerate(a.flush(NOW_US + 40_000)):
+    for step, _ in enumerate(a.flush_steps(NOW_US + 40_000)):
         flushed.append(outbox.pending_buckets)
         take(a.store, f"late-{step}", 1, NOW_US + 40_000 + step)
     assert flushed == [FLUSH_STEP_BUCKETS, 2 * FLUSH_STEP_BUCKETS]
     assert outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 1
     assert outbox.lag_us(NOW_US + 50_000) == 30_000
-    done(a.flush(NOW_US + 60_000))
+    done(a.flush_steps(NOW_US + 60_000))
     assert outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 3
 
 
@@ -496,7 +496,7 @@ def test_a_stream_is_woken_once_for_what_fills_a_batch_and_at_the_end_of_a_flush
         for number in range(buckets):
             take(a.store, f"user {number}", 1, NOW_US)
         woken.clear()
-        done(a.flush(NOW_US))
+        done(a.flush_steps(NOW_US))
         assert len(woken) == times, buckets
 
 
@@ -524,7 +524,7 @@ def test_a_flush_moves_all_there_is_also_when_another_one_is_under_way() -> None
     connected(a, b)
     for number in range(2 * FLUSH_STEP_BUCKETS):
         take(a.store, f"user-{number}", 1, NOW_US)
-    under_way = a.flush(NOW_US + 20_000)
+    under_way = a.flush_steps(NOW_US + 20_000)
     next(under_way)
     take(a.store, "late", 1, NOW_US + 20_000)
     flush(a, NOW_US + 20_000)
@@ -774,20 +774,20 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
     ac, ca = connected(a, c)
     late = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b", "c"}
+    assert b.peers["a"].said.reaches == {"b", "c"}
     ac.lost("cut", NOW_US)
     # What tells of it is lost with the second stream, on which an older one comes in after all.
     lost = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b"}
+    assert b.peers["a"].said.reaches == {"b"}
     assert lost
     for raw in late:
         receive(b2, raw, NOW_US)
-    assert b.peers["a"].reaches == {"b", "c"}
+    assert b.peers["a"].said.reaches == {"b", "c"}
     for stream in (a2, b2):
         stream.lost("reset", NOW_US)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b"}
+    assert b.peers["a"].said.reaches == {"b"}
     assert ca.peer is not None
 
 
@@ -821,8 +821,8 @@ def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by
     connected(a, b)
     connected(a, c)
     assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
-    assert (b.peers["a"].entries_sent, c.peers["a"].entries_sent) == (2, 1)
-    assert all(peer.full_state_heard for peer in a.peers.values())
+    assert (b.peers["a"].counts.entries_sent, c.peers["a"].counts.entries_sent) == (2, 1)
+    assert all(peer.said.full_state for peer in a.peers.values())
 
 
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -207,3 +209,20 @@ async def test_a_step_whose_caller_has_gone_is_not_done(work: Work) -> None:
     await asyncio.wait(tasks)
     assert [name for _, name in work.done] == ["a", "c"]
     assert tasks[1].cancelled()
+
+
+def test_no_job_is_made_and_then_not_done() -> None:
+    """A generator that nobody iterates does nothing, and no type checker says so."""
+    root = Path(__file__).parents[2]
+    folders = (
+        "ratelimit_sidecar/replication",
+        "ratelimit_sidecar/persistence",
+        "tests/replication",
+        "tests/simulation",
+    )
+    for path in [each for folder in folders for each in (root / folder).glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                called = node.value.func
+                name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                assert not name.endswith("_steps"), f"{path}:{node.lineno}"

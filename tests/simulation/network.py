@@ -247,7 +247,7 @@ class End:
             self.schedule()
             return
         owner.cluster.note_frame(other, self, raw)
-        self._applying = self.stream.receive(raw, owner.clock.now_us())
+        self._applying = self.stream.receive_steps(raw, owner.clock.now_us())
         if other.blocked_since_us is not None:
             other.pump_soon()
         self._apply()

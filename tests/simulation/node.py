@@ -148,7 +148,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        done(self.replicator.flush(self.clock.now_us()))
+        done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -172,7 +172,7 @@ class Node:
             loop.at(self.resumes_us, self._tick)
             return
         now_us = self.clock.now_us()
-        for name, begin in (("flush", self.replicator.flush), ("compare", self.replicator.compare)):
+        for name, begin in (("flush", self.replicator.flush_steps), ("compare", self.replicator.compare_steps)):
             if name not in self._jobs:
                 self._jobs[name] = begin(now_us)
                 self._do(name)
@@ -202,7 +202,7 @@ class Node:
 
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""
-        offsets_us = [peer.clock_offset_us for peer in self.replicator.peers.values()]
+        offsets_us = [peer.said.clock_offset_us for peer in self.replicator.peers.values()]
         stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
         if not stepped_us:
             return

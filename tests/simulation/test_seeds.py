@@ -145,13 +145,13 @@ def leaves_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    flush = Replicator.flush
+    flush = Replicator.flush_steps
 
     def flush_and_keep(self: Replicator, now_us: int) -> Iterator[None]:
         self.kept = [*getattr(self, "kept", ()), *([now_us] * 400)]  # type: ignore[attr-defined]
         return flush(self, now_us)
 
-    monkeypatch.setattr(Replicator, "flush", flush_and_keep)
+    monkeypatch.setattr(Replicator, "flush_steps", flush_and_keep)
 
 
 @pytest.mark.interpreted

@@ -99,8 +99,8 @@ class _Node:
         self.ends: list[_End] = []
 
     def flush(self) -> None:
-        do(self.replicator.flush(self._timeline.now_us))
-        do(self.replicator.compare(self._timeline.now_us))
+        do(self.replicator.flush_steps(self._timeline.now_us))
+        do(self.replicator.compare_steps(self._timeline.now_us))
 
     def check_time(self) -> None:
         for end in list(self.ends):
@@ -156,7 +156,7 @@ class _End:
 
     def _receive(self, raw: bytes) -> None:
         if self._is_open:
-            do(self._stream.receive(raw, self._timeline.now_us))
+            do(self._stream.receive_steps(raw, self._timeline.now_us))
 
     def _pump_soon(self) -> None:
         if not self._is_pumping:
