@@ -24,6 +24,8 @@ class Pings:
         self._last = 0
         self._open: dict[int, int] = {}
         """When each ping not answered was sent."""
+        self._pong_owed: tuple[int, int] | None = None
+        """The newest ping of the peer that is not answered yet: its id, and when it came."""
         self._samples: deque[tuple[int, int]] = deque(maxlen=CLOCK_SAMPLES)
 
     def waits_since_us(self, now_us: int) -> int:
@@ -38,6 +40,17 @@ class Pings:
         self._last += 1
         self._open[self._last] = now_us
         return pb.Ping(id=self._last)
+
+    def received(self, ping: pb.Ping, now_us: int) -> None:
+        """The peer pings."""
+        self._pong_owed = (ping.id, now_us)
+
+    def take_pong(self, now_us: int) -> pb.Pong | None:
+        """The answer to the peer's newest ping; None when it has been sent."""
+        if self._pong_owed is None:
+            return None
+        (ping_id, received_us), self._pong_owed = self._pong_owed, None
+        return pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us)
 
     def answered(self, pong: pb.Pong, now_us: int) -> int:
         """Hear an answer.

@@ -47,7 +47,6 @@ SILENCE_US: Final = 5_000_000
 STALL_US: Final = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
 
-MAX_FRAMES: Final = 10_000
 ACK_DELAY_US: Final = 20_000
 """An acknowledgement waits so long for Deltas to carry it: until the next flush. A frame of its own costs either end as
 much as a small batch."""
@@ -55,6 +54,7 @@ much as a small batch."""
 RIDING_US: Final = 2 * ACK_DELAY_US
 """Only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
 
+MAX_FRAMES: Final = 10_000
 FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
 in frames that each take a millisecond and more to apply."""
@@ -209,7 +209,6 @@ class Session:
         self._unacknowledged: deque[int] = deque()
         """When each of the Deltas not acknowledged was sent."""
         self._pings = Pings(now_us)
-        self._pong_owed: tuple[int, int] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -329,10 +328,9 @@ class Session:
         return self._owed_frame(now_us, on_ping) if self.state is State.ESTABLISHED else None
 
     def _owed_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None) -> pb.Frame | None:
-        if self._pong_owed is not None:
-            ping_id, received_us = self._pong_owed
-            self._pong_owed = None
-            return pb.Frame(pong=pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us))
+        pong = self._pings.take_pong(now_us)
+        if pong is not None:
+            return pb.Frame(pong=pong)
         if self.is_ack_due(now_us):
             self._ack_owed = False
             return pb.Frame(ack=pb.Ack(sequence=self._applied))
@@ -422,6 +420,6 @@ class Session:
 
     def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | DemandsReceived | None:
         if frame.HasField("ping"):
-            self._pong_owed = (frame.ping.id, now_us)
+            self._pings.received(frame.ping, now_us)
             return DemandsReceived(frame.ping.demands) if frame.ping.demands else None
         return ClockMeasured(self._pings.answered(frame.pong, now_us))
