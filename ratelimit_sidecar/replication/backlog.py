@@ -68,6 +68,10 @@ class SideLog:
             self._parts = self._take()
         return self._parts
 
+    def close(self) -> None:
+        """See `Cursor.close`."""
+        self._parts = None
+
     def _take(self) -> Parts:
         while self._relayed or self._repairs:
             if self._relayed:
@@ -166,6 +170,10 @@ class Snapshots:
         """The peer has heard all of one."""
         if self._parts is None and not self._has_ended:
             self._since_us = None
+
+    def close(self) -> None:
+        """See `Cursor.close`."""
+        self._parts = None
 
     def _begin_recent(self, since_us: int, now_us: int) -> None:
         self._since_us = since_us

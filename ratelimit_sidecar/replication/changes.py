@@ -303,6 +303,10 @@ class Cursor:
             self._catching_up = self._catch_up()
         return self._catching_up
 
+    def close(self) -> None:
+        """The stream is gone. A generator and what it is of refer to each other: only a collection would free them."""
+        self._catching_up = None
+
     def _catch_up(self) -> Parts:
         log = self._log
         end = log.next_shared(self._next + 1) if self._takes_numbers else log.end

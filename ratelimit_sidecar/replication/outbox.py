@@ -68,6 +68,12 @@ class _Sources:
         self.side = side
         self.snapshots = snapshots
 
+    def close(self) -> None:
+        """See `Cursor.close`."""
+        self.cursor.close()
+        self.side.close()
+        self.snapshots.close()
+
 
 class Outbox:
     """What one peer has yet to hear."""
@@ -134,6 +140,7 @@ class Outbox:
         sources = self._sources
         if sources is not None and not sources.side.relay(bucket, entries):
             sources.snapshots.begin(sources.side.relayed_since_us)
+            sources.side.close()
             sources.side = SideLog(self._store)
 
     def repair(self, key: bytes) -> None:
@@ -192,6 +199,7 @@ class Outbox:
         begun_us = earlier(self._in_flight.begun_us, None if self._written is None else self._written.begun_us)
         begun_us = earlier(begun_us, None if self._draft is None else self._draft.begun_us)
         self._missing_since_us = missing_us if begun_us is None else min(missing_us, begun_us)
+        self._sources.close()
         self._sources = self._draft = self._written = None
         self._steps = iter(())
         self._in_flight.lost()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -209,6 +210,29 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     assert outbox.pending_buckets == 1
     outbox.close(NOW_US)
     assert outbox.pending_buckets == 0
+
+
+def test_what_a_stream_was_to_be_told_is_freed_when_it_ends() -> None:
+    """By itself: garbage collections are practically never run."""
+    store = store_of(A)
+    fill(store, 3 * MAX_BATCH_BUCKETS)
+    outbox = new_outbox(store)
+    # A snapshot, what it has to catch up with, and repairs: all of them begun.
+    open_stream(outbox)
+    fill(store, 3 * MAX_BATCH_BUCKETS, NOW_US + 1)
+    note(outbox, is_told=False)
+    for bucket in store:
+        outbox.repair(bucket.key)
+    for _ in range(4):
+        assert next_batch(outbox) is not None
+    assert outbox.write(NOW_US)
+    sources = outbox._sources
+    assert sources is not None
+    parts = [sources.cursor, sources.side, sources.snapshots]
+    del sources
+    outbox.close(NOW_US)
+    # That of the list, and of the call.
+    assert [sys.getrefcount(each) for each in parts] == [3, 3, 3]
 
 
 def test_a_batch_is_written_in_pieces() -> None:
