@@ -47,7 +47,7 @@ class SideLog:
             False when there is no room.
         """
         slots = self._relayed.get(bucket.key)
-        self.relayed_since_us = min(self.relayed_since_us, *[slot_start_us(entry.slot) for entry in entries])
+        self.relayed_since_us = min([self.relayed_since_us, *[slot_start_us(entry.slot) for entry in entries]])
         if slots is None:
             if len(self._relayed) >= MAX_RELAYED_BUCKETS:
                 return False

@@ -15,6 +15,7 @@ everything, or has forgotten it in a restart, is told all there is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -47,6 +48,7 @@ MAX_UNACKNOWLEDGED: Final = 32
 back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
 
 
+@dataclass(slots=True)
 class _Draft:
     """A batch that is being written.
 
@@ -54,19 +56,18 @@ class _Draft:
         created_us: of the oldest change in it.
     """
 
-    def __init__(self, writer: DeltasWriter, begun_us: int, created_us: int | None) -> None:
-        self.writer = writer
-        self.begun_us = begun_us
-        self.created_us = created_us
+    writer: DeltasWriter
+    begun_us: int
+    created_us: int | None
 
 
+@dataclass(slots=True)
 class _Sources:
     """What there is to be told on one stream."""
 
-    def __init__(self, cursor: Cursor, side: SideLog, snapshots: Snapshots) -> None:
-        self.cursor = cursor
-        self.side = side
-        self.snapshots = snapshots
+    cursor: Cursor
+    side: SideLog
+    snapshots: Snapshots
 
     def close(self) -> None:
         """See `Cursor.close`."""
