@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
@@ -239,6 +239,14 @@ class ChangeLog:
             self._segments.popleft()
 
 
+class Shared(NamedTuple):
+    """Segments as they are encoded for all."""
+
+    payload: bytes
+    keys: list[bytes]
+    entries: int
+
+
 class Cursor:
     """How far one peer has come in the log.
 
@@ -283,17 +291,31 @@ class Cursor:
             return segment.created_us
         return self._passed_us if self.has_changes else self._log.created_us
 
-    def take_shared(self) -> tuple[Segment, bytes] | None:
-        """The next segment and its payload for this stream, which then is behind the cursor; None when the peer has to
-        catch up."""
-        segment = self._log.get(self._next)
-        if segment is None or segment.payload is None or self._catching_up is not None or not self._takes_numbers:
+    def take_shared(self) -> Shared | None:
+        """The next segments, which then are behind the cursor: as many as fit into a batch, so that a peer which has
+        fallen back a little hears fewer, larger ones. None when it has to catch up."""
+        if self._catching_up is not None or not self._takes_numbers:
             return None
-        payload = segment.knowledge.missing(self._known) + segment.payload
-        self._known |= segment.knowledge.all
-        self._next += 1
-        self._passed_us = segment.created_us
-        return segment, payload
+        keys: list[bytes] = []
+        entries = 0
+        payload = b""
+        while (segment := self._log.get(self._next)) is not None and segment.payload is not None:
+            keys += segment.keys
+            entries += segment.entries
+            # Deltas of one sender, one after the other, are one Deltas.
+            payload += segment.knowledge.missing(self._known) + segment.payload
+            self._known |= segment.knowledge.all
+            self._next += 1
+            self._passed_us = segment.created_us
+            following = self._log.get(self._next)
+            if (
+                following is None
+                or len(keys) + len(following.keys) > MAX_BATCH_BUCKETS
+                or entries + following.entries > MAX_BATCH_ENTRIES
+                or len(payload) > MAX_BATCH_BYTES // 2
+            ):
+                break
+        return Shared(payload, keys, entries) if keys else None
 
     def parts(self) -> Parts:
         """What the peer has to catch up with."""

@@ -281,9 +281,8 @@ class Outbox:
             created_us = cursor.created_us
             shared = cursor.take_shared()
             if shared is not None:
-                segment, payload = shared
-                keys = tuple(segment.keys)
-                self._written = Batch(payload, keys, segment.entries, created_us, now_us, now_us, False)
+                payload, keys, entries = shared
+                self._written = Batch(payload, tuple(keys), entries, created_us, now_us, now_us, False)
                 return True
             draft = _Draft(DeltasWriter(self._store.origin), now_us, created_us)
             self._steps = _fill_steps(draft.writer, cursor.parts(), MAX_BATCH_BUCKETS)
