@@ -51,6 +51,9 @@ ACK_DELAY_US: Final = 20_000
 """An acknowledgement waits so long for Deltas to carry it: until the next flush. A frame of its own costs either end as
 much as a small batch."""
 
+MAX_ACKS_OWED: Final = 8
+"""With so many of them one is sent at once: the peer may be waiting for it, with a snapshot that it has to send."""
+
 RIDING_US: Final = 2 * ACK_DELAY_US
 """Only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
 
@@ -198,7 +201,8 @@ class Session:
         self._goodbye: pb.Goodbye | None = None
         self._received = self._applied = 0
         """The last of the peer's Deltas."""
-        self._ack_owed = False
+        self._acks_owed = 0
+        """Deltas applied that are not acknowledged."""
         self._ack_due_us = 0
         """When it is sent in a frame of its own."""
         self._applied_us = 0
@@ -263,14 +267,16 @@ class Session:
     def acknowledge(self, now_us: int) -> None:
         """All Deltas received have been applied."""
         self._applied, self._applied_us = self._received, now_us
-        if not self._ack_owed:
-            self._ack_owed = True
-            is_busy = self._acks_ride and now_us - self._deltas_sent_us < RIDING_US
-            self._ack_due_us = now_us + ACK_DELAY_US if is_busy else now_us
+        self._acks_owed += 1
+        is_busy = self._acks_ride and now_us - self._deltas_sent_us < RIDING_US
+        if not is_busy or self._acks_owed >= MAX_ACKS_OWED:
+            self._ack_due_us = now_us
+        elif self._acks_owed == 1:
+            self._ack_due_us = now_us + ACK_DELAY_US
 
     def is_ack_due(self, now_us: int) -> bool:
         """True when an acknowledgement has waited in vain for Deltas to carry it."""
-        return self._ack_owed and now_us >= self._ack_due_us
+        return self._acks_owed > 0 and now_us >= self._ack_due_us
 
     def next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None = None) -> bytes | None:
         """The next frame to be sent now, Deltas excepted; None when none is owed.
@@ -295,8 +301,8 @@ class Session:
         self._unacknowledged.append(now_us)
         self._deltas_sent_us = now_us
         head = pb.Deltas(sequence=self._sent, trace=trace)
-        if self._ack_owed and self._acks_ride:
-            self._ack_owed = False
+        if self._acks_owed and self._acks_ride:
+            self._acks_owed = 0
             head.acknowledged, head.ack_delay_ms = self._applied, max(0, now_us - self._applied_us) // 1_000
         return write_deltas(head, payload)
 
@@ -332,7 +338,7 @@ class Session:
         if pong is not None:
             return pb.Frame(pong=pong)
         if self.is_ack_due(now_us):
-            self._ack_owed = False
+            self._acks_owed = 0
             return pb.Frame(ack=pb.Ack(sequence=self._applied))
         ping = self._pings.take_ping(now_us)
         if ping is not None and on_ping is not None:

@@ -13,6 +13,7 @@ from ratelimit_sidecar.replication.pings import CLOCK_SAMPLES, PING_EVERY_US
 from ratelimit_sidecar.replication.session import (
     ACK_DELAY_US,
     FRAMES_WITHIN_US,
+    MAX_ACKS_OWED,
     MAX_FRAMES,
     SILENCE_US,
     STALL_US,
@@ -251,6 +252,16 @@ def test_an_acknowledgement_waits_for_deltas_no_longer_than_for_a_flush() -> Non
     assert not session.is_ack_due(NOW_US + ACK_DELAY_US - 1)
     assert session.is_ack_due(NOW_US + ACK_DELAY_US)
     assert session.next_frame(NOW_US + ACK_DELAY_US) == frame(ack=pb.Ack(sequence=1))
+
+
+def test_many_deltas_are_acknowledged_at_once() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    for sequence in range(1, MAX_ACKS_OWED + 1):
+        assert session.next_frame(NOW_US + 1) is None
+        session.receive(deltas(sequence), NOW_US + 1)
+        session.acknowledge(NOW_US + 1)
+    assert session.next_frame(NOW_US + 1) == frame(ack=pb.Ack(sequence=MAX_ACKS_OWED))
 
 
 def test_an_acknowledgement_to_an_older_node_is_a_frame_of_its_own() -> None:
