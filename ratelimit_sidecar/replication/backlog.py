@@ -12,10 +12,10 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
+from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog, Forgotten
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
 from ratelimit_sidecar.replication.lag import earlier
-from ratelimit_sidecar.replication.parts import Parts, in_parts, own_part, tellable, whole
+from ratelimit_sidecar.replication.parts import NOTHING, Parts, in_parts, own_part, tellable, whole
 
 MAX_RELAYED_BUCKETS: Final = 16_384
 """Waiting at once. A peer for which there are more gets a snapshot in place of them. Repairs are bounded by
@@ -56,6 +56,16 @@ class SideLog:
         for entry in entries:
             slots[entry.origin, entry.slot] = None
         return True
+
+    def drop_relayed(self) -> int:
+        """Forget what waits to be relayed.
+
+        Returns:
+            Since when a snapshot has to go back to tell of it.
+        """
+        self._relayed.clear()
+        since_us, self.relayed_since_us = self.relayed_since_us, MAX_TIME_US
+        return since_us
 
     def repair(self, key: bytes) -> None:
         """The peer has to hear everything about one bucket."""
@@ -137,6 +147,7 @@ class Snapshots:
             if recent:
                 self._begin_recent(now_us - RECENT_US, now_us)
             else:
+                self._next_since_us = None
                 self.begin(0)
         elif not recent and self._is_told_recent:
             # The one that told it everything is gone.
@@ -144,11 +155,9 @@ class Snapshots:
             self.begin(0)
 
     def begin(self, since_us: int) -> None:
-        """Tell all that was written since then. With one under way, it follows that."""
-        if self.awaits_request:
-            return
-        if self._parts is not None:
-            # That has passed some buckets already, and may not go back so far.
+        """Tell all that was written since then: after the one under way, or the one that the peer is to ask for."""
+        if self.awaits_request or self._parts is not None:
+            # One under way has passed some buckets already, and may not go back so far.
             self._next_since_us = earlier(self._next_since_us, since_us)
             return
         self._since_us = earlier(self._since_us, since_us)
@@ -191,9 +200,11 @@ class Snapshots:
         try:
             for key in keys:
                 self._left = max(1, self._left - 1)
-                if key is not None:
+                if key is None:
+                    yield NOTHING
+                else:
                     yield from own_part(self._store, key, since_us)
-        except LookupError:
+        except Forgotten:
             # More has changed meanwhile than the log holds.
             for bucket in self._store.walk():
                 yield from own_part(self._store, bucket.key, since_us)

@@ -2,9 +2,9 @@
 
 A flush moves the changed buckets from the store's journal into *segments*, numbered 1, 2, 3 ... A segment is the keys
 of up to 256 buckets and, encoded once, the Deltas that tell of them. A peer is a *cursor*: the number of the segment
-that it is sent next. Peers that keep up are all sent the same bytes, of the newest `SHARED_SEGMENTS`. Older
-segments are only an index: what changed since a peer's cursor, each bucket once and with its newest counts (`keys`).
-What is older than `RETENTION_US`, or more than `MAX_CHANGES`, is forgotten; who has not been sent it needs a snapshot.
+that it is sent next. Peers that keep up are all sent the same bytes, of the newest segments. Older ones are only an
+index: what changed since a peer's cursor, each bucket once and with its newest counts (`keys`). What is older than
+`RETENTION_US`, or more than `MAX_CHANGES`, is forgotten; who has not been sent it needs a snapshot.
 
 Only own changes are in here. What others took they tell themselves; to note that as well would cost every node, for
 each peer that it hears from, as much as to apply it.
@@ -28,9 +28,17 @@ MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough. Together these keep a batch to some milliseconds of work for its receiver."""
 
-SHARED_SEGMENTS: Final = 64
-"""Kept encoded: more than a second of flushes, and 4 MiB at worst. A peer is sent up to `outbox.MAX_UNACKNOWLEDGED`
-ahead of what it has acknowledged, so these are for who is slower than that."""
+SHARED_SEGMENTS: Final = 1_024
+SHARED_BYTES: Final = 4 << 20
+"""The newest segments are kept encoded: at most so many, of so many bytes in sum. A peer far away is sent only
+`outbox.MAX_UNACKNOWLEDGED` batches ahead of what it has acknowledged; with a flush every 2 ms it is a hundred segments
+behind, and has to find them encoded.
+"""
+
+CATCH_UP_MARGIN_US: Final = 1_000_000
+"""A peer that catches up is told what was written so long before its cursor, too: the clock may have stood still, and
+counts may be told twice.
+"""
 
 RECENT_US: Final = 10_000_000
 """A node that starts is told everything by one peer, and by the others what they took within this time: what the one
@@ -51,6 +59,10 @@ FORGOTTEN_SEGMENTS: Final = 2
 
 MAX_SEEN: Final = 16_384
 """So many keys are remembered as told of while a peer catches up: a larger set takes milliseconds to grow."""
+
+
+class Forgotten(Exception):
+    """The log does not go back so far any more."""
 
 
 class Segment:
@@ -93,6 +105,10 @@ class ChangeLog:
         self._is_told = False
         self._flushed_us = self._created_us = now_us
         """When the last flush began, and the one before."""
+        self._first_shared = 1
+        """No segment before this number is encoded."""
+        self._shared_bytes = 0
+        """Of all segments that are encoded."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
 
@@ -150,13 +166,13 @@ class ChangeLog:
         before, and whose newest counts were told then.
 
         Raises:
-            LookupError: one of these segments is forgotten.
+            Forgotten: one of these segments is.
         """
         seen: set[bytes] = set()
         for number in range(first, end):
             segment = self.get(number)
             if segment is None:
-                raise LookupError(number)
+                raise Forgotten
             for key in segment.keys:
                 yield None if key in seen else key
                 if len(seen) >= MAX_SEEN:
@@ -170,7 +186,7 @@ class ChangeLog:
 
     def next_shared(self, number: int) -> int:
         """The first segment from `number` on that is encoded, or the end."""
-        number = max(number, self._open.number - SHARED_SEGMENTS)
+        number = max(number, self._first_shared)
         while (segment := self.get(number)) is not None and segment.payload is None:
             number += 1
         return number
@@ -191,6 +207,7 @@ class ChangeLog:
         self._writer = None
         self._open = Segment(self._open.number + 1, self._open.changes_before + len(self._open.keys), now_us)
         self._flushed_us = self._created_us = now_us
+        self._first_shared, self._shared_bytes = self._open.number, 0
 
     def _add(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
         key = bucket.key
@@ -218,14 +235,20 @@ class ChangeLog:
         if writer is not None:
             segment.payload = writer.payload()
             segment.knowledge = writer.knowledge()
+            self._shared_bytes += len(segment.payload)
         segment.sealed_us = now_us
         self._segments.append(segment)
         changes = segment.changes_before + len(segment.keys)
         self._open = Segment(segment.number + 1, changes, self._created_us)
         self._forget(now_us)
-        old = self.get(segment.number - SHARED_SEGMENTS)
-        if old is not None:
-            old.payload, old.knowledge = None, NO_KNOWLEDGE
+        while self._shared_bytes > SHARED_BYTES or self._open.number - self._first_shared > SHARED_SEGMENTS:
+            self._stop_sharing(self.get(self._first_shared))
+            self._first_shared += 1
+
+    def _stop_sharing(self, segment: Segment | None) -> None:
+        if segment is not None and segment.payload is not None:
+            self._shared_bytes -= len(segment.payload)
+            segment.payload, segment.knowledge = None, NO_KNOWLEDGE
 
     def _forget(self, now_us: int) -> None:
         for _ in range(FORGOTTEN_SEGMENTS):
@@ -236,7 +259,7 @@ class ChangeLog:
                 and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
             ):
                 return
-            self._segments.popleft()
+            self._stop_sharing(self._segments.popleft())
 
 
 class Shared(NamedTuple):
@@ -338,8 +361,8 @@ class Cursor:
                 if key is None:
                     yield NOTHING
                 else:
-                    yield from own_part(self._store, key, since_us)
-        except LookupError:
+                    yield from own_part(self._store, key, since_us - CATCH_UP_MARGIN_US)
+        except Forgotten:
             end = log.end
             self.lost_since_us = since_us
         last = log.get(end - 1)

@@ -69,7 +69,8 @@ class InFlight:
         """The oldest has been applied; returns it."""
         batch = self._batches.popleft()
         self._acknowledged_us = now_us
-        self._last_lag_us = now_us - (batch.sent_us if batch.created_us is None else batch.created_us)
+        # The peer says itself how long it has waited to acknowledge.
+        self._last_lag_us = max(0, now_us - (batch.sent_us if batch.created_us is None else batch.created_us))
         return batch
 
     def lost(self) -> None:

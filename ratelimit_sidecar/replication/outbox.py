@@ -140,9 +140,7 @@ class Outbox:
         """These entries of others are news that the peer hears of from nobody else."""
         sources = self._sources
         if sources is not None and not sources.side.relay(bucket, entries):
-            sources.snapshots.begin(sources.side.relayed_since_us)
-            sources.side.close()
-            sources.side = SideLog(self._store)
+            sources.snapshots.begin(sources.side.drop_relayed())
 
     def repair(self, key: bytes) -> None:
         """The peer has to hear everything about one bucket."""

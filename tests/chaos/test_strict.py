@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from bisect import insort
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -117,16 +116,21 @@ def most_beyond_the_limit(admissions: Iterable[Admission]) -> float:
     the requests had to wait on their ways.
     """
     rate, worst = PER_SECOND * (1 + SLEW), float("-inf")
-    answered: list[tuple[float, int]] = []
-    for admission in sorted(admissions, reverse=True):
-        insort(answered, (admission.answered_s, admission.hits))
-        hits = 0
-        for answered_s, each in answered:
-            if answered_s - admission.asked_s > 30:
-                # Of what is longer, one of the parts is as bad.
-                break
-            hits += each
-            worst = max(worst, hits - CAPACITY - rate * (answered_s - admission.asked_s))
+    by_answer = sorted(admissions, key=lambda admission: admission.answered_s)
+    # Of a power of two, so that the leaves are in order.
+    size = 1 << len(by_answer).bit_length()
+    # A tree over them in that order, of those asked for since some instant: of each node the hits in all, and the most,
+    # up to any answer in it, above what the rate gives until then.
+    hits, most = [0] * 2 * size, [float("-inf")] * 2 * size
+    for leaf in sorted(range(len(by_answer)), key=lambda index: by_answer[index].asked_s, reverse=True):
+        admission, node = by_answer[leaf], size + leaf
+        hits[node], most[node] = admission.hits, admission.hits - rate * admission.answered_s
+        while node > 1:
+            node //= 2
+            left, right = 2 * node, 2 * node + 1
+            hits[node] = hits[left] + hits[right]
+            most[node] = max(most[left], hits[left] + most[right])
+        worst = max(worst, most[1] + rate * admission.asked_s - CAPACITY)
     return worst
 
 

@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import backlog, changes, key_numbers
-from ratelimit_sidecar.replication.changes import RECENT_US, SHARED_SEGMENTS, ChangeLog
+from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
@@ -936,11 +936,12 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_nu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(key_numbers, "MAX_NUMBERS", 1)
+    monkeypatch.setattr(changes, "SHARED_SEGMENTS", 10)
     store = store_of(A)
     outbox = opened(store)
     heard, reader = store_of(B), DeltasReader(A.origin)
     # The peer has heard of the number as ann's; bob gets it in a segment that it is not sent any more.
-    for name in ["ann"] * MAX_UNACKNOWLEDGED + ["bob"] * (SHARED_SEGMENTS + 5):
+    for name in ["ann"] * MAX_UNACKNOWLEDGED + ["bob"] * 15:
         take(store, name, 1, NOW_US)
         note(outbox)
         batch = next_batch(outbox)
@@ -959,7 +960,7 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: py
     monkeypatch.setattr(changes, "MAX_CHANGES", 10)
     store = store_of(A)
     outbox = opened(store)
-    for index in range(2 * SHARED_SEGMENTS):
+    for index in range(128):
         take(store, f"user {index}", 1, NOW_US)
         note(outbox)
     assert outbox._log.get(outbox._log.end - 20) is None
@@ -967,5 +968,75 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: py
     assert outbox.lag_us(NOW_US + SECOND_US) >= SECOND_US
     outbox._log._segments.clear()
     assert not outbox.is_settled
-    assert tokens_of(told(drained(outbox))) == 2 * SHARED_SEGMENTS
+    assert tokens_of(told(drained(outbox))) == 128
     assert outbox.is_settled
+
+
+def test_looking_at_what_was_told_already_counts_as_work() -> None:
+    store = store_of(A)
+    outbox = new_outbox(store)
+    for _ in range(100):
+        take(store, "ann", 1, NOW_US)
+        note(outbox)
+    outbox.open(B.origin, compares=True)
+    outbox.request(NOW_US, recent=True)
+    assert outbox._sources is not None
+    assert len(list(outbox._sources.snapshots.parts(NOW_US))) == 100
+
+
+def test_a_peer_that_is_far_away_is_sent_what_is_encoded_for_all() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    # 400 ms there and back, with a flush every 2 ms.
+    for _ in range(200):
+        take(store, "ann", 1, NOW_US)
+        note(outbox)
+    assert outbox._sources is not None
+    while outbox._sources.cursor.has_changes:
+        assert outbox._sources.cursor.take_shared() is not None
+
+
+@pytest.mark.interpreted
+def test_what_is_kept_encoded_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "SHARED_BYTES", 1_000)
+    store = store_of(A)
+    log = opened(store)._log
+    for index in range(200):
+        take(store, f"user {index}", 1, NOW_US)
+        done(log.flush_steps(NOW_US, is_told=True))
+    encoded = [segment.payload for segment in log._segments if segment.payload is not None]
+    assert log._shared_bytes == sum(map(len, encoded))
+    assert 500 < log._shared_bytes <= 1_000
+
+
+def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -> None:
+    rules = rules_with(user=WindowLimit(100, 60 * SECOND_US, Window.FIXED))
+    store, heard = store_of(A, rules), store_of(B, rules)
+    outbox = opened(store)
+    for _ in range(2):
+        assert bucket_of(store, "ann", NOW_US, rules=rules).take(1, NOW_US)
+        note(outbox, is_told=False)
+    for batch in drained(outbox):
+        apply_deltas(heard, deltas_of(batch), A.origin, NOW_US)
+    assert tokens_of(heard) == 2
+
+
+def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    store = store_of(A)
+    old = take(store, "old", 5, NOW_US - 5 * SECOND_US)
+    outbox = opened(store)
+    outbox.repair(old.key)
+    pass_on_many(outbox, store, 9)
+    assert old.key in keys_told(drained(outbox))
+
+
+def test_what_was_lost_before_the_peer_asks_for_what_is_recent_is_told_after_it() -> None:
+    store = store_of(A)
+    old = take(store, "old", 5, NOW_US - 2 * RECENT_US)
+    outbox = new_outbox(store)
+    note(outbox)
+    outbox.open(B.origin, compares=True)
+    outbox.snapshot(NOW_US - 3 * RECENT_US)
+    outbox.request(NOW_US, recent=True)
+    assert old.key in keys_told(drained(outbox))
