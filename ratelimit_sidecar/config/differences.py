@@ -49,8 +49,8 @@ ANSWERS: Mapping[str, Difference] = {
     "negative-hits": Difference(
         "A descriptor with `is_negative_hits`",
         "its hits are charged",
-        "its hits are given back, at most as many as were taken; what the same request takes of that limit is charged"
-        " in any case",
+        "its hits are given back to a token bucket, at most as many as were taken; what the same request takes of that"
+        " limit is charged in any case",
         "so a request can hold what it may cost, and settle for what it has cost ([how](llm-tokens.md#holding-tokens))",
     ),
     "unit-multiplier": Difference(

@@ -51,6 +51,9 @@ class Ledger:
         self._homes_since_us = 0
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
+        self._kept_order: deque[bytes] = deque()
+        """Their keys, some of which have been put back. To find the first key of a dict that was emptied from its front
+        takes long."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -102,12 +105,15 @@ class Ledger:
         """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
         it has a home, and as far as there is room in it."""
         self._kept = dict(kept)
+        self._kept_order = deque(kept)
 
     def _put_some_back(self, now_us: int, most: int) -> None:
         """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
         self._look_at_shares(now_us)
-        for _ in range(min(most, len(self._kept))):
-            key = next(iter(self._kept))
+        for _ in range(min(most, len(self._kept_order))):
+            key = self._kept_order.popleft()
+            if key not in self._kept:
+                continue
             limit = self.limit_of_key(key)
             if isinstance(limit, Limit):
                 with suppress(StoreFull):
@@ -115,8 +121,8 @@ class Ledger:
                 # No home, no purse.
                 self._kept.pop(key, None)
             else:
-                # Rules may be yet to come: last in its turn.
-                self._kept[key] = self._kept.pop(key)
+                # Rules may be yet to come.
+                self._kept_order.append(key)
 
     def _put_back(self, bucket: StrictBucket) -> None:
         if bucket.ceiling and bucket.key in self._kept:

@@ -401,6 +401,9 @@ class TokenBucket(Bucket):
         peak = deficit
         tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
         for event_us, given in events:
+            if event_us > at_us:
+                # After what was given back in the slot: what was held and given back is no debt.
+                deficit = min(deficit, debt_ceiling)
             deficit -= (event_us - at_us) * tokens
             if deficit <= 0:
                 if spilled is not None and deficit:
@@ -412,9 +415,9 @@ class TokenBucket(Bucket):
                 # More was given back than the deficit.
                 deficit = 0
                 full_at_us = event_us
-            deficit = min(deficit, debt_ceiling)
             peak = max(peak, deficit)
             at_us = event_us
+        deficit = min(deficit, debt_ceiling)
         deficit -= (now_us - at_us) * tokens
         if deficit <= 0:
             if spilled is not None and deficit:

@@ -232,11 +232,13 @@ class Limiter:
         return self._decorated(answer, plan, buckets, in_full) if plan.is_decorated or in_full else answer
 
     def _give_back(self, plan: Plan, now_us: int) -> None:
-        """Give tokens back before any step takes some, whatever the order of the descriptors. Strict limits give
-        nothing back.
+        """Give tokens back before any step takes some, whatever the order of the descriptors.
+
+        Only token buckets that are not strict give back: what several sidecars give back of one window is not summed,
+        so takes of others would be forgotten.
         """
         for step in plan.steps:
-            if step.gives_back and not step.compiled.is_strict and step.compiled.limit is not None:
+            if step.gives_back and not step.compiled.is_strict and isinstance(step.compiled.limit, Limit):
                 step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:

@@ -26,10 +26,11 @@ async def bounded(answer: Awaitable[T]) -> T:
     Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, swallows a cancellation that comes when all is sent:
     the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on.
     """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
     async with asyncio.timeout(CALL_SECONDS):
         result = await answer
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if task is not None and task.cancelling() > before:
         raise asyncio.CancelledError
     return result
 

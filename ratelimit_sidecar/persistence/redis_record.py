@@ -146,10 +146,14 @@ local function join(key, told)
       end
     end
     table.sort(events, function(a, b) return a[1] < b[1] or a[1] == b[1] and a[2] > b[2] end)
+    local last
     for _, event in ipairs(events) do
-      new_full = math.max(new_full, event[1]) + event[2] * period / rate
-      new_full = math.max(event[1], math.min(new_full, event[1] + ceiling))
+      -- After what was given back in the slot: what was held and given back is no debt.
+      if last and event[1] > last then new_full = math.min(new_full, last + ceiling) end
+      last = event[1]
+      new_full = math.max(last, math.max(new_full, last) + event[2] * period / rate)
     end
+    if last then new_full = math.min(new_full, last + ceiling) end
   end
   if seals or boundary <= old_boundary then new_full = math.max(new_full, full) end
   new_full = math.ceil(new_full)

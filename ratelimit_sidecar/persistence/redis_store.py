@@ -34,7 +34,7 @@ from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.persistence.redis_calls import Unusable, bounded, digest_of, reason_of
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
-from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, PIECE_SECONDS
+from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 LOAD_SECONDS: Final = 10.0
@@ -303,7 +303,7 @@ class RedisState:
     async def _write_again(self, client: _Client) -> None:
         left = max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds))
         every_us = round(self._every_seconds * 1e6)
-        began = time.perf_counter()
+        time_slice = TimeSlice()
         batch: dict[bytes, list[int]] = {}
         again = self._again
         while again is not None and left > 0:
@@ -318,16 +318,13 @@ class RedisState:
             if len(batch) >= BATCH_BUCKETS:
                 await self._write(client, batch)
                 batch = {}
-                began = time.perf_counter()
-            elif time.perf_counter() - began >= PIECE_SECONDS:
-                await asyncio.sleep(0)
-                began = time.perf_counter()
+            await time_slice.rest_when_due()
         if batch:
             await self._write(client, batch)
 
     async def _write(self, client: _Client, batch: dict[bytes, list[int]], *, is_last: bool = False) -> None:
         """Have the server join these buckets, and leave time to others."""
-        began = time.perf_counter()
+        time_slice = TimeSlice()
         now_us = self._now_us()
         keys, told = [], []
         for key, slots in batch.items():
@@ -336,9 +333,8 @@ class RedisState:
             if bucket is not None and (entries := _entries(bucket, slots)):
                 keys.append(key)
                 told.append(tell(bucket, entries, now_us))
-            if not is_last and time.perf_counter() - began >= PIECE_SECONDS:
-                await asyncio.sleep(0)
-                began = time.perf_counter()
+            if not is_last:
+                await time_slice.rest_when_due()
         if not keys:
             return
         names = list(map(self._keys.of_bucket, keys))
@@ -396,7 +392,7 @@ class RedisState:
         return [answer[0] if isinstance(answer, list) else answer for answer in each]
 
     async def _load(self, client: _Client) -> None:
-        began = time.perf_counter()
+        time_slice = TimeSlice()
         batch: dict[bytes, AnyLimit] = {}
         unreadable = 0
         names = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
@@ -407,10 +403,7 @@ class RedisState:
             if len(batch) >= BATCH_BUCKETS:
                 unreadable += await self._read(client, batch)
                 batch = {}
-                began = time.perf_counter()
-            elif time.perf_counter() - began >= PIECE_SECONDS:
-                await asyncio.sleep(0)
-                began = time.perf_counter()
+            await time_slice.rest_when_due()
         unreadable += await self._read(client, batch)
         _log.info("restored", buckets=self.status.restored, unreadable=unreadable)
 
@@ -430,7 +423,7 @@ class RedisState:
             return 0
         answers = await self._call(self._evaluate(client, READ, list(batch)))
         unreadable = 0
-        began = time.perf_counter()
+        time_slice = TimeSlice()
         for (name, limit), answer in zip(batch.items(), answers, strict=True):
             if isinstance(answer, Exception):
                 raise answer
@@ -443,9 +436,7 @@ class RedisState:
                     self.status.restored += 1
                 except BadRecord:
                     unreadable += 1
-            if time.perf_counter() - began >= PIECE_SECONDS:
-                await asyncio.sleep(0)
-                began = time.perf_counter()
+            await time_slice.rest_when_due()
         return unreadable
 
 

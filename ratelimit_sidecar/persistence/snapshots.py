@@ -226,15 +226,27 @@ class Snapshots:
             _log.error(event, file=str(self._path), reason=degraded_reason)
 
 
+class TimeSlice:
+    """Long work on the event loop calls `rest_when_due` after each small step, so that other tasks run after each
+    `PIECE_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    async def rest_when_due(self) -> None:
+        if time.perf_counter() - self._began >= PIECE_SECONDS:
+            await asyncio.sleep(0)
+            self._began = time.perf_counter()
+
+
 async def _in_turns(pieces: Iterator[int]) -> int:
-    """Run through the pieces, and let other tasks run after each `PIECE_SECONDS`. Returns the sum of the pieces."""
+    """Run through the pieces, a slice at a time. Returns their sum."""
     total = 0
-    began = time.perf_counter()
+    time_slice = TimeSlice()
     for piece in pieces:
         total += piece
-        if time.perf_counter() - began >= PIECE_SECONDS:
-            await asyncio.sleep(0)
-            began = time.perf_counter()
+        await time_slice.rest_when_due()
     return total
 
 

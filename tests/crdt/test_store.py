@@ -111,3 +111,10 @@ def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(6, NOW_US)
     assert store.bucket(b"known", Limit(10, 1_000_000, 20), NOW_US).remaining == 14
+
+
+def test_a_bucket_that_is_dropped_leaves_its_room_to_others() -> None:
+    store = Store(HERE, lambda _key: LIMIT, max_buckets=2)
+    for number in range(20):
+        store.bucket(b"%d" % number, LIMIT, NOW_US)
+        assert store.sweep(NOW_US, most=10) == 1

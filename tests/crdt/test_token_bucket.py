@@ -553,3 +553,17 @@ def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replic
 
     # The entries of a slot are only added up; compiled that is a larger part of the whole.
     assert seconds_with(64) < 45 * seconds_with(1)
+
+
+def test_a_bucket_is_not_idle_before_an_own_slot_that_was_sealed_is_over() -> None:
+    """Made anew, it would count that slot from zero, below what peers have."""
+    wide, narrow = Limit(10, 3_600_000_000, 10), Limit(10, 1_000_000, 10)
+    bucket = TokenBucket(b"k", wide, HERE, NOW_US)
+    bucket.take(1, NOW_US)
+    ends_us = slot_end_us(slot_id(NOW_US, wide.exponent))
+    bucket.set_limit(narrow, NOW_US)
+    for now_us in range(NOW_US, ends_us, narrow.horizon_us):
+        bucket.seal(now_us)
+        assert not bucket.is_idle(now_us)
+    assert bucket.base.boundary_us > NOW_US
+    assert bucket.is_idle(ends_us + narrow.horizon_us)

@@ -236,3 +236,20 @@ def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_howeve
         return seconds(lambda: list(bucket.entries()))
 
     assert min(to_tell() for _ in range(30)) < min(to_list_what_each_took() for _ in range(30))
+
+
+def test_a_fixed_window_admits_at_once_what_fits_exactly() -> None:
+    window = fixed(10)
+    window.take(4, NOW_US)
+    assert window.retry_after_us(6) == 0
+    assert window.retry_after_us(7) == window.full_in_us > 0
+
+
+def test_what_is_heard_of_a_slot_that_has_left_the_period_does_not_count() -> None:
+    here, there = sliding(10), sliding(10, origin=THERE)
+    there.take(8, NOW_US)
+    [entry] = there.entries()
+    leaves_us = slot_end_us(entry.slot) + MINUTE_US
+    here.advance(leaves_us)
+    here.merge([entry], leaves_us)
+    assert here.count == here.fold(leaves_us) == 0

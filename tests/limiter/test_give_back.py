@@ -13,7 +13,7 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import Charge, Consistency
+from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 
 WINDOWS = [None, Window.SLIDING, Window.FIXED]
@@ -34,12 +34,9 @@ def left(limiter: Limiter, key: str = "a") -> int:
     return decide(limiter, asking(0, key=key)).statuses[0].limit_remaining
 
 
-@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("settled", [(-8, 3), (3, -8)])
-def test_what_was_held_is_given_back_and_what_was_used_is_charged(
-    window: Window | None, settled: tuple[int, ...]
-) -> None:
-    limiter = make_limiter(rules_of(rule("a", 10, window=window)))
+def test_what_was_held_is_given_back_and_what_was_used_is_charged(settled: tuple[int, ...]) -> None:
+    limiter = make_limiter(rules_of(rule("a", 10)))
     assert decide(limiter, asking(8)).overall_code == OK
     answer = decide(limiter, asking(*settled))
     assert [status.code for status in answer.statuses] == [OK, OK]
@@ -56,9 +53,8 @@ def test_what_was_used_is_charged_though_more_was_used_than_held(window: Window 
     assert limiter.counts["api", "api.a"].tokens == 8 + 12
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-def test_no_more_is_given_back_than_was_taken(window: Window | None) -> None:
-    limiter = make_limiter(rules_of(rule("a", 10, window=window)))
+def test_no_more_is_given_back_than_was_taken() -> None:
+    limiter = make_limiter(rules_of(rule("a", 10)))
     decide(limiter, asking(1))
     assert decide(limiter, asking(-(2**60))).overall_code == OK
     assert left(limiter) == 10
@@ -105,18 +101,35 @@ def test_a_strict_limit_gives_nothing_back() -> None:
     assert left(limiter) == 2
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 15)), max_size=20))
-def test_held_and_settled_at_once_leaves_what_was_used(requests: list[tuple[int, int]]) -> None:
-    limiter = make_limiter(rules_of(rule("a", 100, window=Window.FIXED)))
-    used = 0
+@pytest.mark.parametrize("window", list(Window))
+def test_a_window_gives_nothing_back(window: Window) -> None:
+    """What two sidecars give back of it would not be summed."""
+    limiter = make_limiter(rules_of(rule("a", 10, window=window)))
+    decide(limiter, asking(8))
+    decide(limiter, asking(-8))
+    assert left(limiter) == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 120)), max_size=30), st.integers(1, 4))
+def test_a_peer_that_hears_of_holds_that_were_settled_has_as_much_left(
+    requests: list[tuple[int, int]], max_debt: int
+) -> None:
+    """Also when all that was held within one slot is more than the debt that is remembered."""
+    limit = limit_of_rate(100, Unit.MINUTE, None, max_debt=max_debt)
+    rules = rules_of(Rule("api.a", limit, 100, Unit.MINUTE))
+    limiter = make_limiter(rules)
     for held, spent in requests:
         if decide(limiter, asking(held)).overall_code == OK:
             decide(limiter, asking(-held, spent))
-            used += spent
-        else:
-            # A fixed window counts what it denies.
-            used += held
-    assert left(limiter) == max(0, 100 - used)
+    decide(limiter, asking(0))
+    peer = Limiter(rules, Origin("there", 1), None)
+    for bucket in limiter.store:
+        peer.store.join(bucket.key, limit, bucket.telling_base, list(bucket.entries()), NOW_US)
+        there = peer.store.get(bucket.key)
+        assert there is not None
+        there.advance(NOW_US)
+        assert there.fold(NOW_US) == bucket.fold(NOW_US)
+        assert abs(there.remaining - bucket.remaining) <= 1
 
 
 def test_a_hold_is_charged_by_its_limit_and_not_into_debt() -> None:
