@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE, Call, carry
 from ratelimit_sidecar.replication.demands import Demands
@@ -167,6 +167,14 @@ class Mesh:
     def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
         """Have the reader told of every change of this node; see `Replicator.on_changes`."""
         self._replicator.on_changes.append(reader)
+
+    def read_news(self, reader: Callable[[Bucket, Sequence[Entry]], object]) -> None:
+        """Have the reader told of everything new that peers tell; see `Replicator.on_news`."""
+        self._replicator.on_news = reader
+
+    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """See `Replicator.tell`."""
+        self._replicator.tell(bucket, entries)
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""

@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.anti_entropy import SETTLE_US, Exchange, Pass, Summing
-from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.deltas import DeltasReader, OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.peer import BatchSpan, BatchTracer, Peer
@@ -87,6 +87,8 @@ class Replicator:
         self.tracer = tracer
         self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
         """Told of each piece of the journal as the peers are: buckets, and own slots that changed. None does I/O."""
+        self.on_news: Callable[[Bucket, Sequence[Entry]], object] | None = None
+        """Told of what peers tell that is new here. Does no I/O."""
         self.purses = purses
         self.peers: dict[str, Peer] = {}
         self.protocol_errors: Counter[str] = Counter()
@@ -274,6 +276,25 @@ class Replicator:
                 if peer is not sender and peer.streams:
                     peer.outbox.note_relayed(bucket, (entry,))
                     peer.streams[0].wake()
+
+    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """Tell all peers of these entries, which are of an origin that this node alone speaks for."""
+        for peer in self.peers.values():
+            if peer.streams:
+                peer.outbox.note_relayed(bucket, entries)
+                peer.streams[0].wake()
+
+    def _hear_news(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        if self.relay.is_needed:
+            self.pass_on(sender, bucket, entries)
+        if self.on_news is not None:
+            self.on_news(bucket, entries)
+
+    def news_reader(self, sender: Peer) -> OnNews | None:
+        """What is to be told of news from that peer; None when nobody wants to know."""
+        if self.relay.is_needed or self.on_news is not None:
+            return partial(self._hear_news, sender)
+        return None
 
     def has_room_for_peer(self, now_us: int) -> bool:
         """Whether one more may dial in. Those that have gone make room."""
@@ -611,7 +632,7 @@ class Stream:
         """Returns True when that was the last piece."""
         replicator = self._replicator
         assert self._reader is not None
-        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        on_news = replicator.news_reader(peer)
         try:
             applied = self._reader.apply(replicator.store, now_us, on_news)
         finally:
