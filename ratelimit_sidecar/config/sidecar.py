@@ -17,6 +17,7 @@ from ratelimit_sidecar.config.rules_file import unread
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import default_folder
 from ratelimit_sidecar.config.sidecar_schema import (
+    FabricConfig,
     ListenTlsConfig,
     PersistenceConfig,
     RedisTlsConfig,
@@ -90,7 +91,13 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         if kept.tls is not None:
             kept = kept.model_copy(update={"tls": _with_tls_paths(kept.tls, "persistence.tls", completed, folder)})
         kept = kept.model_copy(update={name: folder / path for name, path in files.items() if path is not None})
-    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept}
+    fabric = config.fabric
+    if fabric is not None:
+        if fabric.tls is not None:
+            fabric = fabric.model_copy(update={"tls": _with_tls_paths(fabric.tls, "fabric.tls", completed, folder)})
+        if fabric.password_file is not None:
+            fabric = fabric.model_copy(update={"password_file": folder / fabric.password_file})
+    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept, "fabric": fabric}
     return config.model_copy(update=update)
 
 
@@ -130,6 +137,12 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from _of_xds(config, document, completed)
     if config.persistence is not None:
         yield from _of_persistence(config.persistence, document)
+    if config.fabric is not None:
+        yield from _of_redis(config.fabric, config.fabric.url, "fabric", document)
+        if config.sync.members is not None:
+            found = "sync.members beside fabric"
+            fix = "remove one: strict limits need streams between all members"
+            yield document.problem(("fabric",), found, "one of the two", fix)
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -167,7 +180,7 @@ def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Pro
     yield from _of_redis(kept, kept.url, at, document)
 
 
-def _of_redis(kept: PersistenceConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
+def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
     is_unix = url.startswith("unix:")
     if kept.cluster and (kept.sentinel is not None or is_unix):
         other = "a unix socket" if is_unix else "sentinel"
@@ -175,7 +188,8 @@ def _of_redis(kept: PersistenceConfig, url: str, at: str, document: Document) ->
     if kept.sentinel is not None and is_unix:
         yield document.problem((at, "sentinel"), "a name beside a unix socket", "one of the two", "remove one")
     if "," in url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
-        fix = "name the Sentinels' master in sentinel, or say cluster: true"
+        or_cluster = "" if isinstance(kept, FabricConfig) else ", or say cluster: true"
+        fix = f"name the Sentinels' master in sentinel{or_cluster}"
         yield document.problem((at, "url"), "several hosts", "one", fix)
     if kept.password_file is not None and kept.password_variable is not None:
         found = "password_file beside password_variable"

@@ -485,6 +485,32 @@ class PersistenceConfig(Section):
     )
 
 
+class FabricConfig(Section):
+    """A Redis or Valkey by which the sidecars of a region share their buckets, in place of streams between all of them.
+    One of them, the gateway, has the region's streams to `sync.peers`, and listens at `listen.sync`."""
+
+    url: RedisUrl = Field(
+        description="As in `persistence`: `redis://user@host:6379/0`, `rediss://` with TLS, or `unix:///path?db=0`; of"
+        " Sentinels several, as in `redis://a:26379,b:26379/0`. All sidecars of a region have the same."
+    )
+    sentinel: Name | None = Field(
+        None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
+    )
+    password_file: FilePath | None = Field(
+        None, description="The file of the password, which is read anew after each failure."
+    )
+    password_variable: Name | None = Field(None, description="The environment variable that holds the password.")
+    tls: RedisTlsConfig | None = Field(None, description="Files for a `rediss://` server.")
+    prefix: KeyPrefix = Field(
+        "ratelimit", description="What all keys in Redis begin with: regions that share a server need one each."
+    )
+
+    @property
+    def cluster(self) -> bool:
+        """Never a Redis Cluster: a call works on keys of several buckets."""
+        return False
+
+
 class AnswersConfig(Section):
     """Settings for every answer to Envoy, whichever rule it comes from."""
 
@@ -558,6 +584,11 @@ class SidecarConfig(Section):
     )
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."
+    )
+    fabric: FabricConfig | None = Field(
+        None,
+        description="A Redis by which the sidecars of a region share their buckets; without this key each has a stream"
+        " to every other one.",
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig, PersistenceConfig
 from ratelimit_sidecar.persistence.redis_record import Keys
 
 COMMAND_SECONDS: Final = 1.0
@@ -32,7 +32,7 @@ _MOVES: Final = 3
 """How often a Cluster may say in one call that a key is elsewhere now."""
 
 
-def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) -> Redis | RedisCluster:
+def connect(config: PersistenceConfig | FabricConfig, environ: Mapping[str, str] = os.environ) -> Redis | RedisCluster:
     """A client, which connects when it is first used.
 
     Raises:
@@ -89,7 +89,7 @@ def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
     return [(part.hostname or "", part.port or default_port) for part in parts]
 
 
-def _password(config: PersistenceConfig, environ: Mapping[str, str]) -> str | None:
+def _password(config: PersistenceConfig | FabricConfig, environ: Mapping[str, str]) -> str | None:
     if config.password_file is not None:
         return config.password_file.read_text().strip()
     return None if config.password_variable is None else environ.get(config.password_variable)
