@@ -12,17 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 
 import click
 import structlog
-from redis.asyncio import Redis
-
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
-from ratelimit_sidecar.fabric.record import FabricKeys
+from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import Mesh
@@ -54,11 +53,6 @@ class LightSidecar:
     ) -> None:
         config = FabricConfig.model_validate({"url": url})
 
-        def make_client() -> Redis:
-            client = connect(config)
-            assert isinstance(client, Redis)
-            return client
-
         def make_mesh(store: Store) -> Mesh:
             return Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
@@ -72,7 +66,7 @@ class LightSidecar:
         self.longest_tick = 0.0
         self.store = Store(Origin(name, random.getrandbits(63) + 1), lambda _key: limit)
         self.fabric = Fabric(
-            make_client,
+            partial(connect, config),
             FabricKeys(config.prefix),
             self.store,
             now_us,

@@ -239,21 +239,14 @@ class Sidecar:
         )
 
     def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
-        # Who does not configure it pays nothing for it.
-        from redis.asyncio import Redis  # noqa: PLC0415
-
+        # Imported only when configured.
         from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
-        from ratelimit_sidecar.fabric.record import FabricKeys  # noqa: PLC0415
-        from ratelimit_sidecar.persistence.redis_client import connect  # noqa: PLC0415
-
-        def make_client() -> Redis:
-            client = connect(config)
-            assert isinstance(client, Redis)
-            return client
+        from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
+        from ratelimit_sidecar.persistence.redis_client import connect, shard_tags  # noqa: PLC0415
 
         fabric = Fabric(
-            make_client,
-            FabricKeys(config.prefix),
+            partial(connect, config),
+            FabricKeys(config.prefix, shard_tags()) if config.cluster else FabricKeys(config.prefix),
             self._limiter.store,
             self._clock.now_us,
             region=self._config.node.region,
@@ -364,6 +357,8 @@ class Sidecar:
             degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._fabric is not None and self._fabric.status.degraded_reason:
             degraded.append(f"limits are not shared on the fabric: {self._fabric.status.degraded_reason}")
+        if self._fabric is not None and self._fabric.status.gateway_reason:
+            degraded.append(f"this sidecar cannot speak for its region: {self._fabric.status.gateway_reason}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
@@ -431,8 +426,7 @@ class Sidecar:
                 await self._keep_purses()
                 if self._fabric is not None:
                     await asyncio.wait(chores)
-                    await self._fabric.share()
-                    await self._fabric.close()
+                    await self._fabric.save()
                 if self._redis is not None:
                     # Redis joins, so it does no harm if not everything was read yet.
                     await asyncio.wait(chores)

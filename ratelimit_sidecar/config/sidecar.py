@@ -19,6 +19,7 @@ from ratelimit_sidecar.config.runtime import default_folder
 from ratelimit_sidecar.config.sidecar_schema import (
     FabricConfig,
     ListenTlsConfig,
+    NodeConfig,
     PersistenceConfig,
     RedisTlsConfig,
     SidecarConfig,
@@ -139,10 +140,15 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from _of_persistence(config.persistence, document)
     if config.fabric is not None:
         yield from _of_redis(config.fabric, config.fabric.url, "fabric", document)
-        if config.sync.members is not None:
-            found = "sync.members beside fabric"
-            fix = "remove one: strict limits need streams between all members"
-            yield document.problem(("fabric",), found, "one of the two", fix)
+        if config.sync.peers and config.node.region == NodeConfig.model_fields["region"].default:
+            expected = "a name that no other region has: what all its sidecars take is known to others under it"
+            yield document.problem(("node", "region"), "nothing, beside fabric and sync.peers", expected, "add it")
+        for name, is_given, why in (
+            ("sync.members", config.sync.members is not None, "strict limits need streams between all members"),
+            ("persistence", config.persistence is not None, "the Redis of a fabric keeps what was taken"),
+        ):
+            if is_given:
+                yield document.problem(("fabric",), f"{name} beside fabric", "one of the two", f"remove one: {why}")
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -188,8 +194,7 @@ def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, documen
     if kept.sentinel is not None and is_unix:
         yield document.problem((at, "sentinel"), "a name beside a unix socket", "one of the two", "remove one")
     if "," in url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
-        or_cluster = "" if isinstance(kept, FabricConfig) else ", or say cluster: true"
-        fix = f"name the Sentinels' master in sentinel{or_cluster}"
+        fix = "name the Sentinels' master in sentinel, or say cluster: true"
         yield document.problem((at, "url"), "several hosts", "one", fix)
     if kept.password_file is not None and kept.password_variable is not None:
         found = "password_file beside password_variable"

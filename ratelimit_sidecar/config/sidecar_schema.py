@@ -486,16 +486,20 @@ class PersistenceConfig(Section):
 
 
 class FabricConfig(Section):
-    """A Redis or Valkey by which the sidecars of a region share their buckets, in place of streams between all of them.
-    One of them, the gateway, has the region's streams to `sync.peers`, and listens at `listen.sync`."""
+    """A Redis or Valkey through which the sidecars of a region share their buckets, instead of streams between all of
+    them. One of them, the gateway, has the region's streams to `sync.peers`, and listens at `listen.sync`. Regions need
+    different names (`node.region`).
+    """
 
     url: RedisUrl = Field(
         description="As in `persistence`: `redis://user@host:6379/0`, `rediss://` with TLS, or `unix:///path?db=0`; of"
-        " Sentinels several, as in `redis://a:26379,b:26379/0`. All sidecars of a region have the same."
+        " Sentinels several, as in `redis://a:26379,b:26379/0`, or of a Cluster's nodes. All"
+        " sidecars of a region have the same."
     )
     sentinel: Name | None = Field(
         None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
     )
+    cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
     password_file: FilePath | None = Field(
         None, description="The file of the password, which is read anew after each failure."
     )
@@ -504,11 +508,6 @@ class FabricConfig(Section):
     prefix: KeyPrefix = Field(
         "ratelimit", description="What all keys in Redis begin with: regions that share a server need one each."
     )
-
-    @property
-    def cluster(self) -> bool:
-        """Never a Redis Cluster: a call works on keys of several buckets."""
-        return False
 
 
 class AnswersConfig(Section):
@@ -587,8 +586,8 @@ class SidecarConfig(Section):
     )
     fabric: FabricConfig | None = Field(
         None,
-        description="A Redis by which the sidecars of a region share their buckets; without this key each has a stream"
-        " to every other one.",
+        description="A Redis through which the sidecars of a region share their buckets. Without this key each has a"
+        " stream to every other one.",
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,

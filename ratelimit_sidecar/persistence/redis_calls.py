@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import cache
 from hashlib import sha1
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
 
 CALL_SECONDS: Final = 2.0
 """What a call may take in all, whatever the client library makes of it."""
 
+SERVER_FAULTS: Final = ("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS")
+"""With one of these no other bucket can be written either."""
+
 T = TypeVar("T")
+
+
+class Connect(Protocol):
+    """Makes a client, which tries nothing again by itself, and calls `on_connect` at each new connection."""
+
+    def __call__(self, *, on_connect: Callable[[], object]) -> Redis | RedisCluster: ...
 
 
 class Unusable(Exception):
@@ -33,6 +43,11 @@ async def bounded(answer: Awaitable[T]) -> T:
     if task is not None and task.cancelling() > before:
         raise asyncio.CancelledError
     return result
+
+
+def is_of_server(error: str) -> bool:
+    """True when the error that one bucket met is one of the server's, and none of that bucket's."""
+    return any(fault in error for fault in SERVER_FAULTS)
 
 
 @cache

@@ -405,7 +405,8 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
     [
         (
             "fabric: {url: 'redis://a,b'}",
-            "fabric.url: found several hosts, expected one; name the Sentinels' master in sentinel",
+            "fabric.url: found several hosts, expected one; name the Sentinels' master in sentinel, or say cluster:"
+            " true",
         ),
         (
             "fabric: {url: 'redis://a', tls: {ca: /nowhere}}",
@@ -415,6 +416,16 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
             "fabric: {url: 'redis://a'}\nsync: {members: {a: 1}}",
             "fabric: found sync.members beside fabric, expected one of the two; remove one: strict limits need streams"
             " between all members",
+        ),
+        (
+            "fabric: {url: 'redis://a'}\nsync: {peers: ['west:1']}",
+            "node.region: found nothing, beside fabric and sync.peers, expected a name that no other region has: what"
+            " all its sidecars take is known to others under it; add it",
+        ),
+        (
+            "fabric: {url: 'redis://a'}\npersistence: {file: state}",
+            "fabric: found persistence beside fabric, expected one of the two; remove one: the Redis of a fabric keeps"
+            " what was taken",
         ),
     ],
 )

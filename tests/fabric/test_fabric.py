@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,15 @@ from persistence.test_snapshot import LIMITS, NOW_US, SECOND_US, make_store, tak
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
 from ratelimit_sidecar.fabric.fabric import Fabric
-from ratelimit_sidecar.fabric.record import GATEWAY, LEASE, FabricKeys
+from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
+from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
 
@@ -37,16 +39,9 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
         yield running
 
 
-def client_of(server: RedisServer) -> Callable[[], Redis]:
+def connect_to(server: RedisServer) -> Connect:
     """Which tries nothing again by itself, as the sidecar's does not."""
-    config = PersistenceConfig.model_validate({"url": server.url})
-
-    def make() -> Redis:
-        client = connect(config)
-        assert isinstance(client, Redis)
-        return client
-
-    return make
+    return partial(connect, FabricConfig.model_validate({"url": server.url}))
 
 
 class Sidecar:
@@ -55,7 +50,7 @@ class Sidecar:
     def __init__(self, name: str, server: RedisServer, incarnation: int = 1) -> None:
         self.now_us = NOW_US
         self.store = make_store(Origin(name, incarnation))
-        self.fabric = Fabric(client_of(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
+        self.fabric = Fabric(connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
 
     def take(self, value: str, hits: int, name: str = "fixed") -> None:
         take(self.store, name, value, hits, self.now_us)
@@ -110,20 +105,7 @@ async def test_it_asks_about_buckets_in_use_here_only(server: RedisServer) -> No
         assert b.left() == [85]
         a.now_us += sharing.FORGET_US + SECOND_US
         await a.share()
-        assert len(a.fabric.sharing) == 0
-
-
-async def test_a_request_that_is_denied_keeps_its_bucket_in_use(server: RedisServer) -> None:
-    async with sidecars(server, "a", "b") as (a, b):
-        a.take("x", 100)
-        await a.share()
-        [bucket] = list(a.store)
-        for _ in range(8):
-            a.now_us += sharing.BUSY_US // 2
-            assert not bucket.take(1, a.now_us)
-            b.now_us = a.now_us
-            await a.share()
-        assert bucket.key in a.fabric.sharing._busy
+        assert a.fabric.status.buckets == 0
 
 
 async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
@@ -132,7 +114,7 @@ async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
         b.take("x", 1)
         for _ in range(5):
             await a.share()
-            a.fabric.sharing.tell_again()
+            a.fabric._tell_again()
         await b.share()
         assert b.left() == [89]
 
@@ -235,21 +217,24 @@ async def test_all_come_to_the_level_of_one_that_heard_everything(
 
 
 async def lease(client: Redis, who: str, milliseconds: int = 60_000) -> int:
-    keys = FabricKeys("ratelimit")
-    return int(await client.eval(LEASE, 2, keys.lease, keys.token, who, milliseconds))
+    [keys] = FabricKeys("ratelimit").shards
+    return int(await client.eval(LEASE, 2, keys.lease, keys.fence, who, milliseconds))
 
 
 async def test_one_has_the_lease_and_a_former_gateway_is_refused(server: RedisServer) -> None:
-    keys = FabricKeys("ratelimit")
+    [keys] = FabricKeys("ratelimit").shards
     async with server.client() as client:
-        assert [await lease(client, who) for who in ("a", "b", "a")] == [1, 0, 1]
+        first, other, again = [await lease(client, who) for who in ("a", "b", "a")]
+        assert (other, again) == (0, first)
         await client.delete(keys.lease)
-        assert await lease(client, "b") == 2
-        arguments = ["epoch", "a 1", 0, keys.head, 10]
+        second = await lease(client, "b")
+        assert second > first
+        arguments = ["epoch", first, 0, keys.head, 10]
         with pytest.raises(ResponseError, match="FENCED"):
-            await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.lease, *arguments)
-        arguments[1] = "b 2"
-        assert (await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.lease, *arguments))[1:] == [1, 1]
+            await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+        arguments[1] = second
+        answer = await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+        assert answer == [b"epoch", b"1", 1, []]
 
 
 class Running:
@@ -267,7 +252,7 @@ class Running:
             return mesh
 
         self.fabric = Fabric(
-            client_of(server),
+            connect_to(server),
             FabricKeys("ratelimit"),
             self.store,
             now_us,
@@ -313,7 +298,7 @@ async def test_regions_share_by_their_gateways_and_the_next_one_counts_nothing_t
         west = Running("west-1", in_west, "west", sync=west_sync, peers=[east_sync])
         for each in (*east, west):
             await stack.enter_async_context(running(each))
-        taken = 0
+        taken = token = 0
         for number in range(3):
             gateway = Running(f"gateway-{number}", in_east, "east", sync=east_sync, peers=[west_sync])
             async with running(gateway):
@@ -322,7 +307,8 @@ async def test_regions_share_by_their_gateways_and_the_next_one_counts_nothing_t
                     taken += 3
                 expected = [100 - taken]
                 await until(lambda expected=expected: all(each.left() == expected for each in (*east, west)))
-                assert gateway.fabric.status.token == gateway.fabric.status.terms + number
+                assert gateway.fabric.status.token > token
+                token = gateway.fabric.status.token
             # Without a gateway a region shares all the same.
             for each in east:
                 each.take("x", 1)

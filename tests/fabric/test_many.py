@@ -16,7 +16,7 @@ from persistence.redis_server import WITHIN_S, RedisServer, free_port_numbers, n
 
 from benchmarks.light_fabric import LightSidecar
 from ratelimit_sidecar.demo.ports import HOST
-from ratelimit_sidecar.fabric.record import FabricKeys
+from ratelimit_sidecar.fabric.scripts import FabricKeys
 
 pytestmark = [needs_redis]
 
@@ -97,7 +97,7 @@ async def test_thirty_processes_share_a_limit(tmp_path: Path) -> None:
 async def holder(server: RedisServer) -> str:
     """The name of the gateway; "" when there is none."""
     async with server.client() as client:
-        lease = await client.get(FabricKeys("ratelimit").lease)
+        lease = await client.get(FabricKeys("ratelimit").shards[0].lease)
     return "" if lease is None else str(lease.decode().split(" ")[0])
 
 
