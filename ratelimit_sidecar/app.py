@@ -358,7 +358,8 @@ class Sidecar:
         if self._fabric is not None and self._fabric.status.degraded_reason:
             degraded.append(f"limits are not shared on the fabric: {self._fabric.status.degraded_reason}")
         if self._fabric is not None and self._fabric.status.gateway_reason:
-            degraded.append(f"this sidecar cannot speak for its region: {self._fabric.status.gateway_reason}")
+            why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
+            degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
