@@ -112,14 +112,19 @@ class Fabric:
                 await self.share()
         await self.close()
 
-    async def share(self) -> None:
-        """One tick. What goes wrong is logged when it is something else than the last time."""
+    async def share(self) -> bool:
+        """One tick. What goes wrong is logged when it is something else than the last time.
+
+        Returns:
+            False when nothing was answered.
+        """
         began, began_us = time.perf_counter(), self._now_us()
         try:
-            await self._share()
+            is_whole = await self._share()
         except (*FAILURES, BadRecord) as error:
             self._failed(error)
             await self.close()
+            return False
         except asyncio.CancelledError:
             # Amid an answer.
             await self.close()
@@ -127,11 +132,13 @@ class Fabric:
         else:
             self.status.ticks += 1
             self.status.call_seconds += time.perf_counter() - began
-            self.status.last_us = began_us
             self._wait_seconds = FIRST_WAIT_SECONDS
-            if self.status.degraded_reason:
-                self.status.degraded_reason = ""
-                _log.info("shared_again")
+            if is_whole:
+                self.status.last_us = began_us
+                if self.status.degraded_reason:
+                    self.status.degraded_reason = ""
+                    _log.info("shared_again")
+            return True
 
     async def close(self) -> None:
         """Close the connections; the next call opens others."""
@@ -141,9 +148,9 @@ class Fabric:
         clock = asyncio.get_running_loop().time
         while True:
             began = clock()
-            await self.share()
+            is_answered = await self.share()
             left = TICK_SECONDS - (clock() - began)
-            await asyncio.sleep(self._back_off() if self.status.degraded_reason else max(left, 0))
+            await asyncio.sleep(max(left, 0) if is_answered else self._back_off())
 
     def _back_off(self) -> float:
         seconds = self._wait_seconds
@@ -151,8 +158,11 @@ class Fabric:
         return seconds * random.uniform(0.5, 1)
 
     def _failed(self, error: Exception) -> None:
-        self.status.failed += 1
         self._tell_again()
+        self._note_failure(error)
+
+    def _note_failure(self, error: Exception) -> None:
+        self.status.failed += 1
         degraded_reason = reason_of(error)
         if degraded_reason != self.status.degraded_reason:
             self.status.degraded_reason = degraded_reason
@@ -172,22 +182,32 @@ class Fabric:
             self.shards[self._keys.shard_of(bucket.key)].note_own(bucket, self._now_us())
             await time_slice.rest_when_due()
 
-    async def _share(self) -> None:
+    async def _share(self) -> bool:
+        """Returns False when some shards of a Cluster could not be asked."""
         time_slice = TimeSlice()
         await self._note_again(time_slice)
         for sharing in self.shards:
             sharing.begin_tick()
+        failure: Exception | None = None
         while batches := await self._batches(time_slice):
             try:
                 answers = await self._link.call(SHARE, [self._call(number, asks) for number, asks in batches.items()])
                 for number, answer in zip(list(batches), answers, strict=True):
+                    if isinstance(answer, Exception):
+                        self.shards[number].leave()
+                        failure = answer
+                        continue
                     await self._hear(self.shards[number], batches[number], answer, time_slice)
                     del batches[number]
             finally:
                 self._not_told(batches)
             self._check_connections()
+        if failure is not None:
+            self._note_failure(failure)
+            self._again = self._again or self._store.walk()
         self.status.buckets = sum(map(len, self.shards))
         self.status.unshared = sum(sharing.unshared for sharing in self.shards)
+        return failure is None
 
     def _check_connections(self) -> None:
         if 0 < self._connections < self._link.connections:

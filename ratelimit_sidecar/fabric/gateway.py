@@ -200,8 +200,14 @@ class Gateway:
                 for shard, keys, what in zip(region.shards, self._keys.shards, told, strict=True)
             ]
             for number, answer in enumerate(await self._link.call(GATEWAY, calls)):
-                is_told[number] = True
+                if isinstance(answer, Exception):
+                    if "FENCED" in str(answer):
+                        raise answer
+                    # A shard of a Cluster that is being moved; the others are not.
+                    region.tell_again()
+                    continue
                 changes, is_rest = await region.answered(region.shards[number], answer, self._now_us())
+                is_told[number] = True
                 is_more = is_more or is_rest or len(told[number]) >= TOLD_BUCKETS
                 if mesh is not None:
                     for bucket, entries in changes:

@@ -32,8 +32,11 @@ class Link:
     async def call(self, script: str, calls: Sequence[Call]) -> list[Any]:
         """Run the script for each of the calls, in one pipeline.
 
+        Returns:
+            The answers. Where there are several calls, that of one that failed is an exception.
+
         Raises:
-            exceptions.RedisError, OSError, TimeoutError: one of them failed, whatever became of the others.
+            exceptions.RedisError, OSError, TimeoutError: nothing was answered in time.
         """
         if not calls:
             return []
@@ -66,5 +69,8 @@ async def _evaluate(client: Redis | RedisCluster, script: str, calls: Sequence[C
     pipeline = client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
     for keys, arguments in calls:
         pipeline.execute_command("EVALSHA", digest, len(keys), *keys, *arguments)
-    answers: list[Any] = await pipeline.execute()
+    answers: list[Any] = await pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, exceptions.NoScriptError):
+            raise answer
     return answers

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from redis import exceptions
+
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read
 from ratelimit_sidecar.fabric.scripts import FabricKeys
+from ratelimit_sidecar.persistence.redis_calls import is_of_server
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.persistence.snapshots import TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
@@ -161,13 +164,20 @@ class Region:
             names = list(zip(found[::2], found[1::2], strict=True))
         except (TypeError, ValueError) as error:
             raise BadRecord("an answer of another script") from error
-        self.odd += sum(1 for each in heard if each)
+        failures = [each.decode(errors="replace") for each in (*heard, *found[1::2]) if each.startswith(b"!")]
+        for failure in failures:
+            if is_of_server(failure):
+                # Nothing was missed: it is asked again from the same version on.
+                raise exceptions.ResponseError(failure)
+        self.odd += len(failures)
         if not shard.check(epoch, version):
             self.tell_again()
             until = 0
         changes = []
         time_slice = TimeSlice()
         for key, text in names:
+            if text.startswith(b"!"):
+                continue
             try:
                 limit = self.store.limit_of_key(key)
                 if limit is not None:

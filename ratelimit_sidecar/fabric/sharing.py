@@ -134,6 +134,11 @@ class Sharing:
     def begin_tick(self) -> None:
         self._left = len(self._busy), -(-len(self._resting) // RESTING_TICKS)
 
+    def leave(self) -> None:
+        """The shard cannot be asked at this tick; all of it is told again."""
+        self._left = 0, 0
+        self.tell_again()
+
     def next_key(self) -> bytes | None:
         """The next bucket that this tick asks about; None when there is none. Pass it to `ask`."""
         busy, resting = self._left

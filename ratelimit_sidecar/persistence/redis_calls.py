@@ -14,8 +14,11 @@ from redis.asyncio import Redis, RedisCluster
 CALL_SECONDS: Final = 2.0
 """What a call may take in all, whatever the client library makes of it."""
 
-SERVER_FAULTS: Final = ("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS")
-"""With one of these no other bucket can be written either."""
+SERVER_FAULTS: Final = (
+    *("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS"),
+    *("The user executing the script", "TRYAGAIN", "non local key"),
+)
+"""With one of these no other bucket can be written either: the last two come from a Cluster that moves a slot."""
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ def reason_of(error: Exception) -> str:
         return text
     for words, reason in (
         (("WRONGPASS", "NOAUTH", "invalid username-password"), "it refuses user or password"),
-        (("NOPERM", "no permissions"), "it does not permit what is needed"),
+        (("NOPERM", "no permissions", "The user executing the script"), "it does not permit what is needed"),
         (("OOM", "maxmemory"), "it is out of memory"),
         (("READONLY", "read only replica"), "it is a read-only replica"),
         (("LOADING", "loading the dataset"), "it is loading its data"),

@@ -73,10 +73,6 @@ async def damage(client: Redis, what: str, key: bytes, index: bytes) -> None:
         case "ten thousand slots":
             await client.hset(key, mapping={f"s{number * 128 + 20}": "5 5" for number in range(10_000)})
             await client.zadd(index, {str(number * 128 + 20): 2**50 for number in range(10_000)})
-        case "no index":
-            await client.delete(index)
-        case "no hash":
-            await client.delete(key)
 
 
 DAMAGES = (
@@ -93,8 +89,6 @@ DAMAGES = (
     "a span that is none",
     "a slot that is none",
     "ten thousand slots",
-    "no index",
-    "no hash",
 )
 
 
@@ -114,19 +108,40 @@ async def test_what_is_odd_in_redis_costs_no_other_bucket_anything(server: Redis
         [even] = [bucket for bucket in b.store if b"even" in bucket.key]
         assert sum(entry.tokens for entry in even.entries()) == 13
         await read_by_a_gateway(server, {even.key: 13})
-        if what in ("no index", "no hash"):
-            # Both tell what they took, as of a new bucket.
-            [odd] = [bucket for bucket in b.store if b"odd" in bucket.key]
-            assert sum(entry.tokens for entry in odd.entries()) == 13
-        elif "type" in what or "counts" in what:
+        if "type" in what or "counts" in what:
             assert a.fabric.status.odd > 0
+
+
+@pytest.mark.parametrize("lost", ["hash", "index", "both"])
+async def test_a_bucket_that_redis_has_lost_is_told_whole(server: RedisServer, lost: str) -> None:
+    async with sidecars(server, "a", "b") as (a, b), server.client() as client:
+        a.take("x", 10, "sliding")
+        b.take("x", 2, "sliding")
+        for each in (a, b):
+            await each.share()
+        hash_name, index_name = names_of(a, "x")
+        await client.delete(*{"hash": [hash_name], "index": [index_name], "both": [hash_name, index_name]}[lost])
+        a.now_us = b.now_us = NOW_US + 5 * SECOND_US
+        a.take("x", 1, "sliding")
+        for each in (a, b, a, b):
+            await each.share()
+        late = Sidecar("late", server)
+        late.now_us = a.now_us
+        late.take("x", 1, "sliding")
+        await late.share()
+        assert late.left("sliding") == [86]
+        await late.close()
 
 
 async def read_by_a_gateway(server: RedisServer, expected: dict[bytes, int]) -> None:
     store = make_store(Origin("gateway", 1))
     region = Region(region_origin("east"), store, FabricKeys("ratelimit"))
     async with server.client() as client:
-        await client.zadd(KEYS.changed, {b"\xff no name of ours": 5, b"": 6})
+        for foreign in (b"\xff", b"", b"no name of ours", b"\x00" * 5_000):
+            [key] = expected
+            for name, other in zip(KEYS.of_bucket(key), KEYS.of_bucket(foreign), strict=True):
+                await client.copy(name, other)
+            await client.zadd(KEYS.changed, {foreign: 1})
         arguments = ["epoch", 1, 0, KEYS.head, 256]
         answer = await client.eval(GATEWAY, 3, KEYS.clock, KEYS.changed, KEYS.fence, *arguments)
     await region.answered(region.shards[0], answer, NOW_US)
