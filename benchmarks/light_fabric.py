@@ -16,6 +16,7 @@ from functools import partial
 
 import click
 import structlog
+
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit

@@ -191,7 +191,7 @@ class RedisStatus(Protocol):
 
 
 class FabricStatus(Protocol):
-    """What is read of the fabric (`ratelimit_sidecar.fabric.fabric.FabricStatus`, a layer above)."""
+    """What is read of the fabric (`ratelimit_sidecar.fabric.status.FabricStatus`, a layer above)."""
 
     @property
     def ticks(self) -> int: ...
@@ -205,6 +205,14 @@ class FabricStatus(Protocol):
     def token(self) -> int: ...
     @property
     def terms(self) -> int: ...
+    @property
+    def unshared(self) -> int: ...
+    @property
+    def odd(self) -> int: ...
+    @property
+    def odd_at_gateway(self) -> int: ...
+    @property
+    def gateway_failed(self) -> int: ...
     @property
     def last_us(self) -> int | None: ...
 
@@ -684,7 +692,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "result"),
         "Ticks in which own counts were told to the fabric and the others' heard, or that failed; absent without"
-        " `fabric`, as the next five.",
+        " `fabric`, as all metrics whose names begin with ratelimit_fabric.",
         _read_source_by(lambda sources: sources.fabric, lambda it: {"shared": it.ticks, "failed": it.failed}),
     ),
     Definition(
@@ -721,6 +729,23 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Times that this sidecar became the gateway.",
         _read_fabric(lambda fabric: fabric.terms),
+    ),
+    Definition(
+        "ratelimit_fabric_gateway_failures_total",
+        "counter",
+        ("region",),
+        "Times that this sidecar could not be the gateway, since it cannot listen on `listen.sync`.",
+        _read_fabric(lambda fabric: fabric.gateway_failed),
+    ),
+    Definition(
+        "ratelimit_fabric_unshared_total",
+        "counter",
+        ("region", "reason"),
+        "Changes of buckets that were not shared: `room`, as too many are in use; `odd`, as Redis has no bucket there.",
+        _read_source_by(
+            lambda sources: sources.fabric,
+            lambda fabric: {"room": fabric.unshared, "odd": fabric.odd + fabric.odd_at_gateway},
+        ),
     ),
     Definition(
         "ratelimit_connections",

@@ -58,6 +58,10 @@ class Fabric:
     buckets: int = 7
     token: int = 3
     terms: int = 1
+    unshared: int = 4
+    odd: int = 1
+    odd_at_gateway: int = 1
+    gateway_failed: int = 5
     last_us: int | None = 1_790_000_000_000_000
 
 
