@@ -24,7 +24,7 @@ from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.record import life_of
 from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
-from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, MAX_SHARED, Ask, Sharing
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -121,7 +121,7 @@ class Fabric:
         began, began_us = time.perf_counter(), self._now_us()
         try:
             is_whole = await self._share()
-        except (*FAILURES, BadRecord) as error:
+        except FAILURES as error:
             self._failed(error)
             await self.close()
             return False
@@ -220,10 +220,12 @@ class Fabric:
         try:
             for number, sharing in enumerate(self.shards):
                 asks: list[Ask] = []
-                while len(asks) < BATCH_BUCKETS and (key := sharing.next_key()) is not None:
+                size = 0
+                while len(asks) < BATCH_BUCKETS and size < BATCH_BYTES and (key := sharing.next_key()) is not None:
                     asked = sharing.ask(key, self._now_us())
                     if asked is not None:
                         asks.append(asked)
+                        size += len(asked.text)
                         batches[number] = asks
                     await time_slice.rest_when_due()
         except asyncio.CancelledError:
@@ -247,7 +249,8 @@ class Fabric:
         ]
 
     async def _hear(self, sharing: Sharing, asks: Sequence[Ask], answer: Any, time_slice: TimeSlice) -> None:
-        if not isinstance(answer, list) or len(answer) != len(asks) + 2:
+        is_list = isinstance(answer, list) and len(answer) == len(asks) + 2
+        if not is_list or not all(isinstance(text, bytes) for text in answer[2:]):
             raise BadRecord("an answer of another script")
         epoch, version, *texts = answer
         sharing.check(epoch, version)

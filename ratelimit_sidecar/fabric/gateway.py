@@ -112,7 +112,10 @@ class Gateway:
         first = self._keys.shards[0]
         arguments = [self._id, str(round(LEASE_SECONDS * 1_000))]
         [token] = await self._link.call(LEASE, [([first.lease, first.fence], arguments)])
-        return int(token)
+        try:
+            return int(token)
+        except (TypeError, ValueError) as error:
+            raise BadRecord("no token") from error
 
     async def _serve(self, token: int, ends: float) -> None:
         """Speak for the region until the lease is lost."""
@@ -146,7 +149,7 @@ class Gateway:
                     if "FENCED" in str(error):
                         return
                     await self._failed(region)
-                except (*FAILURES, BadRecord):
+                except FAILURES:
                     await self._failed(region)
                 if running is None and all(shard.is_known for shard in region.shards):
                     await self._start(mesh)

@@ -10,9 +10,10 @@ from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 
 from ratelimit_sidecar.persistence.redis_calls import Connect, bounded, digest_of
+from ratelimit_sidecar.persistence.redis_record import BadRecord
 
-FAILURES: Final = (exceptions.RedisError, OSError, TimeoutError)
-"""What a call may raise."""
+FAILURES: Final = (exceptions.RedisError, OSError, TimeoutError, BadRecord)
+"""What a call, and reading its answer, may raise."""
 
 Call = tuple[Sequence[bytes], Sequence[bytes | str]]
 """The keys and arguments of a script; all keys are of one shard."""
@@ -36,7 +37,7 @@ class Link:
             The answers. Where there are several calls, that of one that failed is an exception.
 
         Raises:
-            exceptions.RedisError, OSError, TimeoutError: nothing was answered in time.
+            exceptions.RedisError, OSError, TimeoutError, BadRecord: nothing was answered in time, or nonsense.
         """
         if not calls:
             return []
@@ -44,11 +45,17 @@ class Link:
             self._client = self._connect(on_connect=self._count)
         client = self._client
         try:
-            return await bounded(_evaluate(client, script, calls))
-        except exceptions.NoScriptError:
-            # SCRIPT FLUSH, or a server or node that is new.
-            await bounded(client.script_load(script))
-            return await bounded(_evaluate(client, script, calls))
+            try:
+                return await bounded(_evaluate(client, script, calls))
+            except exceptions.NoScriptError:
+                # SCRIPT FLUSH, or a server or node that is new.
+                await bounded(client.script_load(script))
+                return await bounded(_evaluate(client, script, calls))
+        except FAILURES:
+            raise
+        except Exception as error:
+            # The library raises whatever it stumbles over when the server talks nonsense.
+            raise BadRecord(repr(error)[:200]) from error
 
     async def close(self) -> None:
         """Close the connections; the next call opens others."""

@@ -26,7 +26,7 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 TOLD_BUCKETS: Final = 64
 """Told by one call."""
 
-MAX_ANSWERED: Final = 256
+MAX_ANSWERED: Final = 128
 """Buckets of one answer; more than one call of a sidecar may raise (`sharing.BATCH_BUCKETS`)."""
 
 MAX_NEWS_SLOTS: Final = 64
@@ -162,8 +162,11 @@ class Region:
             epoch, until, version, heard, *found = answer
             until = int(until)
             names = list(zip(found[::2], found[1::2], strict=True))
+            are_texts = all(isinstance(each, bytes) for each in (epoch, *heard, *found))
         except (TypeError, ValueError) as error:
             raise BadRecord("an answer of another script") from error
+        if not are_texts or not isinstance(version, int):
+            raise BadRecord("an answer of another script")
         failures = [each.decode(errors="replace") for each in (*heard, *found[1::2]) if each.startswith(b"!")]
         for failure in failures:
             if is_of_server(failure):

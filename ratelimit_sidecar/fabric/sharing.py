@@ -22,6 +22,9 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 BATCH_BUCKETS: Final = 64
 """Of one call: a millisecond of the server's."""
 
+BATCH_BYTES: Final = 65_536
+"""Of one call, about: after a loss all slots are told again, of some buckets hundreds."""
+
 BUSY_US: Final = 2_000_000
 FORGET_US: Final = 60_000_000
 
