@@ -194,11 +194,14 @@ class Sidecar:
             waits_for_rules=waits_for_rules,
         )
         ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
-        services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        if config.fabric is None:
+            # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
+            services.append(QUOTA_SERVICE_NAME)
         self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
         handlers = {
             **self._service.handlers(),
-            **self._quotas.handlers(),
+            **(self._quotas.handlers() if config.fabric is None else {}),
             **ext_authz.handlers(),
             **self._health.handlers(),
             **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),

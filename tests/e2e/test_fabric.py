@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc.aio
 import httpx
 import pytest
 from e2e.sidecars import sidecar_command
@@ -15,6 +16,7 @@ from persistence.redis_server import RedisServer, needs_redis
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
+from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
 
 pytestmark = needs_redis
 
@@ -50,6 +52,19 @@ async def gateways(east: Sequence[RegionPorts]) -> list[int]:
         return found
 
 
+async def answers_quotas(ports: RegionPorts) -> bool:
+    """Whether it hands out quotas; on a fabric none does."""
+    async with grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel:
+        call = channel.stream_stream(f"/{QUOTA_SERVICE_NAME}/StreamRateLimitQuotas")()
+        await call.write(b"")
+        await call.done_writing()
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            return error.code() is not grpc.StatusCode.UNIMPLEMENTED
+        return True
+
+
 async def the_gateway(east: Sequence[RegionPorts]) -> int:
     async with asyncio.timeout(WITHIN_S):
         while True:
@@ -67,6 +82,8 @@ async def test_a_region_shares_by_redis_and_with_another_by_whoever_is_its_gatew
         for own in (west, *east):
             await remaining(own, "month", 10)
         await until_remaining([west, *east], LIMIT - 30)
+        assert await answers_quotas(west)
+        assert not await answers_quotas(east[0])
         await children.stop(running[1 + first])
         left = east[1 - first]
         assert await the_gateway([left]) == 0
