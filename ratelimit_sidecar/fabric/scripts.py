@@ -67,16 +67,21 @@ local function is_refund(slot)
   return math.floor(slot / 64) % 2 == 1
 end
 
-local function sums_of(key, slot)
-  local text = redis.call('HGET', key, 's' .. slot)
+local function sums_in(text)
   if not text then return end
   local here, elsewhere = string.match(text, '^(%d+) (%d+)$')
   return tonumber(here), tonumber(elsewhere)
 end
 
-local function is_current(epoch, id, index)
-  -- Both keys have to be there, from the same creation on.
-  return id and string.sub(id, 1, #epoch + 1) == epoch .. ':' and redis.call('ZSCORE', index, '@')
+local function sums_of(key, slot)
+  return sums_in(redis.call('HGET', key, 's' .. slot))
+end
+
+local function life_of(epoch, id, index)
+  -- How long it lives on, in milliseconds; nil when it is absent. Both keys have to be there.
+  if not id or string.sub(id, 1, #epoch + 1) ~= epoch .. ':' then return end
+  local life = redis.call('PTTL', index)
+  return life ~= -2 and life or nil
 end
 
 local function create(key, index, epoch, version)
@@ -99,8 +104,8 @@ local function dropping(key, keep, span, now)
 end
 
 local function write(key, index, fields, news, keep_text, keep, oldest)
-  redis.call('ZADD', index, unpack(news))
-  local is_many = redis.call('ZCARD', index) > keep[3]
+  -- Only a slot that is new makes them more.
+  local is_many = redis.call('ZADD', index, unpack(news)) > 0 and redis.call('ZCARD', index) > keep[3]
   local text = number(keep[1]) .. ' ' .. number(keep[2]) .. ' ' .. number(keep[3])
   if text ~= keep_text then
     fields[#fields + 1] = 'keep'
@@ -131,8 +136,8 @@ local function write(key, index, fields, news, keep_text, keep, oldest)
   end
 end
 
-local function live_on(key, index, ttl)
-  if redis.call('PTTL', key) < ttl then
+local function live_on(key, index, life, ttl)
+  if life < ttl then
     -- Not at each call: a quarter more.
     local longer = number(ttl + math.floor(ttl / 4))
     redis.call('PEXPIRE', key, longer)
@@ -173,16 +178,19 @@ local field, now_here = 'o' .. ARGV[2], server_now()
 local function share(key, index, name, told)
   local asked = words_of(told)
   local seen, ttl, is_window = asked[1], tonumber(asked[2]), asked[7] == '0'
-  local found = redis.call('HMGET', key, 'id', 'base', 'keep', field)
+  local wanted = {'id', 'base', 'keep', field}
+  for at = 9, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
+  local found = redis.call('HMGET', key, unpack(wanted))
+  local life = life_of(epoch, found[1], index)
+  if not life then found, seen = {}, '0' end
   local id, base, keep_text, packed = found[1], found[2], found[3], found[4]
-  if not is_current(epoch, id, index) then id, base, keep_text, packed, seen = false, false, false, false, '0' end
   local own = {}
   if packed then
     if #packed > MAX_PACKED then error('a field that is too long') end
     own = cmsgpack.unpack(packed)
   end
   local joined = not is_window and joined_base(base, tonumber(asked[5]), tonumber(asked[6]), asked[7], asked[8])
-  if not id and (joined or #asked > 8) then id = create(key, index, epoch, version) end
+  if not id and (joined or #asked > 8) then id, life = create(key, index, epoch, version), -1 end
   if joined and joined ~= base then
     redis.call('HSET', key, 'base', joined)
     base = joined
@@ -194,7 +202,7 @@ local function share(key, index, name, told)
     local oldest, keep = dropping(key, keep_text, tonumber(asked[3]), now)
     for at = 9, #asked, 2 do
       local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
-      local here, elsewhere = sums_of(key, asked[at])
+      local here, elsewhere = sums_in(found[(at - 9) / 2 + 5])
       local before = here and own[slot] or 0
       if count > before and slot >= oldest then
         here, elsewhere = here or 0, elsewhere or 0
@@ -225,7 +233,7 @@ local function share(key, index, name, told)
     end
   end
   if not id then return ';;' end
-  live_on(key, index, ttl)
+  live_on(key, index, life, ttl)
   local others = {}
   for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, '+inf', '(' .. seen, 'LIMIT', 0, MAX_SLOTS)) do
     local here, elsewhere
@@ -270,9 +278,10 @@ local function hear(key, index, text)
   local told = words_of(text)
   local found = redis.call('HMGET', key, 'id', 'base', 'keep')
   local id, base, keep_text = found[1], found[2], found[3]
-  if not is_current(epoch, id, index) then
+  local life = life_of(epoch, id, index)
+  if not life then
     create(key, index, epoch, version)
-    base, keep_text = false, false
+    life, base, keep_text = -1, false, false
   end
   local joined = told[6] ~= '0' and joined_base(base, tonumber(told[4]), tonumber(told[5]), told[6], told[7])
   if joined and joined ~= base then redis.call('HSET', key, 'base', joined) end
@@ -289,14 +298,14 @@ local function hear(key, index, text)
     end
   end
   if #news > 0 then write(key, index, fields, news, keep_text, keep, oldest) end
-  live_on(key, index, tonumber(told[1]))
+  live_on(key, index, life, tonumber(told[1]))
   return 1
 end
 
 local function read(name)
   local key, index = prefix .. 'b:' .. name, prefix .. 'i:' .. name
   local found = redis.call('HMGET', key, 'id', 'base')
-  if not is_current(epoch, found[1], index) then
+  if not life_of(epoch, found[1], index) then
     -- It has expired.
     redis.call('ZREM', KEYS[2], name)
     return ''
