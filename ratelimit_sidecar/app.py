@@ -572,6 +572,8 @@ class Sidecar:
         self._mesh.use_rules(rules.digest)
         if self._gateway is not None:
             self._gateway.use_rules(rules.digest)
+        if self._fabric is not None:
+            self._fabric.use_rules()
         self._service.rules_loaded()
         self._quotas.rules_loaded()
         self._health.changed()

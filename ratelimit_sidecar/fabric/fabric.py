@@ -95,6 +95,11 @@ class Fabric:
         if self._gateway is not None:
             self._gateway.give_up()
 
+    def use_rules(self) -> None:
+        """Other rules are in force."""
+        if self._gateway is not None:
+            self._gateway.use_rules()
+
     async def run(self) -> None:
         """Share, for ever."""
         try:
@@ -149,8 +154,9 @@ class Fabric:
         while True:
             began = clock()
             is_answered = await self.share()
-            left = TICK_SECONDS - (clock() - began)
-            await asyncio.sleep(max(left, 0) if is_answered else self._back_off())
+            took = clock() - began
+            # With very many buckets at most half of the loop's time.
+            await asyncio.sleep(max(TICK_SECONDS - took, took) if is_answered else self._back_off())
 
     def _back_off(self) -> float:
         seconds = self._wait_seconds

@@ -72,6 +72,7 @@ class Gateway:
         self._region = region_origin(region)
         self._mesh_of = mesh_of
         self._gives_up = False
+        self._reads_again = False
         self._wait_seconds = FIRST_WAIT_SECONDS
         # One life of this process, as far as leases go.
         self._id = f"{store.origin.node} {secrets.token_hex(8)}"
@@ -79,6 +80,10 @@ class Gateway:
     def give_up(self) -> None:
         """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
         self._gives_up = True
+
+    def use_rules(self) -> None:
+        """Other rules are in force: what had no rule before is read, and told, now."""
+        self._reads_again = True
 
     async def run(self) -> None:
         """Seek the lease, and be the gateway while this sidecar has it, for ever."""
@@ -191,6 +196,9 @@ class Gateway:
 
     async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:
         """One tick of the gateway; returns whether there is more to be done at once."""
+        if self._reads_again:
+            self._reads_again = False
+            region.tell_again()
         region.note_again()
         now_us = self._now_us()
         told = [await region.told(shard, now_us) for shard in region.shards]

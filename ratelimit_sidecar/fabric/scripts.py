@@ -235,7 +235,7 @@ local function share(key, index, name, told)
   if not id then return ';;' end
   live_on(key, index, life, ttl)
   local others = {}
-  for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, '+inf', '(' .. seen, 'LIMIT', 0, MAX_SLOTS)) do
+  for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, number(version), '(' .. seen, 'LIMIT', 0, MAX_SLOTS)) do
     local here, elsewhere
     if sums[slot] then here, elsewhere = sums[slot][1], sums[slot][2] else here, elsewhere = sums_of(key, slot) end
     if here then
@@ -311,7 +311,7 @@ local function read(name)
     return ''
   end
   local sums = {}
-  for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, '+inf', '(' .. since, 'LIMIT', 0, MAX_SLOTS)) do
+  for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, number(version), '(' .. since, 'LIMIT', 0, MAX_SLOTS)) do
     local here = sums_of(key, slot)
     if here and here > 0 then
       sums[#sums + 1] = slot
@@ -326,12 +326,14 @@ for i = 6, #ARGV do
   local is_done, failure = pcall(hear, KEYS[2 * i - 8], KEYS[2 * i - 7], ARGV[i])
   heard[#heard + 1] = is_done and '' or error_of(failure)
 end
-local found = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. since, '+inf', 'WITHSCORES', 'LIMIT', 0, most)
+local found = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. since, number(version), 'WITHSCORES', 'LIMIT', 0, most)
 local until_version, count = version, #found / 2
 if count == most then
   -- Those that one call raised stay together: it raises fewer than these.
   until_version = tonumber(found[#found]) - 1
   while count > 0 and tonumber(found[2 * count]) > until_version do count = count - 1 end
+  -- None of ours: nobody waits for the rest.
+  if count == 0 then until_version, count = math.ceil(until_version + 1), most end
 end
 local answers = {epoch, number(until_version), version, heard}
 for i = 1, count do

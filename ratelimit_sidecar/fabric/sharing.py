@@ -46,6 +46,7 @@ _ALL: Final[list[int]] = []
 class _Shared:
     """
     Args:
+        bucket: that was asked about last; another one of the same key knows nothing of the others.
         used_us: when something was taken last.
         era: of `Sharing`, in which it was told last; in another one all of it is told.
         seen: the version up to which the others' counts are known.
@@ -53,6 +54,7 @@ class _Shared:
         waiting: own slots to be told.
     """
 
+    bucket: Bucket
     used_us: int
     era: int = -1
     seen: int = 0
@@ -105,7 +107,7 @@ class Sharing:
                 if len(key) > MAX_KEY_BYTES or not self._makes_room():
                     self.unshared += 1
                     return
-                shared = _Shared(now_us)
+                shared = _Shared(bucket, now_us)
             self._busy[key] = shared
         shared.used_us = now_us
         _wait(shared, slots)
@@ -167,8 +169,8 @@ class Sharing:
             return None
         # Last in its turn.
         (self._busy if unused_us <= BUSY_US else self._resting)[key] = shared
-        if shared.era != self._era:
-            shared.era, shared.seen, shared.waiting = self._era, 0, _ALL
+        if shared.era != self._era or shared.bucket is not bucket:
+            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
         told, shared.waiting = shared.waiting, []
         return Ask(bucket, shared, told, ask(bucket, self._own(bucket, told), shared.seen, now_us))
 

@@ -18,7 +18,7 @@ from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
 
-pytestmark = needs_redis
+pytestmark = [needs_redis, pytest.mark.slow]
 
 
 def commands(folder: Path, server: RedisServer, west: RegionPorts, *east: RegionPorts) -> list[Command]:
@@ -95,7 +95,6 @@ async def test_a_region_shares_by_redis_and_with_another_by_whoever_is_its_gatew
         await until_remaining([west, *east], LIMIT - 60)
 
 
-@pytest.mark.slow
 async def test_redis_is_never_in_the_way(tmp_path: Path) -> None:
     west, *east = free_ports(3).regions
     async with RedisServer(tmp_path / "redis") as server, Children(tmp_path) as children:

@@ -168,6 +168,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(steps)
@@ -288,6 +289,7 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_regions_share_by_their_gateways_and_the_next_one_counts_nothing_twice(tmp_path: Path) -> None:
     east_sync, west_sync = (f"{HOST}:{port}" for port in free_port_numbers(2))
     async with AsyncExitStack() as stack:

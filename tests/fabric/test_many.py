@@ -83,6 +83,7 @@ async def share_a_limit(server: RedisServer, processes: int, capacity: int, rate
         await observer.fabric.close()
 
 
+@pytest.mark.slow
 async def test_processes_share_a_limit(tmp_path: Path) -> None:
     async with RedisServer(tmp_path) as server:
         await share_a_limit(server, 2, 200, 100)

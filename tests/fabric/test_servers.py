@@ -27,7 +27,7 @@ from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
 
-pytestmark = needs_redis
+pytestmark = [needs_redis, pytest.mark.slow]
 
 __all__ = ["cluster", "server"]
 
@@ -181,7 +181,6 @@ async def test_a_user_needs_no_more_than_the_docs_say(tmp_path: Path) -> None:
                 assert await ada.pttl(keys.of_bucket(b"key 1")[0]) > 0
 
 
-@pytest.mark.slow
 async def test_in_a_cluster_a_node_that_lost_its_data_is_told_again(cluster: list[RedisServer]) -> None:
     for node in cluster:
         async with node.client() as client:
@@ -201,7 +200,6 @@ async def test_in_a_cluster_a_node_that_lost_its_data_is_told_again(cluster: lis
         await know_all(a, b)
 
 
-@pytest.mark.slow
 async def test_in_a_cluster_a_node_that_hangs_is_waited_for_by_no_take(
     cluster: list[RedisServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +217,6 @@ async def test_in_a_cluster_a_node_that_hangs_is_waited_for_by_no_take(
         await know_all(a, b)
 
 
-@pytest.mark.slow
 async def test_while_a_cluster_moves_a_slot_nothing_is_lost(cluster: list[RedisServer]) -> None:
     a, b = (Live(name, url=url_of(cluster), cluster=True, is_gateway=name == "a") for name in "ab")
     async with AsyncExitStack() as stack:
@@ -250,7 +247,6 @@ async def test_while_a_cluster_moves_a_slot_nothing_is_lost(cluster: list[RedisS
         assert await clients[0].dbsize() == 0
 
 
-@pytest.mark.long
 async def test_when_the_sentinels_name_another_master_that_one_is_told_everything(tmp_path: Path) -> None:
     master_port, replica_port, *sentinel_ports = free_port_numbers(5)
     async with AsyncExitStack() as stack:
