@@ -1,7 +1,7 @@
 """Which buckets of one shard a sidecar shares, what it tells of them and what it hears. No I/O.
 
-A bucket is *busy* until 2 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
-about once a second, and after a minute no more. What is told is kept until it is answered: what failed is told again.
+A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
+about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
 All work is cut into batches, so that no tick has the loop to itself for long.
 """
@@ -25,8 +25,8 @@ BATCH_BUCKETS: Final = 64
 BATCH_BYTES: Final = 65_536
 """Of one call, about: after a loss all slots are told again, of some buckets hundreds."""
 
-BUSY_US: Final = 2_000_000
-FORGET_US: Final = 60_000_000
+BUSY_US: Final = 1_000_000
+FORGET_US: Final = 10_000_000
 
 RESTING_TICKS: Final = 20
 """One that rests is asked about at one tick in so many."""
