@@ -29,6 +29,10 @@ TOLD_BUCKETS: Final = 64
 MAX_ANSWERED: Final = 128
 """Buckets of one answer; more than one call of a sidecar may raise (`sharing.BATCH_BUCKETS`)."""
 
+MAX_NEWS: Final = 30_000
+"""Buckets of a shard that wait to be told: a dict of more takes milliseconds when it grows. Of more all are told later.
+"""
+
 MAX_NEWS_SLOTS: Final = 64
 """Of one bucket; of more all are told."""
 
@@ -103,12 +107,18 @@ class Region:
         self._keys = keys
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be told again."""
+        self._missed = False
+        """Some news found no room: all buckets are told once there is."""
 
     def note_news(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """A peer has told something new."""
         slots = {entry.slot for entry in entries if entry.origin != self.origin}
         if slots and len(bucket.key) <= MAX_KEY_BYTES:
-            self._news_of(bucket.key).add(bucket.key, slots)
+            news = self._news_of(bucket.key)
+            if len(news.slots) < MAX_NEWS:
+                news.add(bucket.key, slots)
+            else:
+                self._missed = True
 
     def _news_of(self, key: bytes) -> News:
         return self.shards[self._keys.shard_of(key)].news
@@ -121,6 +131,10 @@ class Region:
 
     def note_again(self) -> None:
         """Have some more of what is to be told again told."""
+        if any(len(shard.news.slots) > MAX_NEWS // 2 for shard in self.shards):
+            return
+        if self._missed and self._again is None:
+            self._missed, self._again = False, self.store.walk()
         for _ in range(TOLD_BUCKETS):
             bucket = None if self._again is None else next(self._again, None)
             if bucket is None:

@@ -23,7 +23,7 @@ BATCH_BUCKETS: Final = 64
 """Of one call: a millisecond of the server's."""
 
 BATCH_BYTES: Final = 16_384
-"""Of one call, about: after a loss all slots are told again, of some buckets hundreds, at 10 us of the server's each."""
+"""Of one call, about: after a loss all slots are told again, of some buckets hundreds, each 10 us of the server's."""
 
 BUSY_US: Final = 1_000_000
 FORGET_US: Final = 10_000_000
@@ -31,9 +31,9 @@ FORGET_US: Final = 10_000_000
 RESTING_TICKS: Final = 20
 """One that rests is asked about at one tick in so many."""
 
-MAX_SHARED: Final = 100_000
-"""Buckets, some 400 bytes each. Of more the ones that rest the longest are forgotten, and then further ones not shared
-until there is room."""
+MAX_SHARED: Final = 30_000
+"""Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. Of more the ones that rest the longest
+are forgotten, and then further ones not shared until there is room."""
 
 MAX_WAITING_SLOTS: Final = 64
 """Of one bucket; of more all own ones are told."""
@@ -157,18 +157,27 @@ class Sharing:
 
     def ask(self, key: bytes, now_us: int) -> Ask | None:
         """What to ask about this bucket, if anything. It has to be `answered`, or to have `failed`, in the end."""
-        shared = self._busy.pop(key, None) or self._resting.pop(key)
+        shared = self._busy.get(key)
+        was_busy = shared is not None
+        if shared is None:
+            shared = self._resting.pop(key)
         bucket = self._store.get(key)
         if bucket is None:
             # It was full, and dropped.
+            self._busy.pop(key, None)
             return None
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
         if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
+            self._busy.pop(key, None)
             return None
         # Last in its turn.
-        (self._busy if unused_us <= BUSY_US else self._resting)[key] = shared
+        if was_busy and unused_us <= BUSY_US:
+            self._busy.move_to_end(key)
+        else:
+            self._busy.pop(key, None)
+            (self._busy if unused_us <= BUSY_US else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
         told, shared.waiting = shared.waiting, []

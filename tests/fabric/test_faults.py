@@ -19,6 +19,7 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
+from ratelimit_sidecar.fabric import region as region_module
 from ratelimit_sidecar.fabric import sharing
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.gateway import Gateway
@@ -497,4 +498,26 @@ async def test_strange_names_in_the_index_of_changes_hold_up_nobody(server: Redi
             async with asyncio.timeout(60):
                 await exchanged(gateway, region)
             assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [taken]
+    await gateway._link.close()
+
+
+async def test_news_for_which_there_is_no_room_are_told_later(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(region_module, "MAX_NEWS", 100)
+    limit = LIMITS["fixed"]
+    gateway, region = gateway_of(server, store_of(limit, Origin("gateway", 1)))
+    [slot] = {entry.slot for bucket in _one(limit) for entry in bucket.entries()}
+    for number in range(1_000):
+        entries = [Entry(Origin("west", 1), slot, 3)]
+        region.store.join(b"key %d" % number, limit, None, entries, NOW_US)
+        bucket = region.store.get(b"key %d" % number)
+        assert bucket is not None
+        region.note_news(bucket, entries)
+    assert len(region.shards[0].news.slots) == 100
+    for _ in range(40):
+        await gateway._exchange(region, None, 1)
+    async with server.client() as client:
+        names = [name async for name in client.scan_iter(match=KEYS.head + b"b:*")]
+    assert len(names) == 1_000
     await gateway._link.close()
