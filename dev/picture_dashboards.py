@@ -54,7 +54,7 @@ def main() -> None:
 async def draw_all(folder: Path, seconds: int) -> None:
     async with site(folder) as at, asyncio.TaskGroup() as tasks:
         traffic = tasks.create_task(at.send_traffic())
-        await make_trouble(at, seconds)
+        await make_trouble(at, folder, seconds)
         drawn = [(file.stem, json.loads(file.read_text())["panels"]) for file in JSONS]
         series = [[await ask_all(at.prometheus, panel, seconds) for panel in panels] for _, panels in drawn]
         traffic.cancel()
@@ -62,10 +62,10 @@ async def draw_all(folder: Path, seconds: int) -> None:
         draw(panels, of_panels, IMAGES / f"dashboard-{name}.png")
 
 
-async def make_trouble(at: Site, seconds: int) -> None:
+async def make_trouble(at: Site, folder: Path, seconds: int) -> None:
     """A third of the time all is well but for a clock; then rules are broken for a third, and a sidecar is stopped."""
     await asyncio.sleep(seconds / 3)
-    rules = at.folder / f"rules-{BROKEN_RULES}" / "shop.yaml"
+    rules = folder / f"rules-{BROKEN_RULES}" / "shop.yaml"
     rules.write_text(RULES.replace("shadow_mode", "shade_mode"))
     await at.ask("us-1", "quota", "bob", hits=97)
     await asyncio.sleep(seconds / 3)

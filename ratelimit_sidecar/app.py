@@ -81,6 +81,7 @@ from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
 from ratelimit_sidecar.telemetry.push import start_push
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
+from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.fabric.fabric import Fabric
@@ -181,7 +182,11 @@ class Sidecar:
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _state(
-            config.persistence, self._limiter.store, self._clock.now_us, self._local_limit_of_key
+            config.persistence,
+            self._limiter.store,
+            self._clock.now_us,
+            self._local_limit_of_key,
+            self._tracing.tracer,
         )
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
@@ -671,7 +676,11 @@ def _new_origin(node: str) -> Origin:
 
 
 def _state(
-    kept: PersistenceConfig | None, store: Store, now_us: Callable[[], int], local_limit_of_key: LimitOfKey
+    kept: PersistenceConfig | None,
+    store: Store,
+    now_us: Callable[[], int],
+    local_limit_of_key: LimitOfKey,
+    tracer: RequestTracer | NoTracer,
 ) -> tuple[Snapshots | None, RedisState | None]:
     """The persistence of buckets: a file, Redis, or neither."""
     if kept is None:
@@ -682,7 +691,8 @@ def _state(
     from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
 
-    return None, RedisState(partial(connect, kept), keys(kept), store, now_us, kept.every_seconds or REDIS_SECONDS)
+    every_seconds = kept.every_seconds or REDIS_SECONDS
+    return None, RedisState(partial(connect, kept), keys(kept), store, now_us, every_seconds, tracer=tracer)
 
 
 def _ahead(offset_us: int) -> str:

@@ -436,13 +436,31 @@ STRICT: Final[Sequence[Row]] = [
                     )
                 ],
             ),
+            Panel(
+                "Payments",
+                "Tokens of purses move between nodes: sent to peers that had asked, and received.",
+                "ops",
+                [
+                    (
+                        "sum by (region, direction)"
+                        f" (rate(ratelimit_strict_payments_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{direction}}",
+                    )
+                ],
+            ),
+            by_region(
+                "Buckets",
+                "Strict ones in memory: not full, or lately so.",
+                "none",
+                f"sum by (region) (ratelimit_strict_buckets{{{REGIONS}}})",
+            ),
         ],
     ),
 ]
 
 PERSISTENCE: Final[Sequence[Row]] = [
     (
-        "Snapshots",
+        "Snapshots in files",
         [
             by_region(
                 "Age of the latest",
@@ -467,6 +485,45 @@ PERSISTENCE: Final[Sequence[Row]] = [
                 "Of the latest.",
                 "bytes",
                 f"max by (region) (ratelimit_snapshot_bytes{{{REGIONS}}})",
+            ),
+        ],
+    ),
+    (
+        "Redis",
+        [
+            by_region(
+                "Age of the latest write",
+                "Since all that waited was written. What has been counted since is lost if all sidecars stop at once.",
+                "s",
+                f"time() - min by (region) (ratelimit_redis_write_timestamp_seconds{{{REGIONS}}})",
+            ),
+            by_region(
+                "Waiting",
+                "Buckets whose changes are yet to be written; from 100,000 on everything is written again.",
+                "none",
+                f"max by (region) (ratelimit_redis_waiting_buckets{{{REGIONS}}})",
+            ),
+            Panel(
+                "Buckets written, and failures",
+                "Failures are of whole rounds; refused is what Redis would not join for a reason of its own.",
+                "ops",
+                [
+                    (
+                        f"sum by (region, result) (rate(ratelimit_redis_buckets_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{result}}",
+                    ),
+                    (
+                        f"sum by (region) (rate(ratelimit_redis_failures_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} failures",
+                    ),
+                ],
+            ),
+            by_region(
+                "Time of a call",
+                "On average. No request waits for it.",
+                "s",
+                f"sum by (region) (rate(ratelimit_redis_call_seconds_total{{{REGIONS}}}[$__rate_interval]))"
+                f" / sum by (region) (rate(ratelimit_redis_calls_total{{{REGIONS}}}[$__rate_interval]))",
             ),
         ],
     ),

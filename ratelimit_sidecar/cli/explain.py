@@ -24,8 +24,8 @@ from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.limiter.explanation import explain as explain_request
 from ratelimit_sidecar.limiter.http_mapping import rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of
-from ratelimit_sidecar.limiter.limiter import InvalidRequest
 from ratelimit_sidecar.limiter.replay import Replay
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request

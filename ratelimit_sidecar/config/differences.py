@@ -1,6 +1,6 @@
 """What is answered or accepted otherwise than by envoyproxy/ratelimit, on purpose, with the reason.
 
-The pages on rules and on moving from envoyproxy/ratelimit show these tables. The differential test (tests/differential)
+The page on moving from envoyproxy/ratelimit shows these tables. The differential test (tests/differential)
 compares both services and fails on whatever is in none of them.
 """
 
@@ -32,7 +32,7 @@ ANSWERS: Mapping[str, Difference] = {
         "A request without domain or descriptors",
         "gRPC code UNKNOWN",
         "INVALID_ARGUMENT, with the same text",
-        "it is the code for that, and Envoy treats both alike",
+        "Envoy treats both alike",
     ),
     "unknown-unit": Difference(
         "A limit in a descriptor whose unit is unknown",
@@ -75,7 +75,7 @@ ANSWERS: Mapping[str, Difference] = {
         "Denied requests with `STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT`, here `charging: all_or_nothing`",
         "the limits that deny count on, the others do not",
         "they charge no limit",
-        "a large request that is denied leaves smaller ones what there is",
+        "a large denied request leaves smaller ones what there is",
     ),
     "shadow-hits": Difference(
         "Hits of a rule in shadow mode that cross the limit, in metrics",
@@ -87,14 +87,14 @@ ANSWERS: Mapping[str, Difference] = {
         "Dynamic metadata",
         "say what was asked",
         "have a key `applied` besides, with the rule, limit and hits of each descriptor",
-        "filters and access logs need them, and nobody else reads that key",
+        "filters and access logs need them",
     ),
     "metadata-kept": Difference(
         "`metadata` of rules with `unlimited` or `detailed_metric`, and of those with, or below, `value_to_metric` or a"
         " wildcard in a `key`",
         "are lost in most cases",
         "are in the answer as those of other rules are",
-        "the rule says so, and what goes missing there is an oversight",
+        "the rule says so",
     ),
     "metadata-mixed-up": Difference(
         "`metadata` of two rules that both have a mapping under one key, after a request that met both",

@@ -51,11 +51,9 @@ Verdict = Same | SameElsewhere | ReplacedBy | NotNeeded
 
 SAME = Same()
 
-_IN_MEMORY = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no Redis to ask")
-_NO_MEMCACHE = NotNeeded("limits are decided in memory and shared over `sync.peers`: there is no memcached to ask")
-_NO_STATSD = NotNeeded(
-    "metrics are fetched, not sent: Prometheus, at `/metrics` of `listen.admin` (see [Its metrics](#its-metrics))"
-)
+_IN_MEMORY = NotNeeded("limits are in memory, shared over `sync.peers`")
+_NO_MEMCACHE = NotNeeded("there is no memcached to ask")
+_NO_STATSD = NotNeeded("nothing is sent to statsd, see [Its metrics](#its-metrics)")
 _BACK_OFF = NotNeeded("waits are random and grow up to `xds.retry_seconds`")
 
 VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
@@ -73,8 +71,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
         "GRPC_SERVER_USE_TLS": Same(
-            "see [TLS between Envoy and the sidecar](envoy-tls.md). Not for the unix socket of `GRPC_UDS`: both"
-            " together end the start with an error"
+            "see [TLS between Envoy and the sidecar](envoy-tls.md). Together with `GRPC_UDS` it ends the start with an"
+            " error"
         ),
         "GRPC_SERVER_TLS_CERT": SAME,
         "GRPC_SERVER_TLS_KEY": SAME,
@@ -93,9 +91,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     "Rules": {
         "CONFIG_TYPE": SAME,
         "FORCE_START_WITHOUT_INITIAL_CONFIG": NotNeeded(
-            "files are read before anything is answered, and an xDS server is not waited for: until it has sent rules,"
-            " calls get an error, as there, so that Envoy's `failure_mode_deny` decides; `xds.before_rules: pass` lets"
-            " them through, and `/readyz` says that there are none"
+            "an xDS server is not waited for: until it has sent rules calls get an error, as there, or pass with"
+            " `xds.before_rules: pass`"
         ),
         "CONFIG_GRPC_XDS_NODE_ID": SAME,
         "CONFIG_GRPC_XDS_NODE_METADATA": Same("`key=value,key=value`; `:` separates too where there is no `=`"),
@@ -111,7 +108,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "XDS_CLIENT_BACKOFF_MAX_INTERVAL": ReplacedBy("`xds.retry_seconds`"),
         "XDS_CLIENT_BACKOFF_RANDOM_FACTOR": _BACK_OFF,
         "XDS_CLIENT_BACKOFF_JITTER": _BACK_OFF,
-        "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("responses of several 100,000 rules are taken as they are"),
+        "XDS_CLIENT_MAX_MSG_SIZE_IN_BYTES": NotNeeded("several 100,000 rules are taken"),
         "RUNTIME_ROOT": Same(
             "`rules` in the configuration file wins. With neither, nor `RUNTIME_SUBDIRECTORY`, nor xDS, the folder"
             " `/srv/runtime_data/current/config` is read if it is there; there it is with `RUNTIME_WATCH_ROOT=false`"
@@ -123,9 +120,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         ),
         "RUNTIME_APPDIRECTORY": Same("without it `config`, as there"),
         "RUNTIME_IGNOREDOTFILES": NotNeeded("names that begin with a dot are never read"),
-        "RUNTIME_WATCH_ROOT": NotNeeded(
-            "changes are noticed wherever they happen, at the files as well as at links on the way to them"
-        ),
+        "RUNTIME_WATCH_ROOT": NotNeeded("changes are noticed at files and at links on the way to them"),
         "MERGE_DOMAIN_CONFIG": SAME,
     },
     "Answers": {
@@ -146,23 +141,21 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     },
     "Metrics and traces": {
         "USE_DOG_STATSD": _NO_STATSD,
-        "USE_DOG_STATSD_MOGRIFIERS": NotNeeded(
-            "metrics have labels from the start; so are the `DOG_STATSD_MOGRIFIER_*` variables"
-        ),
+        "USE_DOG_STATSD_MOGRIFIERS": NotNeeded("metrics have labels; so are the `DOG_STATSD_MOGRIFIER_*` variables"),
         "USE_STATSD": _NO_STATSD,
         "STATSD_HOST": _NO_STATSD,
         "STATSD_PORT": _NO_STATSD,
         "STATS_FLUSH_INTERVAL": _NO_STATSD,
         "EXTRA_TAGS": ReplacedBy("the labels of Prometheus' scrape configuration"),
         "SANITIZE_DESCRIPTOR_METRIC_DOTS": NotNeeded(
-            "keys and values are labels of metrics, in which a dot is like any other character"
+            "keys and values are labels, in which a dot is like any other character"
         ),
-        "DISABLE_STATS": NotNeeded("metrics that nobody fetches cost next to nothing"),
-        "USE_PROMETHEUS": NotNeeded("metrics are always there, at `/metrics` of `listen.admin`"),
+        "DISABLE_STATS": NotNeeded("unfetched metrics cost next to nothing"),
+        "USE_PROMETHEUS": NotNeeded("always on, at `/metrics` of `listen.admin`"),
         "PROMETHEUS_ADDR": ReplacedBy("`listen.admin`"),
         "PROMETHEUS_PATH": NotNeeded("the path is always `/metrics`"),
-        "PROMETHEUS_MAPPER_YAML": NotNeeded("metrics have labels from the start, see [Metrics](reference/metrics.md)"),
-        "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are always in seconds, as Prometheus wants them"),
+        "PROMETHEUS_MAPPER_YAML": NotNeeded("see [Metrics](reference/metrics.md)"),
+        "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are in seconds"),
         "TRACING_ENABLED": ReplacedBy("`OTEL_EXPORTER_OTLP_ENDPOINT`: traces are sent when it is set"),
         "TRACING_SERVICE_NAME": ReplacedBy("`OTEL_SERVICE_NAME`"),
         "TRACING_SERVICE_NAMESPACE": ReplacedBy("`OTEL_RESOURCE_ATTRIBUTES`, as in `service.namespace=shop`"),
@@ -170,14 +163,12 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "TRACING_EXPORTER_PROTOCOL": ReplacedBy(
             "`OTEL_EXPORTER_OTLP_PROTOCOL`: `grpc`, which is the default, or `http/protobuf`"
         ),
-        "TRACING_SAMPLING_RATE": ReplacedBy(
-            "Envoy's own sampling: what it traces is traced here too, and nothing else"
-        ),
+        "TRACING_SAMPLING_RATE": ReplacedBy("Envoy's own sampling: what it traces is traced here too"),
     },
     "Backends": {
         "BACKEND_TYPE": _IN_MEMORY,
-        "EXPIRATION_JITTER_MAX_SECONDS": NotNeeded("counts that say nothing any more are dropped one by one"),
-        "LOCAL_CACHE_SIZE_IN_BYTES": NotNeeded("every decision is made in memory"),
+        "EXPIRATION_JITTER_MAX_SECONDS": NotNeeded("idle buckets are dropped one by one"),
+        "LOCAL_CACHE_SIZE_IN_BYTES": NotNeeded("limits are in memory"),
         "CACHE_KEY_PREFIX": _IN_MEMORY,
         **dict.fromkeys(
             (
@@ -239,16 +230,16 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
 }
 
 _INTRO = """\
-Rules files, environment and Envoy's filter stay as they are; only the address of the service changes. There is no Redis
-to run: the sidecar decides in memory.
+Rules files, environment and Envoy's filter stay as they are; the address of the service changes, and no Redis is
+needed.
 
-1. Check that the rules are understood. Whatever is wrong with them is listed with file, line, column and a fix.
+1. Check the rules. Whatever is wrong is listed with file, line, column and a fix.
 
    ```
    ratelimit-sidecar check path/to/config
    ```
 
-2. Say that limits are counted as before, in a `sidecar.yaml` of one line:
+2. Count limits as before, by a `sidecar.yaml` of one line:
 
    ```yaml
    algorithm: fixed_window
@@ -260,53 +251,49 @@ to run: the sidecar decides in memory.
    RUNTIME_ROOT=/data RUNTIME_SUBDIRECTORY=ratelimit ratelimit-sidecar serve --config sidecar.yaml
    ```
 
-4. Let the cluster that `rate_limit_service` names in Envoy's configuration point to it. Nothing else changes there:
+4. Point the cluster of `rate_limit_service` in Envoy's configuration to it:
 
    ```yaml
    endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8081}}}
    ```
 
-With `SHADOW_MODE=true` it counts and answers, and denies nothing: a way to look before turning it on.
+With `SHADOW_MODE=true` it counts and answers, and denies nothing.
 """
 
 _DIFFERENCES = """\
 ## What differs
 
-- **The algorithm.** Without step 2 a limit is a token bucket: it refills evenly, so there is no moment at which all
-  clients may begin again, and no burst of twice the limit around it. Rules choose one by one with `algorithm`.
-- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when both have the
-  same unit; but not in token buckets, where each such limit has a bucket of its own, and a changed one begins full.
-  A token bucket's level is what was taken, drained at one rate. What is older than the horizon is kept as that level
-  alone, and of several sidecars' the larger holds. With two rates it would depend on which limit was asked for last,
-  here and on each peer: the slower one would leave debt to the other, and a small limit would cut what is owed to a
-  wide one. Where limits change while they are used, choose `fixed_window` or `sliding_window`.
-- **Sharing.** Redis made several instances one. Here the sidecars tell each other what they let through: list them in
-  `sync.peers`. Without peers each sidecar has every limit to itself.
-- **The start.** Counts in Redis are not taken over: every limit begins anew.
+- **The algorithm.** Without step 2 a limit is a token bucket, which refills evenly. Rules choose one by one with
+  `algorithm`.
+- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when that counts in
+  windows of the same unit. Beside a token bucket it is counted in a sliding window of its own: when the limit changes,
+  what was taken still counts. Only where `CRDT_ENGINE` is `strict` is it a token bucket, one for each limit.
+- **Sharing.** Without `sync.peers` each sidecar has every limit to itself.
+- **The start.** Counts in Redis are not taken over.
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
 - **State** is in memory: with `persistence` it survives when all sidecars stop ([state.md](state.md)).
-- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Should it hold anything else
-  that is read there, but for `*.md`, the start ends with an error, and `check` says so too. A folder may be empty: its
-  files are picked up when they come. One that loses all its files keeps its rules, where there it has none from then
-  on.
-- **Health.** gRPC health checks may name the service `ratelimit` or `envoy.service.ratelimit.v3.RateLimitService`, or
-  none: the answer is the same, where there it is always SERVING for none.
-- **Metrics** have other names, and labels: see [below](#its-metrics).
+- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Anything else that is read there,
+  but for `*.md`, ends the start with an error. It may be empty: files are picked up when they come. One that loses all
+  its files keeps its rules; there it has none from then on.
+- **Health.** gRPC health checks may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or
+  none, with the same answer; there it is always SERVING for none.
+- **Metrics** have [other names](#its-metrics).
 
-With `algorithm: fixed_window` every answer is the same in every field, but for this; `make test-all` compares both
-services:
+With `algorithm: fixed_window` every answer is the same in every field (`make test-all` compares them), but for this:
 """
 
 _RULES = """\
+### Rules files
+
 Every file is accepted or refused alike, but for these:
 """
 
 _METRICS = """\
 ## Its metrics
 
-There a metric's name holds the domain and the rule, as in `ratelimit.service.rate_limit.shop.user_eve.over_limit`;
-here those are the labels `domain` and `rule`, and `rule` is the same text, `shop.user_eve`.
+Domain and rule of `ratelimit.service.rate_limit.shop.user_eve.over_limit` are labels here: `domain`, and `rule` with
+the text `shop.user_eve`.
 """
 
 METRICS: Mapping[str, str] = {
@@ -319,7 +306,7 @@ METRICS: Mapping[str, str] = {
     "`*.domain_not_found`": '`ratelimit_decisions_total{domain="",rule=""}`, in descriptors, of all such domains',
     "`config_load_success`, `config_load_error`": "`ratelimit_config_loads_total`, by `result`",
     "`call.should_rate_limit.service_error`": "`ratelimit_request_errors_total`, by `reason`",
-    "`call.should_rate_limit.redis_error`, `redis.*`, `memcache.*`": "nothing: there is no such server",
+    "`call.should_rate_limit.redis_error`, `redis.*`, `memcache.*`": "nothing: no request waits for such a server",
     "`global_shadow_mode`": '`ratelimit_decisions_total{code="OVER_LIMIT"}`: in shadow mode those are let through',
     "`ratelimit_server.ShouldRateLimit.total_requests`": "`openclaw_request_latency_seconds_count`",
     "`ratelimit_server.ShouldRateLimit.response_time`": "`openclaw_request_latency_seconds`, a histogram",
@@ -327,16 +314,15 @@ METRICS: Mapping[str, str] = {
 """What dashboards read there, and what they read here."""
 
 _AFTER_METRICS = """\
-`/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format. Nothing is pushed: where
-metrics are to end in statsd or Datadog, let the agent there fetch `/metrics`, as Telegraf's `prometheus` input, the
-OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
+`/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format; OTLP can be
+[pushed](reference/otel.md). For statsd or Datadog let the agent there fetch `/metrics`, as Telegraf's `prometheus`
+input, the OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
 """
 
 _VARIABLES = """\
 ## Its environment variables
 
-A value in the configuration file wins over a variable. Booleans are written as Go takes them (`1`, `t`, `T`, `TRUE`,
-`true`, `True`, and likewise `0` to `False`).
+The configuration file wins over variables. Booleans are Go's (`1`, `t`, `T`, `TRUE`, `true`, `True`; `0` to `False`).
 """
 
 
@@ -381,4 +367,4 @@ def _said_of(verdict: Verdict, key: str) -> str:
         case ReplacedBy(what):
             return f"replaced by {what}"
         case NotNeeded(because):
-            return f"not needed because {because}"
+            return f"not needed: {because}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.differences import RULES, table
 from ratelimit_sidecar.config.migration import migration_page
 from ratelimit_sidecar.config.rules_file import DEFAULT_RULE_NAME
 from ratelimit_sidecar.config.rules_schema import AuthzEntry, Descriptor, ExtAuthz, RateLimit, RulesFile
@@ -94,34 +93,32 @@ _GENERATED = (
 )
 
 _CONFIGURATION_INTRO = """\
-`ratelimit-sidecar serve --config sidecar.yaml` reads one YAML file. Every key may be left out, and so may the file. A
-key without a value counts as left out. Unknown keys, wrong types and impossible values end the start with exit code 2
-and one line for each: `file:line:column: key: what was found, what was expected; the fix`. `ratelimit-sidecar check
---config sidecar.yaml` says the same beforehand, also of the rules.
+`ratelimit-sidecar serve --config sidecar.yaml` reads one YAML file. Every key may be left out, and so may the file.
+Errors end the start with exit code 2 and one line for each: `file:line:column: key: what was found, what was expected;
+the fix`. `ratelimit-sidecar check --config sidecar.yaml` says the same beforehand, also of the rules.
 
-Where a key names an environment variable, the variable is the default and the file wins. An empty variable counts as
-not set. Most are those of envoyproxy/ratelimit, [all of which are listed](../migration-from-envoyproxy-ratelimit.md).
+A variable named under "Default" is read where the file does not have the key; an empty one counts as not set. Those of
+envoyproxy/ratelimit are [all listed here](../migration-from-envoyproxy-ratelimit.md).
 """
 
 _ENVIRONMENT_ONLY = """\
-Logs go to stderr as `LOG_LEVEL` (debug, info, warn or error; info by default) and `LOG_FORMAT` (text or json) say;
-traces where the `OTEL_*` variables of OpenTelemetry say, none without an endpoint.
+Logs go to stderr by `LOG_LEVEL` (debug, info, warn or error; info by default) and `LOG_FORMAT` (text or json), traces
+by the [`OTEL_*` variables](otel.md).
 
-`http_proxy`, `https_proxy` and `grpc_proxy` are for the connections to an xDS server and to a collector of traces, but
-for what `no_proxy` excepts and for loopback, which is always reached directly. The log names each connection that goes
-through a proxy (`through_proxy`). Peers are dialled directly.
+`http_proxy`, `https_proxy` and `grpc_proxy` hold for an xDS server and a collector, except for what `no_proxy` names
+and for loopback; the log names each connection through a proxy (`through_proxy`). Peers are dialled directly.
 """
 
 _RULES_INTRO = """\
-Rules files are envoyproxy/ratelimit's YAML, with a few keys of our own (`algorithm`, `burst`, `bucket`, `consistency`,
-`max_debt`, `charge`, `retry_after`, `body`, `ext_authz`). A sidecar reads the files and folders that `rules` of its
-[configuration](configuration.md) lists. `ratelimit-sidecar check PATH...` reads them and says what is wrong.
+Rules files are envoyproxy/ratelimit's YAML
+([what is read otherwise](../migration-from-envoyproxy-ratelimit.md#rules-files)), with keys of our own: `algorithm`,
+`burst`, `bucket`, `consistency`, `max_debt`, `charge`, `retry_after`, `body`, `ext_authz`. `rules` of the
+[configuration](configuration.md) lists them. `ratelimit-sidecar check PATH...` says what is wrong with them.
 """
 
 _RULES_EXT_AUTHZ = """\
-Envoy's rate limit filter sends descriptors; its ext_authz filter sends the request. Here stands which descriptors such
-a request has, as `rate_limits` of a route do in Envoy. They are then matched and charged as those of the rate limit
-filter, on the same buckets ([which filter?](../which-filter.md)).
+Envoy's ext_authz filter sends the request in place of descriptors. `ext_authz` says which descriptors it has; they are
+matched and charged as those of the rate limit filter, on the same buckets ([which filter?](../which-filter.md)).
 
 ```yaml
 domain: shop
@@ -146,16 +143,17 @@ Rules from an xDS server have no `ext_authz`.
 _RULES_MATCHING = """\
 ## Which rule applies
 
-Envoy sends a domain and descriptors; a descriptor is a list of entries, each a key and a value. The entries are matched
-level by level: the first against the descriptors of the domain, the second against those below the one that matched,
-and so on.
+Envoy sends a domain and descriptors, each a list of entries with key and value. The first entry is matched against the
+descriptors of the domain, the second against those below the one that matched, and so on.
 
 1. A descriptor with that key and value wins; then the first in the file whose value has a `*` and fits; then the one
    with the key alone.
 2. A rule applies only when it is as deep as the descriptor has entries: a deeper or shallower match limits nothing.
-3. What no rule limits passes, or falls into the `bucket` of the sidecar's configuration where there is one; each such
-   descriptor has a bucket of its own, and counts under the rule name `{default_rule}`.
-4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules.
+3. What no rule limits passes. With `bucket` in the sidecar's configuration each such descriptor has a bucket of its
+   own, under the rule name `{default_rule}`.
+4. A descriptor that brings a limit of its own is held to that one, in any domain that has rules. It is counted with the
+   descriptor's rule if that counts in windows of the same unit, otherwise in a sliding window, or as `algorithm` of the
+   sidecar's configuration says.
 5. Of the rules that a request meets, those that another one `replaces` do not count.
 
 In metrics a rule is named by its path, `domain.key_value.key`: `shop.tenant_acme.path_/export` in the example, and
@@ -164,21 +162,14 @@ them; a value behind `share_threshold` is always named by its pattern.
 
 ## How a limit is enforced
 
-A `token_bucket` holds `burst` requests (without it, `requests_per_unit`) and refills evenly, `requests_per_unit` in
-each `unit`. So after a quiet time up to `burst` requests pass at once, and in the long run `requests_per_unit` per
-unit. Answers show a `bucket` with its capacity as the limit and without a unit.
-
-A `fixed_window` lets `requests_per_unit` pass between two full units of the clock, in UTC: a minute begins at second 0.
-Denied requests count too. That is how envoyproxy/ratelimit counts.
-
-A `sliding_window` lets `requests_per_unit` pass in any time as long as the unit.
+- A `token_bucket` holds `burst` requests (without it, `requests_per_unit`) and refills evenly, `requests_per_unit` in
+  each `unit`. Answers show a `bucket` with its capacity as the limit and without a unit.
+- A `fixed_window` lets `requests_per_unit` pass between two full units of the clock, in UTC. Denied requests count too,
+  as in envoyproxy/ratelimit.
+- A `sliding_window` lets `requests_per_unit` pass in any time as long as the unit.
 
 A request is denied when one of the limits it meets is over that is not in `quota_mode`, or when all that are in
 `quota_mode` are, of which there must be some. A limit in `shadow_mode` never counts as over.
-"""
-
-_RULES_DIFFERENCES = """\
-## Where envoyproxy/ratelimit differs
 """
 
 
@@ -224,17 +215,20 @@ def describe_schema() -> str:
 
 def configuration_page() -> str:
     parts = ["# Configuration", _GENERATED, _CONFIGURATION_INTRO.rstrip(), _yaml(CONFIGURATION_EXAMPLE)]
-    variables = []
+    variables, simple = [], []
     for key, field in keys_of(SidecarConfig).items():
         below, source = section_of(field), environment_of(field)
         own = [_option((key,), field)] if below is None or source is not None else []
         if below is not None:
             options = [*own, *all_options(below, (key,))]
-            parts += [f"## {key}", field.description or "", _table("Key", options)]
+            # An option of its own tells the same in its row.
+            description = [] if own else [field.description or ""]
+            parts += [f"## {key}", *description, _table("Key", options)]
         elif source is not None and source.only:
             variables += own
         else:
-            parts += [f"## {key}", _table("Key", own)]
+            simple += own
+    parts += ["## Other keys", _table("Key", simple)]
     parts += ["## Environment only", _table("Variable", variables), _ENVIRONMENT_ONLY.rstrip()]
     return "\n\n".join(parts) + "\n"
 
@@ -250,11 +244,7 @@ def rules_page() -> str:
         "Each of `descriptors` has `entries`, a list, each with these keys:",
         _table("Key", options_of(AuthzEntry)),
     ]
-    parts += [
-        _RULES_MATCHING.format(default_rule=DEFAULT_RULE_NAME).rstrip(),
-        _RULES_DIFFERENCES.rstrip(),
-        table(RULES),
-    ]
+    parts.append(_RULES_MATCHING.format(default_rule=DEFAULT_RULE_NAME).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -309,7 +299,7 @@ def _table(what: str, options: Iterable[Option]) -> str:
                 name = option.variables.names
             else:
                 names = ", ".join(f"`{variable}`" for variable in option.variables.variables)
-                default = f"environment {names}, else {default}"
+                default = f"{names}, else {default}"
         rows.append(f"| `{name}` | {option.takes} | {default} | {option.description} |")
     return "\n".join(rows)
 

@@ -145,7 +145,7 @@ def _rules_of(
     return Rules(
         domains=dict(roots),
         default_rule=None if default_rule is None else _default_rule(default_rule, defaults),
-        override_window=defaults.window,
+        override_window=defaults.override_window,
         override_consistency=defaults.consistency,
         override_charge=defaults.charge,
         all_or_nothing=frozenset(settings.all_or_nothing),

@@ -60,6 +60,16 @@ class RuleDefaults:
     charge: Charge = Charge.ADMITTED
     all_or_nothing: bool = False
 
+    @property
+    def override_window(self) -> Window | None:
+        """How limits in requests are counted. A window holds what was taken, whatever the limit is by then. The level
+        of a token bucket depends on its rate, so each limit would need a bucket of its own, and a changed one would
+        begin full. Only token buckets can be strict.
+        """
+        if self.window is None and self.consistency is not Consistency.STRICT:
+            return Window.SLIDING
+        return self.window
+
 
 def window_of(algorithm: str) -> Window | None:
     """The window of an algorithm of `ALGORITHMS`; None for a token bucket."""
@@ -214,8 +224,7 @@ class RateLimit(Section):
     )
     unlimited: Flag = Field(
         False,
-        description="`true` in place of the two keys above: all requests pass, even where a wider rule would limit"
-        " them.",
+        description="In place of the two keys above: all requests pass, even where a wider rule would limit them.",
     )
     name: Annotated[Scalar | None, AsWritten()] = Field(
         None, description="The name in answers, and for `replaces` of other rules."
@@ -274,9 +283,9 @@ class Descriptor(Section):
     bucket: BucketConfig | None = Field(None, description="The limit as a token bucket, in place of rate_limit.")
     consistency: Annotated[ConsistencyName | None, ShownDefault("as `CRDT_ENGINE` says")] = Field(
         None,
-        description="How far its buckets are shared: `eventual`, over the whole mesh; `strict`, divided among the"
-        " `sync.members` of the sidecars, which pay each other tokens, so that together they never exceed the limit,"
-        " token buckets only; `local`, not at all: each sidecar has the limit to itself.",
+        description="How far its buckets are shared: `eventual`, over the whole mesh; `strict` (token buckets only),"
+        " divided among the `sync.members`, which together never exceed the limit; `local`, not at all: each sidecar"
+        " has the limit to itself.",
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,
@@ -285,8 +294,7 @@ class Descriptor(Section):
     charge: Annotated[ChargeName | None, ShownDefault("that of the domain")] = Field(
         None,
         description="Which hits count: those `admitted`; with `reported` also all of descriptors that bring hits of"
-        " their own, as Envoy's `apply_on_stream_done` does when the cost is known only afterwards, like tokens of a"
-        " language model; or `always` all. What is denied and charged is debt.",
+        " their own, as with Envoy's `apply_on_stream_done`; or `always` all. What is denied and charged is debt.",
     )
     retry_after: Flag = Field(False, description="Headers of a denial say when to come back.")
     body: Annotated[Body | None, AsWritten(), ShownDefault("Envoy's own")] = Field(
@@ -302,11 +310,10 @@ class AuthzEntry(Section):
     source: Annotated[PartName | None, ShownDefault("required, unless value")] = Field(
         None,
         alias="from",
-        description="The part of the request that is its value. `header`: the header `name`; if it comes"
-        " several times, all its values, joined by commas. `context_extension`: what Envoy's configuration of the"
-        " route has under `name`."
-        " `path`: without the query. `method`. `source_address`: of whoever is connected to Envoy, without port."
-        " `principal`: who that is by its TLS certificate. Over HTTP there are only the first, `path` and `method`."
+        description="The part of the request that is its value. `header`: the header `name`, several joined by commas."
+        " `context_extension`: what Envoy's configuration of the route has under `name`. `path`: without the query."
+        " `method`. `source_address`: of whoever is connected to Envoy, without port. `principal`: who that is by its"
+        " TLS certificate. Over HTTP there are only the first, `path` and `method`."
         " Where the request has none, the whole descriptor is left out, as Envoy does.",
     )
     name: Annotated[Scalar | None, AsWritten(), ShownDefault("`key`")] = Field(
@@ -347,9 +354,9 @@ class RulesFile(Section):
     )
     charging: Annotated[Charging | None, ShownDefault("`charging` of the sidecar, else each")] = Field(
         None,
-        description="`each`: every limit that a request meets is charged by itself, as in envoyproxy/ratelimit, also"
-        " when another denies the request. `all_or_nothing`: a request that is denied is charged nothing, but for what"
-        " `charge` counts in any case.",
+        description="`each`: every limit that a request meets is charged, as in envoyproxy/ratelimit, also when another"
+        " denies the request. `all_or_nothing`: a denied request is charged nothing, but for what `charge` counts in"
+        " any case.",
     )
     ext_authz: ExtAuthz | None = Field(
         None,

@@ -267,8 +267,8 @@ class ListenTlsConfig(Section):
     )
     client_name: Annotated[ClientName | None, text("GRPC_CLIENT_TLS_SAN")] = Field(
         None,
-        description="The name that a client's certificate must be for, among its subject alternative names: a DNS name,"
-        " IP address or URI; `*` stands for any one part between dots or slashes.",
+        description="DNS name, IP address or URI that must be among a client's subject alternative names; `*` stands"
+        " for any one part between dots or slashes.",
     )
 
 
@@ -280,21 +280,20 @@ class ListenConfig(Section):
     )
     tls: Annotated[ListenTlsConfig | None, switch("GRPC_SERVER_USE_TLS")] = Field(
         None,
-        description="TLS on the TCP addresses of `listen.grpc`; it is used when this key is there, or the variable is"
-        " true. Unix sockets stay plain: the permissions of their folder guard them.",
+        description="TLS on the TCP addresses of `listen.grpc`, with this key or the variable `true`. Unix sockets"
+        " stay plain.",
     )
     max_connection_age_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE")] = Field(
         86_400.0,
-        description="Age at which a connection to `listen.grpc` is asked to open no more calls, up to a tenth more or"
-        " less, so that Envoys spread over new sidecars; 0 for never.",
+        description="Age, up to a tenth more or less, at which a connection to `listen.grpc` is drained, so that Envoys"
+        " spread over new sidecars; 0 for never.",
     )
     max_connection_age_grace_seconds: Annotated[AgeSeconds, duration("GRPC_MAX_CONNECTION_AGE_GRACE")] = Field(
         3_600.0, description="Time for calls in flight then, before the connection is closed; 0 for no end."
     )
     healthy_with_rules_only: Annotated[Flag, flag("HEALTHY_WITH_AT_LEAST_ONE_CONFIG_LOADED")] = Field(
         False,
-        description="Health checks, on `listen.grpc` and `listen.admin`, fail while there are no rules of any domain:"
-        " an xDS server has yet to send them, or the folders of `rules` are empty.",
+        description="Health checks, on `listen.grpc` and `listen.admin`, fail while there are no rules at all.",
     )
     admin: Annotated[TcpListenAddress, HTTP_ADDRESS] = Field(
         "127.0.0.1:8080", description="HTTP for operators: metrics, health, buckets and peers."
@@ -302,25 +301,23 @@ class ListenConfig(Section):
     ext_authz_http: Annotated[TcpListenAddress | None, ShownDefault("not opened")] = Field(
         None,
         description="Where Envoy's ext_authz filter sends requests in its HTTP form; in its gRPC form it calls"
-        " `listen.grpc`. In plain text and open to whoever can connect, who can use up limits, so loopback where Envoy"
-        " is in the same pod.",
+        " `listen.grpc`. Plain text: whoever can connect can use up limits.",
     )
     admin_names: tuple[Name, ...] = Field(
         (),
         strict=False,
-        description="Host names by which `listen.admin` is called, when they are in a public domain. Other names there"
-        " are refused, but for probes and scrapes, so that no web page can read it through somebody's browser.",
+        description="Public host names by which `listen.admin` is called. Others are refused, but for probes and"
+        " scrapes, so that no web page can read it through somebody's browser.",
     )
     admin_shows_values: Flag = Field(
         False,
-        description="Whether `/buckets` shows values of descriptors as callers gave them, tokens and addresses among"
-        " them, and the log when something is given back; otherwise by a hash.",
+        description="Show values that callers gave in `/buckets` and in the log of what is given back; otherwise by a"
+        " hash.",
     )
     admin_token_file: FilePath | None = Field(
         None,
-        description="File with the token that whoever changes state over `listen.admin` must show, as"
-        " `ratelimit-sidecar reset` does; it is read for each request. Without it only this machine itself may, and not"
-        " through a proxy.",
+        description="File with the token for changing state over `listen.admin`, as `ratelimit-sidecar reset` does;"
+        " read for each request. Without it only this machine itself may, and not through a proxy.",
     )
     sync: Annotated[
         TcpListenAddress | None,
@@ -366,13 +363,12 @@ class XdsConfig(Section):
     )
     before_rules: BeforeRules = Field(
         "error",
-        description="What calls get until the server has sent the first rules: `error` (UNAVAILABLE), so that Envoy's"
-        " `failure_mode_deny` decides; or `pass`, so that nothing is limited but by `bucket`.",
+        description="What calls get before the first rules: `error` (UNAVAILABLE), so that Envoy's `failure_mode_deny`"
+        " decides, or `pass`, so that nothing is limited but by `bucket`.",
     )
     tls: Annotated[XdsTlsConfig | None, switch("CONFIG_GRPC_XDS_SERVER_USE_TLS")] = Field(
         None,
-        description="TLS to the server; it is used when this key is there, or the variable is true. Without it the"
-        " stream is plain text.",
+        description="TLS to the server, with this key or the variable `true`; otherwise plain text.",
     )
 
 
@@ -386,8 +382,8 @@ class SyncTlsConfig(Section):
     ca: FilePath = Field(description="PEM file of the authorities that sign the certificates of all sidecars.")
     peer_names: PeerNames = Field(
         "{node}",
-        description="The name that a sidecar's certificate must be for, a DNS name or URI among its subject alternative"
-        " names: `{node}` and `{region}` stand for the sidecar's own, `*` for any one part between dots or slashes.",
+        description="DNS name or URI that must be among a sidecar's subject alternative names: `{node}` and `{region}`"
+        " stand for its own, `*` for any one part between dots or slashes.",
     )
 
 
@@ -399,8 +395,8 @@ class SyncConfig(Section):
     )
     peers: Annotated[tuple[PeerAddress, ...], Field(strict=False)] = Field(
         (),
-        description="The `listen.sync` addresses of the other sidecars; this one itself may be among them. A name may"
-        " stand for many: it is resolved every few seconds, and each of its addresses is called.",
+        description="The `listen.sync` addresses of the other sidecars; this one may be among them. A name is resolved"
+        " every few seconds, and each of its addresses is called.",
     )
     tls: SyncTlsConfig | None = Field(
         None, description="TLS between sidecars, which show each other certificates. All of a mesh have it, or none."
@@ -413,7 +409,7 @@ class SyncConfig(Section):
     members: Members | None = Field(
         None,
         description="Who shares strict limits: every sidecar's `node.id`, this one's too, and its weight; the same on"
-        " all of them. A weight by the sum of all is the part of each limit that is the sidecar's own.",
+        " all of them. A sidecar's part of each limit is its weight by the sum of all.",
     )
     epoch: Epoch = Field(1, description="Number of these members; one more with each change of them.")
     previous_members: Members | None = Field(
@@ -480,8 +476,8 @@ class PersistenceConfig(Section):
     )
     every_seconds: Annotated[SnapshotSeconds | None, ShownDefault("10 for a file, 1 for Redis")] = Field(
         None,
-        description="Seconds between snapshots, at least, or between writes to Redis; both take at most a twentieth of"
-        " the processor's time. A process that is killed loses the takes since the last one.",
+        description="Least seconds between snapshots, or writes to Redis. A process that is killed loses the takes"
+        " since the last one.",
     )
 
 
@@ -529,13 +525,13 @@ class AnswersConfig(Section):
     )
     all_limits: Flag = Field(
         _SETTINGS.all_limits,
-        description="Show callers in every answer all limits that the request met, not only the one that denies:"
-        " in the lists `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers.",
+        description="Show callers in every answer all limits that the request met, in the lists `RateLimit-Policy` and"
+        " `RateLimit` of draft-ietf-httpapi-ratelimit-headers.",
     )
     dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
         _SETTINGS.dynamic_metadata,
-        description="Send Envoy dynamic metadata: the descriptors of the request, and the `metadata` of the rules that"
-        " admitted it.",
+        description="Send Envoy the request's descriptors, and the `metadata` of the rules that admitted it, as dynamic"
+        " metadata.",
     )
 
 
@@ -548,12 +544,12 @@ class SidecarConfig(Section):
     )
     rules: Annotated[tuple[RulesPath, ...], Field(strict=False), RUNTIME_FOLDER] = Field(
         (),
-        description="Rules files, or folders of them: `*.yaml` and `*.yml`. A folder may be empty, and holds nothing"
-        " else but `*.md` and names that begin with a dot. Relative paths start at the folder of the configuration"
-        " file. Without the key, and without `xds`, `/srv/runtime_data/current/config` is read if it is there.",
+        description="Rules files, or folders of them: `*.yaml` and `*.yml`, and nothing else but `*.md` and names that"
+        " begin with a dot; one may be empty. Relative paths start at the folder of the configuration file. Without"
+        " this key and `xds`, `/srv/runtime_data/current/config` is read if it is there.",
     )
     merge_domains: Annotated[Flag, flag("MERGE_DOMAIN_CONFIG")] = Field(
-        False, description="Several rules files may have the same domain; their descriptors are put together."
+        False, description="Put together the descriptors of rules files with the same domain."
     )
     algorithm: Algorithm = Field(
         BUCKET_ALGORITHM,
@@ -569,8 +565,8 @@ class SidecarConfig(Section):
     )
     xds: Annotated[XdsConfig | None, XDS_WHEN_ASKED_FOR] = Field(
         None,
-        description="The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`. It is asked"
-        " when this key is there, or `CONFIG_TYPE` is `GRPC_XDS_SOTW` and not `FILE`.",
+        description="The server that sends the rules over xDS, as Envoy Gateway does, in place of `rules`; with this"
+        " key or `CONFIG_TYPE=GRPC_XDS_SOTW`.",
     )
     sync: SyncConfig = Field(default_factory=SyncConfig, description="The mesh of sidecars that share their limits.")
     bucket: BucketConfig | None = Field(
@@ -578,8 +574,8 @@ class SidecarConfig(Section):
     )
     max_buckets: MaxBuckets = Field(
         DEFAULT_MAX_BUCKETS,
-        description="Buckets kept at once, of strict limits and of others each; 440 bytes or more a bucket. A rule that"
-        " takes too many of them has overflow buckets, which new keys share; no live bucket is forgotten.",
+        description="Buckets kept at once, of strict limits and of others each; 440 bytes or more a bucket. Beyond, new"
+        " keys of a rule share overflow buckets.",
     )
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."

@@ -19,11 +19,11 @@ from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.limiter.key import readable, text_of
+from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.request import Override, Request
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
-from ratelimit_sidecar.limiter.v1.request_pb2 import Override, Request
 
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 _SECOND_US: Final = 1_000_000
@@ -153,9 +153,7 @@ def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> N
     response.response_headers_to_add.extend([HeaderValue(key=name, value=str(value)) for name, value in headers])
 
 
-def metadata_of_request(
-    request: Request, descriptors: Sequence[Sequence[tuple[str, str]]], steps: Sequence[Step]
-) -> dict[str, object]:
+def metadata_of_request(request: Request, steps: Sequence[Step]) -> dict[str, object]:
     """Dynamic metadata about a request, in the shape of envoyproxy/ratelimit: hits and limits only if the request has
     them.
 
@@ -164,14 +162,15 @@ def metadata_of_request(
     asked: list[dict[str, object]] = []
     applied: list[dict[str, object]] = []
     # Convert each text once, however many descriptors have it.
-    shown = {text: readable(text) for text in {text for entries in descriptors for entry in entries for text in entry}}
-    for message, entries, step in zip(request.descriptors, descriptors, steps, strict=True):
-        descriptor: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in entries]}
-        if message.HasField("limit"):
-            descriptor["limit"] = _override_text(message.limit)
-        if message.HasField("hits_addend"):
-            descriptor["hitsAddend"] = message.hits_addend.value
-        asked.append(descriptor)
+    texts = {text for descriptor in request.descriptors for entry in descriptor.entries for text in entry}
+    shown = {text: readable(text) for text in texts}
+    for descriptor, step in zip(request.descriptors, steps, strict=True):
+        said: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in descriptor.entries]}
+        if descriptor.limit is not None:
+            said["limit"] = _override_text(descriptor.limit)
+        if descriptor.hits is not None:
+            said["hitsAddend"] = descriptor.hits
+        asked.append(said)
         taken: dict[str, object] = {"hits": step.hits}
         rule = step.rule
         if rule is not None:
@@ -181,12 +180,12 @@ def metadata_of_request(
                 taken["unit"] = rule.unit.name
         applied.append(taken)
     metadata: dict[str, object] = {
-        "domain": readable(text_of(request.domain)),
+        "domain": readable(request.domain),
         "descriptors": asked,
         "applied": applied,
     }
-    if request.hits_addend:
-        metadata["hitsAddend"] = request.hits_addend
+    if request.hits:
+        metadata["hitsAddend"] = request.hits
     return metadata
 
 

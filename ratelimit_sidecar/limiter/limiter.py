@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
@@ -28,22 +27,12 @@ from ratelimit_sidecar.limiter.encoding import (
     encode_status,
     status_head,
 )
-from ratelimit_sidecar.limiter.key import Texts, overflow_keys, rule_key, text_of
+from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, Step
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
+from ratelimit_sidecar.limiter.request import Descriptor, read_request
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings
-from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Request
-
-MAX_DESCRIPTORS: Final = 512
-"""The most descriptors in a request. Their number comes from Envoy's configuration, and each takes some
-microseconds.
-"""
-
-MAX_ENTRIES: Final = 8_192
-"""The most entries of all descriptors of a request together. Envoy makes at most one for each action it is configured
-with.
-"""
 
 MAX_HITS: Final = 2**48
 """The most hits of a descriptor; more count as this many. No limit is as large, and deltas cannot carry more."""
@@ -52,10 +41,6 @@ _MAX_UINT32: Final = 2**32 - 1
 
 _OK: Final = RateLimitResponse.OK
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
-
-
-class InvalidRequest(Exception):
-    """A request that no rule can answer; its text is for the caller."""
 
 
 class PlanCounts(NamedTuple):
@@ -180,9 +165,8 @@ class Limiter:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
 
         Raises:
-            InvalidRequest: not a RateLimitRequest, no domain, no descriptors, more than `MAX_DESCRIPTORS` or with more
-                than `MAX_ENTRIES`. A client of the proxy cannot cause it; that matters because Envoy lets requests pass
-                whose answer is an error.
+            InvalidRequest: see `read_request`. A client of the proxy cannot cause it; that matters because Envoy lets
+                requests pass whose answer is an error.
         """
         plan = self.last_plan = self.plan(request)
         if plan.gives_back:
@@ -348,43 +332,23 @@ class Limiter:
         return self.store.bucket(key, limit, at_us, replicated=step.compiled.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
-        try:
-            request = Request.FromString(raw)
-        except DecodeError as error:
-            raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
-        if not request.domain:
-            raise InvalidRequest("rate limit domain must not be empty")
-        # Check the number first: 4 MiB can hold two million descriptors, and to read those would take seconds.
-        number = len(request.descriptors)
-        if not number:
-            raise InvalidRequest("rate limit descriptor list must not be empty")
-        if number > MAX_DESCRIPTORS:
-            raise InvalidRequest(f"{number} rate limit descriptors; at most {MAX_DESCRIPTORS} are taken")
-        messages = list(request.descriptors)
-        entries_in_all = sum([len(message.entries) for message in messages])
-        if entries_in_all > MAX_ENTRIES:
-            raise InvalidRequest(f"{entries_in_all} entries of descriptors; at most {MAX_ENTRIES} are taken")
-        domain = text_of(request.domain)
-        hits = request.hits_addend or 1
-        texts = Texts()
-        descriptors = tuple(
-            [tuple([(texts.of(entry.key), texts.of(entry.value)) for entry in message.entries]) for message in messages]
-        )
+        request = read_request(raw)
+        domain = request.domain
+        hits = request.hits or 1
         replaced: set[str] = set()
         matches: list[Match | None] = []
-        for entries, message in zip(descriptors, messages, strict=True):
-            match = self._match(domain, entries, message)
+        for descriptor in request.descriptors:
+            match = self._match(domain, descriptor)
             matches.append(match)
             if match is not None and match.rule.replaces:
                 replaced |= match.rule.replaces
         steps: list[Step] = []
         quotas = 0
         gives_back = is_decorated = False
-        for match, message in zip(matches, messages, strict=True):
-            own_hits = message.hits_addend.value if message.HasField("hits_addend") else None
+        for match, descriptor in zip(matches, request.descriptors, strict=True):
             is_replaced = match is not None and _is_replaced(match.rule, replaced)
-            is_negative = message.is_negative_hits
-            step = self._make_step(domain, None if is_replaced else match, hits, own_hits, is_negative)
+            is_negative = descriptor.is_negative
+            step = self._make_step(domain, None if is_replaced else match, hits, descriptor.hits, is_negative)
             steps.append(step)
             gives_back = gives_back or is_negative
             quotas += step.compiled.is_quota
@@ -396,8 +360,8 @@ class Limiter:
             domain,
             tuple(steps),
             quotas=quotas,
-            metadata=metadata_of_request(request, descriptors, steps) if wants_metadata else None,
-            descriptors=descriptors,
+            metadata=metadata_of_request(request, steps) if wants_metadata else None,
+            descriptors=tuple([tuple(descriptor.entries) for descriptor in request.descriptors]),
             gives_back=gives_back,
             is_decorated=is_decorated,
             # In shadow mode nothing is denied.
@@ -408,12 +372,12 @@ class Limiter:
         """The domain as a label of metrics: "" unless it is in the rules, since callers can invent domains."""
         return domain if domain in self.rules.domains else ""
 
-    def _match(self, domain: str, entries: Sequence[tuple[str, str]], descriptor: Descriptor) -> Match | None:
-        if descriptor.HasField("limit"):
-            override = descriptor.limit
+    def _match(self, domain: str, descriptor: Descriptor) -> Match | None:
+        entries, override = descriptor.entries, descriptor.limit
+        if override is not None:
             unit = _UNITS.get(override.unit)
-            if unit is not None and override.unit_multiplier.value > 1:
-                unit = _UNITS_OF_SECONDS.get(unit.value * override.unit_multiplier.value)
+            if unit is not None and override.unit_multiplier > 1:
+                unit = _UNITS_OF_SECONDS.get(unit.value * override.unit_multiplier)
             match = None
             if unit is None:
                 self.ignored_overrides += 1

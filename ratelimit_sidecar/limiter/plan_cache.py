@@ -8,6 +8,7 @@ older one at the same place. To make room, the oldest plans are dropped.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from typing import Final
 
 from ratelimit_sidecar.limiter.plan import Plan
@@ -29,6 +30,8 @@ class PlanCache:
         """For look-ups; only `keep` changes it."""
         self.bytes = 0
         """The estimated bytes of all plans."""
+        self._oldest_first: deque[bytes] = deque()
+        """The keys of `plans`. A dict alone would be searched from its start, past all that was dropped."""
         self._seen = array("q", bytes(8 * _SEEN_PLACES))
 
     def keep(self, request: bytes, plan: Plan) -> None:
@@ -43,9 +46,10 @@ class PlanCache:
                 self._seen[place] = seen
                 return
             while self.bytes + size > MAX_BYTES:
-                oldest = next(iter(self.plans))
+                oldest = self._oldest_first.popleft()
                 self.bytes -= _bytes_of(oldest, self.plans.pop(oldest))
         self.plans[request] = plan
+        self._oldest_first.append(request)
         self.bytes += size
 
 

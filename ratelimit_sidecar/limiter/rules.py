@@ -267,26 +267,25 @@ class Rules:
         """The match for a descriptor that brings its own limit (an override); None when the domain has no rules.
 
         With windows the bucket depends on the unit alone, as in envoyproxy/ratelimit. So overrides with different
-        limits count together, and also with requests without override if the descriptor's rule has the same unit. With
-        token buckets each limit has a bucket of its own, since the rate differs.
+        limits count together, and also with requests without override if the descriptor's rule counts in windows of the
+        same unit. Strict overrides are token buckets, and each limit has a bucket of its own, since the rate differs.
         """
         if domain not in self.domains:
             return None
-        rule = self._override_rule(domain, requests, unit)
-        if self.override_window is not None:
-            levels = self.walk(domain, entries)
-            beside = _rule_of_levels(levels, entries)
-            # An override counts by the value, not by the pattern; the two can be the same text.
-            if (
-                beside is not None
-                and beside.unit is unit
-                and isinstance(beside.limit, WindowLimit)
-                and beside.limit.window is self.override_window
-                and not any(level.node.shares_bucket and not _is_pattern_itself(level) for level in levels)
-            ):
-                rule = replace(rule, consistency=beside.consistency)
-                key = _match_of_levels(domain, levels, beside).bucket_key
-                return Match(rule, key, rule.name, is_override=True)
+        levels = self.walk(domain, entries)
+        beside = _rule_of_levels(levels, entries)
+        # An override counts by the value, not by the pattern; the two can be the same text.
+        if (
+            beside is not None
+            and beside.unit is unit
+            and isinstance(beside.limit, WindowLimit)
+            and not any(level.node.shares_bucket and not _is_pattern_itself(level) for level in levels)
+        ):
+            rule = self._override_rule(domain, requests, unit, beside.limit.window)
+            rule = replace(rule, consistency=beside.consistency)
+            key = _match_of_levels(domain, levels, beside).bucket_key
+            return Match(rule, key, rule.name, is_override=True)
+        rule = self._override_rule(domain, requests, unit, self.override_window)
         key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
         counted = requests if self.override_window is None else 0
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
@@ -378,8 +377,8 @@ class Rules:
         rule = self.rule_of_key(bucket_key)
         return rule.limit if rule is not None and rule.consistency is consistency else None
 
-    def _override_rule(self, domain: str, requests: int, unit: Unit) -> Rule:
-        limit = limit_of_rate(requests, unit, self.override_window)
+    def _override_rule(self, domain: str, requests: int, unit: Unit, window: Window | None) -> Rule:
+        limit = limit_of_rate(requests, unit, window)
         return Rule(f"{domain}.override", limit, requests, unit, self.override_consistency, charge=self.override_charge)
 
     def _override_rule_of(self, domain: str, entry: KeyEntry) -> Rule | None:
@@ -389,7 +388,7 @@ class Rules:
             raise ValueError("bucket key with a limit that is no number")
         if entry.value not in Unit.__members__:
             raise ValueError("bucket key with an unknown unit")
-        return self._override_rule(domain, int(entry.key), Unit[entry.value])
+        return self._override_rule(domain, int(entry.key), Unit[entry.value], self.override_window)
 
 
 def limit_of_rate(

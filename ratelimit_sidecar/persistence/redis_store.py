@@ -19,7 +19,7 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -36,6 +36,7 @@ from ratelimit_sidecar.persistence.redis_calls import Connect, Unusable, bounded
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
 from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 LOAD_SECONDS: Final = 10.0
 """What reading at the start gets before the sidecar is ready; a large store is read on while it is."""
@@ -66,6 +67,9 @@ AGAIN_A_SECOND: Final = 1_000
 
 _ALL: Final[list[int]] = []
 """In place of slots: every entry there is, of all origins."""
+
+_FAILURES: Final = (exceptions.RedisError, Unusable, OSError, TimeoutError)
+"""What ends a round."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -110,6 +114,7 @@ class RedisState:
     Args:
         connect: makes a client; called again after each failure, as a password may have changed.
         every_seconds: between the beginnings of two rounds of writing.
+        tracer: None when nothing is traced.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class RedisState:
         store: Store,
         now_us: Callable[[], int],
         every_seconds: float,
+        *,
+        tracer: RequestTracer | NoTracer | None = None,
     ) -> None:
         self.status = RedisStatus()
         self._waiting = self.status.waiting_slots
@@ -128,6 +135,7 @@ class RedisState:
         self._origin = store.origin
         self._now_us = now_us
         self._every_seconds = every_seconds
+        self._tracer = tracer or NoTracer()
         self._client: _Client | None = None
         self._epochs: dict[str, bytes] = {}
         """The values of `Keys.formats` when they were last looked at."""
@@ -207,7 +215,7 @@ class RedisState:
                 self._recovered()
                 if not is_last:
                     await self._write_again(client)
-            except (exceptions.RedisError, Unusable, OSError, TimeoutError) as error:
+            except _FAILURES as error:
                 self._failed(error)
                 await self._disconnect()
             except asyncio.CancelledError:
@@ -340,18 +348,33 @@ class RedisState:
         if not keys:
             return
         names = list(map(self._keys.of_bucket, keys))
-        for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
-            if answer in (0, 1):
-                self.status.written += 1
-                if answer and batch[key] is not _ALL:
-                    # It is new there, or was lost: then more of it may be missing.
-                    bucket = self._store.get(key)
-                    if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                        self._wait(key, _ALL)
-                continue
-            self._check(answer)
+        with self._traced(keys):
+            for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
+                if answer in (0, 1):
+                    self.status.written += 1
+                    if answer and batch[key] is not _ALL:
+                        # It is new there, or was lost: then more of it may be missing.
+                        bucket = self._store.get(key)
+                        if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
+                            self._wait(key, _ALL)
+                    continue
+                self._check(answer)
         if not is_last:
             await asyncio.sleep(len(keys) * BUCKET_SECONDS / LOOP_SHARE)
+
+    @contextmanager
+    def _traced(self, keys: Sequence[bytes]) -> Iterator[None]:
+        """A span, when one of the buckets has to do with a sampled request."""
+        span = self._tracer.write_span(keys)
+        error = ""
+        try:
+            yield
+        except _FAILURES as failure:
+            error = reason_of(failure)
+            raise
+        finally:
+            if span is not None:
+                span.end(error)
 
     def _check(self, answer: object) -> None:
         """Whether the others can be joined when one could not."""

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.plan import Plan
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.server.rpc import Code, FailureLog, Handlers, Metadata, RpcError
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 

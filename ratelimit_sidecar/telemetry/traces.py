@@ -1,5 +1,5 @@
 """Spans: one for each sampled request, and two for each replicated batch with takes of sampled requests, one at each
-end.
+end, and one for each batch of such takes that is written to Redis.
 
 The caller (Envoy) decides what is sampled. Without a `traceparent` whose sampled flag is set, or without B3 headers
 that say so (Zipkin's), there is no span, and the cost is one pass over the names of headers. A batch belongs to no
@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +26,7 @@ from opentelemetry.trace import (
     Span,
     SpanContext,
     SpanKind,
+    StatusCode,
     TraceFlags,
     Tracer,
     format_trace_id,
@@ -45,6 +46,7 @@ for _name in ("opentelemetry.trace.span", "opentelemetry.trace.propagation.trace
 REQUEST_SPAN = "envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
 BATCH_SPAN = "replicate batch"
 APPLY_SPAN = "apply batch"
+WRITE_SPAN = "write to Redis"
 
 MAX_BUCKETS: Final = 128
 MAX_REQUESTS_PER_BUCKET: Final = 8
@@ -95,7 +97,7 @@ class _Taken:
 
     Args:
         at_ns: when, on the monotonic clock.
-        linked_by: the peers whose batches already have the link.
+        linked_by: the peers whose batches already have the link; "" for what is written to Redis.
     """
 
     request: SpanContext
@@ -104,7 +106,7 @@ class _Taken:
 
 
 class BatchSpan:
-    """The span of a batch that is being sent or applied."""
+    """The span of a batch that is being sent, applied or written."""
 
     __slots__ = ("span",)
 
@@ -117,7 +119,9 @@ class BatchSpan:
         of = self.span.get_span_context()
         return of.trace_id.to_bytes(_TRACE_ID_BYTES, "big") + of.span_id.to_bytes(_SPAN_ID_BYTES, "big")
 
-    def end(self) -> None:
+    def end(self, error: str = "") -> None:
+        if error:
+            self.span.set_status(StatusCode.ERROR, error)
         self.span.end()
 
 
@@ -167,6 +171,11 @@ class RequestTracer:
             (step, status.code == RateLimitResponse.OVER_LIMIT)
             for step, status in zip(plan.steps, answer.statuses, strict=True)
         ]
+        limited = [
+            (step.rule, status.limit_remaining)
+            for step, status in zip(plan.steps, answer.statuses, strict=True)
+            if step.rule is not None and step.rule.limit is not None
+        ]
         span = self._tracer.start_span(
             REQUEST_SPAN,
             parent,
@@ -177,6 +186,10 @@ class RequestTracer:
                 "ratelimit.domain": readable(plan.domain),
                 "ratelimit.code": RateLimitResponse.Code.Name(answer.overall_code),
                 "ratelimit.over_limit": [step.rule.name for step, over in decided if over and step.rule],
+                # Side by side: an element each for every descriptor that has a limit.
+                "ratelimit.rules": [rule.name for rule, _ in limited],
+                "ratelimit.remaining": [remaining for _, remaining in limited],
+                "ratelimit.consistency": [rule.consistency.value for rule, _ in limited],
             },
             start_time=started_ns,
         )
@@ -198,29 +211,44 @@ class RequestTracer:
         Returns:
             None when no sampled request took from them that the peer's batches have no link to yet.
         """
-        if not self._taken:
+        links = self._links(peer_node, bucket_keys)
+        if not links:
             return None
+        return self._root_span(BATCH_SPAN, SpanKind.PRODUCER, {"ratelimit.peer": peer_node}, links)
+
+    def write_span(self, bucket_keys: Sequence[bytes]) -> BatchSpan | None:
+        """Start the span of a batch about to be written to Redis; whoever writes it ends it then.
+
+        Returns:
+            None when no sampled request took from these buckets that no such span links to yet.
+        """
+        links = self._links("", bucket_keys)
+        if not links:
+            return None
+        # https://opentelemetry.io/docs/specs/semconv/database/redis/
+        attributes: dict[str, str | int] = {"db.system.name": "redis", "db.operation.batch.size": len(bucket_keys)}
+        return self._root_span(WRITE_SPAN, SpanKind.CLIENT, attributes, links)
+
+    def _links(self, linked_by: str, bucket_keys: Iterable[bytes]) -> list[Link]:
+        """To the requests that took from these buckets, each once."""
+        if not self._taken:
+            return []
         oldest_ns = self._monotonic_ns() - MAX_AGE_NS
         self._forget_before(oldest_ns)
         # By span, so that a request which took from several of the buckets is one link.
         links: dict[int, Link] = {}
         for key in bucket_keys:
             for taken in self._taken.get(key, ()):
-                if taken.at_ns >= oldest_ns and peer_node not in taken.linked_by:
-                    taken.linked_by.add(peer_node)
+                if taken.at_ns >= oldest_ns and linked_by not in taken.linked_by:
+                    taken.linked_by.add(linked_by)
                     links[taken.request.span_id] = Link(taken.request)
-        if not links:
-            return None
-        return BatchSpan(
-            self._tracer.start_span(
-                BATCH_SPAN,
-                # Empty: the root of a trace.
-                Context(),
-                SpanKind.PRODUCER,
-                attributes={"ratelimit.peer": peer_node},
-                links=list(links.values()),
-            )
-        )
+        return list(links.values())
+
+    def _root_span(
+        self, name: str, kind: SpanKind, attributes: Mapping[str, str | int], links: Sequence[Link]
+    ) -> BatchSpan:
+        # In an empty context: the root of a trace.
+        return BatchSpan(self._tracer.start_span(name, Context(), kind, attributes=attributes, links=links))
 
     def apply_span(self, peer_node: str, context: bytes) -> BatchSpan | None:
         """Start the span of a batch that is being applied; whoever applies it ends it then.
@@ -294,6 +322,9 @@ class NoTracer:
         return None
 
     def apply_span(self, peer_node: str, context: bytes) -> None:
+        return None
+
+    def write_span(self, bucket_keys: Sequence[bytes]) -> None:
         return None
 
 

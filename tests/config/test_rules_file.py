@@ -289,6 +289,14 @@ def test_a_limit_that_a_request_brings_takes_the_defaults(tmp_path: Path) -> Non
     assert match.rule.consistency is Consistency.LOCAL
 
 
+def test_a_limit_that_a_request_brings_is_counted_in_a_sliding_window_where_rules_are_token_buckets(
+    tmp_path: Path,
+) -> None:
+    assert rules_of(tmp_path, "domain: d").override_window is Window.SLIDING
+    strict = RuleDefaults(Consistency.STRICT, has_members=True)
+    assert rules_of(tmp_path, "domain: d", strict).override_window is None
+
+
 @pytest.mark.parametrize(
     "descriptor",
     [
@@ -412,7 +420,7 @@ def test_all_rules_take_the_default_consistency_and_the_rest_has_the_default_rul
 
 
 def test_no_paths_are_no_rules() -> None:
-    assert rules() == Rules()
+    assert rules() == Rules(override_window=Window.SLIDING)
 
 
 def test_a_folder_gives_its_yaml_files_as_kubernetes_mounts_them(tmp_path: Path) -> None:

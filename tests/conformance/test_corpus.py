@@ -34,7 +34,8 @@ from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.console.app import ConsoleSources, create_app
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.limiter.limiter import InvalidRequest, Limiter
+from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import Metadata

@@ -1,7 +1,8 @@
-"""Prometheus, Alertmanager and sidecars together, all real: what the dashboards ask for is there, and faults are told.
+"""Prometheus, Alertmanager, Redis and sidecars together, all real: what the dashboards ask for is there, and faults are
+told.
 
-Four sidecars in three regions. One has the wrong time from the start. Then a bucket is used up, the line between two
-is cut and led back, the rules of one are broken, and another is stopped.
+Four sidecars in three regions, of which one keeps its state in Redis. One has the wrong time from the start. Then a
+bucket is used up, the line between two is cut and led back, the rules of one are broken, and another is stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from e2e.commands import command, free_base_port
 from e2e.sidecars import ask, sidecar_command
 from e2e.test_wrong_clock import with_clock_of
 from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from persistence.redis_server import RedisServer, needs_redis
 
 from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.observe import Addresses, prometheus_command
@@ -37,6 +39,7 @@ DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
 
 pytestmark = [
     pytest.mark.long,
+    needs_redis,
     pytest.mark.skipif(
         shutil.which("prometheus") is None or not HAS_ALERTMANAGER, reason="Prometheus or Alertmanager is not installed"
     ),
@@ -51,6 +54,7 @@ WRONG_CLOCK = "ap-1"
 STOPPED = "eu-2"
 CUT = ("us-1", "eu-1")
 BROKEN_RULES = "us-1"
+IN_REDIS = "eu-1"
 
 RULES = """
 domain: shop
@@ -115,10 +119,13 @@ class Site:
         await self.channels.wait(are_there, WITHIN_S)
 
 
-def sidecars(folder: Path, ports: dict[str, RegionPorts], over: dict[tuple[str, str], int]) -> list[Command]:
+def sidecars(
+    folder: Path, ports: dict[str, RegionPorts], over: dict[tuple[str, str], int], redis: str
+) -> list[Command]:
     """
     Args:
         over: the port at which the first dials the second, where that is not its own.
+        redis: its url.
     """
     made = []
     for node, region in REGIONS.items():
@@ -132,7 +139,9 @@ def sidecars(folder: Path, ports: dict[str, RegionPorts], over: dict[tuple[str, 
                 "peers": [f"{HOST}:{over.get((node, peer), of.sync)}" for peer, of in ports.items()],
                 "members": dict.fromkeys(REGIONS, 1),
             },
-            "persistence": {"file": str(folder / f"state-{node}"), "every_seconds": 1},
+            "persistence": {"url": redis}
+            if node == IN_REDIS
+            else {"file": str(folder / f"state-{node}"), "every_seconds": 1},
         }
         of_node = sidecar_command(folder, ports[node], config, name=node, ready_path="/healthz")
         made.append(with_clock_of(folder / "ahead", of_node) if node == WRONG_CLOCK else of_node)
@@ -148,6 +157,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         channels = await stack.enter_async_context(serving())
         alerting = await stack.enter_async_context(alertmanager(folder, configured(folder, channels)))
         children = await stack.enter_async_context(Children(folder))
+        redis = await stack.enter_async_context(RedisServer(folder / "redis"))
         line = Way()
         over = {}
         for dials, is_dialled in (CUT, CUT[::-1]):
@@ -155,7 +165,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
             over[dials, is_dialled] = listener.getsockname()[1]
             to = Line(0, HOST, ports[is_dialled].sync)
             await stack.enter_async_context(Link(listener, to.dial, line, line))
-        started = {command.name: await children.start(command) for command in sidecars(folder, ports, over)}
+        started = {command.name: await children.start(command) for command in sidecars(folder, ports, over, redis.url)}
         targets = {f"{HOST}:{ports[node].admin}": region for node, region in REGIONS.items()}
         at = Addresses(f"{HOST}:{found.upstream}", f"{alerting.base_url.host}:{alerting.base_url.port}")
         await children.start(prometheus_command(folder, DEPLOYED, at, targets))

@@ -86,6 +86,9 @@ class Demo:
         """
         await self._until_connected(lambda region: len(REGIONS) - 1)
         self._say("all regions are connected")
+        # `up` waits for what has a health check, which Envoys have not.
+        for region in REACHED:
+            await self._until(lambda at=region: _answers(at), True, f"Envoy of {region.name} answers", PATIENCE_S)
         await self._keeps_its_promise("before")
         await self._is_observed()
 
@@ -238,6 +241,11 @@ async def _connected(region: Region) -> int:
     async with httpx.AsyncClient(trust_env=False) as client:
         answer = (await client.get(f"{region.admin_url}/peers")).raise_for_status().json()
     return sum(peer["connected"] for peer in answer["peers"])
+
+
+async def _answers(region: Region) -> bool:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return (await client.get(f"{region.url}/rate?agent=first")).status_code == httpx.codes.OK
 
 
 async def _tokens_taken() -> int:

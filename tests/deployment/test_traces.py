@@ -21,7 +21,8 @@ from deployment.engine import ROOT
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 
-pytestmark = pytest.mark.deployment
+# CI runs it, too, where both programs are in the cache.
+pytestmark = pytest.mark.slow
 
 DELIVERED: list[Path] = [ROOT / "deploy/otel/collector.yaml", ROOT / "deploy/otel/jaeger.yaml"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def path(name: str, program: str | None = None) -> Path:
     """
     found = _folder(name) / (program or name)
     if not found.exists():
-        raise Unavailable(f"there is no {program or name} in the cache; `make test-deploy` builds it")
+        raise Unavailable(f"there is no {name} in the cache; `make test-deploy` builds it")
     return found
 
 
@@ -179,6 +180,100 @@ def _actionlint(into: Path) -> None:
         _build(Path(module), into, f"github.com/rhysd/actionlint/cmd/actionlint@v{TOOLS['actionlint'].version}")
 
 
+def _opentofu(into: Path) -> None:
+    """It is written against a fork, which others have to name."""
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        fork = "github.com/opentofu/hcl/v2@v2.20.2-0.20251021132045-587d123c2828"
+        (module / "go.mod").write_text("module tools\n")
+        _run(["go", "mod", "edit", f"-replace=github.com/hashicorp/hcl/v2={fork}"], module)
+        _build(module, into, f"github.com/opentofu/opentofu/cmd/tofu@v{TOOLS['opentofu'].version}")
+
+
+def _provider(name: str, commit: str) -> Callable[[Path], None]:
+    """Of Terraform and OpenTofu, where they look for what they do not fetch.
+
+    Args:
+        commit: of the version: their modules have versions that Go does not take.
+    """
+    package = f"github.com/hashicorp/terraform-provider-{name}"
+
+    def build(into: Path) -> None:
+        with tempfile.TemporaryDirectory() as module:
+            _build(Path(module), _mirrored(into, name), f"{package}@{commit}")
+
+    return build
+
+
+def _mirrored(into: Path, name: str) -> Path:
+    system = f"{platform.system().lower()}_{'arm64' if platform.machine() == 'aarch64' else 'amd64'}"
+    folder = into / "registry.opentofu.org/hashicorp" / name / TOOLS[f"provider-{name}"].version / system
+    folder.mkdir(parents=True)
+    return folder
+
+
+AWS_SERVICES: Final = frozenset(("ec2", "eks", "iam", "route53", "sts"))
+
+
+def _aws_provider(into: Path) -> None:
+    """The real one, but only with the services that deploy/terraform uses: all of them take hours to compile."""
+    source = "github.com/hashicorp/terraform-provider-aws"
+    with tempfile.TemporaryDirectory() as name:
+        module = Path(name)
+        (module / "go.mod").write_text("module tools\n")
+        found = json.loads(_run(["go", "mod", "download", "-json", f"{source}@{AWS_COMMIT}"], module))
+        whole, part = Path(found["Dir"]), module / "aws"
+        ignored = shutil.ignore_patterns("*_test.go", "acctest", "website", "docs", "examples", ".*")
+        shutil.copytree(whole, part, ignore=ignored, copy_function=shutil.copyfile)
+        _run(["chmod", "-R", "u+w", str(part)], module)
+        services = part / "internal/service"
+        needed: set[str] = set()
+        more = set(AWS_SERVICES)
+        while more:
+            needed |= more
+            texts = "".join(file.read_text() for each in more for file in (services / each).rglob("*.go"))
+            more = set(re.findall(rf'"{source}/internal/service/(\w+)', texts)) - needed
+        for folder in services.iterdir():
+            if folder.is_dir() and folder.name not in needed:
+                shutil.rmtree(folder)
+        # Whatever is embedded has to be there.
+        (services / "ec2/smarterr.hcl").touch()
+        packages = part / "internal/provider/sdkv2/service_packages_gen.go"
+        lines = packages.read_text().splitlines(keepends=True)
+        other = re.compile(r'internal/service/(\w+)"|^\t\t(\w+)\.ServicePackage')
+        packages.write_text(
+            "".join(line for line in lines if not (of := other.search(line)) or (of[1] or of[2]) in AWS_SERVICES)
+        )
+        clients = part / "internal/conns/awsclient_gen.go"
+        sdk = "github.com/aws/aws-sdk-go-v2/service"
+        used = set(
+            re.findall(rf'"{sdk}/(\w+)"', "".join(file.read_text() for file in part.rglob("*.go") if file != clients))
+        )
+        text = clients.read_text()
+        for client in set(re.findall(rf'"{sdk}/(\w+)"', text)) - used:
+            text = text.replace(f'\t"{sdk}/{client}"\n', "")
+            made = rf"func \(c \*AWSClient\) \w+\(ctx context\.Context\) \*{client}\.Client \{{\n.*?\n\}}\n"
+            text = re.sub(made, "", text, flags=re.DOTALL)
+        clients.write_text(text)
+        _run(
+            [
+                "go",
+                "build",
+                "-mod=mod",
+                "-trimpath",
+                "-buildvcs=false",
+                "-ldflags=-s -w",
+                f"-o={_mirrored(into, 'aws')}/",
+                ".",
+            ],
+            part,
+        )
+
+
+AWS_COMMIT: Final = "v1.60.1-0.20260602190131-5f2286d6d836"
+"""6.47.1, and what came in the days after."""
+
+
 TOOLS: Final[Mapping[str, Tool]] = {
     "helm": Tool("4.3.1", _helm),
     "otelcol": Tool(OTELCOL, _collector),
@@ -188,6 +283,11 @@ TOOLS: Final[Mapping[str, Tool]] = {
     "miniflare": Tool("4.20260426.0", _miniflare),
     "kwok": Tool("0.8.0", _kwok),
     "envoy-gateway": Tool("1.9.1", _envoy_gateway),
+    "opentofu": Tool("1.12.6", _opentofu),
+    "provider-tls": Tool("4.2.1", _provider("tls", "v1.2.1-0.20260819085117-d044ca7c6f52")),
+    "provider-kubernetes": Tool("3.2.1", _provider("kubernetes", "v1.13.4-0.20260821094251-3a33fb6cc605")),
+    "provider-helm": Tool("3.1.2", _provider("helm", "ecffae07748ea9e2e99660e5ad3f852a12fbc5fc")),
+    "provider-aws": Tool("6.47.1", _aws_provider),
     # The newest one whose modules can be had by their versions alone.
     "istio": Tool("0.0.0-20260827124520-eed52ebb66ad", _istio),
 }

@@ -56,9 +56,9 @@ async def answers_quotas(ports: RegionPorts) -> bool:
     """Whether it hands out quotas; on a fabric none does."""
     async with grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel:
         call = channel.stream_stream(f"/{QUOTA_SERVICE_NAME}/StreamRateLimitQuotas")()
-        await call.write(b"")
-        await call.done_writing()
         try:
+            await call.write(b"")
+            await call.done_writing()
             await call.read()
         except grpc.aio.AioRpcError as error:
             return error.code() is not grpc.StatusCode.UNIMPLEMENTED

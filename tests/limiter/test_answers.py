@@ -110,6 +110,24 @@ def test_a_limit_in_the_request_overrides_the_rule_and_the_lack_of_one_and_is_ne
         assert (current_limit.requests_per_unit, current_limit.unit) == (2, RateLimitResponse.RateLimit.HOUR)
 
 
+@pytest.mark.parametrize("window", list(Window))
+@pytest.mark.parametrize("rule_window", [None, *Window])
+def test_a_limit_in_the_request_that_changes_finds_what_was_taken(window: Window, rule_window: Window | None) -> None:
+    limiter = make_limiter(rules_of(rule("a", window=rule_window), override_window=window))
+    for limit, remaining in ((3, [2, 1, 0]), (4, [0]), (6, [1]), (2, [0])):
+        request = with_override(make_request({"a": "1"}), limit, RateLimitUnit.MINUTE)
+        statuses = [decide(limiter, request).statuses[0] for _ in remaining]
+        assert [status.limit_remaining for status in statuses] == remaining
+        assert [status.code for status in statuses] == [OVER_LIMIT if limit == 2 else OK] * len(remaining)
+
+
+def test_a_limit_in_the_request_finds_what_its_rule_counted_in_a_window_whatever_the_default() -> None:
+    limiter = make_limiter(rules_of(rule("a", window=Window.FIXED), override_window=Window.SLIDING))
+    assert [decide(limiter, make_request({"a": "1"})).statuses[0].limit_remaining for _ in range(2)] == [9, 8]
+    request = with_override(make_request({"a": "1"}), 3, RateLimitUnit.MINUTE)
+    assert [decide(limiter, request).overall_code for _ in range(2)] == [OK, OVER_LIMIT]
+
+
 def test_a_limit_in_the_request_needs_a_domain_with_rules() -> None:
     limiter = make_limiter(rules_of(rule("a")))
     request = with_override(make_request({"a": "1"}, domain="other"), 0, RateLimitUnit.HOUR)

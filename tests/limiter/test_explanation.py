@@ -7,7 +7,7 @@ from limiter.requests import NOW_US, OK
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.explanation import MatchKind, Result, explain, readable_bucket_name
-from ratelimit_sidecar.limiter.limiter import InvalidRequest
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import JOINED, Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet

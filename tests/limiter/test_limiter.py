@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
@@ -12,10 +9,10 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.encoding import varint
-from ratelimit_sidecar.limiter.limiter import MAX_DESCRIPTORS, MAX_ENTRIES, MAX_HITS, InvalidRequest
+from ratelimit_sidecar.limiter.limiter import MAX_HITS
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
+from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
-from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 
 PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
 VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
@@ -156,8 +153,8 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
         (b"\xff\xff\xff", "not an envoy.service"),
         (make_request({"agent": "a"}, domain=""), "domain must not be empty"),
         (make_request(), "descriptor list must not be empty"),
-        (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "513 rate limit descriptors; at most 512"),
-        (make_request(*[dict.fromkeys(map(str, range(17)), "a")] * MAX_DESCRIPTORS), "8704 entries .* at most 8192"),
+        (make_request(*[{"agent": "a"}] * (MAX_DESCRIPTORS + 1)), "more than 512 rate limit descriptors"),
+        (make_request(*[dict.fromkeys(map(str, range(17)), "a")] * MAX_DESCRIPTORS), "more than 8192 entries"),
     ],
 )
 def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_bytes: bytes, message: str) -> None:
@@ -165,26 +162,15 @@ def test_a_request_that_nothing_can_answer_is_refused_with_the_reason(request_by
         make_limiter(RULES).decide(request_bytes, NOW_US)
 
 
-@pytest.mark.parametrize("field", ["descriptors", "entries"])
+@pytest.mark.parametrize("field", ["descriptors", "entries", "unknown"])
 def test_a_message_of_the_most_bytes_with_as_many_fields_as_fit_is_refused_before_they_are_gone_through(
     field: str,
 ) -> None:
-    empty = {"descriptors": b"\x12\0", "entries": b"\x0a\0"}[field] * (2 * 1_024 * 1_024 - 8)
-    head = RateLimitRequest(domain="api").SerializeToString()
-    raw = head + (empty if field == "descriptors" else b"\x12" + varint(len(empty)) + empty)
-    limiter = make_limiter(RULES)
-
-    def seconds(call: Callable[[], object]) -> float:
-        began = time.thread_time()
-        call()
-        return time.thread_time() - began
-
-    def refuse() -> None:
-        with pytest.raises(InvalidRequest, match="are taken"):
-            limiter.decide(raw, NOW_US)
-
-    # Reading the message is what is left of it.
-    assert seconds(refuse) < 5 * seconds(lambda: Request.FromString(raw)) + 0.1
+    fields = {"descriptors": b"\x12\0", "entries": b"\x0a\0", "unknown": b"\x78\0"}[field] * (2 * 1_024 * 1_024 - 8)
+    head = make_request({"agent": "a"})
+    raw = head + (b"\x12" + varint(len(fields)) + fields if field == "entries" else fields)
+    with pytest.raises(InvalidRequest, match="more than"):
+        make_limiter(RULES).decide(raw, NOW_US)
 
 
 def test_a_request_has_at_most_so_many_entries() -> None:

@@ -8,10 +8,14 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import observed
 import pytest
 import structlog
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import SpanKind, StatusCode
 from persistence.redis_server import WITHIN_S, RedisServer, needs_redis
 from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, make_store, take
+from telemetry.test_traces import Traced
 
 from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
@@ -22,6 +26,7 @@ from ratelimit_sidecar.persistence import redis_calls, redis_store
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
+from ratelimit_sidecar.telemetry.traces import WRITE_SPAN, RequestTracer
 
 pytestmark = needs_redis
 
@@ -39,10 +44,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_store, "FIRST_WAIT_SECONDS", 0.05)
 
 
-def state_in(server: RedisServer, store: Store, **config: object) -> RedisState:
+def state_in(
+    server: RedisServer, store: Store, tracer: RequestTracer | None = None, now_us: int = NOW_US, **config: object
+) -> RedisState:
     """That writes 20 times a second, and so keeps all limits."""
     kept = PersistenceConfig.model_validate({"url": server.url, **config})
-    return RedisState(partial(connect, kept), keys(kept), store, lambda: NOW_US, 0.05)
+    return RedisState(partial(connect, kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer)
 
 
 @asynccontextmanager
@@ -99,6 +106,30 @@ async def test_what_was_taken_is_there_again(server: RedisServer) -> None:
         await until(lambda: state.status.written == 2 and not state.status.waiting)
     assert await left_after_restart(server) == [93, 99]
     assert state.status.failed == 0
+
+
+async def test_a_write_has_a_span_that_links_to_the_request_and_says_when_it_failed(server: RedisServer) -> None:
+    traced = Traced()
+    store = traced.limiter.store
+    state = state_in(server, store, traced.tracer, observed.NOW_US)
+
+    def spans() -> list[ReadableSpan]:
+        return [span for span in traced.spans() if span.name == WRITE_SPAN]
+
+    def decide(value: str) -> None:
+        traced.decide(observed.request(("tenant", value)))
+        state.note(store.drain_changes())
+
+    async with kept(state), server.client() as client:
+        decide("a")
+        await until(lambda: len(spans()) == 1)
+        await client.config_set("maxmemory", "1")
+        decide("b")
+        await until(lambda: len(spans()) == 2)
+    requests = [span.context for span in traced.spans() if span.kind is SpanKind.SERVER]
+    assert [link.context.span_id for span in spans() for link in span.links] == [of.span_id for of in requests]
+    assert [span.status.status_code for span in spans()] == [StatusCode.UNSET, StatusCode.ERROR]
+    assert spans()[1].status.description == "it is out of memory"
 
 
 async def test_the_last_write_is_at_the_stop(server: RedisServer) -> None:
@@ -193,7 +224,7 @@ async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:
         await client.set("ratelimit:1:{no bucket}", "text")
         hit(state, store)
         async with kept(state):
-            await until(lambda: state.status.refused == 1)
+            await until(lambda: state.status.refused >= 1)
         assert await client.get(name) == b"something else"
     assert state.status.degraded_reason == "", "the others are kept"
     assert await left_after_restart(server) == []

@@ -527,9 +527,14 @@ async def test_a_stop_that_meets_the_first_message_on_its_way_lets_it_arrive(
         call = stream_of(channel)
         await call.write(b"hello")
         async with asyncio.timeout(30):
-            assert await call.read() == long
+            try:
+                assert await call.read() == long
+                assert await call.details() == "the server is shutting down"
+            except grpc.aio.AioRpcError:
+                # The C core closes the connection when all is sent. If the client then sends a window update, TCP
+                # resets it, and what was not read is lost.
+                assert kind == "grpcio"
             assert await call.code() == grpc.StatusCode.UNAVAILABLE
-            assert await call.details() == "the server is shutting down"
             await stopping[0]
 
 

@@ -237,6 +237,9 @@ def test_a_request_span_says_what_was_decided() -> None:
         "ratelimit.domain": "edge",
         "ratelimit.code": "OK",
         "ratelimit.over_limit": (),
+        "ratelimit.rules": ("edge.tenant",),
+        "ratelimit.remaining": (0,),
+        "ratelimit.consistency": ("eventual",),
     }
     assert denied.attributes["ratelimit.code"] == "OVER_LIMIT"
     assert denied.attributes["ratelimit.over_limit"] == ("edge.tenant",)
@@ -255,6 +258,21 @@ def test_a_batch_links_to_the_sampled_requests_that_took_from_its_buckets() -> N
     assert span.kind is SpanKind.PRODUCER
     assert span.parent is None
     assert dict(span.attributes) == {"ratelimit.peer": "eu-1"}
+
+
+def test_what_is_written_to_redis_links_to_the_sampled_requests_in_it_once() -> None:
+    traced = Traced()
+    raw = request(("tenant", "acme"))
+    assert traced.tracer.write_span([traced.key(raw)]) is None
+    traced.decide(raw)
+    written = traced.tracer.write_span([b"untraced", traced.key(raw)])
+    assert links(written) == [traced.spans()[0].context.span_id]
+    span = read(written)
+    assert span.kind is SpanKind.CLIENT
+    assert span.parent is None
+    assert dict(span.attributes) == {"db.system.name": "redis", "db.operation.batch.size": 2}
+    assert traced.tracer.write_span([traced.key(raw)]) is None
+    assert len(links(traced.tracer.batch_span("eu-1", [traced.key(raw)]))) == 1
 
 
 def test_the_peer_that_applies_a_batch_continues_its_trace() -> None:

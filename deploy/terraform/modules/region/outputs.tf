@@ -1,0 +1,13 @@
+output "namespace" {
+  value = kubernetes_namespace_v1.this.metadata[0].name
+}
+
+output "address" {
+  description = "Where Envoys of the cluster ask."
+  value       = "${local.fullname}.${var.namespace}.svc.cluster.local:8081"
+}
+
+output "http_service" {
+  description = "The service whose port 8080 answers POST /json."
+  value       = "${local.fullname}-mesh"
+}
