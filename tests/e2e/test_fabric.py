@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import grpc.aio
@@ -56,13 +57,10 @@ async def answers_quotas(ports: RegionPorts) -> bool:
     """Whether it hands out quotas; on a fabric none does."""
     async with grpc.aio.insecure_channel(f"{HOST}:{ports.grpc}") as channel:
         call = channel.stream_stream(f"/{QUOTA_SERVICE_NAME}/StreamRateLimitQuotas")()
-        try:
-            await call.write(b"")
+        with suppress(grpc.aio.AioRpcError):
             await call.done_writing()
-            await call.read()
-        except grpc.aio.AioRpcError as error:
-            return error.code() is not grpc.StatusCode.UNIMPLEMENTED
-        return True
+        async with asyncio.timeout(WITHIN_S):
+            return await call.code() is not grpc.StatusCode.UNIMPLEMENTED
 
 
 async def the_gateway(east: Sequence[RegionPorts]) -> int:
