@@ -14,10 +14,11 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS, CarriedStreams
 from ratelimit_sidecar.replication.carrier import Call
+from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
@@ -139,6 +140,14 @@ class Mesh:
     def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
         """Have the reader told of every change of this node; see `ChangeLog.on_changes`."""
         self._replicator.changes.on_changes.append(reader)
+
+    def read_news(self, reader: OnNews) -> None:
+        """Have the reader told of everything new that peers tell; see `Replicator.on_news`."""
+        self._replicator.on_news = reader
+
+    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """See `Replicator.tell`."""
+        self._replicator.tell(bucket, entries)
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.connections import FORGET_US, Connections
+from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
@@ -66,6 +68,8 @@ class Replicator:
         self.status_version = 1
         """Counts up whenever what a status says changes."""
         self.relay = Relay(local.origin.node)
+        self.on_news: OnNews | None = None
+        """Told of what peers tell that is new here. Does no I/O."""
         self._ways_changed = False
         self._ways_looked_us = 0
         self._was_full = False
@@ -190,6 +194,24 @@ class Replicator:
                 if peer is not sender and peer.streams:
                     peer.outbox.relay(bucket, (entry,))
                     peer.wake()
+
+    def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """Tell all peers of these entries, which are of an origin that this node alone speaks for."""
+        for peer in self.peers.values():
+            if peer.streams:
+                peer.outbox.relay(bucket, entries)
+                peer.wake()
+
+    def news_reader(self, sender: Peer) -> OnNews | None:
+        """What is to be told of news from that peer; None when nobody wants to know."""
+        if self.on_news is None:
+            return partial(self.pass_on, sender) if self.relay.is_needed else None
+        return partial(self._hear_news, sender, self.on_news)
+
+    def _hear_news(self, sender: Peer, on_news: OnNews, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        if self.relay.is_needed:
+            self.pass_on(sender, bucket, entries)
+        on_news(bucket, entries)
 
     def is_settled(self) -> bool:
         """True when every connected peer has acknowledged everything."""

@@ -7,7 +7,6 @@ answered, on the stream on which they came.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import Refused
@@ -92,7 +91,7 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
-        on_news = partial(replicator.pass_on, peer) if replicator.relay.is_needed else None
+        on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
         try:
