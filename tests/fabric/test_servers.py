@@ -27,7 +27,7 @@ from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
 
-pytestmark = [needs_redis, pytest.mark.slow]
+pytestmark = [needs_redis, pytest.mark.long]
 
 __all__ = ["cluster", "server"]
 
