@@ -106,9 +106,9 @@ class MemoryPeer:
         hello = pb.Hello(protocol=PROTOCOL, node=name, region=name, incarnation=1, version=__version__)
         self._say(pb.Frame(hello=hello))
         # It hears from all others itself, so the node has nothing to pass on.
-        standing = pb.Standing(reaches=[NODE, *PEERS], rules=RULES_DIGEST, joined=True, wish=pb.EVERYTHING)
-        self._say(pb.Frame(standing=standing))
-        self._say_deltas(pb.Frame(deltas=pb.Deltas(ends_full_state=True)))
+        status = pb.Status(reaches=[NODE, *PEERS], rules=RULES_DIGEST, joined=True, sync_request=pb.EVERYTHING)
+        self._say(pb.Frame(status=status))
+        self._say_deltas(pb.Deltas(ends_full_state=True))
 
     async def read(self) -> bytes:
         return await self._said.get()
@@ -146,7 +146,7 @@ class MemoryPeer:
             writer = DeltasWriter(self.origin)
             for bucket, slots in self._store.drain_changes():
                 writer.add(bucket, None, list(bucket.own_entries(slots)))
-            self._say_deltas(writer.frame)
+            self._say_deltas(writer.deltas)
 
     async def ping(self) -> None:
         """Until cancelled."""
@@ -167,11 +167,11 @@ class MemoryPeer:
     def _say(self, frame: pb.Frame) -> None:
         self._said.put_nowait(frame.SerializeToString())
 
-    def _say_deltas(self, frame: pb.Frame) -> None:
+    def _say_deltas(self, deltas: pb.Deltas) -> None:
         self._sequence += 1
-        frame.deltas.sequence = self._sequence
+        deltas.sequence = self._sequence
         self._sent_ns.append(time.monotonic_ns())
-        self._say(frame)
+        self._say(pb.Frame(deltas=deltas))
 
 
 class Crowd:
@@ -214,7 +214,9 @@ async def crowded(turn_ms: float, seconds: float) -> Figures:
     peers = [MemoryPeer(name, keys[first :: len(PEERS)], taking, clock.now_us) for first, name in enumerate(PEERS)]
     crowd = Crowd(turn_ms, taking.take)
     running: list[asyncio.Task[object]] = [asyncio.create_task(mesh.run())]
-    running += [asyncio.create_task(mesh._carry(peer, peer.origin.node, None, None)) for peer in peers]
+    running += [
+        asyncio.create_task(mesh._carried.carry(peer, peer.origin.node, None, None, mesh._dialler)) for peer in peers
+    ]
     try:
         async with asyncio.timeout(60):
             for peer in peers:

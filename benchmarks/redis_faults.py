@@ -27,6 +27,7 @@ from benchmarks.serving.requests import RULES
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import Server, Servers, running_servers, wait_until
 
+SHARED = 'ratelimit_fabric_ticks_total{region="local",result="shared"}'
 KEYS = 10_000
 ASKED_PER_SECOND = 1_000
 SETTLE_SECONDS = 1.0
@@ -99,8 +100,9 @@ class RedisServer:
 
 
 def written(sidecar: Observed) -> float:
-    """Buckets, since its start."""
-    return sum(sidecar.server.metric('ratelimit_redis_buckets_total{region="local",result="written"}'))
+    """Buckets since its start, or on a fabric ticks."""
+    metrics = ('ratelimit_redis_buckets_total{region="local",result="written"}', SHARED)
+    return sum(sum(sidecar.server.metric(name)) for name in metrics)
 
 
 def measure(
@@ -120,7 +122,9 @@ def measure(
     if keeps:
         after = written(sidecar)
         wait_until(
-            lambda: written(sidecar) > after or not sum(sidecar.server.metric("ratelimit_redis_waiting_buckets")),
+            lambda: (
+                written(sidecar) > after or not sum(sidecar.server.metric("ratelimit_redis_waiting_buckets") or [1])
+            ),
             WITHIN_SECONDS,
         )
     return {**figures, "written/s": rate}
@@ -128,12 +132,15 @@ def measure(
 
 @click.command()
 @round_options(rounds=5, seconds=3.0)
-def main(rounds: int, seconds: float, as_json: bool) -> None:
-    """Measure the latency of a sidecar that keeps its state in Redis, in each of Redis's faults."""
+@click.option("--fabric", is_flag=True, help="The sidecar is on a fabric, and keeps no state.")
+def main(rounds: int, seconds: float, as_json: bool, fabric: bool) -> None:
+    """Measure the latency of a sidecar that keeps its state in Redis, or shares by it, in each of Redis's faults."""
     with running_servers() as servers:
         redis = RedisServer(servers)
         without = observed_sidecar(servers, "without", rules=RULES)
-        kept = observed_sidecar(servers, "kept", rules=RULES, config={"persistence": {"url": redis.url}})
+        kept = observed_sidecar(
+            servers, "kept", rules=RULES, config={"fabric" if fabric else "persistence": {"url": redis.url}}
+        )
         faults: Mapping[str, Callable[[], AbstractContextManager[None]]] = {
             "in Redis": nullcontext,
             "down": redis.down,

@@ -15,6 +15,7 @@ import gc
 import json
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
 from random import Random
@@ -25,8 +26,9 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import PROTOCOL
 
 REGIONS = ("us-east-1", "eu-west-2", "ap-southeast-1")
@@ -74,6 +76,20 @@ class Stopwatch:
         self.spent_ns += time.thread_time_ns()
 
 
+def do(job: Iterator[None]) -> None:
+    """All steps of a job of the mesh, at once."""
+    for _ in job:
+        pass
+
+
+def next_frame(stream: Stream, now_us: int) -> bytes | None:
+    """The next frame, for which a batch is written if there is nothing else."""
+    while True:
+        raw = stream.next_frame(now_us)
+        if raw is not None or not stream.write(now_us):
+            return raw
+
+
 class Region:
     """A sidecar's store and replicator."""
 
@@ -84,7 +100,7 @@ class Region:
 
     @property
     def entries_sent(self) -> int:
-        return sum(peer.entries_sent for peer in self.replicator.peers.values())
+        return sum(peer.counts.entries_sent for peer in self.replicator.peers.values())
 
 
 class Mesh:
@@ -109,11 +125,12 @@ class Mesh:
         while self._on_the_way and self._on_the_way[0][0] <= self.now_us:
             _, stream, raw = self._on_the_way.popleft()
             with self.stopwatch:
-                stream.receive(raw, self.now_us)
+                do(stream.receive_steps(raw, self.now_us))
             assert stream.error is None, stream.error
         with self.stopwatch:
             for region in self.regions:
-                region.replicator.flush(self.now_us)
+                do(region.replicator.flush_steps(self.now_us))
+                do(region.replicator.compare_steps(self.now_us))
             if self.now_us % CHECK_TIME_US < FLUSH_US:
                 for stream in self._other_end:
                     stream.check_time(self.now_us)
@@ -126,7 +143,7 @@ class Mesh:
         for stream, other in self._other_end.items():
             while True:
                 with self.stopwatch:
-                    raw = stream.next_frame(self.now_us)
+                    raw = next_frame(stream, self.now_us)
                 if raw is None:
                     break
                 self.bytes_sent += len(raw)

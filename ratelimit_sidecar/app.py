@@ -34,7 +34,7 @@ from ratelimit_sidecar import limiter as limiter_package
 from ratelimit_sidecar.clock import FAR_US, Clock
 from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
-from ratelimit_sidecar.config.sidecar_schema import ListenConfig, PersistenceConfig
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
@@ -50,8 +50,10 @@ from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS, Mesh
+from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -83,6 +85,7 @@ from ratelimit_sidecar.telemetry.stalls import StallMonitor
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 if TYPE_CHECKING:
+    from ratelimit_sidecar.fabric.fabric import Fabric
     from ratelimit_sidecar.persistence.redis_store import RedisState
 
 SNAPSHOT_SECONDS = 10.0
@@ -153,6 +156,9 @@ class Sidecar:
         TracingError: an OTEL_* variable is.
     """
 
+    _gateway: Mesh | None = None
+    """The mesh of the region, made for each turn as its gateway."""
+
     def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
         self._config = config
         self._log = log
@@ -185,6 +191,7 @@ class Sidecar:
         )
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
+        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
         self._service = RateLimitService(
             self._limiter,
             self._clock.now_us,
@@ -193,11 +200,14 @@ class Sidecar:
             waits_for_rules=waits_for_rules,
         )
         ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
-        services = [SERVICE_NAME, QUOTA_SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        if config.fabric is None:
+            # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
+            services.append(QUOTA_SERVICE_NAME)
         self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
         handlers = {
             **self._service.handlers(),
-            **self._quotas.handlers(),
+            **(self._quotas.handlers() if config.fabric is None else {}),
             **ext_authz.handlers(),
             **self._health.handlers(),
             **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
@@ -218,6 +228,8 @@ class Sidecar:
 
     def _make_mesh(self, max_connections: int) -> Mesh:
         config, ledger = self._config, self._limiter.ledger
+        # On a fabric the gateway alone has streams, of a mesh of its own.
+        has_streams = config.fabric is None
         return Mesh(
             origin=self._limiter.store.origin,
             region=config.node.region,
@@ -225,8 +237,8 @@ class Sidecar:
             store=self._limiter.store,
             now_us=self._clock.now_us,
             steady_us=self._strict_us,
-            peers=config.sync.peers,
-            listen=config.listen.sync,
+            peers=config.sync.peers if has_streams else (),
+            listen=config.listen.sync if has_streams else None,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             purses=None if ledger is None else Purses(ledger, self._strict_us),
@@ -235,6 +247,44 @@ class Sidecar:
             max_connections=max_connections,
         )
 
+    def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
+        # Imported only when configured.
+        from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
+        from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
+        from ratelimit_sidecar.persistence.redis_client import connect, shard_tags  # noqa: PLC0415
+
+        fabric = Fabric(
+            partial(connect, config),
+            FabricKeys(config.prefix, shard_tags()) if config.cluster else FabricKeys(config.prefix),
+            self._limiter.store,
+            self._clock.now_us,
+            region=self._config.node.region,
+            mesh_of=partial(self._make_gateway, max_connections=max_connections),
+        )
+        self._mesh.read_changes(fabric.note)
+        return fabric
+
+    def _make_gateway(self, store: Store, max_connections: int) -> Mesh:
+        sync = self._config.sync
+        self._gateway = mesh = Mesh(
+            origin=store.origin,
+            region=self._config.node.region,
+            version=__version__,
+            store=store,
+            now_us=self._clock.now_us,
+            steady_us=self._strict_us,
+            peers=sync.peers,
+            listen=self._config.listen.sync,
+            certificate=None if sync.tls is None else NodeCertificate(sync.tls),
+            supervisor=self._supervisor,
+            max_connections=max_connections,
+        )
+        mesh.use_rules(self._limiter.rules.digest)
+        return mesh
+
+    def _peers(self) -> list[PeerStatus]:
+        return (self._gateway or self._mesh).status()
+
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
         return metrics.create_registry(
             metrics.MetricSources(
@@ -242,7 +292,7 @@ class Sidecar:
                 region=self._config.node.region,
                 limiter=self._limiter,
                 latency=self._latency,
-                peers=self._mesh.status,
+                peers=self._peers,
                 request_errors=self._service.errors,
                 ext_authz_unlimited=ext_authz.unlimited,
                 replication=self._mesh,
@@ -254,6 +304,7 @@ class Sidecar:
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
                 redis=None if self._redis is None else self._redis.status,
+                fabric=None if self._fabric is None else self._fabric.status,
                 supervision=self._supervisor,
                 log=self._log,
                 fullest=self._fullest,
@@ -270,7 +321,7 @@ class Sidecar:
                 region=self._config.node.region,
                 limiter=self._limiter,
                 registry=registry,
-                peers=self._mesh.status,
+                peers=self._peers,
                 membership=self._mesh.membership_status,
                 missing=self.missing,
                 degraded=self.degraded,
@@ -313,12 +364,17 @@ class Sidecar:
             degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
         if self._redis is not None and self._redis.status.degraded_reason:
             degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
+        if self._fabric is not None and self._fabric.status.degraded_reason:
+            degraded.append(f"limits are not shared on the fabric: {self._fabric.status.degraded_reason}")
+        if self._fabric is not None and self._fabric.status.gateway_reason:
+            why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
+            degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
         gap_us = self._clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")
-        for peer in self._mesh.status():
+        for peer in self._peers():
             ahead_us = round((peer.clock_offset_seconds or 0) * 1e6)
             if abs(ahead_us) >= SET_BACK_US:
                 degraded.append(f"most limits are not shared with {peer.node}: its clock is {_ahead(ahead_us)}")
@@ -378,6 +434,9 @@ class Sidecar:
                 if self._snapshots is not None and is_restored:
                     await self._snapshots.save(at_once=True)
                 await self._keep_purses()
+                if self._fabric is not None:
+                    await asyncio.wait(chores)
+                    await self._fabric.save()
                 if self._redis is not None:
                     # Redis joins, so it does no harm if not everything was read yet.
                     await asyncio.wait(chores)
@@ -426,6 +485,8 @@ class Sidecar:
         yield "quotas", self._quotas.run
         if self._redis is not None:
             yield "redis", self._redis.run
+        if self._fabric is not None:
+            yield "fabric", self._fabric.run
         yield "slew", self._slew
         yield "stalls", self._stalls.run
         yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
@@ -515,6 +576,10 @@ class Sidecar:
     def _use_rules(self, rules: Rules) -> Retired:
         retired = self._limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
+        if self._gateway is not None:
+            self._gateway.use_rules(rules.digest)
+        if self._fabric is not None:
+            self._fabric.use_rules()
         self._service.rules_loaded()
         self._quotas.rules_loaded()
         self._health.changed()
@@ -579,6 +644,8 @@ class Sidecar:
         if stepped_us < 0:
             store.go_back(_new_origin(store.origin.node))
         self._mesh.set_clock(store.origin)
+        if self._fabric is not None:
+            self._fabric.give_up()
         _log.warning("clock_set", by_seconds=stepped_us / 1e6)
 
     def _log_start(self) -> None:

@@ -17,7 +17,9 @@ from ratelimit_sidecar.config.rules_file import unread
 from ratelimit_sidecar.config.rules_schema import BUCKET_ALGORITHM
 from ratelimit_sidecar.config.runtime import default_folder
 from ratelimit_sidecar.config.sidecar_schema import (
+    FabricConfig,
     ListenTlsConfig,
+    NodeConfig,
     PersistenceConfig,
     RedisTlsConfig,
     SidecarConfig,
@@ -90,7 +92,13 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         if kept.tls is not None:
             kept = kept.model_copy(update={"tls": _with_tls_paths(kept.tls, "persistence.tls", completed, folder)})
         kept = kept.model_copy(update={name: folder / path for name, path in files.items() if path is not None})
-    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept}
+    fabric = config.fabric
+    if fabric is not None:
+        if fabric.tls is not None:
+            fabric = fabric.model_copy(update={"tls": _with_tls_paths(fabric.tls, "fabric.tls", completed, folder)})
+        if fabric.password_file is not None:
+            fabric = fabric.model_copy(update={"password_file": folder / fabric.password_file})
+    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept, "fabric": fabric}
     return config.model_copy(update=update)
 
 
@@ -130,6 +138,17 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from _of_xds(config, document, completed)
     if config.persistence is not None:
         yield from _of_persistence(config.persistence, document)
+    if config.fabric is not None:
+        yield from _of_redis(config.fabric, config.fabric.url, "fabric", document)
+        if config.sync.peers and config.node.region == NodeConfig.model_fields["region"].default:
+            expected = "a name that no other region has: what all its sidecars take is known to others under it"
+            yield document.problem(("node", "region"), "nothing, beside fabric and sync.peers", expected, "add it")
+        for name, is_given, why in (
+            ("sync.members", config.sync.members is not None, "strict limits need streams between all members"),
+            ("persistence", config.persistence is not None, "the Redis of a fabric keeps what was taken"),
+        ):
+            if is_given:
+                yield document.problem(("fabric",), f"{name} beside fabric", "one of the two", f"remove one: {why}")
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -167,7 +186,7 @@ def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Pro
     yield from _of_redis(kept, kept.url, at, document)
 
 
-def _of_redis(kept: PersistenceConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
+def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
     is_unix = url.startswith("unix:")
     if kept.cluster and (kept.sentinel is not None or is_unix):
         other = "a unix socket" if is_unix else "sentinel"

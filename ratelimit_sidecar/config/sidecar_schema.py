@@ -481,6 +481,31 @@ class PersistenceConfig(Section):
     )
 
 
+class FabricConfig(Section):
+    """A Redis or Valkey through which the sidecars of a region share their buckets, instead of streams between all of
+    them. One of them, the gateway, has the region's streams to `sync.peers`, and listens at `listen.sync`. Regions need
+    different names (`node.region`).
+    """
+
+    url: RedisUrl = Field(
+        description="As in `persistence`: `redis://user@host:6379/0`, `rediss://` with TLS, or `unix:///path?db=0`; of"
+        " Sentinels several, as in `redis://a:26379,b:26379/0`, or of a Cluster's nodes. All"
+        " sidecars of a region have the same."
+    )
+    sentinel: Name | None = Field(
+        None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
+    )
+    cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
+    password_file: FilePath | None = Field(
+        None, description="The file of the password, which is read anew after each failure."
+    )
+    password_variable: Name | None = Field(None, description="The environment variable that holds the password.")
+    tls: RedisTlsConfig | None = Field(None, description="Files for a `rediss://` server.")
+    prefix: KeyPrefix = Field(
+        "ratelimit", description="What all keys in Redis begin with: regions that share a server need one each."
+    )
+
+
 class AnswersConfig(Section):
     """Settings for every answer to Envoy, whichever rule it comes from."""
 
@@ -554,6 +579,11 @@ class SidecarConfig(Section):
     )
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."
+    )
+    fabric: FabricConfig | None = Field(
+        None,
+        description="A Redis through which the sidecars of a region share their buckets. Without this key each has a"
+        " stream to every other one.",
     )
     answers: AnswersConfig = Field(
         default_factory=AnswersConfig,

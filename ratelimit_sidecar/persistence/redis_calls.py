@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import cache
 from hashlib import sha1
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from redis import exceptions
+from redis.asyncio import Redis, RedisCluster
 
 CALL_SECONDS: Final = 2.0
 """What a call may take in all, whatever the client library makes of it."""
 
+SERVER_FAULTS: Final = (
+    *("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS"),
+    *("The user executing the script", "TRYAGAIN", "non local key"),
+)
+"""With one of these no other bucket can be written either: the last two come from a Cluster that moves a slot."""
+
 T = TypeVar("T")
+
+
+class Connect(Protocol):
+    """Makes a client, which tries nothing again by itself, and calls `on_connect` at each new connection."""
+
+    def __call__(self, *, on_connect: Callable[[], object]) -> Redis | RedisCluster: ...
 
 
 class Unusable(Exception):
@@ -35,6 +48,11 @@ async def bounded(answer: Awaitable[T]) -> T:
     return result
 
 
+def is_of_server(error: str) -> bool:
+    """True when the error that one bucket met is one of the server's, and none of that bucket's."""
+    return any(fault in error for fault in SERVER_FAULTS)
+
+
 @cache
 def digest_of(script: str) -> str:
     """The script's name on a server."""
@@ -48,7 +66,7 @@ def reason_of(error: Exception) -> str:
         return text
     for words, reason in (
         (("WRONGPASS", "NOAUTH", "invalid username-password"), "it refuses user or password"),
-        (("NOPERM", "no permissions"), "it does not permit what is needed"),
+        (("NOPERM", "no permissions", "The user executing the script"), "it does not permit what is needed"),
         (("OOM", "maxmemory"), "it is out of memory"),
         (("READONLY", "read only replica"), "it is a read-only replica"),
         (("LOADING", "loading the dataset"), "it is loading its data"),

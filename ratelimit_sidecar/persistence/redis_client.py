@@ -6,18 +6,20 @@ Nothing is tried again here: who calls has a back-off of its own, and all that i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import count
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig, PersistenceConfig
 from ratelimit_sidecar.persistence.redis_record import Keys
 
 COMMAND_SECONDS: Final = 1.0
@@ -32,8 +34,15 @@ _MOVES: Final = 3
 """How often a Cluster may say in one call that a key is elsewhere now."""
 
 
-def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) -> Redis | RedisCluster:
+def connect(
+    config: PersistenceConfig | FabricConfig,
+    environ: Mapping[str, str] = os.environ,
+    on_connect: Callable[[], object] = lambda: None,
+) -> Redis | RedisCluster:
     """A client, which connects when it is first used.
+
+    Args:
+        on_connect: called at each new connection, also at those that the library makes by itself.
 
     Raises:
         OSError: the file of the password cannot be read.
@@ -49,9 +58,15 @@ def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) 
         "socket_connect_timeout": COMMAND_SECONDS,
         "protocol": 2,
     }
+
+    async def greet(connection: AbstractConnection) -> None:
+        on_connect()
+        await connection.on_connect()
+
     if url.scheme == "unix":
         database = parse_qs(url.query).get("db", ["0"])[0]
-        return Redis(unix_socket_path=unquote(url.path), db=int(database), retry=_retry(0), **options)
+        options |= {"db": int(database), "retry": _retry(0), "redis_connect_func": greet}
+        return Redis(unix_socket_path=unquote(url.path), **options)
     if url.scheme == "rediss":
         options["ssl"] = True
         tls = config.tls
@@ -61,27 +76,34 @@ def connect(config: PersistenceConfig, environ: Mapping[str, str] = os.environ) 
     addresses = _addresses(hosts, DEFAULT_PORT if config.sentinel is None else DEFAULT_SENTINEL_PORT)
     if config.cluster:
         nodes = [ClusterNode(host, port) for host, port in addresses]
-        return RedisCluster(startup_nodes=nodes, retry=_retry(_MOVES), **options)
+        cluster = RedisCluster(startup_nodes=nodes, retry=_retry(_MOVES), **options)
+        # It has no parameter for that.
+        cluster.connection_kwargs["redis_connect_func"] = greet
+        return cluster
     options |= {"db": int(url.path.strip("/") or 0), "retry": _retry(0)}
     if config.sentinel is not None:
         of_sentinels = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
         sentinel = Sentinel(addresses, sentinel_kwargs=of_sentinels, **options)  # type: ignore[no-untyped-call]
-        master: Redis = sentinel.master_for(config.sentinel)
+        master: Redis = sentinel.master_for(config.sentinel, redis_connect_func=greet)
         return master
     [(host, port)] = addresses
-    return Redis(host=host, port=port, **options)
+    return Redis(host=host, port=port, redis_connect_func=greet, **options)
 
 
 def keys(config: PersistenceConfig) -> Keys:
     """The names of the keys; in a Cluster of up to `_SHARDS` nodes each has one that tells whether it lost its data."""
-    if not config.cluster:
-        return Keys(config.prefix)
+    return Keys(config.prefix, shard_tags() if config.cluster else ())
+
+
+@cache
+def shard_tags() -> tuple[str, ...]:
+    """Hash tags that are spread evenly over a Cluster."""
     tags: dict[int, str] = {}
     for number in count():
         tags.setdefault(key_slot(str(number).encode()) * _SHARDS // REDIS_CLUSTER_HASH_SLOTS, str(number))
         if len(tags) == _SHARDS:
             break
-    return Keys(config.prefix, list(tags.values()))
+    return tuple(tags.values())
 
 
 def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
@@ -89,7 +111,7 @@ def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
     return [(part.hostname or "", part.port or default_port) for part in parts]
 
 
-def _password(config: PersistenceConfig, environ: Mapping[str, str]) -> str | None:
+def _password(config: PersistenceConfig | FabricConfig, environ: Mapping[str, str]) -> str | None:
     if config.password_file is not None:
         return config.password_file.read_text().strip()
     return None if config.password_variable is None else environ.get(config.password_variable)

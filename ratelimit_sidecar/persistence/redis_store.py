@@ -32,7 +32,7 @@ from redis.asyncio.cluster import ClusterPipeline
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.redis_calls import Unusable, bounded, digest_of, reason_of
+from ratelimit_sidecar.persistence.redis_calls import Connect, Unusable, bounded, digest_of, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
 from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
@@ -70,9 +70,6 @@ _ALL: Final[list[int]] = []
 
 _FAILURES: Final = (exceptions.RedisError, Unusable, OSError, TimeoutError)
 """What ends a round."""
-
-_SERVER_FAULTS: Final = ("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS")
-"""Of a bucket that could not be joined for one of these the others cannot either."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -122,7 +119,7 @@ class RedisState:
 
     def __init__(
         self,
-        connect: Callable[[], Redis | RedisCluster],
+        connect: Connect,
         keys: Keys,
         store: Store,
         now_us: Callable[[], int],
@@ -251,7 +248,7 @@ class RedisState:
         client = self._client
         if client is None:
             try:
-                self._client = client = self._connect()
+                self._client = client = self._connect(on_connect=self._note_connection)
             except OSError as error:
                 raise Unusable(f"the file of its password cannot be read: {error.strerror}") from error
         values = await self._formats(client, self._keys.formats)
@@ -280,6 +277,11 @@ class RedisState:
         for name in names:
             pipeline.get(name)
         return dict(zip(names, await self._call(pipeline.execute()), strict=True))
+
+    def _note_connection(self) -> None:
+        # It may be an older copy of the server, or one that lost its last writes.
+        if self._is_loaded:
+            self._again = self._store.walk()
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -379,9 +381,8 @@ class RedisState:
         if isinstance(answer, exceptions.RedisError) and not isinstance(answer, exceptions.ResponseError):
             raise answer
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
-        for fault in _SERVER_FAULTS:
-            if fault in text:
-                raise exceptions.ResponseError(text)
+        if is_of_server(text):
+            raise exceptions.ResponseError(text)
         self.status.refused += 1
         if self.status.refused == 1:
             _log.error("bucket_not_kept", error=text)

@@ -79,13 +79,13 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
         for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
             writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
-                yield _counted(_record(kind, writers[kind].deltas.SerializeToString()), size)
+                yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
         if pace.ends_piece(len(entries)):
             yield b""
     for kind, writer in writers.items():
         if writer.keys:
-            yield _counted(_record(kind, writer.deltas.SerializeToString()), size)
+            yield _counted(_record(kind, writer.payload()), size)
     yield _counted(_record(END, End(buckets=size.buckets).SerializeToString()), size)
 
 
@@ -173,11 +173,7 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
     reader = DeltasReader(to.origin)
     local = to.local_limit_of_key if kind == LOCAL else None
     try:
-        reader.begin(Deltas.FromString(payload))
-        is_last = False
-        while not is_last:
-            applied = reader.apply(to.store, now_us, local_limit_of_key=local)
-            is_last = applied.is_last
+        for applied in reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
             # These counts are for data of peers, not of a snapshot.
             to.store.journal.refused.clear()
             yield applied.entries

@@ -4,314 +4,41 @@ Deltas tell a peer what changes. What it has missed all the same (it had no room
 a third node was cut for a while) is found by comparing, as Dynamo's replicas do (DeCandia et al. 2007, section 4.7),
 with one level of ranges instead of a tree: a few thousand sums are few enough to send.
 
-Every `EVERY_US`, at the same instants by every node's clock, each node sums up its buckets by range of keys, once for
-all its peers. Two nodes that have heard the same must come to the same sums although deltas are under way and they seal
-at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over for
-`SETTLE_US`, and what older ones amount to. Then the node with the lower id sends its sums, and where they differ both
-name their buckets, and tell each other all about those that differ. A bucket that changed meanwhile is left alone: its
-next delta says how much it holds.
-
-The work is bounded: a pass takes the buckets in steps, and when there are too many for `PASS_WORK`, only some segments
-of the key space, others the next time.
+Every few seconds each node sums up what it holds, once for all its peers (`rounds`). Then the node with the lower id
+sends its sums, a *digest*, and where they differ both name their buckets, and *repair*: they send each other all of
+those that differ. A bucket that changed meanwhile is left alone: its next delta says how much it holds.
 """
 
 from __future__ import annotations
 
-import struct
-from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Final
-from zlib import crc32
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.key import hash64
-from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
+from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.rounds import (
+    LOOK_WORK,
+    PIECE_WORK,
+    RANGES,
+    SEGMENT_RANGES,
+    SEGMENTS,
+    SUM_WORK,
+    Round,
+    Summing,
+)
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
-
-EVERY_US: Final = 4_000_000
-
-SETTLE_US: Final = 2_000_000
-"""What deltas get to arrive everywhere, and clocks to differ, before a slot that is over is compared."""
-
-KEPT_US: Final = 7_000_000
-"""A pass, and what follows from it, is over by then: three seconds before anything that it compares may be sealed."""
-
-LATE_US: Final = 1_000_000
-"""A pass is not begun so long after its instant: it would not end in time."""
-
-SEGMENTS: Final = 16
-SEGMENT_RANGES: Final = 64
-RANGES: Final = SEGMENTS * SEGMENT_RANGES
-
-LOOK_WORK: Final = 2
-SUM_WORK: Final = 40
-ENTRY_WORK: Final = 15
-"""In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
-
-STEP_WORK = 8_000
-"""Of one step, besides its share of looking at all buckets; more when a segment cannot be summed up in time so."""
-
-PIECE_WORK: Final = 1_000
-"""A step is taken in pieces of so much, and frames are answered so."""
-
-TELL_WORK: Final = 10
-"""To tell the peer of a bucket, or find out that it is to be asked for."""
-
-STEPS: Final = 170
-"""Of one pass: flushes of 20 ms within EVERY_US, and some to spare."""
-
-PASS_WORK = STEPS * STEP_WORK
-"""Of one pass: 4 % of the time, and 1 % for each 200,000 buckets."""
-
-FREED_RANGES: Final = 16
-"""In a step: of a pass, all within half of the next one."""
 
 MAX_PULL_KEYS: Final = 4_096
 """In one frame."""
 
-MAX_SUMMARY_BUCKETS: Final = 16_000
-"""As many as fit into a frame. A range has a thousand where there are a million buckets. One with more is left out: it
-is of keys that somebody has looked for, and a frame that is too large would end the stream.
-"""
-
 MAX_EXCHANGED = 16_384
-"""Buckets that are told, and as many that are asked for, because of one pass: some 2 MB. The rest is found again."""
+"""Buckets that are told, and as many that are asked for, because of one round: some 2 MB. The rest is found again."""
 
-SAMPLED_PART: Final = 256
-"""A pass that was given up shows how much there is to do if it has looked at one bucket in so many."""
-
-_MAX_ORIGINS: Final = 4_096
-"""Of which the hash is remembered."""
-
-
-def range_of(key: bytes) -> int:
-    return crc32(key) % RANGES
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Its buckets, as far as there are few enough of them.
-
-    Args:
-        hashes: of the keys.
-    """
-
-    keys: list[bytes] = field(default_factory=list)
-    hashes: array[int] = field(default_factory=lambda: array("Q"))
-    states: array[int] = field(default_factory=lambda: array("Q"))
-
-    @property
-    def is_crowded(self) -> bool:
-        """There are more, and it is left out."""
-        return len(self.keys) > MAX_SUMMARY_BUCKETS
-
-
-class Pass:
-    """What this node holds, as of one instant.
-
-    Args:
-        at_us: a multiple of EVERY_US by this node's clock.
-        segments: those it is about.
-    """
-
-    def __init__(self, at_us: int, segments: Iterable[int]) -> None:
-        self.at_us = at_us
-        self.segments = frozenset(segments)
-        self.sums = [0] * RANGES
-        self._ranges: dict[int, _Range] = {}
-
-    def add(self, range_number: int, key: bytes, state: int) -> None:
-        self.sums[range_number] = (self.sums[range_number] + state) & 0xFFFF_FFFF_FFFF_FFFF
-        found = self._ranges.get(range_number)
-        if found is None:
-            found = self._ranges[range_number] = _Range()
-        if found.is_crowded:
-            return
-        found.keys.append(key)
-        found.hashes.append(hash64(key))
-        found.states.append(state)
-
-    def sums_of(self, segment: int) -> list[int]:
-        """Of the ranges of one segment, as a Digest has them."""
-        return self.sums[segment * SEGMENT_RANGES : (segment + 1) * SEGMENT_RANGES]
-
-    def ranges(self) -> Iterable[_Range]:
-        """Those with buckets."""
-        return self._ranges.values()
-
-    def buckets(self, number: int) -> _Range:
-        """Those of one range."""
-        return self._ranges.get(number) or _Range()
-
-
-class Summing:
-    """One node's passes.
-
-    Args:
-        now_us: the start, or near it.
-    """
-
-    def __init__(self, store: Store, now_us: int) -> None:
-        self._store = store
-        self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
-        self._current: Pass | None = None
-        self._walk: Iterator[Bucket] = iter(())
-        self._step_left = 0
-        """Work to be done in the current step; 0 or less between two of them."""
-        self._looking = self._summing = 0
-        """Work done in the current pass, or the last."""
-        self._segment_work = 0
-        """To sum one segment up, as the last pass has shown."""
-        self._segments_a_pass = SEGMENTS
-        self._done: deque[Pass] = deque(maxlen=2)
-        self._left: list[_Range] = []
-        """Of passes that are of no use any more: to free all of one at once takes milliseconds."""
-        self._origins: dict[Origin, int] = {}
-
-    @property
-    def is_stepping(self) -> bool:
-        """True while a step is not done: then `step` does the next piece of it."""
-        return self._step_left > 0
-
-    def step(self, now_us: int) -> Pass | None:
-        """Begin a step, every few milliseconds, or go on with it.
-
-        Returns:
-            The pass that has just been done.
-        """
-        if self._step_left <= 0:
-            del self._left[-FREED_RANGES:]
-        current = self._current
-        if current is not None and now_us >= current.at_us + EVERY_US:
-            # Too slow, or the machine was asleep.
-            self._plan_next(len(current.segments), is_done=False)
-            self.pause()
-            return None
-        if current is None:
-            at_us = self._due(now_us)
-            if at_us is None:
-                return None
-            current = self._current = self._begin(at_us)
-        if self._step_left <= 0:
-            most = max(STEP_WORK, self._segment_work * 9 // 8 // STEPS)
-            self._step_left = most + LOOK_WORK * len(self._store) // STEPS
-        if not self._take_piece(current):
-            return None
-        self._current = None
-        self._step_left = 0
-        self._plan_next(len(current.segments), is_done=True)
-        if len(self._done) == self._done.maxlen:
-            self._left += self._done.popleft().ranges()
-        self._done.append(current)
-        return current
-
-    def pause(self) -> None:
-        """There is nobody to compare with, or no time: a pass under way is given up."""
-        if self._current is not None:
-            self._left += self._current.ranges()
-            self._current = None
-            self._step_left = 0
-
-    def find(self, at_us: int) -> Pass | None:
-        """The pass of that instant, if it is done and one of the last two."""
-        return next((each for each in self._done if each.at_us == at_us), None)
-
-    def state(self, bucket: Bucket, at_us: int) -> int:
-        """A hash of 64 bits of what replicas hold alike of a bucket; 0 when that is nothing."""
-        settled = _settled(bucket, at_us)
-        return 0 if settled is None else self._hash(bucket.key, settled)
-
-    def _due(self, now_us: int) -> int | None:
-        """The instant of the next pass, when it is to be begun."""
-        # What is due later than the next instant was so before the clock was set back.
-        if self._due_us - EVERY_US <= now_us < self._due_us:
-            return None
-        at_us = now_us // EVERY_US * EVERY_US
-        self._due_us = at_us + EVERY_US
-        if now_us > at_us + LATE_US or not self._is_to_be_done(at_us):
-            return None
-        return at_us
-
-    def _begin(self, at_us: int) -> Pass:
-        # The same on every node; each segment has its turn, also for one that does only every second, fourth ... pass.
-        number = at_us // EVERY_US
-        first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
-        self._walk = self._store.walk()
-        self._looking = self._summing = 0
-        return Pass(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_pass)])
-
-    def _take_piece(self, current: Pass) -> bool:
-        """True when the pass is done."""
-        piece = left = min(self._step_left, PIECE_WORK)
-        at_us, segments = current.at_us, current.segments
-        for bucket in self._walk:
-            left -= LOOK_WORK
-            self._looking += LOOK_WORK
-            range_number = range_of(bucket.key)
-            if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
-                settled = _settled(bucket, at_us)
-                work = SUM_WORK
-                if settled is not None:
-                    work += ENTRY_WORK * len(settled.entries)
-                    current.add(range_number, bucket.key, self._hash(bucket.key, settled))
-                left -= work
-                self._summing += work
-            if left <= 0:
-                self._step_left -= piece - left
-                return False
-        return True
-
-    def _plan_next(self, segments: int, *, is_done: bool) -> None:
-        """Args:
-        segments: of the pass that is over.
-        is_done: False when it was given up.
-        """
-        looked, buckets = self._looking // LOOK_WORK, len(self._store)
-        if is_done:
-            self._segment_work = self._summing // segments
-            most = 2 * segments
-        elif looked * SAMPLED_PART >= buckets:
-            self._segment_work = self._summing * buckets // looked // segments
-            most = segments * looked // max(looked, buckets)
-        else:
-            return
-        most = min(SEGMENTS, most, PASS_WORK // max(1, self._segment_work))
-        self._segments_a_pass = max(1, most)
-
-    def _is_to_be_done(self, at_us: int) -> bool:
-        """False for a part of the passes when even one segment is more than a pass may cost. Which, all nodes agree on:
-        the more often one does them, the more of another's are among them."""
-        work = LOOK_WORK * len(self._store) + self._segment_work
-        stride = 1
-        while work > stride * PASS_WORK:
-            stride *= 2
-        return at_us // EVERY_US % stride == 0
-
-    def _hash(self, key: bytes, settled: Settled) -> int:
-        # As they travel.
-        rows = sorted(
-            [(self._origin(origin), slot, min(tokens, MAX_SLOT_TOKENS)) for origin, slot, tokens in settled.entries]
-        )
-        numbers = [number for row in rows for number in row]
-        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
-        return hash64(key + settled.deficit.to_bytes(16, "little") + packed)
-
-    def _origin(self, origin: Origin) -> int:
-        number = self._origins.get(origin)
-        if number is None:
-            if len(self._origins) >= _MAX_ORIGINS:
-                self._origins.clear()
-            number = self._origins[origin] = hash64(origin.node.encode() + origin.incarnation.to_bytes(8, "little"))
-        return number
-
-
-def _settled(bucket: Bucket, at_us: int) -> Settled | None:
-    return bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+TELL_WORK: Final = 10
+"""To tell the peer of a bucket, or find out that it is to be asked for."""
 
 
 class Exchange:
@@ -326,25 +53,23 @@ class Exchange:
         self._store = store
         self._peer = peer
         self._leads = leads
-        self._own: Pass | None = None
+        self._own: Round | None = None
         """Whose Digest is yet to be sent."""
         self._theirs: pb.Digest | None = None
-        """That came before this node's own pass was done."""
+        """That came before this node's own round was done."""
         self._differing: dict[int, None] = {}
-        """Ranges whose Summary is yet to be sent, of the pass `_differing_us`: the newest with a Digest of the peer."""
+        """Ranges whose Summary is yet to be sent, of the round `_differing_us`: the newest the peer has a Digest of."""
         self._differing_us = 0
         self._summarised: set[int] = set()
         """Ranges whose Summary has come in answer to the Digest of `_summarised_us`."""
         self._summarised_us = 0
         self._pulls: deque[pb.Pull] = deque()
-        self._pieces: Iterator[None] | None = None
-        """Of the answer to the frame heard last, until it is done."""
         self._exchanged_us = 0
-        self._told = self._pulled = 0
-        """Buckets, because of the pass `_exchanged_us`."""
+        self._repaired = self._pulled = 0
+        """Buckets, because of the round `_exchanged_us`."""
 
-    def passed(self, own: Pass) -> None:
-        """This node has done a pass."""
+    def note_round(self, own: Round) -> None:
+        """This node has done a round."""
         if self._leads:
             self._own = own
         elif self._theirs is not None and self._theirs.at_us == own.at_us:
@@ -376,8 +101,9 @@ class Exchange:
             return pb.Frame(summary=summary)
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
 
-    def receive(self, frame: pb.Digest | pb.Summary | pb.Pull) -> None:
-        """Take a frame, to be answered in pieces: by `answer`.
+    def receive_steps(self, frame: pb.Digest | pb.Summary | pb.Pull) -> Steps:
+        """Take a frame and answer it, in steps: buckets that differ are repaired or asked for, and counted as the
+        peer's resyncs.
 
         Raises:
             ProtocolError: bad_digest.
@@ -394,34 +120,18 @@ class Exchange:
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys in a Pull; {MAX_PULL_KEYS} are taken")
         if own is not None and own.at_us > self._exchanged_us:
             self._exchanged_us = own.at_us
-            self._told = self._pulled = 0
+            self._repaired = self._pulled = 0
         if isinstance(frame, pb.Pull):
             if own is not None:
-                self._pieces = self._answer_pull(frame, own)
+                yield from self._answer_pull_steps(frame, own)
             return
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
         if own is None or frame.at_us != self._summarised_us or frame.range in self._summarised:
-            # Of a pass that is over.
+            # Of a round that is over.
             return
         self._summarised.add(frame.range)
-        self._pieces = self._answer_summary(frame, own)
-
-    @property
-    def is_answering(self) -> bool:
-        return self._pieces is not None
-
-    def answer(self) -> bool:
-        """Do a piece of what the frame heard last asks for: buckets that differ are told or asked for, and counted as
-        the peer's resyncs.
-
-        Returns:
-            True when it has to be called again, before the next `receive`.
-        """
-        for _ in self._pieces or ():
-            return True
-        self._pieces = None
-        return False
+        yield from self._answer_summary_steps(frame, own)
 
     def _receive_digest(self, digest: pb.Digest) -> None:
         segments = digest.segments
@@ -438,7 +148,7 @@ class Exchange:
         else:
             self._compare(digest, own)
 
-    def _compare(self, theirs: pb.Digest, own: Pass) -> None:
+    def _compare(self, theirs: pb.Digest, own: Round) -> None:
         self._differing.clear()
         self._differing_us = own.at_us
         their_sums = list(theirs.sums)
@@ -451,7 +161,7 @@ class Exchange:
                 if their_sum != own.sums[number]:
                     self._differing[number] = None
 
-    def _answer_summary(self, summary: pb.Summary, own: Pass) -> Iterator[None]:
+    def _answer_summary_steps(self, summary: pb.Summary, own: Round) -> Steps:
         theirs = dict(zip(summary.keys, summary.states, strict=True))
         pulled = []
         buckets = own.buckets(summary.range)
@@ -461,12 +171,12 @@ class Exchange:
         for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
             left -= LOOK_WORK
-            if their_state != state and not (their_state is None and self._peer.is_full):
+            if their_state != state and not (their_state is None and self._peer.said.is_full):
                 left -= SUM_WORK + TELL_WORK
                 bucket = self._store.get(key)
                 # If it has changed since, its next delta will say how much it holds.
                 if bucket is not None and self._summing.state(bucket, own.at_us) == state:
-                    self._tell_of(key)
+                    self._repair(key)
                     if their_state is not None:
                         pulled.append(hashed)
             if left <= 0:
@@ -480,21 +190,21 @@ class Exchange:
         for start in range(0, len(pulled), MAX_PULL_KEYS):
             keys = pulled[start : start + MAX_PULL_KEYS]
             self._pulls.append(pb.Pull(at_us=own.at_us, range=summary.range, keys=keys))
-        self._peer.resyncs += sum(hashed in theirs for hashed in pulled)
+        self._peer.counts.resyncs += sum(hashed in theirs for hashed in pulled)
 
-    def _answer_pull(self, pull: pb.Pull, own: Pass) -> Iterator[None]:
+    def _answer_pull_steps(self, pull: pb.Pull, own: Round) -> Steps:
         buckets = own.buckets(pull.range)
         if buckets.is_crowded:
             return
         keys = dict(zip(buckets.hashes, buckets.keys, strict=True))
         for index, hashed in enumerate(pull.keys, 1):
             if hashed in keys:
-                self._tell_of(keys[hashed])
+                self._repair(keys[hashed])
             if index % (PIECE_WORK // TELL_WORK) == 0:
                 yield
 
-    def _tell_of(self, key: bytes) -> None:
-        if self._told < MAX_EXCHANGED:
-            self._told += 1
-            self._peer.resyncs += 1
-            self._peer.outbox.tell(key)
+    def _repair(self, key: bytes) -> None:
+        if self._repaired < MAX_EXCHANGED:
+            self._repaired += 1
+            self._peer.counts.resyncs += 1
+            self._peer.outbox.repair(key)

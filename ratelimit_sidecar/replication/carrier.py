@@ -16,8 +16,9 @@ import grpc
 import grpc.aio
 import structlog
 
-from ratelimit_sidecar.replication.replicator import Stream
-from ratelimit_sidecar.replication.turns import Turns
+from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.scheduler import Scheduler
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1.replication_pb2 import DESCRIPTOR
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 
@@ -64,7 +65,7 @@ async def carry(
     stream: Stream,
     *,
     woken: asyncio.Event,
-    turns: Turns,
+    scheduler: Scheduler,
     now_us: Callable[[], int],
     on_heard: Callable[[], None],
     linger_seconds: float,
@@ -73,16 +74,16 @@ async def carry(
 
     Args:
         woken: set by the stream's `wake`.
-        turns: of all the node's streams.
+        scheduler: of all the node's streams.
         on_heard: called after each frame heard.
         linger_seconds: what the other end gets to hang up first after this one's last frame: a call cancelled sooner
             may lose that frame.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            reader = tasks.create_task(_read(call, stream, turns, now_us, on_heard))
+            reader = tasks.create_task(_read(call, stream, scheduler, now_us, on_heard))
             timer = tasks.create_task(_keep_time(stream, now_us))
-            await _write(call, stream, woken, turns, now_us)
+            await _write(call, stream, woken, scheduler, now_us)
             timer.cancel()
             if not reader.done():
                 await asyncio.wait([reader], timeout=linger_seconds)
@@ -107,20 +108,12 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
 
 
 async def _read(
-    call: Call, stream: Stream, turns: Turns, now_us: Callable[[], int], on_heard: Callable[[], None]
+    call: Call, stream: Stream, scheduler: Scheduler, now_us: Callable[[], int], on_heard: Callable[[], None]
 ) -> None:
-    frame: bytes | None = None
-
-    def hear() -> bool:
-        nonlocal frame
+    def receive_steps(frame: bytes) -> Steps:
         with _faults_of(stream, now_us):
-            if frame is not None:
-                heard, frame = frame, None
-                stream.hear(heard, now_us())
-            if stream.apply(now_us()):
-                return True
+            yield from stream.receive_steps(frame, now_us())
         on_heard()
-        return False
 
     while True:
         try:
@@ -134,24 +127,26 @@ async def _read(
         if frame is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        await turns.do(hear)
+        await scheduler.run(receive_steps(frame))
 
 
-async def _write(call: Call, stream: Stream, woken: asyncio.Event, turns: Turns, now_us: Callable[[], int]) -> None:
+async def _write(
+    call: Call, stream: Stream, woken: asyncio.Event, scheduler: Scheduler, now_us: Callable[[], int]
+) -> None:
     frame: bytes | None = None
 
-    def write() -> bool:
+    def write_steps() -> Steps:
         nonlocal frame
-        frame = None
         with _faults_of(stream, now_us):
-            # Before each piece of a batch, too: a peer waits for its pong or a payment no longer than for a piece.
-            frame = stream.take_frame(now_us())
-            return frame is None and stream.write(now_us())
-        return False
+            while True:
+                frame = stream.next_frame(now_us())
+                if frame is not None or not stream.write(now_us()):
+                    return
+                yield
 
     while True:
         woken.clear()
-        await turns.do(write)
+        await scheduler.run(write_steps())
         if frame is not None:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):

@@ -7,15 +7,19 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
-from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven, KeyNumbersHeard
+from ratelimit_sidecar.replication.key_numbers import (
+    MAX_NUMBERED_KEY_BYTES,
+    MAX_NUMBERS,
+    KeyNumbersGiven,
+    KeyNumbersHeard,
+)
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
@@ -42,19 +46,46 @@ _ROUGH_BUCKET_BYTES: Final = 48
 _ROUGH_ENTRY_BYTES: Final = 6
 
 
+class Knowledge(NamedTuple):
+    """What a stream has to know of numbers to understand a payload.
+
+    Args:
+        used: a bit for each number whose key the payload does not say.
+        given: a bit for each number that it gives to a key.
+        keys: of the numbers in `used`.
+    """
+
+    used: int
+    given: int
+    keys: list[tuple[int, bytes]]
+
+    @property
+    def all(self) -> int:
+        """A bit for each number that who has heard the payload knows."""
+        return self.used | self.given
+
+    def missing(self, known: int) -> bytes:
+        """The part of a Deltas that says the keys of the numbers which are used and not among `known`."""
+        missing = self.used & ~known
+        if not missing:
+            return b""
+        named = [pb.BucketDelta(key=key, number=number) for number, key in self.keys if missing >> number & 1]
+        return pb.Deltas(buckets=named).SerializeToString()
+
+
+NO_KNOWLEDGE: Final = Knowledge(0, 0, [])
+
+
 class DeltasWriter:
-    """Builds one Deltas frame, whose sequence number the session fills in.
+    """Builds the payload of one Deltas frame; its sequence number is the session's affair.
 
     Args:
         sender: whose entries need no mention of their origin.
-        numbers: of the stream it is for; None when its peer knows of none.
+        numbers: for the keys; None to write them in full.
     """
 
     def __init__(self, sender: Origin, numbers: KeyNumbersGiven | None = None) -> None:
-        self.frame = pb.Frame()
-        self.deltas = self.frame.deltas
-        # A frame without buckets is a Deltas all the same.
-        self.deltas.SetInParent()
+        self.deltas = pb.Deltas()
         self.entries = 0
         """Slot entries written."""
         self.rough_bytes = 0
@@ -63,17 +94,28 @@ class DeltasWriter:
         """Of the buckets that it tells of."""
         self._origins = {sender: 0}
         self._numbers = numbers
+        self._used: list[tuple[int, bytes]] = []
+        self._given: set[int] = set()
 
-    def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry], *, is_told_often: bool = False) -> None:
-        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period.
+    def payload(self) -> bytes:
+        """A Deltas without a sequence."""
+        return self.deltas.SerializeToString()
 
-        Args:
-            is_told_often: its key is worth a number.
-        """
+    def knowledge(self) -> Knowledge:
+        """What is to be known of numbers to understand the payload."""
+        return Knowledge(_bits(number for number, _ in self._used), _bits(self._given), self._used)
+
+    def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
+        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period."""
         delta = self.deltas.buckets.add()
         is_new = True
-        if is_told_often and self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
-            delta.number, is_new = self._numbers.number(bucket.key)
+        if self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
+            number, is_new = self._numbers.number(bucket.key)
+            delta.number = number
+            if is_new:
+                self._given.add(number)
+            elif number not in self._given:
+                self._used.append((number, bucket.key))
         if is_new:
             delta.key = bucket.key
             self.rough_bytes += len(bucket.key)
@@ -126,16 +168,22 @@ class DeltasWriter:
         return number
 
 
-@dataclass(slots=True)
-class Applied:
-    """What a piece of a Deltas frame amounted to."""
+def _bits(numbers: Iterable[int]) -> int:
+    bits = bytearray(MAX_NUMBERS // 8 + 1)
+    for number in numbers:
+        bits[number >> 3] |= 1 << (number & 7)
+    return int.from_bytes(bits, "little")
 
-    is_last: bool = False
-    """True when all of the frame has been applied."""
-    entries: int = 0
+
+class Applied(NamedTuple):
+    """What a step of applying a Deltas frame amounted to."""
+
+    entries: int
     """Slot entries read."""
-    unknown_keys: int = 0
+    unknown_keys: int
     """Buckets that no replicated rule of this replica knows: left out."""
+    is_last: bool
+    """True when all of the frame has been applied."""
 
 
 OnNews = Callable[[Bucket, Sequence[Entry]], None]
@@ -154,37 +202,21 @@ class DeltasReader:
     def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
         self._corrector = sender if is_proven else None
-        self._origins: list[Origin] = []
-        self._left: Iterator[pb.BucketDelta] = iter(())
-        """Of the frame that is being applied."""
-        self._entries = 0
-        """Read of it."""
-        self._pace = Pace()
         self._numbers = KeyNumbersHeard()
         self._limit_of_key: LimitOfKey | None = None
         self._limits: dict[int, AnyLimit | None] = {}
         """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
 
-    def begin(self, deltas: pb.Deltas) -> None:
-        """Take a frame, to be applied in pieces.
-
-        Raises:
-            ProtocolError: too_large or malformed.
-        """
-        _check_size(deltas)
-        self._origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
-        self._left = iter(deltas.buckets)
-        self._entries = 0
-
-    def apply(
+    def apply_steps(
         self,
+        deltas: pb.Deltas,
         store: Store,
         now_us: int,
         on_news: OnNews | None = None,
         *,
         local_limit_of_key: LimitOfKey | None = None,
-    ) -> Applied:
-        """Join the next piece of the frame into `store`.
+    ) -> Iterator[Applied]:
+        """Join a frame into `store`, in steps.
 
         Args:
             local_limit_of_key: for a frame of buckets that are not replicated, as a snapshot has them.
@@ -193,23 +225,24 @@ class DeltasReader:
             ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
-        applied = Applied()
+        _check_size(deltas)
+        origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         limit_of_key = local_limit_of_key or store.limit_of_key
-        if self._limit_of_key is not limit_of_key:
-            self._limit_of_key = limit_of_key
-            self._limits.clear()
-        for delta in self._left:
+        pace = Pace()
+        entries_left = MAX_FRAME_ENTRIES
+        entries_read = unknown_keys = 0
+        for delta in deltas.buckets:
             key, limit = self._read_key(delta, limit_of_key)
             entries: list[Entry] = []
             for run in delta.runs:
-                _read_run(run, 0, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
+                _read_run(run, 0, origins, entries, entries_left)
             for run in delta.refunds:
-                _read_run(run, REFUND, self._origins, entries, MAX_FRAME_ENTRIES - self._entries)
-            self._entries += len(entries)
-            applied.entries += len(entries)
+                _read_run(run, REFUND, origins, entries, entries_left)
+            entries_left -= len(entries)
+            entries_read += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
             if limit is None:
-                applied.unknown_keys += 1
+                unknown_keys += 1
             else:
                 if local_limit_of_key is None:
                     news = store.join(key, limit, base, entries, now_us, sender=self._corrector)
@@ -220,15 +253,17 @@ class DeltasReader:
                     assert bucket is not None
                     on_news(bucket, entries)
             # What is not believed may have had the bucket counted anew.
-            if self._pace.ends_piece(len(entries)) or store.journal.refused:
-                return applied
-        # It would keep the frame.
-        self._left = iter(())
-        applied.is_last = True
-        return applied
+            if pace.ends_piece(len(entries)) or store.journal.refused:
+                yield Applied(entries_read, unknown_keys, False)
+                entries_read = unknown_keys = 0
+                limit_of_key = local_limit_of_key or store.limit_of_key
+        yield Applied(entries_read, unknown_keys, True)
 
     def _read_key(self, delta: pb.BucketDelta, limit_of_key: LimitOfKey) -> tuple[bytes, AnyLimit | None]:
         """A bucket's key, and its limit here."""
+        if self._limit_of_key is not limit_of_key:
+            self._limit_of_key = limit_of_key
+            self._limits.clear()
         key, number = delta.key, delta.number
         if not key and number:
             key = self._numbers.key(number)

@@ -21,8 +21,9 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, Call
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Name, Target, Targets, host_of, port_of
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, UntrustedError
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
@@ -115,7 +116,7 @@ class Dialler:
 
     def _has_joined(self, target: Target) -> bool:
         peer = self._replicator.peers.get(target.node)
-        return target.is_self or target.has_failed or (peer is not None and peer.full_state_heard)
+        return target.is_self or target.has_failed or (peer is not None and peer.said.full_state)
 
     def refuse_redundant(self, target: Target, origin: Origin) -> None:
         """Refuse a second stream to one peer. Call it when a dialled peer has said who it is.
@@ -174,7 +175,7 @@ class Dialler:
             _log.info("peer_address_gone", address=target.address, peer=target.node)
             self._dialling.pop(target).cancel()
             if not self.targets.leads_to(target.node):
-                self._replicator.release(target.node)
+                self._replicator.connections.release(target.node)
 
     async def _keep_dialled(self, target: Target) -> None:
         backoff = wait_random_exponential(multiplier=FIRST_REDIAL_SECONDS, max=MAX_REDIAL_SECONDS)

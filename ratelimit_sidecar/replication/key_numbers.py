@@ -1,4 +1,7 @@
-"""Numbers in place of bucket keys: on one stream, in one direction, a key that is told of again and again is sent once.
+"""Numbers in place of bucket keys: a key that is told of again and again is sent to each peer once.
+
+A node gives each key one number for all its streams, so that what it tells is encoded once. Who is sent a number that
+it has not heard of, being connected later, is sent the key first (`deltas.Knowledge`).
 
 There are `MAX_NUMBERS` of them. When all are given away, the key that has had its number longest loses it to the new
 one, and the frame that says so comes before any that uses it: streams keep order. So neither end grows with the keys
@@ -32,7 +35,7 @@ class KeyNumbersGiven:
         """Where in them the next new key goes when all numbers are given away."""
 
     def number(self, key: bytes) -> tuple[int, bool]:
-        """The number of `key`, and whether it is new to the peer, who then has to be sent the key along with it."""
+        """The number of `key`, and whether it is new, and has to be told along with the key."""
         numbers = self._numbers[hash(key) % SHARDS]
         number = numbers.get(key)
         if number is not None:

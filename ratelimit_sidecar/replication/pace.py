@@ -1,11 +1,20 @@
-"""Cuts long work with buckets, writing batches and applying them, into pieces that are short on a slow machine, too.
+"""Long work in steps that are short on a slow machine, too.
 
-That takes 4 to 20 us a bucket; how many pieces there are in a turn of the event loop, `turns` measures.
+Writing batches and applying them takes 4 to 20 us a bucket. How many steps there are in a turn of the event loop is up
+to the `scheduler`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
+
+Steps = Iterator[None]
+"""A job that yields after each step, of 0.1 ms or so.
+
+Functions that return one have names that end in `_steps`: nothing happens before it is iterated. That is up to the
+`scheduler`, or to a `yield from` of another job.
+"""
 
 PIECE_WORK = 8
 """Of one piece: so many buckets with an entry each, or fewer with more."""

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.outbox import Batch, Outbox
+from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.lag import Batch
+from ratelimit_sidecar.replication.outbox import Outbox
+from ratelimit_sidecar.replication.purses import PaymentOutbox
+from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.status import PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import Reason
 
-if TYPE_CHECKING:
-    from ratelimit_sidecar.replication.replicator import Stream
+
+class Link(Protocol):
+    """What a peer has to do with a stream to it (`stream.Stream`)."""
+
+    address: str
+    is_dialled: bool
+    payments: PaymentOutbox | None
+    wake: Callable[[], None]
+
+    @property
+    def heard_us(self) -> int: ...
+
+    @property
+    def pays(self) -> bool: ...
+
+    @property
+    def compares(self) -> bool: ...
+
+    def is_ack_due(self, now_us: int) -> bool: ...
+
+    def compare(self, done: Round) -> None: ...
+
+    def tell_status_again(self) -> None: ...
+
+    def close(self, reason: Reason, detail: str, now_us: int) -> None: ...
 
 
 class BatchSpan(Protocol):
@@ -40,10 +69,47 @@ class BatchTracer(Protocol):
         """
 
 
-class Peer:
-    """Another node. Of its streams `streams[0]`, when there is one, carries this node's deltas and asks."""
+@dataclass(slots=True)
+class Said:
+    """What a peer has said of itself on the streams of now.
 
-    def __init__(self, store: Store, node: str) -> None:
+    Args:
+        full_state: it has told everything that it knew when its stream began.
+        reaches: nodes that it has a stream to; None while it has not said.
+        has_joined: it has heard from its peers what they know.
+        request: which snapshot it asks for.
+        is_full: it has no room for buckets of new keys.
+        rules: a digest of those it replicates by; 0 while it has not said.
+    """
+
+    full_state: bool = False
+    reaches: frozenset[str] | None = None
+    has_joined: bool = False
+    request: pb.SyncRequest = pb.UNDECIDED
+    is_full: bool = False
+    rules: int = 0
+    clock_offset_us: int | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one peer, since this process's start; see `PeerStatus`."""
+
+    batches_sent: int = 0
+    batches_received: int = 0
+    entries_sent: int = 0
+    entries_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    resyncs: int = 0
+    protocol_errors: Counter[str] = field(default_factory=Counter)
+    refused: Counter[Refused] = field(default_factory=Counter)
+
+
+class Peer:
+    """A remote node and everything known about it."""
+
+    def __init__(self, store: Store, changes: ChangeLog, node: str) -> None:
         self.node = node
         self.region = ""
         self.address = ""
@@ -52,50 +118,53 @@ class Peer:
         self.protocol = 0
         self.is_configured = False
         """True once a configured address has led to it."""
-        self.streams: list[Stream] = []
-        self.outbox = Outbox(store)
-        self.full_state_heard = False
-        """True when it has told everything it knew when its stream began."""
-        self.reaches: frozenset[str] | None = None
-        """Nodes that it has a stream to; None while it has not said."""
-        self.has_joined = False
-        """True when it says that it has heard from its peers what they know."""
-        self.wish: pb.Wish = pb.UNDECIDED
-        """What it wants to be told."""
-        self.own_wish: pb.Wish = pb.UNDECIDED
-        """What this node wants to be told by it."""
-        self.is_full = False
-        """True when it has no room for buckets of new keys."""
-        self.rules = 0
-        """A digest of the rules it replicates by; 0 while it has not said."""
-        self.clock_offset_us: int | None = None
+        self.streams: list[Link] = []
+        """Established ones, the active one first."""
+        self.outbox = Outbox(store, changes)
+        self.said = Said()
+        self.counts = Counts()
+        self.own_request: pb.SyncRequest = pb.UNDECIDED
+        """Which snapshot this node asks it for."""
         self.is_skewed = False
         """True when the clock offset has been warned about."""
         self.last_error = ""
         self.lost_us = 0
         self._spans: deque[BatchSpan | None] = deque()
-        self.batches_sent = self.batches_received = 0
-        self.entries_sent = self.entries_received = 0
-        self.bytes_sent = self.bytes_received = 0
-        self.resyncs = 0
-        """Buckets told or asked for because a comparison found them to differ."""
         self.connections = 0
-        self.protocol_errors: Counter[str] = Counter()
-        self.refused: Counter[Refused] = Counter()
+
+    @property
+    def active(self) -> Link | None:
+        """The stream on which this node sends; others are only read."""
+        return self.streams[0] if self.streams else None
+
+    def wake(self) -> None:
+        """There is something to send."""
+        if self.streams:
+            self.streams[0].wake()
+
+    def grant_request(self, now_us: int) -> None:
+        """Begin to send the snapshot that it has asked for, if it has."""
+        if self.said.request != pb.UNDECIDED:
+            self.outbox.request(now_us, recent=self.said.request == pb.RECENT)
+
+    def forget_streams(self, now_us: int) -> None:
+        """Its last stream has ended: what it said of itself on them is over."""
+        self.lost_us = now_us
+        self.own_request = pb.UNDECIDED
+        self.said = Said()
 
     @property
     def pays(self) -> bool:
         """True while it can be asked for tokens of strict limits."""
         return bool(self.streams) and self.streams[0].pays
 
-    def sent(self, batch: Batch, tracer: BatchTracer | None) -> None:
-        """A batch of its outbox is on its way."""
-        self.batches_sent += 1
-        self.entries_sent += batch.entries
+    def sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
+        """A batch of its outbox is on its way; returns what continues its trace, if it belongs to one."""
+        self.counts.batches_sent += 1
+        self.counts.entries_sent += batch.entries
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
-        if span is not None:
-            batch.frame.deltas.trace = span.context
         self._spans.append(span)
+        return b"" if span is None else span.context
 
     def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
         """A batch of it is applied from now on.
@@ -103,7 +172,7 @@ class Peer:
         Returns:
             Its span, which whoever applies it ends; None when it belongs to no trace.
         """
-        self.batches_received += 1
+        self.counts.batches_received += 1
         return tracer.apply_span(self.node, deltas.trace) if tracer is not None and deltas.trace else None
 
     def acknowledged(self, now_us: int) -> None:
@@ -123,7 +192,16 @@ class Peer:
 
     def rules_match(self, rules: int) -> bool | None:
         """Whether it replicates by the rules with that digest; None while that is not known."""
-        return self.rules == rules if self.rules and rules else None
+        return self.said.rules == rules if self.said.rules and rules else None
+
+    def is_comparable(self, rules: int, now_us: int) -> bool:
+        """True when both ends have heard what counts in the round of now.
+
+        Args:
+            rules: a digest of this node's rules.
+        """
+        is_told = not self.outbox.owes_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
+        return self.said.full_state and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
         """Args:
@@ -138,17 +216,17 @@ class Peer:
             connected=bool(self.streams),
             lag_seconds=self.outbox.lag_us(now_us) / 1e6,
             pending_buckets=self.outbox.pending_buckets,
-            batches_sent=self.batches_sent,
-            batches_received=self.batches_received,
-            entries_sent=self.entries_sent,
-            entries_received=self.entries_received,
-            bytes_sent=self.bytes_sent,
-            bytes_received=self.bytes_received,
-            resyncs=self.resyncs,
+            batches_sent=self.counts.batches_sent,
+            batches_received=self.counts.batches_received,
+            entries_sent=self.counts.entries_sent,
+            entries_received=self.counts.entries_received,
+            bytes_sent=self.counts.bytes_sent,
+            bytes_received=self.counts.bytes_received,
+            resyncs=self.counts.resyncs,
             rules_match=self.rules_match(rules),
             reconnects=max(0, self.connections - 1),
-            clock_offset_seconds=None if self.clock_offset_us is None else self.clock_offset_us / 1e6,
+            clock_offset_seconds=None if self.said.clock_offset_us is None else self.said.clock_offset_us / 1e6,
             last_error=self.last_error,
-            protocol_errors=dict(self.protocol_errors),
-            refused={why.value: count for why, count in self.refused.items()},
+            protocol_errors=dict(self.counts.protocol_errors),
+            refused={why.value: count for why, count in self.counts.refused.items()},
         )

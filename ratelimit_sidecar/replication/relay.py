@@ -56,12 +56,14 @@ class Relay:
         self._own_bit = bits[self._node]
         self._reached_by = Counter(dict.fromkeys(nodes, self._own_bit))
         for peer in self._peers:
-            for node in peer.reaches or ():
+            for node in peer.said.reaches or ():
                 self._reached_by[node] |= bits[peer.node]
         self._of_origin.clear()
         before, self._missed = self._missed, {}
         told, self._lasting = self._lasting, {}
-        self.is_needed = any(peer.reaches is not None and nodes - peer.reaches - {peer.node} for peer in self._peers)
+        self.is_needed = any(
+            peer.said.reaches is not None and nodes - peer.said.reaches - {peer.node} for peer in self._peers
+        )
         late = []
         if self.is_needed:
             origins = sorted(self._reached_by.keys() - {self._node})[:MAX_ORIGINS]
@@ -89,7 +91,7 @@ class Relay:
         return found if found is not None else [peer for peer in self._peers if self._must_tell(peer, origin)]
 
     def _must_tell(self, peer: Peer, origin: str) -> bool:
-        if peer.reaches is None or origin == peer.node or origin in peer.reaches:
+        if peer.said.reaches is None or origin == peer.node or origin in peer.said.reaches:
             return False
         reach_both = self._reached_by[peer.node] & self._reached_by.get(origin, 0)
         return not reach_both or reach_both & -reach_both == self._own_bit

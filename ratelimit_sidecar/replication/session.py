@@ -24,21 +24,22 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.pings import Pings
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
     COMPARING_PROTOCOL,
     MAX_DETAIL_CHARS,
     PAYING_PROTOCOL,
     PROTOCOL,
+    RIDING_PROTOCOL,
     ProtocolError,
     Reason,
     read_frame,
     read_hello,
     read_membership,
+    write_deltas,
     write_membership,
 )
-
-PING_EVERY_US: Final = 1_000_000
 
 SILENCE_US: Final = 5_000_000
 """Nothing heard for so long, five pings: the peer is dead or cut off."""
@@ -46,13 +47,20 @@ SILENCE_US: Final = 5_000_000
 STALL_US: Final = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
 
+ACK_DELAY_US: Final = 20_000
+"""An acknowledgement waits so long for Deltas to carry it: until the next flush. A frame of its own costs either end as
+much as a small batch."""
+
+MAX_ACKS_OWED: Final = 8
+"""With so many of them one is sent at once: the peer may be waiting for it, with a snapshot that it has to send."""
+
+RIDING_US: Final = 2 * ACK_DELAY_US
+"""Only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
+
 MAX_FRAMES: Final = 10_000
 FRAMES_WITHIN_US: Final = 5_000_000
 """More frames in such a time are an attack: a full state, the most that an honest peer has to say at once, goes out
 in frames that each take a millisecond and more to apply."""
-
-CLOCK_SAMPLES: Final = 8
-"""Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
 
 
 class State(Enum):
@@ -92,16 +100,26 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class DeltasReceived:
-    """To be applied, and then acknowledged."""
+    """To be applied, and then acknowledged.
+
+    Args:
+        acknowledged: what they acknowledge themselves.
+    """
 
     deltas: pb.Deltas
+    acknowledged: DeltasAcknowledged | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeltasAcknowledged:
-    """The peer has applied the `frames` oldest of the Deltas not acknowledged before."""
+    """The peer has applied the `frames` oldest of the Deltas not acknowledged before.
+
+    Args:
+        delay_us: how long ago.
+    """
 
     frames: int
+    delay_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +130,10 @@ class PaymentsReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class StandingReceived:
+class StatusReceived:
     """The peer says whom it hears from, and what rules it has."""
 
-    standing: pb.Standing
+    status: pb.Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +170,7 @@ Event = (
     | DeltasReceived
     | DeltasAcknowledged
     | PaymentsReceived
-    | StandingReceived
+    | StatusReceived
     | ComparisonReceived
     | ClockMeasured
     | DemandsReceived
@@ -174,7 +192,7 @@ class Session:
         self.pays = False
         """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
         self.compares = False
-        """True when both ends know of Standing, comparisons and numbers for keys."""
+        """True when both ends know of Status, comparisons and numbers for keys."""
         self.heard_us = now_us
         """When the last frame arrived."""
         self._frames = 0
@@ -183,16 +201,18 @@ class Session:
         self._goodbye: pb.Goodbye | None = None
         self._received = self._applied = 0
         """The last of the peer's Deltas."""
-        self._ack_owed = False
+        self._acks_owed = 0
+        """Deltas applied that are not acknowledged."""
+        self._ack_due_us = 0
+        """When it is sent in a frame of its own."""
+        self._applied_us = 0
+        self._acks_ride = False
+        """True when both ends know of acknowledgements on Deltas."""
+        self._deltas_sent_us = 0
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
         """When each of the Deltas not acknowledged was sent."""
-        self._ping_due_us = now_us
-        self._last_ping = 0
-        self._pings: dict[int, int] = {}
-        """When each ping not answered was sent."""
-        self._pong_owed: tuple[int, int] | None = None
-        self._clock_samples: deque[tuple[int, int]] = deque(maxlen=CLOCK_SAMPLES)
+        self._pings = Pings(now_us)
 
     @property
     def is_over(self) -> bool:
@@ -224,7 +244,7 @@ class Session:
         if self.state in (State.CLOSING, State.CLOSED):
             return
         silent_us = now_us - self.heard_us
-        unanswered_us = now_us - min([*self._unacknowledged, *self._pings.values()], default=now_us)
+        unanswered_us = now_us - min([*self._unacknowledged, self._pings.waits_since_us(now_us)])
         if silent_us >= SILENCE_US:
             error = ProtocolError(Reason.SILENT, f"nothing heard for {silent_us / 1e6:.1f} s")
         elif unanswered_us >= STALL_US:
@@ -244,10 +264,19 @@ class Session:
         """The connection is gone."""
         self.state = State.CLOSED
 
-    def acknowledge(self) -> None:
+    def acknowledge(self, now_us: int) -> None:
         """All Deltas received have been applied."""
-        self._applied = self._received
-        self._ack_owed = True
+        self._applied, self._applied_us = self._received, now_us
+        self._acks_owed += 1
+        is_busy = self._acks_ride and now_us - self._deltas_sent_us < RIDING_US
+        if not is_busy or self._acks_owed >= MAX_ACKS_OWED:
+            self._ack_due_us = now_us
+        elif self._acks_owed == 1:
+            self._ack_due_us = now_us + ACK_DELAY_US
+
+    def is_ack_due(self, now_us: int) -> bool:
+        """True when an acknowledgement has waited in vain for Deltas to carry it."""
+        return self._acks_owed > 0 and now_us >= self._ack_due_us
 
     def next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None = None) -> bytes | None:
         """The next frame to be sent now, Deltas excepted; None when none is owed.
@@ -258,27 +287,29 @@ class Session:
         frame = self._next_frame(now_us, on_ping)
         return None if frame is None else frame.SerializeToString()
 
-    def send_deltas(self, frame: pb.Frame, now_us: int) -> bytes:
-        """Number a Deltas frame, to be sent now.
+    def send_deltas(self, payload: bytes, trace: bytes, now_us: int) -> bytes:
+        """A Deltas frame, to be sent now; it gets the next number.
 
         The caller bounds how many it leaves unacknowledged.
+
+        Args:
+            payload: a Deltas without a number.
+            trace: "" for none.
         """
         assert self.state is State.ESTABLISHED
         self._sent += 1
         self._unacknowledged.append(now_us)
-        frame.deltas.sequence = self._sent
-        return frame.SerializeToString()
+        self._deltas_sent_us = now_us
+        head = pb.Deltas(sequence=self._sent, trace=trace)
+        if self._acks_owed and self._acks_ride:
+            self._acks_owed = 0
+            head.acknowledged, head.ack_delay_ms = self._applied, max(0, now_us - self._applied_us) // 1_000
+        return write_deltas(head, payload)
 
-    def send_payments(self, frame: pb.Frame) -> bytes:
-        """A Payments frame, to be sent now."""
+    def send(self, frame: pb.Frame) -> bytes:
+        """Payments, a Status or a frame of a comparison, to be sent now."""
         assert self.state is State.ESTABLISHED
-        assert self.pays
-        return frame.SerializeToString()
-
-    def send_comparison(self, frame: pb.Frame) -> bytes:
-        """A Standing or a frame of a comparison, to be sent now."""
-        assert self.state is State.ESTABLISHED
-        assert self.compares
+        assert self.pays if frame.HasField("payments") else self.compares
         return frame.SerializeToString()
 
     def _count_frame(self, now_us: int) -> None:
@@ -303,22 +334,16 @@ class Session:
         return self._owed_frame(now_us, on_ping) if self.state is State.ESTABLISHED else None
 
     def _owed_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None) -> pb.Frame | None:
-        if self._pong_owed is not None:
-            ping_id, received_us = self._pong_owed
-            self._pong_owed = None
-            return pb.Frame(pong=pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us))
-        if self._ack_owed:
-            self._ack_owed = False
+        pong = self._pings.take_pong(now_us)
+        if pong is not None:
+            return pb.Frame(pong=pong)
+        if self.is_ack_due(now_us):
+            self._acks_owed = 0
             return pb.Frame(ack=pb.Ack(sequence=self._applied))
-        if now_us >= self._ping_due_us:
-            self._ping_due_us = now_us + PING_EVERY_US
-            self._last_ping += 1
-            self._pings[self._last_ping] = now_us
-            frame = pb.Frame(ping=pb.Ping(id=self._last_ping))
-            if on_ping is not None:
-                on_ping(frame.ping)
-            return frame
-        return None
+        ping = self._pings.take_ping(now_us)
+        if ping is not None and on_ping is not None:
+            on_ping(ping)
+        return None if ping is None else pb.Frame(ping=ping)
 
     def _hello(self) -> pb.Hello:
         local = self._local
@@ -351,7 +376,7 @@ class Session:
             case "payments":
                 return self._receive_payments(frame.payments)
             case "ack":
-                return self._receive_ack(frame.ack)
+                return self._acknowledged(frame.ack.sequence, 0)
             case "ping" | "pong":
                 return self._receive_ping_or_pong(frame, now_us)
         assert kind is not None
@@ -362,6 +387,7 @@ class Session:
         self.peer = peer
         self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
+        self._acks_ride = hello.protocol >= RIDING_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
         return Established(peer, hello.region, hello.version[:MAX_DETAIL_CHARS], protocol, membership)
@@ -370,43 +396,36 @@ class Session:
         if deltas.sequence != self._received + 1:
             raise ProtocolError(Reason.UNEXPECTED, f"deltas {deltas.sequence} after deltas {self._received}")
         self._received = deltas.sequence
-        return DeltasReceived(deltas)
+        acknowledged = (
+            self._acknowledged(deltas.acknowledged, 1_000 * deltas.ack_delay_ms) if deltas.acknowledged else None
+        )
+        return DeltasReceived(deltas, acknowledged)
 
     def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:
         if not self.pays:
             raise ProtocolError(Reason.UNEXPECTED, "payments between nodes of which one has shown no membership")
         return PaymentsReceived(payments)
 
-    def _receive_comparison(self, kind: str, frame: pb.Frame) -> StandingReceived | ComparisonReceived:
+    def _receive_comparison(self, kind: str, frame: pb.Frame) -> StatusReceived | ComparisonReceived:
         if not self.compares:
             raise ProtocolError(Reason.UNEXPECTED, f"{kind} from a peer that said it speaks an older protocol")
-        if kind == "standing":
-            return StandingReceived(frame.standing)
+        if kind == "status":
+            return StatusReceived(frame.status)
         return ComparisonReceived(getattr(frame, kind))
 
-    def _receive_ack(self, ack: pb.Ack) -> DeltasAcknowledged:
-        frames = ack.sequence - (self._sent - len(self._unacknowledged))
+    def _acknowledged(self, sequence: int, delay_us: int) -> DeltasAcknowledged:
+        frames = sequence - (self._sent - len(self._unacknowledged))
         if not 1 <= frames <= len(self._unacknowledged):
             raise ProtocolError(
                 Reason.UNEXPECTED,
-                f"acknowledgement of deltas {ack.sequence}; {len(self._unacknowledged)} of {self._sent} are open",
+                f"acknowledgement of deltas {sequence}; {len(self._unacknowledged)} of {self._sent} are open",
             )
         for _ in range(frames):
             self._unacknowledged.popleft()
-        return DeltasAcknowledged(frames)
+        return DeltasAcknowledged(frames, min(delay_us, STALL_US))
 
     def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | DemandsReceived | None:
         if frame.HasField("ping"):
-            self._pong_owed = (frame.ping.id, now_us)
+            self._pings.received(frame.ping, now_us)
             return DemandsReceived(frame.ping.demands) if frame.ping.demands else None
-        pong = frame.pong
-        sent_us = self._pings.pop(pong.id, None)
-        if sent_us is None:
-            raise ProtocolError(Reason.UNEXPECTED, f"pong {pong.id}, which answers no open ping")
-        # Pings before it stay unanswered: the peer owes one pong at a time.
-        self._pings = {ping_id: sent for ping_id, sent in self._pings.items() if ping_id > pong.id}
-        round_trip_us = (now_us - sent_us) - (pong.sent_us - pong.received_us)
-        offset_us = ((pong.received_us - sent_us) + (pong.sent_us - now_us)) // 2
-        self._clock_samples.append((round_trip_us, offset_us))
-        # The offset's error is at most half the round trip (RFC 5905, section 8).
-        return ClockMeasured(min(self._clock_samples)[1])
+        return ClockMeasured(self._pings.answered(frame.pong, now_us))

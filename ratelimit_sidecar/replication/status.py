@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +36,27 @@ class PeerStatus:
         refused: parts of the peer's data that this node has refused, by reason (`crdt.journal.Refused`).
     """
 
-    node: str
-    region: str
-    address: str
-    version: str
-    protocol: int
-    connected: bool
-    lag_seconds: float
-    pending_buckets: int
-    batches_sent: int
-    batches_received: int
-    entries_sent: int
-    entries_received: int
-    bytes_sent: int
-    bytes_received: int
-    resyncs: int
-    rules_match: bool | None
-    reconnects: int
-    clock_offset_seconds: float | None
-    last_error: str
-    protocol_errors: Mapping[str, int]
-    refused: Mapping[str, int]
+    node: str = ""
+    region: str = ""
+    address: str = ""
+    version: str = ""
+    protocol: int = 0
+    connected: bool = False
+    lag_seconds: float = 0.0
+    pending_buckets: int = 0
+    batches_sent: int = 0
+    batches_received: int = 0
+    entries_sent: int = 0
+    entries_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    resyncs: int = 0
+    rules_match: bool | None = None
+    reconnects: int = 0
+    clock_offset_seconds: float | None = None
+    last_error: str = ""
+    protocol_errors: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

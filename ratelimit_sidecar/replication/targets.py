@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 
 GRACE_US = 30_000_000
 """How long an address is kept after its name no longer has it."""

@@ -12,21 +12,24 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
-from ratelimit_sidecar.replication.v1.replication_pb2 import Frame, Hello, Member, Membership, Standing
+from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Status
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """The newest protocol that this version speaks."""
 
 OLDEST_PROTOCOL: Final = 1
 """The oldest protocol that this version accepts."""
 
 COMPARING_PROTOCOL: Final = 3
-"""The oldest protocol with numbers for keys, Standing, and frames for comparing state."""
+"""The oldest protocol with numbers for keys, Status, and frames for comparing state."""
 
 PAYING_PROTOCOL: Final = 4
 """The oldest protocol with Payments. Older peers have loans of strict shares, and show their members where none is seen
 here. So between such a peer and this node nothing is paid, and each uses its own home.
 """
+
+RIDING_PROTOCOL: Final = 5
+"""The oldest whose Deltas carry acknowledgements."""
 
 MAX_FRAME_BYTES: Final = 1 << 18
 """The largest frame. It is well above the batches of `outbox`, so that peers with other bounds are understood. A frame
@@ -37,7 +40,7 @@ MAX_NAME_BYTES: Final = 255
 """The longest name of a node or region: as long as a DNS name may be."""
 
 MAX_MEMBERS: Final = 256
-"""The most members: as many as a full mesh may have (`replicator.MAX_PEERS`)."""
+"""The most members: as many as a full mesh may have (`connections.MAX_PEERS`)."""
 
 MAX_WEIGHT: Final = 1 << 32
 MAX_EPOCH: Final = 1 << 62
@@ -117,6 +120,23 @@ def read_frame(raw: bytes) -> Frame:
     return frame
 
 
+def write_deltas(head: Deltas, payload: bytes) -> bytes:
+    """A Frame of a Deltas that has the fields of both.
+
+    Args:
+        payload: a Deltas, encoded once for many streams.
+    """
+    encoded = head.SerializeToString()
+    left = len(encoded) + len(payload)
+    # The tag of a field with a length, and the length as a varint: joining encoded messages merges them.
+    prefix = [Frame.DELTAS_FIELD_NUMBER << 3 | 2]
+    while left > 0x7F:
+        prefix.append(left & 0x7F | 0x80)
+        left >>= 7
+    prefix.append(left)
+    return bytes(prefix) + encoded + payload
+
+
 def read_origin(node: str, incarnation: int) -> Origin:
     """Read an origin, and check it.
 
@@ -175,13 +195,13 @@ def read_membership(hello: Hello) -> Shown | None:
     return Shown(epoch, weights)
 
 
-def read_reaches(standing: Standing) -> frozenset[str]:
+def read_reaches(status: Status) -> frozenset[str]:
     """The nodes to which a peer says it has a stream.
 
     Raises:
         ProtocolError: malformed.
     """
-    reaches = standing.reaches
+    reaches = status.reaches
     if len(reaches) > MAX_MEMBERS or any(not node or len(node.encode()) > MAX_NAME_BYTES for node in reaches):
         raise ProtocolError(
             Reason.MALFORMED, f"a peer reaches at most {MAX_MEMBERS} nodes, with names of 1 to {MAX_NAME_BYTES} bytes"

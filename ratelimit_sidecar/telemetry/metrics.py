@@ -190,6 +190,33 @@ class RedisStatus(Protocol):
     def last_us(self) -> int | None: ...
 
 
+class FabricStatus(Protocol):
+    """What is read of the fabric (`ratelimit_sidecar.fabric.status.FabricStatus`, a layer above)."""
+
+    @property
+    def ticks(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def call_seconds(self) -> float: ...
+    @property
+    def buckets(self) -> int: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def terms(self) -> int: ...
+    @property
+    def unshared(self) -> int: ...
+    @property
+    def odd(self) -> int: ...
+    @property
+    def odd_at_gateway(self) -> int: ...
+    @property
+    def gateway_failed(self) -> int: ...
+    @property
+    def last_us(self) -> int | None: ...
+
+
 class SupervisionStatus(Protocol):
     """What is read of supervised tasks (`ratelimit_sidecar.supervision.Supervisor`)."""
 
@@ -261,6 +288,7 @@ class MetricSources:
         listener_certificate: None if Envoy's calls come in plain text.
         state: None without state in a file.
         redis: None without state in Redis.
+        fabric: None without a fabric.
         supervision: None without supervised tasks.
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
@@ -284,6 +312,7 @@ class MetricSources:
     listener_certificate: CertificateStatus | None = None
     state: StateStatus | None = None
     redis: RedisStatus | None = None
+    fabric: FabricStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
@@ -525,6 +554,10 @@ def _read_redis(value: Callable[[RedisStatus], float | None]) -> Callable[[Scrap
     return _read_source(lambda sources: sources.redis, value)
 
 
+def _read_fabric(value: Callable[[FabricStatus], float | None]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    return _read_source(lambda sources: sources.fabric, value)
+
+
 def _read_front_end_reasons(
     counts: Callable[[FrontEndStatus], Mapping[str, int]],
 ) -> Callable[[ScrapeView], Iterator[Sample]]:
@@ -653,6 +686,66 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "When the latest complete round of writing to Redis began, in seconds since the epoch.",
         _read_redis(lambda redis: None if redis.last_us is None else redis.last_us / 1e6),
+    ),
+    Definition(
+        "ratelimit_fabric_ticks_total",
+        "counter",
+        ("region", "result"),
+        "Ticks in which own counts were told to the fabric and the others' heard, or that failed; absent without"
+        " `fabric`, as all metrics whose names begin with ratelimit_fabric.",
+        _read_source_by(lambda sources: sources.fabric, lambda it: {"shared": it.ticks, "failed": it.failed}),
+    ),
+    Definition(
+        "ratelimit_fabric_tick_seconds_total",
+        "counter",
+        ("region",),
+        "Seconds that the shared ones took; no request waits for them.",
+        _read_fabric(lambda fabric: fabric.call_seconds),
+    ),
+    Definition(
+        "ratelimit_fabric_tick_timestamp_seconds",
+        "gauge",
+        ("region",),
+        "When the latest tick was shared, in seconds since the epoch: what others took later is not known here.",
+        _read_fabric(lambda fabric: None if fabric.last_us is None else fabric.last_us / 1e6),
+    ),
+    Definition(
+        "ratelimit_fabric_buckets",
+        "gauge",
+        ("region",),
+        "Buckets in use here, which are shared.",
+        _read_fabric(lambda fabric: fabric.buckets),
+    ),
+    Definition(
+        "ratelimit_fabric_gateway",
+        "gauge",
+        ("region",),
+        "1 on the sidecar that speaks for its region, 0 on the others; the sum of a region is to be 1.",
+        _read_fabric(lambda fabric: 1 if fabric.token else 0),
+    ),
+    Definition(
+        "ratelimit_fabric_gateway_terms_total",
+        "counter",
+        ("region",),
+        "Times that this sidecar became the gateway.",
+        _read_fabric(lambda fabric: fabric.terms),
+    ),
+    Definition(
+        "ratelimit_fabric_gateway_failures_total",
+        "counter",
+        ("region",),
+        "Times that this sidecar could not be the gateway, since it cannot listen on `listen.sync`.",
+        _read_fabric(lambda fabric: fabric.gateway_failed),
+    ),
+    Definition(
+        "ratelimit_fabric_unshared_total",
+        "counter",
+        ("region", "reason"),
+        "Changes of buckets that were not shared: `room`, as too many are in use; `odd`, as Redis has no bucket there.",
+        _read_source_by(
+            lambda sources: sources.fabric,
+            lambda fabric: {"room": fabric.unshared, "odd": fabric.odd + fabric.odd_at_gateway},
+        ),
     ),
     Definition(
         "ratelimit_connections",

@@ -313,7 +313,9 @@ class Lab:
                 listener = net.socket(source)
                 await stack.enter_async_context(Link(_bound(listener, port), dial, way, ways[sink, source]))
             children = await stack.enter_async_context(Children(self.folder))
-            console = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=60))
+            console = await stack.enter_async_context(
+                httpx.AsyncClient(trust_env=False, timeout=60, limits=_NEW_CONNECTIONS)
+            )
             by_name = {}
             for name in NAMES:
                 channel = await stack.enter_async_context(
@@ -366,6 +368,9 @@ def _batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(values), size):
         yield values[start : start + size]
 
+
+_NEW_CONNECTIONS = httpx.Limits(max_keepalive_connections=0)
+"""One for each page: a kept one may be closed by the console, or end with the sidecar, just as it is used again."""
 
 _CHANNEL = (
     # A sidecar that is back is dialled at once.

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import time
-from bisect import insort
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -20,8 +17,11 @@ import grpc.aio
 import pytest
 from chaos.regions import EAST, NAMES, WEST, Lab, Regions
 from chaos.scenarios import scenario
+from chaos.versions import environment_of
 from e2e.sidecars import ask
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+
+from ratelimit_sidecar.replication.wire import PAYING_PROTOCOL
 
 pytestmark = pytest.mark.long
 
@@ -44,8 +44,10 @@ SLEW = 0.005
 ADMISSIONS = int(os.environ.get("STRICT_ADMISSIONS", "1000000"))
 CALLERS = 4
 
-OLD_COMMIT = "ef0ce5c"
+LOANS_COMMIT = "ef0ce5c"
 """The last one with loans, protocol 3."""
+
+PROTOCOL_4_COMMIT = "55b144f"
 
 MEMBERS = dict.fromkeys(NAMES, 1)
 
@@ -114,16 +116,21 @@ def most_beyond_the_limit(admissions: Iterable[Admission]) -> float:
     the requests had to wait on their ways.
     """
     rate, worst = PER_SECOND * (1 + SLEW), float("-inf")
-    answered: list[tuple[float, int]] = []
-    for admission in sorted(admissions, reverse=True):
-        insort(answered, (admission.answered_s, admission.hits))
-        hits = 0
-        for answered_s, each in answered:
-            if answered_s - admission.asked_s > 30:
-                # Of what is longer, one of the parts is as bad.
-                break
-            hits += each
-            worst = max(worst, hits - CAPACITY - rate * (answered_s - admission.asked_s))
+    by_answer = sorted(admissions, key=lambda admission: admission.answered_s)
+    # Of a power of two, so that the leaves are in order.
+    size = 1 << len(by_answer).bit_length()
+    # A tree over them in that order, of those asked for since some instant: of each node the hits in all, and the most,
+    # up to any answer in it, above what the rate gives until then.
+    hits, most = [0] * 2 * size, [float("-inf")] * 2 * size
+    for leaf in sorted(range(len(by_answer)), key=lambda index: by_answer[index].asked_s, reverse=True):
+        admission, node = by_answer[leaf], size + leaf
+        hits[node], most[node] = admission.hits, admission.hits - rate * admission.answered_s
+        while node > 1:
+            node //= 2
+            left, right = 2 * node, 2 * node + 1
+            hits[node] = hits[left] + hits[right]
+            most[node] = max(most[left], hits[left] + most[right])
+        worst = max(worst, most[1] + rate * admission.asked_s - CAPACITY)
     return worst
 
 
@@ -172,27 +179,30 @@ async def test_of_a_million_admissions_through_stops_kills_and_cuts_none_is_beyo
 
 @scenario
 async def test_sidecars_are_upgraded_from_loans_to_purses_one_by_one_within_the_limit(lab: Lab) -> None:
-    old = lab.folder / "old"
-    unpacked = unpack(OLD_COMMIT, old)
-    if unpacked is not None:
-        pytest.skip(unpacked)
-    # What is installed and what the folder holds that tests run in come after it.
-    environment = {"PYTHONPATH": str(old), "PYTHONSAFEPATH": "1"}
-    async with lab.three_regions(RULES, MEMBERS, environment) as regions:
+    await upgrade(lab, LOANS_COMMIT, 3)
+
+
+@scenario
+async def test_sidecars_are_upgraded_from_protocol_4_one_by_one_within_the_limit(lab: Lab) -> None:
+    await upgrade(lab, PROTOCOL_4_COMMIT, 4)
+
+
+async def upgrade(lab: Lab, commit: str, protocol: int) -> None:
+    async with lab.three_regions(RULES, MEMBERS, environment_of(commit, lab.folder / "old")) as regions:
         load = Load(regions, seed=3)
         async with load.running():
             load.of = {EAST}
             await load.admits(3 * PER_SECOND)
             for upgraded, name in enumerate(NAMES, start=1):
                 load.of = set(NAMES) if upgraded % 2 else {EAST, WEST}
-                assert {peer["protocol"] for peer in (await regions.peers(name)).values()} == {3}
+                assert {peer["protocol"] for peer in (await regions.peers(name)).values()} == {protocol}
                 await regions.kill(name)
                 region = regions[name]
                 region.command = replace(region.command, environment={})
                 await regions.start(name)
                 await regions.until(regions.all_connected)
                 await load.admits(2 * PER_SECOND)
-                if upgraded == 1:
+                if upgraded == 1 and protocol < PAYING_PROTOCOL:
                     # Between old and new nothing is lent or paid.
                     membership = (await regions.read(name, "/peers"))["membership"]
                     assert (membership["payments_sent"], membership["payments_received"]) == (0, 0)
@@ -201,16 +211,3 @@ async def test_sidecars_are_upgraded_from_loans_to_purses_one_by_one_within_the_
         assert most_beyond_the_limit(load.admissions) <= 0
         membership = (await regions.read(EAST, "/peers"))["membership"]
         assert membership["payments_received"] > 0
-
-
-def unpack(commit: str, folder: Path) -> str | None:
-    """That version of this repository; why not when it cannot be had."""
-    folder.mkdir()
-    root = Path(__file__).parents[2]
-    git = subprocess.run(
-        ["git", "-C", str(root), "archive", commit, "ratelimit_sidecar"], capture_output=True, check=False
-    )
-    if git.returncode:
-        return f"{commit} is not there: {git.stderr.decode().strip()}"
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=git.stdout, check=True)
-    return None

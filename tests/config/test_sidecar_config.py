@@ -25,7 +25,7 @@ PEER = "expected the address of a peer, host:port or [ipv6]:port"
 RATE = "expected a number above 0 with at most 12 digits, 9 of them after the point"
 KEYS = (
     "node, listen, rules, merge_domains, algorithm, charge, charging, xds, sync, bucket, max_buckets, persistence,"
-    " answers"
+    " fabric, answers"
 )
 TOP_KEYS = f"expected one of {KEYS}"
 NO_TYPO = "remove it, or correct its name"
@@ -398,6 +398,45 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
     assert (
         "expected redis://host:port/db, rediss:// with TLS, several hosts after commas, or unix:///path?db=0" in found
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "fabric: {url: 'redis://a,b'}",
+            "fabric.url: found several hosts, expected one; name the Sentinels' master in sentinel, or say cluster:"
+            " true",
+        ),
+        (
+            "fabric: {url: 'redis://a', tls: {ca: /nowhere}}",
+            "fabric.tls: found files beside a url without TLS, expected a rediss:// url; change one of them",
+        ),
+        (
+            "fabric: {url: 'redis://a'}\nsync: {members: {a: 1}}",
+            "fabric: found sync.members beside fabric, expected one of the two; remove one: strict limits need streams"
+            " between all members",
+        ),
+        (
+            "fabric: {url: 'redis://a'}\nsync: {peers: ['west:1']}",
+            "node.region: found nothing, beside fabric and sync.peers, expected a name that no other region has: what"
+            " all its sidecars take is known to others under it; add it",
+        ),
+        (
+            "fabric: {url: 'redis://a'}\npersistence: {file: state}",
+            "fabric: found persistence beside fabric, expected one of the two; remove one: the Redis of a fabric keeps"
+            " what was taken",
+        ),
+    ],
+)
+def test_what_does_not_go_together_with_a_fabric(tmp_path: Path, text: str, problem: str) -> None:
+    assert any(problem in found for found in sidecar_errors(tmp_path, text))
+
+
+def test_the_files_of_a_fabric_are_beside_the_configuration(tmp_path: Path) -> None:
+    fabric = sidecar(tmp_path, "fabric: {url: 'redis://a', password_file: password}").fabric
+    assert fabric is not None
+    assert fabric.password_file == tmp_path / "password"
 
 
 def test_rules_come_from_files_or_over_xds(tmp_path: Path) -> None:

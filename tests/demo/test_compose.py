@@ -72,6 +72,8 @@ def test_there_is_an_envoy_and_a_sidecar_in_each_region() -> None:
         *(f"sidecar-{region}" for region in REGIONS),
         "wan",
         "valkey",
+        "sidecar-fabric",
+        "valkey-fabric",
         "rating-api",
         "otel-collector",
         "prometheus",
@@ -104,6 +106,16 @@ def test_the_buckets_of_each_region_are_on_a_volume_of_its_own() -> None:
     }
     assert owners[IN_VALKEY][1] in services()["valkey"]["command"]
     assert len({name for name, _ in owners.values()}) == len(REGIONS)
+
+
+def test_a_profile_has_six_sidecars_that_share_through_valkey() -> None:
+    sidecar, valkey = services()["sidecar-fabric"], services()["valkey-fabric"]
+    fabric = config_of("fabric").fabric
+    assert fabric is not None
+    assert urlsplit(fabric.url).hostname == "valkey-fabric"
+    assert sidecar["networks"] == valkey["networks"]
+    assert sidecar["profiles"] == valkey["profiles"] == ["fabric"]
+    assert sidecar["scale"] == 6
 
 
 def test_the_sidecars_differ_in_where_their_state_is_alone() -> None:

@@ -24,7 +24,7 @@ from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
-from ratelimit_sidecar.replication.mesh import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.server.file_limit import RESERVED
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 

@@ -119,12 +119,13 @@ async def test_when_the_sentinels_name_another_master_that_one_is_told_everythin
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[list[RedisServer]]:
     """Three masters, each with a third of the slots."""
-    # A node's bus has the port that is 10,000 further.
-    numbers = [number for number in free_port_numbers(9) if number < 55_000][:3]
+    numbers = free_port_numbers(6)
+    buses = numbers[3:]
     async with AsyncExitStack() as stack:
         nodes = []
-        for number in numbers:
-            server = RedisServer(tmp_path / str(number), "--cluster-enabled", "yes", port=number)
+        for number, bus in zip(numbers, buses, strict=False):
+            options = ("--cluster-enabled", "yes", "--cluster-port", str(bus))
+            server = RedisServer(tmp_path / str(number), *options, port=number)
             nodes.append(await stack.enter_async_context(server))
         for index, node in enumerate(nodes):
             async with node.client() as client:
@@ -133,7 +134,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[list[RedisServer]]:
                 await client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
         for node in nodes[1:]:
             async with node.client() as client:
-                await client.execute_command("CLUSTER", "MEET", HOST, nodes[0].port)
+                await client.execute_command("CLUSTER", "MEET", HOST, nodes[0].port, buses[0])
 
         async def is_up() -> bool:
             for node in nodes:

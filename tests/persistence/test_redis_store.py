@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import observed
@@ -48,7 +49,7 @@ def state_in(
 ) -> RedisState:
     """That writes 20 times a second, and so keeps all limits."""
     kept = PersistenceConfig.model_validate({"url": server.url, **config})
-    return RedisState(lambda: connect(kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer)
+    return RedisState(partial(connect, kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer)
 
 
 @asynccontextmanager
@@ -188,7 +189,7 @@ async def test_what_others_took_is_not_written_by_this_one(server: RedisServer) 
 
 async def test_a_limit_that_is_full_again_before_the_next_write_is_not_kept(server: RedisServer) -> None:
     store = make_store(BEFORE)
-    state = RedisState(lambda: pytest.fail("no need"), Keys("p"), store, lambda: NOW_US, 5.0)
+    state = RedisState(partial(pytest.fail, "no need"), Keys("p"), store, lambda: NOW_US, 5.0)
     take(store, "tokens", "a", 3, NOW_US)
     take(store, "fixed", "a", 3, NOW_US)
     state.note(store.drain_changes())
@@ -223,7 +224,7 @@ async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:
         await client.set("ratelimit:1:{no bucket}", "text")
         hit(state, store)
         async with kept(state):
-            await until(lambda: state.status.refused == 1)
+            await until(lambda: state.status.refused >= 1)
         assert await client.get(name) == b"something else"
     assert state.status.degraded_reason == "", "the others are kept"
     assert await left_after_restart(server) == []
@@ -290,7 +291,10 @@ async def test_a_server_that_is_down_and_comes_back_empty_is_told_everything(ser
     await faulty(server, server.kill, server.start, "it cannot be reached")
 
 
-async def test_a_server_that_comes_back_with_what_it_had_before_is_told_everything(server: RedisServer) -> None:
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_a_server_that_comes_back_with_what_it_had_before_is_told_everything(
+    server: RedisServer, *, is_noticed: bool
+) -> None:
     store = make_store(BEFORE)
     state = state_in(server, store)
     async with kept(state):
@@ -300,9 +304,15 @@ async def test_a_server_that_comes_back_with_what_it_had_before_is_told_everythi
             await client.save()
         hit(state, store, "b")
         await until(lambda: state.status.written == 2)
-        await server.kill()
-        await until(lambda: state.status.failed > 0)
-        await server.start()
+        if is_noticed:
+            await server.kill()
+            await until(lambda: state.status.failed > 0)
+            await server.start()
+        else:
+            # It was away between two rounds.
+            async with state._writing:
+                await server.kill()
+                await server.start()
 
         async def is_all_there() -> bool:
             return len(await server.names()) == 2
@@ -408,7 +418,7 @@ async def test_a_cancellation_ends_it_at_whatever_step_it_comes(server: RedisSer
         await until(lambda: state.status.written == 1)
     config = PersistenceConfig.model_validate({"url": server.url})
     for steps in range(1, 60):
-        state = RedisState(lambda: connect(config), keys(config), store, lambda: NOW_US, every_seconds=0)
+        state = RedisState(partial(connect, config), keys(config), store, lambda: NOW_US, every_seconds=0)
         if is_connected:
             await state.load()
         hit(state, store, str(steps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
@@ -9,7 +11,9 @@ from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 NOW_US = 1_790_000_000_000_000
@@ -86,19 +90,40 @@ def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") ->
     return bucket
 
 
+def done(job: Iterator[object]) -> None:
+    """Do all steps of a job."""
+    for _ in job:
+        pass
+
+
+def receive(stream: Stream, raw: bytes, now_us: int) -> None:
+    """Let a stream take a frame in and apply it."""
+    done(stream.receive_steps(raw, now_us))
+
+
+def flush(replicator: Replicator, now_us: int) -> None:
+    """Let a node's peers be told what it has changed, and compare."""
+    done(replicator.flush_steps(now_us))
+    done(replicator.compare_steps(now_us))
+
+
+def next_frame(stream: Stream, now_us: int) -> bytes | None:
+    """The next frame, for which a batch is written if there is nothing else."""
+    while True:
+        raw = stream.next_frame(now_us)
+        if raw is not None or not stream.write(now_us):
+            return raw
+
+
 def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:
     """Hear these as the first of a stream."""
-    return apply_in_pieces(DeltasReader(sender), store, deltas, now_us)
+    return apply_all(DeltasReader(sender), store, deltas, now_us)
 
 
-def apply_in_pieces(reader: DeltasReader, store: Store, deltas: pb.Deltas, now_us: int) -> Applied:
-    """Returns what all pieces amount to."""
-    reader.begin(deltas)
-    amount = Applied()
-    while not amount.is_last:
-        applied = reader.apply(store, now_us)
-        amount = Applied(applied.is_last, amount.entries + applied.entries, amount.unknown_keys + applied.unknown_keys)
-    return amount
+def apply_all(reader: DeltasReader, store: Store, deltas: pb.Deltas, now_us: int) -> Applied:
+    """Returns what all steps amount to."""
+    steps = list(reader.apply_steps(deltas, store, now_us))
+    return Applied(sum(step.entries for step in steps), sum(step.unknown_keys for step in steps), is_last=True)
 
 
 def frame(**kind: object) -> bytes:

@@ -12,7 +12,18 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, count
 from random import Random
 
-from replication.builders import NOW_US, RULES, SECOND_US, bucket_of, ledger_of, node, store_of
+from replication.builders import (
+    NOW_US,
+    RULES,
+    SECOND_US,
+    bucket_of,
+    flush,
+    ledger_of,
+    next_frame,
+    node,
+    receive,
+    store_of,
+)
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import Limit
@@ -21,7 +32,8 @@ from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 
 MS = 1_000
 FLUSH_US = 20 * MS
@@ -115,7 +127,7 @@ class End:
         if raw is None:
             other.close()
         else:
-            other.stream.receive(raw, other.owner.now_us)
+            receive(other.stream, raw, other.owner.now_us)
 
     def resume(self) -> None:
         """The way is free again: what has waited arrives now."""
@@ -132,7 +144,7 @@ class End:
         self._pumping = False
         if not self.is_open or not self.owner.is_up:
             return
-        while (raw := self.stream.next_frame(self.owner.now_us)) is not None:
+        while (raw := next_frame(self.stream, self.owner.now_us)) is not None:
             self.send(raw)
         if self.stream.is_over:
             self.hang_up()
@@ -288,7 +300,7 @@ class Cluster:
 
     def _flush(self, each: Node) -> None:
         if each.is_up:
-            each.replicator.flush(each.now_us)
+            flush(each.replicator, each.now_us)
             self.after(FLUSH_US, lambda: self._flush(each))
 
     def _check_time(self, each: Node) -> None:

@@ -21,14 +21,18 @@ from replication.builders import (
     SECOND_US,
     SIT_OUT_US,
     bucket_of,
+    flush,
     key_of,
     ledger_of,
+    next_frame,
     node,
+    receive,
     store_of,
 )
 
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL, Reason
 
@@ -97,12 +101,12 @@ def converse() -> list[tuple[int, bytes]]:
         busy = True
         while busy:
             busy = False
-            while (raw := one.next_frame(now_us)) is not None:
+            while (raw := next_frame(one, now_us)) is not None:
                 said.append((now_us, raw))
-                other.receive(raw, now_us)
+                receive(other, raw, now_us)
                 busy = True
-            while (raw := other.next_frame(now_us)) is not None:
-                one.receive(raw, now_us)
+            while (raw := next_frame(other, now_us)) is not None:
+                receive(one, raw, now_us)
                 busy = True
 
     for step in range(8):
@@ -111,8 +115,8 @@ def converse() -> list[tuple[int, bytes]]:
         a.take(f"user-{step}", step + 1)
         if step == 4:
             a.want(30)
-        a.flush(now_us)
-        b.flush(now_us)
+        flush(a, now_us)
+        flush(b, now_us)
         one.check_time(now_us)
         other.check_time(now_us)
         exchange()

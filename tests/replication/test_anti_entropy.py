@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, key_of, node, rules_with, store_of, take
+from replication.builders import ELSEWHERE, NOW_US, PER_USER, SECOND_US, done, key_of, node, rules_with, store_of, take
 from replication.cluster import Cluster, Node
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -15,15 +15,17 @@ from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import hash64
-from ratelimit_sidecar.replication import anti_entropy
-from ratelimit_sidecar.replication.anti_entropy import (
+from ratelimit_sidecar.replication import anti_entropy, rounds
+from ratelimit_sidecar.replication.anti_entropy import MAX_EXCHANGED, MAX_PULL_KEYS, TELL_WORK, Exchange
+from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.rounds import (
     ENTRY_WORK,
     EVERY_US,
     FREED_RANGES,
     KEPT_US,
     LOOK_WORK,
-    MAX_EXCHANGED,
-    MAX_PULL_KEYS,
     PIECE_WORK,
     RANGES,
     SEGMENT_RANGES,
@@ -32,14 +34,11 @@ from ratelimit_sidecar.replication.anti_entropy import (
     STEP_WORK,
     STEPS,
     SUM_WORK,
-    TELL_WORK,
-    Exchange,
-    Pass,
+    Round,
     Summing,
     range_of,
 )
-from ratelimit_sidecar.replication.deltas import MAX_TIME_US
-from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_frame
 
@@ -61,11 +60,11 @@ def lose_changes(each: Node) -> None:
 
 
 def resyncs(cluster: Cluster) -> int:
-    return sum(peer.resyncs for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.resyncs for each in cluster for peer in each.replicator.peers.values())
 
 
 def entries_sent(cluster: Cluster) -> int:
-    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.entries_sent for each in cluster for peer in each.replicator.peers.values())
 
 
 def taken_at(each: Node, value: str, key: str = "user") -> int:
@@ -148,7 +147,7 @@ def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: in
                 each.bucket(cluster.random.choice("xyz"), key).take(1, each.now_us)
     assert resyncs(cluster) == 0
     # Not because there was nothing to compare.
-    assert all(peer.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
+    assert all(peer.counts.bytes_sent > 30 * 1_000 for peer in cluster["a"].replicator.peers.values())
 
 
 def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
@@ -171,7 +170,7 @@ def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
 def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
     store = store_of(node("a"))
     summing = Summing(store, NOW_US)
-    own = Pass(EVERY_US, range(SEGMENTS))
+    own = Round(EVERY_US, range(SEGMENTS))
     keys = [key_of(f"user {index}") for index in range(MAX_EXCHANGED + 1)]
     halves = keys[: MAX_EXCHANGED // 2], keys[MAX_EXCHANGED // 2 :]
     for number, half in enumerate(halves):
@@ -201,8 +200,8 @@ def test_buckets_that_change_meanwhile_are_left_alone() -> None:
 
 def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
     """Is told of buckets by `tell`."""
-    peer = Peer(store, "b")
-    peer.outbox.tell = tell  # type: ignore[method-assign]
+    peer = Peer(store, ChangeLog(store, NOW_US), "b")
+    peer.outbox.repair = tell  # type: ignore[method-assign]
     return peer
 
 
@@ -212,14 +211,12 @@ def hear(exchange: Exchange, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[i
     Returns:
         The number of buckets told or asked for because of it, and of the pieces that it took.
     """
-    before, pieces = exchange._peer.resyncs, 1
-    exchange.receive(frame)
-    while exchange.answer():
-        pieces += 1
-    return exchange._peer.resyncs - before, pieces
+    before = exchange._peer.counts.resyncs
+    pieces = len(list(exchange.receive_steps(frame))) + 1
+    return exchange._peer.counts.resyncs - before, pieces
 
 
-def sums_of(store: Store, at_us: int) -> Pass:
+def sums_of(store: Store, at_us: int) -> Round:
     summing = Summing(store, at_us - 1)
     done = summing.step(at_us)
     now_us = at_us
@@ -297,8 +294,8 @@ FIRST_US = NOW_US // EVERY_US * EVERY_US + EVERY_US
 def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(anti_entropy, "STEP_WORK", 2_000)
-    monkeypatch.setattr(anti_entropy, "PASS_WORK", 8_000)
+    monkeypatch.setattr(rounds, "STEP_WORK", 2_000)
+    monkeypatch.setattr(rounds, "ROUND_WORK", 8_000)
     (first, steps), *others = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 64).values()
     assert (len(first), steps > 5) == (SEGMENTS, True)
     assert all(len(segments) < SEGMENTS for segments, _ in others)
@@ -312,8 +309,8 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
     """For so many segments there is room in a pass."""
     a_segment = 1_000 * (SUM_WORK + ENTRY_WORK) // SEGMENTS
     step_work = int(segments * a_segment * 1.2 / STEPS)
-    monkeypatch.setattr(anti_entropy, "STEP_WORK", step_work)
-    monkeypatch.setattr(anti_entropy, "PASS_WORK", step_work * STEPS)
+    monkeypatch.setattr(rounds, "STEP_WORK", step_work)
+    monkeypatch.setattr(rounds, "ROUND_WORK", step_work * STEPS)
     done = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 256)
     assert 0 not in done
     # The more a segment is beyond what a pass may cost, the fewer passes there are.
@@ -397,7 +394,7 @@ ZEROES = [0] * SEGMENT_RANGES
 )
 def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) -> None:
     with pytest.raises(ProtocolError) as caught:
-        exchange_of_nothing().receive(frame)
+        done(exchange_of_nothing().receive_steps(frame))
     assert caught.value.reason is Reason.BAD_DIGEST
 
 
@@ -413,9 +410,10 @@ def test_what_a_stream_was_at_is_freed_when_it_ends() -> None:
     cluster = Cluster(9, "ab")
     cluster.run_until_settled()
     stream = next(cluster["a"].replicator.streams())
-    exchange = stream._exchange
+    assert isinstance(stream, Stream)
+    assert stream._inbound is not None
+    exchange = stream._inbound.exchange
     assert exchange is not None
-    exchange._pieces = exchange._answer_pull(pb.Pull(), Pass(EVERY_US, ()))
     before = sys.getrefcount(exchange)
     stream.lost("gone", NOW_US)
     assert sys.getrefcount(exchange) == before - 1
@@ -428,7 +426,7 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
     exchange._summing._done.append(done)
     summary = pb.Summary(at_us=EVERY_US, keys=[1], states=[2])
     assert hear(exchange, summary) == (0, 1)
-    exchange.passed(done)
+    exchange.note_round(done)
     assert (exchange.take_frame() or pb.Frame()).HasField("digest")
     assert hear(exchange, summary) == (1, 1)
     assert hear(exchange, summary) == (0, 1)
@@ -439,7 +437,7 @@ def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> No
 def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int, is_sent: bool) -> None:
     store = store_of(node("a"))
     exchange = Exchange(Summing(store, NOW_US), store, peer_that(lambda key: None, store), leads=True)
-    done = Pass(EVERY_US, range(SEGMENTS))
+    done = Round(EVERY_US, range(SEGMENTS))
     for number in range(buckets):
         done.add(RANGES - 1, b"%d" % number, 2**64 - 1 - number)
     exchange._summing._done.append(done)
@@ -453,7 +451,7 @@ def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int,
     assert len(done.buckets(RANGES - 1).keys) <= 16_001
 
 
-def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pass, Bucket]:
+def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Round, Bucket]:
     """A node that has sent its sums, in which "ann" has a part; `step` is what happens to the bucket since."""
     store = store_of(node("a"))
     at_us = FIRST_US
@@ -463,7 +461,7 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Pa
     done = summing.step(at_us)
     assert done is not None
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
-    exchange.passed(done)
+    exchange.note_round(done)
     exchange.take_frame()
     step(bucket)
     return exchange, told, done, bucket
@@ -497,14 +495,14 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
     store = store_of(node("a"))
     summing = Summing(store, NOW_US)
     at_us = NOW_US // EVERY_US * EVERY_US
-    own = Pass(at_us, range(SEGMENTS))
+    own = Round(at_us, range(SEGMENTS))
     for index in range(1_000):
         bucket = take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
         own.add(7, bucket.key, summing.state(bucket, at_us))
     summing._done.append(own)
     told: list[bytes] = []
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
-    exchange.passed(own)
+    exchange.note_round(own)
     exchange.take_frame()
     buckets = own.buckets(7)
     states = [state ^ differ for state in buckets.states]
@@ -558,7 +556,7 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
 def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
     summing = Summing(store_of(node("a")), NOW_US)
-    summing._segments_a_pass = 1
+    summing._segments_a_round = 1
     start = NOW_US // EVERY_US // stride * stride
     # At a moment at which the order changes, too.
     for start_pass in (start, start // 4096 * 4096 - 20 * stride):
@@ -566,7 +564,7 @@ def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int)
         assert {segment for each in passes for segment in each.segments} == set(range(SEGMENTS))
 
 
-def whole_pass(names: int) -> tuple[Store, Summing, Pass]:
+def whole_pass(names: int) -> tuple[Store, Summing, Round]:
     """A store of so many buckets and its pass, all of one range as far as a peer is concerned."""
     summing = summing_of(names, FIRST_US)
     now_us = FIRST_US
@@ -590,11 +588,11 @@ def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkey
 
 @pytest.mark.interpreted
 def test_a_digest_is_answered_once() -> None:
-    store, summing, done = whole_pass(50)
+    store, summing, own = whole_pass(50)
     exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)
-    digest = pb.Digest(at_us=done.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
+    digest = pb.Digest(at_us=own.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
     for summaries in (RANGES, 0):
-        exchange.receive(digest)
+        done(exchange.receive_steps(digest))
         for _ in range(summaries):
             assert exchange.take_frame() is not None
         assert exchange.take_frame() is None

@@ -12,10 +12,11 @@ from replication.meshes import TIMEOUT_SECONDS
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import carrier
 from ratelimit_sidecar.replication.carrier import Call, carry
-from ratelimit_sidecar.replication.outbox import WALK_BATCH_BUCKETS
+from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
-from ratelimit_sidecar.replication.turns import SHARE_NS, Turns
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.scheduler import QUANTUM_NS, Scheduler
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 A = node("a")
@@ -33,18 +34,18 @@ class Silent:
 
 
 class Pinged:
-    """A call whose other end says who it is, pings, and then says nothing more; each piece of work fills a share."""
+    """A call whose other end says who it is, pings, and then says nothing more; each step uses up a quantum."""
 
     def __init__(self) -> None:
         self._looks = count()
-        self.turns = Turns(lambda: next(self._looks) * SHARE_NS)
+        self.scheduler = Scheduler(lambda: next(self._looks) * QUANTUM_NS)
         self._said = [
             frame(hello=pb.Hello(protocol=2, node="b", region="eu", incarnation=1)),
             frame(ping=pb.Ping(id=1)),
         ]
         self._pinged_at = 0
         self.looks_until_pong: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        """At the clock, from the ping on: a piece of work takes two."""
+        """At the clock, from the ping on: a step takes two."""
 
     async def read(self) -> bytes:
         if self._said:
@@ -58,12 +59,12 @@ class Pinged:
             self.looks_until_pong.set_result(next(self._looks) - self._pinged_at)
 
 
-async def carry_over(call: Call, store: Store, turns: Turns) -> Stream:
+async def carry_over(call: Call, store: Store, scheduler: Scheduler) -> Stream:
     """For the session no time passes, so it misses nothing."""
     woken = asyncio.Event()
     stream = Stream(Replicator(A, store, NOW_US), "10.0.0.1:1", is_dialled=True, wake=woken.set, now_us=NOW_US)
     await carry(
-        call, stream, woken=woken, turns=turns, now_us=lambda: NOW_US, on_heard=lambda: None, linger_seconds=0.0
+        call, stream, woken=woken, scheduler=scheduler, now_us=lambda: NOW_US, on_heard=lambda: None, linger_seconds=0.0
     )
     return stream
 
@@ -71,17 +72,17 @@ async def carry_over(call: Call, store: Store, turns: Turns) -> Stream:
 async def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier, "WRITE_SECONDS", 0.01)
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        stream = await carry_over(Silent(), store_of(A), Turns())
+        stream = await carry_over(Silent(), store_of(A), Scheduler())
     assert stream.is_over
     assert stream.why_ended == "the peer has not read for 0.01 s"
 
 
 async def test_a_pong_does_not_wait_for_a_batch_to_be_written() -> None:
     store, call = store_of(A), Pinged()
-    for number in range(WALK_BATCH_BUCKETS):
+    for number in range(WHOLE_BATCH_BUCKETS):
         take(store, f"user {number}", 1, NOW_US)
-    carried = asyncio.create_task(carry_over(call, store, call.turns))
+    carried = asyncio.create_task(carry_over(call, store, call.scheduler))
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        assert await call.looks_until_pong < WALK_BATCH_BUCKETS // PIECE_WORK
+        assert await call.looks_until_pong < WHOLE_BATCH_BUCKETS // PIECE_WORK
     carried.cancel()
     await asyncio.wait([carried])

@@ -194,7 +194,7 @@ def test_clock_offsets_are_measured_on_every_link() -> None:
     for one in cluster:
         for other in cluster:
             if one is not other:
-                measured_us = one.peer(other.local.origin.node).clock_offset_us
+                measured_us = one.peer(other.local.origin.node).said.clock_offset_us
                 assert measured_us is not None
                 # Wrong by at most half of what the ways there and back differ by.
                 assert abs(measured_us - (other.skew_us - one.skew_us)) <= 5 * MS
@@ -203,13 +203,13 @@ def test_clock_offsets_are_measured_on_every_link() -> None:
 def test_what_a_slow_peer_has_yet_to_hear_is_bounded_by_the_live_buckets() -> None:
     cluster = Cluster(8, "ab", delay_us=(900 * MS, 900 * MS))
     cluster.run_until_settled()
-    sent_before = cluster["a"].peer("b").batches_sent
+    sent_before = cluster["a"].peer("b").counts.batches_sent
     load(cluster, 4 * SECOND_US, every_us=2 * MS)
     for _ in range(200):
         cluster.run(FLUSH_US)
         assert cluster["a"].peer("b").outbox.pending_buckets <= len(USERS)
     # Four on their way at a time, each for a way there and back of 1.8 s.
-    assert cluster["a"].peer("b").batches_sent - sent_before <= MAX_UNACKNOWLEDGED * 3
+    assert cluster["a"].peer("b").counts.batches_sent - sent_before <= MAX_UNACKNOWLEDGED * 3
     cluster.run_until_settled()
     assert_converged(cluster)
 
@@ -220,10 +220,10 @@ def test_both_ends_use_one_of_two_streams_and_the_other_takes_over_when_it_is_lo
     peer = cluster["a"].peer("b")
     assert len(peer.streams) == 2
     first, second = peer.streams
-    before = peer.batches_sent
+    before = peer.counts.batches_sent
     take(cluster["a"].store, "ann", 1, cluster.now_us)
     cluster.run(SECOND_US)
-    assert peer.batches_sent == before + 1
+    assert peer.counts.batches_sent == before + 1
     end = next(end for connection in cluster.connections for end in connection.ends if end.stream is first)
     end.hang_up()
     take(cluster["a"].store, "bob", 1, cluster.now_us)

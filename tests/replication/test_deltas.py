@@ -14,8 +14,8 @@ from replication.builders import (
     PER_TEAM,
     PER_USER,
     RULES,
+    apply_all,
     apply_deltas,
-    apply_in_pieces,
     key_of,
     node,
     store_of,
@@ -75,7 +75,7 @@ def sent(bucket: Bucket, base: Base | None, entries: list[Entry]) -> pb.Deltas:
     writer = DeltasWriter(A)
     writer.add(bucket, base, entries)
     assert writer.entries == len(entries)
-    return pb.Frame.FromString(writer.frame.SerializeToString()).deltas
+    return pb.Deltas.FromString(writer.payload())
 
 
 def one_run(**fields: object) -> pb.Deltas:
@@ -293,7 +293,7 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
     told.seal(now_us)
     writer = DeltasWriter(regions[0])
     writer.add(told, told.telling_base, list(told.entries()))
-    assert len(writer.frame.SerializeToString()) < 1_000
+    assert len(writer.payload()) < 1_000
 
 
 def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
@@ -303,9 +303,9 @@ def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
     for tokens, rules, unknown in ((1, RULES, 0), (2, ELSEWHERE, 1), (3, RULES, 0)):
         store.limit_of_key = rules.replicated_limit_of_key
         writer = DeltasWriter(A, writer._numbers)
-        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)], is_told_often=True)
+        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)])
         assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
-        assert apply_in_pieces(reader, store, writer.deltas, NOW_US).unknown_keys == unknown
+        assert apply_all(reader, store, writer.deltas, NOW_US).unknown_keys == unknown
     held = store.get(KEY)
     assert held is not None
     assert [entry.tokens for entry in held.entries()] == [3]
@@ -330,5 +330,5 @@ def test_a_long_key_is_sent_in_full_each_time() -> None:
     writer = DeltasWriter(A, KeyNumbersGiven())
     bucket = TokenBucket(b"x" * (MAX_NUMBERED_KEY_BYTES + 1), PER_USER, A, NOW_US)
     for _ in range(2):
-        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), 1)], is_told_often=True)
+        writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), 1)])
     assert [(delta.key, delta.number) for delta in writer.deltas.buckets] == [(bucket.key, 0)] * 2

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_USER, RULES, SECOND_US, frame, key_of, ledger_of, node
+from replication.builders import (
+    ELSEWHERE,
+    NOW_US,
+    PAIR,
+    PER_USER,
+    RULES,
+    SECOND_US,
+    frame,
+    key_of,
+    ledger_of,
+    node,
+    receive,
+)
 from replication.test_replicator import exchange, hello, said_by
 
 from ratelimit_sidecar.limiter.assignment import TOKEN
@@ -12,8 +24,9 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, QuotaStream, Usage
 from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, Demands
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
-from ratelimit_sidecar.replication.session import PING_EVERY_US
+from ratelimit_sidecar.replication.pings import PING_EVERY_US
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -126,9 +139,9 @@ KEY = key_of("ada")
 def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], reason: Reason) -> None:
     here = QuotaNode("a")
     stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     said_by(stream)
-    stream.receive(ping(*demands), NOW_US)
+    receive(stream, ping(*demands), NOW_US)
     assert stream.error is not None
     assert stream.error.reason is reason
 
@@ -136,10 +149,10 @@ def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], 
 def test_a_demand_for_what_no_rule_here_knows_is_counted_and_not_kept() -> None:
     here = QuotaNode("a")
     stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     unknown = key_of("ada", "nobody", ELSEWHERE)
-    stream.receive(ping(pb.Demand(key=unknown, wants=[1], members=[1])), NOW_US)
+    receive(stream, ping(pb.Demand(key=unknown, wants=[1], members=[1])), NOW_US)
     assert here.replicator.unknown_keys == 1
     assert not here.quotas.pools
-    stream.receive(ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
+    receive(stream, ping(pb.Demand(key=KEY, wants=[MAX_RATE], members=[1])), NOW_US)
     assert here.quotas.pools[KEY].peer_demands["b"].groups == [Group(MAX_RATE, 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
@@ -42,9 +42,10 @@ from tenacity import RetryCallState
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import dialler, flushing, mesh
+from ratelimit_sidecar.replication import carried, dialler, flushing, listener, mesh
+from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import FORGET_US, Stream
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
 from ratelimit_sidecar.supervision import Supervisor
@@ -284,11 +285,11 @@ async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch
         failed = asyncio.Event()
         with monkeypatch.context() as broken:
 
-            def note_changes(_now_us: int) -> bool:
+            def flush(_now_us: int) -> Iterator[None]:
                 failed.set()
                 raise RuntimeError("it broke")
 
-            broken.setattr(a.mesh._replicator, "note_changes", note_changes)
+            broken.setattr(a.mesh._replicator, "flush_steps", flush)
             await asyncio.wait_for(failed.wait(), TIMEOUT_SECONDS)
         a.take("ann", 7)
         await b.knows("ann", 7)
@@ -297,7 +298,7 @@ async def test_a_flush_that_fails_is_begun_again(monkeypatch: pytest.MonkeyPatch
 
 async def test_silent_connections_are_bounded_and_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = ("grpc.server_handshake_timeout_ms", 500)
-    monkeypatch.setattr(mesh, "_SERVER_OPTIONS", (*mesh._SERVER_OPTIONS, quick))
+    monkeypatch.setattr(listener, "_SERVER_OPTIONS", (*listener._SERVER_OPTIONS, quick))
     async with sidecar("a", max_connections=8) as a:
         host, _, port = address_of(a).rpartition(":")
         silent = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
@@ -396,6 +397,7 @@ async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do(monkeypatch: pyt
     at_us = now_us()
     monkeypatch.setattr(mesh, "DRAIN_SECONDS", 0.01)
     monkeypatch.setattr(mesh, "GOODBYE_SECONDS", 0.01)
+    monkeypatch.setattr(carried, "GOODBYE_SECONDS", 0.01)
     async with sidecar("a", clock=lambda: at_us) as a, dialled(a) as mute:
         await mute.write(hello("b"))
         await a.connected_to("b")
@@ -404,7 +406,7 @@ async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do(monkeypatch: pyt
 
 
 async def test_streams_that_are_dialled_in_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "MAX_STREAMS", 1)
+    monkeypatch.setattr(listener, "MAX_STREAMS", 1)
     async with sidecar("a") as a, dialled(a) as one:
         await one.write(hello("b"))
         await a.connected_to("b")
@@ -423,7 +425,7 @@ async def test_peers_are_dialled_directly_whatever_proxy_the_environment_names(m
 
 
 async def test_a_peer_whose_clock_is_off_is_warned_about_once() -> None:
-    off_us = 2 * mesh.SKEW_US
+    off_us = 2 * carried.SKEW_US
     with capture_logs() as logs:
         async with (
             sidecar("a") as a,

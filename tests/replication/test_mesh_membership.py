@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
 from ratelimit_sidecar.replication import dialler, mesh, targets
+from ratelimit_sidecar.replication.carried import CERTAIN_US, ID_TAKEN_US
+from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, redial_seconds
-from ratelimit_sidecar.replication.mesh import CERTAIN_US
-from ratelimit_sidecar.replication.replicator import FORGET_US, Replicator
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor
@@ -399,7 +400,7 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
             assert a.mesh.is_id_taken
             assert namesake.mesh.is_id_taken
             # It shows for as long as streams are refused for it.
-            jump_us += 2 * mesh.ID_TAKEN_US
+            jump_us += 2 * ID_TAKEN_US
             await a.until(lambda: a.mesh.protocol_errors["duplicate_node"] >= tried + 10)
             assert a.mesh.is_id_taken
             [status] = namesake.mesh.status()
@@ -427,7 +428,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypa
                 error = (await told(logs, "two_nodes_with_one_id"))[0]
                 assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
                 assert namesake.mesh.is_id_taken
-                jump_us += mesh.ID_TAKEN_US
+                jump_us += ID_TAKEN_US
                 assert not b.mesh.is_id_taken
                 assert not a.mesh.is_id_taken
                 [status] = namesake.mesh.status()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -10,8 +11,10 @@ from replication.builders import (
     PER_TEAM,
     PER_USER,
     SECOND_US,
+    apply_all,
     apply_deltas,
     bucket_of,
+    done,
     key_of,
     node,
     rules_with,
@@ -23,50 +26,66 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication import backlog, changes, key_numbers
+from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
+from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
-    FREED_BUCKETS,
+    LOOKED_BUCKETS,
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
-    MAX_DELTA_ENTRIES,
     MAX_UNACKNOWLEDGED,
-    WALK_BATCH_BUCKETS,
-    WALK_BUCKETS,
-    Batch,
+    WHOLE_BATCH_BUCKETS,
     Outbox,
 )
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.recent import RECENT_US, RecentBuckets
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 A, B, C = (node(name) for name in "abc")
 MS = 1_000
 
 
-def note(outbox: Outbox, store: Store, created_us: int = NOW_US) -> None:
-    """Move what the store's journal holds into the outbox."""
-    for bucket, slots in store.drain_changes():
-        outbox.note(bucket, slots, created_us)
+def new_outbox(store: Store) -> Outbox:
+    """With a log of its own."""
+    return Outbox(store, ChangeLog(store, NOW_US))
+
+
+def note(outbox: Outbox, created_us: int = NOW_US, *, is_told: bool = True) -> None:
+    """Flush what the store's journal holds."""
+    end = outbox._log.end
+    outbox._log._flushed_us = created_us
+    done(outbox._log.flush_steps(created_us, is_told=is_told))
+    if outbox._log.end > end:
+        outbox.missed_changes(created_us)
 
 
 def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
     """A stream is there, and its peer wants to be told everything."""
     outbox.open(peer, compares=compares)
-    outbox.wish(NOW_US, None)
+    outbox.request(NOW_US, recent=False)
 
 
 def opened(store: Store) -> Outbox:
     """An outbox whose peer has heard the full state already."""
     store.drain_changes()
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     for _ in drained(outbox):
         pass
     return outbox
 
 
+def next_batch(outbox: Outbox, now_us: int = NOW_US) -> Batch | None:
+    while outbox.write(now_us):
+        pass
+    return outbox.take_batch()
+
+
 def drained(outbox: Outbox, now_us: int = NOW_US) -> Iterator[Batch]:
     """Every batch there is, each acknowledged at once."""
-    while (batch := outbox.take_batch(now_us)) is not None:
+    while (batch := next_batch(outbox, now_us)) is not None:
         yield batch
         assert outbox.acknowledged(now_us) is batch
 
@@ -76,12 +95,16 @@ def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
         take(store, f"user {index}", 1, now_us)
 
 
-def with_changes(buckets: int, created_us: int = NOW_US) -> tuple[Store, Outbox]:
-    """So many buckets, and an outbox whose peer has yet to hear of a take from each."""
+def with_changes(buckets: int, created_us: int = NOW_US, *, is_told: bool = False) -> tuple[Store, Outbox]:
+    """So many buckets, and an outbox whose peer has yet to hear of a take from each.
+
+    Args:
+        is_told: as they are encoded for all; otherwise the peer has to catch up.
+    """
     store = store_of(A)
     outbox = opened(store)
     fill(store, buckets)
-    note(outbox, store, created_us)
+    note(outbox, created_us, is_told=is_told)
     return store, outbox
 
 
@@ -94,11 +117,15 @@ def large_bucket(store: Store) -> Bucket:
     return bucket
 
 
+def deltas_of(batch: Batch) -> pb.Deltas:
+    return pb.Deltas.FromString(batch.payload)
+
+
 def told(batches: Iterator[Batch] | list[Batch]) -> Store:
     """A peer's store after these batches."""
     store = store_of(B)
     for batch in batches:
-        apply_deltas(store, batch.frame.deltas, A.origin, NOW_US)
+        apply_deltas(store, deltas_of(batch), A.origin, NOW_US)
     return store
 
 
@@ -111,7 +138,7 @@ def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
     outbox = opened(store)
     for _ in range(500):
         take(store, "ann", 1, NOW_US)
-        note(outbox, store)
+        note(outbox, is_told=False)
     assert outbox.pending_buckets == 1
     [batch] = drained(outbox)
     assert batch.entries == 1
@@ -120,35 +147,27 @@ def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
     ]
 
 
-def test_what_is_taken_after_a_change_was_noted_goes_along_with_it() -> None:
-    store = store_of(A)
-    outbox = opened(store)
-    take(store, "ann", 1, NOW_US)
-    note(outbox, store)
-    take(store, "ann", 1, NOW_US)
-    assert told(list(drained(outbox))).get(key_of("ann")).remaining == 998  # type: ignore[union-attr]
-
-
-def test_the_oldest_changes_go_first() -> None:
+def test_who_is_behind_is_told_the_oldest_changes_first_and_each_bucket_once() -> None:
     store = store_of(A)
     outbox = opened(store)
     for index, name in enumerate(["ann", "bob", "ann", "cid"]):
         take(store, name, 1, NOW_US)
-        note(outbox, store, NOW_US + index)
+        note(outbox, NOW_US + index, is_told=False)
     [batch] = drained(outbox)
     assert batch.bucket_keys == (key_of("ann"), key_of("bob"), key_of("cid"))
+    assert tokens_of(told([batch])) == 4
     assert batch.created_us == NOW_US
 
 
 @pytest.mark.parametrize(
-    ("changed", "most"), [(False, WALK_BATCH_BUCKETS), (True, MAX_BATCH_BUCKETS)], ids=["full state", "changes"]
+    ("changed", "most"), [(False, WHOLE_BATCH_BUCKETS), (True, MAX_BATCH_BUCKETS)], ids=["full state", "changes"]
 )
 def test_a_batch_is_bounded_in_buckets(changed: bool, most: int) -> None:
     store = store_of(A)
-    outbox = opened(store) if changed else Outbox(store)
+    outbox = opened(store) if changed else new_outbox(store)
     fill(store, 2 * most + 1)
     if changed:
-        note(outbox, store)
+        note(outbox)
     else:
         open_stream(outbox)
     batches = list(drained(outbox))
@@ -163,20 +182,20 @@ def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
     keys = [b"%d" % index + b"x" * 15_000 for index in range(7)]
     for key in keys:
         store.bucket(key, PER_USER, NOW_US).take(1, NOW_US)
-    note(outbox, store)
+    note(outbox)
     batches = list(drained(outbox))
     assert [len(batch.bucket_keys) for batch in batches] == [5, 2]
-    assert all(batch.frame.ByteSize() < 2 * MAX_BATCH_BYTES for batch in batches)
+    assert all(len(batch.payload) < 2 * MAX_BATCH_BYTES for batch in batches)
 
 
 def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     store = store_of(A)
     bucket = large_bucket(store)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     batches = list(drained(outbox))
     assert all(batch.entries <= MAX_BATCH_ENTRIES for batch in batches)
-    assert [batch.ends_full_state for batch in batches] == [False] * (len(batches) - 1) + [True]
+    assert [batch.ends_snapshot for batch in batches] == [False] * (len(batches) - 1) + [True]
     copy = told(batches).get(bucket.key)
     assert copy is not None
     assert sorted(copy.entries()) == sorted(bucket.entries())
@@ -185,12 +204,35 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    outbox.take_batch(NOW_US)
+    next_batch(outbox, NOW_US)
     assert outbox.pending_buckets == 1
     outbox.close(NOW_US)
     assert outbox.pending_buckets == 0
+
+
+def test_what_a_stream_was_to_be_told_is_freed_when_it_ends() -> None:
+    """By itself: garbage collections are practically never run."""
+    store = store_of(A)
+    fill(store, 3 * MAX_BATCH_BUCKETS)
+    outbox = new_outbox(store)
+    # A snapshot, what it has to catch up with, and repairs: all of them begun.
+    open_stream(outbox)
+    fill(store, 3 * MAX_BATCH_BUCKETS, NOW_US + 1)
+    note(outbox, is_told=False)
+    for bucket in store:
+        outbox.repair(bucket.key)
+    for _ in range(4):
+        assert next_batch(outbox) is not None
+    assert outbox.write(NOW_US)
+    sources = outbox._sources
+    assert sources is not None
+    parts = [sources.cursor, sources.side, sources.snapshots]
+    del sources
+    outbox.close(NOW_US)
+    # That of the list, and of the call.
+    assert [sys.getrefcount(each) for each in parts] == [3, 3, 3]
 
 
 def test_a_batch_is_written_in_pieces() -> None:
@@ -207,32 +249,32 @@ def test_a_batch_is_written_in_pieces() -> None:
 
 def test_a_batch_is_not_taken_before_it_is_whole() -> None:
     _, outbox = with_changes(PIECE_WORK + 1)
-    assert outbox.take_written(NOW_US) is None
+    assert outbox.take_batch() is None
     assert outbox.write(NOW_US)
-    assert outbox.take_written(NOW_US) is None
+    assert outbox.take_batch() is None
     assert outbox.write(NOW_US)
-    batch = outbox.take_written(NOW_US)
+    batch = outbox.take_batch()
     assert batch is not None
     assert batch.entries == PIECE_WORK + 1
-    assert outbox.take_written(NOW_US) is None
+    assert outbox.take_batch() is None
 
 
 def test_a_bucket_with_many_entries_is_written_in_pieces() -> None:
     store, others = store_of(A), store_of(B)
     slot = slot_id(NOW_US, PER_USER.exponent)
-    heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_DELTA_ENTRIES)]
+    heard = [Entry(Origin(f"node {index}", 1), slot, 1) for index in range(MAX_PART_ENTRIES)]
     for name in ("ann", "bob"):
         take(store, name, 1, NOW_US).merge(heard, NOW_US)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     # Each has one entry more than fits into a piece.
-    assert [outbox.write(NOW_US) for _ in range(6)] == [True] * 5 + [False]
+    assert [outbox.write(NOW_US) for _ in range(4)] == [True] * 3 + [False]
     assert outbox.pending_buckets == 2
-    batch = outbox.take_written(NOW_US)
+    batch = outbox.take_batch()
     assert batch is not None
     assert sorted(batch.bucket_keys) == [key_of("ann"), key_of("bob")]
-    told = batch.frame.deltas
-    assert [sum(len(run.slots) for run in delta.runs) for delta in told.buckets] == [MAX_DELTA_ENTRIES, 1] * 2
+    told = deltas_of(batch)
+    assert [sum(len(run.slots) for run in delta.runs) for delta in told.buckets] == [MAX_PART_ENTRIES, 1] * 2
     apply_deltas(others, told, A.origin, NOW_US)
     for name in ("ann", "bob"):
         bucket, other = store.get(key_of(name)), others.get(key_of(name))
@@ -249,15 +291,17 @@ def test_the_rest_of_a_bucket_does_not_wait_until_nothing_else_changes() -> None
     heard = [Entry(node, each, 1) for node in nodes for each in (slot, before)][: MAX_BATCH_ENTRIES + 1]
     bucket = take(store, "large", 1, NOW_US)
     bucket.merge(heard, NOW_US)
-    outbox.tell(bucket.key)
+    store.drain_changes()
+    outbox.repair(bucket.key)
     told = 0
-    for _ in range(3):
+    for _ in range(4):
         # As many as a batch takes, each time.
         for index in range(MAX_BATCH_BUCKETS):
-            outbox.note(take(store, f"user {index}", 1, NOW_US), [slot], NOW_US)
-        batch = outbox.take_batch(NOW_US)
+            take(store, f"user {index}", 1, NOW_US)
+        note(outbox)
+        batch = next_batch(outbox, NOW_US)
         assert batch is not None
-        of_bucket = [delta for delta in batch.frame.deltas.buckets if delta.key == bucket.key]
+        of_bucket = [delta for delta in deltas_of(batch).buckets if delta.key == bucket.key]
         told += sum(len(run.slots) for delta in of_bucket for run in delta.runs)
     assert told == MAX_BATCH_ENTRIES + 2
 
@@ -266,7 +310,7 @@ def test_buckets_that_are_gone_count_as_work_too() -> None:
     store, outbox = with_changes(2 * PIECE_WORK)
     assert store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK) == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
-    assert outbox.take_written(NOW_US) is None
+    assert outbox.take_batch() is None
     assert outbox.is_settled
 
 
@@ -274,7 +318,7 @@ def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
     store, outbox = with_changes(PIECE_WORK + 1)
     assert outbox.write(NOW_US)
     take(store, "user 0", 1, NOW_US)
-    note(outbox, store)
+    note(outbox)
     assert tokens_of(told(drained(outbox))) == PIECE_WORK + 2
 
 
@@ -296,7 +340,7 @@ def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
     store.merge(key_of("ann"), None, [entry], NOW_US)
     bucket = store.get(key_of("ann"))
     assert bucket is not None
-    outbox.note_relayed(bucket, [entry])
+    outbox.relay(bucket, [entry])
     return outbox, bucket
 
 
@@ -311,53 +355,42 @@ def test_what_was_passed_on_in_a_batch_that_was_never_sent_is_told_on_the_next_s
 def test_what_was_passed_on_in_a_batch_that_was_lost_is_told_however_long_it_took_to_write() -> None:
     outbox, bucket = with_news_to_pass_on()
     assert outbox.write(NOW_US)
-    assert outbox.take_written(NOW_US + 60 * SECOND_US) is not None
+    assert next_batch(outbox, NOW_US + 60 * SECOND_US) is not None
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {bucket.key}
 
 
 def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell() -> None:
-    outbox = Outbox(store_of(A))
+    outbox = new_outbox(store_of(A))
     open_stream(outbox)
     assert outbox.write(NOW_US)
     assert not outbox.is_settled
-    assert [batch.ends_full_state for batch in drained(outbox)] == [True]
+    assert [batch.ends_snapshot for batch in drained(outbox)] == [True]
     assert outbox.is_settled
 
 
 def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
     store = store_of(A)
     fill(store, 1)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     assert outbox.write(NOW_US)
-    assert outbox.is_walking
+    assert outbox.owes_snapshot
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
 
 
-def test_what_a_lost_peer_was_to_be_told_is_freed_bit_by_bit() -> None:
-    _, outbox = with_changes(1_000)
-    outbox.close(NOW_US)
-    assert outbox.pending_buckets == 0
-    left = []
-    while outbox._undeliverable:
-        left.append(sum(map(len, outbox._undeliverable)))
-        outbox.tidy()
-    assert left == [1_000 - FREED_BUCKETS * number for number in range(len(left))]
-
-
 def test_no_more_than_a_few_batches_are_on_their_way() -> None:
     store = store_of(A)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
     open_stream(outbox)
-    assert all(outbox.take_batch(NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
-    assert outbox.take_batch(NOW_US) is None
+    assert all(next_batch(outbox, NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
+    assert next_batch(outbox, NOW_US) is None
     outbox.acknowledged(NOW_US)
-    assert outbox.take_batch(NOW_US) is not None
+    assert next_batch(outbox, NOW_US) is not None
 
 
 def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases() -> None:
@@ -366,11 +399,11 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
     bucket.merge([Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1_500)], NOW_US)
     later_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     bucket.merge([Entry(C.origin, slot_id(later_us, PER_USER.exponent), 5)], later_us)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox, later_us)
     peers = store_of(B)
-    apply_deltas(peers, batch.frame.deltas, A.origin, later_us)
+    apply_deltas(peers, deltas_of(batch), A.origin, later_us)
     copy = peers.get(key_of("ann"))
     assert copy is not None
     assert bucket.base.deficit > 0
@@ -381,7 +414,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
 def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 0
@@ -390,64 +423,71 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
 def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
     store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
     assert batch.entries == 1
 
 
 def test_the_full_state_of_a_node_that_knows_nothing_is_an_end_and_nothing_else() -> None:
-    outbox = Outbox(store_of(A))
+    outbox = new_outbox(store_of(A))
     open_stream(outbox)
     [batch] = drained(outbox)
-    assert batch.ends_full_state
-    assert batch.frame.deltas.ends_full_state
+    assert batch.ends_snapshot
+    assert deltas_of(batch).ends_full_state
     assert not batch.bucket_keys
 
 
 def test_local_buckets_are_not_part_of_it() -> None:
     store = store_of(A)
     take(store, "ann", 1, NOW_US, key="pod")
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    note(outbox, store)
+    note(outbox)
     assert [batch.bucket_keys for batch in drained(outbox)] == [()]
 
 
-def test_idle_buckets_cost_no_more_than_a_bounded_batch_at_a_time() -> None:
+def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
     store = store_of(A)
-    fill(store, 3 * WALK_BUCKETS)
+    fill(store, 3 * LOOKED_BUCKETS)
     store.drain_changes()
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
     idle_us = NOW_US + 2 * PER_USER.horizon_us
-    batches = list(drained(outbox, idle_us))
-    assert [(batch.bucket_keys, batch.ends_full_state) for batch in batches] == [((), False), ((), False), ((), True)]
+    steps = 0
+    while outbox.write(idle_us):
+        steps += 1
+    assert steps == pytest.approx(3 * LOOKED_BUCKETS / PIECE_WORK, abs=5)
+    [batch] = drained(outbox, idle_us)
+    assert (batch.bucket_keys, batch.ends_snapshot) == ((), True)
 
 
 def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     store = store_of(A)
     fill(store, 4 * MAX_BATCH_BUCKETS)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    for _ in range(4 * MAX_BATCH_BUCKETS // WALK_BATCH_BUCKETS):
+    has_ended = False
+    # Every second batch is one of it.
+    for _ in range(2 * 4 * MAX_BATCH_BUCKETS // WHOLE_BATCH_BUCKETS + 3):
         fill(store, 4 * MAX_BATCH_BUCKETS)
-        note(outbox, store)
-        batch = outbox.take_batch(NOW_US)
+        note(outbox)
+        batch = next_batch(outbox, NOW_US)
         assert batch is not None
         outbox.acknowledged(NOW_US)
-    assert batch.ends_full_state
+        has_ended = has_ended or batch.ends_snapshot
+    assert has_ended
 
 
 def test_slots_sealed_before_they_could_be_sent_are_dropped() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 5, NOW_US, key="team")
-    note(outbox, store)
+    note(outbox, is_told=False)
     bucket = store.get(key_of("ann", "team"))
     assert bucket is not None
     bucket.seal(NOW_US + 2 * PER_TEAM.horizon_us)
-    assert outbox.take_batch(NOW_US) is None
+    assert next_batch(outbox, NOW_US) is None
     assert outbox.is_settled
 
 
@@ -455,29 +495,29 @@ def test_evicted_buckets_are_dropped() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 5, NOW_US)
-    note(outbox, store)
+    note(outbox, is_told=False)
     assert store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1) == 1
-    assert outbox.take_batch(NOW_US) is None
+    assert next_batch(outbox, NOW_US) is None
 
 
 def test_while_the_peer_is_out_of_reach_nothing_is_kept() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 1, NOW_US)
-    note(outbox, store)
+    note(outbox)
     outbox.close(NOW_US)
     fill(store, 1_000)
-    note(outbox, store)
+    note(outbox)
     assert outbox.pending_buckets == 0
-    assert outbox.take_batch(NOW_US) is None
+    assert next_batch(outbox, NOW_US) is None
 
 
 def test_a_peer_that_is_back_is_told_the_full_state_although_batches_were_lost() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 1, NOW_US)
-    note(outbox, store)
-    assert outbox.take_batch(NOW_US) is not None
+    note(outbox)
+    assert next_batch(outbox, NOW_US) is not None
     outbox.close(NOW_US)
     take(store, "bob", 1, NOW_US)
     open_stream(outbox)
@@ -489,22 +529,23 @@ def test_lag_is_from_the_creation_of_the_oldest_change_in_a_batch_to_its_acknowl
     outbox = opened(store)
     for name, created_us in [("ann", NOW_US), ("bob", NOW_US + 15 * MS)]:
         take(store, name, 1, created_us)
-        note(outbox, store, created_us)
-    outbox.take_batch(NOW_US + 20 * MS)
+        note(outbox, created_us)
+        assert next_batch(outbox, NOW_US + 20 * MS) is not None
     assert outbox.lag_us(NOW_US + 30 * MS) == 30 * MS
-    outbox.acknowledged(NOW_US + 100 * MS)
-    assert outbox.lag_us(NOW_US + 500 * MS) == 100 * MS
+    for _ in range(2):
+        outbox.acknowledged(NOW_US + 100 * MS)
+    assert outbox.lag_us(NOW_US + 500 * MS) == 85 * MS
 
 
 def test_lag_is_the_age_of_the_oldest_change_while_one_is_waiting_or_on_its_way() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 1, NOW_US)
-    note(outbox, store)
+    note(outbox)
     assert outbox.lag_us(NOW_US + 7 * MS) == 7 * MS
-    outbox.take_batch(NOW_US + 8 * MS)
+    next_batch(outbox, NOW_US + 8 * MS)
     take(store, "ann", 1, NOW_US)
-    note(outbox, store, NOW_US + 8 * MS)
+    note(outbox, NOW_US + 8 * MS)
     assert outbox.lag_us(NOW_US + 9 * MS) == 9 * MS
     outbox.acknowledged(NOW_US + 10 * MS)
     assert outbox.lag_us(NOW_US + 11 * MS) == 3 * MS
@@ -518,10 +559,10 @@ def test_lag_grows_from_the_first_change_that_a_lost_peer_misses_until_it_has_he
     take(store, "ann", 1, NOW_US)
     for second in range(5):
         take(store, "bob", 1, NOW_US)
-        note(outbox, store, NOW_US + second * SECOND_US)
+        note(outbox, NOW_US + second * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US) == 60 * SECOND_US
     open_stream(outbox)
-    outbox.take_batch(NOW_US + 60 * SECOND_US)
+    next_batch(outbox, NOW_US + 60 * SECOND_US)
     assert outbox.lag_us(NOW_US + 60 * SECOND_US + 80 * MS) == 60 * SECOND_US + 80 * MS
     outbox.acknowledged(NOW_US + 60 * SECOND_US + 80 * MS)
     # From here on it tells how far behind the peer is now, not that it once was cut off.
@@ -535,13 +576,13 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     outbox = opened(store)
     outbox.close(lost_us)
     take(store, "new", 2, lost_us + SECOND_US)
-    note(outbox, store, lost_us)
+    note(outbox, lost_us)
     other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
     store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
     open_stream(outbox)
     batches = list(drained(outbox, lost_us + 2 * SECOND_US))
     assert keys_told(batches) == {key_of("new"), key_of("heard")}
-    assert batches[-1].ends_full_state
+    assert batches[-1].ends_snapshot
     assert outbox.is_settled
 
 
@@ -553,11 +594,11 @@ def test_a_peer_that_was_away_is_told_the_base_of_what_was_sealed_meanwhile() ->
     back_us = NOW_US + PER_USER.horizon_us + 10 * SECOND_US
     # All of it has been repaid but for what was taken in debt.
     bucket.take(2_000, NOW_US, always=True)
-    note(outbox, store)
+    note(outbox)
     open_stream(outbox)
     peers = store_of(B)
     for batch in drained(outbox, back_us):
-        apply_deltas(peers, batch.frame.deltas, A.origin, back_us)
+        apply_deltas(peers, deltas_of(batch), A.origin, back_us)
     copy = peers.get(key_of("ann"))
     assert copy is not None
     assert copy.fold(back_us) == bucket.fold(back_us) > 0
@@ -567,8 +608,8 @@ def test_what_was_on_its_way_when_the_stream_was_lost_is_told_again() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 1, NOW_US + 60 * SECOND_US)
-    note(outbox, store, NOW_US + 60 * SECOND_US)
-    assert outbox.take_batch(NOW_US + 60 * SECOND_US) is not None
+    note(outbox, NOW_US + 60 * SECOND_US)
+    assert next_batch(outbox, NOW_US + 60 * SECOND_US) is not None
     # Noticed only long after.
     outbox.close(NOW_US + 90 * SECOND_US)
     open_stream(outbox)
@@ -591,9 +632,9 @@ def test_a_peer_that_was_lost_before_it_had_been_told_everything_is_told_everyth
     store = store_of(A)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     store.drain_changes()
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    outbox.take_batch(NOW_US)
+    next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US)
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
@@ -606,9 +647,9 @@ def test_a_peer_that_is_lost_again_while_it_is_told_what_it_missed_is_told_from_
     lost_us = NOW_US + 60 * SECOND_US
     outbox.close(lost_us)
     fill(store, 2 * MAX_BATCH_BUCKETS, lost_us + SECOND_US)
-    note(outbox, store, lost_us)
+    note(outbox, lost_us)
     open_stream(outbox)
-    outbox.take_batch(lost_us + 2 * SECOND_US)
+    next_batch(outbox, lost_us + 2 * SECOND_US)
     outbox.close(lost_us + 100 * SECOND_US)
     open_stream(outbox)
     assert len(keys_told(drained(outbox, lost_us + 101 * SECOND_US))) == 2 * MAX_BATCH_BUCKETS
@@ -621,26 +662,26 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     store.merge(key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
     bucket = take(store, "ann", 1, NOW_US)
     store.drain_changes()
-    outbox.note_relayed(bucket, [Entry(C.origin, slot, 4)])
+    outbox.relay(bucket, [Entry(C.origin, slot, 4)])
     [batch] = drained(outbox)
     peers = store_of(B)
-    apply_deltas(peers, batch.frame.deltas, A.origin, NOW_US)
+    apply_deltas(peers, deltas_of(batch), A.origin, NOW_US)
     copy = peers.get(bucket.key)
     assert copy is not None
     assert copy.taken == {C.origin: {slot: 5}}
-    outbox.tell(bucket.key)
+    outbox.repair(bucket.key)
     [batch] = drained(outbox)
-    apply_deltas(peers, batch.frame.deltas, A.origin, NOW_US)
+    apply_deltas(peers, deltas_of(batch), A.origin, NOW_US)
     assert copy.taken == bucket.taken
 
 
 def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
     store = store_of(A)
     bucket = take(store, "ann", 1, NOW_US)
-    outbox = Outbox(store)
-    outbox.tell(bucket.key)
-    outbox.note_relayed(bucket, bucket.entries())
-    outbox.walk_again(NOW_US)
+    outbox = new_outbox(store)
+    outbox.repair(bucket.key)
+    outbox.relay(bucket, bucket.entries())
+    outbox.snapshot(NOW_US)
     assert outbox.pending_buckets == 0
 
 
@@ -650,19 +691,19 @@ def test_a_key_that_is_told_of_again_is_a_number() -> None:
     sizes = []
     for index in range(3):
         take(store, "a user with quite a long name, to see the difference", 1, NOW_US + index)
-        note(outbox, store)
+        note(outbox)
         [batch] = drained(outbox)
-        sizes.append(batch.frame.ByteSize())
+        sizes.append(len(batch.payload))
     assert sizes[1] == sizes[2] <= sizes[0] - 50
 
 
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
     store = store_of(A)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     outbox.missed_since(NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     open_stream(outbox)
-    outbox.take_batch(NOW_US)
+    next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US)
     outbox.close(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 2 * SECOND_US
@@ -672,30 +713,29 @@ def test_changes_on_their_way_when_the_stream_was_lost_count_from_their_creation
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 1, NOW_US)
-    note(outbox, store, NOW_US)
-    outbox.take_batch(NOW_US + MS)
+    note(outbox, NOW_US)
+    next_batch(outbox, NOW_US + MS)
     outbox.close(NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == SECOND_US
 
 
 def test_the_full_state_alone_is_no_change_and_so_no_lag() -> None:
     store = store_of(A)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    outbox.take_batch(NOW_US)
+    next_batch(outbox, NOW_US)
     assert outbox.lag_us(NOW_US + SECOND_US) == 0
 
 
 def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -> None:
     store = store_of(A)
-    outbox = Outbox(store)
+    outbox = new_outbox(store)
     open_stream(outbox)
-    outbox.take_batch(NOW_US)
+    next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US)
     fill(store, 1)
-    for bucket, slots in store.drain_changes():
-        outbox.note(bucket, slots, NOW_US)
-    assert outbox.take_batch(NOW_US)
+    note(outbox)
+    assert next_batch(outbox, NOW_US)
     outbox.acknowledged(NOW_US + 3 * SECOND_US)
     assert outbox.lag_us(NOW_US + 4 * SECOND_US) == 3 * SECOND_US
     assert outbox.lag_us(NOW_US + 64 * SECOND_US) == 0
@@ -710,7 +750,7 @@ def pass_on_many(outbox: Outbox, store: Store, buckets: int) -> int:
         bucket = bucket_of(store, f"team {index}", NOW_US, "team")
         entries = [Entry(C.origin, slot, 1) for slot in NARROW]
         assert bucket.merge(entries, NOW_US) == len(NARROW)
-        outbox.note_relayed(bucket, entries)
+        outbox.relay(bucket, entries)
     return buckets * len(NARROW)
 
 
@@ -725,12 +765,26 @@ def test_all_that_is_passed_on_arrives_however_much_it_is() -> None:
     assert tokens_of(told(drained(outbox))) == taken
 
 
+def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_old_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    store = store_of(A)
+    outbox = opened(store)
+    old = Entry(C.origin, slot_id(NOW_US - 60 * SECOND_US, MIN_EXPONENT), 5)
+    bucket = bucket_of(store, "old", NOW_US)
+    bucket.merge([old], NOW_US)
+    outbox.relay(bucket, [old])
+    relayed = pass_on_many(outbox, store, 9)
+    assert tokens_of(told(drained(outbox))) == relayed + 5
+
+
 def test_a_bucket_told_in_parts_is_not_cut_short_by_what_is_passed_on() -> None:
     store = store_of(A)
     big = large_bucket(store)
     outbox = opened(store)
-    outbox.tell(big.key)
-    first = outbox.take_batch(NOW_US)
+    outbox.repair(big.key)
+    first = next_batch(outbox, NOW_US)
     assert first is not None
     pass_on_many(outbox, store, 11)
     assert tokens_of(told([first, *drained_later(outbox)])) == tokens_of(store)
@@ -738,7 +792,7 @@ def test_a_bucket_told_in_parts_is_not_cut_short_by_what_is_passed_on() -> None:
 
 def drained_later(outbox: Outbox) -> Iterator[Batch]:
     """Every batch there is; none is acknowledged before the last."""
-    while (batch := outbox.take_batch(NOW_US)) is not None:
+    while (batch := next_batch(outbox, NOW_US)) is not None:
         yield batch
 
 
@@ -750,7 +804,7 @@ def test_a_walk_asked_for_while_one_is_under_way_follows_it() -> None:
     bucket = bucket_of(store, "ann", NOW_US, "team")
     bucket.merge([Entry(C.origin, slot_id(back_us - 5 * SECOND_US, MIN_EXPONENT), 3)], back_us - 5 * SECOND_US)
     open_stream(outbox)
-    outbox.walk_again(back_us - 10 * SECOND_US)
+    outbox.snapshot(back_us - 10 * SECOND_US)
     assert tokens_of(told(drained(outbox, back_us))) == 3
     assert outbox.is_settled
 
@@ -759,7 +813,7 @@ def test_what_was_passed_on_in_vain_is_in_the_walk_of_the_next_stream() -> None:
     store = store_of(A)
     outbox = opened(store)
     assert pass_on_many(outbox, store, 1) == 100
-    assert outbox.take_batch(NOW_US) is not None
+    assert next_batch(outbox, NOW_US) is not None
     # Silence is noticed only after a while.
     lost_us = NOW_US + 5 * SECOND_US
     outbox.close(lost_us)
@@ -774,9 +828,9 @@ def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_follow
     heard_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
     bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
     open_stream(outbox)
-    assert outbox.take_batch(back_us) is not None
-    outbox.walk_again(back_us - 10 * SECOND_US)
-    assert outbox.take_batch(back_us) is not None
+    assert next_batch(outbox, back_us) is not None
+    outbox.snapshot(back_us - 10 * SECOND_US)
+    assert next_batch(outbox, back_us) is not None
     outbox.close(back_us)
     open_stream(outbox)
     assert tokens_of(told(drained(outbox, back_us))) == 3
@@ -796,32 +850,30 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
 
 def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:
     store = store_of(A)
+    outbox = new_outbox(store)
     take(store, "old", 1, NOW_US)
+    note(outbox, is_told=False)
     now_us = NOW_US + 60 * SECOND_US
     take(store, "recent", 1, now_us - RECENT_US // 2)
+    note(outbox, now_us - RECENT_US // 2, is_told=False)
     # Whoever has taken it tells of it.
     heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
     store.merge(key_of("recent"), None, [heard], now_us)
     store.merge(key_of("heard"), None, [heard], now_us)
-    store.drain_changes()
-    outbox = Outbox(store)
     outbox.open(B.origin, compares=True)
     # Nothing until it has said so.
-    assert outbox.take_batch(now_us) is None
+    assert next_batch(outbox, now_us) is None
     assert not outbox.is_settled
-    assert outbox.is_walking
-    recent = RecentBuckets()
-    for name in ("recent", "gone"):
-        recent.note(key_of(name), now_us)
-    outbox.wish(now_us, recent)
+    assert outbox.owes_snapshot
+    outbox.request(now_us, recent=True)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
     assert outbox.is_settled
     # The other node is gone before it has told everything.
-    outbox.wish(now_us, None)
+    outbox.request(now_us, recent=False)
     assert keys_told(drained(outbox, now_us)) == {key_of("old"), key_of("recent"), key_of("heard")}
     # To say it again changes nothing.
-    outbox.wish(now_us, None)
+    outbox.request(now_us, recent=False)
     assert outbox.is_settled
 
 
@@ -832,3 +884,159 @@ def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everythin
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 61 * SECOND_US)) == set()
+
+
+def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_number_only_with_its_key() -> None:
+    store = store_of(A)
+    first, late = opened(store), new_outbox(store)
+    late._log = first._log
+    payloads = []
+    for index in range(3):
+        if index == 1:
+            open_stream(late)
+            assert keys_told(drained(late)) == {key_of("ann")}
+        take(store, "ann", 1, NOW_US)
+        note(first)
+        for outbox in (first, late) if index else (first,):
+            batch = next_batch(outbox)
+            assert batch is not None
+            payloads.append(batch.payload)
+            assert outbox.acknowledged(NOW_US) is batch
+    # The one that came later has not heard of the number before.
+    _, second, to_late, third, again = payloads
+    assert to_late.endswith(second)
+    assert to_late != second
+    assert third == again
+    reader, heard = DeltasReader(A.origin), store_of(B)
+    for payload in (to_late, again):
+        apply_all(reader, heard, pb.Deltas.FromString(payload), NOW_US)
+    assert tokens_of(heard) == 3
+
+
+def test_who_has_fallen_back_a_little_is_sent_as_much_as_fits_into_a_batch() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    for index in range(5):
+        fill(store, MAX_BATCH_BUCKETS // 2, NOW_US + index)
+        note(outbox, NOW_US + index)
+    batches = list(drained(outbox))
+    assert [len(batch.bucket_keys) for batch in batches] == [
+        MAX_BATCH_BUCKETS,
+        MAX_BATCH_BUCKETS,
+        MAX_BATCH_BUCKETS // 2,
+    ]
+    reader, heard = DeltasReader(A.origin), store_of(B)
+    for batch in batches:
+        apply_all(reader, heard, deltas_of(batch), NOW_US)
+    assert tokens_of(heard) == tokens_of(store)
+
+
+@pytest.mark.interpreted
+def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(key_numbers, "MAX_NUMBERS", 1)
+    monkeypatch.setattr(changes, "SHARED_SEGMENTS", 10)
+    store = store_of(A)
+    outbox = opened(store)
+    heard, reader = store_of(B), DeltasReader(A.origin)
+    # The peer has heard of the number as ann's; bob gets it in a segment that it is not sent any more.
+    for name in ["ann"] * MAX_UNACKNOWLEDGED + ["bob"] * 15:
+        take(store, name, 1, NOW_US)
+        note(outbox)
+        batch = next_batch(outbox)
+        if batch is not None:
+            apply_all(reader, heard, deltas_of(batch), NOW_US)
+    for _ in range(MAX_UNACKNOWLEDGED):
+        outbox.acknowledged(NOW_US)
+    for batch in drained(outbox):
+        apply_all(reader, heard, deltas_of(batch), NOW_US)
+    assert {bucket.key: bucket.taken for bucket in heard} == {bucket.key: bucket.taken for bucket in store}
+    assert outbox.is_settled
+
+
+@pytest.mark.interpreted
+def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "MAX_CHANGES", 10)
+    store = store_of(A)
+    outbox = opened(store)
+    for index in range(128):
+        take(store, f"user {index}", 1, NOW_US)
+        note(outbox)
+    assert outbox._log.get(outbox._log.end - 20) is None
+    assert not outbox.is_settled
+    assert outbox.lag_us(NOW_US + SECOND_US) >= SECOND_US
+    outbox._log._segments.clear()
+    assert not outbox.is_settled
+    assert tokens_of(told(drained(outbox))) == 128
+    assert outbox.is_settled
+
+
+def test_looking_at_what_was_told_already_counts_as_work() -> None:
+    store = store_of(A)
+    outbox = new_outbox(store)
+    for _ in range(100):
+        take(store, "ann", 1, NOW_US)
+        note(outbox)
+    outbox.open(B.origin, compares=True)
+    outbox.request(NOW_US, recent=True)
+    assert outbox._sources is not None
+    assert len(list(outbox._sources.snapshots.parts(NOW_US))) == 100
+
+
+def test_a_peer_that_is_far_away_is_sent_what_is_encoded_for_all() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    # 400 ms there and back, with a flush every 2 ms.
+    for _ in range(200):
+        take(store, "ann", 1, NOW_US)
+        note(outbox)
+    assert outbox._sources is not None
+    while outbox._sources.cursor.has_changes:
+        assert outbox._sources.cursor.take_shared() is not None
+
+
+@pytest.mark.interpreted
+def test_what_is_kept_encoded_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "SHARED_BYTES", 1_000)
+    store = store_of(A)
+    log = opened(store)._log
+    for index in range(200):
+        take(store, f"user {index}", 1, NOW_US)
+        done(log.flush_steps(NOW_US, is_told=True))
+    encoded = [segment.payload for segment in log._segments if segment.payload is not None]
+    assert log._shared_bytes == sum(map(len, encoded))
+    assert 500 < log._shared_bytes <= 1_000
+
+
+def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -> None:
+    rules = rules_with(user=WindowLimit(100, 60 * SECOND_US, Window.FIXED))
+    store, heard = store_of(A, rules), store_of(B, rules)
+    outbox = opened(store)
+    for _ in range(2):
+        assert bucket_of(store, "ann", NOW_US, rules=rules).take(1, NOW_US)
+        note(outbox, is_told=False)
+    for batch in drained(outbox):
+        apply_deltas(heard, deltas_of(batch), A.origin, NOW_US)
+    assert tokens_of(heard) == 2
+
+
+def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    store = store_of(A)
+    old = take(store, "old", 5, NOW_US - 5 * SECOND_US)
+    outbox = opened(store)
+    outbox.repair(old.key)
+    pass_on_many(outbox, store, 9)
+    assert old.key in keys_told(drained(outbox))
+
+
+def test_what_was_lost_before_the_peer_asks_for_what_is_recent_is_told_after_it() -> None:
+    store = store_of(A)
+    old = take(store, "old", 5, NOW_US - 2 * RECENT_US)
+    outbox = new_outbox(store)
+    note(outbox)
+    outbox.open(B.origin, compares=True)
+    outbox.snapshot(NOW_US - 3 * RECENT_US)
+    outbox.request(NOW_US, recent=True)
+    assert old.key in keys_told(drained(outbox))

@@ -7,7 +7,16 @@ from contextlib import suppress
 import grpc
 import grpc.aio
 import pytest
-from replication.builders import NOW_US, PER_USER, SECOND_US, frame, key_of, take
+from replication.builders import (
+    NOW_US,
+    PER_USER,
+    SECOND_US,
+    flush,
+    frame,
+    key_of,
+    receive,
+    take,
+)
 from replication.cluster import Cluster
 from replication.meshes import address_of, sidecar
 from replication.test_replicator import connected, exchange, hello, replicator, stream_of
@@ -16,7 +25,8 @@ from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.replication.carrier import METHOD
-from ratelimit_sidecar.replication.replicator import MAX_PEERS, Stream
+from ratelimit_sidecar.replication.connections import MAX_PEERS
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason
 
@@ -37,13 +47,13 @@ def deltas(sequence: int, slot: int, tokens: int, origin: Origin | None = None, 
 def test_what_is_refused_is_counted_with_the_peer_that_said_it() -> None:
     a = replicator("a")
     honest, hostile = stream_of(a), stream_of(a)
-    honest.receive(hello("b"), NOW_US)
-    hostile.receive(hello("evil"), NOW_US)
+    receive(honest, hello("b"), NOW_US)
+    receive(hostile, hello("evil"), NOW_US)
     take(a.store, "ann", 1, NOW_US)
-    honest.receive(deltas(1, SLOT, 1), NOW_US)
-    hostile.receive(deltas(1, slot_id(NOW_US + 60 * SECOND_US, PER_USER.exponent), 1), NOW_US)
-    hostile.receive(deltas(2, slot_id(NOW_US, 45), 1), NOW_US)
-    hostile.receive(deltas(3, SLOT, 1_000, origin=a.local.origin), NOW_US)
+    receive(honest, deltas(1, SLOT, 1), NOW_US)
+    receive(hostile, deltas(1, slot_id(NOW_US + 60 * SECOND_US, PER_USER.exponent), 1), NOW_US)
+    receive(hostile, deltas(2, slot_id(NOW_US, 45), 1), NOW_US)
+    receive(hostile, deltas(3, SLOT, 1_000, origin=a.local.origin), NOW_US)
     assert a.peers["b"].status(NOW_US, 0).refused == {}
     refused = a.peers["evil"].status(NOW_US, 0).refused
     assert refused["ahead"] == refused["own"] == 1
@@ -54,10 +64,10 @@ def test_what_is_refused_is_counted_with_the_peer_that_said_it() -> None:
 def test_only_who_is_known_to_be_the_origin_can_lower_what_it_has_taken(is_proven: bool, believed: int) -> None:
     a = replicator("a")
     stream = Stream(a, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US, is_proven=is_proven)
-    stream.receive(hello("b", 7), NOW_US)
+    receive(stream, hello("b", 7), NOW_US)
     origin = Origin("b", 7)
     a.store.merge(key_of("ann"), None, [Entry(origin, SLOT, 500)], NOW_US)
-    stream.receive(deltas(1, SLOT, 3), NOW_US + 10 * SECOND_US)
+    receive(stream, deltas(1, SLOT, 3), NOW_US + 10 * SECOND_US)
     bucket = a.store.get(key_of("ann"))
     assert bucket is not None
     assert bucket.taken == {origin: {SLOT: believed}}
@@ -106,12 +116,12 @@ def test_poison_is_gone_soon_although_restarted_nodes_learn_it_of_the_others_aga
 def test_a_configured_peer_has_its_place_beside_as_many_invented_ones_as_there_may_be() -> None:
     a = replicator("a")
     for index in range(MAX_PEERS):
-        stream_of(a).receive(hello(f"ghost {index}"), NOW_US)
+        receive(stream_of(a), hello(f"ghost {index}"), NOW_US)
     dialled = stream_of(a, is_dialled=True)
-    dialled.receive(hello("b"), NOW_US)
+    receive(dialled, hello("b"), NOW_US)
     assert dialled.peer is a.peers["b"]
     one_more = stream_of(a)
-    one_more.receive(hello("one more"), NOW_US)
+    receive(one_more, hello("one more"), NOW_US)
     assert one_more.error is not None
     assert one_more.error.reason is Reason.TOO_MANY_PEERS
 
@@ -119,14 +129,14 @@ def test_a_configured_peer_has_its_place_beside_as_many_invented_ones_as_there_m
 def test_a_node_that_came_by_itself_under_anothers_id_makes_way_for_the_one_at_the_configured_address() -> None:
     a, b = replicator("a"), replicator("b", 7)
     squatter = stream_of(a)
-    squatter.receive(hello("b", 666), NOW_US)
+    receive(squatter, hello("b", 666), NOW_US)
     ours, theirs = stream_of(a, is_dialled=True), stream_of(b)
     exchange(ours, theirs)
     assert a.peers["b"].streams == [ours]
     assert a.peers["b"].incarnation == 7
     assert squatter.why_ended.startswith("duplicate_node")
     again = stream_of(a)
-    again.receive(hello("b", 666), NOW_US)
+    receive(again, hello("b", 666), NOW_US)
     assert again.error is not None
     assert again.error.reason is Reason.DUPLICATE_NODE
 
@@ -137,7 +147,7 @@ def test_what_a_connected_peer_takes_is_heard_whoever_has_filled_the_bucket_with
     ghosts = [Entry(Origin("ghost", number), SLOT, 1) for number in range(1, 3_000)]
     a.store.merge(key_of("ann"), None, ghosts, NOW_US)
     take(b.store, "ann", 5, NOW_US)
-    b.flush(NOW_US)
+    flush(b, NOW_US)
     exchange(ours, theirs)
     bucket = a.store.get(key_of("ann"))
     assert bucket is not None

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pool, message_factory
-from replication.builders import key_of
+from replication.builders import (
+    flush,
+    key_of,
+    next_frame,
+    receive,
+)
 from replication.recording import LATER_US, RECORDED, Party, Recording, listener, read_recording
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 
 RECORDINGS = sorted(RECORDED.glob("protocol_*.json"))
 
@@ -26,7 +31,7 @@ class Replay:
     said: list[bytes] = field(default_factory=list)
 
     def say_all(self, now_us: int) -> None:
-        while (raw := self.stream.next_frame(now_us)) is not None:
+        while (raw := next_frame(self.stream, now_us)) is not None:
             self.said.append(raw)
 
 
@@ -38,10 +43,10 @@ def replay(recording: Recording) -> Replay:
             # Of a node that shows no membership where it looks for one it would not have asked for any.
             continue
         party.clock_us = now_us
-        party.flush(now_us)
+        flush(party, now_us)
         replayed.stream.check_time(now_us)
         replayed.say_all(now_us)
-        replayed.stream.receive(raw, now_us)
+        receive(replayed.stream, raw, now_us)
         replayed.say_all(now_us)
         assert replayed.stream.error is None
     return replayed

@@ -8,6 +8,7 @@ import pytest
 from replication.builders import SECOND_US, key_of, node, store_of
 from replication.cluster import MS, Cluster, Node
 
+from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.relay import MAX_ORIGINS, Relay
 from ratelimit_sidecar.replication.session import SILENCE_US
@@ -85,7 +86,7 @@ def test_when_the_one_that_passes_on_is_gone_another_one_does() -> None:
 
 
 def entries_sent(cluster: Cluster) -> int:
-    return sum(peer.entries_sent for each in cluster for peer in each.replicator.peers.values())
+    return sum(peer.counts.entries_sent for each in cluster for peer in each.replicator.peers.values())
 
 
 @pytest.mark.parametrize(("cut", "sent"), [(False, 3), (True, 3)], ids=["whole", "one link cut"])
@@ -111,14 +112,14 @@ def peers() -> dict[str, Peer]:
     store = store_of(node("b"))
     found = {}
     for name in "acd":
-        peer = found[name] = Peer(store, name)
+        peer = found[name] = Peer(store, ChangeLog(store, 0), name)
         peer.streams.append(Connected())  # type: ignore[arg-type]
     return found
 
 
 def reach(peers: dict[str, Peer], **reaches: str) -> None:
     for name, peer in peers.items():
-        peer.reaches = frozenset(reaches[name]) if name in reaches else None
+        peer.said.reaches = frozenset(reaches[name]) if name in reaches else None
 
 
 def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
@@ -149,7 +150,7 @@ def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) 
         assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
     assert len(relay._of_origin) < 10
     for peer in peers.values():
-        peer.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
+        peer.said.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
     relay.look(peers)
     assert len(relay._of_origin) <= MAX_ORIGINS
 
@@ -163,11 +164,11 @@ def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() ->
     cluster.run(SECOND_US)
     cluster.crash("c")
     cluster.run(SECOND_US)
-    before = [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")]
+    before = [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")]
     cluster.start("c")
     cluster.run_until_settled()
     cluster.run(2 * SECOND_US)
-    assert [cluster[name].peer(other).entries_sent for name, other in ("ab", "ba")] == before
+    assert [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")] == before
     assert_all_hold(cluster, 2, "user 7")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from replication.builders import (
@@ -13,27 +13,31 @@ from replication.builders import (
     PER_USER,
     SECOND_US,
     SIT_OUT_US,
+    done,
+    flush,
     frame,
     key_of,
     kind_of,
     ledger_of,
+    next_frame,
     node,
+    receive,
     store_of,
     take,
 )
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
-from ratelimit_sidecar.replication.outbox import MAX_BATCH_BUCKETS, WALK_BATCH_BUCKETS
+from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_BUCKETS
+from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
+from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
-from ratelimit_sidecar.replication.replicator import FLUSH_WORK, FORGET_US, MAX_PEERS, RESTART_US, Replicator, Stream
-from ratelimit_sidecar.replication.session import STALL_US
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
-
-IN_ONE_GO = FLUSH_WORK // 3
-"""Buckets of a flush, of a node with one peer."""
 
 
 class Span:
@@ -102,7 +106,7 @@ class Strict(Replicator):
 
     def say(self) -> None:
         self.strict_us += TICK_EVERY_US
-        self.flush(NOW_US)
+        flush(self, NOW_US)
 
 
 def hello(name: str, incarnation: int = 1, **fields: object) -> bytes:
@@ -115,15 +119,15 @@ def exchange(one: Stream, other: Stream, now_us: int = NOW_US) -> None:
     while busy:
         busy = False
         for sender, receiver in ((one, other), (other, one)):
-            while (raw := sender.next_frame(now_us)) is not None:
-                receiver.receive(raw, now_us)
+            while (raw := next_frame(sender, now_us)) is not None:
+                receive(receiver, raw, now_us)
                 busy = True
 
 
 def said_by(stream: Stream) -> list[bytes]:
     """All that it has to send now."""
     said = []
-    while (raw := stream.next_frame(NOW_US)) is not None:
+    while (raw := next_frame(stream, NOW_US)) is not None:
         said.append(raw)
     return said
 
@@ -142,7 +146,7 @@ def test_two_nodes_tell_each_other_everything_and_then_each_change() -> None:
     one, other = connected(a, b)
     assert {bucket.key for bucket in a.store} == {bucket.key for bucket in b.store} == {key_of("ann"), key_of("bob")}
     take(b.store, "ann", 1, NOW_US)
-    b.flush(NOW_US)
+    flush(b, NOW_US)
     exchange(one, other)
     assert a.store.get(key_of("ann")).remaining == 994  # type: ignore[union-attr]
 
@@ -152,16 +156,16 @@ def test_of_two_streams_to_a_peer_the_first_established_carries_the_deltas() -> 
     first, _ = connected(a, b)
     second, _ = connected(a, b)
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    assert second.next_frame(NOW_US) is None
-    assert kind_of(first.next_frame(NOW_US)) == "deltas"
+    flush(a, NOW_US)
+    assert next_frame(second, NOW_US) is None
+    assert kind_of(next_frame(first, NOW_US)) == "deltas"
 
 
 def test_a_peer_counts_what_went_each_way() -> None:
     a, b = replicator("a"), replicator("b")
     take(a.store, "ann", 5, NOW_US)
     connected(a, b)
-    [at_a], [at_b] = a.peers.values(), b.peers.values()
+    at_a, at_b = a.peers["b"].counts, b.peers["a"].counts
     assert (at_a.batches_sent, at_a.entries_sent) == (at_b.batches_received, at_b.entries_received) == (1, 1)
     assert (at_a.batches_received, at_a.entries_received) == (at_b.batches_sent, at_b.entries_sent) == (1, 0)
 
@@ -178,12 +182,12 @@ def test_a_peers_status_shows_it() -> None:
 def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
     a, b = replicator("a"), replicator("b")
     one = stream_of(a, is_dialled=True)
-    one.receive(hello("b"), NOW_US)
-    assert not a.peers["b"].full_state_heard
-    one.receive(frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
-    assert a.peers["b"].full_state_heard
+    receive(one, hello("b"), NOW_US)
+    assert not a.peers["b"].said.full_state
+    receive(one, frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
+    assert a.peers["b"].said.full_state
     one.lost("cut", NOW_US)
-    assert not a.peers["b"].full_state_heard
+    assert not a.peers["b"].said.full_state
     assert b.peers == {}
 
 
@@ -199,7 +203,7 @@ def test_an_address_that_leads_back_to_this_process_is_recognised_at_both_ends_a
 
 def test_a_peer_that_merely_says_so_is_not_taken_for_this_process() -> None:
     dialled = stream_of(replicator("a"), is_dialled=True)
-    dialled.receive(frame(goodbye=pb.Goodbye(reason="self")), NOW_US)
+    receive(dialled, frame(goodbye=pb.Goodbye(reason="self")), NOW_US)
     assert dialled.error is None
 
 
@@ -217,9 +221,9 @@ def test_another_live_process_with_this_nodes_id_is_refused_with_the_fix() -> No
 def test_a_second_life_of_a_peer_that_was_just_heard_from_is_refused() -> None:
     a = replicator("a")
     first = stream_of(a)
-    first.receive(hello("b", 1), NOW_US)
+    receive(first, hello("b", 1), NOW_US)
     second = stream_of(a)
-    second.receive(hello("b", 2), NOW_US + RESTART_US - 1)
+    receive(second, hello("b", 2), NOW_US + RESTART_US - 1)
     assert second.error is not None
     assert second.error.reason is Reason.DUPLICATE_NODE
     assert a.peers["b"].streams == [first]
@@ -229,20 +233,20 @@ def test_a_second_life_of_a_peer_that_was_just_heard_from_is_refused() -> None:
 def test_a_second_life_of_a_peer_that_has_fallen_silent_takes_its_place() -> None:
     a = replicator("a")
     first, second = stream_of(a), stream_of(a)
-    first.receive(hello("b", 1), NOW_US)
-    second.receive(hello("b", 2), NOW_US + RESTART_US)
+    receive(first, hello("b", 1), NOW_US)
+    receive(second, hello("b", 2), NOW_US + RESTART_US)
     peer = a.peers["b"]
     assert (peer.streams, peer.incarnation, peer.connections) == ([second], 2, 2)
-    assert first.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="superseded", detail="the node has restarted"))
+    assert next_frame(first, NOW_US) == frame(goodbye=pb.Goodbye(reason="superseded", detail="the node has restarted"))
     assert a.protocol_errors == {}
 
 
 def test_a_second_life_of_a_peer_whose_streams_are_lost_takes_its_place_at_once() -> None:
     a = replicator("a")
     first, second = stream_of(a), stream_of(a)
-    first.receive(hello("b", 1), NOW_US)
+    receive(first, hello("b", 1), NOW_US)
     first.lost("the peer hung up", NOW_US)
-    second.receive(hello("b", 2), NOW_US)
+    receive(second, hello("b", 2), NOW_US)
     assert a.peers["b"].status(NOW_US, 0).reconnects == 1
 
 
@@ -257,10 +261,10 @@ def test_a_second_life_of_a_peer_whose_streams_are_lost_takes_its_place_at_once(
 def test_a_bad_frame_closes_its_stream_and_is_counted_by_reason(raw: bytes, reason: str) -> None:
     a = replicator("a")
     bad, good = stream_of(a), stream_of(a)
-    bad.receive(hello("b"), NOW_US)
-    good.receive(hello("c"), NOW_US)
-    bad.receive(raw, NOW_US)
-    assert pb.Frame.FromString(bad.next_frame(NOW_US) or b"").goodbye.reason == reason
+    receive(bad, hello("b"), NOW_US)
+    receive(good, hello("c"), NOW_US)
+    receive(bad, raw, NOW_US)
+    assert pb.Frame.FromString(next_frame(bad, NOW_US) or b"").goodbye.reason == reason
     assert bad.is_over
     assert a.protocol_errors == {reason: 1}
     status = a.peers["b"].status(NOW_US, 0)
@@ -271,15 +275,15 @@ def test_a_bad_frame_closes_its_stream_and_is_counted_by_reason(raw: bytes, reas
 
 def test_what_was_not_applied_is_not_acknowledged() -> None:
     stream = stream_of(replicator("a"))
-    stream.receive(hello("b"), NOW_US)
-    stream.receive(frame(deltas=pb.Deltas(sequence=1, buckets=[pb.BucketDelta(key=b"\x09")])), NOW_US)
-    assert pb.Frame.FromString(stream.next_frame(NOW_US) or b"").WhichOneof("kind") == "goodbye"
-    assert stream.next_frame(NOW_US) is None
+    receive(stream, hello("b"), NOW_US)
+    receive(stream, frame(deltas=pb.Deltas(sequence=1, buckets=[pb.BucketDelta(key=b"\x09")])), NOW_US)
+    assert pb.Frame.FromString(next_frame(stream, NOW_US) or b"").WhichOneof("kind") == "goodbye"
+    assert next_frame(stream, NOW_US) is None
 
 
 def test_a_stream_that_never_said_whose_it_is_is_counted_too() -> None:
     a = replicator("a")
-    stream_of(a).receive(b"\xff", NOW_US)
+    receive(stream_of(a), b"\xff", NOW_US)
     assert a.protocol_errors == {"malformed": 1}
     assert a.peers == {}
 
@@ -287,7 +291,7 @@ def test_a_stream_that_never_said_whose_it_is_is_counted_too() -> None:
 def test_a_dead_peers_stream_is_closed_by_the_clock() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     stream.check_time(NOW_US + 5 * SECOND_US)
     assert a.peers["b"].status(NOW_US, 0).last_error.startswith("silent")
     assert a.protocol_errors == {"silent": 1}
@@ -296,12 +300,12 @@ def test_a_dead_peers_stream_is_closed_by_the_clock() -> None:
 def test_buckets_that_no_rule_knows_are_counted() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     buckets = [
         pb.BucketDelta(key=key_of("x", "nobody", ELSEWHERE)),
         pb.BucketDelta(key=key_of("y", "nobody", ELSEWHERE)),
     ]
-    stream.receive(frame(deltas=pb.Deltas(sequence=1, buckets=buckets)), NOW_US)
+    receive(stream, frame(deltas=pb.Deltas(sequence=1, buckets=buckets)), NOW_US)
     assert a.unknown_keys == 2
     assert not stream.is_over
 
@@ -316,43 +320,36 @@ def many_deltas(buckets: int) -> bytes:
 def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     said_by(stream)
-    stream.hear(many_deltas(2 * PIECE_WORK + 1), NOW_US)
     applied = []
-    for _ in range(4):
-        applied.append((stream.apply(NOW_US), len(a.store), a.peers["b"].full_state_heard, len(said_by(stream))))
-    assert applied == [
-        (True, PIECE_WORK, False, 0),
-        (True, 2 * PIECE_WORK, False, 0),
-        (False, 2 * PIECE_WORK + 1, True, 1),
-        (False, 2 * PIECE_WORK + 1, True, 0),
-    ]
-    assert a.peers["b"].entries_received == 2 * PIECE_WORK + 1
+    for _ in stream.receive_steps(many_deltas(2 * PIECE_WORK + 1), NOW_US):
+        applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
+    applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
+    assert applied == [(PIECE_WORK, False, 0), (2 * PIECE_WORK, False, 0), (2 * PIECE_WORK + 1, True, 1)]
+    assert a.peers["b"].counts.entries_received == 2 * PIECE_WORK + 1
 
 
 def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
-    stream.hear(many_deltas(2 * PIECE_WORK), NOW_US)
-    assert stream.apply(NOW_US)
+    receive(stream, hello("b"), NOW_US)
+    applying = stream.receive_steps(many_deltas(2 * PIECE_WORK), NOW_US)
+    next(applying)
     stream.lost("gone", NOW_US)
-    assert not stream.apply(NOW_US)
+    done(applying)
     assert len(a.store) == PIECE_WORK
-    assert not a.peers["b"].full_state_heard
+    assert not a.peers["b"].said.full_state
 
 
 def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
+    receive(stream, hello("b"), NOW_US)
     said_by(stream)
     deltas = pb.Frame.FromString(many_deltas(PIECE_WORK)).deltas
     deltas.buckets.add(key=b"\x09")
-    stream.hear(frame(deltas=deltas), NOW_US)
-    assert stream.apply(NOW_US)
-    assert not stream.apply(NOW_US)
+    assert len(list(stream.receive_steps(frame(deltas=deltas), NOW_US))) == 1
     [said] = said_by(stream)
     assert pb.Frame.FromString(said).goodbye.reason == "bad_key"
 
@@ -369,8 +366,8 @@ def test_a_goodbye_is_remembered_as_the_reason() -> None:
 def test_the_first_reason_for_which_a_stream_ended_stays() -> None:
     a = replicator("a")
     stream = stream_of(a)
-    stream.receive(hello("b"), NOW_US)
-    stream.receive(b"\xff", NOW_US)
+    receive(stream, hello("b"), NOW_US)
+    receive(stream, b"\xff", NOW_US)
     stream.lost("the connection was closed", NOW_US)
     assert stream.why_ended == a.peers["b"].last_error == "malformed: not a Frame"
 
@@ -380,43 +377,44 @@ def test_batches_are_traced_from_sending_to_acknowledgement() -> None:
     a, b = replicator("a", tracer=tracer), replicator("b")
     one, other = connected(a, b)
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    sent = one.next_frame(NOW_US)
+    flush(a, NOW_US)
+    sent = next_frame(one, NOW_US)
     assert sent is not None
     [span] = tracer.spans
     assert (span.peer_node, span.bucket_keys, span.has_ended) == ("b", (key_of("ann"),), False)
-    other.receive(sent, NOW_US)
-    exchange(one, other)
+    receive(other, sent, NOW_US)
+    exchange(one, other, NOW_US + ACK_DELAY_US)
     assert span.has_ended
 
 
-def hearing_a_traced_batch(tracer: Tracer) -> Stream:
-    """The stream of a node with that tracer, which has yet to apply what it heard."""
+def applying_a_traced_batch(tracer: Tracer) -> tuple[Stream, Iterator[None]]:
+    """The stream of a node with that tracer, and the rest of the batch that it applies."""
     a, b = replicator("a", tracer=Tracer()), replicator("b", tracer=tracer)
     one, other = connected(a, b)
-    take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    sent = one.next_frame(NOW_US)
+    for number in range(PIECE_WORK + 1):
+        take(a.store, f"user {number}", 1, NOW_US)
+    flush(a, NOW_US)
+    sent = next_frame(one, NOW_US)
     assert sent is not None
-    other.hear(sent, NOW_US)
-    return other
+    applying = other.receive_steps(sent, NOW_US)
+    next(applying)
+    return other, applying
 
 
 def test_who_applies_a_traced_batch_continues_its_trace_until_it_is_applied() -> None:
     tracer = Tracer()
-    other = hearing_a_traced_batch(tracer)
+    other, applying = applying_a_traced_batch(tracer)
     [(peer_node, context, span)] = tracer.applying
     assert (peer_node, context, span.has_ended) == ("a", b"its trace", False)
     assert other.batch_trace == {"trace_id": b"its trace".hex()}
-    while other.apply(NOW_US):
-        pass
+    done(applying)
     assert span.has_ended
     assert other.batch_trace == {}
 
 
 def test_the_span_of_a_batch_that_is_being_applied_ends_with_the_stream() -> None:
     tracer = Tracer()
-    other = hearing_a_traced_batch(tracer)
+    other, _ = applying_a_traced_batch(tracer)
     other.lost("cut", NOW_US)
     assert [span.has_ended for _, _, span in tracer.applying] == [True]
     # For the line that tells of the end.
@@ -428,8 +426,8 @@ def test_a_trace_span_ends_with_the_stream_when_its_batch_is_lost() -> None:
     a, b = replicator("a", tracer=tracer), replicator("b")
     one, _ = connected(a, b)
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    assert one.next_frame(NOW_US) is not None
+    flush(a, NOW_US)
+    assert next_frame(one, NOW_US) is not None
     one.lost("cut", NOW_US)
     assert [span.has_ended for span in tracer.spans] == [True]
 
@@ -437,9 +435,9 @@ def test_a_trace_span_ends_with_the_stream_when_its_batch_is_lost() -> None:
 def test_a_configured_peer_misses_everything_taken_before_it_was_first_reached() -> None:
     a, b = replicator("a"), replicator("b")
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US + SECOND_US)
+    flush(a, NOW_US + SECOND_US)
     dialled = stream_of(a, is_dialled=True)
-    dialled.receive(hello("b"), NOW_US + 9 * SECOND_US)
+    receive(dialled, hello("b"), NOW_US + 9 * SECOND_US)
     assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 9 * SECOND_US
     assert b.peers == {}
 
@@ -447,46 +445,46 @@ def test_a_configured_peer_misses_everything_taken_before_it_was_first_reached()
 def test_a_peer_that_nobody_had_announced_misses_nothing_before_it_comes() -> None:
     a = replicator("a")
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    stream_of(a).receive(hello("b"), NOW_US + 9 * SECOND_US)
+    flush(a, NOW_US)
+    receive(stream_of(a), hello("b"), NOW_US + 9 * SECOND_US)
     assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 0
 
 
 def test_a_configured_peer_that_dialled_in_first_has_missed_what_it_has_not_been_told_all_the_same() -> None:
     a = replicator("a")
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US + SECOND_US)
-    stream_of(a).receive(hello("b"), NOW_US + 9 * SECOND_US)
+    flush(a, NOW_US + SECOND_US)
+    receive(stream_of(a), hello("b"), NOW_US + 9 * SECOND_US)
     dialled = stream_of(a, is_dialled=True)
-    dialled.receive(hello("b"), NOW_US + 9 * SECOND_US)
+    receive(dialled, hello("b"), NOW_US + 9 * SECOND_US)
     assert a.peers["b"].outbox.lag_us(NOW_US + 9 * SECOND_US) == 9 * SECOND_US
 
 
 def test_changes_count_as_made_at_the_flush_before() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)
-    a.flush(NOW_US + 20_000)
+    flush(a, NOW_US + 20_000)
     take(a.store, "ann", 1, NOW_US + 39_000)
-    a.flush(NOW_US + 40_000)
+    flush(a, NOW_US + 40_000)
     assert a.peers["b"].outbox.lag_us(NOW_US + 50_000) == 30_000
 
 
-def test_many_changes_are_flushed_in_several_goes_and_what_is_taken_meanwhile_waits() -> None:
+def test_many_changes_are_flushed_in_steps_and_what_is_taken_meanwhile_waits() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)
-    a.flush(NOW_US + 20_000)
-    for number in range(2 * IN_ONE_GO + 1):
+    flush(a, NOW_US + 20_000)
+    for number in range(2 * FLUSH_STEP_BUCKETS + 1):
         take(a.store, f"user-{number}", 1, NOW_US + 39_000)
     outbox = a.peers["b"].outbox
     flushed = []
-    for go in range(3):
-        more = a.note_changes(NOW_US + 40_000 + go)
-        flushed.append((more, outbox.pending_buckets))
-        take(a.store, f"late-{go}", 1, NOW_US + 40_000 + go)
-    assert flushed == [(True, IN_ONE_GO), (True, 2 * IN_ONE_GO), (False, 2 * IN_ONE_GO + 1)]
+    for step, _ in enumerate(a.flush_steps(NOW_US + 40_000)):
+        flushed.append(outbox.pending_buckets)
+        take(a.store, f"late-{step}", 1, NOW_US + 40_000 + step)
+    assert flushed == [FLUSH_STEP_BUCKETS, 2 * FLUSH_STEP_BUCKETS]
+    assert outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 1
     assert outbox.lag_us(NOW_US + 50_000) == 30_000
-    assert not a.note_changes(NOW_US + 60_000)
-    assert outbox.pending_buckets == 2 * IN_ONE_GO + 4
+    done(a.flush_steps(NOW_US + 60_000))
+    assert outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 3
 
 
 def test_a_stream_is_woken_once_for_what_fills_a_batch_and_at_the_end_of_a_flush() -> None:
@@ -494,66 +492,69 @@ def test_a_stream_is_woken_once_for_what_fills_a_batch_and_at_the_end_of_a_flush
     woken: list[None] = []
     stream = stream_of(a, wake=lambda: woken.append(None))
     exchange(stream, stream_of(b))
-    for buckets, times in ((1, 1), (MAX_BATCH_BUCKETS, 1), (MAX_BATCH_BUCKETS + IN_ONE_GO + 1, 2), (0, 0)):
+    for buckets, times in ((1, 1), (MAX_BATCH_BUCKETS, 1), (MAX_BATCH_BUCKETS + 1, 2), (0, 0)):
         for number in range(buckets):
             take(a.store, f"user {number}", 1, NOW_US)
         woken.clear()
-        while a.note_changes(NOW_US):
-            pass
+        done(a.flush_steps(NOW_US))
         assert len(woken) == times, buckets
 
 
 def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() -> None:
     a = replicator("a")
-    for number in range(WALK_BATCH_BUCKETS + 1):
+    for number in range(WHOLE_BATCH_BUCKETS + 1):
         take(a.store, f"user {number}", 1, NOW_US)
     stream = stream_of(a)
-    stream.receive(hello("b", protocol=2), NOW_US)
-    sent = [(kind_of(stream.next_frame(NOW_US)), stream.take_pause(), stream.take_pause()) for _ in range(4)]
+    receive(stream, hello("b", protocol=2), NOW_US)
+    sent = [(kind_of(next_frame(stream, NOW_US)), stream.take_pause(), stream.take_pause()) for _ in range(4)]
     assert sent == [
         ("hello", False, False),
         ("ping", False, False),
         ("deltas", True, False),
         ("deltas", True, False),
     ]
-    stream.receive(frame(ack=pb.Ack(sequence=2)), NOW_US)
+    receive(stream, frame(ack=pb.Ack(sequence=2)), NOW_US)
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
-    assert (kind_of(stream.next_frame(NOW_US)), stream.take_pause()) == ("deltas", False)
+    flush(a, NOW_US)
+    assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause()) == ("deltas", False)
 
 
-def test_a_flush_moves_all_there_is_also_when_one_in_pieces_is_under_way() -> None:
+def test_a_flush_moves_all_there_is_also_when_another_one_is_under_way() -> None:
     a, b = replicator("a"), replicator("b")
     connected(a, b)
-    for number in range(2 * IN_ONE_GO):
+    for number in range(2 * FLUSH_STEP_BUCKETS):
         take(a.store, f"user-{number}", 1, NOW_US)
-    assert a.note_changes(NOW_US + 20_000)
+    under_way = a.flush_steps(NOW_US + 20_000)
+    next(under_way)
     take(a.store, "late", 1, NOW_US + 20_000)
-    a.flush(NOW_US + 20_000)
-    assert a.peers["b"].outbox.pending_buckets == 2 * IN_ONE_GO + 1
+    flush(a, NOW_US + 20_000)
+    assert a.peers["b"].outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 1
+    assert a.peers["b"].outbox.lag_us(NOW_US + 30_000) == 30_000
     assert a.store.drain_changes() == []
+    done(under_way)
+    assert a.peers["b"].outbox.pending_buckets == 2 * FLUSH_STEP_BUCKETS + 1
 
 
 def test_the_journal_is_drained_although_there_are_no_peers() -> None:
     a = replicator("a")
     take(a.store, "ann", 1, NOW_US)
-    a.flush(NOW_US)
+    flush(a, NOW_US)
     assert a.store.drain_changes() == []
 
 
 def test_a_peer_that_only_dials_in_is_forgotten_a_while_after_it_was_lost() -> None:
     a = replicator("a")
     inbound, dialled = stream_of(a), stream_of(a, is_dialled=True)
-    inbound.receive(hello("b"), NOW_US)
-    dialled.receive(hello("c"), NOW_US)
-    a.flush(NOW_US + 2 * FORGET_US)
+    receive(inbound, hello("b"), NOW_US)
+    receive(dialled, hello("c"), NOW_US)
+    flush(a, NOW_US + 2 * FORGET_US)
     assert set(a.peers) == {"b", "c"}
     lost_us = NOW_US + 2 * FORGET_US
     inbound.lost("gone", lost_us)
     dialled.lost("gone", lost_us)
-    a.flush(lost_us + FORGET_US - 1)
+    flush(a, lost_us + FORGET_US - 1)
     assert set(a.peers) == {"b", "c"}
-    a.flush(lost_us + FORGET_US)
+    flush(a, lost_us + FORGET_US)
     assert set(a.peers) == {"c"}
 
 
@@ -561,21 +562,21 @@ def test_peers_are_bounded_and_lost_ones_make_room() -> None:
     a = replicator("a")
     streams = [stream_of(a) for _ in range(MAX_PEERS)]
     for index, stream in enumerate(streams):
-        stream.receive(hello(f"b{index}"), NOW_US)
+        receive(stream, hello(f"b{index}"), NOW_US)
     refused = stream_of(a)
-    refused.receive(hello("one more"), NOW_US)
+    receive(refused, hello("one more"), NOW_US)
     assert refused.error is not None
     assert refused.error.reason is Reason.TOO_MANY_PEERS
     streams[0].lost("gone", NOW_US)
-    stream_of(a).receive(hello("one more"), NOW_US)
+    receive(stream_of(a), hello("one more"), NOW_US)
     assert "one more" in a.peers
     assert len(a.peers) == MAX_PEERS
 
 
 def test_the_configured_address_is_shown_rather_than_the_far_end_of_an_inbound_stream() -> None:
     a = replicator("a")
-    Stream(a, "b.example:50051", is_dialled=True, wake=lambda: None, now_us=NOW_US).receive(hello("b"), NOW_US)
-    Stream(a, "ipv4:10.0.0.9:41234", is_dialled=False, wake=lambda: None, now_us=NOW_US).receive(hello("b"), NOW_US)
+    receive(Stream(a, "b.example:50051", is_dialled=True, wake=lambda: None, now_us=NOW_US), hello("b"), NOW_US)
+    receive(Stream(a, "ipv4:10.0.0.9:41234", is_dialled=False, wake=lambda: None, now_us=NOW_US), hello("b"), NOW_US)
     assert a.peers["b"].address == "b.example:50051"
 
 
@@ -609,10 +610,10 @@ def test_a_member_in_want_is_paid_by_another_one() -> None:
 def test_asks_go_out_on_the_stream_in_use_before_any_deltas_and_are_paid_where_they_came_in() -> None:
     a, b = Strict("a"), Strict("b")
     (a1, b1), (a2, b2) = [(stream_of(a), stream_of(b)) for _ in range(2)]
-    said = {stream: stream.next_frame(NOW_US) or b"" for stream in (a1, b1, a2, b2)}
+    said = {stream: next_frame(stream, NOW_US) or b"" for stream in (a1, b1, a2, b2)}
     # The first stream is in use at one end, the second at the other.
     for receiver, sender in ((a1, b1), (b2, a2), (a2, b2), (b1, a1)):
-        receiver.receive(said[sender], NOW_US)
+        receive(receiver, said[sender], NOW_US)
     for one, other in ((a1, b1), (a2, b2)):
         exchange(one, other)
     assert (a.peers["b"].streams, b.peers["a"].streams) == ([a1, a2], [b2, b1])
@@ -622,7 +623,7 @@ def test_asks_go_out_on_the_stream_in_use_before_any_deltas_and_are_paid_where_t
     assert said_by(a2) == []
     asks, deltas = said_by(a1)
     assert (kind_of(asks), kind_of(deltas)) == ("payments", "deltas")
-    b1.receive(asks, NOW_US)
+    receive(b1, asks, NOW_US)
     assert said_by(b2) == []
     [pays] = said_by(b1)
     assert [pay.key for pay in pb.Frame.FromString(pays).payments.pays] == [PLAN]
@@ -633,7 +634,7 @@ def test_a_stream_is_woken_when_there_is_something_to_ask_for() -> None:
     a = Strict("a")
     woken: list[None] = []
     stream = stream_of(a, wake=lambda: woken.append(None))
-    stream.receive(hello("b", membership=MEMBERS), NOW_US)
+    receive(stream, hello("b", membership=MEMBERS), NOW_US)
     a.say()
     woken.clear()
     a.use_up()
@@ -648,7 +649,7 @@ def test_more_asks_than_a_frame_takes_go_out_in_several() -> None:
     for index in range(MAX_BATCH + 1):
         a.use_up(f"{index}")
     a.say()
-    frames = [pb.Frame.FromString(one.next_frame(NOW_US) or b"") for _ in range(2)]
+    frames = [pb.Frame.FromString(next_frame(one, NOW_US) or b"") for _ in range(2)]
     assert [len(each.payments.asks) for each in frames] == [MAX_BATCH, 1]
 
 
@@ -659,7 +660,7 @@ def test_more_asks_than_a_frame_takes_go_out_in_several() -> None:
 def test_a_peer_that_cannot_pay_is_not_asked_and_hears_what_is_eventual(fields: dict[str, object]) -> None:
     a = Strict("a")
     stream = stream_of(a)
-    stream.receive(hello("b", **fields), NOW_US)
+    receive(stream, hello("b", **fields), NOW_US)
     said_by(stream)
     a.use_up()
     take(a.store, "ann", 1, NOW_US)
@@ -671,13 +672,13 @@ def test_a_peer_that_cannot_pay_is_not_asked_and_hears_what_is_eventual(fields: 
 def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     a = Strict("a")
     assert a.purses is not None
-    stream_of(a).receive(hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
+    receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
     assert a.purses.status().conflicts == ("c",)
-    a.forget_peers(NOW_US)
+    a.connections.forget(NOW_US)
     assert a.purses.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
-    a.forget_peers(NOW_US)
+    a.connections.forget(NOW_US)
     assert a.purses.status().conflicts == ()
 
 
@@ -703,13 +704,13 @@ def test_what_is_paid_on_a_stream_that_has_closed_at_the_receiver_does_not_count
     a.use_up()
     a.say()
     for raw in said_by(first):
-        first_at_b.receive(raw, NOW_US)
+        receive(first_at_b, raw, NOW_US)
     pays = said_by(first_at_b)
     assert a.plan().reserved
     first.close(Reason.DRAINING, "", NOW_US)
     assert not a.plan().reserved
     for raw in pays:
-        first.receive(raw, NOW_US)
+        receive(first, raw, NOW_US)
     assert a.plan().remaining <= 1
     a.strict_us += 100_000
     a.say()
@@ -727,7 +728,7 @@ def test_a_payment_that_answers_no_ask_closes_its_stream(twice: bool) -> None:
         a.use_up()
         a.say()
         exchange(one, other)
-    one.receive(frame(payments=pb.Payments(pays=[pb.Pay(key=PLAN, amount=1)])), NOW_US)
+    receive(one, frame(payments=pb.Payments(pays=[pb.Pay(key=PLAN, amount=1)])), NOW_US)
     assert a.protocol_errors == {"unexpected": 1}
 
 
@@ -751,8 +752,8 @@ def test_an_ask_that_is_never_answered_closes_its_stream_and_frees_the_room() ->
 def test_buckets_asked_for_that_no_strict_rule_knows_are_counted() -> None:
     a = Strict("a")
     stream = stream_of(a)
-    stream.receive(hello("b", membership=MEMBERS), NOW_US)
-    stream.receive(frame(payments=pb.Payments(asks=[pb.Ask(key=key_of("ann"), amount=1)])), NOW_US)
+    receive(stream, hello("b", membership=MEMBERS), NOW_US)
+    receive(stream, frame(payments=pb.Payments(asks=[pb.Ask(key=key_of("ann"), amount=1)])), NOW_US)
     assert a.unknown_keys == 1
     assert not stream.is_over
 
@@ -761,39 +762,39 @@ def test_buckets_asked_for_that_no_strict_rule_knows_are_counted() -> None:
 def test_a_bad_ask_closes_its_stream_and_is_counted_by_reason() -> None:
     a = Strict("a")
     stream = stream_of(a)
-    stream.receive(hello("b", membership=MEMBERS), NOW_US)
-    stream.receive(frame(payments=pb.Payments(asks=[pb.Ask(key=b"\x09")])), NOW_US)
-    assert pb.Frame.FromString(stream.next_frame(NOW_US) or b"").goodbye.reason == "bad_key"
+    receive(stream, hello("b", membership=MEMBERS), NOW_US)
+    receive(stream, frame(payments=pb.Payments(asks=[pb.Ask(key=b"\x09")])), NOW_US)
+    assert pb.Frame.FromString(next_frame(stream, NOW_US) or b"").goodbye.reason == "bad_key"
     assert a.protocol_errors == {"bad_key": 1}
 
 
-def test_an_older_standing_that_comes_late_does_not_stay() -> None:
+def test_an_older_status_that_comes_late_does_not_stay() -> None:
     a, b, c = (replicator(name) for name in "abc")
     (a1, b1), (a2, b2) = connected(a, b), connected(b, a)[::-1]
     ac, ca = connected(a, c)
     late = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b", "c"}
+    assert b.peers["a"].said.reaches == {"b", "c"}
     ac.lost("cut", NOW_US)
     # What tells of it is lost with the second stream, on which an older one comes in after all.
     lost = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b"}
+    assert b.peers["a"].said.reaches == {"b"}
     assert lost
     for raw in late:
-        b2.receive(raw, NOW_US)
-    assert b.peers["a"].reaches == {"b", "c"}
+        receive(b2, raw, NOW_US)
+    assert b.peers["a"].said.reaches == {"b", "c"}
     for stream in (a2, b2):
         stream.lost("reset", NOW_US)
     exchange(a1, b1)
-    assert b.peers["a"].reaches == {"b"}
+    assert b.peers["a"].said.reaches == {"b"}
     assert ca.peer is not None
 
 
 def starting(name: str) -> Replicator:
     """A node that waits for its peers to tell what they know."""
     found = replicator(name)
-    found.has_joined = False
+    found.sync.has_joined = False
     return found
 
 
@@ -805,7 +806,7 @@ def knowing(name: str, *values: str) -> Replicator:
     found = replicator(name)
     for value in values:
         take(found.store, value, 1, OLD_US)
-    found.flush(OLD_US)
+    flush(found, OLD_US)
     return found
 
 
@@ -816,22 +817,22 @@ def known_to(each: Replicator) -> set[bytes]:
 def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by_the_others() -> None:
     a, b, c = starting("a"), knowing("b", "ann", "bob"), knowing("c", "ann", "bob")
     take(c.store, "cem", 1, NOW_US - SECOND_US)
-    c.flush(NOW_US)
+    flush(c, NOW_US)
     connected(a, b)
     connected(a, c)
     assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
-    assert (b.peers["a"].entries_sent, c.peers["a"].entries_sent) == (2, 1)
-    assert all(peer.full_state_heard for peer in a.peers.values())
+    assert (b.peers["a"].counts.entries_sent, c.peers["a"].counts.entries_sent) == (2, 1)
+    assert all(peer.said.full_state for peer in a.peers.values())
 
 
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
     a, b, c = starting("a"), knowing("b", "ann"), knowing("c", "ann")
     one, other = stream_of(a), stream_of(b)
     # It has heard how b stands, and what it then says is on its way.
-    while not a.peers or a.peers["b"].own_wish != pb.EVERYTHING:
+    while not a.peers or a.peers["b"].own_request != pb.EVERYTHING:
         for sender, receiver in ((one, other), (other, one)):
             for raw in said_by(sender):
-                receiver.receive(raw, NOW_US)
+                receive(receiver, raw, NOW_US)
     ac, ca = connected(a, c)
     assert known_to(a) == set()
     one.lost("reset", NOW_US)
@@ -845,7 +846,7 @@ def test_nodes_that_start_together_wait_for_one_that_has_been_there() -> None:
     one, other = connected(a, b)
     assert known_to(a) == set()
     # It has given up waiting, or been told by others.
-    b.join()
+    b.sync.join()
     exchange(one, other)
     assert known_to(a) == {key_of("old")}
 
@@ -853,9 +854,9 @@ def test_nodes_that_start_together_wait_for_one_that_has_been_there() -> None:
 def test_a_node_that_has_been_there_is_told_by_one_that_has_just_started_what_is_recent() -> None:
     a, b = knowing("a"), starting("b")
     take(b.store, "old", 1, OLD_US)
-    b.flush(OLD_US)
+    flush(b, OLD_US)
     take(b.store, "recent", 1, NOW_US)
-    b.flush(NOW_US)
+    flush(b, NOW_US)
     connected(a, b)
     assert known_to(a) == {key_of("recent")}
 

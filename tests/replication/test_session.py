@@ -9,11 +9,12 @@ from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
 from ratelimit_sidecar.config import sidecar_schema as config
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.pings import CLOCK_SAMPLES, PING_EVERY_US
 from ratelimit_sidecar.replication.session import (
-    CLOCK_SAMPLES,
+    ACK_DELAY_US,
     FRAMES_WITHIN_US,
+    MAX_ACKS_OWED,
     MAX_FRAMES,
-    PING_EVERY_US,
     SILENCE_US,
     STALL_US,
     ClockMeasured,
@@ -24,7 +25,7 @@ from ratelimit_sidecar.replication.session import (
     PaymentsReceived,
     PeerLeft,
     Session,
-    StandingReceived,
+    StatusReceived,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
@@ -164,7 +165,7 @@ def test_nodes_that_have_shown_each_other_a_membership_pay_each_other() -> None:
     session = paying_session(membership=membership(b=1))
     payments = pb.Payments(asks=[pb.Ask(key=b"k", amount=2)])
     assert session.receive(frame(payments=payments), NOW_US) == PaymentsReceived(payments)
-    assert session.send_payments(pb.Frame(payments=payments)) == frame(payments=payments)
+    assert session.send(pb.Frame(payments=payments)) == frame(payments=payments)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_deltas_are_handed_on_and_acknowledged_once_they_are_applied() -> None:
     session = established()
     assert isinstance(session.receive(deltas(1), NOW_US), DeltasReceived)
     assert session.next_frame(NOW_US) is None
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     # What is not applied yet is not acknowledged along with what is.
     session.receive(deltas(2), NOW_US)
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
@@ -222,9 +223,57 @@ def test_one_acknowledgement_stands_for_all_deltas_heard_before_it() -> None:
     session = established()
     for sequence in (1, 2, 3):
         session.receive(deltas(sequence), NOW_US)
-        session.acknowledge()
+        session.acknowledge(NOW_US)
     assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=3))
     assert session.next_frame(NOW_US) is None
+
+
+def test_an_acknowledgement_rides_on_the_next_deltas() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert session.next_frame(NOW_US + ACK_DELAY_US - 1) is None
+    sent = pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US + 7_999)).deltas
+    assert (sent.acknowledged, sent.ack_delay_ms) == (1, 7)
+    assert session.next_frame(NOW_US + ACK_DELAY_US) is None
+    other = established()
+    other.send_deltas(b"", b"", NOW_US)
+    event = other.receive(frame(deltas=pb.Deltas(sequence=1, acknowledged=1, ack_delay_ms=7)), NOW_US)
+    assert isinstance(event, DeltasReceived)
+    assert event.acknowledged == DeltasAcknowledged(1, 7_000)
+
+
+def test_an_acknowledgement_waits_for_deltas_no_longer_than_for_a_flush() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert not session.is_ack_due(NOW_US + ACK_DELAY_US - 1)
+    assert session.is_ack_due(NOW_US + ACK_DELAY_US)
+    assert session.next_frame(NOW_US + ACK_DELAY_US) == frame(ack=pb.Ack(sequence=1))
+
+
+def test_many_deltas_are_acknowledged_at_once() -> None:
+    session = established()
+    session.send_deltas(b"", b"", NOW_US)
+    for sequence in range(1, MAX_ACKS_OWED + 1):
+        assert session.next_frame(NOW_US + 1) is None
+        session.receive(deltas(sequence), NOW_US + 1)
+        session.acknowledge(NOW_US + 1)
+    assert session.next_frame(NOW_US + 1) == frame(ack=pb.Ack(sequence=MAX_ACKS_OWED))
+
+
+def test_an_acknowledgement_to_an_older_node_is_a_frame_of_its_own() -> None:
+    session = new_session()
+    session.receive(hello(protocol=4), NOW_US)
+    said = [session.next_frame(NOW_US) for _ in range(2)]
+    assert [kind_of(raw) for raw in said] == ["hello", "ping"]
+    session.send_deltas(b"", b"", NOW_US)
+    session.receive(deltas(1), NOW_US)
+    session.acknowledge(NOW_US)
+    assert not pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US)).deltas.acknowledged
+    assert session.next_frame(NOW_US) == frame(ack=pb.Ack(sequence=1))
 
 
 @pytest.mark.parametrize("sequence", [0, 2], ids=["again", "gap"])
@@ -234,14 +283,14 @@ def test_deltas_out_of_turn_are_unexpected(sequence: int) -> None:
 
 def test_deltas_sent_are_numbered_from_one() -> None:
     session = established()
-    sent = [pb.Frame.FromString(session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)) for _ in range(2)]
+    sent = [pb.Frame.FromString(session.send_deltas(b"", b"", NOW_US)) for _ in range(2)]
     assert [each.deltas.sequence for each in sent] == [1, 2]
 
 
 def test_an_acknowledgement_counts_the_frames_it_is_the_first_to_acknowledge() -> None:
     session = established()
     for _ in range(3):
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     assert session.receive(frame(ack=pb.Ack(sequence=2)), NOW_US) == DeltasAcknowledged(2)
     assert session.receive(frame(ack=pb.Ack(sequence=3)), NOW_US) == DeltasAcknowledged(1)
 
@@ -250,7 +299,7 @@ def test_an_acknowledgement_counts_the_frames_it_is_the_first_to_acknowledge() -
 def test_an_acknowledgement_of_deltas_that_are_not_open_is_unexpected(sequence: int) -> None:
     session = established()
     for _ in range(2):
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     session.receive(frame(ack=pb.Ack(sequence=1)), NOW_US)
     assert_closes(session, frame(ack=pb.Ack(sequence=sequence)), Reason.UNEXPECTED)
 
@@ -339,7 +388,7 @@ def test_a_peer_that_talks_but_owes_an_answer_for_ten_seconds_is_given_up(owes: 
     session = established()
     if owes == "an acknowledgement":
         session.receive(frame(pong=pb.Pong(id=1)), NOW_US)
-        session.send_deltas(pb.Frame(deltas=pb.Deltas()), NOW_US)
+        session.send_deltas(b"", b"", NOW_US)
     session.receive(frame(ping=pb.Ping(id=1)), NOW_US + STALL_US - 1)
     session.check_time(NOW_US + STALL_US - 1)
     with pytest.raises(ProtocolError, match=r"stalled: no answer for 10\.0 s"):
@@ -369,7 +418,7 @@ def test_a_peer_may_say_goodbye_instead_of_hello() -> None:
 def test_closing_says_goodbye_and_nothing_that_was_owed() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     session.close(Reason.DRAINING, "shutting down")
     assert not session.is_over
     assert session.next_frame(NOW_US) == frame(goodbye=pb.Goodbye(reason="draining", detail="shutting down"))
@@ -398,14 +447,14 @@ def test_closing_because_the_stream_leads_to_itself_still_says_hello_so_that_the
 def test_a_lost_connection_leaves_nothing_to_say() -> None:
     session = established()
     session.receive(deltas(1), NOW_US)
-    session.acknowledge()
+    session.acknowledge(NOW_US)
     session.lost()
     assert session.next_frame(NOW_US) is None
     assert session.is_over
 
 
 COMPARISONS = [
-    frame(standing=pb.Standing()),
+    frame(status=pb.Status()),
     frame(digest=pb.Digest()),
     frame(summary=pb.Summary()),
     frame(pull=pb.Pull()),
@@ -427,7 +476,7 @@ def test_comparisons_are_handed_on(raw: bytes) -> None:
     session = established()
     event = session.receive(raw, NOW_US)
     kind = pb.Frame.FromString(raw).WhichOneof("kind")
-    assert isinstance(event, StandingReceived if kind == "standing" else ComparisonReceived)
+    assert isinstance(event, StatusReceived if kind == "status" else ComparisonReceived)
 
 
 @pytest.mark.parametrize(("theirs", "spoken"), [(1, 1), (2, 2), (PROTOCOL, PROTOCOL), (PROTOCOL + 9, PROTOCOL)])
@@ -452,7 +501,7 @@ def test_a_peer_that_sends_more_than_it_could_have_to_say_is_too_fast() -> None:
 
 
 @pytest.mark.parametrize("reaches", [[""], ["x" * (MAX_NAME_BYTES + 1)], ["x"] * (MAX_MEMBERS + 1)])
-def test_a_standing_has_bounds(reaches: list[str]) -> None:
+def test_a_status_has_bounds(reaches: list[str]) -> None:
     with pytest.raises(ProtocolError) as caught:
-        read_reaches(pb.Standing(reaches=reaches))
+        read_reaches(pb.Status(reaches=reaches))
     assert caught.value.reason is Reason.MALFORMED

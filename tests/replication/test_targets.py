@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from replication.builders import NOW_US
 
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import GRACE_US, MAX_ADDRESSES, Target, Targets, host_of
 
 

@@ -29,8 +29,8 @@ from ratelimit_sidecar.crdt.shares import TOKEN, Membership
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.replication import recent
-from ratelimit_sidecar.replication.anti_entropy import EVERY_US, KEPT_US, RANGES
+from ratelimit_sidecar.replication import key_numbers
+from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES
 from ratelimit_sidecar.replication.wire import Reason
 
 _OK = RateLimitResponse.OK
@@ -53,7 +53,7 @@ def stable_order() -> Iterator[None]:
 
     They cut themselves into shards by `hash`, which is salted in every process anew.
     """
-    sharded = (untracked_dict, recent)
+    sharded = (untracked_dict, key_numbers)
     for module in sharded:
         module.hash = crc32  # type: ignore[attr-defined]
     try:

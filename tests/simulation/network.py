@@ -7,12 +7,13 @@ has come to them. A reader that is slow, or suspended, leaves frames lying; when
 their way, the writer stops, and gives the peer up after `carrier.WRITE_SECONDS`, as the real one does.
 
 Frames move one event each: it is due when the frame has arrived, the way is free and the reader is. Batches are
-written, and applied, in pieces (`replication/pace.py`), and anything may happen between them.
+written, and applied, in steps (`replication/pace.py`), and anything may happen between them.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from simulation.loop import MS, SECOND_US, Loop
 
 from ratelimit_sidecar.replication.carrier import WRITE_SECONDS
-from ratelimit_sidecar.replication.replicator import Stream
+from ratelimit_sidecar.replication.stream import Stream
 
 if TYPE_CHECKING:
     from simulation.node import Node
@@ -30,8 +31,8 @@ WRITE_US = int(WRITE_SECONDS * SECOND_US)
 RETRANSMIT_US = 200 * MS
 """The least a lost packet costs when nothing follows it: TCP's shortest retransmission timeout on Linux."""
 
-PIECE_US = MS // 5
-"""From a piece of a batch to the next."""
+STEP_US = MS // 5
+"""From a step of a job to the next."""
 
 MAX_RESUME_US = 3 * SECOND_US
 """TCP's timeouts double while a way is cut, so it notices late that it is free again."""
@@ -128,8 +129,8 @@ class End:
     """One end of a connection, and the frames that come to it."""
 
     __slots__ = (
+        "_applying",
         "_arrives_us",
-        "_is_applying",
         "_is_due",
         "_is_pump_due",
         "blocked_since_us",
@@ -160,8 +161,8 @@ class End:
         self.blocked_since_us: int | None = None
         """Since when this end cannot write."""
         self._arrives_us = 0
-        self._is_applying = False
-        """True while a frame has been taken and there are pieces of it yet to be applied."""
+        self._applying: Iterator[None] | None = None
+        """A frame that was taken, while there are steps of it yet to be done."""
         self._is_due = False
         self._is_pump_due = True
         self.stream = Stream(
@@ -205,10 +206,10 @@ class End:
 
     def schedule(self) -> None:
         """See that the next frame is handed over in time."""
-        if self._is_due or not (self.inbox or self._is_applying):
+        if self._is_due or not (self.inbox or self._applying):
             return
         due_us = max(self.free_us, self.owner.resumes_us, self.network.loop.now_us)
-        if not self._is_applying:
+        if self._applying is None:
             due_us = max(due_us, self.inbox[0][0], self.resume_us)
         self._is_due = True
         self.network.loop.at(due_us, self._deliver)
@@ -225,7 +226,7 @@ class End:
     def _deliver(self) -> None:
         self._is_due = False
         network, owner, other = self.network, self.owner, self.other
-        if self._is_applying:
+        if self._applying is not None:
             self._go_on_applying()
             return
         if not self.inbox or network.is_cut(other.owner.name, owner.name):
@@ -246,21 +247,25 @@ class End:
             self.schedule()
             return
         owner.cluster.note_frame(other, self, raw)
-        self.stream.hear(raw, owner.clock.now_us())
+        self._applying = self.stream.receive_steps(raw, owner.clock.now_us())
         if other.blocked_since_us is not None:
             other.pump_soon()
         self._apply()
 
     def _apply(self) -> None:
-        """Apply a piece of the frame that was taken last."""
-        self._is_applying = self.stream.apply(self.owner.clock.now_us())
-        self.free_us = self.network.loop.now_us + (PIECE_US if self._is_applying else self.owner.read_us)
+        """Do a step of the frame that was taken last."""
+        assert self._applying is not None
+        for _ in self._applying:
+            break
+        else:
+            self._applying = None
+        self.free_us = self.network.loop.now_us + (self.owner.read_us if self._applying is None else STEP_US)
         self.schedule()
 
     def _go_on_applying(self) -> None:
         if not self.is_open:
-            self._is_applying = False
-        if self.network.loop.now_us < self.owner.resumes_us or not self._is_applying:
+            self._applying = None
+        if self.network.loop.now_us < self.owner.resumes_us or self._applying is None:
             self.schedule()
             return
         self._apply()
@@ -278,13 +283,13 @@ class End:
             return
         stream, window_bytes = self.stream, self.network.window_bytes
         while other.inbox_bytes < window_bytes:
-            raw = stream.take_frame(owner.clock.now_us())
+            raw = stream.next_frame(owner.clock.now_us())
             if raw is not None:
                 self._send(raw)
                 continue
             if stream.write(owner.clock.now_us()):
                 self._is_pump_due = True
-                loop.at(loop.now_us + PIECE_US, self._pump)
+                loop.at(loop.now_us + STEP_US, self._pump)
                 return
             self.blocked_since_us = None
             if stream.is_over:

@@ -7,11 +7,13 @@ product's own code.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from replication.builders import done
 from simulation.clock import NodeClock
 from simulation.loop import MS, SECOND_US
-from simulation.network import End
+from simulation.network import STEP_US, End
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
@@ -19,6 +21,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import (
     CONNECT_SECONDS,
@@ -27,10 +30,11 @@ from ratelimit_sidecar.replication.dialler import (
     MAX_REDIAL_SECONDS,
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
-from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS, GOODBYE_SECONDS
+from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import Reason
 
 if TYPE_CHECKING:
@@ -100,6 +104,8 @@ class Node:
         self.replicator = Replicator(local, self.store, now_us, purses=self.purses)
         self.replicator.use_rules(rules.digest)
         self._targets = {target: _Target(target) for target in targets}
+        self._jobs: dict[str, Iterator[None]] = {}
+        """Those under way: the next of a kind is begun when the one before has ended."""
         self._ticks = draw.randrange(SLEW_TICKS)
         cluster.loop.after(draw.randrange(FLUSH_US), self._tick)
         for target in self._targets.values():
@@ -142,7 +148,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        self.replicator.flush(self.clock.now_us())
+        done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -166,7 +172,10 @@ class Node:
             loop.at(self.resumes_us, self._tick)
             return
         now_us = self.clock.now_us()
-        self.replicator.flush(now_us)
+        for name, begin in (("flush", self.replicator.flush_steps), ("compare", self.replicator.compare_steps)):
+            if name not in self._jobs:
+                self._jobs[name] = begin(now_us)
+                self._do(name)
         self._ticks = ticks = self._ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):
@@ -182,9 +191,18 @@ class Node:
             self.cluster.look_at_memory(self)
         loop.after(FLUSH_US, self._tick)
 
+    def _do(self, name: str) -> None:
+        """Do a job step by step: what happens between two of them is up to the cluster's events."""
+        if not self.is_up:
+            return
+        for _ in self._jobs[name]:
+            self.cluster.loop.at(max(self.cluster.loop.now_us + STEP_US, self.resumes_us), self._do, name)
+            return
+        del self._jobs[name]
+
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""
-        offsets_us = [peer.clock_offset_us for peer in self.replicator.peers.values()]
+        offsets_us = [peer.said.clock_offset_us for peer in self.replicator.peers.values()]
         stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
         if not stepped_us:
             return

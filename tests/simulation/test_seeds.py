@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from simulation.run import Outcome, failure_of, replay, run_seed
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.replication.backlog import Snapshots
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.replicator import Replicator
 
@@ -111,7 +113,8 @@ def forgets_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def open_without_state(self: Outbox, peer: Origin, *, compares: bool) -> None:
         opened(self, peer, compares=compares)
-        self._walk_next = None
+        assert self._sources is not None
+        self._sources.snapshots = Snapshots(self._store, self._log, peer, awaits_request=False)
 
     monkeypatch.setattr(Outbox, "open", open_without_state)
 
@@ -142,13 +145,13 @@ def leaves_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    flush = Replicator.flush
+    flush = Replicator.flush_steps
 
-    def flush_and_keep(self: Replicator, now_us: int) -> None:
+    def flush_and_keep(self: Replicator, now_us: int) -> Iterator[None]:
         self.kept = [*getattr(self, "kept", ()), *([now_us] * 400)]  # type: ignore[attr-defined]
-        flush(self, now_us)
+        return flush(self, now_us)
 
-    monkeypatch.setattr(Replicator, "flush", flush_and_keep)
+    monkeypatch.setattr(Replicator, "flush_steps", flush_and_keep)
 
 
 @pytest.mark.interpreted

@@ -51,6 +51,21 @@ class Redis:
 
 
 @dataclass
+class Fabric:
+    ticks: int = 40
+    failed: int = 2
+    call_seconds: float = 0.5
+    buckets: int = 7
+    token: int = 3
+    terms: int = 1
+    unshared: int = 4
+    odd: int = 1
+    odd_at_gateway: int = 1
+    gateway_failed: int = 5
+    last_us: int | None = 1_790_000_000_000_000
+
+
+@dataclass
 class Certificate:
     not_after_s: float | None = 1_800_000_000.5
     failed_renewals: int = 3
@@ -126,6 +141,7 @@ def sources(
         listener_certificate=Certificate(),
         state=State(),
         redis=Redis(),
+        fabric=Fabric(),
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from functools import partial
 
 from benchmarks.admission.policies.policy import FLUSH_US, LocalPolicy, Setup
+from benchmarks.replication import do, next_frame
 from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, FIRST_REDIAL_SECONDS, MAX_REDIAL_SECONDS
-from ratelimit_sidecar.replication.replicator import Replicator, Stream
+from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.stream import Stream
 
 KEY = b"the limit"
 CHECK_TIME_US = round(CHECK_TIME_SECONDS * 1_000_000)
@@ -97,7 +99,8 @@ class _Node:
         self.ends: list[_End] = []
 
     def flush(self) -> None:
-        self.replicator.flush(self._timeline.now_us)
+        do(self.replicator.flush_steps(self._timeline.now_us))
+        do(self.replicator.compare_steps(self._timeline.now_us))
 
     def check_time(self) -> None:
         for end in list(self.ends):
@@ -153,7 +156,7 @@ class _End:
 
     def _receive(self, raw: bytes) -> None:
         if self._is_open:
-            self._stream.receive(raw, self._timeline.now_us)
+            do(self._stream.receive_steps(raw, self._timeline.now_us))
 
     def _pump_soon(self) -> None:
         if not self._is_pumping:
@@ -164,7 +167,7 @@ class _End:
         self._is_pumping = False
         if not self._is_open:
             return
-        while (raw := self._stream.next_frame(self._timeline.now_us)) is not None:
+        while (raw := next_frame(self._stream, self._timeline.now_us)) is not None:
             self._link.setup.network.send(self.node.region, self._other.node.region, partial(self._other._receive, raw))
         if self._stream.is_over:
             self._close()

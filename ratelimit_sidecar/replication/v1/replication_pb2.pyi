@@ -7,24 +7,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Wish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class SyncRequest(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    UNDECIDED: _ClassVar[Wish]
-    RECENT: _ClassVar[Wish]
-    EVERYTHING: _ClassVar[Wish]
-UNDECIDED: Wish
-RECENT: Wish
-EVERYTHING: Wish
+    UNDECIDED: _ClassVar[SyncRequest]
+    RECENT: _ClassVar[SyncRequest]
+    EVERYTHING: _ClassVar[SyncRequest]
+UNDECIDED: SyncRequest
+RECENT: SyncRequest
+EVERYTHING: SyncRequest
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "standing", "digest", "summary", "pull", "payments")
+    __slots__ = ("hello", "deltas", "ack", "ping", "pong", "goodbye", "status", "digest", "summary", "pull", "payments")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
-    STANDING_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
@@ -35,12 +35,12 @@ class Frame(_message.Message):
     ping: Ping
     pong: Pong
     goodbye: Goodbye
-    standing: Standing
+    status: Status
     digest: Digest
     summary: Summary
     pull: Pull
     payments: Payments
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., payments: _Optional[_Union[Payments, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., payments: _Optional[_Union[Payments, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership")
@@ -75,18 +75,22 @@ class Member(_message.Message):
     def __init__(self, node: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Deltas(_message.Message):
-    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace")
+    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace", "acknowledged", "ack_delay_ms")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FULL_STATE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    ACK_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     origins: _containers.RepeatedCompositeFieldContainer[Origin]
     buckets: _containers.RepeatedCompositeFieldContainer[BucketDelta]
     ends_full_state: bool
     trace: bytes
-    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ...) -> None: ...
+    acknowledged: int
+    ack_delay_ms: int
+    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ..., acknowledged: _Optional[int] = ..., ack_delay_ms: _Optional[int] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("node", "incarnation")
@@ -212,19 +216,19 @@ class Pay(_message.Message):
     left: int
     def __init__(self, key: _Optional[bytes] = ..., amount: _Optional[int] = ..., left: _Optional[int] = ...) -> None: ...
 
-class Standing(_message.Message):
-    __slots__ = ("reaches", "rules", "full", "joined", "wish")
+class Status(_message.Message):
+    __slots__ = ("reaches", "rules", "full", "joined", "sync_request")
     REACHES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
-    WISH_FIELD_NUMBER: _ClassVar[int]
+    SYNC_REQUEST_FIELD_NUMBER: _ClassVar[int]
     reaches: _containers.RepeatedScalarFieldContainer[str]
     rules: int
     full: bool
     joined: bool
-    wish: Wish
-    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ..., joined: _Optional[bool] = ..., wish: _Optional[_Union[Wish, str]] = ...) -> None: ...
+    sync_request: SyncRequest
+    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ..., joined: _Optional[bool] = ..., sync_request: _Optional[_Union[SyncRequest, str]] = ...) -> None: ...
 
 class Digest(_message.Message):
     __slots__ = ("at_us", "segments", "sums")

@@ -1,0 +1,283 @@
+"""A sidecar on the fabric: its ticks, and its turns as the gateway of its region.
+
+A call that fails, or takes longer than it may, ends the tick. The next one comes after a back-off, and then everything
+is told again, since the server may have lost it. So it is after each new connection: the server may be an older copy of
+itself. No request waits for any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import structlog
+from redis import exceptions
+
+from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway
+from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
+from ratelimit_sidecar.fabric.record import life_of
+from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, Sharing
+from ratelimit_sidecar.fabric.status import FabricStatus
+from ratelimit_sidecar.persistence.redis_calls import Connect, is_of_server, reason_of
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.replication.mesh import Mesh
+
+FIRST_WAIT_SECONDS: Final = 0.1
+MAX_WAIT_SECONDS: Final = 5.0
+"""Between two attempts: it doubles from the first to this, and a random part of up to half is taken off."""
+
+LAST_TICK_SECONDS: Final = 3.0
+"""What the last tick gets, at a stop."""
+
+AGAIN_BUCKETS: Final = 64
+"""Told again in a tick, of those that are not in use."""
+
+ODD_LOG_SECONDS: Final = 60.0
+"""Between two log lines about buckets that cannot be shared."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Fabric:
+    """Call `run`, `note` whenever own slots changed, and `save` at the stop.
+
+    Args:
+        store: of this sidecar. Its mesh, if it has one, tells nobody of it.
+        region: whose gateway it may be.
+        mesh_of: makes the mesh to other regions, on the store of the region; None where it is never a gateway.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        keys: FabricKeys,
+        store: Store,
+        now_us: Callable[[], int],
+        *,
+        region: str = "",
+        mesh_of: Callable[[Store], Mesh] | None = None,
+    ) -> None:
+        self.status = FabricStatus()
+        shards = len(keys.shards)
+        self.shards = [Sharing(store, store.origin, MAX_SHARED // shards) for _ in range(shards)]
+        self._link = Link(connect)
+        self._connections = 0
+        """Those of the latest tick; 0 before the first."""
+        self._keys = keys
+        self._store = store
+        self._now_us = now_us
+        self._life = life_of(store.origin)
+        self._again: Iterator[Bucket] | None = None
+        """Buckets whose own counts are still to be told again."""
+        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._odd_logged_at: float | None = None
+        self._gateway = None
+        if mesh_of is not None:
+            self._gateway = Gateway(connect, keys, store, now_us, self.status, region=region, mesh_of=mesh_of)
+
+    def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
+        """Keep in mind that own slots of these buckets changed. Does no I/O."""
+        now_us = self._now_us()
+        for bucket, slots in changes:
+            self.shards[self._keys.shard_of(bucket.key)].note(bucket, slots, now_us)
+
+    def give_up(self) -> None:
+        """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
+        if self._gateway is not None:
+            self._gateway.give_up()
+
+    def use_rules(self) -> None:
+        """Other rules are in force."""
+        if self._gateway is not None:
+            self._gateway.use_rules()
+
+    async def run(self) -> None:
+        """Share, for ever."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._share_forever())
+                if self._gateway is not None:
+                    tasks.create_task(self._gateway.run())
+        finally:
+            await self.close()
+
+    async def save(self) -> None:
+        """Tell what is waiting; for the stop. `run` is over by then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_TICK_SECONDS):
+                await self.share()
+        await self.close()
+
+    async def share(self) -> bool:
+        """One tick. What goes wrong is logged when it is something else than the last time.
+
+        Returns:
+            False when nothing was answered.
+        """
+        began, began_us = time.perf_counter(), self._now_us()
+        try:
+            is_whole = await self._share()
+        except FAILURES as error:
+            self._failed(error)
+            await self.close()
+            return False
+        except asyncio.CancelledError:
+            # Amid an answer.
+            await self.close()
+            raise
+        else:
+            self.status.ticks += 1
+            self.status.call_seconds += time.perf_counter() - began
+            self._wait_seconds = FIRST_WAIT_SECONDS
+            if is_whole:
+                self.status.last_us = began_us
+                if self.status.degraded_reason:
+                    self.status.degraded_reason = ""
+                    _log.info("shared_again")
+            return True
+
+    async def close(self) -> None:
+        """Close the connections; the next call opens others."""
+        await self._link.close()
+
+    async def _share_forever(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            began, began_working = clock(), time.thread_time()
+            is_answered = await self.share()
+            worked = time.thread_time() - began_working
+            # With very many buckets a quarter of the loop's time at most.
+            seconds = max(TICK_SECONDS - (clock() - began), 3 * worked)
+            await asyncio.sleep(seconds if is_answered else self._back_off())
+
+    def _back_off(self) -> float:
+        seconds = self._wait_seconds
+        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
+        return seconds * random.uniform(0.5, 1)
+
+    def _failed(self, error: Exception) -> None:
+        self._tell_again()
+        self._note_failure(error)
+
+    def _note_failure(self, error: Exception) -> None:
+        self.status.failed += 1
+        degraded_reason = reason_of(error)
+        if degraded_reason != self.status.degraded_reason:
+            self.status.degraded_reason = degraded_reason
+            _log.error("not_shared", reason=degraded_reason, error=str(error) or repr(error))
+
+    def _tell_again(self) -> None:
+        self._again = self._store.walk()
+        for sharing in self.shards:
+            sharing.tell_again()
+
+    async def _note_again(self, time_slice: TimeSlice) -> None:
+        for _ in range(AGAIN_BUCKETS):
+            bucket = None if self._again is None else next(self._again, None)
+            if bucket is None:
+                self._again = None
+                return
+            self.shards[self._keys.shard_of(bucket.key)].note_own(bucket, self._now_us())
+            await time_slice.rest_when_due()
+
+    async def _share(self) -> bool:
+        """Returns False when some shards of a Cluster could not be asked."""
+        time_slice = TimeSlice()
+        await self._note_again(time_slice)
+        for sharing in self.shards:
+            sharing.begin_tick()
+        failure: Exception | None = None
+        while batches := await self._batches(time_slice):
+            try:
+                answers = await self._link.call(SHARE, [self._call(number, asks) for number, asks in batches.items()])
+                for number, answer in zip(list(batches), answers, strict=True):
+                    if isinstance(answer, Exception):
+                        self.shards[number].leave()
+                        failure = answer
+                        continue
+                    await self._hear(self.shards[number], batches[number], answer, time_slice)
+                    del batches[number]
+            finally:
+                self._not_told(batches)
+            self._check_connections()
+        if failure is not None:
+            self._note_failure(failure)
+            self._again = self._again or self._store.walk()
+        self.status.buckets = sum(map(len, self.shards))
+        self.status.unshared = sum(sharing.unshared for sharing in self.shards)
+        return failure is None
+
+    def _check_connections(self) -> None:
+        if 0 < self._connections < self._link.connections:
+            self._tell_again()
+        self._connections = self._link.connections
+
+    async def _batches(self, time_slice: TimeSlice) -> dict[int, list[Ask]]:
+        """What is asked of each shard by the next call."""
+        batches: dict[int, list[Ask]] = {}
+        try:
+            for number, sharing in enumerate(self.shards):
+                asks: list[Ask] = []
+                size = 0
+                while len(asks) < BATCH_BUCKETS and size < BATCH_BYTES and (key := sharing.next_key()) is not None:
+                    asked = sharing.ask(key, self._now_us())
+                    if asked is not None:
+                        asks.append(asked)
+                        size += len(asked.text)
+                        batches[number] = asks
+                    await time_slice.rest_when_due()
+        except asyncio.CancelledError:
+            self._not_told(batches)
+            raise
+        return batches
+
+    def _not_told(self, batches: Mapping[int, Sequence[Ask]]) -> None:
+        for number, asks in batches.items():
+            self.shards[number].failed(asks)
+
+    def _call(self, number: int, asks: Sequence[Ask]) -> Call:
+        keys = self._keys.shards[number]
+        names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
+        head = keys.of_bucket(b"")[0]
+        return [keys.clock, keys.changed, *names], [
+            secrets.token_hex(8),
+            self._life,
+            head,
+            *[each.text for each in asks],
+        ]
+
+    async def _hear(self, sharing: Sharing, asks: Sequence[Ask], answer: Any, time_slice: TimeSlice) -> None:
+        is_list = isinstance(answer, list) and len(answer) == len(asks) + 2
+        if not is_list or not all(isinstance(text, bytes) for text in answer[2:]):
+            raise BadRecord("an answer of another script")
+        epoch, version, *texts = answer
+        sharing.check(epoch, version)
+        for asked, text in zip(asks, texts, strict=True):
+            if text.startswith(b"!"):
+                error = text[1:].decode(errors="replace")
+                if is_of_server(error):
+                    raise exceptions.ResponseError(error)
+                sharing.refused(asked)
+                self._note_odd(error)
+                continue
+            try:
+                sharing.answered(asked, text, self._now_us())
+            except BadRecord as bad:
+                self._note_odd(str(bad))
+            await time_slice.rest_when_due()
+
+    def _note_odd(self, error: str) -> None:
+        self.status.odd += 1
+        now = time.monotonic()
+        if self._odd_logged_at is None or now - self._odd_logged_at >= ODD_LOG_SECONDS:
+            self._odd_logged_at = now
+            _log.error("bucket_not_shared", error=error, so_far=self.status.odd)

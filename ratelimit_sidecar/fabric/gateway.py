@@ -1,0 +1,245 @@
+"""The gateway of a region: one of its sidecars, elected by a lease in Redis, that speaks for it on the mesh.
+
+It holds a store of the region, reads into it what the region's sidecars took, and tells it to other regions by a mesh
+of its own. What they tell it writes to the fabric. All of it only grows, so a gateway that is late does no harm; it is
+refused all the same once another one with a higher token has called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import structlog
+from redis import exceptions
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
+from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
+from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
+from ratelimit_sidecar.fabric.status import FabricStatus
+from ratelimit_sidecar.persistence.redis_calls import Connect
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.replication.mesh import Mesh
+
+TICK_SECONDS: Final = 0.05
+
+LEASE_SECONDS: Final = 1.5
+RENEW_SECONDS: Final = 0.4
+"""Between two attempts to get the lease, or to keep it: so another gateway follows within 2 s, and its calls."""
+
+SWEPT_BUCKETS: Final = 64
+"""Of the region's store, in a tick: a million in a quarter of an hour."""
+
+FIRST_WAIT_SECONDS: Final = 1.0
+MAX_WAIT_SECONDS: Final = 60.0
+"""Before the next attempt of one that could not listen: it doubles from the first to this."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class Gateway:
+    """Call `run`.
+
+    Args:
+        store: of this sidecar. It says which limit a key has.
+        region: whose gateway it may be.
+        mesh_of: makes the mesh to other regions, on the store of the region.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        keys: FabricKeys,
+        store: Store,
+        now_us: Callable[[], int],
+        status: FabricStatus,
+        *,
+        region: str,
+        mesh_of: Callable[[Store], Mesh],
+    ) -> None:
+        self._link = Link(connect)
+        self._keys = keys
+        self._store = store
+        self._now_us = now_us
+        self._status = status
+        self._region = region_origin(region)
+        self._mesh_of = mesh_of
+        self._gives_up = False
+        self._reads_again = False
+        self._wait_seconds = FIRST_WAIT_SECONDS
+        # One life of this process, as far as leases go.
+        self._id = f"{store.origin.node} {secrets.token_hex(8)}"
+
+    def give_up(self) -> None:
+        """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
+        self._gives_up = True
+
+    def use_rules(self) -> None:
+        """Other rules are in force: what had no rule before is read, and told, now."""
+        self._reads_again = True
+
+    async def run(self) -> None:
+        """Seek the lease, and be the gateway while this sidecar has it, for ever."""
+        try:
+            while True:
+                seconds = RENEW_SECONDS * random.uniform(0.9, 1.1)
+                try:
+                    began = asyncio.get_running_loop().time()
+                    token = await self._lease()
+                    if token:
+                        await self._serve(token, began + LEASE_SECONDS)
+                except _CannotListen as error:
+                    seconds = self._back_off(str(error))
+                except FAILURES:
+                    # The ticks tell of it.
+                    await self._link.close()
+                await asyncio.sleep(seconds)
+        finally:
+            await self._link.close()
+
+    def _back_off(self, reason: str) -> float:
+        if not self._status.gateway_reason:
+            _log.error("gateway_cannot_listen", reason=reason)
+        self._status.gateway_reason = reason
+        self._status.gateway_failed += 1
+        seconds = self._wait_seconds
+        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
+        return seconds * random.uniform(0.75, 1)
+
+    async def _lease(self) -> int:
+        first = self._keys.shards[0]
+        arguments = [self._id, str(round(LEASE_SECONDS * 1_000))]
+        [token] = await self._link.call(LEASE, [([first.lease, first.fence], arguments)])
+        try:
+            return int(token)
+        except (TypeError, ValueError) as error:
+            raise BadRecord("no token") from error
+
+    async def _serve(self, token: int, ends: float) -> None:
+        """Speak for the region until the lease is lost."""
+        store = Store(
+            Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1),
+            self._limit_of_key,
+            max_buckets=self._store.room.most,
+        )
+        region = Region(self._region, store, self._keys)
+        mesh = self._mesh_of(store)
+        mesh.read_news(region.note_news)
+        self._status.token = token
+        self._status.terms += 1
+        self._gives_up = False
+        _log.info("gateway_began", token=token)
+        running: asyncio.Task[None] | None = None
+        clock = asyncio.get_running_loop().time
+        renew_at = clock() + RENEW_SECONDS
+        try:
+            while clock() < ends and not self._gives_up:
+                is_more = False
+                try:
+                    async with asyncio.timeout_at(ends):
+                        if clock() >= renew_at:
+                            began = clock()
+                            if await self._lease() != token:
+                                return
+                            ends, renew_at = began + LEASE_SECONDS, began + RENEW_SECONDS
+                        is_more = await self._exchange(region, None if running is None else mesh, token)
+                except exceptions.ResponseError as error:
+                    if "FENCED" in str(error):
+                        return
+                    await self._failed(region)
+                except FAILURES:
+                    await self._failed(region)
+                if running is None and all(shard.is_known for shard in region.shards):
+                    await self._start(mesh)
+                    running = asyncio.create_task(mesh.run())
+                store.sweep(self._now_us(), SWEPT_BUCKETS)
+                await asyncio.sleep(0 if is_more else TICK_SECONDS)
+                if running is not None and running.done():
+                    running.result()
+                    return
+        finally:
+            self._status.token = 0
+            self._status.odd_at_gateway += region.odd
+            _log.info("gateway_ended", token=token)
+            if running is None:
+                await mesh.close()
+            else:
+                running.cancel()
+                await asyncio.wait([running])
+            with suppress(*FAILURES):
+                await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {token}"])])
+
+    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
+        # Other rules may have replaced it meanwhile.
+        return self._store.limit_of_key(key)
+
+    async def _start(self, mesh: Mesh) -> None:
+        """The mesh begins once the gateway knows all of its region: then nobody hears less than before."""
+        try:
+            await mesh.start()
+        except OSError as error:
+            raise _CannotListen(str(error)) from error
+        await mesh.joined(0)
+        self._status.gateway_reason = ""
+        self._wait_seconds = FIRST_WAIT_SECONDS
+
+    async def _failed(self, region: Region) -> None:
+        region.tell_again()
+        await self._link.close()
+
+    async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:
+        """One tick of the gateway; returns whether there is more to be done at once."""
+        if self._reads_again:
+            self._reads_again = False
+            region.tell_again()
+        region.note_again()
+        now_us = self._now_us()
+        told = [await region.told(shard, now_us) for shard in region.shards]
+        connections = self._link.connections
+        is_told = [False for _ in region.shards]
+        is_more = False
+        try:
+            calls = [
+                self._call(shard, keys, what, token)
+                for shard, keys, what in zip(region.shards, self._keys.shards, told, strict=True)
+            ]
+            for number, answer in enumerate(await self._link.call(GATEWAY, calls)):
+                if isinstance(answer, Exception):
+                    if "FENCED" in str(answer):
+                        raise answer
+                    # A shard of a Cluster that is being moved; the others are not.
+                    region.tell_again()
+                    continue
+                changes, is_rest = await region.answered(region.shards[number], answer, self._now_us())
+                is_told[number] = True
+                is_more = is_more or is_rest or len(told[number]) >= TOLD_BUCKETS
+                if mesh is not None:
+                    for bucket, entries in changes:
+                        mesh.tell(bucket, entries)
+        finally:
+            for shard, what, done in zip(region.shards, told, is_told, strict=True):
+                if not done:
+                    region.failed(shard, what)
+        if 0 < connections < self._link.connections:
+            # The server may be an older copy of itself.
+            region.tell_again()
+        return is_more
+
+    def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
+        names = [name for key in told for name in keys.of_bucket(key)]
+        arguments: list[bytes | str] = [
+            *(secrets.token_hex(8), str(token), str(shard.since), keys.head, str(MAX_ANSWERED)),
+            *[text for text, _ in told.values()],
+        ]
+        return [keys.clock, keys.changed, keys.fence, *names], arguments
+
+
+class _CannotListen(Exception):
+    """The address for other regions cannot be listened on; the text says why."""

@@ -1,0 +1,115 @@
+"""What the scripts are asked and answer about one bucket. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
+from ratelimit_sidecar.fabric.scripts import MAX_SLOTS
+from ratelimit_sidecar.persistence.redis_record import BadRecord, read_base
+from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
+
+OTHERS: Final = Origin("fabric", 1)
+"""The origin of the others' counts in a sidecar's store."""
+
+_KEPT_WIDTHS: Final = {Window.FIXED: 3, Window.SLIDING: 65}
+"""For so many of its own widths a window's slot counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What an answer says of one bucket."""
+
+    base: Base | None
+    entries: list[Entry]
+
+
+def life_of(origin: Origin) -> str:
+    """The name of one life of a sidecar. It stays when its clock is set back, which gives its buckets a new origin."""
+    return f"{origin.incarnation:x} {origin.node}"
+
+
+def counts_of(bucket: Bucket, without: Origin, slots: Iterable[int] | None) -> dict[int, int]:
+    """What all origins but one took, together, by slot.
+
+    Args:
+        slots: the slots that are asked for; None for all.
+    """
+    is_window = not isinstance(bucket.limit, Limit)
+    wanted = None if slots is None else set(slots)
+    sums: dict[int, int] = {}
+    for origin, counts in bucket.taken.items():
+        if origin == without:
+            continue
+        for slot in counts if wanted is None else wanted & counts.keys():
+            known = sums.get(slot, 0)
+            # What several give back of a window is not summed (crdt/window.py).
+            sums[slot] = max(known, counts[slot]) if is_window and slot & REFUND else known + counts[slot]
+    return sums
+
+
+def ask(bucket: Bucket, own: Mapping[int, int], seen: int, now_us: int) -> bytes:
+    """For `SHARE`.
+
+    Args:
+        own: this sidecar's counts that have changed, by slot.
+        seen: the version up to which the others' are known here.
+    """
+    return f"{seen} {_state(bucket, now_us)}{_text(own)}".encode()
+
+
+def elsewhere(bucket: Bucket, counts: Mapping[int, int], now_us: int) -> bytes:
+    """For `GATEWAY`: what other regions took."""
+    return f"{_state(bucket, now_us)}{_text(counts)}".encode()
+
+
+def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
+    """Read `base;slot count slot count` as counts of `origin`.
+
+    Raises:
+        BadRecord: it is none.
+    """
+    base, _, counts = text.partition(b";")
+    try:
+        numbers = [int(word) for word in counts.split()]
+        if len(numbers) > 2 * MAX_SLOTS:
+            raise BadRecord("too many slots")
+        entries = [
+            Entry(origin, slot, min(count, MAX_SLOT_TOKENS))
+            for slot, count in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+        heard_base = read_base(base, limit) if base and isinstance(limit, Limit) else None
+    except ValueError as error:
+        raise BadRecord(str(error)[:100]) from error
+    for _, slot, count in entries:
+        if not (MIN_EXPONENT <= slot_exponent(slot) <= MAX_EXPONENT and 0 <= slot_start_us(slot) <= MAX_TIME_US):
+            raise BadRecord("a slot that is none")
+        if count < 1:
+            raise BadRecord("a count that is none")
+    return Heard(heard_base, entries)
+
+
+def _state(bucket: Bucket, now_us: int) -> str:
+    """How long the bucket has to be kept, in milliseconds; for how long its slots count, in microseconds; the time; and
+    its base."""
+    bucket.advance(now_us)
+    limit = bucket.limit
+    base = "0 0 0 0"
+    if isinstance(limit, Limit):
+        # A replica whose base is behind still asks for what it has not folded.
+        span_us = limit.horizon_us + (2 * SEAL_BATCH_SLOTS << limit.exponent)
+        boundary_us, deficit = bucket.base
+        base = f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
+    else:
+        span_us = _KEPT_WIDTHS[limit.window] << limit.exponent
+    return f"{(bucket.full_in_us + span_us + MAX_AHEAD_US) // 1_000} {span_us} {now_us} {base}"
+
+
+def _text(counts: Mapping[int, int]) -> str:
+    slots = sorted(counts)[-MAX_SLOTS:]
+    return "".join(f" {slot} {min(counts[slot], MAX_SLOT_TOKENS)}" for slot in slots)

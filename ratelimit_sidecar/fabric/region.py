@@ -1,0 +1,211 @@
+"""The state of a region as its gateway holds it: the sums of its sidecars, as counts of one node, and what others took.
+No I/O.
+
+That node's name and incarnation are the same whoever the gateway is, and its counts only grow. So a gateway that
+follows another tells the same once more, and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from redis import exceptions
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read
+from ratelimit_sidecar.fabric.scripts import FabricKeys
+from ratelimit_sidecar.persistence.redis_calls import is_of_server
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+
+TOLD_BUCKETS: Final = 64
+"""Told by one call."""
+
+MAX_ANSWERED: Final = 128
+"""Buckets of one answer; more than one call of a sidecar may raise (`sharing.BATCH_BUCKETS`)."""
+
+MAX_NEWS: Final = 30_000
+"""Buckets of a shard that wait to be told: a dict of more takes milliseconds when it grows. Of more all are told later.
+"""
+
+MAX_NEWS_SLOTS: Final = 64
+"""Of one bucket; of more all are told."""
+
+
+def region_origin(region: str) -> Origin:
+    """The origin of everything that the sidecars of a region took, for other regions."""
+    return Origin(f"{region} (fabric)", 1)
+
+
+@dataclass(slots=True)
+class News:
+    """What other regions took, to be told to the fabric.
+
+    Args:
+        slots: by bucket; None for all.
+    """
+
+    slots: OrderedDict[bytes, set[int] | None] = field(default_factory=OrderedDict)
+
+    def add(self, key: bytes, slots: set[int] | None) -> None:
+        known = self.slots.setdefault(key, set())
+        if known is not None:
+            known |= slots or set()
+            if slots is None or len(known) > MAX_NEWS_SLOTS:
+                self.slots[key] = None
+
+
+Told = dict[bytes, tuple[bytes, set[int] | None]]
+"""What is told of which bucket, and the slots that this is of, as in `News`."""
+
+
+class Shard:
+    """What the gateway knows of one shard."""
+
+    def __init__(self) -> None:
+        self.since = 0
+        """The version up to which all sums are known."""
+        self.news = News()
+        self._epoch = b""
+        self._goal: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """True once all is known that was there when it was asked first."""
+        return self._goal is not None and self.since >= self._goal
+
+    def read_again(self) -> None:
+        """The server may have lost something."""
+        self.since = 0
+
+    def check(self, epoch: bytes, version: int) -> bool:
+        """Returns False when the server has lost its data: then the answer is not all that there is."""
+        if self._goal is None:
+            self._goal = version
+        is_same = epoch == self._epoch and version > self.since
+        is_first = not self._epoch
+        self._epoch = epoch
+        return is_same or is_first
+
+
+class Region:
+    """Args:
+    store: of the region, which nobody else takes from.
+    """
+
+    def __init__(self, origin: Origin, store: Store, keys: FabricKeys) -> None:
+        self.origin = origin
+        self.store = store
+        self.shards = [Shard() for _ in keys.shards]
+        self.odd = 0
+        """Buckets of the fabric that could not be read or written."""
+        self._keys = keys
+        self._again: Iterator[Bucket] | None = None
+        """Buckets that are still to be told again."""
+        self._missed = False
+        """Some news found no room: all buckets are told once there is."""
+
+    def note_news(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
+        """A peer has told something new."""
+        slots = {entry.slot for entry in entries if entry.origin != self.origin}
+        if slots and len(bucket.key) <= MAX_KEY_BYTES:
+            news = self._news_of(bucket.key)
+            if len(news.slots) < MAX_NEWS:
+                news.add(bucket.key, slots)
+            else:
+                self._missed = True
+
+    def _news_of(self, key: bytes) -> News:
+        return self.shards[self._keys.shard_of(key)].news
+
+    def tell_again(self) -> None:
+        """The server may have lost what it was told, and what there was to be read."""
+        self._again = self.store.walk()
+        for shard in self.shards:
+            shard.read_again()
+
+    def note_again(self) -> None:
+        """Have some more of what is to be told again told."""
+        if any(len(shard.news.slots) > MAX_NEWS // 2 for shard in self.shards):
+            return
+        if self._missed and self._again is None:
+            self._missed, self._again = False, self.store.walk()
+        for _ in range(TOLD_BUCKETS):
+            bucket = None if self._again is None else next(self._again, None)
+            if bucket is None:
+                self._again = None
+                break
+            self._news_of(bucket.key).add(bucket.key, None)
+
+    async def told(self, shard: Shard, now_us: int) -> Told:
+        """What to tell of which buckets, and the slots that this is of; `failed` if it was not told."""
+        told: Told = {}
+        time_slice = TimeSlice()
+        while shard.news.slots and len(told) < TOLD_BUCKETS:
+            key, slots = shard.news.slots.popitem(last=False)
+            bucket = self.store.get(key)
+            if bucket is not None:
+                counts = counts_of(bucket, self.origin, slots)
+                if counts:
+                    told[key] = elsewhere(bucket, counts, now_us), slots
+            await time_slice.rest_when_due()
+        return told
+
+    def failed(self, shard: Shard, told: Told) -> None:
+        """It was not told."""
+        for key, (_, slots) in told.items():
+            shard.news.add(key, slots)
+
+    async def answered(
+        self, shard: Shard, answer: Sequence[Any], now_us: int
+    ) -> tuple[list[tuple[Bucket, list[Entry]]], bool]:
+        """Join what this region's sidecars took.
+
+        Returns:
+            What is to be told to other regions, and whether there is more to be asked for at once.
+
+        Raises:
+            BadRecord: the answer is none.
+        """
+        try:
+            epoch, until, version, heard, *found = answer
+            until = int(until)
+            names = list(zip(found[::2], found[1::2], strict=True))
+            are_texts = all(isinstance(each, bytes) for each in (epoch, *heard, *found))
+        except (TypeError, ValueError) as error:
+            raise BadRecord("an answer of another script") from error
+        if not are_texts or not isinstance(version, int):
+            raise BadRecord("an answer of another script")
+        failures = [each.decode(errors="replace") for each in (*heard, *found[1::2]) if each.startswith(b"!")]
+        for failure in failures:
+            if is_of_server(failure):
+                # Nothing was missed: it is asked again from the same version on.
+                raise exceptions.ResponseError(failure)
+        self.odd += len(failures)
+        if not shard.check(epoch, version):
+            self.tell_again()
+            until = 0
+        changes = []
+        time_slice = TimeSlice()
+        for key, text in names:
+            if text.startswith(b"!"):
+                continue
+            try:
+                limit = self.store.limit_of_key(key)
+                if limit is not None:
+                    sums = read(text, limit, self.origin)
+                    self.store.join(key, limit, sums.base, sums.entries, now_us)
+                    bucket = self.store.get(key)
+                    if bucket is not None and sums.entries:
+                        changes.append((bucket, sums.entries))
+            except (BadRecord, ValueError):
+                # A foreign name, or a value that is none.
+                self.odd += 1
+            await time_slice.rest_when_due()
+        shard.since = until
+        return changes, until < version

@@ -1,0 +1,245 @@
+"""Which buckets of one shard a sidecar shares, what it tells of them and what it hears. No I/O.
+
+A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
+about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
+
+All work is cut into batches, so that no tick has the loop to itself for long.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+
+BATCH_BUCKETS: Final = 64
+"""Of one call: a millisecond of the server's."""
+
+BATCH_BYTES: Final = 16_384
+"""Of one call, about: after a loss all slots are told again, of some buckets hundreds, each 10 us of the server's."""
+
+BUSY_US: Final = 1_000_000
+FORGET_US: Final = 10_000_000
+
+RESTING_TICKS: Final = 20
+"""One that rests is asked about at one tick in so many."""
+
+MAX_SHARED: Final = 30_000
+"""Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. Of more the ones that rest the longest
+are forgotten, and then further ones not shared until there is room."""
+
+MAX_WAITING_SLOTS: Final = 64
+"""Of one bucket; of more all own ones are told."""
+
+_ALL: Final[list[int]] = []
+"""In place of slots: all own counts."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """
+    Args:
+        bucket: that was asked about last; another one of the same key knows nothing of the others.
+        used_us: when something was taken last.
+        era: of `Sharing`, in which it was told last; in another one all of it is told.
+        seen: the version up to which the others' counts are known.
+        id: of the bucket in Redis; another one means that it was lost there.
+        waiting: own slots to be told.
+    """
+
+    bucket: Bucket
+    used_us: int
+    era: int = -1
+    seen: int = 0
+    id: bytes = b""
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """About one bucket."""
+
+    bucket: Bucket
+    shared: _Shared
+    told: list[int]
+    text: bytes
+
+
+class Sharing:
+    """One sidecar's part.
+
+    Args:
+        origin: this life's, whose name the counts have in Redis.
+        most: buckets at once.
+    """
+
+    def __init__(self, store: Store, origin: Origin, most: int = MAX_SHARED) -> None:
+        self._store = store
+        self._origin = origin
+        self._most = most
+        self._busy = OrderedDict[bytes, _Shared]()
+        self._resting = OrderedDict[bytes, _Shared]()
+        self._left: tuple[int, int] = (0, 0)
+        """Busy and resting ones that this tick still has to ask about."""
+        self._era = 0
+        self._epoch = b""
+        self._version = 0
+        self.unshared = 0
+        """Changes of buckets for which there was no room."""
+
+    def __len__(self) -> int:
+        return len(self._busy) + len(self._resting)
+
+    def note(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
+        """Keep in mind that own slots of this bucket changed."""
+        key = bucket.key
+        shared = self._busy.get(key)
+        if shared is None:
+            shared = self._resting.pop(key, None)
+            if shared is None:
+                if len(key) > MAX_KEY_BYTES or not self._makes_room():
+                    self.unshared += 1
+                    return
+                shared = _Shared(bucket, now_us)
+            self._busy[key] = shared
+        shared.used_us = now_us
+        _wait(shared, slots)
+
+    def _makes_room(self) -> bool:
+        if len(self) >= self._most:
+            if not self._resting:
+                return False
+            self._resting.popitem(last=False)
+        return True
+
+    def note_own(self, bucket: Bucket, now_us: int) -> None:
+        """Have all own counts of this bucket told, if there are any."""
+        # A bucket that is never replicated has no journal.
+        if bucket.journal is None or not self._own(bucket, _ALL):
+            return
+        shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
+        if shared is None:
+            # That is no use of it: it is told, and then forgotten.
+            self.note(bucket, _ALL, now_us - FORGET_US)
+        else:
+            _wait(shared, _ALL)
+
+    def tell_again(self) -> None:
+        """The server may have lost what it was told: everything of the buckets in use is told and asked for again."""
+        self._era += 1
+        self._version = 0
+
+    def begin_tick(self) -> None:
+        self._left = len(self._busy), -(-len(self._resting) // RESTING_TICKS)
+
+    def leave(self) -> None:
+        """The shard cannot be asked at this tick; all of it is told again."""
+        self._left = 0, 0
+        self.tell_again()
+
+    def next_key(self) -> bytes | None:
+        """The next bucket that this tick asks about; None when there is none. Pass it to `ask`."""
+        busy, resting = self._left
+        if busy > 0 and self._busy:
+            self._left = busy - 1, resting
+            return next(iter(self._busy))
+        if resting > 0 and self._resting:
+            self._left = 0, resting - 1
+            return next(iter(self._resting))
+        return None
+
+    def ask(self, key: bytes, now_us: int) -> Ask | None:
+        """What to ask about this bucket, if anything. It has to be `answered`, or to have `failed`, in the end."""
+        shared = self._busy.get(key)
+        was_busy = shared is not None
+        if shared is None:
+            shared = self._resting.pop(key)
+        bucket = self._store.get(key)
+        if bucket is None:
+            # It was full, and dropped.
+            self._busy.pop(key, None)
+            return None
+        # The clock may have been set back.
+        shared.used_us = min(shared.used_us, now_us)
+        unused_us = now_us - shared.used_us
+        if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
+            self._busy.pop(key, None)
+            return None
+        # Last in its turn.
+        if was_busy and unused_us <= BUSY_US:
+            self._busy.move_to_end(key)
+        else:
+            self._busy.pop(key, None)
+            (self._busy if unused_us <= BUSY_US else self._resting)[key] = shared
+        if shared.era != self._era or shared.bucket is not bucket:
+            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
+        told, shared.waiting = shared.waiting, []
+        return Ask(bucket, shared, told, ask(bucket, self._own(bucket, told), shared.seen, now_us))
+
+    def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
+        if slots is not _ALL and self._store.origin is self._origin:
+            return {slot: tokens for _, slot, tokens in bucket.own_entries(slots)}
+        if slots is _ALL or slots:
+            # With those of origins from before a step of the clock back.
+            return counts_of(bucket, OTHERS, None if slots is _ALL else slots)
+        return {}
+
+    def check(self, epoch: object, version: object) -> None:
+        """Begin to hear an answer, of several buckets.
+
+        Raises:
+            BadRecord: it is none.
+        """
+        if not isinstance(epoch, bytes) or not isinstance(version, int):
+            raise BadRecord("an answer of another script")
+        if epoch != self._epoch or version <= self._version:
+            if self._epoch:
+                self.tell_again()
+            self._epoch = epoch
+        self._version = version
+
+    def answered(self, ask: Ask, text: bytes, now_us: int) -> None:
+        """Join what the others took.
+
+        Raises:
+            BadRecord: the answer is none. The bucket is told again at its next turn.
+        """
+        shared, bucket = ask.shared, ask.bucket
+        identity, _, rest = text.partition(b";")
+        is_lost = bool(shared.id) and identity != shared.id
+        shared.id = identity
+        try:
+            if rest != b";":
+                heard = read(rest, bucket.limit, OTHERS)
+                self._store.join(bucket.key, bucket.limit, heard.base, heard.entries, now_us)
+        except BadRecord:
+            self.refused(ask)
+            raise
+        if is_lost:
+            shared.era = -1
+        else:
+            shared.seen = self._version
+
+    def refused(self, ask: Ask) -> None:
+        """The bucket cannot be shared: while it is in use, all of it is told again at each turn."""
+        ask.shared.era = -1
+
+    def failed(self, asks: Sequence[Ask]) -> None:
+        """No answer has come: all of it is told again."""
+        for each in asks:
+            _wait(each.shared, each.told)
+
+
+def _wait(shared: _Shared, slots: list[int]) -> None:
+    waiting = shared.waiting
+    if slots is _ALL or len(waiting) + len(slots) > MAX_WAITING_SLOTS:
+        shared.waiting = _ALL
+    elif waiting is not _ALL:
+        waiting += [slot for slot in slots if slot not in waiting]

@@ -1,0 +1,37 @@
+"""What metrics and the console show of a fabric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class FabricStatus:
+    """
+    Args:
+        ticks, call_seconds: ticks that were answered, and the seconds they took in all.
+        failed: ticks that were not.
+        buckets: that are shared.
+        unshared: changes of buckets for which there was no room among the shared ones.
+        odd, odd_at_gateway: answers about a bucket that cannot be shared: what Redis has there is no bucket.
+        last_us: when the latest answered tick began, microseconds since the epoch.
+        degraded_reason: why nothing is shared; "" when it is.
+        token: of the lease that this sidecar holds as the gateway; 0 when it does not.
+        terms: how often it became the gateway.
+        gateway_failed: how often it could not, since it cannot listen.
+        gateway_reason: why it cannot; "" when it can or was never to.
+    """
+
+    ticks: int = 0
+    failed: int = 0
+    call_seconds: float = 0.0
+    buckets: int = 0
+    unshared: int = 0
+    odd: int = 0
+    odd_at_gateway: int = 0
+    last_us: int | None = None
+    degraded_reason: str = ""
+    token: int = 0
+    terms: int = 0
+    gateway_failed: int = 0
+    gateway_reason: str = ""

@@ -1,0 +1,211 @@
+"""The streams that are carried now, whose they are, and what the log says of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.carrier import Call, carry
+from ratelimit_sidecar.replication.connections import RESTART_US
+from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.progress import Progress
+from ratelimit_sidecar.replication.refusals import Refusals
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.scheduler import Scheduler
+from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.targets import Target
+from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate
+from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
+
+SKEW_US = 100_000
+"""A clock offset worth a warning: consumption is placed that far from where it belongs."""
+
+CERTAIN_US = 2 * RESTART_US
+"""A node that is refused for so long because its id is in use is no node that has just restarted."""
+
+ID_TAKEN_US = int(2.5e6 * MISCONFIGURED_REDIAL_SECONDS)
+"""Shown for so long after a stream was refused for it: it is dialled again meanwhile."""
+
+GOODBYE_SECONDS = 1.0
+"""What the last frame of a stream gets to reach the other end."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class CarriedStreams:
+    """Args:
+    progress: made whenever a frame was heard or a stream has ended.
+    steady_us: a clock that never steps.
+    certificate: of this node; None in plain text.
+    """
+
+    def __init__(
+        self,
+        replicator: Replicator,
+        *,
+        scheduler: Scheduler,
+        progress: Progress,
+        now_us: Callable[[], int],
+        steady_us: Callable[[], int],
+        certificate: NodeCertificate | None,
+    ) -> None:
+        self.streams: dict[Stream, Peer | None] = {}
+        """And whose they are once both ends have accepted each other."""
+        self.own_address: str | None = None
+        """Where this node listens."""
+        self._replicator = replicator
+        self._scheduler = scheduler
+        self._progress = progress
+        self._now_us = now_us
+        self._steady_us = steady_us
+        self._certificate = certificate
+        self._refusals = Refusals()
+        self._id_refused_us: int | None = None
+        """When a stream was last refused because another node has this one's id, for so long that it must be so."""
+
+    @property
+    def is_id_taken(self) -> bool:
+        """True when another node has this one's id, of which some peer knows: limits are not shared with all."""
+        refused_us = self._id_refused_us
+        return refused_us is not None and self._steady_us() - refused_us < ID_TAKEN_US
+
+    def close(self, reason: Reason, detail: str, now_us: int) -> None:
+        """Say Goodbye on all of them."""
+        for stream in list(self.streams):
+            stream.close(reason, detail, now_us)
+
+    async def carry(
+        self,
+        call: Call,
+        address: str,
+        target: Target | None,
+        certificate: PeerCertificate | None,
+        dialler: Dialler,
+    ) -> Stream:
+        """Carry a stream over a call until it is over.
+
+        Args:
+            target: None for a stream that the peer has dialled.
+            certificate: of the other end; None in plain text.
+        """
+        woken = asyncio.Event()
+        claimed = ""
+        is_greeted = False
+
+        def check_peer(origin: Origin, region: str) -> None:
+            nonlocal claimed
+            claimed = origin.node
+            if certificate is not None and self._certificate is not None:
+                certificate.check(self._certificate.peer_names, origin, region)
+            if target is not None:
+                dialler.refuse_redundant(target, origin)
+
+        def note_heard() -> None:
+            nonlocal is_greeted
+            self._progress.made()
+            if stream.peer is None:
+                return
+            if is_greeted:
+                self._note_heard(stream, stream.peer)
+            elif target is not None:
+                dialler.note_joined(target, stream.peer)
+            is_greeted = True
+
+        stream = Stream(
+            self._replicator,
+            address,
+            is_dialled=target is not None,
+            wake=woken.set,
+            now_us=self._now_us(),
+            check_peer=check_peer,
+            is_proven=certificate is not None,
+        )
+        self.streams[stream] = None
+        if target is not None:
+            target.stream = stream
+        try:
+            await carry(
+                call,
+                stream,
+                woken=woken,
+                scheduler=self._scheduler,
+                now_us=self._now_us,
+                on_heard=note_heard,
+                # A listener ends its calls with a status, which nothing overtakes.
+                linger_seconds=0.0 if target is None else GOODBYE_SECONDS,
+            )
+        finally:
+            if target is not None:
+                target.stream = None
+            self._progress.made()
+            self._remove(stream, claimed, target)
+        return stream
+
+    def _remove(self, stream: Stream, claimed: str, target: Target | None) -> None:
+        """A stream is over.
+
+        Args:
+            claimed: the node id that the other end has said; "" when it did not say.
+            target: None for a stream that the peer has dialled.
+        """
+        peer = self.streams.pop(stream)
+        if peer is None:
+            self._note_refused(stream, claimed, target)
+        elif peer not in self.streams.values():
+            _log.info("peer_lost", peer=peer.node, address=stream.address, why=stream.why_ended, **stream.batch_trace)
+
+    def _note_heard(self, stream: Stream, peer: Peer) -> None:
+        """Something else than its Hello: it has heard this node's, and not refused it."""
+        if self.streams[stream] is None:
+            self._refusals.forget(stream.address)
+            if peer not in self.streams.values():
+                _log.info("peer_connected", peer=peer.node, region=peer.region, address=stream.address)
+            self.streams[stream] = peer
+            purses = self._replicator.purses
+            if purses is not None and purses.conflicts_with(peer.node):
+                _log.warning("peer_shows_other_members", peer=peer.node, epoch=purses.membership.epoch)
+        offset_us = peer.said.clock_offset_us or 0
+        was_skewed, peer.is_skewed = peer.is_skewed, abs(offset_us) > SKEW_US
+        if peer.is_skewed and not was_skewed:
+            _log.warning("peer_clock_skewed", peer=peer.node, offset_seconds=offset_us / 1e6)
+
+    def _note_refused(self, stream: Stream, claimed: str, target: Target | None) -> None:
+        """Tell of a stream that one end has not accepted; of those that this node has dialled, `dialler` tells.
+
+        Args:
+            claimed: the node id that the other end has; "" when it did not say.
+        """
+        reason = None if stream.error is None else stream.error.reason
+        if Reason.DUPLICATE_NODE in (reason, stream.peer_reason):
+            # Where the peer refuses, it is this node's own id that two have.
+            node = claimed if reason is Reason.DUPLICATE_NODE else self._replicator.local.origin.node
+            self._note_duplicate(node, stream, target)
+        elif target is None and not FAULTLESS & {reason, stream.peer_reason}:
+            self._note_turned_away(stream, str(reason or stream.why_ended))
+
+    def _note_turned_away(self, stream: Stream, why: str) -> None:
+        if self._refusals.note(stream.address, why, self._steady_us()):
+            _log.warning("stream_refused", address=stream.address, why=stream.why_ended)
+
+    def _note_duplicate(self, node: str, stream: Stream, target: Target | None) -> None:
+        peer, why = self._replicator.peers.get(node), f"{Reason.DUPLICATE_NODE} {node}"
+        if peer is not None:
+            peer.last_error = stream.why_ended
+        if self._refusals.note(stream.address, why, self._steady_us(), certain_after_us=CERTAIN_US):
+            other = self.own_address if peer is None else peer.address
+            _log.error(
+                "two_nodes_with_one_id",
+                node=node,
+                addresses=[other or "this node", stream.address],
+                why=stream.why_ended,
+                fix="give each a node.id of its own",
+            )
+        is_certain = self._refusals.is_told(stream.address, why)
+        if is_certain and node == self._replicator.local.origin.node:
+            self._id_refused_us = self._steady_us()
+        if target is not None:
+            target.is_misconfigured = is_certain

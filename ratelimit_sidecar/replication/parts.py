@@ -1,0 +1,62 @@
+"""Buckets cut into what fits into a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+
+MAX_PART_ENTRIES: Final = 256
+"""Of one bucket at once: a bucket with 1,024 takes 2 ms to join."""
+
+
+class Part(NamedTuple):
+    """Some of one bucket; without a bucket, a look at one that has nothing to tell."""
+
+    bucket: Bucket | None
+    base: Base | None
+    entries: list[Entry]
+
+
+NOTHING: Final = Part(None, None, [])
+
+Parts = Iterator[Part]
+
+
+def tellable(store: Store, key: bytes) -> Bucket | None:
+    """None when it was dropped meanwhile, stays local, or has a key that no peer takes."""
+    bucket = store.get(key) if len(key) <= MAX_KEY_BYTES else None
+    return None if bucket is None or bucket.journal is None else bucket
+
+
+def in_parts(bucket: Bucket | None, base: Base | None, entries: list[Entry]) -> Parts:
+    """At least one part, perhaps with nothing in it."""
+    if bucket is None or (base is None and not entries):
+        yield NOTHING
+        return
+    for start in range(0, max(1, len(entries)), MAX_PART_ENTRIES):
+        yield Part(bucket, None if start else base, entries[start : start + MAX_PART_ENTRIES])
+
+
+def own_part(store: Store, key: bytes, since_us: int) -> Parts:
+    """What this node took from one bucket since `since_us`."""
+    bucket, entries = tellable(store, key), []
+    if bucket is not None:
+        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin == store.origin]
+    yield from in_parts(bucket, None, entries)
+
+
+def whole(store: Store, key: bytes, since_us: int, now_us: int, all_but: Origin | None) -> Parts:
+    """All of one bucket that may have been written since `since_us`, but for what one origin took."""
+    bucket = tellable(store, key)
+    if bucket is None or (bucket.base.boundary_us <= since_us and next(bucket.entries_since(since_us), None) is None):
+        yield NOTHING
+        return
+    # What was sealed after `since_us` is told in the base.
+    bucket.seal(now_us)
+    entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != all_but]
+    base = bucket.telling_base
+    yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)

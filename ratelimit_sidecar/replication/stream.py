@@ -1,0 +1,410 @@
+"""A session over one connection, as its two ends see it: frames in, frames out. Sans-I/O.
+
+Deltas, demands and asks go out on a peer's active stream only (`Peer.active`); an ask is paid, and digests are
+answered, on the stream on which they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.journal import Refused
+from ratelimit_sidecar.replication.anti_entropy import Exchange
+from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.peer import BatchSpan, Peer
+from ratelimit_sidecar.replication.purses import PaymentOutbox
+from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.rounds import Round
+from ratelimit_sidecar.replication.session import (
+    ClockMeasured,
+    ComparisonReceived,
+    DeltasAcknowledged,
+    DeltasReceived,
+    DemandsReceived,
+    Established,
+    Event,
+    PaymentsReceived,
+    PeerLeft,
+    Session,
+    StatusReceived,
+)
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
+
+
+class Inbound:
+    """What a peer says on one stream, once both ends have accepted each other.
+
+    Args:
+        is_proven: see `DeltasReader`.
+        payments: of the stream.
+    """
+
+    def __init__(
+        self,
+        replicator: Replicator,
+        session: Session,
+        peer: Peer,
+        origin: Origin,
+        *,
+        is_proven: bool,
+        payments: PaymentOutbox | None,
+    ) -> None:
+        self.peer = peer
+        self._replicator = replicator
+        self._session = session
+        self._reader = DeltasReader(origin, is_proven=is_proven)
+        self._payments = payments
+        self.exchange: Exchange | None = None
+        """None once the stream is closed, and with a peer that cannot compare."""
+        if session.compares:
+            leads = replicator.local.origin.node < peer.node
+            self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
+        self._is_over = False
+        self._applying: BatchSpan | None = None
+        """The span of the deltas that are being applied, when they belong to a trace."""
+        self.batch_trace: dict[str, str] = {}
+        """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
+
+    def close(self) -> None:
+        """Nothing is heard any more."""
+        self._is_over = True
+        self.exchange = None
+        self._end_span()
+
+    def apply_steps(self, event: DeltasReceived | ComparisonReceived, now_us: int) -> Steps:
+        """Apply and acknowledge a batch, or answer a comparison, in steps; no more of them once it is closed.
+
+        Raises:
+            ProtocolError: see `DeltasReader.apply_steps` and `Exchange.receive_steps`.
+        """
+        if isinstance(event, DeltasReceived):
+            yield from self._apply_steps(event.deltas, now_us)
+            return
+        assert self.exchange is not None
+        for _ in self.exchange.receive_steps(event.frame):
+            yield
+            if self._is_over:
+                return
+
+    def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
+        replicator, peer = self._replicator, self.peer
+        on_news = replicator.news_reader(peer)
+        self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
+        self._applying = peer.received(deltas, replicator.tracer)
+        try:
+            for applied in self._reader.apply_steps(deltas, replicator.store, now_us, on_news):
+                self._note_refused()
+                replicator.unknown_keys += applied.unknown_keys
+                peer.counts.entries_received += applied.entries
+                if not applied.is_last:
+                    yield
+                    if self._is_over:
+                        return
+        finally:
+            self._note_refused()
+        self.batch_trace = {}
+        self._end_span()
+        if deltas.ends_full_state:
+            peer.said.full_state = True
+        self._session.acknowledge(now_us)
+
+    def hear(self, event: Event, now_us: int) -> None:
+        """Hear what takes no steps.
+
+        Raises:
+            ProtocolError: see `Purses.receive`, `Demands.read` and `read_reaches`.
+        """
+        match event:
+            case PaymentsReceived(payments):
+                self._hear_payments(payments)
+            case StatusReceived(status):
+                self._hear_status(status, now_us)
+            case ClockMeasured(offset_us):
+                self.peer.said.clock_offset_us = offset_us
+            case DemandsReceived(demands) if self._replicator.demands is not None:
+                self._replicator.unknown_keys += self._replicator.demands.read(self.peer.node, demands)
+
+    def _hear_payments(self, payments: pb.Payments) -> None:
+        purses = self._replicator.purses
+        assert purses is not None
+        assert self._payments is not None
+        refused = purses.refused
+        self._replicator.unknown_keys += purses.receive(self.peer.node, payments, self._payments)
+        if purses.refused > refused:
+            self.peer.counts.refused[Refused.PAYMENT] += purses.refused - refused
+
+    def _hear_status(self, status: pb.Status, now_us: int) -> None:
+        peer = self.peer
+        peer.said.rules = status.rules
+        peer.said.is_full = status.full
+        peer.said.has_joined = status.joined
+        self._replicator.sync.decide(peer)
+        if status.sync_request != pb.UNDECIDED:
+            peer.said.request = status.sync_request
+            peer.grant_request(now_us)
+        reaches = read_reaches(status)
+        if reaches != peer.said.reaches:
+            peer.said.reaches = reaches
+            self._replicator.change_ways()
+
+    def _end_span(self) -> None:
+        if self._applying is not None:
+            self._applying.end()
+            self._applying = None
+
+    def _note_refused(self) -> None:
+        refused = self._replicator.store.journal.refused
+        if refused:
+            self.peer.counts.refused += refused
+            refused.clear()
+
+
+class Stream:
+    """From the moment the connection is there.
+
+    Args:
+        address: of the far end.
+        is_dialled: True when this node has dialled a configured address.
+        wake: called when `next_frame` may have something new.
+        check_peer: asked about who the peer says it is, and its region, before that has any effect; raises
+            ProtocolError to refuse it.
+        is_proven: the far end has shown a certificate, of which `check_peer` sees whether it is for the node that it
+            says it is.
+    """
+
+    def __init__(
+        self,
+        replicator: Replicator,
+        address: str,
+        *,
+        is_dialled: bool,
+        wake: Callable[[], None],
+        now_us: int,
+        check_peer: Callable[[Origin, str], None] | None = None,
+        is_proven: bool = False,
+    ) -> None:
+        self._replicator = replicator
+        self._is_proven = is_proven
+        self._session = Session(replicator.local, now_us)
+        self.payments = None if replicator.purses is None else replicator.purses.new_outbox()
+        self._demands_told = 0
+        self._inbound: Inbound | None = None
+        """From the peer's Hello on, if it was accepted."""
+        self._status_told = 0
+        self._pause_owed = False
+        self.address = address
+        self.is_dialled = is_dialled
+        self.wake = wake
+        self._check_peer = check_peer
+        self.peer: Peer | None = None
+        """Whose stream it is: from the peer's Hello until the stream is closing."""
+        self.error: ProtocolError | None = None
+        """What this node closes the stream for."""
+        self.peer_reason = ""
+        """What the peer has closed it for, as its Goodbye says."""
+        self.why_ended = ""
+        """Set when the stream is closing or over, by whichever end."""
+
+    @property
+    def has_joined(self) -> bool:
+        """True from the peer's Hello on, if it was accepted."""
+        return self._inbound is not None
+
+    @property
+    def batch_trace(self) -> dict[str, str]:
+        """See `Inbound.batch_trace`."""
+        return {} if self._inbound is None else self._inbound.batch_trace
+
+    @property
+    def is_over(self) -> bool:
+        """True when there is nothing more to send or to hear: the connection should be closed."""
+        return self._session.is_over
+
+    @property
+    def pays(self) -> bool:
+        """True when the ends can ask and pay each other on it."""
+        return self._session.pays
+
+    @property
+    def compares(self) -> bool:
+        """True when both ends can compare what they hold."""
+        return self._session.compares
+
+    @property
+    def heard_us(self) -> int:
+        """When the last frame arrived."""
+        return self._session.heard_us
+
+    def receive_steps(self, raw: bytes, now_us: int) -> Steps:
+        """Take one frame in and apply it, in steps; the next one may come when all have been done. A bad frame leaves
+        the stream closing, with `error` set."""
+        try:
+            event = self._session.receive(raw, now_us)
+            if self.peer is not None:
+                self.peer.counts.bytes_received += len(raw)
+            if event is not None:
+                yield from self._handle_steps(event, now_us)
+        except ProtocolError as error:
+            self.fail(error, now_us)
+        self.wake()
+
+    def is_ack_due(self, now_us: int) -> bool:
+        """True when `next_frame` has an acknowledgement that it did not have before."""
+        return self._session.is_ack_due(now_us)
+
+    def compare(self, done: Round) -> None:
+        """This node has summed up what it holds, and so has the peer."""
+        if self._inbound is not None and self._inbound.exchange is not None:
+            self._inbound.exchange.note_round(done)
+            self.wake()
+
+    def check_time(self, now_us: int) -> None:
+        """To be called a few times a second: pings, and notices a dead peer, which leaves the stream closing."""
+        try:
+            self._session.check_time(now_us)
+            if self._replicator.purses is not None and self.payments is not None:
+                self._replicator.purses.check_time(self.payments)
+        except ProtocolError as error:
+            self.fail(error, now_us)
+        self.wake()
+
+    def write(self, now_us: int) -> bool:
+        """Do a step towards the next batch of deltas, which `next_frame` returns once it is whole. To be called when
+        that has nothing: a peer waits for its pong or a payment no longer than for a step.
+
+        Returns:
+            False when there was nothing to write.
+        """
+        peer = self.peer
+        return peer is not None and peer.active is self and peer.outbox.write(now_us)
+
+    def next_frame(self, now_us: int) -> bytes | None:
+        """The next frame of what is ready to be sent; None when there is none before the next `write` or `wake`."""
+        raw = self._session.next_frame(now_us, self._tell_demands)
+        peer = self.peer
+        if peer is None:
+            return raw
+        if raw is None:
+            raw = self._take_frame(peer, now_us)
+        if raw is not None:
+            peer.counts.bytes_sent += len(raw)
+        return raw
+
+    def take_pause(self) -> bool:
+        """True once after each batch that goes out while the peer is sent a snapshot: such batches follow each other,
+        and both ends have decisions to make in between."""
+        is_owed, self._pause_owed = self._pause_owed, False
+        return is_owed
+
+    def tell_status_again(self) -> None:
+        """The peer may have missed this node's status."""
+        self._status_told = 0
+        self.wake()
+
+    def fail(self, error: ProtocolError, now_us: int) -> None:
+        """Close the stream for `error`, which is counted."""
+        self.error = error
+        self._session.close(error.reason, error.detail)
+        if error.reason not in FAULTLESS:
+            self._replicator.protocol_errors[error.reason] += 1
+            if self.peer is not None:
+                self.peer.counts.protocol_errors[error.reason] += 1
+        self._leave(str(error), now_us)
+
+    def close(self, reason: Reason, detail: str, now_us: int) -> None:
+        """Say Goodbye; from now on nothing is sent but that, and nothing heard."""
+        self._session.close(reason, detail)
+        self._leave(f"{reason}: {detail}", now_us)
+
+    def lost(self, why: str, now_us: int) -> None:
+        """The connection is gone. To be called once for every stream, however it ended."""
+        self._session.lost()
+        self._leave(why, now_us)
+
+    def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
+        frame = None if self.payments is None else self.payments.take_frame()
+        if frame is None:
+            frame = self._take_comparison(peer)
+        if frame is not None:
+            return self._session.send(frame)
+        batch = peer.outbox.take_batch() if peer.active is self else None
+        if batch is None:
+            return None
+        self._pause_owed = peer.outbox.owes_snapshot
+        trace = peer.sent(batch, self._replicator.tracer)
+        return self._session.send_deltas(batch.payload, trace, now_us)
+
+    def _take_comparison(self, peer: Peer) -> pb.Frame | None:
+        exchange = None if self._inbound is None else self._inbound.exchange
+        if exchange is None:
+            return None
+        newest = self._replicator.status_version
+        if self._status_told != newest:
+            self._status_told = newest
+            return pb.Frame(status=self._replicator.status(peer))
+        return exchange.take_frame()
+
+    def _tell_demands(self, ping: pb.Ping) -> None:
+        demands, peer = self._replicator.demands, self.peer
+        if demands is not None and peer is not None and peer.active is self:
+            self._demands_told = demands.write(ping, self._demands_told)
+
+    def _handle_steps(self, event: Event, now_us: int) -> Steps:
+        if not isinstance(event, DeltasReceived | ComparisonReceived):
+            self._hear(event, now_us)
+            return
+        if isinstance(event, DeltasReceived) and event.acknowledged is not None:
+            self._hear(event.acknowledged, now_us)
+        assert self._inbound is not None
+        yield from self._inbound.apply_steps(event, now_us)
+
+    def _hear(self, event: Event, now_us: int) -> None:
+        match event:
+            case Established():
+                self._join(event, now_us)
+            case PeerLeft(reason, detail):
+                self._hear_goodbye(reason, detail, now_us)
+            case DeltasAcknowledged(frames, delay_us):
+                assert self.peer is not None
+                for _ in range(frames):
+                    self.peer.acknowledged(now_us - delay_us)
+                self.wake()
+            case _:
+                assert self._inbound is not None
+                self._inbound.hear(event, now_us)
+
+    def _hear_goodbye(self, reason: str, detail: str, now_us: int) -> None:
+        self.peer_reason = reason
+        for stream in [] if self.peer is None or reason != Reason.CLOCK_SET else list(self.peer.streams):
+            # It has closed all of them, and comes back as another life of the node.
+            if stream is not self:
+                stream.close(Reason.SUPERSEDED, "the peer's clock was set", now_us)
+        self._leave(f"the peer closed the stream: {reason}: {detail}", now_us)
+
+    def _join(self, who: Established, now_us: int) -> None:
+        replicator, origin = self._replicator, who.origin
+        if self._check_peer is not None:
+            self._check_peer(origin, who.region)
+        peer = self.peer = replicator.connections.find(self, replicator.local.origin, origin, now_us)
+        is_proven = self.is_dialled or self._is_proven
+        self._inbound = Inbound(replicator, self._session, peer, origin, is_proven=is_proven, payments=self.payments)
+        replicator.connections.join(self, peer, who)
+        if replicator.purses is not None:
+            replicator.purses.hear(peer.node, who.membership)
+
+    def _leave(self, why: str, now_us: int) -> None:
+        """Stop being the peer's stream."""
+        self.why_ended = self.why_ended or why
+        peer, self.peer = self.peer, None
+        if self._inbound is not None:
+            self._inbound.close()
+        if self._replicator.purses is not None and self.payments is not None:
+            self._replicator.purses.closed(self.payments)
+        if peer is not None:
+            if peer.streams == [self]:
+                self._replicator.sync.lose(peer)
+            self._replicator.connections.leave(self, peer, why, now_us)
+        self.wake()

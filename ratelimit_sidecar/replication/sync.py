@@ -1,0 +1,54 @@
+"""Which snapshot a node asks each of its peers for, when it has just started.
+
+One peer sends it everything, the others their own changes of the last seconds: sent everything by all, a node would
+take so many times longer to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+
+
+class SyncRequests:
+    """Args:
+    announce: called when peers have to be told what is asked for.
+    """
+
+    def __init__(self, peers: Mapping[str, Peer], announce: Callable[[], object]) -> None:
+        self.has_joined = True
+        """False from a start until peers have told what they know, or nobody waits for that any more."""
+        self._peers = peers
+        self._announce = announce
+        self._source: Peer | None = None
+        """Before that, the peer that sends everything."""
+
+    def join(self) -> None:
+        """Peers have told what they know, or nobody waits for that any more."""
+        if not self.has_joined:
+            self.has_joined = True
+            self._announce()
+
+    def decide(self, peer: Peer) -> None:
+        """Decide what to ask a peer for that has told its status. What was once asked for is not taken back."""
+        if peer.own_request == pb.UNDECIDED and self.has_joined:
+            # A node that has just started knows nothing that is old and that this one does not.
+            request = pb.EVERYTHING if peer.said.has_joined else pb.RECENT
+        else:
+            if self._source is None and peer.said.has_joined and not self.has_joined:
+                self._source = peer
+            request = pb.EVERYTHING if self._source is peer else max(peer.own_request, pb.RECENT)
+        if request != peer.own_request:
+            peer.own_request = request
+            self._announce()
+
+    def lose(self, peer: Peer) -> None:
+        """The last stream of a peer is ending. If it was to send everything, and has not, another one is asked."""
+        if self._source is not peer or self.has_joined or peer.said.full_state:
+            return
+        self._source = None
+        for other in self._peers.values():
+            if other is not peer and other.streams and other.own_request != pb.UNDECIDED:
+                self.decide(other)
