@@ -117,15 +117,21 @@ class MemoryPeer:
         frame = pb.Frame.FromString(message)
         match frame.WhichOneof("kind"):
             case "deltas":
+                if frame.deltas.acknowledged:
+                    self._acknowledged(frame.deltas.acknowledged, frame.deltas.ack_delay_ms)
                 self._hear(frame.deltas)
             case "ack":
-                for _ in range(frame.ack.sequence - (self._sequence - len(self._sent_ns))):
-                    self.acknowledged_ns.append(time.monotonic_ns() - self._sent_ns.popleft())
+                self._acknowledged(frame.ack.sequence, 0)
             case "ping":
                 now_us = self._now_us()
                 self._say(pb.Frame(pong=pb.Pong(id=frame.ping.id, received_us=now_us, sent_us=now_us)))
             case "pong":
                 self.answered_ns.append(time.monotonic_ns() - self._pinged_ns.popleft())
+
+    def _acknowledged(self, sequence: int, delay_ms: int) -> None:
+        applied_ns = time.monotonic_ns() - 1_000_000 * delay_ms
+        for _ in range(sequence - (self._sequence - len(self._sent_ns))):
+            self.acknowledged_ns.append(applied_ns - self._sent_ns.popleft())
 
     def _hear(self, deltas: pb.Deltas) -> None:
         for delta in deltas.buckets:
