@@ -8,7 +8,6 @@ itself. No request waits for any of it.
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +25,14 @@ from ratelimit_sidecar.fabric.record import life_of
 from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
 from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
-from ratelimit_sidecar.persistence.redis_calls import Connect, is_of_server, reason_of
+from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.persistence.snapshots import TimeSlice
 from ratelimit_sidecar.replication.mesh import Mesh
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 5.0
-"""Between two attempts: it doubles from the first to this, and a random part of up to half is taken off."""
+"""Between two attempts; see `BackOff`."""
 
 LAST_TICK_SECONDS: Final = 3.0
 """What the last tick gets, at a stop."""
@@ -78,7 +77,7 @@ class Fabric:
         self._life = life_of(store.origin)
         self._again: Iterator[Bucket] | None = None
         """Buckets whose own counts are still to be told again."""
-        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
         self._odd_logged_at: float | None = None
         self._gateway = None
         if mesh_of is not None:
@@ -137,7 +136,7 @@ class Fabric:
         else:
             self.status.ticks += 1
             self.status.call_seconds += time.perf_counter() - began
-            self._wait_seconds = FIRST_WAIT_SECONDS
+            self._back_off.reset()
             if is_whole:
                 self.status.last_us = began_us
                 if self.status.degraded_reason:
@@ -157,12 +156,7 @@ class Fabric:
             worked = time.thread_time() - began_working
             # With very many buckets a quarter of the loop's time at most.
             seconds = max(TICK_SECONDS - (clock() - began), 3 * worked)
-            await asyncio.sleep(seconds if is_answered else self._back_off())
-
-    def _back_off(self) -> float:
-        seconds = self._wait_seconds
-        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
-        return seconds * random.uniform(0.5, 1)
+            await asyncio.sleep(seconds if is_answered else self._back_off.next())
 
     def _failed(self, error: Exception) -> None:
         self._tell_again()

@@ -24,7 +24,7 @@ from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
 from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
-from ratelimit_sidecar.persistence.redis_calls import Connect
+from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.mesh import Mesh
 
@@ -39,7 +39,7 @@ SWEPT_BUCKETS: Final = 64
 
 FIRST_WAIT_SECONDS: Final = 1.0
 MAX_WAIT_SECONDS: Final = 60.0
-"""Before the next attempt of one that could not listen: it doubles from the first to this."""
+"""Before the next attempt of one that could not listen; see `BackOff`."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class Gateway:
         self._mesh_of = mesh_of
         self._gives_up = False
         self._reads_again = False
-        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS, least_part=0.75)
         # One life of this process, as far as leases go.
         self._id = f"{store.origin.node} {secrets.token_hex(8)}"
 
@@ -96,7 +96,8 @@ class Gateway:
                     if token:
                         await self._serve(token, began + LEASE_SECONDS)
                 except _CannotListen as error:
-                    seconds = self._back_off(str(error))
+                    self._cannot_listen(str(error))
+                    seconds = self._back_off.next()
                 except FAILURES:
                     # The ticks tell of it.
                     await self._link.close()
@@ -104,14 +105,11 @@ class Gateway:
         finally:
             await self._link.close()
 
-    def _back_off(self, reason: str) -> float:
+    def _cannot_listen(self, reason: str) -> None:
         if not self._status.gateway_reason:
             _log.error("gateway_cannot_listen", reason=reason)
         self._status.gateway_reason = reason
         self._status.gateway_failed += 1
-        seconds = self._wait_seconds
-        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
-        return seconds * random.uniform(0.75, 1)
 
     async def _lease(self) -> int:
         first = self._keys.shards[0]
@@ -188,7 +186,7 @@ class Gateway:
             raise _CannotListen(str(error)) from error
         await mesh.joined(0)
         self._status.gateway_reason = ""
-        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._back_off.reset()
 
     async def _failed(self, region: Region) -> None:
         region.tell_again()

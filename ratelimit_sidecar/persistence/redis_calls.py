@@ -1,8 +1,9 @@
-"""A call to Redis: how long it may take, and in which words it failed."""
+"""A call to Redis: how long it may take, in which words it failed, and when to try again."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from functools import cache
 from hashlib import sha1
@@ -31,6 +32,30 @@ class Connect(Protocol):
 
 class Unusable(Exception):
     """The server cannot be used, though nothing failed on the way to it; the text says why."""
+
+
+class BackOff:
+    """How long to wait before the next attempt: from `first` seconds on twice as long each time, up to `most`.
+
+    Args:
+        least_part: of that time, at least 0 and at most 1; the rest is cut short at random, so that many sidecars do
+            not come back at once.
+    """
+
+    def __init__(self, first: float, most: float, *, least_part: float = 0.5) -> None:
+        self._first = self._seconds = first
+        self._most = most
+        self._least_part = least_part
+
+    def next(self) -> float:
+        """The seconds to wait now."""
+        seconds = self._seconds
+        self._seconds = min(2 * seconds, self._most)
+        return seconds * random.uniform(self._least_part, 1)
+
+    def reset(self) -> None:
+        """An attempt has succeeded."""
+        self._seconds = self._first
 
 
 async def bounded(answer: Awaitable[T]) -> T:

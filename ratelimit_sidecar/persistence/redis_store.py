@@ -15,7 +15,6 @@ All of it is done on the event loop, in short pieces with pauses between them.
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,15 @@ from redis.asyncio.cluster import ClusterPipeline
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.redis_calls import Connect, Unusable, bounded, digest_of, is_of_server, reason_of
+from ratelimit_sidecar.persistence.redis_calls import (
+    BackOff,
+    Connect,
+    Unusable,
+    bounded,
+    digest_of,
+    is_of_server,
+    reason_of,
+)
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
 from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
@@ -46,7 +53,7 @@ LAST_WRITE_SECONDS: Final = 3.0
 
 FIRST_WAIT_SECONDS: Final = 0.5
 MAX_WAIT_SECONDS: Final = 30.0
-"""Between two attempts: it doubles from the first to this, and a random part of up to half is taken off."""
+"""Between two attempts; see `BackOff`."""
 
 BATCH_BUCKETS: Final = 16
 """Written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
@@ -144,7 +151,7 @@ class RedisState:
         self._is_loaded = False
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
-        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
 
     def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
         """Keep in mind that own slots of these buckets changed. Does no I/O."""
@@ -182,7 +189,7 @@ class RedisState:
             await asyncio.wait([self._loading])
         while True:
             # A failure has the next attempt wait for longer.
-            seconds = self._every_seconds if not self.status.degraded_reason else self._back_off()
+            seconds = self._every_seconds if not self.status.degraded_reason else self._back_off.next()
             await asyncio.sleep(seconds)
             await self._attempt()
 
@@ -223,11 +230,6 @@ class RedisState:
                 await self._disconnect()
                 raise
 
-    def _back_off(self) -> float:
-        seconds = self._wait_seconds
-        self._wait_seconds = min(2 * seconds, MAX_WAIT_SECONDS)
-        return seconds * random.uniform(0.5, 1)
-
     def _failed(self, error: Exception) -> None:
         self.status.failed += 1
         # Nobody knows what the server has when it is back.
@@ -238,7 +240,7 @@ class RedisState:
             _log.error("state_not_kept", reason=degraded_reason, error=str(error) or repr(error))
 
     def _recovered(self) -> None:
-        self._wait_seconds = FIRST_WAIT_SECONDS
+        self._back_off.reset()
         if self.status.degraded_reason:
             self.status.degraded_reason = ""
             _log.info("state_kept_again")

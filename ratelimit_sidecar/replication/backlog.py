@@ -32,7 +32,7 @@ class SideLog:
         self._repairs: OrderedDict[bytes, None] = OrderedDict()
         self._parts: Parts | None = None
         self._now_us = 0
-        self.relayed_since_us = MAX_TIME_US
+        self._relayed_since_us = MAX_TIME_US
         """Not later than the oldest slot that was ever relayed."""
 
     @property
@@ -47,7 +47,7 @@ class SideLog:
             False when there is no room.
         """
         slots = self._relayed.get(bucket.key)
-        self.relayed_since_us = min([self.relayed_since_us, *[slot_start_us(entry.slot) for entry in entries]])
+        self._relayed_since_us = min([self._relayed_since_us, *[slot_start_us(entry.slot) for entry in entries]])
         if slots is None:
             if len(self._relayed) >= MAX_RELAYED_BUCKETS:
                 return False
@@ -64,7 +64,7 @@ class SideLog:
             Since when a snapshot has to go back to tell of it.
         """
         self._relayed.clear()
-        since_us, self.relayed_since_us = self.relayed_since_us, MAX_TIME_US
+        since_us, self._relayed_since_us = self._relayed_since_us, MAX_TIME_US
         return since_us
 
     def repair(self, key: bytes) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fabric.test_fabric import now_us, server, until
 from persistence.redis_server import RedisServer, free_port_numbers, needs_redis
-from persistence.test_redis_servers import IN_A_CLUSTER, cluster, create_user, url_of
+from persistence.test_redis_servers import IN_A_CLUSTER, Watched, cluster, create_user, url_of, watched
 from persistence.test_snapshot import LIMITS
 from redis.asyncio import Redis
 
@@ -29,7 +29,7 @@ from ratelimit_sidecar.replication.mesh import Mesh
 
 pytestmark = [needs_redis, pytest.mark.long]
 
-__all__ = ["cluster", "server"]
+__all__ = ["cluster", "server", "watched"]
 
 COMMANDS = (
     "+evalsha +script|load +time +get +set +del +exists +pttl +pexpire +hget +hmget +hset +hdel +hstrlen +hincrby"
@@ -247,43 +247,22 @@ async def test_while_a_cluster_moves_a_slot_nothing_is_lost(cluster: list[RedisS
         assert await clients[0].dbsize() == 0
 
 
-async def test_when_the_sentinels_name_another_master_that_one_is_told_everything(tmp_path: Path) -> None:
-    master_port, replica_port, *sentinel_ports = free_port_numbers(5)
-    async with AsyncExitStack() as stack:
-        master = await stack.enter_async_context(RedisServer(tmp_path / "master", port=master_port))
-        replicaof = ("--replicaof", HOST, str(master_port))
-        replica = await stack.enter_async_context(RedisServer(tmp_path / "replica", *replicaof, port=replica_port))
-        for port in sentinel_ports:
-            sentinel = (
-                f"sentinel monitor limits {HOST} {master_port} 2\n"
-                "sentinel down-after-milliseconds limits 1000\nsentinel failover-timeout limits 5000\n"
-            )
-            await stack.enter_async_context(RedisServer(tmp_path / str(port), port=port, sentinel=sentinel))
-        url = "redis://" + ",".join(f"{HOST}:{port}" for port in sentinel_ports)
-        a, b = (Live(name, url=url, sentinel="limits", is_gateway=name == "a") for name in "ab")
-        async with live(a, b), replica.client() as client:
-            for each in (a, b):
-                each.take_of_each()
-            await know_all(a, b)
-
-            async def are_known() -> bool:
-                known = []
-                for port in sentinel_ports:
-                    async with Redis(host=HOST, port=port) as sentinel:
-                        replicas = await sentinel.execute_command("SENTINEL", "REPLICAS", "limits")
-                        others = await sentinel.execute_command("SENTINEL", "SENTINELS", "limits")
-                        known.append((len(replicas), len(others)))
-                return known == [(1, 2)] * 3
-
-            while not await are_known():  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
-            # The replica lags when it takes over: it has lost what comes next.
-            await client.execute_command("REPLICAOF", "NO", "ONE")
-            await client.execute_command("REPLICAOF", HOST, master_port)
-            for each in (a, b):
-                each.take_of_each()
-            await master.kill()
-            for each in (a, b):
-                each.take_of_each()
-            await know_all(a, b)
-            assert await client.dbsize() > BUCKETS
+async def test_when_the_sentinels_name_another_master_that_one_is_told_everything(watched: Watched) -> None:
+    master, replica, _ = watched
+    a, b = (Live(name, url=watched.url, sentinel="limits", is_gateway=name == "a") for name in "ab")
+    async with live(a, b), replica.client() as client:
+        for each in (a, b):
+            each.take_of_each()
+        await know_all(a, b)
+        while not await watched.is_known():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        # The replica lags when it takes over: it has lost what comes next.
+        await client.execute_command("REPLICAOF", "NO", "ONE")
+        await client.execute_command("REPLICAOF", HOST, master.port)
+        for each in (a, b):
+            each.take_of_each()
+        await master.kill()
+        for each in (a, b):
+            each.take_of_each()
+        await know_all(a, b)
+        assert await client.dbsize() > BUCKETS

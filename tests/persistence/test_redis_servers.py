@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import trustme
@@ -76,8 +77,30 @@ async def test_over_tls_with_certificates_of_both(tmp_path: Path) -> None:
         assert distrustful.status.degraded_reason == "it cannot be reached"
 
 
-@pytest.mark.long
-async def test_when_the_sentinels_name_another_master_that_one_is_told_everything(tmp_path: Path) -> None:
+class Watched(NamedTuple):
+    """A master and its replica, watched by three Sentinels under the name `limits`."""
+
+    master: RedisServer
+    replica: RedisServer
+    sentinel_ports: list[int]
+
+    @property
+    def url(self) -> str:
+        return "redis://" + ",".join(f"{HOST}:{port}" for port in self.sentinel_ports)
+
+    async def is_known(self) -> bool:
+        """True when each Sentinel knows the replica and the other two."""
+        known = []
+        for port in self.sentinel_ports:
+            async with Redis(host=HOST, port=port) as sentinel:
+                replicas = await sentinel.execute_command("SENTINEL", "REPLICAS", "limits")
+                others = await sentinel.execute_command("SENTINEL", "SENTINELS", "limits")
+                known.append((len(replicas), len(others)))
+        return known == [(1, 2)] * 3
+
+
+@pytest.fixture
+async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
     master_port, replica_port, *sentinel_ports = free_port_numbers(5)
     async with AsyncExitStack() as stack:
         master = await stack.enter_async_context(RedisServer(tmp_path / "master", port=master_port))
@@ -89,31 +112,26 @@ async def test_when_the_sentinels_name_another_master_that_one_is_told_everythin
                 "sentinel down-after-milliseconds limits 1000\nsentinel failover-timeout limits 5000\n"
             )
             await stack.enter_async_context(RedisServer(tmp_path / str(port), port=port, sentinel=sentinel))
-        store = make_store(BEFORE)
-        url = "redis://" + ",".join(f"{HOST}:{port}" for port in sentinel_ports)
-        state = state_in(replica, store, url=url, sentinel="limits")
-        async with kept(state):
-            hit(state, store, "before")
-            await until(lambda: state.status.written == 1)
+        yield Watched(master, replica, sentinel_ports)
 
-            async def is_known_to_sentinels() -> bool:
-                known = []
-                for port in sentinel_ports:
-                    async with Redis(host=HOST, port=port) as sentinel:
-                        replicas = await sentinel.execute_command("SENTINEL", "REPLICAS", "limits")
-                        others = await sentinel.execute_command("SENTINEL", "SENTINELS", "limits")
-                        known.append((len(replicas), len(others)))
-                return known == [(1, 2)] * 3
 
-            await until(is_known_to_sentinels)
-            await master.kill()
-            hit(state, store, "after")
+@pytest.mark.long
+async def test_when_the_sentinels_name_another_master_that_one_is_told_everything(watched: Watched) -> None:
+    master, replica, _ = watched
+    store = make_store(BEFORE)
+    state = state_in(replica, store, url=watched.url, sentinel="limits")
+    async with kept(state):
+        hit(state, store, "before")
+        await until(lambda: state.status.written == 1)
+        await until(watched.is_known)
+        await master.kill()
+        hit(state, store, "after")
 
-            async def is_all_there() -> bool:
-                return len(await replica.names()) == 2
+        async def is_all_there() -> bool:
+            return len(await replica.names()) == 2
 
-            await until(is_all_there)
-        assert await left_after_restart(replica, url=url, sentinel="limits") == [97, 97]
+        await until(is_all_there)
+    assert await left_after_restart(replica, url=watched.url, sentinel="limits") == [97, 97]
 
 
 @pytest.fixture
