@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, fields
 from typing import Protocol
 
-from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -91,21 +91,6 @@ class Said:
     clock_offset_us: int | None = None
 
 
-@dataclass(slots=True)
-class Counts:
-    """Of one peer, since this process's start; see `PeerStatus`."""
-
-    batches_sent: int = 0
-    batches_received: int = 0
-    entries_sent: int = 0
-    entries_received: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    resyncs: int = 0
-    protocol_errors: Counter[str] = field(default_factory=Counter)
-    refused: Counter[Refused] = field(default_factory=Counter)
-
-
 class Peer:
     """A remote node and everything known about it."""
 
@@ -122,7 +107,7 @@ class Peer:
         """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
         self.said = Said()
-        self.counts = Counts()
+        self.counts = PeerCounts()
         self.own_request: pb.SyncRequest = pb.UNDECIDED
         """Which snapshot this node asks it for."""
         self.is_skewed = False
@@ -216,17 +201,9 @@ class Peer:
             connected=bool(self.streams),
             lag_seconds=self.outbox.lag_us(now_us) / 1e6,
             pending_buckets=self.outbox.pending_buckets,
-            batches_sent=self.counts.batches_sent,
-            batches_received=self.counts.batches_received,
-            entries_sent=self.counts.entries_sent,
-            entries_received=self.counts.entries_received,
-            bytes_sent=self.counts.bytes_sent,
-            bytes_received=self.counts.bytes_received,
-            resyncs=self.counts.resyncs,
             rules_match=self.rules_match(rules),
             reconnects=max(0, self.connections - 1),
             clock_offset_seconds=None if self.said.clock_offset_us is None else self.said.clock_offset_us / 1e6,
             last_error=self.last_error,
-            protocol_errors=dict(self.counts.protocol_errors),
-            refused={why.value: count for why, count in self.counts.refused.items()},
+            **{counter.name: copy(getattr(self.counts, counter.name)) for counter in fields(PeerCounts)},
         )

@@ -1,13 +1,42 @@
-"""The state of one peer, as an immutable value for metrics and the admin console."""
+"""The state of one peer, as a value for metrics and the admin console."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 
+from ratelimit_sidecar.crdt.journal import Refused
 
-@dataclass(frozen=True, slots=True)
-class PeerStatus:
+
+@dataclass(slots=True)
+class PeerCounts:
+    """What has passed between this node and one peer since this process's start.
+
+    Args:
+        batches_sent: delta batches sent.
+        batches_received: delta batches received and applied.
+        entries_sent: slot entries in the batches sent.
+        entries_received: slot entries in the batches received.
+        bytes_sent: of frames of all kinds, as the protocol has them: before HTTP/2 and TLS.
+        bytes_received: likewise.
+        resyncs: buckets exchanged with the peer because a comparison of both nodes' state found that they differ.
+        protocol_errors: streams of this peer that this node closed, by reason (`wire.Reason`).
+        refused: parts of the peer's data that this node has refused, by reason (`crdt.journal.Refused`).
+    """
+
+    batches_sent: int = 0
+    batches_received: int = 0
+    entries_sent: int = 0
+    entries_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    resyncs: int = 0
+    protocol_errors: Counter[str] = field(default_factory=Counter)
+    refused: Counter[Refused] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class PeerStatus(PeerCounts):
     """One peer at one instant. Counters count from this process's start.
 
     Args:
@@ -20,20 +49,11 @@ class PeerStatus:
         lag_seconds: the age of this node's oldest delta the peer has not acknowledged; with none outstanding, the
             lag of the last acknowledged batch.
         pending_buckets: buckets with entries that are still to be sent to the peer.
-        batches_sent: delta batches sent.
-        batches_received: delta batches received and applied.
-        entries_sent: slot entries in the batches sent.
-        entries_received: slot entries in the batches received.
-        bytes_sent: of frames of all kinds, as the protocol has them: before HTTP/2 and TLS.
-        bytes_received: likewise.
-        resyncs: buckets exchanged with the peer because a comparison of both nodes' state found that they differ.
         rules_match: False while the peer has other rules than this node; None while that is unknown.
         reconnects: how often the peer came back after it had been lost.
         clock_offset_seconds: the peer's clock minus this node's, positive when the peer is ahead; None before the
             first measurement.
         last_error: why the last stream or dial ended; "" if none has.
-        protocol_errors: streams of this peer that this node closed, by reason (`wire.Reason`).
-        refused: parts of the peer's data that this node has refused, by reason (`crdt.journal.Refused`).
     """
 
     node: str = ""
@@ -44,19 +64,10 @@ class PeerStatus:
     connected: bool = False
     lag_seconds: float = 0.0
     pending_buckets: int = 0
-    batches_sent: int = 0
-    batches_received: int = 0
-    entries_sent: int = 0
-    entries_received: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    resyncs: int = 0
     rules_match: bool | None = None
     reconnects: int = 0
     clock_offset_seconds: float | None = None
     last_error: str = ""
-    protocol_errors: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

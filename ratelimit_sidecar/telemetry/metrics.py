@@ -19,6 +19,7 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -71,7 +72,7 @@ class PeerStatus(Protocol):
     @property
     def protocol_errors(self) -> Mapping[str, int]: ...
     @property
-    def refused(self) -> Mapping[str, int]: ...
+    def refused(self) -> Mapping[Refused, int]: ...
 
 
 class CertificateStatus(Protocol):
