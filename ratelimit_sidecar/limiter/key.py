@@ -9,13 +9,14 @@ The bucket type says how the bucket counts and how it is shared. So a rule whose
 new buckets. The kind says how the rule matched the entry, and so which part of the rule's path the value stands for.
 
 Callers choose the values, and so how long keys are and how many there are. A long value is replaced by its hash
-(`bounded`). When there are too many buckets, new keys of a rule share a few thousand *overflow buckets*, whose keys
-contain nothing that a caller chose (`overflow_keys`).
+(`bounded`), and so are the last entries of a descriptor that has many (`caller_entries`). When there are too many
+buckets, new keys of a rule share a few thousand *overflow buckets*, whose keys contain nothing that a caller chose
+(`overflow_keys`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -59,6 +60,9 @@ new keys.
 
 MAX_VALUE_BYTES: Final = 128
 """The longest text of a caller in a bucket key; a longer one is hashed."""
+
+MAX_CALLER_ENTRIES: Final = 16
+"""The most entries of a caller's own descriptor in a bucket key; from the last of them on they are hashed together."""
 
 _MAX_REMEMBERED: Final = 1 << 16
 """The longest text, in characters, whose hash is cached. Headers that Envoy takes by default are no longer."""
@@ -140,7 +144,11 @@ def bounded(text: str) -> str:
 
 
 def _hash_of(text: str) -> str:
-    return _HASH_MARK + blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return _hash_of_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def _hash_of_bytes(raw: bytes) -> str:
+    return _HASH_MARK + blake2b(raw, digest_size=16).hexdigest()
 
 
 # A proxy may copy the same long headers into many descriptors, and hashing one can take half a millisecond.
@@ -153,6 +161,15 @@ class KeyEntry(NamedTuple):
     kind: int
     key: str
     value: str
+
+
+def caller_entries(kind: int, entries: Sequence[tuple[str, str]]) -> list[KeyEntry]:
+    """A caller's whole descriptor as it stands in a bucket key: at most `MAX_CALLER_ENTRIES`, each text `bounded`."""
+    named = [KeyEntry(kind, bounded(key), bounded(value)) for key, value in entries]
+    if len(named) > MAX_CALLER_ENTRIES:
+        rest = b"".join([entry_bytes(*entry) for entry in named[MAX_CALLER_ENTRIES - 1 :]])
+        named[MAX_CALLER_ENTRIES - 1 :] = [KeyEntry(kind, "", _hash_of_bytes(rest))]
+    return named
 
 
 class DecodedKey(NamedTuple):

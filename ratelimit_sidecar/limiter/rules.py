@@ -33,6 +33,7 @@ from ratelimit_sidecar.limiter.key import (
     KeyEntry,
     bounded,
     bucket_key_head,
+    caller_entries,
     decode_bucket_key,
     encode_bucket_key,
     entry_bytes,
@@ -258,7 +259,7 @@ class Rules:
         if rule is not None:
             return _match_of_levels(domain, levels, rule)
         if self.default_rule is not None:
-            key_entries = [KeyEntry(DEFAULT_RULE, bounded(key), bounded(value)) for key, value in entries]
+            key_entries = caller_entries(DEFAULT_RULE, entries)
             key = encode_bucket_key(self.default_rule.bucket_type, bounded(domain), key_entries)
             return Match(self.default_rule, key, self.default_rule.name)
         return None
@@ -286,7 +287,7 @@ class Rules:
             key = _match_of_levels(domain, levels, beside).bucket_key
             return Match(rule, key, rule.name, is_override=True)
         rule = self._override_rule(domain, requests, unit, self.override_window)
-        key_entries = [KeyEntry(OVERRIDE, bounded(key), bounded(value)) for key, value in entries]
+        key_entries = caller_entries(OVERRIDE, entries)
         counted = requests if self.override_window is None else 0
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
         return Match(rule, encode_bucket_key(rule.bucket_type, domain, key_entries), rule.name, is_override=True)

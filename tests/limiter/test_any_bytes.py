@@ -7,6 +7,7 @@ import time
 import pytest
 from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from google.protobuf.descriptor import Descriptor as MessageDescriptor
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given
@@ -15,7 +16,14 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Window
-from ratelimit_sidecar.limiter.key import MAX_VALUE_BYTES, bounded, decode_bucket_key, readable, text_of
+from ratelimit_sidecar.limiter.key import (
+    MAX_CALLER_ENTRIES,
+    MAX_VALUE_BYTES,
+    bounded,
+    decode_bucket_key,
+    readable,
+    text_of,
+)
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit, limit_of_rate
 from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
@@ -189,6 +197,26 @@ def test_different_bytes_have_different_names_and_a_name_is_none_of_another(one:
 def test_what_looks_like_a_hash_is_hashed() -> None:
     long = "x" * 1_000
     assert bounded(bounded(long)) != bounded(long)
+
+
+@pytest.mark.parametrize("override", [None, Override(requests_per_unit=1, unit=RateLimitUnit.DAY)])
+def test_a_descriptor_of_thousands_of_entries_has_a_short_key_of_its_own(override: Override | None) -> None:
+    limiter = rules_limiter()
+
+    def code(entries: int, last: bytes) -> int:
+        texts = [b"%0128d" % number for number in range(entries - 1)] + [last]
+        descriptor = Descriptor(entries=[Entry(key=text, value=text) for text in texts], limit=override)
+        request = Request(domain=b"shop", descriptors=[descriptor]).SerializeToString()
+        return decide(limiter, request).overall_code
+
+    rate = 2 if override is None else 1
+    for entries in (MAX_CALLER_ENTRIES, MAX_CALLER_ENTRIES + 1, 5_000):
+        for last in (b"a", b"b"):
+            assert [code(entries, last) for _ in range(rate + 1)] == [OK] * rate + [OVER_LIMIT]
+    assert len(limiter.store) == 6
+    for bucket in limiter.store:
+        assert len(bucket.key) < 2 * MAX_CALLER_ENTRIES * (MAX_VALUE_BYTES + 3) + 64
+        assert RULES.rule_of_key(bucket.key) is not None
 
 
 def test_long_values_take_little_memory() -> None:
