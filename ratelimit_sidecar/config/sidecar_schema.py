@@ -531,7 +531,7 @@ class AnswersConfig(Section):
     dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
         _SETTINGS.dynamic_metadata,
         description="Send Envoy the request's descriptors, and the `metadata` of the rules that admitted it, as dynamic"
-        " metadata.",
+        " metadata. A text of more than 1,024 characters is cut.",
     )
 
 

@@ -14,7 +14,12 @@ from pathlib import Path
 import yaml
 from betterproto2 import Casing
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType
+from envoy_data_plane.envoy.config.cluster.v3 import (
+    CircuitBreakers,
+    CircuitBreakersThresholds,
+    Cluster,
+    ClusterDiscoveryType,
+)
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
     ApiVersion,
@@ -69,6 +74,12 @@ _UPSTREAM = "rating_api"
 _SIDECAR = "ratelimit_sidecar"
 _COLLECTOR = "otel_collector"
 _CONNECT_TIMEOUT = datetime.timedelta(seconds=1)
+_MANY_AT_ONCE = CircuitBreakers(
+    thresholds=[CircuitBreakersThresholds(max_requests=100_000, max_pending_requests=100_000)]
+)
+"""A call that Envoy's circuit breaker refuses is an error, with which the request passes. By default it refuses those
+beyond 1,024 at once, which one client can have.
+"""
 
 _HEADER = """\
 # Envoy of region {region}: asks its sidecar for every request that names an agent (?agent=...).
@@ -78,9 +89,10 @@ _HEADER = """\
 # `ratelimit_sidecar`. What to adapt:
 #   domain            the domain of your rules file
 #   rate_limits       what makes up a descriptor: here the query parameter `agent`
-#   timeout           how long Envoy waits for the sidecar. Envoy's own default is 20 ms
+#   timeout           how long Envoy waits for the sidecar (docs/tuning.md). Envoy's own default is 20 ms
 #   failure_mode_deny false: when the sidecar does not answer, requests pass unlimited; true: they get a 503
-#   ratelimit_sidecar the sidecar's address; `pipe: {{path: ...}}` for a unix socket in the same pod
+#   ratelimit_sidecar the sidecar's address; `pipe: {{path: ...}}` for a unix socket in the same pod. Without
+#                     `circuit_breakers` all that are under way at once beyond 1,024 pass unlimited
 #   tracing           every request is traced; `random_sampling` takes a percentage. Without a collector, drop it and
 #                     the cluster `otel_collector`
 """
@@ -102,7 +114,7 @@ class EnvoySettings:
     upstream: str
     sidecar: str
     domain: str = DOMAIN
-    timeout_ms: int = 100
+    timeout_ms: int = 5_000
     failure_mode_deny: bool = False
     collector: str | None = None
 
@@ -110,7 +122,7 @@ class EnvoySettings:
 def envoy_bootstrap(settings: EnvoySettings) -> Bootstrap:
     clusters = [
         _cluster(_UPSTREAM, settings.upstream),
-        _cluster(_SIDECAR, settings.sidecar, http2=True),
+        _cluster(_SIDECAR, settings.sidecar, http2=True, circuit_breakers=_MANY_AT_ONCE),
     ]
     if settings.collector is not None:
         clusters.append(_cluster(_COLLECTOR, settings.collector, http2=True))
@@ -214,7 +226,9 @@ def _grpc_service(cluster: str) -> GrpcService:
     return GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster))
 
 
-def _cluster(name: str, address: str, *, http2: bool = False) -> Cluster:
+def _cluster(
+    name: str, address: str, *, http2: bool = False, circuit_breakers: CircuitBreakers | None = None
+) -> Cluster:
     endpoint = LbEndpoint(endpoint=Endpoint(address=_address(address)))
     options = HttpProtocolOptions(
         explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
@@ -223,6 +237,7 @@ def _cluster(name: str, address: str, *, http2: bool = False) -> Cluster:
         name=name,
         type=ClusterDiscoveryType.STRICT_DNS if _needs_dns(address) else ClusterDiscoveryType.STATIC,
         connect_timeout=_CONNECT_TIMEOUT,
+        circuit_breakers=circuit_breakers,
         load_assignment=ClusterLoadAssignment(
             cluster_name=name, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])]
         ),

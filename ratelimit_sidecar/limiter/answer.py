@@ -27,6 +27,10 @@ from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 _SECOND_US: Final = 1_000_000
+MAX_SHOWN_CHARS: Final = 1_024
+"""The longest text of a request in dynamic metadata. Envoy takes no answer of more than 4 MiB, and callers may send long
+headers that are copied into many descriptors.
+"""
 _MAX_UINT32: Final = 2**32 - 1
 _OLD_HEADERS: Final = ResponseHeaders()
 
@@ -157,13 +161,13 @@ def metadata_of_request(request: Request, steps: Sequence[Step]) -> dict[str, ob
     """Dynamic metadata about a request, in the shape of envoyproxy/ratelimit: hits and limits only if the request has
     them.
 
-    The hits taken, and the limits of the rules, are under `applied`, one item for each descriptor.
+    A long text is cut. The hits taken, and the limits of the rules, are under `applied`, one item for each descriptor.
     """
     asked: list[dict[str, object]] = []
     applied: list[dict[str, object]] = []
     # Convert each text once, however many descriptors have it.
     texts = {text for descriptor in request.descriptors for entry in descriptor.entries for text in entry}
-    shown = {text: readable(text) for text in texts}
+    shown = {text: readable(text[:MAX_SHOWN_CHARS]) for text in texts}
     for descriptor, step in zip(request.descriptors, steps, strict=True):
         said: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in descriptor.entries]}
         if descriptor.limit is not None:

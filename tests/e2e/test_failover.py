@@ -44,7 +44,7 @@ async def test_traffic_moves_to_the_other_cloud_and_the_limit_is_the_same(tmp_pa
             9_901: envoy.envoy_admin,
         }
         config = tmp_path / "failover.yaml"
-        text = (EXAMPLES / "edge/failover.yaml").read_text().replace("timeout: 0.1s", "timeout: 30s")
+        text = (EXAMPLES / "edge/failover.yaml").read_text().replace("timeout: 5s", "timeout: 30s")
         config.write_text(with_ports(text, moved))
         argv = [find_envoy(), "-c", str(config), "--concurrency", "1", "--disable-hot-restart"]
         admin = f"http://{HOST}:{envoy.envoy_admin}"

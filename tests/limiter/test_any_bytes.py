@@ -199,6 +199,14 @@ def test_what_looks_like_a_hash_is_hashed() -> None:
     assert bounded(bounded(long)) != bounded(long)
 
 
+def test_long_headers_in_all_descriptors_do_not_make_an_answer_that_envoy_would_not_take() -> None:
+    limiter = rules_limiter()
+    headers = [(b"user", b"%d" % number + 60_000 * b"\xff") for number in range(8)]
+    answer = decide(limiter, request_of(*([header] for header in 8 * headers)))
+    assert len(answer.dynamic_metadata["descriptors"]) == 64
+    assert answer.ByteSize() < 1 << 20
+
+
 @pytest.mark.parametrize("override", [None, Override(requests_per_unit=1, unit=RateLimitUnit.DAY)])
 def test_a_descriptor_of_thousands_of_entries_has_a_short_key_of_its_own(override: Override | None) -> None:
     limiter = rules_limiter()
