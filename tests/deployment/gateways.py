@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,13 @@ class Gateway:
     """Args:
     proxy: of Envoy.
     console: of the sidecar.
+    admin: gives Envoy's, once it runs.
     """
 
     folder: Path
     proxy: httpx.AsyncClient
     console: httpx.AsyncClient
+    admin: Callable[[], Awaitable[httpx.AsyncClient]]
 
     def write(self, name: str, text: str) -> None:
         """A file of resources, new or changed; at once, as Envoy Gateway watches."""
@@ -96,7 +98,10 @@ async def _start(
     config["sync"]["peers"] = [f"{name}.mesh.example.com:50051" for name in mesh if name != region]
     (folder / "sidecar.yaml").write_text(yaml.safe_dump(config))
 
-    gateway = Gateway(folder, await own.client(on_gateway, _PROXY), await own.client(on_sidecar, _CONSOLE))
+    async def admin() -> httpx.AsyncClient:
+        return await own.client(on_gateway, _admin_port(folder))
+
+    gateway = Gateway(folder, await own.client(on_gateway, _PROXY), await own.client(on_sidecar, _CONSOLE), admin)
     gateway.write("gateway.yaml", (STANDALONE / "gateway.yaml").read_text())
     for port, upstream in _UPSTREAMS.items():
         argv = [sys.executable, str(ROOT / "examples" / upstream), "--port", str(port)]
@@ -109,6 +114,11 @@ async def _start(
     return gateway
 
 
+def _admin_port(folder: Path) -> int:
+    (file,) = folder.glob("var/run/*/admin-address.txt")
+    return int(file.read_text().rpartition(":")[2])
+
+
 def _set_up(folder: Path) -> str:
     """Certificates, Envoy, and Envoy Gateway's configuration; gives the program."""
     program = str(tools.path("envoy-gateway"))
@@ -117,8 +127,8 @@ def _set_up(folder: Path) -> str:
     envoy.parent.mkdir(parents=True)
     envoy.symlink_to(find_envoy())
     subprocess.run([program, "certgen", "--local", f"--config-home={folder}/etc"], check=True, capture_output=True)
-    # On a busy machine a sidecar may take longer than the 100 ms there.
-    text = (STANDALONE / "envoy-gateway.yaml").read_text().replace("timeout: 100ms", "timeout: 30s")
+    # On a busy machine a sidecar may take longer than the time-out there.
+    text = (STANDALONE / "envoy-gateway.yaml").read_text().replace("timeout: 5s", "timeout: 30s")
     (folder / "envoy-gateway.yaml").write_text(with_folders(text, folder))
     return program
 

@@ -190,6 +190,14 @@ async def test_a_policy_limits_whom_it_names_and_nobody_else(
         assert answers == expected, (method, path, headers)
 
 
+async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[str, Gateway]) -> None:
+    admin = await regions[EAST].admin()
+    dump = (await admin.get("/config_dump", params={"resource": "dynamic_active_clusters"})).json()
+    (cluster,) = [each["cluster"] for each in dump["configs"] if each["cluster"]["name"] == "ratelimit_cluster"]
+    (threshold,) = cluster["circuit_breakers"]["thresholds"]
+    assert (threshold["max_requests"], threshold["max_pending_requests"]) == (100_000, 100_000)
+
+
 async def test_a_response_costs_the_tokens_that_it_says_it_used(regions: dict[str, Gateway]) -> None:
     async def complete(team: str, tokens: int) -> httpx.Response:
         body = {"messages": [{"content": "hello"}], "max_tokens": tokens}
