@@ -40,7 +40,12 @@ MAX_UNSENT_SLOTS: Final = 1_024
 MAX_ORIGINS: Final = 1_024
 """The most origins in one bucket besides connected peers: a mesh of 256 nodes, each restarted three times."""
 
-MAX_SLOTS: Final = 1_024
+MAX_HEARD: Final = 16_384
+"""With so many entries of others in one bucket, further ones of origins that are no connected peers are refused. What
+is counted anew from all entries then takes some milliseconds, whatever a member invents.
+"""
+
+MAX_SLOTS: Final = 640
 """The most slots of one origin in one bucket; the narrowest slots fill a horizon with 627. If there are more, the
 newest are kept, so the order of arrival makes no difference.
 """
@@ -104,6 +109,7 @@ class Bucket(ABC):
 
     __slots__ = (
         "_heard",
+        "_heard_entries",
         "_own",
         "_own_slot",
         "_own_slot_unsent",
@@ -128,6 +134,8 @@ class Bucket(ABC):
         self._own: dict[int, int] | None = None
         self._heard: dict[Origin, dict[int, int]] | None = None
         """Slots of all other origins; none of the dicts in it is empty."""
+        self._heard_entries = 0
+        """All the slots in it."""
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -412,6 +420,7 @@ class Bucket(ABC):
             if self._heard is None:
                 self._heard = {}
             self._heard[former] = own
+            self._heard_entries += len(own)
             untrack(self._heard)
 
     def _hear(self, entry: Entry) -> int:
@@ -426,9 +435,15 @@ class Bucket(ABC):
         slots = self._heard.get(origin) if self._heard is not None else None
         if slots is None:
             return self._hear_of(origin, slot, tokens)
-        added = tokens - slots.get(slot, 0)
+        held = slots.get(slot, 0)
+        added = tokens - held
         if added <= 0:
             return 0
+        if not held:
+            if self._heard_entries >= MAX_HEARD and not self._is_peer(origin):
+                self._refuse(Refused.ORIGINS)
+                return 0
+            self._heard_entries += 1
         slots[slot] = tokens
         return RECOUNT if len(slots) > MAX_SLOTS else added
 
@@ -438,6 +453,7 @@ class Bucket(ABC):
             if len(slots) > MAX_SLOTS:
                 for slot in sorted(slots)[:-MAX_SLOTS]:
                     del slots[slot]
+                    self._heard_entries -= 1
                     self._refuse(Refused.SLOTS)
 
     def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
@@ -447,10 +463,11 @@ class Bucket(ABC):
             heard = self._heard = {}
         if tokens <= 0:
             return 0
-        if len(heard) >= MAX_ORIGINS and not self._is_peer(origin):
+        if (len(heard) >= MAX_ORIGINS or self._heard_entries >= MAX_HEARD) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
         heard[origin] = {slot: tokens}
+        self._heard_entries += 1
         # Adding a value makes the collector track the dict again.
         untrack(heard)
         return tokens
@@ -493,7 +510,9 @@ class Bucket(ABC):
         if self._heard is not None:
             for origin in list(self._heard):
                 slots = self._heard[origin]
-                forgotten += _pop_past(origin, slots, is_past)
+                past = _pop_past(origin, slots, is_past)
+                self._heard_entries -= len(past)
+                forgotten += past
                 if not slots:
                     del self._heard[origin]
             self._heard = self._heard or None

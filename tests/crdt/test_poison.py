@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_SLOTS, Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import MAX_HEARD, MAX_ORIGINS, MAX_SLOTS, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -100,11 +100,36 @@ def test_invented_origins_find_little_place_and_connected_peers_always_do(limit:
     assert THERE in bucket_of(store, limit).taken
 
 
-def slot_of(limit: AnyLimit) -> int:
+@all_limits
+def test_a_bucket_full_of_invented_entries_has_room_for_peers_and_for_all_once_they_are_past(limit: AnyLimit) -> None:
+    store = store_of(HERE, limit)
+    store.journal.peers.add(THERE)
+    slot = slot_of(limit)
+    width_us = 1 << limit.exponent
+
+    def invent(now_us: int) -> int:
+        first = slot_of(limit, now_us)
+        slots = [first] if limit.exponent > 30 else [first + number * width_us for number in range(-30, 1)]
+        for number in range(1, MAX_ORIGINS + 1):
+            store.merge(b"k", None, [Entry(Origin("ghost", number), each, 1) for each in slots], now_us)
+        return sum(len(entries) for entries in bucket_of(store, limit, now_us).taken.values())
+
+    held = invent(NOW_US)
+    assert held <= MAX_HEARD
+    if held == MAX_HEARD:
+        assert store.merge(b"k", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
+        assert store.merge(b"k", None, [Entry(Origin("newcomer", 1), slot, 1)], NOW_US) == 0
+    assert store.merge(b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+    later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
+    bucket_of(store, limit).seal(later_us)
+    assert invent(later_us) == held
+
+
+def slot_of(limit: AnyLimit, now_us: int = NOW_US) -> int:
     """The slot in which everybody writes now."""
     if isinstance(limit, WindowLimit) and limit.window is Window.FIXED:
-        return slot_id(NOW_US - NOW_US % limit.period_us, limit.exponent)
-    return slot_id(NOW_US, limit.exponent)
+        return slot_id(now_us - now_us % limit.period_us, limit.exponent)
+    return slot_id(now_us, limit.exponent)
 
 
 @all_limits
