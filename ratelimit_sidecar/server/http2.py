@@ -52,17 +52,19 @@ CONTROL_FRAMES: Final = 10_000
 CONTROL_FRAMES_A_CALL: Final = 4
 CONTROL_FRAMES_A_CHECK: Final = 500
 """Each frame that is not part of a call (PING, SETTINGS, WINDOW_UPDATE, RST_STREAM, empty DATA) costs one credit. The
-credit starts full; calls and time fill it up again. A client without credit is flooding, and is disconnected. Normal
-clients send at most one or two WINDOW_UPDATE or PING frames for each call, or for each DATA frame of a streaming call.
+credit starts full; calls that begin and time fill it up again. A client without credit is flooding, and is
+disconnected. Normal clients send at most one or two WINDOW_UPDATE or PING frames for each call, or for each DATA frame
+of a streaming call.
+
+A call that is reset costs less than one that is answered, so resets are no flood (CVE-2023-44487): clients of a proxy
+make it send as many as they like, and with the connection all its other calls would end, which then pass.
 """
 
 DATA_FRAME_BYTES: Final = 16_384
 """The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
 
-RESETS: Final = (10_000, 1_000)
-"""The number of calls that a client may reset at once, and then in each second. Envoy resets calls without an answer
-within its timeout. When this process could not run for a while, these are up to `Limits.streams` at once.
-"""
+RESETS: Final = (1 << 30, 1 << 30)
+"""What nghttp2 lets a client reset at once, and then in each second: any number, see above."""
 
 _DRAIN_PING: Final = b"draining"
 _LIFE_PING: Final = b"anybody?"
@@ -208,6 +210,8 @@ class Connection:
         self._held = 0
         """The bytes counted for its calls in the budget."""
         self._credit = CONTROL_FRAMES
+        self._begun = 0
+        """Calls that are not in the credit yet."""
         self._control_frames = 0
         """The session's control frames that were already charged to the credit."""
         self._last_stream_id = 0
@@ -254,10 +258,12 @@ class Connection:
         for request in requests:
             if request.is_wanted:
                 self._go_on(request, happened)
-            elif not request.lost:
+                continue
+            self._begun += 1
+            if not request.lost:
                 self._open(request, happened)
         if session.control_frames != self._control_frames:
-            self._pay_for_control_frames(len(happened))
+            self._pay_for_control_frames()
         if self._is_draining and session.ponged == _DRAIN_PING:
             self._say_last_stream()
         return happened
@@ -404,10 +410,10 @@ class Connection:
         self._counts.refused_calls["shed"] += 1
         self._refuse(request, _too_many_calls())
 
-    def _pay_for_control_frames(self, calls: int) -> None:
+    def _pay_for_control_frames(self) -> None:
         frames = self._session.control_frames
-        self._credit += CONTROL_FRAMES_A_CALL * calls - (frames - self._control_frames)
-        self._control_frames = frames
+        self._credit += CONTROL_FRAMES_A_CALL * self._begun - (frames - self._control_frames)
+        self._control_frames, self._begun = frames, 0
         if self._credit > CONTROL_FRAMES:
             self._credit = CONTROL_FRAMES
         elif self._credit < 0:

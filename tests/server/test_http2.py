@@ -577,22 +577,28 @@ def test_empty_data_frames_are_not_taken_for_ever() -> None:
     while not pair.server.closed:
         assert sent < 2 * http2.CONTROL_FRAMES
         pair.server.receive(raw_frame(EMPTY_DATA, stream_id) * 100)
+        pair.server.output()
         sent += 100
-    assert pair.counts.closed_connections["flood"] == 1
+    # Here or in nghttp2, which has a bound of its own on frames that carry nothing.
+    assert pair.counts.closed_connections["flood"] + pair.counts.closed_connections["protocol_error"] == 1
 
 
-def test_a_rapid_reset_ends_the_connection() -> None:
-    """CVE-2023-44487: calls that are opened and reset at once, so that no bound on concurrent ones is reached."""
+@pytest.mark.parametrize("reads", [1, 2])
+def test_resets_do_not_end_the_other_calls_of_a_proxy(reads: int) -> None:
+    """A proxy passes on what its clients open and reset; nothing is left of it here (CVE-2023-44487)."""
     pair = Pair()
-    for count in range(2 * http2.CONTROL_FRAMES):  # noqa: B007 - looked at below
+    for _ in range(http2.CONTROL_FRAMES + 2_000):
         stream_id = pair.open()
+        if reads == 2:
+            pair.server.receive(pair.client.data_to_send())
         pair.client.reset_stream(stream_id)
         pair.server.receive(pair.client.data_to_send())
+        assert not pair.server.closed
         pair.server.output()
-        if pair.server.closed:
-            break
-    assert count <= http2.CONTROL_FRAMES
-    assert pair.counts.closed_connections["flood"] == 1
+    assert pair.budget.held == 0
+    pair.call()
+    [call] = pair.server.receive(pair.client.data_to_send())
+    assert isinstance(call, Call)
 
 
 def test_as_many_resets_as_an_envoy_sends_after_a_stall_are_taken() -> None:
