@@ -21,7 +21,8 @@ class Refused(StrEnum):
     WIDE = "wide"
     """A slot wider than the limit's own, and than those of a limit of a day."""
     ORIGINS = "origins"
-    """An origin beyond the `MAX_ORIGINS` of a bucket, or an entry of one that is no connected peer beyond `MAX_HEARD`."""
+    """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
+    `MAX_HEARD`."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"

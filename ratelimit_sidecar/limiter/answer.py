@@ -28,8 +28,8 @@ from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 _SECOND_US: Final = 1_000_000
 MAX_SHOWN_CHARS: Final = 1_024
-"""The longest text of a request in dynamic metadata. Envoy takes no answer of more than 4 MiB, and callers may send long
-headers that are copied into many descriptors.
+"""The longest text of a request in dynamic metadata. Envoy takes no answer of more than 4 MiB, and callers may send
+long headers that are copied into many descriptors.
 """
 _MAX_UINT32: Final = 2**32 - 1
 _OLD_HEADERS: Final = ResponseHeaders()

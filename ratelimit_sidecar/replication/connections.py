@@ -23,6 +23,9 @@ MAX_PEERS: Final = 256
 memory. A configured peer always has its place.
 """
 
+MAX_DIALLED_IN: Final = 3
+"""Streams of one peer that it has dialled. Two are usual while it comes back by another way than it was lost on."""
+
 RESTART_US: Final = 2_000_000
 """A node heard from within two pings is alive: another life of it is then another process with the same id."""
 
@@ -63,6 +66,8 @@ class Connections:
             peer = self.peers[origin.node] = Peer(self._store, self._changes, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
             self._supersede(peer, link, now_us)
+        elif not link.is_dialled:
+            self._make_way(peer, now_us)
         return peer
 
     def join(self, link: Link, peer: Peer, who: Established) -> None:
@@ -145,6 +150,13 @@ class Connections:
             raise _duplicate_node(peer.node)
         for stream in list(peer.streams):
             stream.close(reason, detail, now_us)
+
+    def _make_way(self, peer: Peer, now_us: int) -> None:
+        """One more stream that a peer has dialled is coming: each holds the names of thousands of buckets."""
+        dialled_in = [stream for stream in peer.streams if not stream.is_dialled]
+        if len(dialled_in) >= MAX_DIALLED_IN:
+            oldest = min(dialled_in, key=lambda stream: stream.heard_us)
+            oldest.close(Reason.SUPERSEDED, f"the node has dialled {MAX_DIALLED_IN} further streams", now_us)
 
     def _has_room(self, now_us: int) -> bool:
         """Whether one more may dial in. Those that have gone make room."""

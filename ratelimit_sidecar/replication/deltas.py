@@ -35,10 +35,13 @@ MAX_TIME_US: Final = 1 << 62
 MAX_SLOT_TOKENS: Final = 1 << 48
 """Taken in one slot: 65,536 times the most that one request can ask for."""
 
-MAX_FRAME_BUCKETS: Final = 2_048
+MAX_FRAME_BUCKETS: Final = 1_024
 MAX_FRAME_ENTRIES: Final = 8_192
 MAX_FRAME_ORIGINS: Final = 1_024
 """Taken from one frame. Far above what is sent, so that a peer with other bounds is understood."""
+
+PIECE_ENTRIES: Final = 256
+"""Joined into a bucket in one step."""
 
 _ROUGH_BUCKET_BYTES: Final = 48
 """Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
@@ -241,17 +244,25 @@ class DeltasReader:
             entries_left -= len(entries)
             entries_read += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
-            if limit is None:
-                unknown_keys += 1
-            else:
+            unknown_keys += limit is None
+            rest = entries
+            while limit is not None:
+                piece, rest = rest[:PIECE_ENTRIES], rest[PIECE_ENTRIES:]
                 if local_limit_of_key is None:
-                    news = store.join(key, limit, base, entries, now_us, sender=self._corrector)
+                    news = store.join(key, limit, base, piece, now_us, sender=self._corrector)
                 else:
-                    news = store.join(key, limit, base, entries, now_us, replicated=False)
+                    news = store.join(key, limit, base, piece, now_us, replicated=False)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None
-                    on_news(bucket, entries)
+                    on_news(bucket, piece)
+                if not rest:
+                    break
+                base = None
+                yield Applied(entries_read, unknown_keys, False)
+                entries_read = unknown_keys = 0
+                limit_of_key = local_limit_of_key or store.limit_of_key
+                limit = limit_of_key(key)
             # What is not believed may have had the bucket counted anew.
             if pace.ends_piece(len(entries)) or store.journal.refused:
                 yield Applied(entries_read, unknown_keys, False)

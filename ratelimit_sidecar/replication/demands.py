@@ -6,7 +6,7 @@ they need no acknowledgement: a lost one is sent again soon. The demands of a si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.limiter.fair_shares import Group
@@ -26,9 +26,17 @@ MAX_TAKEN: Final = 1_024
 """The most demands accepted in a ping; more than are sent, so that peers with other bounds are understood."""
 
 MAX_WANTS: Final = 256
+"""Of one demand."""
+
+STEP_WANTS: Final = 256
+"""Read in one step, besides those of one demand."""
+
 MAX_MEMBERS: Final = 4_096
 
 _GROUP_BYTES: Final = 12
+
+_WANTS_PER_DEMAND: Final = 8
+"""So many wants more take as long as a demand does."""
 
 
 class Demands:
@@ -59,11 +67,11 @@ class Demands:
             told = version
         return told
 
-    def read(self, peer: str, demands: Sequence[pb.Demand]) -> int:
-        """Read a peer's demands.
+    def read_steps(self, peer: str, demands: Sequence[pb.Demand]) -> Iterator[int]:
+        """Read a peer's demands, in steps.
 
-        Returns:
-            The number of keys that no rule here has.
+        Yields:
+            The number of keys in the step that no rule here has.
 
         Raises:
             ProtocolError: too_large, bad_key or malformed. Demands before the bad one have been read.
@@ -71,7 +79,7 @@ class Demands:
         if len(demands) > MAX_TAKEN:
             raise ProtocolError(Reason.TOO_LARGE, f"{len(demands)} demands in a ping; at most {MAX_TAKEN} are taken")
         now_us = self._now_us()
-        unknown_keys = 0
+        unknown_keys = work = 0
         for demand in demands:
             check_key(demand.key)
             try:
@@ -79,7 +87,11 @@ class Demands:
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += not is_known
-        return unknown_keys
+            work += _WANTS_PER_DEMAND + len(demand.wants)
+            if work >= STEP_WANTS:
+                yield unknown_keys
+                unknown_keys = work = 0
+        yield unknown_keys
 
 
 def _groups(demand: pb.Demand) -> list[Group]:

@@ -32,6 +32,9 @@ MAX_OPEN: Final = 1_024
 MAX_BATCH: Final = 16
 """Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
 
+MAX_TAKEN: Final = 8 * MAX_BATCH
+"""Accepted in one frame; more than are sent, so that peers with other bounds are understood."""
+
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough, of keys: a frame takes no further one when it has as much."""
 
@@ -157,8 +160,10 @@ class Purses:
             ProtocolError: too_large, bad_key or unexpected. What stood before the bad one has been applied, and is as
                 good as if it had come alone.
         """
-        if (count := len(payments.asks) + len(payments.pays)) > MAX_OPEN:
-            raise ProtocolError(Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_OPEN} are taken")
+        if (count := len(payments.asks) + len(payments.pays)) > MAX_TAKEN:
+            raise ProtocolError(
+                Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_TAKEN} are taken"
+            )
         now_us = self._strict_us()
         for pay in payments.pays:
             # Of no use from a node that is no member: it has not been asked.

@@ -9,7 +9,7 @@ circles.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Final
 
 from ratelimit_sidecar.replication.peer import Peer
@@ -31,11 +31,7 @@ class Relay:
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._peers: tuple[Peer, ...] = ()
-        """Those that are connected."""
-        self._reached_by: Counter[str] = Counter()
-        """By node, who has a stream to it: a bit for each node, the lowest for the lowest id."""
-        self._own_bit = 1
+        self._ways = _Ways((), {}, 1)
         self._of_origin: dict[str, list[Peer]] = {}
         self._missed: dict[str, set[str]] = {}
         """By peer, the origins that this node passes on to it."""
@@ -44,40 +40,36 @@ class Relay:
         self.is_needed = False
         """False when all peers reach each other."""
 
-    def look(self, peers: Mapping[str, Peer]) -> list[Peer]:
-        """See who reaches whom now.
+    def look_steps(self, peers: Mapping[str, Peer]) -> Generator[None, None, list[Peer]]:
+        """See who reaches whom now, in steps.
 
         Returns:
             Peers that must be told what they have missed of origins that this node now passes on to them.
         """
-        self._peers = tuple(peer for peer in peers.values() if peer.streams)
-        nodes = {peer.node for peer in self._peers}
+        connected = tuple(peer for peer in peers.values() if peer.streams)
+        nodes = {peer.node for peer in connected}
         bits = {node: 1 << number for number, node in enumerate(sorted(nodes | {self._node}))}
-        self._own_bit = bits[self._node]
-        self._reached_by = Counter(dict.fromkeys(nodes, self._own_bit))
-        for peer in self._peers:
-            for node in peer.said.reaches or ():
-                self._reached_by[node] |= bits[peer.node]
-        self._of_origin.clear()
-        before, self._missed = self._missed, {}
-        told, self._lasting = self._lasting, {}
-        self.is_needed = any(
-            peer.said.reaches is not None and nodes - peer.said.reaches - {peer.node} for peer in self._peers
-        )
-        late = []
-        if self.is_needed:
-            origins = sorted(self._reached_by.keys() - {self._node})[:MAX_ORIGINS]
-            self._missed = {node: set() for node in nodes}
-            for origin in origins:
-                to_be_told = self._of_origin[origin] = [p for p in self._peers if self._must_tell(p, origin)]
-                for peer in to_be_told:
-                    self._missed[peer.node].add(origin)
-            for peer in self._peers:
-                lasting = self._missed[peer.node] & before.get(peer.node, set())
-                self._lasting[peer.node] = lasting
-                if lasting - told.get(peer.node, set()):
-                    late.append(peer)
-        return late
+        reached_by = Counter(dict.fromkeys(nodes, bits[self._node]))
+        is_needed = False
+        for peer in connected:
+            reaches = peer.said.reaches
+            for node in reaches or ():
+                reached_by[node] |= bits[peer.node]
+            is_needed |= reaches is not None and not nodes <= reaches | {peer.node}
+            yield
+        now = _Ways(connected, reached_by, bits[self._node])
+        origins = sorted(reached_by.keys() - {self._node})[:MAX_ORIGINS] if is_needed else []
+        of_origin: dict[str, list[Peer]] = {}
+        missed: dict[str, set[str]] = {node: set() for node in nodes} if is_needed else {}
+        for origin in origins:
+            of_origin[origin] = now.to_be_told(origin)
+            for peer in of_origin[origin]:
+                missed[peer.node].add(origin)
+            yield
+        before, told = self._missed, self._lasting
+        self._ways, self._of_origin, self._missed, self.is_needed = now, of_origin, missed, is_needed
+        self._lasting = {node: origins & before.get(node, set()) for node, origins in missed.items()}
+        return [peer for peer in connected if self._lasting.get(peer.node, set()) - told.get(peer.node, set())]
 
     @property
     def is_to_look_again(self) -> bool:
@@ -88,10 +80,30 @@ class Relay:
         """The peers to whom this node passes on what `origin` takes."""
         found = self._of_origin.get(origin)
         # A node that nobody reaches has ended, and what was heard of it is news to all who have not heard it.
-        return found if found is not None else [peer for peer in self._peers if self._must_tell(peer, origin)]
+        return found if found is not None else self._ways.to_be_told(origin)
 
-    def _must_tell(self, peer: Peer, origin: str) -> bool:
+
+class _Ways:
+    """Who reaches whom.
+
+    Args:
+        peers: those that are connected.
+        reached_by: by node, who has a stream to it: a bit for each node, the lowest for the lowest id.
+        own_bit: this node's.
+    """
+
+    def __init__(self, peers: Sequence[Peer], reached_by: Mapping[str, int], own_bit: int) -> None:
+        self._peers = peers
+        self._reached_by = reached_by
+        self._own_bit = own_bit
+
+    def to_be_told(self, origin: str) -> list[Peer]:
+        """See `Relay.to_be_told`."""
+        reach_origin = self._reached_by.get(origin, 0)
+        return [peer for peer in self._peers if self._must_tell(peer, origin, reach_origin)]
+
+    def _must_tell(self, peer: Peer, origin: str, reach_origin: int) -> bool:
         if peer.said.reaches is None or origin == peer.node or origin in peer.said.reaches:
             return False
-        reach_both = self._reached_by[peer.node] & self._reached_by.get(origin, 0)
+        reach_both = self._reached_by.get(peer.node, 0) & reach_origin
         return not reach_both or reach_both & -reach_both == self._own_bit

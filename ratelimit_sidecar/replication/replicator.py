@@ -28,6 +28,7 @@ from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.sync import SyncRequests
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 
 
 class Replicator:
@@ -76,7 +77,7 @@ class Replicator:
         self.summing = Summing(store, now_us)
 
     def flush_steps(self, now_us: int) -> Steps:
-        """Let the peers be told what this node has changed, and `_tend`; every few milliseconds, in steps."""
+        """Let the peers be told what this node has changed, and `_tend_steps`; every few milliseconds, in steps."""
         changes = self.changes
         end = changes.end
         for _ in changes.flush_steps(now_us, is_told=any(peer.streams for peer in self.peers.values())):
@@ -89,7 +90,7 @@ class Replicator:
         for stream in self.streams():
             if stream.is_ack_due(now_us):
                 stream.wake()
-        self._tend(now_us)
+        yield from self._tend_steps(now_us)
 
     def _tell_changes(self, first: int) -> None:
         """There are further segments of changes, `first` and those after it."""
@@ -118,12 +119,12 @@ class Replicator:
                 return
             yield
 
-    def _tend(self, now_us: int) -> None:
+    def _tend_steps(self, now_us: int) -> Steps:
         """What a flush does besides: ask peers for what the ledger wants, find ways around broken links, forget who
         has gone and what is over."""
         if self.purses is not None:
             self._ask(self.purses)
-        self._find_ways(now_us)
+        yield from self._find_ways_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
             self._was_full = is_full
@@ -161,8 +162,11 @@ class Replicator:
 
     def status(self, peer: Peer) -> pb.Status:
         """What this node says of itself to a peer."""
+        reached = [other for other in self.peers.values() if other.streams]
+        # More are not taken. Those that only dial in are left out first.
+        reached.sort(key=lambda other: not other.is_configured)
         return pb.Status(
-            reaches=sorted(other.node for other in self.peers.values() if other.streams),
+            reaches=sorted(other.node for other in reached[:MAX_MEMBERS]),
             rules=self.rules,
             full=self.store.full_since_us is not None,
             joined=self.sync.has_joined,
@@ -177,14 +181,17 @@ class Replicator:
         self.announce()
         self.change_ways()
 
-    def _find_ways(self, now_us: int) -> None:
+    def _find_ways_steps(self, now_us: int) -> Steps:
         if not self._ways_changed or now_us - self._ways_looked_us < EVERY_US:
             return
         self._ways_looked_us = now_us
-        for peer in self.relay.look(self.peers):
-            peer.outbox.snapshot(now_us - WALK_BACK_US)
-            peer.wake()
-        self._ways_changed = self.relay.is_to_look_again
+        self._ways_changed = False
+        late = yield from self.relay.look_steps(self.peers)
+        for peer in late:
+            if peer.streams:
+                peer.outbox.snapshot(now_us - WALK_BACK_US)
+                peer.wake()
+        self._ways_changed |= self.relay.is_to_look_again
 
     def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """News from a peer, for those that cannot hear it themselves."""

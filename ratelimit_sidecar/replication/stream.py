@@ -6,7 +6,7 @@ answered, on the stream on which they came.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import Refused
@@ -32,6 +32,9 @@ from ratelimit_sidecar.replication.session import (
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
+
+InSteps = DeltasReceived | ComparisonReceived | DemandsReceived
+"""Events that take longer than a step."""
 
 
 class Inbound:
@@ -74,14 +77,18 @@ class Inbound:
         self.exchange = None
         self._end_span()
 
-    def apply_steps(self, event: DeltasReceived | ComparisonReceived, now_us: int) -> Steps:
-        """Apply and acknowledge a batch, or answer a comparison, in steps; no more of them once it is closed.
+    def apply_steps(self, event: InSteps, now_us: int) -> Steps:
+        """Apply and acknowledge a batch, read demands, or answer a comparison, in steps; no more of them once it is
+        closed.
 
         Raises:
-            ProtocolError: see `DeltasReader.apply_steps` and `Exchange.receive_steps`.
+            ProtocolError: see `DeltasReader.apply_steps`, `Demands.read_steps` and `Exchange.receive_steps`.
         """
         if isinstance(event, DeltasReceived):
             yield from self._apply_steps(event.deltas, now_us)
+            return
+        if isinstance(event, DemandsReceived):
+            yield from self._read_steps(event.demands)
             return
         assert self.exchange is not None
         for _ in self.exchange.receive_steps(event.frame):
@@ -115,7 +122,7 @@ class Inbound:
         """Hear what takes no steps.
 
         Raises:
-            ProtocolError: see `Purses.receive`, `Demands.read` and `read_reaches`.
+            ProtocolError: see `Purses.receive` and `read_reaches`.
         """
         match event:
             case PaymentsReceived(payments):
@@ -124,8 +131,16 @@ class Inbound:
                 self._hear_status(status, now_us)
             case ClockMeasured(offset_us):
                 self.peer.said.clock_offset_us = offset_us
-            case DemandsReceived(demands) if self._replicator.demands is not None:
-                self._replicator.unknown_keys += self._replicator.demands.read(self.peer.node, demands)
+
+    def _read_steps(self, demands: Sequence[pb.Demand]) -> Steps:
+        replicator = self._replicator
+        if replicator.demands is None:
+            return
+        for unknown_keys in replicator.demands.read_steps(self.peer.node, demands):
+            replicator.unknown_keys += unknown_keys
+            yield
+            if self._is_over:
+                return
 
     def _hear_payments(self, payments: pb.Payments) -> None:
         purses = self._replicator.purses
@@ -353,7 +368,7 @@ class Stream:
             self._demands_told = demands.write(ping, self._demands_told)
 
     def _handle_steps(self, event: Event, now_us: int) -> Steps:
-        if not isinstance(event, DeltasReceived | ComparisonReceived):
+        if not isinstance(event, DeltasReceived | ComparisonReceived | DemandsReceived):
             self._hear(event, now_us)
             return
         if isinstance(event, DeltasReceived) and event.acknowledged is not None:

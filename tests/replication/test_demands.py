@@ -23,7 +23,7 @@ from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, QuotaStream, Usage
-from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, Demands
+from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, STEP_WANTS, Demands
 from ratelimit_sidecar.replication.pings import PING_EVERY_US
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
@@ -144,6 +144,18 @@ def test_demands_out_of_their_bounds_close_the_stream(demands: list[pb.Demand], 
     receive(stream, ping(*demands), NOW_US)
     assert stream.error is not None
     assert stream.error.reason is reason
+
+
+def test_as_many_demands_as_a_ping_may_have_are_read_in_steps() -> None:
+    here = QuotaNode("a")
+    stream = Stream(here.replicator, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US)
+    receive(stream, hello("b"), NOW_US)
+    wants = list(range(1, 41))
+    demands = [pb.Demand(key=key_of(f"user{number}"), wants=wants, members=[1] * 40) for number in range(MAX_TAKEN)]
+    steps = sum(1 for _ in stream.receive_steps(ping(*demands), NOW_US))
+    assert stream.error is None
+    assert steps >= 40 * MAX_TAKEN // (STEP_WANTS + MAX_WANTS)
+    assert len(here.quotas.pools) == MAX_TAKEN
 
 
 def test_a_demand_for_what_no_rule_here_knows_is_counted_and_not_kept() -> None:

@@ -109,10 +109,10 @@ def with_changes(buckets: int, created_us: int = NOW_US, *, is_told: bool = Fals
 
 
 def large_bucket(store: Store) -> Bucket:
-    """30 origins with takes in every slot of the horizon."""
+    """25 origins with takes in every slot of the horizon."""
     bucket = take(store, "ann", 1, NOW_US, key="team")
     slots = [slot_id(NOW_US - (index << MIN_EXPONENT), MIN_EXPONENT) for index in range(600)]
-    for origin in range(30):
+    for origin in range(25):
         bucket.merge([Entry(Origin(f"node {origin}", 1), slot, 1) for slot in slots], NOW_US)
     return bucket
 

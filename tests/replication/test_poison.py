@@ -25,10 +25,11 @@ from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.replication.carrier import METHOD
-from ratelimit_sidecar.replication.connections import MAX_PEERS
+from ratelimit_sidecar.replication.connections import MAX_DIALLED_IN, MAX_PEERS
+from ratelimit_sidecar.replication.deltas import PIECE_ENTRIES
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
-from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason
+from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason, read_reaches
 
 SLOT = slot_id(NOW_US, PER_USER.exponent)
 """The slot of now."""
@@ -154,6 +155,49 @@ def test_what_a_connected_peer_takes_is_heard_whoever_has_filled_the_bucket_with
     assert bucket.taken[b.local.origin] == {SLOT: 5}
     ours.lost("gone", NOW_US)
     assert b.local.origin not in a.store.journal.peers
+
+
+def test_a_bucket_of_thousands_of_entries_is_joined_in_steps() -> None:
+    a = replicator("a")
+    hostile = stream_of(a)
+    receive(hostile, hello("evil"), NOW_US)
+    numbers = [(slot_start_us(SLOT) >> PER_USER.exponent) - 6, *[1] * 6]
+    runs = [
+        pb.SlotRun(origin=origin, exponent=PER_USER.exponent, slots=numbers, tokens=[1] * 7) for origin in range(1_001)
+    ]
+    origins = [pb.Origin(node=f"ghost {number}", incarnation=1) for number in range(1_000)]
+    told = pb.Deltas(sequence=1, origins=origins, buckets=[pb.BucketDelta(key=key_of("ann"), runs=runs)])
+    steps = sum(1 for _ in hostile.receive_steps(frame(deltas=told), NOW_US))
+    assert hostile.error is None
+    assert steps >= 7 * 1_001 // PIECE_ENTRIES
+    bucket = a.store.get(key_of("ann"))
+    assert bucket is not None
+    assert sum(len(slots) for slots in bucket.taken.values()) == 7 * 1_001
+
+
+def test_a_peer_that_keeps_dialling_in_has_few_streams_and_loses_those_it_says_nothing_on() -> None:
+    a = replicator("a")
+    streams = [stream_of(a) for _ in range(MAX_DIALLED_IN + 2)]
+    for stream in streams[:MAX_DIALLED_IN]:
+        receive(stream, hello("b"), NOW_US)
+    receive(streams[0], frame(ping=pb.Ping(id=1)), NOW_US + 1)
+    for index, stream in enumerate(streams[MAX_DIALLED_IN:], start=2):
+        receive(stream, hello("b"), NOW_US + index)
+    assert [bool(stream.why_ended) for stream in streams] == [False, True, True, False, False]
+    dialled = stream_of(a, is_dialled=True)
+    receive(dialled, hello("b"), NOW_US + 10)
+    assert len(a.peers["b"].streams) == MAX_DIALLED_IN + 1
+
+
+def test_as_many_peers_as_there_may_be_are_told_of_each_other() -> None:
+    """Each takes a status of some size only."""
+    a = replicator("a")
+    for index in range(MAX_PEERS):
+        receive(stream_of(a), hello(f"ghost {index:03}"), NOW_US)
+    for name in ("honest", "zealous"):
+        receive(stream_of(a, is_dialled=True), hello(name), NOW_US)
+    reaches = read_reaches(a.status(a.peers["honest"]))
+    assert {"honest", "zealous"} <= reaches
 
 
 async def test_a_frame_that_is_compressed_is_not_unpacked() -> None:

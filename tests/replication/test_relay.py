@@ -107,6 +107,15 @@ class Connected:
     """Stands for a stream, of which a relay asks only whether there is one."""
 
 
+def look(relay: Relay, peers: dict[str, Peer]) -> list[Peer]:
+    steps = relay.look_steps(peers)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 @pytest.fixture
 def peers() -> dict[str, Peer]:
     store = store_of(node("b"))
@@ -125,7 +134,7 @@ def reach(peers: dict[str, Peer], **reaches: str) -> None:
 def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, c="bd", d="bc")
-    assert peers["a"] not in [*relay.look(peers), *relay.look(peers)]
+    assert peers["a"] not in [*look(relay, peers), *look(relay, peers)]
     assert [peers["a"] in relay.to_be_told(origin) for origin in "cd"] == [False, False]
 
 
@@ -133,11 +142,11 @@ def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) ->
     relay = Relay("b")
     reach(peers, a="bd", c="bd", d="abc")
     # Of c and a, b is the lowest that reaches both. But perhaps they only seem not to.
-    assert relay.look(peers) == []
+    assert look(relay, peers) == []
     assert relay.is_to_look_again
-    assert relay.look(peers) == [peers["a"], peers["c"]]
+    assert look(relay, peers) == [peers["a"], peers["c"]]
     assert not relay.is_to_look_again
-    assert relay.look(peers) == []
+    assert look(relay, peers) == []
     assert list(relay.to_be_told("a")) == [peers["c"]]
     assert list(relay.to_be_told("d")) == []
 
@@ -145,13 +154,13 @@ def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) ->
 def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="b", c="b", d="b")
-    relay.look(peers)
+    look(relay, peers)
     for number in range(10_000):
         assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
     assert len(relay._of_origin) < 10
     for peer in peers.values():
         peer.said.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
-    relay.look(peers)
+    look(relay, peers)
     assert len(relay._of_origin) <= MAX_ORIGINS
 
 
