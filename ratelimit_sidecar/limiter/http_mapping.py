@@ -52,7 +52,7 @@ class HttpRequest:
     """The parts of a client's request that a mapping can make descriptors from.
 
     Args:
-        headers: by name in lower case; repeated headers are joined by commas (RFC 9110, 5.3).
+        headers: by name in lower case; the first of several with one name.
         context_extensions: set for the route in the proxy's configuration.
         path: with its query.
         source_address: the client's address, without port; empty if it has none.

@@ -111,9 +111,10 @@ def http_request(check: bytes) -> HttpRequest:
     if len(http.headers) + len(raw_headers) + len(attributes.context_extensions) > MAX_HEADERS:
         raise RpcError(Code.INVALID_ARGUMENT, f"more than {MAX_HEADERS} headers")
     if raw_headers:
-        headers = joined((header.key, header.raw_value or header.value) for header in raw_headers)
+        raw_values = ((header.key, header.raw_value or header.value) for header in raw_headers)
+        headers = first_values(raw_values, are_joined=False)
     else:
-        headers = joined((entry.key, entry.value) for entry in http.headers)
+        headers = first_values((entry.key, entry.value) for entry in http.headers)
     return HttpRequest(
         headers,
         {entry.key: entry.value for entry in attributes.context_extensions},
@@ -124,12 +125,18 @@ def http_request(check: bytes) -> HttpRequest:
     )
 
 
-def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[bytes, bytes]:
-    """Headers by name in lower case; several values of one name are joined by commas."""
-    values: dict[bytes, list[bytes]] = {}
+def first_values(headers: Iterable[tuple[bytes, bytes]], *, are_joined: bool = True) -> Mapping[bytes, bytes]:
+    """Headers by name in lower case, of several with one name the first, as Envoy's rate limit filter has it.
+
+    Otherwise a client could add a second one that its upstream does not look at, and get another bucket.
+
+    Args:
+        are_joined: True if Envoy has joined those of one name by commas. Then what is before a comma counts.
+    """
+    values: dict[bytes, bytes] = {}
     for name, value in headers:
-        values.setdefault(name.lower(), []).append(value)
-    return {name: b",".join(of_name) for name, of_name in values.items()}
+        values.setdefault(name.lower(), value.partition(b",")[0].rstrip() if are_joined else value)
+    return values
 
 
 def _check_response(decision: RateLimitResponse) -> CheckResponse:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
 from ratelimit_sidecar.server.rpc import FailureLog, Headers, RpcError
-from ratelimit_sidecar.services.ext_authz import ExtAuthzService, joined
+from ratelimit_sidecar.services.ext_authz import ExtAuthzService, first_values
 
 PREFIX: Final = b"/ext_authz/"
 
@@ -47,7 +47,7 @@ def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
 
 def _answer(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> Response:
     domain, slash, path = after_prefix.partition(b"/")
-    http = HttpRequest(joined(scope["headers"]), {}, slash + path, scope["method"].encode())
+    http = HttpRequest(first_values(scope["headers"]), {}, slash + path, scope["method"].encode())
     decision = service.decide(unquote_to_bytes(domain), http, Headers(scope["headers"]))
     headers = {header.key: header.value for header in decision.response_headers_to_add}
     if decision.overall_code == RateLimitResponse.OVER_LIMIT:

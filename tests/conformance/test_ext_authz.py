@@ -231,7 +231,25 @@ async def test_headers_may_come_raw_and_several_times(sidecar: Sidecar) -> None:
     values = [HeaderValue(key="x-user-id", raw_value=value) for value in (b"eve", b"bob")]
     context.request.http.header_map.CopyFrom(HeaderMap(headers=[HeaderValue(key="x", value="y"), *values]))
     assert await sidecar.statuses(context, 3) == [200] * 3
-    assert await sidecar.statuses(attributes({"x-user-id": "eve,bob"}), 1) == [429]
+    assert await sidecar.statuses(attributes({"x-user-id": "eve"}), 1) == [429]
+
+
+async def test_a_client_that_adds_a_second_header_gets_no_other_bucket(sidecar: Sidecar) -> None:
+    assert await sidecar.statuses(attributes({"x-user-id": "mal"}), 3) == [200] * 3
+    # Envoy joins them where it does not send them raw.
+    for joined in ("mal,bob", "mal, bob", "mal,"):
+        assert await sidecar.statuses(attributes({"x-user-id": joined}), 1) == [429]
+    context = attributes()
+    headers = [HeaderValue(key="x-user-id", raw_value=value) for value in (b"mal", b"bob")]
+    context.request.http.header_map.CopyFrom(HeaderMap(headers=headers))
+    assert await sidecar.statuses(context, 1) == [429]
+
+
+async def test_raw_headers_may_have_commas(sidecar: Sidecar) -> None:
+    for value in (b"1,5", b"1,6"):
+        context = attributes()
+        context.request.http.header_map.CopyFrom(HeaderMap(headers=[HeaderValue(key="x-user-id", raw_value=value)]))
+        assert await sidecar.statuses(context, 4) == [200] * 3 + [429]
 
 
 @pytest.mark.parametrize("part", ["header", "raw header", "path", "principal", "context extension"])
@@ -311,6 +329,12 @@ async def test_over_http_the_status_says_whether_the_request_may_pass(over_http:
     denied = responses[-1]
     assert (denied.headers["retry-after"], denied.headers["ratelimit"]) == ("20", '"per_user";r=0;t=20')
     assert denied.text == "slow down"
+
+
+async def test_over_http_a_second_header_gets_no_other_bucket(over_http: httpx.AsyncClient) -> None:
+    one, other = httpx.Headers({"x-user-id": "mal"}), httpx.Headers([("x-user-id", "mal"), ("x-user-id", "bob")])
+    codes = [(await over_http.get("/ext_authz/", headers=headers)).status_code for headers in [one, other] * 2]
+    assert codes == [200, 200, 200, 429]
 
 
 async def test_over_http_method_and_path_are_those_behind_the_prefix(over_http: httpx.AsyncClient) -> None:
