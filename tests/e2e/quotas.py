@@ -88,7 +88,7 @@ class Load:
         self.per_second = per_second
         self.statuses: Counter[int] = Counter()
         self._port = port
-        self._request = f"GET / HTTP/1.1\r\nhost: test\r\nx-tenant: {tenant}\r\n\r\n".encode()
+        self._request = f"GET / HTTP/1.1\r\nhost: test\r\nx-tenant: {tenant}\r\n\r\n".encode("latin-1")
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def run(self) -> None:

@@ -47,6 +47,22 @@ async def test_an_envoy_is_told_its_quota_and_what_it_admits_is_charged_to_the_r
         assert bucket["rule"] == rule["rule"]
 
 
+async def test_what_no_assignment_can_be_made_for_shares_a_bucket_that_is_limited(tmp_path: Path) -> None:
+    ports = free_ports(1)
+    (region,) = ports.regions
+    async with Children(tmp_path) as children, httpx.AsyncClient(trust_env=False, timeout=WAIT_S) as client:
+        await children.start(sidecar_command(tmp_path, "sidecar", region))
+        await children.start(envoy_command(tmp_path, "envoy", region, region.grpc, ports.upstream))
+        for tenant in ("m\xff", "m" * 2_000, "", "m m"):
+            load = Load(region.envoy, 1, tenant)
+            assert await load.ask() == 200
+            load.close()
+        await until_assigned(client, region, 1)
+        (bucket,) = (await client.get(f"http://{HOST}:{region.admin}/buckets")).json()["buckets"]
+        assert bucket["rule"] == "shop.service_checkout.tenant"
+        assert await metric(client, region, "ratelimit_quota_report_errors_total") == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])
 async def test_three_envoys_get_fair_shares_that_follow_the_demand_and_outlive_the_sidecar(
