@@ -80,6 +80,10 @@ _MANY_AT_ONCE = CircuitBreakers(
 """A call that Envoy's circuit breaker refuses is an error, with which the request passes. By default it refuses those
 beyond 1,024 at once, which one client can have.
 """
+_MANY_RESETS = Http2ProtocolOptions(max_outbound_frames=1_000_000, max_outbound_control_frames=100_000)
+"""With more frames that wait to be sent Envoy ends the connection, and all calls on it fail. By default 1,000 resets are
+enough, which clients cause that give up their requests.
+"""
 
 _HEADER = """\
 # Envoy of region {region}: asks its sidecar for every request that names an agent (?agent=...).
@@ -231,7 +235,7 @@ def _cluster(
 ) -> Cluster:
     endpoint = LbEndpoint(endpoint=Endpoint(address=_address(address)))
     options = HttpProtocolOptions(
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=Http2ProtocolOptions())
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=_MANY_RESETS)
     )
     return Cluster(
         name=name,

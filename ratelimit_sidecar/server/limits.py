@@ -29,7 +29,8 @@ class Limits:
         streams: the most concurrent calls on one connection. Envoy sends all calls of a worker over one.
         held_bytes: the most memory for unfinished calls of all connections. A connection may hold an eighth of what is
             free, so that a few of them cannot use all of it.
-        handshake: the time from a new connection to its first SETTINGS frame, TLS included.
+        handshake: the time from a new connection to its first SETTINGS frame, TLS included. An Envoy under a burst of
+            requests takes seconds for it, and all of them that wait for the connection would fail.
         body_idle: a call whose message stops in the middle for this long is reset.
         call: a call whose message is not complete after this time is reset.
         stalled: a client that reads no answers for this long is disconnected.
@@ -48,7 +49,7 @@ class Limits:
     connections: int = 4_096
     streams: int = 1_024
     held_bytes: int = 256 * 1_024 * 1_024
-    handshake: float = 2.0
+    handshake: float = 10.0
     body_idle: float = 10.0
     call: float = 30.0
     stalled: float = 10.0

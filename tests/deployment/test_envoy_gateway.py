@@ -196,6 +196,8 @@ async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[
     (cluster,) = [each["cluster"] for each in dump["configs"] if each["cluster"]["name"] == "ratelimit_cluster"]
     (threshold,) = cluster["circuit_breakers"]["thresholds"]
     assert (threshold["max_requests"], threshold["max_pending_requests"]) == (100_000, 100_000)
+    (options,) = cluster["typed_extension_protocol_options"].values()
+    assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_control_frames"] == 100_000
 
 
 async def test_a_response_costs_the_tokens_that_it_says_it_used(regions: dict[str, Gateway]) -> None:
