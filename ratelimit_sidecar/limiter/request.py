@@ -99,8 +99,8 @@ def read_request(raw: bytes) -> Request:
         request = _Reader(raw).request()
     except (Malformed, IndexError) as error:
         raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
-    except TooManyFields as error:
-        raise InvalidRequest(str(error)) from error
+    except TooManyFields as too_many:
+        raise InvalidRequest(str(too_many)) from too_many
     if not request.domain:
         raise InvalidRequest("rate limit domain must not be empty")
     if not request.descriptors:

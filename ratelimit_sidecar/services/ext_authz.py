@@ -119,8 +119,8 @@ def http_request(check: bytes) -> HttpRequest:
         if len(check) > 2 * MAX_FIELDS:
             check_fields(check, NESTED, MAX_FIELDS)
         attributes = CheckRequest.FromString(check).attributes
-    except TooManyFields as error:
-        raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error
+    except TooManyFields as too_many:
+        raise RpcError(Code.INVALID_ARGUMENT, str(too_many)) from too_many
     except (Malformed, DecodeError) as error:
         raise RpcError(Code.INVALID_ARGUMENT, "not an envoy.service.auth.v3.CheckRequest") from error
     http = attributes.request.http
