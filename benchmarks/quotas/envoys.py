@@ -33,7 +33,7 @@ class Server(Protocol):
     """What an Envoy speaks to: `Quotas`, or something in its place."""
 
     def open(self, wake: Callable[[], None]) -> QuotaStream: ...
-    def close(self, stream: QuotaStream, now_us: int) -> None: ...
+    def close(self, stream: QuotaStream) -> None: ...
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None: ...
     def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]: ...
     def tick(self, now_us: int) -> None: ...
@@ -102,11 +102,11 @@ class Envoy:
     admitted: int = 0
     forgotten: int = 0
 
-    def lose_stream(self, now_us: int) -> None:
+    def lose_stream(self) -> None:
         """Its connection is gone; it connects again when its next report is due."""
         stream, self.stream = self.stream, None
         if stream is not None and self.node is not None:
-            self.node.server.close(stream, now_us)
+            self.node.server.close(stream)
 
     def step(self, now_us: int) -> None:
         for pairs, demand in self.demand.items():

@@ -40,7 +40,7 @@ class Doorman:
         self._leases[stream] = Lease()
         return stream
 
-    def close(self, stream: QuotaStream, now_us: int) -> None:
+    def close(self, stream: QuotaStream) -> None:
         """It holds on until the lease ends."""
 
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
@@ -104,7 +104,7 @@ class WholeEach:
         self._due[stream] = []
         return stream
 
-    def close(self, stream: QuotaStream, now_us: int) -> None:
+    def close(self, stream: QuotaStream) -> None:
         del self._due[stream]
 
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:

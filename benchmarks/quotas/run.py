@@ -83,7 +83,7 @@ class _Run:
                 demand[number] = max(wanted, 0.0)
                 envoy.demand[ADA] = demand[number]
                 if wanted == GONE:
-                    envoy.lose_stream(self.world.now_us)
+                    envoy.lose_stream()
                     envoy.buckets.clear()
                     envoy.demand.clear()
             for _ in range(STEP_S):

@@ -16,6 +16,7 @@ time to report, it sends nothing to Envoys that have an assignment, and little t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.limiter.assignment import (
@@ -29,6 +30,7 @@ from ratelimit_sidecar.limiter.assignment import (
     noticeable,
     share_base_of,
 )
+from ratelimit_sidecar.limiter.demand_log import DemandLog
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
 from ratelimit_sidecar.limiter.plan import Step
@@ -86,10 +88,20 @@ MAX_ENVOY_BUCKETS: Final = 65_536
 assignment, so the Envoy acts as it is configured to without one.
 """
 
+MAX_POOL_BUCKETS: Final = 2_048
+"""The most buckets in a pool, which is divided in one go; twice as many as streams, of which each usually has one."""
+
+MAX_POOL_ORPHANS: Final = 2_048
+"""The most orphaned assignments of a pool; further ones are added up. Peers take demands of 4,096 members."""
+
 MAX_PAIRS: Final = 32
 """The most pairs in one bucket."""
 
 _SWEEP_POOLS: Final = 256
+"""A tick looks at this many pools, an orphaned assignment counted like one."""
+
+_SWEEP_BUCKETS: Final = 512
+_DROPPED_AT_ONCE: Final = 256
 _DIVIDE_BUCKETS: Final = 256
 """A tick divides pools with this many buckets in all, and finishes the pool that exceeds it."""
 
@@ -155,10 +167,14 @@ class Quotas:
         self.pools: dict[bytes, Pool] = {}
         self.bucket_count = 0
         self._dirty: dict[Pool, None] = {}
-        self._to_sweep: list[Pool] = []
-        self._version = 0
-        self._demand_versions: dict[bytes, int] = {}
-        """By key, the version at which its demand was last to be sent; in order of versions."""
+        self._unlimited = Pool(b"", None)
+        """The buckets that nothing limits, however many: it is never divided."""
+        self._closed: list[QuotaStream] = []
+        """Streams that have ended, with buckets that are still to be dropped."""
+        self._streams_to_sweep: list[QuotaStream] = []
+        self._buckets_to_sweep: list[EnvoyBucket] = []
+        self._pools_to_sweep: list[Pool] = []
+        self._log = DemandLog()
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
         """An Envoy has connected.
@@ -173,11 +189,28 @@ class Quotas:
         self.streams[stream] = None
         return stream
 
-    def close(self, stream: QuotaStream, now_us: int) -> None:
-        """The stream has ended. Its Envoy, if it is alive, goes on with its assignments until they expire."""
+    def close(self, stream: QuotaStream) -> None:
+        """The stream has ended. Its Envoy, if it is alive, goes on with its assignments until they expire. Its buckets
+        are dropped by `drop_closed`.
+        """
         del self.streams[stream]
-        for bucket in list(stream.buckets.values()):
-            self._drop(bucket, now_us)
+        stream.is_open = False
+        if stream.buckets:
+            self._closed.append(stream)
+
+    def drop_closed(self, now_us: int) -> bool:
+        """Drop some of the buckets of streams that have ended. Returns whether there are more; then call it again soon,
+        since a new stream of the same Envoy goes on with what is orphaned.
+        """
+        left = _DROPPED_AT_ONCE
+        while self._closed and left:
+            stream = self._closed[-1]
+            for bucket in list(islice(stream.buckets.values(), left)):
+                self._drop(bucket, now_us)
+                left -= 1
+            if not stream.buckets:
+                self._closed.pop()
+        return bool(self._closed)
 
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
         """An Envoy reports on some of its buckets."""
@@ -187,16 +220,17 @@ class Quotas:
             if bucket is not None:
                 touched[bucket.pool] = None
         for pool in touched:
-            if len(pool.buckets) <= _DIVIDE_BUCKETS // 8:
+            if pool.size <= _DIVIDE_BUCKETS // 8:
                 self._divide(pool, now_us)
             else:
                 self._mark_dirty(pool)
 
     def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
-        """Return the actions to send to the Envoy now, for at most `most` buckets. They count as sent."""
+        """Look at `most` of the stream's due buckets, and return the actions to send to the Envoy now. They count as
+        sent. There may be none, and more buckets due.
+        """
         actions: list[Action] = []
-        while stream.due and len(actions) < most:
-            bucket = next(iter(stream.due))
+        for bucket in list(islice(stream.due, most)):
             del stream.due[bucket]
             action = self._next_action(bucket, now_us)
             if action is not None:
@@ -207,15 +241,17 @@ class Quotas:
         """Charge pending hits, and divide the pools that need it. Call it about ten times a second."""
         if self._is_learning and now_us >= self._learns_until_us:
             self._is_learning = False
-            for pool in self.pools.values():
-                self._mark_dirty(pool)
+            self._dirty = dict.fromkeys(self.pools.values())
         self._charges.tick(now_us)
-        self._sweep(now_us)
+        self.drop_closed(now_us)
+        self._sweep_buckets(now_us)
+        self._sweep_pools(now_us)
         looked_at = 0
-        while self._dirty and looked_at < _DIVIDE_BUCKETS:
-            pool = next(iter(self._dirty))
-            looked_at += 1 + len(pool.buckets)
+        for pool in list(islice(self._dirty, _DIVIDE_BUCKETS)):
+            looked_at += 1 + pool.size
             self._divide(pool, now_us)
+            if looked_at >= _DIVIDE_BUCKETS:
+                break
 
     def charge_all(self) -> None:
         """Charge all pending hits. Call it at a stop, so that no report is lost."""
@@ -253,16 +289,7 @@ class Quotas:
         Args:
             sent: the version of the last one that was sent to it; 0 when none was.
         """
-        newer: list[bytes] = []
-        for key in reversed(self._demand_versions):
-            if self._demand_versions[key] <= sent:
-                break
-            newer.append(key)
-        demands: list[Demand] = []
-        while newer and len(demands) < most:
-            key = newer.pop()
-            demands.append(Demand(self._demand_versions[key], key, self.pools[key].demand))
-        return demands
+        return [Demand(version, key, self.pools[key].demand) for version, key in self._log.newer(sent, most)]
 
     def assigned(self, pool: Pool) -> Iterator[int]:
         """The rates of all assignments that have not expired, orphaned ones included."""
@@ -308,6 +335,9 @@ class Quotas:
         if measured_us >= LEAST_MEASURE_US:
             bucket.demand = min(bucket.counted * SECOND_US * TOKEN // measured_us, MAX_RATE)
             bucket.counted, bucket.measured_us = 0, now_us
+        if pool is self._unlimited:
+            self._wake(bucket)
+            return None
         pool.due[bucket] = None
         return bucket
 
@@ -325,9 +355,13 @@ class Quotas:
         # The Envoy says how much time has elapsed. It decides only whether it has an assignment, and the first demand.
         bucket.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
         # An Envoy may have as many buckets as are still free.
-        if len(stream.buckets) >= MAX_ENVOY_BUCKETS - self.bucket_count or pool.key not in self.pools:
+        if len(stream.buckets) >= MAX_ENVOY_BUCKETS - self.bucket_count or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             return bucket
+        if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
+            # It may go on with an assignment that is about to be orphaned.
+            for other in [other for other in pool.buckets if not other.stream.is_open]:
+                self._drop(other, now_us)
         if elapsed_s and (pool.orphans or self._is_learning):
             pool.waiting[bucket] = None
         self.bucket_count += 1
@@ -336,18 +370,22 @@ class Quotas:
         return bucket
 
     def _pool(self, step: Step) -> Pool:
+        limit = step.compiled.limit
+        if limit is None:
+            return self._unlimited
         key = step.bucket_key
         pool = self.pools.get(key)
-        compiled = step.compiled
         if pool is None:
-            pool = Pool(key, compiled.limit)
+            pool = Pool(key, limit)
             if len(self.pools) < MAX_POOLS:
                 self.pools[key] = pool
-        if compiled.limit is not None:
-            pool.step = step
-            if pool.limit != compiled.limit:
-                pool.limit, pool.share_base = compiled.limit, share_base_of(compiled.limit)
+        pool.step = step
+        if pool.limit != limit:
+            pool.limit, pool.share_base = limit, share_base_of(limit)
         return pool
+
+    def _has_room(self, pool: Pool) -> bool:
+        return pool is self._unlimited or (pool.key in self.pools and len(pool.buckets) < MAX_POOL_BUCKETS)
 
     def _count(self, step: Step, allowed: int, denied: int) -> None:
         """Count reported requests like those decided here."""
@@ -371,7 +409,8 @@ class Quotas:
         self._mark_dirty(pool)
         if pool is bucket.pool:
             return
-        if pool.key not in self.pools:
+        if not self._has_room(pool):
+            self.counts.errors["no_room"] += 1
             self._drop(bucket, now_us)
             return
         self._leave(bucket, now_us)
@@ -397,37 +436,38 @@ class Quotas:
         pool.due.pop(bucket, None)
         pool.waiting.pop(bucket, None)
         if bucket.assignment is not None and bucket.rate and bucket.expires_us > now_us:
-            pool.orphans.append(OrphanedAssignment(bucket.rate, bucket.expires_us, now_us))
+            rate, expires_us = bucket.rate, bucket.expires_us
+            if len(pool.orphans) == MAX_POOL_ORPHANS:
+                last = pool.orphans.pop()
+                rate, expires_us = rate + last.rate, max(expires_us, last.expires_us)
+            pool.orphans.append(OrphanedAssignment(rate, expires_us, now_us))
         else:
             pool.held -= bucket.rate
         self._mark_dirty(pool)
 
     def _forget(self, pool: Pool, now_us: int) -> None:
         del self.pools[pool.key]
-        self._demand_versions.pop(pool.key, None)
+        self._log.forget(pool.key)
         self._division.release(pool, now_us)
 
     def _mark_dirty(self, pool: Pool) -> None:
         """Have the pool divided at one of the next ticks."""
-        if not pool.is_dirty:
-            pool.is_dirty = True
+        if pool is not self._unlimited:
             self._dirty[pool] = None
 
     def _divide(self, pool: Pool, now_us: int) -> None:
-        if pool.is_dirty:
-            pool.is_dirty = False
-            del self._dirty[pool]
+        self._dirty.pop(pool, None)
         if pool.waiting:
             self._assign_orphans(pool, now_us)
         due, pool.due = pool.due, {}
-        if pool.share_base is not None and (pool.buckets or pool.orphans or pool.demand):
-            self._publish_demand(pool, self._division.divide(pool, pool.share_base, now_us), now_us)
+        base = pool.share_base
+        assert base is not None
+        if pool.size or pool.demand:
+            self._publish_demand(pool, self._division.divide(pool, base, now_us), now_us)
         for bucket in due:
             self._wake(bucket)
-        if pool.share_base is None:
-            return
         for bucket in pool.buckets:
-            if bucket.assignment is not None and self._has_changed(pool, pool.share_base, bucket):
+            if bucket.assignment is not None and self._has_changed(pool, base, bucket):
                 self._wake(bucket)
 
     def _assign_orphans(self, pool: Pool, now_us: int) -> None:
@@ -454,9 +494,7 @@ class Quotas:
         if demand != pool.demand or (demand and now_us - pool.demand_sent_us >= PUBLISH_US):
             pool.demand = demand
             pool.demand_sent_us = now_us
-            self._version += 1
-            self._demand_versions.pop(pool.key, None)
-            self._demand_versions[pool.key] = self._version
+            self._log.publish(pool.key)
 
     def _has_changed(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket) -> bool:
         target, rate = pool.level.share(bucket.want), bucket.rate
@@ -468,8 +506,9 @@ class Quotas:
 
     def _wake(self, bucket: EnvoyBucket) -> None:
         stream = bucket.stream
-        stream.due[bucket] = None
-        stream.wake()
+        if stream.is_open:
+            stream.due[bucket] = None
+            stream.wake()
 
     def _next_action(self, bucket: EnvoyBucket, now_us: int) -> Action | None:
         pool = bucket.pool
@@ -524,19 +563,29 @@ class Quotas:
             self._mark_dirty(pool)
         return assignment
 
-    def _sweep(self, now_us: int) -> None:
-        """Look at the next few pools for buckets, assignments and demands that have expired."""
-        if not self._to_sweep:
-            self._to_sweep = list(self.pools.values())
-        for pool in self._to_sweep[-_SWEEP_POOLS:]:
+    def _sweep_buckets(self, now_us: int) -> None:
+        """Look at the next few buckets for those that their Envoys no longer report."""
+        if not self._streams_to_sweep:
+            self._streams_to_sweep = list(self.streams)
+        while self._streams_to_sweep and len(self._buckets_to_sweep) < _SWEEP_BUCKETS:
+            self._buckets_to_sweep += self._streams_to_sweep.pop().buckets.values()
+        for bucket in self._buckets_to_sweep[-_SWEEP_BUCKETS:]:
+            if now_us - bucket.reported_us >= SILENCE_US and bucket.stream.buckets.get(bucket.key) is bucket:
+                self.counts.forgotten["silent"] += 1
+                self._drop(bucket, now_us)
+        del self._buckets_to_sweep[-_SWEEP_BUCKETS:]
+
+    def _sweep_pools(self, now_us: int) -> None:
+        """Look at the next few pools for assignments and demands that have expired."""
+        if not self._pools_to_sweep:
+            self._pools_to_sweep = list(self.pools.values())
+        looked_at = 0
+        while self._pools_to_sweep and looked_at < _SWEEP_POOLS:
+            pool = self._pools_to_sweep.pop()
+            looked_at += 1 + len(pool.orphans)
             self._expire(pool, now_us)
-        del self._to_sweep[-_SWEEP_POOLS:]
 
     def _expire(self, pool: Pool, now_us: int) -> None:
-        silent = [bucket for bucket in pool.buckets if now_us - bucket.reported_us >= SILENCE_US]
-        for bucket in silent:
-            self.counts.forgotten["silent"] += 1
-            self._drop(bucket, now_us)
         if any(orphan.expires_us <= now_us for orphan in pool.orphans):
             pool.held -= sum([orphan.rate for orphan in pool.orphans if orphan.expires_us <= now_us])
             pool.orphans = [orphan for orphan in pool.orphans if orphan.expires_us > now_us]
@@ -547,6 +596,6 @@ class Quotas:
             self._mark_dirty(pool)
         if pool.waiting:
             self._mark_dirty(pool)
-        is_over = not pool.is_needed and not pool.is_dirty and now_us - pool.demand_sent_us >= PUBLISH_US
+        is_over = not pool.is_needed and pool not in self._dirty and now_us - pool.demand_sent_us >= PUBLISH_US
         if is_over and self.pools.get(pool.key) is pool:
             self._forget(pool, now_us)

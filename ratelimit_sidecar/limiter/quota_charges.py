@@ -7,6 +7,7 @@ requests that are decided here would be denied.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -49,8 +50,7 @@ class Charges:
 
     def tick(self, now_us: int) -> None:
         """Charge the hits that are due by now."""
-        for _ in range(min(_POOLS_AT_ONCE, len(self._pools))):
-            pool = next(iter(self._pools))
+        for pool in list(islice(self._pools, _POOLS_AT_ONCE)):
             # To the end of the queue.
             del self._pools[pool]
             self._pools[pool] = None

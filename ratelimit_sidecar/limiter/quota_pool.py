@@ -119,7 +119,6 @@ class Pool:
         "demand_sent_us",
         "due",
         "held",
-        "is_dirty",
         "key",
         "level",
         "limit",
@@ -149,13 +148,17 @@ class Pool:
         """The rate this node may assign in total."""
         self.held = 0
         """How much of `budget` is assigned now, orphaned assignments included."""
-        self.is_dirty = False
         self.pending = 0
         """Tokens to be charged until `charge_until_us`."""
         self.charged_us = self.charge_until_us = 0
         self.demand: tuple[Group, ...] = ()
         """The demand last sent to peers."""
         self.demand_sent_us = 0
+
+    @property
+    def size(self) -> int:
+        """About how long it takes to divide it."""
+        return len(self.buckets) + len(self.orphans)
 
     @property
     def is_needed(self) -> bool:
@@ -169,9 +172,10 @@ class QuotaStream:
         wake: called when `Quotas.take` may return something.
     """
 
-    __slots__ = ("buckets", "due", "wake")
+    __slots__ = ("buckets", "due", "is_open", "wake")
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
+        self.is_open = True
         self.buckets: dict[tuple[str, Pairs], EnvoyBucket] = {}
         self.due: dict[EnvoyBucket, None] = {}

@@ -10,6 +10,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from ratelimit_sidecar.limiter.fields import (
+    LENGTH,
+    MAX_UINT32,
+    VARINT,
+    FieldReader,
+    Malformed,
+    TooManyFields,
+    check_end,
+)
 from ratelimit_sidecar.limiter.key import Texts, text_of
 
 MAX_DESCRIPTORS: Final = 512
@@ -27,26 +36,11 @@ MAX_FIELDS: Final = 1 << 16
 and to read those would take a tenth of a second.
 """
 
-_MAX_UINT32: Final = 2**32 - 1
-_MAX_UINT64: Final = 2**64 - 1
 _SIGN_BIT: Final = 1 << 31
-_MAX_LENGTH: Final = 2**31 - 1
-
-# Wire types (https://protobuf.dev/programming-guides/encoding/).
-_VARINT: Final = 0
-_FIXED64: Final = 1
-_LENGTH: Final = 2
-_GROUP: Final = 3
-_END_OF_GROUP: Final = 4
-_FIXED32: Final = 5
 
 
 class InvalidRequest(Exception):
     """A request that no rule can answer; its text is for the caller."""
-
-
-class _Malformed(Exception):
-    """Not a protobuf message."""
 
 
 class Override:
@@ -103,8 +97,10 @@ def read_request(raw: bytes) -> Request:
     """
     try:
         request = _Reader(raw).request()
-    except (_Malformed, IndexError) as error:
+    except (Malformed, IndexError) as error:
         raise InvalidRequest("not an envoy.service.ratelimit.v3.RateLimitRequest") from error
+    except TooManyFields as too_many:
+        raise InvalidRequest(str(too_many)) from too_many
     if not request.domain:
         raise InvalidRequest("rate limit domain must not be empty")
     if not request.descriptors:
@@ -112,176 +108,107 @@ def read_request(raw: bytes) -> Request:
     return request
 
 
-class _Reader:
+class _Reader(FieldReader):
     """Reads one request. Each method gets where in the bytes a message or value begins, and where the message ends."""
 
-    __slots__ = ("_fields", "_raw", "_texts")
+    __slots__ = ("_texts",)
 
     def __init__(self, raw: bytes) -> None:
-        self._raw = raw
+        super().__init__(raw, MAX_FIELDS)
         self._texts = Texts()
-        self._fields = 0
 
     def request(self) -> Request:
-        raw = self._raw
+        raw = self.raw
         request = Request()
         entries = 0
         at, end = 0, len(raw)
         while at < end:
-            tag, at = self._tag(at)
-            if tag == 1 << 3 | _LENGTH:
-                start, at = self._span(at, end)
+            tag, at = self.tag(at)
+            if tag == 1 << 3 | LENGTH:
+                start, at = self.span(at, end)
                 request.domain = text_of(raw[start:at])
-            elif tag == 2 << 3 | _LENGTH:
+            elif tag == 2 << 3 | LENGTH:
                 if len(request.descriptors) == MAX_DESCRIPTORS:
                     raise InvalidRequest(f"more than {MAX_DESCRIPTORS} rate limit descriptors")
-                start, at = self._span(at, end)
+                start, at = self.span(at, end)
                 descriptor = self._descriptor(start, at, MAX_ENTRIES - entries)
                 entries += len(descriptor.entries)
                 request.descriptors.append(descriptor)
-            elif tag == 3 << 3 | _VARINT:
-                number, at = self._varint(at)
-                request.hits = number & _MAX_UINT32
+            elif tag == 3 << 3 | VARINT:
+                number, at = self.varint(at)
+                request.hits = number & MAX_UINT32
             else:
-                at = self._skip(at, end, tag)
-        _check_end(at, end)
+                at = self.skip(at, end, tag)
+        check_end(at, end)
         return request
 
     def _descriptor(self, at: int, end: int, most_entries: int) -> Descriptor:
         descriptor = Descriptor()
         while at < end:
-            tag, at = self._tag(at)
-            if tag == 1 << 3 | _LENGTH:
+            tag, at = self.tag(at)
+            if tag == 1 << 3 | LENGTH:
                 if len(descriptor.entries) == most_entries:
                     raise InvalidRequest(f"more than {MAX_ENTRIES} entries of descriptors")
-                start, at = self._span(at, end)
+                start, at = self.span(at, end)
                 descriptor.entries.append(self._entry(start, at))
-            elif tag == 2 << 3 | _LENGTH:
-                start, at = self._span(at, end)
+            elif tag == 2 << 3 | LENGTH:
+                start, at = self.span(at, end)
                 # A message that comes again adds to the one before.
                 override = descriptor.limit
                 if override is None:
                     override = descriptor.limit = Override()
                 self._read_override(start, at, override)
-            elif tag == 3 << 3 | _LENGTH:
-                start, at = self._span(at, end)
+            elif tag == 3 << 3 | LENGTH:
+                start, at = self.span(at, end)
                 descriptor.hits = self._wrapped(start, at, descriptor.hits or 0)
-            elif tag == 4 << 3 | _VARINT:
-                number, at = self._varint(at)
+            elif tag == 4 << 3 | VARINT:
+                number, at = self.varint(at)
                 descriptor.is_negative = number != 0
             else:
-                at = self._skip(at, end, tag)
-        _check_end(at, end)
+                at = self.skip(at, end, tag)
+        check_end(at, end)
         return descriptor
 
     def _entry(self, at: int, end: int) -> tuple[str, str]:
-        raw = self._raw
+        raw = self.raw
         key = value = ""
         while at < end:
-            tag, at = self._tag(at)
-            if tag == 1 << 3 | _LENGTH:
-                start, at = self._span(at, end)
+            tag, at = self.tag(at)
+            if tag == 1 << 3 | LENGTH:
+                start, at = self.span(at, end)
                 key = self._texts.of(raw[start:at])
-            elif tag == 2 << 3 | _LENGTH:
-                start, at = self._span(at, end)
+            elif tag == 2 << 3 | LENGTH:
+                start, at = self.span(at, end)
                 value = self._texts.of(raw[start:at])
             else:
-                at = self._skip(at, end, tag)
-        _check_end(at, end)
+                at = self.skip(at, end, tag)
+        check_end(at, end)
         return key, value
 
     def _read_override(self, at: int, end: int, override: Override) -> None:
         while at < end:
-            tag, at = self._tag(at)
-            if tag == 1 << 3 | _VARINT:
-                number, at = self._varint(at)
-                override.requests_per_unit = number & _MAX_UINT32
-            elif tag == 2 << 3 | _VARINT:
-                number, at = self._varint(at)
-                number &= _MAX_UINT32
+            tag, at = self.tag(at)
+            if tag == 1 << 3 | VARINT:
+                number, at = self.varint(at)
+                override.requests_per_unit = number & MAX_UINT32
+            elif tag == 2 << 3 | VARINT:
+                number, at = self.varint(at)
+                number &= MAX_UINT32
                 override.unit = number - 2 * (number & _SIGN_BIT)
-            elif tag == 3 << 3 | _LENGTH:
-                start, at = self._span(at, end)
-                override.unit_multiplier = self._wrapped(start, at, override.unit_multiplier) & _MAX_UINT32
+            elif tag == 3 << 3 | LENGTH:
+                start, at = self.span(at, end)
+                override.unit_multiplier = self._wrapped(start, at, override.unit_multiplier) & MAX_UINT32
             else:
-                at = self._skip(at, end, tag)
-        _check_end(at, end)
+                at = self.skip(at, end, tag)
+        check_end(at, end)
 
     def _wrapped(self, at: int, end: int, number: int) -> int:
         """The number in a google.protobuf.UInt64Value or UInt32Value; `number` if there is none in it."""
         while at < end:
-            tag, at = self._tag(at)
-            if tag == 1 << 3 | _VARINT:
-                number, at = self._varint(at)
+            tag, at = self.tag(at)
+            if tag == 1 << 3 | VARINT:
+                number, at = self.varint(at)
             else:
-                at = self._skip(at, end, tag)
-        _check_end(at, end)
+                at = self.skip(at, end, tag)
+        check_end(at, end)
         return number
-
-    def _tag(self, at: int) -> tuple[int, int]:
-        """A field's number and wire type, and where what follows begins. IndexError if the bytes end before."""
-        self._fields += 1
-        if self._fields > MAX_FIELDS:
-            raise InvalidRequest(f"more than {MAX_FIELDS} fields")
-        byte = self._raw[at]
-        if byte < 0x80:
-            return byte, at + 1
-        tag, after = self._varint(at)
-        if after > at + 5 or tag > _MAX_UINT32:
-            raise _Malformed
-        return tag, after
-
-    def _span(self, at: int, end: int) -> tuple[int, int]:
-        """Where the bytes that follow a length begin and end."""
-        length = self._raw[at]
-        start = at + 1
-        if length >= 0x80:
-            length, start = self._varint(at)
-            if start > at + 5 or length > _MAX_LENGTH:
-                raise _Malformed
-        if start + length > end:
-            raise _Malformed
-        return start, start + length
-
-    def _varint(self, at: int) -> tuple[int, int]:
-        """A number of up to 64 bits, and where what follows begins. IndexError if the bytes end before."""
-        raw = self._raw
-        number = shift = 0
-        while shift < 70:
-            byte = raw[at]
-            at += 1
-            number |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return number & _MAX_UINT64, at
-            shift += 7
-        raise _Malformed
-
-    def _skip(self, at: int, end: int, tag: int) -> int:
-        """Where the field after an unknown one begins. `at` is where the unknown one's value does."""
-        if tag < 1 << 3:
-            raise _Malformed
-        groups: list[int] = []
-        while True:
-            wire_type = tag & 7
-            if wire_type == _VARINT:
-                at = self._varint(at)[1]
-            elif wire_type == _LENGTH:
-                at = self._span(at, end)[1]
-            elif wire_type == _FIXED64:
-                at += 8
-            elif wire_type == _FIXED32:
-                at += 4
-            elif wire_type == _GROUP:
-                groups.append(tag >> 3)
-            elif wire_type != _END_OF_GROUP or not groups or groups.pop() != tag >> 3:
-                raise _Malformed
-            if not groups:
-                return at
-            if at >= end:
-                raise _Malformed
-            tag, at = self._tag(at)
-
-
-def _check_end(at: int, end: int) -> None:
-    if at != end:
-        raise _Malformed

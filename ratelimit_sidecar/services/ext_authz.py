@@ -19,6 +19,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.message import DecodeError
 
+from ratelimit_sidecar.limiter.fields import Malformed, Nested, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest, rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.rules import Rules
@@ -34,7 +35,18 @@ DOMAIN_EXTENSION: Final = b"domain"
 MAX_HEADERS: Final = 1_024
 """The most headers of a request. Envoy accepts 100 by default."""
 
+MAX_FIELDS: Final = 8 * MAX_HEADERS
+"""The most fields of a request that is parsed. A header has three; 4 MiB can hold two million empty ones, which would
+take a tenth of a second.
+"""
+
 _PATH: Final = f"/{SERVICE_NAME}/Check"
+
+_ENTRY: Final[Nested] = {}
+_PEER: Final[Nested] = {1: {1: {}}}
+_HTTP: Final[Nested] = {3: _ENTRY, 13: {1: _ENTRY}}
+NESTED: Final[Nested] = {1: {1: _PEER, 4: {2: _HTTP}, 10: _ENTRY}}
+"""The fields of a CheckRequest that are messages, of what is read of it."""
 
 
 class ExtAuthzService:
@@ -61,8 +73,8 @@ class ExtAuthzService:
         """Answer a serialized CheckRequest with a serialized CheckResponse.
 
         Raises:
-            RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_HEADERS`; and what
-                the rate limit service raises.
+            RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_HEADERS` or
+                `MAX_FIELDS`; and what the rate limit service raises.
         """
         try:
             http = http_request(request)
@@ -100,11 +112,16 @@ def http_request(check: bytes) -> HttpRequest:
     """The HTTP request in a serialized CheckRequest.
 
     Raises:
-        RpcError: INVALID_ARGUMENT: it is no CheckRequest, or has more than `MAX_HEADERS`.
+        RpcError: INVALID_ARGUMENT: it is no CheckRequest, or has more than `MAX_HEADERS` or `MAX_FIELDS`.
     """
     try:
+        # A field has two bytes or more, so most requests need not be looked at.
+        if len(check) > 2 * MAX_FIELDS:
+            check_fields(check, NESTED, MAX_FIELDS)
         attributes = CheckRequest.FromString(check).attributes
-    except DecodeError as error:
+    except TooManyFields as too_many:
+        raise RpcError(Code.INVALID_ARGUMENT, str(too_many)) from too_many
+    except (Malformed, DecodeError) as error:
         raise RpcError(Code.INVALID_ARGUMENT, "not an envoy.service.auth.v3.CheckRequest") from error
     http = attributes.request.http
     raw_headers = http.header_map.headers

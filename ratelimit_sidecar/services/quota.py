@@ -7,24 +7,21 @@ assignments.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Final
 
 from envoy.service.rate_limit_quota.v3 import rlqs_pb2
-from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.quota import TTL_S, Quotas, QuotasFull
-from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream
+from ratelimit_sidecar.limiter.usage_reports import USAGES_AT_ONCE, InvalidReports, ReportsReader
 from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     ALLOW_ALL,
     DENY_ALL,
     Abandon,
     BucketAction,
-    BucketId,
-    BucketUsage,
     QuotaResponse,
-    UsageReports,
 )
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
@@ -32,12 +29,6 @@ from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Str
 SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"].full_name
 
 _PATH: Final = f"/{SERVICE_NAME}/StreamRateLimitQuotas"
-
-MAX_ID_BYTES: Final = 1_024
-"""The longest id of a bucket. Longer ones are ignored: callers may choose their content, and ids are kept in memory."""
-
-REPORTS_AT_ONCE: Final = 32
-"""The number of buckets of a report that are handled in one go, half a millisecond, before other tasks run."""
 
 ACTIONS_AT_ONCE: Final = 64
 """The most actions in one message."""
@@ -58,6 +49,10 @@ class QuotaService:
         self.quotas = quotas
         self._now_us = now_us
         self._waits_for_rules = waits_for_rules
+        self._turn = asyncio.Lock()
+        """Held by the stream that has a step; those that wait for it get theirs in order."""
+        self._handled = 0
+        """The size of the steps since other tasks could run."""
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -72,6 +67,8 @@ class QuotaService:
         while True:
             await asyncio.sleep(TICK_SECONDS if self.quotas.pools else IDLE_TICK_SECONDS)
             self.quotas.tick(self._now_us())
+            while self.quotas.drop_closed(self._now_us()):  # noqa: ASYNC110 (it does the work itself)
+                await asyncio.sleep(0)
 
     async def stream(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
         """Take serialized RateLimitQuotaUsageReports, and answer with serialized RateLimitQuotaResponses whenever there
@@ -95,6 +92,8 @@ class QuotaService:
                 actions = self.quotas.take(stream, self._now_us(), ACTIONS_AT_ONCE)
                 if actions:
                     yield _response(actions)
+                elif stream.due:
+                    await asyncio.sleep(0)
                 elif reading.done():
                     refusal = reading.result()
                     if refusal:
@@ -104,7 +103,7 @@ class QuotaService:
                     woken.clear()
                     await woken.wait()
         finally:
-            self.quotas.close(stream, self._now_us())
+            self.quotas.close(stream)
             reading.cancel()
             await asyncio.wait([reading])
 
@@ -112,42 +111,37 @@ class QuotaService:
         """Returns why the stream is to be ended; empty when the client has ended it."""
         domain = ""
         async for raw in requests:
+            reader = ReportsReader(raw)
             try:
-                reports = UsageReports.FromString(raw)
-            except DecodeError:
-                return "not an envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports"
-            # It need only be said once.
-            domain = text_of(reports.domain) or domain
-            if not domain:
-                return "the domain of quotas must not be empty"
-            usages = reports.bucket_quota_usages
-            for at in range(0, len(usages), REPORTS_AT_ONCE):
-                if at:
-                    await asyncio.sleep(0)
-                part = list(self._usages(usages[at : at + REPORTS_AT_ONCE]))
-                self.quotas.report(stream, domain, part, self._now_us())
+                while not reader.has_looked:
+                    await self._step(reader.look)
+                # It need only be said once.
+                domain = reader.domain or domain
+                if not domain:
+                    return "the domain of quotas must not be empty"
+                while not reader.is_over:
+                    await self._step(partial(self._report, stream, domain, reader))
+            except InvalidReports as error:
+                return str(error)
         return ""
 
-    def _usages(self, messages: Sequence[BucketUsage]) -> Iterator[Usage]:
-        for message in messages:
-            raw = message.bucket_id
-            pairs: list[tuple[str, str]] = []
-            if len(raw) <= MAX_ID_BYTES:
-                try:
-                    entries = BucketId.FromString(raw).bucket
-                except DecodeError:
-                    pass
-                else:
-                    # Of two entries with one key the last counts, as in every map of protobuf.
-                    pairs = sorted({text_of(entry.key): text_of(entry.value) for entry in entries}.items())
-            # One that is too long or cannot be read is like one without pairs.
-            yield Usage(
-                raw,
-                tuple(pairs),
-                message.num_requests_allowed,
-                message.num_requests_denied,
-                message.time_elapsed.seconds,
-            )
+    async def _step(self, step: Callable[[], int]) -> None:
+        """Do the next step with a message. However many streams have messages, all of them together have about
+        `USAGES_AT_ONCE` buckets handled before other tasks run.
+
+        Args:
+            step: returns its size, in buckets.
+        """
+        async with self._turn:
+            self._handled += step()
+            if self._handled >= USAGES_AT_ONCE:
+                self._handled = 0
+                await asyncio.sleep(0)
+
+    def _report(self, stream: QuotaStream, domain: str, reader: ReportsReader) -> int:
+        usages, size = reader.usages()
+        self.quotas.report(stream, domain, usages, self._now_us())
+        return size
 
 
 def _response(actions: Sequence[Action]) -> bytes:

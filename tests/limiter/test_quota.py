@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -21,9 +22,18 @@ from ratelimit_sidecar.limiter.assignment import (
     noticeable,
     share_base_of,
 )
-from ratelimit_sidecar.limiter.quota import LEARNING_US, TTL_S, Quotas, QuotasFull
+from ratelimit_sidecar.limiter.quota import (
+    LEARNING_US,
+    MAX_POOL_BUCKETS,
+    MAX_POOL_ORPHANS,
+    TTL_S,
+    Quotas,
+    QuotasFull,
+)
 from ratelimit_sidecar.limiter.quota_pool import Action, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.limiter.wildcard import WildcardSet
+from ratelimit_sidecar.replication.demands import MAX_MEMBERS
 
 PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
 SLOW = Rule("api.slow", Limit(10, 60_000_000, 10), 10, Unit.MINUTE)
@@ -106,7 +116,7 @@ def test_what_a_lost_envoy_holds_is_not_given_to_others_before_its_assignment_en
     first, second = world.envoy(node, 400), world.envoy(node, 400, phase_us=2_000_000)
     world.run(20)
     assert held_by(second) == pytest.approx(150, rel=0.02)
-    first.lose_stream(world.now_us)
+    first.lose_stream()
     first.node = None
     world.run(TTL_S - 6)
     assert rate(world) <= 300
@@ -133,7 +143,7 @@ def test_an_envoy_that_connects_again_goes_on_with_what_it_holds() -> None:
     world.run(20)
     before = [held_by(envoy) for envoy in envoys]
     for envoy in envoys:
-        envoy.lose_stream(world.now_us)
+        envoy.lose_stream()
     most = []
     world.watch = lambda: most.append(rate(world))
     admitted = world.run(10)
@@ -148,7 +158,7 @@ def test_an_envoy_that_is_cut_off_keeps_what_it_holds_whoever_comes_back_before_
     envoys = [world.envoy(node, demand, phase_us=number * 1_700_000) for number, demand in enumerate((400, 40, 40))]
     world.run(20)
     for envoy in envoys:
-        envoy.lose_stream(world.now_us)
+        envoy.lose_stream()
     envoys[0].node = None
     for envoy in envoys[1:]:
         envoy.demand[ADA] = 400
@@ -500,12 +510,137 @@ def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkey
     )
 
 
+LARGE = Rule("api.plan", Limit(1_000_000, 1_000_000, 1_000_000), 1_000_000, Unit.SECOND)
+SHARED = Rules(
+    {
+        "api": RuleNode(
+            wildcards={"plan": WildcardSet([("user*", RuleNode(LARGE, shares_bucket=True))])}, key_only=PER_KEY
+        )
+    }
+)
+"""Where all buckets with a plan count in one."""
+
+
+def many(count: int, key: str = "agent", allowed: int = 1, elapsed_s: int = 0) -> list[Usage]:
+    return [usage(f"user{number}", allowed, elapsed_s=elapsed_s, key=key) for number in range(count)]
+
+
+def test_the_buckets_of_a_limit_are_bounded_and_what_has_no_room_is_charged_all_the_same() -> None:
+    server = Server(SHARED)
+    stream = server.connect()
+    actions = server.report(stream, *many(MAX_POOL_BUCKETS + 10, "plan"))
+    assert len(actions) == server.quotas.bucket_count == MAX_POOL_BUCKETS
+    assert server.quotas.counts.errors["no_room"] == 10
+    # Another limit has room.
+    assert server.report(stream, usage())
+    server.quotas.charge_all()
+    taken = [sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store]
+    assert sorted(taken) == [1, MAX_POOL_BUCKETS + 10]
+
+
+def test_what_no_rule_limits_is_let_through_however_much_of_it_there_is() -> None:
+    server = Server()
+    stream = server.connect()
+    actions = server.report(stream, *many(MAX_POOL_BUCKETS + 10, "colour"))
+    assert told(actions) == [ALLOW_ALL] * (MAX_POOL_BUCKETS + 10)
+    assert not server.quotas.pools
+    server.world.run(20)
+    assert server.quotas.counts.forgotten["silent"] == MAX_POOL_BUCKETS + 10
+    assert not server.quotas.bucket_count
+
+
+def test_the_buckets_of_a_stream_that_has_ended_are_dropped_a_few_at_a_time() -> None:
+    server = Server(SHARED)
+    stream = server.connect()
+    server.report(stream, *many(1_000), *many(1_000, "plan"))
+    server.quotas.close(stream)
+    counts = [server.quotas.bucket_count]
+    while server.quotas.drop_closed(server.now_us):
+        counts.append(server.quotas.bucket_count)
+    assert counts == [2_000 - 256 * number for number in range(8)]
+    assert not server.quotas.bucket_count
+
+
+def test_an_envoy_that_is_back_before_its_buckets_were_dropped_goes_on_with_what_it_holds() -> None:
+    server = Server()
+    lost, other = server.connect(), server.connect()
+    server.report(lost, usage())
+    server.report(other, usage())
+    server.report(lost, usage(elapsed_s=1), after_s=1)
+    held = server.quotas.take(lost, server.now_us, 10) or server.report(lost, usage(elapsed_s=2), after_s=2)
+    (before,) = told(held)
+    server.quotas.close(lost)
+    (after,) = told(server.report(server.connect(), usage(elapsed_s=5), after_s=5))
+    assert before is not None
+    assert after is not None
+    assert after.rate == pytest.approx(before.rate, rel=0.05)
+    (pool,) = server.quotas.pools.values()
+    assert not pool.orphans
+    assert len(pool.buckets) == 2
+
+
+def test_orphaned_assignments_are_bounded_and_none_of_what_they_hold_is_given_away() -> None:
+    server = Server(SHARED)
+    half = many(MAX_POOL_BUCKETS // 2, "plan")
+    streams = [server.connect(), server.connect()]
+    for _ in range(4):
+        for _ in range(2):
+            for stream in streams:
+                server.report(stream, *half, after_s=1)
+        server.quotas.close(streams.pop(0))
+        while server.quotas.drop_closed(server.now_us):
+            pass
+        streams.append(server.connect())
+    (pool,) = server.quotas.pools.values()
+    assert len(pool.orphans) == MAX_POOL_ORPHANS
+    assert sum(server.quotas.assigned(pool)) == pool.held <= 1_000_000 * TOKEN
+    for stream in streams:
+        server.quotas.close(stream)
+    server.world.run(TTL_S + 10)
+    assert not server.quotas.pools
+
+
+def test_a_limit_has_no_more_members_than_peers_take() -> None:
+    assert MAX_POOL_BUCKETS + MAX_POOL_ORPHANS <= MAX_MEMBERS
+
+
+def test_buckets_that_are_no_longer_reported_are_dropped_a_few_at_a_time() -> None:
+    server = Server(SHARED)
+    stream = server.connect()
+    server.report(stream, *many(MAX_POOL_BUCKETS, "plan"))
+    server.world.now_us += quota.SILENCE_US
+    forgotten = []
+    for _ in range(10):
+        server.quotas.tick(server.now_us)
+        forgotten.append(server.quotas.counts.forgotten["silent"])
+    steps = [after - before for before, after in itertools.pairwise([0, *forgotten])]
+    assert max(steps) <= 512
+    assert forgotten[-1] == MAX_POOL_BUCKETS
+
+
+def test_no_more_buckets_are_looked_at_than_a_message_has_room_for() -> None:
+    server = Server()
+    stream = server.connect()
+    server.quotas.report(stream, DOMAIN, many(200), server.now_us)
+    server.quotas.tick(server.now_us)
+    assert len(server.quotas.take(stream, server.now_us, 150)) == 150
+    # The same again a moment later: nothing is to be sent, but for the buckets that were not told yet.
+    server.quotas.report(stream, DOMAIN, many(200), server.now_us)
+    server.quotas.tick(server.now_us)
+    looked_at = []
+    while stream.due:
+        due = len(stream.due)
+        server.quotas.take(stream, server.now_us, 30)
+        looked_at.append(due - len(stream.due))
+    assert max(looked_at) == 30
+
+
 def test_nothing_is_left_of_envoys_that_are_gone() -> None:
     server = Server()
     for _ in range(20):
         stream = server.connect()
         server.report(stream, *[usage(f"user{number}", allowed=100) for number in range(20)])
-        server.quotas.close(stream, server.now_us)
+        server.quotas.close(stream)
     server.world.run(30)
     assert not server.quotas.pools
     assert not server.quotas.bucket_count
@@ -552,7 +687,7 @@ def test_whatever_happens_a_node_assigns_no_more_than_the_limit(seed: int) -> No
         envoy = chance.choice(world.envoys)
         match chance.randrange(4):
             case 0:
-                envoy.lose_stream(world.now_us)
+                envoy.lose_stream()
             case 1:
                 envoy.is_deaf = not envoy.is_deaf
             case _:

@@ -1,0 +1,145 @@
+"""Reads envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports a few buckets at a time.
+
+A message of 4 MiB can hold two million of them. Parsed whole it would take a tenth of a second and 150 MB, for as long
+as its buckets are handled. So only the bytes are kept, and one step reads no more than the bounds below.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields
+from ratelimit_sidecar.limiter.key import text_of
+from ratelimit_sidecar.limiter.quota import MAX_PAIRS
+from ratelimit_sidecar.limiter.quota_pool import Pairs, Usage
+from ratelimit_sidecar.limiter.v1.quota_pb2 import BucketId, BucketUsage
+
+USAGES_AT_ONCE: Final = 16
+"""The most buckets of a step. To handle them takes half a millisecond, and two where each changes all shares of its
+limit.
+"""
+
+FIELDS_AT_ONCE: Final = 1_024
+"""The most fields of a step, but for those in its last group."""
+
+MAX_FIELDS_OF_STEP: Final = 2 * FIELDS_AT_ONCE
+"""A message with a longer group is refused. Envoy sends none."""
+
+MAX_DOMAIN_BYTES: Final = 1_024
+
+MAX_ID_BYTES: Final = 1_024
+"""The longest id of a bucket. Longer ones are ignored: callers may choose their content, and ids are kept in memory."""
+
+MAX_USAGE_BYTES: Final = 2 * MAX_ID_BYTES
+"""The longest report on one bucket, its id included; a longer one is not read."""
+
+_DOMAIN: Final = 1 << 3 | LENGTH
+_USAGE: Final = 2 << 3 | LENGTH
+
+_UNREADABLE: Final = Usage(b"", (), 0, 0, 0)
+
+
+class InvalidReports(Exception):
+    """Reports that cannot be answered; its text is for the caller."""
+
+
+class ReportsReader:
+    """Reads one message. Call `look` until it `has_looked` at all of it, then `usages` until it `is_over`.
+
+    Both raise InvalidReports when it is no such message, or a part of it exceeds a bound.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self._fields = FieldReader(raw, MAX_FIELDS_OF_STEP)
+        self._at = 0
+        self._domain = b""
+        self.has_looked = False
+
+    @property
+    def domain(self) -> str:
+        """The domain of all usages; "" when there is none. In a message of protobuf it may come last, so it is known
+        when the reader `has_looked`.
+        """
+        return text_of(self._domain)
+
+    @property
+    def is_over(self) -> bool:
+        return self._at == len(self._fields.raw)
+
+    def look(self) -> int:
+        """Look at the next fields, for the domain. Returns how many buckets would take as long."""
+        size = self._step(None)
+        if self.is_over:
+            self.has_looked = True
+            self._at = 0
+        return size
+
+    def usages(self) -> tuple[list[Usage], int]:
+        """The usages in the next fields, and how many buckets take as long."""
+        usages: list[Usage] = []
+        size = self._step(usages)
+        return usages, size + len(usages)
+
+    def _step(self, usages: list[Usage] | None) -> int:
+        """Args:
+        usages: where to add the usages; None to look for the domain.
+        """
+        try:
+            self._read(usages)
+        except (Malformed, IndexError, DecodeError) as error:
+            raise InvalidReports("not an envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports") from error
+        except TooManyFields as too_many:
+            raise InvalidReports("too many fields in a group") from too_many
+        return self._fields.fields * USAGES_AT_ONCE // FIELDS_AT_ONCE
+
+    def _read(self, usages: list[Usage] | None) -> None:
+        fields = self._fields
+        raw, at = fields.raw, self._at
+        end = len(raw)
+        fields.fields = 0
+        while at < end and fields.fields < FIELDS_AT_ONCE:
+            tag, at = fields.tag(at)
+            if tag == _USAGE:
+                start, at = fields.span(at, end)
+                if usages is not None:
+                    usages.append(_usage(raw[start:at]) if at - start <= MAX_USAGE_BYTES else _UNREADABLE)
+                    if len(usages) == USAGES_AT_ONCE:
+                        break
+            elif tag == _DOMAIN:
+                start, at = fields.span(at, end)
+                if at - start > MAX_DOMAIN_BYTES:
+                    raise InvalidReports(f"a domain of more than {MAX_DOMAIN_BYTES} bytes")
+                self._domain = raw[start:at]
+            else:
+                at = fields.skip(at, end, tag)
+        if at > end:
+            raise Malformed
+        self._at = at
+
+
+def _usage(raw: bytes) -> Usage:
+    message = BucketUsage.FromString(raw)
+    bucket_id: bytes = message.bucket_id
+    return Usage(
+        bucket_id,
+        _pairs(bucket_id),
+        message.num_requests_allowed,
+        message.num_requests_denied,
+        message.time_elapsed.seconds,
+    )
+
+
+def _pairs(bucket_id: bytes) -> Pairs:
+    """The pairs of a bucket's id. One that is too long or cannot be read is like one without pairs."""
+    if len(bucket_id) > MAX_ID_BYTES:
+        return ()
+    try:
+        entries = BucketId.FromString(bucket_id).bucket
+    except DecodeError:
+        return ()
+    if len(entries) > MAX_PAIRS:
+        return ()
+    # Of two entries with one key the last counts, as in every map of protobuf.
+    return tuple(sorted({text_of(entry.key): text_of(entry.value) for entry in entries}.items()))
