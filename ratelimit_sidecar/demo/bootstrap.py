@@ -81,8 +81,8 @@ _MANY_AT_ONCE = CircuitBreakers(
 beyond 1,024 at once, which one client can have.
 """
 _MANY_RESETS = Http2ProtocolOptions(max_outbound_frames=1_000_000, max_outbound_control_frames=100_000)
-"""With more frames that wait to be sent Envoy ends the connection, and all calls on it fail. By default 1,000 resets are
-enough, which clients cause that give up their requests.
+"""With more frames that wait to be sent Envoy ends the connection, and all calls on it fail. By default 1,000 resets
+are enough, which clients cause that give up their requests.
 """
 
 _HEADER = """\

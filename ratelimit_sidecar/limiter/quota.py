@@ -94,6 +94,17 @@ MAX_POOL_BUCKETS: Final = 2_048
 MAX_POOL_ORPHANS: Final = 2_048
 """The most orphaned assignments of a pool; further ones are added up. Peers take demands of 4,096 members."""
 
+MAX_REPORT_BYTES: Final = 1 << 21
+"""About the most bytes of a report on all buckets of an Envoy. It reports on all of them in one message, of which 4 MiB
+are taken, so it is told to drop those beyond.
+"""
+
+_USAGE_BYTES: Final = 32
+"""Of a report on one bucket, besides its id."""
+
+_MAX_ABANDONED_BYTES: Final = 1 << 16
+"""The most ids, in bytes, that wait to be sent to an Envoy that is to drop them. It soon reports again on others."""
+
 MAX_PAIRS: Final = 32
 """The most pairs in one bucket."""
 
@@ -229,7 +240,8 @@ class Quotas:
         """Look at `most` of the stream's due buckets, and return the actions to send to the Envoy now. They count as
         sent. There may be none, and more buckets due.
         """
-        actions: list[Action] = []
+        actions = [Action(bucket_id, None) for bucket_id in stream.abandoned]
+        stream.abandoned, stream.abandoned_bytes = [], 0
         for bucket in list(islice(stream.due, most)):
             del stream.due[bucket]
             action = self._next_action(bucket, now_us)
@@ -311,6 +323,8 @@ class Quotas:
             elapsed_s = 0
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
             counts.errors["bad_id"] += 1
+            if usage.is_utf8:
+                self._abandon(stream, usage.bucket_id)
             return None
         key = (domain, usage.pairs)
         bucket = stream.buckets.get(key)
@@ -354,9 +368,15 @@ class Quotas:
         bucket.active_us = now_us
         # The Envoy says how much time has elapsed. It decides only whether it has an assignment, and the first demand.
         bucket.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
+        if not usage.is_utf8:
+            self.counts.errors["bad_id"] += 1
+            return bucket
+        id_bytes = stream.id_bytes + len(usage.bucket_id) + _USAGE_BYTES
         # An Envoy may have as many buckets as are still free.
-        if len(stream.buckets) >= MAX_ENVOY_BUCKETS - self.bucket_count or not self._has_room(pool):
+        has_room = len(stream.buckets) < MAX_ENVOY_BUCKETS - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
+        if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
+            self._abandon(stream, usage.bucket_id)
             return bucket
         if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
             # It may go on with an assignment that is about to be orphaned.
@@ -366,6 +386,7 @@ class Quotas:
             pool.waiting[bucket] = None
         self.bucket_count += 1
         stream.buckets[key] = bucket
+        stream.id_bytes = id_bytes
         pool.buckets[bucket] = None
         return bucket
 
@@ -412,6 +433,7 @@ class Quotas:
         if not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             self._drop(bucket, now_us)
+            self._abandon(bucket.stream, bucket.bucket_id)
             return
         self._leave(bucket, now_us)
         bucket.pool = pool
@@ -427,8 +449,16 @@ class Quotas:
         """Drop the record of a bucket that no longer exists."""
         self.bucket_count -= 1
         del bucket.stream.buckets[bucket.key]
+        bucket.stream.id_bytes -= len(bucket.bucket_id) + _USAGE_BYTES
         bucket.stream.due.pop(bucket, None)
         self._leave(bucket, now_us)
+
+    def _abandon(self, stream: QuotaStream, bucket_id: bytes) -> None:
+        """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
+        if bucket_id and stream.abandoned_bytes < _MAX_ABANDONED_BYTES:
+            stream.abandoned.append(bucket_id)
+            stream.abandoned_bytes += len(bucket_id)
+            stream.wake()
 
     def _leave(self, bucket: EnvoyBucket, now_us: int) -> None:
         pool = bucket.pool

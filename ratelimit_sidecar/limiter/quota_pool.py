@@ -30,6 +30,7 @@ class Usage(NamedTuple):
         bucket_id: as the Envoy sent it, to be sent back.
         pairs: texts from `text_of`.
         elapsed_s: seconds since the last report on it; 0 for a new one, since Envoy cuts it to whole seconds.
+        is_utf8: False if the id cannot be sent back: an Envoy refuses a whole message with a text that is not UTF-8.
     """
 
     bucket_id: bytes
@@ -37,6 +38,7 @@ class Usage(NamedTuple):
     allowed: int
     denied: int
     elapsed_s: int
+    is_utf8: bool = True
 
 
 class Action(NamedTuple):
@@ -172,10 +174,15 @@ class QuotaStream:
         wake: called when `Quotas.take` may return something.
     """
 
-    __slots__ = ("buckets", "due", "is_open", "wake")
+    __slots__ = ("abandoned", "abandoned_bytes", "buckets", "due", "id_bytes", "is_open", "wake")
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
         self.is_open = True
         self.buckets: dict[tuple[str, Pairs], EnvoyBucket] = {}
         self.due: dict[EnvoyBucket, None] = {}
+        self.id_bytes = 0
+        """About the bytes of a report on all its buckets."""
+        self.abandoned: list[bytes] = []
+        """Ids of buckets that have no record here, which the Envoy is to drop."""
+        self.abandoned_bytes = 0

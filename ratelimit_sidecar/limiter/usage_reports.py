@@ -6,11 +6,12 @@ as its buckets are handled. So only the bytes are kept, and one step reads no mo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields
+from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.quota import MAX_PAIRS
 from ratelimit_sidecar.limiter.quota_pool import Pairs, Usage
@@ -32,13 +33,13 @@ MAX_DOMAIN_BYTES: Final = 1_024
 MAX_ID_BYTES: Final = 1_024
 """The longest id of a bucket. Longer ones are ignored: callers may choose their content, and ids are kept in memory."""
 
-MAX_USAGE_BYTES: Final = 2 * MAX_ID_BYTES
-"""The longest report on one bucket, its id included; a longer one is not read."""
+MAX_USAGE_BYTES: Final = 1 << 17
+"""The longest report on one bucket, its id included; a longer one is not read. Envoy takes 60 KiB of headers."""
 
 _DOMAIN: Final = 1 << 3 | LENGTH
 _USAGE: Final = 2 << 3 | LENGTH
 
-_UNREADABLE: Final = Usage(b"", (), 0, 0, 0)
+_UNREADABLE: Final = Usage(b"", (), 0, 0, 0, False)
 
 
 class InvalidReports(Exception):
@@ -120,26 +121,43 @@ class ReportsReader:
 
 
 def _usage(raw: bytes) -> Usage:
+    if len(raw) > 2 * MAX_ID_BYTES:
+        # Most fields of an id are its pairs.
+        try:
+            check_fields(raw, {1: {1: {}}}, 8 * MAX_PAIRS)
+        except (Malformed, TooManyFields):
+            return _UNREADABLE
     message = BucketUsage.FromString(raw)
     bucket_id: bytes = message.bucket_id
+    pairs, is_utf8 = _pairs(bucket_id)
     return Usage(
         bucket_id,
-        _pairs(bucket_id),
+        pairs if len(bucket_id) <= MAX_ID_BYTES else (),
         message.num_requests_allowed,
         message.num_requests_denied,
         message.time_elapsed.seconds,
+        is_utf8,
     )
 
 
-def _pairs(bucket_id: bytes) -> Pairs:
-    """The pairs of a bucket's id. One that is too long or cannot be read is like one without pairs."""
-    if len(bucket_id) > MAX_ID_BYTES:
-        return ()
+def _pairs(bucket_id: bytes) -> tuple[Pairs, bool]:
+    """The pairs of a bucket's id, and whether all of them are UTF-8. One that cannot be read, or has too many, is like
+    one without pairs, and not UTF-8.
+    """
     try:
         entries = BucketId.FromString(bucket_id).bucket
     except DecodeError:
-        return ()
+        return (), False
     if len(entries) > MAX_PAIRS:
-        return ()
+        return (), False
+    texts = [(text_of(entry.key), text_of(entry.value)) for entry in entries]
     # Of two entries with one key the last counts, as in every map of protobuf.
-    return tuple(sorted({text_of(entry.key): text_of(entry.value) for entry in entries}.items()))
+    return tuple(sorted(dict(texts).items())), _are_utf8(texts)
+
+
+def _are_utf8(texts: Iterable[tuple[str, str]]) -> bool:
+    try:
+        "".join([text for pair in texts for text in pair]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -485,6 +485,41 @@ def test_a_bucket_of_no_pairs_or_too_many_is_passed_over_and_counted(pairs: Pair
     assert server.quotas.counts.errors["bad_id"] == 1
 
 
+def test_a_bucket_whose_id_envoy_could_not_read_is_charged_and_never_answered() -> None:
+    server = Server()
+    stream = server.connect()
+    odd = usage(allowed=5)._replace(is_utf8=False)
+    for _ in range(3):
+        assert server.report(stream, odd, after_s=5) == []
+    assert server.quotas.counts.errors["bad_id"] == 3
+    assert server.quotas.counts.requests["allowed"] == 15
+    assert not server.quotas.bucket_count
+
+
+def test_an_envoy_is_told_to_drop_buckets_before_it_has_more_than_fit_into_a_report() -> None:
+    server = Server()
+    stream = server.connect()
+    size = 1_000
+    most = quota.MAX_REPORT_BYTES // size
+    actions = []
+    for number in range(most + 50):
+        actions += server.report(stream, Usage(b"%0*d" % (size, number), (("agent", str(number)),), 1, 0, 0))
+    dropped = [action for action in actions if action.assignment is None]
+    assert most * 0.9 < len(stream.buckets) <= most
+    assert len(dropped) == most + 50 - len(stream.buckets)
+    assert server.quotas.counts.errors["no_room"] == len(dropped)
+    server.quotas.close(stream)
+    while server.quotas.drop_closed(server.now_us):
+        pass
+    assert stream.id_bytes == 0
+
+
+def test_a_bucket_with_an_id_that_is_too_long_is_dropped() -> None:
+    server = Server()
+    [action] = server.report(server.connect(), Usage(b"long", (), 1, 0, 0))
+    assert action == Action(b"long", None)
+
+
 def test_streams_are_bounded() -> None:
     server = Server()
     for _ in range(quota.MAX_STREAMS):
@@ -500,8 +535,9 @@ def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkey
     server = Server()
     greedy, other = server.connect(), server.connect()
     actions = server.report(greedy, *[usage(f"user{number}", allowed=3) for number in range(20)])
-    # One may have as many as are free.
-    assert len(actions) == server.quotas.bucket_count == 5
+    # One may have as many as are free; it is to drop the others.
+    assert server.quotas.bucket_count == 5
+    assert [action.assignment is None for action in actions] == [True] * 15 + [False] * 5
     assert server.report(other, usage())
     assert server.quotas.counts.errors["no_room"] == 15
     server.world.run(6)
@@ -529,8 +565,8 @@ def test_the_buckets_of_a_limit_are_bounded_and_what_has_no_room_is_charged_all_
     server = Server(SHARED)
     stream = server.connect()
     actions = server.report(stream, *many(MAX_POOL_BUCKETS + 10, "plan"))
-    assert len(actions) == server.quotas.bucket_count == MAX_POOL_BUCKETS
-    assert server.quotas.counts.errors["no_room"] == 10
+    assert server.quotas.bucket_count == MAX_POOL_BUCKETS
+    assert sum(action.assignment is None for action in actions) == server.quotas.counts.errors["no_room"] == 10
     # Another limit has room.
     assert server.report(stream, usage())
     server.quotas.charge_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from ratelimit_sidecar.limiter.usage_reports import (
     InvalidReports,
     ReportsReader,
 )
-from ratelimit_sidecar.limiter.v1.quota_pb2 import BucketId, UsageReports
+from ratelimit_sidecar.limiter.v1.quota_pb2 import BucketEntry, BucketId, UsageReports
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 
 Read = tuple[str, list[Usage]]
@@ -46,6 +47,7 @@ def by_protobuf(raw: bytes) -> Read | None:
             usage.num_requests_allowed,
             usage.num_requests_denied,
             usage.time_elapsed.seconds,
+            is_read_by_envoy(usage.bucket_id),
         )
         for usage in message.bucket_quota_usages
     ]
@@ -57,6 +59,14 @@ def pairs_of(raw: bytes) -> tuple[tuple[str, str], ...]:
     except DecodeError:
         return ()
     return tuple(sorted({text_of(entry.key): text_of(entry.value) for entry in message.bucket}.items()))
+
+
+def is_read_by_envoy(raw: bytes) -> bool:
+    try:
+        rlqs_pb2.BucketId.FromString(raw)
+    except DecodeError:
+        return False
+    return True
 
 
 def read_all(reader: ReportsReader) -> Read:
@@ -134,6 +144,28 @@ def test_a_usage_that_is_too_long_is_not_read_and_those_beside_it_are() -> None:
     read = by_reader(message.SerializeToString())
     assert read is not None
     assert [(usage.allowed, usage.pairs) for usage in read[1]] == [(1, ()), (0, ()), (3, ())]
+
+
+def test_only_an_id_that_envoy_can_read_is_sent_back() -> None:
+    """Envoy refuses a whole message with a text that is not UTF-8, or that is none."""
+    ids = {
+        BucketId(bucket=[BucketEntry(key=b"tenant", value=value)]).SerializeToString(): is_utf8
+        for value, is_utf8 in (
+            (b"acme", True),
+            ("Gr\u00fc\u00dfe".encode(), True),
+            (5_000 * b"x", True),
+            (b"m\xff", False),
+            (b"\xed\xa0\x80", False),
+            (5_000 * b"\xff", False),
+        )
+    }
+    ids |= {b"\x0a\x05": False, 3_000 * b"\0": False}
+    message = UsageReports(domain=b"api")
+    for bucket_id in ids:
+        message.bucket_quota_usages.add(bucket_id=bucket_id, num_requests_allowed=1)
+    read = by_reader(message.SerializeToString())
+    assert read is not None
+    assert [usage.is_utf8 for usage in read[1]] == list(ids.values())
 
 
 def test_an_id_of_too_many_pairs_is_like_one_without() -> None:

@@ -209,14 +209,16 @@ async def test_the_domain_need_only_be_said_once(kind: str) -> None:
         assert action.quota_assignment_action.rate_limit_strategy.blanket_rule == RateLimitStrategy.DENY_ALL
 
 
-async def test_a_bucket_whose_id_is_no_text_is_answered_like_any_other(kind: str) -> None:
+async def test_a_bucket_whose_id_is_no_text_is_never_answered_since_envoy_refuses_the_whole_message(kind: str) -> None:
     served = Served()
     async with served.running(kind) as channel:
         call = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
-        raw = usage(agent="aaaa").SerializeToString().replace(b"aaaa", b"\xff\xfe\xfd\xfc")
-        await call.write(b"\x0a\x03api\x12" + bytes([len(raw)]) + raw)
-        answer = await call.read()
-        assert b"\xff\xfe\xfd\xfc" in answer
+        odd = usage(agent="aaaa").SerializeToString().replace(b"aaaa", b"\xff\xfe\xfd\xfc")
+        good = usage(agent="ada").SerializeToString()
+        await call.write(b"\x0a\x03api" + b"".join(b"\x12" + bytes([len(raw)]) + raw for raw in (odd, good)))
+        [action] = RateLimitQuotaResponse.FromString(await call.read()).bucket_action
+        assert dict(action.bucket_id.bucket) == {"agent": "ada"}
+        assert served.quotas.counts.errors["bad_id"] == 1
 
 
 async def test_a_report_of_very_many_buckets_is_taken(kind: str) -> None:
@@ -233,13 +235,14 @@ async def test_a_report_of_very_many_buckets_is_taken(kind: str) -> None:
         assert served.quotas.counts.reports == 2 * len(usages)
 
 
-async def test_an_id_that_is_too_long_is_passed_over_and_counted(kind: str) -> None:
+async def test_a_bucket_with_an_id_that_is_too_long_is_counted_and_to_be_dropped(kind: str) -> None:
     served = Served()
     async with served.running(kind) as channel:
         envoy = Stream(channel)
         await envoy.report(usage(agent="a" * MAX_ID_BYTES), usage(agent="ada"))
-        [action] = await envoy.told()
-        assert dict(action.bucket_id.bucket) == {"agent": "ada"}
+        long, ada = await envoy.told()
+        assert long.HasField("abandon_action")
+        assert dict(ada.bucket_id.bucket) == {"agent": "ada"}
         assert served.quotas.counts.errors["bad_id"] == 1
 
 
