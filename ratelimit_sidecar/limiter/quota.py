@@ -178,6 +178,8 @@ class Quotas:
         self.pools: dict[bytes, Pool] = {}
         self.bucket_count = 0
         self._dirty: dict[Pool, None] = {}
+        self._learnt: list[Pool] = []
+        """Pools that are still to be divided since it is no longer learning."""
         self._unlimited = Pool(b"", None)
         """The buckets that nothing limits, however many: it is never divided."""
         self._closed: list[QuotaStream] = []
@@ -253,11 +255,15 @@ class Quotas:
         """Charge pending hits, and divide the pools that need it. Call it about ten times a second."""
         if self._is_learning and now_us >= self._learns_until_us:
             self._is_learning = False
-            self._dirty = dict.fromkeys(self.pools.values())
+            self._learnt = list(self.pools.values())
         self._charges.tick(now_us)
         self.drop_closed(now_us)
         self._sweep_buckets(now_us)
         self._sweep_pools(now_us)
+        for pool in self._learnt[-_DIVIDE_BUCKETS:]:
+            if self.pools.get(pool.key) is pool:
+                self._mark_dirty(pool)
+        del self._learnt[-_DIVIDE_BUCKETS:]
         looked_at = 0
         for pool in list(islice(self._dirty, _DIVIDE_BUCKETS)):
             looked_at += 1 + pool.size

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.key import text_of
-from ratelimit_sidecar.limiter.quota import MAX_PAIRS
+from ratelimit_sidecar.limiter.quota import MAX_ENVOY_BUCKETS, MAX_PAIRS
 from ratelimit_sidecar.limiter.quota_pool import Pairs, Usage
 from ratelimit_sidecar.limiter.v1.quota_pb2 import BucketId, BucketUsage
 
@@ -21,6 +21,9 @@ USAGES_AT_ONCE: Final = 16
 """The most buckets of a step. To handle them takes half a millisecond, and two where each changes all shares of its
 limit.
 """
+
+MAX_FIELDS: Final = 4 * MAX_ENVOY_BUCKETS
+"""The most fields of a message, for which its 4 MiB leave 16 bytes each. A report on a bucket has more."""
 
 FIELDS_AT_ONCE: Final = 1_024
 """The most fields of a step, but for those in its last group."""
@@ -56,6 +59,7 @@ class ReportsReader:
         self._fields = FieldReader(raw, MAX_FIELDS_OF_STEP)
         self._at = 0
         self._domain = b""
+        self._looked_at = 0
         self.has_looked = False
 
     @property
@@ -72,6 +76,9 @@ class ReportsReader:
     def look(self) -> int:
         """Look at the next fields, for the domain. Returns how many buckets would take as long."""
         size = self._step(None)
+        self._looked_at += self._fields.fields
+        if self._looked_at > MAX_FIELDS:
+            raise InvalidReports(f"more than {MAX_FIELDS} fields")
         if self.is_over:
             self.has_looked = True
             self._at = 0

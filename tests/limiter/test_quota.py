@@ -417,9 +417,9 @@ def test_all_of_an_odd_rate_is_assigned() -> None:
 class Server:
     """One node, spoken to directly."""
 
-    def __init__(self, rules: Rules = RULES) -> None:
+    def __init__(self, rules: Rules = RULES, learning_us: int = 0) -> None:
         self.world = World(rules)
-        self.node = self.world.node()
+        self.node = self.world.node(learning_us)
         self.quotas: Quotas = self.node.quotas
         self.quotas.tick(self.now_us)
 
@@ -652,6 +652,18 @@ def test_buckets_that_are_no_longer_reported_are_dropped_a_few_at_a_time() -> No
     steps = [after - before for before, after in itertools.pairwise([0, *forgotten])]
     assert max(steps) <= 512
     assert forgotten[-1] == MAX_POOL_BUCKETS
+
+
+def test_when_it_has_learnt_all_limits_are_divided_again_before_the_next_report() -> None:
+    server = Server(learning_us=LEARNING_US)
+    stream = server.connect()
+    before = told(server.report(stream, *many(1_000)))
+    assert all(assignment is not None and assignment.rate < 300 * TOKEN for assignment in before)
+    server.world.now_us += LEARNING_US
+    for _ in range(10):
+        server.quotas.tick(server.now_us)
+    after = told(server.quotas.take(stream, server.now_us, 1_000))
+    assert [assignment and assignment.rate for assignment in after] == [300 * TOKEN] * 1_000
 
 
 def test_no_more_buckets_are_looked_at_than_a_message_has_room_for() -> None:

@@ -17,6 +17,7 @@ from ratelimit_sidecar.limiter.quota_pool import Usage
 from ratelimit_sidecar.limiter.usage_reports import (
     FIELDS_AT_ONCE,
     MAX_DOMAIN_BYTES,
+    MAX_FIELDS,
     MAX_ID_BYTES,
     MAX_USAGE_BYTES,
     USAGES_AT_ONCE,
@@ -185,6 +186,7 @@ def test_an_id_of_too_many_pairs_is_like_one_without() -> None:
     [
         (b"\x0a" + with_length(b"d" * (MAX_DOMAIN_BYTES + 1)), "domain"),
         (b"\x7b" + b"\x08\x00" * 3 * FIELDS_AT_ONCE + b"\x7c", "group"),
+        (b"\x0a\x03api" + b"\x12\x00" * MAX_FIELDS, "more than"),
         (b"\x0a\x03api\x12\x01\xff", "not an"),
         (b"\x0a\x03api\x0d\x00", "not an"),
     ],

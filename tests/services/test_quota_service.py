@@ -26,7 +26,7 @@ from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.usage_reports import MAX_ID_BYTES, USAGES_AT_ONCE
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Headers
+from ratelimit_sidecar.server.rpc import Headers, RpcError
 from ratelimit_sidecar.services.quota import ACTIONS_AT_ONCE, SERVICE_NAME, QuotaService
 
 PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
@@ -330,22 +330,29 @@ async def test_however_many_streams_have_long_messages_other_tasks_run_between_a
     assert max(after - before for before, after in itertools.pairwise(seen)) < 2 * USAGES_AT_ONCE
 
 
-async def test_a_report_of_two_million_empty_buckets_holds_nobody_up_and_takes_no_memory() -> None:
+async def test_a_report_of_as_many_buckets_as_fit_into_4_mib_holds_nobody_up_and_takes_no_memory() -> None:
     served = Served()
-    message = b"\x0a\x03api" + b"\x12\x00" * (MAX_MESSAGE_BYTES // 2)
+    message = b"\x0a\x03api" + b"\x12\x0e\x0a\x0c0123456789ab" * (MAX_MESSAGE_BYTES // 16 - 1)
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
-        reading = [tasks.create_task(read_all(served, message)) for _ in range(3)]
+        reading = [tasks.create_task(read_all(served, message)) for _ in range(2)]
         longest_s = 0.0
-        for _ in range(200):
+        while served.quotas.counts.reports < 1_000:
             begin_s = time.thread_time()
             await asyncio.sleep(0)
             longest_s = max(longest_s, time.thread_time() - begin_s)
         for task in reading:
             task.cancel()
-    # Parsed whole each is 150 MB and a tenth of a second.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 < before_bytes + 50_000_000
-    assert longest_s < 0.05
+    # Parsed whole each takes 40 MB, and a twentieth of a second.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 < before_bytes + 30_000_000
+    assert longest_s < 0.03
+
+
+async def test_a_report_of_two_million_empty_buckets_is_refused() -> None:
+    served = Served()
+    with pytest.raises(RpcError, match="more than"):
+        await read_all(served, b"\x0a\x03api" + b"\x12\x00" * (MAX_MESSAGE_BYTES // 2 - 8))
+    assert not served.quotas.counts.reports
 
 
 async def test_buckets_of_an_envoy_that_is_gone_are_dropped_while_other_tasks_run() -> None:
