@@ -601,10 +601,11 @@ class Quotas:
 
     def _sweep_buckets(self, now_us: int) -> None:
         """Look at the next few buckets for those that their Envoys no longer report."""
-        if not self._streams_to_sweep:
-            self._streams_to_sweep = list(self.streams)
-        while self._streams_to_sweep and len(self._buckets_to_sweep) < _SWEEP_BUCKETS:
-            self._buckets_to_sweep += self._streams_to_sweep.pop().buckets.values()
+        if not self._buckets_to_sweep:
+            if not self._streams_to_sweep:
+                self._streams_to_sweep = list(self.streams)
+            while self._streams_to_sweep and len(self._buckets_to_sweep) < _SWEEP_BUCKETS:
+                self._buckets_to_sweep += self._streams_to_sweep.pop().buckets.values()
         for bucket in self._buckets_to_sweep[-_SWEEP_BUCKETS:]:
             if now_us - bucket.reported_us >= SILENCE_US and bucket.stream.buckets.get(bucket.key) is bucket:
                 self.counts.forgotten["silent"] += 1

@@ -654,6 +654,19 @@ def test_buckets_that_are_no_longer_reported_are_dropped_a_few_at_a_time() -> No
     assert forgotten[-1] == MAX_POOL_BUCKETS
 
 
+def test_those_no_longer_reported_are_found_among_however_many_others() -> None:
+    server = Server()
+    stream = server.connect()
+    usages = many(1_124)
+    server.report(stream, *usages)
+    for _ in range(3):
+        server.report(stream, *usages[100:], after_s=6)
+    for _ in range(5):
+        server.quotas.tick(server.now_us)
+    assert server.quotas.counts.forgotten["silent"] == 100
+    assert server.quotas.bucket_count == 1_024
+
+
 def test_when_it_has_learnt_all_limits_are_divided_again_before_the_next_report() -> None:
     server = Server(learning_us=LEARNING_US)
     stream = server.connect()
