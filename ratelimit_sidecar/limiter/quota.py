@@ -239,12 +239,13 @@ class Quotas:
                 self._mark_dirty(pool)
 
     def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
-        """Look at `most` of the stream's due buckets, and return the actions to send to the Envoy now. They count as
-        sent. There may be none, and more buckets due.
+        """Look at `most` of the stream's buckets that are abandoned or due, and return the actions to send to the Envoy
+        now. They count as sent. There may be none, and more buckets due.
         """
-        actions = [Action(bucket_id, None) for bucket_id in stream.abandoned]
-        stream.abandoned, stream.abandoned_bytes = [], 0
-        for bucket in list(islice(stream.due, most)):
+        actions = [Action(bucket_id, None) for bucket_id in stream.abandoned[:most]]
+        stream.abandoned_bytes -= sum([len(action.bucket_id) for action in actions])
+        del stream.abandoned[: len(actions)]
+        for bucket in list(islice(stream.due, most - len(actions))):
             del stream.due[bucket]
             action = self._next_action(bucket, now_us)
             if action is not None:

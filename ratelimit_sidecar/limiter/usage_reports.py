@@ -34,7 +34,9 @@ MAX_FIELDS_OF_STEP: Final = 2 * FIELDS_AT_ONCE
 MAX_DOMAIN_BYTES: Final = 1_024
 
 MAX_ID_BYTES: Final = 1_024
-"""The longest id of a bucket. Longer ones are ignored: callers may choose their content, and ids are kept in memory."""
+"""The longest id of a bucket. One with a longer id is to be dropped: callers may choose its content, and ids are kept
+in memory.
+"""
 
 MAX_USAGE_BYTES: Final = 1 << 17
 """The longest report on one bucket, its id included; a longer one is not read. Envoy takes 60 KiB of headers."""

@@ -245,9 +245,9 @@ class DeltasReader:
             entries_read += len(entries)
             base = _read_base(delta.base, limit) if delta.HasField("base") else None
             unknown_keys += limit is None
-            rest = entries
+            first = 0
             while limit is not None:
-                piece, rest = rest[:PIECE_ENTRIES], rest[PIECE_ENTRIES:]
+                piece = entries if len(entries) <= PIECE_ENTRIES else entries[first : first + PIECE_ENTRIES]
                 if local_limit_of_key is None:
                     news = store.join(key, limit, base, piece, now_us, sender=self._corrector)
                 else:
@@ -256,7 +256,8 @@ class DeltasReader:
                     bucket = store.get(key)
                     assert bucket is not None
                     on_news(bucket, piece)
-                if not rest:
+                first += PIECE_ENTRIES
+                if first >= len(entries):
                     break
                 base = None
                 yield Applied(entries_read, unknown_keys, False)

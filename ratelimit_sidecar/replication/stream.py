@@ -368,7 +368,7 @@ class Stream:
             self._demands_told = demands.write(ping, self._demands_told)
 
     def _handle_steps(self, event: Event, now_us: int) -> Steps:
-        if not isinstance(event, DeltasReceived | ComparisonReceived | DemandsReceived):
+        if not isinstance(event, InSteps):
             self._hear(event, now_us)
             return
         if isinstance(event, DeltasReceived) and event.acknowledged is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -31,12 +32,19 @@ async def until_assigned(client: httpx.AsyncClient, region: RegionPorts, assignm
             await asyncio.sleep(0.05)
 
 
-async def test_an_envoy_is_told_its_quota_and_what_it_admits_is_charged_to_the_rule(tmp_path: Path) -> None:
+@asynccontextmanager
+async def one_envoy(folder: Path) -> AsyncIterator[tuple[RegionPorts, httpx.AsyncClient]]:
+    """An Envoy with its sidecar, and a client for the sidecar's console."""
     ports = free_ports(1)
     (region,) = ports.regions
-    async with Children(tmp_path) as children, httpx.AsyncClient(trust_env=False, timeout=WAIT_S) as client:
-        await children.start(sidecar_command(tmp_path, "sidecar", region))
-        await children.start(envoy_command(tmp_path, "envoy", region, region.grpc, ports.upstream))
+    async with Children(folder) as children, httpx.AsyncClient(trust_env=False, timeout=WAIT_S) as client:
+        await children.start(sidecar_command(folder, "sidecar", region))
+        await children.start(envoy_command(folder, "envoy", region, region.grpc, ports.upstream))
+        yield region, client
+
+
+async def test_an_envoy_is_told_its_quota_and_what_it_admits_is_charged_to_the_rule(tmp_path: Path) -> None:
+    async with one_envoy(tmp_path) as (region, client):
         load = Load(region.envoy, 1)
         assert await load.ask() == 200
         load.close()
@@ -48,11 +56,7 @@ async def test_an_envoy_is_told_its_quota_and_what_it_admits_is_charged_to_the_r
 
 
 async def test_what_no_assignment_can_be_made_for_shares_a_bucket_that_is_limited(tmp_path: Path) -> None:
-    ports = free_ports(1)
-    (region,) = ports.regions
-    async with Children(tmp_path) as children, httpx.AsyncClient(trust_env=False, timeout=WAIT_S) as client:
-        await children.start(sidecar_command(tmp_path, "sidecar", region))
-        await children.start(envoy_command(tmp_path, "envoy", region, region.grpc, ports.upstream))
+    async with one_envoy(tmp_path) as (region, client):
         for tenant in ("m\xff", "m" * 2_000, "", "m m"):
             load = Load(region.envoy, 1, tenant)
             assert await load.ask() == 200

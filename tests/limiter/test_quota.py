@@ -514,6 +514,14 @@ def test_an_envoy_is_told_to_drop_buckets_before_it_has_more_than_fit_into_a_rep
     assert stream.id_bytes == 0
 
 
+def test_what_an_envoy_is_to_drop_goes_out_in_messages_of_the_usual_size() -> None:
+    server = Server()
+    stream = server.connect()
+    server.quotas.report(stream, DOMAIN, [Usage(b"%d" % number, (), 1, 0, 0) for number in range(100)], server.now_us)
+    sizes = [len(server.quotas.take(stream, server.now_us, 64)) for _ in range(3)]
+    assert (sizes, stream.abandoned_bytes) == ([64, 36, 0], 0)
+
+
 def test_a_bucket_with_an_id_that_is_too_long_is_dropped() -> None:
     server = Server()
     [action] = server.report(server.connect(), Usage(b"long", (), 1, 0, 0))
