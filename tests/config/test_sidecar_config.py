@@ -413,11 +413,6 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
             "fabric.tls: found files beside a url without TLS, expected a rediss:// url; change one of them",
         ),
         (
-            "fabric: {url: 'redis://a'}\nsync: {members: {a: 1}}",
-            "fabric: found sync.members beside fabric, expected one of the two; remove one: strict limits need streams"
-            " between all members",
-        ),
-        (
             "fabric: {url: 'redis://a'}\nsync: {peers: ['west:1']}",
             "node.region: found nothing, beside fabric and sync.peers, expected a name that no other region has: what"
             " all its sidecars take is known to others under it; add it",

@@ -29,6 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 pytestmark = needs_redis
 
@@ -245,7 +246,7 @@ class Running:
         self.store = make_store(Origin(name, random.getrandbits(63) + 1))
         self.meshes: list[Mesh] = []
 
-        def mesh_of(store: Store) -> Mesh:
+        def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
             mesh = Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
             )

@@ -26,6 +26,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 pytestmark = [needs_redis, pytest.mark.long]
 
@@ -53,7 +54,7 @@ class Live:
         self.store = Store(Origin(name, 1), lambda _key: limit)
         self.regions: list[Store] = []
 
-        def mesh_of(store: Store) -> Mesh:
+        def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
             self.regions.append(store)
             return Mesh(origin=store.origin, region="east", version="1", store=store, now_us=now_us, peers=())
 
