@@ -103,13 +103,15 @@ local function forget_short(short, clock)
 end
 
 local function level_of(account, clock)
-  -- What did not fit beside the grants is spilled; these count until now.
-  account.full = math.max(account.full, clock + (account.out + account.former) / account.rate)
+  -- What did not fit beside the grants is spilled: until the end of each generation, and until now.
   local generation = math.floor(clock / COUNTED)
-  if generation > account.generation then
-    account.former = generation == account.generation + 1 and account.out or 0
-    account.out, account.generation = 0, generation
+  while account.generation < generation and account.out + account.former > 0 do
+    local ended = (account.generation + 1) * COUNTED
+    account.full = math.max(account.full, ended + (account.out + account.former) / account.rate)
+    account.former, account.out, account.generation = account.out, 0, account.generation + 1
   end
+  account.generation = generation
+  account.full = math.max(account.full, clock + (account.out + account.former) / account.rate)
   return account.home - (account.full - clock) * account.rate
 end
 """

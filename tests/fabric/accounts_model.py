@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha1
 from typing import Any
 
@@ -82,7 +82,8 @@ class Shard:
         """`BEAT`, which looks at all fields."""
         self._begin(lineage, history, time)
         self.members = members
-        for name, account in list(self.accounts.items()):
+        for name, stored in list(self.accounts.items()):
+            account = replace(stored)
             level = self._level_of(account)
             is_full = not account.out + account.former and level >= account.home
             if is_full and self.clock - account.used > KEPT_US:
@@ -104,13 +105,15 @@ class Shard:
         return [self.lineage.encode(), self.clock // COUNTED_US, *texts]
 
     def _level_of(self, account: Account) -> float:
-        out = 0 if self.broken.keeps_no_room else account.out + account.former
-        account.full = max(account.full, self.clock + out / account.rate)
-        generation = self.clock // COUNTED_US
-        if generation > account.generation:
-            is_next = generation == account.generation + 1 and not self.broken.forgets_grants_at_once
-            account.former = account.out if is_next else 0
-            account.out, account.generation = 0, generation
+        def spill(until: int) -> None:
+            out = 0 if self.broken.keeps_no_room else account.out + account.former
+            account.full = max(account.full, until + out / account.rate)
+
+        while account.generation < self.clock // COUNTED_US:
+            account.generation += 1
+            spill(account.generation * COUNTED_US)
+            account.former, account.out = 0 if self.broken.forgets_grants_at_once else account.out, 0
+        spill(self.clock)
         return account.home - (account.full - self.clock) * account.rate
 
     def _draw(self, name: str, text: str) -> bytes:
@@ -125,7 +128,7 @@ class Shard:
             level = self._level_of(account)
         else:
             account = Account(0, generation)
-            level = max(0, self.clock - COUNTED_US) * rate
+            level = max(0, self.clock - (0 if self.broken.begins_at_once else COUNTED_US)) * rate
             if self.broken.begins_full:
                 level = home
         if was >= 0:

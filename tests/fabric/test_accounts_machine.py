@@ -6,9 +6,11 @@ is virtual. The oracle is one bucket to which every admission goes at its true t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -16,20 +18,26 @@ from fabric.accounts_model import KEPT, Broken, Shard
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from persistence.redis_server import RedisServer, needs_redis
+from redis import Redis
+from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.drawing import wish
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Wish
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
 from ratelimit_sidecar.fabric.draws import Asked, Draws, members_text
+from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 
 KEY = b"k"
+SHARD = FabricKeys("ratelimit").shards[0]
 SIDECARS = ("a", "b", "c")
 SECOND_US = 1_000_000
 BEAT_US = 100_000
 DRIFT_PPM = 5_000
-START_US = 1_000 * SECOND_US
+START_US = 1_000_000 * SECOND_US
 LIMITS = (Limit(40, SECOND_US, 60), Limit(5, 8 * SECOND_US, 5), Limit(100, SECOND_US, 100), Limit(8, SECOND_US, 30))
 
 
@@ -105,6 +113,56 @@ class Server:
 
     def flush(self) -> None:
         self.shard.flush()
+
+
+class ScriptedServer(Server):
+    """A real server, whose answers are those of the model. Its time and replication id are the test's.
+
+    Args:
+        path: of its socket.
+    """
+
+    path: ClassVar[str] = ""
+
+    def __init__(self, broken: Broken) -> None:
+        super().__init__(broken)
+        self.redis = Redis(unix_socket_path=self.path)
+        self.redis.flushall()
+        self.saved: list[Any] = [None, None]
+
+    def _run(self, script: str, keys: Sequence[bytes], arguments: Sequence[str], now_us: int) -> Any:
+        given = "local history, time = server_history(), server_time()"
+        assert given in script
+        script = script.replace(given, f"local history, time = '{self.history}', {now_us + self.clock_us}")
+        return self.redis.eval(script, len(keys), *keys, *arguments)
+
+    def beat(self, lineage: str, members: str, now_us: int) -> None:
+        super().beat(lineage, members, now_us)
+        self._run(BEAT, [*SHARD.of_accounts, SHARD.fence], [lineage, "1", members, "0", "1000"], now_us)
+
+    def draw(self, arguments: list[str], now_us: int) -> list[Any] | None:
+        expected = super().draw(arguments, now_us)
+        if expected is None:
+            with pytest.raises(ResponseError, match="AGAIN"):
+                self._run(DRAW, SHARD.of_accounts, arguments, now_us)
+        else:
+            assert self._run(DRAW, SHARD.of_accounts, arguments, now_us) == expected
+        return expected
+
+    def replicate(self) -> None:
+        super().replicate()
+        self.saved = [self.redis.dump(key) for key in SHARD.of_accounts]
+
+    def become(self, history: str, clock_us: int) -> None:
+        super().become(history, clock_us)
+        for key, saved in zip(SHARD.of_accounts, self.saved, strict=True):
+            self.redis.delete(key)
+            if saved is not None:
+                self.redis.restore(key, 0, saved)
+
+    def flush(self) -> None:
+        super().flush()
+        self.redis.flushall()
 
 
 names = st.sampled_from(SIDECARS)
@@ -252,6 +310,16 @@ class AccountsMachine(RuleBasedStateMachine):
         self.take_all()
 
     @rule(name=names)
+    def what_is_given_back_arrives_late(self, name: str) -> None:
+        call = self.send(name, 0, 0)
+        assert call is not None
+        self.pass_time(2 * COUNTED_US)
+        self.draw_all_and_take_all_later(1)
+        self.server.draw(call.arguments, self.now_us)
+        self.draw_all()
+        self.take_all()
+
+    @rule(name=names)
     def restart(self, name: str) -> None:
         self.sidecars[name] = self.new(name)
 
@@ -286,6 +354,18 @@ class AccountsMachine(RuleBasedStateMachine):
 
 TestAccountsMachine = AccountsMachine.TestCase
 TestAccountsMachine.settings = settings(max_examples=max(300, settings().max_examples), stateful_step_count=30)
+
+
+@needs_redis
+async def test_the_scripts_answer_as_the_model_does(tmp_path: Path) -> None:
+    async with RedisServer(tmp_path) as running:
+        server = type("Running", (ScriptedServer,), {"path": str(running.socket)})
+        machine = type("ScriptedMachine", (AccountsMachine,), {"make_server": server})
+        fewer = settings(
+            max_examples=max(20, settings().max_examples // 5), stateful_step_count=20, deadline=None, database=None
+        )
+        await asyncio.to_thread(run_state_machine_as_test, machine, settings=fewer)
+
 
 BROKEN: dict[str, dict[str, Any]] = {
     **{each.name: {"broken": Broken(**{each.name: True})} for each in fields(Broken)},
