@@ -57,6 +57,7 @@ class LightSidecar:
     keys: that it draws from.
     sync: where its gateway listens; None when it is never one.
     strict: the limit of every key, if it is strict; then it may be the gateway also without `sync`.
+    members: among whom it is divided, this region one of them.
     admissions: a file to which the time of each is appended, in microseconds of the machine's clock.
     """
 
@@ -71,6 +72,7 @@ class LightSidecar:
         sync: str | None,
         peers: Sequence[str],
         strict: Limit | None = None,
+        members: Sequence[str] = (),
         admissions: Path | None = None,
     ) -> None:
         config = FabricConfig.model_validate({"url": url})
@@ -97,7 +99,7 @@ class LightSidecar:
         self.strict = strict
         origin = Origin(name, random.getrandbits(63) + 1)
         self.store = Store(origin, lambda _key: limit)
-        shares = Shares(Membership(1, {region: 1}), region, steady_us())
+        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, steady_us())
         self.ledger = GrantLedger(shares, origin, lambda _key: strict)
         self._admissions = None if admissions is None else admissions.open("ab", buffering=0)
         self.fabric = Fabric(
@@ -213,6 +215,7 @@ def ticks_of(sidecars: Sequence[LightSidecar]) -> int:
 @click.option("--own-keys", is_flag=True, help="Each sidecar has others.")
 @click.option("--capacity", default=1_000_000_000)
 @click.option("--strict", default=0, help="So many a second, and at once, of each key; a strict limit.")
+@click.option("--members", default="", help="Of strict limits, with commas; without it the region alone.")
 @click.option("--admissions", type=click.Path(path_type=Path), default=None)
 @click.option("--seconds", default=0.0, help="0: until another line comes.")
 def main(  # noqa: PLR0917
@@ -227,6 +230,7 @@ def main(  # noqa: PLR0917
     own_keys: bool,
     capacity: int,
     strict: int,
+    members: str,
     admissions: Path | None,
     seconds: float,
 ) -> None:
@@ -239,6 +243,7 @@ def main(  # noqa: PLR0917
             sync=sync,
             peers=peer,
             strict=Limit(strict, 1_000_000, strict) if strict else None,
+            members=members.split(",") if members else [region],
             admissions=admissions,
         )
         for number in range(sidecars)
