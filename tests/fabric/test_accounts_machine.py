@@ -263,9 +263,9 @@ class AccountsMachine(RuleBasedStateMachine):
 
     @rule()
     def draw_all(self) -> None:
-        for name in SIDECARS:
-            for _ in range(3):
-                self.call(name, 200, 200)
+        part = max(1, self.limit.capacity // len(SIDECARS))
+        for name in SIDECARS * 2:
+            self.call(name, part, 200)
 
     @rule(name=names, wanted=st.sampled_from([0, 10, 200]), most=st.sampled_from([0, 10, 200]), is_done=st.booleans())
     def call_without_an_answer(self, name: str, wanted: int, most: int, is_done: bool) -> None:
@@ -315,8 +315,36 @@ class AccountsMachine(RuleBasedStateMachine):
         assert call is not None
         self.pass_time(2 * COUNTED_US)
         self.draw_all_and_take_all_later(1)
+        for each in SIDECARS:
+            self.call(each, 0, 0)
         self.server.draw(call.arguments, self.now_us)
         self.draw_all()
+        self.take_all()
+
+    @rule(
+        name=names,
+        fault=st.sampled_from(["none", "flush", "fail over", "a call is done twice", "no answer"]),
+        seconds=st.sampled_from([0.1, 1, 2.4, 7]),
+    )
+    def one_holds_what_it_drew_before_a_fault_and_others_draw(self, name: str, fault: str, seconds: float) -> None:
+        self.server.replicate()
+        if "fail" not in fault and fault != "flush":
+            self.draw_all()
+        self.call(name, 200, 200)
+        if fault in ("flush", "fail over"):
+            self.server_fault(fault)
+        elif fault != "none":
+            self.take_of(name, max(1, self.sidecars[name].bucket.held // 2))
+            self.call_without_an_answer(name, 0, 200, True)
+            if fault == "no answer":
+                self.call(name, 0, 200)
+            else:
+                self.server.draw(self.under_way[-1].arguments, self.now_us)
+        self.pass_time(int(seconds * SECOND_US))
+        for _ in range(3):
+            for other in SIDECARS:
+                if other != name:
+                    self.call(other, 200, 200)
         self.take_all()
 
     @rule(name=names)
@@ -383,6 +411,6 @@ def test_without_any_one_rule_a_history_is_found_in_which_more_is_admitted(broke
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=3_000, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True
+                max_examples=2_000, stateful_step_count=20, phases=[Phase.generate], database=None, derandomize=True
             ),
         )
