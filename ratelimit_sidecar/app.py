@@ -293,6 +293,7 @@ class Sidecar:
         return (self._gateway or self._mesh).membership_status()
 
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
+        drawing = None if self._fabric is None else self._fabric.drawing
         return metrics.create_registry(
             metrics.MetricSources(
                 node=self._config.node.id,
@@ -312,6 +313,7 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 redis=None if self._redis is None else self._redis.status,
                 fabric=None if self._fabric is None else self._fabric.status,
+                drawing=None if drawing is None else drawing.status,
                 supervision=self._supervisor,
                 log=self._log,
                 fullest=self._fullest,

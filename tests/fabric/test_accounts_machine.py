@@ -409,7 +409,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_without_any_one_rule_a_history_is_found_in_which_more_is_admitted(broken: dict[str, Any]) -> None:
