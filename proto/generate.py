@@ -25,6 +25,9 @@ _GOOGLEAPIS: Final = str(Path(google.rpc.__path__[0]).parents[1])
 
 _ENVOY_IMPORT: Final = re.compile(r"^from (?=(?:envoy|udpa|validate|xds)\b)", re.MULTILINE)
 
+# protoc takes a module's constants for those of a class.
+_CONSTANT: Final = re.compile(r"^(\w+): _ClassVar\[(\w+)\]$", re.MULTILINE)
+
 
 def generate(target: Path) -> None:
     """Write `*_pb2.py` and `*_pb2.pyi` under `target`, for services of Envoy's API `*_pb2_grpc.py`, too.
@@ -42,7 +45,8 @@ def generate(target: Path) -> None:
             file.unlink()
             continue
         # protoc takes the path of a .proto for its module, and these are in a package of ours.
-        file.write_text(_ENVOY_IMPORT.sub(f"from {ENVOY_PACKAGE}.", source))
+        source = _ENVOY_IMPORT.sub(f"from {ENVOY_PACKAGE}.", source)
+        file.write_text(_CONSTANT.sub(r"\1: \2", source))
     for folder in [envoy, *(path for path in envoy.rglob("*") if path.is_dir() and path.name != "__pycache__")]:
         (folder / "__init__.py").touch()
 

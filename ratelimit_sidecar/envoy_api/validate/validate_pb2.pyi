@@ -20,13 +20,13 @@ class KnownRegex(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 UNKNOWN: KnownRegex
 HTTP_HEADER_NAME: KnownRegex
 HTTP_HEADER_VALUE: KnownRegex
-DISABLED_FIELD_NUMBER: _ClassVar[int]
+DISABLED_FIELD_NUMBER: int
 disabled: _descriptor.FieldDescriptor
-IGNORED_FIELD_NUMBER: _ClassVar[int]
+IGNORED_FIELD_NUMBER: int
 ignored: _descriptor.FieldDescriptor
-REQUIRED_FIELD_NUMBER: _ClassVar[int]
+REQUIRED_FIELD_NUMBER: int
 required: _descriptor.FieldDescriptor
-RULES_FIELD_NUMBER: _ClassVar[int]
+RULES_FIELD_NUMBER: int
 rules: _descriptor.FieldDescriptor
 
 class FieldRules(_message.Message):

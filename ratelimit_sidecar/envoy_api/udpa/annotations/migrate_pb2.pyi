@@ -4,15 +4,15 @@ from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
-MESSAGE_MIGRATE_FIELD_NUMBER: _ClassVar[int]
+MESSAGE_MIGRATE_FIELD_NUMBER: int
 message_migrate: _descriptor.FieldDescriptor
-FIELD_MIGRATE_FIELD_NUMBER: _ClassVar[int]
+FIELD_MIGRATE_FIELD_NUMBER: int
 field_migrate: _descriptor.FieldDescriptor
-ENUM_MIGRATE_FIELD_NUMBER: _ClassVar[int]
+ENUM_MIGRATE_FIELD_NUMBER: int
 enum_migrate: _descriptor.FieldDescriptor
-ENUM_VALUE_MIGRATE_FIELD_NUMBER: _ClassVar[int]
+ENUM_VALUE_MIGRATE_FIELD_NUMBER: int
 enum_value_migrate: _descriptor.FieldDescriptor
-FILE_MIGRATE_FIELD_NUMBER: _ClassVar[int]
+FILE_MIGRATE_FIELD_NUMBER: int
 file_migrate: _descriptor.FieldDescriptor
 
 class MigrateAnnotation(_message.Message):

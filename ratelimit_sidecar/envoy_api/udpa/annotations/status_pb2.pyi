@@ -16,7 +16,7 @@ UNKNOWN: PackageVersionStatus
 FROZEN: PackageVersionStatus
 ACTIVE: PackageVersionStatus
 NEXT_MAJOR_VERSION_CANDIDATE: PackageVersionStatus
-FILE_STATUS_FIELD_NUMBER: _ClassVar[int]
+FILE_STATUS_FIELD_NUMBER: int
 file_status: _descriptor.FieldDescriptor
 
 class StatusAnnotation(_message.Message):

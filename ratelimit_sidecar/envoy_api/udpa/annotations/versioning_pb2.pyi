@@ -4,7 +4,7 @@ from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
-VERSIONING_FIELD_NUMBER: _ClassVar[int]
+VERSIONING_FIELD_NUMBER: int
 versioning: _descriptor.FieldDescriptor
 
 class VersioningAnnotation(_message.Message):

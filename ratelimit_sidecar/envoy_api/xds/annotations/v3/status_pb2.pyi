@@ -16,11 +16,11 @@ UNKNOWN: PackageVersionStatus
 FROZEN: PackageVersionStatus
 ACTIVE: PackageVersionStatus
 NEXT_MAJOR_VERSION_CANDIDATE: PackageVersionStatus
-FILE_STATUS_FIELD_NUMBER: _ClassVar[int]
+FILE_STATUS_FIELD_NUMBER: int
 file_status: _descriptor.FieldDescriptor
-MESSAGE_STATUS_FIELD_NUMBER: _ClassVar[int]
+MESSAGE_STATUS_FIELD_NUMBER: int
 message_status: _descriptor.FieldDescriptor
-FIELD_STATUS_FIELD_NUMBER: _ClassVar[int]
+FIELD_STATUS_FIELD_NUMBER: int
 field_status: _descriptor.FieldDescriptor
 
 class FileStatusAnnotation(_message.Message):
