@@ -18,7 +18,7 @@ from fabric.accounts_model import KEPT, Broken, Shard
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from persistence.redis_server import RedisServer, needs_redis
+from persistence.redis_server import SERVERS, RedisServer, needs_redis
 from redis import Redis
 from redis.exceptions import ResponseError
 
@@ -392,8 +392,9 @@ TestAccountsMachine.settings = settings(max_examples=max(300, settings().max_exa
 
 
 @needs_redis
-async def test_the_scripts_answer_as_the_model_does(tmp_path: Path) -> None:
-    async with RedisServer(tmp_path) as running:
+@pytest.mark.parametrize("program", SERVERS)
+async def test_the_scripts_answer_as_the_model_does(tmp_path: Path, program: str) -> None:
+    async with RedisServer(tmp_path, program=program) as running:
         server = type("Running", (ScriptedServer,), {"path": str(running.socket)})
         machine = type("ScriptedMachine", (AccountsMachine,), {"make_server": server})
         fewer = settings(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from persistence.redis_server import WITHIN_S, RedisServer, free_port_numbers, needs_redis
+from persistence.redis_server import SERVERS, WITHIN_S, RedisServer, free_port_numbers, needs_redis
 from persistence.test_snapshot import LIMITS, NOW_US, SECOND_US, make_store, take
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -34,9 +34,9 @@ from ratelimit_sidecar.replication.purses import Purses
 pytestmark = needs_redis
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    async with RedisServer(tmp_path) as running:
+@pytest.fixture(params=SERVERS)
+async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
+    async with RedisServer(tmp_path, program=request.param) as running:
         yield running
 
 

@@ -7,10 +7,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
-from fabric.test_fabric import connect_to
+from fabric.test_fabric import connect_to, server
 from persistence.redis_server import RedisServer, needs_redis
 from redis.exceptions import ResponseError
 
@@ -27,17 +26,13 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 
 pytestmark = needs_redis
 
+__all__ = ["server"]
+
 KEYS = FabricKeys("ratelimit")
 STRICT = KEYS.shards[0].of_accounts[0]
 SECOND_US = 1_000_000
 LIMIT = Limit(100, 1_000_000, 100)
 """Full a second after its beginning."""
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    async with RedisServer(tmp_path) as running:
-        yield running
 
 
 class Region:
@@ -46,6 +41,7 @@ class Region:
     def __init__(self, server: RedisServer, names: str, weights: dict[str, int] | None = None) -> None:
         self.ahead_us = 0
         self.members = members_text([weights or {"east": 1}])
+        self._server = server
         self._link = Link(connect_to(server))
         self.sidecars = {name: Sidecar(name, server, self) for name in names}
 
@@ -68,8 +64,12 @@ class Region:
             await asyncio.sleep(MOST_STEP_US / 4e6)
 
     async def begin(self) -> None:
-        """Until the account is full."""
-        await self.run(COUNTED_US / 1e6 + 1.2)
+        """Until the account is full, however much of the time was lost."""
+        async with self._server.client() as client:
+            clock_us = 0
+            while clock_us < COUNTED_US + 1_100_000:
+                await self.run(0.1)
+                clock_us = int((await client.hget(STRICT, "@")).split()[2])
         for each in self.sidecars.values():
             each.take(1)
             await each.tick()
@@ -181,7 +181,7 @@ async def test_what_a_killed_one_held_is_refilled_once_its_grant_is_over(server:
         assert not b.take(1)
         await b.tick()
         assert b.held() == 0
-        await region.run(2 * COUNTED_US / 1e6)
+        await region.run(2 * COUNTED_US / 1e6 + 1.5)
         assert not b.take(50)
         await b.tick()
         assert b.held() >= 50
