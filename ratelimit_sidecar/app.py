@@ -290,7 +290,12 @@ class Sidecar:
         return (self._gateway or self._mesh).status()
 
     def _membership_status(self) -> MembershipStatus | None:
-        return (self._gateway or self._mesh).membership_status()
+        if self._fabric is None:
+            return self._mesh.membership_status()
+        # Of the region, whose gateway alone tells it.
+        if self._gateway is None or not self._fabric.status.token:
+            return None
+        return self._gateway.membership_status()
 
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
         drawing = None if self._fabric is None else self._fabric.drawing

@@ -16,8 +16,9 @@ from ratelimit_sidecar.crdt.shares import TOKEN
 SOON_US: Final = 200_000
 """Some ticks of 50 ms."""
 
-STANDING_US: Final = 60_000_000
-"""For so long after its last request a bucket holds something, if the account has plenty."""
+STANDING_US: Final = 10_000_000
+"""For so long after its last request a bucket holds something, if the account has plenty. It is renewed once a second.
+"""
 
 STANDING_SHIFT: Final = 4
 """That is 1/16 of what the account has left, rounded up."""

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Final
 
+from redis import exceptions
+
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
@@ -62,7 +64,8 @@ class RegionalPurses:
         """Let the clocks of the accounts go on, say who the members are, and hear what the region is short of.
 
         Raises:
-            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced.
+            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. What the
+                server does not permit is none, since other limits can do without: the sidecars tell of it.
         """
         now_us = self._strict_us()
         every_us, self._beaten_us = now_us - self._beaten_us, now_us
@@ -74,11 +77,15 @@ class RegionalPurses:
             )
             for keys, cursor in zip(self._keys.shards, self._cursors, strict=True)
         ]
-        for number, answer in enumerate(await link.call(BEAT, calls)):
+        try:
+            answers = await link.call(BEAT, calls)
+        except exceptions.ResponseError as error:
+            answers = [error]
+        for number, answer in enumerate(answers):
             if isinstance(answer, Exception):
                 if "FENCED" in str(answer):
                     raise answer
-                # A shard of a Cluster that is being moved; the others are not.
+                # A shard of a Cluster may be moved, while the others are not.
                 continue
             self._hear(number, answer, every_us)
 
