@@ -13,12 +13,12 @@ import pytest
 from e2e.sidecars import sidecar_command, status
 from e2e.test_state import LIMIT, RULES, WITHIN_S, remaining, until_remaining
 from e2e.test_state_in_redis import until_told
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from persistence.redis_server import RedisServer, needs_redis
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
 
 pytestmark = [needs_redis, pytest.mark.slow]
@@ -137,25 +137,33 @@ async def until_admitted(ports: RegionPorts, hits: int) -> None:
             await asyncio.sleep(0.05)
 
 
+async def until_paid(gateway: RegionPorts, asked: RegionPorts) -> None:
+    """Ask one of the region for more than this refills, until another one has paid."""
+    async with httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as client, asyncio.timeout(WITHIN_S):
+        while True:
+            for _ in range(10):
+                await admitted(asked, 10)
+            membership = (await client.get(f"http://{HOST}:{gateway.admin}/peers")).json()["membership"]
+            if membership is not None and membership["payments_received"] > 0:
+                assert membership["home_share"] == 0.5
+                return
+
+
 async def test_a_region_is_one_member_of_strict_limits_beside_a_sidecar_of_another(tmp_path: Path) -> None:
     west, *east = free_ports(3).regions
     async with RedisServer(tmp_path / "redis") as server, Children(tmp_path) as children:
         sync = {"members": {"west": 1, "east": 1}}
-        for each in commands(tmp_path, server, west, *east, rules=STRICT_RULES, sync=sync):
-            await children.start(each)
+        made = commands(tmp_path, server, west, *east, rules=STRICT_RULES, sync=sync)
+        running = [await children.start(each) for each in made]
         gateway = await the_gateway(east)
         # More than the home of a sidecar in the mesh, and all that there is of the region's.
         for own in east:
             await until_admitted(own, 25)
-        # Of one alone more than the region refills: the west pays.
+        await until_paid(east[gateway], east[1 - gateway])
         async with httpx.AsyncClient(trust_env=False, timeout=WITHIN_S) as client:
-            async with asyncio.timeout(WITHIN_S):
-                while True:
-                    for _ in range(10):
-                        await admitted(east[1 - gateway], 10)
-                    body = (await client.get(f"http://{HOST}:{east[gateway].admin}/peers")).json()
-                    if body["membership"]["payments_received"] > 0:
-                        break
             text = (await client.get(f"http://{HOST}:{east[1 - gateway].admin}/metrics")).text
         assert 'ratelimit_fabric_strict_tokens_total{direction="drawn",region="east"}' in text
-        assert body["membership"]["home_share"] == 0.5
+        await children.stop(running[1 + gateway])
+        left = east[1 - gateway]
+        assert await the_gateway([left]) == 0
+        await until_paid(left, left)

@@ -140,3 +140,41 @@ async def test_a_lone_busy_region_gets_what_the_other_one_refills(tmp_path: Path
         print(f"{used:.1%} of the limit used by one of two regions")
         assert admissions.most_at_once() <= LIMIT
         assert used >= 0.8
+
+
+async def test_two_regions_that_pay_each_other_keep_to_the_limit_while_gateways_are_killed_and_data_is_lost(
+    tmp_path: Path,
+) -> None:
+    admissions = Admissions(tmp_path)
+    ports = free_port_numbers(2)
+    addresses = dict(zip(("east", "west"), (f"{HOST}:{port}" for port in ports), strict=True))
+    async with AsyncExitStack() as stack:
+        servers = {name: await stack.enter_async_context(RedisServer(tmp_path / name)) for name in addresses}
+        lights: dict[str, Light] = {}
+
+        async def add(region: str, number: int, rate: int) -> Light:
+            name = f"{region}-{number}"
+            [other] = (address for each, address in addresses.items() if each != region)
+            options = (
+                *("--region", region, "--sync", addresses[region], "--peer", other, "--members", "east,west"),
+                *("--strict", str(LIMIT), "--rate", str(rate), "--admissions", admissions.file(name)),
+            )
+            lights[f"{name}-0"] = made = await stack.enter_async_context(light(servers[region], name, *options))
+            return made
+
+        await begin([await add(region, number, 90) for region in addresses for number in range(2)])
+        for number, region in enumerate(("east", "west", "east")):
+            await asyncio.sleep(4)
+            async with asyncio.timeout(WITHIN_S):
+                while not (name := await holder(servers[region])):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            lights[name].process.kill()
+            # Then one of the two wants more than the other.
+            await (await add(region, 10 + number, 30 + 60 * number)).begin()
+            await asyncio.sleep(4)
+            async with servers[region].client() as client:
+                await client.flushall()
+        await asyncio.sleep(FULL_S + 2)
+        ended = time.monotonic()
+        assert admissions.most_at_once() <= LIMIT
+        assert admissions.between(ended - 2, ended) > LIMIT
