@@ -119,7 +119,7 @@ class BucketDescription(TypedDict):
     replicated: bool
     share: float | None
     """For a strict limit, the part that is this node's home. `remaining` and `debt` are of that part. On a fabric it is
-    the region's, and these are what this sidecar holds of it."""
+    the region's, and what remains is held here, or was left there a moment ago."""
     origins: int
     """The number of origins with entries within the horizon, former lives of replicas included."""
     slots: int

@@ -143,13 +143,20 @@ class GrantedBucket(StrictBucket):
             self.short_of = max(self.short_of, hits)
         return is_admitted
 
-    def _refilled_in_us(self, level: int) -> int:
-        """By the rate of the whole limit: others may need it as well."""
-        missing = level - self.level
-        return max(LEAST_RETRY_US, -(-missing // (self._limit.tokens << 32))) if missing > 0 else 0
+    @property
+    def remaining(self) -> int:
+        """Whole tokens that are here, and that the account had left when it answered last."""
+        return max(0, self.held) + self.left
+
+    @property
+    def full_in_us(self) -> int:
+        """By the rate of the whole limit, as `retry_after_us`: others may need it as well."""
+        limit = self._limit
+        return max(0, limit.capacity - self.remaining) * limit.period_us // limit.tokens
 
     def retry_after_us(self, hits: int) -> int:
-        return self._refilled_in_us(hits * self._limit.period_us << 32)
+        missing = (hits * self._limit.period_us << 32) - self.level
+        return max(LEAST_RETRY_US, -(-missing // (self._limit.tokens << 32))) if missing > 0 else 0
 
     def draw(self, wish: Wish) -> Draw:
         """What to call for; the caller has advanced the bucket. What goes back is not here any more."""

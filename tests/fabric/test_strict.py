@@ -128,8 +128,13 @@ async def test_the_first_request_is_denied_and_one_after_a_tick_is_not(server: R
     async with region_on(server) as region:
         a = region.sidecars["a"]
         assert not a.take(30)
+        bucket = a.ledger.bucket(b"k", LIMIT, region.now_us)
+        assert bucket.retry_after_us(30) == 300_000
         await a.tick()
+        assert bucket.remaining == LIMIT.capacity
         assert a.take(30)
+        assert bucket.remaining == LIMIT.capacity - 30
+        assert bucket.full_in_us == 300_000
 
 
 async def test_all_together_draw_no_more_than_there_is(server: RedisServer) -> None:
