@@ -230,8 +230,8 @@ def up(running: Engine, *, keep: bool = False, is_traced: bool = True) -> Iterat
         # Of a run that was killed.
         running.compose(*arguments, *remove)
     try:
-        left_out = () if is_traced else ("--scale", f"{COLLECTOR}=0")
-        running.compose(*arguments, "up", "--detach", "--wait", "--no-build", *left_out, timeout_s=UP_S)
+        services = [each for each in running.compose("config", "--services").split() if is_traced or each != COLLECTOR]
+        running.compose(*arguments, "up", "--detach", "--wait", "--no-build", *services, timeout_s=UP_S)
         yield
     except BaseException:
         with suppress(subprocess.CalledProcessError):
