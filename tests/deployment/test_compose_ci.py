@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deployment import compose
+from deployment import compose, images
 from deployment.cache import Unavailable
 from deployment.compose import Broken
 
@@ -78,6 +80,25 @@ def test_images_that_take_too_long_are_a_reason(
     assert compose.main(["--ci"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert line == "The compose demo is left out: its images were not made within 1 s"
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "held")
+    said: list[bytes] = []
+
+    def read() -> None:
+        with (tmp_path / "held").open("rb", buffering=0) as held:
+            said.append(held.read(1))
+            os.kill(os.getpid(), signal.SIGALRM)
+            # To its end, which comes when nobody has it open.
+            said.append(held.read())
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with pytest.raises(Unavailable, match="too slow within 60 s"), compose._within(60, "too slow"):
+        images._run(["sh", "-c", f"(exec >{tmp_path}/held; echo; sleep 600) & wait"])
+    reader.join(30)
+    assert said == [b"\n", b""]
 
 
 def test_a_dockerfile_that_cannot_be_built_is_a_failure(programs: Programs) -> None:
