@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.browsers import require_json
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
 
 _ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
