@@ -180,7 +180,7 @@ local function draw(name, text)
   return table.concat({number(kept), number(drawn), number(room), number(math.max(0, math.floor(level)))}, ' ')
 end
 
-local answers = {lineage, generation}
+local answers = {lineage, generation, ARGV[3]}
 for i = 7, #ARGV, 2 do answers[#answers + 1] = draw(ARGV[i], ARGV[i + 1]) end
 return answers
 """
@@ -188,7 +188,8 @@ return answers
 """KEYS: the hash, and `short`. ARGV: a lineage if there is none, the life, the number of this call and of its last one
 that was answered, the lineage and the version that it knows; for each bucket its key and
 `home rate generation ends kept back wanted room spared`. Answers the lineage, the version and the members, when nothing
-was done since the caller knows others; else the lineage, the generation, and for each `kept drawn room left`."""
+was done since the caller knows others; else the lineage, the generation, the number of the call, and for each
+`kept drawn room left`."""
 
 BEAT: Final = (
     _BEGIN

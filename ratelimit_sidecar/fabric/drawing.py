@@ -14,7 +14,6 @@ from contextlib import suppress
 from typing import Final
 
 import structlog
-from redis import exceptions
 
 from ratelimit_sidecar.crdt.drawing import wish
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Wish
@@ -100,13 +99,14 @@ class Drawing:
         await self.close()
 
     async def tick(self) -> bool:
-        """One call. What goes wrong is logged when it is something else than the last time.
+        """One call, if there is anything to call for. What goes wrong is logged when it is something else than the last
+        time.
 
         Returns:
             False when not all was answered.
         """
         try:
-            await self._call(self._wish)
+            return await self._call(self._wish)
         except FAILURES as error:
             self._failed(error)
             await self.close()
@@ -115,11 +115,12 @@ class Drawing:
             # Amid an answer.
             await self.close()
             raise
+
+    def _answered(self) -> None:
         self._back_off.reset()
         if self.status.degraded_reason:
             self.status.degraded_reason = ""
             _log.info("drawing_again")
-        return True
 
     def _failed(self, error: Exception) -> None:
         self.status.failed += 1
@@ -128,10 +129,11 @@ class Drawing:
             self.status.degraded_reason = reason
             _log.error("not_drawing", reason=reason, error=str(error) or repr(error))
 
-    async def _call(self, wish_of: WishOf) -> None:
+    async def _call(self, wish_of: WishOf) -> bool:
+        """Returns False when a shard of a Cluster could not be asked."""
         asked = await self._asked(wish_of)
         if not asked:
-            return
+            return True
         sent_us = self._strict_us()
         calls: list[Call] = [
             (self._keys.shards[number].of_accounts, self._shards[number].arguments(each, sent_us))
@@ -146,10 +148,11 @@ class Drawing:
             else:
                 self._shards[number].hear(each, answer, sent_us)
             await time_slice.rest_when_due()
-        self.status.buckets = self._ledger.active
-        if failure is not None:
-            # A shard of a Cluster that is being moved; the others are not.
-            raise failure if isinstance(failure, FAILURES) else exceptions.ResponseError(str(failure))
+        if failure is None:
+            self._answered()
+        else:
+            self._failed(failure)
+        return failure is None
 
     async def _asked(self, wish_of: WishOf) -> dict[int, list[Asked]]:
         asked: dict[int, list[Asked]] = {}

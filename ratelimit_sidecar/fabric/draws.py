@@ -97,7 +97,9 @@ class Draws:
         match answer:
             case [bytes(lineage), bytes(version), bytes(members)]:
                 self._learn(asked, lineage, version, members)
-            case [bytes(), int(generation), *texts] if len(texts) == len(asked):
+            case [bytes(), int(generation), number, *texts] if (
+                len(texts) == len(asked) and number == str(self._number).encode()
+            ):
                 self._answered = self._number
                 for each, text in zip(asked, texts, strict=True):
                     self._drawn(each, text, generation, sent_us)

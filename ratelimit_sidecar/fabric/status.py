@@ -45,7 +45,6 @@ class DrawStatus:
         drawn, returned: tokens, from the region's accounts and back into them.
         lineages: how often all accounts of a shard were found to be lost.
         failed: ticks that were not answered.
-        buckets: that hold something, or were used lately.
         degraded_reason: why nothing can be drawn; "" when it can.
     """
 
@@ -53,5 +52,4 @@ class DrawStatus:
     returned: int = 0
     lineages: int = 0
     failed: int = 0
-    buckets: int = 0
     degraded_reason: str = ""

@@ -102,7 +102,7 @@ class Shard:
             return None
         self.calls[life] = int(number)
         texts = [self._draw(name, text) for name, text in zip(asked[::2], asked[1::2], strict=True)]
-        return [self.lineage.encode(), self.clock // COUNTED_US, *texts]
+        return [self.lineage.encode(), self.clock // COUNTED_US, number.encode(), *texts]
 
     def _level_of(self, account: Account) -> float:
         def spill(until: int) -> None:
