@@ -395,6 +395,8 @@ class AccountsMachine(RuleBasedStateMachine):
 def test_a_call_that_was_refused_is_not_done_later() -> None:
     machine = AccountsMachine()
     machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+    machine.change_the_members(0)
+    machine.pass_time(1_000)
     machine.call("a", 100, 200)
     machine.call("a", 100, 200)
     assert machine.sidecars["a"].bucket.held == 100
