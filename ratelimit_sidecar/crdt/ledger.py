@@ -20,7 +20,10 @@ from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
-from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting
+from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+
+FEW_TOKENS: Final = 8 * TOKEN
+"""With a smaller home nobody is asked while requests wait: asks would break up the tokens that tickets are for."""
 
 MAX_TICKETS: Final = 8_192
 """Tickets that peers may use at once."""
@@ -185,8 +188,7 @@ class Ledger:
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
-            if bucket.home < 8 * TOKEN and bucket.key in self.lines:
-                # Asks would break up the tokens that tickets are for.
+            if bucket.home < FEW_TOKENS and bucket.key in self.lines:
                 askable = {}
             for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
@@ -235,19 +237,17 @@ class Ledger:
         """Note that a wish of `Lines.tick` is sent; see `StrictBucket.wish`."""
         self._all[key].bucket.wish(number)
 
-    def give_up(self, number: int, peer: str, key: bytes, tokens: int) -> None:
+    def give_up(self, number: int, wish: Wish) -> None:
         """A wish is not answered in time, or its stream is closed."""
-        self._all[key].bucket.give_up(number)
-        line = self.lines.get(key)
-        assert line is not None
-        line.come(peer, tokens)
+        line = self.lines[wish.key]
+        line.paying.bucket.give_up(number)
+        line.come(wish.peer, wish.tokens)
 
-    def accept(self, number: int, peer: str, key: bytes, wished: int, ticket: Ticket, now_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `Line.accept`."""
-        line = self.lines.get(key)
-        assert line is not None
-        most = self.shares.most(peer, key, line.paying.bucket.limit.capacity)
-        return line.accept(number, peer, wished, ticket, most, now_us)
+        line = self.lines[wish.key]
+        most = self.shares.most(wish.peer, wish.key, line.paying.bucket.limit.capacity)
+        return line.accept(number, wish, ticket, most, now_us)
 
     def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
         """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.

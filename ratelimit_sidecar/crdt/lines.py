@@ -17,7 +17,7 @@ from ratelimit_sidecar.crdt.waiting import (
 
 
 class Lines:
-    """The lines of all buckets. Call `tick` often. Whose wait is over is found in `ended`, and must be taken from it."""
+    """The lines of all buckets. Call `tick` often, and take those whose wait is over out of `ended`."""
 
     def __init__(self) -> None:
         self.ended: deque[Waiting] = deque()
@@ -42,6 +42,9 @@ class Lines:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._by_key
+
+    def __getitem__(self, key: bytes) -> Line:
+        return self._by_key[key]
 
     def get(self, key: bytes) -> Line | None:
         """The line of a bucket, if there is one."""

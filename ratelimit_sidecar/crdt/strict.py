@@ -264,7 +264,7 @@ class StrictBucket(Bucket):
         return max(0, tokens)
 
     def release(self, number: int, peer: str, returned: int, now_us: int) -> None:
-        """Free the room of a ticket, because the peer is done with it, or after `HOLD_US`; nothing if it was freed before.
+        """Free the room of a ticket, because the peer is done with it, or after `HOLD_US`; nothing if it is free.
 
         Args:
             returned: the amount that the peer gives back.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.paying import Paying, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN
@@ -100,6 +100,15 @@ def _nothing() -> None:
     pass
 
 
+class Wish(NamedTuple):
+    """So many whole tokens of a bucket, wished for of a peer, and when."""
+
+    peer: str
+    key: bytes
+    tokens: int
+    at_us: int
+
+
 class Line:
     """The requests that wait for one bucket, in order of arrival, and what is wished for.
 
@@ -182,18 +191,18 @@ class Line:
             self._all_wished += tokens
         return wishes
 
-    def accept(self, number: int, peer: str, wished: int, ticket: Ticket, most: int, now_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
         """Serve those who wait from a ticket.
 
         Args:
             number: see `StrictBucket.wish`.
-            wished: the tokens that were wished for.
             most: see `StrictBucket.paid`.
 
         Returns:
             The amount to give back to the peer.
         """
-        self.come(peer, wished)
+        peer = wish.peer
+        self.come(peer, wish.tokens)
         self.paying.heard(peer, ticket.left, most, now_us)
         bucket = self.paying.bucket
         added = bucket.accept(number, peer, ticket.tokens, most, now_us)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Shown
 from ratelimit_sidecar.crdt.strict import TICKET_US
+from ratelimit_sidecar.crdt.waiting import Wish
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, check_key
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.status import MembershipStatus
@@ -51,15 +52,6 @@ _NOTHING: Final = Shown(0, {})
 """What a peer without a membership shows: an epoch before the first."""
 
 
-class _Wished(NamedTuple):
-    """A wish that is not answered yet."""
-
-    peer: str
-    key: bytes
-    tokens: int
-    at_us: int
-
-
 class PaymentOutbox:
     """What one stream has to send of payments, and which of its asks and wishes are open.
 
@@ -76,7 +68,7 @@ class PaymentOutbox:
         self.pays: OrderedDict[bytes, Pay] = OrderedDict()
         self.has_tickets = False
         """True when the peer knows of wishes."""
-        self.wished: OrderedDict[int, _Wished] = OrderedDict()
+        self.wished: OrderedDict[int, Wish] = OrderedDict()
         """By number; the oldest first."""
         self.wishes: deque[pb.Wish] = deque()
         self.tickets: deque[pb.Ticket] = deque()
@@ -199,18 +191,18 @@ class Purses:
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
                 self.ledger.wish(_of(outbox, outbox.last_wish), key)
-                outbox.wished[outbox.last_wish] = _Wished(peer, key, tokens, now_us)
+                outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
 
     def _give_up(self, outbox: PaymentOutbox, now_us: int) -> None:
         """Give up wishes that are too old to be answered."""
         for _ in range(min(GIVEN_UP_AT_ONCE, len(outbox.wished))):
-            number, wished = next(iter(outbox.wished.items()))
-            if now_us - wished.at_us <= TICKET_US:
+            number, wish = next(iter(outbox.wished.items()))
+            if now_us - wish.at_us <= TICKET_US:
                 return
             del outbox.wished[number]
-            self.ledger.give_up(_of(outbox, number), wished.peer, wished.key, wished.tokens)
+            self.ledger.give_up(_of(outbox, number), wish)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.
@@ -260,19 +252,18 @@ class Purses:
     def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:
         """What `receive` does for requests that wait, and returns."""
         ledger = self.ledger
-        for returned in payments.returns:
+        for back in payments.returns:
             # It may have expired. The stream's end is in the number, so it is of this peer.
-            ledger.release(_of(outbox, returned.number), returned.amount, now_us)
+            ledger.release(_of(outbox, back.number), back.amount, now_us)
         for ticket in payments.tickets:
             if ticket.number > outbox.last_wish:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
-            wished, back = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
-            if wished is not None:
-                given = Ticket(min(ticket.tokens, wished.tokens), ticket.left)
-                number = _of(outbox, ticket.number)
-                back = ledger.accept(number, peer, wished.key, wished.tokens, given, now_us)
+            asked, returned = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
+            if asked is not None:
+                given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
+                returned = ledger.accept(_of(outbox, ticket.number), asked, given, now_us)
             if ticket.tokens and len(outbox.returns) < MAX_OPEN:
-                outbox.returns.append(pb.Return(number=ticket.number, amount=min(back, MAX_AMOUNT)))
+                outbox.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
         for wish in payments.wishes:
             check_key(wish.key)
@@ -307,8 +298,8 @@ class Purses:
         """Its stream is closed at this end."""
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
-        for number, wished in outbox.wished.items():
-            self.ledger.give_up(_of(outbox, number), wished.peer, wished.key, wished.tokens)
+        for number, wish in outbox.wished.items():
+            self.ledger.give_up(_of(outbox, number), wish)
         outbox.wished.clear()
 
 

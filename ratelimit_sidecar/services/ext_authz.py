@@ -19,6 +19,7 @@ from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.message import DecodeError
 
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.limiter.fields import Malformed, Nested, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest, rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of
@@ -39,6 +40,8 @@ MAX_FIELDS: Final = 8 * MAX_HEADERS
 """The most fields of a request that is parsed. A header has three; 4 MiB can hold two million empty ones, which would
 take a tenth of a second.
 """
+
+_OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
 
 _PATH: Final = f"/{SERVICE_NAME}/Check"
 
@@ -69,8 +72,8 @@ class ExtAuthzService:
         """For a front end."""
         return {_PATH: self.check}
 
-    def check(self, request: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized CheckRequest with a serialized CheckResponse.
+    def check(self, request: bytes, metadata: Metadata) -> bytes | Waiting:
+        """Answer a serialized CheckRequest with a serialized CheckResponse, perhaps later.
 
         Raises:
             RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_HEADERS` or
@@ -82,11 +85,11 @@ class ExtAuthzService:
             self._rate_limit.errors["invalid"] += 1
             raise
         domain = http.context_extensions.get(DOMAIN_EXTENSION, b"")
-        raw: bytes = _check_response(self.decide(domain, http, metadata)).SerializeToString()
-        return raw
+        decision = self.decide(domain, http, metadata)
+        return decision.then(_check_response) if isinstance(decision, Waiting) else _check_response(decision)
 
-    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> RateLimitResponse:
-        """The rate limit service's answer for an HTTP request.
+    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> bytes | Waiting:
+        """The rate limit service's answer for an HTTP request: a serialized RateLimitResponse, perhaps later.
 
         Args:
             domain: empty for the default domain of the rules.
@@ -100,12 +103,12 @@ class ExtAuthzService:
         mapping = rules.http_mappings.get(name)
         if mapping is None:
             self.unlimited["no_mapping"] += 1
-            return RateLimitResponse(overall_code=RateLimitResponse.OK)
+            return _OK
         request = rate_limit_request(name, mapping, http)
         if request is None:
             self.unlimited["no_descriptor"] += 1
-            return RateLimitResponse(overall_code=RateLimitResponse.OK)
-        return RateLimitResponse.FromString(self._rate_limit.should_rate_limit(request, metadata, in_full=True))
+            return _OK
+        return self._rate_limit.should_rate_limit(request, metadata, in_full=True)
 
 
 def http_request(check: bytes) -> HttpRequest:
@@ -156,7 +159,9 @@ def first_values(headers: Iterable[tuple[bytes, bytes]], *, are_joined: bool = T
     return values
 
 
-def _check_response(decision: RateLimitResponse) -> CheckResponse:
+def _check_response(raw_decision: bytes) -> bytes:
+    """The CheckResponse of a RateLimitResponse, both serialized."""
+    decision = RateLimitResponse.FromString(raw_decision)
     headers = [
         HeaderValueOption(header=header, append_action=HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
         for header in decision.response_headers_to_add
@@ -169,4 +174,5 @@ def _check_response(decision: RateLimitResponse) -> CheckResponse:
         response = CheckResponse(ok_response=OkHttpResponse(response_headers_to_add=headers))
     if decision.HasField("dynamic_metadata"):
         response.dynamic_metadata.CopyFrom(decision.dynamic_metadata)
-    return response
+    raw: bytes = response.SerializeToString()
+    return raw
