@@ -187,9 +187,13 @@ class Line:
                 break
             missing -= tokens
             wishes[peer] = tokens
-            self._wished[peer] = self._wished.get(peer, 0) + tokens
-            self._all_wished += tokens
+            self.note_wish(peer, tokens)
         return wishes
+
+    def note_wish(self, peer: str, tokens: int) -> None:
+        """So many are wished for. The caller later calls `accept` or `come`."""
+        self._wished[peer] = self._wished.get(peer, 0) + tokens
+        self._all_wished += tokens
 
     def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
         """Serve those who wait from a ticket.

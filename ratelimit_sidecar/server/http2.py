@@ -437,7 +437,7 @@ class Connection:
         """
         request = call.request
         held = CALL_BYTES + request.header_bytes + len(call.message)
-        if not self._budget.allows(self._held + held, held):
+        if self.closed or not self._budget.allows(self._held + held, held):
             return False
         self._count(held)
         call.held = held

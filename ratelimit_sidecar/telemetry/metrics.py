@@ -20,6 +20,8 @@ from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.crdt.journal import Refused
+from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -501,6 +503,24 @@ def _read_payments(at: ScrapeView) -> Iterator[Sample]:
     if at.membership is not None:
         yield "", (at.sources.region, "sent"), at.membership.payments_sent
         yield "", (at.sources.region, "received"), at.membership.payments_received
+
+
+def _read_waits(value: Callable[[Lines, Outcome], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
+        ledger = at.sources.limiter.ledger
+        if ledger is not None:
+            for outcome in Outcome:
+                yield "", (at.sources.region, outcome.value), value(ledger.lines, outcome)
+
+    return read
+
+
+def _read_lines(value: Callable[[Lines], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
+    def read(at: ScrapeView) -> Iterator[Sample]:
+        if at.sources.limiter.ledger is not None:
+            yield "", (at.sources.region,), value(at.sources.limiter.ledger.lines)
+
+    return read
 
 
 def _read_source(
@@ -1183,6 +1203,36 @@ METRICS: tuple[Definition, ...] = (
         ("region", "direction"),
         "Payments of tokens of strict limits, sent to peers or received from them.",
         _read_payments,
+    ),
+    Definition(
+        "ratelimit_strict_waiting",
+        "gauge",
+        ("region",),
+        "Requests that wait for tokens of other members now; at most 1,024. Absent without sync.members, as are all of"
+        " waits.",
+        _read_lines(lambda lines: lines.waiting),
+    ),
+    Definition(
+        "ratelimit_strict_waits_total",
+        "counter",
+        ("region", "outcome"),
+        "Waits that are over: `served`, there were tokens; `expired`, its `wait` or the client's timeout was over;"
+        " `cancelled` by the client; `ended` by a change of rules or at a stop. All but `cancelled` were then decided.",
+        _read_waits(lambda lines, outcome: lines.counts[outcome]),
+    ),
+    Definition(
+        "ratelimit_strict_wait_seconds_total",
+        "counter",
+        ("region", "outcome"),
+        "How long those waits took, together.",
+        _read_waits(lambda lines, outcome: lines.waited_us[outcome] / 1e6),
+    ),
+    Definition(
+        "ratelimit_strict_waits_refused_total",
+        "counter",
+        ("region",),
+        "Requests that could have waited and were decided at once, because too many others waited.",
+        _read_lines(lambda lines: lines.crowded),
     ),
     Definition(
         "ratelimit_quota_streams",

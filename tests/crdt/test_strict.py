@@ -24,6 +24,7 @@ from ratelimit_sidecar.crdt.shares import (
     home_of,
 )
 from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.crdt.waiting import Outcome
 
 SECOND_US = 1_000_000
 PER_SECOND_100 = Limit(100, SECOND_US, 100)
@@ -68,8 +69,15 @@ def run_faults(seed: int, **broken: object) -> StrictCluster:
                 cluster.take_all(name)
         elif draw < 0.4:
             cluster.take_all(one)
-        elif draw < 0.7:
+        elif draw < 0.55:
             cluster.ask(one, other, random.choice([0.3, 1.0, 1.0]))
+        elif draw < 0.63:
+            for _ in range(random.choice([1, 3, 30])):
+                cluster.wait(one, random.choice([1, 1, 2]))
+        elif draw < 0.7:
+            cluster.wish(one, other, random.choice([1, 5, 100]))
+        elif draw < 0.72:
+            cluster.end_wait(one, random.choice([Outcome.EXPIRED, Outcome.CANCELLED]))
         elif draw < 0.8:
             cluster.close(one, other)
         elif draw < 0.9:
@@ -88,13 +96,17 @@ def run_faults(seed: int, **broken: object) -> StrictCluster:
 
 def test_through_random_faults_with_skewed_clocks_nothing_is_admitted_beyond_the_limit() -> None:
     """P5. A failing seed is replayed by `run_faults(seed)`."""
-    admitted = payments = 0
+    admitted = payments = tickets = served = 0
     for seed in range(SCHEDULES):
         cluster = run_faults(seed)
         admitted += cluster.total_admitted()
         payments += cluster.payments
+        tickets += cluster.tickets
+        served += cluster.served
     assert admitted > 50 * SCHEDULES
     assert payments > SCHEDULES
+    assert tickets > SCHEDULES
+    assert served > SCHEDULES
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)

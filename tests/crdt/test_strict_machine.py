@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.crdt.waiting import Outcome
 
 SECOND_US = 1_000_000
 NODES = "abc"
@@ -75,6 +76,27 @@ class StrictMachine(RuleBasedStateMachine):
     @rule(way=directions, part=st.sampled_from([0.1, 0.5, 1.0]))
     def ask_whatever_the_policy(self, way: str, part: float) -> None:
         self.cluster.ask(way[0], way[1], part)
+
+    @rule(node=nodes, hits=st.integers(1, 3), requests=st.sampled_from([1, 10, 100]))
+    def let_requests_wait(self, node: str, hits: int, requests: int) -> None:
+        for _ in range(requests):
+            self.cluster.wait(node, hits)
+
+    @rule(way=directions, tokens=st.sampled_from([1, 5, 100]))
+    def wish_whatever_the_policy(self, way: str, tokens: int) -> None:
+        self.cluster.wish(way[0], way[1], tokens)
+
+    @rule(node=nodes, outcome=st.sampled_from([Outcome.EXPIRED, Outcome.CANCELLED]))
+    def end_a_wait(self, node: str, outcome: Outcome) -> None:
+        self.cluster.end_wait(node, outcome)
+
+    @rule(way=directions)
+    def wish_and_restart_the_payer_while_the_ticket_is_under_way(self, way: str) -> None:
+        self.cluster.wish(way[0], way[1], 100)
+        self.cluster.run(self.cluster.delay_us)
+        if way[1] in self.cluster.replicas:
+            self.cluster.crash(way[1])
+            self.cluster.start(way[1])
 
     @rule(duration_us=st.sampled_from([0, 1_000, 20_000, 150_000, SECOND_US, 3 * SECOND_US]))
     def pass_time(self, duration_us: int) -> None:

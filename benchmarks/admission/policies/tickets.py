@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 
 from benchmarks.admission.policies.policy import Answer, Setup
 from benchmarks.admission.policies.strict import Strict
 from ratelimit_sidecar.crdt.ledger import FEW_TOKENS
 from ratelimit_sidecar.crdt.paying import Pay, Ticket
-from ratelimit_sidecar.crdt.strict import HOLD_US
+from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US
 from ratelimit_sidecar.crdt.waiting import MAX_WAITING_OF_BUCKET, Line, Outcome, Waiting, Wish
 
 WAIT_US = 250_000
@@ -19,6 +20,7 @@ class Tickets(Strict):
         super().__init__(setup)
         self._lines = [Line(purse, self._ended) for purse in self._purses]
         self._numbers = 0
+        self._wishes: list[deque[tuple[int, Wish]]] = [deque() for _ in self._lines]
 
     def request(self, region: int, answer: Answer) -> None:
         now_us, line, bucket = self.setup.timeline.now_us, self._lines[region], self._purses[region].bucket
@@ -44,10 +46,14 @@ class Tickets(Strict):
     def _flush(self, region: int) -> None:
         line, now_us, ends = self._lines[region], self.setup.timeline.now_us, self._open[region]
         line.serve(now_us, MAX_WAITING_OF_BUCKET)
+        while self._wishes[region] and now_us - self._wishes[region][0][1].at_us > TICKET_US:
+            _, wish = self._wishes[region].popleft()
+            line.come(wish.peer, wish.tokens)
         for name, tokens in line.wishes(list(ends), now_us).items():
             self._numbers += 1
             line.paying.bucket.wish(self._numbers)
             wish, payer = Wish(name, b"the limit", tokens, now_us), self._names.index(name)
+            self._wishes[region].append((self._numbers, wish))
             self.setup.network.send(region, payer, partial(self._wished, payer, region, self._numbers, wish))
         if line.is_over or line.paying.bucket.home >= FEW_TOKENS:
             super()._flush(region)
@@ -63,7 +69,8 @@ class Tickets(Strict):
 
     def _come(self, region: int, number: int, wish: Wish, ticket: Ticket) -> None:
         payer = self._names.index(wish.peer)
-        if wish.peer in self._open[region]:
+        if (number, wish) in self._wishes[region]:
+            self._wishes[region].remove((number, wish))
             back = self._lines[region].accept(number, wish, ticket, self._most[payer], self.setup.timeline.now_us)
             self.setup.network.send(region, payer, partial(self._release, payer, region, number, back))
 
