@@ -142,11 +142,11 @@ class Line:
         return next(iter(self._waiting), None)
 
     def has_hope(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
-        """True if peers are believed to have what all would need who wait, and one more with so many hits."""
+        """True if there is believed to be what all would need who wait, and one more with so many hits."""
         if now_us - self._hope_us >= HOPE_US:
             self._hope_us = now_us
             self._hope = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
-        return self.hits + hits <= self._hope
+        return self.hits + hits <= self._hope + self.paying.bucket.remaining
 
     def join(self, waiting: Waiting, now_us: int) -> None:
         waiting.since_us, waiting.line = now_us, self
