@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ticket
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -33,7 +33,7 @@ class Node:
     """A limiter with half of each strict limit. The other half is b's, of which it may wish."""
 
     def __init__(self, *rules: Rule, settings: Settings | None = None) -> None:
-        shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", NOW_US - OLD_LOAN_US - 600_000_000)
+        shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", started_us=0)
         in_force = rules_of(*(rules or (PLAN, TEAM, HURRIED, USER)))
         self.ledger = Ledger(shares, Origin("a", 1), in_force.strict_limit_of_key)
         self.limiter = Limiter(in_force, Origin("a", 1), settings, self.ledger)
