@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ticket
-from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -57,7 +57,7 @@ class Node:
         """A ticket of b for what is wished."""
         [(key, wished)] = self.ledger.lines.tick(["b"], NOW_US, 10, 1_000)["b"].items()
         self.ledger.wish(1, key)
-        self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 0), NOW_US)
+        self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 1_000 * TOKEN), NOW_US)
 
 
 def code_of(answer: bytes) -> int:
