@@ -3,14 +3,20 @@
 Once it is full, a plan is kept only if its request was seen lately. So requests that come once do not push out those
 that come again and again. Requests seen are remembered by hash alone, in a table in which a newer hash replaces an
 older one at the same place. To make room, the oldest plans are dropped.
+
+CPython's cycle collector must not see the plans. It counts objects made less objects freed, and a full cache frees an
+old plan for each new one: so its youngest generation, meant for a thousand objects, would come to hold all plans, and
+one collection would stop the loop for 50 ms.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
+from ratelimit_sidecar.crdt.untracked_dict import untrack
 from ratelimit_sidecar.limiter.plan import Plan
 
 MAX_BYTES: Final = 32 * 1_024 * 1_024
@@ -48,6 +54,7 @@ class PlanCache:
             while self.bytes + size > MAX_BYTES:
                 oldest = self._oldest_first.popleft()
                 self.bytes -= _bytes_of(oldest, self.plans.pop(oldest))
+        _untrack(plan)
         self.plans[request] = plan
         self._oldest_first.append(request)
         self.bytes += size
@@ -61,3 +68,18 @@ def _bytes_of(request: bytes, plan: Plan) -> int:
     for descriptor in plan.descriptors:
         entries += len(descriptor)
     return 300 + 3 * len(request) + 400 * len(plan.steps) + 200 * entries
+
+
+def _untrack(plan: Plan) -> None:
+    """Make the cycle collector ignore a plan. It is in no cycle."""
+    untrack(plan)
+    untrack(plan.steps)
+    for step in plan.steps:
+        untrack(step)
+    untrack(plan.descriptors)
+    for descriptor in plan.descriptors:
+        untrack(descriptor)
+        # As objects: compiled, a pair of texts would be copied, and the copy untracked.
+        entries: Sequence[object] = descriptor
+        for entry in entries:
+            untrack(entry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
@@ -10,6 +12,7 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.limiter.encoding import varint
 from ratelimit_sidecar.limiter.limiter import MAX_HITS
+from ratelimit_sidecar.limiter.plan import Step
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -260,6 +263,17 @@ def test_a_plan_asked_for_twice_is_kept_also_when_there_are_many() -> None:
     fill(limiter._plans)
     assert limiter.plan(late) is not limiter.plan(late)
     assert limiter.plan(late) is limiter.plan(late)
+
+
+def test_the_cycle_collector_does_not_see_plans_that_are_kept() -> None:
+    """Otherwise it visits all of them at once: see `plan_cache`."""
+    limiter = make_limiter(RULES)
+    kept = limiter.plan(make_request({"agent": "a", "path": "/"}, {"agent": "b"}))
+    seen = [kept]
+    for held in seen:
+        assert not gc.is_tracked(held), type(held)
+        seen += [part for part in gc.get_referents(held) if isinstance(part, Step | tuple)]
+    assert len(seen) == 1 + len([kept.steps, *kept.steps]) + len([kept.descriptors, *kept.descriptors]) + 3
 
 
 def test_plans_are_bounded_in_bytes_not_in_number() -> None:

@@ -6,6 +6,7 @@ h2spec follows RFC 7540. What it expects beyond RFC 9113, which has taken its pl
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,10 @@ async def test_the_front_end_passes_h2spec_but_for_what_rfc_9113_leaves_open(tmp
     assert len(cases) == CASES
 
 
+_REASON: Final = re.compile(r"<(failure|error)>.*?</\1>", re.DOTALL)
+"""h2spec writes what it has seen there as it is, so that it can be no XML. What h2spec prints has it too."""
+
+
 @dataclass(frozen=True)
 class _Case:
     name: tuple[str, str]
@@ -82,13 +87,14 @@ async def _run(address: str, folder: Path, *numbers: str) -> tuple[list[_Case], 
     )
     printed, _ = await process.communicate()
     assert report.exists(), printed.decode()
+    suites = ElementTree.fromstring(_REASON.sub(r"<\1/>", report.read_text(errors="replace")))
     cases = [
         _Case(
             (case.attrib["package"], case.attrib["classname"]),
             f"{case.attrib['package']}/{number}",
             failed=case.find("error") is not None or case.find("failure") is not None,
         )
-        for section in ElementTree.parse(report).iter("testsuite")
+        for section in suites.iter("testsuite")
         for number, case in enumerate(section.iter("testcase"), start=1)
     ]
     return cases, printed.decode()
