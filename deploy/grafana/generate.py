@@ -454,8 +454,7 @@ STRICT: Final[Sequence[Row]] = [
                 "ops",
                 [
                     (
-                        "sum by (region, outcome)"
-                        f" (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
+                        f"sum by (region, outcome) (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
                         "{{region}} {{outcome}}",
                     )
                 ],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from ratelimit_sidecar.crdt.paying import Paying, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN
@@ -43,8 +43,16 @@ class Outcome(StrEnum):
     """The rules have changed, or the process stops."""
 
 
+class Keeper(Protocol):
+    """Ends waits in time."""
+
+    def cancel(self, waiting: Waiting, /) -> None: ...
+
+    def end_now(self, waiting: Waiting, /) -> None: ...
+
+
 class Waiting:
-    """A decision that comes later. Whoever holds it sets `on_end`, or calls `cancel` when nobody wants it any more.
+    """A decision that comes later. Whoever is to have it sets `on_end`.
 
     Args:
         hits: the tokens that it needs.
@@ -57,9 +65,7 @@ class Waiting:
         self.wait_us = wait_us
         self.on_end: Callable[[], None] | None = None
         """Called when there is a `result`, in a turn of its own."""
-        self.cancel: Callable[[], None] = _nothing
-        self.end_now: Callable[[], None] = _nothing
-        """Decide soon, because it cannot wait any longer."""
+        self.keeper: Keeper | None = None
         self.outcome: Outcome | None = None
         self.since_us = 0
         self.number = 0
@@ -75,6 +81,18 @@ class Waiting:
         """Have `result` converted, after the conversions before; returns itself."""
         self._conversions.append(convert)
         return self
+
+    def cancel(self) -> None:
+        """Nobody is there to be answered; `on_end` is not called. Nothing if the wait is over."""
+        self.on_end = None
+        if self.keeper is not None:
+            self.keeper.cancel(self)
+
+    def end_now(self) -> None:
+        """Decide now, because it cannot be kept: there is a `result`, and `on_end` is not called."""
+        self.on_end = None
+        if self.keeper is not None:
+            self.keeper.end_now(self)
 
     def result(self) -> bytes:
         """The answer, when it has ended. Raises what the decision or a conversion has raised."""
@@ -94,10 +112,6 @@ class Waiting:
             except Exception as failure:
                 # For whoever asks for the result: the next in line must be served all the same.
                 self._failure = failure
-
-
-def _nothing() -> None:
-    pass
 
 
 class Wish(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.crdt.lines import Lines
@@ -40,16 +39,15 @@ class Waits:
         """
         seconds = min(waiting.wait_us / 1e6, most_seconds)
         self._timers[waiting] = asyncio.get_running_loop().call_later(seconds, self._fall_due, waiting, Outcome.EXPIRED)
-        waiting.cancel = partial(self._cancel, waiting)
-        waiting.end_now = partial(self._end_now, waiting)
+        waiting.keeper = self
 
-    def _cancel(self, waiting: Waiting) -> None:
-        waiting.on_end = None
+    def cancel(self, waiting: Waiting) -> None:
+        """See `Waiting.cancel`."""
         if waiting.line is not None:
             self._fall_due(waiting, Outcome.CANCELLED)
 
-    def _end_now(self, waiting: Waiting) -> None:
-        waiting.on_end = None
+    def end_now(self, waiting: Waiting) -> None:
+        """See `Waiting.end_now`."""
         self._lines.leave(waiting, Outcome.ENDED, self._strict_us())
 
     def _fall_due(self, waiting: Waiting, outcome: Outcome) -> None:
@@ -74,10 +72,10 @@ class Waits:
             self._schedule()
 
     def _let_out(self, waiting: Waiting) -> None:
-        if waiting.on_end is None:
-            return
+        on_end, waiting.on_end = waiting.on_end, None
         try:
-            waiting.on_end()
+            if on_end is not None:
+                on_end()
         except Exception as failure:
             # The others are answered all the same.
             self._failures.log_first("an answer that comes later", failure, ())
