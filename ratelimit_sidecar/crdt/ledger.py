@@ -188,7 +188,7 @@ class Ledger:
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
-            if bucket.home < FEW_TOKENS and bucket.key in self.lines:
+            if bucket.home < FEW_TOKENS and bucket.key in self.lines.by_key:
                 askable = {}
             for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
@@ -224,7 +224,7 @@ class Ledger:
         """
         paying = self._all[key]
         is_right = paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
-        line = self.lines.get(key)
+        line = self.lines.by_key.get(key)
         if line is not None:
             line.serve(now_us, SERVED_AT_ONCE)
         return is_right
@@ -233,19 +233,9 @@ class Ledger:
         """Let a request wait for tokens of the bucket with that key; see `Lines.join`."""
         return self.lines.join(self._all[key], waiting, now_us)
 
-    def wish(self, number: int, key: bytes) -> None:
-        """Note that a wish of `Lines.tick` is sent; see `StrictBucket.wish`."""
-        self._all[key].bucket.wish(number)
-
-    def give_up(self, number: int, wish: Wish) -> None:
-        """A wish is not answered in time, or its stream is closed."""
-        line = self.lines[wish.key]
-        line.paying.bucket.give_up(number)
-        line.come(wish.peer, wish.tokens)
-
     def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `Line.accept`."""
-        line = self.lines[wish.key]
+        line = self.lines.by_key[wish.key]
         most = self.shares.most(wish.peer, wish.key, line.paying.bucket.limit.capacity)
         return line.accept(number, wish, ticket, most, now_us)
 
@@ -268,7 +258,7 @@ class Ledger:
             self.bucket(key, limit, now_us)
         except StoreFull:
             return None
-        line = self.lines.get(key)
+        line = self.lines.by_key.get(key)
         if line is not None and len(line):
             return Ticket(0, 0)
         ticket = self._all[key].ticket(number, tokens, now_us)
@@ -306,7 +296,7 @@ class Ledger:
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
-            if not bucket.is_active and bucket.key not in self.lines and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.key not in self.lines.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1

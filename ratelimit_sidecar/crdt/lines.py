@@ -31,7 +31,8 @@ class Lines:
         """How long these were together."""
         self.crowded = 0
         """Requests since the start that were decided at once, because too many others waited."""
-        self._by_key: dict[bytes, Line] = {}
+        self.by_key: dict[bytes, Line] = {}
+        """Of each bucket for which a request waits or a ticket is to come. For look-ups."""
         self._order: deque[Line] = deque()
         """The same, in the order in which `tick` looks at them."""
         self._peers: Sequence[str] = ()
@@ -40,16 +41,6 @@ class Lines:
         self._ends_below = 0
         self._is_open = True
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._by_key
-
-    def __getitem__(self, key: bytes) -> Line:
-        return self._by_key[key]
-
-    def get(self, key: bytes) -> Line | None:
-        """The line of a bucket, if there is one."""
-        return self._by_key.get(key)
-
     def join(self, paying: Paying, waiting: Waiting, now_us: int) -> bool:
         """Let a request wait for a bucket.
 
@@ -57,7 +48,7 @@ class Lines:
             False if it must be decided now: peers are not believed to have what it needs, or too many wait.
         """
         key = paying.bucket.key
-        line = self._by_key.get(key)
+        line = self.by_key.get(key)
         if not self._peers or not self._is_open or len(key) > self._longest_key:
             return False
         if self.waiting >= MAX_WAITING or (line is not None and len(line) >= MAX_WAITING_OF_BUCKET):
@@ -67,7 +58,7 @@ class Lines:
         if not found.has_hope(waiting.hits, self._peers, now_us):
             return False
         if line is None:
-            self._by_key[key] = found
+            self.by_key[key] = found
             self._order.append(found)
         self._numbers += 1
         waiting.number = self._numbers
@@ -111,7 +102,7 @@ class Lines:
             for peer, tokens in line.wishes(peers, now_us).items():
                 wishes.setdefault(peer, {})[line.paying.bucket.key] = tokens
             if line.is_over:
-                del self._by_key[line.paying.bucket.key]
+                del self.by_key[line.paying.bucket.key]
             else:
                 self._order.append(line)
         return wishes

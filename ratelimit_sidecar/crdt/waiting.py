@@ -234,6 +234,11 @@ class Line:
         self._hope += returned // TOKEN
         return returned
 
+    def give_up(self, number: int, wish: Wish) -> None:
+        """A wish is not answered in time, or its stream is closed."""
+        self.paying.bucket.give_up(number)
+        self.come(wish.peer, wish.tokens)
+
     def come(self, peer: str, tokens: int) -> None:
         """A ticket has come for which so many tokens were wished, or none will."""
         self._all_wished -= tokens

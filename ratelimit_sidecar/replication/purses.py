@@ -190,7 +190,7 @@ class Purses:
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.wish(_of(outbox, outbox.last_wish), key)
+                self.ledger.lines.by_key[key].paying.bucket.wish(_of(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
@@ -202,7 +202,7 @@ class Purses:
             if now_us - wish.at_us <= TICKET_US:
                 return
             del outbox.wished[number]
-            self.ledger.give_up(_of(outbox, number), wish)
+            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.
@@ -299,7 +299,7 @@ class Purses:
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
         for number, wish in outbox.wished.items():
-            self.ledger.give_up(_of(outbox, number), wish)
+            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
         outbox.wished.clear()
 
 

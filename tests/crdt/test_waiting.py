@@ -54,7 +54,7 @@ class Node:
     def wish(self, number: int = 1) -> Wish:
         """What the next tick wishes for of b."""
         tokens = self.lines.tick(["b"], self.now_us, 10, 100)["b"][KEY]
-        self.ledger.wish(number, KEY)
+        self.bucket.wish(number)
         return Wish("b", KEY, tokens, self.now_us)
 
 
@@ -200,9 +200,9 @@ def test_wishes_that_are_not_answered_give_no_hope_once_they_are_given_up() -> N
     for each in waiting:
         here.lines.leave(each, Outcome.EXPIRED, NOW_US)
     here.lines.tick([], NOW_US, 10, 100)
-    here.ledger.give_up(1, wish)
+    here.lines.by_key[KEY].give_up(1, wish)
     here.lines.tick([], NOW_US, 10, 100)
-    assert KEY not in here.lines
+    assert KEY not in here.lines.by_key
     # A ticket that comes all the same is given back.
     assert here.bucket.accept(1, "b", 60, 100 * TOKEN, NOW_US) == 0
 
@@ -330,7 +330,7 @@ def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
     assert not here.bucket.take(1, NOW_US)
     here.wait_for(1)
     assert not here.ledger.tick(ENDS, NOW_US, 10, 100)
-    here.lines.leave(next(iter(here.lines[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
+    here.lines.leave(next(iter(here.lines.by_key[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
     here.lines.tick(["b"], NOW_US, 10, 100)
     assert here.ledger.tick(ENDS, NOW_US, 10, 100)
 

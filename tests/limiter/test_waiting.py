@@ -56,7 +56,7 @@ class Node:
     def come(self, tokens: int) -> None:
         """A ticket of b for what is wished."""
         [(key, wished)] = self.ledger.lines.tick(["b"], NOW_US, 10, 1_000)["b"].items()
-        self.ledger.wish(1, key)
+        self.ledger.lines.by_key[key].paying.bucket.wish(1)
         self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 1_000 * TOKEN), NOW_US)
 
 

@@ -245,7 +245,7 @@ def test_wishes_end_with_their_stream() -> None:
     a.wait()
     assert a.asks().wishes
     a.purses.closed(a.outbox)
-    assert a.ledger.lines[KEY]._all_wished == 0
+    assert a.ledger.lines.by_key[KEY]._all_wished == 0
     assert not a.bucket().wishes
 
 

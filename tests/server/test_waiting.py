@@ -102,7 +102,7 @@ async def test_a_decision_that_fails_ends_its_call_alone(kind: str) -> None:
     async with front_end_of(service, kind) as front_end, grpc.aio.insecure_channel(front_end.addresses[0]) as channel:
         calls = [asyncio.ensure_future(call(channel)) for _ in range(2)]
         await service.until_waiting(2)
-        [line] = service.lines._by_key.values()
+        [line] = service.lines.by_key.values()
         assert line.first is not None
         line.first.then(_fail)
         service.node.come(2)
