@@ -95,6 +95,8 @@ class StrictCluster:
         self._deficit, self._deficit_us = 0, self.now_us
         self._limits = [self.limit]
         self._ends = self._numbers = 0
+        self._ticket_to: str | None = None
+        self._fault: Callable[[str], None] | None = None
         self._given: list[tuple[Replica, int, int, str]] = []
         """Tickets that count: who has given it, on which end, its number, and whom."""
         self._kept: dict[str, int] = {}
@@ -122,12 +124,13 @@ class StrictCluster:
         """A life of a replica: it remembers nothing. Those of the beginning have run for long."""
         skew_us = self.random.randint(-self.max_skew_us, self.max_skew_us)
         drift_ppm = self.random.randint(-self.drift_ppm, self.drift_ppm)
-        shares = Shares(self.membership, node, 0)
-        replica = Replica(node, skew_us, drift_ppm, shares, None, None)  # type: ignore[arg-type]
+        replica = Replica(node, skew_us, drift_ppm, None, None, None)  # type: ignore[arg-type]
         now_us = self.clock_us(replica)
         holds = not full and not self.starts_full and not self.starts_at_once
-        shares.from_us = now_us + HOLD_US if holds else now_us
+        shares = replica.shares = Shares(self.membership, node, now_us if holds else now_us - HOLD_US)
         self.replicas[node] = replica
+        if not holds:
+            shares.from_us = now_us
         for other in list(self.replicas.values()):
             if other is not replica:
                 shares.hear(other.node, shown(other), now_us)
@@ -265,6 +268,29 @@ class StrictCluster:
         replica.line.note_wish(peer, tokens)
         self._wish(replica, end, peer, tokens)
 
+    def use_ticket(self, node: str, peer: str, fault: Callable[[str], None] | None = None) -> None:
+        """Let a request wait for more than its replica can hold, have something happen to the payer once its ticket is
+        under way, and take all that there is anywhere at the instant when the ticket comes.
+        """
+        replica = self.replicas.get(node)
+        if replica is None:
+            return
+        while replica.line.first is not None:
+            self.end_wait(node, Outcome.EXPIRED)
+        self.run(self.random.choice([0, 1_000_000]))
+        more = self.random.randint(1, self.limit.capacity // len(self.nodes) + 1)
+        self.wait(node, replica.bucket.home // TOKEN + more)
+        self.wish(node, peer, self.limit.capacity)
+        self._ticket_to, self._fault = node, fault
+        self.run(2 * self.delay_us)
+        self._ticket_to = self._fault = None
+        self.end_wait(node, Outcome.EXPIRED)
+
+    def restart(self, node: str) -> None:
+        if node in self.replicas:
+            self.crash(node)
+        self.start(node)
+
     def _wish(self, replica: Replica, end: int, peer: str, tokens: int) -> None:
         self._numbers += 1
         number, bucket = self._numbers, replica.bucket
@@ -283,6 +309,8 @@ class StrictCluster:
         self.at(self._true_us(self.hold_us, payer), lambda: self._release(payer, number, node, 0))
         for _ in range(1 + (self.serves_twice and self.random.random() < 0.5)):
             self._send(end ^ 1, lambda: self._come(node, end, number, wish, ticket))
+        if node == self._ticket_to and self._fault is not None:
+            self._fault(wish.peer)
 
     def _come(self, node: str, end: int, number: int, wish: Wish, ticket: Ticket) -> None:
         replica = self._at(node, end)
@@ -293,6 +321,8 @@ class StrictCluster:
             replica.line.note_wish(wish.peer, wish.tokens)
         most = self.limit.capacity * TOKEN
         returned = replica.line.accept(number, wish, ticket, most, self.clock_us(replica))
+        for each in self.nodes if node == self._ticket_to else ():
+            self.take_all(each)
         payer = self.replicas.get(wish.peer)
         if payer is not None:
             self._send(end, lambda: self._released(payer, end ^ 1, number, node, returned))
@@ -484,7 +514,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "what is set aside for a ticket is kept": {"bucket_type": FreeTicket},
     "a ticket is used twice": {"serves_twice": True},
     "a ticket is used when it is too old": {"bucket_type": LateTicket},
-    "the room of a ticket is free too early": {"hold_us": HOLD_US // 4},
+    "the room of a ticket is free too early": {"hold_us": HOLD_US // 10},
     "the room of a ticket is free when its stream is closed": {"frees_at_close": True},
     "what is left of a ticket is kept without room": {"bucket_type": TicketKeptWithoutRoom},
     "what was used of a ticket is given back as well": {"bucket_type": TicketReturnedToo},

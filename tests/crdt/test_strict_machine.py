@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -39,7 +40,7 @@ class StrictMachine(RuleBasedStateMachine):
             ]
         ),
         seed=st.integers(0, 2**32),
-        delay_us=st.sampled_from([500, 80_000, 700_000]),
+        delay_us=st.sampled_from([500, 80_000, 700_000, 2_500_000]),
         drift_ppm=st.sampled_from([0, 5_000]),
         weights=weights,
     )
@@ -90,13 +91,11 @@ class StrictMachine(RuleBasedStateMachine):
     def end_a_wait(self, node: str, outcome: Outcome) -> None:
         self.cluster.end_wait(node, outcome)
 
-    @rule(way=directions)
-    def wish_and_restart_the_payer_while_the_ticket_is_under_way(self, way: str) -> None:
-        self.cluster.wish(way[0], way[1], 100)
-        self.cluster.run(self.cluster.delay_us)
-        if way[1] in self.cluster.replicas:
-            self.cluster.crash(way[1])
-            self.cluster.start(way[1])
+    @rule(way=directions, fault=st.sampled_from(["none", "restart", "close"]))
+    def use_a_ticket_while_something_happens_to_the_payer(self, way: str, fault: str) -> None:
+        cluster = self.cluster
+        faults = {"none": None, "restart": cluster.restart, "close": partial(cluster.close, peer=way[0])}
+        cluster.use_ticket(way[0], way[1], faults[fault])
 
     @rule(duration_us=st.sampled_from([0, 1_000, 20_000, 150_000, SECOND_US, 3 * SECOND_US]))
     def pass_time(self, duration_us: int) -> None:
