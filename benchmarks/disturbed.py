@@ -2,9 +2,11 @@
 
 One sidecar is asked at a steady rate, far below what it can do. Each request has five descriptors, with values drawn
 from 100,000: so 10,000 buckets a second are taken from without as many requests. Measured is the time from when a
-request was due to its answer. The rounds alternate between three kinds:
+request was due to its answer. The rounds alternate between four kinds:
 
-- quiet, the base: the rule is one whose buckets are not shared (`consistency: local`);
+- undisturbed, the base: the rule is one whose buckets are not shared (`consistency: local`), and the peers keep the
+  processors as busy with nothing as they do while they replicate: they would be on other machines;
+- quiet: the same with idle peers;
 - as many buckets a second are told to the sidecar by its two peers together;
 - and the requests are for a shared rule as well, so that it tells those that it takes from to both peers.
 
@@ -47,33 +49,43 @@ DISTURBED_RULES = f"""\
     rate_limit: {{unit: minute, requests_per_unit: 100000000}}
 """
 
-QUIET = "quiet"
-HEARD = "heard/s"
+UNDISTURBED, QUIET = "undisturbed", "quiet"
+HEARD, PEER_CPU = "heard/s", "CPU % of a peer"
 LEAST_TOLD = 0.95
 """Of what the peers are told to take: what is less is said."""
 
 
 def measure(
-    sidecar: Observed, generator: Generator, peers: Sequence[BarePeer], rule: str, told: float, *, seconds: float
+    sidecar: Observed,
+    generator: Generator,
+    peers: Sequence[BarePeer],
+    rule: str,
+    told: float,
+    *,
+    busy: float = 0.0,
+    seconds: float,
 ) -> Figures:
     """One round.
 
     Args:
         rule: that is asked for.
         told: buckets a second, by all peers together.
+        busy: as of `BarePeer.take`.
     """
     for peer in peers:
-        peer.take(told / len(peers))
+        peer.take(told / len(peers), busy=busy)
     body = uniform(KEYS, rule, DESCRIPTORS)
     generator.run(body, SETTLE_SECONDS, ASKED_PER_SECOND)
     entries, began = entries_heard_and_sent(sidecar.server), time.perf_counter()
+    peers_took = sum(peer.server.cpu_seconds for peer in peers)
     figures = sidecar.measure(generator, body, ASKED_PER_SECOND, seconds)
     elapsed = time.perf_counter() - began
+    peers_took = sum(peer.server.cpu_seconds for peer in peers) - peers_took
     heard, sent = (
         (after - before) / elapsed
         for after, before in zip(entries_heard_and_sent(sidecar.server), entries, strict=True)
     )
-    return {**figures, HEARD: heard, "sent/s": sent}
+    return {**figures, HEARD: heard, "sent/s": sent, PEER_CPU: peers_took * 100 / elapsed / len(peers)}
 
 
 def entries_heard_and_sent(sidecar: Server) -> tuple[float, float]:
@@ -124,7 +136,9 @@ def main(rounds: int, seconds: float, as_json: bool) -> None:
                 generator.run(each(KEYS, rule), None)
             wait_until(lambda: sidecar.server.metric("crdt_pending_buckets") == [0.0] * PEERS)
             of_round = partial(measure, sidecar, generator, peers, seconds=seconds)
+            busy = of_round(SHARED, TOLD_PER_SECOND)[PEER_CPU] / 100
             variants: dict[str, Callable[[], Figures]] = {
+                UNDISTURBED: partial(of_round, LOCAL, 0, busy=busy),
                 QUIET: partial(of_round, LOCAL, 0),
                 f"{TOLD_PER_SECOND:,} buckets/s in": partial(of_round, LOCAL, TOLD_PER_SECOND),
                 f"{TOLD_PER_SECOND:,} buckets/s in and out": partial(of_round, SHARED, TOLD_PER_SECOND),
@@ -144,7 +158,9 @@ def too_little_told(results: Sequence[Result]) -> list[str]:
     return [
         f"{result.group}, {result.variant}"
         for result in results
-        if result.figure == HEARD and result.variant != QUIET and result.value.median < LEAST_TOLD * TOLD_PER_SECOND
+        if result.figure == HEARD
+        and result.variant not in {UNDISTURBED, QUIET}
+        and result.value.median < LEAST_TOLD * TOLD_PER_SECOND
     ]
 
 

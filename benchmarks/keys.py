@@ -1,7 +1,8 @@
 """`python -m benchmarks.keys`: what it costs that requests ask for many different keys.
 
 With one key the plan and the bucket of a request are in the processor's caches; with a million they are in memory, and
-the plan is made anew each time. Every key is asked for once before anything is measured. The sidecar has no peers.
+the plan is made anew each time. Every key is asked for once before anything is measured. There is room for a bucket of
+each. The sidecar has no peers.
 Other builds of the sidecar can be measured in the same rounds; all ratios are to this one's with a single key.
 """
 
@@ -20,6 +21,7 @@ from benchmarks.serving.servers import Build, Server, build_option, running_serv
 
 KEYS = (1, 10, 1_000, 1_000_000)
 LOAD = Load(2, 100)
+ROOM = {"max_buckets": 2 * max(KEYS)}
 
 
 def measure(server: Server, generator: Generator, body: Body, seconds: float) -> Figures:
@@ -42,7 +44,7 @@ def main(*, builds: Sequence[tuple[str, Build]], rounds: int, seconds: float, mo
     variants: dict[str, Callable[[], Figures]] = {}
     with running_servers() as servers, ExitStack() as stack:
         for name, build in [("", Build()), *builds]:
-            sidecar = servers.sidecar(name or "sidecar", build=build)
+            sidecar = servers.sidecar(name or "sidecar", build=build, config=ROOM)
             generator = stack.enter_context(Generator(sidecar.address, LOAD))
             before = sidecar.resident_bytes
             generator.run(each(max(counts)), None)

@@ -4,7 +4,8 @@
 
 Store, keys, replication and garbage collector are a sidecar's; only the requests are left out, which on one machine
 would take more from the sidecar that is measured than the replication does. Each line on standard input is how many
-buckets a second are taken from until the next one, first none; the end of the input ends the process.
+buckets a second are taken from until the next one, first none, and for what part of the time a processor is kept busy
+with nothing; the end of the input ends the process.
 
 A sidecar's peers are on other machines. So here they get a processor only while nobody else wants one (SCHED_IDLE,
 sched(7)); what cannot be taken in time for that is left out, lest it come in a burst.
@@ -56,6 +57,8 @@ class Consumer:
 
     def __init__(self, store: Store, keys: Sequence[bytes], now_us: Callable[[], int]) -> None:
         self.per_second = 0.0
+        self.busy = 0.0
+        """The part of the time, 0 to 1, for which to keep a processor busy with nothing."""
         self._store = store
         self._limits = cycle([(key, store.limit_of_key(key)) for key in keys])
         self._now_us = now_us
@@ -69,6 +72,9 @@ class Consumer:
             await asyncio.sleep(SLICE_SECONDS)
             before, looked_at = looked_at, loop.time()
             self.take(looked_at - before)
+            busy_until = loop.time() + self.busy * min(looked_at - before, MOST_LATE_SECONDS)
+            while loop.time() < busy_until:
+                pass
 
     def take(self, elapsed_seconds: float) -> None:
         """Take what has become due since the last call."""
@@ -115,7 +121,7 @@ async def serve(name: str, rules: Rules, listen: str, peers: list[str], keys: in
         tasks.create_task(mesh.run())
         taking = tasks.create_task(consumer.run())
         while line := await heard.readline():
-            consumer.per_second = float(line)
+            consumer.per_second, consumer.busy = map(float, line.split())
         taking.cancel()
         mesh.stop()
 
@@ -129,9 +135,13 @@ class BarePeer:
         self.server = server
         self._stdin = server.process.stdin
 
-    def take(self, per_second: float) -> None:
-        """From so many buckets, until told otherwise."""
-        self._stdin.write(b"%f\n" % per_second)
+    def take(self, per_second: float, *, busy: float = 0.0) -> None:
+        """From so many buckets, until told otherwise.
+
+        Args:
+            busy: the part of the time, 0 to 1, for which it keeps a processor busy with nothing.
+        """
+        self._stdin.write(b"%f %f\n" % (per_second, busy))
         self._stdin.flush()
 
 

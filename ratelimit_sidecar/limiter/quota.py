@@ -369,7 +369,8 @@ class Quotas:
         not stored.
         """
         step = self._step(key)
-        pool = self._pool(step)
+        # An Envoy may have as many pools and buckets as are still free.
+        pool = self._pool(step, may_add=len(stream.buckets) < MAX_POOLS - len(self.pools))
         bucket = EnvoyBucket(stream, key, usage, pool, step)
         bucket.generation = self._limiter.generation
         bucket.active_us = now_us
@@ -379,7 +380,6 @@ class Quotas:
             self.counts.errors["bad_id"] += 1
             return bucket
         id_bytes = stream.id_bytes + len(usage.bucket_id) + _USAGE_BYTES
-        # An Envoy may have as many buckets as are still free.
         has_room = len(stream.buckets) < MAX_ENVOY_BUCKETS - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
@@ -397,7 +397,7 @@ class Quotas:
         pool.buckets[bucket] = None
         return bucket
 
-    def _pool(self, step: Step) -> Pool:
+    def _pool(self, step: Step, *, may_add: bool) -> Pool:
         limit = step.compiled.limit
         if limit is None:
             return self._unlimited
@@ -405,7 +405,7 @@ class Quotas:
         pool = self.pools.get(key)
         if pool is None:
             pool = Pool(key, limit)
-            if len(self.pools) < MAX_POOLS:
+            if may_add:
                 self.pools[key] = pool
         pool.step = step
         if pool.limit != limit:
@@ -433,7 +433,7 @@ class Quotas:
         """
         bucket.generation = self._limiter.generation
         bucket.step = self._step(bucket.key)
-        pool = self._pool(bucket.step)
+        pool = self._pool(bucket.step, may_add=len(self.pools) < MAX_POOLS)
         self._mark_dirty(pool)
         if pool is bucket.pool:
             return

@@ -554,6 +554,17 @@ def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkey
     )
 
 
+@pytest.mark.interpreted
+def test_one_envoy_leaves_others_room_for_other_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "MAX_POOLS", 10)
+    server = Server()
+    greedy, other = server.connect(), server.connect()
+    server.report(greedy, *many(20))
+    assert len(server.quotas.pools) == len(greedy.buckets) == 5
+    [action] = server.report(other, usage("another"))
+    assert action.assignment is not None
+
+
 LARGE = Rule("api.plan", Limit(1_000_000, 1_000_000, 1_000_000), 1_000_000, Unit.SECOND)
 SHARED = Rules(
     {
