@@ -29,7 +29,6 @@ from uuid import uuid4
 
 import click
 import grpc
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from benchmarks.serving.h2load import LOADS, Load, LoadFailed
 from benchmarks.serving.measures import in_lock_step, when_due
@@ -38,6 +37,7 @@ from benchmarks.serving.requests import DOMAIN, UNSAMPLED, framed, request
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import Build, Server, ServerFailed, Servers, build_option, first_answer, running_servers
 from ratelimit_sidecar import limiter
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 RULES = """\
 domain: {domain}

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 from benchmarks.serving.requests import DENIED, ONE_DESCRIPTOR, RULES, TWO_OF_THREE, keyed
 from benchmarks.serving.rounds import Figures, alternate, print_results
@@ -23,6 +22,7 @@ from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.clock import Clock
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 
 CALLS = 20_000

@@ -27,12 +27,12 @@ from unittest.mock import patch
 import click
 import grpc
 import uvloop
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 from ratelimit_sidecar import app
 from ratelimit_sidecar.clock import Clock
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter
 
 STEP_US = 18_000_000

@@ -25,13 +25,13 @@ from pathlib import Path
 import grpc.aio
 import httpx
 import yaml
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from prometheus_client.parser import text_string_to_metric_families as parse_metrics
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 BUCKETS = 100_000
 ROUNDS = 3

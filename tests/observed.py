@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
-
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus

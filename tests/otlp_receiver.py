@@ -10,12 +10,6 @@ from typing import Self
 
 import grpc
 import grpc.aio
-
-from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
-
-repair_otlp_proto()
-
-# ruff: noqa: E402 (the repair comes first)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,

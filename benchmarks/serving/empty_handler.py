@@ -11,9 +11,9 @@ import asyncio
 import sys
 
 import uvloop
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from benchmarks.serving.requests import METHOD
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd

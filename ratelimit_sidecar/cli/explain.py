@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import click
-from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from google.protobuf.json_format import Parse, ParseError
 
 from ratelimit_sidecar.cli.descriptor import entries_of
@@ -21,6 +20,7 @@ from ratelimit_sidecar.cli.trace_file import FORMAT, BadLine, TraceLine, read_tr
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from ratelimit_sidecar.limiter.explanation import explain as explain_request
 from ratelimit_sidecar.limiter.http_mapping import rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-
 from ratelimit_sidecar.cli.table import table
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.explanation import (
     MAX_MISFITS,
     Attempt,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from google.protobuf.json_format import ParseDict, ParseError
+
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import CheckRequest
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 MAX_LINE_BYTES = 1_048_576
 
@@ -152,7 +153,7 @@ def _check_of(item: object) -> CheckRequest:
     return request
 
 
-def _report_of(at_us: int, item: dict[str, object]) -> Recorded:
+def _report_of(at_us: int, item: dict[str, Any]) -> Recorded:
     bucket_id, number, seconds = item["bucket_id"], item.get("requests"), item.get("seconds", _REPORT_SECONDS)
     if not (isinstance(bucket_id, dict) and all(isinstance(text, str) for text in bucket_id.values())):
         raise BadLine("bucket_id is no object of texts")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.browsers import require_json
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
 from ratelimit_sidecar.server.waiting import HttpWaits
 

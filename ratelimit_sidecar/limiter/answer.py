@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Final, NamedTuple
-
-from envoy.config.core.v3.base_pb2 import HeaderValue
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
+from typing import Any, Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValue
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.request import Override, Request
@@ -203,9 +202,9 @@ def _override_text(override: Override) -> str:
     return " ".join(parts)
 
 
-def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, object]:
+def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, Any]:
     """The metadata of the rules that admitted, merged."""
-    merged: dict[str, object] = {}
+    merged: dict[str, Any] = {}
     for step, status in zip(plan.steps, response.statuses, strict=True):
         if step.rule is not None and status.code != _OVER_LIMIT:
             merged = _merge(merged, step.rule.metadata)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 _TABLE_BITS: Final = 14
 _TABLE_MASK: Final = (1 << _TABLE_BITS) - 1
@@ -54,13 +54,13 @@ def varint(number: int) -> bytes:
     return _MORE[number & _TABLE_MASK] + varint(number >> _TABLE_BITS)
 
 
-def status_head(code: int, current_limit: RateLimitResponse.RateLimit | None) -> bytes:
+def status_head(code: RateLimitResponse.Code, current_limit: RateLimitResponse.RateLimit | None) -> bytes:
     """The head of the statuses of one rule and code."""
     raw: bytes = RateLimitResponse.DescriptorStatus(code=code, current_limit=current_limit).SerializeToString()
     return raw
 
 
-def bare_status(code: int, remaining: int) -> bytes:
+def bare_status(code: RateLimitResponse.Code, remaining: int) -> bytes:
     """A status without a bucket, as a field of an answer."""
     status = RateLimitResponse.DescriptorStatus(code=code, limit_remaining=remaining)
     raw: bytes = RateLimitResponse(statuses=[status]).SerializeToString()

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, KeyEntry, decode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import JOINED, Level, Match, RuleNode, Rules

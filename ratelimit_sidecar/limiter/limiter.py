@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.encoding import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import AnyLimit
@@ -137,7 +138,7 @@ class Plan:
         steps: tuple[Step, ...],
         *,
         quotas: int,
-        metadata: Mapping[str, object] | None,
+        metadata: Mapping[str, Any] | None,
         descriptors: tuple[tuple[tuple[str, str], ...], ...],
         gives_back: bool,
         is_decorated: bool,

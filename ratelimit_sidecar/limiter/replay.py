@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.limiter.settings import Settings

@@ -6,11 +6,11 @@ as its buckets are handled. So only the bytes are kept, and one step reads no mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.quota import MAX_ENVOY_BUCKETS, MAX_PAIRS
@@ -161,12 +161,13 @@ def _pairs(bucket_id: bytes) -> tuple[Pairs, bool]:
         return (), False
     texts = [(text_of(entry.key), text_of(entry.value)) for entry in entries]
     # Of two entries with one key the last counts, as in every map of protobuf.
-    return tuple(sorted(dict(texts).items())), _are_utf8(texts)
+    return tuple(sorted(dict(texts).items())), _is_utf8(bucket_id)
 
 
-def _are_utf8(texts: Iterable[tuple[str, str]]) -> bool:
+def _is_utf8(bucket_id: bytes) -> bool:
+    """Whether all texts in an id are, as Envoy reads them: those that a later one replaces, too."""
     try:
-        "".join([text for pair in texts for text in pair]).encode()
-    except UnicodeEncodeError:
+        rlqs_pb2.BucketId.FromString(bucket_id)
+    except DecodeError:
         return False
     return True

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import structlog
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem, quoted
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import (
     RateLimitConfig,
     RateLimitDescriptor,

@@ -8,8 +8,8 @@ response has every resource there is, and a missing one is gone.
 
 from __future__ import annotations
 
-from envoy.config.core.v3.base_pb2 import Node
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
 MAX_ERROR_CHARS = 4_096
 """The longest error of a NACK, which is for a server's log."""

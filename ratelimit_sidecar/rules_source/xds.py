@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 import grpc
 import grpc.aio
 import structlog
-from envoy.config.core.v3.base_pb2 import Node
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from google.protobuf.message import DecodeError
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
@@ -25,6 +23,8 @@ from ratelimit_sidecar.config.proxies import grpc_proxy
 from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data
 from ratelimit_sidecar.config.regular_file import read_regular_file
 from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.resources import TYPE_URL, Data, data_of

@@ -13,13 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from envoy.config.core.v3.base_pb2 import HeaderValueOption
-from envoy.service.auth.v3.external_auth_pb2 import CheckResponse, DeniedHttpResponse, OkHttpResponse
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValueOption
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import (
+    CheckResponse,
+    DeniedHttpResponse,
+    OkHttpResponse,
+)
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.type.v3.http_status_pb2 import HttpStatus, StatusCode
 from ratelimit_sidecar.limiter.fields import Malformed, Nested, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest, rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of
@@ -167,7 +171,9 @@ def _check_response(raw_decision: bytes) -> bytes:
         for header in decision.response_headers_to_add
     ]
     if decision.overall_code == RateLimitResponse.OVER_LIMIT:
-        denied = DeniedHttpResponse(status=HttpStatus(code=429), headers=headers, body=decision.raw_body.decode())
+        denied = DeniedHttpResponse(
+            status=HttpStatus(code=StatusCode.TooManyRequests), headers=headers, body=decision.raw_body.decode()
+        )
         response = CheckResponse(denied_response=denied)
         response.status.code = Code.RESOURCE_EXHAUSTED
     else:

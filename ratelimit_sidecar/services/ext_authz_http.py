@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
 from ratelimit_sidecar.server.rpc import FailureLog, Headers, RpcError
 from ratelimit_sidecar.server.waiting import HttpWaits

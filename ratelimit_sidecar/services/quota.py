@@ -11,8 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Final
 
-from envoy.service.rate_limit_quota.v3 import rlqs_pb2
-
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from ratelimit_sidecar.limiter.quota import TTL_S, Quotas, QuotasFull
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream
 from ratelimit_sidecar.limiter.usage_reports import USAGES_AT_ONCE, InvalidReports, ReportsReader

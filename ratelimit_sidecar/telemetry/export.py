@@ -28,7 +28,6 @@ from ratelimit_sidecar import __version__
 from ratelimit_sidecar.config.proxies import grpc_proxy
 from ratelimit_sidecar.telemetry.logs import LEVELS
 from ratelimit_sidecar.telemetry.otel_variables import unused
-from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 SERVICE_NAME = "ratelimit-sidecar"
@@ -211,7 +210,6 @@ def prepare_export(signal: str) -> str:
         ValueError: there is no such protocol.
     """
     protocol = _protocol(signal)
-    repair_otlp_proto()
     _find_proxy(signal)
     return protocol
 

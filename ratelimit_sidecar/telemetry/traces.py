@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     Link,
@@ -35,6 +34,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.rules import Consistency

@@ -10,13 +10,13 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 from benchmarks.serving.generator import Generator, each, uniform
 from benchmarks.serving.h2load import Load
 from benchmarks.serving.requests import DOMAIN, RULES
 from benchmarks.serving.rounds import Figures, Result, Spread, alternate, print_results
 from benchmarks.serving.servers import Servers, running_servers, wait_until
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 
 pytestmark = pytest.mark.slow
 

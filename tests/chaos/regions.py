@@ -22,12 +22,12 @@ import grpc.aio
 import httpx
 from chaos.namespaces import Network, network
 from e2e.sidecars import ask, sidecar_command
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from ratelimit_sidecar.demo.links import Link, Way
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 EAST, WEST, SOUTH = NAMES = ("east", "west", "south")
 

@@ -19,8 +19,8 @@ from chaos.regions import EAST, NAMES, WEST, Lab, Regions
 from chaos.scenarios import scenario
 from chaos.versions import environment_of
 from e2e.sidecars import ask
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.replication.wire import PAYING_PROTOCOL
 
 pytestmark = pytest.mark.long

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from config.builders import lines, one_rule, rules, rules_of, write
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_schema import MAX_METADATA_DEPTH
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from conformance.corpus import Request, Status
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.wrappers_pb2 import UInt64Value
+
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 
 @dataclass(frozen=True, slots=True)

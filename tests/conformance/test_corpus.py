@@ -22,8 +22,6 @@ import pytest_asyncio
 import yaml
 from conformance.answers import Answer, Refusal, answer_of, check, message_of
 from conformance.corpus import Case, cases
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.json_format import MessageToJson, ParseDict
 from prometheus_client import CollectorRegistry
 from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
@@ -34,6 +32,8 @@ from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.console.app import ConsoleSources, create_app
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules

@@ -12,19 +12,19 @@ import grpc.aio
 import httpx
 import pytest
 from config.builders import rules_of
-from envoy.config.core.v3.address_pb2 import Address, SocketAddress
-from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
-from envoy.service.auth.v3.attribute_context_pb2 import AttributeContext
-from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
-from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.json_format import MessageToDict
 from observed import NoTelemetry
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.address_pb2 import Address, SocketAddress
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.attribute_context_pb2 import AttributeContext
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.server.rpc import Headers

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conformance.answers import answer_of
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from hypothesis import given
 from hypothesis import strategies as st
 from limiter.naive_rules import DOMAIN, Descriptor, Entries, files, naive_match, paths, requests
@@ -20,6 +19,7 @@ from ratelimit_sidecar.config.rules_file import rules_of_resources
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 
 SECONDS = {"second": 1, "minute": 60}

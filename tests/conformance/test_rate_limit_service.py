@@ -17,9 +17,6 @@ import grpc
 import grpc.aio
 import grpclib.client
 import pytest
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.wrappers_pb2 import UInt64Value
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -28,6 +25,9 @@ from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, ru
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.server.front_end import FrontEnd

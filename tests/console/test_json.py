@@ -8,11 +8,11 @@ import json
 import httpx
 import pytest
 from console.small_console import Console
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from google.protobuf.json_format import ParseDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 TENANT = {"domain": "edge", "descriptors": [{"entries": [{"key": "tenant", "value": "acme"}]}]}

@@ -25,7 +25,6 @@ from deploy.test_alertmanager import HAS_ALERTMANAGER, alertmanager, configured
 from e2e.commands import command, free_base_port
 from e2e.sidecars import ask, sidecar_command
 from e2e.test_wrong_clock import with_clock_of
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from persistence.redis_server import RedisServer, needs_redis
 
 from ratelimit_sidecar.demo.links import Link, Way
@@ -33,6 +32,7 @@ from ratelimit_sidecar.demo.observe import Addresses, prometheus_command
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
 from ratelimit_sidecar.demo.wan import Line
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.replication.dialler import METHOD
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,17 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc.aio
-from envoy.config.bootstrap.v3.bootstrap_pb2 import Bootstrap
-from envoy.config.cluster.v3.cluster_pb2 import Cluster as EnvoyCluster
-from envoy.config.core.v3.base_pb2 import Node
-from envoy.config.listener.v3.listener_pb2 import Listener
-from envoy.config.route.v3.route_components_pb2 import VirtualHost
-from envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2 import (
-    HttpConnectionManager,
-)
-from envoy.extensions.upstreams.http.v3.http_protocol_options_pb2 import HttpProtocolOptions
-from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest
+from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap, BootstrapStaticResources
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster as EnvoyCluster
+from envoy_data_plane.envoy.config.listener.v3 import Listener
+from envoy_data_plane.envoy.config.route.v3 import VirtualHost
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from deployment import tools
@@ -29,6 +24,9 @@ from deployment.cluster import HOST, Cluster, free_port
 from deployment.engine import ROOT
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest
 
 DEPLOY: Final = ROOT / "deploy/istio"
 SYSTEM: Final = "istio-system"
@@ -52,20 +50,10 @@ class Istiod:
     webhooks: int
 
     async def listeners(self, node: Node) -> list[Listener]:
-        found = []
-        for value in await self._ask(node, _LISTENER):
-            listener = Listener()
-            value.Unpack(listener)
-            found.append(listener)
-        return found
+        return [Listener.parse(found.value) for found in await self._ask(node, _LISTENER)]
 
     async def clusters(self, node: Node) -> list[EnvoyCluster]:
-        found = []
-        for value in await self._ask(node, _CLUSTER):
-            cluster = EnvoyCluster()
-            value.Unpack(cluster)
-            found.append(cluster)
-        return found
+        return [EnvoyCluster.parse(found.value) for found in await self._ask(node, _CLUSTER)]
 
     async def _ask(self, node: Node, type_url: str) -> Sequence[Any]:
         options = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
@@ -149,7 +137,8 @@ def filters(listener: Listener) -> list[str]:
 
 
 def virtual_hosts(listener: Listener) -> list[VirtualHost]:
-    return [host for manager in _managers(listener) for host in manager.route_config.virtual_hosts]
+    routes = [manager.route_config for manager in _managers(listener)]
+    return [host for each in routes if each is not None for host in each.virtual_hosts]
 
 
 def validate(folder: Path, listeners: Sequence[Listener], clusters: Sequence[EnvoyCluster]) -> None:
@@ -158,14 +147,13 @@ def validate(folder: Path, listeners: Sequence[Listener], clusters: Sequence[Env
     Raises:
         AssertionError: it refuses them; with what it said.
     """
-    config = ParseDict(bootstrap(Node(id="validated", cluster="validated"), 1, 1), Bootstrap())
-    config.static_resources.listeners.extend(listeners)
-    config.static_resources.clusters.extend(clusters)
-    config.dynamic_resources.ClearField("lds_config")
-    config.dynamic_resources.ClearField("cds_config")
+    told = Bootstrap(static_resources=BootstrapStaticResources(listeners=[*listeners], clusters=[*clusters]))
     path = folder / "validated.pb"
-    path.write_bytes(config.SerializeToString())
-    command = [find_envoy(), "--mode", "validate", "--config-path", str(path)]
+    path.write_bytes(bytes(told))
+    config = bootstrap(Node(id="validated", cluster="validated"), 1, 1)
+    for asked in ("lds_config", "cds_config"):
+        del config["dynamic_resources"][asked]
+    command = [find_envoy(), "--mode", "validate", "--config-path", str(path), "--config-yaml", json.dumps(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -190,7 +178,7 @@ def bootstrap(of: Node, xds: int, admin: int) -> dict[str, Any]:
 
 
 def _grpc_cluster(name: str, port: int) -> dict[str, Any]:
-    options = HttpProtocolOptions.DESCRIPTOR.full_name
+    options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
     http2 = {"explicit_http_config": {"http2_protocol_options": {}}}
     endpoint = {"address": {"socket_address": {"address": HOST, "port_value": port}}}
     return {
@@ -201,11 +189,5 @@ def _grpc_cluster(name: str, port: int) -> dict[str, Any]:
 
 
 def _managers(listener: Listener) -> list[HttpConnectionManager]:
-    found = []
-    for chain in listener.filter_chains:
-        for each in chain.filters:
-            if each.name == _MANAGER:
-                manager = HttpConnectionManager()
-                each.typed_config.Unpack(manager)
-                found.append(manager)
-    return found
+    found = [each for chain in listener.filter_chains for each in chain.filters if each.name == _MANAGER]
+    return [HttpConnectionManager.parse(each.typed_config.value) for each in found if each.typed_config is not None]

@@ -21,8 +21,6 @@ import pytest_asyncio
 import yaml
 from certificates import Authority
 from e2e.sidecars import ask
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from deployment import tools
 from deployment.cache import Unavailable
@@ -30,6 +28,8 @@ from deployment.charts import helm
 from deployment.cluster import HOST, Cluster, cluster, crd
 from deployment.gateways import CERTIFICATES, DEPLOY, PROBE
 from deployment.machines import Machines, machines
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 pytestmark = [pytest.mark.deployment, pytest.mark.asyncio(loop_scope="module")]
 

@@ -16,8 +16,7 @@ import pytest
 import pytest_asyncio
 import yaml
 from e2e.sidecars import sidecar_command
-from envoy.config.cluster.v3.cluster_pb2 import Cluster as EnvoyCluster
-from envoy.config.core.v3.base_pb2 import Node
+from envoy_data_plane.envoy.config.cluster.v3 import ClusterDiscoveryType
 
 from deployment.cache import Unavailable
 from deployment.cluster import HOST, Cluster, cluster
@@ -26,6 +25,7 @@ from deployment.istio import DEPLOY, Istiod, bootstrap, filters, install, istiod
 from ratelimit_sidecar.demo.ports import free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
 
 pytestmark = [pytest.mark.deployment, pytest.mark.asyncio(loop_scope="module")]
 
@@ -142,19 +142,19 @@ async def test_istio_proxy_in_a_pod_asks_the_sidecar_over_its_socket(installed: 
 async def test_its_mesh_is_led_where_it_dials_without_another_tls(installed: Installed) -> None:
     by_name = {each.name: each for each in await installed.istiod.clusters(installed.workload)}
     abroad = by_name["outbound|50051||eu-west-2.mesh.example.com"]
-    assert abroad.type == EnvoyCluster.ORIGINAL_DST
+    assert abroad.type == ClusterDiscoveryType.ORIGINAL_DST
     here = by_name["outbound|50051||ratelimit-mesh.shop.svc.cluster.local"]
-    assert here.type == EnvoyCluster.ORIGINAL_DST
-    assert not any(each.HasField("transport_socket") or each.transport_socket_matches for each in (abroad, here))
+    assert here.type == ClusterDiscoveryType.ORIGINAL_DST
+    assert not any(each.transport_socket or each.transport_socket_matches for each in (abroad, here))
 
     listeners = {each.name: each for each in await installed.istiod.listeners(installed.workload)}
     assert "0.0.0.0_50051" in listeners
     [chain] = [
         each
         for each in listeners["virtualInbound"].filter_chains
-        if each.filter_chain_match.destination_port.value == 50_051
+        if each.filter_chain_match and each.filter_chain_match.destination_port == 50_051
     ]
-    assert not chain.HasField("transport_socket"), "the sidecar's own TLS"
+    assert chain.transport_socket is None, "the sidecar's own TLS"
 
 
 async def test_authorization_asks_the_sidecar(installed: Installed) -> None:

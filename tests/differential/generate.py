@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Final
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 UNITS: Final = ("HOUR", "DAY", "WEEK", "MONTH", "YEAR")
 """None that ends within a run, but for the hour: a window that begins between two answers to one request is told apart

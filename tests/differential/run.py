@@ -19,8 +19,6 @@ from typing import Any, Final
 
 import grpc
 import yaml
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.json_format import MessageToJson
 
 from differential.build import Reference
@@ -28,6 +26,8 @@ from differential.compare import Answer, Asked, Disagreement, Failure, disagreem
 from differential.deliberate import Case, reason
 from differential.generate import Generator
 from differential.services import both
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 FILES: Final = 50
 """Of a round."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import grpc
 from e2e.sidecars import sidecar_command
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from differential.build import Reference, Unavailable
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 START_SECONDS = 30.0
 

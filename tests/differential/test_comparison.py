@@ -6,7 +6,6 @@ from random import Random
 
 import pytest
 import yaml
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 from differential.compare import MISSING, Asked, Disagreement, Failure, disagreements
 from differential.deliberate import EXPLANATIONS, Case, reason
@@ -15,6 +14,7 @@ from differential.odd_yaml import REFUSED_HERE, REFUSED_THERE
 from differential.run import FILES, scripts
 from ratelimit_sidecar.config.differences import ANSWERS, RULES
 from ratelimit_sidecar.config.rules_file import rules_of_resources
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 
 SAME_SECOND = Asked(RateLimitRequest(domain="shop"), 1_790_000_000, 1_790_000_000)
 

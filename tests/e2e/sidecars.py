@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from google.protobuf.wrappers_pb2 import UInt64Value
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts
 from ratelimit_sidecar.demo.processes import Command
+from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 
 def sidecar_command(

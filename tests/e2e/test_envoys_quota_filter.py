@@ -9,18 +9,21 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 from e2e.quotas import Load, envoy_command
-from envoy.service.rate_limit_quota.v3.rlqs_pb2 import RateLimitQuotaResponse, RateLimitQuotaUsageReports
-from envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import (
-    RateLimitQuotaServiceServicer,
-    add_RateLimitQuotaServiceServicer_to_server,
-)
-from envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
-from envoy.type.v3.token_bucket_pb2 import TokenBucket
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.wrappers_pb2 import UInt32Value
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2 import (
+    RateLimitQuotaResponse,
+    RateLimitQuotaUsageReports,
+)
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import (
+    RateLimitQuotaServiceServicer,
+    add_RateLimitQuotaServiceServicer_to_server,
+)
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
+from ratelimit_sidecar.envoy_api.envoy.type.v3.token_bucket_pb2 import TokenBucket
 from ratelimit_sidecar.limiter.assignment import Assignment, noticeable
 
 pytestmark = [pytest.mark.long, pytest.mark.asyncio(loop_scope="module")]

@@ -20,10 +20,10 @@ import pytest
 import yaml
 from certificates import Authority
 from e2e.sidecars import status
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.server.file_limit import RESERVED
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS

@@ -11,10 +11,10 @@ import httpx
 import yaml
 from certificates import Authority
 from e2e.sidecars import sidecar_command, status
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children, Command
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 WITHIN_S = 60
 POLL_S = 0.05

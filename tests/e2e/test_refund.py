@@ -12,11 +12,11 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from e2e.sidecars import sidecar_command, status
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 pytestmark = pytest.mark.long
 

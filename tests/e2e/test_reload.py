@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc.aio
 import httpx
 from e2e.sidecars import ask, sidecar_command, status
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 LIMIT = 1_000_000
 """A year: 0.03 are refilled in a second."""

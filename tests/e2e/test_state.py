@@ -12,13 +12,13 @@ import grpc.aio
 import httpx
 import pytest
 from e2e.sidecars import sidecar_command, status
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.rules_schema import RuleDefaults
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.persistence.purses import holder_of, write_purses
 
 LIMIT = 1_000

@@ -14,11 +14,11 @@ import grpc.aio
 import httpx
 import pytest
 from e2e.sidecars import ask, sidecar_command
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Child, Children
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 NAMES = ("a", "b", "c")
 

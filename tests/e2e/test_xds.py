@@ -11,12 +11,12 @@ import grpc.aio
 import httpx
 import pytest
 from e2e.sidecars import sidecar_command, status
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from rules_source.xds_server import XdsServer, broken, config, serving
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 
 EVICTED = re.compile(r"^crdt_buckets_evicted_total\{.*\} 1(\.0)?$", re.MULTILINE)
 

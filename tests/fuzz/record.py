@@ -18,12 +18,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 import grpc
 import grpc.aio
 import httpx
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 
 from fuzz.corpus import FOLDER
 from ratelimit_sidecar.demo.bootstrap import EnvoySettings, envoy_bootstrap, to_yaml
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.regions import find_envoy
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.rpc import Code, Handler, Metadata, RpcError, Streaming
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from google.protobuf.json_format import MessageToDict
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, headers_of, make_limiter, make_request
 
@@ -14,6 +12,8 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter import counts as counts_module
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter

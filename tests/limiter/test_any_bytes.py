@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 
 import pytest
-from envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
-from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from google.protobuf.descriptor import Descriptor as MessageDescriptor
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given
@@ -16,6 +13,9 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.key import (
     MAX_CALLER_ENTRIES,
     MAX_VALUE_BYTES,
@@ -236,7 +236,7 @@ def test_long_values_take_little_memory() -> None:
 
 
 NEWER = ("is_negative_hits", "unit_multiplier")
-"""Fields that Envoy's API has and the bindings in xds-protos 1.85 do not."""
+"""Fields that newer Envoys' API has."""
 
 
 @pytest.mark.parametrize(

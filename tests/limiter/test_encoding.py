@@ -5,10 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 from math import ceil
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.encoding import OVERALL_OK, OVERALL_OVER_LIMIT, bare_status, encode_status, status_head
 
 MAX_UINT32 = 2**32 - 1

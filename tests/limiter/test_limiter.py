@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
-from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.encoding import varint
 from ratelimit_sidecar.limiter.limiter import MAX_HITS
 from ratelimit_sidecar.limiter.plan import Step

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
-from envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from limiter.requests import NOW_US, OVER_LIMIT, decide, make_limiter, make_request
 
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter import replay as replay_module
 from ratelimit_sidecar.limiter.replay import Replay
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
-from envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 from limiter.test_request import fields, nested, number, texts, with_length
 
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.quota import MAX_PAIRS
 from ratelimit_sidecar.limiter.quota_pool import Usage
@@ -91,6 +91,14 @@ def by_reader(raw: bytes) -> Read | None:
 @example(b"\x0a\x01d\x12\x00\x0a\x01e")
 def test_what_is_read_is_what_protobuf_reads(raw: bytes) -> None:
     assert by_reader(raw) == by_protobuf(raw)
+
+
+def test_a_text_that_is_not_utf8_counts_although_another_replaces_it() -> None:
+    """Envoy could not read the id that it is sent back."""
+    entry = b"\x0a" + with_length(b"\x80") + b"\x0a" + with_length(b"agent")
+    usage = b"\x0a" + with_length(b"\x0a" + with_length(entry))
+    [read] = read_all(ReportsReader(b"\x12" + with_length(usage)))[1]
+    assert (read.pairs, read.is_utf8) == ((("agent", ""),), False)
 
 
 @given(messages, st.data())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from limiter.requests import NOW_US, OK, OVER_LIMIT, make_request
 
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -14,6 +13,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.settings import Settings

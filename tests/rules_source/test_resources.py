@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import structlog.testing
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from google.protobuf.any_pb2 import Any
 from google.protobuf.json_format import ParseDict
 
 from ratelimit_sidecar.config.document import parse
 from ratelimit_sidecar.config.errors import ConfigError
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.rules_source.resources import TYPE_URL, data_of
 from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig, RateLimitPolicy, RateLimitUnit
 

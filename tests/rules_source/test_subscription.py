@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from envoy.config.core.v3.base_pb2 import Node
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
-
+from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from ratelimit_sidecar.rules_source.subscription import MAX_ERROR_CHARS, Subscription
 
 TYPE_URL = "type.googleapis.com/some.Type"

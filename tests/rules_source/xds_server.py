@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
-from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from google.protobuf.any_pb2 import Any
 
+from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from ratelimit_sidecar.rules_source.resources import TYPE_URL
 from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig
 from ratelimit_sidecar.rules_source.xds import METHOD

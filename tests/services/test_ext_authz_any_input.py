@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from config.builders import rules_of
-from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 from hypothesis import given
 from hypothesis import strategies as st
 from observed import NoTelemetry
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService

@@ -12,14 +12,18 @@ from contextlib import aclosing, asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
-from envoy.service.rate_limit_quota.v3.rlqs_pb2 import BucketId, RateLimitQuotaResponse, RateLimitQuotaUsageReports
-from envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import RateLimitQuotaServiceStub
-from envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
 from google.protobuf.duration_pb2 import Duration
 from limiter.requests import decide, make_limiter, make_request
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2 import (
+    BucketId,
+    RateLimitQuotaResponse,
+    RateLimitQuotaUsageReports,
+)
+from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import RateLimitQuotaServiceStub
+from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
 from ratelimit_sidecar.limiter.quota import MAX_STREAMS, Quotas
 from ratelimit_sidecar.limiter.quota_pool import Usage
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit

@@ -13,7 +13,6 @@ from hashlib import blake2b
 from random import Random
 from zlib import crc32
 
-from envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from simulation.loop import MS, SECOND_US, START_US, Loop
 from simulation.network import End, Network, Way
 from simulation.node import Node
@@ -28,6 +27,7 @@ from ratelimit_sidecar.crdt.limit import Limit, Window
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication import key_numbers
 from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES

@@ -13,20 +13,6 @@ import grpc.aio
 import pytest
 from e2e.sidecars import sidecar_command
 from observed import NOW_US, peer, request, small_limiter
-from prometheus_client import CollectorRegistry
-
-from ratelimit_sidecar.demo.ports import free_ports
-from ratelimit_sidecar.demo.processes import Children
-from ratelimit_sidecar.telemetry import push as pushing
-from ratelimit_sidecar.telemetry.export import TracingError
-from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, create_registry
-from ratelimit_sidecar.telemetry.otlp_proto import repair_otlp_proto
-from ratelimit_sidecar.telemetry.push import start_push
-
-repair_otlp_proto()
-
-# ruff: noqa: E402 (the repair comes first)
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
     ExportMetricsServiceResponse,
@@ -36,6 +22,15 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
     add_MetricsServiceServicer_to_server,
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+from prometheus_client import CollectorRegistry
+
+from ratelimit_sidecar.demo.ports import free_ports
+from ratelimit_sidecar.demo.processes import Children
+from ratelimit_sidecar.telemetry import push as pushing
+from ratelimit_sidecar.telemetry.export import TracingError
+from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
+from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, create_registry
+from ratelimit_sidecar.telemetry.push import start_push
 
 
 @pytest.fixture(autouse=True)
