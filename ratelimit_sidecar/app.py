@@ -314,6 +314,7 @@ class Sidecar:
                 fullest=self._fullest,
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
+                waits=None if self._limiter.ledger is None else self._limiter.ledger.lines,
             )
         )
 

@@ -25,9 +25,9 @@ class Lines:
         """Called when `ended` is no longer empty; takes no time."""
         self.waiting = 0
         """Requests that wait now."""
-        self.counts = dict.fromkeys(Outcome, 0)
+        self.counts: dict[str, int] = dict.fromkeys(Outcome, 0)
         """Waits since the start, by outcome."""
-        self.waited_us = dict.fromkeys(Outcome, 0)
+        self.seconds: dict[str, float] = dict.fromkeys(Outcome, 0.0)
         """How long these were together."""
         self.crowded = 0
         """Requests since the start that were decided at once, because too many others waited."""
@@ -111,7 +111,7 @@ class Lines:
         self.waiting -= 1
         assert waiting.outcome is not None
         self.counts[waiting.outcome] += 1
-        self.waited_us[waiting.outcome] += now_us - waiting.since_us
+        self.seconds[waiting.outcome] += (now_us - waiting.since_us) / 1e6
         self.ended.append(waiting)
         if len(self.ended) == 1 and self.on_ended is not None:
             self.on_ended()

@@ -21,7 +21,6 @@ from prometheus_client.samples import Sample as EncodedSample
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.lines import Lines
-from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -297,6 +296,7 @@ class MetricSources:
         fullest: None if the fullest buckets are not measured.
         spans: None without tracing.
         quotas: None if Envoys get no quotas.
+        waits: None if no limit can be strict.
     """
 
     node: str
@@ -321,6 +321,7 @@ class MetricSources:
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
+    waits: Lines | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,24 +506,6 @@ def _read_payments(at: ScrapeView) -> Iterator[Sample]:
         yield "", (at.sources.region, "received"), at.membership.payments_received
 
 
-def _read_waits(value: Callable[[Lines, Outcome], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
-    def read(at: ScrapeView) -> Iterator[Sample]:
-        ledger = at.sources.limiter.ledger
-        if ledger is not None:
-            for outcome in Outcome:
-                yield "", (at.sources.region, outcome.value), value(ledger.lines, outcome)
-
-    return read
-
-
-def _read_lines(value: Callable[[Lines], float]) -> Callable[[ScrapeView], Iterator[Sample]]:
-    def read(at: ScrapeView) -> Iterator[Sample]:
-        if at.sources.limiter.ledger is not None:
-            yield "", (at.sources.region,), value(at.sources.limiter.ledger.lines)
-
-    return read
-
-
 def _read_source(
     part: Callable[[MetricSources], _Source | None], value: Callable[[_Source], float | None]
 ) -> Callable[[ScrapeView], Iterator[Sample]]:
@@ -538,7 +521,7 @@ def _read_source(
 
 
 def _read_source_by(
-    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, int]]
+    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, float]]
 ) -> Callable[[ScrapeView], Iterator[Sample]]:
     """Read a sample for each name by which a source counts; none if the source is absent."""
 
@@ -1210,7 +1193,7 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "Requests that wait for tokens of other members now; at most 1,024. Absent without sync.members, as are all of"
         " waits.",
-        _read_lines(lambda lines: lines.waiting),
+        _read_source(lambda sources: sources.waits, lambda waits: waits.waiting),
     ),
     Definition(
         "ratelimit_strict_waits_total",
@@ -1218,21 +1201,21 @@ METRICS: tuple[Definition, ...] = (
         ("region", "outcome"),
         "Waits that are over: `served`, there were tokens; `expired`, its `wait` or the client's timeout was over;"
         " `cancelled` by the client; `ended` by a change of rules or at a stop. All but `cancelled` were then decided.",
-        _read_waits(lambda lines, outcome: lines.counts[outcome]),
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.counts),
     ),
     Definition(
         "ratelimit_strict_wait_seconds_total",
         "counter",
         ("region", "outcome"),
         "How long those waits took, together.",
-        _read_waits(lambda lines, outcome: lines.waited_us[outcome] / 1e6),
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.seconds),
     ),
     Definition(
         "ratelimit_strict_waits_refused_total",
         "counter",
         ("region",),
         "Requests that could have waited and were decided at once, because too many others waited.",
-        _read_lines(lambda lines: lines.crowded),
+        _read_source(lambda sources: sources.waits, lambda waits: waits.crowded),
     ),
     Definition(
         "ratelimit_quota_streams",

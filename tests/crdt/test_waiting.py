@@ -241,7 +241,7 @@ def test_a_request_whose_time_is_over_is_decided_by_what_there_is_then() -> None
     [waiting] = here.wait_for(1)
     here.lines.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
     assert waiting.result() == b"0"
-    assert (here.lines.counts[Outcome.EXPIRED], here.lines.waited_us[Outcome.EXPIRED]) == (1, 250_000)
+    assert (here.lines.counts[Outcome.EXPIRED], here.lines.seconds[Outcome.EXPIRED]) == (1, 0.25)
 
 
 def test_refill_and_payments_serve_as_well() -> None:
