@@ -137,8 +137,9 @@ def test_the_room_of_a_ticket_is_free_after_its_time_and_what_is_returned_later_
 def test_what_is_returned_in_time_is_there_again_but_no_more_than_the_ticket() -> None:
     there = Node("b", has=100)
     there.ledger.set_aside(1, "a", KEY, 40, NOW_US)
+    assert there.bucket.take(50, NOW_US)
     there.ledger.release(1, 90 * TOKEN, NOW_US)
-    assert there.bucket.remaining == 100
+    assert there.bucket.remaining == 50
     assert there.bucket.aside == 0
 
 
@@ -260,6 +261,18 @@ def test_a_tick_ends_a_bounded_number_of_waits() -> None:
         here.lines.tick(["b"], NOW_US, 10, 100)
         assert here.lines.waiting == left * SERVED_AT_ONCE
     assert here.lines.counts[Outcome.ENDED] == 3 * SERVED_AT_ONCE
+
+
+def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
+    limit = Limit(1, 60_000_000, 2_000)
+    ledger = make_ledger(limit=limit)
+    ledger.limit_of_key = lambda _key: limit
+    ledger.lines.tick(["b"], NOW_US, 10, 100)
+    for key in (b"one", b"other"):
+        assert all(join(ledger, key, limit) for _ in range(SERVED_AT_ONCE // 2 + 1))
+        ledger.bucket(key, limit, NOW_US).level += limit.ceiling << 32
+    ledger.lines.tick(["b"], NOW_US, 10, 100)
+    assert ledger.lines.counts[Outcome.SERVED] == SERVED_AT_ONCE
 
 
 def test_a_ticket_serves_a_bounded_number_and_what_is_left_is_kept() -> None:

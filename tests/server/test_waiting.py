@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
-from limiter.requests import OK, OVER_LIMIT
+from limiter.requests import OK, OVER_LIMIT, make_request
 from limiter.test_waiting import code_of
 from server.front_ends import KINDS, running
 from server.raw_http2 import GRPC_HEADERS, connected
@@ -114,13 +114,18 @@ async def test_a_decision_that_fails_ends_its_call_alone(kind: str) -> None:
 
 async def test_what_a_call_that_waits_holds_is_counted_with_its_message_until_it_is_answered() -> None:
     service = WaitingService()
-    async with front_end_of(service, "h2") as front_end, grpc.aio.insecure_channel(front_end.addresses[0]) as channel:
+    longer = make_request({"plan": "gold"}, {"colour": "x" * 2_000})
+    async with front_end_of(service, "h2") as front_end, connected(front_end.addresses[0]) as client:
         assert isinstance(front_end, H2FrontEnd)
-        calls = [call(channel) for _ in range(4)]
-        await service.until_waiting(4)
-        assert 4 * (CALL_BYTES + len(REQUEST)) < front_end.held_bytes < 4 * (CALL_BYTES + len(REQUEST) + 1_024)
-        service.node.come(4)
-        await asyncio.gather(*calls)
+        held = []
+        for number, request in enumerate((REQUEST, longer), start=1):
+            client.send(client.open(PATH), frame(request))
+            await service.until_waiting(number)
+            held.append(front_end.held_bytes)
+        assert held[0] > CALL_BYTES + len(REQUEST)
+        assert held[1] - 2 * held[0] == len(longer) - len(REQUEST)
+        service.node.come(2)
+        await until(lambda: not service.waits._timers)
         assert front_end.held_bytes == 0
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import structlog.testing
-from limiter.requests import OK, OVER_LIMIT
+from limiter.requests import NOW_US, OK, OVER_LIMIT
 from limiter.test_waiting import code_of
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
@@ -85,6 +85,19 @@ async def test_in_one_turn_of_the_event_loop_a_bounded_number_is_answered_and_dr
         seen.append(len(answered))
     assert seen[-3:] == [STEP, 2 * STEP, 2 * STEP + 1]
     assert answered == sorted(answered)
+
+
+async def test_of_many_that_are_served_at_once_a_bounded_number_is_answered_in_a_turn() -> None:
+    service = WaitingService()
+    answered: list[int] = []
+    waits = [ask(service) for _ in range(2 * STEP)]
+    for number, waiting in enumerate(waits):
+        waiting.on_end = lambda number=number: answered.append(number)
+        service.lines.leave(waiting, Outcome.SERVED, NOW_US)
+    await asyncio.sleep(0)
+    assert len(answered) == STEP
+    await asyncio.sleep(0)
+    assert len(answered) == 2 * STEP
 
 
 async def test_an_answer_that_cannot_be_given_costs_the_others_nothing() -> None:
