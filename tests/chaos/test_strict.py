@@ -166,7 +166,7 @@ async def test_of_a_million_admissions_through_stops_kills_and_cuts_none_is_beyo
 
 @scenario
 async def test_nor_is_any_where_requests_wait_for_tickets(lab: Lab) -> None:
-    await admit_through_faults(lab, f"{RULES}    wait: 200ms\n", ADMISSIONS // 5)
+    await admit_through_faults(lab, f"{RULES}    wait: 200ms\n", ADMISSIONS // 2)
 
 
 async def admit_through_faults(lab: Lab, rules: str, admissions: int) -> None:
