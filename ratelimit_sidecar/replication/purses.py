@@ -168,7 +168,7 @@ class Purses:
         if now_us < self._tick_due_us:
             return []
         self._tick_due_us = now_us + TICK_EVERY_US
-        most = TICK_WORK // (4 + len(outboxes))
+        most = max(1, TICK_WORK // (4 + len(outboxes)))
         ends = {peer: outbox.end for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN}
         asks = self.ledger.tick(ends, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():

@@ -137,7 +137,12 @@ class RateLimitService:
 
     def _hold(self, waiting: Waiting, metadata: Metadata) -> Waiting:
         assert self._waits is not None
-        self._waits.hold(waiting, patience_s(metadata))
+        most_s = inf
+        try:
+            most_s = patience_s(metadata)
+        finally:
+            # It waits already, and whatever happens its wait must end.
+            self._waits.hold(waiting, most_s)
         plan, began_ns = self._limiter.last_plan, time.time_ns()
         assert plan is not None
         if metadata.may_be_sampled:
@@ -159,6 +164,6 @@ def patience_s(metadata: Metadata) -> float:
     time; infinite without one.
     """
     for name, value in metadata:
-        if name == b"grpc-timeout" and value[:-1].isdigit() and value[-1:] in _SECONDS:
+        if name == b"grpc-timeout" and len(value) <= 9 and value[:-1].isdigit() and value[-1:] in _SECONDS:
             return int(value[:-1]) * _SECONDS[value[-1:]] * PATIENCE
     return inf

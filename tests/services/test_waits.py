@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 import structlog.testing
@@ -54,7 +55,7 @@ def test_a_request_waits_for_three_quarters_of_its_timeout(timeout: bytes, secon
     assert patience_s(Headers([(b"a", b"b"), (b"grpc-timeout", timeout)])) == pytest.approx(PATIENCE * seconds)
 
 
-@pytest.mark.parametrize("timeout", [b"", b"m", b"-1S", b"1", b"1x", b"1.5S"])
+@pytest.mark.parametrize("timeout", [b"", b"m", b"-1S", b"1", b"1x", b"1.5S", b"9" * 5_000 + b"S"])
 def test_a_timeout_that_is_none_bounds_nothing(timeout: bytes) -> None:
     assert patience_s(Headers([(b"grpc-timeout", timeout)])) == float("inf")
 
@@ -112,6 +113,19 @@ async def test_an_answer_that_cannot_be_given_costs_the_others_nothing() -> None
         assert code_of(await answer_of(sound)) == OVER_LIMIT
     assert [line["event"] for line in logged] == ["rpc_failed"]
     assert service.lines.waiting == 0
+
+
+async def test_a_call_that_fails_once_it_waits_waits_no_longer_than_others() -> None:
+    service = WaitingService(wait_ms=1)
+
+    class Broken(Headers):
+        def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        service.service.should_rate_limit(REQUEST, Broken())
+    await until(lambda: not service.waits._timers)
+    assert (service.lines.waiting, service.lines.counts[Outcome.EXPIRED]) == (0, 1)
 
 
 async def test_one_that_cannot_be_held_is_decided_now() -> None:
