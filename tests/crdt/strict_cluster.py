@@ -346,6 +346,7 @@ class StrictCluster:
             for replica in self.replicas.values():
                 bucket = replica.bucket
                 assert bucket.level >= 0
+                assert bucket.aside == sum(bucket.tickets.values())
                 assert bucket.level + bucket.room_reserved <= bucket.ceiling or not bucket.level
         assert self.worst <= 0
 
