@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
+from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
     SECOND_US,
@@ -107,6 +108,9 @@ _MAX_ABANDONED_BYTES: Final = 1 << 16
 
 MAX_PAIRS: Final = 32
 """The most pairs in one bucket."""
+
+_OBJECTS_OF_BUCKET: Final = 14
+"""That the cycle collector sees, with a pool of its own and an assignment."""
 
 _SWEEP_POOLS: Final = 256
 """A tick looks at this many pools, an orphaned assignment counted like one."""
@@ -392,6 +396,7 @@ class Quotas:
         if elapsed_s and (pool.orphans or self._is_learning):
             pool.waiting[bucket] = None
         self.bucket_count += 1
+        young_objects.note(_OBJECTS_OF_BUCKET)
         stream.buckets[key] = bucket
         stream.id_bytes = id_bytes
         pool.buckets[bucket] = None

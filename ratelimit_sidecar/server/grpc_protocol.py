@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
+from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
 from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
@@ -25,6 +26,9 @@ SLICE_BYTES: Final = 4_096
 
 QUANTUM_NS: Final = 1_000_000
 """How long calls of one connection are answered in one turn of the event loop. The call that exceeds it is finished."""
+
+_OBJECTS: Final = 20
+"""Of a connection, that the cycle collector sees."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
@@ -102,6 +106,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
+        young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
             self._connection.drain()

@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.sharing import Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
 
-pytestmark = [needs_redis, pytest.mark.slow]
+pytestmark = needs_redis
 
 __all__ = ["server"]
 
@@ -290,6 +290,7 @@ def fill(store: Store, limit: AnyLimit, count: int) -> None:
         store.bucket(b"key %d" % number, limit, NOW_US).take(1, NOW_US)
 
 
+@pytest.mark.slow
 async def test_many_busy_buckets_keep_the_loop_from_nobody(server: RedisServer) -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit)
@@ -306,6 +307,7 @@ async def test_many_busy_buckets_keep_the_loop_from_nobody(server: RedisServer) 
     assert longest[0] < 0.05
 
 
+@pytest.mark.slow
 async def test_many_new_buckets_make_room_without_a_search(server: RedisServer) -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit)
@@ -358,6 +360,7 @@ async def test_a_gateway_that_cannot_listen_says_so_and_leaves_it_to_others(
         assert broken.fabric.status.gateway_failed < 5
 
 
+@pytest.mark.slow
 async def test_a_region_whose_server_lost_its_data_is_told_in_pieces() -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit, Origin("gateway", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 
@@ -30,7 +31,7 @@ from ratelimit_sidecar.limiter.quota import (
     Quotas,
     QuotasFull,
 )
-from ratelimit_sidecar.limiter.quota_pool import Action, Pairs, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota_pool import Action, EnvoyBucket, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 from ratelimit_sidecar.replication.demands import MAX_MEMBERS
@@ -563,6 +564,21 @@ def test_one_envoy_leaves_others_room_for_other_limits(monkeypatch: pytest.Monke
     assert len(server.quotas.pools) == len(greedy.buckets) == 5
     [action] = server.report(other, usage("another"))
     assert action.assignment is not None
+
+
+def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
+    """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
+    server = Server()
+    stream = server.connect()
+    gc.collect()
+    gc.disable()
+    try:
+        server.report(stream, *many(500))
+        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
+    finally:
+        gc.enable()
+    assert len(stream.buckets) == 500
+    assert sum(isinstance(found, EnvoyBucket) for found in young) < 100
 
 
 LARGE = Rule("api.plan", Limit(1_000_000, 1_000_000, 1_000_000), 1_000_000, Unit.SECOND)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from random import Random
 
 import pytest
 from replication.builders import NOW_US, SECOND_US, SIT_OUT_US, key_of, rules_with
 from replication.cluster import MS, Cluster, Node
+from seeds import seeds
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership
@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.strict import StrictBucket
 
 PLAN = key_of("gold", "plan")
 
-SEEDS = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 60
+SEEDS = seeds(20, thorough=60, nightly=2_000)
 
 
 class StrictCluster(Cluster):
@@ -124,7 +124,7 @@ def payments_of(cluster: Cluster) -> int:
     return sum(each.replicator.purses.received for each in cluster if each.replicator.purses is not None)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_happens_nothing_is_admitted_beyond_the_limit(seed: int) -> None:
     cluster = run_faults(seed)
     assert cluster.worst <= 0
