@@ -118,7 +118,9 @@ async def test_an_answer_that_cannot_be_given_costs_the_others_nothing() -> None
 async def test_a_call_that_fails_once_it_waits_waits_no_longer_than_others() -> None:
     service = WaitingService(wait_ms=1)
 
-    class Broken(Headers):
+    class Broken:
+        may_be_sampled = False
+
         def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
             raise RuntimeError("broken")
 
