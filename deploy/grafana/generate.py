@@ -481,6 +481,35 @@ STRICT: Final[Sequence[Row]] = [
             ),
         ],
     ),
+    (
+        "Regions on a fabric",
+        [
+            Panel(
+                "Tokens drawn",
+                "From the region's accounts in Redis, and returned into them.",
+                "ops",
+                [
+                    (
+                        "sum by (region, direction)"
+                        f" (rate(ratelimit_fabric_strict_tokens_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{direction}}",
+                    )
+                ],
+            ),
+            by_region(
+                "Failed calls",
+                "While there are any, a sidecar admits what it holds, and then denies.",
+                "ops",
+                f"sum by (region) (rate(ratelimit_fabric_strict_failures_total{{{REGIONS}}}[$__rate_interval]))",
+            ),
+            by_region(
+                "Lost accounts",
+                "As the sidecars found out: limits of the region began empty.",
+                "none",
+                f"max by (region) (increase(ratelimit_fabric_strict_losses_total{{{REGIONS}}}[$__rate_interval]))",
+            ),
+        ],
+    ),
 ]
 
 PERSISTENCE: Final[Sequence[Row]] = [

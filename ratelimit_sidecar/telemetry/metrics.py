@@ -192,6 +192,19 @@ class RedisStatus(Protocol):
     def last_us(self) -> int | None: ...
 
 
+class DrawStatus(Protocol):
+    """What is read of strict limits on a fabric (`ratelimit_sidecar.fabric.status.DrawStatus`, a layer above)."""
+
+    @property
+    def drawn(self) -> int: ...
+    @property
+    def returned(self) -> int: ...
+    @property
+    def lineages(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+
+
 class FabricStatus(Protocol):
     """What is read of the fabric (`ratelimit_sidecar.fabric.status.FabricStatus`, a layer above)."""
 
@@ -291,6 +304,7 @@ class MetricSources:
         state: None without state in a file.
         redis: None without state in Redis.
         fabric: None without a fabric.
+        drawing: None without strict limits on one.
         supervision: None without supervised tasks.
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
@@ -316,6 +330,7 @@ class MetricSources:
     state: StateStatus | None = None
     redis: RedisStatus | None = None
     fabric: FabricStatus | None = None
+    drawing: DrawStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
@@ -750,6 +765,28 @@ METRICS: tuple[Definition, ...] = (
             lambda sources: sources.fabric,
             lambda fabric: {"room": fabric.unshared, "odd": fabric.odd + fabric.odd_at_gateway},
         ),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_tokens_total",
+        "counter",
+        ("region", "direction"),
+        "Tokens of strict limits that were `drawn` from the region's accounts, and `returned` into them; absent without"
+        " `sync.members`, as are the next two.",
+        _read_source_by(lambda sources: sources.drawing, lambda it: {"drawn": it.drawn, "returned": it.returned}),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_failures_total",
+        "counter",
+        ("region",),
+        "Calls to the accounts that failed: until one succeeds, strict limits admit what is held here, and then deny.",
+        _read_source(lambda sources: sources.drawing, lambda drawing: drawing.failed),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_losses_total",
+        "counter",
+        ("region",),
+        "Times that the server was found to have lost the accounts, or to be another one: strict limits begin empty.",
+        _read_source(lambda sources: sources.drawing, lambda drawing: drawing.lineages),
     ),
     Definition(
         "ratelimit_connections",

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.crdt.paying import Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN
+from ratelimit_sidecar.crdt.regional import RegionalLedger
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import MAX_WAITING, MAX_WAITING_OF_BUCKET, SERVED_AT_ONCE, Outcome, Waiting, Wish
 
@@ -356,3 +358,12 @@ def test_a_payer_is_believed_no_more_than_its_home_holds_with_tickets_too() -> N
     assert here.bucket.credit_of("b", 100 * TOKEN) == 40 * SLOW.period_us * TOKEN
     here.bucket.wish(2)
     assert here.bucket.accept(2, "b", 60, 100 * TOKEN, NOW_US) == 40 * SLOW.period_us * TOKEN
+
+
+def test_in_a_region_with_a_fabric_nothing_is_set_aside_and_no_request_waits() -> None:
+    """What was granted ends sooner than a ticket might."""
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
+    ledger = RegionalLedger(shares, Origin("a", 1), lambda _key: LIMIT)
+    ledger.bucket(KEY, LIMIT, NOW_US).level = 50 * TOKEN * LIMIT.period_us
+    assert ledger.set_aside(1, "b", KEY, 5, NOW_US) == Ticket(0, 0)
+    assert not join(ledger, KEY, LIMIT)

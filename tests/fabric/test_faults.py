@@ -29,6 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 pytestmark = needs_redis
 
@@ -460,7 +461,7 @@ async def exchanged(gateway: Gateway, region: Region) -> None:
 def gateway_of(server: RedisServer, store: Store) -> tuple[Gateway, Region]:
     keys = FabricKeys("ratelimit")
 
-    def no_mesh(store: Store) -> Mesh:
+    def no_mesh(store: Store, purses: Purses | None) -> Mesh:
         raise AssertionError
 
     gateway = Gateway(connect_to(server), keys, store, lambda: NOW_US, FabricStatus(), region="east", mesh_of=no_mesh)

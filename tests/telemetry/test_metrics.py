@@ -66,6 +66,13 @@ class Fabric:
     last_us: int | None = 1_790_000_000_000_000
 
 
+class Drawing:
+    drawn = 8
+    returned = 3
+    lineages = 1
+    failed = 2
+
+
 @dataclass
 class Certificate:
     not_after_s: float | None = 1_800_000_000.5
@@ -143,6 +150,7 @@ def sources(
         state=State(),
         redis=Redis(),
         fabric=Fabric(),
+        drawing=Drawing(),
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
