@@ -294,8 +294,8 @@ class TokenBucketCluster(Cluster):
             bucket.seal(now_us)
             # A delta from a clock ahead counted as now when it came; the fold places it where its own clock said.
             within_us = (1 << limit.exponent) + 2 * MAX_SKEW_US
-            # What is too much pays for takes of its slot in the fold: a part of a token, since whole ones are given back,
-            # or what two nodes give back before they hear of each other.
+            # What is too much pays for takes of its slot in the fold: a part of a token, since whole ones are given
+            # back, or what two nodes give back before they hear of each other.
             given_back = self.refunded * limit.period_us
             assert abs(bucket.deficit - bucket.fold(now_us)) <= limit.tokens * within_us + given_back, "P1"
         if self.may_change:
