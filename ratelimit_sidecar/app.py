@@ -36,6 +36,7 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
@@ -67,6 +68,7 @@ from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
@@ -76,6 +78,7 @@ from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
 from ratelimit_sidecar.services.quota import QuotaService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
+from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.supervision import Supervisor
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
@@ -199,6 +202,7 @@ class Sidecar:
             self._latency,
             self._tracing.tracer,
             waits_for_rules=waits_for_rules,
+            waits=None if self._limiter.ledger is None else Waits(self._limiter.ledger.lines, self._strict_us),
         )
         ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
         services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
@@ -222,7 +226,7 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz),
+                ext_authz_app(ext_authz, HttpWaits(MAX_REQUESTS // 2)),
                 config.listen.ext_authz_http,
                 keep_alive_seconds=round(DEFAULT_LIMITS.idle),
             )
@@ -324,6 +328,7 @@ class Sidecar:
                 fullest=self._fullest,
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
+                waits=None if self._limiter.ledger is None else self._limiter.ledger.lines,
             )
         )
 
@@ -435,6 +440,8 @@ class Sidecar:
                 chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
+                if self._limiter.ledger is not None:
+                    self._limiter.ledger.lines.close()
                 async with asyncio.TaskGroup() as stopping:
                     stopping.create_task(self._front_end.stop())
                     if self._ext_authz is not None:

@@ -448,6 +448,31 @@ STRICT: Final[Sequence[Row]] = [
                     )
                 ],
             ),
+            Panel(
+                "Waits",
+                "Requests that waited for tokens of other members, by how their wait ended.",
+                "ops",
+                [
+                    (
+                        f"sum by (region, outcome) (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{outcome}}",
+                    )
+                ],
+            ),
+            Panel(
+                "Time of a wait",
+                "In the mean. An Envoy whose timeout is shorter lets the request pass, or denies it, by itself.",
+                "s",
+                [
+                    (
+                        "sum by (region, outcome)"
+                        f" (rate(ratelimit_strict_wait_seconds_total{{{REGIONS}}}[$__rate_interval]))"
+                        " / sum by (region, outcome)"
+                        f" (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{outcome}}",
+                    )
+                ],
+            ),
             by_region(
                 "Buckets",
                 "Strict ones in memory: not full, or lately so.",

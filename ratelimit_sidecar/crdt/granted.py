@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.paying import Paying
+from ratelimit_sidecar.crdt.paying import Paying, Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
@@ -227,6 +227,10 @@ class GrantLedger(Ledger):
 
     def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
         return GrantedBucket(key, limit, self._origin, now_us, active=self._active)
+
+    def set_aside(self, _number: int, _peer: str, _key: bytes, _tokens: int, _now_us: int) -> Ticket:
+        """Nothing: the account may count a grant no longer than a ticket of it is good."""
+        return Ticket(0, 0)
 
     def next_active(self, now_us: int) -> GrantedBucket | None:
         """The bucket whose turn it is, of those that requests used lately or that hold something. It has another turn

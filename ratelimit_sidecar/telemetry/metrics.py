@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.crdt.journal import Refused
+from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -309,6 +310,7 @@ class MetricSources:
         fullest: None if the fullest buckets are not measured.
         spans: None without tracing.
         quotas: None if Envoys get no quotas.
+        waits: None if no limit can be strict.
     """
 
     node: str
@@ -334,6 +336,7 @@ class MetricSources:
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
+    waits: Lines | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,7 +536,7 @@ def _read_source(
 
 
 def _read_source_by(
-    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, int]]
+    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, float]]
 ) -> Callable[[ScrapeView], Iterator[Sample]]:
     """Read a sample for each name by which a source counts; none if the source is absent."""
 
@@ -1220,6 +1223,36 @@ METRICS: tuple[Definition, ...] = (
         ("region", "direction"),
         "Payments of tokens of strict limits, sent to peers or received from them.",
         _read_payments,
+    ),
+    Definition(
+        "ratelimit_strict_waiting",
+        "gauge",
+        ("region",),
+        "Requests that wait for tokens of other members now; at most 1,024. Absent without sync.members, as are all of"
+        " waits.",
+        _read_source(lambda sources: sources.waits, lambda waits: waits.waiting),
+    ),
+    Definition(
+        "ratelimit_strict_waits_total",
+        "counter",
+        ("region", "outcome"),
+        "Waits that are over: `served`, there were tokens; `expired`, its `wait` or the client's timeout was over;"
+        " `cancelled` by the client; `ended` by a change of rules or at a stop. All but `cancelled` were then decided.",
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.counts),
+    ),
+    Definition(
+        "ratelimit_strict_wait_seconds_total",
+        "counter",
+        ("region", "outcome"),
+        "How long those waits took, together.",
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.seconds),
+    ),
+    Definition(
+        "ratelimit_strict_waits_refused_total",
+        "counter",
+        ("region",),
+        "Requests that could have waited and were decided at once, because too many others waited.",
+        _read_source(lambda sources: sources.waits, lambda waits: waits.crowded),
     ),
     Definition(
         "ratelimit_quota_streams",
