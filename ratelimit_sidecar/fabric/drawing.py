@@ -30,6 +30,9 @@ TICK_SECONDS: Final = 0.05
 TICK_BUCKETS: Final = 256
 """Of a call, of all shards together: some 20 us each here, and 10 us of the server."""
 
+TICK_BYTES: Final = 1 << 18
+"""Rough, of keys: a call takes no further bucket when it has as much."""
+
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 1.0
 """Between two attempts; see `BackOff`. Shorter than grants are."""
@@ -157,7 +160,10 @@ class Drawing:
     async def _asked(self, wish_of: WishOf) -> dict[int, list[Asked]]:
         asked: dict[int, list[Asked]] = {}
         time_slice = TimeSlice()
+        size = 0
         for _ in range(min(self._ledger.active, TICK_BUCKETS)):
+            if size >= TICK_BYTES:
+                break
             now_us = self._strict_us()
             bucket = self._ledger.next_active(now_us)
             if bucket is None:
@@ -168,5 +174,6 @@ class Drawing:
                 said = self._shards[number].ask(bucket, wished)
                 if said is not None:
                     asked.setdefault(number, []).append(said)
+                    size += len(bucket.key)
             await time_slice.rest_when_due()
         return asked

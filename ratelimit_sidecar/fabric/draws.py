@@ -52,11 +52,6 @@ class Draws:
         self._members_number = 0
         """Counts up with each other version."""
 
-    @property
-    def has_members(self) -> bool:
-        """False until a gateway has said who the members are: nothing can be drawn."""
-        return bool(self._version)
-
     def ask(self, bucket: GrantedBucket, wish: Wish) -> Asked | None:
         """What a call says of this bucket; None if it cannot be said."""
         if len(bucket.key) > MAX_KEY_BYTES:
