@@ -133,7 +133,7 @@ class GrantedBucket(StrictBucket):
 
     def _can_be(self, hits: int) -> int:
         """0 if a request for so many is never admitted. To draw for it would be to take the tokens from others."""
-        return hits if hits << 32 <= (self.home or self._limit.capacity << 32) else 0
+        return hits if hits <= self._limit.capacity else 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         admitted = super().take(hits, now_us, always=always)
