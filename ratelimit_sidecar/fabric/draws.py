@@ -128,8 +128,7 @@ class Draws:
         if kept not in (0, draw.kept) or not 0 <= tokens <= draw.wanted or not 0 <= room <= draw.room:
             raise BadRecord("more than was asked for")
         bucket = asked.bucket
-        if not 0 <= left <= bucket.home // TOKEN:
-            raise BadRecord("more than there can be")
+        left = max(0, min(left, bucket.home // TOKEN))
         bucket.drawn(draw, Drawn(kept, tokens, room, left), generation, sent_us)
         if tokens < draw.wanted:
             bucket.paced_us = sent_us

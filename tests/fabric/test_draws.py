@@ -53,8 +53,6 @@ def knowing() -> Caller:
         [b"L", 1, None, b"7 11 0 60"],
         [b"L", 1, None, b"7 -1 0 60"],
         [b"L", 1, None, b"7 1 6 60"],
-        [b"L", 1, None, b"7 1 0 101"],
-        [b"L", 1, None, b"7 1 0 -1"],
         [b"L", b"W", b"1", MEMBERS],
         [b"L", b"W", None, b"no JSON"],
         [b"L", b"W", None, b"[" * 100_000],
@@ -70,6 +68,14 @@ def test_an_odd_answer_gives_nothing(answer: list[Any]) -> None:
     assert caller.bucket.held == 7
     caller.call([b"L", 1, None, b"7 3 0 60"])
     assert caller.bucket.held == 10
+
+
+def test_no_account_has_more_than_the_home_or_less_than_nothing() -> None:
+    caller = knowing()
+    caller.call([b"L", 1, None, b"7 0 0 101"])
+    assert caller.bucket.left == 100
+    caller.call([b"L", 1, None, b"7 0 0 -1"])
+    assert caller.bucket.left == 0
 
 
 def test_the_answer_of_another_call_does_not_say_that_this_one_was_not_done() -> None:
