@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from typing import Final
 
+from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
@@ -18,6 +20,10 @@ from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
+
+_OBJECTS_OF_PURSE: Final = 3
+_OBJECTS_OF_PEER: Final = 2
+"""That the cycle collector sees, of a bucket and of what it notes of each other member."""
 
 
 class Ledger:
@@ -245,6 +251,7 @@ class Ledger:
         bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
         paying = Paying(bucket)
+        young_objects.note(_OBJECTS_OF_PURSE + _OBJECTS_OF_PEER * (len(self.shares.membership.weights) - 1))
         self._all.add(key, paying)
         self._sweep_order.append(paying)
         return bucket
