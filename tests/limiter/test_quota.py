@@ -609,6 +609,18 @@ def test_the_buckets_of_a_limit_are_bounded_and_what_has_no_room_is_charged_all_
     assert sorted(taken) == [1, MAX_POOL_BUCKETS + 10]
 
 
+@pytest.mark.interpreted
+def test_what_has_no_room_is_charged_at_once_and_nothing_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is kept until it is charged, callers who invent values would make grow without end."""
+    monkeypatch.setattr(quota, "MAX_POOLS", 0)
+    server = Server()
+    stream = server.connect()
+    server.report(stream, *many(20, "slow", allowed=9))
+    assert not server.quotas.pools
+    taken = [sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store]
+    assert taken == [9] * 20
+
+
 def test_what_no_rule_limits_is_let_through_however_much_of_it_there_is() -> None:
     server = Server()
     stream = server.connect()
