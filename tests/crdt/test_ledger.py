@@ -239,12 +239,13 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
     ledger = make_ledger()
     gc.collect()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         for number in range(1_000):
             ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
         young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
     assert len(ledger) == 1_000
     assert sum(isinstance(found, StrictBucket) for found in young) < 300

@@ -22,12 +22,13 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
         store.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
     changes = store.drain_changes()
     gc.collect()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         for bucket, slots in changes:
             sharing.note(bucket, slots, NOW_US)
         young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
     assert len(sharing) == 2_000
     assert len(young) < 1_500

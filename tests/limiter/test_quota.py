@@ -571,12 +571,13 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     server = Server()
     stream = server.connect()
     gc.collect()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         server.report(stream, *many(500))
         young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
     assert len(stream.buckets) == 500
     assert sum(isinstance(found, EnvoyBucket) for found in young) < 100
 

@@ -75,9 +75,10 @@ class Timed:
 @pytest.fixture
 def without_collections() -> Iterator[None]:
     """As in a sidecar, which has next to no garbage: `app.py` lets the collector look at what is old seldom."""
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     yield
-    gc.enable()
+    gc.set_threshold(*thresholds)
 
 
 @pytest.mark.usefixtures("without_collections")

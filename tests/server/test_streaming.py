@@ -651,12 +651,13 @@ async def test_calls_that_come_and_go_are_not_all_young_to_the_cycle_collector()
     """Otherwise it looks at a hundred thousand objects at once: it goes by how many more have come than gone."""
     async with running("h2", handlers(wait_for_ever)) as front_end, connected(front_end.addresses[0]) as client:
         gc.collect()
-        gc.disable()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(0)
         try:
             for _ in range(100):
                 client.open(PATH)
             await client.ping()
             young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
         finally:
-            gc.enable()
+            gc.set_threshold(*thresholds)
         assert sum(isinstance(found, StreamingCall) for found in young) < 50
