@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # What the demo needs; the rest takes as long again.
 DEMO_READY := $(VENV)/.demo
-# What test-deploy and compose-demo need.
+# What test-deploy needs.
 DEPLOY_READY := $(VENV)/.deploy
 # The package once more, its hot modules compiled; with COMPILED_PATH it is found before the sources.
 COMPILED := build/compiled
@@ -14,12 +14,16 @@ COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
 COMPILED_TESTS := $(addprefix tests/,crdt limiter server services conformance replication/test_mesh.py replication/test_session.py \
-	replication/test_outbox.py simulation/test_triangle.py e2e/test_one_limit.py e2e/test_serve_command.py)
+	replication/test_outbox.py simulation/test_triangle.py e2e/test_one_limit.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
-# Most tests wait for something most of the time. A file's tests run one after the other.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile
+# Most tests wait for something most of the time. A file's tests run one after the other, files in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+ALL_COMPILED_MARKS := not interpreted and not slow and not long and not deployment
+COMPILED_MARKS := $(ALL_COMPILED_MARKS) and not thorough
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Tests start hundreds of processes, each of which would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What the demo takes, for example: make demo DEMO="--duration 30"
 DEMO ?=
@@ -45,22 +49,26 @@ help: ## Show this list
 demo: $(DEMO_READY) ## Three regions on this machine, each a real Envoy and a sidecar, sharing one limit (DEMO="--duration 30" ends it)
 	$(BIN)/ratelimit-sidecar demo $(DEMO)
 
-test: $(READY) lint ## Lint, types, layers, all tests but the slow ones, and those of what is compiled (TESTS="tests/crdt -x" selects)
+test: $(READY) ## Lint, types, layers, all tests but the slow ones, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
 ifeq ($(TESTS),)
+	$(MAKE) --jobs 2 --output-sync=target lint compile
 	@echo "==> Tests"
 	$(PYTEST)
 	$(MAKE) test-compiled
 else
+	$(MAKE) lint
 	@echo "==> Tests"
 	$(BIN)/python -m pytest $(TESTS)
 endif
 
-test-slow: $(READY) $(COMPILED_READY) ## The tests that wait for seconds, and all that tests what is compiled; CI runs it after make test
+test-slow: $(READY) $(COMPILED_READY) ## The tests that wait for seconds, and more of each property and each combination; CI runs it after make test
 	./dev/system-packages test
-	@echo "==> Slow tests"
+	@echo "==> Slow tests, one at a time"
 	$(BIN)/python -m pytest -m slow $(TESTS)
-	HYPOTHESIS_PROFILE=default $(MAKE) test-compiled COMPILED_TESTS="$(ALL_COMPILED_TESTS)"
+	@echo "==> More of each property, and all combinations"
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "hypothesis and not slow and not long" $(addprefix --ignore=,$(ALL_COMPILED_TESTS))
+	HYPOTHESIS_PROFILE=thorough $(MAKE) test-compiled COMPILED_TESTS="$(ALL_COMPILED_TESTS)" COMPILED_MARKS="$(ALL_COMPILED_MARKS)"
 
 test-all: test-slow ## What needs too much for CI, too, as the real envoyproxy/ratelimit beside the sidecar (many minutes)
 	./dev/system-packages test-all
@@ -71,8 +79,8 @@ test-deploy: $(DEPLOY_READY) ## The image and compose demo on a Docker engine, t
 	PYTHONPATH=tests $(BIN)/python -m deployment.tools
 	$(BIN)/python -m pytest -m "deployment or not deployment" $(or $(TESTS),tests/deployment)
 
-compose-demo: $(DEPLOY_READY) ## docker-compose.yml from start to stop, a region cut off and healed (COMPOSE_DEMO="--local-images" pulls nothing)
-	./dev/system-packages test-deploy
+compose-demo: $(READY) ## docker-compose.yml from start to stop, a region cut off and healed (COMPOSE_DEMO="--local-images" pulls nothing)
+	-./dev/system-packages compose
 	PYTHONPATH=tests $(BIN)/python -m deployment.compose $(COMPOSE_DEMO)
 
 differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the sidecar (DIFFERENTIAL="--requests 50000")
@@ -80,10 +88,9 @@ differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the si
 	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
 
 # The demo needs a checkout, which what is compiled is not.
-test-compiled: export HYPOTHESIS_PROFILE ?= quick
 test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
 	@echo "==> Tests of the compiled modules"
-	$(COMPILED_PATH) $(PYTEST) -m "not interpreted and not slow and not long and not deployment" $(COMPILED_TESTS) \
+	$(COMPILED_PATH) $(PYTEST) -m "$(COMPILED_MARKS)" $(COMPILED_TESTS) \
 		--ignore tests/e2e/test_demo_command.py
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)

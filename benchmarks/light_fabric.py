@@ -13,25 +13,34 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from pathlib import Path
 
 import click
 import structlog
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Window, WindowLimit
+from ratelimit_sidecar.crdt.granted import GrantLedger
+from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 WINDOW_US = 86_400_000_000
 
 
 def now_us() -> int:
     return time.time_ns() // 1_000
+
+
+def steady_us() -> int:
+    """The same clock for all processes of a machine."""
+    return time.monotonic_ns() // 1_000
 
 
 def limit_of(capacity: int) -> WindowLimit:
@@ -47,16 +56,38 @@ class LightSidecar:
     """Args:
     keys: that it draws from.
     sync: where its gateway listens; None when it is never one.
+    strict: the limit of every key, if it is strict; then it may be the gateway also without `sync`.
+    members: among whom it is divided, this region one of them.
+    admissions: a file to which the time of each is appended, in microseconds of the machine's clock.
     """
 
     def __init__(
-        self, url: str, name: str, capacity: int, keys: int, *, region: str, sync: str | None, peers: Sequence[str]
+        self,
+        url: str,
+        name: str,
+        capacity: int,
+        keys: int,
+        *,
+        region: str,
+        sync: str | None,
+        peers: Sequence[str],
+        strict: Limit | None = None,
+        members: Sequence[str] = (),
+        admissions: Path | None = None,
     ) -> None:
         config = FabricConfig.model_validate({"url": url})
 
-        def make_mesh(store: Store) -> Mesh:
+        def make_mesh(store: Store, purses: Purses | None) -> Mesh:
             return Mesh(
-                origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
+                origin=store.origin,
+                region=region,
+                version="1",
+                store=store,
+                now_us=now_us,
+                steady_us=steady_us,
+                peers=peers,
+                listen=sync,
+                purses=purses,
             )
 
         limit = self.limit = limit_of(capacity)
@@ -65,17 +96,32 @@ class LightSidecar:
         """In front of the names of its keys."""
         self.admitted = 0
         self.longest_tick = 0.0
-        self.store = Store(Origin(name, random.getrandbits(63) + 1), lambda _key: limit)
+        self.strict = strict
+        origin = Origin(name, random.getrandbits(63) + 1)
+        self.store = Store(origin, lambda _key: limit)
+        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, steady_us())
+        self.ledger = GrantLedger(shares, origin, lambda _key: strict)
+        self._admissions = None if admissions is None else admissions.open("ab", buffering=0)
         self.fabric = Fabric(
             partial(connect, config),
             FabricKeys(config.prefix),
             self.store,
             now_us,
             region=region,
-            mesh_of=None if sync is None else make_mesh,
+            mesh_of=None if sync is None and strict is None else make_mesh,
+            ledger=None if strict is None else self.ledger,
+            strict_us=steady_us,
         )
 
     def take(self, hits: int = 1) -> None:
+        if self.strict is not None:
+            at_us = steady_us()
+            key = key_of(random.randrange(self.keys), self.owner)
+            if self.ledger.bucket(key, self.strict, at_us).take(hits, at_us):
+                self.admitted += hits
+                if self._admissions is not None:
+                    self._admissions.write(at_us.to_bytes(8))
+            return
         bucket = self.store.bucket(key_of(random.randrange(self.keys), self.owner), self.limit, now_us())
         # As the limiter does it: a window would count what it denies.
         if bucket.would_admit(hits, now_us()):
@@ -168,6 +214,9 @@ def ticks_of(sidecars: Sequence[LightSidecar]) -> int:
 @click.option("--keys", default=1)
 @click.option("--own-keys", is_flag=True, help="Each sidecar has others.")
 @click.option("--capacity", default=1_000_000_000)
+@click.option("--strict", default=0, help="So many a second, and at once, of each key; a strict limit.")
+@click.option("--members", default="", help="Of strict limits, with commas; without it the region alone.")
+@click.option("--admissions", type=click.Path(path_type=Path), default=None)
 @click.option("--seconds", default=0.0, help="0: until another line comes.")
 def main(  # noqa: PLR0917
     url: str,
@@ -180,12 +229,23 @@ def main(  # noqa: PLR0917
     keys: int,
     own_keys: bool,
     capacity: int,
+    strict: int,
+    members: str,
+    admissions: Path | None,
     seconds: float,
 ) -> None:
     """Run sidecars without front ends on a fabric."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     made = [
-        LightSidecar(url, f"{name}-{number}", capacity, keys, region=region, sync=sync, peers=peer)
+        LightSidecar(
+            *(url, f"{name}-{number}", capacity, keys),
+            region=region,
+            sync=sync,
+            peers=peer,
+            strict=Limit(strict, 1_000_000, strict) if strict else None,
+            members=members.split(",") if members else [region],
+            admissions=admissions,
+        )
         for number in range(sidecars)
     ]
     if own_keys:

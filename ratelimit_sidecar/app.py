@@ -36,8 +36,10 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
+from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Shares
@@ -53,7 +55,7 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -66,6 +68,7 @@ from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
@@ -75,6 +78,7 @@ from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
 from ratelimit_sidecar.services.quota import QuotaService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
+from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.supervision import Supervisor
 from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
@@ -198,6 +202,7 @@ class Sidecar:
             self._latency,
             self._tracing.tracer,
             waits_for_rules=waits_for_rules,
+            waits=None if self._limiter.ledger is None else Waits(self._limiter.ledger.lines, self._strict_us),
         )
         ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
         services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
@@ -221,7 +226,7 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz),
+                ext_authz_app(ext_authz, HttpWaits(MAX_REQUESTS // 2)),
                 config.listen.ext_authz_http,
                 keep_alive_seconds=round(DEFAULT_LIMITS.idle),
             )
@@ -241,7 +246,7 @@ class Sidecar:
             listen=config.listen.sync if has_streams else None,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
-            purses=None if ledger is None else Purses(ledger, self._strict_us),
+            purses=Purses(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=max_connections,
@@ -260,11 +265,13 @@ class Sidecar:
             self._clock.now_us,
             region=self._config.node.region,
             mesh_of=partial(self._make_gateway, max_connections=max_connections),
+            ledger=self._limiter.ledger if isinstance(self._limiter.ledger, GrantLedger) else None,
+            strict_us=self._strict_us,
         )
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, max_connections: int) -> Mesh:
+    def _make_gateway(self, store: Store, purses: Purses | None, max_connections: int) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -276,6 +283,7 @@ class Sidecar:
             peers=sync.peers,
             listen=self._config.listen.sync,
             certificate=None if sync.tls is None else NodeCertificate(sync.tls),
+            purses=purses,
             supervisor=self._supervisor,
             max_connections=max_connections,
         )
@@ -285,7 +293,16 @@ class Sidecar:
     def _peers(self) -> list[PeerStatus]:
         return (self._gateway or self._mesh).status()
 
+    def _membership_status(self) -> MembershipStatus | None:
+        if self._fabric is None:
+            return self._mesh.membership_status()
+        # Of the region, whose gateway alone tells it.
+        if self._gateway is None or not self._fabric.status.token:
+            return None
+        return self._gateway.membership_status()
+
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
+        drawing = None if self._fabric is None else self._fabric.drawing
         return metrics.create_registry(
             metrics.MetricSources(
                 node=self._config.node.id,
@@ -297,7 +314,7 @@ class Sidecar:
                 ext_authz_unlimited=ext_authz.unlimited,
                 replication=self._mesh,
                 rules=self._reloader,
-                membership=self._mesh.membership_status,
+                membership=self._membership_status,
                 loop=self._stalls,
                 clock=self._clock,
                 front_end=self._h2,
@@ -305,11 +322,13 @@ class Sidecar:
                 state=None if self._snapshots is None else self._snapshots.status,
                 redis=None if self._redis is None else self._redis.status,
                 fabric=None if self._fabric is None else self._fabric.status,
+                drawing=None if drawing is None else drawing.status,
                 supervision=self._supervisor,
                 log=self._log,
                 fullest=self._fullest,
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
+                waits=None if self._limiter.ledger is None else self._limiter.ledger.lines,
             )
         )
 
@@ -322,7 +341,7 @@ class Sidecar:
                 limiter=self._limiter,
                 registry=registry,
                 peers=self._peers,
-                membership=self._mesh.membership_status,
+                membership=self._membership_status,
                 missing=self.missing,
                 degraded=self.degraded,
                 now_us=self._clock.now_us,
@@ -366,6 +385,9 @@ class Sidecar:
             degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._fabric is not None and self._fabric.status.degraded_reason:
             degraded.append(f"limits are not shared on the fabric: {self._fabric.status.degraded_reason}")
+        drawing = None if self._fabric is None else self._fabric.drawing
+        if drawing is not None and drawing.status.degraded_reason:
+            degraded.append(f"strict limits admit no more than is held here: {drawing.status.degraded_reason}")
         if self._fabric is not None and self._fabric.status.gateway_reason:
             why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
             degraded.append(f"this sidecar cannot speak for its region: {why}")
@@ -418,6 +440,8 @@ class Sidecar:
                 chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
                 _log.info("draining")
+                if self._limiter.ledger is not None:
+                    self._limiter.ledger.lines.close()
                 async with asyncio.TaskGroup() as stopping:
                     stopping.create_task(self._front_end.stop())
                     if self._ext_authz is not None:
@@ -667,9 +691,9 @@ class Sidecar:
             reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
             _log.warning("nothing_is_limited", reason=reason)
         members = self._config.sync.members
-        if members is not None and self._config.node.id not in members:
+        if members is not None and self._config.member not in members:
             reason = "this node is not among sync.members: of strict limits it admits nothing"
-            _log.warning("no_home_share", node=self._config.node.id, members=list(members), reason=reason)
+            _log.warning("no_home_share", node=self._config.member, members=list(members), reason=reason)
 
 
 def _new_origin(node: str) -> Origin:
@@ -704,8 +728,12 @@ def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     origin = _new_origin(config.node.id)
     ledger: Ledger | None = None
     if config.membership is not None:
-        shares = Shares(config.membership, origin.node, now_us)
-        ledger = Ledger(shares, origin, rules.strict_limit_of_key, max_buckets=config.max_buckets, rule_key=rule_key)
+        kind = Ledger if config.fabric is None else GrantLedger
+        shares = Shares(config.membership, config.member, now_us)
+        if config.fabric is not None:
+            # No region with a fabric has ever lent anything.
+            shares.from_us = now_us
+        ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=config.max_buckets, rule_key=rule_key)
     return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 
 

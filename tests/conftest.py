@@ -1,4 +1,4 @@
-"""Hypothesis profiles: the sources are tested with the default one, in `make test` what is compiled with the quick one;
+"""Hypothesis profiles: `make test` has the default one, `make test-slow` the thorough one;
 `HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
 
 from __future__ import annotations
@@ -12,12 +12,26 @@ import structlog
 from hypothesis import Phase, settings
 
 # No deadline: on a busy machine a slow example says nothing about the code.
-settings.register_profile("default", deadline=None)
-settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=100)
 # Of what fails nobody reads the example (dev/mutations).
-settings.register_profile("unshrunk", deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+    "unshrunk", settings.get_profile("default"), database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("nightly", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+FIRST = ("e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")
+"""Folders whose files take longest. Several processes run a file each, so what takes long must not come last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ COLOURS = {
     "max-merge sketch": "#d7263d",
     "eventual": "#1b998b",
     "strict": "#2e294e",
+    "strict, wait: 250ms": "#c08497",
     "worst burst": "#1b998b",
     "undelivered": "#e6862a",
     "bound": "#999999",

@@ -18,6 +18,7 @@ from benchmarks.admission.policies.max_merge import MaxMerge
 from benchmarks.admission.policies.policy import Policy, Setup
 from benchmarks.admission.policies.static_split import StaticSplit
 from benchmarks.admission.policies.strict import Strict
+from benchmarks.admission.policies.tickets import Tickets
 from benchmarks.admission.scenarios import Scenario
 from benchmarks.admission.textbook import ideal, worst_burst
 
@@ -36,6 +37,7 @@ CENTRAL = "central, fails open"
 CLOSED = "central, fails closed"
 EVENTUAL = "eventual"
 STRICT = "strict"
+TICKETS = "strict, wait: 250ms"
 
 POLICIES: dict[str, Callable[[Setup], Policy]] = {
     CENTRAL: partial(CentralStore, fails_open=True),
@@ -44,6 +46,7 @@ POLICIES: dict[str, Callable[[Setup], Policy]] = {
     "max-merge sketch": MaxMerge,
     EVENTUAL: Eventual,
     STRICT: Strict,
+    TICKETS: Tickets,
 }
 
 

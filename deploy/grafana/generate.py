@@ -448,11 +448,65 @@ STRICT: Final[Sequence[Row]] = [
                     )
                 ],
             ),
+            Panel(
+                "Waits",
+                "Requests that waited for tokens of other members, by how their wait ended.",
+                "ops",
+                [
+                    (
+                        f"sum by (region, outcome) (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{outcome}}",
+                    )
+                ],
+            ),
+            Panel(
+                "Time of a wait",
+                "In the mean. An Envoy whose timeout is shorter lets the request pass, or denies it, by itself.",
+                "s",
+                [
+                    (
+                        "sum by (region, outcome)"
+                        f" (rate(ratelimit_strict_wait_seconds_total{{{REGIONS}}}[$__rate_interval]))"
+                        " / sum by (region, outcome)"
+                        f" (rate(ratelimit_strict_waits_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{outcome}}",
+                    )
+                ],
+            ),
             by_region(
                 "Buckets",
                 "Strict ones in memory: not full, or lately so.",
                 "none",
                 f"sum by (region) (ratelimit_strict_buckets{{{REGIONS}}})",
+            ),
+        ],
+    ),
+    (
+        "Regions on a fabric",
+        [
+            Panel(
+                "Tokens drawn",
+                "From the region's accounts in Redis, and returned into them.",
+                "ops",
+                [
+                    (
+                        "sum by (region, direction)"
+                        f" (rate(ratelimit_fabric_strict_tokens_total{{{REGIONS}}}[$__rate_interval]))",
+                        "{{region}} {{direction}}",
+                    )
+                ],
+            ),
+            by_region(
+                "Failed calls",
+                "While there are any, a sidecar admits what it holds, and then denies.",
+                "ops",
+                f"sum by (region) (rate(ratelimit_fabric_strict_failures_total{{{REGIONS}}}[$__rate_interval]))",
+            ),
+            by_region(
+                "Lost accounts",
+                "As the sidecars found out: limits of the region began empty.",
+                "none",
+                f"max by (region) (increase(ratelimit_fabric_strict_losses_total{{{REGIONS}}}[$__rate_interval]))",
             ),
         ],
     ),

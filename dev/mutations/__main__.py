@@ -22,6 +22,8 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGE = "ratelimit_sidecar"
+NO_TESTS = 5
+"""Pytest's exit code when it has selected none."""
 SECONDS = 600
 """A break may keep a test waiting for ever: that finds it, too."""
 
@@ -56,7 +58,7 @@ def who_finds(broken: Break, folder: Path) -> str:
         folder: with a copy of the package, which is as it was afterwards.
 
     Raises:
-        ValueError: the line that is to be broken is not there, or not once.
+        ValueError: the line that is to be broken is not there, or not once; or `make test` has none of the tests.
     """
     file = folder / PACKAGE / broken.file
     text = file.read_text()
@@ -83,6 +85,8 @@ def who_finds(broken: Break, folder: Path) -> str:
         return f"no end within {SECONDS} s"
     finally:
         file.write_text(text)
+    if pytest.returncode == NO_TESTS:
+        raise ValueError(f"`make test` has none of {' '.join(broken.tests)}")
     if pytest.returncode == 0:
         return ""
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", pytest.stdout, re.MULTILINE)

@@ -177,6 +177,8 @@ def _remarks(rule: Rule) -> Iterator[str]:
         yield "charges also what it denies where the descriptor brings hits of its own"
     if rule.limit is not None:
         yield f"consistency: {rule.consistency.value}"
+    if rule.wait_us:
+        yield f"a request may wait {rule.wait_us / 1_000:g} ms for tokens of other members; here it does not"
 
 
 def _limit_text(rule: Rule) -> str:

@@ -112,7 +112,7 @@ and for loopback; the log names each connection through a proxy (`through_proxy`
 _RULES_INTRO = """\
 Rules files are envoyproxy/ratelimit's YAML
 ([what is read otherwise](../migration-from-envoyproxy-ratelimit.md#rules-files)), with keys of our own: `algorithm`,
-`burst`, `bucket`, `consistency`, `max_debt`, `charge`, `retry_after`, `body`, `ext_authz`. `rules` of the
+`burst`, `bucket`, `consistency`, `max_debt`, `wait`, `charge`, `retry_after`, `body`, `ext_authz`. `rules` of the
 [configuration](configuration.md) lists them. `ratelimit-sidecar check PATH...` says what is wrong with them.
 """
 

@@ -24,13 +24,13 @@ from ratelimit_sidecar.config.rules_schema import (
 from ratelimit_sidecar.config.structure import expected_of, keys_of
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import Window
-from ratelimit_sidecar.limiter.rules import Consistency
+from ratelimit_sidecar.limiter.rules import Charge, Consistency
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
-_OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "charge", "retry_after", "body")
+_OF_A_LIMIT = ("algorithm", "burst", "consistency", "max_debt", "wait", "charge", "retry_after", "body")
 """Our own keys about a limit, which do nothing without one."""
 
-_OF_ADMITTING = ("burst", "max_debt", "charge", "retry_after")
+_OF_ADMITTING = ("burst", "max_debt", "wait", "charge", "retry_after")
 """Keys that do nothing when the limit is 0."""
 
 MAX_MAPPED = 64
@@ -59,6 +59,8 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: Rul
             yield document.problem((*at, key), f"{key} of {what}", expected.format(key=key), fix.format(key=key))
     if "rate_limit" in given or has_bucket:
         yield from _of_algorithm(item, given - useless.keys(), document, at, defaults.window)
+        if "wait" in given - useless.keys():
+            yield from _of_wait(item, document, at, defaults)
         if "consistency" not in useless:
             yield from _of_strict(item, given, document, at, defaults)
     value = item.source_of("value") or ""
@@ -169,6 +171,23 @@ def _of_strict(
     elif "max_debt" in given:
         fix = "remove it: what is charged into debt is never forgiven"
         yield document.problem((*at, "max_debt"), f"max_debt with consistency {strict}", "no max_debt", fix)
+
+
+def _of_wait(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:
+    """Only requests of strict limits wait, and only where the answer counts."""
+    strict = Consistency.STRICT.value
+    found = item.get("consistency") or defaults.consistency.value
+    if found != strict:
+        fix = f"remove it, or let consistency be {strict}"
+        yield document.problem((*at, "wait"), f"wait with consistency {found}", f"wait with {strict} only", fix)
+    for key, value, beside in (
+        ("shadow_mode", True, "shadow_mode"),
+        ("quota_mode", True, "quota_mode"),
+        ("charge", Charge.ALWAYS.value, f"charge: {Charge.ALWAYS.value}"),
+    ):
+        if item.get(key) == value:
+            fix = f"remove wait, or {key}"
+            yield document.problem((*at, "wait"), f"wait beside {beside}", f"wait without {key}", fix)
 
 
 def _of_rate_limit(rate_limit: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ Problems of several keys together are in `rules_checks`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from math import isfinite
@@ -16,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from ratelimit_sidecar.config.bucket import BucketConfig, TokenCount
 from ratelimit_sidecar.config.structure import AsWritten, Expected, Section, ShownDefault
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_MAX_DEBT, Window
+from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.limiter.http_mapping import NAMED, Part
 from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Charge, Consistency, Unit
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
@@ -32,6 +34,8 @@ BUCKET_ALGORITHM: AlgorithmName = "token_bucket"
 ChargingName = Literal["each", "all_or_nothing"]
 CHARGINGS: tuple[str, ...] = get_args(ChargingName)
 ALL_OR_NOTHING: ChargingName = "all_or_nothing"
+
+_WAIT = re.compile("([0-9]{1,4})(ms|s)")
 
 MAX_BODY_CHARS = 16_384
 """The longest `body`, which is sent with every denial."""
@@ -84,6 +88,16 @@ def _to_unit(value: object) -> object:
     if is_no_unit(value):
         return None
     return Unit.__members__.get(value.upper(), value) if isinstance(value, str) else value
+
+
+def _to_wait_us(value: object) -> object:
+    parts = _WAIT.fullmatch(value) if isinstance(value, str) else None
+    if parts is None:
+        raise ValueError("not a wait")
+    wait_us = int(parts[1]) * (1_000 if parts[2] == "ms" else 1_000_000)
+    if not 0 < wait_us <= TICKET_US:
+        raise ValueError("not a wait")
+    return wait_us
 
 
 def _to_consistency(value: object) -> object:
@@ -178,6 +192,12 @@ ConsistencyName = Annotated[
     BeforeValidator(_to_consistency),
     Expected(f"one of {', '.join(CONSISTENCIES)}", choices=CONSISTENCIES),
 ]
+Wait = Annotated[
+    int,
+    BeforeValidator(_to_wait_us),
+    Expected("a time of 1ms to 1s, such as 250ms"),
+]
+"""In microseconds."""
 MaxDebt = Annotated[int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", of="plain")]
 ChargeName = Annotated[
     Charge,
@@ -286,6 +306,12 @@ class Descriptor(Section):
         description="How far its buckets are shared: `eventual`, over the whole mesh; `strict` (token buckets only),"
         " divided among the `sync.members`, which together never exceed the limit; `local`, not at all: each sidecar"
         " has the limit to itself.",
+    )
+    wait: Annotated[Wait | None, ShownDefault("nothing waits")] = Field(
+        None,
+        description="Of a strict limit: how long a request that finds too few tokens here may wait for those of other"
+        " members, such as `250ms`. Envoy must wait longer than that, in steps of a few ms: see"
+        " [strict limits](../algorithm.md#tickets-for-requests-that-wait).",
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,

@@ -164,6 +164,7 @@ class TreeReader:
             body=descriptor.body or "",
             metadata=descriptor.metadata or {},
             metric_of_values=descriptor.detailed_metric,
+            wait_us=descriptor.wait or 0,
         )
 
     def _duplicate(self, at: KeyPath, first: tuple[Document, KeyPath]) -> None:

@@ -143,12 +143,9 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         if config.sync.peers and config.node.region == NodeConfig.model_fields["region"].default:
             expected = "a name that no other region has: what all its sidecars take is known to others under it"
             yield document.problem(("node", "region"), "nothing, beside fabric and sync.peers", expected, "add it")
-        for name, is_given, why in (
-            ("sync.members", config.sync.members is not None, "strict limits need streams between all members"),
-            ("persistence", config.persistence is not None, "the Redis of a fabric keeps what was taken"),
-        ):
-            if is_given:
-                yield document.problem(("fabric",), f"{name} beside fabric", "one of the two", f"remove one: {why}")
+        if config.persistence is not None:
+            fix = "remove one: the Redis of a fabric keeps what was taken"
+            yield document.problem(("fabric",), "persistence beside fabric", "one of the two", fix)
     yield from _of_listener(config, document)
     yield from _of_mesh(config, document)
     yield from _of_members(config, document)
@@ -273,7 +270,7 @@ def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     sync, is_strict = config.sync, config.engine is Consistency.STRICT
     if sync.members is None:
         if is_strict:
-            fix = "list in it the node ids of all sidecars that share limits"
+            fix = "list in it the node ids of all sidecars that share limits, or the regions that have a fabric"
             yield document.problem(("engine",), "strict", "sync.members as well", fix)
         for key, is_given in (("epoch", sync.epoch > 1), ("previous_members", sync.previous_members is not None)):
             if is_given:

@@ -409,7 +409,8 @@ class SyncConfig(Section):
     members: Members | None = Field(
         None,
         description="Who shares strict limits: every sidecar's `node.id`, this one's too, and its weight; the same on"
-        " all of them. A sidecar's part of each limit is its weight by the sum of all.",
+        " all of them. A sidecar's part of each limit is its weight by the sum of all. A region with a `fabric` is one"
+        " member, named as in `node.region`.",
     )
     epoch: Epoch = Field(1, description="Number of these members; one more with each change of them.")
     previous_members: Members | None = Field(
@@ -614,6 +615,11 @@ class SidecarConfig(Section):
         """The membership of strict limits; None if no limit can be strict."""
         sync = self.sync
         return None if sync.members is None else Membership(sync.epoch, sync.members, sync.previous_members)
+
+    @property
+    def member(self) -> str:
+        """The member of strict limits that this sidecar is, or belongs to."""
+        return self.node.id if self.fabric is None else self.node.region
 
     @property
     def settings(self) -> Settings:

@@ -30,6 +30,7 @@ from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, de
 from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
+from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
@@ -37,6 +38,7 @@ from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
+from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.telemetry.exposition import Exposition
 from ratelimit_sidecar.telemetry.logs import LogLevel
 from ratelimit_sidecar.telemetry.traces import trace_fields
@@ -123,7 +125,7 @@ class _Console:
             (
                 "/json",
                 "POST",
-                json_endpoint(sources.should_rate_limit),
+                json_endpoint(sources.should_rate_limit, HttpWaits(MAX_REQUESTS // 2)),
                 "a RateLimitRequest in JSON: 200 or 429 with the RateLimitResponse, 400 when it is none",
             ),
             (

@@ -118,7 +118,8 @@ class BucketDescription(TypedDict):
     full_in_seconds: float
     replicated: bool
     share: float | None
-    """For a strict limit, the part that is this node's home. `remaining` and `debt` are of that part."""
+    """For a strict limit, the part that is this node's home. `remaining` and `debt` are of that part. On a fabric it is
+    the region's, and what remains is held here, or was left there a moment ago."""
     origins: int
     """The number of origins with entries within the horizon, former lives of replicas included."""
     slots: int

@@ -17,14 +17,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.browsers import require_json
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
+from ratelimit_sidecar.server.waiting import HttpWaits
 
 _ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
 _STATUS = {RateLimitResponse.OK: 200, RateLimitResponse.OVER_LIMIT: 429}
 
 
-def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaitable[Response]]:
+def json_endpoint(should_rate_limit: UnaryHandler, waits: HttpWaits) -> Callable[[Request], Awaitable[Response]]:
     """Make the endpoint.
 
     Args:
@@ -38,10 +40,12 @@ def json_endpoint(should_rate_limit: UnaryHandler) -> Callable[[Request], Awaita
         except (ParseError, UnicodeDecodeError) as error:
             raise HTTPException(400, f"not a RateLimitRequest in JSON: {error}") from error
         try:
-            raw = should_rate_limit(message.SerializeToString(), Headers(request.headers.raw))
+            answer = should_rate_limit(message.SerializeToString(), Headers(request.headers.raw))
+            raw = await waits.answer_of(answer, request.receive) if isinstance(answer, Waiting) else answer
         except RpcError as error:
             raise HTTPException(_ERROR_STATUS.get(error.code, 500), error.message) from error
-        return await asyncio.to_thread(_in_json, raw)
+        # Without an answer the client is gone.
+        return Response() if raw is None else await asyncio.to_thread(_in_json, raw)
 
     return decide
 

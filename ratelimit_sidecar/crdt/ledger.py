@@ -6,24 +6,40 @@ asks; such a bucket has no more tokens when it is created again.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying
+from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
-from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
+from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+
+FEW_TOKENS: Final = 8 * TOKEN
+"""With a smaller home nobody is asked while requests wait: asks would break up the tokens that tickets are for."""
+
+MAX_TICKETS: Final = 8_192
+"""Tickets that peers may use at once."""
 
 _OBJECTS_OF_PURSE: Final = 3
 _OBJECTS_OF_PEER: Final = 2
 """That the cycle collector sees, of a bucket and of what it notes of each other member."""
+
+
+class _Held(NamedTuple):
+    """A ticket that a peer may use."""
+
+    key: bytes
+    peer: str
+    until_us: int
 
 
 class Ledger:
@@ -46,6 +62,7 @@ class Ledger:
         self.room = Room(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
+        self.lines = Lines()
         self._origin = origin
         self._all = UntrackedDict[Paying]()
         self._active: deque[StrictBucket] = deque()
@@ -55,6 +72,8 @@ class Ledger:
         self._home_version = 0
         """Counts up whenever homes change."""
         self._homes_since_us = 0
+        self._tickets: OrderedDict[int, _Held] = OrderedDict()
+        """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
         self._kept_order: deque[bytes] = deque()
@@ -167,12 +186,15 @@ class Ledger:
             The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
         """
         self._look_at_shares(now_us)
+        self._release_old_tickets(now_us)
         weights = self.shares.membership.weights
         members = {peer: end for peer, end in ends.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
+            if bucket.home < FEW_TOKENS and bucket.key in self.lines.by_key:
+                askable = {}
             for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
             if bucket.demand or bucket.reserved:
@@ -206,7 +228,61 @@ class Ledger:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         paying = self._all[key]
-        return paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
+        is_right = paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
+        line = self.lines.by_key.get(key)
+        if line is not None:
+            line.serve(now_us, SERVED_AT_ONCE)
+        return is_right
+
+    def wait(self, key: bytes, waiting: Waiting, now_us: int) -> bool:
+        """Let a request wait for tokens of the bucket with that key; see `Lines.join`."""
+        return self.lines.join(self._all[key], waiting, now_us)
+
+    def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
+        """Take the ticket that a peer has sent for a wish; see `Line.accept`."""
+        line = self.lines.by_key[wish.key]
+        most = self.shares.most(wish.peer, wish.key, line.paying.bucket.limit.capacity)
+        return line.accept(number, wish, ticket, most, now_us)
+
+    def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
+        """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.
+
+        Args:
+            number: of the ticket; no other of this ledger has had it.
+
+        Returns:
+            None when no strict rule here has the key, or there is no room for its bucket.
+
+        Raises:
+            ValueError: not a bucket key.
+        """
+        limit = self.limit_of_key(key)
+        if not isinstance(limit, Limit) or len(self._tickets) >= MAX_TICKETS:
+            return None
+        try:
+            self.bucket(key, limit, now_us)
+        except StoreFull:
+            return None
+        line = self.lines.by_key.get(key)
+        if line is not None and len(line):
+            return Ticket(0, 0)
+        ticket = self._all[key].ticket(number, tokens, now_us)
+        if ticket.tokens:
+            self._tickets[number] = _Held(key, peer, now_us + HOLD_US)
+        return ticket
+
+    def release(self, number: int, returned: int, now_us: int) -> None:
+        """A peer is done with a ticket; nothing if it has expired. See `StrictBucket.release`."""
+        held = self._tickets.pop(number, None)
+        if held is not None:
+            self._all[held.key].bucket.release(number, held.peer, returned, now_us)
+
+    def _release_old_tickets(self, now_us: int) -> None:
+        for _ in range(SERVED_AT_ONCE):
+            number, held = next(iter(self._tickets.items()), (0, None))
+            if held is None or now_us < held.until_us:
+                return
+            self.release(number, 0, now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
         """Free the room of the asks for `keys` that were open on that stream end, which is closed."""
@@ -225,7 +301,7 @@ class Ledger:
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
-            if not bucket.is_active and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.key not in self.lines.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.shares import TOKEN, rank
-from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
+from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, in_grains
 
 LEAST_PACE_US: Final = 20_000
 """A peer is asked again after this time at the earliest."""
@@ -33,6 +33,9 @@ fits before the answers arrive; and the tokens that the recent demand takes in t
 smaller than eight tokens, a peer that had nothing left is asked again only after this time, because reserved room does
 not refill.
 """
+
+FORGET_US: Final = 2_000_000
+"""What a peer had left says nothing of how many tokens it has for requests that wait after this time."""
 
 RESERVE_SHIFT: Final = 4
 """1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
@@ -61,6 +64,18 @@ class Pay(NamedTuple):
     """
 
     amount: int
+    left: int
+
+
+class Ticket(NamedTuple):
+    """The answer to a wish.
+
+    Args:
+        tokens: whole ones, set aside.
+        left: the amount that the payer could still pay.
+    """
+
+    tokens: int
     left: int
 
 
@@ -155,6 +170,41 @@ class Paying:
         payer = self._peers[peer]
         payer.left, payer.most, payer.answered_us = pay.left, most, now_us
         return self.bucket.paid(end, peer, pay.amount, most)
+
+    def ticket(self, number: int, tokens: int, now_us: int) -> Ticket:
+        """Set aside what there is for a peer's requests that wait: a request that waits counts more than one that may
+        come.
+        """
+        bucket = self.bucket
+        bucket.advance(now_us)
+        tokens = bucket.set_aside(number, tokens)
+        left = 0 if self._is_short(now_us) else max(0, bucket.level) // bucket.limit.period_us
+        return Ticket(tokens, left)
+
+    def heard(self, peer: str, left: int, most: int, now_us: int) -> None:
+        """Note what a peer has left, as it says with a ticket."""
+        payer = self._peers[peer]
+        payer.left, payer.most, payer.answered_us = left, most, now_us
+
+    def has_left(self, peer: str, more: int) -> None:
+        """Note that a peer has so much more left."""
+        self._peers[peer].left += more
+
+    def believed(self, peer: str, now_us: int) -> int:
+        """The amount that a peer is believed to have at `now_us`. One that was short is so for `RECENT_US`; of one that
+        has said nothing lately, as much as this replica's home, and a token at least.
+        """
+        payer, bucket = self._peers[peer], self.bucket
+        since_us = now_us - payer.answered_us
+        if payer.answered_us == NEVER_US:
+            return max(bucket.home, TOKEN)
+        if since_us < RECENT_US and not payer.left:
+            return 0
+        ceiling, refill = in_grains(bucket.limit, payer.most)
+        credit = bucket.credit_of(peer, payer.most)
+        if since_us < FORGET_US:
+            credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
+        return credit // bucket.limit.period_us
 
     def _is_short(self, now_us: int) -> bool:
         return now_us - self.bucket.denied_us < RECENT_US

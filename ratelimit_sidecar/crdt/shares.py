@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
+from ratelimit_sidecar.crdt.strict import HOLD_US
+
 TOKEN: Final = 1 << 32
 """One token, as an amount."""
 
 OLD_LOAN_US: Final = 2_520_000
 """Protocols 2 and 3 lent shares for at most 2.52 s. After a start the home is zero until every other member has shown
-protocol 4, or until such loans must have expired.
+protocol 4, or until such loans must have expired; and in any case until tickets must have (`HOLD_US`).
 """
 
 
@@ -114,7 +116,7 @@ class Shares:
         if shown.epoch:
             self._upgraded.add(peer)
             if now_us < self.from_us and self._upgraded >= self._others:
-                self.from_us = now_us
+                self.from_us = max(now_us, self.started_us + HOLD_US)
         if shown.epoch < self.membership.epoch:
             # It may have been restarted with an older configuration.
             self._current.discard(peer)

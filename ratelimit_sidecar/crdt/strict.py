@@ -8,6 +8,11 @@ L + R <= H always. The peer *pays* out of its level, on the same stream, and at 
 stream closes here, the room is free again, and a later payment on it does not count. So levels and payments under way
 together are at most sum(L + R) <= sum(H) <= capacity, and only refill raises them. docs/algorithm.md has the proof.
 
+A *ticket* is a payment to requests that wait, whatever the room of their replica. So the payer reserves the room: it
+takes the tokens out of its level and counts them in R until it hears that they are used, or for longer than the other
+may use them. The other *wishes* for one, and uses it only within `TICKET_US` of that; what it neither uses nor has room
+for, it gives back.
+
 Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
@@ -31,6 +36,14 @@ DEMAND_US: Final = 1_000_000
 FADE_US: Final = 10_000
 """Demand fades in steps of this time, because to do it with each request would take as long as the rest of a `take`."""
 
+TICKET_US: Final = 1_000_000
+"""A ticket is good for this time after the wish for it."""
+
+HOLD_US: Final = 1_050_000
+"""The payer reserves the room of a ticket for this time at most, and a replica that has just started has no home for as
+long, because of what it may have paid before. Clocks that are 0.5 % fast or slow make no difference.
+"""
+
 NO_HOME_US: Final = 2_500_000
 """The retry time in answers while this replica has no home. How long that lasts is not known here."""
 
@@ -51,6 +64,7 @@ class StrictBucket(Bucket):
         "_limit",
         "_wanted",
         "_wanted_us",
+        "aside",
         "ceiling",
         "denied_us",
         "home",
@@ -59,6 +73,8 @@ class StrictBucket(Bucket):
         "level",
         "refill",
         "reserved",
+        "tickets",
+        "wishes",
         "withheld",
     )
 
@@ -86,6 +102,12 @@ class StrictBucket(Bucket):
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
         """R: by stream end, the amount asked for on it and not answered yet."""
+        self.tickets: dict[int, int] = {}
+        """By number, the amount of a ticket that a peer may still use."""
+        self.aside = 0
+        """The sum of all tickets."""
+        self.wishes: dict[int, int] = {}
+        """By number, when this replica wished for a ticket that has not come yet."""
         self._drawn: dict[str, tuple[int, int]] = {}
         """By peer, the least grains missing in its home after what it has paid to this replica, and when."""
         self.ceiling, self.refill = in_grains(limit, home)
@@ -146,6 +168,10 @@ class StrictBucket(Bucket):
         """Whole tokens that this replica can admit by itself at `at_us`."""
         return max(0, self.level // (self._limit.period_us << 32))
 
+    def has(self, hits: int) -> bool:
+        """True if it would admit so many hits at `at_us`."""
+        return (hits * self._limit.period_us) << 32 <= self.level
+
     @property
     def debt(self) -> int:
         return max(0, -(self.level // (self._limit.period_us << 32)))
@@ -164,7 +190,7 @@ class StrictBucket(Bucket):
     def advance(self, now_us: int) -> None:
         elapsed_us = now_us - self.at_us
         if elapsed_us > 0:
-            top = self.ceiling - self.room_reserved if self.reserved else self.ceiling
+            top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
             if self.level < top:
                 self.level = min(top, self.level + elapsed_us * self.refill)
             self.at_us = now_us
@@ -172,7 +198,7 @@ class StrictBucket(Bucket):
     @property
     def room_reserved(self) -> int:
         """R, in grains."""
-        return sum(self.reserved.values()) * self._limit.period_us
+        return (sum(self.reserved.values()) + self.aside) * self._limit.period_us
 
     @property
     def room(self) -> int:
@@ -195,8 +221,7 @@ class StrictBucket(Bucket):
         period_us = self._limit.period_us
         amount = max(0, min(amount, self.level // period_us))
         self.level -= amount * period_us
-        drawn, at_us = self._drawn.get(peer, (0, 0))
-        self._drawn[peer] = max(0, drawn - amount * period_us), at_us
+        self._draw(peer, -amount)
         return amount
 
     def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
@@ -223,6 +248,82 @@ class StrictBucket(Bucket):
         ceiling, refill = in_grains(self._limit, most)
         drawn, at_us = self._drawn.get(peer, (0, 0))
         return ceiling - max(0, drawn - (self.at_us - at_us) * refill)
+
+    def set_aside(self, number: int, tokens: int) -> int:
+        """Take up to so many whole tokens out of the level for a ticket, and reserve their room.
+
+        Args:
+            number: of the ticket; no other of this bucket has had it. If this returns more than 0, the caller later
+                calls `release` with it.
+        """
+        tokens = min(tokens, self.remaining)
+        if tokens > 0:
+            self.level -= (tokens * self._limit.period_us) << 32
+            self.tickets[number] = tokens << 32
+            self.aside += tokens << 32
+        return max(0, tokens)
+
+    def release(self, number: int, peer: str, returned: int, now_us: int) -> None:
+        """Free the room of a ticket, because the peer is done with it, or after `HOLD_US`; nothing if it is free.
+
+        Args:
+            returned: the amount that the peer gives back.
+        """
+        self.advance(now_us)
+        amount = self.tickets.pop(number, 0)
+        self.aside -= amount
+        returned = min(returned, amount)
+        # If the limit was lowered meanwhile, there may be less room than was reserved.
+        self.level += max(0, min(returned * self._limit.period_us, self.room))
+        self._draw(peer, returned - amount)
+
+    def wish(self, number: int) -> None:
+        """Note at `at_us` that a ticket is wished for. The caller later calls `accept`, or `give_up`."""
+        self.wishes[number] = self.at_us
+
+    def give_up(self, number: int) -> None:
+        """The ticket is not waited for any more. If it comes, it must be given back."""
+        self.wishes.pop(number, None)
+
+    def accept(self, number: int, peer: str, tokens: int, most: int, now_us: int) -> int:
+        """Add a ticket to the level, even if there is no room for it: the caller takes from it for what waits, and then
+        calls `put_down`, all at this instant.
+
+        Args:
+            most: as in `paid`.
+
+        Returns:
+            The grains added; 0 if the ticket is too old, or is not wished for.
+        """
+        self.advance(now_us)
+        wished_us = self.wishes.pop(number, NEVER_US)
+        if self.at_us - wished_us > TICKET_US:
+            return 0
+        credit = self.credit_of(peer, most)
+        added = max(0, min((tokens * self._limit.period_us) << 32, credit))
+        self._drawn[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self.level += added
+        return added
+
+    def put_down(self, peer: str, added: int) -> int:
+        """Take out of the level what is left of an accepted ticket and has no room here.
+
+        Args:
+            added: what `accept` has returned.
+
+        Returns:
+            The amount to give back to the peer.
+        """
+        left = min(added, max(0, self.level - max(0, self.ceiling - self.room_reserved)))
+        self.level -= left
+        amount = left // self._limit.period_us
+        self._draw(peer, -amount)
+        return amount
+
+    def _draw(self, peer: str, amount: int) -> None:
+        """Note that a peer's home has so much less, or more if it is negative."""
+        drawn, at_us = self._drawn.get(peer, (0, 0))
+        self._drawn[peer] = max(0, drawn + amount * self._limit.period_us), at_us
 
     def put_back(self, amount: int) -> None:
         """It had so much when this replica was stopped, below 0 what was owed."""
@@ -253,7 +354,7 @@ class StrictBucket(Bucket):
     def is_idle(self, now_us: int) -> bool:
         """True when it is full and no ask is open: a new bucket would not have more."""
         self.advance(now_us)
-        return self.level == self.ceiling and not self.reserved and not self.withheld
+        return self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
 
     def fold(self, now_us: int) -> int:
         """This replica's level. A strict bucket has no replicated state."""

@@ -18,8 +18,10 @@ import structlog
 from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Bucket
+from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway
+from ratelimit_sidecar.fabric.drawing import Drawing
+from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway, MeshOf
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.record import life_of
 from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
@@ -28,7 +30,6 @@ from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.persistence.snapshots import TimeSlice
-from ratelimit_sidecar.replication.mesh import Mesh
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 5.0
@@ -53,6 +54,8 @@ class Fabric:
         store: of this sidecar. Its mesh, if it has one, tells nobody of it.
         region: whose gateway it may be.
         mesh_of: makes the mesh to other regions, on the store of the region; None where it is never a gateway.
+        ledger: of strict limits; None without them.
+        strict_us: the clock of its buckets; None where `now_us` never steps.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Fabric:
         now_us: Callable[[], int],
         *,
         region: str = "",
-        mesh_of: Callable[[Store], Mesh] | None = None,
+        mesh_of: MeshOf | None = None,
+        ledger: GrantLedger | None = None,
+        strict_us: Callable[[], int] | None = None,
     ) -> None:
         self.status = FabricStatus()
         shards = len(keys.shards)
@@ -80,8 +85,16 @@ class Fabric:
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
         self._odd_logged_at: float | None = None
         self._gateway = None
+        steady_us = now_us if strict_us is None else strict_us
+        self.drawing = None if ledger is None else Drawing(connect, keys, ledger, steady_us, region=region)
         if mesh_of is not None:
-            self._gateway = Gateway(connect, keys, store, now_us, self.status, region=region, mesh_of=mesh_of)
+            self._gateway = Gateway(
+                *(connect, keys, store, now_us, self.status),
+                strict_us=steady_us,
+                region=region,
+                mesh_of=mesh_of,
+                ledger=ledger,
+            )
 
     def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
         """Keep in mind that own slots of these buckets changed. Does no I/O."""
@@ -106,11 +119,15 @@ class Fabric:
                 tasks.create_task(self._share_forever())
                 if self._gateway is not None:
                     tasks.create_task(self._gateway.run())
+                if self.drawing is not None:
+                    tasks.create_task(self.drawing.run())
         finally:
             await self.close()
 
     async def save(self) -> None:
-        """Tell what is waiting; for the stop. `run` is over by then."""
+        """Tell what is waiting, and give back what is held; for the stop. `run` is over by then."""
+        if self.drawing is not None:
+            await self.drawing.give_back()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_TICK_SECONDS):
                 await self.share()

@@ -18,15 +18,18 @@ import structlog
 from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
+from ratelimit_sidecar.fabric.purses import RegionalPurses
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
 from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 TICK_SECONDS: Final = 0.05
 
@@ -44,6 +47,28 @@ MAX_WAIT_SECONDS: Final = 60.0
 _log = structlog.stdlib.get_logger(__name__)
 
 
+MeshOf = Callable[[Store, Purses | None], Mesh]
+
+
+class _Term:
+    """One turn as the gateway: of a lease with that token."""
+
+    def __init__(self, token: int, region: Region, mesh: Mesh, purses: RegionalPurses | None) -> None:
+        self.token = token
+        self.region = region
+        self.mesh = mesh
+        self.is_meshed = False
+        self.purses = purses
+        self.tasks: list[asyncio.Task[None]] = []
+        if purses is not None:
+            self.tasks.append(asyncio.create_task(purses.drawing.run()))
+
+    @property
+    def can_mesh(self) -> bool:
+        is_known = all(shard.is_known for shard in self.region.shards)
+        return is_known and (self.purses is None or self.purses.is_settled)
+
+
 class Gateway:
     """Call `run`.
 
@@ -51,6 +76,7 @@ class Gateway:
         store: of this sidecar. It says which limit a key has.
         region: whose gateway it may be.
         mesh_of: makes the mesh to other regions, on the store of the region.
+        ledger: of this sidecar's strict limits; None without them. Its shares say what member the region is.
     """
 
     def __init__(
@@ -61,16 +87,21 @@ class Gateway:
         now_us: Callable[[], int],
         status: FabricStatus,
         *,
+        strict_us: Callable[[], int] | None = None,
         region: str,
-        mesh_of: Callable[[Store], Mesh],
+        mesh_of: MeshOf,
+        ledger: GrantLedger | None = None,
     ) -> None:
         self._link = Link(connect)
         self._keys = keys
         self._store = store
         self._now_us = now_us
+        self._strict_us = now_us if strict_us is None else strict_us
         self._status = status
         self._region = region_origin(region)
         self._mesh_of = mesh_of
+        self._ledger = ledger
+        self._connect = connect
         self._gives_up = False
         self._reads_again = False
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS, least_part=0.75)
@@ -122,19 +153,7 @@ class Gateway:
 
     async def _serve(self, token: int, ends: float) -> None:
         """Speak for the region until the lease is lost."""
-        store = Store(
-            Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1),
-            self._limit_of_key,
-            max_buckets=self._store.room.most,
-        )
-        region = Region(self._region, store, self._keys)
-        mesh = self._mesh_of(store)
-        mesh.read_news(region.note_news)
-        self._status.token = token
-        self._status.terms += 1
-        self._gives_up = False
-        _log.info("gateway_began", token=token)
-        running: asyncio.Task[None] | None = None
+        term = self._begin(token)
         clock = asyncio.get_running_loop().time
         renew_at = clock() + RENEW_SECONDS
         try:
@@ -147,44 +166,66 @@ class Gateway:
                             if await self._lease() != token:
                                 return
                             ends, renew_at = began + LEASE_SECONDS, began + RENEW_SECONDS
-                        is_more = await self._exchange(region, None if running is None else mesh, token)
+                        is_more = await self._tick(term)
                 except exceptions.ResponseError as error:
                     if "FENCED" in str(error):
                         return
-                    await self._failed(region)
+                    await self._failed(term.region)
                 except FAILURES:
-                    await self._failed(region)
-                if running is None and all(shard.is_known for shard in region.shards):
-                    await self._start(mesh)
-                    running = asyncio.create_task(mesh.run())
-                store.sweep(self._now_us(), SWEPT_BUCKETS)
+                    await self._failed(term.region)
+                if not term.is_meshed and term.can_mesh:
+                    await self._start(term)
+                term.region.store.sweep(self._now_us(), SWEPT_BUCKETS)
                 await asyncio.sleep(0 if is_more else TICK_SECONDS)
-                if running is not None and running.done():
-                    running.result()
-                    return
+                for task in term.tasks:
+                    if task.done():
+                        task.result()
+                        return
         finally:
-            self._status.token = 0
-            self._status.odd_at_gateway += region.odd
-            _log.info("gateway_ended", token=token)
-            if running is None:
-                await mesh.close()
-            else:
-                running.cancel()
-                await asyncio.wait([running])
-            with suppress(*FAILURES):
-                await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {token}"])])
+            await self._end(term)
+
+    def _begin(self, token: int) -> _Term:
+        purses = None
+        origin = Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1)
+        if self._ledger is not None:
+            purses = RegionalPurses(self._ledger, self._connect, self._keys, self._strict_us)
+            origin = purses.origin
+        store = Store(origin, self._limit_of_key, max_buckets=self._store.room.most)
+        region = Region(self._region, store, self._keys)
+        mesh = self._mesh_of(store, None if purses is None else purses.of_mesh)
+        mesh.read_news(region.note_news)
+        self._status.token = token
+        self._status.terms += 1
+        self._gives_up = False
+        _log.info("gateway_began", token=token)
+        return _Term(token, region, mesh, purses)
+
+    async def _end(self, term: _Term) -> None:
+        self._status.token = 0
+        self._status.odd_at_gateway += term.region.odd
+        _log.info("gateway_ended", token=term.token)
+        if not term.is_meshed:
+            await term.mesh.close()
+        for task in term.tasks:
+            task.cancel()
+        if term.tasks:
+            await asyncio.wait(term.tasks)
+        with suppress(*FAILURES):
+            await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {term.token}"])])
 
     def _limit_of_key(self, key: bytes) -> AnyLimit | None:
         # Other rules may have replaced it meanwhile.
         return self._store.limit_of_key(key)
 
-    async def _start(self, mesh: Mesh) -> None:
+    async def _start(self, term: _Term) -> None:
         """The mesh begins once the gateway knows all of its region: then nobody hears less than before."""
         try:
-            await mesh.start()
+            await term.mesh.start()
         except OSError as error:
             raise _CannotListen(str(error)) from error
-        await mesh.joined(0)
+        await term.mesh.joined(0)
+        term.is_meshed = True
+        term.tasks.append(asyncio.create_task(term.mesh.run()))
         self._status.gateway_reason = ""
         self._back_off.reset()
 
@@ -192,8 +233,14 @@ class Gateway:
         region.tell_again()
         await self._link.close()
 
+    async def _tick(self, term: _Term) -> bool:
+        """Returns whether there is more to be done at once."""
+        if term.purses is not None:
+            await term.purses.beat(self._link, term.token)
+        return await self._exchange(term.region, term.mesh if term.is_meshed else None, term.token)
+
     async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:
-        """One tick of the gateway; returns whether there is more to be done at once."""
+        """Tell the region what others took, and the others what the region did; returns whether there is more."""
         if self._reads_again:
             self._reads_again = False
             region.tell_again()

@@ -8,6 +8,7 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
     changed      the buckets that a sidecar here raised, with the version of the latest time
     lease        who the gateway is; in the first shard
     fence        the highest token of a gateway that called
+    strict       the accounts of strict limits: `accounts.py`; so is `short`
     b:KEY        id                     EPOCH:VERSION of its creation; what is of another epoch counts as absent
                  keep                   span until mark: see below
                  base                   boundary full period tokens, as in `persistence.redis_record`
@@ -389,6 +390,7 @@ class ShardKeys:
         self.changed: Final = self.head + b"changed"
         self.lease: Final = self.head + b"lease"
         self.fence: Final = self.head + b"fence"
+        self.of_accounts: Final = (self.head + b"strict", self.head + b"short")
 
     def of_bucket(self, key: bytes) -> tuple[bytes, bytes]:
         """The hash, and the index of its slots."""

@@ -35,3 +35,21 @@ class FabricStatus:
     terms: int = 0
     gateway_failed: int = 0
     gateway_reason: str = ""
+
+
+@dataclass(slots=True)
+class DrawStatus:
+    """Of strict limits, in a sidecar.
+
+    Args:
+        drawn, returned: tokens, from the region's accounts and back into them.
+        lineages: how often all accounts of a shard were found to be lost.
+        failed: ticks that were not answered.
+        degraded_reason: why nothing can be drawn; "" when it can.
+    """
+
+    drawn: int = 0
+    returned: int = 0
+    lineages: int = 0
+    failed: int = 0
+    degraded_reason: str = ""

@@ -16,6 +16,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule
@@ -35,6 +36,9 @@ from ratelimit_sidecar.limiter.settings import Settings
 
 MAX_HITS: Final = 2**48
 """The most hits of a descriptor; more count as this many. No limit is as large, and deltas cannot carry more."""
+
+MAX_WAITING_BYTES: Final = 4_096
+"""A longer request is decided at once: those that wait are kept."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
@@ -135,6 +139,8 @@ class Limiter:
             # Counters may restart at zero: to Prometheus that is a restart of the process.
             retired.counts, self.counts = self.counts, CountsByRule()
             self.overflow_decisions = Counter()
+        if self.ledger is not None:
+            self.ledger.lines.end_all()
         self.rules = rules
         self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key
@@ -168,6 +174,45 @@ class Limiter:
                 requests pass whose answer is an error.
         """
         plan = self.last_plan = self.plan(request)
+        return self._decide(plan, now_us, in_full)
+
+    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | Waiting:
+        """As `decide`, but a request that finds one bucket short whose rule has `wait`, and no other bucket, may wait.
+
+        Nothing is taken and counted while it waits. At the end it is decided as by `decide`, by the rules of then.
+        """
+        plan = self.last_plan = self.plan(request)
+        if plan.may_wait and len(request) <= MAX_WAITING_BYTES:
+            waiting = self._wait(plan, request, now_us, in_full)
+            if waiting is not None:
+                return waiting
+        return self._decide(plan, now_us, in_full)
+
+    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> Waiting | None:
+        short: Step | None = None
+        key = b""
+        for step in plan.steps:
+            compiled = step.compiled
+            if compiled.limit is None or compiled.is_shadow:
+                continue
+            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
+            bucket = self._bucket(step, compiled.limit, at_us)
+            if bucket.would_admit(step.hits, at_us):
+                continue
+            if short is not None or not step.may_wait:
+                return None
+            short, key = step, bucket.key
+        if short is None:
+            return None
+        assert self.ledger is not None
+
+        def decide(strict_us: int) -> bytes:
+            return self.decide(request, strict_us + self.clock_steps_us, in_full)
+
+        waiting = Waiting(short.hits, decide, short.compiled.wait_us)
+        return waiting if self.ledger.wait(key, waiting, now_us - self.clock_steps_us) else None
+
+    def _decide(self, plan: Plan, now_us: int, in_full: bool) -> bytes:
         if plan.gives_back:
             self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
@@ -343,7 +388,7 @@ class Limiter:
                 replaced |= match.rule.replaces
         steps: list[Step] = []
         quotas = 0
-        gives_back = is_decorated = False
+        gives_back = is_decorated = may_wait = False
         for match, descriptor in zip(matches, request.descriptors, strict=True):
             is_replaced = match is not None and _is_replaced(match.rule, replaced)
             is_negative = descriptor.is_negative
@@ -352,6 +397,7 @@ class Limiter:
             gives_back = gives_back or is_negative
             quotas += step.compiled.is_quota
             is_decorated = is_decorated or step.compiled.is_decorated
+            may_wait = may_wait or step.may_wait
         if gives_back:
             _charge_what_was_used(steps)
         wants_metadata = self.settings.dynamic_metadata
@@ -365,6 +411,7 @@ class Limiter:
             is_decorated=is_decorated,
             # In shadow mode nothing is denied.
             all_or_nothing=domain in self.rules.all_or_nothing and not self.settings.shadow_mode,
+            may_wait=may_wait and not gives_back and not self.settings.shadow_mode,
         )
 
     def _label(self, domain: str) -> str:
@@ -444,6 +491,7 @@ class Limiter:
             is_quota=rule.quota_mode or self.settings.quota_mode,
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
             is_decorated=self._decorations.are_wanted(rule),
+            wait_us=rule.wait_us if rule.consistency is Consistency.STRICT else 0,
         )
 
 

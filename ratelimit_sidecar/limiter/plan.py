@@ -28,6 +28,7 @@ class CompiledRule:
         is_quota: True if this rule alone, over its limit, does not make the answer OVER_LIMIT.
         near_from: hits above this number of tokens are near the limit.
         is_decorated: True if the answer may have headers, a body or metadata.
+        wait_us: how long a request may wait for tokens.
     """
 
     rule: Rule | None
@@ -40,6 +41,7 @@ class CompiledRule:
     is_quota: bool = False
     near_from: int = 0
     is_decorated: bool = False
+    wait_us: int = 0
 
 
 class Step:
@@ -97,6 +99,13 @@ class Step:
     def rule(self) -> Rule | None:
         return self.compiled.rule
 
+    @property
+    def may_wait(self) -> bool:
+        """True if its request may wait for the tokens: it would be denied without them, and take them then."""
+        compiled = self.compiled
+        is_denying = not compiled.is_shadow and not compiled.is_quota
+        return compiled.wait_us > 0 and is_denying and self.hits > 0 and not self.charges_always
+
 
 class Plan:
     """Everything needed to decide one request. No dataclass, for the same reason as `Step`.
@@ -108,9 +117,20 @@ class Plan:
         gives_back: True if a step gives tokens back.
         is_decorated: True if one of the steps' rules is.
         all_or_nothing: True if a denied request is charged nothing, except steps that are always charged.
+        may_wait: True if one of the steps may wait.
     """
 
-    __slots__ = ("all_or_nothing", "descriptors", "domain", "gives_back", "is_decorated", "metadata", "quotas", "steps")
+    __slots__ = (
+        "all_or_nothing",
+        "descriptors",
+        "domain",
+        "gives_back",
+        "is_decorated",
+        "may_wait",
+        "metadata",
+        "quotas",
+        "steps",
+    )
 
     def __init__(
         self,
@@ -123,6 +143,7 @@ class Plan:
         gives_back: bool,
         is_decorated: bool,
         all_or_nothing: bool,
+        may_wait: bool,
     ) -> None:
         self.domain = domain
         self.steps = steps
@@ -132,3 +153,4 @@ class Plan:
         self.gives_back = gives_back
         self.is_decorated = is_decorated
         self.all_or_nothing = all_or_nothing
+        self.may_wait = may_wait

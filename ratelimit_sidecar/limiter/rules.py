@@ -111,6 +111,7 @@ class Rule:
         body: the body of the response to a denied request; empty for Envoy's own.
         metadata: goes into the answer's dynamic metadata when the rule admits.
         metric_of_values: True if the name in metrics has all values of the request (`detailed_metric`).
+        wait_us: how long a request may wait for tokens of other replicas; 0 unless strict.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Rule:
     body: str = ""
     metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
     metric_of_values: bool = False
+    wait_us: int = 0
 
     @property
     def bucket_type(self) -> int:

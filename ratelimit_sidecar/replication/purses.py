@@ -2,19 +2,23 @@
 
 Each ask on a stream is answered by one payment on it, and for each bucket one ask is open at a time. So what is pending
 is bounded, and ends with the stream: an ask not sent has changed nothing, and a payment that is lost costs its payer.
+Wishes are numbered on each stream, and each is answered by one ticket; one that is not answered within a second is
+given up.
 
 Sans-I/O, with a clock of its own: strict buckets go by one that never steps, deltas by the wall.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.paying import Ask, Pay
-from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
+from ratelimit_sidecar.crdt.shares import TOKEN, Shown
+from ratelimit_sidecar.crdt.strict import TICKET_US
+from ratelimit_sidecar.crdt.waiting import Wish
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, check_key
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.status import MembershipStatus
@@ -27,7 +31,10 @@ TICK_WORK: Final = 256
 """A tick looks at so many pairs of a bucket and a peer, of which each takes some 4 us: 1 ms, 5 % of the time."""
 
 MAX_OPEN: Final = 1_024
-"""Asks without an answer on one stream."""
+"""Asks without an answer on one stream; and wishes likewise."""
+
+GIVEN_UP_AT_ONCE: Final = 64
+"""Wishes, each of some 5 us."""
 
 MAX_BATCH: Final = 16
 """Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
@@ -46,7 +53,7 @@ _NOTHING: Final = Shown(0, {})
 
 
 class PaymentOutbox:
-    """What one stream has to send of payments, and which of its asks are open.
+    """What one stream has to send of payments, and which of its asks and wishes are open.
 
     Args:
         end: names this node's end of the stream, for the life of this process.
@@ -59,13 +66,35 @@ class PaymentOutbox:
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self.asks: OrderedDict[bytes, Ask] = OrderedDict()
         self.pays: OrderedDict[bytes, Pay] = OrderedDict()
+        self.has_tickets = False
+        """True when the peer knows of wishes."""
+        self.wished: OrderedDict[int, Wish] = OrderedDict()
+        """By number; the oldest first."""
+        self.wishes: deque[pb.Wish] = deque()
+        self.tickets: deque[pb.Ticket] = deque()
+        self.returns: deque[pb.Return] = deque()
+        self.last_wish = 0
+        """The number of the last one of this node."""
+        self.last_heard = 0
+        """The number of the last one of the peer."""
 
     def take_frame(self) -> pb.Frame | None:
         """The next frame; None when nothing is pending."""
-        if not self.pays and not self.asks:
-            return None
         frame = pb.Frame()
+        payments = frame.payments
         count = key_bytes = 0
+        # First those for whom requests wait.
+        while self.returns and count < MAX_BATCH:
+            payments.returns.append(self.returns.popleft())
+            count += 1
+        while self.tickets and count < MAX_BATCH:
+            payments.tickets.append(self.tickets.popleft())
+            count += 1
+        while self.wishes and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
+            wish = self.wishes.popleft()
+            payments.wishes.append(wish)
+            count += 1
+            key_bytes += len(wish.key)
         for pending, written in ((self.pays, frame.payments.pays), (self.asks, frame.payments.asks)):
             while pending and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
                 key, each = pending.popitem(last=False)
@@ -73,7 +102,7 @@ class PaymentOutbox:
                 written.add(key=key, **{name: min(value, MAX_AMOUNT) for name, value in each._asdict().items()})
                 count += 1
                 key_bytes += len(key)
-        return frame
+        return frame if count else None
 
 
 class Purses:
@@ -139,13 +168,41 @@ class Purses:
         if now_us < self._tick_due_us:
             return []
         self._tick_due_us = now_us + TICK_EVERY_US
-        most = TICK_WORK // (4 + len(outboxes))
+        most = max(1, TICK_WORK // (4 + len(outboxes)))
         ends = {peer: outbox.end for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN}
         asks = self.ledger.tick(ends, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
             outboxes[peer].asks.update(wanted)
             outboxes[peer].open.update(dict.fromkeys(wanted, now_us))
-        return list(asks)
+        return [*asks, *self._wish(outboxes, now_us, most)]
+
+    def _wish(self, outboxes: Mapping[str, PaymentOutbox], now_us: int, most: int) -> list[str]:
+        """Wish for what requests wait for; returns of whom."""
+        for outbox in outboxes.values():
+            self._give_up(outbox, now_us)
+        peers = [
+            peer
+            for peer, outbox in outboxes.items()
+            if outbox.has_tickets and len(outbox.wished) + most <= MAX_OPEN and self.ledger.shares.is_member(peer)
+        ]
+        wishes = self.ledger.lines.tick(peers, now_us, most, MAX_KEY_BYTES)
+        for peer, wanted in wishes.items():
+            outbox = outboxes[peer]
+            for key, tokens in wanted.items():
+                outbox.last_wish += 1
+                self.ledger.lines.by_key[key].paying.bucket.wish(_of(outbox, outbox.last_wish))
+                outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
+                outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
+        return list(wishes)
+
+    def _give_up(self, outbox: PaymentOutbox, now_us: int) -> None:
+        """Give up wishes that are too old to be answered."""
+        for _ in range(min(GIVEN_UP_AT_ONCE, len(outbox.wished))):
+            number, wish = next(iter(outbox.wished.items()))
+            if now_us - wish.at_us <= TICKET_US:
+                return
+            del outbox.wished[number]
+            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.
@@ -160,18 +217,20 @@ class Purses:
             ProtocolError: too_large, bad_key or unexpected. What stood before the bad one has been applied, and is as
                 good as if it had come alone.
         """
-        if (count := len(payments.asks) + len(payments.pays)) > MAX_TAKEN:
+        count = len(payments.asks) + len(payments.pays)
+        count += len(payments.wishes) + len(payments.tickets) + len(payments.returns)
+        if count > MAX_TAKEN:
             raise ProtocolError(
                 Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_TAKEN} are taken"
             )
         now_us = self._strict_us()
+        unknown_keys = self._receive_tickets(peer, payments, outbox, now_us)
         for pay in payments.pays:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in outbox.asks or outbox.open.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
             self.refused += not self.ledger.paid(peer, outbox.end, pay.key, Pay(pay.amount, pay.left), now_us)
             self.received += pay.amount > 0
-        unknown_keys = 0
         for ask in payments.asks:
             check_key(ask.key)
             if ask.key in outbox.pays or len(outbox.pays) >= MAX_OPEN:
@@ -190,11 +249,48 @@ class Purses:
             self.paid += answer.amount > 0
         return unknown_keys
 
+    def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:
+        """What `receive` does for requests that wait, and returns."""
+        ledger = self.ledger
+        for back in payments.returns:
+            # It may have expired. The stream's end is in the number, so it is of this peer.
+            ledger.release(_of(outbox, back.number), back.amount, now_us)
+        for ticket in payments.tickets:
+            if ticket.number > outbox.last_wish:
+                raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
+            asked, returned = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
+            if asked is not None:
+                given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
+                returned = ledger.accept(_of(outbox, ticket.number), asked, given, now_us)
+            if ticket.tokens and len(outbox.returns) < MAX_OPEN:
+                outbox.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
+        unknown_keys = 0
+        for wish in payments.wishes:
+            check_key(wish.key)
+            if wish.number <= outbox.last_heard:
+                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {outbox.last_heard}")
+            outbox.last_heard = wish.number
+            if not ledger.shares.is_member(peer):
+                self.refused += 1
+                continue
+            if len(outbox.tickets) >= MAX_OPEN:
+                # The peer does not read. It gives the wish up.
+                continue
+            try:
+                answer = ledger.set_aside(_of(outbox, wish.number), peer, wish.key, wish.tokens, now_us)
+            except ValueError as error:
+                raise ProtocolError(Reason.BAD_KEY, str(error)) from error
+            unknown_keys += answer is None
+            answer = answer or Ticket(0, 0)
+            outbox.tickets.append(pb.Ticket(number=wish.number, tokens=answer.tokens, left=answer.left))
+        return unknown_keys
+
     def check_time(self, outbox: PaymentOutbox) -> None:
         """Raises:
         ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
         """
         now_us = self._strict_us()
+        self._give_up(outbox, now_us)
         if now_us - next(iter(outbox.open.values()), now_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
 
@@ -202,3 +298,11 @@ class Purses:
         """Its stream is closed at this end."""
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
+        for number, wish in outbox.wished.items():
+            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
+        outbox.wished.clear()
+
+
+def _of(outbox: PaymentOutbox, number: int) -> int:
+    """The number of a ticket among those of all streams."""
+    return outbox.end << 32 | number

@@ -32,6 +32,7 @@ from ratelimit_sidecar.replication.wire import (
     PAYING_PROTOCOL,
     PROTOCOL,
     RIDING_PROTOCOL,
+    WISHING_PROTOCOL,
     ProtocolError,
     Reason,
     read_frame,
@@ -191,6 +192,8 @@ class Session:
         self.peer: Origin | None = None
         self.pays = False
         """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
+        self.wishes = False
+        """True when these may have wishes and tickets."""
         self.compares = False
         """True when both ends know of Status, comparisons and numbers for keys."""
         self.heard_us = now_us
@@ -386,6 +389,7 @@ class Session:
         peer, membership = read_hello(hello), read_membership(hello)
         self.peer = peer
         self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
+        self.wishes = self.pays and hello.protocol >= WISHING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
         self._acks_ride = hello.protocol >= RIDING_PROTOCOL
         self.state = State.ESTABLISHED
@@ -404,6 +408,8 @@ class Session:
     def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:
         if not self.pays:
             raise ProtocolError(Reason.UNEXPECTED, "payments between nodes of which one has shown no membership")
+        if not self.wishes and (payments.wishes or payments.tickets or payments.returns):
+            raise ProtocolError(Reason.UNEXPECTED, "a wish or ticket from a peer that said it speaks an older protocol")
         return PaymentsReceived(payments)
 
     def _receive_comparison(self, kind: str, frame: pb.Frame) -> StatusReceived | ComparisonReceived:

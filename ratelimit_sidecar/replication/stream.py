@@ -406,6 +406,8 @@ class Stream:
         peer = self.peer = replicator.connections.find(self, replicator.local.origin, origin, now_us)
         is_proven = self.is_dialled or self._is_proven
         self._inbound = Inbound(replicator, self._session, peer, origin, is_proven=is_proven, payments=self.payments)
+        if self.payments is not None:
+            self.payments.has_tickets = self._session.wishes
         replicator.connections.join(self, peer, who)
         if replicator.purses is not None:
             replicator.purses.hear(peer.node, who.membership)

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Status
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """The newest protocol that this version speaks."""
 
 OLDEST_PROTOCOL: Final = 1
@@ -28,8 +28,11 @@ PAYING_PROTOCOL: Final = 4
 here. So between such a peer and this node nothing is paid, and each uses its own home.
 """
 
-RIDING_PROTOCOL: Final = 5
+RIDING_PROTOCOL: Final = 6
 """The oldest whose Deltas carry acknowledgements."""
+
+WISHING_PROTOCOL: Final = 6
+"""The oldest with tickets for requests that wait."""
 
 MAX_FRAME_BYTES: Final = 1 << 18
 """The largest frame. It is well above the batches of `outbox`, so that peers with other bounds are understood. A frame

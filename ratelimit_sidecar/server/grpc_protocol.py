@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
 from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import Limits
@@ -84,6 +86,8 @@ class GrpcProtocol:
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
+        self._waiting: dict[int, Waiting] = {}
+        """By stream, calls that are answered later."""
         self._blocked: set[StreamingCall] = set()
         """Streaming calls that wait for their client to read."""
         self._rest: memoryview | None = None
@@ -146,8 +150,7 @@ class GrpcProtocol:
         self._transport = None
         self._forget_unhandled()
         self._connection.closed = True
-        for call in self._streaming.values():
-            call.cancel()
+        self._cancel_all()
         self._connection.release()
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
@@ -254,16 +257,49 @@ class GrpcProtocol:
             streaming = self._streaming.get(event.stream_id)
             if streaming is not None:
                 streaming.cancel()
+            waiting = self._waiting.pop(event.stream_id, None)
+            if waiting is not None:
+                waiting.cancel()
 
-    def _answer(self, call: Call) -> None:
+    def _answer(self, call: Call, waiting: Waiting | None = None) -> None:
+        """Answer a call.
+
+        Args:
+            waiting: what its handler has returned before, and has a result now.
+        """
         try:
-            response = call.handler(call.message, call.request)
+            response = call.handler(call.message, call.request) if waiting is None else waiting.result()
+            if isinstance(response, Waiting):
+                if self._connection.keep(call):
+                    self._wait(call, response)
+                    return
+                response.end_now()
+                response = response.result()
         except RpcError as error:
             self._connection.refuse(call, error)
         except Exception as failure:
             self._connection.refuse(call, self._shared.failures.status_of(call.path, failure, call.request))
         else:
             self._connection.answer(call, response)
+
+    def _wait(self, call: Call, waiting: Waiting) -> None:
+        # The handler has it.
+        call.message = b""
+        self._waiting[call.request.stream_id] = waiting
+        waiting.on_end = partial(self._answer_late, call, waiting)
+
+    def _answer_late(self, call: Call, waiting: Waiting) -> None:
+        del self._waiting[call.request.stream_id]
+        self._answer(call, waiting)
+        self._flush()
+
+    def _cancel_all(self) -> None:
+        """Nobody is there to be answered."""
+        for call in self._streaming.values():
+            call.cancel()
+        for waiting in self._waiting.values():
+            waiting.cancel()
+        self._waiting.clear()
 
     def _begin_streaming(self, opened: StreamStarted) -> None:
         stream_id = opened.stream_id
@@ -293,10 +329,9 @@ class GrpcProtocol:
             self._is_closing = True
             self._forget_unhandled()
             transport.close()
-            for call in self._streaming.values():
-                call.cancel()
+            self._cancel_all()
             return
-        if self._streaming:
+        if self._streaming or self._waiting:
             late = connection.late()
             if self._handled < len(self._happened):
                 # Handle them after the earlier events.

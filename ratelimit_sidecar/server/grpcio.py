@@ -15,6 +15,9 @@ from contextlib import aclosing
 import grpc
 import grpc.aio
 
+from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.http2 import CALL_BYTES
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Limits
 from ratelimit_sidecar.server.listeners import (
     UNAVAILABLE,
@@ -38,6 +41,7 @@ from ratelimit_sidecar.server.rpc import (
     UnaryHandler,
 )
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.waiting import answer_of
 from ratelimit_sidecar.supervision import Supervisor
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -91,7 +95,7 @@ class GrpcioFrontEnd:
         self._drain_seconds = limits.drain
         self._options = _options(limits)
         self._stopping = asyncio.Event()
-        self._handlers = _generic_handlers(handlers, self._stopping, certificate)
+        self._handlers = _generic_handlers(handlers, self._stopping, certificate, Budget(limits.held_bytes))
         self._server: grpc.aio.Server | None = None
         self._files: list[SocketFile] = []
 
@@ -216,6 +220,10 @@ class _Metadata:
         self._context = context
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        remaining_s = self._context.time_remaining()
+        if remaining_s is not None:
+            # Which the library keeps to itself.
+            yield b"grpc-timeout", b"%dm" % max(0, remaining_s * 1_000)
         for name, value in self._context.invocation_metadata() or ():
             yield name.encode("ascii"), value if isinstance(value, bytes) else value.encode("utf-8")
 
@@ -244,7 +252,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _generic_handlers(
-    handlers: Handlers, stopping: asyncio.Event, certificate: ServerCertificate | None
+    handlers: Handlers, stopping: asyncio.Event, certificate: ServerCertificate | None, budget: Budget
 ) -> list[grpc.GenericRpcHandler]:
     failures = FailureLog()
     named = certificate if certificate is not None and certificate.wants_name else None
@@ -256,18 +264,21 @@ def _generic_handlers(
             behavior = _streaming(path, handler.handler, failures, stopping, named)
             services[service][method] = grpc.stream_stream_rpc_method_handler(behavior)
         else:
-            services[service][method] = grpc.unary_unary_rpc_method_handler(_unary(path, handler, failures, named))
+            services[service][method] = grpc.unary_unary_rpc_method_handler(
+                _unary(path, handler, failures, named, budget)
+            )
     return [grpc.method_handlers_generic_handler(service, methods) for service, methods in services.items()]
 
 
 def _unary(
-    path: str, handler: UnaryHandler, failures: FailureLog, named: ServerCertificate | None
+    path: str, handler: UnaryHandler, failures: FailureLog, named: ServerCertificate | None, budget: Budget
 ) -> Callable[[bytes, grpc.aio.ServicerContext[bytes, bytes]], Awaitable[bytes]]:
     async def call(message: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
             if named is not None:
                 _check_client(context, named)
-            return handler(message, _Metadata(context))
+            response = handler(message, _Metadata(context))
+            return await _late(response, message, context, budget) if isinstance(response, Waiting) else response
         except RpcError as error:
             status = error
         except Exception as error:
@@ -312,6 +323,21 @@ def _streaming(
             await _abort(context, status)
 
     return call
+
+
+async def _late(
+    waiting: Waiting, message: bytes, context: grpc.aio.ServicerContext[bytes, bytes], budget: Budget
+) -> bytes:
+    """An answer that comes later; at once if those that wait hold too much memory."""
+    held = CALL_BYTES + len(message) + sum(len(name) + len(value) for name, value in _Metadata(context))
+    if not budget.allows(budget.held + held, held):
+        waiting.end_now()
+        return waiting.result()
+    budget.count(held)
+    try:
+        return await answer_of(waiting)
+    finally:
+        budget.count(-held)
 
 
 async def _next_response(responses: AsyncGenerator[bytes, None], stop: asyncio.Task[bool]) -> bytes | None:

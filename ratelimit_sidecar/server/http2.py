@@ -207,6 +207,8 @@ class Connection:
         )
         self._waiting: dict[int, Call] = {}
         self._streaming: dict[int, _Stream] = {}
+        self._kept: dict[int, Call] = {}
+        """Complete calls that are answered later."""
         self._held = 0
         """The bytes counted for its calls in the budget."""
         self._credit = CONTROL_FRAMES
@@ -350,6 +352,12 @@ class Connection:
             else:
                 self._look_at_body(call)
             return
+        call = self._kept.get(stream_id)
+        if call is not None:
+            if request.lost:
+                self._let_go(call)
+                happened.append(StreamCancelled(stream_id))
+            return
         stream = self._streaming.get(stream_id)
         if stream is None:
             return
@@ -421,12 +429,37 @@ class Connection:
 
     # Answering. When the stream or the connection has ended meanwhile, nothing happens.
 
+    def keep(self, call: Call) -> bool:
+        """Keep a complete call to be answered later; `StreamCancelled` says if the client gives up before.
+
+        Returns:
+            False if it must be answered now: the calls of the connection, or of all, hold too much memory.
+        """
+        request = call.request
+        held = CALL_BYTES + request.header_bytes + len(call.message)
+        if self.closed or not self._budget.allows(self._held + held, held):
+            return False
+        self._count(held)
+        call.held = held
+        request.is_wanted = True
+        self._kept[request.stream_id] = call
+        return True
+
+    def _let_go(self, call: Call) -> None:
+        call.request.is_wanted = False
+        del self._kept[call.request.stream_id]
+        self._release(call)
+
     def answer(self, call: Call, message: bytes) -> None:
         """Answer a unary call."""
+        if call.held:
+            self._let_go(call)
         self._session.answer(call.request, message)
 
     def refuse(self, call: Call, error: RpcError) -> None:
         """Answer a unary call with a status."""
+        if call.held:
+            self._let_go(call)
         self._refuse(call.request, error)
 
     def _refuse(self, request: Request, error: RpcError) -> None:
@@ -683,6 +716,7 @@ class Connection:
         self._budget.count(-self._held)
         self._held = 0
         self._waiting.clear()
+        self._kept.clear()
         self._streaming.clear()
 
 

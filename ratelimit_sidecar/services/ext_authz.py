@@ -15,6 +15,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValueOption
 from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import (
     CheckResponse,
@@ -43,6 +44,8 @@ MAX_FIELDS: Final = 8 * MAX_HEADERS
 """The most fields of a request that is parsed. A header has three; 4 MiB can hold two million empty ones, which would
 take a tenth of a second.
 """
+
+_OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
 
 _PATH: Final = f"/{SERVICE_NAME}/Check"
 
@@ -73,8 +76,8 @@ class ExtAuthzService:
         """For a front end."""
         return {_PATH: self.check}
 
-    def check(self, request: bytes, metadata: Metadata) -> bytes:
-        """Answer a serialized CheckRequest with a serialized CheckResponse.
+    def check(self, request: bytes, metadata: Metadata) -> bytes | Waiting:
+        """Answer a serialized CheckRequest with a serialized CheckResponse, perhaps later.
 
         Raises:
             RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_HEADERS` or
@@ -86,11 +89,11 @@ class ExtAuthzService:
             self._rate_limit.errors["invalid"] += 1
             raise
         domain = http.context_extensions.get(DOMAIN_EXTENSION, b"")
-        raw: bytes = _check_response(self.decide(domain, http, metadata)).SerializeToString()
-        return raw
+        decision = self.decide(domain, http, metadata)
+        return decision.then(_check_response) if isinstance(decision, Waiting) else _check_response(decision)
 
-    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> RateLimitResponse:
-        """The rate limit service's answer for an HTTP request.
+    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> bytes | Waiting:
+        """The rate limit service's answer for an HTTP request: a serialized RateLimitResponse, perhaps later.
 
         Args:
             domain: empty for the default domain of the rules.
@@ -104,12 +107,12 @@ class ExtAuthzService:
         mapping = rules.http_mappings.get(name)
         if mapping is None:
             self.unlimited["no_mapping"] += 1
-            return RateLimitResponse(overall_code=RateLimitResponse.OK)
+            return _OK
         request = rate_limit_request(name, mapping, http)
         if request is None:
             self.unlimited["no_descriptor"] += 1
-            return RateLimitResponse(overall_code=RateLimitResponse.OK)
-        return RateLimitResponse.FromString(self._rate_limit.should_rate_limit(request, metadata, in_full=True))
+            return _OK
+        return self._rate_limit.should_rate_limit(request, metadata, in_full=True)
 
 
 def http_request(check: bytes) -> HttpRequest:
@@ -160,7 +163,9 @@ def first_values(headers: Iterable[tuple[bytes, bytes]], *, are_joined: bool = T
     return values
 
 
-def _check_response(decision: RateLimitResponse) -> CheckResponse:
+def _check_response(raw_decision: bytes) -> bytes:
+    """The CheckResponse of a RateLimitResponse, both serialized."""
+    decision = RateLimitResponse.FromString(raw_decision)
     headers = [
         HeaderValueOption(header=header, append_action=HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
         for header in decision.response_headers_to_add
@@ -175,4 +180,5 @@ def _check_response(decision: RateLimitResponse) -> CheckResponse:
         response = CheckResponse(ok_response=OkHttpResponse(response_headers_to_add=headers))
     if decision.HasField("dynamic_metadata"):
         response.dynamic_metadata.CopyFrom(decision.dynamic_metadata)
-    return response
+    raw: bytes = response.SerializeToString()
+    return raw

@@ -15,9 +15,11 @@ from urllib.parse import unquote_to_bytes
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
 from ratelimit_sidecar.server.rpc import FailureLog, Headers, RpcError
+from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService, first_values
 
 PREFIX: Final = b"/ext_authz/"
@@ -25,14 +27,18 @@ PREFIX: Final = b"/ext_authz/"
 _NO_PREFIX: Final = JSONResponse({"error": "expected a path_prefix of /ext_authz/ and the domain"}, 404)
 
 
-def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
+def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
     failures = FailureLog()
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         raw_path: bytes = scope["raw_path"]
         if raw_path.startswith(PREFIX):
             try:
-                response = _answer(service, scope, raw_path[len(PREFIX) :])
+                decision = _decide(service, scope, raw_path[len(PREFIX) :])
+                raw = await waits.answer_of(decision, receive) if isinstance(decision, Waiting) else decision
+                if raw is None:
+                    return
+                response = _answer(raw)
             except Exception as error:
                 known = error
                 if not isinstance(known, RpcError):
@@ -45,10 +51,14 @@ def ext_authz_app(service: ExtAuthzService) -> ASGIApp:
     return answer
 
 
-def _answer(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> Response:
+def _decide(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> bytes | Waiting:
     domain, slash, path = after_prefix.partition(b"/")
     http = HttpRequest(first_values(scope["headers"]), {}, slash + path, scope["method"].encode())
-    decision = service.decide(unquote_to_bytes(domain), http, Headers(scope["headers"]))
+    return service.decide(unquote_to_bytes(domain), http, Headers(scope["headers"]))
+
+
+def _answer(raw: bytes) -> Response:
+    decision = RateLimitResponse.FromString(raw)
     headers = {header.key: header.value for header in decision.response_headers_to_add}
     if decision.overall_code == RateLimitResponse.OVER_LIMIT:
         return Response(decision.raw_body, 429, headers)

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from math import inf
 from typing import Final, Protocol
 
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.plan import Plan
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.server.rpc import Code, FailureLog, Handlers, Metadata, RpcError
+from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
 SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"
 
 _PATH: Final = f"/{SERVICE_NAME}/ShouldRateLimit"
+
+PATIENCE: Final = 0.75
+
+_SECONDS: Final = {b"H": 3_600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+"""Units of a `grpc-timeout` (PROTOCOL-HTTP2.md)."""
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
@@ -47,6 +56,7 @@ class RateLimitService:
     Args:
         now_us: see `Limiter.decide`.
         waits_for_rules: True to refuse calls until `rules_loaded`.
+        waits: lets requests wait, where their rule says so; None decides all at once.
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class RateLimitService:
         tracer: RequestTracer,
         *,
         waits_for_rules: bool = False,
+        waits: Waits | None = None,
     ) -> None:
         self.errors = {"invalid": 0, "internal": 0, "no_rules": 0}
         """Calls without an answer since the start, by reason: invalid requests, calls before there were rules, internal
@@ -64,6 +75,7 @@ class RateLimitService:
         """
         self._waits_for_rules = waits_for_rules
         self._limiter = limiter
+        self._waits = waits
         self._now_us = now_us
         # The class itself: compiled, it is called without a call of Python's.
         self._latency = latency
@@ -78,8 +90,8 @@ class RateLimitService:
         """Stop refusing calls: rules are loaded."""
         self._waits_for_rules = False
 
-    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes:
-        """Answer a serialized RateLimitRequest with a serialized RateLimitResponse.
+    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes | Waiting:
+        """Answer a serialized RateLimitRequest with a serialized RateLimitResponse, perhaps later.
 
         Other services that ask the same question call it, too.
 
@@ -95,7 +107,10 @@ class RateLimitService:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
         started_ns = _perf_counter_ns()
         try:
-            response = self._limiter.decide(request, self._now_us(), in_full)
+            if self._waits is None:
+                response: bytes | Waiting = self._limiter.decide(request, self._now_us(), in_full)
+            else:
+                response = self._limiter.decide_or_wait(request, self._now_us(), in_full)
         except InvalidRequest as error:
             self.errors["invalid"] += 1
             raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error
@@ -104,6 +119,8 @@ class RateLimitService:
             raise
         elapsed_ns = _perf_counter_ns() - started_ns
         self._latency.observe(elapsed_ns)
+        if isinstance(response, Waiting):
+            return self._hold(response, metadata)
         try:
             parent = self._tracer.sampled(metadata) if metadata.may_be_sampled else None
             if parent is not None:
@@ -117,3 +134,36 @@ class RateLimitService:
             # An error in place of the answer would let pass what was denied.
             self._failures.log_first(_PATH, failure, metadata)
         return response
+
+    def _hold(self, waiting: Waiting, metadata: Metadata) -> Waiting:
+        assert self._waits is not None
+        most_s = inf
+        try:
+            most_s = patience_s(metadata)
+        finally:
+            # It waits already, and whatever happens its wait must end.
+            self._waits.hold(waiting, most_s)
+        plan, began_ns = self._limiter.last_plan, time.time_ns()
+        assert plan is not None
+        if metadata.may_be_sampled:
+            waiting.then(partial(self._trace_wait, metadata, plan, began_ns))
+        return waiting
+
+    def _trace_wait(self, metadata: Metadata, plan: Plan, began_ns: int, response: bytes) -> bytes:
+        try:
+            parent = self._tracer.sampled(metadata)
+            if parent is not None:
+                self._tracer.record(parent, began_ns, time.time_ns(), plan, response)
+        except Exception as failure:
+            self._failures.log_first(_PATH, failure, metadata)
+        return response
+
+
+def patience_s(metadata: Metadata) -> float:
+    """The seconds that a request with these headers may wait: three quarters of its timeout, so that its answer is in
+    time; infinite without one.
+    """
+    for name, value in metadata:
+        if name == b"grpc-timeout" and len(value) <= 9 and value[:-1].isdigit() and value[-1:] in _SECONDS:
+            return int(value[:-1]) * _SECONDS[value[-1:]] * PATIENCE
+    return inf

@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.crdt.journal import Refused
+from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -191,6 +192,19 @@ class RedisStatus(Protocol):
     def last_us(self) -> int | None: ...
 
 
+class DrawStatus(Protocol):
+    """What is read of strict limits on a fabric (`ratelimit_sidecar.fabric.status.DrawStatus`, a layer above)."""
+
+    @property
+    def drawn(self) -> int: ...
+    @property
+    def returned(self) -> int: ...
+    @property
+    def lineages(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+
+
 class FabricStatus(Protocol):
     """What is read of the fabric (`ratelimit_sidecar.fabric.status.FabricStatus`, a layer above)."""
 
@@ -290,11 +304,13 @@ class MetricSources:
         state: None without state in a file.
         redis: None without state in Redis.
         fabric: None without a fabric.
+        drawing: None without strict limits on one.
         supervision: None without supervised tasks.
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
         spans: None without tracing.
         quotas: None if Envoys get no quotas.
+        waits: None if no limit can be strict.
     """
 
     node: str
@@ -314,11 +330,13 @@ class MetricSources:
     state: StateStatus | None = None
     redis: RedisStatus | None = None
     fabric: FabricStatus | None = None
+    drawing: DrawStatus | None = None
     supervision: SupervisionStatus | None = None
     log: LogStatus | None = None
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
+    waits: Lines | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,7 +536,7 @@ def _read_source(
 
 
 def _read_source_by(
-    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, int]]
+    part: Callable[[MetricSources], _Source | None], counts: Callable[[_Source], Mapping[str, float]]
 ) -> Callable[[ScrapeView], Iterator[Sample]]:
     """Read a sample for each name by which a source counts; none if the source is absent."""
 
@@ -747,6 +765,28 @@ METRICS: tuple[Definition, ...] = (
             lambda sources: sources.fabric,
             lambda fabric: {"room": fabric.unshared, "odd": fabric.odd + fabric.odd_at_gateway},
         ),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_tokens_total",
+        "counter",
+        ("region", "direction"),
+        "Tokens of strict limits that were `drawn` from the region's accounts, and `returned` into them; absent without"
+        " `sync.members`, as are the next two.",
+        _read_source_by(lambda sources: sources.drawing, lambda it: {"drawn": it.drawn, "returned": it.returned}),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_failures_total",
+        "counter",
+        ("region",),
+        "Calls to the accounts that failed: until one succeeds, strict limits admit what is held here, and then deny.",
+        _read_source(lambda sources: sources.drawing, lambda drawing: drawing.failed),
+    ),
+    Definition(
+        "ratelimit_fabric_strict_losses_total",
+        "counter",
+        ("region",),
+        "Times that the server was found to have lost the accounts, or to be another one: strict limits begin empty.",
+        _read_source(lambda sources: sources.drawing, lambda drawing: drawing.lineages),
     ),
     Definition(
         "ratelimit_connections",
@@ -1183,6 +1223,36 @@ METRICS: tuple[Definition, ...] = (
         ("region", "direction"),
         "Payments of tokens of strict limits, sent to peers or received from them.",
         _read_payments,
+    ),
+    Definition(
+        "ratelimit_strict_waiting",
+        "gauge",
+        ("region",),
+        "Requests that wait for tokens of other members now; at most 1,024. Absent without sync.members, as are all of"
+        " waits.",
+        _read_source(lambda sources: sources.waits, lambda waits: waits.waiting),
+    ),
+    Definition(
+        "ratelimit_strict_waits_total",
+        "counter",
+        ("region", "outcome"),
+        "Waits that are over: `served`, there were tokens; `expired`, its `wait` or the client's timeout was over;"
+        " `cancelled` by the client; `ended` by a change of rules or at a stop. All but `cancelled` were then decided.",
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.counts),
+    ),
+    Definition(
+        "ratelimit_strict_wait_seconds_total",
+        "counter",
+        ("region", "outcome"),
+        "How long those waits took, together.",
+        _read_source_by(lambda sources: sources.waits, lambda waits: waits.seconds),
+    ),
+    Definition(
+        "ratelimit_strict_waits_refused_total",
+        "counter",
+        ("region",),
+        "Requests that could have waited and were decided at once, because too many others waited.",
+        _read_source(lambda sources: sources.waits, lambda waits: waits.crowded),
     ),
     Definition(
         "ratelimit_quota_streams",

@@ -48,6 +48,7 @@ LOANS_COMMIT = "ef0ce5c"
 """The last one with loans, protocol 3."""
 
 PROTOCOL_4_COMMIT = "55b144f"
+PROTOCOL_5_COMMIT = "e6e0bb1"
 
 MEMBERS = dict.fromkeys(NAMES, 1)
 
@@ -160,11 +161,20 @@ async def disturb(regions: Regions, random: Random) -> None:
 @scenario
 async def test_of_a_million_admissions_through_stops_kills_and_cuts_none_is_beyond_the_limit(lab: Lab) -> None:
     """STRICT_ADMISSIONS are as many as are wanted."""
+    await admit_through_faults(lab, RULES, ADMISSIONS)
+
+
+@scenario
+async def test_nor_is_any_where_requests_wait_for_tickets(lab: Lab) -> None:
+    await admit_through_faults(lab, f"{RULES}    wait: 200ms\n", ADMISSIONS // 2)
+
+
+async def admit_through_faults(lab: Lab, rules: str, admissions: int) -> None:
     random = Random(1)
-    async with lab.three_regions(RULES, MEMBERS) as regions:
+    async with lab.three_regions(rules, MEMBERS) as regions:
         load, faults = Load(regions, seed=2), 0
         async with load.running():
-            while load.admitted < ADMISSIONS:
+            while load.admitted < admissions:
                 load.of = set(random.sample(NAMES, random.choice([1, 2, 3, 3])))
                 await disturb(regions, random)
                 faults += 1
@@ -185,6 +195,11 @@ async def test_sidecars_are_upgraded_from_loans_to_purses_one_by_one_within_the_
 @scenario
 async def test_sidecars_are_upgraded_from_protocol_4_one_by_one_within_the_limit(lab: Lab) -> None:
     await upgrade(lab, PROTOCOL_4_COMMIT, 4)
+
+
+@scenario
+async def test_sidecars_are_upgraded_from_protocol_5_one_by_one_within_the_limit(lab: Lab) -> None:
+    await upgrade(lab, PROTOCOL_5_COMMIT, 5)
 
 
 async def upgrade(lab: Lab, commit: str, protocol: int) -> None:

@@ -15,8 +15,8 @@ from ratelimit_sidecar.replication.wire import PROTOCOL
 
 pytestmark = pytest.mark.long
 
-OLD_COMMIT = "55b144f"
-"""The last one of protocol 4: no acknowledgements on deltas, numbers for keys by stream."""
+OLD_COMMIT = "e6e0bb1"
+"""One of protocol 5: no tickets."""
 
 DESCRIPTORS = 100
 """In one request."""

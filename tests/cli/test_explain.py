@@ -460,6 +460,15 @@ def test_a_strict_rule_is_explained_without_the_members_that_share_it(tmp_path: 
     assert "sync.members" in refused.stderr
 
 
+def test_it_says_that_a_request_may_wait_and_does_not_wait_itself(tmp_path: Path) -> None:
+    explained = Explain(tmp_path)
+    explained.rules.write_text(
+        "domain: d\ndescriptors:\n"
+        "  - {key: a, consistency: strict, wait: 250ms, rate_limit: {unit: day, requests_per_unit: 7}}\n"
+    )
+    assert "a request may wait 250 ms for tokens of other members; here it does not" in explained.text("d", "a=b")
+
+
 EXT_AUTHZ = """
 ext_authz:
   descriptors:

@@ -144,3 +144,41 @@ def test_a_limit_that_cannot_be_strict_is_told_with_its_fix(
 ) -> None:
     [told] = rules_errors(tmp_path, f"domain: d\ndescriptors:\n  - {{key: a, {descriptor}}}\n", defaults)
     assert told.partition("descriptors[0].")[2] == line
+
+
+@pytest.mark.parametrize(
+    ("wait", "wait_us"), [("1ms", 1_000), ("250ms", 250_000), ("1s", 1_000_000), ("1000ms", 1_000_000)]
+)
+def test_requests_of_a_strict_limit_may_wait(tmp_path: Path, wait: str, wait_us: int) -> None:
+    assert (
+        one_rule(tmp_path, f"{{key: a, {DAILY}, consistency: strict, wait: {wait}}}", WITH_MEMBERS).wait_us == wait_us
+    )
+    assert one_rule(tmp_path, f"{{key: a, {DAILY}, wait: {wait}}}", STRICT_UNLESS_SAID).wait_us == wait_us
+    assert one_rule(tmp_path, f"{{key: a, {DAILY}}}", STRICT_UNLESS_SAID).wait_us == 0
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "line"),
+    [
+        (f"{DAILY}, wait: 250ms",
+         "wait: found wait with consistency eventual, expected wait with strict only; remove it, or let consistency be"
+         " strict"),
+        (f"{DAILY}, consistency: local, wait: 250ms",
+         "wait: found wait with consistency local, expected wait with strict only; remove it, or let consistency be"
+         " strict"),
+        (f"{DAILY}, consistency: strict, wait: 250ms, shadow_mode: true",
+         "wait: found wait beside shadow_mode, expected wait without shadow_mode; remove wait, or shadow_mode"),
+        (f"{DAILY}, consistency: strict, wait: 250ms, quota_mode: true",
+         "wait: found wait beside quota_mode, expected wait without quota_mode; remove wait, or quota_mode"),
+        (f"{DAILY}, consistency: strict, wait: 250ms, charge: always",
+         "wait: found wait beside charge: always, expected wait without charge; remove wait, or charge"),
+        *[(f"{DAILY}, consistency: strict, wait: {wait}",
+           f"wait: found {found}, expected a time of 1ms to 1s, such as 250ms")
+          for wait, found in [("0ms", '"0ms"'), ("1001ms", '"1001ms"'), ("2s", '"2s"'), ("0.5s", '"0.5s"'),
+                              ("250", "250"), ("-1ms", '"-1ms"'), ("soon", '"soon"'), ("true", "true")]],
+    ],
+)  # fmt: skip
+def test_a_wait_that_cannot_be_is_told_with_its_place_and_its_fix(tmp_path: Path, descriptor: str, line: str) -> None:
+    [told] = rules_errors(tmp_path, f"domain: d\ndescriptors:\n  - {{key: a, {descriptor}}}\n", WITH_MEMBERS)
+    assert told.startswith("rules.yaml:3:")
+    assert told.partition("descriptors[0].")[2] == line

@@ -17,7 +17,7 @@ ANOTHER_PERIOD = "choose one of them, or give a bucket in place of rate_limit fo
 FILE_KEYS = "domain, charge, charging, ext_authz, descriptors"
 DESCRIPTOR_KEYS = (
     "key, value, rate_limit, shadow_mode, quota_mode, detailed_metric, value_to_metric, share_threshold, metadata,"
-    " algorithm, burst, bucket, consistency, max_debt, charge, retry_after, body, descriptors"
+    " algorithm, burst, bucket, consistency, wait, max_debt, charge, retry_after, body, descriptors"
 )
 RATE_LIMIT_KEYS = "unit, requests_per_unit, unlimited, name, replaces"
 ALGORITHMS = "expected one of token_bucket, fixed_window, sliding_window"
@@ -178,6 +178,7 @@ OF_A_LIMIT = {
     "burst": "5",
     "consistency": "local",
     "max_debt": "5",
+    "wait": "250ms",
     "charge": "always",
     "retry_after": "true",
     "body": "Later.",
@@ -202,7 +203,7 @@ def test_a_key_of_ours_beside_unlimited_does_nothing_and_is_a_mistake(tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("key", ["burst", "max_debt", "charge", "retry_after"])
+@pytest.mark.parametrize("key", ["burst", "max_debt", "wait", "charge", "retry_after"])
 def test_a_key_that_says_how_to_admit_does_nothing_where_nothing_is_admitted(tmp_path: Path, key: str) -> None:
     text = f"domain: d\ndescriptors:\n  - {{key: a, {key}: {OF_A_LIMIT[key]}, {NONE_DAILY}}}\n"
     assert rules_errors(tmp_path, text) == [

@@ -172,7 +172,7 @@ def test_region_comes_from_the_environment_unless_the_file_has_it(tmp_path: Path
         (
             {"CRDT_ENGINE": "strict"},
             'environment: CRDT_ENGINE: found "strict", expected sync.members as well; list in it the node ids of all'
-            " sidecars that share limits",
+            " sidecars that share limits, or the regions that have a fabric",
         ),
         (
             {"CRDT_ENGINE": "foo"},
@@ -413,11 +413,6 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
             "fabric.tls: found files beside a url without TLS, expected a rediss:// url; change one of them",
         ),
         (
-            "fabric: {url: 'redis://a'}\nsync: {members: {a: 1}}",
-            "fabric: found sync.members beside fabric, expected one of the two; remove one: strict limits need streams"
-            " between all members",
-        ),
-        (
             "fabric: {url: 'redis://a'}\nsync: {peers: ['west:1']}",
             "node.region: found nothing, beside fabric and sync.peers, expected a name that no other region has: what"
             " all its sidecars take is known to others under it; add it",
@@ -431,6 +426,13 @@ def test_what_is_no_url_of_redis(tmp_path: Path, url: str) -> None:
 )
 def test_what_does_not_go_together_with_a_fabric(tmp_path: Path, text: str, problem: str) -> None:
     assert any(problem in found for found in sidecar_errors(tmp_path, text))
+
+
+def test_a_region_with_a_fabric_is_one_member_of_strict_limits(tmp_path: Path) -> None:
+    members = "sync: {members: {east: 1, west: 1}}"
+    config = sidecar(tmp_path, f"node: {{id: a, region: east}}\nfabric: {{url: 'redis://a'}}\n{members}")
+    assert config.member == "east"
+    assert sidecar(tmp_path, f"node: {{id: a, region: east}}\n{members}").member == "a"
 
 
 def test_the_files_of_a_fabric_are_beside_the_configuration(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Every case of the corpus, asked of the decision itself, over both front ends on TCP, unix sockets and TLS,
-by an independent client and as JSON.
+by an independent client and as JSON. `make test` takes one front end and transport, `make test-slow` all.
 
 Time is the test's own. A front end lives as long as the module; each case gives it a limiter of its own.
 """
@@ -56,7 +56,11 @@ BROKEN = [pytest.param(case, id=case.case) for case in ALL if case.problems]
 START_US = 15_330 * 86_400 * 1_000_000
 """Windows of seven, of thirty and of 365 days begin here: 15,330 is their least common multiple."""
 
-WHERE = [f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix", "tls")]
+FIRST = "h2-tcp"
+WHERE = [
+    pytest.param(where, marks=[] if where == FIRST else [pytest.mark.thorough])
+    for where in (f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix", "tls"))
+]
 
 Ask = Callable[[RateLimitRequest], Awaitable[Answer | Refusal]]
 

@@ -28,6 +28,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import 
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
 from ratelimit_sidecar.server.rpc import Headers
+from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.ratelimit import RateLimitService
@@ -308,7 +309,7 @@ async def test_a_request_with_more_headers_than_a_proxy_takes_is_refused(sidecar
 
 @pytest.fixture
 async def over_http(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    server = HttpServer(ext_authz_app(sidecar_with(tmp_path).ext_authz), "127.0.0.1:0")
+    server = HttpServer(ext_authz_app(sidecar_with(tmp_path).ext_authz, HttpWaits(0)), "127.0.0.1:0")
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())

@@ -15,9 +15,10 @@ from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Pay, Paying
+from ratelimit_sidecar.crdt.paying import Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, Shown
-from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
+from ratelimit_sidecar.crdt.waiting import Line, Outcome, Waiting, Wish
 
 TICK_US = 20_000
 START_US = 1_000_000_000
@@ -33,6 +34,7 @@ class Replica:
     drift_ppm: int
     shares: Shares
     paying: Paying
+    line: Line
     ends: dict[str, list[int]] = field(default_factory=dict)
     """By peer, its open ends of streams; the first is in use."""
 
@@ -65,12 +67,23 @@ class StrictCluster:
     """A broken rule: a restarted replica has a full home."""
     keeps_twice: bool = False
     """A broken rule: what was kept at a stop is used by two lives."""
+    serves_twice: bool = False
+    """A broken rule: some tickets come twice, and each counts."""
+    hold_us: int = HOLD_US
+    """A broken rule when it is less: the room of a ticket is free before the ticket is over."""
+    starts_at_once: bool = False
+    """A broken rule: a restarted replica has a home before its former tickets are over."""
+    frees_at_close: bool = False
+    """A broken rule: the room of a ticket is free when the stream on which it was sent is closed."""
     is_fixed_delay: bool = True
     now_us: int = START_US
     admitted: dict[str, int] = field(default_factory=dict)
     cut: set[frozenset[str]] = field(default_factory=set)
     replicas: dict[str, Replica] = field(default_factory=dict)
     payments: int = 0
+    tickets: int = 0
+    served: int = 0
+    """Requests that have waited and were admitted."""
     worst: int = 0
     """Most scaled tokens beyond `capacity + rate * T` in any interval, with the rate of the fastest clock; 0 keeps the
     promise."""
@@ -81,7 +94,11 @@ class StrictCluster:
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._deficit, self._deficit_us = 0, self.now_us
         self._limits = [self.limit]
-        self._ends = 0
+        self._ends = self._numbers = 0
+        self._ticket_to: str | None = None
+        self._fault: Callable[[str], None] | None = None
+        self._given: list[tuple[Replica, int, int, str]] = []
+        """Tickets that count: who has given it, on which end, its number, and whom."""
         self._kept: dict[str, int] = {}
         self._arrived: dict[int, int] = {}
         for node in self.nodes:
@@ -107,11 +124,13 @@ class StrictCluster:
         """A life of a replica: it remembers nothing. Those of the beginning have run for long."""
         skew_us = self.random.randint(-self.max_skew_us, self.max_skew_us)
         drift_ppm = self.random.randint(-self.drift_ppm, self.drift_ppm)
-        shares = Shares(self.membership, node, 0)
-        replica = Replica(node, skew_us, drift_ppm, shares, None)  # type: ignore[arg-type]
+        replica = Replica(node, skew_us, drift_ppm, None, None, None)  # type: ignore[arg-type]
         now_us = self.clock_us(replica)
-        shares.from_us = now_us
+        holds = not full and not self.starts_full and not self.starts_at_once
+        shares = replica.shares = Shares(self.membership, node, now_us if holds else now_us - HOLD_US)
         self.replicas[node] = replica
+        if not holds:
+            shares.from_us = now_us
         for other in list(self.replicas.values()):
             if other is not replica:
                 shares.hear(other.node, shown(other), now_us)
@@ -125,15 +144,26 @@ class StrictCluster:
             home=shares.home(KEY, limit.capacity, now_us),
             from_us=0 if full or self.starts_full else now_us,
         )
-        if node in self._kept:
-            bucket.put_back(self._kept[node] if self.keeps_twice else self._kept.pop(node))
         replica.paying = Paying(bucket)
+        replica.line = Line(replica.paying, lambda _waiting, _now_us: None)
+        self.at(self._true_us(HOLD_US, replica) if holds else 0, lambda: self._begin_home(replica))
         for other in list(self.replicas.values()):
             if other.paying is not None:
                 self._set_home(other)
         for other in self.replicas.values():
             if other is not replica:
                 self.connect(node, other.node)
+
+    def _begin_home(self, replica: Replica) -> None:
+        if self.replicas.get(replica.node) is replica:
+            self._set_home(replica)
+            if replica.node in self._kept and replica.bucket.ceiling:
+                kept = self._kept[replica.node] if self.keeps_twice else self._kept.pop(replica.node)
+                replica.bucket.put_back(kept)
+
+    def _true_us(self, duration_us: int, replica: Replica) -> int:
+        """How long that is by a replica's clock."""
+        return duration_us * 1_000_000 // (1_000_000 + replica.drift_ppm) + 1
 
     def stop(self, node: str) -> None:
         """Cleanly: what its purse has is kept for its next life."""
@@ -216,12 +246,107 @@ class StrictCluster:
             bucket.ask(end, amount)
             self._send(end, lambda: self._asked_for_any(peer, node, end, amount))
 
+    def wait(self, node: str, hits: int) -> None:
+        """Let a request wait, whatever the policy."""
+        replica = self.replicas.get(node)
+        if replica is not None:
+            waiting = Waiting(hits, lambda _now_us: self._serve(node, hits), 0)
+            replica.line.join(waiting, self.clock_us(replica))
+
+    def end_wait(self, node: str, outcome: Outcome) -> None:
+        """The longest wait ends: its time is over, or it is cancelled."""
+        replica = self.replicas.get(node)
+        if replica is not None and (first := replica.line.first) is not None:
+            replica.line.leave(first, outcome, self.clock_us(replica))
+
+    def wish(self, node: str, peer: str, tokens: int) -> None:
+        """Wish for tokens, whatever the policy."""
+        replica = self.replicas.get(node)
+        if replica is None or not replica.ends.get(peer):
+            return
+        end = self.random.choice(replica.ends[peer])
+        replica.line.note_wish(peer, tokens)
+        self._wish(replica, end, peer, tokens)
+
+    def use_ticket(self, node: str, peer: str, fault: Callable[[str], None] | None = None) -> None:
+        """Let a request wait for more than its replica can hold, have something happen to the payer once its ticket is
+        under way, and take all that there is anywhere at the instant when the ticket comes.
+        """
+        replica = self.replicas.get(node)
+        if replica is None:
+            return
+        while replica.line.first is not None:
+            self.end_wait(node, Outcome.EXPIRED)
+        self.run(self.random.choice([0, 1_000_000]))
+        more = self.random.randint(1, self.limit.capacity // len(self.nodes) + 1)
+        self.wait(node, replica.bucket.home // TOKEN + more)
+        self.wish(node, peer, self.limit.capacity)
+        self._ticket_to, self._fault = node, fault
+        self.run(2 * self.delay_us)
+        self._ticket_to = self._fault = None
+        self.end_wait(node, Outcome.EXPIRED)
+
+    def restart(self, node: str) -> None:
+        if node in self.replicas:
+            self.crash(node)
+        self.start(node)
+
+    def _wish(self, replica: Replica, end: int, peer: str, tokens: int) -> None:
+        self._numbers += 1
+        number, bucket = self._numbers, replica.bucket
+        bucket.advance(self.clock_us(replica))
+        bucket.wish(number)
+        wish = Wish(peer, KEY, tokens, bucket.at_us)
+        self._send(end, lambda: self._wished(replica.node, end, number, wish))
+
+    def _wished(self, node: str, end: int, number: int, wish: Wish) -> None:
+        payer = self._at(wish.peer, end ^ 1)
+        if payer is None:
+            return
+        ticket = payer.paying.ticket(number, wish.tokens, self.clock_us(payer))
+        self.tickets += ticket.tokens > 0
+        self._given.append((payer, end ^ 1, number, node))
+        self.at(self._true_us(self.hold_us, payer), lambda: self._release(payer, number, node, 0))
+        for _ in range(1 + (self.serves_twice and self.random.random() < 0.5)):
+            self._send(end ^ 1, lambda: self._come(node, end, number, wish, ticket))
+        if node == self._ticket_to and self._fault is not None:
+            self._fault(wish.peer)
+
+    def _come(self, node: str, end: int, number: int, wish: Wish, ticket: Ticket) -> None:
+        replica = self._at(node, end)
+        if replica is None:
+            return
+        if self.serves_twice:
+            replica.bucket.wishes.setdefault(number, self.clock_us(replica))
+            replica.line.note_wish(wish.peer, wish.tokens)
+        most = self.limit.capacity * TOKEN
+        returned = replica.line.accept(number, wish, ticket, most, self.clock_us(replica))
+        for each in self.nodes if node == self._ticket_to else ():
+            self.take_all(each)
+        payer = self.replicas.get(wish.peer)
+        if payer is not None:
+            self._send(end, lambda: self._released(payer, end ^ 1, number, node, returned))
+
+    def _released(self, payer: Replica, end: int, number: int, node: str, returned: int) -> None:
+        if self._at(payer.node, end) is payer:
+            self._release(payer, number, node, returned)
+
+    def _release(self, payer: Replica, number: int, node: str, returned: int) -> None:
+        if self.replicas.get(payer.node) is payer:
+            payer.bucket.release(number, node, returned, self.clock_us(payer))
+
+    def _serve(self, node: str, hits: int) -> bytes:
+        if self.take(node, hits):
+            self.served += 1
+        return b""
+
     def check(self) -> None:
         """Stricter than the oracle, as it needs no demand."""
-        if self.bucket_type is StrictBucket and not self.pays_twice:
+        if self.bucket_type is StrictBucket and not self.pays_twice and not self.serves_twice:
             for replica in self.replicas.values():
                 bucket = replica.bucket
                 assert bucket.level >= 0
+                assert bucket.aside == sum(bucket.tickets.values())
                 assert bucket.level + bucket.room_reserved <= bucket.ceiling or not bucket.level
         assert self.worst <= 0
 
@@ -234,6 +359,9 @@ class StrictCluster:
         ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in weights}
         for peer, ask in replica.paying.asks(ends, self.clock_us(replica)).items():
             self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
+        replica.line.serve(self.clock_us(replica), 10)
+        for peer, tokens in replica.line.wishes(list(ends), self.clock_us(replica)).items():
+            self._wish(replica, ends[peer], peer, tokens)
 
     def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
         replica = self._at(node, end ^ 1)
@@ -300,6 +428,10 @@ class StrictCluster:
             if end in ends:
                 ends.remove(end)
         replica.bucket.closed(end, self.clock_us(replica))
+        if self.frees_at_close:
+            for payer, payers_end, number, peer in self._given:
+                if payer is replica and payers_end == end:
+                    self._release(replica, number, peer, 0)
 
     def _set_home(self, replica: Replica) -> None:
         now_us, limit = self.clock_us(replica), replica.bucket.limit
@@ -335,12 +467,59 @@ class FreePayment(StrictBucket):
         return paid
 
 
+class TicketUnreserved(StrictBucket):
+    def set_aside(self, number: int, tokens: int) -> int:
+        tokens = super().set_aside(number, tokens)
+        self.aside -= self.tickets.get(number, 0)
+        self.tickets[number] = 0
+        return tokens
+
+
+class FreeTicket(StrictBucket):
+    def set_aside(self, number: int, tokens: int) -> int:
+        level = self.level
+        tokens = super().set_aside(number, tokens)
+        self.level = level
+        return tokens
+
+
+class LateTicket(StrictBucket):
+    """As if it were never too late."""
+
+    def accept(self, number: int, peer: str, tokens: int, most: int, now_us: int) -> int:
+        if number in self.wishes:
+            self.wishes[number] = now_us
+        return super().accept(number, peer, tokens, most, now_us)
+
+
+class TicketKeptWithoutRoom(StrictBucket):
+    def put_down(self, peer: str, added: int) -> int:
+        return 0
+
+
+class TicketReturnedToo(StrictBucket):
+    """What was used is given back as well."""
+
+    def put_down(self, peer: str, added: int) -> int:
+        super().put_down(peer, added)
+        return added // self.limit.period_us
+
+
 BROKEN: dict[str, dict[str, Any]] = {
     "no room is reserved": {"bucket_type": NoReservation},
     "what is paid is kept": {"bucket_type": FreePayment},
     "a payment counts twice": {"pays_twice": True},
     "a process starts with a full home": {"starts_full": True},
     "what was kept at a stop is used by two lives": {"keeps_twice": True},
+    "no room is reserved for a ticket": {"bucket_type": TicketUnreserved},
+    "what is set aside for a ticket is kept": {"bucket_type": FreeTicket},
+    "a ticket is used twice": {"serves_twice": True},
+    "a ticket is used when it is too old": {"bucket_type": LateTicket},
+    "the room of a ticket is free too early": {"hold_us": HOLD_US // 10},
+    "the room of a ticket is free when its stream is closed": {"frees_at_close": True},
+    "what is left of a ticket is kept without room": {"bucket_type": TicketKeptWithoutRoom},
+    "what was used of a ticket is given back as well": {"bucket_type": TicketReturnedToo},
+    "a process has a home before its former tickets are over": {"starts_at_once": True},
 }
 """Without any one of the rules more is admitted than the limit. Another one is `counts_late`, which chance hardly ever
 hits: see `test_an_answer_after_its_end_has_closed_does_not_count`."""

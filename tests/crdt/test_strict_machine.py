@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.crdt.waiting import Outcome
 
 SECOND_US = 1_000_000
 NODES = "abc"
@@ -38,7 +40,7 @@ class StrictMachine(RuleBasedStateMachine):
             ]
         ),
         seed=st.integers(0, 2**32),
-        delay_us=st.sampled_from([500, 80_000, 700_000]),
+        delay_us=st.sampled_from([500, 80_000, 700_000, 2_500_000]),
         drift_ppm=st.sampled_from([0, 5_000]),
         weights=weights,
     )
@@ -75,6 +77,25 @@ class StrictMachine(RuleBasedStateMachine):
     @rule(way=directions, part=st.sampled_from([0.1, 0.5, 1.0]))
     def ask_whatever_the_policy(self, way: str, part: float) -> None:
         self.cluster.ask(way[0], way[1], part)
+
+    @rule(node=nodes, hits=st.integers(1, 3), requests=st.sampled_from([1, 10, 100]))
+    def let_requests_wait(self, node: str, hits: int, requests: int) -> None:
+        for _ in range(requests):
+            self.cluster.wait(node, hits)
+
+    @rule(way=directions, tokens=st.sampled_from([1, 5, 100]))
+    def wish_whatever_the_policy(self, way: str, tokens: int) -> None:
+        self.cluster.wish(way[0], way[1], tokens)
+
+    @rule(node=nodes, outcome=st.sampled_from([Outcome.EXPIRED, Outcome.CANCELLED]))
+    def end_a_wait(self, node: str, outcome: Outcome) -> None:
+        self.cluster.end_wait(node, outcome)
+
+    @rule(way=directions, fault=st.sampled_from(["none", "restart", "close"]))
+    def use_a_ticket_while_something_happens_to_the_payer(self, way: str, fault: str) -> None:
+        cluster = self.cluster
+        faults = {"none": None, "restart": cluster.restart, "close": partial(cluster.close, peer=way[0])}
+        cluster.use_ticket(way[0], way[1], faults[fault])
 
     @rule(duration_us=st.sampled_from([0, 1_000, 20_000, 150_000, SECOND_US, 3 * SECOND_US]))
     def pass_time(self, duration_us: int) -> None:

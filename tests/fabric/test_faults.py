@@ -29,8 +29,9 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
-pytestmark = [needs_redis, pytest.mark.slow]
+pytestmark = needs_redis
 
 __all__ = ["server"]
 
@@ -290,6 +291,7 @@ def fill(store: Store, limit: AnyLimit, count: int) -> None:
         store.bucket(b"key %d" % number, limit, NOW_US).take(1, NOW_US)
 
 
+@pytest.mark.slow
 async def test_many_busy_buckets_keep_the_loop_from_nobody(server: RedisServer) -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit)
@@ -306,6 +308,7 @@ async def test_many_busy_buckets_keep_the_loop_from_nobody(server: RedisServer) 
     assert longest[0] < 0.05
 
 
+@pytest.mark.slow
 async def test_many_new_buckets_make_room_without_a_search(server: RedisServer) -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit)
@@ -358,6 +361,7 @@ async def test_a_gateway_that_cannot_listen_says_so_and_leaves_it_to_others(
         assert broken.fabric.status.gateway_failed < 5
 
 
+@pytest.mark.slow
 async def test_a_region_whose_server_lost_its_data_is_told_in_pieces() -> None:
     limit = LIMITS["fixed"]
     store = store_of(limit, Origin("gateway", 1))
@@ -457,7 +461,7 @@ async def exchanged(gateway: Gateway, region: Region) -> None:
 def gateway_of(server: RedisServer, store: Store) -> tuple[Gateway, Region]:
     keys = FabricKeys("ratelimit")
 
-    def no_mesh(store: Store) -> Mesh:
+    def no_mesh(store: Store, purses: Purses | None) -> Mesh:
         raise AssertionError
 
     gateway = Gateway(connect_to(server), keys, store, lambda: NOW_US, FabricStatus(), region="east", mesh_of=no_mesh)

@@ -18,6 +18,9 @@ from redis.asyncio import Redis
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.granted import GrantLedger
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric.fabric import Fabric
@@ -26,6 +29,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.purses import Purses
 
 pytestmark = [needs_redis, pytest.mark.long]
 
@@ -34,10 +38,17 @@ __all__ = ["cluster", "server", "watched"]
 COMMANDS = (
     "+evalsha +script|load +time +get +set +del +exists +pttl +pexpire +hget +hmget +hset +hdel +hstrlen +hincrby"
     " +hrandfield +zadd +zrem +zcard +zscore +zrangebyscore +zrevrangebyscore +zrandmember"
+    " +info +unlink +hlen +hscan +zrevrange +zremrangebyscore"
 )
-"""What docs/fabric.md says that a user needs."""
+"""What docs/fabric.md says that a user needs, also for strict limits."""
 
 BUCKETS = 40
+
+STRICT = Limit(1_000, 1_000_000, 1_000)
+
+
+def steady_us() -> int:
+    return time.monotonic_ns() // 1_000
 
 
 class Live:
@@ -52,10 +63,13 @@ class Live:
         fabric = FabricConfig.model_validate(config)
         self.store = Store(Origin(name, 1), lambda _key: limit)
         self.regions: list[Store] = []
+        shares = Shares(Membership(1, {"east": 1}), "east", steady_us())
+        self.ledger = GrantLedger(shares, self.store.origin, lambda _key: STRICT)
 
-        def mesh_of(store: Store) -> Mesh:
+        def mesh_of(store: Store, purses: Purses | None) -> Mesh:
             self.regions.append(store)
-            return Mesh(origin=store.origin, region="east", version="1", store=store, now_us=now_us, peers=())
+            origin = store.origin
+            return Mesh(origin=origin, region="east", version="1", store=store, now_us=now_us, purses=purses)
 
         self.fabric = Fabric(
             partial(connect, fabric),
@@ -64,8 +78,19 @@ class Live:
             now_us,
             region="east",
             mesh_of=mesh_of if is_gateway else None,
+            ledger=self.ledger,
+            strict_us=steady_us,
         )
         self.taken = 0
+
+    def takes_of_each_strict(self) -> bool:
+        """Take one of each strict bucket; returns whether all could."""
+        at_us = steady_us()
+        buckets = [self.ledger.bucket(b"key %d" % number, STRICT, at_us) for number in range(BUCKETS)]
+        return sum(bucket.take(1, at_us) for bucket in buckets) == BUCKETS
+
+    async def until_it_takes_of_each_strict(self) -> None:
+        await until(self.takes_of_each_strict)
 
     def take_of_each(self) -> float:
         """Take one of each bucket; returns the processor time that it took, in seconds."""
@@ -174,7 +199,10 @@ async def test_a_user_needs_no_more_than_the_docs_say(tmp_path: Path) -> None:
             a.take_of_each()
             await until(lambda: a.fabric.status.token > 0)
             await know_all(a)
+            await a.until_it_takes_of_each_strict()
             assert a.fabric.status.odd == a.fabric.status.failed == 0
+            assert a.fabric.drawing is not None
+            assert a.fabric.drawing.status.failed == 0
             # As those that clean up after many slots do.
             [keys] = FabricKeys("ratelimit").shards
             async with Redis(host=HOST, port=port, username="ada", password="secret") as ada:
@@ -198,6 +226,19 @@ async def test_in_a_cluster_a_node_that_lost_its_data_is_told_again(cluster: lis
         for each in (a, b):
             each.take_of_each()
         await know_all(a, b)
+
+
+async def test_in_a_cluster_strict_limits_go_on_after_a_node_has_lost_its_data(cluster: list[RedisServer]) -> None:
+    a, b = (Live(name, url=url_of(cluster), cluster=True, is_gateway=name == "a") for name in "ab")
+    async with live(a, b), cluster[1].client() as client:
+        for each in (a, b):
+            await each.until_it_takes_of_each_strict()
+        await client.flushall()
+        drawing = b.fabric.drawing
+        assert drawing is not None
+        await until(lambda: not b.takes_of_each_strict() and drawing.status.lineages > 0)
+        for each in (a, b):
+            await each.until_it_takes_of_each_strict()
 
 
 async def test_in_a_cluster_a_node_that_hangs_is_waited_for_by_no_take(
@@ -266,3 +307,18 @@ async def test_when_the_sentinels_name_another_master_that_one_is_told_everythin
             each.take_of_each()
         await know_all(a, b)
         assert await client.dbsize() > BUCKETS
+
+
+async def test_when_the_sentinels_name_another_master_its_accounts_are_empty_and_refill(watched: Watched) -> None:
+    a, b = (Live(name, url=watched.url, sentinel="limits", is_gateway=name == "a") for name in "ab")
+    async with live(a, b):
+        for each in (a, b):
+            await each.until_it_takes_of_each_strict()
+        while not await watched.is_known():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        await watched.master.kill()
+        drawing = b.fabric.drawing
+        assert drawing is not None
+        await until(lambda: not b.takes_of_each_strict() and drawing.status.lineages > 0)
+        for each in (a, b):
+            await each.until_it_takes_of_each_strict()

@@ -34,6 +34,7 @@ LONG_MS = 15.0
 """Steps are shorter than 5 ms on a machine that has nothing else to do. Before they were bounded the longest took 62 ms
 compiled, and 40 ms interpreted.
 """
+ROUNDS = 3
 
 
 class Timed:
@@ -86,7 +87,16 @@ def without_collections() -> Iterator[None]:
 @pytest.mark.usefixtures("without_collections")
 @pytest.mark.parametrize("key", ["agent", "plan", "none"], ids=["a limit each", "one limit for all", "no limit"])
 def test_no_step_with_many_buckets_is_long(tmp_path: Path, key: str) -> None:
-    timed = Timed(tmp_path, key)
+    long: dict[str, float] = {}
+    # A step that is long is so each time, and others only while the machine is busy.
+    for _ in range(ROUNDS):
+        long = long_steps(Timed(tmp_path, key))
+        if not long:
+            break
+    assert long == {}
+
+
+def long_steps(timed: Timed) -> dict[str, float]:
     stream = timed.quotas.open(lambda: None)
     timed.report(stream)
     timed.tick(20, SECOND_US // 10)
@@ -102,4 +112,4 @@ def test_no_step_with_many_buckets_is_long(tmp_path: Path, key: str) -> None:
         pass
     timed.tick(200, SECOND_US // 10)
     assert not timed.quotas.bucket_count
-    assert {name: took_ms for name, took_ms in timed.longest_ms.items() if took_ms > LONG_MS} == {}
+    return {name: took_ms for name, took_ms in timed.longest_ms.items() if took_ms > LONG_MS}

@@ -15,8 +15,10 @@ from redis.exceptions import RedisError
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 
-REDIS_SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
-needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason="needs redis-server or valkey-server in PATH")
+SERVERS = [name for name in ("redis-server", "valkey-server") if shutil.which(name) is not None]
+"""Those that are here; where one is enough the first is taken."""
+
+needs_redis = pytest.mark.skipif(not SERVERS, reason="needs redis-server or valkey-server in PATH")
 
 WITHIN_S = 60.0
 
@@ -32,10 +34,11 @@ class RedisServer:
         options: of the command line, beside those that keep it to itself and without files.
         port: 0 for a unix socket alone.
         sentinel: the configuration of a Sentinel, which this is then.
+        program: one of `SERVERS`; "" for the first.
     """
 
-    def __init__(self, folder: Path, *options: str, port: int = 0, sentinel: str = "") -> None:
-        assert REDIS_SERVER is not None
+    def __init__(self, folder: Path, *options: str, port: int = 0, sentinel: str = "", program: str = "") -> None:
+        self._program = program or SERVERS[0]
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.port = port
@@ -63,7 +66,7 @@ class RedisServer:
         """Start it, or start it again, and wait until it answers."""
         self.socket.unlink(missing_ok=True)
         argv = [
-            *(str(REDIS_SERVER), *self._file, "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)),
+            *(self._program, *self._file, "--port", str(self.port), "--bind", HOST, "--dir", str(self.folder)),
             *("--unixsocket", str(self.socket), *self._options),
         ]
         with (self.folder / "redis.log").open("ab") as log:

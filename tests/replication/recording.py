@@ -30,6 +30,7 @@ from replication.builders import (
     store_of,
 )
 
+from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
@@ -61,6 +62,13 @@ class Party(Replicator):
         bucket.take(bucket.remaining, self.clock_us)
         bucket.take(hits, self.clock_us)
 
+    def wait(self, hits: int) -> None:
+        """Let a request wait for more of it than the home share holds."""
+        key = key_of("gold", "plan")
+        bucket = self.ledger.bucket(key, PER_PLAN, self.clock_us)
+        bucket.take(bucket.remaining, self.clock_us)
+        assert self.ledger.wait(key, Waiting(hits, lambda _now_us: b"", 250_000), self.clock_us)
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -89,7 +97,7 @@ def listener() -> Party:
 
 
 def converse() -> list[tuple[int, bytes]]:
-    """What "a" says to "b" from hello to goodbye: its state, a few changes, payments, pings."""
+    """What "a" says to "b" from hello to goodbye: its state, a few changes, payments, a wish, pings."""
     a, b = Party("a"), listener()
     a.take("ann", 5 * PER_USER.capacity)
     said: list[tuple[int, bytes]] = []
@@ -115,6 +123,8 @@ def converse() -> list[tuple[int, bytes]]:
         a.take(f"user-{step}", step + 1)
         if step == 4:
             a.want(30)
+        if step == 6:
+            a.wait(3)
         flush(a, now_us)
         flush(b, now_us)
         one.check_time(now_us)

@@ -8,7 +8,8 @@ from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_PLAN, RULES, SIT_O
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
-from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
+from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.purses import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
 from ratelimit_sidecar.replication.status import MembershipStatus
@@ -27,6 +28,7 @@ class Node:
         self.ledger = ledger_of(name, PAIR, started_us)
         self.purses = Purses(self.ledger, lambda: self.strict_us)
         self.outbox = self.purses.new_outbox()
+        self.outbox.has_tickets = True
 
     def bucket(self, key: bytes = KEY) -> StrictBucket:
         return self.ledger.bucket(key, PER_PLAN, self.strict_us)
@@ -35,6 +37,15 @@ class Node:
         """Be denied: more is wanted than the home holds."""
         self.bucket(key).take(self.bucket(key).remaining, self.strict_us)
         assert not self.bucket(key).take(30, self.strict_us)
+
+    def wait(self, hits: int = 1) -> Waiting:
+        """A request that waits, because the purse is empty and b is believed to be full."""
+        bucket = self.bucket()
+        bucket.take(bucket.remaining, self.strict_us)
+        self.ledger.lines.tick(["b"], self.strict_us, 0, MAX_KEY_BYTES)
+        waiting = Waiting(hits, lambda now_us: b"%d" % bucket.take(hits, now_us), 250_000)
+        assert self.ledger.wait(KEY, waiting, self.strict_us)
+        return waiting
 
     def asks(self, peer: str = "b") -> pb.Payments:
         self.purses.tick({peer: self.outbox})
@@ -164,6 +175,8 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
         epoch=1, home_share=0.0, settled=False, conflicts=(), buckets=0, payments_sent=0, payments_received=0
     )
     node.purses.hear("b", Shown(1, PAIR.weights))
+    assert not node.purses.status().settled
+    node.strict_us += HOLD_US
     node.bucket()
     assert node.purses.status() == MembershipStatus(
         epoch=1, home_share=0.5, settled=True, conflicts=(), buckets=1, payments_sent=0, payments_received=0
@@ -187,3 +200,117 @@ def test_a_member_that_comes_back_without_a_membership_no_longer_counts_as_havin
     purses.hear("b", None)
     status = purses.status()
     assert (status.settled, status.home_share) == (False, pytest.approx(1 / 3))
+
+
+def test_who_waits_is_served_from_a_ticket_that_a_peer_sends() -> None:
+    a, b = Node("a"), Node("b")
+    waiting = a.wait(3)
+    said = a.asks()
+    assert list(said.wishes) == [pb.Wish(number=1, key=KEY, tokens=3)]
+    answer = b.receive("a", pb.Payments(wishes=said.wishes))
+    assert list(answer.tickets) == [pb.Ticket(number=1, tokens=3, left=47 * TOKEN)]
+    assert list(a.receive("b", answer).returns) == [pb.Return(number=1)]
+    assert (waiting.outcome, waiting.result()) == (Outcome.SERVED, b"1")
+    assert b.bucket().aside == 3 * TOKEN
+    b.receive("a", pb.Payments(returns=[pb.Return(number=1)]))
+    assert b.bucket().aside == 0
+
+
+def test_a_peer_that_knows_of_no_wishes_is_not_wished_of() -> None:
+    a = Node()
+    a.wait()
+    a.outbox.has_tickets = False
+    assert not a.asks().wishes
+
+
+def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_ticket_given_back() -> None:
+    a = Node()
+    waiting = a.wait()
+    assert a.asks().wishes
+    a.ledger.lines.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    a.strict_us += TICKET_US
+    a.purses.check_time(a.outbox)
+    assert a.outbox.wished
+    a.strict_us += 1
+    a.purses.check_time(a.outbox)
+    assert not a.outbox.wished
+    assert list(a.receive("b", pb.Payments(tickets=[pb.Ticket(number=1, tokens=1)])).returns) == [
+        pb.Return(number=1, amount=TOKEN)
+    ]
+
+
+def test_wishes_end_with_their_stream() -> None:
+    a = Node()
+    a.ledger.lines.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
+    a.wait()
+    assert a.asks().wishes
+    a.purses.closed(a.outbox)
+    assert a.ledger.lines.by_key[KEY]._all_wished == 0
+    assert not a.bucket().wishes
+
+
+def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
+    a = Node()
+    for _ in range(2 * MAX_OPEN):
+        a.outbox.last_wish += 1
+        a.outbox.wished[a.outbox.last_wish] = Wish("b", KEY, 1, a.strict_us)
+    a.wait()
+    assert not a.asks().wishes
+
+
+def test_a_ticket_for_more_than_was_wished_counts_as_what_was_wished() -> None:
+    a = Node()
+    a.wait(3)
+    a.asks()
+    a.receive("b", pb.Payments(tickets=[pb.Ticket(number=1, tokens=50)]))
+    assert a.bucket().remaining == 0
+
+
+def test_a_ticket_that_answers_no_wish_is_refused() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        Node().receive("b", pb.Payments(tickets=[pb.Ticket(number=1, tokens=1)]))
+    assert caught.value.reason is Reason.UNEXPECTED
+
+
+def test_the_same_ticket_again_serves_nobody() -> None:
+    a = Node()
+    a.wait()
+    a.asks()
+    ticket = pb.Payments(tickets=[pb.Ticket(number=1, tokens=1, left=9 * TOKEN)])
+    a.receive("b", ticket)
+    waiting = a.wait()
+    assert list(a.receive("b", ticket).returns) == [pb.Return(number=1, amount=TOKEN)]
+    assert waiting.outcome is None
+
+
+def test_wishes_must_be_numbered_upwards() -> None:
+    b = Node("b")
+    wish = pb.Payments(wishes=[pb.Wish(number=1, key=KEY, tokens=1)])
+    b.receive("a", wish)
+    with pytest.raises(ProtocolError) as caught:
+        b.receive("a", wish)
+    assert caught.value.reason is Reason.UNEXPECTED
+
+
+def test_a_wish_for_what_no_strict_rule_knows_or_of_no_member_gets_nothing() -> None:
+    b = Node("b")
+    wish = pb.Wish(number=1, key=key_of("x", "nobody", ELSEWHERE), tokens=1)
+    assert b.purses.receive("a", pb.Payments(wishes=[wish]), b.outbox) == 1
+    assert list(said_by(b.outbox).tickets) == [pb.Ticket(number=1)]
+    assert not b.receive("stranger", pb.Payments(wishes=[pb.Wish(number=2, key=KEY, tokens=1)])).tickets
+    assert (b.purses.refused, b.bucket().remaining) == (1, 50)
+
+
+def test_no_tickets_are_kept_for_a_peer_that_does_not_read_them() -> None:
+    b = Node("b")
+    for number in range(2 * MAX_OPEN):
+        b.purses.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.outbox)
+    assert len(b.outbox.tickets) == MAX_OPEN
+
+
+def test_what_is_returned_on_another_stream_frees_nothing() -> None:
+    b = Node("b")
+    b.receive("a", pb.Payments(wishes=[pb.Wish(number=1, key=KEY, tokens=5)]))
+    other = b.purses.new_outbox()
+    b.purses.receive("c", pb.Payments(returns=[pb.Return(number=1, amount=5 * TOKEN)]), other)
+    assert b.bucket().aside == 5 * TOKEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
@@ -177,6 +178,17 @@ def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_payments_n
     session = paying_session(**fields)
     assert not session.pays
     assert_closes_after_hello(session, frame(payments=pb.Payments()))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize(
+    "field", [{"wishes": [pb.Wish()]}, {"tickets": [pb.Ticket()]}, {"returns": [pb.Return()]}], ids=str
+)
+def test_a_peer_that_speaks_a_protocol_without_wishes_sends_none(protocol: int, field: dict[str, Any]) -> None:
+    session = Session(node("a", membership=MEMBERSHIP), NOW_US)
+    session.receive(hello(protocol=protocol, membership=membership(3, a=2, b=1)), NOW_US)
+    assert (session.pays, session.wishes) == (True, False)
+    assert_closes(session, frame(payments=pb.Payments(**field)), Reason.UNEXPECTED)
 
 
 def test_a_node_without_membership_takes_no_payments_of_a_peer_that_has_one() -> None:

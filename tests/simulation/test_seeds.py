@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from seeds import seeds
 from simulation.oracles import BrokenPromise
 from simulation.run import Outcome, failure_of, replay, run_seed
 
@@ -19,9 +20,6 @@ from ratelimit_sidecar.replication.backlog import Snapshots
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.replicator import Replicator
 
-IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-
-SEEDS = 10_000 if IS_NIGHTLY else 320
 BATCH = 20
 
 
@@ -41,19 +39,19 @@ def run_all(seeds: range) -> None:
         run_seed(seed)
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+@pytest.mark.parametrize("first", seeds(160, thorough=320, nightly=10_000)[::BATCH])
 def test_three_nodes_keep_every_promise(first: int) -> None:
     assert_promises_are_kept(range(first, first + BATCH))
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 5])
 def test_so_do_more_and_fewer_nodes(nodes: int) -> None:
-    assert_promises_are_kept(range(1_000 if IS_NIGHTLY else 6), nodes)
+    assert_promises_are_kept(seeds(3, thorough=6, nightly=1_000), nodes)
 
 
 def test_so_do_nodes_that_run_for_long() -> None:
     """Past the horizon, so that what goes wrong meets sealed buckets."""
-    assert_promises_are_kept(range(1_000 if IS_NIGHTLY else 4), seconds=40)
+    assert_promises_are_kept(seeds(2, thorough=4, nightly=1_000), seconds=40)
 
 
 def test_those_runs_are_about_something() -> None:

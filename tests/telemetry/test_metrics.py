@@ -17,6 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
@@ -63,6 +64,13 @@ class Fabric:
     odd_at_gateway: int = 1
     gateway_failed: int = 5
     last_us: int | None = 1_790_000_000_000_000
+
+
+class Drawing:
+    drawn = 8
+    returned = 3
+    lineages = 1
+    failed = 2
 
 
 @dataclass
@@ -142,11 +150,13 @@ def sources(
         state=State(),
         redis=Redis(),
         fabric=Fabric(),
+        drawing=Drawing(),
         supervision=Supervision(),
         log=Log(),
         fullest=fullest,
         spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
+        waits=Lines(),
     )
 
 

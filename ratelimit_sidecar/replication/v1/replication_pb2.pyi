@@ -185,12 +185,18 @@ class Goodbye(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Payments(_message.Message):
-    __slots__ = ("pays", "asks")
+    __slots__ = ("pays", "asks", "wishes", "tickets", "returns")
     PAYS_FIELD_NUMBER: _ClassVar[int]
     ASKS_FIELD_NUMBER: _ClassVar[int]
+    WISHES_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
     pays: _containers.RepeatedCompositeFieldContainer[Pay]
     asks: _containers.RepeatedCompositeFieldContainer[Ask]
-    def __init__(self, pays: _Optional[_Iterable[_Union[Pay, _Mapping]]] = ..., asks: _Optional[_Iterable[_Union[Ask, _Mapping]]] = ...) -> None: ...
+    wishes: _containers.RepeatedCompositeFieldContainer[Wish]
+    tickets: _containers.RepeatedCompositeFieldContainer[Ticket]
+    returns: _containers.RepeatedCompositeFieldContainer[Return]
+    def __init__(self, pays: _Optional[_Iterable[_Union[Pay, _Mapping]]] = ..., asks: _Optional[_Iterable[_Union[Ask, _Mapping]]] = ..., wishes: _Optional[_Iterable[_Union[Wish, _Mapping]]] = ..., tickets: _Optional[_Iterable[_Union[Ticket, _Mapping]]] = ..., returns: _Optional[_Iterable[_Union[Return, _Mapping]]] = ...) -> None: ...
 
 class Ask(_message.Message):
     __slots__ = ("key", "amount", "level", "demand", "is_short")
@@ -215,6 +221,34 @@ class Pay(_message.Message):
     amount: int
     left: int
     def __init__(self, key: _Optional[bytes] = ..., amount: _Optional[int] = ..., left: _Optional[int] = ...) -> None: ...
+
+class Wish(_message.Message):
+    __slots__ = ("number", "key", "tokens")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    key: bytes
+    tokens: int
+    def __init__(self, number: _Optional[int] = ..., key: _Optional[bytes] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("number", "tokens", "left")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    tokens: int
+    left: int
+    def __init__(self, number: _Optional[int] = ..., tokens: _Optional[int] = ..., left: _Optional[int] = ...) -> None: ...
+
+class Return(_message.Message):
+    __slots__ = ("number", "amount")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    amount: int
+    def __init__(self, number: _Optional[int] = ..., amount: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("reaches", "rules", "full", "joined", "sync_request")

@@ -1,0 +1,251 @@
+"""A strict bucket of a sidecar in a region that has one account for all its sidecars: it spends what it was granted.
+
+Theory of operation. The account (`fabric/accounts.py`) holds the region's part of a limit, its *home*. A sidecar
+*draws* whole tokens from it, a few at a time and ahead of need, and decides from what it holds. The account keeps room
+for all that sidecars may still hold: `level + out <= home`. A grant ends after `GRANT_US`, by this sidecar's clock from
+before the call was sent; the account counts it in `out` for longer than that. So what a sidecar holds when it dies, or
+when it is stopped and goes on minutes later, is nobody's any more; refill restores it. docs/fabric.md has the proof.
+
+The bucket's `ceiling` is the grant, and nothing refills here. Each call says how much of the former grant ends and what
+is kept, so a grant is renewed, and what was spent is room again. When a call fails, nobody knows whether it was done:
+then the grant stays as it is until its end, and the next call counts what is left once more, which is the safe side.
+
+Units are those of `strict.py`; grants are in whole tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.paying import Paying, Ticket
+from ratelimit_sidecar.crdt.store import StoreFull
+from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
+
+GRANT_US: Final = 2_500_000
+"""A sidecar spends what it was granted for so long. Ticks may be this far apart at most."""
+
+COUNTED_US: Final = 3_000_000
+"""The account counts it for so long at least, by a clock of its own. The difference covers both clocks' errors."""
+
+LEAST_RETRY_US: Final = 100_000
+"""The least retry time in answers: two ticks, by which more may have been drawn."""
+
+
+class Wish(NamedTuple):
+    """What is wanted of an account, in whole tokens.
+
+    Args:
+        wanted: beside what is held.
+        most: what is held beyond so many goes back.
+        room: for what other regions may pay.
+        spared: of the room there is so much is left for refill, but at most a quarter.
+    """
+
+    wanted: int
+    most: int
+    room: int = 0
+    spared: int = 0
+
+
+class Drawn(NamedTuple):
+    """What an account answers, in whole tokens.
+
+    Args:
+        kept: how much of the former grant goes on: all that was said, or 0 when it had ended.
+        tokens: that were drawn.
+        room: that was granted.
+        left: what the account has left.
+    """
+
+    kept: int
+    tokens: int
+    room: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a call says of one bucket, in whole tokens.
+
+    Args:
+        generation: in which the former grant was counted; -1 when that is not known.
+        ends: the former grant, all of which ends; 0 when `generation` is not known.
+        kept: how much of it goes on, what is spent meanwhile included.
+        back: how much of it goes back into the account; `back + kept <= ends` when the generation is known.
+        wanted, room, spared: see `Wish`.
+    """
+
+    generation: int
+    ends: int
+    kept: int
+    back: int
+    wanted: int
+    room: int
+    spared: int
+
+
+class GrantedBucket(StrictBucket):
+    """For each call: `draw`, then `drawn`, `not_done`, or nothing when no answer came."""
+
+    __slots__ = ("expires_us", "generation", "granted", "left", "lineage", "paced_us", "short_of", "used_us")
+
+    def __init__(
+        self, key: bytes, limit: Limit, origin: Origin, now_us: int, *, active: deque[StrictBucket] | None = None
+    ) -> None:
+        self.granted = 0
+        """What may be held here at most, in tokens."""
+        self.expires_us = now_us
+        super().__init__(key, limit, origin, now_us, home=0, from_us=now_us, active=active)
+        self.generation = -1
+        self.lineage = b""
+        """Of the account by which it was granted; another one knows nothing of it."""
+        self.left = 0
+        """What the account had left, when it answered last."""
+        self.used_us = now_us
+        self.paced_us = NEVER_US
+        """When there was less to be drawn than was wanted."""
+        self.short_of = 0
+        """The most hits that were denied lately."""
+
+    @property
+    def held(self) -> int:
+        """Whole tokens; below 0 what is owed."""
+        return self.level // (self._limit.period_us << 32)
+
+    def advance(self, now_us: int) -> None:
+        super().advance(now_us)
+        if self.granted and self.at_us >= self.expires_us:
+            self._grant(0)
+            self.level = min(self.level, 0)
+
+    def want(self, hits: int) -> None:
+        """Count the hits as demand, and have the account called."""
+        self._want(hits)
+
+    def _want(self, hits: int) -> None:
+        super()._want(hits)
+        self.used_us = self.at_us
+
+    def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
+        admitted = super().take(hits, now_us, always=always)
+        if not admitted:
+            self.short_of = max(self.short_of, hits)
+        return admitted
+
+    def would_admit(self, hits: int, now_us: int) -> bool:
+        is_admitted = super().would_admit(hits, now_us)
+        if not is_admitted:
+            self.short_of = max(self.short_of, hits)
+        return is_admitted
+
+    @property
+    def remaining(self) -> int:
+        """Whole tokens that are here, and that the account had left when it answered last."""
+        return max(0, self.held) + self.left
+
+    @property
+    def full_in_us(self) -> int:
+        """By the rate of the whole limit, as `retry_after_us`: others may need it as well."""
+        limit = self._limit
+        return max(0, limit.capacity - self.remaining) * limit.period_us // limit.tokens
+
+    def retry_after_us(self, hits: int) -> int:
+        missing = (hits * self._limit.period_us << 32) - self.level
+        return max(LEAST_RETRY_US, -(-missing // (self._limit.tokens << 32))) if missing > 0 else 0
+
+    def draw(self, wish: Wish) -> Draw:
+        """What to call for; the caller has advanced the bucket. What goes back is not here any more."""
+        token = self._limit.period_us << 32
+        is_known = self.generation >= 0
+        ends = self.granted if is_known else 0
+        back = max(0, self.held - wish.most) if is_known else 0
+        self.level -= back * token
+        kept = min(self.granted, -(-(max(0, self.level) + self.room_reserved) // token))
+        draw = Draw(self.generation, ends, kept, back, wish.wanted, wish.room, wish.spared)
+        # No answer may come.
+        self.generation = -1
+        self._grant(kept)
+        return draw
+
+    def drawn(self, draw: Draw, drawn: Drawn, generation: int, sent_us: int) -> None:
+        """The answer to the call.
+
+        Args:
+            generation: in which the grant is counted now.
+            sent_us: the time before the call was sent.
+        """
+        if not drawn.kept:
+            self.level = min(self.level, 0)
+        self.level += drawn.tokens * self._limit.period_us << 32
+        self._grant(drawn.kept + drawn.tokens + drawn.room)
+        self.generation = generation
+        self.expires_us = sent_us + GRANT_US
+        self.left = drawn.left
+
+    def not_done(self, draw: Draw) -> None:
+        """The answer says that nothing was done."""
+        self.level += draw.back * self._limit.period_us << 32
+        if draw.generation >= 0:
+            self.generation = draw.generation
+            self._grant(draw.ends)
+
+    def _grant(self, tokens: int) -> None:
+        self.granted = tokens
+        self.ceiling = tokens * self._limit.period_us << 32
+
+    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
+        super().set_limit(limit, now_us)
+        self.home_version = -1
+        self._grant(self.granted)
+
+
+class GrantLedger(Ledger):
+    """All strict buckets of a sidecar in such a region. Its shares are the region's; see `Ledger`."""
+
+    def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+        paying = self._all.get(key)
+        if paying is None:
+            return self._make(key, limit, now_us)
+        bucket = paying.bucket
+        if bucket.limit is not limit and bucket.limit != limit:
+            bucket.set_limit(limit, now_us)
+        return bucket
+
+    def _make(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+        if not self.room.take(key):
+            raise StoreFull
+        bucket = self._new_bucket(key, limit, now_us)
+        paying = Paying(bucket)
+        self._all.add(key, paying)
+        self._sweep_order.append(paying)
+        return bucket
+
+    def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
+        return GrantedBucket(key, limit, self._origin, now_us, active=self._active)
+
+    def set_aside(self, _number: int, _peer: str, _key: bytes, _tokens: int, _now_us: int) -> Ticket:
+        """Nothing: the account may count a grant no longer than a ticket of it is good."""
+        return Ticket(0, 0)
+
+    def next_active(self, now_us: int) -> GrantedBucket | None:
+        """The bucket whose turn it is, of those that requests used lately or that hold something. It has another turn
+        after all others."""
+        while self._active:
+            bucket = self._active.popleft()
+            assert isinstance(bucket, GrantedBucket)
+            bucket.advance(now_us)
+            if bucket.granted or bucket.demand or bucket.level < 0:
+                self._active.append(bucket)
+                return bucket
+            bucket.is_active = False
+        return None
+
+    @property
+    def active(self) -> int:
+        """Buckets that have a turn."""
+        return len(self._active)

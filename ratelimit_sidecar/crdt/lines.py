@@ -1,0 +1,117 @@
+"""All requests of one replica that wait (`waiting.py`): how many there may be, and what became of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ratelimit_sidecar.crdt.paying import Paying
+from ratelimit_sidecar.crdt.waiting import (
+    MAX_WAITING,
+    MAX_WAITING_OF_BUCKET,
+    SERVED_AT_ONCE,
+    Line,
+    Outcome,
+    Waiting,
+)
+
+
+class Lines:
+    """The lines of all buckets. Call `tick` often, and take those whose wait is over out of `ended`."""
+
+    def __init__(self) -> None:
+        self.ended: deque[Waiting] = deque()
+        self.on_ended: Callable[[], None] | None = None
+        """Called when `ended` is no longer empty; takes no time."""
+        self.waiting = 0
+        """Requests that wait now."""
+        self.counts: dict[str, int] = dict.fromkeys(Outcome, 0)
+        """Waits since the start, by outcome."""
+        self.seconds: dict[str, float] = dict.fromkeys(Outcome, 0.0)
+        """How long these were together."""
+        self.crowded = 0
+        """Requests since the start that were decided at once, because too many others waited."""
+        self.by_key: dict[bytes, Line] = {}
+        """Of each bucket for which a request waits or a ticket is to come. For look-ups."""
+        self._order: deque[Line] = deque()
+        """The same, in the order in which `tick` looks at them."""
+        self._peers: Sequence[str] = ()
+        self._longest_key = 0
+        self._numbers = 0
+        self._ends_below = 0
+        self._is_open = True
+
+    def join(self, paying: Paying, waiting: Waiting, now_us: int) -> bool:
+        """Let a request wait for a bucket.
+
+        Returns:
+            False if it must be decided now: peers are not believed to have what it needs, or too many wait.
+        """
+        key = paying.bucket.key
+        line = self.by_key.get(key)
+        if not self._peers or not self._is_open or len(key) > self._longest_key:
+            return False
+        if self.waiting >= MAX_WAITING or (line is not None and len(line) >= MAX_WAITING_OF_BUCKET):
+            self.crowded += 1
+            return False
+        found = Line(paying, self._end) if line is None else line
+        if not found.has_hope(waiting.hits, self._peers, now_us):
+            return False
+        if line is None:
+            self.by_key[key] = found
+            self._order.append(found)
+        self._numbers += 1
+        waiting.number = self._numbers
+        found.join(waiting, now_us)
+        self.waiting += 1
+        return True
+
+    def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
+        """End a wait: its time is over, or its client has given up."""
+        if waiting.line is not None:
+            waiting.line.leave(waiting, outcome, now_us)
+
+    def end_all(self) -> None:
+        """Have `tick` end all that wait now: the rules have changed."""
+        self._ends_below = self._numbers + 1
+
+    def close(self) -> None:
+        """End all that wait, and let none wait from now on: the process stops."""
+        self._is_open = False
+        self.end_all()
+
+    def tick(self, peers: Sequence[str], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, int]]:
+        """Look at the next `most` lines, and end up to `SERVED_AT_ONCE` waits.
+
+        Args:
+            peers: those that can be wished of, the others being asked only.
+            longest_key: the longest key that a wish can have.
+
+        Returns:
+            The whole tokens to wish for, by peer and key. The caller calls `StrictBucket.wish` for each.
+        """
+        self._peers, self._longest_key = peers, longest_key
+        wishes: dict[str, dict[bytes, int]] = {}
+        left = SERVED_AT_ONCE
+        for _ in range(min(most, len(self._order))):
+            line = self._order.popleft()
+            left -= line.serve(now_us, left)
+            while left and (first := line.first) is not None and first.number < self._ends_below:
+                line.leave(first, Outcome.ENDED, now_us)
+                left -= 1
+            for peer, tokens in line.wishes(peers, now_us).items():
+                wishes.setdefault(peer, {})[line.paying.bucket.key] = tokens
+            if line.is_over:
+                del self.by_key[line.paying.bucket.key]
+            else:
+                self._order.append(line)
+        return wishes
+
+    def _end(self, waiting: Waiting, now_us: int) -> None:
+        self.waiting -= 1
+        assert waiting.outcome is not None
+        self.counts[waiting.outcome] += 1
+        self.seconds[waiting.outcome] += (now_us - waiting.since_us) / 1e6
+        self.ended.append(waiting)
+        if len(self.ended) == 1 and self.on_ended is not None:
+            self.on_ended()

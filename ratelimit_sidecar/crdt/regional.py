@@ -1,0 +1,102 @@
+"""The purses of a region at its gateway: what other members ask for is drawn from the region's accounts, and what they
+pay is put there.
+
+Safety is that of `strict.py` and `granted.py`: the gateway pays what it was granted, and asks for what it was granted
+room for. Here is when and how much. A bucket of which sidecars could draw less than they wanted lately is *short*: the
+gateway gets all the room there is, but for the refill of the next moments, asks others for as much, and puts what they
+pay into the account. Of one that is not short it draws what others ask for, and leaves a reserve.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Wish
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.paying import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
+from ratelimit_sidecar.crdt.shares import TOKEN
+from ratelimit_sidecar.crdt.store import StoreFull
+from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
+
+
+class RegionalBucket(GrantedBucket):
+    """It is short while something was denied lately, in this region, and is told so by `RegionalLedger`."""
+
+    __slots__ = ("asked", "asked_us")
+
+    def __init__(
+        self, key: bytes, limit: Limit, origin: Origin, now_us: int, *, active: deque[StrictBucket] | None = None
+    ) -> None:
+        self.asked, self.asked_us = 0, NEVER_US
+        """Tokens that another member asked for last, and when."""
+        super().__init__(key, limit, origin, now_us, active=active)
+
+
+def regional_wish(bucket: GrantedBucket, now_us: int) -> Wish | None:
+    """See `crdt.drawing.wish`."""
+    assert isinstance(bucket, RegionalBucket)
+    limit = bucket.limit
+    if now_us - bucket.denied_us < RECENT_US:
+        return Wish(0, 0, limit.capacity, -(-limit.tokens * SOON_US // limit.period_us))
+    if now_us - bucket.asked_us < RECENT_US:
+        spare = bucket.left - (bucket.home // TOKEN >> RESERVE_SHIFT)
+        return Wish(max(0, min(bucket.asked, spare) - bucket.held), bucket.asked)
+    return Wish(0, 0) if bucket.granted else None
+
+
+class RegionalLedger(GrantLedger):
+    """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.purses`), and
+    draws like that of a sidecar, by `regional_wish`.
+    """
+
+    def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
+        return RegionalBucket(key, limit, self._origin, now_us, active=self._active)
+
+    def note_short(self, key: bytes, now_us: int, every_us: int) -> None:
+        """Sidecars could draw less than they wanted; to be called every so often while that is so."""
+        limit = self.limit_of_key(key)
+        if not isinstance(limit, Limit):
+            return
+        try:
+            bucket = self.bucket(key, limit, now_us)
+        except StoreFull:
+            return
+        assert isinstance(bucket, RegionalBucket)
+        bucket.advance(now_us)
+        # Others divide by demand what they pay to several: that is taken to be the whole limit.
+        bucket.want(max(1, limit.tokens * every_us // limit.period_us))
+        bucket.denied_us = now_us
+
+    def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
+        self._look_at_shares(now_us)
+        weights = self.shares.membership.weights
+        members = {peer: end for peer, end in ends.items() if weights.get(peer)}
+        asks: dict[str, dict[bytes, Ask]] = {}
+        for _ in range(min(most, len(self._active))):
+            # It is left in its place for the calls to the account, which drop it when it is over.
+            bucket = self._active[0]
+            self._active.rotate(-1)
+            if now_us - bucket.denied_us < RECENT_US and len(bucket.key) <= longest_key:
+                for peer, ask in self._all[bucket.key].asks(members, now_us).items():
+                    asks.setdefault(peer, {})[bucket.key] = ask
+        return asks
+
+    def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
+        limit = self.limit_of_key(key)
+        if not isinstance(limit, Limit):
+            return None
+        try:
+            bucket = self.bucket(key, limit, now_us)
+        except StoreFull:
+            return None
+        assert isinstance(bucket, RegionalBucket)
+        bucket.advance(now_us)
+        if not ask.is_short or now_us - bucket.denied_us < RECENT_US:
+            return Pay(0, 0)
+        bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), now_us
+        bucket.want(1)
+        # What was drawn is for others, all of it.
+        paid = bucket.pay(peer, min(ask.amount, max(0, bucket.held) * TOKEN))
+        return Pay(paid, max(0, bucket.left * TOKEN - (bucket.home >> RESERVE_SHIFT)))

@@ -1,0 +1,254 @@
+"""Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf. Safety does not depend
+on this file: `strict.py` says what a ticket is.
+
+A request that finds its bucket short may wait, if peers are believed to have as many tokens as those that wait in its
+`Line` need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is served
+first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import Final, NamedTuple, Protocol
+
+from ratelimit_sidecar.crdt.paying import Paying, Ticket
+from ratelimit_sidecar.crdt.shares import TOKEN
+from ratelimit_sidecar.crdt.strict import NEVER_US
+
+MAX_WAITING_OF_BUCKET: Final = 256
+MAX_WAITING: Final = 1_024
+"""Requests that wait at once, for one bucket and in all. An Envoy has 1,024 calls under way by default, and those that
+wait for one bucket must leave some to others.
+"""
+
+SERVED_AT_ONCE: Final = 64
+"""Waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
+
+HOPE_US: Final = 20_000
+"""What peers are believed to have is computed again after this time; in between it is counted down."""
+
+
+class Outcome(StrEnum):
+    """How a wait has ended."""
+
+    SERVED = "served"
+    """There were enough tokens."""
+    EXPIRED = "expired"
+    """Its time was over."""
+    CANCELLED = "cancelled"
+    """The client has given up."""
+    ENDED = "ended"
+    """The rules have changed, or the process stops."""
+
+
+class Keeper(Protocol):
+    """Ends waits in time."""
+
+    def cancel(self, waiting: Waiting, /) -> None: ...
+
+    def end_now(self, waiting: Waiting, /) -> None: ...
+
+
+class Waiting:
+    """A decision that comes later. Whoever is to have it sets `on_end`.
+
+    Args:
+        hits: the tokens that it needs.
+        decide: makes the decision, by what there is then. Called once, with the time, unless it was cancelled.
+        wait_us: how long it may wait.
+    """
+
+    def __init__(self, hits: int, decide: Callable[[int], bytes], wait_us: int) -> None:
+        self.hits = hits
+        self.wait_us = wait_us
+        self.on_end: Callable[[], None] | None = None
+        """Called when there is a `result`, in a turn of its own."""
+        self.keeper: Keeper | None = None
+        self.outcome: Outcome | None = None
+        self.since_us = 0
+        self.number = 0
+        """Counts up, over all buckets."""
+        self.line: Line | None = None
+        """In which it waits."""
+        self._decide = decide
+        self._answer = b""
+        self._failure: Exception | None = None
+        self._conversions: list[Callable[[bytes], bytes]] = []
+
+    def then(self, convert: Callable[[bytes], bytes]) -> Waiting:
+        """Have `result` converted, after the conversions before; returns itself."""
+        self._conversions.append(convert)
+        return self
+
+    def cancel(self) -> None:
+        """Nobody is there to be answered; `on_end` is not called. Nothing if the wait is over."""
+        self.on_end = None
+        if self.keeper is not None:
+            self.keeper.cancel(self)
+
+    def end_now(self) -> None:
+        """Decide now, because it cannot be kept: there is a `result`, and `on_end` is not called."""
+        self.on_end = None
+        if self.keeper is not None:
+            self.keeper.end_now(self)
+
+    def result(self) -> bytes:
+        """The answer, when it has ended. Raises what the decision or a conversion has raised."""
+        if self._failure is not None:
+            raise self._failure
+        answer = self._answer
+        for convert in self._conversions:
+            answer = convert(answer)
+        return answer
+
+    def decide(self, outcome: Outcome, now_us: int) -> None:
+        """End the wait. It has left its line."""
+        self.outcome = outcome
+        if outcome is not Outcome.CANCELLED:
+            try:
+                self._answer = self._decide(now_us)
+            except Exception as failure:
+                # For whoever asks for the result: the next in line must be served all the same.
+                self._failure = failure
+
+
+class Wish(NamedTuple):
+    """So many whole tokens of a bucket, wished for of a peer, and when."""
+
+    peer: str
+    key: bytes
+    tokens: int
+    at_us: int
+
+
+class Line:
+    """The requests that wait for one bucket, in order of arrival, and what is wished for.
+
+    Args:
+        ended: takes each whose wait is over, and when.
+    """
+
+    def __init__(self, paying: Paying, ended: Callable[[Waiting, int], None]) -> None:
+        self.paying = paying
+        self.hits = 0
+        """The tokens that those who wait need."""
+        self._wished: dict[str, int] = {}
+        """By peer, the tokens wished for that have not come yet."""
+        self._all_wished = 0
+        self._waiting: OrderedDict[Waiting, None] = OrderedDict()
+        self._ended = ended
+        self._hope = 0
+        self._hope_us = NEVER_US
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_over(self) -> bool:
+        """True when nobody waits and no ticket is to come."""
+        return not self._waiting and not self._all_wished
+
+    @property
+    def first(self) -> Waiting | None:
+        """Who has waited longest."""
+        return next(iter(self._waiting), None)
+
+    def has_hope(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
+        """True if there is believed to be what all would need who wait, and one more with so many hits."""
+        if now_us - self._hope_us >= HOPE_US:
+            self._hope_us = now_us
+            self._hope = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
+        return self.hits + hits <= self._hope + self.paying.bucket.remaining
+
+    def join(self, waiting: Waiting, now_us: int) -> None:
+        waiting.since_us, waiting.line = now_us, self
+        self._waiting[waiting] = None
+        self.hits += waiting.hits
+
+    def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
+        """End its wait; nothing if that is over."""
+        if waiting.line is not self:
+            return
+        waiting.line = None
+        del self._waiting[waiting]
+        self.hits -= waiting.hits
+        waiting.decide(outcome, now_us)
+        self._ended(waiting, now_us)
+
+    def serve(self, now_us: int, most: int) -> int:
+        """Serve those that there are tokens for; returns how many, at most `most`."""
+        bucket = self.paying.bucket
+        bucket.advance(now_us)
+        served = 0
+        while served < most and (first := self.first) is not None and bucket.has(first.hits):
+            self.leave(first, Outcome.SERVED, now_us)
+            served += 1
+        return served
+
+    def wishes(self, peers: Iterable[str], now_us: int) -> dict[str, int]:
+        """The whole tokens to wish for now, by peer."""
+        bucket = self.paying.bucket
+        missing = self.hits - self._all_wished - bucket.remaining
+        wishes: dict[str, int] = {}
+        if missing <= 0:
+            return wishes
+        left = {peer: self._left(peer, now_us) for peer in peers}
+        for peer in sorted(left, key=lambda peer: left[peer], reverse=True):
+            tokens = min(missing, left[peer])
+            if tokens <= 0:
+                break
+            missing -= tokens
+            wishes[peer] = tokens
+            self.note_wish(peer, tokens)
+        return wishes
+
+    def note_wish(self, peer: str, tokens: int) -> None:
+        """So many are wished for. The caller later calls `accept` or `come`."""
+        self._wished[peer] = self._wished.get(peer, 0) + tokens
+        self._all_wished += tokens
+
+    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
+        """Serve those who wait from a ticket.
+
+        Args:
+            number: see `StrictBucket.wish`.
+            most: see `StrictBucket.paid`.
+
+        Returns:
+            The amount to give back to the peer.
+        """
+        peer = wish.peer
+        self.come(peer, wish.tokens)
+        self.paying.heard(peer, ticket.left, most, now_us)
+        bucket = self.paying.bucket
+        added = bucket.accept(number, peer, ticket.tokens, most, now_us)
+        if not added:
+            return ticket.tokens * TOKEN
+        try:
+            self.serve(now_us, SERVED_AT_ONCE)
+        finally:
+            returned = bucket.put_down(peer, added)
+        self.paying.has_left(peer, returned)
+        self._hope += returned // TOKEN
+        return returned
+
+    def give_up(self, number: int, wish: Wish) -> None:
+        """A wish is not answered in time, or its stream is closed."""
+        self.paying.bucket.give_up(number)
+        self.come(wish.peer, wish.tokens)
+
+    def come(self, peer: str, tokens: int) -> None:
+        """A ticket has come for which so many tokens were wished, or none will."""
+        self._all_wished -= tokens
+        self._hope -= tokens
+        wished = self._wished[peer] - tokens
+        if wished:
+            self._wished[peer] = wished
+        else:
+            del self._wished[peer]
+
+    def _left(self, peer: str, now_us: int) -> int:
+        """The whole tokens that a peer is believed to have, without those wished for."""
+        return max(0, self.paying.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))

@@ -1,0 +1,224 @@
+"""The accounts of a region's strict limits: the key that holds them, and the scripts that work on it. No I/O.
+
+All accounts of a shard are in one hash, `{prefix}:fabric1:{TAG}:strict`, so that the server loses all of them or none:
+
+    @            history lineage clock time
+    members      who shares strict limits, as the gateway says (`homes.py`); `version` is its SHA-1
+    lLIFE        number clock: the last call done of that life of a sidecar
+    bKEY         full generation out former home rate used: the account of one bucket
+
+**The account** of a bucket has the region's part of its limit, the *home*. It is filled at `full`, if nothing is drawn
+until then: its level is `home - (full - clock) * rate`. `out` and `former` are what sidecars were granted, may still
+spend, and said in this generation and the one before. Always `level + out + former <= home`: what no longer fits is
+spilled. A generation lasts `COUNTED_US`, so a grant is counted for one to two of them. Without an account it is full,
+as far as it can have been filled since `COUNTED_US` after the lineage began.
+
+Beside it, `{prefix}:fabric1:{TAG}:short` has the buckets of which less was drawn than was wanted, by the clock. The
+gateway asks other regions for these. Nothing is wrong when it is lost.
+
+**The clock** counts microseconds since the lineage began. It goes by the server's, but for steps back, and of more than
+`MOST_STEP_US` between two calls: the server's clock was set then, or nobody called. That time is lost: nothing refills
+in it, and no grant ends. The gateway calls at each of its ticks.
+
+**The lineage** is another one when the server may have lost a call that it answered: when there is no `@`, when the
+server has another replication id (it names a history of data; it changes when a server starts, and when a replica is
+promoted), or when somebody knows of a later call than the server. Then the hash is deleted, all accounts are empty, and
+begin to refill when nobody can hold anything of the former lineage.
+
+**A call** is done once: the library may send it twice, and what was sent to a server that hung may be done late.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ratelimit_sidecar.crdt.granted import COUNTED_US
+
+MOST_STEP_US: Final = 100_000
+"""Between two calls. Who sets a clock, rather than slewing it, does so by more (ntpd by 128 ms)."""
+
+KEPT_US: Final = 60_000_000
+"""A full account that nobody called for in this time is dropped."""
+
+LIFE_US: Final = 600_000_000
+"""A life that did not call for so long is forgotten."""
+
+MAX_FIELDS: Final = 1_000_000
+"""Of a shard. Beyond these there are no further accounts, and nothing is drawn from them."""
+
+SHORT_US: Final = 500_000
+MAX_TOLD: Final = 64
+"""A bucket is short for so long after a call that got less than it wanted; the gateway is told of so many."""
+
+_BEGIN: Final = (
+    f"""
+local MOST_STEP, COUNTED, KEPT, LIFE = {MOST_STEP_US}, {COUNTED_US}, {KEPT_US}, {LIFE_US}
+local MAX_FIELDS, SHORT, MAX_TOLD = {MAX_FIELDS}, {SHORT_US}, {MAX_TOLD}
+"""
+    + """
+local key = KEYS[1]
+
+local function number(value)
+  return string.format('%.0f', value)
+end
+
+local function server_time()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+local function server_history()
+  return string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)') or error('no replication id')
+end
+
+local history, time = server_history(), server_time()
+
+local function begin_lineage(lineage)
+  redis.call('UNLINK', key)
+  redis.call('HSET', key, '@', history .. ' ' .. lineage .. ' 0 ' .. number(time))
+  return lineage, 0
+end
+
+local function begin(drawn)
+  local known, lineage, clock, last = string.match(redis.call('HGET', key, '@') or '', '^(%S+) (%S+) (%d+) (%d+)$')
+  if known ~= history then return begin_lineage(drawn) end
+  local step = time - tonumber(last)
+  clock = tonumber(clock)
+  if step > 0 and step <= MOST_STEP then clock = clock + step end
+  redis.call('HSET', key, '@', history .. ' ' .. lineage .. ' ' .. number(clock) .. ' ' .. number(time))
+  return lineage, clock
+end
+
+local function read_account(text)
+  local full, generation, out, former, home, rate, used =
+    string.match(text, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%S+) (%d+)$')
+  return {
+    full = tonumber(full), generation = tonumber(generation), out = tonumber(out), former = tonumber(former),
+    home = tonumber(home), rate = tonumber(rate), used = tonumber(used)
+  }
+end
+
+local function forget_short(short, clock)
+  redis.call('ZREMRANGEBYSCORE', short, '-inf', number(clock - SHORT))
+end
+
+local function level_of(account, clock)
+  -- What did not fit beside the grants is spilled: until the end of each generation, and until now.
+  local generation = math.floor(clock / COUNTED)
+  while account.generation < generation and account.out + account.former > 0 do
+    local ended = (account.generation + 1) * COUNTED
+    account.full = math.max(account.full, ended + (account.out + account.former) / account.rate)
+    account.former, account.out, account.generation = account.out, 0, account.generation + 1
+  end
+  account.generation = generation
+  account.full = math.max(account.full, clock + (account.out + account.former) / account.rate)
+  return account.home - (account.full - clock) * account.rate
+end
+"""
+)
+
+DRAW: Final = (
+    _BEGIN
+    + """
+local lineage, clock = begin(ARGV[1])
+local life, call, answered = 'l' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local done = tonumber(string.match(redis.call('HGET', key, life) or '0', '^%d+'))
+if lineage == ARGV[5] and done < answered then lineage, clock = begin_lineage(ARGV[1]) end
+local version = redis.call('HGET', key, 'version') or ''
+if lineage ~= ARGV[5] or version ~= ARGV[6] or version == '' then
+  return {lineage, version, redis.call('HGET', key, 'members') or ''}
+end
+if call <= done then return redis.error_reply('AGAIN this call was done before') end
+redis.call('HSET', key, life, number(call) .. ' ' .. number(clock))
+local generation = math.floor(clock / COUNTED)
+local is_room = redis.call('HLEN', key) < MAX_FIELDS
+
+local function draw(name, text)
+  local home, rate, was, ends, kept, back, wanted, room, spared =
+    string.match(text, '^(%d+) (%S+) (%-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  home, rate, was, ends = tonumber(home), tonumber(rate), tonumber(was), tonumber(ends)
+  kept, back, wanted = tonumber(kept), tonumber(back), tonumber(wanted)
+  local found = redis.call('HGET', key, 'b' .. name)
+  if home == 0 or not (found or is_room) then return '0 0 0 0' end
+  local account, level
+  if found then
+    account = read_account(found)
+    level = level_of(account, clock)
+  else
+    account = {full = 0, generation = generation, out = 0, former = 0}
+    level = math.max(0, clock - COUNTED) * rate
+  end
+  -- The former grant ends.
+  if was >= 0 then
+    local count = was == generation and 'out' or was == generation - 1 and 'former'
+    if count and account[count] >= ends and kept + back <= ends then
+      account[count] = account[count] - ends
+      level = level + back
+    else
+      kept = 0
+    end
+  end
+  account.out = account.out + kept
+  level = math.min(level, home - account.out - account.former)
+  local drawn = math.max(0, math.min(wanted, math.floor(level)))
+  level, account.out = level - drawn, account.out + drawn
+  if drawn < wanted then
+    redis.call('ZADD', KEYS[2], clock, name)
+    forget_short(KEYS[2], clock)
+  end
+  local free = home - level - account.out - account.former
+  room = math.max(0, math.min(tonumber(room), math.floor(free - math.min(free / 4, tonumber(spared)))))
+  account.out = account.out + room
+  local full = clock + (home - level) / rate
+  if clock < COUNTED then full = math.max(full, COUNTED + home / rate) end
+  -- Rounded up, to what is exact for years.
+  full = string.format('%.6f', math.ceil(full * 64) / 64)
+  redis.call('HSET', key, 'b' .. name, table.concat({
+    full, number(generation), number(account.out), number(account.former), number(home),
+    string.format('%.17g', rate), number(clock)
+  }, ' '))
+  return table.concat({number(kept), number(drawn), number(room), number(math.max(0, math.floor(level)))}, ' ')
+end
+
+local answers = {lineage, generation, ARGV[3]}
+for i = 7, #ARGV, 2 do answers[#answers + 1] = draw(ARGV[i], ARGV[i + 1]) end
+return answers
+"""
+)
+"""KEYS: the hash, and `short`. ARGV: a lineage if there is none, the life, the number of this call and of its last one
+that was answered, the lineage and the version that it knows; for each bucket its key and
+`home rate generation ends kept back wanted room spared`. Answers the lineage, the version and the members, when nothing
+was done since the caller knows others; else the lineage, the generation, the number of the call, and for each
+`kept drawn room left`."""
+
+BEAT: Final = (
+    _BEGIN
+    + """
+local fence = tonumber(redis.call('GET', KEYS[3]) or '0')
+local token = tonumber(ARGV[2])
+if token < fence then return redis.error_reply('FENCED another gateway has the lease') end
+if token > fence then redis.call('SET', KEYS[3], ARGV[2]) end
+local lineage, clock = begin(ARGV[1])
+local are_others = redis.call('HGET', key, 'members') ~= ARGV[3]
+if are_others then redis.call('HSET', key, 'members', ARGV[3], 'version', redis.sha1hex(ARGV[3])) end
+local found = redis.call('HSCAN', key, ARGV[4], 'COUNT', ARGV[5])
+for i = 1, #found[2], 2 do
+  local name, kind = found[2][i], string.sub(found[2][i], 1, 1)
+  if kind == 'l' then
+    local since = tonumber(string.match(found[2][i + 1], '%d+$'))
+    if clock - since > LIFE then redis.call('HDEL', key, name) end
+  elseif kind == 'b' then
+    local account = read_account(found[2][i + 1])
+    local level = level_of(account, clock)
+    if account.out + account.former == 0 and level >= account.home and clock - account.used > KEPT then
+      redis.call('HDEL', key, name)
+    end
+  end
+end
+forget_short(KEYS[2], clock)
+return {are_others and 1 or 0, found[1], redis.call('ZREVRANGE', KEYS[2], 0, MAX_TOLD - 1)}
+"""
+)
+"""KEYS: the hash, `short` and the fence. ARGV: a lineage if there is none, the gateway's token, the members, where the
+search for what can be dropped goes on, and how many fields it looks at. Answers 1 if there were other members, where
+the search goes on next, and the buckets that are short."""

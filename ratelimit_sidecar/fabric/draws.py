@@ -1,0 +1,154 @@
+"""One sidecar's calls to the accounts of one shard: what they say, and what the answers mean. No I/O.
+
+The members, by which it computes the region's home of each limit, are what the gateway says, not its own configuration.
+So all sidecars of a region go by the same ones, also while a configuration is rolled out.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ratelimit_sidecar.crdt.granted import Draw, Drawn, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import TOKEN, home_of
+from ratelimit_sidecar.fabric.status import DrawStatus
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+
+LIFE_US: Final = 60_000_000
+"""After a silence of so long calls have another name. The server forgets names ten times as old."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One bucket of a call."""
+
+    bucket: GrantedBucket
+    draw: Draw
+    lineage: bytes
+
+
+class Draws:
+    """Build a call with `arguments`, send it once, and pass its answer to `hear`; when none comes, nothing.
+
+    Args:
+        region: this sidecar's, as a member of strict limits.
+    """
+
+    def __init__(self, region: str, status: DrawStatus) -> None:
+        self._region = region
+        self._status = status
+        self._life = ""
+        self._called_us = -LIFE_US
+        self._number = self._answered = 0
+        self._lineage = b""
+        self._version = b""
+        self._members: list[Mapping[str, int]] = []
+        self._members_number = 0
+        """Counts up with each other version."""
+
+    @property
+    def has_members(self) -> bool:
+        """False until a gateway has said who the members are: nothing can be drawn."""
+        return bool(self._version)
+
+    def ask(self, bucket: GrantedBucket, wish: Wish) -> Asked | None:
+        """What a call says of this bucket; None if it cannot be said."""
+        if len(bucket.key) > MAX_KEY_BYTES:
+            return None
+        if bucket.lineage != self._lineage:
+            bucket.lineage, bucket.generation = self._lineage, -1
+        if bucket.home_version != self._members_number:
+            bucket.home_version = self._members_number
+            bucket.home = self._home(bucket.key, bucket.limit)
+        return Asked(bucket, bucket.draw(wish), self._lineage)
+
+    def _home(self, key: bytes, limit: Limit) -> int:
+        return min((home_of(weights, self._region, key, limit.capacity) for weights in self._members), default=0)
+
+    def arguments(self, asked: Iterable[Asked], sent_us: int) -> list[bytes | str]:
+        """The arguments of `DRAW`. An answer of what was sent before this one must not be heard any more."""
+        if sent_us - self._called_us >= LIFE_US:
+            self._begin_life()
+        self._called_us = sent_us
+        self._number += 1
+        arguments: list[bytes | str] = [
+            *(secrets.token_hex(8), self._life, str(self._number), str(self._answered)),
+            *(self._lineage, self._version),
+        ]
+        for each in asked:
+            limit, draw, home = each.bucket.limit, each.draw, each.bucket.home // TOKEN
+            rate = limit.tokens * home / (max(1, limit.capacity) * limit.period_us)
+            was = f"{draw.generation} {draw.ends} {draw.kept} {draw.back} {draw.wanted} {draw.room} {draw.spared}"
+            arguments += [each.bucket.key, f"{home} {rate:.17g} {was}"]
+        return arguments
+
+    def _begin_life(self) -> None:
+        self._life, self._number, self._answered = secrets.token_hex(8), 0, 0
+
+    def hear(self, asked: Sequence[Asked], answer: Any, sent_us: int) -> None:
+        """Raises:
+        BadRecord: it is no answer. Nobody knows what was done.
+        """
+        match answer:
+            case [bytes(lineage), bytes(version), bytes(members)]:
+                self._learn(asked, lineage, version, members)
+            case [bytes(), int(generation), number, *texts] if (
+                len(texts) == len(asked) and number == str(self._number).encode()
+            ):
+                self._answered = self._number
+                for each, text in zip(asked, texts, strict=True):
+                    self._drawn(each, text, generation, sent_us)
+            case _:
+                raise BadRecord("an answer of another script")
+
+    def _learn(self, asked: Sequence[Asked], lineage: bytes, version: bytes, members: bytes) -> None:
+        if lineage == self._lineage:
+            for each in asked:
+                each.bucket.not_done(each.draw)
+        else:
+            self._status.lineages += bool(self._lineage)
+            # The server knows of no call of it.
+            self._begin_life()
+        if version != self._version:
+            self._members = read_members(members) if version else []
+            self._members_number += 1
+        self._lineage, self._version = lineage, version
+
+    def _drawn(self, asked: Asked, text: Any, generation: int, sent_us: int) -> None:
+        draw = asked.draw
+        try:
+            kept, tokens, room, left = map(int, text.split())
+        except (AttributeError, ValueError) as error:
+            raise BadRecord("an answer of another script") from error
+        if kept not in (0, draw.kept) or not 0 <= tokens <= draw.wanted or not 0 <= room <= draw.room:
+            raise BadRecord("more than was asked for")
+        bucket = asked.bucket
+        bucket.drawn(draw, Drawn(kept, tokens, room, left), generation, sent_us)
+        if tokens < draw.wanted:
+            bucket.paced_us = sent_us
+        self._status.drawn += tokens
+        self._status.returned += draw.back
+
+
+def members_text(in_force: Iterable[Mapping[str, int]]) -> str:
+    """What the gateway says of the memberships in force: a home is the smallest in any of them."""
+    return json.dumps([dict(weights) for weights in in_force], sort_keys=True)
+
+
+def read_members(text: bytes) -> list[Mapping[str, int]]:
+    """Raises:
+    BadRecord: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise BadRecord("members that are none") from error
+    is_list = isinstance(found, list) and all(isinstance(each, dict) and each for each in found)
+    if not is_list or not all(isinstance(w, int) and w >= 0 for each in found for w in each.values()):
+        raise BadRecord("members that are none")
+    return [dict(each) for each in found]

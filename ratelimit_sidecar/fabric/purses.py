@@ -1,0 +1,102 @@
+"""A gateway's part in strict limits, for the time that it is one: it speaks for the region's accounts on the mesh."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any, Final
+
+from redis import exceptions
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
+from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_wish
+from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.fabric.accounts import BEAT
+from ratelimit_sidecar.fabric.drawing import Drawing
+from ratelimit_sidecar.fabric.draws import members_text
+from ratelimit_sidecar.fabric.link import Call, Link
+from ratelimit_sidecar.fabric.scripts import FabricKeys
+from ratelimit_sidecar.persistence.redis_calls import Connect
+from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.replication.purses import Purses
+
+SWEPT_FIELDS: Final = 64
+"""Of a shard's accounts, in a beat: 0.1 ms of the server."""
+
+
+class RegionalPurses:
+    """Call `beat` at each tick, and run `drawing`. The mesh begins when `is_settled`.
+
+    Args:
+        ledger: of this sidecar. Its shares say what member the region is, and it which limit a key has.
+        strict_us: the clock of its buckets.
+    """
+
+    def __init__(self, ledger: GrantLedger, connect: Connect, keys: FabricKeys, strict_us: Callable[[], int]) -> None:
+        self._keys = keys
+        self._strict_us = strict_us
+        self._beaten_us = strict_us()
+        self._shares = Shares(ledger.shares.membership, ledger.shares.node, self._beaten_us)
+        # No region with a fabric has ever lent anything.
+        self._shares.from_us = self._beaten_us
+        self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
+        """Of the mesh: a member of strict limits has one name, whoever speaks for it."""
+        self._limits = ledger
+        self._ledger = RegionalLedger(self._shares, self.origin, self._limit_of_key, max_buckets=ledger.room.most)
+        self.of_mesh = Purses(self._ledger, strict_us)
+        self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, wish=regional_wish)
+        self._cursors = ["0" for _ in keys.shards]
+        """Where the search for accounts that can be dropped goes on, by shard."""
+        self._settled_us = self._beaten_us
+
+    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
+        # Other rules may be in force meanwhile.
+        return self._limits.limit_of_key(key)
+
+    @property
+    def is_settled(self) -> bool:
+        """False while sidecars may hold what is granted by other members: others may count on those that are shown."""
+        return self._strict_us() >= self._settled_us
+
+    async def beat(self, link: Link, token: int) -> None:
+        """Let the clocks of the accounts go on, say who the members are, and hear what the region is short of.
+
+        Raises:
+            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. What the
+                server does not permit is none, since other limits can do without: the sidecars tell of it.
+        """
+        now_us = self._strict_us()
+        every_us, self._beaten_us = now_us - self._beaten_us, now_us
+        members = members_text(self._shares.in_force(now_us))
+        calls: list[Call] = [
+            (
+                [*keys.of_accounts, keys.fence],
+                [secrets.token_hex(8), str(token), members, cursor, str(SWEPT_FIELDS)],
+            )
+            for keys, cursor in zip(self._keys.shards, self._cursors, strict=True)
+        ]
+        try:
+            answers = await link.call(BEAT, calls)
+        except exceptions.ResponseError as error:
+            answers = [error]
+        for number, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                if "FENCED" in str(answer):
+                    raise answer
+                # A shard of a Cluster may be moved, while the others are not.
+                continue
+            self._hear(number, answer, every_us)
+
+    def _hear(self, number: int, answer: Any, every_us: int) -> None:
+        match answer:
+            case [int(are_others), bytes(cursor), [*short]] if all(isinstance(key, bytes) for key in short):
+                now_us = self._strict_us()
+                self._cursors[number] = cursor.decode()
+                if are_others:
+                    self._settled_us = now_us + COUNTED_US
+                for key in short:
+                    self._ledger.note_short(key, now_us, every_us)
+            case _:
+                raise BadRecord("an answer of another script")

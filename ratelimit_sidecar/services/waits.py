@@ -1,0 +1,81 @@
+"""Ends the waits of requests in time, and lets their answers out: the event loop's side of `crdt.lines`.
+
+In one turn of the event loop at most `STEP` waits end by time or cancellation, and as many answers go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.server.rpc import FailureLog
+
+STEP: Final = 64
+
+
+class Waits:
+    """Args:
+    strict_us: the clock of strict limits.
+    """
+
+    def __init__(self, lines: Lines, strict_us: Callable[[], int]) -> None:
+        self._lines = lines
+        self._strict_us = strict_us
+        self._timers: dict[Waiting, asyncio.TimerHandle] = {}
+        self._due: deque[tuple[Waiting, Outcome]] = deque()
+        self._is_scheduled = False
+        self._failures = FailureLog()
+        lines.on_ended = self._schedule
+
+    def hold(self, waiting: Waiting, most_seconds: float) -> None:
+        """Take care of a new wait.
+
+        Args:
+            most_seconds: how long the client waits at most.
+        """
+        seconds = min(waiting.wait_us / 1e6, most_seconds)
+        self._timers[waiting] = asyncio.get_running_loop().call_later(seconds, self._fall_due, waiting, Outcome.EXPIRED)
+        waiting.keeper = self
+
+    def cancel(self, waiting: Waiting) -> None:
+        """See `Waiting.cancel`."""
+        if waiting.line is not None:
+            self._fall_due(waiting, Outcome.CANCELLED)
+
+    def end_now(self, waiting: Waiting) -> None:
+        """See `Waiting.end_now`."""
+        self._lines.leave(waiting, Outcome.ENDED, self._strict_us())
+
+    def _fall_due(self, waiting: Waiting, outcome: Outcome) -> None:
+        self._due.append((waiting, outcome))
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._step)
+
+    def _step(self) -> None:
+        self._is_scheduled = False
+        for _ in range(min(STEP, len(self._due))):
+            self._lines.leave(*self._due.popleft(), self._strict_us())
+        ended = self._lines.ended
+        for _ in range(min(STEP, len(ended))):
+            waiting = ended.popleft()
+            self._timers.pop(waiting).cancel()
+            self._let_out(waiting)
+        if self._due or ended:
+            self._schedule()
+
+    def _let_out(self, waiting: Waiting) -> None:
+        on_end, waiting.on_end = waiting.on_end, None
+        try:
+            if on_end is not None:
+                on_end()
+        except Exception as failure:
+            # The others are answered all the same.
+            self._failures.log_first("an answer that comes later", failure, ())

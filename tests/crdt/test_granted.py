@@ -1,0 +1,126 @@
+"""A bucket that spends what its region's account granted, and what it calls for. tests/fabric has the account."""
+
+from __future__ import annotations
+
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, wish
+from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.paying import RECENT_US
+
+LIMIT = Limit(100, 1_000_000, 100)
+NOW_US = 10**12
+
+
+def holding(tokens: int, *, left: int = 0) -> GrantedBucket:
+    bucket = GrantedBucket(b"k", LIMIT, Origin("a", 1), NOW_US)
+    bucket.drawn(bucket.draw(Wish(tokens, tokens)), Drawn(0, tokens, 0, left), 1, NOW_US)
+    return bucket
+
+
+def test_it_admits_what_it_holds_and_no_more() -> None:
+    bucket = holding(3)
+    assert [bucket.take(1, NOW_US) for _ in range(4)] == [True, True, True, False]
+
+
+def test_nothing_refills_here() -> None:
+    bucket = holding(3)
+    bucket.take(3, NOW_US)
+    assert not bucket.take(1, NOW_US + GRANT_US // 2)
+
+
+def test_a_grant_ends_and_does_not_come_back() -> None:
+    bucket = holding(3)
+    assert bucket.take(1, NOW_US + GRANT_US - 1)
+    assert not bucket.take(1, NOW_US + GRANT_US)
+    # An answer that comes late.
+    bucket.drawn(bucket.draw(Wish(0, 3)), Drawn(0, 0, 0, 0), 1, NOW_US + GRANT_US)
+    assert not bucket.take(1, NOW_US + GRANT_US)
+
+
+def test_a_call_ends_the_former_grant_and_counts_what_is_left_of_it() -> None:
+    bucket = holding(10)
+    bucket.take(4, NOW_US)
+    draw = bucket.draw(Wish(5, 3))
+    assert (draw.ends, draw.kept, draw.back, draw.wanted) == (10, 3, 3, 5)
+    # Spent while the call is on its way.
+    bucket.take(1, NOW_US)
+    bucket.drawn(draw, Drawn(3, 5, 0, 0), 1, NOW_US)
+    assert (bucket.held, bucket.granted) == (7, 8)
+
+
+def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_next_call_ends_nothing() -> None:
+    bucket = holding(10)
+    bucket.draw(Wish(5, 6))
+    draw = bucket.draw(Wish(5, 2))
+    assert (draw.generation, draw.ends, draw.kept, draw.back) == (-1, 0, 6, 0)
+    assert bucket.take(1, NOW_US + GRANT_US - 1)
+    assert not bucket.take(1, NOW_US + GRANT_US)
+
+
+def test_an_answer_that_nothing_was_done_leaves_all_as_it_was() -> None:
+    bucket = holding(10)
+    bucket.not_done(bucket.draw(Wish(5, 6)))
+    draw = bucket.draw(Wish(0, 10))
+    assert (draw.generation, draw.ends, draw.kept) == (1, 10, 10)
+
+
+def test_what_was_kept_is_given_up_when_its_grant_had_ended_for_the_account() -> None:
+    bucket = holding(10)
+    bucket.drawn(bucket.draw(Wish(2, 10)), Drawn(0, 2, 0, 0), 5, NOW_US)
+    assert bucket.held == 2
+
+
+def test_another_limit_takes_its_tokens_along_and_adds_none() -> None:
+    bucket = holding(10)
+    bucket.set_limit(Limit(7, 3_000_000, 20), NOW_US)
+    assert bucket.held in (9, 10)
+    assert bucket.granted == 10
+
+
+def test_it_wants_what_it_denied_lately() -> None:
+    bucket = holding(0)
+    assert not bucket.take(30, NOW_US)
+    assert wish(bucket, NOW_US) == Wish(30, 60)
+    bucket.advance(NOW_US + RECENT_US)
+    later = wish(bucket, NOW_US + RECENT_US)
+    assert later is not None
+    assert later.wanted < 10
+
+
+def test_it_wants_what_will_be_asked_for_soon() -> None:
+    bucket = holding(100)
+    for step in range(100):
+        bucket.take(1, NOW_US + step * 10_000)
+    now_us = NOW_US + 1_000_000
+    bucket.advance(now_us)
+    wanted = wish(bucket, now_us)
+    assert wanted is not None
+    assert 50 * SOON_US // 1_000_000 <= wanted.wanted <= 100 * SOON_US // 1_000_000
+
+
+def test_while_there_is_plenty_it_holds_something_for_the_request_after_a_pause() -> None:
+    bucket = holding(0, left=50)
+    bucket.take(0, NOW_US)
+    assert wish(bucket, NOW_US) == Wish(4, 8)
+    bucket.advance(NOW_US + STANDING_US)
+    assert wish(bucket, NOW_US + STANDING_US) is None
+
+
+def test_what_is_held_is_renewed_before_it_ends() -> None:
+    bucket = holding(4, left=50)
+    bucket.take(0, NOW_US)
+    assert wish(bucket, NOW_US) is None
+    now_us = NOW_US + GRANT_US // 2 + 1
+    bucket.advance(now_us)
+    assert wish(bucket, now_us) == Wish(0, 8)
+
+
+def test_an_account_that_had_too_little_is_asked_again_when_something_has_refilled() -> None:
+    slow = Limit(5, 60_000_000, 5)
+    bucket = GrantedBucket(b"k", slow, Origin("a", 1), NOW_US)
+    bucket.take(1, NOW_US)
+    bucket.paced_us = NOW_US
+    assert wish(bucket, NOW_US + 50_000) is None
+    bucket.take(1, NOW_US + 1_000_000)
+    assert wish(bucket, NOW_US + 1_000_000) == Wish(1, 2)
