@@ -326,8 +326,11 @@ class Ledger:
         )
         bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
+        self._add(key, bucket)
+        return bucket
+
+    def _add(self, key: bytes, bucket: StrictBucket) -> None:
         paying = Paying(bucket)
         young_objects.note(_OBJECTS_OF_PURSE + _OBJECTS_OF_PEER * (len(self.shares.membership.weights) - 1))
         self._all.add(key, paying)
         self._sweep_order.append(paying)
-        return bucket
