@@ -30,6 +30,9 @@ TICK_SECONDS: Final = 0.05
 TICK_BUCKETS: Final = 256
 """Of a call, of all shards together: some 20 us each here, and 10 us of the server."""
 
+LOOKED_BUCKETS: Final = 16 * TICK_BUCKETS
+"""Looked at for a call. Where callers invent keys, most of them are used no more when their turn comes."""
+
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 1.0
 """Between two attempts; see `BackOff`. Shorter than grants are."""
@@ -157,16 +160,20 @@ class Drawing:
     async def _asked(self, wish_of: WishOf) -> dict[int, list[Asked]]:
         asked: dict[int, list[Asked]] = {}
         time_slice = TimeSlice()
-        for _ in range(min(self._ledger.active, TICK_BUCKETS)):
+        left = TICK_BUCKETS
+        for _ in range(min(self._ledger.active, LOOKED_BUCKETS)):
+            await time_slice.rest_when_due()
             now_us = self._strict_us()
             bucket = self._ledger.next_active(now_us)
             if bucket is None:
-                break
+                continue
+            left -= 1
             wished = wish_of(bucket, now_us)
             if wished is not None:
                 number = self._keys.shard_of(bucket.key)
                 said = self._shards[number].ask(bucket, wished)
                 if said is not None:
                     asked.setdefault(number, []).append(said)
-            await time_slice.rest_when_due()
+            if not left:
+                break
         return asked
