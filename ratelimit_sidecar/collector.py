@@ -23,11 +23,13 @@ class YoungObjects:
     def note(self, objects: int) -> None:
         """So many container objects were made, and are to stay. Every `MOST_YOUNG` of them, the young are collected.
 
+        While collections are suspended nothing is: rules are being read, and all that they are made of is young.
+
         Args:
             objects: at least 1; about.
         """
         self._made += objects
-        if self._made >= MOST_YOUNG:
+        if self._made >= MOST_YOUNG and gc.isenabled():
             self._made = 0
             gc.collect(1)
 

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.paying import Paying, Ticket
+from ratelimit_sidecar.crdt.paying import Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
@@ -224,9 +224,7 @@ class GrantLedger(Ledger):
         if not self.room.take(key):
             raise StoreFull
         bucket = self._new_bucket(key, limit, now_us)
-        paying = Paying(bucket)
-        self._all.add(key, paying)
-        self._sweep_order.append(paying)
+        self._add(key, bucket)
         return bucket
 
     def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
@@ -237,16 +235,16 @@ class GrantLedger(Ledger):
         return Ticket(0, 0)
 
     def next_active(self, now_us: int) -> GrantedBucket | None:
-        """The bucket whose turn it is, of those that requests used lately or that hold something. It has another turn
-        after all others."""
-        while self._active:
-            bucket = self._active.popleft()
-            assert isinstance(bucket, GrantedBucket)
-            bucket.advance(now_us)
-            if bucket.granted or bucket.demand or bucket.level < 0:
-                self._active.append(bucket)
-                return bucket
-            bucket.is_active = False
+        """The bucket whose turn it is; it has another turn after all others. None if no request used it lately and it
+        holds nothing: then it has no other. Only to be called while there are `active` ones.
+        """
+        bucket = self._active.popleft()
+        assert isinstance(bucket, GrantedBucket)
+        bucket.advance(now_us)
+        if bucket.granted or bucket.demand or bucket.level < 0:
+            self._active.append(bucket)
+            return bucket
+        bucket.is_active = False
         return None
 
     @property

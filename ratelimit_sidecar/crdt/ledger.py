@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
+from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.lines import Lines
@@ -27,6 +28,10 @@ FEW_TOKENS: Final = 8 * TOKEN
 
 MAX_TICKETS: Final = 8_192
 """Tickets that peers may use at once."""
+
+_OBJECTS_OF_PURSE: Final = 3
+_OBJECTS_OF_PEER: Final = 2
+"""That the cycle collector sees, of a bucket and of what it notes of each other member."""
 
 
 class _Held(NamedTuple):
@@ -321,7 +326,11 @@ class Ledger:
         )
         bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
         bucket.home_version = self._home_version
+        self._add(key, bucket)
+        return bucket
+
+    def _add(self, key: bytes, bucket: StrictBucket) -> None:
         paying = Paying(bucket)
+        young_objects.note(_OBJECTS_OF_PURSE + _OBJECTS_OF_PEER * (len(self.shares.membership.weights) - 1))
         self._all.add(key, paying)
         self._sweep_order.append(paying)
-        return bucket

@@ -51,7 +51,9 @@ class Lines:
         line = self.by_key.get(key)
         if not self._peers or not self._is_open or len(key) > self._longest_key:
             return False
-        if self.waiting >= MAX_WAITING or (line is not None and len(line) >= MAX_WAITING_OF_BUCKET):
+        # A line whose requests have ended stays until `tick` looks at it, and callers can invent keys faster.
+        is_full = len(self.by_key) >= MAX_WAITING if line is None else len(line) >= MAX_WAITING_OF_BUCKET
+        if is_full or self.waiting >= MAX_WAITING:
             self.crowded += 1
             return False
         found = Line(paying, self._end) if line is None else line

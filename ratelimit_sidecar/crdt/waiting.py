@@ -18,9 +18,9 @@ from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.strict import NEVER_US
 
 MAX_WAITING_OF_BUCKET: Final = 256
-MAX_WAITING: Final = 1_024
-"""Requests that wait at once, for one bucket and in all. An Envoy has 1,024 calls under way by default, and those that
-wait for one bucket must leave some to others.
+MAX_WAITING: Final = 512
+"""Requests that wait at once, for one bucket and in all, and buckets for which they do. An Envoy has 1,024 calls under
+way by default, and lets pass what would be one more: so those that wait leave half of them to others.
 """
 
 SERVED_AT_ONCE: Final = 64

@@ -33,6 +33,9 @@ TICK_BUCKETS: Final = 256
 TICK_BYTES: Final = 1 << 18
 """Rough, of keys: a call takes no further bucket when it has as much."""
 
+LOOKED_BUCKETS: Final = 16 * TICK_BUCKETS
+"""Looked at for a call. Where callers invent keys, most of them are used no more when their turn comes."""
+
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 1.0
 """Between two attempts; see `BackOff`. Shorter than grants are."""
@@ -161,13 +164,14 @@ class Drawing:
         asked: dict[int, list[Asked]] = {}
         time_slice = TimeSlice()
         size = 0
-        for _ in range(min(self._ledger.active, TICK_BUCKETS)):
-            if size >= TICK_BYTES:
-                break
+        left = TICK_BUCKETS
+        for _ in range(min(self._ledger.active, LOOKED_BUCKETS)):
+            await time_slice.rest_when_due()
             now_us = self._strict_us()
             bucket = self._ledger.next_active(now_us)
             if bucket is None:
-                break
+                continue
+            left -= 1
             wished = wish_of(bucket, now_us)
             if wished is not None:
                 number = self._keys.shard_of(bucket.key)
@@ -175,5 +179,6 @@ class Drawing:
                 if said is not None:
                     asked.setdefault(number, []).append(said)
                     size += len(bucket.key)
-            await time_slice.rest_when_due()
+            if not left or size >= TICK_BYTES:
+                break
         return asked

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
@@ -37,6 +38,9 @@ are forgotten, and then further ones not shared until there is room."""
 
 MAX_WAITING_SLOTS: Final = 64
 """Of one bucket; of more all own ones are told."""
+
+_OBJECTS: Final = 2
+"""That the cycle collector sees, of a bucket that is shared."""
 
 _ALL: Final[list[int]] = []
 """In place of slots: all own counts."""
@@ -108,6 +112,7 @@ class Sharing:
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
+                young_objects.note(_OBJECTS)
             self._busy[key] = shared
         shared.used_us = now_us
         _wait(shared, slots)

@@ -16,6 +16,10 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import decode_bucket_key, rule_key
 from ratelimit_sidecar.limiter.rules import Rules
 
+FREED_PER_BUCKET: Final = 4
+"""For each bucket that is looked at so many objects of a former pass are freed: no pass has more for each of its own.
+"""
+
 RANKS: Final = 3
 """The buckets shown for each rule, the fullest first."""
 
@@ -51,6 +55,8 @@ class FullestBuckets:
         self._of_rules: dict[tuple[str, str], Fullest] = {}
         self._of_keys: dict[bytes, Fullest | None] = {}
         """By rule key, since finding the rule takes longer."""
+        self._former: list[object] = []
+        """Objects of former passes. To free those of 20,000 rules in one step takes 5 ms."""
 
     def look(self, rules: Rules, now_us: int, most: int) -> bool:
         """Look at the next `most` buckets.
@@ -63,9 +69,11 @@ class FullestBuckets:
         Returns:
             True when that was the end of a pass.
         """
+        del self._former[-FREED_PER_BUCKET * most :]
         for _ in range(most):
             bucket = next(self._walk, None)
             if bucket is None:
+                self._former += [*self.of_rules, *self.of_rules.values(), *self._of_keys]
                 self.of_rules = self._of_rules
                 self._begin()
                 return True

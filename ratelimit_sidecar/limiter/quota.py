@@ -349,7 +349,7 @@ class Quotas:
             counts.errors["no_rule"] += 1
         pool = bucket.pool
         if allowed and pool.step is not None:
-            self._charges.add(pool, allowed, now_us)
+            self._charges.add(pool, allowed, now_us, is_kept=self.pools.get(pool.key) is pool)
         if bucket not in pool.buckets:
             return None
         if allowed or denied:

@@ -38,8 +38,17 @@ class Charges:
         for pool in list(self._pools):
             self._take(pool, pool.pending)
 
-    def add(self, pool: Pool, hits: int, now_us: int) -> None:
-        """An Envoy has admitted `hits`; charge them soon."""
+    def add(self, pool: Pool, hits: int, now_us: int, *, is_kept: bool) -> None:
+        """An Envoy has admitted `hits`; charge them soon.
+
+        Args:
+            is_kept: False for a pool made for this report alone, as there is no room for it. It is charged at once:
+                callers can invent any number of them.
+        """
+        if not is_kept:
+            pool.pending += hits
+            self._take(pool, pool.pending)
+            return
         if not pool.pending:
             pool.charged_us = now_us
             self._pools[pool] = None

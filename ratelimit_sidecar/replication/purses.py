@@ -282,7 +282,9 @@ class Purses:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
             answer = answer or Ticket(0, 0)
-            outbox.tickets.append(pb.Ticket(number=wish.number, tokens=answer.tokens, left=answer.left))
+            outbox.tickets.append(
+                pb.Ticket(number=wish.number, tokens=answer.tokens, left=min(answer.left, MAX_AMOUNT))
+            )
         return unknown_keys
 
     def check_time(self, outbox: PaymentOutbox) -> None:

@@ -28,7 +28,8 @@ QUANTUM_NS: Final = 1_000_000
 """How long calls of one connection are answered in one turn of the event loop. The call that exceeds it is finished."""
 
 _OBJECTS: Final = 20
-"""Of a connection, that the cycle collector sees."""
+_OBJECTS_OF_STREAM: Final = 35
+"""Of a connection, and of a streaming call, that the cycle collector sees."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
@@ -310,6 +311,7 @@ class GrpcProtocol:
             opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
         )
         self._streaming[stream_id] = call
+        young_objects.note(_OBJECTS_OF_STREAM)
         call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
 
     def _end_streaming(self, stream_id: int) -> None:

@@ -1228,7 +1228,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_strict_waiting",
         "gauge",
         ("region",),
-        "Requests that wait for tokens of other members now; at most 1,024. Absent without sync.members, as are all of"
+        "Requests that wait for tokens of other members now; at most 512. Absent without sync.members, as are all of"
         " waits.",
         _read_source(lambda sources: sources.waits, lambda waits: waits.waiting),
     ),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, wish
-from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Wish
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US
+from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.crdt.strict import DEMAND_US
 
 LIMIT = Limit(100, 1_000_000, 100)
 NOW_US = 10**12
@@ -135,3 +139,32 @@ def test_nothing_is_drawn_for_a_request_that_is_never_admitted() -> None:
     wished = wish(bucket, NOW_US)
     assert wished is not None
     assert wished.wanted == LIMIT.capacity - 1
+
+
+def make_ledger() -> GrantLedger:
+    return GrantLedger(Shares(Membership(1, {"here": 1}), "here", NOW_US), Origin("a", 1), lambda _key: LIMIT)
+
+
+def test_a_turn_is_a_look_at_one_bucket_however_many_are_used_no_more() -> None:
+    ledger = make_ledger()
+    for number in range(100):
+        ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
+    later_us = NOW_US + 2 * DEMAND_US
+    used = ledger.bucket(b"used", LIMIT, later_us)
+    used.take(1, later_us)
+    assert [ledger.next_active(later_us) for _ in range(101)] == [None] * 100 + [used]
+    assert ledger.active == 1
+
+
+def test_granted_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
+    ledger = make_ledger()
+    gc.collect()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        for number in range(1_000):
+            ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
+        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert sum(isinstance(found, GrantedBucket) for found in young) < 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.paying import Ask, Pay
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.store import StoreFull
+from ratelimit_sidecar.crdt.strict import StrictBucket
 
 LIMIT = Limit(100, 1_000_000, 100)
 STARTED_US = 1_000_000_000
@@ -231,3 +233,19 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
 
 def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
     assert make_ledger().withhold(b"k", LIMIT, 50 * TOKEN, STARTED_US) == 0
+
+
+def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
+    """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
+    ledger = make_ledger()
+    gc.collect()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        for number in range(1_000):
+            ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
+        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(ledger) == 1_000
+    assert sum(isinstance(found, StrictBucket) for found in young) < 300

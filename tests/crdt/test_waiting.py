@@ -317,6 +317,21 @@ def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
     assert not joined[MAX_WAITING_OF_BUCKET]
 
 
+def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_may_wait() -> None:
+    limit = Limit(1, 60_000_000, 10_000)
+    ledger = make_ledger(limit=limit)
+    ledger.limit_of_key = lambda _key: limit
+    lines = ledger.lines
+    lines.tick(["b"], NOW_US, 10, 100)
+    for number in range(2 * MAX_WAITING):
+        key = b"%d" % number
+        ledger.bucket(key, limit, NOW_US)
+        waiting = Waiting(1, lambda _now_us: b"", 250_000)
+        if ledger.wait(key, waiting, NOW_US):
+            lines.leave(waiting, Outcome.EXPIRED, NOW_US)
+    assert (lines.waiting, len(lines.by_key), lines.crowded) == (0, MAX_WAITING, MAX_WAITING)
+
+
 def join(ledger: Ledger, key: bytes, limit: Limit) -> bool:
     ledger.bucket(key, limit, NOW_US)
     return ledger.wait(key, Waiting(1, lambda _now_us: b"", 250_000), NOW_US)

@@ -571,12 +571,13 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     server = Server()
     stream = server.connect()
     gc.collect()
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         server.report(stream, *many(500))
         young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
     assert len(stream.buckets) == 500
     assert sum(isinstance(found, EnvoyBucket) for found in young) < 100
 
@@ -607,6 +608,18 @@ def test_the_buckets_of_a_limit_are_bounded_and_what_has_no_room_is_charged_all_
     server.quotas.charge_all()
     taken = [sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store]
     assert sorted(taken) == [1, MAX_POOL_BUCKETS + 10]
+
+
+@pytest.mark.interpreted
+def test_what_has_no_room_is_charged_at_once_and_nothing_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is kept until it is charged, callers who invent values would make grow without end."""
+    monkeypatch.setattr(quota, "MAX_POOLS", 0)
+    server = Server()
+    stream = server.connect()
+    server.report(stream, *many(20, "slow", allowed=9))
+    assert not server.quotas.pools
+    taken = [sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store]
+    assert taken == [9] * 20
 
 
 def test_what_no_rule_limits_is_let_through_however_much_of_it_there_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 
 import pytest
@@ -332,3 +333,16 @@ def test_a_long_key_is_sent_in_full_each_time() -> None:
     for _ in range(2):
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), 1)])
     assert [(delta.key, delta.number) for delta in writer.deltas.buckets] == [(bucket.key, 0)] * 2
+
+
+def test_what_has_to_be_known_of_a_payload_is_nothing_to_the_cycle_collector() -> None:
+    """Of a hundred thousand keys in all segments it would look at all at once."""
+    store, numbers = store_of(node("a")), KeyNumbersGiven()
+    buckets = [take(store, f"user{number}", 1, NOW_US) for number in range(100)]
+    for _ in range(2):
+        writer = DeltasWriter(A, numbers)
+        for bucket in buckets:
+            writer.add(bucket, None, list(bucket.entries()))
+    knowledge = writer.knowledge()
+    assert list(knowledge.keys.values()) == [bucket.key for bucket in buckets]
+    assert not gc.is_tracked(knowledge.keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import grpc
@@ -17,7 +18,7 @@ from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, Streaming
-from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES
+from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, StreamingCall
 
 PATH = "/test.Echo/Stream"
 UNARY_PATH = "/test.Echo/Echo"
@@ -644,3 +645,19 @@ async def test_a_client_with_nothing_to_say_is_not_taken_for_one_that_vanished(k
         await within_seconds(watched.began)
         await until(lambda: client.pings >= 3)
         assert not watched.closed.is_set()
+
+
+async def test_calls_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
+    """Otherwise it looks at a hundred thousand objects at once: it goes by how many more have come than gone."""
+    async with running("h2", handlers(wait_for_ever)) as front_end, connected(front_end.addresses[0]) as client:
+        gc.collect()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(0)
+        try:
+            for _ in range(100):
+                client.open(PATH)
+            await client.ping()
+            young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
+        finally:
+            gc.set_threshold(*thresholds)
+        assert sum(isinstance(found, StreamingCall) for found in young) < 50
