@@ -128,19 +128,23 @@ class GrantedBucket(StrictBucket):
         self._want(hits)
 
     def _want(self, hits: int) -> None:
-        super()._want(hits)
+        super()._want(self._can_be(hits))
         self.used_us = self.at_us
+
+    def _can_be(self, hits: int) -> int:
+        """0 if a request for so many is never admitted. To draw for it would be to take the tokens from others."""
+        return hits if hits <= self._limit.capacity else 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         admitted = super().take(hits, now_us, always=always)
         if not admitted:
-            self.short_of = max(self.short_of, hits)
+            self.short_of = max(self.short_of, self._can_be(hits))
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
         is_admitted = super().would_admit(hits, now_us)
         if not is_admitted:
-            self.short_of = max(self.short_of, hits)
+            self.short_of = max(self.short_of, self._can_be(hits))
         return is_admitted
 
     @property

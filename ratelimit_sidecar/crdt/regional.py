@@ -33,6 +33,11 @@ class RegionalBucket(GrantedBucket):
         """Tokens that another member asked for last, and when."""
         super().__init__(key, limit, origin, now_us, active=active)
 
+    def is_idle(self, now_us: int) -> bool:
+        # What a member has paid is kept in mind until it can have refilled all of it.
+        refilled_us = self._limit.ceiling // self._limit.tokens
+        return super().is_idle(now_us) and all(now_us - at_us >= refilled_us for _, at_us in self._drawn.values())
+
 
 def regional_wish(bucket: GrantedBucket, now_us: int) -> Wish | None:
     """See `crdt.drawing.wish`."""

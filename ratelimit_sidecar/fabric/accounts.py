@@ -3,7 +3,8 @@
 All accounts of a shard are in one hash, `{prefix}:fabric1:{TAG}:strict`, so that the server loses all of them or none:
 
     @            history lineage clock time
-    members      who shares strict limits, as the gateway says (`homes.py`); `version` is its SHA-1
+    members      who shares strict limits, as the gateway says (`draws.py`); `version` is its SHA-1
+    named        epoch clock: of these members, and when they were named
     lLIFE        number clock: the last call done of that life of a sidecar
     bKEY         full generation out former home rate used: the account of one bucket
 
@@ -91,7 +92,8 @@ end
 
 local function read_account(text)
   local full, generation, out, former, home, rate, used =
-    string.match(text, '^(%S+) (%d+) (%d+) (%d+) (%d+) (%S+) (%d+)$')
+    string.match(text, '^(%d+%.%d+) (%d+) (%d+) (%d+) (%d+) (%d[%w.-]*) (%d+)$')
+  if not tonumber(rate) then return nil end
   return {
     full = tonumber(full), generation = tonumber(generation), out = tonumber(out), former = tonumber(former),
     home = tonumber(home), rate = tonumber(rate), used = tonumber(used)
@@ -124,12 +126,15 @@ local lineage, clock = begin(ARGV[1])
 local life, call, answered = 'l' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local done = tonumber(string.match(redis.call('HGET', key, life) or '0', '^%d+'))
 if lineage == ARGV[5] and done < answered then lineage, clock = begin_lineage(ARGV[1]) end
+if lineage == ARGV[5] then
+  if call <= done then return redis.error_reply('AGAIN this call was done before') end
+  -- Also when it is refused below: it must not be done after the caller has heard that.
+  redis.call('HSET', key, life, number(call) .. ' ' .. number(clock))
+end
 local version = redis.call('HGET', key, 'version') or ''
 if lineage ~= ARGV[5] or version ~= ARGV[6] or version == '' then
-  return {lineage, version, redis.call('HGET', key, 'members') or ''}
+  return {lineage, version, ARGV[3], redis.call('HGET', key, 'members') or ''}
 end
-if call <= done then return redis.error_reply('AGAIN this call was done before') end
-redis.call('HSET', key, life, number(call) .. ' ' .. number(clock))
 local generation = math.floor(clock / COUNTED)
 local is_room = redis.call('HLEN', key) < MAX_FIELDS
 
@@ -140,10 +145,13 @@ local function draw(name, text)
   kept, back, wanted = tonumber(kept), tonumber(back), tonumber(wanted)
   local found = redis.call('HGET', key, 'b' .. name)
   if home == 0 or not (found or is_room) then return '0 0 0 0' end
-  local account, level
-  if found then
-    account = read_account(found)
+  local account, level = found and read_account(found), nil
+  if account then
     level = level_of(account, clock)
+  elseif found then
+    -- Damaged. Who knows what was granted: as at the beginning of a lineage.
+    account = {full = 0, generation = generation, out = 0, former = 0}
+    level = -COUNTED * rate
   else
     account = {full = 0, generation = generation, out = 0, former = 0}
     level = math.max(0, clock - COUNTED) * rate
@@ -166,7 +174,8 @@ local function draw(name, text)
     redis.call('ZADD', KEYS[2], clock, name)
     forget_short(KEYS[2], clock)
   end
-  local free = home - level - account.out - account.former
+  -- In the first moments there are grants of the former lineage, for which there has to be room as well.
+  local free = clock < COUNTED and 0 or home - math.max(0, level) - account.out - account.former
   room = math.max(0, math.min(tonumber(room), math.floor(free - math.min(free / 4, tonumber(spared)))))
   account.out = account.out + room
   local full = clock + (home - level) / rate
@@ -187,9 +196,9 @@ return answers
 )
 """KEYS: the hash, and `short`. ARGV: a lineage if there is none, the life, the number of this call and of its last one
 that was answered, the lineage and the version that it knows; for each bucket its key and
-`home rate generation ends kept back wanted room spared`. Answers the lineage, the version and the members, when nothing
-was done since the caller knows others; else the lineage, the generation, the number of the call, and for each
-`kept drawn room left`."""
+`home rate generation ends kept back wanted room spared`. Answers the lineage, the version, the number of the call and
+the members, when nothing was done since the caller knows others; else the lineage, the generation, the number of the
+call, and for each `kept drawn room left`."""
 
 BEAT: Final = (
     _BEGIN
@@ -199,26 +208,35 @@ local token = tonumber(ARGV[2])
 if token < fence then return redis.error_reply('FENCED another gateway has the lease') end
 if token > fence then redis.call('SET', KEYS[3], ARGV[2]) end
 local lineage, clock = begin(ARGV[1])
-local are_others = redis.call('HGET', key, 'members') ~= ARGV[3]
-if are_others then redis.call('HSET', key, 'members', ARGV[3], 'version', redis.sha1hex(ARGV[3])) end
+local epoch, known = tonumber(ARGV[6]), redis.call('HGET', key, 'members')
+local named, since = string.match(redis.call('HGET', key, 'named') or '', '^(%d+) (%d+)$')
+named, since = tonumber(named) or 0, tonumber(since) or clock
+if not known or epoch > named or (epoch == named and known ~= ARGV[3]) then
+  since = clock
+  redis.call('HSET', key, 'members', ARGV[3], 'version', redis.sha1hex(ARGV[3]))
+  redis.call('HSET', key, 'named', number(epoch) .. ' ' .. number(clock))
+end
 local found = redis.call('HSCAN', key, ARGV[4], 'COUNT', ARGV[5])
 for i = 1, #found[2], 2 do
   local name, kind = found[2][i], string.sub(found[2][i], 1, 1)
   if kind == 'l' then
-    local since = tonumber(string.match(found[2][i + 1], '%d+$'))
-    if clock - since > LIFE then redis.call('HDEL', key, name) end
+    local called = tonumber(string.match(found[2][i + 1], '%d+$')) or 0
+    if clock - called > LIFE then redis.call('HDEL', key, name) end
   elseif kind == 'b' then
     local account = read_account(found[2][i + 1])
-    local level = level_of(account, clock)
-    if account.out + account.former == 0 and level >= account.home and clock - account.used > KEPT then
-      redis.call('HDEL', key, name)
+    if account then
+      local level = level_of(account, clock)
+      if account.out + account.former == 0 and level >= account.home and clock - account.used > KEPT then
+        redis.call('HDEL', key, name)
+      end
     end
   end
 end
 forget_short(KEYS[2], clock)
-return {are_others and 1 or 0, found[1], redis.call('ZREVRANGE', KEYS[2], 0, MAX_TOLD - 1)}
+return {math.max(0, since + COUNTED - clock), found[1], redis.call('ZREVRANGE', KEYS[2], 0, MAX_TOLD - 1)}
 """
 )
 """KEYS: the hash, `short` and the fence. ARGV: a lineage if there is none, the gateway's token, the members, where the
-search for what can be dropped goes on, and how many fields it looks at. Answers 1 if there were other members, where
-the search goes on next, and the buckets that are short."""
+search for what can be dropped goes on, how many fields it looks at, and the epoch of the members; those of a later one
+stay. Answers for how many microseconds there may be grants by former members, where the search goes on next, and the
+buckets that are short."""

@@ -30,6 +30,9 @@ TICK_SECONDS: Final = 0.05
 TICK_BUCKETS: Final = 256
 """Of a call, of all shards together: some 20 us each here, and 10 us of the server."""
 
+TICK_BYTES: Final = 1 << 18
+"""Rough, of keys: a call takes no further bucket when it has as much."""
+
 LOOKED_BUCKETS: Final = 16 * TICK_BUCKETS
 """Looked at for a call. Where callers invent keys, most of them are used no more when their turn comes."""
 
@@ -160,6 +163,7 @@ class Drawing:
     async def _asked(self, wish_of: WishOf) -> dict[int, list[Asked]]:
         asked: dict[int, list[Asked]] = {}
         time_slice = TimeSlice()
+        size = 0
         left = TICK_BUCKETS
         for _ in range(min(self._ledger.active, LOOKED_BUCKETS)):
             await time_slice.rest_when_due()
@@ -174,6 +178,7 @@ class Drawing:
                 said = self._shards[number].ask(bucket, wished)
                 if said is not None:
                     asked.setdefault(number, []).append(said)
-            if not left:
+                    size += len(bucket.key)
+            if not left or size >= TICK_BYTES:
                 break
         return asked

@@ -20,7 +20,7 @@ from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 LIFE_US: Final = 60_000_000
-"""After a silence of so long calls have another name. The server forgets names ten times as old."""
+"""Without an answer for so long calls have another name. The server forgets names ten times as old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,14 @@ class Draws:
         self._region = region
         self._status = status
         self._life = ""
-        self._called_us = -LIFE_US
+        self._life_us = -LIFE_US
+        """When the life began, or sent what was answered last."""
         self._number = self._answered = 0
         self._lineage = b""
         self._version = b""
         self._members: list[Mapping[str, int]] = []
         self._members_number = 0
         """Counts up with each other version."""
-
-    @property
-    def has_members(self) -> bool:
-        """False until a gateway has said who the members are: nothing can be drawn."""
-        return bool(self._version)
 
     def ask(self, bucket: GrantedBucket, wish: Wish) -> Asked | None:
         """What a call says of this bucket; None if it cannot be said."""
@@ -72,9 +68,9 @@ class Draws:
 
     def arguments(self, asked: Iterable[Asked], sent_us: int) -> list[bytes | str]:
         """The arguments of `DRAW`. An answer of what was sent before this one must not be heard any more."""
-        if sent_us - self._called_us >= LIFE_US:
+        if sent_us - self._life_us >= LIFE_US:
             self._begin_life()
-        self._called_us = sent_us
+            self._life_us = sent_us
         self._number += 1
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), self._life, str(self._number), str(self._answered)),
@@ -87,6 +83,10 @@ class Draws:
             arguments += [each.bucket.key, f"{home} {rate:.17g} {was}"]
         return arguments
 
+    @property
+    def _number_said(self) -> bytes:
+        return str(self._number).encode()
+
     def _begin_life(self) -> None:
         self._life, self._number, self._answered = secrets.token_hex(8), 0, 0
 
@@ -95,11 +95,11 @@ class Draws:
         BadRecord: it is no answer. Nobody knows what was done.
         """
         match answer:
-            case [bytes(lineage), bytes(version), bytes(members)]:
+            case [bytes(lineage), bytes(version), number, bytes(members)] if number == self._number_said:
+                self._life_us = sent_us
                 self._learn(asked, lineage, version, members)
-            case [bytes(), int(generation), number, *texts] if (
-                len(texts) == len(asked) and number == str(self._number).encode()
-            ):
+            case [bytes(), int(generation), number, *texts] if len(texts) == len(asked) and number == self._number_said:
+                self._life_us = sent_us
                 self._answered = self._number
                 for each, text in zip(asked, texts, strict=True):
                     self._drawn(each, text, generation, sent_us)
@@ -128,6 +128,7 @@ class Draws:
         if kept not in (0, draw.kept) or not 0 <= tokens <= draw.wanted or not 0 <= room <= draw.room:
             raise BadRecord("more than was asked for")
         bucket = asked.bucket
+        left = max(0, min(left, bucket.home // TOKEN))
         bucket.drawn(draw, Drawn(kept, tokens, room, left), generation, sent_us)
         if tokens < draw.wanted:
             bucket.paced_us = sent_us
@@ -146,7 +147,7 @@ def read_members(text: bytes) -> list[Mapping[str, int]]:
     """
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord("members that are none") from error
     is_list = isinstance(found, list) and all(isinstance(each, dict) and each for each in found)
     if not is_list or not all(isinstance(w, int) and w >= 0 for each in found for w in each.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from redis import exceptions
@@ -18,12 +19,16 @@ from ratelimit_sidecar.fabric.drawing import Drawing
 from ratelimit_sidecar.fabric.draws import members_text
 from ratelimit_sidecar.fabric.link import Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
-from ratelimit_sidecar.persistence.redis_calls import Connect
+from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted
 from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.persistence.snapshots import TimeSlice
 from ratelimit_sidecar.replication.purses import Purses
 
 SWEPT_FIELDS: Final = 64
 """Of a shard's accounts, in a beat: 0.1 ms of the server."""
+
+SWEPT_BUCKETS: Final = 16
+"""Of the gateway's own, in a beat."""
 
 
 class RegionalPurses:
@@ -69,11 +74,12 @@ class RegionalPurses:
         """
         now_us = self._strict_us()
         every_us, self._beaten_us = now_us - self._beaten_us, now_us
-        members = members_text(self._shares.in_force(now_us))
+        self._ledger.sweep(now_us, SWEPT_BUCKETS)
+        members, epoch = members_text(self._shares.in_force(now_us)), str(self._shares.membership.epoch)
         calls: list[Call] = [
             (
                 [*keys.of_accounts, keys.fence],
-                [secrets.token_hex(8), str(token), members, cursor, str(SWEPT_FIELDS)],
+                [secrets.token_hex(8), str(token), members, cursor, str(SWEPT_FIELDS), epoch],
             )
             for keys, cursor in zip(self._keys.shards, self._cursors, strict=True)
         ]
@@ -81,22 +87,33 @@ class RegionalPurses:
             answers = await link.call(BEAT, calls)
         except exceptions.ResponseError as error:
             answers = [error]
+        time_slice = TimeSlice()
         for number, answer in enumerate(answers):
             if isinstance(answer, Exception):
                 if "FENCED" in str(answer):
                     raise answer
-                # A shard of a Cluster may be moved, while the others are not.
+                # A shard of a Cluster may be moved, while the others are not. It knows the former members as yet.
+                if is_permitted(answer):
+                    self._settle_after(COUNTED_US)
                 continue
-            self._hear(number, answer, every_us)
+            for key in self._heard(number, answer):
+                self._note_short(key, every_us)
+                await time_slice.rest_when_due()
 
-    def _hear(self, number: int, answer: Any, every_us: int) -> None:
+    def _heard(self, number: int, answer: Any) -> list[bytes]:
+        """The keys of buckets that are short."""
         match answer:
-            case [int(are_others), bytes(cursor), [*short]] if all(isinstance(key, bytes) for key in short):
-                now_us = self._strict_us()
+            case [int(after_us), bytes(cursor), [*short]] if all(isinstance(key, bytes) for key in short):
                 self._cursors[number] = cursor.decode()
-                if are_others:
-                    self._settled_us = now_us + COUNTED_US
-                for key in short:
-                    self._ledger.note_short(key, now_us, every_us)
+                self._settle_after(after_us)
+                return short
             case _:
                 raise BadRecord("an answer of another script")
+
+    def _settle_after(self, after_us: int) -> None:
+        self._settled_us = max(self._settled_us, self._strict_us() + after_us)
+
+    def _note_short(self, key: bytes, every_us: int) -> None:
+        # Whatever stands there is none of ours if it is no key.
+        with suppress(ValueError):
+            self._ledger.note_short(key, self._strict_us(), every_us)

@@ -21,6 +21,8 @@ SERVER_FAULTS: Final = (
 )
 """With one of these no other bucket can be written either: the last two come from a Cluster that moves a slot."""
 
+_NOT_PERMITTED: Final = ("NOPERM", "no permissions", "The user executing the script")
+
 T = TypeVar("T")
 
 
@@ -78,6 +80,11 @@ def is_of_server(error: str) -> bool:
     return any(fault in error for fault in SERVER_FAULTS)
 
 
+def is_permitted(error: Exception) -> bool:
+    """False when the server refuses this user what is needed."""
+    return not any(words in str(error) for words in _NOT_PERMITTED)
+
+
 @cache
 def digest_of(script: str) -> str:
     """The script's name on a server."""
@@ -91,7 +98,7 @@ def reason_of(error: Exception) -> str:
         return text
     for words, reason in (
         (("WRONGPASS", "NOAUTH", "invalid username-password"), "it refuses user or password"),
-        (("NOPERM", "no permissions", "The user executing the script"), "it does not permit what is needed"),
+        (_NOT_PERMITTED, "it does not permit what is needed"),
         (("OOM", "maxmemory"), "it is out of memory"),
         (("READONLY", "read only replica"), "it is a read-only replica"),
         (("LOADING", "loading the dataset"), "it is loading its data"),

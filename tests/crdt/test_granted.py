@@ -130,6 +130,17 @@ def test_an_account_that_had_too_little_is_asked_again_when_something_has_refill
     assert wish(bucket, NOW_US + 1_000_000) == Wish(1, 2)
 
 
+def test_nothing_is_drawn_for_a_request_that_is_never_admitted() -> None:
+    bucket = holding(1, left=16)
+    assert not bucket.take(LIMIT.capacity + 1, NOW_US)
+    assert not bucket.would_admit(LIMIT.capacity + 1, NOW_US)
+    assert wish(bucket, NOW_US) is None
+    assert not bucket.take(LIMIT.capacity, NOW_US)
+    wished = wish(bucket, NOW_US)
+    assert wished is not None
+    assert wished.wanted == LIMIT.capacity - 1
+
+
 def make_ledger() -> GrantLedger:
     return GrantLedger(Shares(Membership(1, {"here": 1}), "here", NOW_US), Origin("a", 1), lambda _key: LIMIT)
 

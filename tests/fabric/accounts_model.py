@@ -96,11 +96,12 @@ class Shard:
         done = self.calls.get(life, 0)
         if lineage == self.lineage and done < int(answered) and not self.broken.believes_the_history:
             self._begin_lineage(drawn_lineage, history, time)
+        if lineage == self.lineage:
+            if int(number) <= done and not self.broken.believes_late_calls:
+                return None
+            self.calls[life] = int(number)
         if lineage != self.lineage or version != self.version or not version:
-            return [self.lineage.encode(), self.version.encode(), self.members.encode()]
-        if int(number) <= done and not self.broken.believes_late_calls:
-            return None
-        self.calls[life] = int(number)
+            return [self.lineage.encode(), self.version.encode(), number.encode(), self.members.encode()]
         texts = [self._draw(name, text) for name, text in zip(asked[::2], asked[1::2], strict=True)]
         return [self.lineage.encode(), self.clock // COUNTED_US, number.encode(), *texts]
 
@@ -149,7 +150,7 @@ class Shard:
         drawn = max(0, min(wanted, math.floor(level)))
         level -= drawn
         account.out += drawn
-        free = home - level - account.out - account.former
+        free = 0 if self.clock < COUNTED_US else home - max(0, level) - account.out - account.former
         room = max(0, min(room, math.floor(free - min(free / 4, spared))))
         account.out += room
         account.full = self.clock + (home - level) / rate

@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.drawing import wish
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Wish
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
-from ratelimit_sidecar.fabric.draws import Asked, Draws, members_text
+from ratelimit_sidecar.fabric.draws import LIFE_US, Asked, Draws, members_text
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 
@@ -138,7 +138,7 @@ class ScriptedServer(Server):
 
     def beat(self, lineage: str, members: str, now_us: int) -> None:
         super().beat(lineage, members, now_us)
-        self._run(BEAT, [*SHARD.of_accounts, SHARD.fence], [lineage, "1", members, "0", "1000"], now_us)
+        self._run(BEAT, [*SHARD.of_accounts, SHARD.fence], [lineage, "1", members, "0", "1000", "1"], now_us)
 
     def draw(self, arguments: list[str], now_us: int) -> list[Any] | None:
         expected = super().draw(arguments, now_us)
@@ -227,11 +227,11 @@ class AccountsMachine(RuleBasedStateMachine):
             while self.take_of(name, 1):
                 pass
 
-    def send(self, name: str, wanted: int | None, most: int) -> Call | None:
+    def send(self, name: str, wanted: int | None, most: int, room: int = 0) -> Call | None:
         sidecar = self.sidecars[name]
         now_us = sidecar.now_us(self.now_us)
         sidecar.bucket.advance(now_us)
-        wished = wish(sidecar.bucket, now_us) if wanted is None else Wish(wanted, most)
+        wished = wish(sidecar.bucket, now_us) if wanted is None else Wish(wanted, most, room, 2)
         if wished is None:
             return None
         asked = sidecar.draws.ask(sidecar.bucket, wished)
@@ -247,8 +247,8 @@ class AccountsMachine(RuleBasedStateMachine):
         if call.answer is not None:
             call.sidecar.draws.hear(call.asked, call.answer, call.sent_us)
 
-    def call(self, name: str, wanted: int | None = None, most: int = 0) -> None:
-        call = self.send(name, wanted, most)
+    def call(self, name: str, wanted: int | None = None, most: int = 0, room: int = 0) -> None:
+        call = self.send(name, wanted, most, room)
         if call is not None:
             call.answer = self.server.draw(call.arguments, self.now_us)
             self.hear(call)
@@ -257,9 +257,14 @@ class AccountsMachine(RuleBasedStateMachine):
     def tick(self, name: str) -> None:
         self.call(name)
 
-    @rule(name=names, wanted=st.sampled_from([0, 1, 10, 200]), most=st.sampled_from([0, 1, 10, 200]))
-    def call_whatever_the_policy(self, name: str, wanted: int, most: int) -> None:
-        self.call(name, wanted, most)
+    @rule(
+        name=names,
+        wanted=st.sampled_from([0, 1, 10, 200]),
+        most=st.sampled_from([0, 1, 10, 200]),
+        room=st.sampled_from([0, 0, 10, 200]),
+    )
+    def call_whatever_the_policy(self, name: str, wanted: int, most: int, room: int) -> None:
+        self.call(name, wanted, most, room)
 
     @rule()
     def draw_all(self) -> None:
@@ -385,6 +390,45 @@ class AccountsMachine(RuleBasedStateMachine):
     def change_the_members(self, others: int) -> None:
         """The oracle allows the greatest home."""
         self.members = members_text([{"east": 1, "west": others}])
+
+
+def test_a_call_that_was_refused_is_not_done_later() -> None:
+    machine = AccountsMachine()
+    machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+    machine.change_the_members(0)
+    machine.pass_time(1_000)
+    machine.call("a", 100, 200)
+    machine.call("a", 100, 200)
+    assert machine.sidecars["a"].bucket.held == 100
+    machine.change_the_members(1)
+    machine.pass_time(1_000)
+    call = machine.send("a", 0, 0)
+    assert call is not None
+    call.answer = machine.server.draw(call.arguments, machine.now_us)
+    machine.hear(call)
+    assert machine.sidecars["a"].bucket.held == 100
+    machine.change_the_members(0)
+    machine.pass_time(1_000)
+    machine.server.draw(call.arguments, machine.now_us)
+    machine.others_draw("a")
+    machine.take_all()
+    machine.nothing_is_admitted_beyond_the_limit()
+
+
+def test_one_that_nobody_answered_for_long_does_not_empty_the_accounts_of_the_others() -> None:
+    """The server has forgotten its life by then, as if it had lost data."""
+    machine = AccountsMachine()
+    machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+    machine.call("a", 10, 200)
+    machine.call("a", 10, 200)
+    for _ in range(3):
+        machine.pass_time(LIFE_US // 2)
+        machine.send("a", 10, 200)
+    machine.server.shard.calls.clear()
+    lineage = machine.server.shard.lineage
+    machine.call("a", 10, 200)
+    assert machine.server.shard.lineage == lineage
+    assert machine.sidecars["a"].bucket.held > 0
 
 
 TestAccountsMachine = AccountsMachine.TestCase

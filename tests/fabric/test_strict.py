@@ -17,6 +17,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US
+from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_wish
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
 from ratelimit_sidecar.fabric.drawing import Drawing
@@ -49,11 +50,10 @@ class Region:
     def now_us(self) -> int:
         return time.monotonic_ns() // 1_000 + self.ahead_us
 
-    async def beat(self, token: int = 1) -> None:
+    async def beat(self, token: int = 1, epoch: int = 1) -> None:
         first = KEYS.shards[0]
-        await self._link.call(
-            BEAT, [([*first.of_accounts, first.fence], [secrets.token_hex(8), str(token), self.members, "0", "64"])]
-        )
+        arguments = [secrets.token_hex(8), str(token), self.members, "0", "64", str(epoch)]
+        await self._link.call(BEAT, [([*first.of_accounts, first.fence], arguments)])
 
     async def run(self, seconds: float) -> None:
         """The gateway's part of the time that goes by in truth."""
@@ -280,6 +280,61 @@ async def test_a_gateway_with_an_older_token_says_nothing(server: RedisServer) -
         with pytest.raises(ResponseError, match="FENCED"):
             await region.beat(token=4)
         await a.draw(90)
+
+
+async def test_a_gateway_with_an_older_configuration_does_not_give_the_region_its_former_home(
+    server: RedisServer,
+) -> None:
+    """Others count on the new one, once it was shown."""
+    async with region_on(server) as region:
+        a = region.sidecars["a"]
+        former, region.members = region.members, members_text([{"east": 1, "west": 1}])
+        await region.beat(token=5, epoch=2)
+        region.members = former
+        await region.beat(token=6, epoch=1)
+        assert not a.take(90)
+        await a.tick()
+        await a.tick()
+        assert 40 <= a.held() <= 50
+
+
+async def test_there_is_no_room_for_payments_while_there_may_be_grants_that_a_lost_account_knew(
+    server: RedisServer,
+) -> None:
+    async with region_on(server) as region, server.client() as client:
+        await region.sidecars["b"].draw(100)
+        await client.flushall()
+        ledger = RegionalLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
+        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", wish=regional_wish)
+        bucket = ledger.bucket(b"k", LIMIT, region.now_us)
+        assert isinstance(bucket, GrantedBucket)
+        began = asyncio.get_running_loop().time()
+        while not bucket.granted:
+            await region.beat()
+            ledger.note_short(b"k", region.now_us, 50_000)
+            await drawing.tick()
+            await asyncio.sleep(MOST_STEP_US / 4e6)
+        assert asyncio.get_running_loop().time() - began >= COUNTED_US / 1e6
+        assert bucket.granted <= LIMIT.capacity
+        await drawing.close()
+
+
+async def test_a_damaged_account_is_empty_and_the_others_are_as_they_were(server: RedisServer) -> None:
+    async with region_on(server) as region, server.client() as client:
+        a, b = region.sidecars.values()
+        await a.draw(10)
+        assert not b.take(10, key=b"l")
+        for damaged in (b"", b"1 2 3", b"inf 0 0 0 100 nan 0", b"1.0 0 0 0 100 1.0.0 0"):
+            await client.hset(STRICT, "bk", damaged)
+            await region.beat()
+            assert not b.take(10)
+            assert await b.tick()
+            assert b.held() == 0
+            assert b.held(b"l") >= 10
+        while b.held() < 10:
+            await region.run(0.1)
+            b.take(10)
+            await b.tick()
 
 
 async def test_sidecars_go_by_the_members_that_the_gateway_names(server: RedisServer) -> None:
