@@ -1,9 +1,10 @@
 """`python -m benchmarks.quota_filter`: what a request through a real Envoy costs with the quota filter, beside none and
 beside the rate limit filter.
 
-One Envoy with one worker has a listener for each; upstream is a listener of the same Envoy that answers by itself. The
-limit is wide, so that all is admitted. What counts is the ratio to no filter within a round: of requests a second on a
-machine that has nothing else to do, and of Envoy's processor time a request on any.
+The quota filter is measured alone, too: its service is not there, and it lets all pass. So what is left is what the
+service has to do with it. One Envoy with one worker has a listener for each; upstream is a listener of the same Envoy
+that answers by itself. The limit is wide, so that all is admitted. What counts is the ratio to no filter within a
+round: of requests a second on a machine that has nothing else to do, and of Envoy's processor time a request on any.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ _V3 = "type.googleapis.com/envoy.extensions.filters.http.rate_limit_quota.v3"
 ASSIGNED_WITHIN_S = 30.0
 
 
-def quota_filter(cluster: str) -> dict[str, Any]:
+NAMES = ("none", "alone", "quota", "ratelimit")
+
+NOWHERE = f"{HOST}:1"
+
+
+def quota_filter(cluster: str, without_assignment: str) -> dict[str, Any]:
+    """
+    Args:
+        without_assignment: what it does then, ALLOW_ALL or DENY_ALL.
+    """
     settings = {
         "@type": f"{_V3}.RateLimitQuotaBucketSettings",
         "bucket_id_builder": {"bucket_id_builder": {"agent": {"string_value": "acme"}}},
         "reporting_interval": "5s",
-        # All is let through only once it is assigned.
-        "no_assignment_behavior": {"fallback_rate_limit": {"blanket_rule": "DENY_ALL"}},
+        "no_assignment_behavior": {"fallback_rate_limit": {"blanket_rule": without_assignment}},
     }
     config = {
         "@type": f"{_V3}.RateLimitQuotaFilterConfig",
@@ -47,14 +56,18 @@ def quota_filter(cluster: str) -> dict[str, Any]:
 
 
 def start_envoy(servers: Servers, sidecar: str) -> tuple[Server, dict[str, str]]:
-    """It, and URLs by the filter: none, quota, ratelimit."""
+    """It, and URLs by the filter, of `NAMES`."""
     ports = servers.ports()
     admin = f"{HOST}:{ports.envoy_admin}"
-    addresses = {name: f"{HOST}:{servers.ports().envoy}" for name in ("none", "quota", "ratelimit")}
-    listeners = {name: (address, None if name == "none" else sidecar) for name, address in addresses.items()}
+    addresses = {name: f"{HOST}:{servers.ports().envoy}" for name in NAMES}
+    called = {"none": None, "alone": NOWHERE, "quota": sidecar, "ratelimit": sidecar}
+    listeners = {name: (address, called[name]) for name, address in addresses.items()}
     config = bootstrap(listeners, f"{HOST}:{ports.envoy}", admin)
-    of_quota = config["static_resources"]["listeners"][1]["filter_chains"][0]["filters"][0]["typed_config"]
-    of_quota["http_filters"][0] = quota_filter("ratelimit_sidecar_quota")
+    # With the service all is let through only once it is assigned.
+    for name, without_assignment in (("alone", "ALLOW_ALL"), ("quota", "DENY_ALL")):
+        listener = config["static_resources"]["listeners"][NAMES.index(name)]
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        manager["http_filters"][0] = quota_filter(f"ratelimit_sidecar_{name}", without_assignment)
     file = servers.folder / "envoy.yaml"
     file.write_text(yaml.safe_dump(config))
     argv = [find_envoy(), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "--log-level", "warn"]
@@ -86,7 +99,7 @@ def measure(envoy: Server, url: str, load: Load, seconds: float) -> Figures:
 @click.command()
 @round_options(rounds=15, seconds=1.0)
 def main(rounds: int, seconds: float, as_json: bool) -> None:
-    """Measure no filter, the quota filter and the rate limit filter in turn."""
+    """Measure no filter, the quota filter alone and with the sidecar, and the rate limit filter in turn."""
     with running_servers() as servers:
         sidecar = servers.sidecar()
         envoy, urls = start_envoy(servers, sidecar.address)
