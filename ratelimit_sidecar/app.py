@@ -729,10 +729,7 @@ def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     ledger: Ledger | None = None
     if config.membership is not None:
         kind = Ledger if config.fabric is None else GrantLedger
-        shares = Shares(config.membership, config.member, now_us)
-        if config.fabric is not None:
-            # No region with a fabric has ever lent anything.
-            shares.from_us = now_us
+        shares = Shares(config.membership, config.member, now_us, has_never_lent=config.fabric is not None)
         ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=config.max_buckets, rule_key=rule_key)
     return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 

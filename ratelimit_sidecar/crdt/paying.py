@@ -167,8 +167,7 @@ class Paying:
     def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
         """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
-        payer = self._peers[peer]
-        payer.left, payer.most, payer.answered_us = pay.left, most, now_us
+        self.heard(peer, pay.left, most, now_us)
         return self.bucket.paid(end, peer, pay.amount, most)
 
     def ticket(self, number: int, tokens: int, now_us: int) -> Ticket:
@@ -182,7 +181,7 @@ class Paying:
         return Ticket(tokens, left)
 
     def heard(self, peer: str, left: int, most: int, now_us: int) -> None:
-        """Note what a peer has left, as it says with a ticket."""
+        """Note what a peer has left, as it says with a payment or a ticket."""
         payer = self._peers[peer]
         payer.left, payer.most, payer.answered_us = left, most, now_us
 

@@ -84,11 +84,13 @@ class Shares:
     Args:
         node: this node.
         started_us: when it started; its buckets were empty then.
+        has_never_lent: True where no former life can have lent anything: no region with a fabric ever has.
     """
 
     membership: Membership
     node: str
     started_us: int
+    has_never_lent: bool = False
     conflicts: dict[str, Shown] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only those of members have an effect."""
     from_us: int = field(init=False)
@@ -99,7 +101,7 @@ class Shares:
     """Peers that have shown a membership, which only protocol 4 can."""
 
     def __post_init__(self) -> None:
-        self.from_us = self.started_us + (OLD_LOAN_US if self._others else 0)
+        self.from_us = self.started_us + (OLD_LOAN_US if self._others and not self.has_never_lent else 0)
 
     @property
     def _others(self) -> set[str]:

@@ -126,7 +126,7 @@ class StrictBucket(Bucket):
         are asked.
         """
         self.advance(now_us)
-        if (hits * self._limit.period_us) << 32 <= self.level:
+        if self.has(hits):
             return True
         self._want(hits)
         self.denied_us = self.at_us

@@ -43,9 +43,7 @@ class RegionalPurses:
         self._keys = keys
         self._strict_us = strict_us
         self._beaten_us = strict_us()
-        self._shares = Shares(ledger.shares.membership, ledger.shares.node, self._beaten_us)
-        # No region with a fabric has ever lent anything.
-        self._shares.from_us = self._beaten_us
+        self._shares = Shares(ledger.shares.membership, ledger.shares.node, self._beaten_us, has_never_lent=True)
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
         """Of the mesh: a member of strict limits has one name, whoever speaks for it."""
         self._limits = ledger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, wish
@@ -158,13 +158,8 @@ def test_a_turn_is_a_look_at_one_bucket_however_many_are_used_no_more() -> None:
 
 def test_granted_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
     ledger = make_ledger()
-    gc.collect()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
+    with collected_when_told() as young_objects:
         for number in range(1_000):
             ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
-        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
-    finally:
-        gc.set_threshold(*thresholds)
+        young = young_objects()
     assert sum(isinstance(found, GrantedBucket) for found in young) < 400

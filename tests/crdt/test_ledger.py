@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import random
 
 import pytest
+from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
@@ -238,14 +238,9 @@ def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
 def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
     """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
     ledger = make_ledger()
-    gc.collect()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
+    with collected_when_told() as young_objects:
         for number in range(1_000):
             ledger.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
-        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
-    finally:
-        gc.set_threshold(*thresholds)
+        young = young_objects()
     assert len(ledger) == 1_000
     assert sum(isinstance(found, StrictBucket) for found in young) < 300

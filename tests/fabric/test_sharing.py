@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
@@ -21,14 +21,9 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     for number in range(2_000):
         store.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
     changes = store.drain_changes()
-    gc.collect()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
+    with collected_when_told() as young_objects:
         for bucket, slots in changes:
             sharing.note(bucket, slots, NOW_US)
-        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
-    finally:
-        gc.set_threshold(*thresholds)
+        young = young_objects()
     assert len(sharing) == 2_000
     assert len(young) < 1_500

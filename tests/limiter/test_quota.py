@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from limiter.requests import OK, decide, make_request
+from young import collected_when_told
 
 from benchmarks.quotas.envoys import ADA, DOMAIN, SECOND_US, STEP_US, Envoy, Node, World
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
@@ -570,14 +570,9 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
     server = Server()
     stream = server.connect()
-    gc.collect()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
+    with collected_when_told() as young_objects:
         server.report(stream, *many(500))
-        young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
-    finally:
-        gc.set_threshold(*thresholds)
+        young = young_objects()
     assert len(stream.buckets) == 500
     assert sum(isinstance(found, EnvoyBucket) for found in young) < 100
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable
 
 import grpc
@@ -13,6 +12,7 @@ import structlog.testing
 from h2.errors import ErrorCodes
 from server.front_ends import KINDS, Tls, channel_to, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected
+from young import collected_when_told
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
@@ -650,14 +650,9 @@ async def test_a_client_with_nothing_to_say_is_not_taken_for_one_that_vanished(k
 async def test_calls_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
     """Otherwise it looks at a hundred thousand objects at once: it goes by how many more have come than gone."""
     async with running("h2", handlers(wait_for_ever)) as front_end, connected(front_end.addresses[0]) as client:
-        gc.collect()
-        thresholds = gc.get_threshold()
-        gc.set_threshold(0)
-        try:
+        with collected_when_told() as young_objects:
             for _ in range(100):
                 client.open(PATH)
             await client.ping()
-            young = [found for generation in (0, 1) for found in gc.get_objects(generation)]
-        finally:
-            gc.set_threshold(*thresholds)
+            young = young_objects()
         assert sum(isinstance(found, StreamingCall) for found in young) < 50
