@@ -328,6 +328,7 @@ class Sidecar:
                 fullest=self._fullest,
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
+                quota_places=self._quotas.places,
                 waits=None if self._limiter.ledger is None else self._limiter.ledger.lines,
             )
         )

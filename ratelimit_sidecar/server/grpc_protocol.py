@@ -15,10 +15,10 @@ from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
-from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
+from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import Limits
-from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
+from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 
 SLICE_BYTES: Final = 4_096
@@ -307,15 +307,21 @@ class GrpcProtocol:
             # The client has not seen the GOAWAY yet.
             self._connection.finish(stream_id, SHUTTING_DOWN)
             return
+        places = opened.method.places
+        if places is not None and not places.enter(self, self._budget.address):
+            self._connection.finish(stream_id, NO_PLACE)
+            return
         call = StreamingCall(
             opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
         )
         self._streaming[stream_id] = call
         young_objects.note(_OBJECTS_OF_STREAM)
-        call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
+        call.start(self._shared.tasks, lambda: self._end_streaming(stream_id, places))
 
-    def _end_streaming(self, stream_id: int) -> None:
+    def _end_streaming(self, stream_id: int, places: Places | None) -> None:
         del self._streaming[stream_id]
+        if places is not None:
+            places.leave(self, self._budget.address)
 
     def _flush(self) -> None:
         transport = self._transport

@@ -158,6 +158,13 @@ class FrontEndStatus(Protocol):
     def refused_calls(self) -> Mapping[str, int]: ...
 
 
+class PlacesStatus(Protocol):
+    """What is read of a method's places (`ratelimit_sidecar.server.budget.Places`, a layer above)."""
+
+    @property
+    def refused(self) -> int: ...
+
+
 class StateStatus(Protocol):
     """What is read of the snapshots (`ratelimit_sidecar.persistence.snapshots.SnapshotStatus`, a layer above)."""
 
@@ -309,7 +316,7 @@ class MetricSources:
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
         spans: None without tracing.
-        quotas: None if Envoys get no quotas.
+        quotas: None if Envoys get no quotas; so is `quota_places`.
         waits: None if no limit can be strict.
     """
 
@@ -336,6 +343,7 @@ class MetricSources:
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
+    quota_places: PlacesStatus | None = None
     waits: Lines | None = None
 
 
@@ -1265,8 +1273,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_quota_streams_refused_total",
         "counter",
         ("region",),
-        "Streams refused since there were too many.",
-        _read_quotas(lambda quotas: quotas.counts.refused_streams),
+        "Streams refused since there were too many, of all, of an address or on a connection.",
+        _read_source(lambda sources: sources.quota_places, lambda places: places.refused),
     ),
     Definition(
         "ratelimit_quota_buckets",
