@@ -212,7 +212,7 @@ class StrictBucket(Bucket):
                 if self.home_version and not self.home:
                     # Nothing refills; it would owe for ever, and could not be dropped.
                     self.level = min(0, self.level + elapsed_us * self._repaid)
-                # It may owe from before a change of its limit or home.
+                # Its limit may be another one now.
                 self.level = max(self.level, self.floor)
             self.at_us = now_us
 
@@ -366,11 +366,11 @@ class StrictBucket(Bucket):
         self._drawn.clear()
 
     def set_home(self, home: int, now_us: int) -> None:
-        """Set another home from now on, withheld tokens included; the level is cut to it."""
+        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
         self.advance(now_us)
         self.home = max(0, home - self.withheld)
         self.ceiling, self.refill = in_grains(self._limit, self.home)
-        self.level = min(self.level, max(0, self.ceiling - self.room_reserved))
+        self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
     def is_idle(self, now_us: int) -> bool:
         """True when it is full and no ask is open: a new bucket would not have more."""

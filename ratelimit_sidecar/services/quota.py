@@ -79,8 +79,8 @@ class QuotaService:
         is something to be told.
 
         Raises:
-            RpcError: UNAVAILABLE while there are no rules, INVALID_ARGUMENT for something else than reports, or without a
-            domain.
+            RpcError: UNAVAILABLE while there are no rules, INVALID_ARGUMENT for something else than reports, or
+            without a domain.
         """
         if self._waits_for_rules:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")

@@ -1043,6 +1043,20 @@ METRICS: tuple[Definition, ...] = (
         lambda at: [("", (at.sources.region,), at.sources.limiter.store.room.most)],
     ),
     Definition(
+        "crdt_slots",
+        "gauge",
+        ("region",),
+        "Slots that token buckets hold, as of the last pass over all, once a minute; 4 times max_buckets at most.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.slots)],
+    ),
+    Definition(
+        "crdt_horizon_ratio",
+        "gauge",
+        ("region",),
+        "For what part of their horizon token buckets hold slots: 1, or less where there would be too many.",
+        lambda at: [("", (at.sources.region,), 0.5**at.sources.limiter.store.horizon_shift)],
+    ),
+    Definition(
         "crdt_refused_keys_total",
         "counter",
         ("region",),
