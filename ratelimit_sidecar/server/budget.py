@@ -17,6 +17,11 @@ CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
 """The connections of one address may hold half of the free memory, and one connection an eighth (`CONNECTION_PART`)."""
 
+TURN_BYTES: Final = 16_384
+"""So many bytes of an address are handled as they come; then its connections wait for its turn. It takes a millisecond
+or two.
+"""
+
 
 class Budget:
     """Counts the memory that unfinished calls of all connections hold.
@@ -50,6 +55,8 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
+        self.turn_bytes = TURN_BYTES
+        """What its connections may still have handled at once, without waiting for its turn."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole

@@ -19,61 +19,16 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 
 _BUCKET_BOUNDS = (*(str(bound_ns / 1e9) for bound_ns in BOUNDS_NS), "+Inf")
-
-
-class PeerStatus(Protocol):
-    """What is read of a peer (`ratelimit_sidecar.replication.status.PeerStatus`, a sibling layer)."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def region(self) -> str: ...
-    @property
-    def address(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def protocol(self) -> int: ...
-    @property
-    def connected(self) -> bool: ...
-    @property
-    def lag_seconds(self) -> float: ...
-    @property
-    def pending_buckets(self) -> int: ...
-    @property
-    def batches_sent(self) -> int: ...
-    @property
-    def batches_received(self) -> int: ...
-    @property
-    def entries_sent(self) -> int: ...
-    @property
-    def entries_received(self) -> int: ...
-    @property
-    def bytes_sent(self) -> int: ...
-    @property
-    def bytes_received(self) -> int: ...
-    @property
-    def resyncs(self) -> int: ...
-    @property
-    def rules_match(self) -> bool | None: ...
-    @property
-    def reconnects(self) -> int: ...
-    @property
-    def clock_offset_seconds(self) -> float | None: ...
-    @property
-    def protocol_errors(self) -> Mapping[str, int]: ...
-    @property
-    def refused(self) -> Mapping[Refused, int]: ...
 
 
 class CertificateStatus(Protocol):
@@ -102,23 +57,6 @@ class Replication(Protocol):
     @property
     def certificate(self) -> CertificateStatus | None:
         """None in plain text."""
-
-
-class MembershipStatus(Protocol):
-    """What is read of the members of strict limits (`ratelimit_sidecar.replication.status.MembershipStatus`)."""
-
-    @property
-    def home_share(self) -> float: ...
-    @property
-    def settled(self) -> bool: ...
-    @property
-    def conflicts(self) -> Sequence[str]: ...
-    @property
-    def buckets(self) -> int: ...
-    @property
-    def payments_sent(self) -> int: ...
-    @property
-    def payments_received(self) -> int: ...
 
 
 class LoopStatus(Protocol):
@@ -835,7 +773,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_held_bytes",
         "gauge",
         ("region",),
-        "Memory held by calls that are not complete, and by streaming calls.",
+        "Memory held by calls that are not complete, by streaming calls, and by answers that clients let wait.",
         _read_front_end(lambda front_end: front_end.held_bytes),
     ),
     Definition(
