@@ -519,6 +519,22 @@ def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() 
     assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause_us()) == ("deltas", 0)
 
 
+def test_what_is_nearly_used_up_is_told_at_once_to_a_peer_that_has_much_to_hear() -> None:
+    a, b = replicator("a"), replicator("b")
+    stream, far_end = connected(a, b)
+    for number in range(8 * MAX_BATCH_BUCKETS):
+        take(a.store, f"user {number}", 1, NOW_US)
+    spent = take(a.store, "ann", PER_USER.capacity, NOW_US)
+    done(a.flush_steps(NOW_US))
+    sent = 0
+    while b.store.get(spent.key) is None:
+        raw = next_frame(stream, NOW_US)
+        assert raw is not None
+        receive(far_end, raw, NOW_US)
+        sent += 1
+    assert sent <= 2
+
+
 @pytest.mark.parametrize(("peers", "pause_us"), [(40, 0), (41, 41 * PEER_PAUSE_US), (200, 100_000)])
 def test_with_many_peers_each_is_sent_fewer_batches(peers: int, pause_us: int) -> None:
     a = replicator("a")
