@@ -18,8 +18,16 @@ from benchmarks.admission.run import EVENTUAL, Outcome, policies_for, run
 from benchmarks.admission.scenarios import Scenario
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "simulation.md"
-BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+PAGE = DOCS / "reference" / "simulation.md"
+INTRO = """\
+# Simulated admission: all scenarios
+
+<!-- Written by `make simulate`; edit benchmarks/admission, not this page. -->
+
+[What is simulated, and what the columns mean](../simulation.md#what-is-simulated). A range is from the least to the
+greatest of five seeds; one number is the worst.
+
+"""
 
 SEEDS = 5
 
@@ -30,7 +38,7 @@ Task = tuple[Scenario, str, int]
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--seed", default=1, show_default=True, help=f"The first of {SEEDS}.")
 def main(names: tuple[str, ...], seed: int) -> None:
-    """Simulate the SCENARIOs, or all of them; then docs/simulation.md and its charts are written anew."""
+    """Simulate the SCENARIOs, or all of them; then docs/reference/simulation.md and the charts are written anew."""
     known = {scenario.name: scenario for scenario in scenarios.scenarios()}
     if unknown := set(names) - known.keys():
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -48,18 +56,12 @@ def main(names: tuple[str, ...], seed: int) -> None:
     )
     click.echo(tables)
     if not names:
-        _write_tables(tables)
+        PAGE.write_text(f"{INTRO}{tables}")
         _write_charts(known, [outcomes[0] for outcomes in by_row], distances)
 
 
 def _run(task: Task) -> Outcome:
     return run(*task)
-
-
-def _write_tables(tables: str) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 def _write_charts(known: dict[str, Scenario], firsts: Sequence[Outcome], distances: Sequence[Scenario]) -> None:
