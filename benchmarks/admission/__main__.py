@@ -38,7 +38,7 @@ Task = tuple[Scenario, str, int]
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--seed", default=1, show_default=True, help=f"The first of {SEEDS}.")
 def main(names: tuple[str, ...], seed: int) -> None:
-    """Simulate the SCENARIOs, or all of them; then docs/reference/simulation.md and the charts are written anew."""
+    """Simulate the SCENARIOs, or all of them; then the tables and the charts in docs/ are written anew."""
     known = {scenario.name: scenario for scenario in scenarios.scenarios()}
     if unknown := set(names) - known.keys():
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -31,7 +31,7 @@ SEEDS = 5
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--seed", default=1, show_default=True, help=f"The first of {SEEDS}.")
 def main(names: tuple[str, ...], seed: int) -> None:
-    """Simulate the SCENARIOS, or all of them; then docs/reference/quota-simulation.md and the chart are written anew."""
+    """Simulate the SCENARIOS, or all of them; then the tables and the chart in docs/ are written anew."""
     known = {scenario.name: scenario for scenario in scenarios()}
     if unknown := set(names) - known.keys():
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(known)}")

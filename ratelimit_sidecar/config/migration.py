@@ -71,8 +71,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
         "GRPC_SERVER_USE_TLS": Same(
-            "see [TLS between Envoy and the sidecar](../envoy-tls.md). Together with `GRPC_UDS` it ends the start with an"
-            " error"
+            "see [TLS between Envoy and the sidecar](../envoy-tls.md). Together with `GRPC_UDS` it ends the start with"
+            " an error"
         ),
         "GRPC_SERVER_TLS_CERT": SAME,
         "GRPC_SERVER_TLS_KEY": SAME,
