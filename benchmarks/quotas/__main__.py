@@ -21,7 +21,12 @@ INTRO = """\
 
 <!-- Written by `make simulate`; edit benchmarks/quotas, not this page. -->
 
-[What is simulated, and what the columns mean](../rlqs.md#how-shares-follow-the-demand). Of five seeds always the worst.
+What it shows: [rlqs.md](../rlqs.md#how-shares-follow-the-demand). The limit is 300 a second. Envoys report every five
+seconds, each at its own moment. Of five seeds always the worst.
+
+- *Fair again after*: the change, on average of 4 s. An Envoy that dies keeps its share until its assignment ends.
+- *Used*: of what could be admitted, from 10 s after the change on.
+- *Lacked*: denied requests of fair shares.
 
 """
 SEEDS = 5
