@@ -29,16 +29,16 @@ the worst.
 
 "80 ms links" are 80 ms one way between any two of three regions. "Real regions" have Azure's round trips, the 95th
 percentile over the 30 days up to 2026-07-30
-([Microsoft](https://learn.microsoft.com/azure/networking/azure-network-latency); `benchmarks/admission/links.py`). A lost
-message is sent again a round trip and a quarter later (RACK, RFC 8985), and those behind it wait. A cut of 5 s or more
-ends the connection. Denied requests do not come back. Unless the title says otherwise the limit is 100/s with a burst of
-200. Clocks are right, and each region is one sidecar.
+([Microsoft](https://learn.microsoft.com/azure/networking/azure-network-latency), see `benchmarks/admission/links.py`).
+A lost message is sent again a round trip and a quarter later (RACK, RFC 8985), and those behind it wait. A cut of 5 s
+or more ends the connection. Denied requests do not come back. Unless the title says otherwise the limit is 100/s with
+a burst of 200. Clocks are right, and each region is one sidecar.
 
 - *Of ideal*: of what one bucket would admit, if all requests came to it without delay.
 - *Utilisation*: of `capacity + rate * T`.
 - *Worst burst over the limit*: the most by which the admissions of any interval exceed `capacity + rate * its length`.
-- *Undelivered*, *bound*: [what `eventual` may admit beyond the
-  limit](../simulation.md#the-bound-on-the-overshoot-of-eventual). The simulator fails when a worst burst is above either.
+- *Undelivered*, *bound*: [what `eventual` may admit](../simulation.md#the-bound-on-the-overshoot-of-eventual) beyond the
+  limit. The simulator fails when a worst burst is above either.
 - *Time to adapt*: from a shift of demand until a second begins in which 95 % of its refill is admitted.
 - *Decision*: how long a request waits for it; "at once" is without another region.
 
