@@ -37,8 +37,8 @@ a burst of 200. Clocks are right, and each region is one sidecar.
 - *Of ideal*: of what one bucket would admit, if all requests came to it without delay.
 - *Utilisation*: of `capacity + rate * T`.
 - *Worst burst over the limit*: the most by which the admissions of any interval exceed `capacity + rate * its length`.
-- *Undelivered*, *bound*: [what `eventual` may admit](../simulation.md#the-bound-on-the-overshoot-of-eventual) beyond the
-  limit. The simulator fails when a worst burst is above either.
+- *Undelivered*, *bound*: [what `eventual` may admit](../simulation.md#the-bound-on-the-overshoot-of-eventual) beyond
+  the limit. The simulator fails when a worst burst is above either.
 - *Time to adapt*: from a shift of demand until a second begins in which 95 % of its refill is admitted.
 - *Decision*: how long a request waits for it; "at once" is without another region.
 
