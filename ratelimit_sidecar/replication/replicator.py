@@ -99,10 +99,11 @@ class Replicator:
         if self.connections.first_change_us is None:
             self.connections.first_change_us = created_us
         for peer in self.peers.values():
-            if peer.streams:
-                peer.wake()
-            else:
+            stream = peer.active
+            if stream is None:
                 peer.outbox.missed_changes(created_us)
+            elif not stream.is_paused:
+                stream.wake()
 
     def compare_steps(self, now_us: int) -> Steps:
         """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""
