@@ -142,6 +142,10 @@ class TokenBucket(Bucket):
         return self._fold_from_base(events, middle_us, None).deficit
 
     @property
+    def is_nearly_used_up(self) -> bool:
+        return self.deficit >= self._limit.urgent_deficit
+
+    @property
     def remaining(self) -> int:
         """Whole tokens left at `at_us`; 0 when in debt."""
         return max(0, (self._limit.ceiling - self.deficit) // self._limit.period_us)

@@ -24,6 +24,7 @@ class Link(Protocol):
 
     address: str
     is_dialled: bool
+    is_paused: bool
     payments: PaymentOutbox | None
     wake: Callable[[], None]
 
