@@ -124,7 +124,7 @@ simulate: $(READY) ## Simulate admission over several regions, and quotas: table
 	$(BIN)/python -m benchmarks.quotas
 
 soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
-	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)
+	$(BIN)/python -m simulation $(SOAK)
 
 fuzz: $(READY) ## What a client may send to the HTTP/2 front end, under sanitizers, for a minute (FUZZ="--seconds 3600")
 	./dev/system-packages fuzz $(BIN)/python

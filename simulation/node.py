@@ -6,14 +6,9 @@ product's own code.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
-
-from replication.builders import done
-from simulation.clock import NodeClock
-from simulation.loop import MS, SECOND_US
-from simulation.network import STEP_US, End
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
@@ -36,6 +31,9 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import Reason
+from simulation.clock import NodeClock
+from simulation.loop import MS, SECOND_US
+from simulation.network import STEP_US, End
 
 if TYPE_CHECKING:
     from simulation.cluster import Cluster
@@ -44,7 +42,6 @@ FLUSH_US = int(FLUSH_SECONDS * SECOND_US)
 CHECK_TIME_TICKS = int(CHECK_TIME_SECONDS / FLUSH_SECONDS)
 SLEW_TICKS = int(1 / FLUSH_SECONDS)
 LOOK_TICKS = SLEW_TICKS // 2
-MEMORY_TICKS = 2 * SLEW_TICKS
 SWEEP_BUCKETS = 1_000
 """In a second; `app.py` does as much in steps of 10 ms."""
 
@@ -74,7 +71,7 @@ class Node:
         *,
         system_ahead_us: int,
         rules: Rules,
-        targets: str,
+        targets: Sequence[str],
         membership: Membership,
     ) -> None:
         draw = cluster.random
@@ -91,7 +88,6 @@ class Node:
         self.read_us = 0
         """What it needs to read a frame: slow when it is much."""
         self.ends: list[End] = []
-        self.protocol_errors: Counter[str] = Counter()
         now_us = self.clock.now_us()
         self.origin = Origin(name, draw.getrandbits(63) + 1)
 
@@ -106,7 +102,7 @@ class Node:
         self._targets = {target: _Target(target) for target in targets}
         self._jobs: dict[str, Iterator[None]] = {}
         """Those under way: the next of a kind is begun when the one before has ended."""
-        self._ticks = draw.randrange(SLEW_TICKS)
+        self.ticks = draw.randrange(SLEW_TICKS)
         cluster.loop.after(draw.randrange(FLUSH_US), self._tick)
         for target in self._targets.values():
             cluster.loop.after(draw.randrange(20 * MS), self._dial, target)
@@ -148,7 +144,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        done(self.replicator.flush_steps(self.clock.now_us()))
+        deque(self.replicator.flush_steps(self.clock.now_us()), maxlen=0)
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:
@@ -176,19 +172,16 @@ class Node:
             if name not in self._jobs:
                 self._jobs[name] = begin(now_us)
                 self._do(name)
-        self._ticks = ticks = self._ticks + 1
+        self.ticks = ticks = self.ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):
                 end.check_time()
-        if not ticks % LOOK_TICKS:
-            self.cluster.look(self)
         if not ticks % SLEW_TICKS:
             self.store.sweep(now_us, SWEEP_BUCKETS)
             self.ledger.sweep(self.clock.strict_us(), SWEEP_BUCKETS)
             self._slew()
-            self.cluster.note_clock(self)
-        if not ticks % MEMORY_TICKS:
-            self.cluster.look_at_memory(self)
+        if not ticks % LOOK_TICKS:
+            self.cluster.look(self)
         loop.after(FLUSH_US, self._tick)
 
     def _do(self, name: str) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from simulation.loop import SECOND_US
-
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from simulation.loop import SECOND_US
 
 DOMAIN = "api"
 

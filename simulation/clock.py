@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simulation.loop import Loop
-
 from ratelimit_sidecar.clock import ALONE_US, DISPUTED_US, FAR_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US
+from simulation.loop import Loop
 
 
 class NodeClock:

@@ -8,14 +8,13 @@ from functools import partial
 from itertools import permutations
 from random import Random
 
-from simulation.cluster import Cluster
+from ratelimit_sidecar.replication.wire import Reason
 from simulation.loop import MS, SECOND_US
-from simulation.network import Way
+from simulation.network import Way, Ways
+from simulation.watched import Watched
 from simulation.workload import Demand, Request, RulesEditions, draw_rules
 
-from ratelimit_sidecar.replication.wire import Reason
-
-Action = Callable[[Cluster], None]
+Action = Callable[[Watched], None]
 
 MAX_FAULTS = 6
 """In ten seconds; more in a longer run."""
@@ -37,7 +36,7 @@ class Schedule:
     nodes: str
     for_us: int
     editions: RulesEditions
-    ways: dict[tuple[str, str], Way]
+    ways: Ways
     dials: dict[str, str]
     system_ahead_us: dict[str, int]
     window_bytes: int
@@ -46,15 +45,15 @@ class Schedule:
     allowed_errors: set[Reason] = field(default_factory=set)
     clocks_agree: bool = True
 
-    def cluster(self, trace: Callable[[str], None] | None = None) -> Cluster:
+    def cluster(self, trace: Callable[[str], None] | None = None) -> Watched:
         """A cluster to which all of this will happen when it runs."""
-        cluster = Cluster(
+        cluster = Watched(
             self.seed,
             self.nodes,
             self.editions,
             ways=self.ways,
             dials=self.dials,
-            system_ahead_us=dict(self.system_ahead_us),
+            system_ahead_us=self.system_ahead_us,
             window_bytes=self.window_bytes,
             trace=trace,
         )
@@ -97,12 +96,12 @@ def draw_schedule(seed: int, nodes: str, for_us: int) -> Schedule:
     return schedule
 
 
-def _happen(cluster: Cluster, text: str, action: Action) -> None:
+def _happen(cluster: Watched, text: str, action: Action) -> None:
     cluster.tell(f"*** {text}")
     action(cluster)
 
 
-def _draw_ways(draw: Random, nodes: str) -> dict[tuple[str, str], Way]:
+def _draw_ways(draw: Random, nodes: str) -> Ways:
     least_us, most_us = draw.choice(((MS, 2 * MS), (5 * MS, 80 * MS), (40 * MS, 40 * MS), (70 * MS, 200 * MS)))
     jitter_us = draw.choice((0, 0, 5 * MS, 60 * MS))
     loss = draw.choice((0.0, 0.0, 0.005, 0.03))
@@ -237,22 +236,22 @@ def _later(draw: Random, begin_us: int) -> int:
     return begin_us + draw.choice((0, 500 * MS, 3 * SECOND_US)) + draw.randrange(SECOND_US)
 
 
-def _cut_way(source: str, target: str, cluster: Cluster) -> None:
+def _cut_way(source: str, target: str, cluster: Watched) -> None:
     cluster.network.cut(source, target)
 
 
-def _heal_way(source: str, target: str, cluster: Cluster) -> None:
+def _heal_way(source: str, target: str, cluster: Watched) -> None:
     cluster.network.heal(source, target)
 
 
-def _start(name: str, cluster: Cluster) -> None:
+def _start(name: str, cluster: Watched) -> None:
     if not cluster.nodes[name].is_up:
         cluster.start(name)
 
 
-def _set_read(name: str, read_us: int, cluster: Cluster) -> None:
+def _set_read(name: str, read_us: int, cluster: Watched) -> None:
     cluster.nodes[name].read_us = read_us
 
 
-def _set_clock(name: str, ahead_us: int, cluster: Cluster) -> None:
+def _set_clock(name: str, ahead_us: int, cluster: Watched) -> None:
     cluster.set_clock(name, ahead_us)

@@ -13,15 +13,15 @@ written, and applied, in steps (`replication/pace.py`), and anything may happen 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from random import Random
 from typing import TYPE_CHECKING
 
-from simulation.loop import MS, SECOND_US, Loop
-
 from ratelimit_sidecar.replication.carrier import WRITE_SECONDS
 from ratelimit_sidecar.replication.stream import Stream
+from simulation.loop import MS, SECOND_US, Loop
 
 if TYPE_CHECKING:
     from simulation.node import Node
@@ -55,25 +55,30 @@ class Way:
     cut_since_us: int = 0
 
 
+Ways = Mapping[tuple[str, str], Way]
+"""By (from, to)."""
+
+
+def between(names: Sequence[str], delay_us: int = 20 * MS, jitter_us: int = 0, loss: float = 0.0) -> Ways:
+    """Ways that are all alike, from each of the nodes to each other one."""
+    return {pair: Way(delay_us, jitter_us, loss) for pair in permutations(names, 2)}
+
+
 @dataclass(slots=True)
 class Network:
     """Args:
     random: for delays and losses.
-    ways: by (from, to).
     window_bytes: of a connection, each way; gRPC's flow control window is 64 KiB to begin with.
+    is_proven: nodes show certificates to each other.
     """
 
     loop: Loop
     random: Random
-    ways: dict[tuple[str, str], Way]
+    ways: Ways
     window_bytes: int = 1 << 16
+    is_proven: bool = False
     ends: list[End] = field(default_factory=list)
     """Of connections that are open at one end at least."""
-    longest_us: int = 0
-    """What any frame has taken, the time aside that a way was cut or a reader slow."""
-
-    def way(self, source: str, target: str) -> Way:
-        return self.ways[source, target]
 
     def draw_delay_us(self, source: str, target: str) -> int:
         way = self.ways[source, target]
@@ -82,7 +87,6 @@ class Network:
             delay_us += int(self.random.random() * way.jitter_us)
         if way.loss and self.random.random() < way.loss:
             delay_us += max(RETRANSMIT_US, 5 * way.delay_us // 2)
-        self.longest_us = max(self.longest_us, delay_us)
         return delay_us
 
     def is_cut(self, source: str, target: str) -> bool:
@@ -166,7 +170,12 @@ class End:
         self._is_due = False
         self._is_pump_due = True
         self.stream = Stream(
-            owner.replicator, address, is_dialled=is_dialled, wake=self.pump_soon, now_us=owner.clock.now_us()
+            owner.replicator,
+            address,
+            is_dialled=is_dialled,
+            wake=self.pump_soon,
+            now_us=owner.clock.now_us(),
+            is_proven=network.is_proven,
         )
         self._is_pump_due = False
 
