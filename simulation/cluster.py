@@ -65,6 +65,9 @@ class Cluster:
         for name in names:
             self.start(name)
 
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
     def __getitem__(self, name: str) -> Node:
         return self.nodes[name]
 

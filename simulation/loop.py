@@ -30,6 +30,17 @@ class Loop:
     def after(self, delay_us: int, action: Callable[..., None], *args: object) -> None:
         self.at(self.now_us + delay_us, action, *args)
 
+    def every(self, period_us: int, action: Callable[[], None], first_us: int = 0) -> None:
+        """Args:
+        first_us: how long until the first time.
+        """
+
+        def run() -> None:
+            action()
+            self.after(period_us, run)
+
+        self.after(first_us, run)
+
     def soon(self, action: Callable[[], None]) -> None:
         """At this instant, when the action that runs now is done: as an event loop runs a task that was woken."""
         self._soon.append(action)

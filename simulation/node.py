@@ -7,15 +7,16 @@ product's own code.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.rules import Consistency, Rules
 from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import (
@@ -34,6 +35,7 @@ from ratelimit_sidecar.replication.wire import Reason
 from simulation.clock import NodeClock
 from simulation.loop import MS, SECOND_US
 from simulation.network import STEP_US, End
+from simulation.workload import DOMAIN
 
 if TYPE_CHECKING:
     from simulation.cluster import Cluster
@@ -47,6 +49,9 @@ SWEEP_BUCKETS = 1_000
 
 CONNECT_US = int(CONNECT_SECONDS * SECOND_US)
 POLL_DRAIN_US = 5 * MS
+
+GIVE_UP = 0.1
+"""The part of clients whose request waits that give up before."""
 
 
 class _Target:
@@ -93,6 +98,7 @@ class Node:
 
         shares = Shares(membership, name, now_us)
         self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, rule_key=rule_key)
+        self.ledger.lines.on_ended = lambda: cluster.loop.soon(self._let_out)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
         self.purses = Purses(self.ledger, self.clock.strict_us)
@@ -116,8 +122,25 @@ class Node:
         """True when a request of now is answered now."""
         return self.is_up and not self.is_draining and self.cluster.loop.now_us >= self.resumes_us
 
-    def decide(self, request: bytes) -> bytes:
-        return self.limiter.decide(request, self.clock.now_us())
+    def bucket(self, value: str, key: str = "user") -> Bucket:
+        """That of a descriptor, as a request would find it."""
+        found = self.limiter.rules.match(DOMAIN, [(key, value)])
+        assert found is not None
+        assert found.rule.limit is not None
+        is_replicated = found.rule.consistency is not Consistency.LOCAL
+        return self.store.bucket(found.bucket_key, found.rule.limit, self.now_us, replicated=is_replicated)
+
+    def decide(self, request: bytes, answer: Callable[[bytes], None]) -> None:
+        """Answer now, or when the request has waited; of the clients of those some give up."""
+        loop, draw = self.cluster.loop, self.cluster.random
+        decided = self.limiter.decide_or_wait(request, self.clock.now_us())
+        if not isinstance(decided, Waiting):
+            answer(decided)
+            return
+        decided.on_end = lambda: answer(decided.result())
+        loop.after(decided.wait_us, self._end_wait, decided, Outcome.EXPIRED)
+        if draw.random() < GIVE_UP:
+            loop.after(draw.randrange(decided.wait_us), self._end_wait, decided, Outcome.CANCELLED)
 
     def use_rules(self, rules: Rules) -> None:
         """Decide by other rules from now on."""
@@ -144,6 +167,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
+        self.ledger.lines.close()
         deque(self.replicator.flush_steps(self.clock.now_us()), maxlen=0)
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
@@ -153,6 +177,19 @@ class Node:
         if target is not None:
             lasted = self.cluster.loop.now_us - target.dialled_us >= LASTING_SECONDS * SECOND_US
             self._dial_again(target, lasted=lasted)
+
+    def _end_wait(self, waiting: Waiting, outcome: Outcome) -> None:
+        if self.cluster.loop.now_us < self.resumes_us:
+            self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
+        elif self.is_up:
+            self.ledger.lines.leave(waiting, outcome, self.clock.strict_us())
+
+    def _let_out(self) -> None:
+        ended = self.ledger.lines.ended
+        while ended:
+            waiting = ended.popleft()
+            if waiting.outcome is not Outcome.CANCELLED and waiting.on_end is not None:
+                waiting.on_end()
 
     def _resume(self) -> None:
         if self.is_up and self.cluster.loop.now_us >= self.resumes_us:

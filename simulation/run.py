@@ -45,6 +45,7 @@ class Outcome:
     admitted: int
     drains: int
     payments: int
+    served: int
     overshoots: int
     converged_us: int
 
@@ -70,9 +71,10 @@ def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[st
             cluster.digest,
             cluster.frames,
             cluster.decisions,
-            cluster.admitted,
+            cluster.admitted.total(),
             cluster.drains,
             cluster.payments,
+            cluster.served,
             cluster.overshoots,
             converged_us,
         )

@@ -9,6 +9,7 @@ from itertools import permutations
 from random import Random
 
 from ratelimit_sidecar.replication.wire import Reason
+from simulation.clock import clocks_off
 from simulation.loop import MS, SECOND_US
 from simulation.network import Way, Ways
 from simulation.watched import Watched
@@ -76,7 +77,7 @@ def draw_schedule(seed: int, nodes: str, for_us: int) -> Schedule:
         editions,
         ways=_draw_ways(draw, nodes),
         dials=_draw_dials(draw, nodes),
-        system_ahead_us=_draw_clocks(draw, nodes),
+        system_ahead_us=clocks_off(draw, nodes, draw.choice((0, 0, 20 * MS, MAX_AHEAD_US))),
         window_bytes=draw.choice((1 << 16, 1 << 16, 1 << 12)),
         demand=list(Demand(draw, editions.second).over(nodes, for_us)),
     )
@@ -113,11 +114,6 @@ def _draw_dials(draw: Random, nodes: str) -> dict[str, str]:
     if draw.random() < 0.5:
         return {name: nodes.replace(name, "") for name in nodes}
     return {name: nodes[index + 1 :] for index, name in enumerate(nodes)}
-
-
-def _draw_clocks(draw: Random, nodes: str) -> dict[str, int]:
-    most_us = draw.choice((0, 0, 20 * MS, MAX_AHEAD_US))
-    return {name: draw.randint(-most_us, most_us) for name in nodes}
 
 
 # Each of these draws one kind of fault, and yields what happens and when.

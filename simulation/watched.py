@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -16,6 +17,7 @@ from ratelimit_sidecar.crdt.limit import Limit, Window
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES
@@ -61,7 +63,9 @@ class Watched(Cluster):
         **options: Any,
     ) -> None:
         self.editions = editions
-        self.frames = self.decisions = self.admitted = 0
+        self.frames = self.decisions = 0
+        self.admitted: Counter[str] = Counter()
+        """By node; each descriptor counts."""
         self.protocol_errors: Counter[str] = Counter()
         """Of all lives that have ended."""
         self.drains = 0
@@ -72,6 +76,7 @@ class Watched(Cluster):
         self._digest = blake2b(digest_size=16)
         self._oracles: dict[bytes, EventualOracle] = {}
         self._strict: dict[bytes, StrictOracle] = {}
+        self._strict_keys: dict[bytes, None] = {}
         self._local: dict[tuple[Node, bytes], LocalOracle] = {}
         self._lags: dict[Node, LagWatch] = {}
         self._reloaded_us: dict[Node, int] = {}
@@ -91,6 +96,11 @@ class Watched(Cluster):
     def payments(self) -> int:
         """Granted by the lives that still are."""
         return sum(node.purses.paid for node in self.live)
+
+    @property
+    def served(self) -> int:
+        """Requests that those lives have served after a wait."""
+        return sum(node.ledger.lines.counts[Outcome.SERVED] for node in self.live)
 
     def start(self, name: str) -> Node:
         self.tell(f"{name} starts")
@@ -114,19 +124,14 @@ class Watched(Cluster):
     def take(self, name: str, request: Request) -> None:
         """Envoy asks the node, which answers if it is there."""
         node = self.nodes[name]
-        if not node.is_serving:
-            return
-        raw = node.decide(request.raw)
-        self.decisions += 1
-        self._digest.update(b"%d %b %b\n" % (self.loop.now_us, name.encode(), raw))
-        response = RateLimitResponse.FromString(raw)
-        for descriptor, status in zip(request.descriptors, response.statuses, strict=True):
-            is_admitted = status.code == _OK
-            self.admitted += is_admitted
-            if self.trace is not None:
-                verdict = "admits" if is_admitted else "denies"
-                self.tell(f"{name} {verdict} {request.hits} of {descriptor.value!r}, {status.limit_remaining} left")
-            self._note_decision(node, descriptor.rule, descriptor.bucket_key, request.hits, is_admitted=is_admitted)
+        if node.is_serving:
+            self._strict_keys |= {each.bucket_key: None for each in request.descriptors if each.rule == "plan"}
+            node.decide(request.raw, partial(self._note_answer, node, request))
+
+    def demand(self, name: str, request: Request, per_second: int, for_us: int) -> None:
+        """The same request again and again, at random instants from now on."""
+        for _ in range(per_second * for_us // SECOND_US):
+            self.loop.after(self.random.randrange(for_us), self.take, name, request)
 
     def use_rules(self, name: str, rules: Rules) -> None:
         """Give a node other rules, also for when it starts again."""
@@ -184,7 +189,7 @@ class Watched(Cluster):
         self._note_clock(node)
         if self.clocks_agree:
             self._look_at_lag(node)
-        self._look_at_shares()
+        self.look_at_shares()
         if not node.ticks % MEMORY_TICKS:
             self._look_at_memory(node)
 
@@ -263,6 +268,19 @@ class Watched(Cluster):
         if wrong:
             raise BrokenPromise(f"protocol errors among correct nodes: {wrong}")
 
+    def _note_answer(self, node: Node, request: Request, raw: bytes) -> None:
+        name = node.name
+        self.decisions += 1
+        self._digest.update(b"%d %b %b\n" % (self.loop.now_us, name.encode(), raw))
+        response = RateLimitResponse.FromString(raw)
+        for descriptor, status in zip(request.descriptors, response.statuses, strict=True):
+            is_admitted = status.code == _OK
+            self.admitted[name] += is_admitted
+            if self.trace is not None:
+                verdict = "admits" if is_admitted else "denies"
+                self.tell(f"{name} {verdict} {request.hits} of {descriptor.value!r}, {status.limit_remaining} left")
+            self._note_decision(node, descriptor.rule, descriptor.bucket_key, request.hits, is_admitted=is_admitted)
+
     def _note_decision(self, node: Node, rule: str, key: bytes, hits: int, *, is_admitted: bool) -> None:
         limit = self.editions.most.get(rule)
         if rule == "plan" and is_admitted:
@@ -329,14 +347,16 @@ class Watched(Cluster):
         if entries > most:
             raise BrokenPromise(f"memory: {node.name} keeps {entries} entries for {peers} peers and {buckets} buckets")
 
-    def _look_at_shares(self) -> None:
+    def look_at_shares(self) -> None:
         """More than admissions show, as it needs no demand."""
         homes: Counter[bytes] = Counter()
         levels: Counter[bytes] = Counter()
         capacities: dict[bytes, list[int]] = {}
         for node in self.live:
             strict_us = node.clock.strict_us()
-            for bucket in node.ledger.walk():
+            # To walk through the ledger would be most of the work of a run.
+            found = [node.ledger._all.get(key) for key in self._strict_keys]
+            for bucket in (paying.bucket for paying in found if paying is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)

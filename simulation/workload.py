@@ -10,9 +10,11 @@ from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from simulation.loop import SECOND_US
+from simulation.loop import MS, SECOND_US
 
 DOMAIN = "api"
+
+WAIT_US = 250 * MS
 
 TOKEN_RULES = ("user", "team", "late")
 """Eventual token buckets. `late` is there in the second edition of the rules only."""
@@ -86,10 +88,16 @@ def _editions(first: Mapping[str, AnyLimit], second: Mapping[str, AnyLimit]) -> 
 
 
 def rules_of(limits: Mapping[str, AnyLimit]) -> Rules:
-    """A limit for each value of each of these keys; `plan` is strict, `pod` is local."""
+    """A limit for each value of each of these keys; `plan` is strict and has requests wait, `pod` is local."""
     consistency = {"plan": Consistency.STRICT, "pod": Consistency.LOCAL}
     rules = [
-        Rule(name, limit, consistency=consistency.get(name, Consistency.EVENTUAL)) for name, limit in limits.items()
+        Rule(
+            name,
+            limit,
+            consistency=consistency.get(name, Consistency.EVENTUAL),
+            wait_us=WAIT_US if name == "plan" else 0,
+        )
+        for name, limit in limits.items()
     ]
     return Rules({DOMAIN: RuleNode(key_only={rule.name: RuleNode(rule) for rule in rules})})
 

@@ -45,9 +45,9 @@ class Busy:
             self.cluster.run(100 * MS)
 
     def take(self, at: str, asked: Request) -> int:
-        before = self.cluster.admitted
+        before = self.cluster.admitted[at]
         self.cluster.take(at, asked)
-        return self.cluster.admitted - before
+        return self.cluster.admitted[at] - before
 
     def left(self, at: str, rule: str) -> int:
         node = self.cluster.nodes[at]

@@ -59,6 +59,7 @@ def test_those_runs_are_about_something() -> None:
     assert sum(outcome.decisions for outcome in outcomes) > 20 * 100
     assert 0.3 < sum(outcome.admitted for outcome in outcomes) / sum(outcome.decisions for outcome in outcomes) < 0.95
     assert sum(outcome.payments for outcome in outcomes) > 20
+    assert sum(outcome.served for outcome in outcomes) > 20
     assert sum(outcome.drains for outcome in outcomes) > 1
     assert sum(outcome.frames for outcome in outcomes) > 20 * 200
     assert sum(outcome.overshoots for outcome in outcomes) > 5
