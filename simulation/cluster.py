@@ -35,7 +35,7 @@ def stable_order() -> Iterator[None]:
 class Cluster:
     """Args:
     names: of the nodes.
-    ways: by default 20 ms between any two.
+    network: by default one with all ways of 20 ms.
     dials: for each node, whom it dials; by default everybody else.
     system_ahead_us: for each node, how far its system clock is ahead when it starts.
     """
@@ -46,15 +46,18 @@ class Cluster:
         names: Sequence[str],
         rules: Rules,
         *,
+        network: Network | None = None,
         ways: Ways | None = None,
         dials: Mapping[str, Sequence[str]] | None = None,
         system_ahead_us: Mapping[str, int] | None = None,
         window_bytes: int = 1 << 16,
     ) -> None:
-        self.loop = Loop()
-        self.random = Random(f"{seed} network")
+        if network is None:
+            network = Network(Loop(), Random(f"{seed} network"), ways or between(names), window_bytes)
+        self.network, self.loop, self.random = network, network.loop, network.random
         self.names = names
-        self.network = Network(self.loop, self.random, ways or between(names), window_bytes)
+        self.give_up = 0.0
+        """The part of clients whose request waits that give up before it ends."""
         self.membership = Membership(1, dict.fromkeys(names, 1))
         """What nodes started from now on are configured with."""
         self.dials = dials or {name: [other for other in names if other != name] for name in names}

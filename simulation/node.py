@@ -50,9 +50,6 @@ SWEEP_BUCKETS = 1_000
 CONNECT_US = int(CONNECT_SECONDS * SECOND_US)
 POLL_DRAIN_US = 5 * MS
 
-GIVE_UP = 0.1
-"""The part of clients whose request waits that give up before."""
-
 
 class _Target:
     """A configured address, dialled again for ever (`replication/dialler.py`)."""
@@ -139,7 +136,7 @@ class Node:
             return
         decided.on_end = lambda: answer(decided.result())
         loop.after(decided.wait_us, self._end_wait, decided, Outcome.EXPIRED)
-        if draw.random() < GIVE_UP:
+        if draw.random() < self.cluster.give_up:
             loop.after(draw.randrange(decided.wait_us), self._end_wait, decided, Outcome.CANCELLED)
 
     def use_rules(self, rules: Rules) -> None:

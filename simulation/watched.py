@@ -82,6 +82,7 @@ class Watched(Cluster):
         self._reloaded_us: dict[Node, int] = {}
         self._least_ahead_us, self._most_ahead_us = _NEVER_US, -_NEVER_US
         super().__init__(seed, names, editions.first, **options)
+        self.give_up = 0.1
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from simulation.clock import NodeClock
 from simulation.cluster import stable_order
 from simulation.loop import MS, SECOND_US, START_US, Loop
-from simulation.network import WRITE_US, between
+from simulation.network import WRITE_US, Network, between
 from simulation.watched import Watched
 from simulation.workload import draw_rules, request
 
@@ -56,6 +56,19 @@ def test_a_connection_keeps_order_whatever_is_delayed_or_lost() -> None:
     numbers = [deltas.sequence for deltas in cluster.deltas_to("b")]
     assert len(numbers) > 50
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_messages_keep_order_and_wait_at_a_cut() -> None:
+    network = Network(Loop(), Random(1), between("ab", jitter_us=200 * MS, loss=0.2))
+    network.loop.after(SECOND_US, network.cut, "a", "b")
+    network.loop.after(2 * SECOND_US, network.heal, "a", "b")
+    arrived: list[tuple[int, int]] = []
+    for number in range(100):
+        network.send("a", "b", lambda number=number: arrived.append((number, network.loop.now_us - START_US)))  # type: ignore[misc]
+        network.loop.run(30 * MS)
+    network.loop.run(10 * SECOND_US)
+    assert [number for number, _ in arrived] == list(range(100))
+    assert not any(SECOND_US < at_us < 2 * SECOND_US for _, at_us in arrived)
 
 
 def test_two_connections_overtake_each_other() -> None:
