@@ -5,7 +5,8 @@
 Three regions admit `--hits` a second together and tell each other every 20 ms, as sidecars do, over links of 40 ms on a
 virtual clock, so bytes do not depend on this machine. Counted are frames of all kinds, before HTTP/2 and TLS; what is
 sent once for each bucket goes in a warm-up before. CPU is the time spent in flushing, encoding, decoding and applying,
-for each virtual second: the share of one processor that replication takes from each sidecar.
+for each virtual second: the share of one processor that replication takes from each sidecar. So that nothing else is
+counted, the clock goes by ticks, and not by the events of `simulation`.
 """
 
 from __future__ import annotations

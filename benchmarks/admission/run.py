@@ -17,10 +17,10 @@ from benchmarks.admission.policies.policy import Policy, Setup
 from benchmarks.admission.policies.sidecars import Eventual, Sidecars
 from benchmarks.admission.policies.static_split import StaticSplit
 from benchmarks.admission.scenarios import Scenario
-from benchmarks.admission.textbook import ideal, worst_burst
 from ratelimit_sidecar.limiter.rules import Consistency
 from simulation.loop import Loop
 from simulation.network import Network
+from simulation.textbook import ideal, worst_burst
 
 START_US = 1_000_000 * SECOND_US
 """Of the demand. Any instant will do that is more than a horizon after zero."""

@@ -14,8 +14,8 @@ from benchmarks.admission.policies.max_merge import MaxMerge
 from benchmarks.admission.report import table
 from benchmarks.admission.run import EVENTUAL, POLICIES, STRICT, Outcome, run
 from benchmarks.admission.scenarios import LIMIT, Scenario, overload, quick, shift
-from benchmarks.admission.textbook import ideal, worst_burst
 from ratelimit_sidecar.crdt.limit import Limit
+from simulation.textbook import ideal, worst_burst
 
 OVERLOAD, _, PARTITION = quick()
 

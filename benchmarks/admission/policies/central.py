@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.admission.policies.policy import Answer, Policy, Setup
-from benchmarks.admission.textbook import TextbookBucket
+from simulation.textbook import TextbookBucket
 
 TIMEOUT_US = 500_000
 """Above the longest round trip simulated. (Envoy's default for its rate limit filter, 20 ms, rules a far store out.)"""
