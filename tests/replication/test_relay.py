@@ -75,6 +75,29 @@ def test_what_was_taken_before_the_cut_was_noticed_is_passed_on_then() -> None:
     assert_all_hold(cluster, 20)
 
 
+def test_two_that_are_cut_off_one_way_hear_of_each_other_all_the_same() -> None:
+    cluster = Cluster(7, "abc", RULES)
+    cluster.run_until_settled()
+    cluster.network.cut("a", "b")
+    cluster.run(2 * SILENCE_US)
+    for name in "ab":
+        cluster[name].bucket("ann").take(1, cluster[name].now_us)
+    cluster.run(SECOND_US)
+    assert_all_hold(cluster, 2)
+
+
+def test_what_a_node_took_that_has_gone_for_good_reaches_whom_it_had_not_told() -> None:
+    cluster = Cluster(8, "abc", RULES)
+    cluster.run_until_settled()
+    cluster.cut("a", "b")
+    cluster["a"].bucket("ann").take(5, cluster["a"].now_us)
+    cluster.run(500 * MS)
+    assert taken_at(cluster["b"], "ann") == 0
+    cluster.crash("a")
+    cluster.run(2 * SILENCE_US)
+    assert [taken_at(cluster[name], "ann") for name in "bc"] == [5, 5]
+
+
 def test_when_the_one_that_passes_on_is_gone_another_one_does() -> None:
     cluster = Cluster(3, "abcd", RULES)
     cluster.run_until_settled()
