@@ -6,7 +6,6 @@ product's own code.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,7 @@ from ratelimit_sidecar.replication.wire import Reason
 from simulation.clock import NodeClock
 from simulation.loop import MS, SECOND_US
 from simulation.network import STEP_US, End
+from simulation.steps import done
 from simulation.workload import DOMAIN
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Node:
             return
         self.is_draining = True
         self.ledger.lines.close()
-        deque(self.replicator.flush_steps(self.clock.now_us()), maxlen=0)
+        done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def note_ended(self, stream: Stream) -> None:

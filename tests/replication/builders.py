@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
@@ -13,8 +11,8 @@ from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from simulation.steps import done
 from simulation.workload import rules_of
 
 NOW_US = 1_790_000_000_000_000
@@ -82,29 +80,10 @@ def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") ->
     return bucket
 
 
-def done(job: Iterator[object]) -> None:
-    """Do all steps of a job."""
-    for _ in job:
-        pass
-
-
-def receive(stream: Stream, raw: bytes, now_us: int) -> None:
-    """Let a stream take a frame in and apply it."""
-    done(stream.receive_steps(raw, now_us))
-
-
 def flush(replicator: Replicator, now_us: int) -> None:
     """Let a node's peers be told what it has changed, and compare."""
     done(replicator.flush_steps(now_us))
     done(replicator.compare_steps(now_us))
-
-
-def next_frame(stream: Stream, now_us: int) -> bytes | None:
-    """The next frame, for which a batch is written if there is nothing else."""
-    while True:
-        raw = stream.next_frame(now_us)
-        if raw is not None or not stream.write(now_us):
-            return raw
 
 
 def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:

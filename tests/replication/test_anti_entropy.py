@@ -7,19 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from replication.builders import (
-    ELSEWHERE,
-    NOW_US,
-    PER_USER,
-    RULES,
-    SECOND_US,
-    done,
-    key_of,
-    node,
-    rules_with,
-    store_of,
-    take,
-)
+from replication.builders import ELSEWHERE, NOW_US, PER_USER, RULES, SECOND_US, key_of, node, rules_with, store_of, take
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
@@ -54,6 +42,7 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_frame
 from simulation.cluster import Cluster
 from simulation.node import Node
+from simulation.steps import done
 
 HEALS_US = EVERY_US + SETTLE_US + 2 * SECOND_US
 """From when a slot is over until all have found that some missed it: a pass, what settles before it, and the way."""

@@ -7,17 +7,7 @@ from contextlib import suppress
 import grpc
 import grpc.aio
 import pytest
-from replication.builders import (
-    NOW_US,
-    PER_USER,
-    RULES,
-    SECOND_US,
-    flush,
-    frame,
-    key_of,
-    receive,
-    take,
-)
+from replication.builders import NOW_US, PER_USER, RULES, SECOND_US, flush, frame, key_of, take
 from replication.meshes import address_of, sidecar
 from replication.test_replicator import connected, exchange, hello, replicator, stream_of
 
@@ -31,6 +21,7 @@ from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason, read_reaches
 from simulation.cluster import Cluster
+from simulation.steps import receive
 
 SLOT = slot_id(NOW_US, PER_USER.exponent)
 """The slot of now."""
