@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
@@ -81,8 +81,8 @@ def _editions(first: Mapping[str, AnyLimit], second: Mapping[str, AnyLimit]) -> 
     for rule, limit in second.items():
         before = first.get(rule, limit)
         if isinstance(limit, Limit) and isinstance(before, Limit):
-            rate = max(each.tokens * SECOND_US // each.period_us for each in (limit, before))
-            most[rule] = per_second(rate, max(limit.capacity, before.capacity))
+            fastest = max(limit, before, key=lambda each: each.tokens / each.period_us)
+            most[rule] = replace(fastest, capacity=max(limit.capacity, before.capacity))
             exponent[rule] = max(limit.exponent, before.exponent)
     return RulesEditions(rules_of(first), rules_of(second), most, exponent)
 
