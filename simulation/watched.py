@@ -1,7 +1,7 @@
 """A cluster with everything that it does looked at from outside.
 
-`digest` is of every frame that arrived and every decision, in order and
-with its instant: two runs with one digest are one run.
+`digest` is of every frame that arrived and every decision, in order and with its instant: two runs with one digest are
+one run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ class Watched(Cluster):
         self._digest = blake2b(digest_size=16)
         self._oracles: dict[bytes, EventualOracle] = {}
         self._strict: dict[bytes, StrictOracle] = {}
-        self._strict_keys: dict[bytes, None] = {}
         self._local: dict[tuple[Node, bytes], LocalOracle] = {}
         self._lags: dict[Node, LagWatch] = {}
         self._reloaded_us: dict[Node, int] = {}
@@ -126,7 +125,9 @@ class Watched(Cluster):
         """Envoy asks the node, which answers if it is there."""
         node = self.nodes[name]
         if node.is_serving:
-            self._strict_keys |= {each.bucket_key: None for each in request.descriptors if each.rule == "plan"}
+            for each in request.descriptors:
+                if each.rule == "plan" and each.bucket_key not in self._strict:
+                    self._strict[each.bucket_key] = StrictOracle("plan", self.editions.most["plan"])
             node.decide(request.raw, partial(self._note_answer, node, request))
 
     def demand(self, name: str, request: Request, per_second: int, for_us: int) -> None:
@@ -285,11 +286,7 @@ class Watched(Cluster):
     def _note_decision(self, node: Node, rule: str, key: bytes, hits: int, *, is_admitted: bool) -> None:
         limit = self.editions.most.get(rule)
         if rule == "plan" and is_admitted:
-            assert limit is not None
-            oracle = self._strict.get(key)
-            if oracle is None:
-                oracle = self._strict[key] = StrictOracle(rule, limit)
-            oracle.admitted(hits, self.loop.now_us)
+            self._strict[key].admitted(hits, self.loop.now_us)
         elif rule == "pod":
             assert limit is not None
             local = self._local.get((node, key))
@@ -356,7 +353,7 @@ class Watched(Cluster):
         for node in self.live:
             strict_us = node.clock.strict_us()
             # To walk through the ledger would be most of the work of a run.
-            found = [node.ledger._all.get(key) for key in self._strict_keys]
+            found = [node.ledger._all.get(key) for key in self._strict]
             for bucket in (paying.bucket for paying in found if paying is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 from replication.builders import RULES, SECOND_US, key_of, rules_with, take
+from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import Limit
@@ -78,7 +79,7 @@ def assert_converged(cluster: Cluster) -> None:
         assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", seeds(20, thorough=50, nightly=500))
 def test_nodes_converge_to_the_bit_after_cuts_and_resets(seed: int) -> None:
     cluster = Cluster(
         seed,
