@@ -29,7 +29,7 @@ def stable_order() -> Iterator[None]:
         yield
     finally:
         for module in sharded:
-            del module.hash  # type: ignore[attr-defined]
+            del module.hash
 
 
 class Cluster:
