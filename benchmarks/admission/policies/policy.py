@@ -1,6 +1,6 @@
 """What a way of enforcing a limit looks like to the simulator.
 
-A policy is made once for a run. It sends what its regions say to each other over `Setup.network`, does what it must do
+A policy is made once for a run. It sends what its regions say to each other by `Setup.send`, does what it must do
 by itself on `Setup.loop`, and answers every request exactly once: most do so at once, from `LocalPolicy.take`.
 """
 
