@@ -35,7 +35,8 @@ def stable_order() -> Iterator[None]:
 class Cluster:
     """Args:
     names: of the nodes.
-    network: by default one with all ways of 20 ms.
+    network: in place of one of `seed`, `ways` and `window_bytes`.
+    ways: by default 20 ms between any two.
     dials: for each node, whom it dials; by default everybody else.
     system_ahead_us: for each node, how far its system clock is ahead when it starts.
     """
