@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from replication.builders import RULES, SECOND_US, key_of, rules_with, take
+from replication.builders import RULES, SECOND_US, rules_with, take
 from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Bucket
@@ -140,21 +140,6 @@ def test_what_was_given_back_while_a_region_was_cut_off_is_told_when_it_is_back(
     cluster.heal_all()
     cluster.run_until_settled()
     assert_folds_are_equal(cluster)
-
-
-def test_a_restarted_node_gets_back_what_it_had_taken_before() -> None:
-    cluster = Cluster(3, "abc", RULES)
-    cluster.run_until_settled()
-    take(cluster["a"].store, "ann", 700, cluster.now_us)
-    cluster.run(SECOND_US)
-    cluster.crash("a")
-    cluster.run(SECOND_US)
-    restarted = cluster.start("a")
-    cluster.run_until_settled()
-    bucket = restarted.store.get(key_of("ann"))
-    assert bucket is not None
-    assert sum(entry.tokens for entry in bucket.entries()) == 700
-    assert_converged(cluster)
 
 
 def test_lag_is_the_way_there_and_back_and_at_most_a_flush() -> None:
