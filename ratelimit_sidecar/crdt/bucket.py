@@ -362,13 +362,15 @@ class Bucket(ABC):
         be held.
         """
         self._take_new_origin()
+        own = self._own
         if self._own_slot != _NO_SLOT:
-            if self._own is None:
-                self._own = {}
-            self._own[self._own_slot] = self._own_tokens
-        self._own_slot = slot
-        # It has tokens already if the limit changed and changed back; then the count goes on.
-        self._own_tokens = self._own.pop(slot, 0) if self._own is not None else 0
+            if own is None:
+                own = self._own = {}
+            own[self._own_slot] = self._own_tokens
+        self._own_slot, self._own_tokens = slot, 0
+        if own is not None and slot in own:
+            # The limit changed and changed back: the count goes on.
+            self._own_tokens = own.pop(slot)
         # Searching the list is rare: only a slot that is opened again needs it.
         self._own_slot_unsent = self._own_tokens > 0 and self._unsent is not None and slot in self._unsent
 

@@ -84,24 +84,26 @@ class RuleCounts:
             self.shadow_mode_hits += over
 
 
-class CountsByRule(dict[tuple[str, str], RuleCounts]):
-    """Counters by (domain, name of the rule in metrics). Descriptors without rule count under the name ""."""
+CountsByRule = dict[tuple[str, str], RuleCounts]
+"""Counters by (domain, name of the rule in metrics). Descriptors without rule count under the name ""."""
 
-    def has_room_for(self, names: Sized) -> bool:
-        """Whether it is still small enough to go on with these rules. False after many reloads, since the names of
-        former rules are not removed one by one.
-        """
-        return len(self) <= MAX_NAMES + 2 * len(names)
 
-    def of(self, domain: str, metric_name: str, rule_name: str) -> RuleCounts:
-        """The counters of a name.
+def has_room_for(counts: CountsByRule, names: Sized) -> bool:
+    """Whether there are few enough counters to go on with these rules. False after many reloads, since the names of
+    former rules are not removed one by one.
+    """
+    return len(counts) <= MAX_NAMES + 2 * len(names)
 
-        Args:
-            metric_name: may contain values of the request.
-            rule_name: used instead when there are too many names already.
-        """
-        counts = self.get((domain, metric_name))
-        if counts is not None:
-            return counts
-        name = metric_name if len(self) < MAX_NAMES else rule_name
-        return self.setdefault((domain, name), RuleCounts())
+
+def counts_of(counts: CountsByRule, domain: str, metric_name: str, rule_name: str) -> RuleCounts:
+    """The counters of a name.
+
+    Args:
+        metric_name: may contain values of the request.
+        rule_name: used instead when there are too many names already.
+    """
+    found = counts.get((domain, metric_name))
+    if found is not None:
+        return found
+    name = metric_name if len(counts) < MAX_NAMES else rule_name
+    return counts.setdefault((domain, name), RuleCounts())

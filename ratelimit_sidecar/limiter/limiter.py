@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
-from ratelimit_sidecar.limiter.counts import CountsByRule
+from ratelimit_sidecar.limiter.counts import CountsByRule, counts_of, has_room_for
 from ratelimit_sidecar.limiter.encoding import (
     OVERALL_OK,
     OVERALL_OVER_LIMIT,
@@ -94,7 +94,7 @@ class Limiter:
         self.ledger = ledger
         self.clock_steps_us = 0
         """The sum of the clock's steps since start. Strict buckets get the time without them."""
-        self.counts = CountsByRule()
+        self.counts: CountsByRule = {}
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Descriptors that an overflow bucket decided, by (domain, rule name). They are also in `counts`."""
         self.ignored_overrides = 0
@@ -134,10 +134,10 @@ class Limiter:
             ValueError: a rule is strict and there is no ledger; the former rules stay in force.
         """
         self._use_strict_rules(rules)
-        retired = Retired(self.rules, self._plans.plans, self._compiled, CountsByRule())
-        if not self.counts.has_room_for(rules.names):
+        retired = Retired(self.rules, self._plans.plans, self._compiled, {})
+        if not has_room_for(self.counts, rules.names):
             # Counters may restart at zero: to Prometheus that is a restart of the process.
-            retired.counts, self.counts = self.counts, CountsByRule()
+            retired.counts, self.counts = self.counts, {}
             self.overflow_decisions = Counter()
         if self.ledger is not None:
             self.ledger.lines.end_all()
@@ -379,7 +379,7 @@ class Limiter:
         request = read_request(raw)
         domain = request.domain
         hits = request.hits or 1
-        replaced: set[str] = set()
+        replaced: frozenset[str] = frozenset()
         matches: list[Match | None] = []
         for descriptor in request.descriptors:
             match = self._match(domain, descriptor)
@@ -389,10 +389,12 @@ class Limiter:
         steps: list[Step] = []
         quotas = 0
         gives_back = is_decorated = may_wait = False
-        for match, descriptor in zip(matches, request.descriptors, strict=True):
-            is_replaced = match is not None and _is_replaced(match.rule, replaced)
+        for at, descriptor in enumerate(request.descriptors):
+            match = matches[at]
+            if replaced and match is not None and _is_replaced(match.rule, replaced):
+                match = None
             is_negative = descriptor.is_negative
-            step = self._make_step(domain, None if is_replaced else match, hits, descriptor.hits, is_negative)
+            step = self._make_step(domain, match, hits, descriptor.hits, is_negative)
             steps.append(step)
             gives_back = gives_back or is_negative
             quotas += step.compiled.is_quota
@@ -450,7 +452,7 @@ class Limiter:
         if is_negative:
             hits, gives_back = 0, min(hits, MAX_HITS)
         if match is None:
-            return Step(self._unlimited, b"", hits, self.counts.of(self._label(domain), "", ""))
+            return Step(self._unlimited, b"", hits, counts_of(self.counts, self._label(domain), "", ""))
         rule = match.rule
         compiled = self._compiled.get(id(rule))
         if compiled is None:
@@ -458,7 +460,7 @@ class Limiter:
             if not match.is_override:
                 # It refers to the rule, so no other object can get the same id.
                 self._compiled[id(rule)] = compiled
-        counts = self.counts.of(self._label(domain), match.metric_name, rule.name)
+        counts = counts_of(self.counts, self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
         return Step(
             compiled,
@@ -515,7 +517,7 @@ def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:
     return over > 0 or quotas_over == plan.quotas > 0
 
 
-def _is_replaced(rule: Rule, replaced: set[str]) -> bool:
+def _is_replaced(rule: Rule, replaced: frozenset[str]) -> bool:
     """Whether another rule's `replaces` names this one. An unlimited rule cannot be replaced, as in
     envoyproxy/ratelimit.
     """

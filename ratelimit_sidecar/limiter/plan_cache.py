@@ -1,8 +1,9 @@
 """A bounded cache of plans by the bytes of their requests. It stays useful while callers invent values without end.
 
 Once it is full, a plan is kept only if its request was seen lately. So requests that come once do not push out those
-that come again and again. Requests seen are remembered by hash alone, in a table in which a newer hash replaces an
-older one at the same place. To make room, the oldest plans are dropped.
+that come again and again. Of requests seen only a byte of the hash is remembered, in a table of 65,536 in which a
+newer one replaces an older one: it stays in the processor's cache, and one new request in 256 is taken for one seen.
+To make room, the oldest plans are dropped.
 
 CPython's cycle collector must not see the plans. It counts objects made less objects freed, and a full cache frees an
 old plan for each new one: so its youngest generation, meant for a thousand objects, would come to hold all plans, and
@@ -11,7 +12,6 @@ one collection would stop the loop for 50 ms.
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import Final
@@ -25,8 +25,6 @@ MAX_BYTES: Final = 32 * 1_024 * 1_024
 MAX_PLAN_BYTES: Final = 32 * 1_024
 """The plan of a larger request is never kept."""
 
-_SEEN_PLACES: Final = 1 << 16
-
 
 class PlanCache:
     """A cache of plans. Look one up in `plans`; after a miss, make the plan and `keep` it."""
@@ -38,7 +36,8 @@ class PlanCache:
         """The estimated bytes of all plans."""
         self._oldest_first: deque[bytes] = deque()
         """The keys of `plans`. A dict alone would be searched from its start, past all that was dropped."""
-        self._seen = array("q", bytes(8 * _SEEN_PLACES))
+        self._seen = bytearray(1 << 16)
+        """By two bytes of the hash of a request: a third byte of that which was seen last."""
 
     def keep(self, request: bytes, plan: Plan) -> None:
         """Add a plan that was just made and is not in here, if it is worth keeping."""
@@ -46,8 +45,8 @@ class PlanCache:
         if size > MAX_PLAN_BYTES:
             return
         if self.bytes + size > MAX_BYTES:
-            seen = hash(request)
-            place = seen % _SEEN_PLACES
+            hashed = hash(request) & 0xFF_FFFF
+            seen, place = hashed >> 16, hashed & 0xFFFF
             if self._seen[place] != seen:
                 self._seen[place] = seen
                 return

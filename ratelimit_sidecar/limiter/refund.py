@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import StoreFull
+from ratelimit_sidecar.limiter.counts import counts_of
 from ratelimit_sidecar.limiter.explanation import why_unlimited
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule
@@ -82,5 +83,5 @@ def refund(
     bucket.advance(now_us)
     before = BucketLevel(bucket.remaining, bucket.debt)
     given = bucket.refund(tokens, now_us)
-    limiter.counts.of(domain, match.metric_name, rule.name).given_back += given
+    counts_of(limiter.counts, domain, match.metric_name, rule.name).given_back += given
     return Refunded(rule, bucket, before, given, BucketLevel(bucket.remaining, bucket.debt))

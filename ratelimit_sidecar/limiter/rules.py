@@ -130,15 +130,20 @@ class Rule:
     metric_of_values: bool = False
     wait_us: int = 0
 
-    @property
-    def bucket_type(self) -> int:
-        """The bucket type of its bucket keys."""
-        if self.consistency is Consistency.STRICT:
-            return STRICT_TOKEN_BUCKET
-        local = LOCAL if self.consistency is Consistency.LOCAL else 0
-        if self.limit is None or isinstance(self.limit, Limit):
-            return TOKEN_BUCKET | local
-        return (FIXED_WINDOW if self.limit.window is Window.FIXED else SLIDING_WINDOW) | local
+    bucket_type: int = field(init=False, compare=False)
+    """The bucket type of its bucket keys."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bucket_type", _bucket_type(self.limit, self.consistency))
+
+
+def _bucket_type(limit: AnyLimit | None, consistency: Consistency) -> int:
+    if consistency is Consistency.STRICT:
+        return STRICT_TOKEN_BUCKET
+    local = LOCAL if consistency is Consistency.LOCAL else 0
+    if limit is None or isinstance(limit, Limit):
+        return TOKEN_BUCKET | local
+    return (FIXED_WINDOW if limit.window is Window.FIXED else SLIDING_WINDOW) | local
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +157,9 @@ class RuleNode:
     """
 
     rule: Rule | None = None
-    exact: Mapping[tuple[str, str], RuleNode] = field(default_factory=dict)
-    wildcards: Mapping[str, WildcardSet[RuleNode]] = field(default_factory=dict)
-    key_only: Mapping[str, RuleNode] = field(default_factory=dict)
+    exact: dict[tuple[str, str], RuleNode] = field(default_factory=dict)
+    wildcards: dict[str, WildcardSet[RuleNode]] = field(default_factory=dict)
+    key_only: dict[str, RuleNode] = field(default_factory=dict)
     shares_bucket: bool = False
     value_in_metric: bool = False
 
@@ -221,7 +226,7 @@ class Rules:
         default_domain: the domain for HTTP requests that name none; "" for none.
     """
 
-    domains: Mapping[str, RuleNode] = field(default_factory=dict)
+    domains: dict[str, RuleNode] = field(default_factory=dict)
     default_rule: Rule | None = None
     override_window: Window | None = None
     override_consistency: Consistency = Consistency.EVENTUAL
@@ -415,9 +420,18 @@ def limit_of_rate(
 
 
 def _descend(node: RuleNode, key: str, value: str) -> Level | None:
-    deeper = node.exact.get((key, value))
+    deeper = node.exact.get((key, value)) if node.exact else None
     if deeper is not None:
         return Level(EXACT, key, value, value, deeper)
+    if node.wildcards:
+        level = _descend_by_pattern(node, key, value)
+        if level is not None:
+            return level
+    deeper = node.key_only.get(key)
+    return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
+
+
+def _descend_by_pattern(node: RuleNode, key: str, value: str) -> Level | None:
     joined = node.wildcards.get(JOINED)
     wildcards = node.wildcards.get(key) if joined is None else joined
     if wildcards is not None:
@@ -430,8 +444,7 @@ def _descend(node: RuleNode, key: str, value: str) -> Level | None:
         deeper = joined.node_of(key)
         if deeper is not None:
             return Level(PATTERN, key, value, key, deeper, is_joined=True)
-    deeper = node.key_only.get(key)
-    return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
+    return None
 
 
 def _is_pattern_itself(level: Level) -> bool:
@@ -451,12 +464,12 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
     return node if kind == WILDCARD_VALUE else None
 
 
-def _rule_of_levels(levels: Sequence[Level], entries: Sequence[tuple[str, str]]) -> Rule | None:
+def _rule_of_levels(levels: list[Level], entries: Sequence[tuple[str, str]]) -> Rule | None:
     """The rule that applies: its depth equals the number of entries."""
     return levels[-1].node.rule if levels and len(levels) == len(entries) else None
 
 
-def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
+def _match_of_levels(domain: str, levels: list[Level], rule: Rule) -> Match:
     bucket_key = bucket_key_head(rule.bucket_type, domain)
     for level in levels:
         if level.is_joined:
@@ -472,7 +485,7 @@ def _match_of_levels(domain: str, levels: Sequence[Level], rule: Rule) -> Match:
     return Match(rule, bucket_key, _metric_name(domain, levels, rule))
 
 
-def _metric_name(domain: str, levels: Sequence[Level], rule: Rule) -> str:
+def _metric_name(domain: str, levels: list[Level], rule: Rule) -> str:
     if not rule.metric_of_values and not any(level.node.value_in_metric for level in levels):
         return rule.name
     parts = [domain]

@@ -211,18 +211,23 @@ class ChangeLog:
 
     def _add(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
         key = bucket.key
-        entries = list(bucket.own_entries(slots))
-        if not entries or len(key) > MAX_KEY_BYTES:
+        if len(key) > MAX_KEY_BYTES:
             return
         segment = self._open
         if self._is_told and not segment.keys:
             self._writer = DeltasWriter(self._store.origin, self._numbers)
-        segment.keys.append(key)
-        segment.entries += len(entries)
         writer = self._writer
-        if writer is not None:
+        if writer is None:
+            # Slots that were dropped meanwhile count too: to look each of them up is half of the work.
+            segment.entries += len(slots)
+        else:
+            entries = list(bucket.own_entries(slots))
+            if not entries:
+                return
+            segment.entries += len(entries)
             for start in range(0, len(entries), MAX_PART_ENTRIES):
                 writer.add(bucket, None, entries[start : start + MAX_PART_ENTRIES])
+        segment.keys.append(key)
         is_full = len(segment.keys) >= MAX_BATCH_BUCKETS or segment.entries >= MAX_BATCH_ENTRIES
         if is_full or (writer is not None and writer.rough_bytes >= MAX_BATCH_BYTES):
             self._seal(now_us)

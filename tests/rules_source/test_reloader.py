@@ -18,7 +18,6 @@ from structlog.testing import capture_logs
 from ratelimit_sidecar.collector import MOST_YOUNG, young_objects
 from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.rules_file import load_rules
-from ratelimit_sidecar.limiter.counts import CountsByRule
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 from ratelimit_sidecar.rules_source import reloader as reloader_module
@@ -194,7 +193,7 @@ class Owned(dict):
 
 async def test_what_old_rules_leave_behind_is_given_back_one_by_one_and_not_by_the_loop() -> None:
     plans, terms = Owned({b"a": None, b"b": None}), Owned({1: None})
-    retired = Retired(rules_of("old"), plans, terms, CountsByRule())
+    retired = Retired(rules_of("old"), plans, terms, {})
     reloader = Reloader(lambda _: retired, lambda: NOW_US, "files", None)
     assert await reloader.load(lambda: rules_of("new")) is None
     assert (len(plans.emptied_by), len(terms.emptied_by)) == (2, 1)
@@ -209,7 +208,7 @@ async def test_old_rules_are_taken_to_pieces_before_they_are_let_go(monkeypatch:
         names.extend(piece.name for piece in pieces if isinstance(piece, Rule))
 
     monkeypatch.setattr(reloader_module, "free_in_pieces", free_in_pieces)
-    retired = Retired(rules_of("old", "older"), {}, {}, CountsByRule())
+    retired = Retired(rules_of("old", "older"), {}, {}, {})
     await Reloader(lambda _: retired, lambda: NOW_US, "files", None).load(lambda: rules_of("new"))
     assert sorted(names) == ["old.user", "older.user"]
 
@@ -222,7 +221,7 @@ async def test_new_rules_count_as_loaded_before_the_old_ones_are_given_back() ->
             loaded.append(reloader.loaded)
             return super().popitem()
 
-    retired = Retired(None, Late({b"a": None}), {}, CountsByRule())
+    retired = Retired(None, Late({b"a": None}), {}, {})
     reloader = Reloader(lambda _: retired, lambda: NOW_US, "files", None)
     await reloader.load(lambda: rules_of("one", "two"))
     assert loaded == [LoadedRules(2, "", NOW_US)]
