@@ -91,7 +91,8 @@ class StrictCluster:
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
         self.membership = Membership(1, self.weights or dict.fromkeys(self.nodes, 1))
-        self.loop = Loop()
+        # Many ticks are due at one instant, and each may be first.
+        self.loop = Loop(lambda: self.random.getrandbits(60))
         fastest = Limit(self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity)
         self._oracle = TextbookBucket(fastest)
         self._limits = [self.limit]
