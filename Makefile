@@ -119,7 +119,7 @@ generate: $(READY) ## Write anew all that is generated: protobuf code, reference
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python deploy/helm/generate.py
 
-simulate: $(READY) ## Simulate admission over several regions, and quotas: tables and charts into docs/simulation.md and rlqs.md, from seeds
+simulate: $(READY) ## Simulate admission over several regions, and quotas: tables and charts into docs/, from seeds
 	$(BIN)/python -m benchmarks.admission
 	$(BIN)/python -m benchmarks.quotas
 

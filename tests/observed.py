@@ -9,7 +9,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 
 NOW_US = 1_795_000_000_000_000
 

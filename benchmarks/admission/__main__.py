@@ -18,8 +18,31 @@ from benchmarks.admission.run import EVENTUAL, Outcome, policies_for, run
 from benchmarks.admission.scenarios import Scenario
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "simulation.md"
-BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+PAGE = DOCS / "reference" / "simulation.md"
+INTRO = """\
+# Simulated admission: all scenarios
+
+<!-- Written by `make simulate`; edit benchmarks/admission, not this page. -->
+
+What it shows: [simulation.md](../simulation.md). A range is from the least to the greatest of five seeds; one number is
+the worst.
+
+"80 ms links" are 80 ms one way between any two of three regions. "Real regions" have Azure's round trips, the 95th
+percentile over the 30 days up to 2026-07-30
+([Microsoft](https://learn.microsoft.com/azure/networking/azure-network-latency), see `benchmarks/admission/links.py`).
+A lost message is sent again a round trip and a quarter later (RACK, RFC 8985), but not before 200 ms, and those behind
+it wait. During a cut all waits; sidecars end a connection that is silent for 5 s and dial again. Denied requests do not come back. Unless the title says otherwise the limit is 100/s with
+a burst of 200. Clocks are right, and each region is one sidecar.
+
+- *Of ideal*: of what one bucket would admit, if all requests came to it without delay.
+- *Utilisation*: of `capacity + rate * T`.
+- *Worst burst over the limit*: the most by which the admissions of any interval exceed `capacity + rate * its length`.
+- *Undelivered*, *bound*: [what `eventual` may admit](../simulation.md#the-bound-on-the-overshoot-of-eventual) beyond
+  the limit. The simulator fails when a worst burst is above either.
+- *Time to adapt*: from a shift of demand until a second begins in which 95 % of its refill is admitted.
+- *Decision*: how long a request waits for it; "at once" is without another region.
+
+"""
 
 SEEDS = 5
 
@@ -30,7 +53,7 @@ Task = tuple[Scenario, str, int]
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--seed", default=1, show_default=True, help=f"The first of {SEEDS}.")
 def main(names: tuple[str, ...], seed: int) -> None:
-    """Simulate the SCENARIOs, or all of them; then docs/simulation.md and its charts are written anew."""
+    """Simulate the SCENARIOs, or all of them; then the tables and the charts in docs/ are written anew."""
     known = {scenario.name: scenario for scenario in scenarios.scenarios()}
     if unknown := set(names) - known.keys():
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -48,18 +71,12 @@ def main(names: tuple[str, ...], seed: int) -> None:
     )
     click.echo(tables)
     if not names:
-        _write_tables(tables)
+        PAGE.write_text(f"{INTRO}{tables}")
         _write_charts(known, [outcomes[0] for outcomes in by_row], distances)
 
 
 def _run(task: Task) -> Outcome:
     return run(*task)
-
-
-def _write_tables(tables: str) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 def _write_charts(known: dict[str, Scenario], firsts: Sequence[Outcome], distances: Sequence[Scenario]) -> None:

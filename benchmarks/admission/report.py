@@ -23,7 +23,7 @@ def table(scenario: Scenario, outcomes: Iterable[Outcomes]) -> str:
     rows = list(outcomes)
     columns = _columns(scenario)
     lines = [
-        f"### {scenario.title}",
+        f"## {scenario.title}",
         "",
         f"{_facts(scenario, rows[0])}",
         "",

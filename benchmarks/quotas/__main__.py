@@ -15,8 +15,20 @@ from benchmarks.quotas.run import POLICIES, RATE, Outcome, run
 from benchmarks.quotas.scenarios import STEP_S, Scenario, scenarios
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "rlqs.md"
-BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+PAGE = DOCS / "reference" / "quota-simulation.md"
+INTRO = """\
+# Simulated quotas: all scenarios
+
+<!-- Written by `make simulate`; edit benchmarks/quotas, not this page. -->
+
+What it shows: [rlqs.md](../rlqs.md#how-shares-follow-the-demand). The limit is 300 a second. Envoys report every five
+seconds, each at its own moment. Of five seeds always the worst.
+
+- *Fair again after*: the change, on average of 4 s. An Envoy that dies keeps its share until its assignment ends.
+- *Used*: of what could be admitted, from 10 s after the change on.
+- *Lacked*: denied requests of fair shares.
+
+"""
 SEEDS = 5
 
 
@@ -24,7 +36,7 @@ SEEDS = 5
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--seed", default=1, show_default=True, help=f"The first of {SEEDS}.")
 def main(names: tuple[str, ...], seed: int) -> None:
-    """Simulate the SCENARIOS, or all of them; then the tables and the chart of docs/rlqs.md are written anew."""
+    """Simulate the SCENARIOS, or all of them; then the tables and the chart in docs/ are written anew."""
     known = {scenario.name: scenario for scenario in scenarios()}
     if unknown := set(names) - known.keys():
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -34,8 +46,7 @@ def main(names: tuple[str, ...], seed: int) -> None:
     tables = "\n".join(table(scenario, of) for scenario, of in zip(wanted, outcomes, strict=True))
     click.echo(tables)
     if not names:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(f"{INTRO}{tables}")
         _chart([of[0] for of in outcomes[0]])
 
 

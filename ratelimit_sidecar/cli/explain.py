@@ -117,8 +117,8 @@ def explain(
             made = _made_of(rules, Parse(check.read(), CheckRequest()))
         except (ParseError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--check: not a CheckRequest in JSON: {error}") from error
-        except RpcError as error:
-            raise click.UsageError(f"--check: {error.message}") from error
+        except (RpcError, InvalidRequest) as error:
+            raise click.UsageError(f"--check: {error}") from error
         if isinstance(made, str):
             click.echo(json.dumps({"unlimited": made}, ensure_ascii=False) if output_format == "json" else made)
             return
@@ -158,6 +158,7 @@ def _made_of(rules: Rules, check: CheckRequest) -> Request | str:
 
     Raises:
         RpcError: it is no request over HTTP.
+        InvalidRequest: see `rate_limit_request`.
     """
     http = http_request(check.SerializeToString())
     domain = text_of(http.context_extensions.get(DOMAIN_EXTENSION, b"")) or rules.default_domain

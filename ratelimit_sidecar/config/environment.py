@@ -1,7 +1,8 @@
 """Environment variables as a source of values, where the configuration file has none.
 
 The fields of the schema name their variables (`FromEnvironment`), and the functions here read them: booleans as Go's
-strconv.ParseBool, durations and maps as envoyproxy/ratelimit does. The results are checked like values in a file, and a
+strconv.ParseBool, durations and maps as envoyproxy/ratelimit does. PyPI's library for Go's durations, durationpy, reads
+floats, and takes units and texts that Go refuses. The results are checked like values in a file, and a
 problem names the variable.
 """
 

@@ -1,4 +1,4 @@
-"""The page about moving from envoyproxy/ratelimit: each of its environment variables, and what becomes of it.
+"""The page about moving from envoyproxy/ratelimit, and that of its environment variables and what becomes of each.
 
 The variables are those of its src/settings/settings.go, in its order, and those that its README names besides. What is
 the same here is not written down: it is what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands
@@ -71,8 +71,8 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "GRPC_MAX_CONNECTION_AGE_GRACE": SAME,
         "GRPC_MAX_CONCURRENT_STREAMS": NotNeeded("streams of a connection and calls in all are always bounded"),
         "GRPC_SERVER_USE_TLS": Same(
-            "see [TLS between Envoy and the sidecar](envoy-tls.md). Together with `GRPC_UDS` it ends the start with an"
-            " error"
+            "see [TLS between Envoy and the sidecar](../envoy-tls.md). Together with `GRPC_UDS` it ends the start with"
+            " an error"
         ),
         "GRPC_SERVER_TLS_CERT": SAME,
         "GRPC_SERVER_TLS_KEY": SAME,
@@ -154,7 +154,7 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
         "USE_PROMETHEUS": NotNeeded("always on, at `/metrics` of `listen.admin`"),
         "PROMETHEUS_ADDR": ReplacedBy("`listen.admin`"),
         "PROMETHEUS_PATH": NotNeeded("the path is always `/metrics`"),
-        "PROMETHEUS_MAPPER_YAML": NotNeeded("see [Metrics](reference/metrics.md)"),
+        "PROMETHEUS_MAPPER_YAML": NotNeeded("see [Metrics](metrics.md)"),
         "PROMETHEUS_RESPONSE_TIME_AS_MILLISECONDS": NotNeeded("times are in seconds"),
         "TRACING_ENABLED": ReplacedBy("`OTEL_EXPORTER_OTLP_ENDPOINT`: traces are sent when it is set"),
         "TRACING_SERVICE_NAME": ReplacedBy("`OTEL_SERVICE_NAME`"),
@@ -239,7 +239,7 @@ needed.
    ratelimit-sidecar check path/to/config
    ```
 
-2. Count limits as before, by a `sidecar.yaml` of one line:
+2. Count limits as before, by a `sidecar.yaml` of one line. Without it a limit is a token bucket, which refills evenly.
 
    ```yaml
    algorithm: fixed_window
@@ -257,28 +257,24 @@ needed.
    endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8081}}}
    ```
 
-With `SHADOW_MODE=true` it counts and answers, and denies nothing.
+With `SHADOW_MODE=true` it counts and answers, and denies nothing. What becomes of
+[each variable and metric](reference/envoyproxy-ratelimit.md) is listed apart.
 """
 
 _DIFFERENCES = """\
 ## What differs
 
-- **The algorithm.** Without step 2 a limit is a token bucket, which refills evenly. Rules choose one by one with
-  `algorithm`.
-- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, when that counts in
-  windows of the same unit. Beside a token bucket it is counted in a sliding window of its own: when the limit changes,
-  what was taken still counts. Only where `CRDT_ENGINE` is `strict` is it a token bucket, one for each limit.
 - **Sharing.** Without `sync.peers` each sidecar has every limit to itself.
-- **The start.** Counts in Redis are not taken over.
+- **State** is in memory; counts in Redis are not taken over. With [`persistence`](state.md) it survives a full stop.
+- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, if that is a window
+  of the same unit. Beside a token bucket it is a sliding window of its own; where `CRDT_ENGINE` is `strict` a token
+  bucket, one for each limit.
 - **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
   `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
-- **State** is in memory: with `persistence` it survives when all sidecars stop ([state.md](state.md)).
-- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Anything else that is read there,
-  but for `*.md`, ends the start with an error. It may be empty: files are picked up when they come. One that loses all
-  its files keeps its rules; there it has none from then on.
-- **Health.** gRPC health checks may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or
-  none, with the same answer; there it is always SERVING for none.
-- **Metrics** have [other names](#its-metrics).
+- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Anything else there, but for
+  `*.md`, ends the start with an error. One that loses all its files keeps its rules; there it has none from then on.
+- **Health checks** may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or none, with the
+  same answer; there it is always SERVING for none.
 
 With `algorithm: fixed_window` every answer is the same in every field (`make test-all` compares them), but for this:
 """
@@ -315,7 +311,7 @@ METRICS: Mapping[str, str] = {
 
 _AFTER_METRICS = """\
 `/stats` of the debug port is `/metrics` of `listen.admin` here, in Prometheus' text format; OTLP can be
-[pushed](reference/otel.md). For statsd or Datadog let the agent there fetch `/metrics`, as Telegraf's `prometheus`
+[pushed](otel.md). For statsd or Datadog let the agent there fetch `/metrics`, as Telegraf's `prometheus`
 input, the OpenTelemetry Collector's `prometheus` receiver and Datadog's OpenMetrics check do.
 """
 
@@ -327,13 +323,23 @@ The configuration file wins over variables. Booleans are Go's (`1`, `t`, `T`, `T
 
 
 def migration_page(generated: str) -> str:
-    """The page.
+    """How to move, and what differs.
 
     Args:
-        generated: the line that says it is.
+        generated: the line that says that the page is.
     """
     parts = ["# Moving from envoyproxy/ratelimit", generated, _INTRO]
-    parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES), _VARIABLES]
+    parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES)]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def variables_page(generated: str) -> str:
+    """Its variables and metrics.
+
+    Args:
+        generated: the line that says that the page is.
+    """
+    parts = ["# Variables and metrics of envoyproxy/ratelimit", generated, _VARIABLES]
     for group, variables in VARIABLES.items():
         rows = ["| Variable | Here |", "|---|---|", *(f"| {names} | {text} |" for names, text in _rows(variables))]
         parts.append("\n".join((f"### {group}", "", *rows)))

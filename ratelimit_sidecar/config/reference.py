@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.migration import migration_page
+from ratelimit_sidecar.config.migration import migration_page, variables_page
 from ratelimit_sidecar.config.rules_file import DEFAULT_RULE_NAME
 from ratelimit_sidecar.config.rules_schema import AuthzEntry, Descriptor, ExtAuthz, RateLimit, RulesFile
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
@@ -98,7 +98,7 @@ Errors end the start with exit code 2 and one line for each: `file:line:column: 
 the fix`. `ratelimit-sidecar check --config sidecar.yaml` says the same beforehand, also of the rules.
 
 A variable named under "Default" is read where the file does not have the key; an empty one counts as not set. Those of
-envoyproxy/ratelimit are [all listed here](../migration-from-envoyproxy-ratelimit.md).
+envoyproxy/ratelimit are [all listed here](envoyproxy-ratelimit.md).
 """
 
 _ENVIRONMENT_ONLY = """\
@@ -253,6 +253,7 @@ def pages() -> Mapping[str, str]:
     return {
         "reference/configuration.md": configuration_page(),
         "reference/rules.md": rules_page(),
+        "reference/envoyproxy-ratelimit.md": variables_page(_GENERATED),
         "migration-from-envoyproxy-ratelimit.md": migration_page(_GENERATED),
     }
 

@@ -168,9 +168,6 @@ def _of_strict(
         fix = f"let algorithm be {BUCKET_ALGORITHM}, or consistency {eventual}"
         found, expected = f"{strict} with the algorithm {window}", f"{strict} with {BUCKET_ALGORITHM} only"
         yield document.problem((*at, "consistency"), found, expected, fix)
-    elif "max_debt" in given:
-        fix = "remove it: what is charged into debt is never forgiven"
-        yield document.problem((*at, "max_debt"), f"max_debt with consistency {strict}", "no max_debt", fix)
 
 
 def _of_wait(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:

@@ -575,8 +575,8 @@ class SidecarConfig(Section):
     )
     max_buckets: MaxBuckets = Field(
         DEFAULT_MAX_BUCKETS,
-        description="Buckets kept at once, of strict limits and of others each; 440 bytes or more a bucket. Beyond, new"
-        " keys of a rule share overflow buckets.",
+        description="Buckets kept at once, of strict limits and of others each; 440 bytes to 1.6 kB a bucket, with"
+        " sliding windows more. Beyond, new keys of a rule share overflow buckets.",
     )
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."

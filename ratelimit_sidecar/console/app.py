@@ -35,7 +35,7 @@ from ratelimit_sidecar.console.rules import describe_rules, dump_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.server.waiting import HttpWaits

@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
-_NO_SLOT: Final = -1
+NO_SLOT: Final = -1
 
 SET_BACK_US: Final = 5_000_000
 """A time that is this much before the last one means that the clock was set back. If it is less, the bucket stands
@@ -127,7 +127,7 @@ class Bucket(ABC):
         """The time of the last call."""
         self.origin = origin
         self.journal = journal
-        self._own_slot = _NO_SLOT
+        self._own_slot = NO_SLOT
         """The slot opened last, with `_own_tokens` in it; own slots before it are in `_own`."""
         self._own_tokens = 0
         self._own_slot_unsent = False
@@ -171,6 +171,13 @@ class Bucket(ABC):
             then exceed the limit.
         """
         return 0
+
+    @property
+    def is_nearly_used_up(self) -> bool:
+        """True when less than an eighth is left, so that peers should learn of it before other buckets. A strict bucket
+        is not replicated by its takes.
+        """
+        return False
 
     @property
     @abstractmethod
@@ -242,6 +249,14 @@ class Bucket(ABC):
     def seal(self, now_us: int) -> None:
         """Drop slots that are past the horizon; a token bucket folds them into its base."""
 
+    def shorten(self, _now_us: int, _shift: int) -> bool:
+        """Seal what is older than a shorter horizon (see `Limit.boundary_us`), if that is worth it. Windows cannot.
+
+        Returns:
+            True when it did.
+        """
+        return False
+
     @abstractmethod
     def is_idle(self, now_us: int) -> bool:
         """True when the bucket equals an absent one: all tokens are there, and no peer could miss one of its
@@ -279,7 +294,7 @@ class Bucket(ABC):
         """A copy of the replicated state."""
         taken = {origin: dict(slots) for origin, slots in (self._heard or {}).items()}
         own = dict(self._own or {})
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             own[self._own_slot] = self._own_tokens
         if own:
             taken[self.origin] = own
@@ -287,7 +302,7 @@ class Bucket(ABC):
 
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             yield Entry(self.origin, self._own_slot, self._own_tokens)
         if self._own is not None:
             for slot, tokens in self._own.items():
@@ -299,7 +314,7 @@ class Bucket(ABC):
 
     def _slots(self) -> Iterator[int]:
         """The slots of all entries."""
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             yield self._own_slot
         yield from self._own or ()
         for slots in (self._heard or {}).values():
@@ -310,7 +325,7 @@ class Bucket(ABC):
         origins there are.
         """
         tokens_of = dict(self._own or {})
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             tokens_of[self._own_slot] = self._own_tokens
         if self._heard is not None:
             for slots in self._heard.values():
@@ -355,7 +370,7 @@ class Bucket(ABC):
     @property
     def _holds_nothing(self) -> bool:
         """True when there are no slots, and none to send."""
-        return self._own_slot == _NO_SLOT and not self._own and not self._heard and not self._unsent
+        return self._own_slot == NO_SLOT and not self._own and not self._heard and not self._unsent
 
     def _open_own_slot(self, slot: int) -> None:
         """Make `slot` the one that `_write_own` counts in. Call that at once: a slot without tokens must not
@@ -363,7 +378,7 @@ class Bucket(ABC):
         """
         self._take_new_origin()
         own = self._own
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             if own is None:
                 own = self._own = {}
             own[self._own_slot] = self._own_tokens
@@ -413,10 +428,10 @@ class Bucket(ABC):
         if origin is None or origin == self.origin:
             return
         own = self._own or {}
-        if self._own_slot != _NO_SLOT:
+        if self._own_slot != NO_SLOT:
             own[self._own_slot] = self._own_tokens
         former, self.origin = self.origin, origin
-        self._own_slot, self._own_tokens, self._own_slot_unsent = _NO_SLOT, 0, False
+        self._own_slot, self._own_tokens, self._own_slot_unsent = NO_SLOT, 0, False
         self._own = None
         if own:
             if self._heard is None:
@@ -503,12 +518,12 @@ class Bucket(ABC):
             Their entries, as (origin, slot, tokens).
         """
         forgotten = []
-        if self._own_slot != _NO_SLOT and is_past(self._own_slot):
+        if self._own_slot != NO_SLOT and is_past(self._own_slot):
             forgotten.append((self.origin, self._own_slot, self._own_tokens))
-            self._own_slot, self._own_tokens = _NO_SLOT, 0
+            self._own_slot, self._own_tokens = NO_SLOT, 0
         if self._own is not None:
             forgotten += _pop_past(self.origin, self._own, is_past)
-            self._own = self._own or None
+            self._own = (dict(self._own) if len(forgotten) > len(self._own) else self._own) or None
         if self._heard is not None:
             for origin in list(self._heard):
                 slots = self._heard[origin]
@@ -517,6 +532,10 @@ class Bucket(ABC):
                 forgotten += past
                 if not slots:
                     del self._heard[origin]
+                elif len(past) > len(slots):
+                    # A dict from which items are deleted keeps its size.
+                    self._heard[origin] = dict(slots)
+                    untrack(self._heard)
             self._heard = self._heard or None
         return forgotten
 

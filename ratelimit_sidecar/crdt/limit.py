@@ -115,12 +115,16 @@ class Limit:
         debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
         set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
 
-    def boundary_us(self, now_us: int) -> int:
+    def boundary_us(self, now_us: int, shift: int = 0) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike.
 
         0 when the horizon reaches back before the epoch, because times below 0 are not sent to peers.
+
+        Args:
+            shift: halve the horizon so many times, but to no less than `MIN_HORIZON_US`.
         """
-        return max(0, now_us - self.horizon_us) >> self.exponent << self.exponent
+        horizon_us = max(self.horizon_us >> shift, MIN_HORIZON_US)
+        return max(0, now_us - horizon_us) >> self.exponent << self.exponent
 
 
 class Window(Enum):

@@ -13,6 +13,9 @@ from typing import Final
 
 RULE_SHARE: Final = 8
 
+KEY_BYTES: Final = 256
+"""A bucket whose key is as long takes another place, and so on. Callers choose texts in keys, up to 4 KiB of them."""
+
 AMPLE_SHARE: Final = 0.85
 """No rule is refused a bucket with less than 7/8 of the room taken; a little less, lest an alarm come and go."""
 
@@ -21,7 +24,7 @@ class Room:
     """Counts the buckets of one store.
 
     Args:
-        most: the most buckets at once, at least 1. It may be changed at any time.
+        most: the most buckets at once, at least 1; fewer when keys are long. It may be changed at any time.
         rule_key: returns the part of a bucket key that all buckets of its rule share. A key that equals its rule key
             always gets a bucket, so there must be few of them.
     """
@@ -44,16 +47,18 @@ class Room:
         held = self._of_rule.get(rule, 0)
         if held >= RULE_SHARE * (self.most - self._taken) and key != rule:
             return False
-        self._of_rule[rule] = held + 1
-        self._taken += 1
+        places = 1 + len(key) // KEY_BYTES
+        self._of_rule[rule] = held + places
+        self._taken += places
         return True
 
     def give_back(self, key: bytes) -> None:
         """Note that a bucket was dropped."""
         rule = self._rule_key(key)
-        held = self._of_rule[rule] - 1
+        places = 1 + len(key) // KEY_BYTES
+        held = self._of_rule[rule] - places
         if held:
             self._of_rule[rule] = held
         else:
             del self._of_rule[rule]
-        self._taken -= 1
+        self._taken -= places

@@ -7,6 +7,9 @@ even when nobody drains it.
 Anybody can invent keys, so the number of buckets is bounded (`room`). No live bucket is dropped to make room, because
 that would give its tokens back. Instead a new key gets no bucket: the caller takes from an overflow bucket that several
 keys share, and what peers send about the key is ignored. `sweep` makes room again.
+
+The slots of all buckets together are bounded, too. When there are too many, token buckets are sealed earlier than at
+their horizon: then less of what a peer reports late counts in full (docs/algorithm.md).
 """
 
 from __future__ import annotations
@@ -23,7 +26,22 @@ from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
 DEFAULT_MAX_BUCKETS: Final = 1_000_000
-"""About 0.44 GB of buckets with one slot each, the plans of their requests included (`benchmarks.keys`)."""
+"""About 0.44 GB of buckets with one slot each, the plans of their requests included (`benchmarks.keys`), and 1.6 GB
+with as many slots as there may be.
+"""
+
+SLOTS_A_BUCKET: Final = 4
+"""So many slots of token buckets there may be for each of `max_buckets`. Otherwise a client who goes round through a
+million keys, once in each slot, has each hold its whole horizon of 64 slots and more: 8 kB in place of 1.6
+(docs/sizing.md).
+"""
+
+FIRST_SHIFT: Final = 3
+MAX_SHIFT: Final = 6
+"""Of a horizon of 64 slots 8 are left at first, and one at least."""
+
+SEAL_WORK: Final = 4
+"""To seal a bucket takes as long as to look at so many."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
@@ -61,6 +79,12 @@ class Store:
         self.journal = Journal()
         self._to_sweep: list[Bucket] = []
         self._next_shard = 0
+        self.most_slots = SLOTS_A_BUCKET * max_buckets
+        self.slots = 0
+        """In token buckets, as of the last pass of `sweep` over all."""
+        self.horizon_shift = 0
+        """How many times their horizon is halved, because they have too many."""
+        self._slots_seen = 0
         self.evicted = 0
         """Idle buckets dropped since start."""
         self.refused_keys = 0
@@ -167,24 +191,40 @@ class Store:
 
     def sweep(self, now_us: int, most: int) -> int:
         """Look at the next `most` buckets in turn and drop the idle ones; a call resumes where the last one stopped.
+        While all together have too many slots, it seals early.
 
         Returns:
             The number of buckets dropped.
         """
         dropped = 0
-        for _ in range(min(most, len(self._buckets))):
+        left = min(most, len(self._buckets))
+        while left > 0:
             while not self._to_sweep:
                 self._to_sweep.extend(self._buckets.shards[self._next_shard].values())
                 self._next_shard = (self._next_shard + 1) % SHARDS
+                if not self._next_shard:
+                    self._end_pass()
             bucket = self._to_sweep.pop()
+            left -= 1
+            if self.horizon_shift and bucket.shorten(now_us, self.horizon_shift):
+                left -= SEAL_WORK
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1
+            elif isinstance(bucket, TokenBucket):
+                self._slots_seen += bucket.slots
         self.evicted += dropped
         if self.room.is_ample:
             self.full_since_us = None
         return dropped
+
+    def _end_pass(self) -> None:
+        self.slots, self._slots_seen = self._slots_seen, 0
+        if self.slots > self.most_slots:
+            self.horizon_shift = min(max(self.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
+        elif self.slots < self.most_slots // 3 and self.horizon_shift:
+            self.horizon_shift -= 1
 
 
 def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None) -> Bucket:

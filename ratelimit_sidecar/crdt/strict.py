@@ -95,7 +95,7 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0
-        """Used by the owner to see whether it has to set the home again."""
+        """Used by the owner to see whether it has to set the home again; 0 while it does not know the home."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.level = 0
@@ -137,10 +137,12 @@ class StrictBucket(Bucket):
         self._want(hits)
         charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
-        if admitted or always:
+        if admitted:
             self.level -= charge
-        if not admitted:
+        else:
             self.denied_us = self.at_us
+            if always:
+                self.level = max(self.level - charge, self.floor)
         return admitted
 
     def _want(self, hits: int) -> None:
@@ -173,6 +175,19 @@ class StrictBucket(Bucket):
         return (hits * self._limit.period_us) << 32 <= self.level
 
     @property
+    def floor(self) -> int:
+        """The least level, in grains. Debt beyond it is forgiven, so that it takes no longer to repay than that of a
+        bucket that is not strict.
+        """
+        limit = self._limit
+        return -self._repaid * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
+
+    @property
+    def _repaid(self) -> int:
+        """The grains of debt that are repaid in a microsecond; without a home as if the whole limit was here."""
+        return in_grains(self._limit, self.home)[1] or self._limit.tokens << 32
+
+    @property
     def debt(self) -> int:
         return max(0, -(self.level // (self._limit.period_us << 32)))
 
@@ -193,6 +208,12 @@ class StrictBucket(Bucket):
             top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
             if self.level < top:
                 self.level = min(top, self.level + elapsed_us * self.refill)
+            if self.level < 0:
+                if self.home_version and not self.home:
+                    # Nothing refills; it would owe for ever, and could not be dropped.
+                    self.level = min(0, self.level + elapsed_us * self._repaid)
+                # Its limit may be another one now.
+                self.level = max(self.level, self.floor)
             self.at_us = now_us
 
     @property
@@ -345,11 +366,11 @@ class StrictBucket(Bucket):
         self._drawn.clear()
 
     def set_home(self, home: int, now_us: int) -> None:
-        """Set another home from now on, withheld tokens included; the level is cut to it."""
+        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
         self.advance(now_us)
         self.home = max(0, home - self.withheld)
         self.ceiling, self.refill = in_grains(self._limit, self.home)
-        self.level = min(self.level, max(0, self.ceiling - self.room_reserved))
+        self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
     def is_idle(self, now_us: int) -> bool:
         """True when it is full and no ask is open: a new bucket would not have more."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Base, Bucket, Entry, Origin, Settled
+from ratelimit_sidecar.crdt.bucket import NO_SLOT, SET_BACK_US, Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, Limit
 from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_end_us, slot_exponent, slot_id
@@ -43,11 +43,11 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
+        "_kept_until_us",
         "_limit",
         "_own_slot_end_us",
         "_peak",
         "_refunded_until_us",
-        "_sealed_until_us",
         "_spilled",
         "deficit",
         "full_at_us",
@@ -76,8 +76,10 @@ class TokenBucket(Bucket):
         """
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
-        self._sealed_until_us = 0
-        """The end of an own slot that was sealed before it was over, because the limit had wider slots then."""
+        self._kept_until_us = 0
+        """Until then it is kept: when an own slot is over that was sealed before, because the limit had wider slots
+        then, or when peers have forgotten as much as it has (see `shorten`).
+        """
 
     @property
     def limit(self) -> Limit:
@@ -138,6 +140,10 @@ class TokenBucket(Bucket):
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
         events = self._events(self._tokens_by_slot().items(), middle_us)
         return self._fold_from_base(events, middle_us, None).deficit
+
+    @property
+    def is_nearly_used_up(self) -> bool:
+        return self.deficit >= self._limit.urgent_deficit
 
     @property
     def remaining(self) -> int:
@@ -274,14 +280,31 @@ class TokenBucket(Bucket):
     def seal(self, now_us: int) -> None:
         """Fold the slots behind the horizon into the base and drop them."""
         self.advance(now_us)
-        limit = self._limit
-        boundary_us = limit.boundary_us(self.at_us)
+        self._seal_up_to(self._limit.boundary_us(self.at_us))
+
+    def _seal_up_to(self, boundary_us: int) -> None:
         if boundary_us > self._base_us:
             self._seal_before(boundary_us)
-            if self._peak >= limit.debt_ceiling:
+            if self._peak >= self._limit.debt_ceiling:
                 # The peak may be behind the base now. And debt that was cut when its slot arrived is now cut at the
                 # slot's middle.
                 self._recount()
+
+    @property
+    def slots(self) -> int:
+        """How many it holds, of all origins."""
+        return (self._own_slot != NO_SLOT) + len(self._own or ()) + self._heard_entries
+
+    def shorten(self, now_us: int, shift: int) -> bool:
+        """See `Bucket.shorten`. Peers are told the base, and seal up to it as well."""
+        self.advance(now_us)
+        limit = self._limit
+        boundary_us = limit.boundary_us(self.at_us, shift)
+        # In batches, since until it is told of the base a peer seems to have something else.
+        if not self.slots or boundary_us - self._base_us < max(2, SEAL_BATCH_SLOTS >> shift) << limit.exponent:
+            return False
+        self._seal_up_to(boundary_us)
+        return True
 
     def is_idle(self, now_us: int) -> bool:
         """True when the bucket is full and has no slots that count or are yet to be sent: then it equals an absent one.
@@ -297,7 +320,7 @@ class TokenBucket(Bucket):
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
-        return self.at_us >= self._sealed_until_us
+        return self.at_us >= self._kept_until_us
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate."""
@@ -330,7 +353,7 @@ class TokenBucket(Bucket):
             elif slot_end_us(entry.slot) <= until_us:
                 entries.append(entry)
         deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
-        if not entries and deficit <= (kept_until_us - from_us) * limit.tokens:
+        if not entries and self._kept_until_us <= kept_until_us and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It will be full by then, so some replicas have dropped it.
             return None
         return Settled(deficit, entries)
@@ -347,7 +370,7 @@ class TokenBucket(Bucket):
         if self._base_us > boundary_us:
             self._base_us, self._base_deficit = boundary_us, 0
         self.at_us = now_us
-        self._own_slot_end_us = self._sealed_until_us = 0
+        self._own_slot_end_us = self._kept_until_us = 0
         self._recount()
         tokens = -(-(deficit - self.deficit) // limit.period_us)
         if tokens > 0:
@@ -444,9 +467,11 @@ class TokenBucket(Bucket):
             self._own_slot_end_us = 0
         if self._heard is None:
             self._spilled = None
+        if boundary_us > self._limit.boundary_us(self.at_us) and self.journal is not None:
+            self._kept_until_us = max(self._kept_until_us, boundary_us + self._limit.horizon_us)
         for origin, slot, _ in sealed:
             if origin is self.origin and slot_end_us(slot) > self.at_us:
-                self._sealed_until_us = max(self._sealed_until_us, slot_end_us(slot))
+                self._kept_until_us = max(self._kept_until_us, slot_end_us(slot))
 
 
 class _Folded(NamedTuple):

@@ -48,6 +48,10 @@ class _Window(Bucket):
         return self._limit
 
     @property
+    def is_nearly_used_up(self) -> bool:
+        return self.count >= self._limit.urgent_count
+
+    @property
     def remaining(self) -> int:
         return max(0, self._limit.requests - self.count)
 

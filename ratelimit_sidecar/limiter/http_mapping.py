@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
+
+MAX_VALUES_BYTES: Final = 4 * 1_024 * 1_024
+"""The most bytes of the values in all descriptors of a request: Envoy's rate limit filter could send no more. A mapping
+may have the same header in each of its descriptors.
+"""
 
 
 class Part(Enum):
@@ -88,14 +95,22 @@ class HttpRequest:
 
 
 def rate_limit_request(domain: str, mapping: HttpMapping, http: HttpRequest) -> bytes | None:
-    """The RateLimitRequest that Envoy's filter would send; None when it would send none."""
+    """The RateLimitRequest that Envoy's filter would send; None when it would send none.
+
+    Raises:
+        InvalidRequest: the values have more than `MAX_VALUES_BYTES`.
+    """
     request = Request(domain=domain.encode())
+    size = 0
     for sources in mapping:
         entries: list[tuple[bytes, bytes]] = []
         for source in sources:
             value = http.value_of(source)
             if value is None:
                 break
+            size += len(value)
+            if size > MAX_VALUES_BYTES:
+                raise InvalidRequest(f"descriptors with more than {MAX_VALUES_BYTES} bytes of values")
             entries.append((source.key, value))
         else:
             descriptor = request.descriptors.add()

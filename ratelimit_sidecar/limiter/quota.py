@@ -82,7 +82,6 @@ PUBLISH_US: Final = 4 * SECOND_US
 
 DEMAND_US: Final = 4 * REPORT_US
 
-MAX_STREAMS: Final = 1_024
 MAX_POOLS: Final = 32_768
 MAX_ENVOY_BUCKETS: Final = 65_536
 """The most buckets of all Envoys together. If there is no room for one, its reports are charged, but it gets no
@@ -121,10 +120,6 @@ _DIVIDE_BUCKETS: Final = 256
 """A tick divides pools with this many buckets in all, and finishes the pool that exceeds it."""
 
 
-class QuotasFull(Exception):
-    """There is no room for another stream."""
-
-
 class Demand(NamedTuple):
     """One limit's demand on this node, as sent to peers.
 
@@ -140,7 +135,7 @@ class Demand(NamedTuple):
 class QuotaCounts:
     """Counters for metrics, since start."""
 
-    __slots__ = ("assignments", "errors", "forgotten", "refused_streams", "reports", "requests")
+    __slots__ = ("assignments", "errors", "forgotten", "reports", "requests")
 
     def __init__(self) -> None:
         self.reports = 0
@@ -157,7 +152,6 @@ class QuotaCounts:
         """Buckets dropped because they had no requests (idle), or because the Envoy no longer reported them
         (silent).
         """
-        self.refused_streams = 0
 
 
 class Quotas:
@@ -194,14 +188,7 @@ class Quotas:
         self._log = DemandLog()
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
-        """An Envoy has connected.
-
-        Raises:
-            QuotasFull: there are `MAX_STREAMS`.
-        """
-        if len(self.streams) >= MAX_STREAMS:
-            self.counts.refused_streams += 1
-            raise QuotasFull
+        """An Envoy has connected. The caller bounds the streams."""
         stream = QuotaStream(wake)
         self.streams[stream] = None
         return stream

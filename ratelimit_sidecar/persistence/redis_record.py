@@ -302,7 +302,8 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
         store.join(key, limit, None, entries, now_us)
         return
     # If nobody has written to it since, slots older than the horizon are not in its base: a bucket as old folds them.
-    then_us = base.boundary_us + limit.horizon_us
+    # One that was sealed earlier than at its horizon is younger.
+    then_us = min(base.boundary_us + limit.horizon_us, max(at_us, now_us))
     bucket = TokenBucket(key, limit, _READER, then_us)
     bucket.merge_base(base, then_us)
     for entry in sorted(entries, key=lambda entry: entry.slot):

@@ -22,14 +22,20 @@ MAX_RELAYED_BUCKETS: Final = 16_384
 `anti_entropy.MAX_EXCHANGED` a round, and each bucket waits once."""
 
 
+MAX_HURRIED_BUCKETS: Final = 1_024
+"""Waiting at once. Further ones come in their turn."""
+
+
 class SideLog:
-    """Repairs, and what is relayed, on one stream."""
+    """Repairs, what is relayed, and buckets that must not wait for their turn in the log, on one stream."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
         self._repairs: OrderedDict[bytes, None] = OrderedDict()
+        self._hurried: OrderedDict[bytes, int] = OrderedDict()
+        """And since when they may have changed."""
         self._parts: Parts | None = None
         self._now_us = 0
         self._relayed_since_us = MAX_TIME_US
@@ -38,7 +44,7 @@ class SideLog:
     @property
     def pending(self) -> int:
         """Buckets that wait; more than 0 while there is anything to tell."""
-        return len(self._relayed) + len(self._repairs) + (self._parts is not None)
+        return len(self._relayed) + len(self._repairs) + len(self._hurried) + (self._parts is not None)
 
     def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> bool:
         """These entries of others are news that the peer hears of from nobody else.
@@ -71,6 +77,11 @@ class SideLog:
         """The peer has to hear everything about one bucket."""
         self._repairs[key] = None
 
+    def hurry(self, key: bytes, since_us: int) -> None:
+        """The peer has to hear soon what this node took from a bucket since then."""
+        if len(self._hurried) < MAX_HURRIED_BUCKETS:
+            self._hurried.setdefault(key, since_us)
+
     def parts(self, now_us: int) -> Parts:
         """All that waits."""
         self._now_us = now_us
@@ -83,7 +94,10 @@ class SideLog:
         self._parts = None
 
     def _take(self) -> Parts:
-        while self._relayed or self._repairs:
+        while self._hurried or self._relayed or self._repairs:
+            if self._hurried:
+                key, since_us = self._hurried.popitem(last=False)
+                yield from own_part(self._store, key, since_us)
             if self._relayed:
                 key, slots = self._relayed.popitem(last=False)
                 bucket = tellable(self._store, key)

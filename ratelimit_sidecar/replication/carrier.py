@@ -42,9 +42,6 @@ CHECK_TIME_SECONDS = 0.25
 WRITE_SECONDS = 5.0
 """What the network gets to take one frame; a peer that does not read for so long is given up."""
 
-PAUSE_SECONDS = 0.002
-"""See `Stream.take_pause`."""
-
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""
 
@@ -140,9 +137,13 @@ async def _write(
         with _faults_of(stream, now_us):
             while True:
                 frame = stream.next_frame(now_us())
-                if frame is not None or not stream.write(now_us()):
+                if frame is not None or stream.is_paused or not stream.write(now_us()):
                     return
                 yield
+
+    def go_on() -> None:
+        stream.is_paused = False
+        woken.set()
 
     while True:
         woken.clear()
@@ -157,8 +158,10 @@ async def _write(
             except _CALL_IS_OVER:
                 # The reader learns why.
                 return
-            if stream.take_pause():
-                await asyncio.sleep(PAUSE_SECONDS)
+            pause_us = stream.take_pause_us()
+            if pause_us:
+                stream.is_paused = True
+                asyncio.get_running_loop().call_later(pause_us / 1e6, go_on)
         elif stream.is_over:
             return
         else:

@@ -16,6 +16,7 @@ import structlog
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS, CarriedStreams
 from ratelimit_sidecar.replication.carrier import Call
 from ratelimit_sidecar.replication.deltas import OnNews
@@ -30,7 +31,6 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client

@@ -3,8 +3,9 @@
 While a stream to the peer is there, each batch comes from one of these, in turn:
 
 - the log (`changes`): the next segment as it is encoded for all, or what the peer has to catch up with;
-- the side log: *repairs*, buckets that a comparison found to differ (all origins' entries and the base), and what
-  others took that the peer hears of from nobody else (*relayed*);
+- the side log: *repairs*, buckets that a comparison found to differ (all origins' entries and the base), what others
+  took that the peer hears of from nobody else (*relayed*), and buckets that are nearly used up while the peer has much
+  else to hear: whoever invents keys would hold those up;
 - a *snapshot*: at the stream's start, and after a gap, all there is that was written since some instant.
 
 Of a peer out of reach nothing is kept but since when it misses something: a bucket's slots say themselves when they
@@ -22,6 +23,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.backlog import SideLog, Snapshots
 from ratelimit_sidecar.replication.changes import (
+    CATCH_UP_MARGIN_US,
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
@@ -46,6 +48,10 @@ clocks, and were heard of a while after they were written."""
 MAX_UNACKNOWLEDGED: Final = 32
 """Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
 back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
+
+
+HELD_UP_BUCKETS: Final = 4 * MAX_BATCH_BUCKETS
+"""With more in the log that is yet to be sent, what matters most is sent before its turn."""
 
 
 @dataclass(slots=True)
@@ -146,6 +152,12 @@ class Outbox:
         """The peer has to hear everything about one bucket."""
         if self._sources is not None:
             self._sources.side.repair(key)
+
+    def hurry(self, key: bytes) -> None:
+        """What this node just took from a bucket must not wait behind all else that the peer has yet to be sent."""
+        sources = self._sources
+        if sources is not None and sources.cursor.pending > HELD_UP_BUCKETS:
+            sources.side.hurry(key, self._log.created_us - CATCH_UP_MARGIN_US)
 
     def snapshot(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""

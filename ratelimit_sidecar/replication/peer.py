@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.mesh_status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
-from ratelimit_sidecar.replication.status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
@@ -24,6 +24,7 @@ class Link(Protocol):
 
     address: str
     is_dialled: bool
+    is_paused: bool
     payments: PaymentOutbox | None
     wake: Callable[[], None]
 

@@ -19,9 +19,9 @@ from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Shown
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
+from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, check_key
 from ratelimit_sidecar.replication.session import STALL_US
-from ratelimit_sidecar.replication.status import MembershipStatus
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 

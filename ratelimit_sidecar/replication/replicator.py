@@ -57,6 +57,7 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.purses = purses
+        self.changes.on_changes.append(self._hurry)
         self.connections = Connections(store, self.changes, purses, self._note_connections)
         self.peers = self.connections.peers
         self.sync = SyncRequests(self.peers, self.announce)
@@ -99,10 +100,20 @@ class Replicator:
         if self.connections.first_change_us is None:
             self.connections.first_change_us = created_us
         for peer in self.peers.values():
-            if peer.streams:
-                peer.wake()
-            else:
+            stream = peer.active
+            if stream is None:
                 peer.outbox.missed_changes(created_us)
+            elif not stream.is_paused:
+                stream.wake()
+
+    def _hurry(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
+        """Tell of those that are nearly used up before their turn where a peer has much to hear."""
+        urgent = [bucket.key for bucket, _ in changes if bucket.is_nearly_used_up]
+        if not urgent:
+            return
+        for peer in self.peers.values():
+            for key in urgent:
+                peer.outbox.hurry(key)
 
     def compare_steps(self, now_us: int) -> Steps:
         """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""

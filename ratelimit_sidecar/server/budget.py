@@ -1,18 +1,26 @@
-"""Bounds on what clients may use of a front end: connections, and memory for calls that are not complete.
+"""Bounds on what clients may use of a front end: connections, memory for calls that are not complete, and places for
+streams that are few.
 
 Each bound is a part of what is free, so that clients who use much leave room for others, however many they are (dynamic
-thresholds, Choudhury and Hahne 1998). A connection may hold an eighth of the free memory, and all connections of one IP
-address half of it. An address may have as many connections as are free. So one address gets at most a third of the
-memory and half of the connections. All unix sockets together are one address.
+thresholds, Choudhury and Hahne 1998). A connection may hold an eighth of the free memory or places, and all connections
+of one IP address half of them. An address may have as many connections as are free. So one address gets at most a third
+of the memory and of the places, and half of the connections. All unix sockets together are one address.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable
 from typing import Final
 
 CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
 """The connections of one address may hold half of the free memory, and one connection an eighth (`CONNECTION_PART`)."""
+
+TURN_BYTES: Final = 16_384
+"""So many bytes of an address are handled as they come; then its connections wait for its turn. It takes a millisecond
+or two.
+"""
 
 
 class Budget:
@@ -47,6 +55,8 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
+        self.turn_bytes = TURN_BYTES
+        """What its connections may still have handled at once, without waiting for its turn."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole
@@ -95,3 +105,41 @@ class ConnectionLimiter:
         budget.connections -= 1
         if not budget.connections:
             del self._addresses[budget.address]
+
+
+class Places:
+    """Counts the open calls of a method that can have only so many.
+
+    Args:
+        size: the most calls.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.free = size
+        self.refused = 0
+        """Calls that got no place, since the start."""
+        self._held: Counter[Hashable] = Counter()
+        """By connection, and by address."""
+
+    def enter(self, connection: Hashable, address: Hashable) -> bool:
+        """Take a place, to be given back to `leave`. Returns False if there is none for this client.
+
+        Args:
+            connection: differs from all other connections and addresses.
+        """
+        free, held = self.free, self._held
+        # Who has no place may get the last one.
+        if free <= 0 or held[connection] * CONNECTION_PART > free or held[address] * ADDRESS_PART > free:
+            self.refused += 1
+            return False
+        self.free -= 1
+        held.update((connection, address))
+        return True
+
+    def leave(self, connection: Hashable, address: Hashable) -> None:
+        """Note that a call with a place is over."""
+        self.free += 1
+        for holder in (connection, address):
+            self._held[holder] -= 1
+            if not self._held[holder]:
+                del self._held[holder]

@@ -3,29 +3,35 @@ and all answers to one read are sent in one write.
 
 Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
 handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
+
+The loop's time is shared by address. Whoever sends more than is handled at once waits for the turn of its address,
+which comes in each turn of the loop, for one quantum, however many connections it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
-from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
+from ratelimit_sidecar.server.budget import TURN_BYTES, AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import Limits
-from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, FailureLog, Handler, RpcError
+from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 
 SLICE_BYTES: Final = 4_096
 """At most 130 calls, since none is shorter than 31 bytes."""
 
 QUANTUM_NS: Final = 1_000_000
-"""How long calls of one connection are answered in one turn of the event loop. The call that exceeds it is finished."""
+"""How long calls of one address that wait are answered in one turn of the event loop. The call that exceeds it is
+finished.
+"""
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
@@ -35,6 +41,42 @@ MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
 
 _perf_counter_ns: Final = time.perf_counter_ns
+
+
+class Turns:
+    """The connections whose bytes wait, by address. Addresses take turns, and so do the connections of each."""
+
+    def __init__(self) -> None:
+        self.queues: dict[AddressBudget, deque[GrpcProtocol]] = {}
+        self._is_due = False
+
+    def join(self, address: AddressBudget, connection: GrpcProtocol) -> None:
+        """Have `connection.go_on` called once, in a later turn of the loop."""
+        queue = self.queues.get(address)
+        if queue is None:
+            queue = self.queues[address] = deque()
+        queue.append(connection)
+        self._come_soon()
+
+    def _come_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._take)
+
+    def _take(self) -> None:
+        self._is_due = False
+        for address, queue in list(self.queues.items()):
+            address.turn_bytes = TURN_BYTES
+            started_ns = _perf_counter_ns()
+            # Those that are not done join again, behind the others.
+            for _ in range(len(queue)):
+                queue.popleft().go_on()
+                if _perf_counter_ns() - started_ns >= QUANTUM_NS:
+                    break
+            if not queue:
+                del self.queues[address]
+        if self.queues:
+            self._come_soon()
 
 
 class Shared:
@@ -52,6 +94,7 @@ class Shared:
         self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
         self.counts = Counts()
         self.failures = FailureLog()
+        self.turns = Turns()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
@@ -95,6 +138,8 @@ class GrpcProtocol:
         self._happened: list[Event] = []
         self._handled = 0
         """The events of the last slice, and how many of them were handled."""
+        self._is_in_line = False
+        """True while it waits for its address' turn."""
         self._is_paused = False
         """True while the client does not read its answers."""
         self._is_closing = False
@@ -114,11 +159,17 @@ class GrpcProtocol:
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        if self._rest is not None:
-            # With TLS, bytes may arrive although reading is paused.
-            self._rest = memoryview(bytes(self._rest) + data)
-        elif self._is_behind():
-            self._rest = memoryview(data)
+        budget = self._budget
+        budget.turn_bytes -= len(data)
+        if self._is_behind():
+            # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
+            # paused.
+            self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
+            if self._transport is not None and not self._is_closing:
+                self._transport.pause_reading()
+        elif budget.turn_bytes < 0 or budget in self._shared.turns.queues:
+            self._let_wait(memoryview(data))
+            self._wait_for_turn()
         elif len(data) <= SLICE_BYTES:
             happened = self._connection.receive(data)
             if len(happened) > 1:
@@ -132,6 +183,13 @@ class GrpcProtocol:
             self._rest = memoryview(data)
             self._take_slices()
 
+    def _let_wait(self, rest: memoryview) -> None:
+        """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
+        self._rest = rest
+        self._connection.count_unhandled(len(rest))
+        if self._connection.closed:
+            self._flush()
+
     def eof_received(self) -> bool:
         """The client has half-closed; asyncio closes once everything is written."""
         return False
@@ -143,7 +201,9 @@ class GrpcProtocol:
 
     def resume_writing(self) -> None:
         self._is_paused = False
-        self._take_slices()
+        self._flush()
+        if self._is_behind():
+            self._wait_for_turn()
         self._resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -176,13 +236,15 @@ class GrpcProtocol:
         self._flush()
 
     def drain(self) -> None:
-        """Take no new calls, and close when those in flight are answered. Streaming calls, which might never end, are
-        ended.
+        """Take no new calls, and close when those in flight are answered. End streaming calls before: they might never
+        end by themselves.
         """
-        for call in list(self._streaming.values()):
-            call.end(SHUTTING_DOWN)
         self._connection.drain()
         self._flush()
+
+    def streaming_calls(self) -> list[StreamingCall]:
+        """Those that are open now."""
+        return list(self._streaming.values())
 
     def abort(self) -> None:
         """Close at once."""
@@ -206,9 +268,10 @@ class GrpcProtocol:
         self._rest = None
         self._happened = []
         self._handled = 0
+        self._connection.count_unhandled(0)
 
     def _take_slices(self) -> None:
-        """Handle received bytes for one quantum; then let other connections run."""
+        """Handle received bytes for one quantum; what is left waits for a turn."""
         started_ns = _perf_counter_ns()
         while True:
             happened = self._happened
@@ -221,10 +284,12 @@ class GrpcProtocol:
             if not self._is_behind() or self._is_paused:
                 break
             if _perf_counter_ns() - started_ns >= QUANTUM_NS:
+                if self._rest is not None:
+                    self._connection.count_unhandled(len(self._rest))
                 self._flush()
                 if self._transport is not None and not self._is_paused and not self._is_closing:
                     self._transport.pause_reading()
-                    asyncio.get_running_loop().call_soon(self._go_on)
+                    self._wait_for_turn()
                 return
             rest = self._rest
             if rest is not None:
@@ -235,10 +300,23 @@ class GrpcProtocol:
             self._forget_unhandled()
         self._flush()
 
-    def _go_on(self) -> None:
-        if self._transport is not None and not self._is_paused and self._is_behind():
+    def _wait_for_turn(self) -> None:
+        if not self._is_in_line:
+            self._is_in_line = True
+            self._shared.turns.join(self._budget, self)
+
+    def go_on(self) -> None:
+        """Handle received bytes: it is its turn."""
+        self._is_in_line = False
+        if self._transport is None or self._is_paused or not self._is_behind():
+            return
+        try:
             self._take_slices()
             self._resume_reading()
+        except Exception as failure:
+            # Others wait for their turns.
+            self._shared.failures.status_of("bytes of a client", failure)
+            self.fail()
 
     def _resume_reading(self) -> None:
         if self._transport is not None and not self._is_closing and not self._is_paused and not self._is_behind():
@@ -307,15 +385,21 @@ class GrpcProtocol:
             # The client has not seen the GOAWAY yet.
             self._connection.finish(stream_id, SHUTTING_DOWN)
             return
+        places = opened.method.places
+        if places is not None and not places.enter(self, self._budget.address):
+            self._connection.finish(stream_id, NO_PLACE)
+            return
         call = StreamingCall(
             opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
         )
         self._streaming[stream_id] = call
         young_objects.note(_OBJECTS_OF_STREAM)
-        call.start(self._shared.tasks, lambda: self._end_streaming(stream_id))
+        call.start(self._shared.tasks, lambda: self._end_streaming(stream_id, places))
 
-    def _end_streaming(self, stream_id: int) -> None:
+    def _end_streaming(self, stream_id: int, places: Places | None) -> None:
         del self._streaming[stream_id]
+        if places is not None:
+            places.leave(self, self._budget.address)
 
     def _flush(self) -> None:
         transport = self._transport

@@ -31,12 +31,12 @@ from ratelimit_sidecar.server.listeners import (
     unix_path,
 )
 from ratelimit_sidecar.server.rpc import (
+    NO_PLACE,
     SHUTTING_DOWN,
     Code,
     FailureLog,
     Handlers,
     RpcError,
-    StreamHandler,
     Streaming,
     UnaryHandler,
 )
@@ -261,7 +261,7 @@ def _generic_handlers(
         service, _, method = path.removeprefix("/").partition("/")
         # No (de)serializers: the behavior is given the bytes.
         if isinstance(handler, Streaming):
-            behavior = _streaming(path, handler.handler, failures, stopping, named)
+            behavior = _streaming(path, handler, failures, stopping, named)
             services[service][method] = grpc.stream_stream_rpc_method_handler(behavior)
         else:
             services[service][method] = grpc.unary_unary_rpc_method_handler(
@@ -290,7 +290,7 @@ def _unary(
 
 
 def _streaming(
-    path: str, handler: StreamHandler, failures: FailureLog, stopping: asyncio.Event, named: ServerCertificate | None
+    path: str, method: Streaming, failures: FailureLog, stopping: asyncio.Event, named: ServerCertificate | None
 ) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]]:
     async def respond(
         messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes], stop: asyncio.Task[bool]
@@ -298,7 +298,7 @@ def _streaming(
         try:
             if named is not None:
                 _check_client(context, named)
-            async with aclosing(handler(messages, _Metadata(context))) as responses:
+            async with aclosing(method.handler(messages, _Metadata(context))) as responses:
                 while (response := await _next_response(responses, stop)) is not None:
                     # Never cancelled: the library would then send the headers again with the status, which fails, and
                     # the call would stay.
@@ -314,11 +314,19 @@ def _streaming(
         return SHUTTING_DOWN if stop.done() else None
 
     async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        # Over unix sockets the library does not tell one from another: all have one connection's part.
+        connection = context.peer()
+        address, _, _ = connection.rpartition(":")
+        places = method.places
+        if places is not None and not places.enter(connection, address):
+            await _abort(context, NO_PLACE)
         stop = asyncio.ensure_future(stopping.wait())
         try:
             status = await respond(messages, context, stop)
         finally:
             stop.cancel()
+            if places is not None:
+                places.leave(connection, address)
         if status is not None:
             await _abort(context, status)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import time
 from collections.abc import Mapping, Sequence
 
 from ratelimit_sidecar.server.accepting import clients_of
@@ -12,11 +13,16 @@ from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
-from ratelimit_sidecar.server.rpc import Handlers
+from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 
-CHECKED_AT_ONCE = 256
-"""Connections checked in one go, 0.2 ms, before other tasks run."""
+CHECK_SECONDS = 0.000_5
+"""How long connections are checked before other tasks run. Most take a microsecond; one with a thousand calls to be
+ended two milliseconds.
+"""
+
+DRAINED_AT_ONCE = 32
+"""Connections told to go, and streaming calls ended, before others are answered: 2 ms."""
 
 SHEDDING_SECONDS = 60.0
 """How long `is_shedding` stays true after something was refused for lack of memory or connections."""
@@ -172,7 +178,11 @@ class H2FrontEnd:
             await asyncio.sleep(self._limits.check_every)
             self._shared.now_s = loop.time()
             self._note_shedding()
-            for number, connection in enumerate(list(self._shared.connections), start=1):
+            began_s = time.perf_counter()
+            for connection in list(self._shared.connections):
+                if time.perf_counter() - began_s >= CHECK_SECONDS:
+                    await asyncio.sleep(0)
+                    began_s = time.perf_counter()
                 self._shared.now_s = loop.time()
                 try:
                     connection.check(self._shared.now_s)
@@ -180,8 +190,6 @@ class H2FrontEnd:
                     # A fault of this program in dealing with one connection must not end the others.
                     self._shared.failures.status_of("the check of a connection", error)
                     connection.fail()
-                if number % CHECKED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
 
     def _note_shedding(self) -> None:
         shed = self.refused_calls["shed"] + self.closed_connections["limit"] + self.accept_failures
@@ -196,14 +204,20 @@ class H2FrontEnd:
         self._close_listeners()
         shared = self._shared
         shared.is_draining = True
+        done = 0
         for connection in list(shared.connections):
+            for call in connection.streaming_calls():
+                call.end(SHUTTING_DOWN)
+                done = await _rest_after(done)
             connection.drain()
+            done = await _rest_after(done)
         try:
             async with asyncio.timeout(self._limits.drain):
                 await self._until_all_are_lost()
         except TimeoutError:
             for connection in list(shared.connections):
                 connection.abort()
+                done = await _rest_after(done)
             await self._until_all_are_lost()
 
     async def _until_all_are_lost(self) -> None:
@@ -216,3 +230,11 @@ class H2FrontEnd:
             accepting.cancel()
         for listener in self._listeners:
             listener.close()
+
+
+async def _rest_after(done: int) -> int:
+    """Count one more that is drained, and let other tasks run when they are enough."""
+    done += 1
+    if done % DRAINED_AT_ONCE == 0:
+        await asyncio.sleep(0)
+    return done

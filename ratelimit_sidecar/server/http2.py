@@ -11,7 +11,8 @@ returns, then handles the events of `late` and closes the transport if `closed` 
 regularly with the time, which ends calls and connections that take too long.
 
 Flow control: a message's bytes are acknowledged to the client when they are taken out. So the windows bound what waits
-here, and `Budget` bounds it for all connections together.
+here, and `Budget` bounds it for all connections together. So it does for answers that the client grants no window for:
+it counts them, and whoever has too many, or takes too little of them, is disconnected.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ of a streaming call.
 A call that is reset costs less than one that is answered, so resets are no flood (CVE-2023-44487): clients of a proxy
 make it send as many as they like, and with the connection all its other calls would end, which then pass.
 """
+
+FEW_BYTES: Final = 16_384
+"""Nobody is disconnected for so little that waits for the client's window, or to be handled."""
 
 DATA_FRAME_BYTES: Final = 16_384
 """The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
@@ -210,7 +214,7 @@ class Connection:
         self._kept: dict[int, Call] = {}
         """Complete calls that are answered later."""
         self._held = 0
-        """The bytes counted for its calls in the budget."""
+        """The bytes counted for its calls in the budget, and for answers that wait."""
         self._credit = CONTROL_FRAMES
         self._begun = 0
         """Calls that are not in the credit yet."""
@@ -235,10 +239,14 @@ class Connection:
         self._drain_ping_s = now_s
         self._owes_drain_ping = False
         self._has_said_last_stream = False
-        self._unsent = 0
-        self._unsent_since_s = now_s
-        self._streamed = 0
-        """Bytes of streaming calls given to the session since the latest check."""
+        self._untaken = 0
+        """Bytes counted in the budget, of answers that wait for the client's window."""
+        self._amid_headers_since_s = now_s
+        self._unhandled = 0
+        """Bytes counted in the budget that `receive` is yet to be given."""
+        self._untaken_since_s = now_s
+        self._due = 0
+        """When the client has taken so many bytes since the start, all that waited at `_untaken_since_s` is gone."""
 
     # Receiving
 
@@ -269,6 +277,18 @@ class Connection:
         if self._is_draining and session.ponged == _DRAIN_PING:
             self._say_last_stream()
         return happened
+
+    def count_unhandled(self, size: int) -> None:
+        """So many bytes of the client have been read and wait for `receive`. It is disconnected when they are more than
+        it may have.
+        """
+        more = size - self._unhandled
+        if not more:
+            return
+        if more > 0 and size > FEW_BYTES and not self._budget.allows(self._held + more, more):
+            self.terminate(ENHANCE_YOUR_CALM, "limit")
+        self._unhandled = size
+        self._count(more)
 
     def _open(self, request: Request, happened: list[Event]) -> None:
         """Handle a new request: its headers have arrived, and perhaps all of it."""
@@ -480,7 +500,6 @@ class Connection:
         self._session.begin(stream.request)
         self._session.send(stream.request, message)
         size = PREFIX_BYTES + len(message)
-        self._streamed += size
         # The client may answer each frame with two WINDOW_UPDATE frames.
         if self._credit < CONTROL_FRAMES:
             self._credit += CONTROL_FRAMES_A_CALL * (1 + size // DATA_FRAME_BYTES)
@@ -557,7 +576,23 @@ class Connection:
             self._go_on(request, self._late)
         if not self.closed and session.is_over:
             self._note_end()
+        if (session.finished or session.unsent or self._untaken) and not self._count_untaken():
+            self.terminate(ENHANCE_YOUR_CALM, "stalled")
+            data += session.output()
         return data
+
+    def _count_untaken(self) -> bool:
+        """Count the answers that wait for the client's window, and the streams that are open because of them.
+
+        Returns:
+            False when they are more than the client may have.
+        """
+        untaken = self._session.unsent + CALL_BYTES * self._session.finished
+        more = untaken - self._untaken
+        has_room = more <= 0 or untaken <= FEW_BYTES or self._budget.allows(self._held + more, more)
+        self._untaken = untaken
+        self._count(more)
+        return has_room or self.closed
 
     def late(self) -> list[Event]:
         """Events that arose while output was produced; call it after `output`."""
@@ -634,6 +669,7 @@ class Connection:
         if self._is_draining and now_s - self._drain_ping_s >= self._limits.goaway_ping:
             self._say_last_stream()
         self._check_calls(now_s)
+        self._check_headers(now_s)
         self._check_output(now_s)
         self._check_silence(now_s)
         self._check_age(now_s)
@@ -657,17 +693,20 @@ class Connection:
         self._drop(call)
         self._session.reset(call.request, CANCEL)
 
+    def _check_headers(self, now_s: float) -> None:
+        """Disconnect a client whose headers stop in the middle: nothing else can come before the rest of them."""
+        if not self._session.is_amid_headers:
+            self._amid_headers_since_s = now_s
+        elif now_s - self._amid_headers_since_s >= self._limits.body_idle:
+            self.terminate(PROTOCOL_ERROR, "stalled")
+
     def _check_output(self, now_s: float) -> None:
-        """Disconnect a client that takes no answers, or lets too many of them wait."""
-        unsent = self._session.unsent
-        # Streaming calls produce more output as soon as their client takes something.
-        if not self._unsent or unsent < self._unsent + self._streamed:
-            self._unsent_since_s = now_s
-        self._unsent = unsent
-        self._streamed = 0
-        if not unsent:
-            return
-        if now_s - self._unsent_since_s >= self._limits.stalled or not self._budget.allows(self._held + unsent, unsent):
+        """Disconnect a client that does not take in time what waits for it."""
+        session = self._session
+        if not session.unsent or session.taken >= self._due:
+            self._untaken_since_s = now_s
+            self._due = session.taken + session.unsent
+        elif now_s - self._untaken_since_s >= self._limits.stalled:
             self.terminate(ENHANCE_YOUR_CALM, "stalled")
 
     def _check_silence(self, now_s: float) -> None:
@@ -714,7 +753,7 @@ class Connection:
         """Free the memory that its calls count in the budget. Call it once, when the transport is gone."""
         self.closed = True
         self._budget.count(-self._held)
-        self._held = 0
+        self._held = self._unhandled = self._untaken = 0
         self._waiting.clear()
         self._kept.clear()
         self._streaming.clear()

@@ -27,13 +27,14 @@ class Limits:
     Args:
         connections: the most connections; an Envoy opens one for each worker thread. Further ones are closed at once.
         streams: the most concurrent calls on one connection. Envoy sends all calls of a worker over one.
-        held_bytes: the most memory for unfinished calls of all connections. A connection may hold an eighth of what is
-            free, so that a few of them cannot use all of it.
+        held_bytes: the most memory for unfinished calls of all connections, and for answers that wait for window. A
+            connection may hold an eighth of what is free, so that a few of them cannot use all of it.
         handshake: the time from a new connection to its first SETTINGS frame, TLS included. An Envoy under a burst of
             requests takes seconds for it, and all of them that wait for the connection would fail.
-        body_idle: a call whose message stops in the middle for this long is reset.
+        body_idle: a call whose message stops in the middle for this long is reset. A client whose headers do is
+            disconnected.
         call: a call whose message is not complete after this time is reset.
-        stalled: a client that reads no answers for this long is disconnected.
+        stalled: a client that has not taken for this long what waited for it then is disconnected.
         idle: a connection without calls is closed after this time. Envoy closes its own after an hour. Clients should
             choose, since a new connection costs a part of a call's timeout; this only removes forgotten ones.
         ping_after: a connection with a streaming call is sent a PING after such a silence, and is closed after a second

@@ -155,7 +155,7 @@ class BrokenSession(Exception):
 @cython.freelist(128)
 cdef class Request:
     """A request and its stream. `Session.receive` returns it when its headers are complete, and again when more has arrived
-    while `is_wanted` is set.
+    while `is_wanted` is set. Once it is answered it has no headers any more.
     """
 
     cdef readonly int stream_id
@@ -242,6 +242,13 @@ cdef class Request:
             at += lengths[0] + lengths[1]
         return None
 
+    cdef void _forget_headers(self) noexcept:
+        """It is answered. Until the client has taken the answer, the stream stays open and the request with it."""
+        free(self._fields)
+        self._fields = NULL
+        self._fields_used = self._fields_size = 0
+        self.path = b""
+
     cdef int _add_field(self, const uint8_t *name, size_t name_length, const uint8_t *value,
                         size_t value_length) except -1:
         cdef size_t needed = self._fields_used + 8 + name_length + value_length
@@ -293,10 +300,16 @@ cdef class Session:
     cdef Py_ssize_t _max_header_bytes
     cdef readonly Py_ssize_t unsent
     """The bytes of answers that wait for window from the client."""
+    cdef readonly long long taken
+    """The bytes of answers that the client has taken since the start, or will not take because the stream is closed."""
+    cdef readonly int finished
+    """Streams that are open though their answers are complete: the client has not taken them yet."""
     cdef readonly long long control_frames
     """The frames received since the start that carry no part of a request."""
     cdef readonly bint has_settings
     """True if the client's SETTINGS have arrived."""
+    cdef readonly bint is_amid_headers
+    """True while the headers of a request have begun and are not complete."""
     cdef readonly bint said_goodbye
     """True if the client has sent GOAWAY."""
     cdef readonly bytes ponged
@@ -484,9 +497,11 @@ cdef class Session:
         if trailers is not OK_TRAILERS:
             # They are submitted when all before them is sent. What is wrong with them is better said now.
             free(_fields_of(trailers))
+        request._forget_headers()
         if request._is_open and not request._is_finished:
             request._trailers = trailers
             request._is_finished = True
+            self.finished += 1
             self._resume(request)
 
     def respond(self, Request request not None, tuple headers not None, bytes body not None=b""):
@@ -499,6 +514,8 @@ cdef class Session:
         fields = _fields_of(headers)
         request.is_answered = True
         request._is_finished = True
+        self.finished += 1
+        request._forget_headers()
         provider.source.ptr = NULL
         provider.read_callback = _read_response
         failed = nghttp2_submit_response2(self._session, request.stream_id, fields, len(headers),
@@ -630,6 +647,7 @@ cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame,
     if frame.hd.type != NGHTTP2_HEADERS or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
         return 0
     try:
+        self.is_amid_headers = True
         request = Request.__new__(Request)
         request.stream_id = frame.hd.stream_id
         self._requests[request.stream_id] = request
@@ -722,6 +740,8 @@ cdef int _on_frame_received(nghttp2_session *session, const nghttp2_frame *frame
     cdef Request request
     cdef int kind = frame.hd.type
     try:
+        if kind == NGHTTP2_HEADERS:
+            self.is_amid_headers = False
         if kind == NGHTTP2_HEADERS or kind == NGHTTP2_DATA:
             request = _request_of(session, frame.hd.stream_id)
             if request is None:
@@ -766,10 +786,14 @@ cdef int _on_stream_closed(nghttp2_session *session, int32_t stream_id, uint32_t
         request = self._requests.pop(stream_id, None)
         if request is None:
             return 0
+        self.is_amid_headers = False
         nghttp2_session_set_stream_user_data(session, stream_id, NULL)
         request.lost = True
         self.unsent -= request._unsent
+        self.taken += request._unsent
         request._unsent = 0
+        if request._is_finished:
+            self.finished -= 1
         request._is_open = False
         request._message = None
         request._messages = None
@@ -812,6 +836,7 @@ cdef nghttp2_ssize _read_response(nghttp2_session *session, int32_t stream_id, u
                 request._offset = 0
         request._unsent -= copied
         self.unsent -= copied
+        self.taken += copied
         if request._message is not None:
             return copied
         if not request._is_finished:

@@ -1,8 +1,9 @@
 """The same as `native_http2` on the package ngh2, for installations without a C compiler.
 
-It is slower, and differs in two points. When a stream ends in the middle of a DATA frame, ngh2 does not say how much of
-that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its window
-must be replaced. And a request with headers that are too large ends its connection.
+It is slower, and differs in three points. When a stream ends in the middle of a DATA frame, ngh2 does not say how much
+of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its window
+must be replaced. A request with headers that are too large ends its connection. And headers that never end are not
+noticed.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Request:
         "body",
         "ended",
         "is_answered",
+        "is_finished",
         "is_listed",
         "is_oversized",
         "is_plain_call",
@@ -84,7 +86,7 @@ class Request:
         self.ended = ended
         self.lost = False
         self.is_wanted = False
-        self.is_answered = False
+        self.is_answered = self.is_finished = False
         self.is_listed = True
         self.body: bytes | bytearray = b""
         self.unconsumed = 0
@@ -112,6 +114,10 @@ class Request:
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         return iter(self._headers)
 
+    def forget_headers(self) -> None:
+        self._headers = ()
+        self.path = b""
+
 
 class Session:
     """A server's session of HTTP/2 (see `native_http2`)."""
@@ -131,6 +137,10 @@ class Session:
         self.ponged = b""
         self.sent_goaway_code = 0
         self.is_over = False
+        self.is_amid_headers = False
+        self.finished = 0
+        self._submitted = 0
+        """The bytes of answers so far."""
         self._connection_window = connection_window
         self._requests: dict[int, Request] = {}
         self._changed: list[Request] = []
@@ -155,6 +165,10 @@ class Session:
     @property
     def unsent(self) -> int:
         return self._connection.queued_body_size()
+
+    @property
+    def taken(self) -> int:
+        return self._submitted - self.unsent
 
     @property
     def needs_replacing(self) -> bool:
@@ -198,10 +212,13 @@ class Session:
         if request.lost or request.is_answered:
             return
         request.is_answered = True
+        self._note_finished(request)
         connection, stream_id = self._connection, request.stream_id
+        data = frame(message)
         try:
             connection.send_response(stream_id, _GRPC_HEADERS)
-            connection.send_data(stream_id, frame(message))
+            connection.send_data(stream_id, data)
+            self._submitted += len(data)
             connection.send_trailers(stream_id, OK_TRAILERS)
         except NGH2Error:
             return
@@ -213,6 +230,7 @@ class Session:
         self._send(request, frame(message))
 
     def finish(self, request: Request, trailers: Headers) -> None:
+        self._note_finished(request)
         try:
             self._connection.send_trailers(request.stream_id, trailers)
         except NGH2Error:
@@ -221,6 +239,7 @@ class Session:
     def respond(self, request: Request, headers: Headers, body: bytes = b"") -> None:
         if self._begin(request, headers, end_stream=not body) and body:
             self._send(request, body, end_stream=True)
+        self._note_finished(request)
         if not request.is_wanted:
             self.consume(request, request.unconsumed)
 
@@ -278,6 +297,13 @@ class Session:
         except NGH2Error:
             return
 
+    def _note_finished(self, request: Request) -> None:
+        """Its answer is complete. Until the client has taken it the stream stays open, and the request with it."""
+        if not request.is_finished and not request.lost:
+            request.is_finished = True
+            self.finished += 1
+        request.forget_headers()
+
     def _begin(self, request: Request, headers: Headers, *, end_stream: bool) -> bool:
         if request.lost or request.is_answered:
             return False
@@ -293,6 +319,7 @@ class Session:
             self._connection.send_data(request.stream_id, data, end_stream=end_stream)
         except NGH2Error:
             return
+        self._submitted += len(data)
 
     def _acknowledge(self, stream_id: int, count: int) -> None:
         try:
@@ -313,6 +340,7 @@ class Session:
                 closed = requests.pop(event.stream_id, None)
                 if closed is not None:
                     closed.lost = True
+                    self.finished -= closed.is_finished
                     if closed.unconsumed:
                         self.consume(closed, closed.unconsumed)
                     if closed.is_wanted:

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import structlog
 
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.telemetry.traces import trace_fields
 
@@ -60,10 +61,12 @@ class Streaming:
 
     Args:
         max_message_bytes: the largest incoming message; at most `limits.MAX_MESSAGE_BYTES`.
+        places: bounds how many of its calls are open at once; None if their memory alone is to.
     """
 
     handler: StreamHandler
     max_message_bytes: int = MAX_STREAMED_BYTES
+    places: Places | None = None
 
 
 Handler = UnaryHandler | Streaming
@@ -104,6 +107,9 @@ class RpcError(Exception):
 
 SHUTTING_DOWN: Final = RpcError(Code.UNAVAILABLE, "the server is shutting down")
 """The status that ends streaming calls at a stop, since they might never end by themselves."""
+
+NO_PLACE: Final = RpcError(Code.RESOURCE_EXHAUSTED, "too many calls of this method are open")
+"""The status of a call for which `Streaming.places` has none."""
 
 
 async def first_message(messages: AsyncIterator[bytes]) -> bytes:

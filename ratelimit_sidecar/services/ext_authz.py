@@ -27,6 +27,7 @@ from ratelimit_sidecar.envoy_api.envoy.type.v3.http_status_pb2 import HttpStatus
 from ratelimit_sidecar.limiter.fields import Malformed, Nested, TooManyFields, check_fields
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest, rate_limit_request
 from ratelimit_sidecar.limiter.key import text_of
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError
 from ratelimit_sidecar.services.ratelimit import RateLimitService
@@ -100,7 +101,7 @@ class ExtAuthzService:
             metadata: of the call or request that brought it.
 
         Raises:
-            RpcError: as the rate limit service.
+            RpcError: INVALID_ARGUMENT when its descriptors would be too long; and what the rate limit service raises.
         """
         rules = self._rules()
         name = text_of(domain) or rules.default_domain
@@ -108,7 +109,11 @@ class ExtAuthzService:
         if mapping is None:
             self.unlimited["no_mapping"] += 1
             return _OK
-        request = rate_limit_request(name, mapping, http)
+        try:
+            request = rate_limit_request(name, mapping, http)
+        except InvalidRequest as error:
+            self._rate_limit.errors["invalid"] += 1
+            raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error
         if request is None:
             self.unlimited["no_descriptor"] += 1
             return _OK

@@ -13,6 +13,9 @@ from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Str
 
 SERVICE_NAME = "grpc.health.v1.Health"
 
+WOKEN_AT_ONCE = 32
+"""Watchers that are told of a change in one turn of the loop, which takes a millisecond or two."""
+
 RATELIMIT_NAME = "ratelimit"
 """The service name that envoyproxy/ratelimit's own health checks use."""
 
@@ -44,8 +47,10 @@ class HealthService:
                 HealthCheckResponse.SERVICE_UNKNOWN,
             )
         }
-        self._change = asyncio.Event()
-        """Set at the next change, and then replaced by a new event."""
+        self._watchers: dict[asyncio.Event, None] = {}
+        """Each is set when there may be something to tell."""
+        self._to_wake: list[asyncio.Event] = []
+        """Watchers that have not been woken since the latest change."""
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -57,8 +62,18 @@ class HealthService:
 
     def changed(self) -> None:
         """Send the new state to watching clients."""
-        self._change.set()
-        self._change = asyncio.Event()
+        is_waking = bool(self._to_wake)
+        self._to_wake = list(self._watchers)
+        if not is_waking:
+            self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Some in each turn of the loop, so that others are answered meanwhile."""
+        for change in self._to_wake[-WOKEN_AT_ONCE:]:
+            change.set()
+        del self._to_wake[-WOKEN_AT_ONCE:]
+        if self._to_wake:
+            asyncio.get_running_loop().call_soon(self._wake_some)
 
     def check(self, request: bytes, _metadata: Metadata) -> bytes:
         """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse.
@@ -87,14 +102,19 @@ class HealthService:
         """
         is_known = _service_of(await first_message(requests)) in self._known
         told = None
-        while True:
-            # A change from here on ends the wait below, also one that happens while the answer is sent.
-            change = self._change
-            status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
-            if status != told:
-                told = status
-                yield self._answers[status]
-            await change.wait()
+        change = asyncio.Event()
+        self._watchers[change] = None
+        try:
+            while True:
+                # A change from here on ends the wait below, also one that happens while the answer is sent.
+                change.clear()
+                status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
+                if status != told:
+                    told = status
+                    yield self._answers[status]
+                await change.wait()
+        finally:
+            del self._watchers[change]
 
     def _status(self) -> HealthCheckResponse.ServingStatus:
         return HealthCheckResponse.SERVING if self._serving() else HealthCheckResponse.NOT_SERVING

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
-from ratelimit_sidecar.limiter.quota import TTL_S, Quotas, QuotasFull
+from ratelimit_sidecar.limiter.quota import TTL_S, Quotas
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream
 from ratelimit_sidecar.limiter.usage_reports import USAGES_AT_ONCE, InvalidReports, ReportsReader
 from ratelimit_sidecar.limiter.v1.quota_pb2 import (
@@ -22,6 +22,7 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     BucketAction,
     QuotaResponse,
 )
+from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
 
@@ -31,6 +32,9 @@ _PATH: Final = f"/{SERVICE_NAME}/StreamRateLimitQuotas"
 
 ACTIONS_AT_ONCE: Final = 64
 """The most actions in one message."""
+
+MAX_STREAMS: Final = 1_024
+"""The most streams, of which a connection may have an eighth of those free, and an address half."""
 
 TICK_SECONDS: Final = 0.1
 IDLE_TICK_SECONDS: Final = 1.0
@@ -46,6 +50,7 @@ class QuotaService:
 
     def __init__(self, quotas: Quotas, now_us: Callable[[], int], *, waits_for_rules: bool = False) -> None:
         self.quotas = quotas
+        self.places = Places(MAX_STREAMS)
         self._now_us = now_us
         self._waits_for_rules = waits_for_rules
         self._turn = asyncio.Lock()
@@ -55,7 +60,7 @@ class QuotaService:
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES)}
+        return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES, self.places)}
 
     def rules_loaded(self) -> None:
         """Stop refusing streams: rules are loaded."""
@@ -74,16 +79,13 @@ class QuotaService:
         is something to be told.
 
         Raises:
-            RpcError: UNAVAILABLE while there are no rules, RESOURCE_EXHAUSTED when there are too many streams,
-            INVALID_ARGUMENT for something else than reports, or without a domain.
+            RpcError: UNAVAILABLE while there are no rules, INVALID_ARGUMENT for something else than reports, or
+            without a domain.
         """
         if self._waits_for_rules:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
         woken = asyncio.Event()
-        try:
-            stream = self.quotas.open(woken.set)
-        except QuotasFull:
-            raise RpcError(Code.RESOURCE_EXHAUSTED, "too many streams of quotas") from None
+        stream = self.quotas.open(woken.set)
         reading = asyncio.create_task(self._read(stream, requests))
         reading.add_done_callback(lambda _reading: woken.set())
         try:

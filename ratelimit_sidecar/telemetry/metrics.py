@@ -19,61 +19,16 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 
 _BUCKET_BOUNDS = (*(str(bound_ns / 1e9) for bound_ns in BOUNDS_NS), "+Inf")
-
-
-class PeerStatus(Protocol):
-    """What is read of a peer (`ratelimit_sidecar.replication.status.PeerStatus`, a sibling layer)."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def region(self) -> str: ...
-    @property
-    def address(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def protocol(self) -> int: ...
-    @property
-    def connected(self) -> bool: ...
-    @property
-    def lag_seconds(self) -> float: ...
-    @property
-    def pending_buckets(self) -> int: ...
-    @property
-    def batches_sent(self) -> int: ...
-    @property
-    def batches_received(self) -> int: ...
-    @property
-    def entries_sent(self) -> int: ...
-    @property
-    def entries_received(self) -> int: ...
-    @property
-    def bytes_sent(self) -> int: ...
-    @property
-    def bytes_received(self) -> int: ...
-    @property
-    def resyncs(self) -> int: ...
-    @property
-    def rules_match(self) -> bool | None: ...
-    @property
-    def reconnects(self) -> int: ...
-    @property
-    def clock_offset_seconds(self) -> float | None: ...
-    @property
-    def protocol_errors(self) -> Mapping[str, int]: ...
-    @property
-    def refused(self) -> Mapping[Refused, int]: ...
 
 
 class CertificateStatus(Protocol):
@@ -102,23 +57,6 @@ class Replication(Protocol):
     @property
     def certificate(self) -> CertificateStatus | None:
         """None in plain text."""
-
-
-class MembershipStatus(Protocol):
-    """What is read of the members of strict limits (`ratelimit_sidecar.replication.status.MembershipStatus`)."""
-
-    @property
-    def home_share(self) -> float: ...
-    @property
-    def settled(self) -> bool: ...
-    @property
-    def conflicts(self) -> Sequence[str]: ...
-    @property
-    def buckets(self) -> int: ...
-    @property
-    def payments_sent(self) -> int: ...
-    @property
-    def payments_received(self) -> int: ...
 
 
 class LoopStatus(Protocol):
@@ -156,6 +94,13 @@ class FrontEndStatus(Protocol):
     def closed_connections(self) -> Mapping[str, int]: ...
     @property
     def refused_calls(self) -> Mapping[str, int]: ...
+
+
+class PlacesStatus(Protocol):
+    """What is read of a method's places (`ratelimit_sidecar.server.budget.Places`, a layer above)."""
+
+    @property
+    def refused(self) -> int: ...
 
 
 class StateStatus(Protocol):
@@ -309,7 +254,7 @@ class MetricSources:
         log: None if log lines are written at once.
         fullest: None if the fullest buckets are not measured.
         spans: None without tracing.
-        quotas: None if Envoys get no quotas.
+        quotas: None if Envoys get no quotas; so is `quota_places`.
         waits: None if no limit can be strict.
     """
 
@@ -336,6 +281,7 @@ class MetricSources:
     fullest: FullestStatus | None = None
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
+    quota_places: PlacesStatus | None = None
     waits: Lines | None = None
 
 
@@ -827,7 +773,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_held_bytes",
         "gauge",
         ("region",),
-        "Memory held by calls that are not complete, and by streaming calls.",
+        "Memory held by calls that are not complete, by streaming calls, and by answers that clients let wait.",
         _read_front_end(lambda front_end: front_end.held_bytes),
     ),
     Definition(
@@ -1033,6 +979,20 @@ METRICS: tuple[Definition, ...] = (
         ("region",),
         "The most buckets at once (max_buckets); a rule flooded with new keys gets 8/9 of them.",
         lambda at: [("", (at.sources.region,), at.sources.limiter.store.room.most)],
+    ),
+    Definition(
+        "crdt_slots",
+        "gauge",
+        ("region",),
+        "Slots that token buckets hold, as of the last pass over all, once a minute; 4 times max_buckets at most.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.slots)],
+    ),
+    Definition(
+        "crdt_horizon_ratio",
+        "gauge",
+        ("region",),
+        "For what part of their horizon token buckets hold slots: 1, or less where there would be too many.",
+        lambda at: [("", (at.sources.region,), 0.5**at.sources.limiter.store.horizon_shift)],
     ),
     Definition(
         "crdt_refused_keys_total",
@@ -1265,8 +1225,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_quota_streams_refused_total",
         "counter",
         ("region",),
-        "Streams refused since there were too many.",
-        _read_quotas(lambda quotas: quotas.counts.refused_streams),
+        "Streams refused since there were too many, of all, of an address or on a connection.",
+        _read_source(lambda sources: sources.quota_places, lambda places: places.refused),
     ),
     Definition(
         "ratelimit_quota_buckets",

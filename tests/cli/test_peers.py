@@ -15,7 +15,7 @@ from console.small_console import Console
 from observed import peer
 
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.mesh_status import PeerStatus
 
 NEAR = replace(
     peer(),

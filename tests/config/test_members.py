@@ -132,8 +132,6 @@ def test_a_limit_that_a_request_brings_is_strict_where_all_are(tmp_path: Path) -
         (DAILY, RuleDefaults(Consistency.STRICT, Window.FIXED, has_members=True),
          "algorithm: found fixed_window, the default here, of a strict limit, expected token_bucket, which alone can be"
          " strict; let algorithm be token_bucket, or add consistency: eventual"),
-        (f"{DAILY}, consistency: strict, max_debt: 2", WITH_MEMBERS, "max_debt: found max_debt with consistency strict,"
-         " expected no max_debt; remove it: what is charged into debt is never forgiven"),
         ("rate_limit: {unlimited: true}, consistency: strict", RuleDefaults(),
          "consistency: found consistency of a limit that lets all through, expected no consistency; remove"
          " consistency"),

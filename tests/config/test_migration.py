@@ -1,4 +1,4 @@
-"""The page about moving from envoyproxy/ratelimit says of its variables what the schema does with them."""
+"""The pages about envoyproxy/ratelimit say of its variables what the schema does with them, and how to move."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.telemetry.logs import configure_logs
 from ratelimit_sidecar.telemetry.metrics import METRICS as OUR_METRICS
 
-NAME = "migration-from-envoyproxy-ratelimit.md"
-PAGE = pages()[NAME]
+PAGE = pages()["migration-from-envoyproxy-ratelimit.md"]
+VARIABLES_PAGE = pages()["reference/envoyproxy-ratelimit.md"]
 OURS = {"REGION", "CRDT_ENGINE"}
 """Variables that envoyproxy/ratelimit has not."""
 
@@ -54,14 +54,14 @@ def test_logs_are_set_by_the_same_variables() -> None:
 
 
 def test_every_variable_has_one_row() -> None:
-    named = re.findall(r"`([A-Z][A-Z0-9_]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE)))
+    named = re.findall(r"`([A-Z][A-Z0-9_]+)`", "\n".join(re.findall(r"^\| (`.*?) \|", VARIABLES_PAGE, re.MULTILINE)))
     assert sorted(named) == sorted(variable for variable, _ in VERDICTS)
     assert len(set(named)) == len(named)
 
 
 def test_a_row_names_the_key_that_a_variable_sets() -> None:
-    assert "| `GRPC_HOST`, `GRPC_PORT` | same: `listen.grpc` |\n" in PAGE
-    assert "| `SHADOW_MODE` | same: `answers.shadow_mode` |\n" in PAGE
+    assert "| `GRPC_HOST`, `GRPC_PORT` | same: `listen.grpc` |\n" in VARIABLES_PAGE
+    assert "| `SHADOW_MODE` | same: `answers.shadow_mode` |\n" in VARIABLES_PAGE
 
 
 def test_what_the_page_tells_to_write_makes_fixed_windows(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateL
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
-from ratelimit_sidecar.server.rpc import Headers
+from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
 from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
@@ -305,6 +305,18 @@ async def test_a_request_with_more_headers_than_a_proxy_takes_is_refused(sidecar
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await sidecar.check(attributes({**headers, "x": ""}))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_request_whose_descriptors_would_be_longer_than_a_call_may_be_is_refused(tmp_path: Path) -> None:
+    entries = "\n".join(f"    - entries: [{{key: k{number}, from: path}}]" for number in range(64))
+    sidecar = sidecar_with(
+        tmp_path, f"domain: d\ndescriptors: []\next_authz:\n  default: true\n  descriptors:\n{entries}\n"
+    )
+    check = CheckRequest(attributes=attributes(path="/" + "p" * 70_000)).SerializeToString()
+    with pytest.raises(RpcError) as refused:
+        sidecar.ext_authz.check(check, Headers())
+    assert refused.value.code == Code.INVALID_ARGUMENT
+    assert sidecar.rate_limit.errors["invalid"] == 1
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from ratelimit_sidecar.console.app import ConsoleSources, create_app
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.replication.status import MembershipStatus, PeerStatus
+from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.services.ratelimit import RateLimitService

@@ -20,7 +20,7 @@ from ratelimit_sidecar.console.app import MAX_PAGE_BUCKETS, ConsoleSources, crea
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
-from ratelimit_sidecar.replication.status import PeerStatus
+from ratelimit_sidecar.mesh_status import PeerStatus
 
 
 async def test_the_root_lists_the_endpoints_and_each_of_them_answers() -> None:

@@ -81,6 +81,7 @@ class StrictCluster:
     cut: set[frozenset[str]] = field(default_factory=set)
     replicas: dict[str, Replica] = field(default_factory=dict)
     payments: int = 0
+    charges: int = 0
     tickets: int = 0
     served: int = 0
     """Requests that have waited and were admitted."""
@@ -219,6 +220,15 @@ class StrictCluster:
         self.worst = max(self.worst, self._oracle.charge(self.loop.now_us, hits))
         return True
 
+    def charge(self, node: str, hits: int) -> None:
+        """Take hits that are charged though there are too few tokens."""
+        replica = self.replicas.get(node)
+        if replica is not None:
+            now_us = self.clock_us(replica)
+            if not self.take(node, hits):
+                replica.bucket.take(hits, now_us, always=True)
+            self.charges += 1
+
     def take_all(self, node: str) -> None:
         while self.take(node):
             pass
@@ -342,9 +352,9 @@ class StrictCluster:
         if self.bucket_type is StrictBucket and not self.pays_twice and not self.serves_twice:
             for replica in self.replicas.values():
                 bucket = replica.bucket
-                assert bucket.level >= 0
+                assert bucket.level >= (bucket.floor if self.charges else 0)
                 assert bucket.aside == sum(bucket.tickets.values())
-                assert bucket.level + bucket.room_reserved <= bucket.ceiling or not bucket.level
+                assert bucket.level + bucket.room_reserved <= bucket.ceiling or bucket.level <= 0
         assert self.worst <= 0
 
     def _tick(self, node: str) -> None:

@@ -53,6 +53,15 @@ def test_a_call_ends_the_former_grant_and_counts_what_is_left_of_it() -> None:
     assert (bucket.held, bucket.granted) == (7, 8)
 
 
+def test_what_is_charged_beyond_the_debt_ceiling_is_forgiven_and_the_rest_drawn() -> None:
+    bucket = holding(3)
+    bucket.take(2**48, NOW_US, always=True)
+    owed = bucket.debt
+    assert owed <= LIMIT.debt_ceiling // LIMIT.period_us
+    bucket.drawn(bucket.draw(Wish(100, 100)), Drawn(0, 100, 0, 0), 1, NOW_US)
+    assert bucket.debt == owed - 100
+
+
 def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_next_call_ends_nothing() -> None:
     bucket = holding(10)
     bucket.draw(Wish(5, 6))

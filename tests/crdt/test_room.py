@@ -28,6 +28,15 @@ def test_a_flooded_rule_gets_eight_ninths_and_leaves_the_rest_to_others() -> Non
     assert room.take(b"c0")
 
 
+def test_buckets_with_long_keys_take_more_places() -> None:
+    room = make_room(900)
+    keys = [b"a%05d" % number + b"x" * 1_018 for number in range(900)]
+    assert sum(room.take(key) for key in keys) == 160
+    for key in keys[:160]:
+        room.give_back(key)
+    assert fill(room, "b") == 800
+
+
 def test_floods_at_the_same_time_get_the_same() -> None:
     room = make_room(17_000)
     held = [0, 0]

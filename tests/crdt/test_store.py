@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, Limit
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.store import MAX_SHIFT, SEAL_WORK, Store
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE = Origin("here", 1), Origin("there", 1)
@@ -39,6 +40,98 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 1
     assert len(store) == 0
     assert store.evicted == 1
+
+
+HOURLY = Limit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
+SLOT_US = 1 << HOURLY.exponent
+
+
+def hourly_store(keys: int) -> Store:
+    return Store(HERE, lambda _key: HOURLY, max_buckets=keys + keys // 8)
+
+
+def use(store: Store, keys: int, slots: int, now_us: int = NOW_US, *, replicated: bool = True) -> int:
+    """Take from each bucket in each of so many slots, with a pass of sweeping after each; returns the time."""
+    for _ in range(slots):
+        for number in range(keys):
+            assert store.bucket(b"%d" % number, HOURLY, now_us, replicated=replicated).take(1, now_us)
+        store.drain_changes()
+        now_us += SLOT_US
+        for _ in range(1 + SEAL_WORK):
+            store.sweep(now_us, len(store))
+    return now_us
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_keys_that_are_used_in_each_of_their_slots_hold_no_more_of_them_than_there_may_be(replicated: bool) -> None:
+    store = hourly_store(100)
+    use(store, 100, 80, replicated=replicated)
+    held = sum(sum(1 for _ in bucket.entries()) for bucket in store)
+    assert len(store) == 100
+    assert held <= store.most_slots
+    assert store.horizon_shift
+
+
+def test_when_fewer_keys_are_used_the_horizon_is_whole_again() -> None:
+    store = hourly_store(100)
+    now_us = use(store, 100, 80)
+    use(store, 1, 80, now_us)
+    assert (store.horizon_shift, len(store)) == (0, 1)
+    assert max(sum(1 for _ in bucket.entries()) for bucket in store) >= HORIZON_SLOTS
+
+
+def test_few_keys_keep_their_horizon() -> None:
+    store = hourly_store(100)
+    use(store, 10, 80)
+    assert not store.horizon_shift
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4 * SLOT_US), st.integers(1, 400)), min_size=1, max_size=60),
+    st.integers(0, MAX_SHIFT),
+)
+def test_sealing_early_changes_no_decision_and_no_fold(takes: list[tuple[int, int]], shift: int) -> None:
+    early, late = (hourly_store(1).bucket(b"k", HOURLY, NOW_US) for _ in range(2))
+    now_us = NOW_US
+    for gap_us, hits in takes:
+        now_us += gap_us
+        early.shorten(now_us, shift)
+        assert early.take(hits, now_us) == late.take(hits, now_us)
+        assert early.fold(now_us) == late.fold(now_us)
+
+
+def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and_then_differs_in_nothing() -> None:
+    one, other = (Store(origin, lambda _key: HOURLY) for origin in (HERE, THERE))
+    for store in (one, other):
+        use(store, 1, 40)
+    now_us = NOW_US + 40 * SLOT_US
+    stores = (one, other)
+
+    def tell(source: Store, target: Store) -> None:
+        [bucket] = source
+        target.join(bucket.key, HOURLY, bucket.telling_base, list(bucket.entries()), now_us)
+
+    def settled() -> list[object]:
+        found = [bucket.settled(now_us, now_us + 10_000_000) for store in stores for bucket in store]
+        return [each and (each.deficit, sorted(each.entries)) for each in found]
+
+    tell(one, other)
+    tell(other, one)
+    assert settled()[0] == settled()[1]
+    [bucket] = one
+    assert bucket.shorten(now_us, 3)
+    assert settled()[0] != settled()[1]
+    tell(one, other)
+    assert settled()[0] == settled()[1]
+    now_us += 30 * SLOT_US
+    for store in stores:
+        # Nobody has dropped it, and would be told of it anew by the other.
+        store.sweep(now_us, 1)
+        assert len(store) == 1
+    assert settled()[0] == settled()[1]
+    now_us += 40 * SLOT_US
+    for store in stores:
+        assert store.sweep(now_us, 1) == 1
 
 
 def test_a_bucket_with_news_for_peers_stays() -> None:

@@ -370,6 +370,47 @@ def test_charged_always_a_strict_bucket_owes() -> None:
     assert bucket.retry_after_us(1) == 520_000
 
 
+def test_what_is_charged_beyond_the_debt_ceiling_is_forgiven() -> None:
+    bucket = half()
+    bucket.take(2**48, NOW_US, always=True)
+    limit = PER_SECOND_100
+    longest_us = (limit.debt_ceiling - limit.ceiling) // limit.tokens
+    assert bucket.retry_after_us(0) == longest_us
+    bucket.advance(NOW_US + longest_us - 1)
+    assert not bucket.has(0)
+    bucket.advance(NOW_US + longest_us)
+    assert bucket.level == 0
+
+
+def test_after_a_change_it_owes_no_more_than_it_could_under_the_new_limit_and_home() -> None:
+    bucket = half()
+    bucket.take(2**48, NOW_US, always=True)
+    before = bucket.debt
+    smaller = Limit(1, SECOND_US, 10)
+    bucket.set_limit(smaller, NOW_US)
+    bucket.set_home(5 * TOKEN, NOW_US)
+    assert bucket.level == bucket.floor
+    assert bucket.debt <= 5 * smaller.max_debt < before
+
+
+def test_a_purse_without_a_home_owes_no_longer_than_the_whole_limit_would_and_can_then_be_dropped() -> None:
+    bucket = half()
+    bucket.home_version = 1
+    bucket.set_home(0, NOW_US)
+    bucket.take(2**48, NOW_US, always=True)
+    owes_us = -bucket.level // (PER_SECOND_100.tokens << 32)
+    assert not bucket.is_idle(NOW_US + owes_us - 1)
+    assert bucket.is_idle(NOW_US + owes_us)
+    assert not bucket.take(1, NOW_US + 2 * owes_us)
+
+
+def test_a_purse_that_does_not_know_its_home_yet_goes_on_owing() -> None:
+    bucket = StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=0, from_us=NOW_US)
+    bucket.take(75, NOW_US, always=True)
+    bucket.advance(NOW_US + 10 * SECOND_US)
+    assert bucket.debt == 75
+
+
 def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket = half()
     bucket.take(75, NOW_US, always=True)

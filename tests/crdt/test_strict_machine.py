@@ -61,6 +61,10 @@ class StrictMachine(RuleBasedStateMachine):
     def take(self, node: str, hits: int) -> None:
         self.cluster.take(node, hits)
 
+    @rule(node=nodes, hits=st.sampled_from([1, 50, 2**48]))
+    def charge_whatever_is_left(self, node: str, hits: int) -> None:
+        self.cluster.charge(node, hits)
+
     @rule(node=nodes)
     def take_all(self, node: str) -> None:
         self.cluster.take_all(node)

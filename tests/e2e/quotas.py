@@ -1,4 +1,4 @@
-"""Envoys with the configuration of docs/rlqs.md, and their sidecars."""
+"""Envoys with the configuration of examples/quotas, and their sidecars."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ from ratelimit_sidecar.demo.processes import Command
 from ratelimit_sidecar.demo.regions import find_envoy
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "rlqs.md"
-
-
-def documented(name: str) -> Any:
-    """One of the files in the page."""
-    (text,) = re.findall(rf"```yaml\n# {re.escape(name)}.*?\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    return yaml.safe_load(text)
+EXAMPLE = ROOT / "examples" / "quotas"
 
 
 def envoy_command(folder: Path, name: str, ports: RegionPorts, sidecar_port: int, upstream: int) -> Command:
@@ -36,7 +30,7 @@ def envoy_command(folder: Path, name: str, ports: RegionPorts, sidecar_port: int
     Args:
         upstream: where it answers itself, as the upstream of its other listener.
     """
-    config = documented("envoy.yaml")
+    config = yaml.safe_load((EXAMPLE / "envoy.yaml").read_text())
     config["node"] = {"id": name, "cluster": "test"}
     config["admin"]["address"]["socket_address"]["port_value"] = ports.envoy_admin
     resources = config["static_resources"]
@@ -66,13 +60,11 @@ def _answering(listener: Any, port: int) -> Any:
 def sidecar_command(
     folder: Path, name: str, ports: RegionPorts, peers: Sequence[RegionPorts] = (), front_end: str = "h2"
 ) -> Command:
-    rules = folder / "rules.yaml"
-    rules.write_text(yaml.safe_dump(documented("rules.yaml of the sidecar")))
     listen = {"grpc": [f"{HOST}:{ports.grpc}"], "admin": f"{HOST}:{ports.admin}", "sync": f"{HOST}:{ports.sync}"}
     config: Mapping[str, object] = {
         "node": {"id": name},
         "listen": listen,
-        "rules": [str(rules)],
+        "rules": [str(EXAMPLE / "rules")],
         "sync": {"protocol": "grpc", "peers": [f"{HOST}:{peer.sync}" for peer in peers]},
     }
     file = folder / f"{name}-config.yaml"

@@ -42,6 +42,7 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
         "../deploy/istio/gateway.yaml",
         "llm-tokens/envoy.yaml",
         "llm-tokens/envoy-holding.yaml",
+        "quotas/envoy.yaml",
     ],
 )
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:

@@ -220,6 +220,13 @@ class AccountsMachine(RuleBasedStateMachine):
     def take(self, name: str, hits: int) -> None:
         self.take_of(name, hits)
 
+    @rule(name=names, hits=st.sampled_from([1, 50, 2**48]))
+    def charge_whatever_is_left(self, name: str, hits: int) -> None:
+        if not self.take_of(name, hits):
+            sidecar = self.sidecars[name]
+            sidecar.bucket.take(hits, sidecar.now_us(self.now_us), always=True)
+            assert sidecar.bucket.level >= sidecar.bucket.floor
+
     @rule()
     def take_all(self) -> None:
         for name in SIDECARS:

@@ -29,7 +29,6 @@ from ratelimit_sidecar.limiter.quota import (
     MAX_POOL_ORPHANS,
     TTL_S,
     Quotas,
-    QuotasFull,
 )
 from ratelimit_sidecar.limiter.quota_pool import Action, EnvoyBucket, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
@@ -527,15 +526,6 @@ def test_a_bucket_with_an_id_that_is_too_long_is_dropped() -> None:
     server = Server()
     [action] = server.report(server.connect(), Usage(b"long", (), 1, 0, 0))
     assert action == Action(b"long", None)
-
-
-def test_streams_are_bounded() -> None:
-    server = Server()
-    for _ in range(quota.MAX_STREAMS):
-        server.connect()
-    with pytest.raises(QuotasFull):
-        server.connect()
-    assert server.quotas.counts.refused_streams == 1
 
 
 @pytest.mark.interpreted

@@ -26,10 +26,12 @@ from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import backlog, changes, key_numbers
+from ratelimit_sidecar.replication.backlog import MAX_HURRIED_BUCKETS
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
+    HELD_UP_BUCKETS,
     LOOKED_BUCKETS,
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
@@ -673,6 +675,41 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     [batch] = drained(outbox)
     apply_deltas(peers, deltas_of(batch), A.origin, NOW_US)
     assert copy.taken == bucket.taken
+
+
+def hurried(buckets: int) -> tuple[Outbox, bytes]:
+    """Of a peer with so many changed buckets yet to be sent, before one of which there is hardly anything left."""
+    store = store_of(A)
+    outbox = opened(store)
+    fill(store, buckets)
+    bucket = take(store, "ann", PER_USER.capacity, NOW_US)
+    assert bucket.is_nearly_used_up
+    note(outbox, is_told=True)
+    outbox.hurry(bucket.key)
+    return outbox, bucket.key
+
+
+def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_others() -> None:
+    outbox, key = hurried(HELD_UP_BUCKETS)
+    batches = drained(outbox)
+    first, second = next(batches), next(batches)
+    copy = told([first, second]).get(key)
+    assert copy is not None
+    assert copy.remaining == 0
+    assert len(keys_told([first, second, *batches])) == HELD_UP_BUCKETS + 1
+
+
+def test_nor_is_it_told_twice_where_it_comes_soon_anyhow() -> None:
+    outbox, _ = hurried(HELD_UP_BUCKETS - 1)
+    assert sum(len(batch.bucket_keys) for batch in drained(outbox)) == HELD_UP_BUCKETS
+
+
+def test_so_many_that_are_nearly_used_up_wait_for_their_turn() -> None:
+    outbox, _ = hurried(HELD_UP_BUCKETS)
+    for index in range(2 * MAX_HURRIED_BUCKETS):
+        outbox.hurry(key_of(f"user {index % HELD_UP_BUCKETS}"))
+    assert outbox.pending_buckets <= HELD_UP_BUCKETS + 1 + MAX_HURRIED_BUCKETS
+    assert len(keys_told(drained(outbox))) == HELD_UP_BUCKETS + 1
 
 
 def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:

@@ -32,7 +32,7 @@ from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
-from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 from simulation.steps import done, next_frame, receive
@@ -504,17 +504,49 @@ def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() 
         take(a.store, f"user {number}", 1, NOW_US)
     stream = stream_of(a)
     receive(stream, hello("b", protocol=2), NOW_US)
-    sent = [(kind_of(next_frame(stream, NOW_US)), stream.take_pause(), stream.take_pause()) for _ in range(4)]
+    sent = [(kind_of(next_frame(stream, NOW_US)), stream.take_pause_us(), stream.take_pause_us()) for _ in range(4)]
     assert sent == [
-        ("hello", False, False),
-        ("ping", False, False),
-        ("deltas", True, False),
-        ("deltas", True, False),
+        ("hello", 0, 0),
+        ("ping", 0, 0),
+        ("deltas", SNAPSHOT_PAUSE_US, 0),
+        ("deltas", SNAPSHOT_PAUSE_US, 0),
     ]
     receive(stream, frame(ack=pb.Ack(sequence=2)), NOW_US)
     take(a.store, "ann", 1, NOW_US)
     flush(a, NOW_US)
-    assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause()) == ("deltas", False)
+    assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause_us()) == ("deltas", 0)
+
+
+def test_what_is_nearly_used_up_is_told_at_once_to_a_peer_that_has_much_to_hear() -> None:
+    a, b = replicator("a"), replicator("b")
+    stream, far_end = connected(a, b)
+    for number in range(8 * MAX_BATCH_BUCKETS):
+        take(a.store, f"user {number}", 1, NOW_US)
+    spent = take(a.store, "ann", PER_USER.capacity, NOW_US)
+    done(a.flush_steps(NOW_US))
+    sent = 0
+    while b.store.get(spent.key) is None:
+        raw = next_frame(stream, NOW_US)
+        assert raw is not None
+        receive(far_end, raw, NOW_US)
+        sent += 1
+    assert sent <= 2
+
+
+@pytest.mark.parametrize(("peers", "pause_us"), [(40, 0), (41, 41 * PEER_PAUSE_US), (200, 100_000)])
+def test_with_many_peers_each_is_sent_fewer_batches(peers: int, pause_us: int) -> None:
+    a = replicator("a")
+    streams = [stream_of(a) for _ in range(peers)]
+    for number, stream in enumerate(streams):
+        receive(stream, hello(f"b{number}", protocol=2), NOW_US)
+    stream = streams[-1]
+    while next_frame(stream, NOW_US) is not None:
+        stream.take_pause_us()
+    receive(stream, frame(ack=pb.Ack(sequence=1)), NOW_US)
+    take(a.store, "ann", 1, NOW_US)
+    flush(a, NOW_US)
+    assert kind_of(next_frame(stream, NOW_US)) == "deltas"
+    assert (stream.take_pause_us(), stream.take_pause_us()) == (pause_us, 0)
 
 
 def test_a_flush_moves_all_there_is_also_when_another_one_is_under_way() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from server.front_ends import ECHO, running
 from server.raw_http2 import connected
 
-from ratelimit_sidecar.server.budget import AddressBudget, Budget, ConnectionLimiter
+from ratelimit_sidecar.server.budget import AddressBudget, Budget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.framing import frame
 
 
@@ -56,6 +56,26 @@ def test_a_new_address_may_have_the_last_connection_and_none_beyond() -> None:
     limiter.leave(second)
     limiter.leave(third)
     assert not limiter._addresses
+
+
+def test_one_connection_has_a_ninth_of_the_places_and_one_address_a_third() -> None:
+    places = Places(900)
+    assert sum(places.enter(1, "10.0.0.1") for _ in range(900)) == 101
+    assert sum(places.enter(connection, "10.0.0.1") for connection in range(2, 900)) == 301 - 101
+    assert places.enter(1_000, "10.0.0.2")
+
+
+def test_a_new_client_may_have_the_last_place_and_none_beyond() -> None:
+    places = Places(2)
+    assert places.enter(1, "10.0.0.1")
+    assert places.enter(2, "10.0.0.2")
+    assert not places.enter(3, "10.0.0.3")
+    assert places.refused == 1
+    places.leave(1, "10.0.0.1")
+    assert places.enter(3, "10.0.0.3")
+    places.leave(2, "10.0.0.2")
+    places.leave(3, "10.0.0.3")
+    assert not places._held
 
 
 async def test_a_client_that_takes_all_the_connections_it_gets_leaves_some_to_others(tmp_path: Path) -> None:

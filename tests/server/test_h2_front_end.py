@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -11,9 +13,10 @@ from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected, reluctant
 
 from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.h2 import DRAINED_AT_ONCE
 from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, RpcError
+from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 PATH = "/test.Echo/Echo"
 TE = (b"te", b"trailers")
@@ -318,6 +321,66 @@ async def test_calls_of_one_slice_that_take_long_let_other_connections_have_thei
             await asyncio.gather(other.call(PATH, frame(b"one")), *map(busy.answer, streams[:-1]))
     assert handled.index(b"one") < 20
     assert handled.count(b"many") == 29
+
+
+async def test_many_busy_connections_of_one_address_hold_others_up_no_more_than_one_does(tmp_path: Path) -> None:
+    handled = 0
+
+    def slow(message: bytes, _metadata: Metadata) -> bytes:
+        nonlocal handled
+        if message == b"flood":
+            time.sleep(0.002)
+            handled += 1
+        return message
+
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = ["127.0.0.1:0", f"unix:{tmp_path}/rls.sock"]
+        front_end = await stack.enter_async_context(running("h2", {"/test.Echo/Echo": slow}, addresses))
+        modest = await stack.enter_async_context(connected(front_end.addresses[1]))
+        floods = [await stack.enter_async_context(connected(front_end.addresses[0])) for _ in range(40)]
+        calls = [(flood, flood.open("/test.Echo/Echo")) for flood in floods for _ in range(5)]
+        for flood, stream in calls:
+            flood.send(stream, frame(b"flood"))
+        while handled < 20:  # noqa: ASYNC110 (in the same turns of the loop)
+            await asyncio.sleep(0)
+        before = handled
+        assert (await modest.call("/test.Echo/Echo", frame(b"hello"))).body == frame(b"hello")
+        # A call for each of the few turns of the loop that the two ends need here, and not 40.
+        assert handled - before < 20
+        for flood, stream in calls:
+            assert (await flood.answer(stream)).body == frame(b"flood")
+
+
+@pytest.mark.interpreted
+async def test_at_a_stop_a_few_connections_are_told_to_go_in_each_turn_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drained = 0
+    drain = Connection.drain
+
+    def count(connection: Connection) -> None:
+        nonlocal drained
+        drained += 1
+        drain(connection)
+
+    monkeypatch.setattr(Connection, "drain", count)
+    in_turns = [0]
+
+    async def watch() -> None:
+        while True:
+            in_turns.append(drained)
+            await asyncio.sleep(0)
+
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+        async with running("h2", ECHO) as front_end:
+            for _ in range(100):
+                client = await stack.enter_async_context(connected(front_end.addresses[0]))
+                await client.call("/test.Echo/Echo", frame(b"hello"))
+            watching = tasks.create_task(watch())
+            await front_end.stop()
+        watching.cancel()
+    assert drained == 100
+    assert max(after - before for before, after in itertools.pairwise(in_turns)) <= DRAINED_AT_ONCE
 
 
 async def test_an_old_connection_is_told_twice_to_go_and_closed_when_its_calls_are_answered() -> None:

@@ -531,6 +531,89 @@ def test_many_greedy_connections_leave_room_for_a_modest_one() -> None:
     assert modest.answered() == {stream_id: frame(b"answered")}
 
 
+def calls_without_window(pair: Pair, count: int, size: int, headers=HEADERS) -> list[Call]:
+    """Calls that were answered with so many bytes, none of which the client lets come."""
+    pair.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    pair.exchange()
+    calls = []
+    for _ in range(count):
+        stream_id = pair.open(headers)
+        pair.client.send_data(stream_id, frame(b"hello"), end_stream=True)
+        for call in pair.exchange():
+            pair.server.answer(call, bytes(size))
+            calls.append(call)
+        pair.exchange()
+        if pair.server.closed:
+            break
+    return calls
+
+
+def test_answers_that_the_client_lets_wait_count_as_unfinished_calls_do() -> None:
+    budget = Budget(1_000_000)
+    pair = Pair(budget=budget)
+    calls_without_window(pair, 4, 10_000)
+    assert budget.held == 4 * (10_000 + http2.PREFIX_BYTES + http2.CALL_BYTES)
+    pair.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1_000_000})
+    pair.exchange()
+    assert budget.held == 0
+    assert len(pair.answered()) == 4
+
+
+def test_a_client_that_lets_more_wait_than_it_may_is_disconnected_at_once() -> None:
+    budget = Budget(1_000_000)
+    pairs = [Pair(budget=budget) for _ in range(20)]
+    for pair in pairs:
+        calls_without_window(pair, 1_000, 5_000)
+        assert pair.server.closed
+        assert pair.counts.closed_connections["stalled"] == 1
+        assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+        assert budget.held <= 1_000_000
+        pair.server.release()
+    assert budget.held == 0
+
+
+def test_small_answers_that_wait_count_with_their_calls() -> None:
+    budget = Budget(1_000_000)
+    pair = Pair(budget=budget)
+    calls = calls_without_window(pair, 1_000, 1)
+    assert pair.server.closed
+    assert len(calls) <= 1_000_000 // 8 // http2.CALL_BYTES + 1
+
+
+def test_the_headers_of_a_call_are_not_kept_until_its_answer_is_taken() -> None:
+    pair = Pair()
+    [call] = calls_without_window(pair, 1, 10, [*HEADERS, ("x-long", "v" * 4_000)])
+    assert list(call.request) == []
+    assert call.path == ""
+
+
+def test_a_client_that_takes_a_byte_now_and_then_is_disconnected() -> None:
+    pair = Pair(limits={"stalled": 10})
+    calls_without_window(pair, 3, 10_000)
+    for second in range(1, 13):
+        pair.client.increment_flow_control_window(1, 1)
+        pair.exchange()
+        pair.check(float(second))
+    assert pair.server.closed
+    assert pair.counts.closed_connections["stalled"] == 1
+
+
+def test_a_client_that_takes_all_in_time_stays_though_more_waits_all_the_while() -> None:
+    pair = Pair(limits={"stalled": 10})
+    calls_without_window(pair, 1, 1_000)
+    streams = [1]
+    for second in range(1, 60):
+        streams.append(pair.call())
+        for call in pair.exchange():
+            pair.server.answer(call, bytes(1_000))
+        if second > 5:
+            pair.client.increment_flow_control_window(2_000, streams[second - 6])
+        pair.check(float(second))
+        assert pair.budget.held
+    assert not pair.server.closed
+    assert len(pair.answered()) == 54
+
+
 def test_a_client_that_grants_no_room_for_its_answers_is_disconnected() -> None:
     pair = Pair(limits={"stalled": 10})
     pair.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})

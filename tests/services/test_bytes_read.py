@@ -11,7 +11,9 @@ from observed import NoTelemetry
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.limiter.fields import Nested
+from ratelimit_sidecar.limiter.http_mapping import MAX_VALUES_BYTES, EntrySource, HttpRequest, Part, rate_limit_request
 from ratelimit_sidecar.limiter.limiter import Limiter
+from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
@@ -96,6 +98,16 @@ def test_a_request_of_as_many_headers_as_may_be_is_read_however_long_they_are() 
     assert len(http_request(raw).headers) == MAX_HEADERS
     with pytest.raises(RpcError, match=f"more than {MAX_HEADERS} headers"):
         http_request(raw + raw)
+
+
+def test_a_long_value_that_is_in_many_descriptors_is_refused_before_it_is_copied() -> None:
+    header = EntrySource(b"k", Part.HEADER, b"x-long")
+    http = HttpRequest({b"x-long": b"v" * (MAX_VALUES_BYTES // 64)}, {}, b"/", b"GET")
+    request = rate_limit_request("d", ((header,),) * 64, http)
+    assert request is not None
+    assert len(request) > MAX_VALUES_BYTES
+    with pytest.raises(InvalidRequest):
+        rate_limit_request("d", ((header,),) * 65, http)
 
 
 @pytest.mark.parametrize("end", [b"\x0a", b"\x0a\x05", b"\xff" * 11, b"\x04", b"\x00"])

@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import aclosing
+from itertools import pairwise
 
 import grpc
 import grpc.aio
@@ -9,7 +10,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.server.rpc import Code, RpcError
-from ratelimit_sidecar.services.health import HealthService
+from ratelimit_sidecar.services.health import WOKEN_AT_ONCE, HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
 
 
@@ -94,6 +95,40 @@ async def test_a_change_while_the_client_takes_the_last_one_is_not_missed() -> N
         serving = True
         health.changed()
         assert HealthCheckResponse.FromString(await anext(answers)).status == HealthCheckResponse.SERVING
+
+
+async def test_a_few_of_many_who_watch_are_told_of_a_change_in_each_turn_of_the_loop() -> None:
+    serving, told = False, 0
+    health = HealthService(lambda: serving, [])
+
+    async def requests():
+        yield HealthCheckRequest().SerializeToString()
+
+    async def watch() -> None:
+        nonlocal told
+        async for _ in health.watch(requests(), ()):
+            told += 1
+
+    watching = [asyncio.create_task(watch()) for _ in range(200)]
+    await asyncio.sleep(0)
+    assert told == 200
+    serving = True
+    health.changed()
+    in_turns = [told]
+    while told < 400:
+        await asyncio.sleep(0)
+        in_turns.append(told)
+    assert max(after - before for before, after in pairwise(in_turns)) <= WOKEN_AT_ONCE
+    # One is not told twice, though there is another change amid the telling.
+    health.changed()
+    serving = False
+    health.changed()
+    while told < 600:  # noqa: ASYNC110 (it counts turns of the loop)
+        await asyncio.sleep(0)
+    for task in watching:
+        task.cancel()
+    await asyncio.wait(watching)
+    assert told == 600
 
 
 async def test_who_watches_an_unknown_service_is_told_so_and_kept(kind: str) -> None:

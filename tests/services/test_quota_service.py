@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -24,10 +25,11 @@ from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2 impo
 )
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2_grpc import RateLimitQuotaServiceStub
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_strategy_pb2 import RateLimitStrategy
-from ratelimit_sidecar.limiter.quota import MAX_STREAMS, Quotas
+from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import Usage
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.usage_reports import MAX_ID_BYTES, USAGES_AT_ONCE
+from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Headers, RpcError
@@ -290,16 +292,34 @@ async def test_without_rules_streams_are_refused(kind: str) -> None:
         assert await envoy.told()
 
 
-async def test_more_streams_than_there_may_be_are_refused_and_counted(kind: str) -> None:
+async def test_a_client_that_opens_as_many_streams_as_it_can_leaves_some_to_others(kind: str, tmp_path: Path) -> None:
     served = Served()
-    for _ in range(MAX_STREAMS - 1):
-        served.quotas.open(lambda: None)
-    async with served.running(kind) as channel:
-        first = Stream(channel)
-        await first.report(usage(agent="ada"))
-        await first.told()
-        assert await Stream(channel).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert served.quotas.counts.refused_streams == 1
+    served.service.places = Places(20)
+    addresses = ["127.0.0.1:0", f"unix:{tmp_path}/rls.sock"]
+    async with (
+        running(kind, served.service.handlers(), addresses) as front_end,
+        channel_to(front_end.addresses[0]) as greedy,
+        channel_to(front_end.addresses[1]) as modest,
+    ):
+        taken = [Stream(greedy) for _ in range(3)]
+        for stream in taken:
+            await stream.report(usage(agent="ada"))
+            await stream.told()
+        assert await Stream(greedy).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert served.service.places.refused == 1
+
+        other = Stream(modest)
+        await other.report(usage(agent="bob"))
+        assert await other.told()
+
+        # A stream that is over leaves its place to the next one.
+        taken[0].call.cancel()
+        async with asyncio.timeout(WAIT_S):
+            while served.service.places.free < 17:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        again = Stream(greedy)
+        await again.report(usage(agent="ada"))
+        assert await again.told()
 
 
 async def of_one(message: bytes) -> AsyncIterator[bytes]:

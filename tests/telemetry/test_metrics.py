@@ -22,6 +22,7 @@ from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
+from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
@@ -156,6 +157,7 @@ def sources(
         fullest=fullest,
         spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
+        quota_places=Places(1),
         waits=Lines(),
     )
 

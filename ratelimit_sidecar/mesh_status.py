@@ -1,4 +1,4 @@
-"""The state of one peer, as a value for metrics and the admin console."""
+"""The state of one peer, and of the membership, as values for metrics and the admin console."""
 
 from __future__ import annotations
 

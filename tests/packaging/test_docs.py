@@ -1,0 +1,55 @@
+"""Documents lead to what is there: files, headings, and pages that the sources name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("ratelimit_sidecar", "tests", "benchmarks", "deploy", "dev", "envoy", "examples", "proto")
+SUFFIXES = {".py", ".pyx", ".yaml", ".yml", ".tf", ".proto"}
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "third_party/*/README.md")
+    for page in ROOT.glob(pattern)
+)
+
+
+def headings_of(page: Path) -> set[str]:
+    """Its anchors, as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        found.add(re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings_of(target), link
+
+
+def test_every_page_that_something_names_is_there() -> None:
+    files = [file for folder in SOURCES for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
+    named = {
+        (file.name, page)
+        for file in [*files, *PAGES, ROOT / "Makefile"]
+        for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text())
+    }
+    assert named
+    assert [(name, page) for name, page in named if not (ROOT / page).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    docs = ROOT / "docs"
+    listed = {(docs / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", (docs / "README.md").read_text())}
+    assert {page for page in docs.rglob("*.md") if page.name != "README.md"} - listed == set()
