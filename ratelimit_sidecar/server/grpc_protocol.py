@@ -24,6 +24,7 @@ from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, Stre
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
+from ratelimit_sidecar.server.turns import FewAtOnce
 
 SLICE_BYTES: Final = 4_096
 """At most 130 calls, since none is shorter than 31 bytes."""
@@ -95,6 +96,7 @@ class Shared:
         self.counts = Counts()
         self.failures = FailureLog()
         self.turns = Turns()
+        self.streaming_turns = FewAtOnce()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
@@ -374,7 +376,7 @@ class GrpcProtocol:
     def _cancel_all(self) -> None:
         """Nobody is there to be answered."""
         for call in self._streaming.values():
-            call.cancel()
+            self._shared.streaming_turns.soon(call.cancel)
         for waiting in self._waiting.values():
             waiting.cancel()
         self._waiting.clear()
@@ -390,7 +392,13 @@ class GrpcProtocol:
             self._connection.finish(stream_id, NO_PLACE)
             return
         call = StreamingCall(
-            opened, self._connection, self._shared.failures, self._flush, self._blocked, fail=self.fail
+            opened,
+            self._connection,
+            self._shared.failures,
+            self._flush,
+            turn=self._shared.streaming_turns.turn,
+            blocked=self._blocked,
+            fail=self.fail,
         )
         self._streaming[stream_id] = call
         young_objects.note(_OBJECTS_OF_STREAM)

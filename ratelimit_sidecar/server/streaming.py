@@ -1,5 +1,5 @@
 """A streaming call in progress. Its handler runs in a task, reads messages as they arrive, and waits while the client
-does not read what was sent.
+does not read what was sent. Streaming calls take turns: a few of them go on in each turn of the loop (`turns.py`).
 
 Flow control: the bytes of a message are acknowledged to the client when the handler asks for the next message. So the
 window stops a client that is faster than the handler. The bytes of a message larger than the window are acknowledged as
@@ -30,6 +30,7 @@ class StreamingCall:
 
     Args:
         flush: sends the connection's output.
+        turn: waits for a turn of this call among all of them.
         blocked: the call adds itself while it waits for the client to read; then call `wake` when it may have read.
         fail: closes the connection, when not even a status can be sent.
     """
@@ -40,14 +41,16 @@ class StreamingCall:
         connection: Connection,
         failures: FailureLog,
         flush: Callable[[], None],
-        blocked: set[StreamingCall],
         *,
+        turn: Callable[[], Awaitable[None]],
+        blocked: set[StreamingCall],
         fail: Callable[[], None],
     ) -> None:
         self._opened = opened
         self._connection = connection
         self._failures = failures
         self._flush = flush
+        self._turn = turn
         self._blocked = blocked
         self._fail = fail
         self._reader = MessageReader(opened.request, opened.method.max_message_bytes)
@@ -95,6 +98,7 @@ class StreamingCall:
         error: RpcError | None = None
         messages = _Messages(self._next_message)
         try:
+            await self._turn()
             async with aclosing(self._opened.method.handler(messages, self._opened.request)) as responses:
                 async for response in responses:
                     self._connection.send(self._opened.stream_id, response)
@@ -129,8 +133,8 @@ class StreamingCall:
             self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._granted)
             self._last_bytes = self._granted = 0
             self._flush()
-        # Let other tasks run, even if many messages are already here.
-        await asyncio.sleep(0)
+        # Let others have their turn, even if many messages are already here.
+        await self._turn()
         while True:
             message = self._reader.next_message(self._client_is_done)
             if message is not None:
@@ -147,8 +151,8 @@ class StreamingCall:
             await self._heard.wait()
 
     async def _until_taken(self) -> None:
-        # Let other tasks run, even if the client reads fast.
-        await asyncio.sleep(0)
+        # Let others have their turn, even if the client reads fast.
+        await self._turn()
         while self._connection.unsent(self._opened.stream_id) > MAX_UNSENT_BYTES:
             self._has_room.clear()
             self._blocked.add(self)

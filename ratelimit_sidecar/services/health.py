@@ -10,11 +10,9 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming, first_message
+from ratelimit_sidecar.server.turns import FewAtOnce
 
 SERVICE_NAME = "grpc.health.v1.Health"
-
-WOKEN_AT_ONCE = 32
-"""Watchers that are told of a change in one turn of the loop, which takes a millisecond or two."""
 
 RATELIMIT_NAME = "ratelimit"
 """The service name that envoyproxy/ratelimit's own health checks use."""
@@ -49,8 +47,7 @@ class HealthService:
         }
         self._watchers: dict[asyncio.Event, None] = {}
         """Each is set when there may be something to tell."""
-        self._to_wake: list[asyncio.Event] = []
-        """Watchers that have not been woken since the latest change."""
+        self._telling = FewAtOnce()
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -61,19 +58,9 @@ class HealthService:
         }
 
     def changed(self) -> None:
-        """Send the new state to watching clients."""
-        is_waking = bool(self._to_wake)
-        self._to_wake = list(self._watchers)
-        if not is_waking:
-            self._wake_some()
-
-    def _wake_some(self) -> None:
-        """Some in each turn of the loop, so that others are answered meanwhile."""
-        for change in self._to_wake[-WOKEN_AT_ONCE:]:
-            change.set()
-        del self._to_wake[-WOKEN_AT_ONCE:]
-        if self._to_wake:
-            asyncio.get_running_loop().call_soon(self._wake_some)
+        """Send the new state to watching clients, soon."""
+        for change in self._watchers:
+            self._telling.soon(change.set)
 
     def check(self, request: bytes, _metadata: Metadata) -> bytes:
         """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse.

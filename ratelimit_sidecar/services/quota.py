@@ -25,6 +25,7 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.turns import FewAtOnce
 
 SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"].full_name
 
@@ -57,6 +58,7 @@ class QuotaService:
         """Held by the stream that has a step; those that wait for it get theirs in order."""
         self._handled = 0
         """The size of the steps since other tasks could run."""
+        self._wakes = FewAtOnce()
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -85,7 +87,7 @@ class QuotaService:
         if self._waits_for_rules:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
         woken = asyncio.Event()
-        stream = self.quotas.open(woken.set)
+        stream = self.quotas.open(self._waking(woken))
         reading = asyncio.create_task(self._read(stream, requests))
         reading.add_done_callback(lambda _reading: woken.set())
         try:
@@ -107,6 +109,23 @@ class QuotaService:
             self.quotas.close(stream)
             reading.cancel()
             await asyncio.wait([reading])
+
+    def _waking(self, woken: asyncio.Event) -> Callable[[], None]:
+        """Sets the event soon. A division of a limit wakes all of its streams."""
+        is_due = False
+
+        def wake() -> None:
+            nonlocal is_due
+            if not is_due:
+                is_due = True
+                self._wakes.soon(set_woken)
+
+        def set_woken() -> None:
+            nonlocal is_due
+            is_due = False
+            woken.set()
+
+        return wake
 
     async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> str:
         """Returns why the stream is to be ended; empty when the client has ended it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import grpc
@@ -19,6 +20,7 @@ from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, Streaming
 from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, StreamingCall
+from ratelimit_sidecar.server.turns import AT_ONCE
 
 PATH = "/test.Echo/Stream"
 UNARY_PATH = "/test.Echo/Echo"
@@ -310,6 +312,43 @@ async def test_others_have_their_turn_while_a_read_of_many_messages_is_handled()
         await client.answer(stream)
         other.cancel()
     assert len(seen) > 400
+
+
+async def test_of_very_many_streams_a_few_begin_go_on_and_end_in_each_turn_of_the_loop() -> None:
+    steps = ended = 0
+
+    async def work(messages, _metadata):
+        nonlocal steps, ended
+        steps += 1
+        try:
+            async for message in messages:
+                steps += 1
+                yield message
+        finally:
+            ended += 1
+
+    in_turns = [(0, 0)]
+
+    async def watch() -> None:
+        while True:
+            in_turns.append((steps, ended))
+            await asyncio.sleep(0)
+
+    async with running("h2", handlers(work)) as front_end, asyncio.TaskGroup() as tasks:
+        async with connected(front_end.addresses[0]) as client:
+            await client.ping()
+            watching = tasks.create_task(watch())
+            with client.one_write():
+                for _ in range(100):
+                    stream = client.open(PATH)
+                    for _ in range(3):
+                        client.send(stream, frame(b"message"), end=False)
+            await until(lambda: steps == 400)
+        await until(lambda: ended == 100)
+        watching.cancel()
+    pairs = list(itertools.pairwise(in_turns))
+    assert max(after[0] - before[0] for before, after in pairs) <= 2 * AT_ONCE
+    assert max(after[1] - before[1] for before, after in pairs) <= 2 * AT_ONCE
 
 
 async def test_others_have_their_turn_while_a_handler_sends_as_fast_as_it_can() -> None:

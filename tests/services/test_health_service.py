@@ -10,7 +10,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from server.front_ends import KINDS, channel_to, running
 
 from ratelimit_sidecar.server.rpc import Code, RpcError
-from ratelimit_sidecar.services.health import WOKEN_AT_ONCE, HealthService
+from ratelimit_sidecar.server.turns import AT_ONCE
+from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
 
 
@@ -118,7 +119,7 @@ async def test_a_few_of_many_who_watch_are_told_of_a_change_in_each_turn_of_the_
     while told < 400:
         await asyncio.sleep(0)
         in_turns.append(told)
-    assert max(after - before for before, after in pairwise(in_turns)) <= WOKEN_AT_ONCE
+    assert max(after - before for before, after in pairwise(in_turns)) <= AT_ONCE
     # One is not told twice, though there is another change amid the telling.
     health.changed()
     serving = False

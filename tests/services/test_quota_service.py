@@ -33,6 +33,7 @@ from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Headers, RpcError
+from ratelimit_sidecar.server.turns import AT_ONCE
 from ratelimit_sidecar.services.quota import ACTIONS_AT_ONCE, SERVICE_NAME, QuotaService
 
 PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
@@ -320,6 +321,37 @@ async def test_a_client_that_opens_as_many_streams_as_it_can_leaves_some_to_othe
         again = Stream(greedy)
         await again.report(usage(agent="ada"))
         assert await again.told()
+
+
+async def test_of_all_streams_that_are_woken_together_a_few_are_told_in_each_turn_of_the_loop() -> None:
+    served = Served()
+    told = 0
+    report = RateLimitQuotaUsageReports(domain="api", bucket_quota_usages=[usage(agent="staff")]).SerializeToString()
+
+    async def reporting() -> AsyncIterator[bytes]:
+        yield report
+        await asyncio.Event().wait()
+
+    async def listen() -> None:
+        nonlocal told
+        async for _ in served.service.stream(reporting(), Headers()):
+            told += 1
+
+    listening = [asyncio.create_task(listen()) for _ in range(100)]
+    async with asyncio.timeout(WAIT_S):
+        while told < 100:  # noqa: ASYNC110 (it counts turns of the loop)
+            await asyncio.sleep(0)
+        for stream in served.quotas.streams:
+            stream.due.update(dict.fromkeys(stream.buckets.values()))
+            stream.wake()
+        in_turns = [told]
+        while told < 200:
+            await asyncio.sleep(0)
+            in_turns.append(told)
+    assert max(after - before for before, after in itertools.pairwise(in_turns)) <= AT_ONCE
+    for task in listening:
+        task.cancel()
+    await asyncio.wait(listening)
 
 
 async def of_one(message: bytes) -> AsyncIterator[bytes]:
