@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.store import Store
 from simulation.textbook import TextbookBucket
 
-Boundary = Callable[[bytes], int]
+Boundary = Callable[[bytes, int], int]
 
 
 class BrokenPromise(AssertionError):
@@ -136,7 +136,7 @@ class LagWatch:
             _, key, slot, count = taken[index]
             if held(store.get(key), origin, slot) < count:
                 end_us = slot_end_us(slot)
-                if all(end_us > boundary_us(key) for boundary_us in boundaries_us):
+                if all(end_us > boundary_us(key, slot) for boundary_us in boundaries_us):
                     break
             index += 1
         self.applied[name] = index

@@ -372,10 +372,11 @@ class Watched(Cluster):
                 raise BrokenPromise(f"strict: levels of {key!r} sum to {level / SECOND_US / TOKEN} tokens")
 
 
-def _boundary_of(cluster: Watched, node: Node) -> Callable[[bytes], int]:
-    """By bucket key, the end of the last slot that the node need not know of any more, or never needed to."""
+def _boundary_of(cluster: Watched, node: Node) -> Callable[[bytes, int], int]:
+    """By bucket key and slot, when slots of this width ended that the node need not know of any more, or never needed
+    to."""
 
-    def boundary_us(key: bytes) -> int:
+    def boundary_us(key: bytes, slot: int) -> int:
         limit = node.store.limit_of_key(key)
         if limit is None:
             return _NEVER_US
@@ -383,7 +384,10 @@ def _boundary_of(cluster: Watched, node: Node) -> Callable[[bytes], int]:
         known_us = cluster.rule_known_us(node, key)
         if isinstance(limit, Limit):
             base_us = 0 if bucket is None else bucket.base.boundary_us
-            return max(limit.boundary_us(node.now_us), base_us, known_us) + (1 << limit.exponent)
+            return max(limit.boundary_us(node.now_us), base_us, known_us) + (
+                # One that began before that is not taken. It may be wider than the limit has them now.
+                1 << max(limit.exponent, slot_exponent(slot))
+            )
         now_us, period_us = node.now_us, limit.period_us
         if limit.window is Window.FIXED:
             return slot_start_us(slot_id(now_us - now_us % period_us, limit.exponent))
