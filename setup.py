@@ -23,6 +23,7 @@ COMPILED = (
     "crdt/*.py",
     "limiter/*.py",
     "mesh_status.py",
+    "replication/acks.py",
     "replication/anti_entropy.py",
     "replication/backlog.py",
     "replication/changes.py",

@@ -159,21 +159,7 @@ class Mesh:
         peers = [peer.status(now_us, self._replicator.rules) for peer in self._replicator.peers.values()]
         since_us = self._replicator.connections.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
-        unreached = [
-            PeerStatus(
-                address=target.address,
-                lag_seconds=lag_seconds,
-                last_error=target.last_error,
-                protocol_errors=target.protocol_errors,
-            )
-            for target in targets.unreached()
-        ]
-        unresolved = [
-            PeerStatus(address=name.configured, lag_seconds=lag_seconds, last_error=name.error)
-            for name in targets.names
-            if name.error
-        ]
-        return peers + unreached + unresolved
+        return peers + targets.statuses(lag_seconds)
 
     async def start(self) -> None:
         """Bind the listener, if there is one; peers can connect from here on.

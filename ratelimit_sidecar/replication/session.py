@@ -24,6 +24,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.acks import OwedAcks
 from ratelimit_sidecar.replication.pings import Pings
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import (
@@ -47,16 +48,6 @@ SILENCE_US: Final = 5_000_000
 
 STALL_US: Final = 10_000_000
 """Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
-
-ACK_DELAY_US: Final = 20_000
-"""An acknowledgement waits so long for Deltas to carry it: until the next flush. A frame of its own costs either end as
-much as a small batch."""
-
-MAX_ACKS_OWED: Final = 8
-"""With so many of them one is sent at once: the peer may be waiting for it, with a snapshot that it has to send."""
-
-RIDING_US: Final = 2 * ACK_DELAY_US
-"""Only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
 
 MAX_FRAMES: Final = 10_000
 FRAMES_WITHIN_US: Final = 5_000_000
@@ -202,16 +193,9 @@ class Session:
         self._frames_since_us = now_us
         self._hello_owed = True
         self._goodbye: pb.Goodbye | None = None
-        self._received = self._applied = 0
+        self._received = 0
         """The last of the peer's Deltas."""
-        self._acks_owed = 0
-        """Deltas applied that are not acknowledged."""
-        self._ack_due_us = 0
-        """When it is sent in a frame of its own."""
-        self._applied_us = 0
-        self._acks_ride = False
-        """True when both ends know of acknowledgements on Deltas."""
-        self._deltas_sent_us = 0
+        self._acks = OwedAcks()
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
         """When each of the Deltas not acknowledged was sent."""
@@ -269,17 +253,11 @@ class Session:
 
     def acknowledge(self, now_us: int) -> None:
         """All Deltas received have been applied."""
-        self._applied, self._applied_us = self._received, now_us
-        self._acks_owed += 1
-        is_busy = self._acks_ride and now_us - self._deltas_sent_us < RIDING_US
-        if not is_busy or self._acks_owed >= MAX_ACKS_OWED:
-            self._ack_due_us = now_us
-        elif self._acks_owed == 1:
-            self._ack_due_us = now_us + ACK_DELAY_US
+        self._acks.applied(self._received, now_us)
 
     def is_ack_due(self, now_us: int) -> bool:
         """True when an acknowledgement has waited in vain for Deltas to carry it."""
-        return self._acks_owed > 0 and now_us >= self._ack_due_us
+        return self._acks.is_due(now_us)
 
     def next_frame(self, now_us: int, on_ping: Callable[[pb.Ping], None] | None = None) -> bytes | None:
         """The next frame to be sent now, Deltas excepted; None when none is owed.
@@ -302,11 +280,8 @@ class Session:
         assert self.state is State.ESTABLISHED
         self._sent += 1
         self._unacknowledged.append(now_us)
-        self._deltas_sent_us = now_us
         head = pb.Deltas(sequence=self._sent, trace=trace)
-        if self._acks_owed and self._acks_ride:
-            self._acks_owed = 0
-            head.acknowledged, head.ack_delay_ms = self._applied, max(0, now_us - self._applied_us) // 1_000
+        self._acks.ride(head, now_us)
         return write_deltas(head, payload)
 
     def send(self, frame: pb.Frame) -> bytes:
@@ -341,8 +316,7 @@ class Session:
         if pong is not None:
             return pb.Frame(pong=pong)
         if self.is_ack_due(now_us):
-            self._acks_owed = 0
-            return pb.Frame(ack=pb.Ack(sequence=self._applied))
+            return pb.Frame(ack=self._acks.take())
         ping = self._pings.take_ping(now_us)
         if ping is not None and on_ping is not None:
             on_ping(ping)
@@ -391,7 +365,7 @@ class Session:
         self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
         self.wishes = self.pays and hello.protocol >= WISHING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
-        self._acks_ride = hello.protocol >= RIDING_PROTOCOL
+        self._acks.may_ride = hello.protocol >= RIDING_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
         return Established(peer, hello.region, hello.version[:MAX_DETAIL_CHARS], protocol, membership)

@@ -280,7 +280,7 @@ class Stream:
         self.wake()
 
     def is_ack_due(self, now_us: int) -> bool:
-        """True when `next_frame` has an acknowledgement that it did not have before."""
+        """See `Session.is_ack_due`."""
         return self._session.is_ack_due(now_us)
 
     def compare(self, done: Round) -> None:
@@ -322,11 +322,7 @@ class Stream:
         return raw
 
     def take_pause_us(self) -> int:
-        """Once after each batch: how long not to `write` the next one. `next_frame` may be called meanwhile.
-
-        Batches of a snapshot follow each other, and both ends have decisions to make in between. And where there are
-        very many peers, each is sent fewer and larger batches.
-        """
+        """Once after each batch: how long not to `write` the next one, since both ends have decisions to make, too."""
         pause_us, self._pause_owed_us = self._pause_owed_us, 0
         return pause_us
 
@@ -364,11 +360,7 @@ class Stream:
         batch = peer.outbox.take_batch() if peer.active is self else None
         if batch is None:
             return None
-        peers_pause_us = PEER_PAUSE_US * len(self._replicator.store.journal.peers)
-        if peers_pause_us > LEAST_PEERS_PAUSE_US:
-            self._pause_owed_us = peers_pause_us
-        elif peer.outbox.owes_snapshot:
-            self._pause_owed_us = SNAPSHOT_PAUSE_US
+        self._pause_owed_us = _pause_us(len(self._replicator.store.journal.peers), peer.outbox.owes_snapshot)
         trace = peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.payload, trace, now_us)
 
@@ -445,3 +437,11 @@ class Stream:
                 self._replicator.sync.lose(peer)
             self._replicator.connections.leave(self, peer, why, now_us)
         self.wake()
+
+
+def _pause_us(peers: int, owes_snapshot: bool) -> int:
+    """After a batch, where there are so many peers."""
+    pause_us = PEER_PAUSE_US * peers
+    if pause_us > LEAST_PEERS_PAUSE_US:
+        return pause_us
+    return SNAPSHOT_PAUSE_US if owes_snapshot else 0

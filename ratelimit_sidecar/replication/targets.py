@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from ratelimit_sidecar.mesh_status import PeerStatus
 from ratelimit_sidecar.replication.stream import Stream
 
 GRACE_US = 30_000_000
@@ -139,6 +140,28 @@ class Targets:
         return bool(target.node) and any(
             other.is_joined and other.node == target.node for other in self if other is not target
         )
+
+    def statuses(self, lag_seconds: float) -> list[PeerStatus]:
+        """Of each address that has led to nobody yet, and each name that is not resolved.
+
+        Args:
+            lag_seconds: of a peer that was never reached.
+        """
+        unreached = [
+            PeerStatus(
+                address=target.address,
+                lag_seconds=lag_seconds,
+                last_error=target.last_error,
+                protocol_errors=target.protocol_errors,
+            )
+            for target in self.unreached()
+        ]
+        unresolved = [
+            PeerStatus(address=name.configured, lag_seconds=lag_seconds, last_error=name.error)
+            for name in self.names
+            if name.error
+        ]
+        return unreached + unresolved
 
     def unreached(self) -> list[Target]:
         """Targets that should have led to a node and have not. If a name has both IPv4 and IPv6 addresses, one family

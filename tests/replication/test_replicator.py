@@ -25,13 +25,14 @@ from replication.builders import (
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
+from ratelimit_sidecar.replication.acks import ACK_DELAY_US
 from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_BUCKETS
 from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
+from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason

@@ -10,11 +10,10 @@ from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
 from ratelimit_sidecar.config import sidecar_schema as config
 from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.replication.acks import ACK_DELAY_US, MAX_ACKS_OWED
 from ratelimit_sidecar.replication.pings import CLOCK_SAMPLES, PING_EVERY_US
 from ratelimit_sidecar.replication.session import (
-    ACK_DELAY_US,
     FRAMES_WITHIN_US,
-    MAX_ACKS_OWED,
     MAX_FRAMES,
     SILENCE_US,
     STALL_US,
