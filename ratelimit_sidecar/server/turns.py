@@ -33,9 +33,9 @@ class Queue:
         self.is_waiting = False
         """True while it waits for a turn: nothing more of it is to be done at once."""
         self.used_ns = 0
-        """What was done at once, since that was last looked at."""
+        """What was done at once. Each full quantum is taken off, and the turn of the loop is counted then."""
         self.is_counted = False
-        """True if that was in this turn of the loop."""
+        """True until the end of a turn in which a quantum got full: another one makes it wait."""
 
 
 class Turns:
@@ -92,7 +92,6 @@ class Turns:
         self._is_due = False
         for queue in self._counted:
             queue.is_counted = False
-            queue.used_ns = 0
         self._counted.clear()
         waiting = self._waiting
         self._ends_ns = self._monotonic_ns() + QUANTUM_NS
