@@ -173,13 +173,6 @@ class Bucket(ABC):
         return 0
 
     @property
-    def is_nearly_used_up(self) -> bool:
-        """True when less than an eighth is left, so that peers should learn of it before other buckets. A strict bucket
-        is not replicated by its takes.
-        """
-        return False
-
-    @property
     @abstractmethod
     def remaining(self) -> int:
         """Whole tokens left at `at_us`; 0 when more was taken than the limit."""

@@ -7,10 +7,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+
+
+MAX_URGENT: Final = 1_024
+"""Further ones come in their turn."""
 
 
 class Refused(StrEnum):
@@ -36,21 +40,29 @@ class Refused(StrEnum):
 class Journal:
     """Collects the buckets with entries that were not sent yet; the replicator empties `buckets` at each flush."""
 
-    __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused")
+    __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused", "urgent")
 
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         """Each at most once."""
+        self.urgent: list[Bucket] = []
+        """Buckets that have become nearly used up, at most `MAX_URGENT`. Whoever invents keys must not hold them up."""
         self.peers: set[Origin] = set()
         """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
         self.refused: Counter[Refused] = Counter()
         """Counted since its reader last cleared it."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
-        """Called when a bucket gets nearly used up, so that peers learn it at once. It must be O(1), without I/O."""
+        """Called when there is an urgent bucket, so that peers learn it at once. It must be O(1), without I/O."""
         self.origin: Origin | None = None
         """The origin that buckets must write under since the clock was set back (`Store.go_back`); None when it was
         never set back.
         """
+
+    def hurry(self, bucket: Bucket) -> None:
+        """Note a bucket that has become nearly used up: peers should learn of it before others."""
+        if len(self.urgent) < MAX_URGENT:
+            self.urgent.append(bucket)
+        self.on_urgent()
 
 
 def _wait_for_the_next_flush() -> None:

@@ -101,7 +101,7 @@ class TokenBucket(Bucket):
             self.deficit = deficit
             self._write_own(hits)
             if before < limit.urgent_deficit <= deficit and self.journal is not None:
-                self.journal.on_urgent()
+                self.journal.hurry(self)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -140,10 +140,6 @@ class TokenBucket(Bucket):
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
         events = self._events(self._tokens_by_slot().items(), middle_us)
         return self._fold_from_base(events, middle_us, None).deficit
-
-    @property
-    def is_nearly_used_up(self) -> bool:
-        return self.deficit >= self._limit.urgent_deficit
 
     @property
     def remaining(self) -> int:

@@ -48,10 +48,6 @@ class _Window(Bucket):
         return self._limit
 
     @property
-    def is_nearly_used_up(self) -> bool:
-        return self.count >= self._limit.urgent_count
-
-    @property
     def remaining(self) -> int:
         return max(0, self._limit.requests - self.count)
 
@@ -98,7 +94,7 @@ class FixedWindow(_Window):
             self._write_own(hits)
             self._written_us = self.at_us
             if self.count < self._limit.urgent_count <= count and self.journal is not None:
-                self.journal.on_urgent()
+                self.journal.hurry(self)
             self.count = count
         return count <= self._limit.requests
 
@@ -288,7 +284,7 @@ class SlidingWindow(_Window):
             if self.at_us < self._unheard_until_us:
                 self._recount()
             if before < self._limit.urgent_count <= self.count and self.journal is not None:
-                self.journal.on_urgent()
+                self.journal.hurry(self)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

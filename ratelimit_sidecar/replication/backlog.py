@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import MAX_URGENT
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog, Forgotten
@@ -20,10 +21,6 @@ from ratelimit_sidecar.replication.parts import NOTHING, Parts, in_parts, own_pa
 MAX_RELAYED_BUCKETS: Final = 16_384
 """Waiting at once. A peer for which there are more gets a snapshot in place of them. Repairs are bounded by
 `anti_entropy.MAX_EXCHANGED` a round, and each bucket waits once."""
-
-
-MAX_HURRIED_BUCKETS: Final = 1_024
-"""Waiting at once. Further ones come in their turn."""
 
 
 class SideLog:
@@ -79,7 +76,7 @@ class SideLog:
 
     def hurry(self, key: bytes, since_us: int) -> None:
         """The peer has to hear soon what this node took from a bucket since then."""
-        if len(self._hurried) < MAX_HURRIED_BUCKETS:
+        if len(self._hurried) < MAX_URGENT:
             self._hurried.setdefault(key, since_us)
 
     def parts(self, now_us: int) -> Parts:

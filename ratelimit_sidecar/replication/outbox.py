@@ -50,10 +50,6 @@ MAX_UNACKNOWLEDGED: Final = 32
 back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
 
 
-HELD_UP_BUCKETS: Final = 4 * MAX_BATCH_BUCKETS
-"""With more in the log that is yet to be sent, what matters most is sent before its turn."""
-
-
 @dataclass(slots=True)
 class _Draft:
     """A batch that is being written.
@@ -119,6 +115,11 @@ class Outbox:
         return changed + sources.side.pending + sources.snapshots.pending + drafted
 
     @property
+    def pending_changes(self) -> int:
+        """About how many changes are yet to be sent; 0 while the peer is out of reach."""
+        return 0 if self._sources is None else self._sources.cursor.pending
+
+    @property
     def is_settled(self) -> bool:
         """True when everything there was has been acknowledged."""
         sources = self._sources
@@ -155,9 +156,8 @@ class Outbox:
 
     def hurry(self, key: bytes) -> None:
         """What this node just took from a bucket must not wait behind all else that the peer has yet to be sent."""
-        sources = self._sources
-        if sources is not None and sources.cursor.pending > HELD_UP_BUCKETS:
-            sources.side.hurry(key, self._log.created_us - CATCH_UP_MARGIN_US)
+        if self._sources is not None:
+            self._sources.side.hurry(key, self._log.created_us - CATCH_UP_MARGIN_US)
 
     def snapshot(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""

@@ -16,7 +16,7 @@ from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
@@ -29,6 +29,12 @@ from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.sync import SyncRequests
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_MEMBERS
+
+HELD_UP_BUCKETS = 4 * MAX_BATCH_BUCKETS
+"""A peer that has more changes to hear is told of urgent buckets before their turn."""
+
+HURRIED_AT_ONCE = 16
+"""Urgent buckets in a step of a flush: each peer may have to be told of each."""
 
 
 class Replicator:
@@ -57,7 +63,6 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.purses = purses
-        self.changes.on_changes.append(self._hurry)
         self.connections = Connections(store, self.changes, purses, self._note_connections)
         self.peers = self.connections.peers
         self.sync = SyncRequests(self.peers, self.announce)
@@ -81,11 +86,13 @@ class Replicator:
         """Let the peers be told what this node has changed, and `_tend_steps`; every few milliseconds, in steps."""
         changes = self.changes
         end = changes.end
+        self._hurry()
         for _ in changes.flush_steps(now_us, is_told=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
                 self._tell_changes(end)
                 end = changes.end
             yield
+            self._hurry()
         if changes.end > end:
             self._tell_changes(end)
         for stream in self.streams():
@@ -106,14 +113,19 @@ class Replicator:
             elif not stream.is_paused:
                 stream.wake()
 
-    def _hurry(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
-        """Tell of those that are nearly used up before their turn where a peer has much to hear."""
-        urgent = [bucket.key for bucket, _ in changes if bucket.is_nearly_used_up]
-        if not urgent:
+    def _hurry(self) -> None:
+        """Tell of what is nearly used up before its turn where there is much to tell."""
+        journal = self.store.journal
+        if not journal.urgent:
             return
+        urgent = journal.urgent[:HURRIED_AT_ONCE]
+        del journal.urgent[:HURRIED_AT_ONCE]
+        unflushed = len(journal.buckets)
         for peer in self.peers.values():
-            for key in urgent:
-                peer.outbox.hurry(key)
+            if peer.outbox.pending_changes + unflushed > HELD_UP_BUCKETS:
+                for bucket in urgent:
+                    peer.outbox.hurry(bucket.key)
+                peer.wake()
 
     def compare_steps(self, now_us: int) -> Steps:
         """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""

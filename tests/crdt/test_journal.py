@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Origin
+from ratelimit_sidecar.crdt.journal import MAX_URGENT
 from ratelimit_sidecar.crdt.limit import URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 
@@ -37,6 +38,15 @@ def test_a_bucket_that_gets_nearly_used_up_is_urgent_once(limit: AnyLimit) -> No
     for taken in range(1, 2 * CAPACITY):
         told.bucket.take(1, NOW_US)
         assert told.times == (taken >= nearly)
+
+
+def test_so_many_buckets_are_noted_as_urgent_while_nobody_looks() -> None:
+    limit = Limit(CAPACITY, 60 * SECOND_US, CAPACITY)
+    store = Store(Origin("a", 1), lambda _key: limit)
+    buckets = [store.bucket(b"%d" % number, limit, NOW_US) for number in range(MAX_URGENT + 1)]
+    for bucket in buckets:
+        bucket.take(CAPACITY, NOW_US)
+    assert store.journal.urgent == buckets[:MAX_URGENT]
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=["token_bucket", "fixed", "sliding"])

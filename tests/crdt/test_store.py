@@ -119,7 +119,12 @@ def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and
     tell(other, one)
     assert settled()[0] == settled()[1]
     [bucket] = one
+    # Nothing of it is within an eighth of the horizon.
+    now_us += 10 * SLOT_US
     assert bucket.shorten(now_us, 3)
+    assert not list(bucket.entries())
+    # It has something to say to a peer that still has the entries: its base.
+    assert settled()[0] is not None
     assert settled()[0] != settled()[1]
     tell(one, other)
     assert settled()[0] == settled()[1]

@@ -18,6 +18,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, restore, tell
 
 pytestmark = needs_redis
@@ -159,6 +160,21 @@ async def test_a_base_counts_only_with_the_slots_before_it_folded(redis: Redis) 
     assert bucket.base.deficit > 0
     found = await restored(redis, "tokens", now_us)
     assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("tokens"))
+
+
+async def test_a_bucket_that_was_sealed_before_its_horizon_is_read_as_it_was(redis: Redis) -> None:
+    bucket, now_us = bucket_of(make_store(WRITERS[0]), "month", NOW_US), NOW_US
+    assert isinstance(bucket, TokenBucket)
+    for _ in range(20):
+        bucket.take(3, now_us, always=True)
+        now_us += 1 << bucket.limit.exponent
+    assert bucket.shorten(now_us, 3)
+    bucket.take(1, now_us, always=True)
+    await join(redis, tell(bucket, bucket.entries(), now_us))
+    found = await restored(redis, "month", now_us)
+    assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("month"))
+    assert sorted(found.entries()) == sorted(bucket.entries())
+    assert found.base.boundary_us == bucket.base.boundary_us
 
 
 async def test_a_later_write_never_has_it_expire_sooner(redis: Redis) -> None:

@@ -23,16 +23,15 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import MAX_URGENT
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import backlog, changes, key_numbers
-from ratelimit_sidecar.replication.backlog import MAX_HURRIED_BUCKETS
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
-    HELD_UP_BUCKETS,
     LOOKED_BUCKETS,
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
@@ -45,6 +44,7 @@ from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
+MANY = 4 * MAX_BATCH_BUCKETS
 A, B, C = (node(name) for name in "abc")
 MS = 1_000
 
@@ -683,33 +683,27 @@ def hurried(buckets: int) -> tuple[Outbox, bytes]:
     outbox = opened(store)
     fill(store, buckets)
     bucket = take(store, "ann", PER_USER.capacity, NOW_US)
-    assert bucket.is_nearly_used_up
     note(outbox, is_told=True)
     outbox.hurry(bucket.key)
     return outbox, bucket.key
 
 
 def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_others() -> None:
-    outbox, key = hurried(HELD_UP_BUCKETS)
+    outbox, key = hurried(MANY)
     batches = drained(outbox)
     first, second = next(batches), next(batches)
     copy = told([first, second]).get(key)
     assert copy is not None
     assert copy.remaining == 0
-    assert len(keys_told([first, second, *batches])) == HELD_UP_BUCKETS + 1
-
-
-def test_nor_is_it_told_twice_where_it_comes_soon_anyhow() -> None:
-    outbox, _ = hurried(HELD_UP_BUCKETS - 1)
-    assert sum(len(batch.bucket_keys) for batch in drained(outbox)) == HELD_UP_BUCKETS
+    assert len(keys_told([first, second, *batches])) == MANY + 1
 
 
 def test_so_many_that_are_nearly_used_up_wait_for_their_turn() -> None:
-    outbox, _ = hurried(HELD_UP_BUCKETS)
-    for index in range(2 * MAX_HURRIED_BUCKETS):
-        outbox.hurry(key_of(f"user {index % HELD_UP_BUCKETS}"))
-    assert outbox.pending_buckets <= HELD_UP_BUCKETS + 1 + MAX_HURRIED_BUCKETS
-    assert len(keys_told(drained(outbox))) == HELD_UP_BUCKETS + 1
+    outbox, _ = hurried(MANY)
+    for index in range(2 * MAX_URGENT):
+        outbox.hurry(key_of(f"user {index % MANY}"))
+    assert outbox.pending_buckets <= MANY + 1 + MAX_URGENT
+    assert len(keys_told(drained(outbox))) == MANY + 1
 
 
 def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:

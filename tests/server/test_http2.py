@@ -35,7 +35,7 @@ HEADERS = [
 ]
 STREAM_HEADERS = [(name, STREAM_PATH if name == ":path" else value) for name, value in HEADERS]
 
-PING, SETTINGS, DATA, RST_STREAM, WINDOW_UPDATE = 6, 4, 0, 3, 8
+PING, SETTINGS, DATA, HEADERS_FRAME, RST_STREAM, WINDOW_UPDATE = 6, 4, 0, 1, 3, 8
 EMPTY_DATA = DATA
 
 INITIAL_WINDOW = 65_535
@@ -570,6 +570,35 @@ def test_a_client_that_lets_more_wait_than_it_may_is_disconnected_at_once() -> N
         assert budget.held <= 1_000_000
         pair.server.release()
     assert budget.held == 0
+
+
+def test_bytes_that_wait_to_be_handled_count_and_too_many_end_the_connection() -> None:
+    budget = Budget(1_000_000)
+    pair = Pair(budget=budget)
+    pair.server.count_unhandled(100_000)
+    assert budget.held == 100_000
+    pair.server.count_unhandled(4_000)
+    assert (budget.held, pair.server.closed) == (4_000, False)
+    pair.server.count_unhandled(200_000)
+    assert pair.server.closed
+    assert pair.counts.closed_connections["limit"] == 1
+    pair.server.release()
+    assert budget.held == 0
+
+
+@pytest.mark.native
+def test_a_client_whose_headers_stop_in_the_middle_is_disconnected() -> None:
+    pair = Pair(limits={"body_idle": 10})
+    pair.call()
+    pair.exchange()
+    pair.check(1.0)
+    pair.server.receive(raw_frame(HEADERS_FRAME, 3, pair.client.encoder.encode(HEADERS)))
+    pair.check(2.0)
+    pair.check(10.0)
+    assert not pair.server.closed
+    pair.check(11.0)
+    assert pair.server.closed
+    assert pair.counts.closed_connections["stalled"] == 1
 
 
 def test_small_answers_that_wait_count_with_their_calls() -> None:
