@@ -33,9 +33,9 @@ class Queue:
         self.is_waiting = False
         """True while it waits for a turn: nothing more of it is to be done at once."""
         self.used_ns = 0
-        """What was done at once. Each full quantum is taken off, and the turn of the loop is counted then."""
+        """What was done at once since a quantum was full."""
         self.is_counted = False
-        """True until the end of a turn in which a quantum got full: another one makes it wait."""
+        """True for the rest of the turn in which one got full: with another one the queue has to wait."""
 
 
 class Turns:
@@ -51,11 +51,7 @@ class Turns:
         self._is_due = False
 
     def join(self, queue: Queue, step: Callable[[], object]) -> None:
-        """Do a step in a later turn of the loop.
-
-        Args:
-            step: raises nothing.
-        """
+        """Do a step in a later turn of the loop."""
         queue.steps.append(step)
         if not queue.is_waiting:
             self._wait(queue)
@@ -69,7 +65,7 @@ class Turns:
         if queue.is_counted:
             self._wait(queue)
         else:
-            # Maybe over many turns; where one ends is known only to who asks the loop for the next.
+            # It may have taken many turns. To see each end of a turn would cost a callback for every read.
             queue.is_counted = True
             self._counted.append(queue)
             self._come()
@@ -93,8 +89,15 @@ class Turns:
         for queue in self._counted:
             queue.is_counted = False
         self._counted.clear()
-        waiting = self._waiting
         self._ends_ns = self._monotonic_ns() + QUANTUM_NS
+        try:
+            self._do_steps()
+        finally:
+            if self._waiting:
+                self._come()
+
+    def _do_steps(self) -> None:
+        waiting = self._waiting
         while waiting:
             queue = waiting[0]
             if queue.steps:
@@ -106,6 +109,4 @@ class Turns:
             elif is_over:
                 waiting.rotate(-1)
             if is_over:
-                break
-        if waiting:
-            self._come()
+                return

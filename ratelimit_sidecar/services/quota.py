@@ -117,19 +117,19 @@ class QuotaService:
     async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> str:
         """Returns why the stream is to be ended; empty when the client has ended it."""
         domain = ""
-        others = Signal(self._turns, self._queue)
+        next_step = Signal(self._turns, self._queue)
         async for raw in requests:
             reader = ReportsReader(raw)
             try:
                 while not reader.has_looked:
-                    await others.turn()
+                    await next_step.turn()
                     reader.look()
                 # It need only be said once.
                 domain = reader.domain or domain
                 if not domain:
                     return "the domain of quotas must not be empty"
                 while not reader.is_over:
-                    await others.turn()
+                    await next_step.turn()
                     self.quotas.report(stream, domain, reader.usages(), self._now_us())
             except InvalidReports as error:
                 return str(error)

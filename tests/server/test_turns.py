@@ -90,6 +90,23 @@ async def test_a_step_may_add_another_behind_those_that_wait(work: Work) -> None
     assert not queue.is_waiting
 
 
+async def test_a_step_that_fails_holds_nobody_up(work: Work) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context["exception"]))
+    failing, other = Queue(), Queue()
+
+    def fail() -> None:
+        raise ValueError
+
+    work.turns.join(failing, fail)
+    work.join(other, "b", 1)
+    await work.until_done(1)
+    work.join(failing, "a", 1)
+    await work.until_done(2)
+    assert work.by_turn() == ["b", "a"]
+    assert [type(failure) for failure in failures] == [ValueError]
+
+
 async def test_what_a_step_leaves_to_the_loop_counts_as_far_as_it_is_charged(work: Work) -> None:
     queue = Queue()
 
