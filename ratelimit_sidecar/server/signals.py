@@ -30,11 +30,12 @@ class Signal:
 
     async def wait(self) -> None:
         """Wait until it is set, and for a turn. It is not set any more then."""
-        self._waiter = waiter = _Waiter()
+        # In no variable: with a task that is cancelled here it would be a reference cycle.
+        self._waiter = _Waiter()
         if self._is_set:
-            self._turns.join(self._queue, waiter.go_on)
+            self._turns.join(self._queue, self._waiter.go_on)
         try:
-            await waiter
+            await self._waiter
         finally:
             self._waiter = None
             self._is_set = False

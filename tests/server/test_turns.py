@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import pytest
 from server.work_clock import WorkClock
+from young import collected_when_told
 
 from ratelimit_sidecar.server.signals import Signal
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Queue
@@ -214,3 +216,16 @@ async def test_a_task_that_waits_can_be_cancelled_and_others_go_on(work: Work, i
     signal.set()
     async with asyncio.timeout(30):
         await again
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_leaves_nothing_to_the_cycle_collector(work: Work) -> None:
+    with collected_when_told():
+        tasks = [asyncio.create_task(Signal(work.turns, Queue()).wait()) for _ in range(10)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        del task, tasks
+        await asyncio.sleep(0)
+        left = [found for found in gc.get_objects() if isinstance(found, asyncio.Future) and found.cancelled()]
+    assert left == []
