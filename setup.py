@@ -51,6 +51,7 @@ COMPILED = (
     "server/http2.py",
     "server/messages.py",
     "server/rpc.py",
+    "server/turns.py",
     "services/ext_authz.py",
     "services/ratelimit.py",
     "telemetry/latency.py",

@@ -68,6 +68,7 @@ from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.turns import Turns
 from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
@@ -183,7 +184,8 @@ class Sidecar:
         )
         waits_for_rules = config.xds is not None and config.xds.before_rules == "error"
         quotas = Quotas(self._limiter, self._strict_us(), self._clock.now_us)
-        self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules)
+        self._turns = Turns()
+        self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _state(
@@ -209,7 +211,7 @@ class Sidecar:
         if config.fabric is None:
             # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
             services.append(QUOTA_SERVICE_NAME)
-        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME])
+        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME], self._turns)
         handlers = {
             **self._service.handlers(),
             **(self._quotas.handlers() if config.fabric is None else {}),
@@ -408,7 +410,7 @@ class Sidecar:
     ) -> FrontEnd:
         addresses = self._config.listen.grpc
         if kind is FrontEndKind.H2:
-            self._h2 = H2FrontEnd(handlers, addresses, limits=limits, certificate=certificate)
+            self._h2 = H2FrontEnd(handlers, addresses, limits=limits, certificate=certificate, turns=self._turns)
             return self._h2
         return GrpcioFrontEnd(handlers, addresses, limits=limits, certificate=certificate, supervisor=self._supervisor)
 

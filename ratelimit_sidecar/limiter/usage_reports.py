@@ -75,24 +75,23 @@ class ReportsReader:
     def is_over(self) -> bool:
         return self._at == len(self._fields.raw)
 
-    def look(self) -> int:
-        """Look at the next fields, for the domain. Returns how many buckets would take as long."""
-        size = self._step(None)
+    def look(self) -> None:
+        """Look at the next fields, for the domain."""
+        self._step(None)
         self._looked_at += self._fields.fields
         if self._looked_at > MAX_FIELDS:
             raise InvalidReports(f"more than {MAX_FIELDS} fields")
         if self.is_over:
             self.has_looked = True
             self._at = 0
-        return size
 
-    def usages(self) -> tuple[list[Usage], int]:
-        """The usages in the next fields, and how many buckets take as long."""
+    def usages(self) -> list[Usage]:
+        """The usages in the next fields."""
         usages: list[Usage] = []
-        size = self._step(usages)
-        return usages, size + len(usages)
+        self._step(usages)
+        return usages
 
-    def _step(self, usages: list[Usage] | None) -> int:
+    def _step(self, usages: list[Usage] | None) -> None:
         """Args:
         usages: where to add the usages; None to look for the domain.
         """
@@ -102,7 +101,6 @@ class ReportsReader:
             raise InvalidReports("not an envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports") from error
         except TooManyFields as too_many:
             raise InvalidReports("too many fields in a group") from too_many
-        return self._fields.fields * USAGES_AT_ONCE // FIELDS_AT_ONCE
 
     def _read(self, usages: list[Usage] | None) -> None:
         fields = self._fields

@@ -13,14 +13,11 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
+from ratelimit_sidecar.server.turns import Queue
+
 CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
 """The connections of one address may hold half of the free memory, and one connection an eighth (`CONNECTION_PART`)."""
-
-TURN_BYTES: Final = 16_384
-"""So many bytes of an address are handled as they come; then its connections wait for its turn. It takes a millisecond
-or two.
-"""
 
 
 class Budget:
@@ -44,7 +41,7 @@ class Budget:
 
 
 class AddressBudget(Budget):
-    """The memory and connections of one IP address, as a part of the whole.
+    """The memory and connections of one IP address, as a part of the whole, and its turns of the loop.
 
     Args:
         address: its name in `ConnectionLimiter`.
@@ -55,8 +52,9 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
-        self.turn_bytes = TURN_BYTES
-        """What its connections may still have handled at once, without waiting for its turn."""
+        self.calls = Queue()
+        self.streams = Queue()
+        """Its connections, and its streaming calls, that wait for turns of the loop."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole

@@ -4,35 +4,29 @@ and all answers to one read are sent in one write.
 Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
 handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
 
-The loop's time is shared by address. Whoever sends more than is handled at once waits for the turn of its address,
-which comes in each turn of the loop, for one quantum, however many connections it has.
+The loop's time is shared by address (`turns.py`). A connection that sends more than is handled at once waits for its
+turn, and so does one of whose address others have sent so much.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
-from ratelimit_sidecar.server.budget import TURN_BYTES, AddressBudget, ConnectionLimiter, Places
+from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
-from ratelimit_sidecar.server.turns import FewAtOnce
+from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
 SLICE_BYTES: Final = 4_096
 """At most 130 calls, since none is shorter than 31 bytes."""
-
-QUANTUM_NS: Final = 1_000_000
-"""How long calls of one address that wait are answered in one turn of the event loop. The call that exceeds it is
-finished.
-"""
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
@@ -44,59 +38,25 @@ MAX_WRITE_BUFFER_BYTES: Final = 262_144
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
-class Turns:
-    """The connections whose bytes wait, by address. Addresses take turns, and so do the connections of each."""
-
-    def __init__(self) -> None:
-        self.queues: dict[AddressBudget, deque[GrpcProtocol]] = {}
-        self._is_due = False
-
-    def join(self, address: AddressBudget, connection: GrpcProtocol) -> None:
-        """Have `connection.go_on` called once, in a later turn of the loop."""
-        queue = self.queues.get(address)
-        if queue is None:
-            queue = self.queues[address] = deque()
-        queue.append(connection)
-        self._come_soon()
-
-    def _come_soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._take)
-
-    def _take(self) -> None:
-        self._is_due = False
-        for address, queue in list(self.queues.items()):
-            address.turn_bytes = TURN_BYTES
-            started_ns = _perf_counter_ns()
-            # Those that are not done join again, behind the others.
-            for _ in range(len(queue)):
-                queue.popleft().go_on()
-                if _perf_counter_ns() - started_ns >= QUANTUM_NS:
-                    break
-            if not queue:
-                del self.queues[address]
-        if self.queues:
-            self._come_soon()
-
-
 class Shared:
     """State that all connections of a front end share.
 
     Args:
         handlers: by path.
         tasks: for streaming calls.
+        turns: of the event loop.
     """
 
-    def __init__(self, handlers: Mapping[bytes, Handler], limits: Limits, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, handlers: Mapping[bytes, Handler], limits: Limits, tasks: asyncio.TaskGroup, turns: Turns
+    ) -> None:
         self.handlers = handlers
         self.limits = limits
         self.tasks = tasks
+        self.turns = turns
         self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
         self.counts = Counts()
         self.failures = FailureLog()
-        self.turns = Turns()
-        self.streaming_turns = FewAtOnce()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
@@ -126,6 +86,8 @@ class GrpcProtocol:
     def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
         self._shared = shared
         self._budget = budget
+        self._turns = shared.turns
+        self._calls = budget.calls
         self._connection = Connection(
             shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
@@ -161,18 +123,22 @@ class GrpcProtocol:
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        budget = self._budget
-        budget.turn_bytes -= len(data)
         if self._is_behind():
             # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
             # paused.
             self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
             if self._transport is not None and not self._is_closing:
                 self._transport.pause_reading()
-        elif budget.turn_bytes < 0 or budget in self._shared.turns.queues:
+        elif self._calls.is_waiting:
             self._let_wait(memoryview(data))
             self._wait_for_turn()
-        elif len(data) <= SLICE_BYTES:
+        else:
+            started_ns = _perf_counter_ns()
+            self._take(data)
+            self._turns.note(self._calls, _perf_counter_ns() - started_ns)
+
+    def _take(self, data: bytes) -> None:
+        if len(data) <= SLICE_BYTES:
             happened = self._connection.receive(data)
             if len(happened) > 1:
                 self._happened = happened
@@ -305,10 +271,9 @@ class GrpcProtocol:
     def _wait_for_turn(self) -> None:
         if not self._is_in_line:
             self._is_in_line = True
-            self._shared.turns.join(self._budget, self)
+            self._turns.join(self._calls, self._go_on)
 
-    def go_on(self) -> None:
-        """Handle received bytes: it is its turn."""
+    def _go_on(self) -> None:
         self._is_in_line = False
         if self._transport is None or self._is_paused or not self._is_behind():
             return
@@ -376,7 +341,7 @@ class GrpcProtocol:
     def _cancel_all(self) -> None:
         """Nobody is there to be answered."""
         for call in self._streaming.values():
-            self._shared.streaming_turns.soon(call.cancel)
+            call.cancel()
         for waiting in self._waiting.values():
             waiting.cancel()
         self._waiting.clear()
@@ -396,7 +361,8 @@ class GrpcProtocol:
             self._connection,
             self._shared.failures,
             self._flush,
-            turn=self._shared.streaming_turns.turn,
+            turns=self._turns,
+            queue=self._budget.streams,
             blocked=self._blocked,
             fail=self.fail,
         )

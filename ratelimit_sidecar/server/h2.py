@@ -15,6 +15,7 @@ from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
+from ratelimit_sidecar.server.turns import Turns
 
 CHECK_SECONDS = 0.000_5
 """How long connections are checked before other tasks run. Most take a microsecond; one with a thousand calls to be
@@ -39,6 +40,7 @@ class H2FrontEnd:
     Args:
         addresses: as `server.listeners.listen` takes them.
         certificate: for TCP addresses; None for plain text.
+        turns: of the event loop; its own if None.
     """
 
     def __init__(
@@ -48,12 +50,15 @@ class H2FrontEnd:
         *,
         limits: Limits = DEFAULT_LIMITS,
         certificate: ServerCertificate | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.ready = asyncio.Event()
         self._limits = limits
         self._certificate = certificate
         self._tasks = asyncio.TaskGroup()
-        self._shared = Shared({path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks)
+        self._shared = Shared(
+            {path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks, turns or Turns()
+        )
         self._tls = None if certificate is None else TlsListeners(certificate, self._shared, self._protocol)
         self._configured = addresses
         self._listeners: list[Listener] = []

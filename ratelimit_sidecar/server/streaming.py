@@ -1,5 +1,5 @@
 """A streaming call in progress. Its handler runs in a task, reads messages as they arrive, and waits while the client
-does not read what was sent. Streaming calls take turns: a few of them go on in each turn of the loop (`turns.py`).
+does not read what was sent. It begins, goes on and ends in turns of the event loop (`turns.py`).
 
 Flow control: the bytes of a message are acknowledged to the client when the handler asks for the next message. So the
 window stops a client that is faster than the handler. The bytes of a message larger than the window are acknowledged as
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
@@ -19,9 +20,14 @@ from ratelimit_sidecar.server.http2 import Connection, StreamStarted
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
+from ratelimit_sidecar.server.signals import Signal
+from ratelimit_sidecar.server.turns import Queue, Turns
 
 MAX_UNSENT_BYTES: Final = 65_536
 """The most unsent bytes of one call; above it the handler has to wait."""
+
+STOP_NS: Final = 50_000
+"""What the end of a cancelled task is reckoned to take, which comes in the next turns of the loop."""
 
 
 class StreamingCall:
@@ -30,7 +36,7 @@ class StreamingCall:
 
     Args:
         flush: sends the connection's output.
-        turn: waits for a turn of this call among all of them.
+        queue: where it waits for turns.
         blocked: the call adds itself while it waits for the client to read; then call `wake` when it may have read.
         fail: closes the connection, when not even a status can be sent.
     """
@@ -42,7 +48,8 @@ class StreamingCall:
         failures: FailureLog,
         flush: Callable[[], None],
         *,
-        turn: Callable[[], Awaitable[None]],
+        turns: Turns,
+        queue: Queue,
         blocked: set[StreamingCall],
         fail: Callable[[], None],
     ) -> None:
@@ -50,7 +57,8 @@ class StreamingCall:
         self._connection = connection
         self._failures = failures
         self._flush = flush
-        self._turn = turn
+        self._turns = turns
+        self._queue = queue
         self._blocked = blocked
         self._fail = fail
         self._reader = MessageReader(opened.request, opened.method.max_message_bytes)
@@ -59,9 +67,9 @@ class StreamingCall:
         self._granted = 0
         """Bytes of that message or the next one that were acknowledged before it was complete."""
         self._client_is_done = False
-        self._heard = asyncio.Event()
+        self._heard = Signal(turns, queue)
         """Set when bytes arrived, or the client is done."""
-        self._has_room = asyncio.Event()
+        self._has_room = Signal(turns, queue)
         """Set when the client may have read some of what was sent."""
         self._task: asyncio.Task[None] | None = None
 
@@ -90,15 +98,20 @@ class StreamingCall:
         self.cancel()
 
     def cancel(self) -> None:
-        """Stop the handler, because the client has given up."""
-        if self._task is not None:
-            self._task.cancel()
+        """Stop the handler in a later turn, because the client has given up."""
+        task, self._task = self._task, None
+        if task is not None:
+            self._turns.join(self._queue, partial(self._stop, task))
+
+    def _stop(self, task: asyncio.Task[None]) -> None:
+        if task.cancel():
+            self._turns.charge(STOP_NS)
 
     async def _run(self) -> None:
         error: RpcError | None = None
         messages = _Messages(self._next_message)
         try:
-            await self._turn()
+            await self._has_room.turn()
             async with aclosing(self._opened.method.handler(messages, self._opened.request)) as responses:
                 async for response in responses:
                     self._connection.send(self._opened.stream_id, response)
@@ -133,9 +146,10 @@ class StreamingCall:
             self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._granted)
             self._last_bytes = self._granted = 0
             self._flush()
-        # Let others have their turn, even if many messages are already here.
-        await self._turn()
+        # Others have their turn, even if messages are already here.
+        self._heard.set()
         while True:
+            await self._heard.wait()
             message = self._reader.next_message(self._client_is_done)
             if message is not None:
                 self._last_bytes = PREFIX_BYTES + len(message)
@@ -147,14 +161,11 @@ class StreamingCall:
                 self._connection.grant_window(self._opened.stream_id, self._reader.waiting - self._granted)
                 self._granted = self._reader.waiting
                 self._flush()
-            self._heard.clear()
-            await self._heard.wait()
 
     async def _until_taken(self) -> None:
-        # Let others have their turn, even if the client reads fast.
-        await self._turn()
+        # Others have their turn, even if the client reads fast.
+        await self._has_room.turn()
         while self._connection.unsent(self._opened.stream_id) > MAX_UNSENT_BYTES:
-            self._has_room.clear()
             self._blocked.add(self)
             await self._has_room.wait()
 

@@ -1,45 +1,112 @@
-"""Does a few of very many things in each turn of the loop, so that others are answered meanwhile."""
+"""Gives out turns of the event loop, so that a client waits for about a millisecond, however many connections and
+streams others have.
+
+Theory of operation. What could be much for one turn of the loop is cut into steps, none much longer than a millisecond,
+and each step waits in a *queue*: that of the connections of one address, of its streams, or of a service. In each turn
+of the loop steps are done for one quantum of time: all of the first queue, then of the next. A queue that is left with
+steps when the quantum is over goes behind the others. What is done without waiting is noted: a queue for which much was
+done so in one turn has to wait, too.
+
+Steps differ a hundredfold, so their time is measured. Tasks therefore go on within a step (`signals.py`); those that
+wait for asyncio's own futures all go on in the next turn of the loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-AT_ONCE: Final = 8
-"""Some 60 us each, for a task that sends a message; up to half a millisecond for the longest."""
+QUANTUM_NS: Final = 1_000_000
+"""What steps take in one turn of the loop, and what one queue takes of it without waiting. The step that exceeds it is
+finished.
+"""
 
 
-class FewAtOnce:
-    """Things to be done soon, `AT_ONCE` of them in each turn of the loop, in order."""
+class Queue:
+    """Steps that are done in order."""
 
     def __init__(self) -> None:
-        self._line: deque[Callable[[], object]] = deque()
+        self.steps: deque[Callable[[], object]] = deque()
+        self.is_waiting = False
+        """True while it waits for a turn: nothing more of it is to be done at once."""
+        self.used_ns = 0
+        """What was done at once since a quantum was full."""
+        self.is_counted = False
+        """True for the rest of the turn in which one got full: with another one the queue has to wait."""
+
+
+class Turns:
+    """Args:
+    monotonic_ns: what steps are timed with.
+    """
+
+    def __init__(self, monotonic_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._waiting: deque[Queue] = deque()
+        self._counted: list[Queue] = []
+        self._ends_ns = 0
         self._is_due = False
 
-    def soon(self, act: Callable[[], object]) -> None:
-        """Call it in one of the next turns.
+    def join(self, queue: Queue, step: Callable[[], object]) -> None:
+        """Do a step in a later turn of the loop."""
+        queue.steps.append(step)
+        if not queue.is_waiting:
+            self._wait(queue)
 
-        Args:
-            act: raises nothing.
-        """
-        self._line.append(act)
+    def note(self, queue: Queue, used_ns: int) -> None:
+        """Something that took so long was done at once."""
+        queue.used_ns += used_ns
+        if queue.used_ns < QUANTUM_NS or queue.is_waiting:
+            return
+        queue.used_ns = 0
+        if queue.is_counted:
+            self._wait(queue)
+        else:
+            # It may have taken many turns. To see each end of a turn would cost a callback for every read.
+            queue.is_counted = True
+            self._counted.append(queue)
+            self._come()
+
+    def charge(self, used_ns: int) -> None:
+        """Count time for what a step has left to the loop."""
+        self._ends_ns -= used_ns
+
+    def _wait(self, queue: Queue) -> None:
+        queue.is_waiting = True
+        self._waiting.append(queue)
         self._come()
-
-    async def turn(self) -> None:
-        """Wait for a turn."""
-        mine = asyncio.Event()
-        self.soon(mine.set)
-        await mine.wait()
 
     def _come(self) -> None:
-        if self._line and not self._is_due:
+        if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._do_some)
+            asyncio.get_running_loop().call_soon(self._take)
 
-    def _do_some(self) -> None:
+    def _take(self) -> None:
         self._is_due = False
-        for _ in range(min(AT_ONCE, len(self._line))):
-            self._line.popleft()()
-        self._come()
+        for queue in self._counted:
+            queue.is_counted = False
+        self._counted.clear()
+        self._ends_ns = self._monotonic_ns() + QUANTUM_NS
+        try:
+            self._do_steps()
+        finally:
+            if self._waiting:
+                self._come()
+
+    def _do_steps(self) -> None:
+        waiting = self._waiting
+        while waiting:
+            queue = waiting[0]
+            if queue.steps:
+                queue.steps.popleft()()
+            is_over = self._monotonic_ns() >= self._ends_ns
+            if not queue.steps:
+                waiting.popleft()
+                queue.is_waiting = False
+            elif is_over:
+                waiting.rotate(-1)
+            if is_over:
+                return

@@ -3,14 +3,14 @@ clients that watch whom they call (grpc/doc/health-checking.md)."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming, first_message
-from ratelimit_sidecar.server.turns import FewAtOnce
+from ratelimit_sidecar.server.signals import Signal
+from ratelimit_sidecar.server.turns import Queue, Turns
 
 SERVICE_NAME = "grpc.health.v1.Health"
 
@@ -32,9 +32,10 @@ class HealthService:
     Args:
         serving: returns False while the sidecar is not ready, and while it drains.
         services: full names of the known services, besides the server as a whole.
+        turns: of the event loop; its own if None.
     """
 
-    def __init__(self, serving: Callable[[], bool], services: Iterable[str]) -> None:
+    def __init__(self, serving: Callable[[], bool], services: Iterable[str], turns: Turns | None = None) -> None:
         self._serving = serving
         self._known = frozenset((OVERALL, *services))
         self._answers = {
@@ -45,9 +46,10 @@ class HealthService:
                 HealthCheckResponse.SERVICE_UNKNOWN,
             )
         }
-        self._watchers: dict[asyncio.Event, None] = {}
+        self._watchers: dict[Signal, None] = {}
         """Each is set when there may be something to tell."""
-        self._telling = FewAtOnce()
+        self._turns = turns or Turns()
+        self._queue = Queue()
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -60,7 +62,7 @@ class HealthService:
     def changed(self) -> None:
         """Send the new state to watching clients, soon."""
         for change in self._watchers:
-            self._telling.soon(change.set)
+            change.set()
 
     def check(self, request: bytes, _metadata: Metadata) -> bytes:
         """Answer a serialized HealthCheckRequest with a serialized HealthCheckResponse.
@@ -89,16 +91,15 @@ class HealthService:
         """
         is_known = _service_of(await first_message(requests)) in self._known
         told = None
-        change = asyncio.Event()
+        change = Signal(self._turns, self._queue)
         self._watchers[change] = None
         try:
             while True:
-                # A change from here on ends the wait below, also one that happens while the answer is sent.
-                change.clear()
                 status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
                 if status != told:
                     told = status
                     yield self._answers[status]
+                # Also for a change while the answer was sent.
                 await change.wait()
         finally:
             del self._watchers[change]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from ratelimit_sidecar.limiter.quota import TTL_S, Quotas
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream
-from ratelimit_sidecar.limiter.usage_reports import USAGES_AT_ONCE, InvalidReports, ReportsReader
+from ratelimit_sidecar.limiter.usage_reports import InvalidReports, ReportsReader
 from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     ALLOW_ALL,
     DENY_ALL,
@@ -25,7 +24,8 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
-from ratelimit_sidecar.server.turns import FewAtOnce
+from ratelimit_sidecar.server.signals import Signal
+from ratelimit_sidecar.server.turns import Queue, Turns
 
 SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"].full_name
 
@@ -47,18 +47,23 @@ class QuotaService:
     Args:
         now_us: returns the time of the clock of `quotas`.
         waits_for_rules: True to refuse streams until `rules_loaded`.
+        turns: of the event loop; its own if None. All that streams do is done in turns.
     """
 
-    def __init__(self, quotas: Quotas, now_us: Callable[[], int], *, waits_for_rules: bool = False) -> None:
+    def __init__(
+        self,
+        quotas: Quotas,
+        now_us: Callable[[], int],
+        *,
+        waits_for_rules: bool = False,
+        turns: Turns | None = None,
+    ) -> None:
         self.quotas = quotas
         self.places = Places(MAX_STREAMS)
         self._now_us = now_us
         self._waits_for_rules = waits_for_rules
-        self._turn = asyncio.Lock()
-        """Held by the stream that has a step; those that wait for it get theirs in order."""
-        self._handled = 0
-        """The size of the steps since other tasks could run."""
-        self._wakes = FewAtOnce()
+        self._turns = turns or Turns()
+        self._queue = Queue()
 
     def handlers(self) -> Handlers:
         """For a front end."""
@@ -86,8 +91,8 @@ class QuotaService:
         """
         if self._waits_for_rules:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
-        woken = asyncio.Event()
-        stream = self.quotas.open(self._waking(woken))
+        woken = Signal(self._turns, self._queue)
+        stream = self.quotas.open(woken.set)
         reading = asyncio.create_task(self._read(stream, requests))
         reading.add_done_callback(lambda _reading: woken.set())
         try:
@@ -96,72 +101,39 @@ class QuotaService:
                 if actions:
                     yield _response(actions)
                 elif stream.due:
-                    await asyncio.sleep(0)
+                    await woken.turn()
                 elif reading.done():
                     refusal = reading.result()
                     if refusal:
                         raise RpcError(Code.INVALID_ARGUMENT, refusal)
                     return
                 else:
-                    woken.clear()
                     await woken.wait()
         finally:
             self.quotas.close(stream)
             reading.cancel()
             await asyncio.wait([reading])
 
-    def _waking(self, woken: asyncio.Event) -> Callable[[], None]:
-        """Sets the event soon. A division of a limit wakes all of its streams."""
-        is_due = False
-
-        def wake() -> None:
-            nonlocal is_due
-            if not is_due:
-                is_due = True
-                self._wakes.soon(set_woken)
-
-        def set_woken() -> None:
-            nonlocal is_due
-            is_due = False
-            woken.set()
-
-        return wake
-
     async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> str:
         """Returns why the stream is to be ended; empty when the client has ended it."""
         domain = ""
+        next_step = Signal(self._turns, self._queue)
         async for raw in requests:
             reader = ReportsReader(raw)
             try:
                 while not reader.has_looked:
-                    await self._step(reader.look)
+                    await next_step.turn()
+                    reader.look()
                 # It need only be said once.
                 domain = reader.domain or domain
                 if not domain:
                     return "the domain of quotas must not be empty"
                 while not reader.is_over:
-                    await self._step(partial(self._report, stream, domain, reader))
+                    await next_step.turn()
+                    self.quotas.report(stream, domain, reader.usages(), self._now_us())
             except InvalidReports as error:
                 return str(error)
         return ""
-
-    async def _step(self, step: Callable[[], int]) -> None:
-        """Do the next step with a message. However many streams have messages, all of them together have about
-        `USAGES_AT_ONCE` buckets handled before other tasks run.
-
-        Args:
-            step: returns its size, in buckets.
-        """
-        async with self._turn:
-            self._handled += step()
-            if self._handled >= USAGES_AT_ONCE:
-                self._handled = 0
-                await asyncio.sleep(0)
-
-    def _report(self, stream: QuotaStream, domain: str, reader: ReportsReader) -> int:
-        usages, size = reader.usages()
-        self.quotas.report(stream, domain, usages, self._now_us())
-        return size
 
 
 def _response(actions: Sequence[Action]) -> bytes:

@@ -20,6 +20,7 @@ from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
 from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.turns import Turns
 
 KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
 
@@ -74,15 +75,18 @@ async def running(
     addresses: Sequence[str] = ("127.0.0.1:0",),
     *,
     certificate: ServerCertificate | None = None,
+    turns: Turns | None = None,
     **limits: float | None,
 ) -> AsyncIterator[FrontEnd]:
     """A front end that answers, and is stopped at the end.
 
     Args:
+        turns: of the h2 front end.
         limits: those of `Limits` that are not the default.
     """
+    more = {} if turns is None else {"turns": turns}
     front_end: FrontEnd = KINDS[kind](
-        handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits), certificate=certificate
+        handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits), certificate=certificate, **more
     )
     await front_end.start()
     async with asyncio.TaskGroup() as tasks:

@@ -7,6 +7,7 @@ import socket
 
 from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.server.turns import Turns
 
 
 async def test_while_answers_wait_for_a_client_nothing_more_of_it_is_read() -> None:
@@ -14,7 +15,7 @@ async def test_while_answers_wait_for_a_client_nothing_more_of_it_is_read() -> N
     ours.setblocking(False)
     with theirs:
         async with asyncio.TaskGroup() as tasks:
-            shared = Shared({}, DEFAULT_LIMITS, tasks)
+            shared = Shared({}, DEFAULT_LIMITS, tasks, Turns())
             budget = shared.enter("a client")
             assert budget is not None
             protocol = GrpcProtocol(shared, budget, None)

@@ -11,12 +11,14 @@ import pytest
 from h2.errors import ErrorCodes
 from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected, reluctant
+from server.work_clock import PerTurn
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.h2 import DRAINED_AT_ONCE
 from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
+from ratelimit_sidecar.server.turns import QUANTUM_NS
 
 PATH = "/test.Echo/Echo"
 TE = (b"te", b"trailers")
@@ -349,6 +351,25 @@ async def test_many_busy_connections_of_one_address_hold_others_up_no_more_than_
         assert handled - before < 20
         for flood, stream in calls:
             assert (await flood.answer(stream)).body == frame(b"flood")
+
+
+async def test_of_single_calls_of_many_connections_of_one_address_a_few_are_answered_in_each_turn_of_the_loop() -> None:
+    handled = 0
+
+    def slow(message: bytes, _metadata: Metadata) -> bytes:
+        nonlocal handled
+        time.sleep(2 * QUANTUM_NS / 1e9)
+        handled += 1
+        return message
+
+    async with contextlib.AsyncExitStack() as stack:
+        front_end = await stack.enter_async_context(running("h2", {PATH: slow}))
+        clients = [await stack.enter_async_context(connected(front_end.addresses[0])) for _ in range(40)]
+        async with PerTurn(lambda: handled) as per_turn:
+            answers = await asyncio.gather(*[client.call(PATH, frame(b"hello")) for client in clients])
+    assert [answer.body for answer in answers] == [frame(b"hello")] * 40
+    # Two at once, and one that has waited.
+    assert per_turn.most <= 3
 
 
 @pytest.mark.interpreted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
 
 import grpc
@@ -13,14 +12,15 @@ import structlog.testing
 from h2.errors import ErrorCodes
 from server.front_ends import KINDS, Tls, channel_to, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected
+from server.work_clock import PerTurn, WorkClock
 from young import collected_when_told
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, Streaming
-from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, StreamingCall
-from ratelimit_sidecar.server.turns import AT_ONCE
+from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, STOP_NS, StreamingCall
+from ratelimit_sidecar.server.turns import QUANTUM_NS
 
 PATH = "/test.Echo/Stream"
 UNARY_PATH = "/test.Echo/Echo"
@@ -284,88 +284,88 @@ async def test_what_one_call_leaves_unread_is_no_burden_to_the_next_ones() -> No
     assert answer.code == Code.OK
 
 
-class Turns:
-    """Counts the turns that others have on the event loop."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    async def run(self) -> None:
-        while True:
-            self.count += 1
-            await asyncio.sleep(0)
+# Others meanwhile
 
 
 async def test_others_have_their_turn_while_a_read_of_many_messages_is_handled() -> None:
-    turns = Turns()
-    seen = set()
+    clock = WorkClock()
+    taken = 0
 
     async def take(messages, _metadata):
+        nonlocal taken
         async for _ in messages:
-            seen.add(turns.count)
+            taken += 1
+            clock.work()
         yield b""
 
-    async with running("h2", handlers(take)) as front_end, connected(front_end.addresses[0]) as client:
-        other = asyncio.create_task(turns.run())
+    async with (
+        running("h2", handlers(take), turns=clock.turns) as front_end,
+        connected(front_end.addresses[0]) as client,
+        PerTurn(lambda: taken) as per_turn,
+    ):
         stream = client.open(PATH)
         client.send(stream, frame(b"") * 500)
         await client.answer(stream)
-        other.cancel()
-    assert len(seen) > 400
+    assert taken == 500
+    assert per_turn.most == 1
+
+
+async def test_others_have_their_turn_while_a_handler_sends_as_fast_as_it_can() -> None:
+    clock = WorkClock()
+    sent = 0
+
+    async def produce(_messages, _metadata):
+        nonlocal sent
+        for _ in range(500):
+            sent += 1
+            clock.work()
+            yield b""
+
+    async with (
+        running("h2", handlers(produce), turns=clock.turns) as front_end,
+        connected(front_end.addresses[0]) as client,
+        PerTurn(lambda: sent) as per_turn,
+    ):
+        await client.answer(client.open(PATH, end=True))
+    assert sent == 500
+    assert per_turn.most == 1
 
 
 async def test_of_very_many_streams_a_few_begin_go_on_and_end_in_each_turn_of_the_loop() -> None:
+    clock = WorkClock()
     steps = ended = 0
 
     async def work(messages, _metadata):
         nonlocal steps, ended
         steps += 1
+        clock.work(1 / 4)
         try:
             async for message in messages:
                 steps += 1
+                clock.work(1 / 4)
                 yield message
         finally:
             ended += 1
 
-    in_turns = [(0, 0)]
-
-    async def watch() -> None:
-        while True:
-            in_turns.append((steps, ended))
-            await asyncio.sleep(0)
-
-    async with running("h2", handlers(work)) as front_end, asyncio.TaskGroup() as tasks:
-        async with connected(front_end.addresses[0]) as client:
-            await client.ping()
-            watching = tasks.create_task(watch())
+    async with running("h2", handlers(work), turns=clock.turns) as front_end, PerTurn(lambda: ended) as ends:
+        async with connected(front_end.addresses[0]) as client, PerTurn(lambda: steps) as per_turn:
             with client.one_write():
-                for _ in range(100):
-                    stream = client.open(PATH)
-                    for _ in range(3):
+                streams = [client.open(PATH) for _ in range(100)]
+            await until(lambda: steps == 100)
+            # All of them in one read.
+            for _ in range(3):
+                with client.one_write():
+                    for stream in streams:
                         client.send(stream, frame(b"message"), end=False)
             await until(lambda: steps == 400)
+            with client.one_write():
+                for stream in streams[:50]:
+                    client.cancel(stream)
+            await until(lambda: ended == 50)
+        # Half of them by their client, and the others with their connection.
         await until(lambda: ended == 100)
-        watching.cancel()
-    pairs = list(itertools.pairwise(in_turns))
-    assert max(after[0] - before[0] for before, after in pairs) <= 2 * AT_ONCE
-    assert max(after[1] - before[1] for before, after in pairs) <= 2 * AT_ONCE
-
-
-async def test_others_have_their_turn_while_a_handler_sends_as_fast_as_it_can() -> None:
-    turns = Turns()
-    seen = set()
-
-    async def produce(_messages, _metadata):
-        for _ in range(500):
-            seen.add(turns.count)
-            yield b""
-
-    async with running("h2", handlers(produce)) as front_end, connected(front_end.addresses[0]) as client:
-        other = asyncio.create_task(turns.run())
-        stream = client.open(PATH, end=True)
-        await client.answer(stream)
-        other.cancel()
-    assert len(seen) > 400
+    assert per_turn.most <= 4
+    assert ends.most <= QUANTUM_NS // STOP_NS
 
 
 # The end
