@@ -485,7 +485,7 @@ class Sidecar:
             return
         try:
             holder = holder_of(ledger.shares.node, ledger.shares.membership)
-            ledger.put_back(await asyncio.to_thread(take_purses, file, holder))
+            ledger.restore(await asyncio.to_thread(take_purses, file, holder))
         except (OSError, BadPurses) as error:
             _log.error("purses_not_restored", file=str(file), reason=str(error))
 

@@ -1,4 +1,7 @@
-"""All requests of one replica that wait (`waiting.py`): how many there may be, and what became of them."""
+"""All requests of one replica that wait for tokens of strict limits: how many there may be, and how their waits ended.
+
+A *line* is the queue of one bucket (`waiting.Line`).
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ class Lines:
     def __init__(self) -> None:
         self.ended: deque[Waiting] = deque()
         self.on_ended: Callable[[], None] | None = None
-        """Called when `ended` is no longer empty; takes no time."""
+        """Called when `ended` is no longer empty. It must be O(1)."""
         self.waiting = 0
         """Requests that wait now."""
         self.counts: dict[str, int] = dict.fromkeys(Outcome, 0)
         """Waits since the start, by outcome."""
         self.seconds: dict[str, float] = dict.fromkeys(Outcome, 0.0)
-        """How long these were together."""
+        """The sum of how long these took, by outcome."""
         self.crowded = 0
         """Requests since the start that were decided at once, because too many others waited."""
         self.by_key: dict[bytes, Line] = {}
-        """Of each bucket for which a request waits or a ticket is to come. For look-ups."""
+        """The line of each bucket for which a request waits or a ticket is to come. For look-ups."""
         self._order: deque[Line] = deque()
         """The same, in the order in which `tick` looks at them."""
         self._peers: Sequence[str] = ()
@@ -86,7 +89,7 @@ class Lines:
         """Look at the next `most` lines, and end up to `SERVED_AT_ONCE` waits.
 
         Args:
-            peers: those that can be wished of, the others being asked only.
+            peers: the connected members whose protocol has tickets.
             longest_key: the longest key that a wish can have.
 
         Returns:

@@ -24,7 +24,7 @@ way by default, and lets pass what would be one more: so those that wait leave h
 """
 
 SERVED_AT_ONCE: Final = 64
-"""Waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
+"""The most waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
 
 HOPE_US: Final = 20_000
 """What peers are believed to have is computed again after this time; in between it is counted down."""
@@ -52,7 +52,7 @@ class Keeper(Protocol):
 
 
 class Waiting:
-    """A decision that comes later. Whoever is to have it sets `on_end`.
+    """A decision that comes later. The front end that is to send it sets `on_end`, and then asks for `result`.
 
     Args:
         hits: the tokens that it needs.
@@ -115,7 +115,7 @@ class Waiting:
 
 
 class Wish(NamedTuple):
-    """So many whole tokens of a bucket, wished for of a peer, and when."""
+    """A request to a peer for a ticket of up to `tokens` whole tokens."""
 
     peer: str
     key: bytes
@@ -229,7 +229,7 @@ class Line:
         try:
             self.serve(now_us, SERVED_AT_ONCE)
         finally:
-            returned = bucket.put_down(peer, added)
+            returned = bucket.take_rest(peer, added)
         self.paying.has_left(peer, returned)
         self._hope += returned // TOKEN
         return returned

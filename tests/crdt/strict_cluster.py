@@ -160,7 +160,7 @@ class StrictCluster:
             self._set_home(replica)
             if replica.node in self._kept and replica.bucket.ceiling:
                 kept = self._kept[replica.node] if self.keeps_twice else self._kept.pop(replica.node)
-                replica.bucket.put_back(kept)
+                replica.bucket.restore(kept)
 
     def _true_us(self, duration_us: int, replica: Replica) -> int:
         """How long that is by a replica's clock."""
@@ -503,15 +503,15 @@ class LateTicket(StrictBucket):
 
 
 class TicketKeptWithoutRoom(StrictBucket):
-    def put_down(self, peer: str, added: int) -> int:
+    def take_rest(self, peer: str, added: int) -> int:
         return 0
 
 
 class TicketReturnedToo(StrictBucket):
     """What was used is given back as well."""
 
-    def put_down(self, peer: str, added: int) -> int:
-        super().put_down(peer, added)
+    def take_rest(self, peer: str, added: int) -> int:
+        super().take_rest(peer, added)
         return added // self.limit.period_us
 
 

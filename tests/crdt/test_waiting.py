@@ -29,7 +29,7 @@ class Node:
         self.now_us = NOW_US
         self.limit = limit
         self.ledger = make_ledger(node, limit=limit)
-        self.bucket.put_back(limit.capacity * TOKEN)
+        self.bucket.restore(limit.capacity * TOKEN)
         assert self.bucket.take(self.bucket.remaining - has, self.now_us)
         self.lines.tick(["b"], self.now_us, 10, 100)
 
