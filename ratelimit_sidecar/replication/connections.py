@@ -34,8 +34,10 @@ FORGET_US: Final = 600_000_000
 
 
 class Connections:
-    """Args:
-    on_change: called when a first stream to a peer has come, or the last one has gone.
+    """All peers of a node, and the streams to each.
+
+    Args:
+        on_change: called when a first stream to a peer has come, or the last one has gone.
     """
 
     def __init__(
