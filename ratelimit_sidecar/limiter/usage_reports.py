@@ -93,8 +93,10 @@ class ReportsReader:
         return usages, size + len(usages)
 
     def _step(self, usages: list[Usage] | None) -> int:
-        """Args:
-        usages: where to add the usages; None to look for the domain.
+        """Read the next fields.
+
+        Args:
+            usages: where to add the usages; None to look for the domain.
         """
         try:
             self._read(usages)

@@ -1,4 +1,4 @@
-"""Ends the waits of requests in time, and lets their answers out: the event loop's side of `crdt.lines`.
+"""Ends the waits of requests in time, and delivers their answers: the event loop's side of `crdt.lines`.
 
 In one turn of the event loop at most `STEP` waits end by time or cancellation, and as many answers go out.
 """
@@ -18,8 +18,10 @@ STEP: Final = 64
 
 
 class Waits:
-    """Args:
-    strict_us: the clock of strict limits.
+    """The waits of one process. `hold` each new one; its answer goes out through `Waiting.on_end`.
+
+    Args:
+        strict_us: the clock of strict limits.
     """
 
     def __init__(self, lines: Lines, strict_us: Callable[[], int]) -> None:
@@ -32,7 +34,7 @@ class Waits:
         lines.on_ended = self._schedule
 
     def hold(self, waiting: Waiting, most_seconds: float) -> None:
-        """Take care of a new wait.
+        """End a new wait in time, by its rule's `wait` or after `most_seconds`.
 
         Args:
             most_seconds: how long the client waits at most.
@@ -67,11 +69,11 @@ class Waits:
         for _ in range(min(STEP, len(ended))):
             waiting = ended.popleft()
             self._timers.pop(waiting).cancel()
-            self._let_out(waiting)
+            self._deliver(waiting)
         if self._due or ended:
             self._schedule()
 
-    def _let_out(self, waiting: Waiting) -> None:
+    def _deliver(self, waiting: Waiting) -> None:
         on_end, waiting.on_end = waiting.on_end, None
         try:
             if on_end is not None:
