@@ -14,7 +14,7 @@ COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
 COMPILED_TESTS := $(addprefix tests/,crdt limiter server services conformance replication/test_mesh.py replication/test_session.py \
-	replication/test_outbox.py simulation/test_triangle.py e2e/test_one_limit.py)
+	replication/test_outbox.py replication/test_relay.py e2e/test_one_limit.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # Most tests wait for something most of the time. A file's tests run one after the other, files in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
@@ -124,7 +124,7 @@ simulate: $(READY) ## Simulate admission over several regions, and quotas: table
 	$(BIN)/python -m benchmarks.quotas
 
 soak: $(READY) ## Whole sidecars on virtual time under random faults, seed after seed for a minute (SOAK="--seconds 600")
-	PYTHONPATH=tests $(BIN)/python -m simulation $(SOAK)
+	$(BIN)/python -m simulation $(SOAK)
 
 fuzz: $(READY) ## What a client may send to the HTTP/2 front end, under sanitizers, for a minute (FUZZ="--seconds 3600")
 	./dev/system-packages fuzz $(BIN)/python

@@ -15,7 +15,6 @@ import time
 import tracemalloc
 from dataclasses import dataclass
 
-from benchmarks.replication import do, next_frame
 from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
@@ -26,6 +25,7 @@ from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
+from simulation.steps import done, next_frame
 
 NOW_US = 1_790_000_000_000_000
 FLUSH_US = 20_000
@@ -72,7 +72,7 @@ class Mesh:
     def flush(self) -> None:
         self.now_us += FLUSH_US
         began_ns = time.thread_time_ns()
-        do(self.replicator.flush_steps(self.now_us))
+        done(self.replicator.flush_steps(self.now_us))
         self.spent_ns += time.thread_time_ns() - began_ns
         for stream in self.streams:
             while (raw := self._next_frame(stream)) is not None:
@@ -94,7 +94,7 @@ class Mesh:
     def _say(self, stream: Stream, frame: pb.Frame) -> None:
         raw = frame.SerializeToString()
         began_ns = time.thread_time_ns()
-        do(stream.receive_steps(raw, self.now_us))
+        done(stream.receive_steps(raw, self.now_us))
         self.spent_ns += time.thread_time_ns() - began_ns
         assert stream.error is None, stream.error
 

@@ -30,9 +30,10 @@ the worst.
 "80 ms links" are 80 ms one way between any two of three regions. "Real regions" have Azure's round trips, the 95th
 percentile over the 30 days up to 2026-07-30
 ([Microsoft](https://learn.microsoft.com/azure/networking/azure-network-latency), see `benchmarks/admission/links.py`).
-A lost message is sent again a round trip and a quarter later (RACK, RFC 8985), and those behind it wait. A cut of 5 s
-or more ends the connection. Denied requests do not come back. Unless the title says otherwise the limit is 100/s with
-a burst of 200. Clocks are right, and each region is one sidecar.
+A lost message is sent again a round trip and a quarter later (RACK, RFC 8985), but not before 200 ms, and those behind
+it wait. During a cut all waits; sidecars end a connection that is silent for 5 s and dial again. Denied requests do not
+come back. Unless the title says otherwise the limit is 100/s with a burst of 200. Clocks are right, and each region is
+one sidecar.
 
 - *Of ideal*: of what one bucket would admit, if all requests came to it without delay.
 - *Utilisation*: of `capacity + rate * T`.

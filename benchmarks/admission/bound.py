@@ -11,25 +11,32 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from benchmarks.admission.demand import Request
-from benchmarks.admission.network import Cut, Network
-from benchmarks.admission.policies.eventual import CHECK_TIME_US, CONNECT_US, MAX_REDIAL_US
+from benchmarks.admission.links import Cut
 from benchmarks.admission.policies.policy import FLUSH_US
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
+from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, MAX_REDIAL_SECONDS
 from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
+from simulation.network import STEP_US
+
+AGAIN_US = int((CONNECT_SECONDS + MAX_REDIAL_SECONDS + CHECK_TIME_SECONDS) * 1_000_000)
+"""An attempt that has begun during the cut, a wait, and until both ends have looked."""
+
+STEPS_US = 4 * STEP_US
+"""A flush, a batch and its application are done in steps."""
+
+Delays = Sequence[Sequence[int]]
+"""From region to region, the longest that a frame was on its way: it is known after the run."""
 
 
-def bound(limit: Limit, requests: Sequence[Request], network: Network) -> int:
-    """Tokens, rounded up.
-
-    Args:
-        network: after the run: only then is it known for how long losses delayed a message.
-    """
-    regions = frozenset(range(len(network.topology.regions)))
+def bound(limit: Limit, requests: Sequence[Request], delays_us: Delays, cuts: Sequence[Cut]) -> int:
+    """Tokens, rounded up."""
+    regions = frozenset(range(len(delays_us)))
     asked_us = [[request.at_us for request in requests if request.region == region] for region in sorted(regions)]
-    connected = _overshoot(limit, asked_us, network, regions)
-    lasting = [cut for cut in network.cuts if cut.ends_connections]
+    connected = _overshoot(limit, asked_us, delays_us, regions)
+    lasting = [cut for cut in cuts if cut.ends_connections]
     return connected + sum(
-        max(_beyond(limit, asked_us, network, cut, side) for side in (cut.isolated, regions - cut.isolated))
+        max(_beyond(limit, asked_us, delays_us, cut, side) for side in (cut.isolated, regions - cut.isolated))
         for cut in lasting
     )
 
@@ -39,36 +46,36 @@ def slot_refill(limit: Limit) -> int:
     return -(-(limit.tokens << limit.exponent) // (2 * limit.period_us))
 
 
-def _overshoot(limit: Limit, asked_us: Sequence[Sequence[int]], network: Network, group: Set[int]) -> int:
+def _overshoot(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, group: Set[int]) -> int:
     """Of regions that are connected."""
     return slot_refill(limit) + max(
-        sum(_unheard(limit, asked_us[other], network, other, region) for other in group if other != region)
+        sum(_unheard(limit, asked_us[other], delays_us, other, region) for other in group if other != region)
         for region in group
     )
 
 
-def _unheard(limit: Limit, asked_us: Sequence[int], network: Network, origin: int, target: int) -> int:
+def _unheard(limit: Limit, asked_us: Sequence[int], delays_us: Delays, origin: int, target: int) -> int:
     """The most that `origin` can have admitted and `target` not heard of."""
-    span_us = _delivery_us(network, origin, target)
+    span_us = _delivery_us(delays_us, origin, target)
     return min(_most_within(asked_us, span_us), _one_bucket(limit, span_us))
 
 
-def _delivery_us(network: Network, origin: int, target: int) -> int:
+def _delivery_us(delays_us: Delays, origin: int, target: int) -> int:
     """The longest from an admission to its being heard of."""
-    there_us, back_us = network.longest_us[origin][target], network.longest_us[target][origin]
+    there_us, back_us = delays_us[origin][target], delays_us[target][origin]
     # A batch waits while so many are unacknowledged. Every other of them was sent a flush later at least.
     wait_us = there_us + back_us - ((MAX_UNACKNOWLEDGED - 1) // 2 - 1) * FLUSH_US
-    return max(FLUSH_US, wait_us) + there_us
+    return max(FLUSH_US, wait_us) + there_us + STEPS_US
 
 
-def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], network: Network, cut: Cut, side: Set[int]) -> int:
+def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, cut: Cut, side: Set[int]) -> int:
     """The most that one side of a cut can have admitted before the other side hears of it again."""
-    round_trip_us = max(map(max, network.topology.one_way_us)) * 2
+    round_trip_us = max(map(max, delays_us)) * 2
     # An attempt that has begun during the cut, a wait, the handshake, both Hellos, and the full state.
-    again_us = CONNECT_US + MAX_REDIAL_US + CHECK_TIME_US + 2 * round_trip_us + FLUSH_US
+    again_us = AGAIN_US + 2 * round_trip_us + FLUSH_US
     span_us = round_trip_us + cut.end_us - cut.start_us + again_us
     asked = sum(_most_within(asked_us[region], span_us) for region in side)
-    return min(asked, _one_bucket(limit, span_us) + _overshoot(limit, asked_us, network, side))
+    return min(asked, _one_bucket(limit, span_us) + _overshoot(limit, asked_us, delays_us, side))
 
 
 def _one_bucket(limit: Limit, span_us: int) -> int:

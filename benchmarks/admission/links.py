@@ -1,4 +1,4 @@
-"""How long the way between regions is.
+"""How long the way between regions is, and when there is none.
 
 `AZURE_RTT_MS` are measurements: the 95th percentile of round trips between Azure regions over the 30 days up to
 2026-07-30, as published by Microsoft ("Azure network round-trip latency statistics",
@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
+
+from ratelimit_sidecar.replication.session import SILENCE_US
+from simulation.network import Way, Ways
 
 AZURE_RTT_MS = {
     ("East US", "West Europe"): 91,
@@ -35,8 +39,27 @@ class Topology:
     regions: tuple[str, ...]
     one_way_us: tuple[tuple[int, ...], ...]
 
-    def round_trip_us(self, one: int, other: int) -> int:
-        return self.one_way_us[one][other] + self.one_way_us[other][one]
+    def ways(self, loss_per_mille: int) -> Ways:
+        """Args:
+        loss_per_mille: of all messages.
+        """
+        return {
+            (one, other): Way(self.one_way_us[source][target], loss=loss_per_mille / 1_000)
+            for (source, one), (target, other) in permutations(enumerate(self.regions), 2)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """No way between `isolated` regions and the others, from `start_us` up to `end_us`."""
+
+    isolated: frozenset[int]
+    start_us: int
+    end_us: int
+
+    @property
+    def ends_connections(self) -> bool:
+        return self.end_us - self.start_us >= SILENCE_US
 
 
 def uniform(regions: int, one_way_us: int) -> Topology:

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, permutations
 from random import Random
 
 from benchmarks.admission.bound import bound, slot_refill
 from benchmarks.admission.demand import SECOND_US, Request, draw
 from benchmarks.admission.measures import adapted_us, percentile, series, used_per_mille, within
-from benchmarks.admission.network import Network, Timeline
 from benchmarks.admission.policies.central import TIMEOUT_US, CentralStore
-from benchmarks.admission.policies.eventual import Eventual
 from benchmarks.admission.policies.max_merge import MaxMerge
 from benchmarks.admission.policies.policy import Policy, Setup
+from benchmarks.admission.policies.sidecars import Eventual, Sidecars
 from benchmarks.admission.policies.static_split import StaticSplit
-from benchmarks.admission.policies.strict import Strict
-from benchmarks.admission.policies.tickets import Tickets
 from benchmarks.admission.scenarios import Scenario
-from benchmarks.admission.textbook import ideal, worst_burst
+from ratelimit_sidecar.limiter.rules import Consistency
+from simulation.loop import Loop
+from simulation.network import Network
+from simulation.textbook import ideal, worst_burst
 
 START_US = 1_000_000 * SECOND_US
 """Of the demand. Any instant will do that is more than a horizon after zero."""
 
-WARM_UP_US = 2 * SECOND_US
-"""Before the demand begins: for the connections to be made."""
+WARM_UP_US = 10 * SECOND_US
+"""Before the demand, besides the time to fill a bucket: regions connect, and their homes of strict limits begin."""
 
 ADAPT_US = 2 * SECOND_US
 """What a policy gets to adapt to a shift."""
@@ -45,8 +45,8 @@ POLICIES: dict[str, Callable[[Setup], Policy]] = {
     "static split": StaticSplit,
     "max-merge sketch": MaxMerge,
     EVENTUAL: Eventual,
-    STRICT: Strict,
-    TICKETS: Tickets,
+    STRICT: partial(Sidecars, consistency=Consistency.STRICT),
+    TICKETS: partial(Sidecars, consistency=Consistency.STRICT, wait_us=250_000),
 }
 
 
@@ -105,24 +105,30 @@ def run(scenario: Scenario, policy_name: str, seed: int) -> Outcome:
         Request(START_US + at_us, region)
         for at_us, region in draw(scenario.loads, Random(f"{seed}, {scenario.name}, demand"))
     ]
-    timeline = Timeline(START_US - WARM_UP_US)
+    loop = Loop()
+    loop.now_us = START_US - WARM_UP_US - limit.ceiling // limit.tokens
     random = Random(f"{seed}, {scenario.name}, {policy_name}")
-    cuts = [cut.later(START_US) for cut in scenario.cuts]
-    network = Network(timeline, scenario.topology, random, scenario.loss_per_mille, cuts)
-    policy = POLICIES[policy_name](Setup(limit, timeline, network, random))
+    names = scenario.topology.regions
+    network = Network(loop, random, scenario.topology.ways(scenario.loss_per_mille))
+    for cut in scenario.cuts:
+        for one, other in permutations(regions, 2):
+            if (one in cut.isolated) is not (other in cut.isolated):
+                loop.at(START_US + cut.start_us, network.cut, names[one], names[other])
+                loop.at(START_US + cut.end_us, network.heal, names[one], names[other])
+    policy = POLICIES[policy_name](Setup(limit, names, network))
 
     admitted_us: list[list[int]] = [[] for _ in regions]
     latencies_us: list[int] = []
 
     def answer(request: Request, admitted: bool, decided_us: int) -> None:
-        latencies_us.append(timeline.now_us - request.at_us)
+        latencies_us.append(loop.now_us - request.at_us)
         if admitted and decided_us < end_us:
             admitted_us[request.region].append(decided_us)
 
     for request in requests:
-        timeline.run_until(request.at_us)
+        loop.run(request.at_us - loop.now_us)
         policy.request(request.region, partial(answer, request))
-    timeline.run_until(end_us + TIMEOUT_US)
+    loop.run(end_us + TIMEOUT_US - loop.now_us)
     if len(latencies_us) != len(requests):
         raise PromiseBroken(f"{len(requests)} requests, {len(latencies_us)} answers")
 
@@ -132,6 +138,7 @@ def run(scenario: Scenario, policy_name: str, seed: int) -> Outcome:
     all_us = sorted(at_us for times_us in admitted_us for at_us in times_us)
     phases = list(pairwise([START_US + shift_us for shift_us in scenario.shifts_us] + [end_us]))
     undelivered = policy.undelivered
+    delays_us = [[network.ways[one, other].longest_us if one != other else 0 for other in names] for one in names]
     outcome = Outcome(
         scenario=scenario.name,
         policy=policy_name,
@@ -141,14 +148,14 @@ def run(scenario: Scenario, policy_name: str, seed: int) -> Outcome:
         admitted=len(all_us),
         worst_burst=worst_burst(limit, all_us),
         undelivered=None if undelivered is None else undelivered + slot_refill(limit),
-        bound=None if undelivered is None else bound(limit, requests, network),
+        bound=None if undelivered is None else bound(limit, requests, delays_us, scenario.cuts),
         adapted_us=tuple(adapted_us(limit, all_us, *phase) for phase in phases),
         used_per_mille=tuple(
             used_per_mille(limit, all_us, shift_us + ADAPT_US, next_us) for shift_us, next_us in phases
         ),
         cut_per_second=tuple(
-            within(times_us, cut.start_us, cut.end_us) * SECOND_US // (cut.end_us - cut.start_us)
-            for cut in cuts[:1]
+            within(times_us, START_US + cut.start_us, START_US + cut.end_us) * SECOND_US // (cut.end_us - cut.start_us)
+            for cut in scenario.cuts[:1]
             for times_us in admitted_us
         ),
         latencies_us=(percentile(latencies_us, 50), percentile(latencies_us, 99)),

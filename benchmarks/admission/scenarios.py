@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.admission.demand import SECOND_US, Load, bursts, hot_spot, steady
-from benchmarks.admission.links import Topology, azure, uniform
-from benchmarks.admission.network import Cut
+from benchmarks.admission.links import Cut, Topology, azure, uniform
 from ratelimit_sidecar.crdt.limit import Limit
 
 MS = 1_000

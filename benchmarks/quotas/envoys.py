@@ -1,6 +1,7 @@
 """Envoys with quotas, on virtual time: what of Envoy's rate limit quota filter its server has to do with.
 
-The simulator and the tests of `limiter.quota` share it.
+The simulator and the tests of `limiter.quota` share it. Time goes by in even steps, and not from event to event as in
+`simulation`: an Envoy refills its buckets all the time, and nothing here crosses a network.
 """
 
 from __future__ import annotations

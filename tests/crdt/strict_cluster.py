@@ -1,12 +1,12 @@
 """Several replicas of one strict bucket on virtual time, over streams that close at either end, with any policy.
 
 The oracle is outside: every admission of every replica, at its true time, goes through one bucket that never refuses.
-Its deficit above the capacity is what was admitted beyond `capacity + rate * T` in some interval.
+Its deficit above the capacity is what was admitted beyond `capacity + rate * T` in some interval. No sessions, as in
+`simulation.cluster`: here any message may come at any time, and each rule can be broken.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -19,9 +19,10 @@ from ratelimit_sidecar.crdt.paying import Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Line, Outcome, Waiting, Wish
+from simulation.loop import START_US, Loop
+from simulation.textbook import TextbookBucket
 
 TICK_US = 20_000
-START_US = 1_000_000_000
 KEY = b"k"
 
 
@@ -76,7 +77,6 @@ class StrictCluster:
     frees_at_close: bool = False
     """A broken rule: the room of a ticket is free when the stream on which it was sent is closed."""
     is_fixed_delay: bool = True
-    now_us: int = START_US
     admitted: dict[str, int] = field(default_factory=dict)
     cut: set[frozenset[str]] = field(default_factory=set)
     replicas: dict[str, Replica] = field(default_factory=dict)
@@ -92,8 +92,10 @@ class StrictCluster:
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
         self.membership = Membership(1, self.weights or dict.fromkeys(self.nodes, 1))
-        self._events: list[tuple[int, int, Callable[[], None]]] = []
-        self._deficit, self._deficit_us = 0, self.now_us
+        # Many ticks are due at one instant, and each may be first.
+        self.loop = Loop(lambda: self.random.getrandbits(60))
+        fastest = Limit(self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity)
+        self._oracle = TextbookBucket(fastest)
         self._limits = [self.limit]
         self._ends = self._numbers = 0
         self._ticket_to: str | None = None
@@ -107,19 +109,18 @@ class StrictCluster:
             self.at(self.random.randrange(TICK_US), lambda node=node: self._tick(node))
 
     def clock_us(self, replica: Replica) -> int:
-        elapsed_us = self.now_us - START_US
-        return self.now_us + replica.skew_us + elapsed_us * replica.drift_ppm // 1_000_000
+        elapsed_us = self.loop.now_us - START_US
+        return self.loop.now_us + replica.skew_us + elapsed_us * replica.drift_ppm // 1_000_000
 
     def at(self, after_us: int, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (self.now_us + after_us, self.random.getrandbits(60), event))
+        self.loop.after(after_us, self._happen, event)
+
+    def _happen(self, event: Callable[[], None]) -> None:
+        event()
+        self.check()
 
     def run(self, duration_us: int) -> None:
-        end_us = self.now_us + duration_us
-        while self._events and self._events[0][0] <= end_us:
-            self.now_us, _, event = heapq.heappop(self._events)
-            event()
-            self.check()
-        self.now_us = end_us
+        self.loop.run(duration_us)
 
     def start(self, node: str, *, full: bool = False) -> None:
         """A life of a replica: it remembers nothing. Those of the beginning have run for long."""
@@ -216,11 +217,7 @@ class StrictCluster:
         if replica is None or not replica.bucket.take(hits, self.clock_us(replica)):
             return False
         self.admitted[node] = self.admitted.get(node, 0) + hits
-        rate = self.limit.tokens * (1_000_000 + self.drift_ppm)
-        elapsed_us = self.now_us - self._deficit_us
-        self._deficit = max(0, self._deficit - elapsed_us * rate) + hits * self.limit.period_us * 1_000_000
-        self._deficit_us = self.now_us
-        self.worst = max(self.worst, self._deficit - self.limit.ceiling * 1_000_000)
+        self.worst = max(self.worst, self._oracle.charge(self.loop.now_us, hits))
         return True
 
     def charge(self, node: str, hits: int) -> None:
@@ -410,7 +407,7 @@ class StrictCluster:
     def _send(self, end: int, event: Callable[[], None]) -> None:
         """In order of the stream's end, and of no other; over a cut nothing comes."""
         delay_us = self.delay_us if self.is_fixed_delay else self.random.randint(0, self.delay_us)
-        arrives_us = max(self.now_us + delay_us, self._arrived.get(end, 0))
+        arrives_us = max(self.loop.now_us + delay_us, self._arrived.get(end, 0))
         self._arrived[end] = arrives_us
         ways = ((node, peer) for node, replica in self.replicas.items() for peer in replica.ends)
         pair = next((frozenset(way) for way in ways if end in self.replicas[way[0]].ends[way[1]]), None)
@@ -419,7 +416,7 @@ class StrictCluster:
             if pair not in self.cut:
                 event()
 
-        self.at(arrives_us - self.now_us, arrive)
+        self.at(arrives_us - self.loop.now_us, arrive)
 
     def _close_soon(self, node: str, end: int) -> None:
         life = self.replicas.get(node)

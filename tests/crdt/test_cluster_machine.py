@@ -5,7 +5,8 @@ nothing left, change the limit here and there, pass time, seal, sweep; on clocks
 
 After each healing: folds equal to the bit (P1), and the level is that of one bucket fed all events that any replica
 still knows of, in order of time (P4), less at most what was given back. At the end every bucket is forgotten (P6). A
-lone replica is a textbook bucket all the time (P2).
+lone replica is a textbook bucket all the time (P2). Steps, and not the events of `simulation`, move it: so Hypothesis
+decides which message arrives next, and can shorten what fails.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.rules import Consistency, Match, Rule, RuleNode, Rules
+from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from simulation.steps import done
+from simulation.workload import rules_of
 
 NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
@@ -36,21 +35,12 @@ SIT_OUT_US = OLD_LOAN_US
 
 def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM, plan: Limit = PER_PLAN) -> Rules:
     """A limit for each value of `user` and of `team`, a strict one of `plan`, and for each `pod` one of its own."""
-    return _rules(
-        Rule("user", user),
-        Rule("team", team),
-        Rule("plan", plan, consistency=Consistency.STRICT),
-        Rule("pod", PER_USER, consistency=Consistency.LOCAL),
-    )
-
-
-def _rules(*rules: Rule) -> Rules:
-    return Rules({"api": RuleNode(key_only={rule.name: RuleNode(rule) for rule in rules})})
+    return rules_of({"user": user, "team": team, "plan": plan, "pod": PER_USER})
 
 
 RULES = rules_with()
 
-ELSEWHERE = _rules(Rule("nobody", PER_USER))
+ELSEWHERE = rules_of({"nobody": PER_USER})
 """What only other nodes have a rule for."""
 
 
@@ -90,29 +80,10 @@ def take(store: Store, value: str, hits: int, now_us: int, key: str = "user") ->
     return bucket
 
 
-def done(job: Iterator[object]) -> None:
-    """Do all steps of a job."""
-    for _ in job:
-        pass
-
-
-def receive(stream: Stream, raw: bytes, now_us: int) -> None:
-    """Let a stream take a frame in and apply it."""
-    done(stream.receive_steps(raw, now_us))
-
-
 def flush(replicator: Replicator, now_us: int) -> None:
     """Let a node's peers be told what it has changed, and compare."""
     done(replicator.flush_steps(now_us))
     done(replicator.compare_steps(now_us))
-
-
-def next_frame(stream: Stream, now_us: int) -> bytes | None:
-    """The next frame, for which a batch is written if there is nothing else."""
-    while True:
-        raw = stream.next_frame(now_us)
-        if raw is not None or not stream.write(now_us):
-            return raw
 
 
 def apply_deltas(store: Store, deltas: pb.Deltas, sender: Origin, now_us: int) -> Applied:

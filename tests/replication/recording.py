@@ -24,9 +24,7 @@ from replication.builders import (
     flush,
     key_of,
     ledger_of,
-    next_frame,
     node,
-    receive,
     store_of,
 )
 
@@ -36,6 +34,7 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL, Reason
+from simulation.steps import next_frame, receive
 
 RECORDED = Path(__file__).parent / "recorded"
 INCARNATION = {"a": 11, "b": 22}

@@ -3,19 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from replication.builders import (
-    ELSEWHERE,
-    NOW_US,
-    PAIR,
-    PER_USER,
-    RULES,
-    SECOND_US,
-    frame,
-    key_of,
-    ledger_of,
-    node,
-    receive,
-)
+from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_USER, RULES, SECOND_US, frame, key_of, ledger_of, node
 from replication.test_replicator import exchange, hello, said_by
 
 from ratelimit_sidecar.limiter.assignment import TOKEN
@@ -29,6 +17,7 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
+from simulation.steps import receive
 
 PER_SECOND = PER_USER.tokens * SECOND_US // PER_USER.period_us
 

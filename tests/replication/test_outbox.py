@@ -14,7 +14,6 @@ from replication.builders import (
     apply_all,
     apply_deltas,
     bucket_of,
-    done,
     key_of,
     node,
     rules_with,
@@ -43,6 +42,7 @@ from ratelimit_sidecar.replication.outbox import (
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from simulation.steps import done
 
 MANY = 4 * MAX_BATCH_BUCKETS
 A, B, C = (node(name) for name in "abc")

@@ -7,17 +7,7 @@ from contextlib import suppress
 import grpc
 import grpc.aio
 import pytest
-from replication.builders import (
-    NOW_US,
-    PER_USER,
-    SECOND_US,
-    flush,
-    frame,
-    key_of,
-    receive,
-    take,
-)
-from replication.cluster import Cluster
+from replication.builders import NOW_US, PER_USER, RULES, SECOND_US, flush, frame, key_of, take
 from replication.meshes import address_of, sidecar
 from replication.test_replicator import connected, exchange, hello, replicator, stream_of
 
@@ -30,6 +20,8 @@ from ratelimit_sidecar.replication.deltas import PIECE_ENTRIES
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason, read_reaches
+from simulation.cluster import Cluster
+from simulation.steps import receive
 
 SLOT = slot_id(NOW_US, PER_USER.exponent)
 """The slot of now."""
@@ -75,22 +67,23 @@ def test_only_who_is_known_to_be_the_origin_can_lower_what_it_has_taken(is_prove
 
 
 def test_replicas_that_differ_by_what_a_third_has_invented_are_healed_by_comparing() -> None:
-    cluster = Cluster(3, "ab")
+    cluster = Cluster(3, "ab", RULES)
+    cluster.network.is_proven = True
     cluster.run_until_settled()
     a, b = cluster["a"], cluster["b"]
     a.bucket("ann").take(3, a.now_us)
     cluster.run(SECOND_US)
-    [slot] = a.bucket("ann").taken[a.local.origin]
-    forged = [Entry(a.local.origin, slot, 500)]
+    [slot] = a.bucket("ann").taken[a.origin]
+    forged = [Entry(a.origin, slot, 500)]
     b.store.merge(key_of("ann"), None, forged, b.now_us)
-    assert b.bucket("ann").taken[a.local.origin] == {slot: 500}
+    assert b.bucket("ann").taken[a.origin] == {slot: 500}
     cluster.run(20 * SECOND_US)
-    assert b.bucket("ann").taken == a.bucket("ann").taken == {a.local.origin: {slot: 3}}
+    assert b.bucket("ann").taken == a.bucket("ann").taken == {a.origin: {slot: 3}}
 
 
 def test_poison_is_gone_soon_although_restarted_nodes_learn_it_of_the_others_again() -> None:
     """All honest nodes are restarted one after another. What was said counts no longer than if none had been."""
-    cluster = Cluster(5, "abc")
+    cluster = Cluster(5, "abc", RULES)
     cluster.run_until_settled()
     a = cluster["a"]
     poison = [

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pool, message_factory
-from replication.builders import (
-    flush,
-    key_of,
-    next_frame,
-    receive,
-)
+from replication.builders import flush, key_of
 from replication.recording import LATER_US, RECORDED, Party, Recording, listener, read_recording
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.stream import Stream
+from simulation.steps import next_frame, receive
 
 RECORDINGS = sorted(RECORDED.glob("protocol_*.json"))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
-from replication.builders import SECOND_US, key_of, node, store_of
-from replication.cluster import MS, Cluster, Node
+from replication.builders import RULES, SECOND_US, key_of, node, store_of
 
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.relay import MAX_ORIGINS, Relay
 from ratelimit_sidecar.replication.session import SILENCE_US
+from simulation.cluster import Cluster
+from simulation.loop import MS
+from simulation.node import Node
 
 
 def taken_at(each: Node, value: str) -> int:
@@ -20,7 +22,7 @@ def taken_at(each: Node, value: str) -> int:
 
 
 def assert_all_hold(cluster: Cluster, tokens: int, value: str = "ann") -> None:
-    assert {each.local.origin.node: taken_at(each, value) for each in cluster} == dict.fromkeys(cluster.nodes, tokens)
+    assert {each.name: taken_at(each, value) for each in cluster} == dict.fromkeys(cluster.nodes, tokens)
 
 
 def cut_to(cluster: Cluster, links: set[frozenset[str]]) -> None:
@@ -49,7 +51,7 @@ def links(*pairs: str) -> set[frozenset[str]]:
     ids=["cut triangle", "through the last", "two ways", "chain", "long chain"],
 )
 def test_what_anybody_takes_reaches_everybody_within_a_few_hops(names: str, left: set[frozenset[str]]) -> None:
-    cluster = Cluster(1, names)
+    cluster = Cluster(1, names, RULES)
     cluster.run_until_settled()
     cut_to(cluster, left)
     expected = 0
@@ -62,7 +64,7 @@ def test_what_anybody_takes_reaches_everybody_within_a_few_hops(names: str, left
 
 
 def test_what_was_taken_before_the_cut_was_noticed_is_passed_on_then() -> None:
-    cluster = Cluster(2, "abc")
+    cluster = Cluster(2, "abc", RULES)
     cluster.run_until_settled()
     cluster.cut("b", "c")
     for _ in range(10):
@@ -73,8 +75,31 @@ def test_what_was_taken_before_the_cut_was_noticed_is_passed_on_then() -> None:
     assert_all_hold(cluster, 20)
 
 
+def test_two_that_are_cut_off_one_way_hear_of_each_other_all_the_same() -> None:
+    cluster = Cluster(7, "abc", RULES)
+    cluster.run_until_settled()
+    cluster.network.cut("a", "b")
+    cluster.run(2 * SILENCE_US)
+    for name in "ab":
+        cluster[name].bucket("ann").take(1, cluster[name].now_us)
+    cluster.run(SECOND_US)
+    assert_all_hold(cluster, 2)
+
+
+def test_what_a_node_took_that_has_gone_for_good_reaches_whom_it_had_not_told() -> None:
+    cluster = Cluster(8, "abc", RULES)
+    cluster.run_until_settled()
+    cluster.cut("a", "b")
+    cluster["a"].bucket("ann").take(5, cluster["a"].now_us)
+    cluster.run(500 * MS)
+    assert taken_at(cluster["b"], "ann") == 0
+    cluster.crash("a")
+    cluster.run(2 * SILENCE_US)
+    assert [taken_at(cluster[name], "ann") for name in "bc"] == [5, 5]
+
+
 def test_when_the_one_that_passes_on_is_gone_another_one_does() -> None:
-    cluster = Cluster(3, "abcd")
+    cluster = Cluster(3, "abcd", RULES)
     cluster.run_until_settled()
     cut_to(cluster, links("ab", "ac", "db", "dc", "ad"))
     cluster["b"].bucket("ann").take(2, cluster["b"].now_us)
@@ -91,7 +116,7 @@ def entries_sent(cluster: Cluster) -> int:
 
 @pytest.mark.parametrize(("cut", "sent"), [(False, 3), (True, 3)], ids=["whole", "one link cut"])
 def test_nothing_is_passed_on_that_the_other_hears_itself_and_by_one_only(cut: bool, sent: int) -> None:
-    cluster = Cluster(4, "abcd")
+    cluster = Cluster(4, "abcd", RULES)
     cluster.run_until_settled()
     if cut:
         cut_to(cluster, links("ab", "ac", "ad", "bd", "cd"))
@@ -165,7 +190,7 @@ def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) 
 
 
 def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() -> None:
-    cluster = Cluster(5, "abc")
+    cluster = Cluster(5, "abc", RULES)
     cluster.run_until_settled()
     for index in range(100):
         for name in "ab":
@@ -173,16 +198,16 @@ def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() ->
     cluster.run(SECOND_US)
     cluster.crash("c")
     cluster.run(SECOND_US)
-    before = [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")]
+    before = [cluster[name].replicator.peers[other].counts.entries_sent for name, other in ("ab", "ba")]
     cluster.start("c")
     cluster.run_until_settled()
     cluster.run(2 * SECOND_US)
-    assert [cluster[name].peer(other).counts.entries_sent for name, other in ("ab", "ba")] == before
+    assert [cluster[name].replicator.peers[other].counts.entries_sent for name, other in ("ab", "ba")] == before
     assert_all_hold(cluster, 2, "user 7")
 
 
 def test_what_was_passed_on_in_vain_arrives_with_the_next_stream() -> None:
-    cluster = Cluster(6, "abc")
+    cluster = Cluster(6, "abc", RULES)
     cluster.run_until_settled()
     cut_to(cluster, links("ab", "bc"))
     cluster.cut("b", "c")

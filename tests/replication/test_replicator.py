@@ -13,15 +13,12 @@ from replication.builders import (
     PER_USER,
     SECOND_US,
     SIT_OUT_US,
-    done,
     flush,
     frame,
     key_of,
     kind_of,
     ledger_of,
-    next_frame,
     node,
-    receive,
     store_of,
     take,
 )
@@ -38,6 +35,7 @@ from ratelimit_sidecar.replication.session import ACK_DELAY_US, STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
+from simulation.steps import done, next_frame, receive
 
 
 class Span:

@@ -218,6 +218,7 @@ def test_no_job_is_made_and_then_not_done() -> None:
         "ratelimit_sidecar/replication",
         "ratelimit_sidecar/persistence",
         "tests/replication",
+        "simulation",
         "tests/simulation",
     )
     for path in [each for folder in folders for each in (root / folder).glob("*.py")]:

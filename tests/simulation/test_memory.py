@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from simulation.cluster import Cluster, stable_order
+from simulation.cluster import stable_order
 from simulation.loop import SECOND_US
 from simulation.run import run_until_equal
 from simulation.sizes import entries_in
+from simulation.watched import Watched
 from simulation.workload import Request, per_second, request, unchanging
 
 HOUR_US = 3_600 * SECOND_US
@@ -13,18 +14,18 @@ HOUR_US = 3_600 * SECOND_US
 BUCKETS = 50
 
 
-def requests(cluster: Cluster) -> list[Request]:
+def requests(cluster: Watched) -> list[Request]:
     return [request(cluster.editions.second, 1, ("user", f"user {index}")) for index in range(BUCKETS)]
 
 
-def entries_kept(cluster: Cluster, name: str) -> int:
+def entries_kept(cluster: Watched, name: str) -> int:
     """For its peers, and in its buckets."""
     node = cluster.nodes[name]
     slots = sum(1 for bucket in node.store for _ in bucket.entries())
     return slots + len(node.store) + entries_in(node.replicator, [end.stream for end in node.ends])
 
 
-def go_on(cluster: Cluster, name: str, for_us: int, asked: list[Request]) -> int:
+def go_on(cluster: Watched, name: str, for_us: int, asked: list[Request]) -> int:
     """Light traffic on a steady set of buckets.
 
     Returns:
@@ -44,8 +45,8 @@ def go_on(cluster: Cluster, name: str, for_us: int, asked: list[Request]) -> int
 
 def test_a_node_whose_peer_is_gone_for_an_hour_keeps_what_it_kept_before() -> None:
     with stable_order():
-        cluster = Cluster(1, "ab", unchanging(user=per_second(10, 1_000)))
-        cluster.heal()
+        cluster = Watched(1, "ab", unchanging(user=per_second(10, 1_000)))
+        cluster.heal_all()
         asked = requests(cluster)
         # Longer than any horizon, so that there are as many slots as there will be.
         before = go_on(cluster, "a", 200 * SECOND_US, asked)
@@ -53,6 +54,6 @@ def test_a_node_whose_peer_is_gone_for_an_hour_keeps_what_it_kept_before() -> No
         after = go_on(cluster, "a", HOUR_US, asked)
         assert len(cluster.nodes["a"].store) >= BUCKETS
         assert after <= before * 1.1
-        cluster.heal()
+        cluster.heal_all()
         run_until_equal(cluster)
         assert go_on(cluster, "a", 20 * SECOND_US, asked) <= before * 1.1

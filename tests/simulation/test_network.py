@@ -7,17 +7,18 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from simulation.clock import NodeClock
-from simulation.cluster import Cluster, stable_order
-from simulation.loop import MS, SECOND_US, START_US, Loop
-from simulation.network import WRITE_US, Way
-from simulation.workload import draw_rules, request
 
 from ratelimit_sidecar import clock as product_clock
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from simulation.clock import NodeClock
+from simulation.cluster import stable_order
+from simulation.loop import MS, SECOND_US, START_US, Loop
+from simulation.network import WRITE_US, Network, between
+from simulation.watched import Watched
+from simulation.workload import draw_rules, request
 
 
-class Recorded(Cluster):
+class Recorded(Watched):
     """Keeps what arrives: when, from whom, to whom, on which connection, and of what kind."""
 
     def __init__(self, seed: int = 1, **kwargs: object) -> None:
@@ -36,7 +37,7 @@ class Recorded(Cluster):
         return [frame.deltas for *_, target, _, frame in self.arrived if target == name and frame.HasField("deltas")]
 
 
-def ask(cluster: Cluster, hits: int = 1):  # type: ignore[no-untyped-def]
+def ask(cluster: Watched, hits: int = 1):  # type: ignore[no-untyped-def]
     return request(cluster.editions.first, hits, ("team", "all"))
 
 
@@ -46,12 +47,8 @@ def _order() -> Iterator[None]:
         yield
 
 
-def ways(delay_us: int = 20 * MS, jitter_us: int = 0, loss: float = 0.0) -> dict[tuple[str, str], Way]:
-    return {pair: Way(delay_us, jitter_us, loss) for pair in (("a", "b"), ("b", "a"))}
-
-
 def test_a_connection_keeps_order_whatever_is_delayed_or_lost() -> None:
-    cluster = Recorded(ways=ways(jitter_us=200 * MS, loss=0.2), dials={"a": "b", "b": ""})
+    cluster = Recorded(ways=between("ab", jitter_us=200 * MS, loss=0.2), dials={"a": "b", "b": ""})
     for _ in range(200):
         cluster.take("a")
         cluster.run(30 * MS)
@@ -61,8 +58,21 @@ def test_a_connection_keeps_order_whatever_is_delayed_or_lost() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_messages_keep_order_and_wait_at_a_cut() -> None:
+    network = Network(Loop(), Random(1), between("ab", jitter_us=200 * MS, loss=0.2))
+    network.loop.after(SECOND_US, network.cut, "a", "b")
+    network.loop.after(2 * SECOND_US, network.heal, "a", "b")
+    arrived: list[tuple[int, int]] = []
+    for number in range(100):
+        network.send("a", "b", lambda number=number: arrived.append((number, network.loop.now_us - START_US)))  # type: ignore[misc]
+        network.loop.run(30 * MS)
+    network.loop.run(10 * SECOND_US)
+    assert [number for number, _ in arrived] == list(range(100))
+    assert not any(SECOND_US < at_us < 2 * SECOND_US for _, at_us in arrived)
+
+
 def test_two_connections_overtake_each_other() -> None:
-    cluster = Recorded(ways=ways(jitter_us=2 * SECOND_US), dials={"a": "b", "b": "a"})
+    cluster = Recorded(ways=between("ab", jitter_us=2 * SECOND_US), dials={"a": "b", "b": "a"})
     cluster.run(30 * SECOND_US)
     ends = [end for _, _, target, end, frame in cluster.arrived if target == "b" and frame.HasField("ping")]
     assert len(set(ends)) == 2
@@ -95,7 +105,7 @@ def test_what_waits_at_a_cut_arrives_once_it_is_healed() -> None:
 
 
 def test_a_reset_loses_what_is_on_its_way_and_both_ends_dial_again() -> None:
-    cluster = Recorded(ways=ways(delay_us=200 * MS))
+    cluster = Recorded(ways=between("ab", delay_us=200 * MS))
     cluster.run(2 * SECOND_US)
     cluster.take("a")
     cluster.run(50 * MS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.admission.policies.policy import Answer, Policy, Setup
-from benchmarks.admission.textbook import TextbookBucket
+from simulation.textbook import TextbookBucket
 
 TIMEOUT_US = 500_000
 """Above the longest round trip simulated. (Envoy's default for its rate limit filter, 20 ms, rules a far store out.)"""
@@ -29,19 +29,19 @@ class CentralStore(Policy):
         self._bucket = TextbookBucket(setup.limit)
 
     def request(self, region: int, answer: Answer) -> None:
-        timeline = self.setup.timeline
+        loop = self.setup.loop
         if region == STORE:
-            answer(self._bucket.take(timeline.now_us), timeline.now_us)
+            answer(self._bucket.take(loop.now_us), loop.now_us)
             return
-        call = _Call(region, timeline.now_us + TIMEOUT_US, answer)
-        self.setup.network.send(region, STORE, partial(self._decide, call))
-        timeline.at(call.deadline_us, partial(self._expire, call))
+        call = _Call(region, loop.now_us + TIMEOUT_US, answer)
+        self.setup.send(region, STORE, partial(self._decide, call))
+        loop.at(call.deadline_us, partial(self._expire, call))
 
     def _decide(self, call: _Call) -> None:
-        now_us = self.setup.timeline.now_us
+        now_us = self.setup.loop.now_us
         if now_us < call.deadline_us:
             admitted = self._bucket.take(now_us)
-            self.setup.network.send(STORE, call.region, partial(call.finish, admitted, now_us))
+            self.setup.send(STORE, call.region, partial(call.finish, admitted, now_us))
 
     def _expire(self, call: _Call) -> None:
         call.finish(self._fails_open, call.deadline_us)

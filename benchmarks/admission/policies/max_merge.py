@@ -29,10 +29,10 @@ class _Replica:
 class MaxMerge(LocalPolicy):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        now_us = setup.timeline.now_us
+        now_us = setup.loop.now_us
         self._replicas = [_Replica(setup.limit.ceiling, 0, now_us) for _ in setup.regions]
         for region in setup.regions:
-            setup.timeline.every(FLUSH_US, now_us + setup.random.randrange(FLUSH_US), partial(self._flush, region))
+            setup.loop.every(FLUSH_US, partial(self._flush, region), setup.random.randrange(FLUSH_US))
 
     def take(self, region: int, now_us: int) -> bool:
         limit, replica = self.setup.limit, self._replicas[region]
@@ -53,7 +53,7 @@ class MaxMerge(LocalPolicy):
         for peer in self.setup.regions:
             if peer != region:
                 merge = partial(self._merge, peer, replica.adds, replica.consumes)
-                self.setup.network.send(region, peer, merge)
+                self.setup.send(region, peer, merge)
 
     def _merge(self, region: int, adds: int, consumes: int) -> None:
         replica = self._replicas[region]

@@ -1,7 +1,7 @@
 """What a way of enforcing a limit looks like to the simulator.
 
-A policy is made once for a run. It sends what its regions say to each other over `Setup.network`, does what it must do
-by itself on `Setup.timeline`, and answers every request exactly once: most do so at once, from `LocalPolicy.take`.
+A policy is made once for a run. It sends what its regions say to each other by `Setup.send`, does what it must do
+by itself on `Setup.loop`, and answers every request exactly once: most do so at once, from `LocalPolicy.take`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from benchmarks.admission.network import Network, Timeline
 from ratelimit_sidecar.crdt.limit import Limit
+from simulation.loop import Loop
+from simulation.network import Network
 
 Answer = Callable[[bool, int], None]
 """Called with whether the request was admitted, and when that was decided (which can be before the answer arrived)."""
@@ -23,16 +24,31 @@ FLUSH_US = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a policy is made of. Its `random` is the policy's own."""
+    """What a policy is made of.
+
+    Args:
+        names: of the regions.
+    """
 
     limit: Limit
-    timeline: Timeline
+    names: tuple[str, ...]
     network: Network
-    random: Random
+
+    @property
+    def loop(self) -> Loop:
+        return self.network.loop
+
+    @property
+    def random(self) -> Random:
+        return self.network.random
 
     @property
     def regions(self) -> range:
-        return range(len(self.network.topology.regions))
+        return range(len(self.names))
+
+    def send(self, origin: int, target: int, deliver: Callable[[], None]) -> None:
+        """Call `deliver` when a message arrives."""
+        self.network.send(self.names[origin], self.names[target], deliver)
 
 
 class Policy(ABC):
@@ -56,7 +72,7 @@ class LocalPolicy(Policy):
     """Decides in the region itself, without waiting for anyone."""
 
     def request(self, region: int, answer: Answer) -> None:
-        now_us = self.setup.timeline.now_us
+        now_us = self.setup.loop.now_us
         answer(self.take(region, now_us), now_us)
 
     @abstractmethod

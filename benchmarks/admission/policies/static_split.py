@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.admission.policies.policy import LocalPolicy, Setup
-from benchmarks.admission.textbook import TextbookBucket
 from ratelimit_sidecar.crdt.limit import Limit
+from simulation.textbook import TextbookBucket
 
 
 class StaticSplit(LocalPolicy):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from simulation.loop import Loop
+from random import Random
 
 from ratelimit_sidecar.clock import ALONE_US, DISPUTED_US, FAR_US, MAX_SLEW_PER_SECOND_US, MAX_SLEW_US
+from simulation.loop import Loop
+
+
+def clocks_off(draw: Random, names: Sequence[str], most_us: int) -> dict[str, int]:
+    """For each node how far its system clock is ahead, at most so far off."""
+    return {name: draw.randint(-most_us, most_us) for name in names}
 
 
 class NodeClock:

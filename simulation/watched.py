@@ -1,37 +1,35 @@
-"""Whole sidecars on one virtual clock and network, with everything they do looked at from outside.
+"""A cluster with everything that it does looked at from outside.
 
-Everything drawn at random comes from one seed. `digest` is of every frame that arrived and every decision, in order and
-with its instant: two runs with one digest are one run.
+`digest` is of every frame that arrived and every decision, in order and with its instant: two runs with one digest are
+one run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
-from random import Random
-from zlib import crc32
+from typing import Any
 
-from simulation.loop import MS, SECOND_US, START_US, Loop
-from simulation.network import End, Network, Way
-from simulation.node import Node
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry
+from ratelimit_sidecar.crdt.limit import Limit, Window
+from ratelimit_sidecar.crdt.shares import TOKEN
+from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.waiting import Outcome
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES
+from ratelimit_sidecar.replication.wire import Reason
+from simulation.cluster import Cluster
+from simulation.loop import MS, SECOND_US, START_US
+from simulation.network import End
+from simulation.node import SLEW_TICKS, Node
 from simulation.oracles import BrokenPromise, EventualOracle, LagWatch, LocalOracle, StrictOracle, held
 from simulation.sizes import entries_in
 from simulation.trace import text_of
 from simulation.workload import TOKEN_RULES, WINDOW_RULES, Request, RulesEditions
-
-from ratelimit_sidecar.crdt import untracked_dict
-from ratelimit_sidecar.crdt.bucket import Bucket, Entry
-from ratelimit_sidecar.crdt.limit import Limit, Window
-from ratelimit_sidecar.crdt.shares import TOKEN, Membership
-from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
-from ratelimit_sidecar.crdt.token_bucket import TokenBucket
-from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.replication import key_numbers
-from ratelimit_sidecar.replication.rounds import EVERY_US, KEPT_US, RANGES
-from ratelimit_sidecar.replication.wire import Reason
 
 _OK = RateLimitResponse.OK
 
@@ -44,31 +42,15 @@ ENTRIES_PER_PEER = 2_000
 ENTRIES_PER_NODE = 4 * RANGES
 """What it may keep for all peers: the sums of every range, of two comparisons done and one under way."""
 
+MEMORY_TICKS = 2 * SLEW_TICKS
+
 _NEVER_US = 1 << 62
 
 
-@contextmanager
-def stable_order() -> Iterator[None]:
-    """While it lasts, nodes go through their buckets in the same order in every process.
-
-    They cut themselves into shards by `hash`, which is salted in every process anew.
-    """
-    sharded = (untracked_dict, key_numbers)
-    for module in sharded:
-        module.hash = crc32  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in sharded:
-            del module.hash  # type: ignore[attr-defined]
-
-
-class Cluster:
+class Watched(Cluster):
     """Args:
-    names: of the nodes, a letter each.
-    dials: for each node, whom it dials; by default everybody else.
-    system_ahead_us: for each node, how far its system clock is ahead when it starts.
     trace: takes a line for everything that happens.
+    options: of `Cluster`.
     """
 
     def __init__(
@@ -77,26 +59,13 @@ class Cluster:
         names: str,
         editions: RulesEditions,
         *,
-        ways: dict[tuple[str, str], Way] | None = None,
-        dials: dict[str, str] | None = None,
-        system_ahead_us: dict[str, int] | None = None,
-        window_bytes: int = 1 << 16,
         trace: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> None:
-        self.loop = Loop()
-        self.random = Random(f"{seed} network")
-        self.names = names
-        pairs = [(one, other) for one in names for other in names if one != other]
-        self.network = Network(self.loop, self.random, ways or {pair: Way() for pair in pairs}, window_bytes)
-        self.membership = Membership(1, dict.fromkeys(names, 1))
-        """What nodes started from now on are configured with."""
-        self.dials = dials or {name: names.replace(name, "") for name in names}
-        self.system_ahead_us = system_ahead_us or dict.fromkeys(names, 0)
         self.editions = editions
-        self.rules = dict.fromkeys(names, editions.first)
-        """What each node is configured with."""
-        self.nodes: dict[str, Node] = {}
-        self.frames = self.decisions = self.admitted = 0
+        self.frames = self.decisions = 0
+        self.admitted: Counter[str] = Counter()
+        """By node; each descriptor counts."""
         self.protocol_errors: Counter[str] = Counter()
         """Of all lives that have ended."""
         self.drains = 0
@@ -110,18 +79,13 @@ class Cluster:
         self._local: dict[tuple[Node, bytes], LocalOracle] = {}
         self._lags: dict[Node, LagWatch] = {}
         self._reloaded_us: dict[Node, int] = {}
-        self._least_ahead_us = min(self.system_ahead_us.values())
-        self._most_ahead_us = max(self.system_ahead_us.values())
-        for name in names:
-            self.start(name)
+        self._least_ahead_us, self._most_ahead_us = _NEVER_US, -_NEVER_US
+        super().__init__(seed, names, editions.first, **options)
+        self.give_up = 0.1
 
     @property
     def digest(self) -> str:
         return self._digest.hexdigest()
-
-    @property
-    def live(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.is_up]
 
     @property
     def overshoots(self) -> int:
@@ -133,30 +97,19 @@ class Cluster:
         """Granted by the lives that still are."""
         return sum(node.purses.paid for node in self.live)
 
-    def run(self, for_us: int) -> None:
-        self.loop.run(for_us)
+    @property
+    def served(self) -> int:
+        """Requests that those lives have served after a wait."""
+        return sum(node.ledger.lines.counts[Outcome.SERVED] for node in self.live)
 
     def start(self, name: str) -> Node:
-        """Start a node, or start it again with nothing in memory."""
         self.tell(f"{name} starts")
-        self.nodes[name] = node = Node(
-            self,
-            name,
-            system_ahead_us=self.system_ahead_us[name],
-            rules=self.rules[name],
-            targets=self.dials[name],
-            membership=self.membership,
-        )
+        node = super().start(name)
         self._lags[node] = LagWatch()
-        self.note_clock(node)
+        self._note_clock(node)
         return node
 
     def crash(self, name: str, *, powered: bool = True) -> None:
-        """End a process at once.
-
-        Args:
-            powered: False takes the machine with it, and the others hear nothing of it.
-        """
         node = self.nodes[name]
         if not node.is_up:
             return
@@ -165,30 +118,22 @@ class Cluster:
             if name in other.replicator.peers:
                 # What this life has applied it may have acknowledged, and nobody can know better of the next.
                 self._oldest_unapplied_us(other, node)
-        node.stop(powered=powered)
         self.protocol_errors.update(node.replicator.protocol_errors)
-        for end in list(node.ends):
-            if powered:
-                end.hang_up()
-            else:
-                end.close("")
+        super().crash(name, powered=powered)
 
     def take(self, name: str, request: Request) -> None:
         """Envoy asks the node, which answers if it is there."""
         node = self.nodes[name]
-        if not node.is_serving:
-            return
-        raw = node.decide(request.raw)
-        self.decisions += 1
-        self._digest.update(b"%d %b %b\n" % (self.loop.now_us, name.encode(), raw))
-        response = RateLimitResponse.FromString(raw)
-        for descriptor, status in zip(request.descriptors, response.statuses, strict=True):
-            is_admitted = status.code == _OK
-            self.admitted += is_admitted
-            if self.trace is not None:
-                verdict = "admits" if is_admitted else "denies"
-                self.tell(f"{name} {verdict} {request.hits} of {descriptor.value!r}, {status.limit_remaining} left")
-            self._note_decision(node, descriptor.rule, descriptor.bucket_key, request.hits, is_admitted=is_admitted)
+        if node.is_serving:
+            for each in request.descriptors:
+                if each.rule == "plan" and each.bucket_key not in self._strict:
+                    self._strict[each.bucket_key] = StrictOracle("plan", self.editions.most["plan"])
+            node.decide(request.raw, partial(self._note_answer, node, request))
+
+    def demand(self, name: str, request: Request, per_second: int, for_us: int) -> None:
+        """The same request again and again, at random instants from now on."""
+        for _ in range(per_second * for_us // SECOND_US):
+            self.loop.after(self.random.randrange(for_us), self.take, name, request)
 
     def use_rules(self, name: str, rules: Rules) -> None:
         """Give a node other rules, also for when it starts again."""
@@ -205,18 +150,10 @@ class Cluster:
             return 0
         return reloaded_us + self._most_ahead_us - self._least_ahead_us
 
-    def set_clock(self, name: str, ahead_us: int) -> None:
-        """Set the system clock of a machine."""
-        self.system_ahead_us[name] = ahead_us
-        self.nodes[name].clock.system_ahead_us = ahead_us
-
-    def heal(self) -> None:
+    def heal_all(self) -> None:
         """End every fault but those that lie in a clock. What is down is started."""
         self.tell("everything is healed")
-        for way in self.network.ways.values():
-            way.loss = 0.0
-        for source, target in self.network.ways:
-            self.network.heal(source, target)
+        super().heal_all()
         for name in self.names:
             self.use_rules(name, self.editions.second)
             node = self.nodes[name]
@@ -235,12 +172,8 @@ class Cluster:
         if self.trace is not None:
             self.tell(f"{source.owner.name} -> {target.owner.name}  {text_of(raw)}")
 
-    def note_clock(self, node: Node) -> None:
-        self._least_ahead_us = min(self._least_ahead_us, node.clock.ahead_us)
-        self._most_ahead_us = max(self._most_ahead_us, node.clock.ahead_us)
-
     def note_drained(self, node: Node, *, is_settled: bool) -> None:
-        """A node is about to exit: when all is acknowledged, its peers must hold it."""
+        """When all is acknowledged, the peers must hold it."""
         self.tell(f"{node.name} has drained{'' if is_settled else ', as far as there was time'}")
         if not is_settled:
             return
@@ -255,10 +188,16 @@ class Cluster:
                     raise BrokenPromise(f"clean stop: {name} lacks what {node.name} took {ago_ms:.1f} ms ago")
 
     def look(self, node: Node) -> None:
-        """A few times a second, just after a flush of the node."""
+        self._note_clock(node)
         if self.clocks_agree:
             self._look_at_lag(node)
-        self._look_at_shares()
+        self.look_at_shares()
+        if not node.ticks % MEMORY_TICKS:
+            self._look_at_memory(node)
+
+    def _note_clock(self, node: Node) -> None:
+        self._least_ahead_us = min(self._least_ahead_us, node.clock.ahead_us)
+        self._most_ahead_us = max(self._most_ahead_us, node.clock.ahead_us)
 
     def tell(self, line: str) -> None:
         if self.trace is not None:
@@ -331,22 +270,23 @@ class Cluster:
         if wrong:
             raise BrokenPromise(f"protocol errors among correct nodes: {wrong}")
 
-    def is_settled(self) -> bool:
-        """Every node is connected to every other one and has been acknowledged everything."""
-        return all(
-            sum(bool(peer.streams) and peer.outbox.is_settled for peer in node.replicator.peers.values())
-            >= len(self.names) - 1
-            for node in self.live
-        )
+    def _note_answer(self, node: Node, request: Request, raw: bytes) -> None:
+        name = node.name
+        self.decisions += 1
+        self._digest.update(b"%d %b %b\n" % (self.loop.now_us, name.encode(), raw))
+        response = RateLimitResponse.FromString(raw)
+        for descriptor, status in zip(request.descriptors, response.statuses, strict=True):
+            is_admitted = status.code == _OK
+            self.admitted[name] += is_admitted
+            if self.trace is not None:
+                verdict = "admits" if is_admitted else "denies"
+                self.tell(f"{name} {verdict} {request.hits} of {descriptor.value!r}, {status.limit_remaining} left")
+            self._note_decision(node, descriptor.rule, descriptor.bucket_key, request.hits, is_admitted=is_admitted)
 
     def _note_decision(self, node: Node, rule: str, key: bytes, hits: int, *, is_admitted: bool) -> None:
         limit = self.editions.most.get(rule)
         if rule == "plan" and is_admitted:
-            assert limit is not None
-            oracle = self._strict.get(key)
-            if oracle is None:
-                oracle = self._strict[key] = StrictOracle(rule, limit)
-            oracle.admitted(hits, self.loop.now_us)
+            self._strict[key].admitted(hits, self.loop.now_us)
         elif rule == "pod":
             assert limit is not None
             local = self._local.get((node, key))
@@ -389,10 +329,11 @@ class Cluster:
         if not node.replicator.peers[other.name].is_configured:
             # One that only dials in misses nothing from before its coming.
             watch.applied.setdefault(other.name, len(watch.taken))
-        return watch.oldest_unapplied_us(other.name, node.origin, other.store, _boundary_of(other), _boundary_of(node))
+        return watch.oldest_unapplied_us(
+            other.name, node.origin, other.store, *(_boundary_of(self, each) for each in (other, node))
+        )
 
-    def look_at_memory(self, node: Node) -> None:
-        """Every other second."""
+    def _look_at_memory(self, node: Node) -> None:
         buckets = len(node.store) + len(node.ledger)
         peers = max(1, len(node.replicator.peers))
         most = ENTRIES_PER_NODE + peers * (ENTRIES_PER_PEER + ENTRIES_PER_BUCKET * buckets)
@@ -404,14 +345,16 @@ class Cluster:
         if entries > most:
             raise BrokenPromise(f"memory: {node.name} keeps {entries} entries for {peers} peers and {buckets} buckets")
 
-    def _look_at_shares(self) -> None:
+    def look_at_shares(self) -> None:
         """More than admissions show, as it needs no demand."""
         homes: Counter[bytes] = Counter()
         levels: Counter[bytes] = Counter()
         capacities: dict[bytes, list[int]] = {}
         for node in self.live:
             strict_us = node.clock.strict_us()
-            for bucket in node.ledger.walk():
+            # To walk through the ledger would be most of the work of a run.
+            found = [node.ledger._all.get(key) for key in self._strict]
+            for bucket in (paying.bucket for paying in found if paying is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
@@ -429,18 +372,22 @@ class Cluster:
                 raise BrokenPromise(f"strict: levels of {key!r} sum to {level / SECOND_US / TOKEN} tokens")
 
 
-def _boundary_of(node: Node) -> Callable[[bytes], int]:
-    """By bucket key, the end of the last slot that the node need not know of any more, or never needed to."""
+def _boundary_of(cluster: Watched, node: Node) -> Callable[[bytes, int], int]:
+    """By bucket key and slot, when slots of this width ended that the node need not know of any more, or never needed
+    to."""
 
-    def boundary_us(key: bytes) -> int:
+    def boundary_us(key: bytes, slot: int) -> int:
         limit = node.store.limit_of_key(key)
         if limit is None:
             return _NEVER_US
         bucket = node.store.get(key)
-        known_us = node.cluster.rule_known_us(node, key)
+        known_us = cluster.rule_known_us(node, key)
         if isinstance(limit, Limit):
             base_us = 0 if bucket is None else bucket.base.boundary_us
-            return max(limit.boundary_us(node.now_us), base_us, known_us) + (1 << limit.exponent)
+            return max(limit.boundary_us(node.now_us), base_us, known_us) + (
+                # One that began before that is not taken. It may be wider than the limit has them now.
+                1 << max(limit.exponent, slot_exponent(slot))
+            )
         now_us, period_us = node.now_us, limit.period_us
         if limit.window is Window.FIXED:
             return slot_start_us(slot_id(now_us - now_us % period_us, limit.exponent))

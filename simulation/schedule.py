@@ -8,14 +8,14 @@ from functools import partial
 from itertools import permutations
 from random import Random
 
-from simulation.cluster import Cluster
+from ratelimit_sidecar.replication.wire import Reason
+from simulation.clock import clocks_off
 from simulation.loop import MS, SECOND_US
-from simulation.network import Way
+from simulation.network import Way, Ways
+from simulation.watched import Watched
 from simulation.workload import Demand, Request, RulesEditions, draw_rules
 
-from ratelimit_sidecar.replication.wire import Reason
-
-Action = Callable[[Cluster], None]
+Action = Callable[[Watched], None]
 
 MAX_FAULTS = 6
 """In ten seconds; more in a longer run."""
@@ -37,7 +37,7 @@ class Schedule:
     nodes: str
     for_us: int
     editions: RulesEditions
-    ways: dict[tuple[str, str], Way]
+    ways: Ways
     dials: dict[str, str]
     system_ahead_us: dict[str, int]
     window_bytes: int
@@ -46,15 +46,15 @@ class Schedule:
     allowed_errors: set[Reason] = field(default_factory=set)
     clocks_agree: bool = True
 
-    def cluster(self, trace: Callable[[str], None] | None = None) -> Cluster:
+    def cluster(self, trace: Callable[[str], None] | None = None) -> Watched:
         """A cluster to which all of this will happen when it runs."""
-        cluster = Cluster(
+        cluster = Watched(
             self.seed,
             self.nodes,
             self.editions,
             ways=self.ways,
             dials=self.dials,
-            system_ahead_us=dict(self.system_ahead_us),
+            system_ahead_us=self.system_ahead_us,
             window_bytes=self.window_bytes,
             trace=trace,
         )
@@ -77,7 +77,7 @@ def draw_schedule(seed: int, nodes: str, for_us: int) -> Schedule:
         editions,
         ways=_draw_ways(draw, nodes),
         dials=_draw_dials(draw, nodes),
-        system_ahead_us=_draw_clocks(draw, nodes),
+        system_ahead_us=clocks_off(draw, nodes, draw.choice((0, 0, 20 * MS, MAX_AHEAD_US))),
         window_bytes=draw.choice((1 << 16, 1 << 16, 1 << 12)),
         demand=list(Demand(draw, editions.second).over(nodes, for_us)),
     )
@@ -97,12 +97,12 @@ def draw_schedule(seed: int, nodes: str, for_us: int) -> Schedule:
     return schedule
 
 
-def _happen(cluster: Cluster, text: str, action: Action) -> None:
+def _happen(cluster: Watched, text: str, action: Action) -> None:
     cluster.tell(f"*** {text}")
     action(cluster)
 
 
-def _draw_ways(draw: Random, nodes: str) -> dict[tuple[str, str], Way]:
+def _draw_ways(draw: Random, nodes: str) -> Ways:
     least_us, most_us = draw.choice(((MS, 2 * MS), (5 * MS, 80 * MS), (40 * MS, 40 * MS), (70 * MS, 200 * MS)))
     jitter_us = draw.choice((0, 0, 5 * MS, 60 * MS))
     loss = draw.choice((0.0, 0.0, 0.005, 0.03))
@@ -114,11 +114,6 @@ def _draw_dials(draw: Random, nodes: str) -> dict[str, str]:
     if draw.random() < 0.5:
         return {name: nodes.replace(name, "") for name in nodes}
     return {name: nodes[index + 1 :] for index, name in enumerate(nodes)}
-
-
-def _draw_clocks(draw: Random, nodes: str) -> dict[str, int]:
-    most_us = draw.choice((0, 0, 20 * MS, MAX_AHEAD_US))
-    return {name: draw.randint(-most_us, most_us) for name in nodes}
 
 
 # Each of these draws one kind of fault, and yields what happens and when.
@@ -237,22 +232,22 @@ def _later(draw: Random, begin_us: int) -> int:
     return begin_us + draw.choice((0, 500 * MS, 3 * SECOND_US)) + draw.randrange(SECOND_US)
 
 
-def _cut_way(source: str, target: str, cluster: Cluster) -> None:
+def _cut_way(source: str, target: str, cluster: Watched) -> None:
     cluster.network.cut(source, target)
 
 
-def _heal_way(source: str, target: str, cluster: Cluster) -> None:
+def _heal_way(source: str, target: str, cluster: Watched) -> None:
     cluster.network.heal(source, target)
 
 
-def _start(name: str, cluster: Cluster) -> None:
+def _start(name: str, cluster: Watched) -> None:
     if not cluster.nodes[name].is_up:
         cluster.start(name)
 
 
-def _set_read(name: str, read_us: int, cluster: Cluster) -> None:
+def _set_read(name: str, read_us: int, cluster: Watched) -> None:
     cluster.nodes[name].read_us = read_us
 
 
-def _set_clock(name: str, ahead_us: int, cluster: Cluster) -> None:
+def _set_clock(name: str, ahead_us: int, cluster: Watched) -> None:
     cluster.set_clock(name, ahead_us)

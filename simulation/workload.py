@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
-
-from simulation.loop import SECOND_US
 
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from simulation.loop import MS, SECOND_US
 
 DOMAIN = "api"
+
+WAIT_US = 250 * MS
 
 TOKEN_RULES = ("user", "team", "late")
 """Eventual token buckets. `late` is there in the second edition of the rules only."""
@@ -80,17 +81,23 @@ def _editions(first: Mapping[str, AnyLimit], second: Mapping[str, AnyLimit]) -> 
     for rule, limit in second.items():
         before = first.get(rule, limit)
         if isinstance(limit, Limit) and isinstance(before, Limit):
-            rate = max(each.tokens * SECOND_US // each.period_us for each in (limit, before))
-            most[rule] = per_second(rate, max(limit.capacity, before.capacity))
+            fastest = max(limit, before, key=lambda each: each.tokens / each.period_us)
+            most[rule] = replace(fastest, capacity=max(limit.capacity, before.capacity))
             exponent[rule] = max(limit.exponent, before.exponent)
     return RulesEditions(rules_of(first), rules_of(second), most, exponent)
 
 
 def rules_of(limits: Mapping[str, AnyLimit]) -> Rules:
-    """A limit for each value of each of these keys; `plan` is strict, `pod` is local."""
+    """A limit for each value of each of these keys; `plan` is strict and has requests wait, `pod` is local."""
     consistency = {"plan": Consistency.STRICT, "pod": Consistency.LOCAL}
     rules = [
-        Rule(name, limit, consistency=consistency.get(name, Consistency.EVENTUAL)) for name, limit in limits.items()
+        Rule(
+            name,
+            limit,
+            consistency=consistency.get(name, Consistency.EVENTUAL),
+            wait_us=WAIT_US if name == "plan" else 0,
+        )
+        for name, limit in limits.items()
     ]
     return Rules({DOMAIN: RuleNode(key_only={rule.name: RuleNode(rule) for rule in rules})})
 

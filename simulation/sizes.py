@@ -25,16 +25,14 @@ def entries_in(*roots: object) -> int:
     while stack:
         found = stack.pop()
         kind = type(found)
-        if issubclass(kind, _CONTAINERS):
+        if isinstance(found, _CONTAINERS):
             if id(found) in seen:
                 continue
             seen.add(id(found))
             total += len(found)
-            if issubclass(kind, dict):
-                stack.extend(found.keys())
+            stack.extend(found)
+            if isinstance(found, dict):
                 stack.extend(found.values())
-            else:
-                stack.extend(found)
         elif kind.__module__.startswith(_OWN_MODULE) and id(found) not in seen:
             seen.add(id(found))
             stack.extend(_attributes(found))

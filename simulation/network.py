@@ -13,15 +13,15 @@ written, and applied, in steps (`replication/pace.py`), and anything may happen 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from random import Random
 from typing import TYPE_CHECKING
 
-from simulation.loop import MS, SECOND_US, Loop
-
 from ratelimit_sidecar.replication.carrier import WRITE_SECONDS
 from ratelimit_sidecar.replication.stream import Stream
+from simulation.loop import MS, SECOND_US, Loop
 
 if TYPE_CHECKING:
     from simulation.node import Node
@@ -45,7 +45,7 @@ class Way:
     Args:
         delay_us: of every frame.
         jitter_us: up to so much more.
-        loss: the part of frames that is lost on the first try.
+        loss: the part of frames that is lost, on each try.
     """
 
     delay_us: int = 20 * MS
@@ -53,37 +53,68 @@ class Way:
     loss: float = 0.0
     is_cut: bool = False
     cut_since_us: int = 0
+    longest_us: int = 0
+    """That anything was on it, or behind what was, while it was not cut."""
+
+
+Ways = Mapping[tuple[str, str], Way]
+"""By (from, to)."""
+
+
+def between(names: Sequence[str], delay_us: int = 20 * MS, jitter_us: int = 0, loss: float = 0.0) -> Ways:
+    """Ways that are all alike, from each of the nodes to each other one."""
+    return {pair: Way(delay_us, jitter_us, loss) for pair in permutations(names, 2)}
 
 
 @dataclass(slots=True)
 class Network:
     """Args:
     random: for delays and losses.
-    ways: by (from, to).
     window_bytes: of a connection, each way; gRPC's flow control window is 64 KiB to begin with.
+    is_proven: nodes show certificates to each other.
     """
 
     loop: Loop
     random: Random
-    ways: dict[tuple[str, str], Way]
+    ways: Ways
     window_bytes: int = 1 << 16
+    is_proven: bool = False
     ends: list[End] = field(default_factory=list)
     """Of connections that are open at one end at least."""
-    longest_us: int = 0
-    """What any frame has taken, the time aside that a way was cut or a reader slow."""
-
-    def way(self, source: str, target: str) -> Way:
-        return self.ways[source, target]
+    _messages: dict[tuple[str, str], deque[tuple[int, Callable[[], None]]]] = field(default_factory=dict)
+    """What `send` was given and has not arrived, with when it will."""
 
     def draw_delay_us(self, source: str, target: str) -> int:
         way = self.ways[source, target]
         delay_us = way.delay_us
         if way.jitter_us:
             delay_us += int(self.random.random() * way.jitter_us)
-        if way.loss and self.random.random() < way.loss:
+        while way.loss and self.random.random() < way.loss:
             delay_us += max(RETRANSMIT_US, 5 * way.delay_us // 2)
-        self.longest_us = max(self.longest_us, delay_us)
         return delay_us
+
+    def arrival_us(self, source: str, target: str, last_us: int) -> int:
+        """When what is sent now arrives, if the way is not cut.
+
+        Args:
+            last_us: when that arrives behind which it waits.
+        """
+        way, now_us = self.ways[source, target], self.loop.now_us
+        arrives_us = max(last_us, now_us + self.draw_delay_us(source, target))
+        way.longest_us = max(way.longest_us, arrives_us - now_us)
+        return arrives_us
+
+    def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+        """Call `deliver` when a message arrives. For what is simpler than a sidecar: its connection never ends."""
+        messages = self._messages.setdefault((source, target), deque())
+        arrives_us = self.arrival_us(source, target, messages[-1][0] if messages else 0)
+        messages.append((arrives_us, deliver))
+        self.loop.at(arrives_us, self._arrive, source, target)
+
+    def _arrive(self, source: str, target: str) -> None:
+        messages = self._messages[source, target]
+        while messages and messages[0][0] <= self.loop.now_us and not self.is_cut(source, target):
+            messages.popleft()[1]()
 
     def is_cut(self, source: str, target: str) -> bool:
         return self.ways[source, target].is_cut
@@ -101,6 +132,8 @@ class Network:
         if not way.is_cut:
             return
         way.is_cut = False
+        if (source, target) in self._messages:
+            self.loop.after(way.delay_us, self._arrive, source, target)
         longest_us = min(self.loop.now_us - way.cut_since_us, MAX_RESUME_US)
         for end in self.ends:
             if end.owner.name == target and end.other.owner.name == source:
@@ -166,7 +199,12 @@ class End:
         self._is_due = False
         self._is_pump_due = True
         self.stream = Stream(
-            owner.replicator, address, is_dialled=is_dialled, wake=self.pump_soon, now_us=owner.clock.now_us()
+            owner.replicator,
+            address,
+            is_dialled=is_dialled,
+            wake=self.pump_soon,
+            now_us=owner.clock.now_us(),
+            is_proven=network.is_proven,
         )
         self._is_pump_due = False
 
@@ -216,8 +254,8 @@ class End:
 
     def _send(self, raw: bytes | None) -> None:
         network, other = self.network, self.other
-        delay_us = network.draw_delay_us(self.owner.name, other.owner.name)
-        other._arrives_us = arrives_us = max(other._arrives_us, network.loop.now_us + delay_us)
+        arrives_us = network.arrival_us(self.owner.name, other.owner.name, other._arrives_us)
+        other._arrives_us = arrives_us
         other.inbox.append((arrives_us, raw))
         if raw is not None:
             other.inbox_bytes += len(raw)

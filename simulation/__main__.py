@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 import click
+
 from simulation.oracles import BrokenPromise
 from simulation.run import failure_of, replay, run_seed
 

@@ -1,8 +1,7 @@
 """What is promised, checked from outside: by true time, and by all that every node has admitted.
 
 Each oracle is told of every admission when it happens, and raises `BrokenPromise` at the first that should not have
-been. A bucket that is charged with everything and refuses nothing has, as its greatest deficit above the capacity, what
-was admitted beyond `capacity + rate * T` in some interval (docs/simulation.md).
+been.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.store import Store
+from simulation.textbook import TextbookBucket
 
-Boundary = Callable[[bytes], int]
+Boundary = Callable[[bytes, int], int]
 
 
 class BrokenPromise(AssertionError):
@@ -29,50 +29,40 @@ def held(bucket: Bucket | None, origin: Origin, slot: int) -> int:
     return 0 if slots is None else slots.get(slot, 0)
 
 
-@dataclass(slots=True)
 class StrictOracle:
     """P5: all replicas together never admit more than the limit in any interval."""
 
-    name: str
-    limit: Limit
-    deficit: int = 0
-    at_us: int = 0
+    def __init__(self, name: str, limit: Limit) -> None:
+        self._name = name
+        self._bucket = TextbookBucket(limit)
 
     def admitted(self, hits: int, true_us: int) -> None:
-        drained = self.deficit - (true_us - self.at_us) * self.limit.tokens
-        self.deficit = max(0, drained) + hits * self.limit.period_us
-        self.at_us = true_us
-        if self.deficit > self.limit.ceiling:
-            over = -((self.limit.ceiling - self.deficit) // self.limit.period_us)
-            raise BrokenPromise(f"strict: {over} tokens of {self.name} were admitted beyond {self.limit}")
+        limit = self._bucket.limit
+        over = self._bucket.charge(true_us, hits)
+        if over > 0:
+            raise BrokenPromise(
+                f"strict: {-(-over // limit.period_us)} tokens of {self._name} were admitted beyond {limit}"
+            )
 
 
-@dataclass(slots=True)
 class LocalOracle:
     """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node, until that is set
     back: then it stands still for a while."""
 
-    name: str
-    limit: Limit
-    deficit: int = 0
-    at_us: int = 0
-
-    was_set_back: bool = False
+    def __init__(self, name: str, limit: Limit) -> None:
+        self._name = name
+        self._bucket = TextbookBucket(limit)
+        self._latest_us: int | None = 0
 
     def decided(self, hits: int, own_us: int, *, admitted: bool) -> None:
-        self.was_set_back |= own_us < self.at_us
-        if self.was_set_back:
+        if self._latest_us is None or own_us < self._latest_us:
+            self._latest_us = None
             return
-        self.deficit = max(0, self.deficit - (own_us - self.at_us) * self.limit.tokens)
-        self.at_us = own_us
-        charge = hits * self.limit.period_us
-        if admitted is not (self.deficit + charge <= self.limit.ceiling):
-            raise BrokenPromise(f"local: {self.name} {'admitted' if admitted else 'denied'} {hits} at {own_us}")
-        if admitted:
-            self.deficit += charge
+        self._latest_us = own_us
+        if admitted is not self._bucket.take(own_us, hits):
+            raise BrokenPromise(f"local: {self._name} {'admitted' if admitted else 'denied'} {hits} at {own_us}")
 
 
-@dataclass(slots=True)
 class EventualOracle:
     """P3: beyond the limit only what others had admitted and not yet delivered to whoever admitted last.
 
@@ -81,47 +71,44 @@ class EventualOracle:
             of one, or all of it where the limit has changed.
     """
 
-    name: str
-    limit: Limit
-    exponent: int
-    deficit: int = 0
-    at_us: int = 0
-    taken: dict[tuple[Origin, int], int] = field(default_factory=dict)
-    """By origin and slot, all that was admitted."""
-    since: dict[tuple[Origin, int], int] = field(default_factory=dict)
-    """The same, since the deficit was last zero: what came before can not matter."""
-    overshoots: int = 0
-    """Admissions beyond the limit."""
+    def __init__(self, name: str, limit: Limit, exponent: int) -> None:
+        self.overshoots = 0
+        """Admissions beyond the limit."""
+        self._name = name
+        self._bucket = TextbookBucket(limit)
+        self._exponent = exponent
+        self._taken: dict[tuple[Origin, int], int] = {}
+        """By origin and slot, all that was admitted."""
+        self._since: dict[tuple[Origin, int], int] = {}
+        """The same, since the deficit was last zero: what came before can not matter."""
 
     def admitted(self, bucket: Bucket, hits: int, true_us: int, spread_us: int) -> None:
         """Args:
         bucket: as the node that admits sees it, just after.
         spread_us: by how much any two clocks have differed at any two moments.
         """
-        drained = self.deficit - (true_us - self.at_us) * self.limit.tokens
-        if drained <= 0:
-            drained = 0
-            self.since.clear()
-        self.deficit = drained + hits * self.limit.period_us
-        self.at_us = true_us
+        self._bucket.drain(true_us)
+        if not self._bucket.deficit:
+            self._since.clear()
         place = (bucket.origin, bucket._own_slot)
-        self.taken[place] = bucket._own_tokens
-        self.since[place] = self.since.get(place, 0) + hits
-        over = self.deficit - self.limit.ceiling
-        if over > 0:
-            self.overshoots += 1
-            unheard = sum(
-                min(tokens, self.taken[origin, slot] - held(bucket, origin, slot))
-                for (origin, slot), tokens in self.since.items()
-                if origin != bucket.origin
+        self._taken[place] = bucket._own_tokens
+        self._since[place] = self._since.get(place, 0) + hits
+        over = self._bucket.charge(true_us, hits)
+        if over <= 0:
+            return
+        self.overshoots += 1
+        unheard = sum(
+            min(tokens, self._taken[origin, slot] - held(bucket, origin, slot))
+            for (origin, slot), tokens in self._since.items()
+            if origin != bucket.origin
+        )
+        limit = self._bucket.limit
+        allowed = unheard * limit.period_us + limit.tokens * ((1 << self._exponent) + spread_us)
+        if over > allowed:
+            raise BrokenPromise(
+                f"eventual: {over / limit.period_us:.2f} tokens of {self._name} were admitted by {bucket.origin.node}"
+                f" beyond {limit}; {unheard} it had not heard of explain {allowed / limit.period_us:.2f}"
             )
-            allowed = unheard * self.limit.period_us + self.limit.tokens * ((1 << self.exponent) + spread_us)
-            if over > allowed:
-                period_us = self.limit.period_us
-                raise BrokenPromise(
-                    f"eventual: {over / period_us:.2f} tokens of {self.name} were admitted by {bucket.origin.node}"
-                    f" beyond {self.limit}; {unheard} it had not heard of explain {allowed / period_us:.2f}"
-                )
 
 
 @dataclass(slots=True)
@@ -149,7 +136,7 @@ class LagWatch:
             _, key, slot, count = taken[index]
             if held(store.get(key), origin, slot) < count:
                 end_us = slot_end_us(slot)
-                if all(end_us > boundary_us(key) for boundary_us in boundaries_us):
+                if all(end_us > boundary_us(key, slot) for boundary_us in boundaries_us):
                     break
             index += 1
         self.applied[name] = index

@@ -1,4 +1,4 @@
-"""Virtual time: what happens, in the order of its instant and, at one instant, of being asked for."""
+"""Virtual time: what happens, in the order of its instant."""
 
 from __future__ import annotations
 
@@ -14,21 +14,36 @@ START_US = 1_790_000_000_000_000
 
 
 class Loop:
-    def __init__(self) -> None:
+    """Args:
+    order: gives numbers, in whose order is done what is due at one instant; by default in that of being asked for.
+    """
+
+    def __init__(self, order: Callable[[], int] | None = None) -> None:
         self.now_us = START_US
         """True time. Nodes only see their clocks."""
         self._actions: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
-        self._order = count()
+        self._order = order or count().__next__
         self._soon: deque[Callable[[], None]] = deque()
 
     def at(self, time_us: int, action: Callable[..., None], *args: object) -> None:
         """Args:
         time_us: not before now.
         """
-        heapq.heappush(self._actions, (time_us, next(self._order), action, args))
+        heapq.heappush(self._actions, (time_us, self._order(), action, args))
 
     def after(self, delay_us: int, action: Callable[..., None], *args: object) -> None:
         self.at(self.now_us + delay_us, action, *args)
+
+    def every(self, period_us: int, action: Callable[[], None], first_us: int = 0) -> None:
+        """Args:
+        first_us: how long until the first time.
+        """
+
+        def run() -> None:
+            action()
+            self.after(period_us, run)
+
+        self.after(first_us, run)
 
     def soon(self, action: Callable[[], None]) -> None:
         """At this instant, when the action that runs now is done: as an event loop runs a task that was woken."""

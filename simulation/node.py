@@ -6,21 +6,16 @@ product's own code.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from replication.builders import done
-from simulation.clock import NodeClock
-from simulation.loop import MS, SECOND_US
-from simulation.network import STEP_US, End
-
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.rules import Consistency, Rules
 from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import (
@@ -36,6 +31,11 @@ from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import Reason
+from simulation.clock import NodeClock
+from simulation.loop import MS, SECOND_US
+from simulation.network import STEP_US, End
+from simulation.steps import done
+from simulation.workload import DOMAIN
 
 if TYPE_CHECKING:
     from simulation.cluster import Cluster
@@ -44,7 +44,6 @@ FLUSH_US = int(FLUSH_SECONDS * SECOND_US)
 CHECK_TIME_TICKS = int(CHECK_TIME_SECONDS / FLUSH_SECONDS)
 SLEW_TICKS = int(1 / FLUSH_SECONDS)
 LOOK_TICKS = SLEW_TICKS // 2
-MEMORY_TICKS = 2 * SLEW_TICKS
 SWEEP_BUCKETS = 1_000
 """In a second; `app.py` does as much in steps of 10 ms."""
 
@@ -74,7 +73,7 @@ class Node:
         *,
         system_ahead_us: int,
         rules: Rules,
-        targets: str,
+        targets: Sequence[str],
         membership: Membership,
     ) -> None:
         draw = cluster.random
@@ -91,12 +90,12 @@ class Node:
         self.read_us = 0
         """What it needs to read a frame: slow when it is much."""
         self.ends: list[End] = []
-        self.protocol_errors: Counter[str] = Counter()
         now_us = self.clock.now_us()
         self.origin = Origin(name, draw.getrandbits(63) + 1)
 
         shares = Shares(membership, name, now_us)
         self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, rule_key=rule_key)
+        self.ledger.lines.on_ended = lambda: cluster.loop.soon(self._let_out)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
         self.purses = Purses(self.ledger, self.clock.strict_us)
@@ -106,7 +105,7 @@ class Node:
         self._targets = {target: _Target(target) for target in targets}
         self._jobs: dict[str, Iterator[None]] = {}
         """Those under way: the next of a kind is begun when the one before has ended."""
-        self._ticks = draw.randrange(SLEW_TICKS)
+        self.ticks = draw.randrange(SLEW_TICKS)
         cluster.loop.after(draw.randrange(FLUSH_US), self._tick)
         for target in self._targets.values():
             cluster.loop.after(draw.randrange(20 * MS), self._dial, target)
@@ -120,8 +119,25 @@ class Node:
         """True when a request of now is answered now."""
         return self.is_up and not self.is_draining and self.cluster.loop.now_us >= self.resumes_us
 
-    def decide(self, request: bytes) -> bytes:
-        return self.limiter.decide(request, self.clock.now_us())
+    def bucket(self, value: str, key: str = "user") -> Bucket:
+        """That of a descriptor, as a request would find it."""
+        found = self.limiter.rules.match(DOMAIN, [(key, value)])
+        assert found is not None
+        assert found.rule.limit is not None
+        is_replicated = found.rule.consistency is not Consistency.LOCAL
+        return self.store.bucket(found.bucket_key, found.rule.limit, self.now_us, replicated=is_replicated)
+
+    def decide(self, request: bytes, answer: Callable[[bytes], None]) -> None:
+        """Answer now, or when the request has waited; of the clients of those some give up."""
+        loop, draw = self.cluster.loop, self.cluster.random
+        decided = self.limiter.decide_or_wait(request, self.clock.now_us())
+        if not isinstance(decided, Waiting):
+            answer(decided)
+            return
+        decided.on_end = lambda: answer(decided.result())
+        loop.after(decided.wait_us, self._end_wait, decided, Outcome.EXPIRED)
+        if draw.random() < self.cluster.give_up:
+            loop.after(draw.randrange(decided.wait_us), self._end_wait, decided, Outcome.CANCELLED)
 
     def use_rules(self, rules: Rules) -> None:
         """Decide by other rules from now on."""
@@ -148,6 +164,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
+        self.ledger.lines.close()
         done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
@@ -157,6 +174,19 @@ class Node:
         if target is not None:
             lasted = self.cluster.loop.now_us - target.dialled_us >= LASTING_SECONDS * SECOND_US
             self._dial_again(target, lasted=lasted)
+
+    def _end_wait(self, waiting: Waiting, outcome: Outcome) -> None:
+        if self.cluster.loop.now_us < self.resumes_us:
+            self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
+        elif self.is_up:
+            self.ledger.lines.leave(waiting, outcome, self.clock.strict_us())
+
+    def _let_out(self) -> None:
+        ended = self.ledger.lines.ended
+        while ended:
+            waiting = ended.popleft()
+            if waiting.outcome is not Outcome.CANCELLED and waiting.on_end is not None:
+                waiting.on_end()
 
     def _resume(self) -> None:
         if self.is_up and self.cluster.loop.now_us >= self.resumes_us:
@@ -176,19 +206,16 @@ class Node:
             if name not in self._jobs:
                 self._jobs[name] = begin(now_us)
                 self._do(name)
-        self._ticks = ticks = self._ticks + 1
+        self.ticks = ticks = self.ticks + 1
         if not ticks % CHECK_TIME_TICKS:
             for end in list(self.ends):
                 end.check_time()
-        if not ticks % LOOK_TICKS:
-            self.cluster.look(self)
         if not ticks % SLEW_TICKS:
             self.store.sweep(now_us, SWEEP_BUCKETS)
             self.ledger.sweep(self.clock.strict_us(), SWEEP_BUCKETS)
             self._slew()
-            self.cluster.note_clock(self)
-        if not ticks % MEMORY_TICKS:
-            self.cluster.look_at_memory(self)
+        if not ticks % LOOK_TICKS:
+            self.cluster.look(self)
         loop.after(FLUSH_US, self._tick)
 
     def _do(self, name: str) -> None:

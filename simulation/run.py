@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 from unittest.mock import patch
 
-from simulation.cluster import Cluster, stable_order
+from ratelimit_sidecar.replication import pace
+from simulation.cluster import stable_order
 from simulation.loop import MS, SECOND_US
 from simulation.network import MAX_RESUME_US
 from simulation.oracles import BrokenPromise
 from simulation.schedule import Schedule, draw_schedule
+from simulation.watched import Watched
 from simulation.workload import request
-
-from ratelimit_sidecar.replication import pace
 
 CONVERGE_US = 10 * SECOND_US
 """So long after everything is healed, without demand, all nodes hold the same (P1)."""
@@ -45,6 +45,7 @@ class Outcome:
     admitted: int
     drains: int
     payments: int
+    served: int
     overshoots: int
     converged_us: int
 
@@ -60,7 +61,7 @@ def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[st
         schedule = draw_schedule(seed, ascii_lowercase[:nodes], int(seconds * SECOND_US))
         cluster = schedule.cluster(trace)
         cluster.run(schedule.for_us)
-        cluster.heal()
+        cluster.heal_all()
         converged_us = run_until_equal(cluster, CONVERGE_US if schedule.clocks_agree else CONVERGE_WRONG_CLOCKS_US)
         cluster.check_levels()
         _probe(cluster, schedule)
@@ -70,9 +71,10 @@ def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[st
             cluster.digest,
             cluster.frames,
             cluster.decisions,
-            cluster.admitted,
+            cluster.admitted.total(),
             cluster.drains,
             cluster.payments,
+            cluster.served,
             cluster.overshoots,
             converged_us,
         )
@@ -82,7 +84,7 @@ def replay(seed: int, nodes: int = 3, seconds: float = 10) -> str:
     """The command that shows what happens in a run."""
     options = f" --nodes {nodes}" if nodes != 3 else ""
     options += f" --virtual-seconds {seconds:g}" if seconds != 10 else ""
-    return f"PYTHONPATH=tests python -m simulation --seed {seed}{options} --trace"
+    return f"python -m simulation --seed {seed}{options} --trace"
 
 
 def failure_of(error: Exception) -> str:
@@ -92,7 +94,7 @@ def failure_of(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def run_until_equal(cluster: Cluster, within_us: int = CONVERGE_US) -> int:
+def run_until_equal(cluster: Watched, within_us: int = CONVERGE_US) -> int:
     """Run until all nodes are connected and hold the same.
 
     Returns:
@@ -110,7 +112,7 @@ def run_until_equal(cluster: Cluster, within_us: int = CONVERGE_US) -> int:
         cluster.run(LOOK_US)
 
 
-def _probe(cluster: Cluster, schedule: Schedule) -> None:
+def _probe(cluster: Watched, schedule: Schedule) -> None:
     cluster.run(MAX_RESUME_US)
     for node in cluster.live:
         cluster.take(node.name, request(schedule.editions.second, 1, ("user", f"probe of {node.name}")))
