@@ -47,8 +47,9 @@ RESUME_MARGIN_US: Final = 2_000_000
 own clocks, and were heard of a while after they were written."""
 
 MAX_UNACKNOWLEDGED: Final = 32
-"""Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
-back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
+"""The most batches on their way, 2 MiB at worst. One every 20 ms fills them in 640 ms, longer than a round trip between
+any two places on Earth, so a flush does not wait for an acknowledgement. Hurried flushes, 2 ms apart, fill them in 64
+ms: on longer round trips changes then wait, and share a batch."""
 
 
 @dataclass(slots=True)
