@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
 
 FEW_TOKENS: Final = 8 * TOKEN
@@ -62,7 +62,7 @@ class Ledger:
         self.room = Room(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
-        self.lines = Lines()
+        self.queues = WaitQueues()
         self._origin = origin
         self._all = UntrackedDict[Paying]()
         self._active: deque[StrictBucket] = deque()
@@ -193,7 +193,7 @@ class Ledger:
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
-            if bucket.home < FEW_TOKENS and bucket.key in self.lines.by_key:
+            if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
                 askable = {}
             for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
@@ -229,20 +229,20 @@ class Ledger:
         """
         paying = self._all[key]
         is_right = paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
-        line = self.lines.by_key.get(key)
-        if line is not None:
-            line.serve(now_us, SERVED_AT_ONCE)
+        queue = self.queues.by_key.get(key)
+        if queue is not None:
+            queue.serve(now_us, SERVED_AT_ONCE)
         return is_right
 
     def wait(self, key: bytes, waiting: Waiting, now_us: int) -> bool:
-        """Let a request wait for tokens of the bucket with that key; see `Lines.join`."""
-        return self.lines.join(self._all[key], waiting, now_us)
+        """Let a request wait for tokens of the bucket with that key; see `WaitQueues.join`."""
+        return self.queues.join(self._all[key], waiting, now_us)
 
     def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
-        """Take the ticket that a peer has sent for a wish; see `Line.accept`."""
-        line = self.lines.by_key[wish.key]
-        most = self.shares.most(wish.peer, wish.key, line.paying.bucket.limit.capacity)
-        return line.accept(number, wish, ticket, most, now_us)
+        """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
+        queue = self.queues.by_key[wish.key]
+        most = self.shares.most(wish.peer, wish.key, queue.paying.bucket.limit.capacity)
+        return queue.accept(number, wish, ticket, most, now_us)
 
     def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
         """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.
@@ -263,8 +263,8 @@ class Ledger:
             self.bucket(key, limit, now_us)
         except StoreFull:
             return None
-        line = self.lines.by_key.get(key)
-        if line is not None and len(line):
+        queue = self.queues.by_key.get(key)
+        if queue is not None and len(queue):
             return Ticket(0, 0)
         ticket = self._all[key].ticket(number, tokens, now_us)
         if ticket.tokens:
@@ -301,7 +301,7 @@ class Ledger:
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
-            if not bucket.is_active and bucket.key not in self.lines.by_key and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1

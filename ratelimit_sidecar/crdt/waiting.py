@@ -1,8 +1,8 @@
 """Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf. Safety does not depend
 on this file: `strict.py` says what a ticket is.
 
-A request that finds its bucket short may wait, if peers are believed to have as many tokens as those that wait in its
-`Line` need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is served
+A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
+in the queue need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is served
 first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken before.
 """
 
@@ -70,7 +70,7 @@ class Waiting:
         self.since_us = 0
         self.number = 0
         """Counts up, over all buckets."""
-        self.line: Line | None = None
+        self.queue: WaitQueue | None = None
         """In which it waits."""
         self._decide = decide
         self._answer = b""
@@ -104,13 +104,13 @@ class Waiting:
         return answer
 
     def decide(self, outcome: Outcome, now_us: int) -> None:
-        """End the wait. It has left its line."""
+        """End the wait. It has left its queue."""
         self.outcome = outcome
         if outcome is not Outcome.CANCELLED:
             try:
                 self._answer = self._decide(now_us)
             except Exception as failure:
-                # For whoever asks for the result: the next in line must be served all the same.
+                # For whoever asks for the result: the next one must be served all the same.
                 self._failure = failure
 
 
@@ -123,7 +123,7 @@ class Wish(NamedTuple):
     at_us: int
 
 
-class Line:
+class WaitQueue:
     """The requests that wait for one bucket, in order of arrival, and what is wished for.
 
     Args:
@@ -163,15 +163,15 @@ class Line:
         return self.hits + hits <= self._hope + self.paying.bucket.remaining
 
     def join(self, waiting: Waiting, now_us: int) -> None:
-        waiting.since_us, waiting.line = now_us, self
+        waiting.since_us, waiting.queue = now_us, self
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
     def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
         """End its wait; nothing if that is over."""
-        if waiting.line is not self:
+        if waiting.queue is not self:
             return
-        waiting.line = None
+        waiting.queue = None
         del self._waiting[waiting]
         self.hits -= waiting.hits
         waiting.decide(outcome, now_us)

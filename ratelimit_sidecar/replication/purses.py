@@ -185,12 +185,12 @@ class Purses:
             for peer, outbox in outboxes.items()
             if outbox.has_tickets and len(outbox.wished) + most <= MAX_OPEN and self.ledger.shares.is_member(peer)
         ]
-        wishes = self.ledger.lines.tick(peers, now_us, most, MAX_KEY_BYTES)
+        wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.lines.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
+                self.ledger.queues.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
@@ -202,7 +202,7 @@ class Purses:
             if now_us - wish.at_us <= TICKET_US:
                 return
             del outbox.wished[number]
-            self.ledger.lines.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.
@@ -303,7 +303,7 @@ class Purses:
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
         for number, wish in outbox.wished.items():
-            self.ledger.lines.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
         outbox.wished.clear()
 
 
