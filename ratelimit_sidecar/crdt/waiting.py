@@ -2,8 +2,9 @@
 on this file: `strict.py` says what a ticket is.
 
 A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
-in the queue need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is served
-first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken before.
+in the queue need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is
+served first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken
+before.
 """
 
 from __future__ import annotations
