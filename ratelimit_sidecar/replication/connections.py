@@ -52,7 +52,7 @@ class Connections:
         self._on_change = on_change
 
     def find(self, link: Link, own: Origin, origin: Origin, now_us: int) -> Peer:
-        """The peer that says on a new stream that it is `origin`.
+        """The peer of a new stream, which says that it is `origin`; closes older streams that must make way for it.
 
         Raises:
             ProtocolError: it is refused.
