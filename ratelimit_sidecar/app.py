@@ -204,7 +204,7 @@ class Sidecar:
             self._latency,
             self._tracing.tracer,
             waits_for_rules=waits_for_rules,
-            waits=None if self._limiter.ledger is None else Waits(self._limiter.ledger.lines, self._strict_us),
+            waits=None if self._limiter.ledger is None else Waits(self._limiter.ledger.queues, self._strict_us),
         )
         ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
         services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
@@ -331,7 +331,7 @@ class Sidecar:
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
                 quota_places=self._quotas.places,
-                waits=None if self._limiter.ledger is None else self._limiter.ledger.lines,
+                waits=None if self._limiter.ledger is None else self._limiter.ledger.queues,
             )
         )
 
@@ -444,7 +444,7 @@ class Sidecar:
                 await self._stop.wait()
                 _log.info("draining")
                 if self._limiter.ledger is not None:
-                    self._limiter.ledger.lines.close()
+                    self._limiter.ledger.queues.close()
                 async with asyncio.TaskGroup() as stopping:
                     stopping.create_task(self._front_end.stop())
                     if self._ext_authz is not None:
@@ -487,7 +487,7 @@ class Sidecar:
             return
         try:
             holder = holder_of(ledger.shares.node, ledger.shares.membership)
-            ledger.put_back(await asyncio.to_thread(take_purses, file, holder))
+            ledger.restore(await asyncio.to_thread(take_purses, file, holder))
         except (OSError, BadPurses) as error:
             _log.error("purses_not_restored", file=str(file), reason=str(error))
 

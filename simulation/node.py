@@ -95,7 +95,7 @@ class Node:
 
         shares = Shares(membership, name, now_us)
         self.ledger = Ledger(shares, self.origin, rules.strict_limit_of_key, rule_key=rule_key)
-        self.ledger.lines.on_ended = lambda: cluster.loop.soon(self._let_out)
+        self.ledger.queues.on_ended = lambda: cluster.loop.soon(self._let_out)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
         self.purses = Purses(self.ledger, self.clock.strict_us)
@@ -164,7 +164,7 @@ class Node:
         if self.is_draining:
             return
         self.is_draining = True
-        self.ledger.lines.close()
+        self.ledger.queues.close()
         done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
@@ -179,10 +179,10 @@ class Node:
         if self.cluster.loop.now_us < self.resumes_us:
             self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
         elif self.is_up:
-            self.ledger.lines.leave(waiting, outcome, self.clock.strict_us())
+            self.ledger.queues.leave(waiting, outcome, self.clock.strict_us())
 
     def _let_out(self) -> None:
-        ended = self.ledger.lines.ended
+        ended = self.ledger.queues.ended
         while ended:
             waiting = ended.popleft()
             if waiting.outcome is not Outcome.CANCELLED and waiting.on_end is not None:

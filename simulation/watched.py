@@ -100,7 +100,7 @@ class Watched(Cluster):
     @property
     def served(self) -> int:
         """Requests that those lives have served after a wait."""
-        return sum(node.ledger.lines.counts[Outcome.SERVED] for node in self.live)
+        return sum(node.ledger.queues.counts[Outcome.SERVED] for node in self.live)
 
     def start(self, name: str) -> Node:
         self.tell(f"{name} starts")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ratelimit_sidecar.crdt.granted import GRANT_US, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.granted import GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.paying import PACE_SHIFT, RECENT_US
 from ratelimit_sidecar.crdt.shares import TOKEN
 
@@ -27,8 +27,8 @@ MOST_PACE_US: Final = 1_000_000
 """An account that had too little is asked again when 1/64 of the limit has refilled, or after this."""
 
 
-def wish(bucket: GrantedBucket, now_us: int) -> Wish | None:
-    """What to ask the account for; None when there is no need to call. The caller has advanced the bucket."""
+def needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
+    """What the bucket needs of its account; None when there is no need to call. The caller has advanced the bucket."""
     target = -(-bucket.demand * SOON_US // (1_000_000 * TOKEN))
     if now_us - bucket.denied_us < RECENT_US:
         target = max(target, bucket.short_of)
@@ -47,4 +47,4 @@ def wish(bucket: GrantedBucket, now_us: int) -> Wish | None:
     is_ending = bucket.granted > 0 and bucket.expires_us - now_us < GRANT_US // 2
     if not wanted and held <= 2 * target and not is_ending:
         return None
-    return Wish(wanted, 2 * target)
+    return Needs(wanted, 2 * target)

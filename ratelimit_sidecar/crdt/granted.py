@@ -36,8 +36,8 @@ LEAST_RETRY_US: Final = 100_000
 """The least retry time in answers: two ticks, by which more may have been drawn."""
 
 
-class Wish(NamedTuple):
-    """What is wanted of an account, in whole tokens.
+class Needs(NamedTuple):
+    """What a bucket needs of its account, in whole tokens.
 
     Args:
         wanted: beside what is held.
@@ -77,7 +77,7 @@ class Draw:
         ends: the former grant, all of which ends; 0 when `generation` is not known.
         kept: how much of it goes on, what is spent meanwhile included.
         back: how much of it goes back into the account; `back + kept <= ends` when the generation is known.
-        wanted, room, spared: see `Wish`.
+        wanted, room, spared: see `Needs`.
     """
 
     generation: int
@@ -162,15 +162,15 @@ class GrantedBucket(StrictBucket):
         missing = (hits * self._limit.period_us << 32) - self.level
         return max(LEAST_RETRY_US, -(-missing // (self._limit.tokens << 32))) if missing > 0 else 0
 
-    def draw(self, wish: Wish) -> Draw:
+    def draw(self, needs: Needs) -> Draw:
         """What to call for; the caller has advanced the bucket. What goes back is not here any more."""
         token = self._limit.period_us << 32
         is_known = self.generation >= 0
         ends = self.granted if is_known else 0
-        back = max(0, self.held - wish.most) if is_known else 0
+        back = max(0, self.held - needs.most) if is_known else 0
         self.level -= back * token
         kept = min(self.granted, -(-(max(0, self.level) + self.room_reserved) // token))
-        draw = Draw(self.generation, ends, kept, back, wish.wanted, wish.room, wish.spared)
+        draw = Draw(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)
         # No answer may come.
         self.generation = -1
         self._grant(kept)

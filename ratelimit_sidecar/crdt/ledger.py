@@ -1,4 +1,4 @@
-"""All strict buckets of one replica, and the asks to send to peers.
+"""All strict buckets of one replica, its *purses*, and the asks to send to peers.
 
 A `tick` looks at a bounded number of the buckets that requests used lately. `sweep` drops full buckets without open
 asks; such a bucket has no more tokens when it is created again.
@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
 
 FEW_TOKENS: Final = 8 * TOKEN
@@ -31,7 +31,7 @@ MAX_TICKETS: Final = 8_192
 
 _OBJECTS_OF_PURSE: Final = 3
 _OBJECTS_OF_PEER: Final = 2
-"""That the cycle collector sees, of a bucket and of what it notes of each other member."""
+"""The objects that the cycle collector sees: of a bucket, and of what it notes of each other member."""
 
 
 class _Held(NamedTuple):
@@ -62,7 +62,7 @@ class Ledger:
         self.room = Room(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
-        self.lines = Lines()
+        self.queues = WaitQueues()
         self._origin = origin
         self._all = UntrackedDict[Paying]()
         self._active: deque[StrictBucket] = deque()
@@ -75,7 +75,7 @@ class Ledger:
         self._tickets: OrderedDict[int, _Held] = OrderedDict()
         """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
-        """What purses had when this replica was stopped, by key, until their home is settled: see `put_back`."""
+        """What purses had when this replica was stopped, by key, until their home is settled: see `restore`."""
         self._kept_order: deque[bytes] = deque()
         """Their keys, some of which have been put back. To find the first key of a dict that was emptied from its front
         takes long."""
@@ -102,7 +102,7 @@ class Ledger:
         if paying is None:
             bucket = self._make(key, limit, now_us)
             if self._kept:
-                self._put_back(bucket)
+                self._restore(bucket)
             return bucket
         bucket = paying.bucket
         if bucket.limit is not limit and bucket.limit != limit:
@@ -112,12 +112,12 @@ class Ledger:
             bucket.home_version = self._home_version
             bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
         if self._kept:
-            self._put_back(bucket)
+            self._restore(bucket)
         return bucket
 
     def keep(self) -> Iterator[tuple[bytes, int]]:
-        """By key what each purse has, below 0 what is owed. For the end: whoever takes or pays after it has been asked
-        spends what is kept."""
+        """What each purse has, by key; below 0 what is owed. Call it at a stop, when nothing is taken or paid any more:
+        that would be spent twice."""
         for key, amount in self._kept.items():
             if self.limit_of_key(key) is not None:
                 yield key, amount
@@ -126,14 +126,14 @@ class Ledger:
             if amount and bucket.key not in self._kept:
                 yield bucket.key, amount
 
-    def put_back(self, kept: Mapping[bytes, int]) -> None:
-        """What `keep` told at the end of this replica's life before, and nobody can use any more. A purse gets it when
-        it has a home, and as far as there is room in it."""
+    def restore(self, kept: Mapping[bytes, int]) -> None:
+        """Give purses what `keep` told when this replica was stopped. Each gets it when it has a home, and as far as
+        there is room in it. It must be used once only."""
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
-    def _put_some_back(self, now_us: int, most: int) -> None:
-        """Of the purses that nobody has asked for yet, so that they fill up and are dropped like all others."""
+    def _restore_some(self, now_us: int, most: int) -> None:
+        """Make some of the purses that nobody has used yet, so that they fill up and are dropped like all others."""
         self._look_at_shares(now_us)
         for _ in range(min(most, len(self._kept_order))):
             key = self._kept_order.popleft()
@@ -149,9 +149,9 @@ class Ledger:
                 # Rules may be yet to come.
                 self._kept_order.append(key)
 
-    def _put_back(self, bucket: StrictBucket) -> None:
+    def _restore(self, bucket: StrictBucket) -> None:
         if bucket.ceiling and bucket.key in self._kept:
-            bucket.put_back(self._kept.pop(bucket.key))
+            bucket.restore(self._kept.pop(bucket.key))
 
     def withhold(self, key: bytes, limit: Limit, amount: int, now_us: int) -> int:
         """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.
@@ -193,7 +193,7 @@ class Ledger:
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
-            if bucket.home < FEW_TOKENS and bucket.key in self.lines.by_key:
+            if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
                 askable = {}
             for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
@@ -222,27 +222,27 @@ class Ledger:
         return self._all[key].answer(peer, ask, now_us)
 
     def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
-        """Add a peer's payment for the ask for `key` that is open on that stream end.
+        """Add a peer's payment for the ask for `key` that is open on that stream.
 
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         paying = self._all[key]
         is_right = paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
-        line = self.lines.by_key.get(key)
-        if line is not None:
-            line.serve(now_us, SERVED_AT_ONCE)
+        queue = self.queues.by_key.get(key)
+        if queue is not None:
+            queue.serve(now_us, SERVED_AT_ONCE)
         return is_right
 
     def wait(self, key: bytes, waiting: Waiting, now_us: int) -> bool:
-        """Let a request wait for tokens of the bucket with that key; see `Lines.join`."""
-        return self.lines.join(self._all[key], waiting, now_us)
+        """Let a request wait for tokens of the bucket with that key; see `WaitQueues.join`."""
+        return self.queues.join(self._all[key], waiting, now_us)
 
     def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
-        """Take the ticket that a peer has sent for a wish; see `Line.accept`."""
-        line = self.lines.by_key[wish.key]
-        most = self.shares.most(wish.peer, wish.key, line.paying.bucket.limit.capacity)
-        return line.accept(number, wish, ticket, most, now_us)
+        """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
+        queue = self.queues.by_key[wish.key]
+        most = self.shares.most(wish.peer, wish.key, queue.paying.bucket.limit.capacity)
+        return queue.accept(number, wish, ticket, most, now_us)
 
     def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
         """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.
@@ -263,8 +263,8 @@ class Ledger:
             self.bucket(key, limit, now_us)
         except StoreFull:
             return None
-        line = self.lines.by_key.get(key)
-        if line is not None and len(line):
+        queue = self.queues.by_key.get(key)
+        if queue is not None and len(queue):
             return Ticket(0, 0)
         ticket = self._all[key].ticket(number, tokens, now_us)
         if ticket.tokens:
@@ -285,7 +285,7 @@ class Ledger:
             self.release(number, 0, now_us)
 
     def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
-        """Free the room of the asks for `keys` that were open on that stream end, which is closed."""
+        """Free the room of the asks for `keys` that were open on a stream, which is closed."""
         for key in keys:
             self._all[key].bucket.closed(end, now_us)
 
@@ -296,12 +296,12 @@ class Ledger:
             The number of buckets dropped.
         """
         if self._kept and now_us >= self.shares.from_us:
-            self._put_some_back(now_us, most)
+            self._restore_some(now_us, most)
         dropped = 0
         for _ in range(min(most, len(self._sweep_order))):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
-            if not bucket.is_active and bucket.key not in self.lines.by_key and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
                 dropped += 1

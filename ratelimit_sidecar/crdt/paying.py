@@ -35,7 +35,7 @@ not refill.
 """
 
 FORGET_US: Final = 2_000_000
-"""What a peer had left says nothing of how many tokens it has for requests that wait after this time."""
+"""After this time, what a peer had left does not say any more how many tokens it has for requests that wait."""
 
 RESERVE_SHIFT: Final = 4
 """1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
@@ -81,10 +81,13 @@ class Ticket(NamedTuple):
 
 @dataclass(slots=True)
 class _Peer:
-    """What it had left when it last answered, its demand when it last asked, and when it was last asked.
+    """What is known of a peer.
 
     Args:
         most: the largest that its home can be.
+        left: the amount that it had left when it last answered, at `answered_us`.
+        demand: its demand when it last asked, at `heard_us`.
+        asked_us: when it was last asked.
     """
 
     most: int = 0

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Wish
+from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
@@ -39,21 +39,21 @@ class RegionalBucket(GrantedBucket):
         return super().is_idle(now_us) and all(now_us - at_us >= refilled_us for _, at_us in self._drawn.values())
 
 
-def regional_wish(bucket: GrantedBucket, now_us: int) -> Wish | None:
-    """See `crdt.drawing.wish`."""
+def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
+    """See `crdt.drawing.needs`."""
     assert isinstance(bucket, RegionalBucket)
     limit = bucket.limit
     if now_us - bucket.denied_us < RECENT_US:
-        return Wish(0, 0, limit.capacity, -(-limit.tokens * SOON_US // limit.period_us))
+        return Needs(0, 0, limit.capacity, -(-limit.tokens * SOON_US // limit.period_us))
     if now_us - bucket.asked_us < RECENT_US:
         spare = bucket.left - (bucket.home // TOKEN >> RESERVE_SHIFT)
-        return Wish(max(0, min(bucket.asked, spare) - bucket.held), bucket.asked)
-    return Wish(0, 0) if bucket.granted else None
+        return Needs(max(0, min(bucket.asked, spare) - bucket.held), bucket.asked)
+    return Needs(0, 0) if bucket.granted else None
 
 
 class RegionalLedger(GrantLedger):
     """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.purses`), and
-    draws like that of a sidecar, by `regional_wish`.
+    draws like that of a sidecar, by `regional_needs`.
     """
 
     def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:

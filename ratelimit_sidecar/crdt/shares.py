@@ -84,7 +84,8 @@ class Shares:
     Args:
         node: this node.
         started_us: when it started; its buckets were empty then.
-        has_never_lent: True where no former life can have lent anything: no region with a fabric ever has.
+        has_never_lent: True if no former life of this node can have lent tokens by an old protocol (`OLD_LOAN_US`), as
+            in a region with a fabric.
     """
 
     membership: Membership

@@ -15,6 +15,8 @@ for, it gives back.
 
 Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
 
+A peer's stream is given here as the number of this node's end of it (`end`, see `replication.purses.PaymentOutbox`).
+
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
 everything is an integer. Time is microseconds of a clock that never steps.
 """
@@ -45,7 +47,7 @@ long, because of what it may have paid before. Clocks that are 0.5 % fast or slo
 """
 
 NO_HOME_US: Final = 2_500_000
-"""The retry time in answers while this replica has no home. How long that lasts is not known here."""
+"""The retry time in answers while this replica has no home. This file does not know how long that lasts."""
 
 
 class StrictBucket(Bucket):
@@ -101,7 +103,7 @@ class StrictBucket(Bucket):
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
-        """R: by stream end, the amount asked for on it and not answered yet."""
+        """R: by stream (the number of this node's end of it), the amount asked for on it and not answered yet."""
         self.tickets: dict[int, int] = {}
         """By number, the amount of a ticket that a peer may still use."""
         self.aside = 0
@@ -109,7 +111,8 @@ class StrictBucket(Bucket):
         self.wishes: dict[int, int] = {}
         """By number, when this replica wished for a ticket that has not come yet."""
         self._drawn: dict[str, tuple[int, int]] = {}
-        """By peer, the least grains missing in its home after what it has paid to this replica, and when."""
+        """By peer, how many grains its home lacked at least when it last paid or was paid here, and when that was. So
+        no peer is credited with more than it can have (`credit_of`)."""
         self.ceiling, self.refill = in_grains(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
@@ -230,7 +233,7 @@ class StrictBucket(Bucket):
         """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
 
         Args:
-            end: the stream end on which it is sent. No other ask of this bucket may be open on it.
+            end: of the stream on which it is sent. No other ask of this bucket may be open on it.
             amount: more than 0, and no more than there is room for.
         """
         assert end not in self.reserved
@@ -308,7 +311,7 @@ class StrictBucket(Bucket):
 
     def accept(self, number: int, peer: str, tokens: int, most: int, now_us: int) -> int:
         """Add a ticket to the level, even if there is no room for it: the caller takes from it for what waits, and then
-        calls `put_down`, all at this instant.
+        calls `take_rest`, all at this instant.
 
         Args:
             most: as in `paid`.
@@ -326,7 +329,7 @@ class StrictBucket(Bucket):
         self.level += added
         return added
 
-    def put_down(self, peer: str, added: int) -> int:
+    def take_rest(self, peer: str, added: int) -> int:
         """Take out of the level what is left of an accepted ticket and has no room here.
 
         Args:
@@ -346,13 +349,17 @@ class StrictBucket(Bucket):
         drawn, at_us = self._drawn.get(peer, (0, 0))
         self._drawn[peer] = max(0, drawn + amount * self._limit.period_us), at_us
 
-    def put_back(self, amount: int) -> None:
-        """It had so much when this replica was stopped, below 0 what was owed."""
+    def restore(self, amount: int) -> None:
+        """Give it what it had when this replica was stopped, as far as there is room.
+
+        Args:
+            amount: below 0 what was owed.
+        """
         top = max(self.level, self.ceiling - self.room_reserved)
         self.level = min(top, self.level + amount * self._limit.period_us)
 
     def closed(self, end: int, now_us: int) -> None:
-        """Free the room reserved on that stream end: it is closed, so no answer can come."""
+        """Free the room reserved on a stream: it is closed, so no answer can come."""
         self.advance(now_us)
         self.reserved.pop(end, None)
 

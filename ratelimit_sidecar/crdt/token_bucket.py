@@ -77,8 +77,8 @@ class TokenBucket(Bucket):
         self._own_slot_end_us = 0
         """When the next own slot has to be opened."""
         self._kept_until_us = 0
-        """Until then it is kept: when an own slot is over that was sealed before, because the limit had wider slots
-        then, or when peers have forgotten as much as it has (see `shorten`).
+        """It is not dropped as idle before this time. An own slot was sealed before it was over, because the limit had
+        wider slots then; or slots were sealed early, and peers still hold them (see `shorten`).
         """
 
     @property

@@ -1,9 +1,10 @@
 """Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf. Safety does not depend
 on this file: `strict.py` says what a ticket is.
 
-A request that finds its bucket short may wait, if peers are believed to have as many tokens as those that wait in its
-`Line` need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is served
-first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken before.
+A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
+in the queue need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is
+served first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken
+before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ way by default, and lets pass what would be one more: so those that wait leave h
 """
 
 SERVED_AT_ONCE: Final = 64
-"""Waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
+"""The most waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
 
 HOPE_US: Final = 20_000
 """What peers are believed to have is computed again after this time; in between it is counted down."""
@@ -52,7 +53,7 @@ class Keeper(Protocol):
 
 
 class Waiting:
-    """A decision that comes later. Whoever is to have it sets `on_end`.
+    """A decision that comes later. The front end that is to send it sets `on_end`, and then asks for `result`.
 
     Args:
         hits: the tokens that it needs.
@@ -70,7 +71,7 @@ class Waiting:
         self.since_us = 0
         self.number = 0
         """Counts up, over all buckets."""
-        self.line: Line | None = None
+        self.queue: WaitQueue | None = None
         """In which it waits."""
         self._decide = decide
         self._answer = b""
@@ -104,18 +105,18 @@ class Waiting:
         return answer
 
     def decide(self, outcome: Outcome, now_us: int) -> None:
-        """End the wait. It has left its line."""
+        """End the wait. It has left its queue."""
         self.outcome = outcome
         if outcome is not Outcome.CANCELLED:
             try:
                 self._answer = self._decide(now_us)
             except Exception as failure:
-                # For whoever asks for the result: the next in line must be served all the same.
+                # For whoever asks for the result: the next one must be served all the same.
                 self._failure = failure
 
 
 class Wish(NamedTuple):
-    """So many whole tokens of a bucket, wished for of a peer, and when."""
+    """A request to a peer for a ticket of up to `tokens` whole tokens."""
 
     peer: str
     key: bytes
@@ -123,7 +124,7 @@ class Wish(NamedTuple):
     at_us: int
 
 
-class Line:
+class WaitQueue:
     """The requests that wait for one bucket, in order of arrival, and what is wished for.
 
     Args:
@@ -163,15 +164,15 @@ class Line:
         return self.hits + hits <= self._hope + self.paying.bucket.remaining
 
     def join(self, waiting: Waiting, now_us: int) -> None:
-        waiting.since_us, waiting.line = now_us, self
+        waiting.since_us, waiting.queue = now_us, self
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
     def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
         """End its wait; nothing if that is over."""
-        if waiting.line is not self:
+        if waiting.queue is not self:
             return
-        waiting.line = None
+        waiting.queue = None
         del self._waiting[waiting]
         self.hits -= waiting.hits
         waiting.decide(outcome, now_us)
@@ -229,7 +230,7 @@ class Line:
         try:
             self.serve(now_us, SERVED_AT_ONCE)
         finally:
-            returned = bucket.put_down(peer, added)
+            returned = bucket.take_rest(peer, added)
         self.paying.has_left(peer, returned)
         self._hope += returned // TOKEN
         return returned

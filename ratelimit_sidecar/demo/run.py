@@ -102,8 +102,10 @@ async def run(
 
 
 async def _show_end_of_alert(observers: Addresses, shown: asyncio.Task[None], console: Console) -> None:
-    """Args:
-    shown: shows that it fires.
+    """Wait until the alert is resolved, and show it.
+
+    Args:
+        shown: the task that shows that the alert fires.
     """
     if not shown.done():
         shown.cancel()

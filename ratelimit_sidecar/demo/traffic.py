@@ -51,7 +51,8 @@ class RegionTraffic:
         return sent_at
 
     def arrive(self, sent_at: float, status: int | None) -> None:
-        """
+        """Count an answer.
+
         Args:
             status: None when there was no answer.
         """

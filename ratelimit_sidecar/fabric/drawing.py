@@ -15,8 +15,8 @@ from typing import Final
 
 import structlog
 
-from ratelimit_sidecar.crdt.drawing import wish
-from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Wish
+from ratelimit_sidecar.crdt.drawing import needs
+from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.fabric.accounts import DRAW
 from ratelimit_sidecar.fabric.draws import Asked, Draws
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
@@ -43,7 +43,7 @@ MAX_WAIT_SECONDS: Final = 1.0
 LAST_CALLS_SECONDS: Final = 3.0
 """What giving back gets, at a stop."""
 
-WishOf = Callable[[GrantedBucket, int], Wish | None]
+NeedsOf = Callable[[GrantedBucket, int], Needs | None]
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class Drawing:
         ledger: of this sidecar.
         region: this sidecar's, as a member of strict limits.
         strict_us: the clock of the ledger's buckets.
-        wish: says what to call for.
+        needs: says what to call for.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Drawing:
         strict_us: Callable[[], int],
         *,
         region: str,
-        wish: WishOf = wish,
+        needs: NeedsOf = needs,
     ) -> None:
         self.status = DrawStatus()
         self._link = Link(connect)
         self._keys = keys
         self._ledger = ledger
         self._strict_us = strict_us
-        self._wish = wish
+        self._needs = needs
         self._shards = [Draws(region, self.status) for _ in keys.shards]
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
 
@@ -101,7 +101,7 @@ class Drawing:
         with suppress(TimeoutError, *FAILURES):
             async with asyncio.timeout(LAST_CALLS_SECONDS):
                 for _ in range(-(-self._ledger.active // TICK_BUCKETS)):
-                    await self._call(lambda _bucket, _now_us: Wish(0, 0))
+                    await self._call(lambda _bucket, _now_us: Needs(0, 0))
         await self.close()
 
     async def tick(self) -> bool:
@@ -112,7 +112,7 @@ class Drawing:
             False when not all was answered.
         """
         try:
-            return await self._call(self._wish)
+            return await self._call(self._needs)
         except FAILURES as error:
             self._failed(error)
             await self.close()
@@ -135,9 +135,9 @@ class Drawing:
             self.status.degraded_reason = reason
             _log.error("not_drawing", reason=reason, error=str(error) or repr(error))
 
-    async def _call(self, wish_of: WishOf) -> bool:
+    async def _call(self, needs_of: NeedsOf) -> bool:
         """Returns False when a shard of a Cluster could not be asked."""
-        asked = await self._asked(wish_of)
+        asked = await self._asked(needs_of)
         if not asked:
             return True
         sent_us = self._strict_us()
@@ -160,7 +160,7 @@ class Drawing:
             self._failed(failure)
         return failure is None
 
-    async def _asked(self, wish_of: WishOf) -> dict[int, list[Asked]]:
+    async def _asked(self, needs_of: NeedsOf) -> dict[int, list[Asked]]:
         asked: dict[int, list[Asked]] = {}
         time_slice = TimeSlice()
         size = 0
@@ -172,10 +172,10 @@ class Drawing:
             if bucket is None:
                 continue
             left -= 1
-            wished = wish_of(bucket, now_us)
-            if wished is not None:
+            needed = needs_of(bucket, now_us)
+            if needed is not None:
                 number = self._keys.shard_of(bucket.key)
-                said = self._shards[number].ask(bucket, wished)
+                said = self._shards[number].ask(bucket, needed)
                 if said is not None:
                     asked.setdefault(number, []).append(said)
                     size += len(bucket.key)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ratelimit_sidecar.crdt.granted import Draw, Drawn, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.granted import Draw, Drawn, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import TOKEN, home_of
 from ratelimit_sidecar.fabric.status import DrawStatus
@@ -52,7 +52,7 @@ class Draws:
         self._members_number = 0
         """Counts up with each other version."""
 
-    def ask(self, bucket: GrantedBucket, wish: Wish) -> Asked | None:
+    def ask(self, bucket: GrantedBucket, needs: Needs) -> Asked | None:
         """What a call says of this bucket; None if it cannot be said."""
         if len(bucket.key) > MAX_KEY_BYTES:
             return None
@@ -61,7 +61,7 @@ class Draws:
         if bucket.home_version != self._members_number:
             bucket.home_version = self._members_number
             bucket.home = self._home(bucket.key, bucket.limit)
-        return Asked(bucket, bucket.draw(wish), self._lineage)
+        return Asked(bucket, bucket.draw(needs), self._lineage)
 
     def _home(self, key: bytes, limit: Limit) -> int:
         return min((home_of(weights, self._region, key, limit.capacity) for weights in self._members), default=0)
@@ -91,8 +91,10 @@ class Draws:
         self._life, self._number, self._answered = secrets.token_hex(8), 0, 0
 
     def hear(self, asked: Sequence[Asked], answer: Any, sent_us: int) -> None:
-        """Raises:
-        BadRecord: it is no answer. Nobody knows what was done.
+        """Apply the answer to a call.
+
+        Raises:
+            BadRecord: it is no answer. Nobody knows what was done.
         """
         match answer:
             case [bytes(lineage), bytes(version), number, bytes(members)] if number == self._number_said:
@@ -142,8 +144,10 @@ def members_text(in_force: Iterable[Mapping[str, int]]) -> str:
 
 
 def read_members(text: bytes) -> list[Mapping[str, int]]:
-    """Raises:
-    BadRecord: it is none.
+    """Read what `members_text` has written.
+
+    Raises:
+        BadRecord: it is something else.
     """
     try:
         found = json.loads(text)

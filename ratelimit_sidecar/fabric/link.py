@@ -20,8 +20,10 @@ Call = tuple[Sequence[bytes], Sequence[bytes | str]]
 
 
 class Link:
-    """Args:
-    connect: called at the first call, and again after `close`.
+    """The connection; see above.
+
+    Args:
+        connect: called at the first call, and again after `close`.
     """
 
     def __init__(self, connect: Connect) -> None:

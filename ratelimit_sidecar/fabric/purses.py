@@ -12,7 +12,7 @@ from redis import exceptions
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_wish
+from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.fabric.accounts import BEAT
 from ratelimit_sidecar.fabric.drawing import Drawing
@@ -49,7 +49,7 @@ class RegionalPurses:
         self._limits = ledger
         self._ledger = RegionalLedger(self._shares, self.origin, self._limit_of_key, max_buckets=ledger.room.most)
         self.of_mesh = Purses(self._ledger, strict_us)
-        self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, wish=regional_wish)
+        self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=regional_needs)
         self._cursors = ["0" for _ in keys.shards]
         """Where the search for accounts that can be dropped goes on, by shard."""
         self._settled_us = self._beaten_us

@@ -94,8 +94,10 @@ class Shard:
 
 
 class Region:
-    """Args:
-    store: of the region, which nobody else takes from.
+    """The region's state at its gateway; see above.
+
+    Args:
+        store: of the region, which nobody else takes from.
     """
 
     def __init__(self, origin: Origin, store: Store, keys: FabricKeys) -> None:

@@ -48,7 +48,8 @@ _ALL: Final[list[int]] = []
 
 @dataclass(slots=True)
 class _Shared:
-    """
+    """A bucket that is shared now, and how much of it Redis and this sidecar know.
+
     Args:
         bucket: that was asked about last; another one of the same key knows nothing of the others.
         used_us: when something was taken last.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class FabricStatus:
-    """
+    """Counts since the start, and how a sidecar's part in a fabric is now.
+
     Args:
         ticks, call_seconds: ticks that were answered, and the seconds they took in all.
         failed: ticks that were not.

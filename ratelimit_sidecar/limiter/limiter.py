@@ -140,7 +140,7 @@ class Limiter:
             retired.counts, self.counts = self.counts, {}
             self.overflow_decisions = Counter()
         if self.ledger is not None:
-            self.ledger.lines.end_all()
+            self.ledger.queues.end_all()
         self.rules = rules
         self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key

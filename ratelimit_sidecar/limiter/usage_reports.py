@@ -92,8 +92,10 @@ class ReportsReader:
         return usages
 
     def _step(self, usages: list[Usage] | None) -> None:
-        """Args:
-        usages: where to add the usages; None to look for the domain.
+        """Read the next fields.
+
+        Args:
+            usages: where to add the usages; None to look for the domain.
         """
         try:
             self._read(usages)

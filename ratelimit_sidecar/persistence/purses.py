@@ -41,7 +41,8 @@ def holder_of(node: str, membership: Membership) -> str:
 
 
 def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -> None:
-    """
+    """Write the file.
+
     Raises:
         OSError: it could not be written; there is none then.
     """

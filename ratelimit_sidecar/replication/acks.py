@@ -11,10 +11,10 @@ ACK_DELAY_US: Final = 20_000
 as much as a small batch."""
 
 MAX_ACKS_OWED: Final = 8
-"""With so many of them one is sent at once: the peer may be waiting for it, with a snapshot that it has to send."""
+"""So many Deltas are acknowledged at once: the peer may be waiting for it, to send more of a snapshot."""
 
 RIDING_US: Final = 2 * ACK_DELAY_US
-"""They ride only while this end has sent Deltas within so long: otherwise none is to be expected soon."""
+"""An acknowledgement waits for Deltas only if this end has sent some within this time. Otherwise none may come soon."""
 
 
 class OwedAcks:

@@ -32,10 +32,11 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_PULL_KEYS: Final = 4_096
-"""In one frame."""
+"""The most keys in one Pull."""
 
 MAX_EXCHANGED = 16_384
-"""Buckets that are told, and as many that are asked for, because of one round: some 2 MB. The rest is found again."""
+"""The most buckets that are sent, and as many that are asked for, because of one round: some 2 MB. Later rounds find
+the rest."""
 
 TELL_WORK: Final = 10
 """To tell the peer of a bucket, or find out that it is to be asked for."""

@@ -1,4 +1,6 @@
-"""The streams that are carried now, whose they are, and what the log says of them."""
+"""All streams that have a connection now: to which peer each leads, and what is logged of them. (`carrier` moves the
+frames of one stream.)
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,12 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class CarriedStreams:
-    """Args:
-    progress: made whenever a frame was heard or a stream has ended.
-    steady_us: a clock that never steps.
-    certificate: of this node; None in plain text.
+    """The streams of this node that have a connection now. `carry` adds one, and returns when it is over.
+
+    Args:
+        progress: made whenever a frame was heard or a stream has ended.
+        steady_us: a clock that never steps.
+        certificate: of this node; None in plain text.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class CarriedStreams:
         certificate: NodeCertificate | None,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
-        """And whose they are once both ends have accepted each other."""
+        """And the peer of each, once both ends have accepted each other."""
         self.own_address: str | None = None
         """Where this node listens."""
         self._replicator = replicator

@@ -28,25 +28,27 @@ MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough. Together these keep a batch to some milliseconds of work for its receiver."""
 
-SHARED_SEGMENTS: Final = 1_024
-SHARED_BYTES: Final = 4 << 20
-"""The newest segments are kept encoded: at most so many, of so many bytes in sum. A peer far away is sent only
+ENCODED_SEGMENTS: Final = 1_024
+ENCODED_BYTES: Final = 4 << 20
+"""The newest segments are kept encoded: at most so many, with so many bytes together. A peer far away is sent only
 `outbox.MAX_UNACKNOWLEDGED` batches ahead of what it has acknowledged; with a flush every 2 ms it is a hundred segments
 behind, and has to find them encoded.
 """
 
 CATCH_UP_MARGIN_US: Final = 1_000_000
-"""A peer that catches up is told what was written so long before its cursor, too: the clock may have stood still, and
-counts may be told twice.
+"""A peer that catches up is also sent what was written up to a second before its cursor, because the clock may have
+stood still. Counts that it has already do no harm.
 """
 
 RECENT_US: Final = 10_000_000
-"""A node that starts is told everything by one peer, and by the others what they took within this time: what the one
-that tells everything may not have heard yet."""
+"""A node that starts gets a snapshot of everything from one peer. Each other peer sends what it took itself within this
+time, which the first may not have heard of yet.
+"""
 
 RETENTION_US: Final = 2 * RECENT_US
-"""Twice that, so that what was recent when a peer began to be told is still known when it comes to be told. A stream
-whose peer acknowledges nothing for half of it is closed."""
+"""Twice as long, so that a snapshot of recent changes that takes up to RECENT_US still finds them. (A stream whose
+peer acknowledges nothing for that long is closed.)
+"""
 
 MAX_CHANGES: Final = 1 << 19
 """Keys in all segments: 26,000 changed buckets a second for as long as they are kept, and some 50 MB."""
@@ -58,7 +60,7 @@ FORGOTTEN_SEGMENTS: Final = 2
 """At most, for each that a flush adds, and at its end."""
 
 MAX_SEEN: Final = 16_384
-"""So many keys are remembered as told of while a peer catches up: a larger set takes milliseconds to grow."""
+"""So many keys are remembered as sent while a peer catches up: a larger set takes milliseconds to grow."""
 
 
 class Forgotten(Exception):
@@ -88,8 +90,10 @@ class Segment:
 
 
 class ChangeLog:
-    """Args:
-    now_us: the start of the process, or near it.
+    """This node's changes, as numbered segments. A flush adds some; each peer reads them through a `Cursor`.
+
+    Args:
+        now_us: the start of the process, or near it.
     """
 
     def __init__(self, store: Store, now_us: int) -> None:
@@ -105,9 +109,9 @@ class ChangeLog:
         self._is_told = False
         self._flushed_us = self._created_us = now_us
         """When the last flush began, and the one before."""
-        self._first_shared = 1
-        """No segment before this number is encoded."""
-        self._shared_bytes = 0
+        self._first_encoded = 1
+        """No segment with a smaller number is encoded."""
+        self._encoded_bytes = 0
         """Of all segments that are encoded."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
@@ -162,8 +166,7 @@ class ChangeLog:
         self._forget(now_us)
 
     def keys(self, first: int, end: int) -> Iterator[bytes | None]:
-        """The keys that changed in segments `first` to `end`, which is left out; None for a look at one that came
-        before, and whose newest counts were told then.
+        """The keys that changed in the segments from `first` to before `end`; None in place of a key that came before.
 
         Raises:
             Forgotten: one of these segments is.
@@ -184,9 +187,9 @@ class ChangeLog:
         """Not later than the first change in the segment that changes go to now."""
         return self._open.created_us
 
-    def next_shared(self, number: int) -> int:
+    def next_encoded(self, number: int) -> int:
         """The first segment from `number` on that is encoded, or the end."""
-        number = max(number, self._first_shared)
+        number = max(number, self._first_encoded)
         while (segment := self.get(number)) is not None and segment.payload is None:
             number += 1
         return number
@@ -207,7 +210,7 @@ class ChangeLog:
         self._writer = None
         self._open = Segment(self._open.number + 1, self._open.changes_before + len(self._open.keys), now_us)
         self._flushed_us = self._created_us = now_us
-        self._first_shared, self._shared_bytes = self._open.number, 0
+        self._first_encoded, self._encoded_bytes = self._open.number, 0
 
     def _add(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
         key = bucket.key
@@ -240,19 +243,19 @@ class ChangeLog:
         if writer is not None:
             segment.payload = writer.payload()
             segment.knowledge = writer.knowledge()
-            self._shared_bytes += len(segment.payload)
+            self._encoded_bytes += len(segment.payload)
         segment.sealed_us = now_us
         self._segments.append(segment)
         changes = segment.changes_before + len(segment.keys)
         self._open = Segment(segment.number + 1, changes, self._created_us)
         self._forget(now_us)
-        while self._shared_bytes > SHARED_BYTES or self._open.number - self._first_shared > SHARED_SEGMENTS:
-            self._stop_sharing(self.get(self._first_shared))
-            self._first_shared += 1
+        while self._encoded_bytes > ENCODED_BYTES or self._open.number - self._first_encoded > ENCODED_SEGMENTS:
+            self._drop_encoding(self.get(self._first_encoded))
+            self._first_encoded += 1
 
-    def _stop_sharing(self, segment: Segment | None) -> None:
+    def _drop_encoding(self, segment: Segment | None) -> None:
         if segment is not None and segment.payload is not None:
-            self._shared_bytes -= len(segment.payload)
+            self._encoded_bytes -= len(segment.payload)
             segment.payload, segment.knowledge = None, NO_KNOWLEDGE
 
     def _forget(self, now_us: int) -> None:
@@ -264,11 +267,11 @@ class ChangeLog:
                 and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
             ):
                 return
-            self._stop_sharing(self._segments.popleft())
+            self._drop_encoding(self._segments.popleft())
 
 
-class Shared(NamedTuple):
-    """Segments as they are encoded for all."""
+class EncodedSegments(NamedTuple):
+    """Some segments, encoded once for all peers."""
 
     payload: bytes
     keys: list[bytes]
@@ -278,8 +281,8 @@ class Shared(NamedTuple):
 class Cursor:
     """How far one peer has come in the log.
 
-    While it keeps up it is sent each segment as it is encoded for all. One that is behind those catches up: it is told
-    what changed since its cursor, each bucket once and with its newest counts.
+    While it keeps up it is sent each segment as it is encoded for all. One that is behind the encoded segments catches
+    up: it is sent each bucket that changed since its cursor, once and with its newest counts.
 
     Args:
         takes_numbers: False for a peer whose protocol has no numbers for keys: it is not sent encoded segments.
@@ -290,7 +293,7 @@ class Cursor:
         self._log = log
         self._takes_numbers = takes_numbers
         self._known = 0
-        """A bit for each number whose key the stream has carried."""
+        """A bit for each key number (`key_numbers`) whose key the stream has carried."""
         self._next = log.end
         """The segment that is sent next."""
         self._passed_us = log.created_us
@@ -319,7 +322,7 @@ class Cursor:
             return segment.created_us
         return self._passed_us if self.has_changes else self._log.created_us
 
-    def take_shared(self) -> Shared | None:
+    def take_encoded(self) -> EncodedSegments | None:
         """The next segments, which then are behind the cursor: as many as fit into a batch, so that a peer which has
         fallen back a little hears fewer, larger ones. None when it has to catch up."""
         if self._catching_up is not None or not self._takes_numbers:
@@ -343,7 +346,7 @@ class Cursor:
                 or len(payload) > MAX_BATCH_BYTES // 2
             ):
                 break
-        return Shared(payload, keys, entries) if keys else None
+        return EncodedSegments(payload, keys, entries) if keys else None
 
     def parts(self) -> Parts:
         """What the peer has to catch up with."""
@@ -359,7 +362,7 @@ class Cursor:
 
     def _catch_up(self) -> Parts:
         log = self._log
-        end = log.next_shared(self._next + 1) if self._takes_numbers else log.end
+        end = log.next_encoded(self._next + 1) if self._takes_numbers else log.end
         since_us = self.created_us or self._passed_us
         try:
             for key in log.keys(self._next, end):

@@ -34,8 +34,10 @@ FORGET_US: Final = 600_000_000
 
 
 class Connections:
-    """Args:
-    on_change: called when a first stream to a peer has come, or the last one has gone.
+    """All peers of a node, and the streams to each.
+
+    Args:
+        on_change: called when a first stream to a peer has come, or the last one has gone.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Connections:
         self._on_change = on_change
 
     def find(self, link: Link, own: Origin, origin: Origin, now_us: int) -> Peer:
-        """The peer that says on a new stream that it is `origin`.
+        """The peer of a new stream, which says that it is `origin`; closes older streams that must make way for it.
 
         Raises:
             ProtocolError: it is refused.

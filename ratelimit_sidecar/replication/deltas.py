@@ -1,4 +1,4 @@
-"""Buckets' state to and from Deltas frames.
+"""Writes the state of buckets into Deltas frames, and reads it from them.
 
 A slot id (crdt/slot.py) travels as its number, start / width, in runs of one origin and width, each number but a run's
 first as the distance from the one before: in a run of consecutive slots a slot is one byte. A base's deficit is scaled
@@ -50,11 +50,11 @@ _ROUGH_ENTRY_BYTES: Final = 6
 
 
 class Knowledge(NamedTuple):
-    """What a stream has to know of numbers to understand a payload.
+    """Which key numbers a payload uses and gives (`key_numbers`): what its reader must know, and then knows.
 
     Args:
-        used: a bit for each number whose key the payload does not say.
-        given: a bit for each number that it gives to a key.
+        used: a bit for each number that the payload has in place of a key. The stream must have carried that key.
+        given: a bit for each number that the payload gives to a key.
         keys: of the numbers in `used`. A dict of numbers and bytes, which the cycle collector does not look at; of
             pairs there would be a hundred thousand in all segments, and to look at them all takes 20 ms.
     """
@@ -65,11 +65,11 @@ class Knowledge(NamedTuple):
 
     @property
     def all(self) -> int:
-        """A bit for each number that who has heard the payload knows."""
+        """A bit for each number whose key a reader of the payload knows."""
         return self.used | self.given
 
     def missing(self, known: int) -> bytes:
-        """The part of a Deltas that says the keys of the numbers which are used and not among `known`."""
+        """The part of a Deltas to be sent first: the keys of the numbers that are used and not among `known`."""
         missing = self.used & ~known
         if not missing:
             return b""
@@ -296,8 +296,10 @@ class DeltasReader:
 
 
 def check_key(key: bytes) -> None:
-    """Raises:
-    ProtocolError: bad_key.
+    """Check the length of a bucket key.
+
+    Raises:
+        ProtocolError: bad_key.
     """
     if not 1 <= len(key) <= MAX_KEY_BYTES:
         raise ProtocolError(Reason.BAD_KEY, f"a bucket key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 FLUSH_SECONDS = 0.02
 
 URGENT_FLUSH_SECONDS = 0.002
-"""Between two flushes when buckets get nearly used up (`crdt/journal.py`)."""
+"""The least time between two flushes, when buckets get nearly used up (`crdt/journal.py`)."""
 
 
 class Flushing:
-    """Flushes at its times; `hurry` has it do so at once.
+    """Calls `flush` every `FLUSH_SECONDS`. After `hurry` it does so at once, or `URGENT_FLUSH_SECONDS` after the last.
 
     Args:
         flush: what it raises ends `run`.

@@ -1,7 +1,7 @@
-"""Numbers in place of bucket keys: a key that is told of again and again is sent to each peer once.
+"""Numbers in place of bucket keys: a key that is in many frames is sent to each peer once.
 
-A node gives each key one number for all its streams, so that what it tells is encoded once. Who is sent a number that
-it has not heard of, being connected later, is sent the key first (`deltas.Knowledge`).
+A node gives each key one number for all its streams, so that a segment is encoded once. A peer that connected later,
+and has not heard of a number, is sent its key first (`deltas.Knowledge`).
 
 There are `MAX_NUMBERS` of them. When all are given away, the key that has had its number longest loses it to the new
 one, and the frame that says so comes before any that uses it: streams keep order. So neither end grows with the keys
@@ -74,8 +74,10 @@ class KeyNumbersHeard:
         self._keys[number] = key
 
     def key(self, number: int) -> bytes:
-        """Raises:
-        ProtocolError: bad_key.
+        """The key that `number` means.
+
+        Raises:
+            ProtocolError: bad_key.
         """
         key = self._keys.get(number)
         if key is None:

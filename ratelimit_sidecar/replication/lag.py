@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 LAG_SHOWN_US: Final = 60_000_000
-"""So that a scraper with a usual interval sees the lag of a link that is seldom used."""
+"""The last lag is shown for so long, so that a scraper sees that of a link that is seldom used."""
 
 
 @dataclass(frozen=True, slots=True)

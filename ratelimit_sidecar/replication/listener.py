@@ -42,10 +42,12 @@ Accept = Callable[[object, "grpc.aio.ServicerContext[bytes, bytes]"], Awaitable[
 
 
 class Listener:
-    """Args:
-    address: `host:port`; port 0 takes a free one.
-    certificate: None for plain text.
-    max_connections: at once; further ones are closed.
+    """The address on which this node takes streams. Call `bind`, then `serve`.
+
+    Args:
+        address: `host:port`; port 0 takes a free one.
+        certificate: None for plain text.
+        max_connections: at once; further ones are closed.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Listener:
         self._server: grpc.aio.Server | None = None
 
     async def bind(self) -> None:
-        """Raises:
-        OSError: the address cannot be listened on.
+        """Listen on the address.
+
+        Raises:
+            OSError: the address cannot be listened on.
         """
         options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", self._max_connections))
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_STREAMS)

@@ -190,6 +190,7 @@ class Mesh:
     def _kept_running(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         kept: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh_flush": self._flush_forever,
+            # As often as a flush; nothing hurries it.
             "mesh_compare": Flushing(self._compare).run,
             "mesh_dial": self._dialler.run,
         }

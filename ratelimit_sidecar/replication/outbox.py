@@ -36,18 +36,20 @@ from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, Parts
 
 LOOKED_BUCKETS: Final = 512
-"""Looked at for one batch: that takes a millisecond when none of them has anything to tell."""
+"""The most buckets that are looked at for one batch: a millisecond when there is nothing to send of any."""
 
 WHOLE_BATCH_BUCKETS: Final = 128
-"""Told of in whole in one batch: such batches follow each other, and the peer has decisions to make in between."""
+"""The most buckets in a batch of a snapshot or of the side log. Most are sent with all their entries, and
+such batches follow each other: the peer has decisions to make in between."""
 
 RESUME_MARGIN_US: Final = 2_000_000
-"""A snapshot goes so far back behind the moment since when the peer misses something: others' slots are on their
-clocks, and were heard of a while after they were written."""
+"""A snapshot goes back so much further than to when the peer began to miss something: other nodes' slots are by their
+own clocks, and were heard of a while after they were written."""
 
 MAX_UNACKNOWLEDGED: Final = 32
-"""Batches on their way: one every 20 ms fills them in 640 ms, longer than any two places on Earth are apart there and
-back, so a flush never waits for an acknowledgement. 2 MiB a peer at worst."""
+"""The most batches on their way, 2 MiB at worst. One every 20 ms fills them in 640 ms, longer than a round trip between
+any two places on Earth, so a flush does not wait for an acknowledgement. Hurried flushes, 2 ms apart, fill them in 64
+ms: on longer round trips changes then wait, and share a batch."""
 
 
 @dataclass(slots=True)
@@ -289,9 +291,9 @@ class Outbox:
         self._turn = (source + 1) % 3
         if source == 0:
             created_us = cursor.created_us
-            shared = cursor.take_shared()
-            if shared is not None:
-                payload, keys, entries = shared
+            encoded = cursor.take_encoded()
+            if encoded is not None:
+                payload, keys, entries = encoded
                 self._written = Batch(payload, tuple(keys), entries, created_us, now_us, now_us, False)
                 return True
             draft = _Draft(DeltasWriter(self._store.origin), now_us, created_us)

@@ -17,13 +17,15 @@ Functions that return one have names that end in `_steps`: nothing happens befor
 """
 
 PIECE_WORK = 8
-"""Of one piece: so many buckets with an entry each, or fewer with more."""
+"""The work of one piece: so many buckets with an entry each, or fewer with more entries."""
 
 _ENTRIES_PER_WORK: Final = 8
-"""So many entries more take as long as a bucket does."""
+"""So many entries take as long as one bucket."""
 
 
 class Pace:
+    """Cuts work on buckets into pieces that take about as long."""
+
     def __init__(self) -> None:
         self._work = 0
 

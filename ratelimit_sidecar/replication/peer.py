@@ -190,8 +190,10 @@ class Peer:
         return self.said.full_state and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
-        """Args:
-        rules: a digest of this node's rules.
+        """What metrics and the console show of it.
+
+        Args:
+            rules: a digest of this node's rules.
         """
         return PeerStatus(
             node=self.node,

@@ -15,8 +15,10 @@ CLOCK_SAMPLES: Final = 8
 
 
 class Pings:
-    """Args:
-    now_us: when the first is due.
+    """The pings and pongs of one stream.
+
+    Args:
+        now_us: when the first ping is due.
     """
 
     def __init__(self, now_us: int) -> None:

@@ -1,4 +1,4 @@
-"""Something that others wait for the effects of: a frame was heard, a stream or a dial has ended."""
+"""Wakes tasks that wait for a change of the mesh: a frame was heard, or a stream or a dial has ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 
 class Progress:
+    """Call `made` after each change; `until` waits for a condition."""
+
     def __init__(self) -> None:
         self._made = asyncio.Event()
 

@@ -1,9 +1,9 @@
 """Purses of strict limits (crdt/strict.py) on the mesh: what a node's ledger says to peers, and hears of them.
 
-Each ask on a stream is answered by one payment on it, and for each bucket one ask is open at a time. So what is pending
-is bounded, and ends with the stream: an ask not sent has changed nothing, and a payment that is lost costs its payer.
-Wishes are numbered on each stream, and each is answered by one ticket; one that is not answered within a second is
-given up.
+A *purse* is this node's own bucket of a strict limit (`StrictBucket`). Each ask on a stream is answered by one payment
+on it, and for each bucket one ask is open at a time. So what is pending is bounded, and ends with the stream: room that
+was reserved for an ask is free again, and a payment that is lost costs its payer. Wishes are numbered on each stream,
+and each is answered by one ticket; one that is not answered within a second is given up.
 
 Sans-I/O, with a clock of its own: strict buckets go by one that never steps, deltas by the wall.
 """
@@ -40,23 +40,23 @@ MAX_BATCH: Final = 16
 """Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
 
 MAX_TAKEN: Final = 8 * MAX_BATCH
-"""Accepted in one frame; more than are sent, so that peers with other bounds are understood."""
+"""Asks, payments and so on that are accepted in one frame: more than are sent, for peers with other bounds."""
 
 MAX_BATCH_BYTES: Final = 1 << 16
 """Rough, of keys: a frame takes no further one when it has as much."""
 
 MAX_AMOUNT: Final = (1 << 64) - 1
-"""In a frame. Who could do with more asks for so much."""
+"""The largest amount in a frame. A node that has room for more asks for this much."""
 
 _NOTHING: Final = Shown(0, {})
 """What a peer without a membership shows: an epoch before the first."""
 
 
 class PaymentOutbox:
-    """What one stream has to send of payments, and which of its asks and wishes are open.
+    """What one stream has to send for strict limits, and which of its asks and wishes are open.
 
     Args:
-        end: names this node's end of the stream, for the life of this process.
+        end: a number for this node's end of the stream; no other stream of this process has it.
     """
 
     def __init__(self, end: int) -> None:
@@ -69,14 +69,14 @@ class PaymentOutbox:
         self.has_tickets = False
         """True when the peer knows of wishes."""
         self.wished: OrderedDict[int, Wish] = OrderedDict()
-        """By number; the oldest first."""
+        """Wishes without an answer, by number; the oldest first."""
         self.wishes: deque[pb.Wish] = deque()
         self.tickets: deque[pb.Ticket] = deque()
         self.returns: deque[pb.Return] = deque()
         self.last_wish = 0
-        """The number of the last one of this node."""
+        """The number of this node's last wish."""
         self.last_heard = 0
-        """The number of the last one of the peer."""
+        """The number of the peer's last wish."""
 
     def take_frame(self) -> pb.Frame | None:
         """The next frame; None when nothing is pending."""
@@ -185,12 +185,12 @@ class Purses:
             for peer, outbox in outboxes.items()
             if outbox.has_tickets and len(outbox.wished) + most <= MAX_OPEN and self.ledger.shares.is_member(peer)
         ]
-        wishes = self.ledger.lines.tick(peers, now_us, most, MAX_KEY_BYTES)
+        wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.lines.by_key[key].paying.bucket.wish(_of(outbox, outbox.last_wish))
+                self.ledger.queues.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
@@ -202,7 +202,7 @@ class Purses:
             if now_us - wish.at_us <= TICKET_US:
                 return
             del outbox.wished[number]
-            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
 
     def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
         """Apply a frame of a peer.
@@ -254,14 +254,14 @@ class Purses:
         ledger = self.ledger
         for back in payments.returns:
             # It may have expired. The stream's end is in the number, so it is of this peer.
-            ledger.release(_of(outbox, back.number), back.amount, now_us)
+            ledger.release(_ticket_number(outbox, back.number), back.amount, now_us)
         for ticket in payments.tickets:
             if ticket.number > outbox.last_wish:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
             asked, returned = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
-                returned = ledger.accept(_of(outbox, ticket.number), asked, given, now_us)
+                returned = ledger.accept(_ticket_number(outbox, ticket.number), asked, given, now_us)
             if ticket.tokens and len(outbox.returns) < MAX_OPEN:
                 outbox.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
@@ -277,7 +277,7 @@ class Purses:
                 # The peer does not read. It gives the wish up.
                 continue
             try:
-                answer = ledger.set_aside(_of(outbox, wish.number), peer, wish.key, wish.tokens, now_us)
+                answer = ledger.set_aside(_ticket_number(outbox, wish.number), peer, wish.key, wish.tokens, now_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
@@ -288,8 +288,10 @@ class Purses:
         return unknown_keys
 
     def check_time(self, outbox: PaymentOutbox) -> None:
-        """Raises:
-        ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
+        """Give up wishes that are too old, and find out whether the peer leaves asks unanswered.
+
+        Raises:
+            ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
         """
         now_us = self._strict_us()
         self._give_up(outbox, now_us)
@@ -301,10 +303,10 @@ class Purses:
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
         for number, wish in outbox.wished.items():
-            self.ledger.lines.by_key[wish.key].give_up(_of(outbox, number), wish)
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
         outbox.wished.clear()
 
 
-def _of(outbox: PaymentOutbox, number: int) -> int:
-    """The number of a ticket among those of all streams."""
+def _ticket_number(outbox: PaymentOutbox, number: int) -> int:
+    """The number of a ticket, or of the wish for it, among those of all streams."""
     return outbox.end << 32 | number

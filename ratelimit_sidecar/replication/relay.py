@@ -1,9 +1,8 @@
-"""Who passes on what to whom, when the way between two nodes is cut.
+"""Relaying: when two nodes have lost their stream, a third that reaches both sends each the other's changes.
 
-Nodes tell each other whom they have a stream to. When two of them do not reach each other, the one with the lowest id
-among those that reach both passes on to each what the other takes, as it comes; nodes further apart than that are
-served by whoever hears something new of them. What is passed on is news, and news only once, so nothing goes round in
-circles.
+Nodes tell each other to whom they have a stream (`Status.reaches`). Of the nodes that reach both, the one with the
+lowest id relays. If none reaches both, every node relays what is new to it. Only what is new is relayed, and nothing is
+new twice, so it cannot go round in circles.
 """
 
 from __future__ import annotations
@@ -15,28 +14,28 @@ from typing import Final
 from ratelimit_sidecar.replication.peer import Peer
 
 WALK_BACK_US: Final = 10_000_000
-"""How far back a node is told what it may have missed when another one begins to pass things on to it: twice the
-silence after which the two that are cut off from each other notice."""
+"""When a node begins to relay to a peer, it first sends it what was written in this time, twice the silence after which
+two nodes notice that they have lost each other."""
 
-EVERY_US: Final = 500_000
-"""Between two looks at who reaches whom, of which a gap has to outlast one: while nodes start, what one has said is
-behind what it knows, and there seem to be gaps everywhere."""
+TOPOLOGY_CHECK_US: Final = 500_000
+"""Interval of topology checks. A peer is sent what it missed only when a stream was missing in two checks, because what
+nodes say lags behind while they start."""
 
 MAX_ORIGINS: Final = 1_024
-"""That are looked at. A peer can name any."""
+"""The most origins that are relayed. A peer can name any node."""
 
 
 class Relay:
-    """One node's part in it."""
+    """What one node relays: call `look_steps` when the topology has changed, and ask `to_be_told` for each change."""
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._ways = _Ways((), {}, 1)
+        self._topology = _Topology((), {}, 1)
         self._of_origin: dict[str, list[Peer]] = {}
         self._missed: dict[str, set[str]] = {}
         """By peer, the origins that this node passes on to it."""
         self._lasting: dict[str, set[str]] = {}
-        """Of these, the ones since the look before the last, of which the peer has been told what it had missed."""
+        """Those of `_missed` that were there in two checks. The peer has been sent what it had missed of them."""
         self.is_needed = False
         """False when all peers reach each other."""
 
@@ -57,7 +56,7 @@ class Relay:
                 reached_by[node] |= bits[peer.node]
             is_needed |= reaches is not None and not nodes <= reaches | {peer.node}
             yield
-        now = _Ways(connected, reached_by, bits[self._node])
+        now = _Topology(connected, reached_by, bits[self._node])
         origins = sorted(reached_by.keys() - {self._node})[:MAX_ORIGINS] if is_needed else []
         of_origin: dict[str, list[Peer]] = {}
         missed: dict[str, set[str]] = {node: set() for node in nodes} if is_needed else {}
@@ -67,7 +66,7 @@ class Relay:
                 missed[peer.node].add(origin)
             yield
         before, told = self._missed, self._lasting
-        self._ways, self._of_origin, self._missed, self.is_needed = now, of_origin, missed, is_needed
+        self._topology, self._of_origin, self._missed, self.is_needed = now, of_origin, missed, is_needed
         self._lasting = {node: origins & before.get(node, set()) for node, origins in missed.items()}
         return [peer for peer in connected if self._lasting.get(peer.node, set()) - told.get(peer.node, set())]
 
@@ -80,11 +79,11 @@ class Relay:
         """The peers to whom this node passes on what `origin` takes."""
         found = self._of_origin.get(origin)
         # A node that nobody reaches has ended, and what was heard of it is news to all who have not heard it.
-        return found if found is not None else self._ways.to_be_told(origin)
+        return found if found is not None else self._topology.to_be_told(origin)
 
 
-class _Ways:
-    """Who reaches whom.
+class _Topology:
+    """Who has a stream to whom, as of one check.
 
     Args:
         peers: those that are connected.

@@ -3,7 +3,7 @@
 Theory of operation. Every few milliseconds a *flush* moves what this node took into the log of changes (`changes`),
 from which each peer's outbox sends it, and a part of a *round* sums up what the node holds, to be compared
 (`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what is said on a stream in
-`stream`; what peers cannot hear from each other is *relayed* (`relay`); and which snapshot to ask for at a start is
+`stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for at a start is
 decided in `sync`.
 """
 
@@ -23,7 +23,7 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
 from ratelimit_sidecar.replication.purses import Purses
-from ratelimit_sidecar.replication.relay import EVERY_US, WALK_BACK_US, Relay
+from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.sync import SyncRequests
@@ -31,10 +31,10 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 
 HELD_UP_BUCKETS = 4 * MAX_BATCH_BUCKETS
-"""A peer that has more changes to hear is told of urgent buckets before their turn."""
+"""A peer with more changes than this to be sent is sent urgent buckets before their turn."""
 
 HURRIED_AT_ONCE = 16
-"""Urgent buckets in a step of a flush: each peer may have to be told of each."""
+"""The most urgent buckets in a step of a flush. (Each may have to be sent to each peer.)"""
 
 
 class Replicator:
@@ -77,8 +77,8 @@ class Replicator:
         self.relay = Relay(local.origin.node)
         self.on_news: OnNews | None = None
         """Told of what peers tell that is new here. Does no I/O."""
-        self._ways_changed = False
-        self._ways_looked_us = 0
+        self._topology_changed = False
+        self._topology_checked_us = 0
         self._was_full = False
         self.summing = Summing(store, now_us)
 
@@ -143,11 +143,11 @@ class Replicator:
             yield
 
     def _tend_steps(self, now_us: int) -> Steps:
-        """What a flush does besides: ask peers for what the ledger wants, find ways around broken links, forget who
-        has gone and what is over."""
+        """What a flush does besides: ask peers for what the ledger wants, see what must be relayed, forget peers that
+        have gone."""
         if self.purses is not None:
             self._ask(self.purses)
-        yield from self._find_ways_steps(now_us)
+        yield from self._check_topology_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
             self._was_full = is_full
@@ -163,7 +163,7 @@ class Replicator:
         assert not any(self.streams())
         self.local = replace(self.local, origin=origin)
         self.changes.set_clock(now_us)
-        self._ways_looked_us = now_us
+        self._topology_checked_us = now_us
         self.connections.set_clock(now_us)
 
     def use_rules(self, digest: int) -> None:
@@ -196,25 +196,25 @@ class Replicator:
             sync_request=peer.own_request,
         )
 
-    def change_ways(self) -> None:
-        """A stream of this node or of a peer has come or gone."""
-        self._ways_changed = True
+    def note_topology_change(self) -> None:
+        """A stream of this node or of a peer has come or gone: see whether something must be relayed."""
+        self._topology_changed = True
 
     def _note_connections(self) -> None:
         self.announce()
-        self.change_ways()
+        self.note_topology_change()
 
-    def _find_ways_steps(self, now_us: int) -> Steps:
-        if not self._ways_changed or now_us - self._ways_looked_us < EVERY_US:
+    def _check_topology_steps(self, now_us: int) -> Steps:
+        if not self._topology_changed or now_us - self._topology_checked_us < TOPOLOGY_CHECK_US:
             return
-        self._ways_looked_us = now_us
-        self._ways_changed = False
+        self._topology_checked_us = now_us
+        self._topology_changed = False
         late = yield from self.relay.look_steps(self.peers)
         for peer in late:
             if peer.streams:
                 peer.outbox.snapshot(now_us - WALK_BACK_US)
                 peer.wake()
-        self._ways_changed |= self.relay.is_to_look_again
+        self._topology_changed |= self.relay.is_to_look_again
 
     def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """News from a peer, for those that cannot hear it themselves."""

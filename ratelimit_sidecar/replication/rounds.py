@@ -249,9 +249,11 @@ class Summing:
         return True
 
     def _plan_next(self, segments: int, *, is_done: bool) -> None:
-        """Args:
-        segments: of the round that is over.
-        is_done: False when it was given up.
+        """Decide how many segments the next round has.
+
+        Args:
+            segments: of the round that is over.
+            is_done: False when it was given up.
         """
         looked, buckets = self._looking // LOOK_WORK, len(self._store)
         if is_done:

@@ -37,15 +37,17 @@ LONG_TURN_NS = 500_000
 """Where others need so long for a turn, they are left one at a time."""
 
 
-class _Waiting(NamedTuple):
+class _QueuedJob(NamedTuple):
     job: Steps
     is_urgent: bool
     done: asyncio.Future[None]
 
 
 class Scheduler:
-    """Args:
-    monotonic_ns: what steps are timed with.
+    """Does the jobs of one event loop; see above. `run` returns when its job is done.
+
+    Args:
+        monotonic_ns: the clock that steps are timed with.
     """
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -56,10 +58,10 @@ class Scheduler:
         self._turn_ns = 0
         """What others take for a turn of the loop, or less when that has been so only lately."""
         self._turns_left = 2
-        """To others, when the quantum is used up."""
+        """Turns of the loop that are left to others when the quantum is used up."""
         self._left_ns = 0
-        """When it was."""
-        self._waiting: deque[_Waiting] = deque()
+        """When the quantum was used up."""
+        self._queue: deque[_QueuedJob] = deque()
 
     async def run(self, job: Steps, *, is_urgent: bool = False) -> None:
         """Do a job: at once as much of it as the quantum allows, and the rest in turn with others.
@@ -73,15 +75,15 @@ class Scheduler:
         while self._used_ns < self._quantum_ns:
             if self._step(job):
                 return
-        waiting = _Waiting(job, is_urgent, asyncio.get_running_loop().create_future())
-        self._put(waiting)
-        await waiting.done
+        queued = _QueuedJob(job, is_urgent, asyncio.get_running_loop().create_future())
+        self._put(queued)
+        await queued.done
 
-    def _put(self, waiting: _Waiting) -> None:
-        if waiting.is_urgent:
-            self._waiting.insert(1, waiting)
+    def _put(self, queued: _QueuedJob) -> None:
+        if queued.is_urgent:
+            self._queue.insert(1, queued)
         else:
-            self._waiting.append(waiting)
+            self._queue.append(queued)
 
     def _step(self, job: Steps) -> bool:
         """True when it was the last of the job."""
@@ -108,19 +110,19 @@ class Scheduler:
         self._turns_left = 1 if self._turn_ns >= LONG_TURN_NS else 2
         others_ns = self._turn_ns * self._turns_left
         self._quantum_ns = max(QUANTUM_NS, min(others_ns // 2, FAIR_QUANTUM_NS), min(others_ns // 3, MAX_QUANTUM_NS))
-        while self._waiting and self._used_ns < self._quantum_ns:
-            waiting = self._waiting.popleft()
-            if waiting.done.cancelled():
+        while self._queue and self._used_ns < self._quantum_ns:
+            queued = self._queue.popleft()
+            if queued.done.cancelled():
                 continue
             try:
-                has_ended = self._step(waiting.job)
+                has_ended = self._step(queued.job)
             except Exception as error:
-                waiting.done.set_exception(error)
+                queued.done.set_exception(error)
                 continue
             if has_ended:
-                waiting.done.set_result(None)
+                queued.done.set_result(None)
             else:
-                self._put(waiting)
+                self._put(queued)
         # It has caught up: what comes next, maybe much later, need not have a long quantum at once.
         if self._used_ns < self._quantum_ns:
             self._quantum_ns = max(min(self._quantum_ns, FAIR_QUANTUM_NS), self._used_ns + 1)

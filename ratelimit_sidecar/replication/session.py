@@ -1,17 +1,16 @@
 """The conversation of two sidecars over one stream. Sans-I/O: everything that affects its state lives here.
 
-Theory of operation. Both ends say Hello first and may say anything else once they have heard the other's Hello. From
-then on each numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second; between two that have
-shown each other a membership there are Payments, too, and between two that speak protocol 3 comparisons, of which none
-is acknowledged. The transport keeps order and loses
-nothing short of the whole stream, so a gap in the numbers is a broken peer, not a loss.
+Theory of operation. Both ends send Hello first, and anything else once they have the other's Hello. From then on each
+numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second. Ends that have shown each other a
+membership also send Payments; ends that speak protocol 3 also compare what they hold. Neither is acknowledged. The
+transport keeps order and loses nothing but the whole stream, so a gap in the numbers is a broken peer, not a loss.
 
     HELLO --Hello heard--> ESTABLISHED
     either --ProtocolError, close()--> CLOSING --Goodbye taken by next_frame--> CLOSED
     either --Goodbye heard--> CLOSED
 
 Frames are *pulled*: what is owed (a pong, an acknowledgement, a ping) is a flag, not a queue, and becomes a frame when
-the transport can take one. A peer that does not read so costs no memory. Times are microseconds of this node's clock.
+the transport can take one. So a peer that does not read costs no memory. Times are microseconds of this node's clock.
 """
 
 from __future__ import annotations

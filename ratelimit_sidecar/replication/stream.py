@@ -42,7 +42,7 @@ all together take a fifth of it at most.
 """
 
 LEAST_PEERS_PAUSE_US = 20_000
-"""A shorter pause for the number of peers is none: a flush comes as seldom."""
+"""With so few peers that the pause would be shorter than this there is none: a flush comes no more often."""
 
 InSteps = DeltasReceived | ComparisonReceived | DemandsReceived
 """Events that take longer than a step."""
@@ -174,7 +174,7 @@ class Inbound:
         reaches = read_reaches(status)
         if reaches != peer.said.reaches:
             peer.said.reaches = reaches
-            self._replicator.change_ways()
+            self._replicator.note_topology_change()
 
     def _end_span(self) -> None:
         if self._applying is not None:
@@ -189,7 +189,7 @@ class Inbound:
 
 
 class Stream:
-    """From the moment the connection is there.
+    """One stream with a peer, from the moment the connection is there.
 
     Args:
         address: of the far end.

@@ -1,7 +1,7 @@
-"""Which snapshot a node asks each of its peers for, when it has just started.
+"""Which snapshot a node that has just started asks each of its peers for.
 
-One peer sends it everything, the others their own changes of the last seconds: sent everything by all, a node would
-take so many times longer to start.
+One peer sends it everything, each other one only its own changes of the last seconds. If all sent everything, a node
+with ten peers would take ten times as long to start.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 
 class SyncRequests:
-    """Args:
-    announce: called when peers have to be told what is asked for.
+    """Decides what to ask each peer for. A peer learns it from the status that this node sends it.
+
+    Args:
+        announce: sends all peers the status.
     """
 
     def __init__(self, peers: Mapping[str, Peer], announce: Callable[[], object]) -> None:

@@ -11,8 +11,8 @@ returns, then handles the events of `late` and closes the transport if `closed` 
 regularly with the time, which ends calls and connections that take too long.
 
 Flow control: a message's bytes are acknowledged to the client when they are taken out. So the windows bound what waits
-here, and `Budget` bounds it for all connections together. So it does for answers that the client grants no window for:
-it counts them, and whoever has too many, or takes too little of them, is disconnected.
+here, and `Budget` bounds it for all connections together. It also counts answers for which the client grants no window:
+a client that has too many of them, or reads them too slowly, is disconnected.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ RESETS: Final = (1 << 30, 1 << 30)
 """What nghttp2 lets a client reset at once, and then in each second: any number, see above."""
 
 _DRAIN_PING: Final = b"draining"
-_LIFE_PING: Final = b"anybody?"
+_KEEPALIVE_PING: Final = b"anybody?"
 
 _GRPC_HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _PLAIN_TEXT: Final = ((b"content-type", b"text/plain"),)
@@ -209,15 +209,16 @@ class Connection:
             max_header_bytes=MAX_HEADER_BYTES,
             resets=RESETS,
         )
-        self._waiting: dict[int, Call] = {}
+        self._incomplete: dict[int, Call] = {}
+        """Unary calls whose message is not complete."""
         self._streaming: dict[int, _Stream] = {}
-        self._kept: dict[int, Call] = {}
+        self._deferred: dict[int, Call] = {}
         """Complete calls that are answered later."""
         self._held = 0
-        """The bytes counted for its calls in the budget, and for answers that wait."""
+        """All bytes of this connection that are counted in the budget."""
         self._credit = CONTROL_FRAMES
         self._begun = 0
-        """Calls that are not in the credit yet."""
+        """Calls that began since the credit was last computed."""
         self._control_frames = 0
         """The session's control frames that were already charged to the credit."""
         self._last_stream_id = 0
@@ -233,7 +234,7 @@ class Connection:
         self._began_s = now_s
         self._heard_s = now_s
         self._has_heard = False
-        self._has_asked_for_life = False
+        self._has_pinged = False
         self._age_s = age_s
         self._is_draining = False
         self._drain_ping_s = now_s
@@ -306,10 +307,10 @@ class Connection:
             self._complete(call, happened)
         else:
             request.is_wanted = True
-            self._waiting[request.stream_id] = call
+            self._incomplete[request.stream_id] = call
             self._hold(call, CALL_BYTES + request.header_bytes)
             if request.is_wanted:
-                self._look_at_body(call)
+                self._note_body(call)
 
     def _refused(self, request: Request, *, is_known: bool) -> bool:
         """Answer a request that is no call of a known method. Returns False if it is one."""
@@ -359,23 +360,23 @@ class Connection:
     def _go_on(self, request: Request, happened: list[Event]) -> None:
         """Handle more bytes, or the end, of a call that is already here."""
         stream_id = request.stream_id
-        call = self._waiting.get(stream_id)
+        call = self._incomplete.get(stream_id)
         if call is not None:
             if request.lost:
                 self._drop(call)
             elif request.ended:
-                del self._waiting[stream_id]
+                del self._incomplete[stream_id]
                 self._release(call)
                 request.is_wanted = False
                 self._session.consume(request, CONNECTION_WINDOW)
                 self._complete(call, happened)
             else:
-                self._look_at_body(call)
+                self._note_body(call)
             return
-        call = self._kept.get(stream_id)
+        call = self._deferred.get(stream_id)
         if call is not None:
             if request.lost:
-                self._let_go(call)
+                self._release_deferred(call)
                 happened.append(StreamCancelled(stream_id))
             return
         stream = self._streaming.get(stream_id)
@@ -395,8 +396,8 @@ class Connection:
         else:
             happened.append(call)
 
-    def _look_at_body(self, call: Call) -> None:
-        """Take account of a part of a message that is not the last."""
+    def _note_body(self, call: Call) -> None:
+        """Count a part of a message that is not the last."""
         came = call.request.body_bytes - call.body_bytes
         if not came:
             return
@@ -427,7 +428,7 @@ class Connection:
         """Forget a waiting call."""
         call.request.is_wanted = False
         call.request.take_body()
-        del self._waiting[call.request.stream_id]
+        del self._incomplete[call.request.stream_id]
         self._release(call)
 
     def _release(self, call: Call) -> None:
@@ -462,24 +463,24 @@ class Connection:
         self._count(held)
         call.held = held
         request.is_wanted = True
-        self._kept[request.stream_id] = call
+        self._deferred[request.stream_id] = call
         return True
 
-    def _let_go(self, call: Call) -> None:
+    def _release_deferred(self, call: Call) -> None:
         call.request.is_wanted = False
-        del self._kept[call.request.stream_id]
+        del self._deferred[call.request.stream_id]
         self._release(call)
 
     def answer(self, call: Call, message: bytes) -> None:
         """Answer a unary call."""
         if call.held:
-            self._let_go(call)
+            self._release_deferred(call)
         self._session.answer(call.request, message)
 
     def refuse(self, call: Call, error: RpcError) -> None:
         """Answer a unary call with a status."""
         if call.held:
-            self._let_go(call)
+            self._release_deferred(call)
         self._refuse(call.request, error)
 
     def _refuse(self, request: Request, error: RpcError) -> None:
@@ -659,7 +660,7 @@ class Connection:
             return
         if self._has_heard:
             self._has_heard = False
-            self._has_asked_for_life = False
+            self._has_pinged = False
             self._heard_s = now_s
         self._credit = min(CONTROL_FRAMES, self._credit + CONTROL_FRAMES_A_CHECK)
         if not self._session.has_settings:
@@ -676,7 +677,7 @@ class Connection:
 
     def _check_calls(self, now_s: float) -> None:
         limits = self._limits
-        for call in list(self._waiting.values()):
+        for call in list(self._incomplete.values()):
             if now_s - call.began_s >= limits.call:
                 self._reset(call, "too_slow")
             elif now_s - call.heard_s >= limits.body_idle:
@@ -715,9 +716,9 @@ class Connection:
         if self._streaming:
             if silent_s >= 2 * limits.ping_after:
                 self.terminate(NO_ERROR, "silent")
-            elif silent_s >= limits.ping_after and not self._has_asked_for_life:
-                self._has_asked_for_life = True
-                self._session.ping(_LIFE_PING)
+            elif silent_s >= limits.ping_after and not self._has_pinged:
+                self._has_pinged = True
+                self._session.ping(_KEEPALIVE_PING)
         elif silent_s >= limits.idle and not self._is_draining:
             self._counts.closed_connections["idle"] += 1
             self.drain()
@@ -754,8 +755,8 @@ class Connection:
         self.closed = True
         self._budget.count(-self._held)
         self._held = self._unhandled = self._untaken = 0
-        self._waiting.clear()
-        self._kept.clear()
+        self._incomplete.clear()
+        self._deferred.clear()
         self._streaming.clear()
 
 

@@ -1,4 +1,4 @@
-"""Ends the waits of requests in time, and lets their answers out: the event loop's side of `crdt.lines`.
+"""Ends the waits of requests in time, and delivers their answers: the event loop's side of `crdt.wait_queues`.
 
 In one turn of the event loop at most `STEP` waits end by time or cancellation, and as many answers go out.
 """
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
 from ratelimit_sidecar.server.rpc import FailureLog
 
@@ -18,21 +18,23 @@ STEP: Final = 64
 
 
 class Waits:
-    """Args:
-    strict_us: the clock of strict limits.
+    """The waits of one process. `hold` each new one; its answer goes out through `Waiting.on_end`.
+
+    Args:
+        strict_us: the clock of strict limits.
     """
 
-    def __init__(self, lines: Lines, strict_us: Callable[[], int]) -> None:
-        self._lines = lines
+    def __init__(self, queues: WaitQueues, strict_us: Callable[[], int]) -> None:
+        self._queues = queues
         self._strict_us = strict_us
         self._timers: dict[Waiting, asyncio.TimerHandle] = {}
         self._due: deque[tuple[Waiting, Outcome]] = deque()
         self._is_scheduled = False
         self._failures = FailureLog()
-        lines.on_ended = self._schedule
+        queues.on_ended = self._schedule
 
     def hold(self, waiting: Waiting, most_seconds: float) -> None:
-        """Take care of a new wait.
+        """End a new wait in time, by its rule's `wait` or after `most_seconds`.
 
         Args:
             most_seconds: how long the client waits at most.
@@ -43,12 +45,12 @@ class Waits:
 
     def cancel(self, waiting: Waiting) -> None:
         """See `Waiting.cancel`."""
-        if waiting.line is not None:
+        if waiting.queue is not None:
             self._fall_due(waiting, Outcome.CANCELLED)
 
     def end_now(self, waiting: Waiting) -> None:
         """See `Waiting.end_now`."""
-        self._lines.leave(waiting, Outcome.ENDED, self._strict_us())
+        self._queues.leave(waiting, Outcome.ENDED, self._strict_us())
 
     def _fall_due(self, waiting: Waiting, outcome: Outcome) -> None:
         self._due.append((waiting, outcome))
@@ -62,16 +64,16 @@ class Waits:
     def _step(self) -> None:
         self._is_scheduled = False
         for _ in range(min(STEP, len(self._due))):
-            self._lines.leave(*self._due.popleft(), self._strict_us())
-        ended = self._lines.ended
+            self._queues.leave(*self._due.popleft(), self._strict_us())
+        ended = self._queues.ended
         for _ in range(min(STEP, len(ended))):
             waiting = ended.popleft()
             self._timers.pop(waiting).cancel()
-            self._let_out(waiting)
+            self._deliver(waiting)
         if self._due or ended:
             self._schedule()
 
-    def _let_out(self, waiting: Waiting) -> None:
+    def _deliver(self, waiting: Waiting) -> None:
         on_end, waiting.on_end = waiting.on_end, None
         try:
             if on_end is not None:

@@ -19,7 +19,7 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.samples import Sample as EncodedSample
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.limiter.counts import RuleCounts
 from ratelimit_sidecar.limiter.fullest import Fullest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -282,7 +282,7 @@ class MetricSources:
     spans: SpansStatus | None = None
     quotas: Quotas | None = None
     quota_places: PlacesStatus | None = None
-    waits: Lines | None = None
+    waits: WaitQueues | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ async def test_a_client_that_goes_ends_its_wait_and_gives_its_place_back() -> No
     http = Http()
     for _ in range(2 * MAX_REQUESTS):
         await ask_and_go(http.console.app, http.service)
-    assert http.service.lines.counts[Outcome.CANCELLED] == 2 * MAX_REQUESTS
+    assert http.service.queues.counts[Outcome.CANCELLED] == 2 * MAX_REQUESTS
     answer = asyncio.create_task(post(http.console, GOLD))
     await http.service.until_waiting(1)
     http.service.node.come(1)

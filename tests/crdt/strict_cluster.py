@@ -18,7 +18,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import Pay, Paying, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, Shown
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
-from ratelimit_sidecar.crdt.waiting import Line, Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, WaitQueue, Wish
 from simulation.loop import START_US, Loop
 from simulation.textbook import TextbookBucket
 
@@ -35,7 +35,7 @@ class Replica:
     drift_ppm: int
     shares: Shares
     paying: Paying
-    line: Line
+    queue: WaitQueue
     ends: dict[str, list[int]] = field(default_factory=dict)
     """By peer, its open ends of streams; the first is in use."""
 
@@ -147,7 +147,7 @@ class StrictCluster:
             from_us=0 if full or self.starts_full else now_us,
         )
         replica.paying = Paying(bucket)
-        replica.line = Line(replica.paying, lambda _waiting, _now_us: None)
+        replica.queue = WaitQueue(replica.paying, lambda _waiting, _now_us: None)
         self.at(self._true_us(HOLD_US, replica) if holds else 0, lambda: self._begin_home(replica))
         for other in list(self.replicas.values()):
             if other.paying is not None:
@@ -161,7 +161,7 @@ class StrictCluster:
             self._set_home(replica)
             if replica.node in self._kept and replica.bucket.ceiling:
                 kept = self._kept[replica.node] if self.keeps_twice else self._kept.pop(replica.node)
-                replica.bucket.put_back(kept)
+                replica.bucket.restore(kept)
 
     def _true_us(self, duration_us: int, replica: Replica) -> int:
         """How long that is by a replica's clock."""
@@ -258,13 +258,13 @@ class StrictCluster:
         replica = self.replicas.get(node)
         if replica is not None:
             waiting = Waiting(hits, lambda _now_us: self._serve(node, hits), 0)
-            replica.line.join(waiting, self.clock_us(replica))
+            replica.queue.join(waiting, self.clock_us(replica))
 
     def end_wait(self, node: str, outcome: Outcome) -> None:
         """The longest wait ends: its time is over, or it is cancelled."""
         replica = self.replicas.get(node)
-        if replica is not None and (first := replica.line.first) is not None:
-            replica.line.leave(first, outcome, self.clock_us(replica))
+        if replica is not None and (first := replica.queue.first) is not None:
+            replica.queue.leave(first, outcome, self.clock_us(replica))
 
     def wish(self, node: str, peer: str, tokens: int) -> None:
         """Wish for tokens, whatever the policy."""
@@ -272,7 +272,7 @@ class StrictCluster:
         if replica is None or not replica.ends.get(peer):
             return
         end = self.random.choice(replica.ends[peer])
-        replica.line.note_wish(peer, tokens)
+        replica.queue.note_wish(peer, tokens)
         self._wish(replica, end, peer, tokens)
 
     def use_ticket(self, node: str, peer: str, fault: Callable[[str], None] | None = None) -> None:
@@ -282,7 +282,7 @@ class StrictCluster:
         replica = self.replicas.get(node)
         if replica is None:
             return
-        while replica.line.first is not None:
+        while replica.queue.first is not None:
             self.end_wait(node, Outcome.EXPIRED)
         self.run(self.random.choice([0, 1_000_000]))
         more = self.random.randint(1, self.limit.capacity // len(self.nodes) + 1)
@@ -325,9 +325,9 @@ class StrictCluster:
             return
         if self.serves_twice:
             replica.bucket.wishes.setdefault(number, self.clock_us(replica))
-            replica.line.note_wish(wish.peer, wish.tokens)
+            replica.queue.note_wish(wish.peer, wish.tokens)
         most = self.limit.capacity * TOKEN
-        returned = replica.line.accept(number, wish, ticket, most, self.clock_us(replica))
+        returned = replica.queue.accept(number, wish, ticket, most, self.clock_us(replica))
         for each in self.nodes if node == self._ticket_to else ():
             self.take_all(each)
         payer = self.replicas.get(wish.peer)
@@ -366,8 +366,8 @@ class StrictCluster:
         ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in weights}
         for peer, ask in replica.paying.asks(ends, self.clock_us(replica)).items():
             self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
-        replica.line.serve(self.clock_us(replica), 10)
-        for peer, tokens in replica.line.wishes(list(ends), self.clock_us(replica)).items():
+        replica.queue.serve(self.clock_us(replica), 10)
+        for peer, tokens in replica.queue.wishes(list(ends), self.clock_us(replica)).items():
             self._wish(replica, ends[peer], peer, tokens)
 
     def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
@@ -500,15 +500,15 @@ class LateTicket(StrictBucket):
 
 
 class TicketKeptWithoutRoom(StrictBucket):
-    def put_down(self, peer: str, added: int) -> int:
+    def take_rest(self, peer: str, added: int) -> int:
         return 0
 
 
 class TicketReturnedToo(StrictBucket):
     """What was used is given back as well."""
 
-    def put_down(self, peer: str, added: int) -> int:
-        super().put_down(peer, added)
+    def take_rest(self, peer: str, added: int) -> int:
+        super().take_rest(peer, added)
         return added // self.limit.period_us
 
 

@@ -4,7 +4,7 @@ Operations: take, check only, charge always, give back, tell, deliver, deliver t
 nothing left, change the limit here and there, pass time, seal, sweep; on clocks up to half a second from the true one.
 
 After each healing: folds equal to the bit (P1), and the level is that of one bucket fed all events that any replica
-still knows of, in order of time (P4), less at most what was given back. At the end every bucket is forgotten (P7). A
+still knows of, in order of time (P4), less at most what was given back. At the end every bucket is forgotten (P6). A
 lone replica is a textbook bucket all the time (P2). Steps, and not the events of `simulation`, move it: so Hypothesis
 decides which message arrives next, and can shorten what fails.
 """
@@ -263,7 +263,7 @@ class Cluster(RuleBasedStateMachine):
         for replica in self.replicas:
             for turn in range(1, 4):
                 replica.store.sweep(self.true_us + turn * 10_000 * MINUTE_US, 1)
-            assert len(replica.store) == 0, "P7"
+            assert len(replica.store) == 0, "P6"
 
 
 class TokenBucketCluster(Cluster):

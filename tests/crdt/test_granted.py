@@ -5,8 +5,8 @@ from __future__ import annotations
 from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, wish
-from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Wish
+from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, needs
+from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
@@ -18,7 +18,7 @@ NOW_US = 10**12
 
 def holding(tokens: int, *, left: int = 0) -> GrantedBucket:
     bucket = GrantedBucket(b"k", LIMIT, Origin("a", 1), NOW_US)
-    bucket.drawn(bucket.draw(Wish(tokens, tokens)), Drawn(0, tokens, 0, left), 1, NOW_US)
+    bucket.drawn(bucket.draw(Needs(tokens, tokens)), Drawn(0, tokens, 0, left), 1, NOW_US)
     return bucket
 
 
@@ -38,14 +38,14 @@ def test_a_grant_ends_and_does_not_come_back() -> None:
     assert bucket.take(1, NOW_US + GRANT_US - 1)
     assert not bucket.take(1, NOW_US + GRANT_US)
     # An answer that comes late.
-    bucket.drawn(bucket.draw(Wish(0, 3)), Drawn(0, 0, 0, 0), 1, NOW_US + GRANT_US)
+    bucket.drawn(bucket.draw(Needs(0, 3)), Drawn(0, 0, 0, 0), 1, NOW_US + GRANT_US)
     assert not bucket.take(1, NOW_US + GRANT_US)
 
 
 def test_a_call_ends_the_former_grant_and_counts_what_is_left_of_it() -> None:
     bucket = holding(10)
     bucket.take(4, NOW_US)
-    draw = bucket.draw(Wish(5, 3))
+    draw = bucket.draw(Needs(5, 3))
     assert (draw.ends, draw.kept, draw.back, draw.wanted) == (10, 3, 3, 5)
     # Spent while the call is on its way.
     bucket.take(1, NOW_US)
@@ -58,14 +58,14 @@ def test_what_is_charged_beyond_the_debt_ceiling_is_forgiven_and_the_rest_drawn(
     bucket.take(2**48, NOW_US, always=True)
     owed = bucket.debt
     assert owed <= LIMIT.debt_ceiling // LIMIT.period_us
-    bucket.drawn(bucket.draw(Wish(100, 100)), Drawn(0, 100, 0, 0), 1, NOW_US)
+    bucket.drawn(bucket.draw(Needs(100, 100)), Drawn(0, 100, 0, 0), 1, NOW_US)
     assert bucket.debt == owed - 100
 
 
 def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_next_call_ends_nothing() -> None:
     bucket = holding(10)
-    bucket.draw(Wish(5, 6))
-    draw = bucket.draw(Wish(5, 2))
+    bucket.draw(Needs(5, 6))
+    draw = bucket.draw(Needs(5, 2))
     assert (draw.generation, draw.ends, draw.kept, draw.back) == (-1, 0, 6, 0)
     assert bucket.take(1, NOW_US + GRANT_US - 1)
     assert not bucket.take(1, NOW_US + GRANT_US)
@@ -73,14 +73,14 @@ def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_
 
 def test_an_answer_that_nothing_was_done_leaves_all_as_it_was() -> None:
     bucket = holding(10)
-    bucket.not_done(bucket.draw(Wish(5, 6)))
-    draw = bucket.draw(Wish(0, 10))
+    bucket.not_done(bucket.draw(Needs(5, 6)))
+    draw = bucket.draw(Needs(0, 10))
     assert (draw.generation, draw.ends, draw.kept) == (1, 10, 10)
 
 
 def test_what_was_kept_is_given_up_when_its_grant_had_ended_for_the_account() -> None:
     bucket = holding(10)
-    bucket.drawn(bucket.draw(Wish(2, 10)), Drawn(0, 2, 0, 0), 5, NOW_US)
+    bucket.drawn(bucket.draw(Needs(2, 10)), Drawn(0, 2, 0, 0), 5, NOW_US)
     assert bucket.held == 2
 
 
@@ -94,9 +94,9 @@ def test_another_limit_takes_its_tokens_along_and_adds_none() -> None:
 def test_it_wants_what_it_denied_lately() -> None:
     bucket = holding(0)
     assert not bucket.take(30, NOW_US)
-    assert wish(bucket, NOW_US) == Wish(30, 60)
+    assert needs(bucket, NOW_US) == Needs(30, 60)
     bucket.advance(NOW_US + RECENT_US)
-    later = wish(bucket, NOW_US + RECENT_US)
+    later = needs(bucket, NOW_US + RECENT_US)
     assert later is not None
     assert later.wanted < 10
 
@@ -107,7 +107,7 @@ def test_it_wants_what_will_be_asked_for_soon() -> None:
         bucket.take(1, NOW_US + step * 10_000)
     now_us = NOW_US + 1_000_000
     bucket.advance(now_us)
-    wanted = wish(bucket, now_us)
+    wanted = needs(bucket, now_us)
     assert wanted is not None
     assert 50 * SOON_US // 1_000_000 <= wanted.wanted <= 100 * SOON_US // 1_000_000
 
@@ -115,18 +115,18 @@ def test_it_wants_what_will_be_asked_for_soon() -> None:
 def test_while_there_is_plenty_it_holds_something_for_the_request_after_a_pause() -> None:
     bucket = holding(0, left=50)
     bucket.take(0, NOW_US)
-    assert wish(bucket, NOW_US) == Wish(4, 8)
+    assert needs(bucket, NOW_US) == Needs(4, 8)
     bucket.advance(NOW_US + STANDING_US)
-    assert wish(bucket, NOW_US + STANDING_US) is None
+    assert needs(bucket, NOW_US + STANDING_US) is None
 
 
 def test_what_is_held_is_renewed_before_it_ends() -> None:
     bucket = holding(4, left=50)
     bucket.take(0, NOW_US)
-    assert wish(bucket, NOW_US) is None
+    assert needs(bucket, NOW_US) is None
     now_us = NOW_US + GRANT_US // 2 + 1
     bucket.advance(now_us)
-    assert wish(bucket, now_us) == Wish(0, 8)
+    assert needs(bucket, now_us) == Needs(0, 8)
 
 
 def test_an_account_that_had_too_little_is_asked_again_when_something_has_refilled() -> None:
@@ -134,20 +134,20 @@ def test_an_account_that_had_too_little_is_asked_again_when_something_has_refill
     bucket = GrantedBucket(b"k", slow, Origin("a", 1), NOW_US)
     bucket.take(1, NOW_US)
     bucket.paced_us = NOW_US
-    assert wish(bucket, NOW_US + 50_000) is None
+    assert needs(bucket, NOW_US + 50_000) is None
     bucket.take(1, NOW_US + 1_000_000)
-    assert wish(bucket, NOW_US + 1_000_000) == Wish(1, 2)
+    assert needs(bucket, NOW_US + 1_000_000) == Needs(1, 2)
 
 
 def test_nothing_is_drawn_for_a_request_that_is_never_admitted() -> None:
     bucket = holding(1, left=16)
     assert not bucket.take(LIMIT.capacity + 1, NOW_US)
     assert not bucket.would_admit(LIMIT.capacity + 1, NOW_US)
-    assert wish(bucket, NOW_US) is None
+    assert needs(bucket, NOW_US) is None
     assert not bucket.take(LIMIT.capacity, NOW_US)
-    wished = wish(bucket, NOW_US)
-    assert wished is not None
-    assert wished.wanted == LIMIT.capacity - 1
+    needed = needs(bucket, NOW_US)
+    assert needed is not None
+    assert needed.wanted == LIMIT.capacity - 1
 
 
 def make_ledger() -> GrantLedger:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US, Ask, Pay
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_wish
+from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 
 KEY = b"k"
@@ -28,14 +28,14 @@ def bucket_of(ledger: RegionalLedger) -> GrantedBucket:
     return bucket
 
 
-def answered(ledger: RegionalLedger, now_us: int, *, tokens: int = 0, room: int = 0, left: int = 0) -> Wish:
+def answered(ledger: RegionalLedger, now_us: int, *, tokens: int = 0, room: int = 0, left: int = 0) -> Needs:
     """A call to the account, and what that grants."""
     bucket = bucket_of(ledger)
-    wish = regional_wish(bucket, now_us)
-    assert wish is not None
-    draw = bucket.draw(wish)
-    bucket.drawn(draw, Drawn(draw.kept, min(tokens, wish.wanted), min(room, wish.room), left), 1, now_us)
-    return wish
+    needs = regional_needs(bucket, now_us)
+    assert needs is not None
+    draw = bucket.draw(needs)
+    bucket.drawn(draw, Drawn(draw.kept, min(tokens, needs.wanted), min(room, needs.room), left), 1, now_us)
+    return needs
 
 
 def asks(ledger: RegionalLedger, now_us: int) -> dict[str, dict[bytes, Ask]]:
@@ -60,9 +60,9 @@ def test_what_is_paid_goes_into_the_account() -> None:
     assert ledger.paid("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
     bucket = bucket_of(ledger)
     assert bucket.held == 20
-    wish = regional_wish(bucket, NOW_US)
-    assert wish is not None
-    draw = bucket.draw(wish)
+    needs = regional_needs(bucket, NOW_US)
+    assert needs is not None
+    draw = bucket.draw(needs)
     assert (draw.ends, draw.back, draw.kept) == (30, 20, 0)
 
 
@@ -107,7 +107,7 @@ def test_one_that_is_short_itself_pays_nothing_and_keeps_nothing() -> None:
     answered(ledger, NOW_US, tokens=10, left=30)
     ledger.note_short(KEY, NOW_US, 50_000)
     assert ledger.answer("west", KEY, ask, NOW_US) == Pay(0, 0)
-    assert bucket_of(ledger).draw(Wish(0, 0)).back == 10
+    assert bucket_of(ledger).draw(Needs(0, 0)).back == 10
 
 
 def test_when_nobody_asks_any_more_all_goes_back() -> None:
@@ -119,4 +119,4 @@ def test_when_nobody_asks_any_more_all_goes_back() -> None:
     later_us = NOW_US + RECENT_US
     assert answered(ledger, later_us).most == 0
     assert bucket_of(ledger).held == 0
-    assert regional_wish(bucket_of(ledger), later_us) is None
+    assert regional_needs(bucket_of(ledger), later_us) is None

@@ -132,7 +132,7 @@ def test_what_a_purse_had_at_a_clean_stop_it_has_again() -> None:
     bucket = half()
     assert bucket.take(20, NOW_US)
     again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=50 * TOKEN, from_us=NOW_US)
-    again.put_back(bucket.level // bucket.limit.period_us)
+    again.restore(bucket.level // bucket.limit.period_us)
     assert again.remaining == 30
 
 
@@ -140,14 +140,14 @@ def test_what_is_owed_at_a_clean_stop_is_owed_again() -> None:
     bucket = half()
     bucket.take(70, NOW_US, always=True)
     again = StrictBucket(b"k", PER_SECOND_100, Origin("a", 2), NOW_US, home=50 * TOKEN, from_us=NOW_US)
-    again.put_back(bucket.level // bucket.limit.period_us)
+    again.restore(bucket.level // bucket.limit.period_us)
     assert again.debt == 20
 
 
 def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", NOW_US)
     ledger = Ledger(shares, Origin("a", 2), lambda _key: PER_SECOND_100)
-    ledger.put_back({b"k": 30 << 32, b"other": 7})
+    ledger.restore({b"k": 30 << 32, b"other": 7})
     bucket = ledger.bucket(b"k", PER_SECOND_100, NOW_US)
     assert bucket.remaining == 0
     assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
@@ -161,7 +161,7 @@ def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> No
 def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
     limits = {b"k": PER_SECOND_100}
     ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", NOW_US), Origin("a", 2), limits.get)
-    ledger.put_back({b"gone": 1 << 32, b"k": 30 << 32})
+    ledger.restore({b"gone": 1 << 32, b"k": 30 << 32})
     ledger.sweep(NOW_US, 10)
     assert [bucket.remaining for bucket in ledger.walk()] == [30]
     assert dict(ledger.keep()) == {b"k": 30 << 32}

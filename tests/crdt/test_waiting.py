@@ -10,11 +10,11 @@ from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.lines import Lines
 from ratelimit_sidecar.crdt.paying import Ticket
 from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import MAX_WAITING, MAX_WAITING_OF_BUCKET, SERVED_AT_ONCE, Outcome, Waiting, Wish
 
 KEY = b"k"
@@ -29,17 +29,17 @@ class Node:
         self.now_us = NOW_US
         self.limit = limit
         self.ledger = make_ledger(node, limit=limit)
-        self.bucket.put_back(limit.capacity * TOKEN)
+        self.bucket.restore(limit.capacity * TOKEN)
         assert self.bucket.take(self.bucket.remaining - has, self.now_us)
-        self.lines.tick(["b"], self.now_us, 10, 100)
+        self.queues.tick(["b"], self.now_us, 10, 100)
 
     @property
     def bucket(self) -> StrictBucket:
         return self.ledger.bucket(KEY, self.limit, self.now_us)
 
     @property
-    def lines(self) -> Lines:
-        return self.ledger.lines
+    def queues(self) -> WaitQueues:
+        return self.ledger.queues
 
     def wait(self, hits: int = 1, decide: Callable[[int], bytes] | None = None) -> Waiting | None:
         """A request; None if it must be decided at once."""
@@ -55,7 +55,7 @@ class Node:
 
     def wish(self, number: int = 1) -> Wish:
         """What the next tick wishes for of b."""
-        tokens = self.lines.tick(["b"], self.now_us, 10, 100)["b"][KEY]
+        tokens = self.queues.tick(["b"], self.now_us, 10, 100)["b"][KEY]
         self.bucket.wish(number)
         return Wish("b", KEY, tokens, self.now_us)
 
@@ -87,13 +87,13 @@ def test_what_has_room_is_kept_of_a_ticket_and_the_rest_is_given_back() -> None:
     [waiting] = here.wait_for(100)
     wish = here.wish()
     assert wish.tokens == 2
-    here.lines.leave(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
     assert here.bucket.take(1, NOW_US)
     assert here.ledger.accept(1, wish, Ticket(2, 50 * TOKEN), NOW_US) == 0
     assert here.bucket.remaining == 99
     [waiting] = here.wait_for(101)
     wish = here.wish(2)
-    here.lines.leave(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
     assert here.ledger.accept(2, wish, Ticket(2, 0), NOW_US) == TOKEN
     assert here.bucket.level == here.bucket.ceiling
 
@@ -169,9 +169,9 @@ def test_a_request_is_decided_at_once_when_peers_are_not_believed_to_have_what_a
 
 def test_nobody_waits_without_a_peer_that_can_be_wished_of() -> None:
     here = Node()
-    here.lines.tick([], NOW_US, 10, 100)
+    here.queues.tick([], NOW_US, 10, 100)
     assert here.wait() is None
-    here.lines.tick(["b"], NOW_US, 10, len(KEY) - 1)
+    here.queues.tick(["b"], NOW_US, 10, len(KEY) - 1)
     assert here.wait() is None
 
 
@@ -201,11 +201,11 @@ def test_wishes_that_are_not_answered_give_no_hope_once_they_are_given_up() -> N
     waiting = here.wait_for(60)
     wish = here.wish()
     for each in waiting:
-        here.lines.leave(each, Outcome.EXPIRED, NOW_US)
-    here.lines.tick([], NOW_US, 10, 100)
-    here.lines.by_key[KEY].give_up(1, wish)
-    here.lines.tick([], NOW_US, 10, 100)
-    assert KEY not in here.lines.by_key
+        here.queues.leave(each, Outcome.EXPIRED, NOW_US)
+    here.queues.tick([], NOW_US, 10, 100)
+    here.queues.by_key[KEY].give_up(1, wish)
+    here.queues.tick([], NOW_US, 10, 100)
+    assert KEY not in here.queues.by_key
     # A ticket that comes all the same is given back.
     assert here.bucket.accept(1, "b", 60, 100 * TOKEN, NOW_US) == 0
 
@@ -216,7 +216,7 @@ def test_cancelling_denies_nobody_else_the_waiting() -> None:
     for number in range(1, 20):
         [waiting] = here.wait_for(180)
         wish = here.wish(number)
-        here.lines.leave(waiting, Outcome.CANCELLED, NOW_US)
+        here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
         returned = here.ledger.accept(number, wish, Ticket(wish.tokens, 20 * TOKEN), NOW_US)
         assert returned == wish.tokens * TOKEN
     assert here.bucket.remaining == 100
@@ -232,49 +232,49 @@ def test_a_cancelled_request_is_not_decided() -> None:
 
     waiting = here.wait(1, decide)
     assert waiting is not None
-    here.lines.leave(waiting, Outcome.CANCELLED, NOW_US)
-    here.lines.leave(waiting, Outcome.EXPIRED, NOW_US)
+    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     assert decided == []
-    assert here.lines.waiting == 0
-    assert here.lines.counts[Outcome.CANCELLED] == 1
+    assert here.queues.waiting == 0
+    assert here.queues.counts[Outcome.CANCELLED] == 1
 
 
 def test_a_request_whose_time_is_over_is_decided_by_what_there_is_then() -> None:
     here = Node()
     [waiting] = here.wait_for(1)
-    here.lines.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
+    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
     assert waiting.result() == b"0"
-    assert (here.lines.counts[Outcome.EXPIRED], here.lines.seconds[Outcome.EXPIRED]) == (1, 0.25)
+    assert (here.queues.counts[Outcome.EXPIRED], here.queues.seconds[Outcome.EXPIRED]) == (1, 0.25)
 
 
 def test_refill_and_payments_serve_as_well() -> None:
     here = Node(limit=LIMIT)
     [waiting] = here.wait_for(1)
     here.now_us += 20_000
-    here.lines.tick(["b"], here.now_us, 10, 100)
+    here.queues.tick(["b"], here.now_us, 10, 100)
     assert waiting.result() == b"1"
 
 
 def test_a_tick_ends_a_bounded_number_of_waits() -> None:
     here = Node(limit=Limit(1, 60_000_000, 2_000))
     here.wait_for(*[1] * (3 * SERVED_AT_ONCE))
-    here.lines.end_all()
+    here.queues.end_all()
     for left in (2, 1, 0):
-        here.lines.tick(["b"], NOW_US, 10, 100)
-        assert here.lines.waiting == left * SERVED_AT_ONCE
-    assert here.lines.counts[Outcome.ENDED] == 3 * SERVED_AT_ONCE
+        here.queues.tick(["b"], NOW_US, 10, 100)
+        assert here.queues.waiting == left * SERVED_AT_ONCE
+    assert here.queues.counts[Outcome.ENDED] == 3 * SERVED_AT_ONCE
 
 
 def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
     limit = Limit(1, 60_000_000, 2_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
-    ledger.lines.tick(["b"], NOW_US, 10, 100)
+    ledger.queues.tick(["b"], NOW_US, 10, 100)
     for key in (b"one", b"other"):
         assert all(join(ledger, key, limit) for _ in range(SERVED_AT_ONCE // 2 + 1))
         ledger.bucket(key, limit, NOW_US).level += limit.ceiling << 32
-    ledger.lines.tick(["b"], NOW_US, 10, 100)
-    assert ledger.lines.counts[Outcome.SERVED] == SERVED_AT_ONCE
+    ledger.queues.tick(["b"], NOW_US, 10, 100)
+    assert ledger.queues.counts[Outcome.SERVED] == SERVED_AT_ONCE
 
 
 def test_a_ticket_serves_a_bounded_number_and_what_is_left_is_kept() -> None:
@@ -282,26 +282,26 @@ def test_a_ticket_serves_a_bounded_number_and_what_is_left_is_kept() -> None:
     here.wait_for(*[1] * (SERVED_AT_ONCE + 10))
     wish = here.wish()
     assert here.ledger.accept(1, wish, Ticket(wish.tokens, 0), NOW_US) == 0
-    assert here.lines.counts[Outcome.SERVED] == SERVED_AT_ONCE
-    here.lines.tick(["b"], NOW_US, 10, 100)
-    assert here.lines.counts[Outcome.SERVED] == SERVED_AT_ONCE + 10
+    assert here.queues.counts[Outcome.SERVED] == SERVED_AT_ONCE
+    here.queues.tick(["b"], NOW_US, 10, 100)
+    assert here.queues.counts[Outcome.SERVED] == SERVED_AT_ONCE + 10
 
 
 def test_when_rules_change_those_who_wait_are_decided_and_others_may_wait_again() -> None:
     here = Node()
     [before] = here.wait_for(1)
-    here.lines.end_all()
+    here.queues.end_all()
     [after] = here.wait_for(1)
-    here.lines.tick(["b"], NOW_US, 10, 100)
+    here.queues.tick(["b"], NOW_US, 10, 100)
     assert (before.outcome, after.outcome) == (Outcome.ENDED, None)
 
 
 def test_at_a_stop_all_are_decided_and_none_waits_any_more() -> None:
     here = Node()
     [waiting] = here.wait_for(1)
-    here.lines.close()
+    here.queues.close()
     assert here.wait() is None
-    here.lines.tick(["b"], NOW_US, 10, 100)
+    here.queues.tick(["b"], NOW_US, 10, 100)
     assert waiting.outcome is Outcome.ENDED
 
 
@@ -309,11 +309,11 @@ def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
     limit = Limit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
-    ledger.lines.tick(["b"], NOW_US, 10, 100)
+    ledger.queues.tick(["b"], NOW_US, 10, 100)
     keys = [b"%d" % number for number in range(1 + MAX_WAITING // MAX_WAITING_OF_BUCKET)]
     joined = [join(ledger, key, limit) for key in keys for _ in range(MAX_WAITING_OF_BUCKET + 1)]
-    assert sum(joined) == ledger.lines.waiting == MAX_WAITING
-    assert ledger.lines.crowded == len(joined) - MAX_WAITING
+    assert sum(joined) == ledger.queues.waiting == MAX_WAITING
+    assert ledger.queues.crowded == len(joined) - MAX_WAITING
     assert not joined[MAX_WAITING_OF_BUCKET]
 
 
@@ -321,15 +321,15 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
     limit = Limit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
-    lines = ledger.lines
-    lines.tick(["b"], NOW_US, 10, 100)
+    queues = ledger.queues
+    queues.tick(["b"], NOW_US, 10, 100)
     for number in range(2 * MAX_WAITING):
         key = b"%d" % number
         ledger.bucket(key, limit, NOW_US)
         waiting = Waiting(1, lambda _now_us: b"", 250_000)
         if ledger.wait(key, waiting, NOW_US):
-            lines.leave(waiting, Outcome.EXPIRED, NOW_US)
-    assert (lines.waiting, len(lines.by_key), lines.crowded) == (0, MAX_WAITING, MAX_WAITING)
+            queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+    assert (queues.waiting, len(queues.by_key), queues.crowded) == (0, MAX_WAITING, MAX_WAITING)
 
 
 def join(ledger: Ledger, key: bytes, limit: Limit) -> bool:
@@ -350,7 +350,7 @@ def test_a_decision_that_fails_costs_neither_the_others_nor_the_ticket() -> None
     assert sound.result() == b"1"
     with pytest.raises(RuntimeError, match="broken"):
         broken.result()
-    assert here.lines.waiting == 0
+    assert here.queues.waiting == 0
     assert here.bucket.remaining == 1
 
 
@@ -360,8 +360,8 @@ def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
     assert not here.bucket.take(1, NOW_US)
     here.wait_for(1)
     assert not here.ledger.tick(ENDS, NOW_US, 10, 100)
-    here.lines.leave(next(iter(here.lines.by_key[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
-    here.lines.tick(["b"], NOW_US, 10, 100)
+    here.queues.leave(next(iter(here.queues.by_key[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
+    here.queues.tick(["b"], NOW_US, 10, 100)
     assert here.ledger.tick(ENDS, NOW_US, 10, 100)
 
 

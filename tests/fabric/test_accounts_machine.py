@@ -24,8 +24,8 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.drawing import wish
-from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Wish
+from ratelimit_sidecar.crdt.drawing import needs
+from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
 from ratelimit_sidecar.fabric.draws import LIFE_US, Asked, Draws, members_text
@@ -54,8 +54,8 @@ class Hoarder(GrantedBucket):
 class Resender(Draws):
     """A broken rule: after a call without an answer it ends its former grant once more."""
 
-    def ask(self, bucket: GrantedBucket, wish: Wish) -> Asked | None:
-        asked = super().ask(bucket, wish)
+    def ask(self, bucket: GrantedBucket, needs: Needs) -> Asked | None:
+        asked = super().ask(bucket, needs)
         assert asked is not None
         if asked.draw.generation >= 0:
             self.last = asked.draw
@@ -237,10 +237,10 @@ class AccountsMachine(RuleBasedStateMachine):
         sidecar = self.sidecars[name]
         now_us = sidecar.now_us(self.now_us)
         sidecar.bucket.advance(now_us)
-        wished = wish(sidecar.bucket, now_us) if wanted is None else Wish(wanted, most, room, 2)
-        if wished is None:
+        needed = needs(sidecar.bucket, now_us) if wanted is None else Needs(wanted, most, room, 2)
+        if needed is None:
             return None
-        asked = sidecar.draws.ask(sidecar.bucket, wished)
+        asked = sidecar.draws.ask(sidecar.bucket, needed)
         assert asked is not None
         arguments = [
             each.decode() if isinstance(each, bytes) else each for each in sidecar.draws.arguments([asked], now_us)

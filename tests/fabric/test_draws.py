@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.granted import GrantedBucket, Wish
+from ratelimit_sidecar.crdt.granted import GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.fabric.draws import Draws, members_text
 from ratelimit_sidecar.fabric.status import DrawStatus
@@ -15,7 +15,7 @@ from ratelimit_sidecar.persistence.redis_record import BadRecord
 
 NOW_US = 10**12
 MEMBERS = members_text([{"east": 1}]).encode()
-DRAW = Wish(10, 10, 5)
+DRAW = Needs(10, 10, 5)
 
 
 class Caller:

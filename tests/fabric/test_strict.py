@@ -17,7 +17,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.paying import RECENT_US
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_wish
+from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
 from ratelimit_sidecar.fabric.drawing import Drawing
@@ -305,7 +305,7 @@ async def test_there_is_no_room_for_payments_while_there_may_be_grants_that_a_lo
         await region.sidecars["b"].draw(100)
         await client.flushall()
         ledger = RegionalLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
-        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", wish=regional_wish)
+        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", needs=regional_needs)
         bucket = ledger.bucket(b"k", LIMIT, region.now_us)
         assert isinstance(bucket, GrantedBucket)
         began = asyncio.get_running_loop().time()

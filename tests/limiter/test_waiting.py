@@ -37,7 +37,7 @@ class Node:
         in_force = rules_of(*(rules or (PLAN, TEAM, HURRIED, USER)))
         self.ledger = Ledger(shares, Origin("a", 1), in_force.strict_limit_of_key)
         self.limiter = Limiter(in_force, Origin("a", 1), settings, self.ledger)
-        self.ledger.lines.tick(["b"], NOW_US, 10, 1_000)
+        self.ledger.queues.tick(["b"], NOW_US, 10, 1_000)
 
     def use_up(self, *descriptors: dict[str, str]) -> None:
         for descriptor in descriptors:
@@ -55,8 +55,8 @@ class Node:
 
     def come(self, tokens: int) -> None:
         """A ticket of b for what is wished."""
-        [(key, wished)] = self.ledger.lines.tick(["b"], NOW_US, 10, 1_000)["b"].items()
-        self.ledger.lines.by_key[key].paying.bucket.wish(1)
+        [(key, wished)] = self.ledger.queues.tick(["b"], NOW_US, 10, 1_000)["b"].items()
+        self.ledger.queues.by_key[key].paying.bucket.wish(1)
         self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 1_000 * TOKEN), NOW_US)
 
 
@@ -77,7 +77,7 @@ def test_it_is_denied_when_nothing_comes() -> None:
     node = Node()
     node.use_up({"plan": "gold"})
     waiting = node.wait()
-    node.ledger.lines.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
+    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
     assert code_of(waiting.result()) == OVER_LIMIT
 
 
@@ -105,7 +105,7 @@ def test_a_request_with_one_short_limit_waits_and_takes_nothing_of_the_others_me
     node.use_up({"plan": "gold"})
     waiting = node.wait(make_request({"user": "ann"}, {"plan": "gold"}, {"team": "red"}))
     assert node.code_now(make_request({"user": "ann"}, hits=2)) == OK
-    node.ledger.lines.leave(waiting, Outcome.EXPIRED, NOW_US)
+    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     statuses = RateLimitResponse.FromString(waiting.result()).statuses
     assert [status.code for status in statuses] == [OVER_LIMIT, OVER_LIMIT, OK]
 
@@ -163,7 +163,7 @@ def test_when_rules_change_who_waits_is_decided_by_the_new_ones() -> None:
     node.use_up({"plan": "gold"})
     waiting, other = node.wait(), node.wait(make_request({"plan": "gold"}, {"user": "ann"}))
     node.limiter.use_rules(rules_of(USER))
-    node.ledger.lines.tick(["b"], NOW_US, 10, 1_000)
+    node.ledger.queues.tick(["b"], NOW_US, 10, 1_000)
     for each in (waiting, other):
         assert each.outcome is Outcome.ENDED
         assert code_of(each.result()) == OK
@@ -176,6 +176,6 @@ def test_all_or_nothing_takes_nothing_when_the_wait_is_in_vain() -> None:
     node.limiter.use_rules(rules)
     node.use_up({"plan": "gold"})
     waiting = node.wait(make_request({"plan": "gold"}, {"user": "ann"}))
-    node.ledger.lines.leave(waiting, Outcome.EXPIRED, NOW_US)
+    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     assert code_of(waiting.result()) == OVER_LIMIT
     assert node.code_now(make_request({"user": "ann"}, hits=2)) == OK

@@ -967,7 +967,7 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_nu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(key_numbers, "MAX_NUMBERS", 1)
-    monkeypatch.setattr(changes, "SHARED_SEGMENTS", 10)
+    monkeypatch.setattr(changes, "ENCODED_SEGMENTS", 10)
     store = store_of(A)
     outbox = opened(store)
     heard, reader = store_of(B), DeltasReader(A.origin)
@@ -1024,20 +1024,20 @@ def test_a_peer_that_is_far_away_is_sent_what_is_encoded_for_all() -> None:
         note(outbox)
     assert outbox._sources is not None
     while outbox._sources.cursor.has_changes:
-        assert outbox._sources.cursor.take_shared() is not None
+        assert outbox._sources.cursor.take_encoded() is not None
 
 
 @pytest.mark.interpreted
 def test_what_is_kept_encoded_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "SHARED_BYTES", 1_000)
+    monkeypatch.setattr(changes, "ENCODED_BYTES", 1_000)
     store = store_of(A)
     log = opened(store)._log
     for index in range(200):
         take(store, f"user {index}", 1, NOW_US)
         done(log.flush_steps(NOW_US, is_told=True))
     encoded = [segment.payload for segment in log._segments if segment.payload is not None]
-    assert log._shared_bytes == sum(map(len, encoded))
-    assert 500 < log._shared_bytes <= 1_000
+    assert log._encoded_bytes == sum(map(len, encoded))
+    assert 500 < log._encoded_bytes <= 1_000
 
 
 def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -> None:

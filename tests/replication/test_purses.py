@@ -42,7 +42,7 @@ class Node:
         """A request that waits, because the purse is empty and b is believed to be full."""
         bucket = self.bucket()
         bucket.take(bucket.remaining, self.strict_us)
-        self.ledger.lines.tick(["b"], self.strict_us, 0, MAX_KEY_BYTES)
+        self.ledger.queues.tick(["b"], self.strict_us, 0, MAX_KEY_BYTES)
         waiting = Waiting(hits, lambda now_us: b"%d" % bucket.take(hits, now_us), 250_000)
         assert self.ledger.wait(KEY, waiting, self.strict_us)
         return waiting
@@ -227,7 +227,7 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
     a = Node()
     waiting = a.wait()
     assert a.asks().wishes
-    a.ledger.lines.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
     a.strict_us += TICKET_US
     a.purses.check_time(a.outbox)
     assert a.outbox.wished
@@ -241,11 +241,11 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
 
 def test_wishes_end_with_their_stream() -> None:
     a = Node()
-    a.ledger.lines.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
+    a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
     a.wait()
     assert a.asks().wishes
     a.purses.closed(a.outbox)
-    assert a.ledger.lines.by_key[KEY]._all_wished == 0
+    assert a.ledger.queues.by_key[KEY]._all_wished == 0
     assert not a.bucket().wishes
 
 

@@ -147,7 +147,7 @@ def test_a_burst_into_one_node_gets_the_tokens_of_the_others() -> None:
     cluster = settled(5, "abc")
     cluster.burst("a", 100)
     cluster.run(WAIT_US)
-    cancelled = cluster["a"].ledger.lines.counts[Outcome.CANCELLED]
+    cancelled = cluster["a"].ledger.queues.counts[Outcome.CANCELLED]
     # The home of one node is a token larger than that of the others.
     assert cluster.admitted["a"] >= 99 - cancelled
 

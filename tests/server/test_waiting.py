@@ -58,7 +58,7 @@ async def test_a_call_is_answered_before_its_timeout(kind: str) -> None:
     async with front_end_of(service, kind) as front_end, grpc.aio.insecure_channel(front_end.addresses[0]) as channel:
         await channel.channel_ready()
         assert code_of(await call(channel, timeout_s=0.4)) == OVER_LIMIT
-    assert service.lines.counts[Outcome.EXPIRED] == 1
+    assert service.queues.counts[Outcome.EXPIRED] == 1
 
 
 async def test_a_call_that_is_cancelled_does_not_wait_any_more(kind: str) -> None:
@@ -67,7 +67,7 @@ async def test_a_call_that_is_cancelled_does_not_wait_any_more(kind: str) -> Non
         calls = [call(channel), call(channel)]
         await service.until_waiting(2)
         calls[0].cancel()
-        await until(lambda: service.lines.counts[Outcome.CANCELLED] == 1)
+        await until(lambda: service.queues.counts[Outcome.CANCELLED] == 1)
         service.node.come(1)
         assert code_of(await calls[1]) == OK
 
@@ -80,7 +80,7 @@ async def test_calls_end_with_their_connection(kind: str) -> None:
                 client.send(client.open(PATH), frame(REQUEST))
             await service.until_waiting(5)
             client.vanish()
-        await until(lambda: service.lines.counts[Outcome.CANCELLED] == 5)
+        await until(lambda: service.queues.counts[Outcome.CANCELLED] == 5)
         if isinstance(front_end, H2FrontEnd):
             assert front_end.held_bytes == 0
 
@@ -90,9 +90,9 @@ async def test_at_a_stop_those_that_wait_are_answered(kind: str) -> None:
     async with front_end_of(service, kind) as front_end, grpc.aio.insecure_channel(front_end.addresses[0]) as channel:
         waiting = call(channel)
         await service.until_waiting(1)
-        service.lines.close()
+        service.queues.close()
         stopping = asyncio.create_task(front_end.stop())
-        service.lines.tick(["b"], 0, 10, 1_000)
+        service.queues.tick(["b"], 0, 10, 1_000)
         assert code_of(await waiting) == OVER_LIMIT
         await stopping
 
@@ -102,9 +102,9 @@ async def test_a_decision_that_fails_ends_its_call_alone(kind: str) -> None:
     async with front_end_of(service, kind) as front_end, grpc.aio.insecure_channel(front_end.addresses[0]) as channel:
         calls = [asyncio.ensure_future(call(channel)) for _ in range(2)]
         await service.until_waiting(2)
-        [line] = service.lines.by_key.values()
-        assert line.first is not None
-        line.first.then(_fail)
+        [queue] = service.queues.by_key.values()
+        assert queue.first is not None
+        queue.first.then(_fail)
         service.node.come(2)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         [failed] = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
@@ -137,12 +137,14 @@ async def test_a_call_that_there_is_no_memory_for_is_decided_at_once(kind: str) 
         grpc.aio.insecure_channel(front_end.addresses[0]) as channel,
     ):
         calls = [asyncio.ensure_future(call(channel)) for _ in range(10)]
-        await until(lambda: service.lines.waiting + sum(each.done() for each in calls) == 10)
-        assert 3 <= service.lines.waiting <= 8
+        await until(lambda: service.queues.waiting + sum(each.done() for each in calls) == 10)
+        assert 3 <= service.queues.waiting <= 8
         service.node.come(10)
         codes = [code_of(answer) for answer in await asyncio.gather(*calls)]
         assert (
-            codes.count(OVER_LIMIT) == service.lines.counts[Outcome.ENDED] == 10 - service.lines.counts[Outcome.SERVED]
+            codes.count(OVER_LIMIT)
+            == service.queues.counts[Outcome.ENDED]
+            == 10 - service.queues.counts[Outcome.SERVED]
         )
 
 

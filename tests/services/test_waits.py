@@ -27,7 +27,7 @@ def ask(service: WaitingService, *headers: tuple[bytes, bytes]) -> Waiting:
 async def test_a_request_whose_wait_is_over_is_answered() -> None:
     service = WaitingService(wait_ms=1)
     assert code_of(await answer_of(ask(service))) == OVER_LIMIT
-    assert service.lines.counts[Outcome.EXPIRED] == 1
+    assert service.queues.counts[Outcome.EXPIRED] == 1
     assert not service.waits._timers
 
 
@@ -68,7 +68,7 @@ async def test_a_cancelled_wait_is_over_and_nobody_is_answered() -> None:
     answering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await answering
-    await until(lambda: service.lines.counts[Outcome.CANCELLED] == 1)
+    await until(lambda: service.queues.counts[Outcome.CANCELLED] == 1)
     await until(lambda: not service.waits._timers)
 
 
@@ -94,7 +94,7 @@ async def test_of_many_that_are_served_at_once_a_bounded_number_is_answered_in_a
     waits = [ask(service) for _ in range(2 * STEP)]
     for number, waiting in enumerate(waits):
         waiting.on_end = lambda number=number: answered.append(number)
-        service.lines.leave(waiting, Outcome.SERVED, NOW_US)
+        service.queues.leave(waiting, Outcome.SERVED, NOW_US)
     await asyncio.sleep(0)
     assert len(answered) == STEP
     await asyncio.sleep(0)
@@ -112,7 +112,7 @@ async def test_an_answer_that_cannot_be_given_costs_the_others_nothing() -> None
     with structlog.testing.capture_logs() as logged:
         assert code_of(await answer_of(sound)) == OVER_LIMIT
     assert [line["event"] for line in logged] == ["rpc_failed"]
-    assert service.lines.waiting == 0
+    assert service.queues.waiting == 0
 
 
 async def test_a_call_that_fails_once_it_waits_waits_no_longer_than_others() -> None:
@@ -127,7 +127,7 @@ async def test_a_call_that_fails_once_it_waits_waits_no_longer_than_others() -> 
     with pytest.raises(RuntimeError, match="broken"):
         service.service.should_rate_limit(REQUEST, Broken())
     await until(lambda: not service.waits._timers)
-    assert (service.lines.waiting, service.lines.counts[Outcome.EXPIRED]) == (0, 1)
+    assert (service.queues.waiting, service.queues.counts[Outcome.EXPIRED]) == (0, 1)
 
 
 async def test_one_that_cannot_be_held_is_decided_now() -> None:

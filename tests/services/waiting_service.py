@@ -10,7 +10,7 @@ from console.small_console import NoTracer
 from limiter.requests import NOW_US, make_request
 from limiter.test_waiting import PLAN, Node, rules_of
 
-from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
@@ -30,14 +30,14 @@ class WaitingService:
     def __init__(self, wait_ms: int = 1_000, home: int = 2_000) -> None:
         limit = replace(PLAN.limit, capacity=2 * home)
         self.node = Node(replace(PLAN, limit=limit, wait_us=wait_ms * 1_000))
-        self.limiter, self.lines = self.node.limiter, self.node.ledger.lines
+        self.limiter, self.queues = self.node.limiter, self.node.ledger.queues
         self.limiter.decide(make_request({"plan": "gold"}, hits=home), NOW_US)
-        self.waits = Waits(self.lines, lambda: NOW_US)
+        self.waits = Waits(self.queues, lambda: NOW_US)
         self.service = RateLimitService(self.limiter, lambda: NOW_US, LatencyHistogram(), NoTracer(), waits=self.waits)
-        assert isinstance(self.lines, Lines)
+        assert isinstance(self.queues, WaitQueues)
 
     async def until_waiting(self, count: int) -> None:
-        await until(lambda: self.lines.waiting == count)
+        await until(lambda: self.queues.waiting == count)
 
     def use_rules_without_limit(self) -> None:
         self.limiter.use_rules(rules_of())

@@ -17,7 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.crdt.lines import Lines
+from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.quota import Quotas
@@ -158,7 +158,7 @@ def sources(
         spans=SpanCounts(ended=9, exported=4, failed=3, dropped=2),
         quotas=Quotas(limiter or small_limiter(), NOW_US, lambda: NOW_US),
         quota_places=Places(1),
-        waits=Lines(),
+        waits=WaitQueues(),
     )
 
 

@@ -1,4 +1,4 @@
-"""All requests of one replica that wait (`waiting.py`): how many there may be, and what became of them."""
+"""All requests of one replica that wait for tokens of strict limits: how many may, and how their waits ended."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from ratelimit_sidecar.crdt.waiting import (
     MAX_WAITING,
     MAX_WAITING_OF_BUCKET,
     SERVED_AT_ONCE,
-    Line,
     Outcome,
     Waiting,
+    WaitQueue,
 )
 
 
-class Lines:
-    """The lines of all buckets. Call `tick` often, and take those whose wait is over out of `ended`."""
+class WaitQueues:
+    """The queues of all buckets for which requests wait. Call `tick` often, and take those whose wait is over out of
+    `ended`.
+    """
 
     def __init__(self) -> None:
         self.ended: deque[Waiting] = deque()
         self.on_ended: Callable[[], None] | None = None
-        """Called when `ended` is no longer empty; takes no time."""
+        """Called when `ended` is no longer empty. It must be O(1)."""
         self.waiting = 0
         """Requests that wait now."""
         self.counts: dict[str, int] = dict.fromkeys(Outcome, 0)
         """Waits since the start, by outcome."""
         self.seconds: dict[str, float] = dict.fromkeys(Outcome, 0.0)
-        """How long these were together."""
+        """The sum of how long these took, by outcome."""
         self.crowded = 0
         """Requests since the start that were decided at once, because too many others waited."""
-        self.by_key: dict[bytes, Line] = {}
-        """Of each bucket for which a request waits or a ticket is to come. For look-ups."""
-        self._order: deque[Line] = deque()
+        self.by_key: dict[bytes, WaitQueue] = {}
+        """The queue of each bucket for which a request waits or a ticket is to come. For look-ups."""
+        self._order: deque[WaitQueue] = deque()
         """The same, in the order in which `tick` looks at them."""
         self._peers: Sequence[str] = ()
         self._longest_key = 0
@@ -48,18 +50,18 @@ class Lines:
             False if it must be decided now: peers are not believed to have what it needs, or too many wait.
         """
         key = paying.bucket.key
-        line = self.by_key.get(key)
+        queue = self.by_key.get(key)
         if not self._peers or not self._is_open or len(key) > self._longest_key:
             return False
-        # A line whose requests have ended stays until `tick` looks at it, and callers can invent keys faster.
-        is_full = len(self.by_key) >= MAX_WAITING if line is None else len(line) >= MAX_WAITING_OF_BUCKET
+        # A queue whose requests have ended stays until `tick` looks at it, and callers can invent keys faster.
+        is_full = len(self.by_key) >= MAX_WAITING if queue is None else len(queue) >= MAX_WAITING_OF_BUCKET
         if is_full or self.waiting >= MAX_WAITING:
             self.crowded += 1
             return False
-        found = Line(paying, self._end) if line is None else line
+        found = WaitQueue(paying, self._end) if queue is None else queue
         if not found.has_hope(waiting.hits, self._peers, now_us):
             return False
-        if line is None:
+        if queue is None:
             self.by_key[key] = found
             self._order.append(found)
         self._numbers += 1
@@ -70,8 +72,8 @@ class Lines:
 
     def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
         """End a wait: its time is over, or its client has given up."""
-        if waiting.line is not None:
-            waiting.line.leave(waiting, outcome, now_us)
+        if waiting.queue is not None:
+            waiting.queue.leave(waiting, outcome, now_us)
 
     def end_all(self) -> None:
         """Have `tick` end all that wait now: the rules have changed."""
@@ -83,10 +85,10 @@ class Lines:
         self.end_all()
 
     def tick(self, peers: Sequence[str], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, int]]:
-        """Look at the next `most` lines, and end up to `SERVED_AT_ONCE` waits.
+        """Look at the next `most` queues, and end up to `SERVED_AT_ONCE` waits.
 
         Args:
-            peers: those that can be wished of, the others being asked only.
+            peers: the connected members whose protocol has tickets.
             longest_key: the longest key that a wish can have.
 
         Returns:
@@ -96,17 +98,17 @@ class Lines:
         wishes: dict[str, dict[bytes, int]] = {}
         left = SERVED_AT_ONCE
         for _ in range(min(most, len(self._order))):
-            line = self._order.popleft()
-            left -= line.serve(now_us, left)
-            while left and (first := line.first) is not None and first.number < self._ends_below:
-                line.leave(first, Outcome.ENDED, now_us)
+            queue = self._order.popleft()
+            left -= queue.serve(now_us, left)
+            while left and (first := queue.first) is not None and first.number < self._ends_below:
+                queue.leave(first, Outcome.ENDED, now_us)
                 left -= 1
-            for peer, tokens in line.wishes(peers, now_us).items():
-                wishes.setdefault(peer, {})[line.paying.bucket.key] = tokens
-            if line.is_over:
-                del self.by_key[line.paying.bucket.key]
+            for peer, tokens in queue.wishes(peers, now_us).items():
+                wishes.setdefault(peer, {})[queue.paying.bucket.key] = tokens
+            if queue.is_over:
+                del self.by_key[queue.paying.bucket.key]
             else:
-                self._order.append(line)
+                self._order.append(queue)
         return wishes
 
     def _end(self, waiting: Waiting, now_us: int) -> None:
