@@ -30,7 +30,7 @@ SLICE_BYTES: Final = 4_096
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
-"""Of a connection, and of a streaming call, that the cycle collector sees."""
+"""The objects that the cycle collector sees: of a connection, and of a streaming call."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
