@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 MAX_URGENT: Final = 1_024
-"""Further ones come in their turn."""
+"""The most urgent buckets at once. Further ones are sent with all others."""
 
 
 class Refused(StrEnum):

@@ -32,7 +32,7 @@ class SideLog:
         self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
         self._repairs: OrderedDict[bytes, None] = OrderedDict()
         self._hurried: OrderedDict[bytes, int] = OrderedDict()
-        """And since when they may have changed."""
+        """Buckets that are nearly used up, and since when each may have changed."""
         self._parts: Parts | None = None
         self._now_us = 0
         self._relayed_since_us = MAX_TIME_US
@@ -107,7 +107,7 @@ class SideLog:
 
 
 class Snapshots:
-    """Those for one stream; one follows the other.
+    """The snapshots sent on one stream, one after the other.
 
     Args:
         peer: knows its own entries best.
@@ -126,9 +126,9 @@ class Snapshots:
         self._left = 0
         """About how many buckets are yet to be looked at."""
         self._since_us: int | None = None
-        """Of the earliest that is not acknowledged."""
+        """How far back the earliest snapshot goes that is not acknowledged."""
         self._next_since_us: int | None = None
-        """Of one to follow the one under way."""
+        """How far back the next snapshot goes, which follows the one under way; None for no other."""
         self._has_ended = False
 
     @property
