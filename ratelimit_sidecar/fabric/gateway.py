@@ -37,8 +37,12 @@ LEASE_SECONDS: Final = 1.5
 RENEW_SECONDS: Final = 0.4
 """Between two attempts to get the lease, or to keep it: so another gateway follows within 2 s, and its calls."""
 
-SWEPT_BUCKETS: Final = 64
-"""Of the region's store, in a tick: a million in a quarter of an hour."""
+SWEPT_BUCKETS: Final = 2 * MAX_ANSWERED
+"""Of the region's store, for each shard in a tick: twice as many as it may have brought."""
+
+ROOM_OF_SIDECARS: Final = 4
+"""The region's store may hold this many times the buckets of one sidecar: callers who invent keys spread them over all
+of its sidecars."""
 
 FIRST_WAIT_SECONDS: Final = 1.0
 MAX_WAIT_SECONDS: Final = 60.0
@@ -175,7 +179,7 @@ class Gateway:
                     await self._failed(term.region)
                 if not term.is_meshed and term.can_mesh:
                     await self._start(term)
-                term.region.store.sweep(self._now_us(), SWEPT_BUCKETS)
+                self._tend(term.region.store)
                 await asyncio.sleep(0 if is_more else TICK_SECONDS)
                 for task in term.tasks:
                     if task.done():
@@ -184,13 +188,21 @@ class Gateway:
         finally:
             await self._end(term)
 
+    def _tend(self, store: Store) -> None:
+        store.sweep(self._now_us(), SWEPT_BUCKETS * len(self._keys.shards))
+        if store.refused_keys:
+            if not self._status.gateway_unshared:
+                _log.warning("gateway_full", buckets=len(store), fix="a greater limits.max_buckets, or fewer keys")
+            self._status.gateway_unshared += store.refused_keys
+            store.refused_keys = 0
+
     def _begin(self, token: int) -> _Term:
         purses = None
         origin = Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1)
         if self._ledger is not None:
             purses = RegionalPurses(self._ledger, self._connect, self._keys, self._strict_us)
             origin = purses.origin
-        store = Store(origin, self._limit_of_key, max_buckets=self._store.room.most)
+        store = Store(origin, self._limit_of_key, max_buckets=ROOM_OF_SIDECARS * self._store.room.most)
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if purses is None else purses.of_mesh)
         mesh.read_news(region.note_news)

@@ -14,6 +14,8 @@ class FabricStatus:
         failed: ticks that were not.
         buckets: that are shared.
         unshared: changes of buckets for which there was no room among the shared ones.
+        gateway_unshared: how often the gateway had no room for a bucket, so that other regions did not hear of it, or
+            this region of what they took.
         odd, odd_at_gateway: answers about a bucket that cannot be shared: what Redis has there is no bucket.
         last_us: when the latest answered tick began, microseconds since the epoch.
         degraded_reason: why nothing is shared; "" when it is.
@@ -30,6 +32,7 @@ class FabricStatus:
     unshared: int = 0
     odd: int = 0
     odd_at_gateway: int = 0
+    gateway_unshared: int = 0
     last_us: int | None = None
     degraded_reason: str = ""
     token: int = 0

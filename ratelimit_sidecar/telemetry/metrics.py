@@ -172,6 +172,8 @@ class FabricStatus(Protocol):
     @property
     def odd_at_gateway(self) -> int: ...
     @property
+    def gateway_unshared(self) -> int: ...
+    @property
     def gateway_failed(self) -> int: ...
     @property
     def last_us(self) -> int | None: ...
@@ -706,10 +708,15 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_fabric_unshared_total",
         "counter",
         ("region", "reason"),
-        "Changes of buckets that were not shared: `room`, as too many are in use; `odd`, as Redis has no bucket there.",
+        "Changes of buckets that were not shared: `room`, as too many are in use; `gateway_room`, with other regions,"
+        " as there are more than the gateway may hold; `odd`, as Redis has no bucket there.",
         _read_source_by(
             lambda sources: sources.fabric,
-            lambda fabric: {"room": fabric.unshared, "odd": fabric.odd + fabric.odd_at_gateway},
+            lambda fabric: {
+                "room": fabric.unshared,
+                "gateway_room": fabric.gateway_unshared,
+                "odd": fabric.odd + fabric.odd_at_gateway,
+            },
         ),
     ),
     Definition(

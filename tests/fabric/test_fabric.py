@@ -245,12 +245,15 @@ class Running:
     def __init__(self, name: str, server: RedisServer, region: str, *, sync: str | None, peers: list[str]) -> None:
         self.store = make_store(Origin(name, random.getrandbits(63) + 1))
         self.meshes: list[Mesh] = []
+        self.regions: list[Store] = []
+        """Of the region, for each time that it was the gateway."""
 
         def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
             mesh = Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
             )
             self.meshes.append(mesh)
+            self.regions.append(store)
             return mesh
 
         self.fabric = Fabric(
@@ -317,3 +320,28 @@ async def test_regions_share_by_their_gateways_and_the_next_one_counts_nothing_t
                 each.take("x", 1)
             taken += 2
         await until(lambda: all(each.left() <= [100 - taken + 6] for each in east))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("most", "is_full"), [(8, False), (2, True)])
+async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_when_it_has_not(
+    tmp_path: Path, most: int, is_full: bool
+) -> None:
+    east_sync, west_sync = (f"{HOST}:{port}" for port in free_port_numbers(2))
+    async with AsyncExitStack() as stack:
+        in_east = await stack.enter_async_context(RedisServer(tmp_path / "east"))
+        in_west = await stack.enter_async_context(RedisServer(tmp_path / "west"))
+        east = [Running(name, in_east, "east", sync=None, peers=[]) for name in ("east-1", "east-2")]
+        gateway = Running("gateway", in_east, "east", sync=east_sync, peers=[west_sync])
+        gateway.store.room.most = most
+        west = Running("west-1", in_west, "west", sync=west_sync, peers=[east_sync])
+        for each in (*east, gateway, west):
+            await stack.enter_async_context(running(each))
+        for number in range(7):
+            for each in east:
+                each.take(f"{number} of {each.store.origin.node}", 3)
+        if is_full:
+            await until(lambda: gateway.fabric.status.gateway_unshared > 0)
+        else:
+            await until(lambda: any(len(region) == 14 for region in west.regions))
+            assert gateway.fabric.status.gateway_unshared == 0

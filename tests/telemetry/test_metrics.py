@@ -63,6 +63,7 @@ class Fabric:
     unshared: int = 4
     odd: int = 1
     odd_at_gateway: int = 1
+    gateway_unshared: int = 6
     gateway_failed: int = 5
     last_us: int | None = 1_790_000_000_000_000
 
