@@ -64,13 +64,20 @@ async def bounded(answer: Awaitable[T]) -> T:
     """The answer, within `CALL_SECONDS`.
 
     Before Python 3.12 `asyncio.wait_for`, by which redis-py sends, swallows a cancellation that comes when all is sent:
-    the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on.
+    the library then waits for the answer, for `redis_client.COMMAND_SECONDS` at most, and goes on. One that comes while
+    it connects becomes a failure to connect.
     """
     task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-    async with asyncio.timeout(CALL_SECONDS):
-        result = await answer
-    if task is not None and task.cancelling() > before:
+    assert task is not None
+    before = task.cancelling()
+    try:
+        async with asyncio.timeout(CALL_SECONDS):
+            result = await answer
+    except Exception:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from None
+        raise
+    if task.cancelling() > before:
         raise asyncio.CancelledError
     return result
 
