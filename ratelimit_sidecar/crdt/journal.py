@@ -4,7 +4,7 @@ how often a part of a peer's data was refused.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 
 
-MAX_URGENT: Final = 1_024
-"""Further ones come in their turn."""
+MAX_URGENT_LIMITS: Final = 64
+MAX_URGENT_OF_LIMIT: Final = 32
+"""Further urgent buckets are told in their turn, like all others."""
 
 
 class Refused(StrEnum):
@@ -37,6 +38,44 @@ class Refused(StrEnum):
     """An ask or a payment of a node that is no member, or a payment of more than the peer can have."""
 
 
+class UrgentBuckets:
+    """A bounded queue of buckets that are nearly used up, of which peers should learn before others.
+
+    Whoever invents keys can make all buckets of one rule urgent. So each limit has a few places, and limits take turns.
+    """
+
+    __slots__ = ("_by_limit", "_length")
+
+    def __init__(self) -> None:
+        self._by_limit: OrderedDict[tuple[int, int], deque[Bucket]] = OrderedDict()
+        """By capacity and period: the limit whose turn is next comes first."""
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, bucket: Bucket) -> None:
+        """Add a bucket, if there is a place for it."""
+        limit = bucket.limit.capacity, bucket.limit.period_us
+        buckets = self._by_limit.get(limit)
+        if buckets is None:
+            if len(self._by_limit) >= MAX_URGENT_LIMITS:
+                return
+            buckets = self._by_limit[limit] = deque()
+        if len(buckets) < MAX_URGENT_OF_LIMIT:
+            buckets.append(bucket)
+            self._length += 1
+
+    def pop(self) -> Bucket:
+        """The bucket that has waited longest, of the limit whose turn it is. There must be one."""
+        limit, buckets = self._by_limit.popitem(last=False)
+        bucket = buckets.popleft()
+        self._length -= 1
+        if buckets:
+            self._by_limit[limit] = buckets
+        return bucket
+
+
 class Journal:
     """Collects the buckets with entries that were not sent yet; the replicator empties `buckets` at each flush."""
 
@@ -45,8 +84,8 @@ class Journal:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         """Each at most once."""
-        self.urgent: list[Bucket] = []
-        """Buckets that have become nearly used up, at most `MAX_URGENT`. Whoever invents keys must not hold them up."""
+        self.urgent = UrgentBuckets()
+        """Buckets that have become nearly used up, until somebody pops them."""
         self.peers: set[Origin] = set()
         """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
         self.refused: Counter[Refused] = Counter()
@@ -60,8 +99,7 @@ class Journal:
 
     def hurry(self, bucket: Bucket) -> None:
         """Note a bucket that has become nearly used up: peers should learn of it before others."""
-        if len(self.urgent) < MAX_URGENT:
-            self.urgent.append(bucket)
+        self.urgent.add(bucket)
         self.on_urgent()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
@@ -28,6 +29,8 @@ from ratelimit_sidecar.crdt.limit import (
     WindowLimit,
 )
 from ratelimit_sidecar.crdt.slot import REFUND, slot_end_us, slot_exponent, slot_id, slot_start_us
+
+_UNKNOWN: Final = -1
 
 
 class _Window(Bucket):
@@ -247,6 +250,8 @@ class SlidingWindow(_Window):
 
     __slots__ = (
         "_first_leaves_us",
+        "_fits_hits",
+        "_fits_us",
         "_last_leaves_us",
         "_own_slot_end_us",
         "_refunded_until_us",
@@ -267,6 +272,10 @@ class SlidingWindow(_Window):
         """When a refund was last given here, or received."""
         self._first_leaves_us = self._last_leaves_us = 0
         """When the first and the last slot that counts leave the period; 0 when no slot counts."""
+        self._fits_hits, self._fits_us = _UNKNOWN, 0
+        """When so many hits fit, as `retry_after_us` last found; unknown since anything else was counted. Whoever is
+        denied again and again must not have all slots looked at each time.
+        """
         self._own_slot_end_us = 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -280,6 +289,7 @@ class SlidingWindow(_Window):
                 self._note(self._leaves_us(slot))
             before = self.count
             self.count += hits
+            self._fits_hits = _UNKNOWN
             self._write_own(hits)
             if self.at_us < self._unheard_until_us:
                 self._recount()
@@ -314,13 +324,16 @@ class SlidingWindow(_Window):
         return max(0, self._last_leaves_us - self.at_us)
 
     def retry_after_us(self, hits: int) -> int:
-        count, fits_us = self.count, self.at_us
-        for leaves_us, tokens in sorted(self._counting(self.at_us)):
-            if count + hits <= self._limit.requests:
-                break
-            count -= tokens
-            fits_us = leaves_us
-        return fits_us - self.at_us
+        if self.count + hits <= self._limit.requests:
+            return 0
+        if hits != self._fits_hits:
+            count, self._fits_hits, self._fits_us = self.count, hits, self.at_us
+            for leaves_us, tokens in sorted(self._counting(self.at_us)):
+                if count + hits <= self._limit.requests:
+                    break
+                count -= tokens
+                self._fits_us = leaves_us
+        return max(0, self._fits_us - self.at_us)
 
     def advance(self, now_us: int) -> None:
         """Drop the slots that are wholly before the period that ends at `now_us`."""
@@ -349,6 +362,7 @@ class SlidingWindow(_Window):
             added = self._hear(entry)
             if added:
                 news += 1
+                self._fits_hits = _UNKNOWN
                 if slot & REFUND:
                     self._refunded_us = self.at_us
                     self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
@@ -368,6 +382,7 @@ class SlidingWindow(_Window):
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
         former, self._limit = self._limit, limit
+        self._fits_hits = _UNKNOWN
         # Requests with overrides of the same period may alternate, so this case must be cheap.
         if limit.period_us != former.period_us:
             self._own_slot_end_us = 0
@@ -450,6 +465,7 @@ class SlidingWindow(_Window):
 
     def _recount(self) -> None:
         self._forget(self._is_past)
+        self._fits_hits = _UNKNOWN
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
             # The current slot may no longer count. The next take opens it again and notes when it leaves.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.journal import MAX_URGENT
+from ratelimit_sidecar.crdt.journal import UrgentBuckets
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog, Forgotten
@@ -31,8 +31,7 @@ class SideLog:
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
         self._repairs: OrderedDict[bytes, None] = OrderedDict()
-        self._hurried: OrderedDict[bytes, int] = OrderedDict()
-        """And since when they may have changed."""
+        self._hurried = UrgentBuckets()
         self._parts: Parts | None = None
         self._now_us = 0
         self._relayed_since_us = MAX_TIME_US
@@ -74,10 +73,9 @@ class SideLog:
         """The peer has to hear everything about one bucket."""
         self._repairs[key] = None
 
-    def hurry(self, key: bytes, since_us: int) -> None:
-        """The peer has to hear soon what this node took from a bucket since then."""
-        if len(self._hurried) < MAX_URGENT:
-            self._hurried.setdefault(key, since_us)
+    def hurry(self, bucket: Bucket) -> None:
+        """The peer has to hear soon what this node took from a bucket."""
+        self._hurried.add(bucket)
 
     def parts(self, now_us: int) -> Parts:
         """All that waits."""
@@ -93,8 +91,7 @@ class SideLog:
     def _take(self) -> Parts:
         while self._hurried or self._relayed or self._repairs:
             if self._hurried:
-                key, since_us = self._hurried.popitem(last=False)
-                yield from own_part(self._store, key, since_us)
+                yield from own_part(self._store, self._hurried.pop().key, self._now_us - RECENT_US)
             if self._relayed:
                 key, slots = self._relayed.popitem(last=False)
                 bucket = tellable(self._store, key)

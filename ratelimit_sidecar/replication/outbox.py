@@ -23,7 +23,6 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.backlog import SideLog, Snapshots
 from ratelimit_sidecar.replication.changes import (
-    CATCH_UP_MARGIN_US,
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
@@ -156,10 +155,10 @@ class Outbox:
         if self._sources is not None:
             self._sources.side.repair(key)
 
-    def hurry(self, key: bytes) -> None:
+    def hurry(self, bucket: Bucket) -> None:
         """What this node just took from a bucket must not wait behind all else that the peer has yet to be sent."""
         if self._sources is not None:
-            self._sources.side.hurry(key, self._log.created_us - CATCH_UP_MARGIN_US)
+            self._sources.side.hurry(bucket)
 
     def snapshot(self, since_us: int) -> None:
         """The peer may have missed something since then: what it does not hear of from others any more."""

@@ -33,8 +33,9 @@ from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 HELD_UP_BUCKETS = 4 * MAX_BATCH_BUCKETS
 """A peer with more changes than this to be sent is sent urgent buckets before their turn."""
 
-HURRIED_AT_ONCE = 16
-"""The most urgent buckets in a step of a flush. (Each may have to be sent to each peer.)"""
+HURRIED_BUCKETS = 16
+"""Urgent ones told of at the start of a flush; one more in each step. So they are a small part of what is told,
+although they are told again in their turn."""
 
 
 class Replicator:
@@ -86,13 +87,13 @@ class Replicator:
         """Let the peers be told what this node has changed, and `_tend_steps`; every few milliseconds, in steps."""
         changes = self.changes
         end = changes.end
-        self._hurry()
+        self._hurry(HURRIED_BUCKETS)
         for _ in changes.flush_steps(now_us, is_told=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
                 self._tell_changes(end)
                 end = changes.end
             yield
-            self._hurry()
+            self._hurry(1)
         if changes.end > end:
             self._tell_changes(end)
         for stream in self.streams():
@@ -113,18 +114,18 @@ class Replicator:
             elif not stream.is_paused:
                 stream.wake()
 
-    def _hurry(self) -> None:
-        """Tell of what is nearly used up before its turn where there is much to tell."""
+    def _hurry(self, most: int) -> None:
+        """Tell of some buckets that are nearly used up before their turn, where there is much to tell."""
         journal = self.store.journal
-        if not journal.urgent:
+        most = min(most, len(journal.urgent))
+        if not most:
             return
-        urgent = journal.urgent[:HURRIED_AT_ONCE]
-        del journal.urgent[:HURRIED_AT_ONCE]
+        urgent = [journal.urgent.pop() for _ in range(most)]
         unflushed = len(journal.buckets)
         for peer in self.peers.values():
             if peer.outbox.pending_changes + unflushed > HELD_UP_BUCKETS:
                 for bucket in urgent:
-                    peer.outbox.hurry(bucket.key)
+                    peer.outbox.hurry(bucket)
                 peer.wake()
 
     def compare_steps(self, now_us: int) -> Steps:

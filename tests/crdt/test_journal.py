@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Origin
-from ratelimit_sidecar.crdt.journal import MAX_URGENT
+from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Bucket, Origin
+from ratelimit_sidecar.crdt.journal import MAX_URGENT_LIMITS, MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 
@@ -40,13 +40,30 @@ def test_a_bucket_that_gets_nearly_used_up_is_urgent_once(limit: AnyLimit) -> No
         assert told.times == (taken >= nearly)
 
 
-def test_so_many_buckets_are_noted_as_urgent_while_nobody_looks() -> None:
-    limit = Limit(CAPACITY, 60 * SECOND_US, CAPACITY)
-    store = Store(Origin("a", 1), lambda _key: limit)
-    buckets = [store.bucket(b"%d" % number, limit, NOW_US) for number in range(MAX_URGENT + 1)]
-    for bucket in buckets:
-        bucket.take(CAPACITY, NOW_US)
-    assert store.journal.urgent == buckets[:MAX_URGENT]
+def use_up(store: Store, name: str, limit: AnyLimit) -> Bucket:
+    bucket = store.bucket(name.encode(), limit, NOW_US)
+    bucket.take(limit.capacity, NOW_US)
+    return bucket
+
+
+def test_of_one_limit_only_so_many_buckets_are_urgent_and_another_limit_has_its_turn() -> None:
+    flooded, other = Limit(1, 60 * SECOND_US, 1), Limit(100, 60 * SECOND_US, 100)
+    store = Store(Origin("a", 1), lambda _key: flooded)
+    invented = [use_up(store, f"{number}", flooded) for number in range(10 * MAX_URGENT_OF_LIMIT)]
+    honest = [use_up(store, f"honest {number}", other) for number in range(2)]
+    urgent = store.journal.urgent
+    assert len(urgent) == MAX_URGENT_OF_LIMIT + 2
+    order = [urgent.pop() for _ in range(len(urgent))]
+    assert order == [invented[0], honest[0], invented[1], honest[1], *invented[2:MAX_URGENT_OF_LIMIT]]
+    assert len(urgent) == 0
+
+
+def test_only_so_many_limits_have_urgent_buckets() -> None:
+    limits = [WindowLimit(number, 60 * SECOND_US, Window.FIXED) for number in range(1, MAX_URGENT_LIMITS + 2)]
+    store = Store(Origin("a", 1), lambda _key: limits[0])
+    for number, limit in enumerate(limits):
+        use_up(store, f"{number}", limit)
+    assert len(store.journal.urgent) == MAX_URGENT_LIMITS
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=["token_bucket", "fixed", "sliding"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -229,13 +230,61 @@ def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_howeve
         assert call()
         return time.thread_time() - began
 
+    hits = itertools.cycle((1, 2))
+
     def to_tell() -> float:
-        return seconds(lambda: bucket.retry_after_us(1))
+        # What was just told is remembered.
+        return seconds(lambda: bucket.retry_after_us(next(hits)))
 
     def to_list_what_each_took() -> float:
         return seconds(lambda: list(bucket.entries()))
 
     assert min(to_tell() for _ in range(30)) < min(to_list_what_each_took() for _ in range(30))
+
+
+asked = st.integers(1, 8)
+events = st.tuples(st.just("take"), asked) | st.tuples(st.sampled_from(["hear", "refund", "limit"]), asked)
+
+
+@given(periods, st.lists(st.tuples(gaps, events, asked), max_size=40))
+def test_when_hits_fit_is_what_a_replica_would_say_that_has_just_heard_all(period_us: int, history) -> None:
+    window, there = sliding(6, period_us), sliding(100, period_us, origin=THERE)
+    now_us = NOW_US
+    for gap_us, (event, amount), hits in history:
+        now_us += gap_us
+        window.advance(now_us)
+        match event:
+            case "take":
+                window.take(amount, now_us)
+            case "hear":
+                there.take(amount, now_us)
+                window.merge(there.entries(), now_us)
+            case "refund":
+                window.refund(amount, now_us)
+            case "limit":
+                window.set_limit(WindowLimit(amount, period_us, Window.SLIDING), now_us)
+        fresh = sliding(window.limit.capacity, period_us, origin=ELSEWHERE)
+        fresh.merge(window.entries(), now_us)
+        assert window.retry_after_us(hits) == fresh.retry_after_us(hits)
+
+
+@pytest.mark.interpreted
+def test_who_is_denied_again_and_again_does_not_have_all_slots_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    counting = SlidingWindow._counting
+
+    def counted(window: SlidingWindow, now_us: int) -> list[tuple[int, int]]:
+        nonlocal looks
+        looks += 1
+        return counting(window, now_us)
+
+    monkeypatch.setattr(SlidingWindow, "_counting", counted)
+    window = sliding(10)
+    assert window.take(10, NOW_US)
+    for denied in range(100):
+        assert not window.take(1, NOW_US + denied)
+        assert window.retry_after_us(1) > 0
+    assert looks == 1
 
 
 def test_a_fixed_window_admits_at_once_what_fits_exactly() -> None:

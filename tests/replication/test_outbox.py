@@ -22,7 +22,7 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.journal import MAX_URGENT
+from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -684,7 +684,7 @@ def hurried(buckets: int) -> tuple[Outbox, bytes]:
     fill(store, buckets)
     bucket = take(store, "ann", PER_USER.capacity, NOW_US)
     note(outbox, is_told=True)
-    outbox.hurry(bucket.key)
+    outbox.hurry(bucket)
     return outbox, bucket.key
 
 
@@ -700,9 +700,10 @@ def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_other
 
 def test_so_many_that_are_nearly_used_up_wait_for_their_turn() -> None:
     outbox, _ = hurried(MANY)
-    for index in range(2 * MAX_URGENT):
-        outbox.hurry(key_of(f"user {index % MANY}"))
-    assert outbox.pending_buckets <= MANY + 1 + MAX_URGENT
+    before = outbox.pending_buckets
+    for index in range(2 * MAX_URGENT_OF_LIMIT):
+        outbox.hurry(bucket_of(outbox._store, f"user {index}", NOW_US))
+    assert outbox.pending_buckets == before + MAX_URGENT_OF_LIMIT - 1
     assert len(keys_told(drained(outbox))) == MANY + 1
 
 
