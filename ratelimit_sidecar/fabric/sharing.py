@@ -204,9 +204,8 @@ class Sharing:
     def _next_urgent(self) -> bytes | None:
         while self._urgent:
             key = self._urgent.pop().key
-            shared = self._busy.get(key)
-            # It may have been asked about in its turn, or have made room for another one.
-            if shared is not None and shared.is_urgent:
+            # It may have made room for another one.
+            if key in self._busy:
                 return key
         return None
 
@@ -228,8 +227,8 @@ class Sharing:
             self._busy.pop(key, None)
             return None
         shared.is_urgent = False
-        # One of which little is taken need not hear of others so often, while there is much to tell.
-        is_busy = unused_us <= BUSY_US and (not self._is_behind or _is_nearly_used_up(bucket))
+        # While there is much to tell, who was told makes way. With its next change it is busy again.
+        is_busy = unused_us <= BUSY_US and not self._is_behind
         # Last in its turn.
         if was_busy and is_busy:
             self._busy.move_to_end(key)
