@@ -21,7 +21,7 @@ STANDING_US: Final = 10_000_000
 """
 
 STANDING_SHIFT: Final = 4
-"""That is 1/16 of what the account has left, rounded up."""
+"""What it then holds: 1/16 of what the account has left, rounded up."""
 
 MOST_PACE_US: Final = 1_000_000
 """An account that had too little is asked again when 1/64 of the limit has refilled, or after this."""

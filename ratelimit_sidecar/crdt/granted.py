@@ -103,7 +103,7 @@ class GrantedBucket(StrictBucket):
         super().__init__(key, limit, origin, now_us, home=0, from_us=now_us, active=active)
         self.generation = -1
         self.lineage = b""
-        """Of the account by which it was granted; another one knows nothing of it."""
+        """The lineage of the account that granted it. An account with another lineage knows nothing of the grant."""
         self.left = 0
         """What the account had left, when it answered last."""
         self.used_us = now_us

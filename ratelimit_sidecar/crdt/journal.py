@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_URGENT_LIMITS: Final = 64
 MAX_URGENT_OF_LIMIT: Final = 32
-"""Further urgent buckets are told in their turn, like all others."""
+"""The most limits with urgent buckets, and urgent buckets of one limit. Further ones are sent with all others."""
 
 
 class Refused(StrEnum):

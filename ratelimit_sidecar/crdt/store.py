@@ -31,17 +31,17 @@ with as many slots as there may be.
 """
 
 SLOTS_A_BUCKET: Final = 4
-"""So many slots of token buckets there may be for each of `max_buckets`. Otherwise a client who goes round through a
+"""There may be so many slots of token buckets for each of `max_buckets`. Otherwise a client who goes round through a
 million keys, once in each slot, has each hold its whole horizon of 64 slots and more: 8 kB in place of 1.6
 (docs/sizing.md).
 """
 
 FIRST_SHIFT: Final = 3
 MAX_SHIFT: Final = 6
-"""Of a horizon of 64 slots 8 are left at first, and one at least."""
+"""How many times the horizon is halved at first, and at most: of 64 slots 8 are left, and then at least one."""
 
 SEAL_WORK: Final = 4
-"""To seal a bucket takes as long as to look at so many."""
+"""To seal a bucket takes as long as to look at this many."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""

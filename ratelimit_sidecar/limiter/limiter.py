@@ -109,7 +109,7 @@ class Limiter:
             is_decorated=self._decorations.are_wanted(None),
         )
         self._compiled: dict[int, CompiledRule] = {}
-        """By `id` of the rule."""
+        """Compiled rules, by `id` of the rule."""
         self._plans = PlanCache()
         self._plan_hits = self._plan_misses = 0
         self.last_plan: Plan | None = None
@@ -529,7 +529,7 @@ def _is_fixed_window(limit: AnyLimit | None) -> bool:
 
 
 _UNITS = {number: Unit[name] for name, number in RateLimitResponse.RateLimit.Unit.items() if name in Unit.__members__}
-"""By number of Envoy's enumerations, of answers and of overrides (type.v3.RateLimitUnit)."""
+"""Units by their number in Envoy's enumerations, of answers and of overrides (type.v3.RateLimitUnit)."""
 
 _UNITS_OF_SECONDS = {unit.value: unit for unit in Unit}
-"""By seconds, so that 24 hours are a day. Answers cannot express other periods."""
+"""Units by their seconds, so that 24 hours are a day. Answers cannot express other periods."""

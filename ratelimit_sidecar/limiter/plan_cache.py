@@ -37,7 +37,7 @@ class PlanCache:
         self._oldest_first: deque[bytes] = deque()
         """The keys of `plans`. A dict alone would be searched from its start, past all that was dropped."""
         self._seen = bytearray(1 << 16)
-        """By two bytes of the hash of a request: a third byte of that which was seen last."""
+        """By two bytes of a request's hash, a third byte of the hash of the request that was seen last."""
 
     def keep(self, request: bytes, plan: Plan) -> None:
         """Add a plan that was just made and is not in here, if it is worth keeping."""

@@ -27,7 +27,7 @@ class OwedAcks:
         """Deltas applied that are not acknowledged."""
         self._due_us = 0
         self._sequence = 0
-        """Of the last Deltas applied."""
+        """The number of the last Deltas applied."""
         self._applied_us = 0
         self._deltas_sent_us = 0
 

@@ -104,7 +104,7 @@ class SideLog:
 
 
 class Snapshots:
-    """Those for one stream; one follows the other.
+    """The snapshots sent on one stream, one after the other.
 
     Args:
         peer: knows its own entries best.
@@ -123,9 +123,9 @@ class Snapshots:
         self._left = 0
         """About how many buckets are yet to be looked at."""
         self._since_us: int | None = None
-        """Of the earliest that is not acknowledged."""
+        """How far back the earliest snapshot goes that is not acknowledged."""
         self._next_since_us: int | None = None
-        """Of one to follow the one under way."""
+        """How far back the next snapshot goes, which follows the one under way; None for no other."""
         self._has_ended = False
 
     @property

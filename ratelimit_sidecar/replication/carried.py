@@ -30,10 +30,10 @@ CERTAIN_US = 2 * RESTART_US
 """A node that is refused for so long because its id is in use is no node that has just restarted."""
 
 ID_TAKEN_US = int(2.5e6 * MISCONFIGURED_REDIAL_SECONDS)
-"""Shown for so long after a stream was refused for it: it is dialled again meanwhile."""
+"""How long `is_id_taken` stays true after a stream was refused for it. Meanwhile the peer is dialled again."""
 
 GOODBYE_SECONDS = 1.0
-"""What the last frame of a stream gets to reach the other end."""
+"""The time for the last frame of a stream to reach the other end."""
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -35,12 +35,12 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 )
-"""Of the connection, at either end."""
+"""Options of the connection, at either end."""
 
 CHECK_TIME_SECONDS = 0.25
 
 WRITE_SECONDS = 5.0
-"""What the network gets to take one frame; a peer that does not read for so long is given up."""
+"""The time for the network to take one frame. A stream to a peer that does not read for so long is ended."""
 
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""

@@ -30,7 +30,7 @@ of descriptors have one.
 """
 
 MAX_TIME_US: Final = 1 << 62
-"""Of slots and boundaries: the year 148,000. Keeps them within what any implementation's integers hold."""
+"""The latest slot or boundary, in the year 148,000. So they fit into the integers of any implementation."""
 
 MAX_SLOT_TOKENS: Final = 1 << 48
 """Taken in one slot: 65,536 times the most that one request can ask for."""
@@ -44,7 +44,7 @@ PIECE_ENTRIES: Final = 256
 """Joined into a bucket in one step."""
 
 _ROUGH_BUCKET_BYTES: Final = 48
-"""Of a bucket's delta beside its key and entries: lengths, base, and the head of a run."""
+"""About the bytes of a bucket's delta without its key and entries: lengths, base, and the head of a run."""
 
 _ROUGH_ENTRY_BYTES: Final = 6
 
@@ -95,7 +95,7 @@ class DeltasWriter:
         self.rough_bytes = 0
         """About the frame's size: measuring it exactly, bucket by bucket, would cost more than it is worth."""
         self.keys: list[bytes] = []
-        """Of the buckets that it tells of."""
+        """The keys of the buckets in it."""
         self._origins = {sender: 0}
         self._numbers = numbers
         self._used: dict[int, bytes] = {}
@@ -106,7 +106,7 @@ class DeltasWriter:
         return self.deltas.SerializeToString()
 
     def knowledge(self) -> Knowledge:
-        """What is to be known of numbers to understand the payload."""
+        """The key numbers that the payload uses and gives."""
         return Knowledge(_bits(self._used), _bits(self._given), self._used)
 
     def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
@@ -180,7 +180,7 @@ def _bits(numbers: Iterable[int]) -> int:
 
 
 class Applied(NamedTuple):
-    """What a step of applying a Deltas frame amounted to."""
+    """What a step of applying a Deltas frame has done."""
 
     entries: int
     """Slot entries read."""

@@ -26,17 +26,17 @@ MAX_TAKEN: Final = 1_024
 """The most demands accepted in a ping; more than are sent, so that peers with other bounds are understood."""
 
 MAX_WANTS: Final = 256
-"""Of one demand."""
+"""The most wants of one demand."""
 
 STEP_WANTS: Final = 256
-"""Read in one step, besides those of one demand."""
+"""The most wants that are read in one step, besides those of one demand."""
 
 MAX_MEMBERS: Final = 4_096
 
 _GROUP_BYTES: Final = 12
 
 _WANTS_PER_DEMAND: Final = 8
-"""So many wants more take as long as a demand does."""
+"""So many wants take as long as one demand."""
 
 
 class Demands:

@@ -59,7 +59,7 @@ class InFlight:
 
     @property
     def created_us(self) -> int | None:
-        """Of the oldest change in any of them."""
+        """When the oldest change in any of them was made."""
         return min((batch.created_us for batch in self._batches if batch.created_us is not None), default=None)
 
     def sent(self, batch: Batch) -> None:

@@ -38,10 +38,10 @@ from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
 from ratelimit_sidecar.supervision import Supervisor
 
 DRAIN_SECONDS = 2.0
-"""What connected peers get at a stop to acknowledge what they have yet to hear."""
+"""The time for connected peers, at a stop, to acknowledge what they have yet to hear."""
 
 LISTENER = "mesh_listener"
-"""Its name in metrics and `/readyz`."""
+"""The name of the listener's task in metrics and `/readyz`."""
 
 _log = structlog.stdlib.get_logger(__name__)
 

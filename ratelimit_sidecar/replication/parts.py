@@ -10,7 +10,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 MAX_PART_ENTRIES: Final = 256
-"""Of one bucket at once: a bucket with 1,024 takes 2 ms to join."""
+"""The most entries of one bucket in a part: a bucket with 1,024 takes 2 ms to join."""
 
 
 class Part(NamedTuple):

@@ -34,8 +34,8 @@ HELD_UP_BUCKETS = 4 * MAX_BATCH_BUCKETS
 """A peer with more changes than this to be sent is sent urgent buckets before their turn."""
 
 HURRIED_BUCKETS = 16
-"""Urgent ones told of at the start of a flush; one more in each step. So they are a small part of what is told,
-although they are told again in their turn."""
+"""The most urgent buckets that are sent at the start of a flush; one more is sent in each step. So they are a small
+part of what is sent, although each is sent again in its turn."""
 
 
 class Replicator:

@@ -27,7 +27,8 @@ from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS
 EVERY_US: Final = 4_000_000
 
 SETTLE_US: Final = 2_000_000
-"""What deltas get to arrive everywhere, and clocks to differ, before a slot that is over is compared."""
+"""A slot is compared when it has been over for so long: deltas have arrived everywhere, and clocks may differ a little.
+"""
 
 KEPT_US: Final = 7_000_000
 """A round, and what follows from it, is over by then: three seconds before anything that it compares may be sealed."""
@@ -42,33 +43,36 @@ RANGES: Final = SEGMENTS * SEGMENT_RANGES
 LOOK_WORK: Final = 2
 SUM_WORK: Final = 40
 ENTRY_WORK: Final = 15
-"""In tenths of a microsecond, about: to look at a bucket, to sum one up, and of each settled entry in it."""
+"""Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each settled entry in it."""
 
 STEP_WORK = 8_000
-"""Of one step, besides its share of looking at all buckets; more when a segment cannot be summed up in time so."""
+"""The work of one step, besides its share of looking at all buckets. It is more when a segment would otherwise not be
+summed up in time.
+"""
 
 PIECE_WORK: Final = 1_000
-"""A step is taken in pieces of so much, and frames are answered so."""
+"""The work of one piece. Steps are done in pieces, and frames are answered in pieces."""
 
 STEPS: Final = 170
-"""Of one round: flushes of 20 ms within EVERY_US, and some to spare."""
+"""The steps of one round: one each 20 ms of EVERY_US, and some to spare."""
 
 ROUND_WORK = STEPS * STEP_WORK
-"""Of one round: 4 % of the time, and 1 % for each 200,000 buckets."""
+"""The work of one round: 4 % of the time, and 1 % for each 200,000 buckets."""
 
 FREED_RANGES: Final = 16
-"""In a step: of a round, all within half of the next one."""
+"""The ranges that are freed in a step: all of a round within half of the next one."""
 
 MAX_SUMMARY_BUCKETS: Final = 16_000
-"""As many as fit into a frame. A range has a thousand where there are a million buckets. One with more is left out: it
-is of keys that somebody has looked for, and a frame that is too large would end the stream.
+"""The most buckets of a range in a Summary: as many as fit into a frame. (Of a million buckets a range has a thousand.)
+A range with more is not compared: somebody has searched for keys that fall into it, and a larger frame would end the
+stream.
 """
 
 SAMPLED_PART: Final = 256
-"""A round that was given up shows how much there is to do if it has looked at one bucket in so many."""
+"""A round that was given up shows how much there is to do only if it has looked at 1/256 of the buckets."""
 
 _MAX_ORIGINS: Final = 4_096
-"""Of which the hash is remembered."""
+"""The most origins whose hash is remembered."""
 
 
 def range_of(key: bytes) -> int:
@@ -119,15 +123,15 @@ class Round:
         found.states.append(state)
 
     def sums_of(self, segment: int) -> list[int]:
-        """Of the ranges of one segment, as a Digest has them."""
+        """The sums of the ranges of one segment, as in a Digest."""
         return self.sums[segment * SEGMENT_RANGES : (segment + 1) * SEGMENT_RANGES]
 
     def ranges(self) -> Iterable[_Range]:
-        """Those with buckets."""
+        """The ranges that have buckets."""
         return self._ranges.values()
 
     def buckets(self, number: int) -> _Range:
-        """Those of one range."""
+        """The buckets of one range."""
         return self._ranges.get(number) or _Range()
 
 
@@ -152,7 +156,7 @@ class Summing:
         self._segments_a_round = SEGMENTS
         self._done: deque[Round] = deque(maxlen=2)
         self._left: list[_Range] = []
-        """Of rounds that are of no use any more: to free all of one at once takes milliseconds."""
+        """Ranges of old rounds, which are freed a few at a time: to free all of one round takes milliseconds."""
         self._origins: dict[Origin, int] = {}
 
     @property

@@ -34,11 +34,11 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
 SNAPSHOT_PAUSE_US = 2_000
-"""Between two batches of a snapshot."""
+"""The pause between two batches of a snapshot."""
 
 PEER_PAUSE_US = 500
-"""Between two batches to one peer, for each peer there is: a batch costs some 0.1 ms of the loop whatever is in it, so
-all together take a fifth of it at most.
+"""The pause between two batches to one peer, times the number of peers: a batch costs some 0.1 ms of the loop whatever
+is in it, so all together take a fifth of it at most.
 """
 
 LEAST_PEERS_PAUSE_US = 20_000
@@ -230,9 +230,9 @@ class Stream:
         self.peer: Peer | None = None
         """Whose stream it is: from the peer's Hello until the stream is closing."""
         self.error: ProtocolError | None = None
-        """What this node closes the stream for."""
+        """Why this node closes the stream."""
         self.peer_reason = ""
-        """What the peer has closed it for, as its Goodbye says."""
+        """Why the peer has closed it, as its Goodbye says."""
         self.why_ended = ""
         """Set when the stream is closing or over, by whichever end."""
 

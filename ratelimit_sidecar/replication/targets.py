@@ -142,7 +142,7 @@ class Targets:
         )
 
     def statuses(self, lag_seconds: float) -> list[PeerStatus]:
-        """Of each address that has led to nobody yet, and each name that is not resolved.
+        """The statuses of addresses that have led to nobody yet, and of names that are not resolved.
 
         Args:
             lag_seconds: of a peer that was never reached.

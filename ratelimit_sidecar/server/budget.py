@@ -117,7 +117,7 @@ class Places:
         self.refused = 0
         """Calls that got no place, since the start."""
         self._held: Counter[Hashable] = Counter()
-        """By connection, and by address."""
+        """The places that each connection, and each address, holds."""
 
     def enter(self, connection: Hashable, address: Hashable) -> bool:
         """Take a place, to be given back to `leave`. Returns False if there is none for this client.

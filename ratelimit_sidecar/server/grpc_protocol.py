@@ -26,11 +26,11 @@ from ratelimit_sidecar.server.streaming import StreamingCall
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
 SLICE_BYTES: Final = 4_096
-"""At most 130 calls, since none is shorter than 31 bytes."""
+"""The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes."""
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
-"""Of a connection, and of a streaming call, that the cycle collector sees."""
+"""The objects that the cycle collector sees: of a connection, and of a streaming call."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
@@ -94,7 +94,7 @@ class GrpcProtocol:
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
         self._waiting: dict[int, Waiting] = {}
-        """By stream, calls that are answered later."""
+        """The waits of calls that are answered later, by stream."""
         self._blocked: set[StreamingCall] = set()
         """Streaming calls that wait for their client to read."""
         self._rest: memoryview | None = None

@@ -39,8 +39,10 @@ class Queue:
 
 
 class Turns:
-    """Args:
-    monotonic_ns: what steps are timed with.
+    """The queues that wait for turns. Call `join` for a step that may be much, `note` for what was done at once.
+
+    Args:
+        monotonic_ns: the clock that steps are timed with.
     """
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.perf_counter_ns) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
@@ -247,6 +247,7 @@ events = st.tuples(st.just("take"), asked) | st.tuples(st.sampled_from(["hear", 
 
 
 @given(periods, st.lists(st.tuples(gaps, events, asked), max_size=40))
+@example(7 * SECOND_US, [(0, ("take", 5), 8), (2 * SECOND_US, ("take", 1), 2), (0, ("limit", 2), 2)])
 def test_when_hits_fit_is_what_a_replica_would_say_that_has_just_heard_all(period_us: int, history) -> None:
     window, there = sliding(6, period_us), sliding(100, period_us, origin=THERE)
     now_us = NOW_US
