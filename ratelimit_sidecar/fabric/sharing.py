@@ -40,7 +40,8 @@ RESTING_TICKS: Final = 20
 
 MAX_SHARED: Final = 30_000
 """Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. Of more the ones that rest the longest
-are forgotten, then busy ones of which less is taken than of the newcomer; or else that one is not shared."""
+are forgotten. Then one that is in the queue of the nearly used up ones, or of which more is taken than of a busy one,
+takes the place of that; others are not shared."""
 
 TICKS_OF_ALL: Final = 30
 """Ticks that it takes to ask about all, when as many as there may be are busy. So a tick of 1,000 takes about its 50 ms
@@ -50,7 +51,7 @@ RESTING_PART: Final = 4
 """Resting ones are at most one in so many of the buckets that a tick asks about."""
 
 LOOKED_AT: Final = 8
-"""Busy buckets, the ones not asked about for longest, of which the fullest has to make room."""
+"""Busy buckets, the ones not asked about for longest, of which the one of which least is taken has to make room."""
 
 MAX_WAITING_SLOTS: Final = 64
 """Of one bucket; of more all own ones are told."""
@@ -73,7 +74,7 @@ class _Shared:
         seen: the version up to which the others' counts are known.
         id: of the bucket in Redis; another one means that it was lost there.
         waiting: own slots to be told.
-        is_urgent: it was nearly used up at its last change, and has not been asked about since.
+        is_urgent: it is in the queue of those that are nearly used up.
     """
 
     bucket: Bucket
@@ -128,29 +129,31 @@ class Sharing:
         """Keep in mind that own slots of this bucket changed."""
         key = bucket.key
         shared = self._busy.get(key)
+        is_urgent = shared is not None and shared.is_urgent
+        if not is_urgent and _is_nearly_used_up(bucket):
+            is_urgent = self._urgent.add(bucket)
         if shared is None:
             shared = self._resting.pop(key, None)
             if shared is None:
-                if len(key) > MAX_KEY_BYTES or not self._makes_room(bucket):
+                if len(key) > MAX_KEY_BYTES or not self._makes_room(bucket, is_urgent=is_urgent):
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
                 young_objects.note(_OBJECTS)
             self._busy[key] = shared
         shared.used_us = now_us
+        shared.is_urgent = is_urgent
         _wait(shared, slots)
-        if not shared.is_urgent and _is_nearly_used_up(bucket):
-            shared.is_urgent = True
-            self._urgent.add(bucket)
 
-    def _makes_room(self, bucket: Bucket) -> bool:
+    def _makes_room(self, bucket: Bucket, *, is_urgent: bool) -> bool:
         if len(self) < self._most:
             return True
         if self._resting:
             self._resting.popitem(last=False)
             return True
-        part, key = max((_part_left(shared.bucket), key) for key, shared in islice(self._busy.items(), LOOKED_AT))
-        if part <= _part_left(bucket):
+        looked_at = islice(self._busy.items(), LOOKED_AT)
+        _, part, key = max((not shared.is_urgent, _part_left(shared.bucket), key) for key, shared in looked_at)
+        if not is_urgent and part <= _part_left(bucket):
             return False
         del self._busy[key]
         self.unshared += 1

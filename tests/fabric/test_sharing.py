@@ -165,11 +165,33 @@ def test_a_bucket_that_is_nearly_used_up_does_not_make_room_for_one_with_less_ta
     assert set(node.tick(is_last=True)) == {b"honest"} | {b"flooded %d" % number for number in range(99)}
 
 
-def test_a_bucket_that_has_made_room_for_a_fuller_one_is_not_asked_about() -> None:
+def test_a_bucket_that_gets_nearly_used_up_gets_room_among_invented_keys_that_are_used_up() -> None:
+    node = Node(most=100)
+    node.flood(200, limit=Limit(1, 1_000_000, 1))
+    node.take(b"honest", 90)
+    node.flood(200, limit=Limit(1, 1_000_000, 1), name=b"further")
+    assert b"honest" in node.tick()[:2]
+
+
+def test_a_bucket_in_the_queue_of_the_nearly_used_up_ones_does_not_make_room() -> None:
+    node = Node(most=100)
+    others = [Limit(1, 1_000_000 + number, 100) for number in range(2)]
+    node.take(b"honest", 80, limit=others[0])
+    for number in range(99):
+        node.take(b"busy %d" % number, 50)
+    # So the first ones find no place in the queue.
+    for number in reversed(range(99)):
+        node.take(b"busy %d" % number, 45)
+    node.take(b"honest", 10, limit=others[0])
+    node.take(b"newcomer", 100, limit=others[1])
+    assert {b"honest", b"newcomer"} <= set(node.tick(is_last=True))
+
+
+def test_a_bucket_that_has_made_room_for_another_one_is_not_asked_about() -> None:
     node = Node(most=100)
     for number in range(100):
         node.take(b"nearly %d" % number, 90)
-    node.take(b"full", 100)
+    node.take(b"another", 90, limit=Limit(1, 1_000_000, 100))
     asked = node.tick(is_last=True)
-    assert b"full" in asked
+    assert b"another" in asked
     assert len(asked) == 100
