@@ -54,17 +54,19 @@ class UrgentBuckets:
     def __len__(self) -> int:
         return self._length
 
-    def add(self, bucket: Bucket) -> None:
-        """Add a bucket, if there is a place for it."""
+    def add(self, bucket: Bucket) -> bool:
+        """Add a bucket, if there is a place for it; returns whether there was."""
         limit = bucket.limit.capacity, bucket.limit.period_us
         buckets = self._by_limit.get(limit)
         if buckets is None:
             if len(self._by_limit) >= MAX_URGENT_LIMITS:
-                return
+                return False
             buckets = self._by_limit[limit] = deque()
-        if len(buckets) < MAX_URGENT_OF_LIMIT:
-            buckets.append(bucket)
-            self._length += 1
+        if len(buckets) >= MAX_URGENT_OF_LIMIT:
+            return False
+        buckets.append(bucket)
+        self._length += 1
+        return True
 
     def pop(self) -> Bucket:
         """The bucket that has waited longest, of the limit whose turn it is. There must be one."""

@@ -130,18 +130,21 @@ class Fabric:
             await self.drawing.give_back()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_TICK_SECONDS):
-                await self.share()
+                await self.share(is_last=True)
         await self.close()
 
-    async def share(self) -> bool:
+    async def share(self, *, is_last: bool = False) -> bool:
         """One tick. What goes wrong is logged when it is something else than the last time.
+
+        Args:
+            is_last: it tells all that is to be told, however much.
 
         Returns:
             False when nothing was answered.
         """
         began, began_us = time.perf_counter(), self._now_us()
         try:
-            is_whole = await self._share()
+            is_whole = await self._share(is_last=is_last)
         except FAILURES as error:
             self._failed(error)
             await self.close()
@@ -200,12 +203,12 @@ class Fabric:
             self.shards[self._keys.shard_of(bucket.key)].note_own(bucket, self._now_us())
             await time_slice.rest_when_due()
 
-    async def _share(self) -> bool:
+    async def _share(self, *, is_last: bool) -> bool:
         """Returns False when some shards of a Cluster could not be asked."""
         time_slice = TimeSlice()
         await self._note_again(time_slice)
         for sharing in self.shards:
-            sharing.begin_tick()
+            sharing.begin_tick(is_last=is_last)
         failure: Exception | None = None
         while batches := await self._batches(time_slice):
             try:

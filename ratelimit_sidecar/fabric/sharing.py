@@ -3,6 +3,9 @@
 A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
 about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
+A tick asks about so many only, of more in turn. Buckets that are nearly used up are asked about first, and get room
+before others: so whoever invents keys keeps nobody's limit from being shared.
+
 All work is cut into batches, so that no tick has the loop to itself for long.
 """
 
@@ -11,10 +14,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.journal import UrgentBuckets
+from ratelimit_sidecar.crdt.limit import URGENT_SHARE
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -34,7 +40,18 @@ RESTING_TICKS: Final = 20
 
 MAX_SHARED: Final = 30_000
 """Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. Of more the ones that rest the longest
-are forgotten, and then further ones not shared until there is room."""
+are forgotten. Then one that is in the queue of the nearly used up ones, or of which more is taken than of a busy one,
+takes the place of that; others are not shared."""
+
+TICKS_OF_ALL: Final = 30
+"""Ticks that it takes to ask about all, when as many as there may be are busy. So a tick of 1,000 takes about its 50 ms
+of Redis, and a bucket that gets nearly used up does not wait for a longer one."""
+
+RESTING_PART: Final = 4
+"""Resting ones are at most one in so many of the buckets that a tick asks about."""
+
+LOOKED_AT: Final = 8
+"""Busy buckets, the ones not asked about for longest, of which the one of which least is taken has to make room."""
 
 MAX_WAITING_SLOTS: Final = 64
 """Of one bucket; of more all own ones are told."""
@@ -57,6 +74,7 @@ class _Shared:
         seen: the version up to which the others' counts are known.
         id: of the bucket in Redis; another one means that it was lost there.
         waiting: own slots to be told.
+        is_urgent: it is in the queue of those that are nearly used up.
     """
 
     bucket: Bucket
@@ -65,6 +83,7 @@ class _Shared:
     seen: int = 0
     id: bytes = b""
     waiting: list[int] = field(default_factory=list)
+    is_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +110,12 @@ class Sharing:
         self._most = most
         self._busy = OrderedDict[bytes, _Shared]()
         self._resting = OrderedDict[bytes, _Shared]()
+        self._urgent = UrgentBuckets()
+        self._tick_buckets = max(most // TICKS_OF_ALL, BATCH_BUCKETS)
         self._left: tuple[int, int] = (0, 0)
         """Busy and resting ones that this tick still has to ask about."""
+        self._is_behind = False
+        """More are busy than a tick asks about."""
         self._era = 0
         self._epoch = b""
         self._version = 0
@@ -106,23 +129,34 @@ class Sharing:
         """Keep in mind that own slots of this bucket changed."""
         key = bucket.key
         shared = self._busy.get(key)
+        is_urgent = shared is not None and shared.is_urgent
+        if not is_urgent and _is_nearly_used_up(bucket):
+            is_urgent = self._urgent.add(bucket)
         if shared is None:
             shared = self._resting.pop(key, None)
             if shared is None:
-                if len(key) > MAX_KEY_BYTES or not self._makes_room():
+                if len(key) > MAX_KEY_BYTES or not self._makes_room(bucket, is_urgent=is_urgent):
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
                 young_objects.note(_OBJECTS)
             self._busy[key] = shared
         shared.used_us = now_us
+        shared.is_urgent = is_urgent
         _wait(shared, slots)
 
-    def _makes_room(self) -> bool:
-        if len(self) >= self._most:
-            if not self._resting:
-                return False
+    def _makes_room(self, bucket: Bucket, *, is_urgent: bool) -> bool:
+        if len(self) < self._most:
+            return True
+        if self._resting:
             self._resting.popitem(last=False)
+            return True
+        looked_at = islice(self._busy.items(), LOOKED_AT)
+        _, part, key = max((not shared.is_urgent, _part_left(shared.bucket), key) for key, shared in looked_at)
+        if not is_urgent and part <= _part_left(bucket):
+            return False
+        del self._busy[key]
+        self.unshared += 1
         return True
 
     def note_own(self, bucket: Bucket, now_us: int) -> None:
@@ -142,8 +176,16 @@ class Sharing:
         self._era += 1
         self._version = 0
 
-    def begin_tick(self) -> None:
-        self._left = len(self._busy), -(-len(self._resting) // RESTING_TICKS)
+    def begin_tick(self, *, is_last: bool = False) -> None:
+        """Begin to ask.
+
+        Args:
+            is_last: of this sidecar, which asks about all that are busy.
+        """
+        most = self._most if is_last else self._tick_buckets
+        self._is_behind = len(self._busy) > most
+        resting = -(-len(self._resting) // RESTING_TICKS)
+        self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
 
     def leave(self) -> None:
         """The shard cannot be asked at this tick; all of it is told again."""
@@ -155,10 +197,19 @@ class Sharing:
         busy, resting = self._left
         if busy > 0 and self._busy:
             self._left = busy - 1, resting
-            return next(iter(self._busy))
+            urgent = self._next_urgent()
+            return next(iter(self._busy)) if urgent is None else urgent
         if resting > 0 and self._resting:
             self._left = 0, resting - 1
             return next(iter(self._resting))
+        return None
+
+    def _next_urgent(self) -> bytes | None:
+        while self._urgent:
+            key = self._urgent.pop().key
+            # It may have made room for another one.
+            if key in self._busy:
+                return key
         return None
 
     def ask(self, key: bytes, now_us: int) -> Ask | None:
@@ -178,12 +229,15 @@ class Sharing:
         if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
             self._busy.pop(key, None)
             return None
+        shared.is_urgent = False
+        # While there is much to tell, who was told makes way. With its next change it is busy again.
+        is_busy = unused_us <= BUSY_US and not self._is_behind
         # Last in its turn.
-        if was_busy and unused_us <= BUSY_US:
+        if was_busy and is_busy:
             self._busy.move_to_end(key)
         else:
             self._busy.pop(key, None)
-            (self._busy if unused_us <= BUSY_US else self._resting)[key] = shared
+            (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
         told, shared.waiting = shared.waiting, []
@@ -241,6 +295,14 @@ class Sharing:
         """No answer has come: all of it is told again."""
         for each in asks:
             _wait(each.shared, each.told)
+
+
+def _part_left(bucket: Bucket) -> float:
+    return bucket.remaining / max(bucket.limit.capacity, 1)
+
+
+def _is_nearly_used_up(bucket: Bucket) -> bool:
+    return _part_left(bucket) <= 1 / URGENT_SHARE
 
 
 def _wait(shared: _Shared, slots: list[int]) -> None:

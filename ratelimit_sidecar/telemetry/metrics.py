@@ -673,7 +673,8 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_fabric_tick_timestamp_seconds",
         "gauge",
         ("region",),
-        "When the latest tick was shared, in seconds since the epoch: what others took later is not known here.",
+        "When the latest tick was shared, in seconds since the epoch: what others took later is not known here. Of more"
+        " than 1,000 buckets in use, each is shared at some ticks only.",
         _read_fabric(lambda fabric: None if fabric.last_us is None else fabric.last_us / 1e6),
     ),
     Definition(
