@@ -165,6 +165,8 @@ class Node:
             return
         self.is_draining = True
         self.ledger.queues.close()
+        # They are answered, and may take, before the last flush.
+        self._let_out()
         done(self.replicator.flush_steps(self.clock.now_us()))
         self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 

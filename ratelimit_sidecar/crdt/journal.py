@@ -99,6 +99,11 @@ class Journal:
         never set back.
         """
 
+    def forget(self) -> None:
+        """Forget which buckets have changed."""
+        self.buckets.clear()
+        self.urgent = UrgentBuckets()
+
     def hurry(self, bucket: Bucket) -> None:
         """Note a bucket that has become nearly used up: peers should learn of it before others."""
         self.urgent.add(bucket)

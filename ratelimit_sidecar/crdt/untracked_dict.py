@@ -10,6 +10,7 @@ track them: `PyObject_GC_UnTrack` of the stable C API sees to that, as CPython i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
 V = TypeVar("V")
@@ -55,6 +56,13 @@ class UntrackedDict(Generic[V]):
         untrack(value)
         untrack(shard)
         self._length += 1
+
+    def clear(self) -> Iterator[None]:
+        """Remove everything, a shard in each step."""
+        for shard in self.shards:
+            self._length -= len(shard)
+            shard.clear()
+            yield
 
     def __delitem__(self, key: bytes) -> None:
         del self.shards[hash(key) % SHARDS][key]

@@ -222,6 +222,9 @@ class Gateway:
             task.cancel()
         if term.tasks:
             await asyncio.wait(term.tasks)
+        term.mesh.forget()
+        for _ in term.region.store.clear():
+            await asyncio.sleep(0)
         with suppress(*FAILURES):
             await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {term.token}"])])
 

@@ -205,6 +205,10 @@ class Mesh:
         if self._listener is not None:
             await self._listener.stop()
 
+    def forget(self) -> None:
+        """Forget what was to be told. The mesh is over, and will not be used any more."""
+        self._replicator.changes.set_clock(self._now_us())
+
     async def wait(self, until: asyncio.Event) -> None:
         """Before `run`, when there are no rules yet: nobody is told anything, and what is taken is not kept for them.
         Who connects later is told everything that counts."""

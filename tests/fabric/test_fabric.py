@@ -345,3 +345,17 @@ async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_
         else:
             await until(lambda: any(len(region) == 14 for region in west.regions))
             assert gateway.fabric.status.gateway_unshared == 0
+
+
+@pytest.mark.slow
+async def test_what_a_gateway_held_of_the_region_is_freed_when_its_turn_ends(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(RedisServer(tmp_path))
+        [port] = free_port_numbers(1)
+        gateway = Running("gateway", server, "east", sync=f"{HOST}:{port}", peers=[])
+        await stack.enter_async_context(running(gateway))
+        gateway.take("x", 3)
+        await until(lambda: any(len(region) for region in gateway.regions))
+        gateway.fabric.give_up()
+        await until(lambda: len(gateway.regions) == 2)
+        assert len(gateway.regions[0]) == 0
