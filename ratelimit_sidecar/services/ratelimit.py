@@ -25,6 +25,9 @@ SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"
 _PATH: Final = f"/{SERVICE_NAME}/ShouldRateLimit"
 
 PATIENCE: Final = 0.75
+LEAST_LEFT_SECONDS: Final = 0.02
+"""A request waits for this part of its timeout at most, and so that at least so much is left: hundreds may be answered
+at once, and Envoy lets pass what is answered too late."""
 
 _SECONDS: Final = {b"H": 3_600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 """Units of a `grpc-timeout` (PROTOCOL-HTTP2.md)."""
@@ -160,10 +163,11 @@ class RateLimitService:
 
 
 def patience_s(metadata: Metadata) -> float:
-    """The seconds that a request with these headers may wait: three quarters of its timeout, so that its answer is in
-    time; infinite without one.
+    """The seconds that a request with these headers may wait, so that its answer is in time; infinite without a
+    timeout.
     """
     for name, value in metadata:
         if name == b"grpc-timeout" and len(value) <= 9 and value[:-1].isdigit() and value[-1:] in _SECONDS:
-            return int(value[:-1]) * _SECONDS[value[-1:]] * PATIENCE
+            timeout_s = int(value[:-1]) * _SECONDS[value[-1:]]
+            return max(0.0, min(timeout_s * PATIENCE, timeout_s - LEAST_LEFT_SECONDS))
     return inf
