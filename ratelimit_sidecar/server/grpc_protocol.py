@@ -127,8 +127,6 @@ class GrpcProtocol:
             # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
             # paused.
             self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
-            if self._transport is not None and not self._is_closing:
-                self._transport.pause_reading()
         elif self._calls.is_waiting:
             self._let_wait(memoryview(data))
             self._wait_for_turn()
@@ -157,6 +155,9 @@ class GrpcProtocol:
         self._connection.count_unhandled(len(rest))
         if self._connection.closed:
             self._flush()
+        if self._transport is not None and not self._is_closing:
+            # At the first bytes that wait: to read each of thousands of connections in each turn takes long itself.
+            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The client has half-closed; asyncio closes once everything is written."""
