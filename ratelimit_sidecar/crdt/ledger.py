@@ -115,6 +115,12 @@ class Ledger:
             self._restore(bucket)
         return bucket
 
+    def clear(self) -> Iterator[None]:
+        """Forget all buckets, in steps; then the ledger must not be used any more. See `Store.clear`."""
+        self._active.clear()
+        self._sweep_order.clear()
+        yield from self._all.clear()
+
     def keep(self) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what is owed. Call it at a stop, when nothing is taken or paid any more:
         that would be spent twice."""

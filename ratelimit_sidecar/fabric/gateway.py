@@ -12,6 +12,7 @@ import random
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from typing import Final
 
 import structlog
@@ -223,7 +224,7 @@ class Gateway:
         if term.tasks:
             await asyncio.wait(term.tasks)
         term.mesh.forget()
-        for _ in term.region.store.clear():
+        for _ in chain(term.region.store.clear(), () if term.purses is None else term.purses.clear()):
             await asyncio.sleep(0)
         with suppress(*FAILURES):
             await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {term.token}"])])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
@@ -62,6 +62,10 @@ class RegionalPurses:
     def is_settled(self) -> bool:
         """False while sidecars may hold what is granted by other members: others may count on those that are shown."""
         return self._strict_us() >= self._settled_us
+
+    def clear(self) -> Iterator[None]:
+        """Forget all buckets, in steps; then it must not be used any more."""
+        return self._ledger.clear()
 
     async def beat(self, link: Link, token: int) -> None:
         """Let the clocks of the accounts go on, say who the members are, and hear what the region is short of.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 
 import pytest
 from young import collected_when_told
@@ -19,6 +21,12 @@ LIMIT = Limit(100, 1_000_000, 100)
 STARTED_US = 1_000_000_000
 NOW_US = STARTED_US + OLD_LOAN_US + 2_000_000
 ENDS = {"b": 7}
+
+
+def weakly_counted(held: object) -> Callable[[], int]:
+    """How many others hold it, the result among them."""
+    # The argument of getrefcount is one more.
+    return lambda: sys.getrefcount(held) - 1
 
 
 def ask_for(tokens: int) -> Ask:
@@ -138,6 +146,15 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     ledger.tick(ENDS, later_us, most=10, longest_key=100)
     assert ledger.sweep(later_us, most=10) == 1
     assert len(ledger) == 0
+
+
+def test_a_ledger_that_is_cleared_holds_no_bucket() -> None:
+    ledger = make_ledger()
+    buckets = [weakly_counted(ledger.bucket(b"%d" % number, LIMIT, 0)) for number in range(3)]
+    for _ in ledger.clear():
+        pass
+    assert len(ledger) == 0
+    assert [count() for count in buckets] == [1, 1, 1], "only the test has them"
 
 
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
