@@ -165,10 +165,7 @@ class Node:
             return
         self.is_draining = True
         self.ledger.queues.close()
-        # They are answered, and may take, before the last flush.
-        self._let_out()
-        done(self.replicator.flush_steps(self.clock.now_us()))
-        self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
+        self._await_answers()
 
     def note_ended(self, stream: Stream) -> None:
         """A connection of this node is gone: one that it had dialled is dialled again."""
@@ -285,6 +282,17 @@ class Node:
             self._dial_again(target, lasted=False)
         else:
             network.connect(self, listener)
+
+    def _await_answers(self) -> None:
+        """Requests that wait are answered, and may take, before the last flush."""
+        if not self.is_up:
+            return
+        if self.ledger.queues.waiting:
+            self.cluster.loop.after(POLL_DRAIN_US, self._await_answers)
+            return
+        self._let_out()
+        done(self.replicator.flush_steps(self.clock.now_us()))
+        self._await_settled(self.cluster.loop.now_us + int(DRAIN_SECONDS * SECOND_US))
 
     def _await_settled(self, until_us: int) -> None:
         if not self.is_up:
