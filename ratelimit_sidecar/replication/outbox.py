@@ -177,7 +177,11 @@ class Outbox:
 
     def missed_changes(self, since_us: int) -> None:
         """There were own changes since then, which a peer out of reach has missed."""
-        if self._sources is None and self._undelivered_since_us is None:
+        if self._sources is not None:
+            return
+        # They may be older than the loss of the stream: a process that stood still had yet to flush them.
+        self._missing_since_us = min(self._missing_since_us, since_us)
+        if self._undelivered_since_us is None:
             self._undelivered_since_us = since_us
 
     def open(self, peer: Origin, *, compares: bool) -> None:
