@@ -618,6 +618,19 @@ def test_what_was_on_its_way_when_the_stream_was_lost_is_told_again() -> None:
     assert keys_told(drained(outbox, NOW_US + 90 * SECOND_US)) == {key_of("ann")}
 
 
+def test_what_a_process_took_before_it_stood_still_is_told_although_its_stream_was_lost_meanwhile() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    took_us, later_us = NOW_US + 60 * SECOND_US, NOW_US + 90 * SECOND_US
+    note(outbox, took_us)
+    take(store, "ann", 1, took_us)
+    outbox.close(later_us)
+    # Only now comes the flush, after the loss.
+    note(outbox, took_us)
+    open_stream(outbox)
+    assert keys_told(drained(outbox, later_us)) == {key_of("ann")}
+
+
 @pytest.mark.parametrize(
     ("peer", "compares"), [(Origin("b", 2), True), (B.origin, False)], ids=["restarted", "of an older protocol"]
 )

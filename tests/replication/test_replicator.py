@@ -518,22 +518,6 @@ def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() 
     assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause_us()) == ("deltas", 0)
 
 
-def test_what_a_process_took_before_it_stood_still_is_told_although_its_stream_was_lost_meanwhile() -> None:
-    a, b = replicator("a"), replicator("b")
-    stream, far_end = connected(a, b)
-    flush(a, NOW_US)
-    exchange(stream, far_end)
-    take(a.store, "ann", 5, NOW_US)
-    later_us = NOW_US + 8 * SECOND_US
-    for end in (stream, far_end):
-        end.lost("", later_us)
-    flush(a, later_us)
-    connected(a, b, later_us)
-    copy = b.store.get(key_of("ann"))
-    assert copy is not None
-    assert sum(entry.tokens for entry in copy.entries()) == 5
-
-
 def test_what_is_nearly_used_up_is_told_at_once_to_a_peer_that_has_much_to_hear() -> None:
     a, b = replicator("a"), replicator("b")
     stream, far_end = connected(a, b)
