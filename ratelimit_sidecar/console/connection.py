@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections import Counter
 from enum import Enum, IntEnum, auto
+from itertools import count
 from typing import Any
 
 import h11
@@ -61,6 +62,10 @@ class _Wait(Enum):
     """uvicorn bounds this wait."""
 
 
+_numbers = count()
+"""Of the connections, in order: uvloop's clock goes by milliseconds, in which several may come."""
+
+
 class BoundedConnection(H11Protocol):
     """Made by `uvicorn.Server`, as the `http` of its configuration."""
 
@@ -75,6 +80,7 @@ class BoundedConnection(H11Protocol):
         self._wait: _Wait | None = None
         """None while the application handles a request."""
         self._waits_since = 0.0
+        self._number = next(_numbers)
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -160,7 +166,7 @@ class BoundedConnection(H11Protocol):
     def _make_room(self) -> None:
         others = [other for other in self.connections if isinstance(other, BoundedConnection) and other is not self]
         held = Counter(other._address for other in others)
-        order = [(-held[other._address], other._claim(), other._waits_since, id(other), other) for other in others]
+        order = [(-held[other._address], other._claim(), other._waits_since, other._number, other) for other in others]
         *_, claim, _, _, other = min(order)
         (self if claim is _Claim.PROBED else other).abort()
 
