@@ -158,10 +158,13 @@ def _debian() -> Path:
 
 def _run(command: list[str]) -> None:
     """With all that it starts, which does not outlive it."""
+    # The alarm of `compose._within` amid a start would leave a process that nobody knows.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             output, _ = process.communicate(timeout=DEBIAN_S)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
