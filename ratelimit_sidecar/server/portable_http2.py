@@ -60,6 +60,7 @@ class Request:
         "_headers",
         "body",
         "ended",
+        "header_bytes",
         "is_answered",
         "is_finished",
         "is_listed",
@@ -91,10 +92,7 @@ class Request:
         self.body: bytes | bytearray = b""
         self.unconsumed = 0
         self._headers = headers
-
-    @property
-    def header_bytes(self) -> int:
-        return sum(len(name) + len(value) + 32 for name, value in self._headers)
+        self.header_bytes = sum(len(name) + len(value) + 32 for name, value in headers)
 
     @property
     def body_bytes(self) -> int:

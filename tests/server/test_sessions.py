@@ -335,6 +335,7 @@ def one_frame_a_read(pieces: list[bytes]) -> list[bytes]:
 @needs_native
 @settings(deadline=None, max_examples=300)
 @given(steps)
+@example([("open", "/wait", False), ("settings", 0), ("data", 0, 0, True, 0), ("reset", 0)])
 def test_both_sessions_do_the_same_for_the_same_client(steps: list[tuple]) -> None:
     reads = sent_by_client(steps)
 
