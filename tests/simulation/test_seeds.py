@@ -65,7 +65,9 @@ def test_those_runs_are_about_something() -> None:
     assert sum(outcome.overshoots for outcome in outcomes) > 5
 
 
+@pytest.mark.interpreted
 def test_one_seed_is_one_run_to_the_byte_in_every_process() -> None:
+    """Of the sources: the simulator cannot replace the constants of what is compiled (`simulation.sizes`)."""
     program = "from simulation.run import run_seed\nfor seed in range(12): print(run_seed(seed))"
     transcripts = {
         subprocess.run(
