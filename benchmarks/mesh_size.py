@@ -51,6 +51,15 @@ class Cost:
     peer_memory_bytes: float
 
 
+def answer_of_peer(frame: pb.Frame, now_us: int) -> pb.Frame | None:
+    """What a peer that only listens says to a frame; None when it says nothing."""
+    if frame.HasField("deltas"):
+        return pb.Frame(ack=pb.Ack(sequence=frame.deltas.sequence))
+    if frame.HasField("ping"):
+        return pb.Frame(pong=pb.Pong(id=frame.ping.id, received_us=now_us, sent_us=now_us))
+    return None
+
+
 class Mesh:
     def __init__(self, peers: int) -> None:
         self.now_us = NOW_US
@@ -77,19 +86,15 @@ class Mesh:
         for stream in self.streams:
             while (raw := self._next_frame(stream)) is not None:
                 self.bytes_sent += len(raw)
-                self._answer(stream, pb.Frame.FromString(raw))
+                answer = answer_of_peer(pb.Frame.FromString(raw), self.now_us)
+                if answer is not None:
+                    self._say(stream, answer)
 
     def _next_frame(self, stream: Stream) -> bytes | None:
         began_ns = time.thread_time_ns()
         raw = next_frame(stream, self.now_us)
         self.spent_ns += time.thread_time_ns() - began_ns
         return raw
-
-    def _answer(self, stream: Stream, frame: pb.Frame) -> None:
-        if frame.HasField("deltas"):
-            self._say(stream, pb.Frame(ack=pb.Ack(sequence=frame.deltas.sequence)))
-        elif frame.HasField("ping"):
-            self._say(stream, pb.Frame(pong=pb.Pong(id=frame.ping.id, received_us=self.now_us, sent_us=self.now_us)))
 
     def _say(self, stream: Stream, frame: pb.Frame) -> None:
         raw = frame.SerializeToString()

@@ -18,6 +18,7 @@ from functools import partial
 import click
 import grpc.aio
 
+from benchmarks.mesh_size import answer_of_peer
 from benchmarks.serving.generator import Generator, each, uniform
 from benchmarks.serving.h2load import Load
 from benchmarks.serving.observed_sidecar import Observed, observed_sidecar, print_longest_stalls
@@ -42,12 +43,10 @@ async def be_peer(address: str, name: str) -> None:
         await call.write(pb.Frame(status=pb.Status(reaches=["sidecar"], joined=True)).SerializeToString())
         while (raw := await call.read()) is not grpc.aio.EOF:
             frame = pb.Frame.FromString(raw)
-            if frame.HasField("deltas"):
-                await call.write(pb.Frame(ack=pb.Ack(sequence=frame.deltas.sequence)).SerializeToString())
-            elif frame.HasField("ping"):
-                ping = frame.ping
-                pong = pb.Pong(id=ping.id, received_us=ping.sent_us, sent_us=ping.sent_us)
-                await call.write(pb.Frame(pong=pong).SerializeToString())
+            # Its clock agrees with that of the sidecar.
+            answer = answer_of_peer(frame, frame.ping.sent_us)
+            if answer is not None:
+                await call.write(answer.SerializeToString())
 
 
 async def be_peers(address: str, peers: int) -> None:

@@ -47,7 +47,7 @@ class Room:
         held = self._of_rule.get(rule, 0)
         if held >= RULE_SHARE * (self.most - self._taken) and key != rule:
             return False
-        places = 1 + len(key) // KEY_BYTES
+        places = _places_of(key)
         self._of_rule[rule] = held + places
         self._taken += places
         return True
@@ -55,10 +55,14 @@ class Room:
     def give_back(self, key: bytes) -> None:
         """Note that a bucket was dropped."""
         rule = self._rule_key(key)
-        places = 1 + len(key) // KEY_BYTES
+        places = _places_of(key)
         held = self._of_rule[rule] - places
         if held:
             self._of_rule[rule] = held
         else:
             del self._of_rule[rule]
         self._taken -= places
+
+
+def _places_of(key: bytes) -> int:
+    return 1 + len(key) // KEY_BYTES

@@ -302,7 +302,7 @@ def _part_left(bucket: Bucket) -> float:
 
 
 def _is_nearly_used_up(bucket: Bucket) -> bool:
-    return _part_left(bucket) <= 1 / URGENT_SHARE
+    return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
 
 
 def _wait(shared: _Shared, slots: list[int]) -> None:
