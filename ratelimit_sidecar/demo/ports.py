@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import socket
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from ratelimit_sidecar.demo import DemoError
 
@@ -62,16 +67,39 @@ def ports_from(base: int, regions: int) -> Ports:
 
 
 def free_ports(regions: int) -> Ports:
-    """Ports nobody listens on, for tests that run beside each other."""
+    """Ports nobody listens on, for tests that run beside each other: none is given twice while the process that got it
+    lives, also before anybody listens there.
+    """
     kinds = len(fields(RegionPorts))
     found: list[int] = []
     candidates = random.sample(_FREE_RANGE, len(_FREE_RANGE))
     while len(found) < 1 + regions * kinds:
         port = candidates.pop()
-        if _is_free(port):
+        if _claim(port) and _is_free(port):
             found.append(port)
     upstream, *rest = found
     return Ports(upstream, tuple(RegionPorts(*rest[at : at + kinds]) for at in range(0, len(rest), kinds)))
+
+
+_claimed: set[int] = set()
+"""By this process, which its own locks do not stop."""
+
+
+def _claim(port: int) -> bool:
+    if port in _claimed:
+        return False
+    try:
+        fcntl.lockf(_claims(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    _claimed.add(port)
+    return True
+
+
+@cache
+def _claims() -> BinaryIO:
+    """A file with a byte for each port: who has locked it has claimed that port, until its process ends."""
+    return Path(tempfile.gettempdir(), f"ratelimit-sidecar-ports-{os.getuid()}").open("ab")
 
 
 def ensure_free(ports: Iterable[int]) -> None:

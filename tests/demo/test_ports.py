@@ -1,5 +1,8 @@
 import os
+import random
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +32,17 @@ def test_a_taken_port_is_named_with_the_process_that_holds_it() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(PortTaken, match=rf"^port {port} is taken by .+ \(pid {os.getpid()}\)$"):
             ensure_free([port])
+
+
+def test_no_port_is_given_twice_before_somebody_listens_there() -> None:
+    choose = "import random; random.seed(1); from ratelimit_sidecar.demo.ports import free_ports"
+    given = []
+    for _ in range(2):
+        random.seed(1)
+        given += free_ports(3).all()
+        other = subprocess.check_output([sys.executable, "-c", f"{choose}; print(*free_ports(3).all())"], text=True)
+        given += map(int, other.split())
+
+    # The other process of the first round has ended, and may be followed by that of the second.
+    assert len(given) == 4 * 16
+    assert len(set(given)) >= 3 * 16
