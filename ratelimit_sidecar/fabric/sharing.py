@@ -20,9 +20,8 @@ from typing import Final
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets
-from ratelimit_sidecar.crdt.limit import URGENT_SHARE
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
+from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, is_nearly_used_up, read, room_for
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
@@ -121,6 +120,8 @@ class Sharing:
         self._version = 0
         self.unshared = 0
         """Changes of buckets for which there was no room."""
+        self.no_room = 0
+        """Answers that there was no room in Redis."""
 
     def __len__(self) -> int:
         return len(self._busy) + len(self._resting)
@@ -130,7 +131,7 @@ class Sharing:
         key = bucket.key
         shared = self._busy.get(key)
         is_urgent = shared is not None and shared.is_urgent
-        if not is_urgent and _is_nearly_used_up(bucket):
+        if not is_urgent and is_nearly_used_up(bucket):
             is_urgent = self._urgent.add(bucket)
         if shared is None:
             shared = self._resting.pop(key, None)
@@ -241,7 +242,8 @@ class Sharing:
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
         told, shared.waiting = shared.waiting, []
-        return Ask(bucket, shared, told, ask(bucket, self._own(bucket, told), shared.seen, now_us))
+        room = room_for(bucket, self._store.room.rule_key)
+        return Ask(bucket, shared, told, ask(bucket, room, self._own(bucket, told), shared.seen, now_us))
 
     def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
         if slots is not _ALL and self._store.origin is self._origin:
@@ -272,7 +274,8 @@ class Sharing:
             BadRecord: the answer is none. The bucket is told again at its next turn.
         """
         shared, bucket = ask.shared, ask.bucket
-        identity, _, rest = text.partition(b";")
+        is_refused = text.startswith(b"-")
+        identity, _, rest = text[is_refused:].partition(b";")
         is_lost = bool(shared.id) and identity != shared.id
         shared.id = identity
         try:
@@ -282,7 +285,8 @@ class Sharing:
         except BadRecord:
             self.refused(ask)
             raise
-        if is_lost:
+        self.no_room += is_refused
+        if is_lost or is_refused:
             shared.era = -1
         else:
             shared.seen = self._version
@@ -299,10 +303,6 @@ class Sharing:
 
 def _part_left(bucket: Bucket) -> float:
     return bucket.remaining / max(bucket.limit.capacity, 1)
-
-
-def _is_nearly_used_up(bucket: Bucket) -> bool:
-    return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
 
 
 def _wait(shared: _Shared, slots: list[int]) -> None:

@@ -231,11 +231,11 @@ async def test_one_has_the_lease_and_a_former_gateway_is_refused(server: RedisSe
         await client.delete(keys.lease)
         second = await lease(client, "b")
         assert second > first
-        arguments = ["epoch", first, 0, keys.head, 10]
+        arguments = ["epoch", first, keys.head, 1_000, 0, 10]
         with pytest.raises(ResponseError, match="FENCED"):
-            await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+            await client.eval(GATEWAY, 4, keys.clock, keys.changed, keys.held, keys.fence, *arguments)
         arguments[1] = second
-        answer = await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+        answer = await client.eval(GATEWAY, 4, keys.clock, keys.changed, keys.held, keys.fence, *arguments)
         assert answer == [b"epoch", b"1", 1, []]
 
 

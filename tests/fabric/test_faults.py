@@ -148,8 +148,8 @@ async def read_by_a_gateway(server: RedisServer, expected: dict[bytes, int]) -> 
             for name, other in zip(KEYS.of_bucket(key), KEYS.of_bucket(foreign), strict=True):
                 await client.copy(name, other)
             await client.zadd(KEYS.changed, {foreign: 1})
-        arguments = ["epoch", 1, 0, KEYS.head, 256]
-        answer = await client.eval(GATEWAY, 3, KEYS.clock, KEYS.changed, KEYS.fence, *arguments)
+        arguments = ["epoch", 1, KEYS.head, 1_000, 0, 256]
+        answer = await client.eval(GATEWAY, 4, KEYS.clock, KEYS.changed, KEYS.held, KEYS.fence, *arguments)
     await region.answered(region.shards[0], answer, NOW_US)
     for key, tokens in expected.items():
         bucket = store.get(key)
