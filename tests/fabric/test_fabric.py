@@ -48,10 +48,12 @@ def connect_to(server: RedisServer) -> Connect:
 class Sidecar:
     """One without a front end, whose clock the test moves."""
 
-    def __init__(self, name: str, server: RedisServer, incarnation: int = 1) -> None:
+    def __init__(self, name: str, server: RedisServer, incarnation: int = 1, most_shared: int = 1_000) -> None:
         self.now_us = NOW_US
         self.store = make_store(Origin(name, incarnation))
-        self.fabric = Fabric(connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
+        self.fabric = Fabric(
+            connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us, most_shared=most_shared
+        )
 
     def take(self, value: str, hits: int, name: str = "fixed") -> None:
         take(self.store, name, value, hits, self.now_us)
@@ -107,6 +109,22 @@ async def test_it_asks_about_buckets_in_use_here_only(server: RedisServer) -> No
         a.now_us += sharing.FORGET_US + SECOND_US
         await a.share()
         assert a.fabric.status.buckets == 0
+
+
+async def test_a_take_that_found_no_room_is_told_once_there_is_some(server: RedisServer) -> None:
+    async with sidecars(server, "b") as [b]:
+        a = Sidecar("a", server, most_shared=2)
+        for value, hits in (("x", 50), ("y", 50), ("z", 10)):
+            a.take(value, hits)
+        await a.share()
+        assert a.fabric.status.unshared == 1
+        a.now_us += sharing.FORGET_US
+        for _ in range(3):
+            await a.share()
+        await a.close()
+        b.take("z", 1)
+        await b.share()
+        assert b.left() == [89]
 
 
 async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
