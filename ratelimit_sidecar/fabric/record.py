@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
-from zlib import crc32
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, URGENT_SHARE, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
-from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_CLASSES, ROOM_SHARE, URGENT_ROOM_SHARE
+from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord, read_base
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 
@@ -62,7 +61,7 @@ def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
     """The class of the bucket's rule, and how many times the free places it may have; 0 for any number."""
     rule = rule_key(bucket.key)
     share = 0 if rule == bucket.key else URGENT_ROOM_SHARE if is_nearly_used_up(bucket) else ROOM_SHARE
-    return f"{crc32(rule) % ROOM_CLASSES} {share}"
+    return f"{class_of(rule)} {share}"
 
 
 def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int) -> bytes:

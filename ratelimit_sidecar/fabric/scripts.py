@@ -486,6 +486,15 @@ return 0
 """KEYS: lease. ARGV: the holder, a space and the token."""
 
 
+def class_of(rule: bytes) -> int:
+    """The class of rules that share room.
+
+    Args:
+        rule: from `Room.rule_key`.
+    """
+    return crc32(rule) % ROOM_CLASSES
+
+
 class ShardKeys:
     """The names of one shard."""
 
