@@ -300,7 +300,7 @@ class Gateway:
 
     def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
         names = [name for key in told for name in keys.of_bucket(key)]
-        places = self._store.room.most * PLACES_A_BUCKET // len(self._keys.shards)
+        places = -(-self._store.room.most * PLACES_A_BUCKET // len(self._keys.shards))
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), str(token), keys.head, str(places), str(shard.since), str(MAX_ANSWERED)),
             *[text for text, _ in told.values()],

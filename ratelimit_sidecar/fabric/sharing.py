@@ -79,6 +79,7 @@ class _Shared:
         id: of the bucket in Redis; another one means that it was lost there.
         waiting: own slots to be told.
         is_urgent: it is in the queue of those that are nearly used up.
+        is_refused: Redis had no room for all of it, which is told again.
     """
 
     bucket: Bucket
@@ -88,6 +89,7 @@ class _Shared:
     id: bytes = b""
     waiting: list[int] = field(default_factory=list)
     is_urgent: bool = False
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,8 @@ class Sharing:
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
+        if shared.is_refused:
+            shared.is_refused, shared.waiting = False, _ALL
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
         return Ask(bucket, shared, told, ask(bucket, room, self._own(bucket, told), shared.seen, now_us))
@@ -345,7 +349,8 @@ class Sharing:
             self.refused(ask)
             raise
         self.no_room += is_refused
-        if is_lost or is_refused:
+        shared.is_refused = is_refused
+        if is_lost:
             shared.era = -1
         else:
             shared.seen = self._version

@@ -170,6 +170,25 @@ async def test_further_slots_of_a_flooded_rule_find_no_room_either(server: Redis
         assert a.fabric.status.no_room > 0
 
 
+async def test_a_bucket_that_may_not_grow_is_kept_no_longer_for_being_asked_about(server: RedisServer) -> None:
+    async with two(server, most=200) as (a, b, client):
+        # It has few places, of two that took the same.
+        for each in (a, b):
+            each.take(b"flooded x", 10)
+            await each.share()
+        await a.flood(1_000)
+        a.now_us += 1 << HUNDRED.exponent
+        a.take(b"flooded x")
+        refused = a.fabric.status.no_room
+        await a.share()
+        assert a.fabric.status.no_room > refused
+        before = await held(client)
+        for _ in range(10):
+            await a.share()
+        [[member, due]] = [(name, due) for name, due in (await held(client)).items() if name.endswith(b":flooded x")]
+        assert due - before[member] <= 1
+
+
 async def test_what_found_no_room_is_told_whole_once_there_is_some(server: RedisServer) -> None:
     async with two(server, most=200) as (a, b, client):
         await a.flood(500)
