@@ -66,6 +66,15 @@ class _Window(Bucket):
         self._forget(self._is_past)
         return self._holds_nothing
 
+    def _tell_early(self, before: int) -> None:
+        """Let peers learn soon of a count that has risen by much since it was `before`."""
+        count, limit = self.count, self._limit
+        if self.journal is not None:
+            if before < limit.urgent_count <= count:
+                self.journal.hurry(self)
+            elif count <= limit.requests and (before ^ count) >> limit.step_bits:
+                self.journal.urgent.add(self)
+
     @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
@@ -96,9 +105,8 @@ class FixedWindow(_Window):
                 self._open_own_slot(self._slot)
             self._write_own(hits)
             self._written_us = self.at_us
-            if self.count < self._limit.urgent_count <= count and self.journal is not None:
-                self.journal.hurry(self)
-            self.count = count
+            before, self.count = self.count, count
+            self._tell_early(before)
         return count <= self._limit.requests
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -293,8 +301,7 @@ class SlidingWindow(_Window):
             self._write_own(hits)
             if self.at_us < self._unheard_until_us:
                 self._recount()
-            if before < self._limit.urgent_count <= self.count and self.journal is not None:
-                self.journal.hurry(self)
+            self._tell_early(before)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

@@ -115,7 +115,7 @@ class Replicator:
                 stream.wake()
 
     def _hurry(self, most: int) -> None:
-        """Tell of some buckets that are nearly used up before their turn, where there is much to tell."""
+        """Tell of some buckets of which much was taken before their turn, where there is much to tell."""
         journal = self.store.journal
         most = min(most, len(journal.urgent))
         if not most:
