@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ratelimit_sidecar.server.rpc import Code
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("ratelimit_sidecar", "tests", "benchmarks", "deploy", "dev", "envoy", "examples", "proto")
 SUFFIXES = {".py", ".pyx", ".yaml", ".yml", ".tf", ".proto"}
@@ -53,3 +55,13 @@ def test_the_index_lists_every_page() -> None:
     docs = ROOT / "docs"
     listed = {(docs / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", (docs / "README.md").read_text())}
     assert {page for page in docs.rglob("*.md") if page.name != "README.md"} - listed == set()
+
+
+def test_a_kind_of_hostile_request_names_tests_that_are_there_and_no_status_is_missing() -> None:
+    page = (ROOT / "docs" / "reference" / "hostile-requests.md").read_text()
+    tests = re.findall(r"`([a-z0-9]+(?:/test_\w+\.py)?)`(?=[^|]*\|$)", page, re.MULTILINE)
+    assert len(tests) >= 15
+    assert [name for name in tests if not (ROOT / "tests" / name).exists()] == []
+    statuses = set(re.findall(r"[A-Z_]{5,}", " ".join(re.findall(r"^\| ([A-Z_, ]+) \|", page, re.MULTILINE))))
+    elsewhere = {"OK", "NOT_FOUND", "PERMISSION_DENIED"}  # of health checks, reflection and a denial by ext_authz
+    assert statuses == {code.name for code in Code} - elsewhere
