@@ -63,7 +63,8 @@ def _unheard(limit: Limit, asked_us: Sequence[int], delays_us: Delays, origin: i
 def _delivery_us(delays_us: Delays, origin: int, target: int) -> int:
     """The longest from an admission to its being heard of."""
     there_us, back_us = delays_us[origin][target], delays_us[target][origin]
-    # A batch waits while so many are unacknowledged. Every other of them was sent a flush later at least.
+    # It is noted within a flush. Its batch may wait while so many are unacknowledged. When flushes come every FLUSH_US,
+    # every other of them was sent a flush later at least, and the first is acknowledged a round trip after it was sent.
     wait_us = there_us + back_us - ((MAX_UNACKNOWLEDGED - 1) // 2 - 1) * FLUSH_US
     return max(FLUSH_US, wait_us) + there_us + STEPS_US
 
