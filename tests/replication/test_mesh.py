@@ -139,6 +139,18 @@ async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing
             assert not await a.mesh.joined(0.05)
 
 
+async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything() -> None:
+    buckets = 20_000
+    async with sidecar("b") as b, AsyncExitStack() as stack:
+        assert await b.mesh.joined(TIMEOUT_SECONDS)
+        for number in range(buckets):
+            b.take(f"user {number}", 1)
+        a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
+        await a.until(lambda: a.mesh._replicator.sync.is_hearing_all)
+        assert await a.mesh.joined(0, TIMEOUT_SECONDS)
+        assert len(a.store) == buckets
+
+
 async def test_a_peer_that_dies_is_missed_at_once_where_its_connection_breaks() -> None:
     async with sidecar("a") as a, sidecar("b", listen=None, peers=[address_of(a)]) as b:
         await a.connected_to("b")
