@@ -31,7 +31,7 @@ COMPILED = (
     "replication/demands.py",
     "replication/key_numbers.py",
     "replication/pings.py",
-    "replication/purses.py",
+    "replication/payments.py",
     "replication/lag.py",
     "replication/outbox.py",
     "replication/pace.py",

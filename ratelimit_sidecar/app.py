@@ -51,12 +51,12 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
-from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
+from ratelimit_sidecar.persistence.purse_file import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader

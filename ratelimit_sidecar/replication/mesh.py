@@ -24,9 +24,9 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS, Listener
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.progress import Progress
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler

@@ -13,8 +13,8 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.replication.anti_entropy import Exchange
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.payments import PaymentOutbox
 from ratelimit_sidecar.replication.peer import BatchSpan, Peer
-from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.rounds import Round
 from ratelimit_sidecar.replication.session import (

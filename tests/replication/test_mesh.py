@@ -44,7 +44,7 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import carried, dialler, flushing, listener, mesh
 from ratelimit_sidecar.replication.connections import FORGET_US
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
