@@ -69,17 +69,21 @@ def test_a_kind_of_hostile_request_names_tests_that_are_there_and_no_status_is_m
 
 
 FAILURES = (ROOT / "docs" / "reference" / "failures.md").read_text()
+PROMISES = (ROOT / "docs" / "reference" / "promises.md").read_text()
 
 
-def test_a_failure_names_tests_that_are_there() -> None:
+def test_failures_and_promises_name_tests_that_are_there() -> None:
     there = {
         name
         for file in (ROOT / "tests").rglob("test_*.py")
         for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
     }
-    named = set(re.findall(r"`(test_\w+)`", FAILURES))
-    assert len(named) >= 40
+    named = set(re.findall(r"`(test_\w+)`", FAILURES + PROMISES))
+    assert len(named) >= 45
     assert named - there == set()
+    files = re.findall(r"`(tests/[\w/]+\.py)`", PROMISES)
+    assert len(files) >= 8
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def test_a_failure_names_logs_and_metrics_that_are_there() -> None:
