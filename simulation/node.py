@@ -26,7 +26,7 @@ from ratelimit_sidecar.replication.dialler import (
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.stream import Stream

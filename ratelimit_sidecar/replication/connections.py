@@ -13,8 +13,8 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import Link, Peer
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 

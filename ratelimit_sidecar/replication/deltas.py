@@ -205,7 +205,10 @@ class DeltasReader:
 
     def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
-        self._corrector = sender if is_proven else None
+        self._is_proven = is_proven
+        self.is_newest = True
+        """False once the sender tells on a newer stream: what still comes on this one may be older, and corrects
+        nothing."""
         self._numbers = KeyNumbersHeard()
         self._limit_of_key: LimitOfKey | None = None
         self._limits: dict[int, AnyLimit | None] = {}
@@ -230,6 +233,7 @@ class DeltasReader:
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
         _check_size(deltas)
+        corrector = self._sender if self._is_proven and self.is_newest else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         limit_of_key = local_limit_of_key or store.limit_of_key
         pace = Pace()
@@ -250,7 +254,7 @@ class DeltasReader:
             while limit is not None:
                 piece = entries if len(entries) <= PIECE_ENTRIES else entries[first : first + PIECE_ENTRIES]
                 if local_limit_of_key is None:
-                    news = store.join(key, limit, base, piece, now_us, sender=self._corrector)
+                    news = store.join(key, limit, base, piece, now_us, sender=corrector)
                 else:
                     news = store.join(key, limit, base, piece, now_us, replicated=False)
                 if news and on_news is not None:

@@ -11,9 +11,10 @@ from typing import Protocol
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
-from ratelimit_sidecar.replication.purses import PaymentOutbox
+from ratelimit_sidecar.replication.payments import PaymentOutbox
 from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
@@ -117,6 +118,8 @@ class Peer:
         self.lost_us = 0
         self._spans: deque[BatchSpan | None] = deque()
         self.connections = 0
+        self.told_by: DeltasReader | None = None
+        """Of the stream on which it has begun to tell last; None when that is over."""
 
     @property
     def active(self) -> Link | None:
@@ -151,6 +154,12 @@ class Peer:
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
         self._spans.append(span)
         return b"" if span is None else span.context
+
+    def told_on(self, reader: DeltasReader) -> None:
+        """It tells on another stream from now on, so it has lost the one before."""
+        if self.told_by is not None:
+            self.told_by.is_newest = False
+        self.told_by = reader
 
     def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
         """A batch of it is applied from now on.

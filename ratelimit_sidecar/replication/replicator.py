@@ -21,8 +21,8 @@ from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import Local

@@ -13,8 +13,8 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.replication.anti_entropy import Exchange
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.payments import PaymentOutbox
 from ratelimit_sidecar.replication.peer import BatchSpan, Peer
-from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.rounds import Round
 from ratelimit_sidecar.replication.session import (
@@ -76,7 +76,7 @@ class Inbound:
         if session.compares:
             leads = replicator.local.origin.node < peer.node
             self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
-        self._is_over = False
+        self._has_told = self._is_over = False
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
         self.batch_trace: dict[str, str] = {}
@@ -86,6 +86,8 @@ class Inbound:
         """Nothing is heard any more."""
         self._is_over = True
         self.exchange = None
+        if self.peer.told_by is self._reader:
+            self.peer.told_by = None
         self._end_span()
 
     def apply_steps(self, event: InSteps, now_us: int) -> Steps:
@@ -109,6 +111,9 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
+        if not self._has_told:
+            self._has_told = True
+            peer.told_on(self._reader)
         on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)

@@ -27,6 +27,11 @@ class SyncRequests:
         self._source: Peer | None = None
         """Before that, the peer that sends everything."""
 
+    @property
+    def is_hearing_all(self) -> bool:
+        """True while a peer sends everything."""
+        return self._source is not None and not self._source.said.full_state
+
     def join(self) -> None:
         """Peers have told what they know, or nobody waits for that any more."""
         if not self.has_joined:

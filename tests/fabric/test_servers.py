@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 pytestmark = [needs_redis, pytest.mark.long]
 

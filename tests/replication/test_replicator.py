@@ -30,7 +30,7 @@ from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_
 from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream

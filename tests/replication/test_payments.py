@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.purses import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
+from ratelimit_sidecar.replication.payments import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
