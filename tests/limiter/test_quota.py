@@ -24,6 +24,7 @@ from ratelimit_sidecar.limiter.assignment import (
     noticeable,
     share_base_of,
 )
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import (
     LEARNING_US,
     MAX_POOL_BUCKETS,
@@ -31,7 +32,6 @@ from ratelimit_sidecar.limiter.quota import (
     TTL_S,
     Quotas,
 )
-from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota_pool import Action, EnvoyBucket, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
