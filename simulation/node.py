@@ -228,7 +228,7 @@ class Node:
 
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""
-        offsets_us = [peer.said.clock_offset_us for peer in self.replicator.peers.values()]
+        offsets_us = [peer.reported.clock_offset_us for peer in self.replicator.peers.values()]
         stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
         if not stepped_us:
             return

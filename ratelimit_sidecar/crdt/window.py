@@ -261,7 +261,6 @@ class SlidingWindow(_Window):
         "_fits_hits",
         "_fits_us",
         "_last_leaves_us",
-        "_own_slot_end_us",
         "_refunded_until_us",
         "_refunded_us",
         "_unheard_until_us",
@@ -284,7 +283,6 @@ class SlidingWindow(_Window):
         """When so many hits fit, as `retry_after_us` last found; unknown since anything else was counted. Whoever is
         denied again and again must not have all slots looked at each time.
         """
-        self._own_slot_end_us = 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -292,8 +290,8 @@ class SlidingWindow(_Window):
         if hits and (admitted or always):
             if self.at_us >= self._own_slot_end_us:
                 slot = slot_id(self.at_us, self._limit.exponent)
-                self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
+                self._own_slot_end_us = slot_end_us(slot)
                 self._note(self._leaves_us(slot))
             before = self.count
             self.count += hits
@@ -423,8 +421,8 @@ class SlidingWindow(_Window):
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
-            self._own_slot_end_us = slot_end_us(slot)
             self._open_own_slot(slot)
+            self._own_slot_end_us = slot_end_us(slot)
             self._note(self._leaves_us(slot))
             self._write_own(tokens)
             self.count += tokens

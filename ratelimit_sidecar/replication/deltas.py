@@ -18,7 +18,7 @@ from ratelimit_sidecar.replication.key_numbers import (
     MAX_NUMBERED_KEY_BYTES,
     MAX_NUMBERS,
     KeyNumbersGiven,
-    KeyNumbersHeard,
+    KeyNumbersReceived,
 )
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -209,7 +209,7 @@ class DeltasReader:
         self.is_newest = True
         """False once the sender tells on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
-        self._numbers = KeyNumbersHeard()
+        self._numbers = KeyNumbersReceived()
         self._limit_of_key: LimitOfKey | None = None
         self._limits: dict[int, AnyLimit | None] = {}
         """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
@@ -289,7 +289,7 @@ class DeltasReader:
         else:
             check_key(key)
             if number:
-                self._numbers.hear(number, key)
+                self._numbers.receive(number, key)
         try:
             limit = limit_of_key(key)
         except ValueError as error:

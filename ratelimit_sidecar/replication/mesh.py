@@ -224,7 +224,7 @@ class Mesh:
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""
-        offsets_us = [peer.said.clock_offset_us for peer in self._replicator.peers.values()]
+        offsets_us = [peer.reported.clock_offset_us for peer in self._replicator.peers.values()]
         return [offset_us for offset_us in offsets_us if offset_us is not None]
 
     def set_clock(self, origin: Origin) -> None:
@@ -254,7 +254,7 @@ class Mesh:
                 await self.until(has_joined)
         with suppress(TimeoutError):
             async with asyncio.timeout(most_seconds - timeout_seconds):
-                await self.until(lambda: has_joined() or not sync.is_hearing_all)
+                await self.until(lambda: has_joined() or not sync.is_receiving_all)
         sync.join()
         return has_joined()
 

@@ -237,9 +237,9 @@ class Replicator:
         """What is to be told of news from that peer; None when nobody wants to know."""
         if self.on_news is None:
             return partial(self.pass_on, sender) if self.relay.is_needed else None
-        return partial(self._hear_news, sender, self.on_news)
+        return partial(self._note_news, sender, self.on_news)
 
-    def _hear_news(self, sender: Peer, on_news: OnNews, bucket: Bucket, entries: Sequence[Entry]) -> None:
+    def _note_news(self, sender: Peer, on_news: OnNews, bucket: Bucket, entries: Sequence[Entry]) -> None:
         if self.relay.is_needed:
             self.pass_on(sender, bucket, entries)
         on_news(bucket, entries)

@@ -146,7 +146,7 @@ async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything(
         for number in range(buckets):
             b.take(f"user {number}", 1)
         a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
-        await a.until(lambda: a.mesh._replicator.sync.is_hearing_all)
+        await a.until(lambda: a.mesh._replicator.sync.is_receiving_all)
         assert await a.mesh.joined(0, TIMEOUT_SECONDS)
         assert len(a.store) == buckets
 

@@ -884,8 +884,8 @@ def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_follow
     store = store_of(A)
     outbox = opened(store)
     outbox.close(NOW_US)
-    heard_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
-    bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
+    received_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
+    bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(received_us, PER_USER.exponent), 3)], received_us)
     open_stream(outbox)
     assert next_batch(outbox, back_us) is not None
     outbox.snapshot(back_us - 10 * SECOND_US)

@@ -182,11 +182,11 @@ def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
     a, b = replicator("a"), replicator("b")
     one = stream_of(a, is_dialled=True)
     receive(one, hello("b"), NOW_US)
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
     receive(one, frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
-    assert a.peers["b"].said.full_state
+    assert a.peers["b"].reported.full_state
     one.lost("cut", NOW_US)
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
     assert b.peers == {}
 
 
@@ -323,8 +323,8 @@ def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
     said_by(stream)
     applied = []
     for _ in stream.receive_steps(many_deltas(2 * PIECE_WORK + 1), NOW_US):
-        applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
-    applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
+        applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
+    applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
     assert applied == [(PIECE_WORK, False, 0), (2 * PIECE_WORK, False, 0), (2 * PIECE_WORK + 1, True, 1)]
     assert a.peers["b"].counts.entries_received == 2 * PIECE_WORK + 1
 
@@ -338,7 +338,7 @@ def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
     stream.lost("gone", NOW_US)
     done(applying)
     assert len(a.store) == PIECE_WORK
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
 
 
 def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
@@ -817,20 +817,20 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
     ac, ca = connected(a, c)
     late = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b", "c"}
+    assert b.peers["a"].reported.reaches == {"b", "c"}
     ac.lost("cut", NOW_US)
     # What tells of it is lost with the second stream, on which an older one comes in after all.
     lost = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b"}
+    assert b.peers["a"].reported.reaches == {"b"}
     assert lost
     for raw in late:
         receive(b2, raw, NOW_US)
-    assert b.peers["a"].said.reaches == {"b", "c"}
+    assert b.peers["a"].reported.reaches == {"b", "c"}
     for stream in (a2, b2):
         stream.lost("reset", NOW_US)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b"}
+    assert b.peers["a"].reported.reaches == {"b"}
     assert ca.peer is not None
 
 
@@ -865,7 +865,7 @@ def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by
     connected(a, c)
     assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
     assert (b.peers["a"].counts.entries_sent, c.peers["a"].counts.entries_sent) == (2, 1)
-    assert all(peer.said.full_state for peer in a.peers.values())
+    assert all(peer.reported.full_state for peer in a.peers.values())
 
 
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
