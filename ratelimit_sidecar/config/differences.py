@@ -51,7 +51,7 @@ ANSWERS: Mapping[str, Difference] = {
         "its hits are charged",
         "its hits are given back to a token bucket, at most as many as were taken; what the same request takes of that"
         " limit is charged in any case",
-        "so a request can hold what it may cost, and settle for what it cost ([how](../llm-tokens.md#holding-tokens))",
+        "so a request can hold what it may cost, and settle for what it cost ([how](../llm-tokens.md))",
     ),
     "unit-multiplier": Difference(
         "`unit_multiplier` in a descriptor's limit",
