@@ -13,7 +13,9 @@ mkdir -p "$folder/config"
 cat >"$folder/config/benchmark.yaml" <<'YAML'
 {domain: benchmark, descriptors: [{key: tenant, rate_limit: {unit: minute, requests_per_unit: 100000000}}]}
 YAML
+rm -f "$folder/redis.sock"
 redis-server --port 0 --unixsocket "$folder/redis.sock" --save '' --appendonly no &
+until [ -S "$folder/redis.sock" ]; do sleep 0.1; done
 export HOST=127.0.0.1 PORT=8080 GRPC_HOST=127.0.0.1 GRPC_PORT=8081 DEBUG_HOST=127.0.0.1 DEBUG_PORT=6070 LOG_LEVEL=error
 export RUNTIME_ROOT="$folder" RUNTIME_SUBDIRECTORY='' RUNTIME_APPDIRECTORY=config RUNTIME_WATCH_ROOT=false
 export USE_STATSD=false DISABLE_STATS=true REDIS_SOCKET_TYPE=unix REDIS_URL="$folder/redis.sock"
