@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, URGENT_SHARE, AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.journal import is_nearly_used_up
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
 from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
@@ -51,10 +52,6 @@ def counts_of(bucket: Bucket, without: Origin, slots: Iterable[int] | None) -> d
             # What several give back of a window is not summed (crdt/window.py).
             sums[slot] = max(known, counts[slot]) if is_window and slot & REFUND else known + counts[slot]
     return sums
-
-
-def is_nearly_used_up(bucket: Bucket) -> bool:
-    return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
 
 
 def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:

@@ -4,8 +4,9 @@ and all answers to one read are sent in one write.
 Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
 handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
 
-The loop's time is shared by address (`turns.py`). A connection that sends more than is handled at once waits for its
-turn, and so does one of whose address others have sent so much.
+The loop's time is shared by address (`turns.py`). When one has sent more than is handled at once, none of its
+connections is read any more until it has had its turn: to read thousands of them takes long itself, however little each
+has sent.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _OBJECTS_OF_STREAM: Final = 35
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
+
+READ_NS: Final = 10_000
+"""What a read is reckoned to take besides what is done with the bytes: the system calls, and asyncio's part."""
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
@@ -116,6 +120,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
+        self._calls.told[self._stand_in_line] = None
         young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -129,11 +134,13 @@ class GrpcProtocol:
             self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
         elif self._calls.is_waiting:
             self._let_wait(memoryview(data))
-            self._wait_for_turn()
+            self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
             self._take(data)
-            self._turns.note(self._calls, _perf_counter_ns() - started_ns)
+            # When all have to wait, those that were read longest ago have their turn first.
+            self._calls.told.move_to_end(self._stand_in_line)
+            self._turns.note(self._calls, _perf_counter_ns() - started_ns + READ_NS)
 
     def _take(self, data: bytes) -> None:
         if len(data) <= SLICE_BYTES:
@@ -155,24 +162,21 @@ class GrpcProtocol:
         self._connection.count_unhandled(len(rest))
         if self._connection.closed:
             self._flush()
-        if self._transport is not None and not self._is_closing:
-            # At the first bytes that wait: to read each of thousands of connections in each turn takes long itself.
-            self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The client has half-closed; asyncio closes once everything is written."""
+        self._turns.note(self._calls, READ_NS)
         return False
 
     def pause_writing(self) -> None:
         self._is_paused = True
-        if self._transport is not None:
-            self._transport.pause_reading()
+        self._stop_reading()
 
     def resume_writing(self) -> None:
         self._is_paused = False
         self._flush()
         if self._is_behind():
-            self._wait_for_turn()
+            self._stand_in_line()
         self._resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -181,6 +185,7 @@ class GrpcProtocol:
         self._connection.closed = True
         self._cancel_all()
         self._connection.release()
+        self._calls.told.pop(self._stand_in_line, None)
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
@@ -257,8 +262,7 @@ class GrpcProtocol:
                     self._connection.count_unhandled(len(self._rest))
                 self._flush()
                 if self._transport is not None and not self._is_paused and not self._is_closing:
-                    self._transport.pause_reading()
-                    self._wait_for_turn()
+                    self._stand_in_line()
                 return
             rest = self._rest
             if rest is not None:
@@ -269,26 +273,35 @@ class GrpcProtocol:
             self._forget_unhandled()
         self._flush()
 
-    def _wait_for_turn(self) -> None:
+    def _stand_in_line(self) -> None:
+        """Read nothing until the address has its turn."""
         if not self._is_in_line:
             self._is_in_line = True
+            self._stop_reading()
             self._turns.join(self._calls, self._go_on)
 
     def _go_on(self) -> None:
         self._is_in_line = False
-        if self._transport is None or self._is_paused or not self._is_behind():
+        if self._transport is None or self._is_paused:
             return
         try:
-            self._take_slices()
+            if self._is_behind():
+                self._take_slices()
             self._resume_reading()
+            self._turns.charge(READ_NS)
         except Exception as failure:
             # Others wait for their turns.
             self._shared.failures.status_of("bytes of a client", failure)
             self.fail()
 
+    def _stop_reading(self) -> None:
+        if self._transport is not None and not self._is_closing:
+            self._transport.pause_reading()
+
     def _resume_reading(self) -> None:
-        if self._transport is not None and not self._is_closing and not self._is_paused and not self._is_behind():
-            self._transport.resume_reading()
+        if self._transport is None or self._is_closing or self._is_paused or self._is_in_line or self._is_behind():
+            return
+        self._transport.resume_reading()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Call):

@@ -5,7 +5,7 @@ Theory of operation. What could be much for one turn of the loop is cut into ste
 and each step waits in a *queue*: that of the connections of one address, of its streams, or of a service. In each turn
 of the loop steps are done for one quantum of time: all of the first queue, then of the next. A queue that is left with
 steps when the quantum is over goes behind the others. What is done without waiting is noted: a queue for which much was
-done so in one turn has to wait, too.
+done so in one turn has to wait, too. Those who would do more for it at once are then told, and stop.
 
 Steps differ a hundredfold, so their time is measured. Tasks therefore go on within a step (`signals.py`); those that
 wait for asyncio's own futures all go on in the next turn of the loop.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -36,6 +36,8 @@ class Queue:
         """What was done at once since a quantum was full."""
         self.is_counted = False
         """True for the rest of the turn in which one got full: with another one the queue has to wait."""
+        self.told: OrderedDict[Callable[[], object], None] = OrderedDict()
+        """Called, in order, when it begins to wait. They may join it."""
 
 
 class Turns:
@@ -80,6 +82,8 @@ class Turns:
         queue.is_waiting = True
         self._waiting.append(queue)
         self._come()
+        for tell in queue.told:
+            tell()
 
     def _come(self) -> None:
         if not self._is_due:

@@ -1,29 +1,170 @@
-"""A client that does not read its answers is not read from, either."""
+"""What is not read from: a client that does not read its answers, and one whose address waits for its turn."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import itertools
 import socket
+import termios
+from collections.abc import AsyncIterator, Callable
 
-from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
+import pytest
+from server.raw_http2 import client_connection
+from server.work_clock import WorkClock
+
+from ratelimit_sidecar.server.budget import AddressBudget
+from ratelimit_sidecar.server.grpc_protocol import READ_NS, GrpcProtocol, Shared
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
-from ratelimit_sidecar.server.turns import Turns
+from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
+
+pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+
+MANY = 500
+
+READ_AT_ONCE = 2 * QUANTUM_NS // READ_NS
+"""An address has to wait when it has filled a quantum twice in a turn of the loop."""
+
+
+class Server:
+    """Connections of a front end, each with the socket of its client."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self.transports: list[asyncio.Transport] = []
+        self.clients: list[socket.socket] = []
+
+    async def connect(self, address: str) -> tuple[GrpcProtocol, AddressBudget]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        budget = self._shared.enter(address)
+        assert budget is not None
+        protocol = GrpcProtocol(self._shared, budget, None)
+        # It has asyncio.Protocol's methods, but is compiled.
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, ours)  # type: ignore[type-var]
+        self.transports.append(transport)
+        self.clients.append(theirs)
+        return protocol, budget
+
+    def being_read(self) -> list[int]:
+        """The numbers of the connections that are read from, in the order in which they were made."""
+        return [number for number, transport in enumerate(self.transports) if transport.is_reading()]
+
+    def unread(self) -> int:
+        """How many connections have bytes that nobody has read."""
+        sockets = [transport.get_extra_info("socket") for transport in self.transports]
+        return sum(fcntl.ioctl(each.fileno(), termios.FIONREAD, bytes(4)) != bytes(4) for each in sockets)
+
+    def closing(self) -> int:
+        """How many connections are closed, or about to be."""
+        return sum(transport.is_closing() for transport in self.transports)
+
+
+@contextlib.asynccontextmanager
+async def serving(turns: Turns) -> AsyncIterator[Server]:
+    async with asyncio.TaskGroup() as tasks:
+        server = Server(Shared({}, DEFAULT_LIMITS, tasks, turns))
+        yield server
+        for transport, client in zip(server.transports, server.clients, strict=True):
+            transport.abort()
+            client.close()
+
+
+def greeting() -> bytes:
+    """What an HTTP/2 client sends first."""
+    client = client_connection()
+    client.initiate_connection()
+    return client.data_to_send()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 (in the same turns of the loop)
+            await asyncio.sleep(0)
 
 
 async def test_while_answers_wait_for_a_client_nothing_more_of_it_is_read() -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with theirs:
-        async with asyncio.TaskGroup() as tasks:
-            shared = Shared({}, DEFAULT_LIMITS, tasks, Turns())
-            budget = shared.enter("a client")
-            assert budget is not None
-            protocol = GrpcProtocol(shared, budget, None)
-            # It has asyncio.Protocol's methods, but is compiled.
-            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, ours)  # type: ignore[type-var]
-            assert transport.is_reading()
+    async with serving(Turns()) as server:
+        protocol, _ = await server.connect("a client")
+        assert server.being_read() == [0]
+        protocol.pause_writing()
+        assert server.being_read() == []
+        protocol.resume_writing()
+        assert server.being_read() == [0]
+
+
+async def test_when_an_address_has_to_wait_none_of_its_connections_is_read_before_its_turn() -> None:
+    clock = WorkClock()
+    async with serving(clock.turns) as server:
+        for address in ["other", *["busy"] * 250]:
+            _, busy = await server.connect(address)
+        clock.turns.note(busy.calls, QUANTUM_NS)
+        assert len(server.being_read()) == 251
+        clock.turns.note(busy.calls, QUANTUM_NS)
+        being_read = [server.being_read()]
+        while len(being_read[-1]) < 251:
+            await asyncio.sleep(0)
+            being_read.append(server.being_read())
+        assert being_read[0] == [0]
+        # What a read takes is time of the address, whatever there is to be read.
+        at_once = QUANTUM_NS // READ_NS
+        assert [len(after) - len(before) for before, after in itertools.pairwise(being_read)] == [at_once, at_once, 50]
+        assert not busy.calls.is_waiting
+
+
+@pytest.mark.parametrize("is_paused", ["before", "after"])
+async def test_who_reads_answers_again_is_read_again_in_the_turn_of_its_address(is_paused: str) -> None:
+    clock = WorkClock()
+    async with serving(clock.turns) as server:
+        protocol, budget = await server.connect("a client")
+        if is_paused == "before":
             protocol.pause_writing()
-            assert not transport.is_reading()
-            protocol.resume_writing()
-            assert transport.is_reading()
-            transport.abort()
+        clock.turns.join(budget.calls, lambda: None)
+        if is_paused == "after":
+            protocol.pause_writing()
+        protocol.resume_writing()
+        assert server.being_read() == []
+        await asyncio.sleep(0)
+        assert server.being_read() == [0]
+
+
+async def test_who_was_read_longest_ago_has_its_turn_first() -> None:
+    clock = WorkClock()
+    async with serving(clock.turns) as server:
+        for _ in range(QUANTUM_NS // READ_NS + 3):
+            _, budget = await server.connect("busy")
+        for client in server.clients[:3]:
+            client.sendall(greeting())
+        await until(lambda: not server.unread())
+        clock.turns.join(budget.calls, lambda: None)
+        await asyncio.sleep(0)
+        everybody = list(range(len(server.clients)))
+        assert server.being_read() == everybody[3:]
+        await asyncio.sleep(0)
+        assert server.being_read() == everybody
+
+
+async def test_of_frames_that_very_many_send_at_once_a_few_are_read_in_one_turn_of_the_loop() -> None:
+    async with serving(Turns()) as server:
+        for _ in range(MANY):
+            await server.connect("busy")
+        for client in server.clients:
+            client.sendall(greeting())
+        await until(lambda: server.unread() < MANY)
+        assert server.unread() >= MANY - READ_AT_ONCE
+        assert server.being_read() == []
+        await until(lambda: not server.unread())
+
+
+async def test_of_very_many_that_leave_at_once_a_few_are_let_go_in_one_turn_of_the_loop() -> None:
+    async with serving(Turns()) as server:
+        for _ in range(MANY):
+            _, budget = await server.connect("busy")
+        for client in server.clients:
+            client.shutdown(socket.SHUT_WR)
+        await until(lambda: server.closing() > 0)
+        assert server.closing() <= READ_AT_ONCE
+        await until(lambda: not budget.connections)
+        # Nothing is left of them.
+        assert not budget.calls.told
