@@ -23,9 +23,13 @@ MAPPING = ((EntrySource(b"plan", Part.HEADER, b"x-plan"),),)
 
 
 class Http:
-    """Both over HTTP, on places of their own."""
+    """Both over HTTP, on places of their own.
 
-    def __init__(self, wait_ms: int = 1_000) -> None:
+    Args:
+        wait_ms: of the rule; by itself no wait is over before the test is.
+    """
+
+    def __init__(self, wait_ms: int = 600_000) -> None:
         self.service = WaitingService(wait_ms)
         limiter = self.service.limiter
         rules = limiter.rules
