@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.deltas import DeltasWriter
-from ratelimit_sidecar.replication.key_numbers import KeyNumbersHeard
+from ratelimit_sidecar.replication.key_numbers import KeyNumbersReceived
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
@@ -95,7 +95,7 @@ class MemoryPeer:
         self._keys = cycle(keys)
         self._taking = taking
         self._now_us = now_us
-        self._numbers = KeyNumbersHeard()
+        self._numbers = KeyNumbersReceived()
         self._said: asyncio.Queue[bytes] = asyncio.Queue()
         self._sent_ns: deque[int] = deque()
         self._pinged_ns: deque[int] = deque()
@@ -119,7 +119,7 @@ class MemoryPeer:
             case "deltas":
                 if frame.deltas.acknowledged:
                     self._acknowledged(frame.deltas.acknowledged, frame.deltas.ack_delay_ms)
-                self._hear(frame.deltas)
+                self._receive(frame.deltas)
             case "ack":
                 self._acknowledged(frame.ack.sequence, 0)
             case "ping":
@@ -133,10 +133,10 @@ class MemoryPeer:
         for _ in range(sequence - (self._sequence - len(self._sent_ns))):
             self.acknowledged_ns.append(applied_ns - self._sent_ns.popleft())
 
-    def _hear(self, deltas: pb.Deltas) -> None:
+    def _receive(self, deltas: pb.Deltas) -> None:
         for delta in deltas.buckets:
             if delta.key and delta.number:
-                self._numbers.hear(delta.number, delta.key)
+                self._numbers.receive(delta.number, delta.key)
             self._taking.arrived(delta.key or self._numbers.key(delta.number))
         if deltas.ends_full_state:
             self.has_heard_all.set()

@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 WINDOW_US = 86_400_000_000
 

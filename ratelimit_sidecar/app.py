@@ -16,6 +16,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -50,12 +51,12 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
-from ratelimit_sidecar.persistence.purses import ENDING, BadPurses, holder_of, take_purses, write_purses
+from ratelimit_sidecar.persistence.purse_file import ENDING, BadPurses, holder_of, take_purses, write_purses
 from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -103,7 +104,10 @@ answered.
 """
 
 JOIN_SECONDS = 10.0
-"""How long reachable peers may take to send their state before the sidecar says it is ready."""
+MAX_JOIN_SECONDS = 120.0
+"""How long reachable peers may take to begin to send their state, and to send all of it, before the sidecar says it is
+ready. A million buckets take half a minute.
+"""
 
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
@@ -579,8 +583,10 @@ class Sidecar:
         if self._restoring is not None:
             await asyncio.wait([self._restoring])
             self._health.changed()
-        if not await self._mesh.joined(JOIN_SECONDS):
-            _log.warning("not_joined", waited_seconds=JOIN_SECONDS, peers=self._config.sync.peers)
+        begun_s = time.monotonic()
+        if not await self._mesh.joined(JOIN_SECONDS, MAX_JOIN_SECONDS):
+            waited_s = round(time.monotonic() - begun_s, 1)
+            _log.warning("not_joined", waited_seconds=waited_s, peers=self._config.sync.peers)
         self._joined = True
         self._health.changed()
         _log.info("ready")

@@ -26,7 +26,7 @@ from ratelimit_sidecar.replication.dialler import (
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import Local
 from ratelimit_sidecar.replication.stream import Stream
@@ -228,7 +228,7 @@ class Node:
 
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""
-        offsets_us = [peer.said.clock_offset_us for peer in self.replicator.peers.values()]
+        offsets_us = [peer.reported.clock_offset_us for peer in self.replicator.peers.values()]
         stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
         if not stepped_us:
             return

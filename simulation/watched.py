@@ -205,8 +205,12 @@ class Watched(Cluster):
 
     # What must hold when all is quiet.
 
-    def differences(self) -> list[str]:
-        """Where live nodes differ in what they hold (P1); empty when they agree to the bit."""
+    def differences(self, *, lasting: bool = False) -> list[str]:
+        """Where live nodes differ in what they hold (P1); empty when they agree to the bit.
+
+        Args:
+            lasting: without debts that end within KEPT_US, which comparing leaves alone.
+        """
         nodes = self.live
         at_us = max(node.now_us for node in nodes)
         found = []
@@ -222,6 +226,8 @@ class Watched(Cluster):
             folds = [0 if bucket is None else bucket.fold(at_us) for bucket in buckets]
             # Replicas that went over to another rate at different moments may have sealed different deficits.
             if first in (None, second) and len(set(folds)) > 1:
+                if lasting and isinstance(second, Limit) and max(folds) <= KEPT_US * second.tokens:
+                    continue
                 shown = ", ".join(f"{node.name}: {fold}" for node, fold in zip(nodes, folds, strict=True))
                 found.append(f"{key!r} folds to {shown}")
                 continue

@@ -220,7 +220,7 @@ class World:
                     if peer is not node:
                         for version, key, groups in node.quotas.demands(peer.told.get(node, 0), 100):
                             peer.told[node] = version
-                            peer.quotas.hear(str(id(node)), key, groups, self.now_us)
+                            peer.quotas.receive(str(id(node)), key, groups, self.now_us)
             for envoy in self.envoys:
                 envoy.listen(self.now_us)
             self.watch()

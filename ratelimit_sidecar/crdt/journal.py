@@ -9,13 +9,16 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from ratelimit_sidecar.crdt.limit import URGENT_SHARE
+
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 
 
 MAX_URGENT_LIMITS: Final = 64
 MAX_URGENT_OF_LIMIT: Final = 32
-"""The most limits with urgent buckets, and urgent buckets of one limit. Further ones are sent with all others."""
+"""The most limits with urgent buckets, and urgent buckets of one limit, those that are nearly used up and others apart.
+Further ones are sent with all others."""
 
 
 class Refused(StrEnum):
@@ -39,16 +42,17 @@ class Refused(StrEnum):
 
 
 class UrgentBuckets:
-    """A bounded queue of buckets that are nearly used up, of which peers should learn before others.
+    """A bounded queue of buckets of which much was taken lately, so that peers should learn of them before others.
 
-    Whoever invents keys can make all buckets of one rule urgent. So each limit has a few places, and limits take turns.
+    Whoever invents keys can make all buckets of one rule urgent. So each limit has a few places, and limits take turns;
+    and what is nearly used up, for which the most requests are needed, has places of its own.
     """
 
     __slots__ = ("_by_limit", "_length")
 
     def __init__(self) -> None:
-        self._by_limit: OrderedDict[tuple[int, int], deque[Bucket]] = OrderedDict()
-        """By capacity and period: the limit whose turn is next comes first."""
+        self._by_limit: OrderedDict[tuple[int, int, bool], deque[Bucket]] = OrderedDict()
+        """By capacity, period and whether it is nearly used up: those whose turn is next come first."""
         self._length = 0
 
     def __len__(self) -> int:
@@ -56,7 +60,7 @@ class UrgentBuckets:
 
     def add(self, bucket: Bucket) -> bool:
         """Add a bucket, if there is a place for it; returns whether there was."""
-        limit = bucket.limit.capacity, bucket.limit.period_us
+        limit = bucket.limit.capacity, bucket.limit.period_us, is_nearly_used_up(bucket)
         buckets = self._by_limit.get(limit)
         if buckets is None:
             if len(self._by_limit) >= MAX_URGENT_LIMITS:
@@ -78,6 +82,11 @@ class UrgentBuckets:
         return bucket
 
 
+def is_nearly_used_up(bucket: Bucket) -> bool:
+    """See `URGENT_SHARE`."""
+    return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
+
+
 class Journal:
     """Collects the buckets with entries that were not sent yet; the replicator empties `buckets` at each flush."""
 
@@ -87,13 +96,13 @@ class Journal:
         self.buckets: list[Bucket] = []
         """Each at most once."""
         self.urgent = UrgentBuckets()
-        """Buckets that have become nearly used up, until somebody pops them."""
+        """Buckets of which much was taken, until somebody pops them."""
         self.peers: set[Origin] = set()
         """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
         self.refused: Counter[Refused] = Counter()
         """Counted since its reader last cleared it."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
-        """Called when there is an urgent bucket, so that peers learn it at once. It must be O(1), without I/O."""
+        """Called when a bucket is nearly used up, so that peers learn it at once. It must be O(1), without I/O."""
         self.origin: Origin | None = None
         """The origin that buckets must write under since the clock was set back (`Store.go_back`); None when it was
         never set back.

@@ -31,6 +31,11 @@ overdrawn seems to be, and more is denied than ought to be: up to twice it hardl
 URGENT_SHARE: Final = 8
 """A bucket with less than 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
 
+MIN_STEPS_CAPACITY: Final = 32
+"""From this capacity on, peers are also told of a bucket early when a further 1/16 to 1/8 of it was taken. Of a smaller
+one a single request would be such a step, and whoever invents keys sends one for each.
+"""
+
 SLOTS_PER_PERIOD: Final = 32
 """A sliding window has 32 to 64 slots, so a token comes back up to 1/32 of the period late."""
 
@@ -83,6 +88,8 @@ class Limit:
     """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
     urgent_deficit: int = field(init=False, compare=False)
     """At this deficit or more the bucket is nearly used up; scaled."""
+    step_bits: int = field(init=False, compare=False)
+    """At each further multiple of 2**step_bits, 1/16 to 1/8 of the ceiling, peers are told early of the deficit."""
     debt_ceiling: int = field(init=False, compare=False)
     """The largest deficit that a bucket keeps, scaled."""
     exponent: int = field(init=False, compare=False)
@@ -114,6 +121,7 @@ class Limit:
         # slot, so that a bucket without debt can seem to have some.
         debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
         set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
+        set_field(self, "step_bits", _step_bits(self.capacity, self.ceiling))
 
     def boundary_us(self, now_us: int, shift: int = 0) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike.
@@ -162,9 +170,12 @@ class WindowLimit:
         slot_us = self.period_us if self.window is Window.FIXED else self.period_us // SLOTS_PER_PERIOD
         object.__setattr__(self, "exponent", max(_floor_log2(slot_us), MIN_EXPONENT))
         object.__setattr__(self, "urgent_count", self.requests - self.requests // URGENT_SHARE)
+        object.__setattr__(self, "step_bits", _step_bits(self.requests, self.requests))
 
     urgent_count: int = field(init=False, compare=False)
     """At this count or more the window is nearly used up."""
+    step_bits: int = field(init=False, compare=False)
+    """As `Limit.step_bits`, of the count."""
 
     @property
     def capacity(self) -> int:
@@ -180,6 +191,11 @@ def _token_bucket_exponent(refill_us: int) -> int:
     for_precision = _floor_log2(refill_us // SLOTS_PER_REFILL)
     for_size = min(_floor_log2(refill_us * MAX_REFILLS_PER_SLOT), SMALL_STATE_EXPONENT)
     return min(max(for_precision, for_size, MIN_EXPONENT), MAX_EXPONENT)
+
+
+def _step_bits(capacity: int, ceiling: int) -> int:
+    """The largest power of 2 in an eighth of the ceiling; what no bucket reaches for a small capacity."""
+    return _floor_log2(ceiling // URGENT_SHARE) if capacity >= MIN_STEPS_CAPACITY else ceiling.bit_length()
 
 
 def _floor_log2(number: int) -> int:

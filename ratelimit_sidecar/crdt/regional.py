@@ -52,7 +52,7 @@ def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
 
 
 class RegionalLedger(GrantLedger):
-    """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.purses`), and
+    """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.payments`), and
     draws like that of a sidecar, by `regional_needs`.
     """
 

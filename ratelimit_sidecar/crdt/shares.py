@@ -113,7 +113,7 @@ class Shares:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
-    def hear(self, peer: str, shown: Shown, now_us: int) -> None:
+    def receive(self, peer: str, shown: Shown, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         if shown.epoch:

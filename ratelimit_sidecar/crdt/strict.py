@@ -15,7 +15,7 @@ for, it gives back.
 
 Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
 
-A peer's stream is given here as the number of this node's end of it (`end`, see `replication.purses.PaymentOutbox`).
+A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
 everything is an integer. Time is microseconds of a clock that never steps.

@@ -66,6 +66,15 @@ class _Window(Bucket):
         self._forget(self._is_past)
         return self._holds_nothing
 
+    def _tell_early(self, before: int) -> None:
+        """Let peers learn soon of a count that has risen by much since it was `before`."""
+        count, limit = self.count, self._limit
+        if self.journal is not None:
+            if before < limit.urgent_count <= count:
+                self.journal.hurry(self)
+            elif count <= limit.requests and (before ^ count) >> limit.step_bits:
+                self.journal.urgent.add(self)
+
     @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
@@ -96,9 +105,8 @@ class FixedWindow(_Window):
                 self._open_own_slot(self._slot)
             self._write_own(hits)
             self._written_us = self.at_us
-            if self.count < self._limit.urgent_count <= count and self.journal is not None:
-                self.journal.hurry(self)
-            self.count = count
+            before, self.count = self.count, count
+            self._tell_early(before)
         return count <= self._limit.requests
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -190,18 +198,18 @@ class FixedWindow(_Window):
         return Settled(0, entries) if entries else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. Own takes counted in a window later than the next one count in the current one."""
+        """The clock was set back. Own takes of a later window count in the current one, which has been forgotten."""
         counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
-        former_slot = self._slot
         self._take_new_origin()
         self.at_us = now_us
         self._enter_window()
         self._forget(self._is_ahead)
-        if counted and self._is_ahead(former_slot):
+        missing = counted - self.count
+        if missing > 0:
             self._open_own_slot(self._slot)
-            self._write_own(counted)
+            self._write_own(missing)
             self._written_us = now_us
-            self.count += counted
+            self.count += missing
 
     def _enter_window(self) -> None:
         period_us = self._limit.period_us
@@ -253,7 +261,6 @@ class SlidingWindow(_Window):
         "_fits_hits",
         "_fits_us",
         "_last_leaves_us",
-        "_own_slot_end_us",
         "_refunded_until_us",
         "_refunded_us",
         "_unheard_until_us",
@@ -276,7 +283,6 @@ class SlidingWindow(_Window):
         """When so many hits fit, as `retry_after_us` last found; unknown since anything else was counted. Whoever is
         denied again and again must not have all slots looked at each time.
         """
-        self._own_slot_end_us = 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -284,8 +290,8 @@ class SlidingWindow(_Window):
         if hits and (admitted or always):
             if self.at_us >= self._own_slot_end_us:
                 slot = slot_id(self.at_us, self._limit.exponent)
-                self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
+                self._own_slot_end_us = slot_end_us(slot)
                 self._note(self._leaves_us(slot))
             before = self.count
             self.count += hits
@@ -293,8 +299,7 @@ class SlidingWindow(_Window):
             self._write_own(hits)
             if self.at_us < self._unheard_until_us:
                 self._recount()
-            if before < self._limit.urgent_count <= self.count and self.journal is not None:
-                self.journal.hurry(self)
+            self._tell_early(before)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -416,8 +421,8 @@ class SlidingWindow(_Window):
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
-            self._own_slot_end_us = slot_end_us(slot)
             self._open_own_slot(slot)
+            self._own_slot_end_us = slot_end_us(slot)
             self._note(self._leaves_us(slot))
             self._write_own(tokens)
             self.count += tokens

@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 TICK_SECONDS: Final = 0.05
 

@@ -22,7 +22,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.persistence.snapshots import TimeSlice
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 SWEPT_FIELDS: Final = 64
 """Of a shard's accounts, in a beat: 0.1 ms of the server."""

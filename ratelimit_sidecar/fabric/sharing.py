@@ -19,8 +19,7 @@ from typing import Final
 
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.journal import UrgentBuckets
-from ratelimit_sidecar.crdt.limit import URGENT_SHARE
+from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -130,7 +129,7 @@ class Sharing:
         key = bucket.key
         shared = self._busy.get(key)
         is_urgent = shared is not None and shared.is_urgent
-        if not is_urgent and _is_nearly_used_up(bucket):
+        if not is_urgent and is_nearly_used_up(bucket):
             is_urgent = self._urgent.add(bucket)
         if shared is None:
             shared = self._resting.pop(key, None)
@@ -299,10 +298,6 @@ class Sharing:
 
 def _part_left(bucket: Bucket) -> float:
     return bucket.remaining / max(bucket.limit.capacity, 1)
-
-
-def _is_nearly_used_up(bucket: Bucket) -> bool:
-    return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
 
 
 def _wait(shared: _Shared, slots: list[int]) -> None:

@@ -267,7 +267,7 @@ class Quotas:
         """Charge all pending hits. Call it at a stop, so that no report is lost."""
         self._charges.all()
 
-    def hear(self, peer: str, key: bytes, groups: Sequence[Group], now_us: int) -> bool:
+    def receive(self, peer: str, key: bytes, groups: Sequence[Group], now_us: int) -> bool:
         """Note the demand of a peer's Envoys.
 
         Returns:

@@ -172,7 +172,7 @@ class Exchange:
         for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
             left -= LOOK_WORK
-            if their_state != state and not (their_state is None and self._peer.said.is_full):
+            if their_state != state and not (their_state is None and self._peer.reported.is_full):
                 left -= SUM_WORK + TELL_WORK
                 bucket = self._store.get(key)
                 # If it has changed since, its next delta will say how much it holds.

@@ -42,7 +42,7 @@ class CarriedStreams:
     """The streams of this node that have a connection now. `carry` adds one, and returns when it is over.
 
     Args:
-        progress: made whenever a frame was heard or a stream has ended.
+        progress: made whenever a frame was received or a stream has ended.
         steady_us: a clock that never steps.
         certificate: of this node; None in plain text.
     """
@@ -108,13 +108,13 @@ class CarriedStreams:
             if target is not None:
                 dialler.refuse_redundant(target, origin)
 
-        def note_heard() -> None:
+        def note_received() -> None:
             nonlocal is_greeted
             self._progress.made()
             if stream.peer is None:
                 return
             if is_greeted:
-                self._note_heard(stream, stream.peer)
+                self._note_received(stream, stream.peer)
             elif target is not None:
                 dialler.note_joined(target, stream.peer)
             is_greeted = True
@@ -138,7 +138,7 @@ class CarriedStreams:
                 woken=woken,
                 scheduler=self._scheduler,
                 now_us=self._now_us,
-                on_heard=note_heard,
+                on_received=note_received,
                 # A listener ends its calls with a status, which nothing overtakes.
                 linger_seconds=0.0 if target is None else GOODBYE_SECONDS,
             )
@@ -162,7 +162,7 @@ class CarriedStreams:
         elif peer not in self.streams.values():
             _log.info("peer_lost", peer=peer.node, address=stream.address, why=stream.why_ended, **stream.batch_trace)
 
-    def _note_heard(self, stream: Stream, peer: Peer) -> None:
+    def _note_received(self, stream: Stream, peer: Peer) -> None:
         """Something else than its Hello: it has heard this node's, and not refused it."""
         if self.streams[stream] is None:
             self._refusals.forget(stream.address)
@@ -172,7 +172,7 @@ class CarriedStreams:
             purses = self._replicator.purses
             if purses is not None and purses.conflicts_with(peer.node):
                 _log.warning("peer_shows_other_members", peer=peer.node, epoch=purses.membership.epoch)
-        offset_us = peer.said.clock_offset_us or 0
+        offset_us = peer.reported.clock_offset_us or 0
         was_skewed, peer.is_skewed = peer.is_skewed, abs(offset_us) > SKEW_US
         if peer.is_skewed and not was_skewed:
             _log.warning("peer_clock_skewed", peer=peer.node, offset_seconds=offset_us / 1e6)

@@ -64,7 +64,7 @@ async def carry(
     woken: asyncio.Event,
     scheduler: Scheduler,
     now_us: Callable[[], int],
-    on_heard: Callable[[], None],
+    on_received: Callable[[], None],
     linger_seconds: float,
 ) -> None:
     """Returns when the stream is over, and has told the replicator so.
@@ -72,13 +72,13 @@ async def carry(
     Args:
         woken: set by the stream's `wake`.
         scheduler: of all the node's streams.
-        on_heard: called after each frame heard.
+        on_received: called after each frame received.
         linger_seconds: what the other end gets to hang up first after this one's last frame: a call cancelled sooner
             may lose that frame.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
-            reader = tasks.create_task(_read(call, stream, scheduler, now_us, on_heard))
+            reader = tasks.create_task(_read(call, stream, scheduler, now_us, on_received))
             timer = tasks.create_task(_keep_time(stream, now_us))
             await _write(call, stream, woken, scheduler, now_us)
             timer.cancel()
@@ -105,12 +105,12 @@ def _faults_of(stream: Stream, now_us: Callable[[], int]) -> Iterator[None]:
 
 
 async def _read(
-    call: Call, stream: Stream, scheduler: Scheduler, now_us: Callable[[], int], on_heard: Callable[[], None]
+    call: Call, stream: Stream, scheduler: Scheduler, now_us: Callable[[], int], on_received: Callable[[], None]
 ) -> None:
     def receive_steps(frame: bytes) -> Steps:
         with _faults_of(stream, now_us):
             yield from stream.receive_steps(frame, now_us())
-        on_heard()
+        on_received()
 
     while True:
         try:

@@ -13,8 +13,8 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import Link, Peer
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -142,7 +142,7 @@ class Connections:
 
     def _supersede(self, peer: Peer, link: Link, now_us: int) -> None:
         """A new stream is of another life of the peer than those it has: make way for it, or refuse it."""
-        is_alive = now_us - max(stream.heard_us for stream in peer.streams) < RESTART_US
+        is_alive = now_us - max(stream.received_us for stream in peer.streams) < RESTART_US
         if not is_alive:
             reason, detail = Reason.SUPERSEDED, "the node has restarted"
         elif link.is_dialled and not any(stream.is_dialled for stream in peer.streams):
@@ -157,7 +157,7 @@ class Connections:
         """One more stream that a peer has dialled is coming: each holds the names of thousands of buckets."""
         dialled_in = [stream for stream in peer.streams if not stream.is_dialled]
         if len(dialled_in) >= MAX_DIALLED_IN:
-            oldest = min(dialled_in, key=lambda stream: stream.heard_us)
+            oldest = min(dialled_in, key=lambda stream: stream.received_us)
             oldest.close(Reason.SUPERSEDED, f"the node has dialled {MAX_DIALLED_IN} further streams", now_us)
 
     def _has_room(self, now_us: int) -> bool:
@@ -172,7 +172,7 @@ class Connections:
     def _forget(self, node: str) -> None:
         del self.peers[node]
         if self._purses is not None:
-            self._purses.hear(node, None)
+            self._purses.receive_shown(node, None)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

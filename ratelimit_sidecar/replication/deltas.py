@@ -18,7 +18,7 @@ from ratelimit_sidecar.replication.key_numbers import (
     MAX_NUMBERED_KEY_BYTES,
     MAX_NUMBERS,
     KeyNumbersGiven,
-    KeyNumbersHeard,
+    KeyNumbersReceived,
 )
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -205,8 +205,11 @@ class DeltasReader:
 
     def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
-        self._corrector = sender if is_proven else None
-        self._numbers = KeyNumbersHeard()
+        self._is_proven = is_proven
+        self.is_newest = True
+        """False once the sender tells on a newer stream: what still comes on this one may be older, and corrects
+        nothing."""
+        self._numbers = KeyNumbersReceived()
         self._limit_of_key: LimitOfKey | None = None
         self._limits: dict[int, AnyLimit | None] = {}
         """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
@@ -230,6 +233,7 @@ class DeltasReader:
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
         _check_size(deltas)
+        corrector = self._sender if self._is_proven and self.is_newest else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         limit_of_key = local_limit_of_key or store.limit_of_key
         pace = Pace()
@@ -250,7 +254,7 @@ class DeltasReader:
             while limit is not None:
                 piece = entries if len(entries) <= PIECE_ENTRIES else entries[first : first + PIECE_ENTRIES]
                 if local_limit_of_key is None:
-                    news = store.join(key, limit, base, piece, now_us, sender=self._corrector)
+                    news = store.join(key, limit, base, piece, now_us, sender=corrector)
                 else:
                     news = store.join(key, limit, base, piece, now_us, replicated=False)
                 if news and on_news is not None:
@@ -285,7 +289,7 @@ class DeltasReader:
         else:
             check_key(key)
             if number:
-                self._numbers.hear(number, key)
+                self._numbers.receive(number, key)
         try:
             limit = limit_of_key(key)
         except ValueError as error:

@@ -83,7 +83,7 @@ class Demands:
         for demand in demands:
             check_key(demand.key)
             try:
-                is_known = self._quotas.hear(peer, demand.key, _groups(demand), now_us)
+                is_known = self._quotas.receive(peer, demand.key, _groups(demand), now_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += not is_known

@@ -116,7 +116,7 @@ class Dialler:
 
     def _has_joined(self, target: Target) -> bool:
         peer = self._replicator.peers.get(target.node)
-        return target.is_self or target.has_failed or (peer is not None and peer.said.full_state)
+        return target.is_self or target.has_failed or (peer is not None and peer.reported.full_state)
 
     def refuse_redundant(self, target: Target, origin: Origin) -> None:
         """Refuse a second stream to one peer. Call it when a dialled peer has said who it is.

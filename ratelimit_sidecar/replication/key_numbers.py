@@ -53,13 +53,13 @@ class KeyNumbersGiven:
         return number, True
 
 
-class KeyNumbersHeard:
+class KeyNumbersReceived:
     """The receiver's side."""
 
     def __init__(self) -> None:
         self._keys: dict[int, bytes] = {}
 
-    def hear(self, number: int, key: bytes) -> None:
+    def receive(self, number: int, key: bytes) -> None:
         """From now on `number` means `key`.
 
         Raises:

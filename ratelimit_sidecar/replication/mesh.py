@@ -24,9 +24,9 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS, Listener
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.progress import Progress
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
@@ -224,7 +224,7 @@ class Mesh:
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""
-        offsets_us = [peer.said.clock_offset_us for peer in self._replicator.peers.values()]
+        offsets_us = [peer.reported.clock_offset_us for peer in self._replicator.peers.values()]
         return [offset_us for offset_us in offsets_us if offset_us is not None]
 
     def set_clock(self, origin: Origin) -> None:
@@ -237,21 +237,26 @@ class Mesh:
         self._dialler.stop()
         self._stopping.set()
 
-    async def joined(self, timeout_seconds: float) -> bool:
+    async def joined(self, timeout_seconds: float, most_seconds: float = 0.0) -> bool:
         """Wait until every configured peer that can be reached has told what it knows. To be called once, at the start:
         then one peer tells everything, and the others what is recent.
+
+        Args:
+            most_seconds: if a peer is still telling everything after `timeout_seconds`, it is waited for, but no longer
+                than this in all.
 
         Returns:
             False when the time ran out first.
         """
-        try:
+        sync, has_joined = self._replicator.sync, self._dialler.has_joined
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
-                await self.until(self._dialler.has_joined)
-        except TimeoutError:
-            return False
-        finally:
-            self._replicator.sync.join()
-        return True
+                await self.until(has_joined)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most_seconds - timeout_seconds):
+                await self.until(lambda: has_joined() or not sync.is_receiving_all)
+        sync.join()
+        return has_joined()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds: it is asked whenever a frame was heard or a stream or dial has ended."""

@@ -21,7 +21,6 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.backlog import SideLog, Snapshots
 from ratelimit_sidecar.replication.changes import (
     MAX_BATCH_BUCKETS,
     MAX_BATCH_BYTES,
@@ -33,6 +32,8 @@ from ratelimit_sidecar.replication.deltas import DeltasWriter
 from ratelimit_sidecar.replication.lag import Batch, InFlight, earlier
 from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, Parts
+from ratelimit_sidecar.replication.side_log import SideLog
+from ratelimit_sidecar.replication.snapshots import Snapshots
 
 LOOKED_BUCKETS: Final = 512
 """The most buckets that are looked at for one batch: a millisecond when there is nothing to send of any."""

@@ -11,9 +11,10 @@ from typing import Protocol
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.changes import ChangeLog
+from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
-from ratelimit_sidecar.replication.purses import PaymentOutbox
+from ratelimit_sidecar.replication.payments import PaymentOutbox
 from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
@@ -29,7 +30,7 @@ class Link(Protocol):
     wake: Callable[[], None]
 
     @property
-    def heard_us(self) -> int: ...
+    def received_us(self) -> int: ...
 
     @property
     def pays(self) -> bool: ...
@@ -71,16 +72,16 @@ class BatchTracer(Protocol):
 
 
 @dataclass(slots=True)
-class Said:
-    """What a peer has said of itself on the streams of now.
+class Reported:
+    """What a peer has reported of itself on the streams of now.
 
     Args:
         full_state: it has told everything that it knew when its stream began.
-        reaches: nodes that it has a stream to; None while it has not said.
-        has_joined: it has heard from its peers what they know.
+        reaches: nodes that it has a stream to; None while it has not reported it.
+        has_joined: its peers have told it what they know.
         request: which snapshot it asks for.
         is_full: it has no room for buckets of new keys.
-        rules: a digest of those it replicates by; 0 while it has not said.
+        rules: a digest of those it replicates by; 0 while it has not reported it.
     """
 
     full_state: bool = False
@@ -107,7 +108,7 @@ class Peer:
         self.streams: list[Link] = []
         """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
-        self.said = Said()
+        self.reported = Reported()
         self.counts = PeerCounts()
         self.own_request: pb.SyncRequest = pb.UNDECIDED
         """Which snapshot this node asks it for."""
@@ -117,6 +118,8 @@ class Peer:
         self.lost_us = 0
         self._spans: deque[BatchSpan | None] = deque()
         self.connections = 0
+        self.told_by: DeltasReader | None = None
+        """Of the stream on which it has begun to tell last; None when that is over."""
 
     @property
     def active(self) -> Link | None:
@@ -130,14 +133,14 @@ class Peer:
 
     def grant_request(self, now_us: int) -> None:
         """Begin to send the snapshot that it has asked for, if it has."""
-        if self.said.request != pb.UNDECIDED:
-            self.outbox.request(now_us, recent=self.said.request == pb.RECENT)
+        if self.reported.request != pb.UNDECIDED:
+            self.outbox.request(now_us, recent=self.reported.request == pb.RECENT)
 
     def forget_streams(self, now_us: int) -> None:
-        """Its last stream has ended: what it said of itself on them is over."""
+        """Its last stream has ended: what it reported of itself on them is over."""
         self.lost_us = now_us
         self.own_request = pb.UNDECIDED
-        self.said = Said()
+        self.reported = Reported()
 
     @property
     def pays(self) -> bool:
@@ -151,6 +154,12 @@ class Peer:
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
         self._spans.append(span)
         return b"" if span is None else span.context
+
+    def told_on(self, reader: DeltasReader) -> None:
+        """It tells on another stream from now on, so it has lost the one before."""
+        if self.told_by is not None:
+            self.told_by.is_newest = False
+        self.told_by = reader
 
     def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
         """A batch of it is applied from now on.
@@ -178,16 +187,16 @@ class Peer:
 
     def rules_match(self, rules: int) -> bool | None:
         """Whether it replicates by the rules with that digest; None while that is not known."""
-        return self.said.rules == rules if self.said.rules and rules else None
+        return self.reported.rules == rules if self.reported.rules and rules else None
 
     def is_comparable(self, rules: int, now_us: int) -> bool:
-        """True when both ends have heard what counts in the round of now.
+        """True when both ends have received what counts in the round of now.
 
         Args:
             rules: a digest of this node's rules.
         """
         is_told = not self.outbox.owes_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
-        return self.said.full_state and is_told and self.rules_match(rules) is not False
+        return self.reported.full_state and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
         """What metrics and the console show of it.
@@ -206,7 +215,7 @@ class Peer:
             pending_buckets=self.outbox.pending_buckets,
             rules_match=self.rules_match(rules),
             reconnects=max(0, self.connections - 1),
-            clock_offset_seconds=None if self.said.clock_offset_us is None else self.said.clock_offset_us / 1e6,
+            clock_offset_seconds=None if self.reported.clock_offset_us is None else self.reported.clock_offset_us / 1e6,
             last_error=self.last_error,
             **{counter.name: copy(getattr(self.counts, counter.name)) for counter in fields(PeerCounts)},
         )

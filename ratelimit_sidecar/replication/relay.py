@@ -51,7 +51,7 @@ class Relay:
         reached_by = Counter(dict.fromkeys(nodes, bits[self._node]))
         is_needed = False
         for peer in connected:
-            reaches = peer.said.reaches
+            reaches = peer.reported.reaches
             for node in reaches or ():
                 reached_by[node] |= bits[peer.node]
             is_needed |= reaches is not None and not nodes <= reaches | {peer.node}
@@ -102,7 +102,7 @@ class _Topology:
         return [peer for peer in self._peers if self._must_tell(peer, origin, reach_origin)]
 
     def _must_tell(self, peer: Peer, origin: str, reach_origin: int) -> bool:
-        if peer.said.reaches is None or origin == peer.node or origin in peer.said.reaches:
+        if peer.reported.reaches is None or origin == peer.node or origin in peer.reported.reaches:
             return False
         reach_both = self._reached_by.get(peer.node, 0) & reach_origin
         return not reach_both or reach_both & -reach_both == self._own_bit

@@ -21,8 +21,8 @@ from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import Local
@@ -115,7 +115,7 @@ class Replicator:
                 stream.wake()
 
     def _hurry(self, most: int) -> None:
-        """Tell of some buckets that are nearly used up before their turn, where there is much to tell."""
+        """Tell of some buckets of which much was taken before their turn, where there is much to tell."""
         journal = self.store.journal
         most = min(most, len(journal.urgent))
         if not most:
@@ -237,9 +237,9 @@ class Replicator:
         """What is to be told of news from that peer; None when nobody wants to know."""
         if self.on_news is None:
             return partial(self.pass_on, sender) if self.relay.is_needed else None
-        return partial(self._hear_news, sender, self.on_news)
+        return partial(self._note_news, sender, self.on_news)
 
-    def _hear_news(self, sender: Peer, on_news: OnNews, bucket: Bucket, entries: Sequence[Entry]) -> None:
+    def _note_news(self, sender: Peer, on_news: OnNews, bucket: Bucket, entries: Sequence[Entry]) -> None:
         if self.relay.is_needed:
             self.pass_on(sender, bucket, entries)
         on_news(bucket, entries)

@@ -186,7 +186,7 @@ class Session:
         """True when these may have wishes and tickets."""
         self.compares = False
         """True when both ends know of Status, comparisons and numbers for keys."""
-        self.heard_us = now_us
+        self.received_us = now_us
         """When the last frame arrived."""
         self._frames = 0
         self._frames_since_us = now_us
@@ -213,7 +213,7 @@ class Session:
         """
         if self.state in (State.CLOSING, State.CLOSED):
             return None
-        self.heard_us = now_us
+        self.received_us = now_us
         try:
             self._count_frame(now_us)
             return self._receive(read_frame(raw), now_us)
@@ -229,7 +229,7 @@ class Session:
         """
         if self.state in (State.CLOSING, State.CLOSED):
             return
-        silent_us = now_us - self.heard_us
+        silent_us = now_us - self.received_us
         unanswered_us = now_us - min([*self._unacknowledged, self._pings.waits_since_us(now_us)])
         if silent_us >= SILENCE_US:
             error = ProtocolError(Reason.SILENT, f"nothing heard for {silent_us / 1e6:.1f} s")

@@ -13,8 +13,8 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.replication.anti_entropy import Exchange
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.pace import Steps
+from ratelimit_sidecar.replication.payments import PaymentOutbox
 from ratelimit_sidecar.replication.peer import BatchSpan, Peer
-from ratelimit_sidecar.replication.purses import PaymentOutbox
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.rounds import Round
 from ratelimit_sidecar.replication.session import (
@@ -76,16 +76,18 @@ class Inbound:
         if session.compares:
             leads = replicator.local.origin.node < peer.node
             self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
-        self._is_over = False
+        self._has_told = self._is_over = False
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
         self.batch_trace: dict[str, str] = {}
         """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
 
     def close(self) -> None:
-        """Nothing is heard any more."""
+        """Nothing is received any more."""
         self._is_over = True
         self.exchange = None
+        if self.peer.told_by is self._reader:
+            self.peer.told_by = None
         self._end_span()
 
     def apply_steps(self, event: InSteps, now_us: int) -> Steps:
@@ -109,6 +111,9 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
+        if not self._has_told:
+            self._has_told = True
+            peer.told_on(self._reader)
         on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
@@ -126,10 +131,10 @@ class Inbound:
         self.batch_trace = {}
         self._end_span()
         if deltas.ends_full_state:
-            peer.said.full_state = True
+            peer.reported.full_state = True
         self._session.acknowledge(now_us)
 
-    def hear(self, event: Event, now_us: int) -> None:
+    def receive(self, event: Event, now_us: int) -> None:
         """Hear what takes no steps.
 
         Raises:
@@ -137,11 +142,11 @@ class Inbound:
         """
         match event:
             case PaymentsReceived(payments):
-                self._hear_payments(payments)
+                self._receive_payments(payments)
             case StatusReceived(status):
-                self._hear_status(status, now_us)
+                self._receive_status(status, now_us)
             case ClockMeasured(offset_us):
-                self.peer.said.clock_offset_us = offset_us
+                self.peer.reported.clock_offset_us = offset_us
 
     def _read_steps(self, demands: Sequence[pb.Demand]) -> Steps:
         replicator = self._replicator
@@ -153,7 +158,7 @@ class Inbound:
             if self._is_over:
                 return
 
-    def _hear_payments(self, payments: pb.Payments) -> None:
+    def _receive_payments(self, payments: pb.Payments) -> None:
         purses = self._replicator.purses
         assert purses is not None
         assert self._payments is not None
@@ -162,18 +167,18 @@ class Inbound:
         if purses.refused > refused:
             self.peer.counts.refused[Refused.PAYMENT] += purses.refused - refused
 
-    def _hear_status(self, status: pb.Status, now_us: int) -> None:
+    def _receive_status(self, status: pb.Status, now_us: int) -> None:
         peer = self.peer
-        peer.said.rules = status.rules
-        peer.said.is_full = status.full
-        peer.said.has_joined = status.joined
+        peer.reported.rules = status.rules
+        peer.reported.is_full = status.full
+        peer.reported.has_joined = status.joined
         self._replicator.sync.decide(peer)
         if status.sync_request != pb.UNDECIDED:
-            peer.said.request = status.sync_request
+            peer.reported.request = status.sync_request
             peer.grant_request(now_us)
         reaches = read_reaches(status)
-        if reaches != peer.said.reaches:
-            peer.said.reaches = reaches
+        if reaches != peer.reported.reaches:
+            peer.reported.reaches = reaches
             self._replicator.note_topology_change()
 
     def _end_span(self) -> None:
@@ -248,7 +253,7 @@ class Stream:
 
     @property
     def is_over(self) -> bool:
-        """True when there is nothing more to send or to hear: the connection should be closed."""
+        """True when there is nothing more to send or to receive: the connection should be closed."""
         return self._session.is_over
 
     @property
@@ -262,9 +267,9 @@ class Stream:
         return self._session.compares
 
     @property
-    def heard_us(self) -> int:
+    def received_us(self) -> int:
         """When the last frame arrived."""
-        return self._session.heard_us
+        return self._session.received_us
 
     def receive_steps(self, raw: bytes, now_us: int) -> Steps:
         """Take one frame in and apply it, in steps; the next one may come when all have been done. A bad frame leaves
@@ -342,7 +347,7 @@ class Stream:
         self._leave(str(error), now_us)
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
-        """Say Goodbye; from now on nothing is sent but that, and nothing heard."""
+        """Say Goodbye; from now on nothing is sent but that, and nothing received."""
         self._session.close(reason, detail)
         self._leave(f"{reason}: {detail}", now_us)
 
@@ -381,19 +386,19 @@ class Stream:
 
     def _handle_steps(self, event: Event, now_us: int) -> Steps:
         if not isinstance(event, InSteps):
-            self._hear(event, now_us)
+            self._receive(event, now_us)
             return
         if isinstance(event, DeltasReceived) and event.acknowledged is not None:
-            self._hear(event.acknowledged, now_us)
+            self._receive(event.acknowledged, now_us)
         assert self._inbound is not None
         yield from self._inbound.apply_steps(event, now_us)
 
-    def _hear(self, event: Event, now_us: int) -> None:
+    def _receive(self, event: Event, now_us: int) -> None:
         match event:
             case Established():
                 self._join(event, now_us)
             case PeerLeft(reason, detail):
-                self._hear_goodbye(reason, detail, now_us)
+                self._receive_goodbye(reason, detail, now_us)
             case DeltasAcknowledged(frames, delay_us):
                 assert self.peer is not None
                 for _ in range(frames):
@@ -401,9 +406,9 @@ class Stream:
                 self.wake()
             case _:
                 assert self._inbound is not None
-                self._inbound.hear(event, now_us)
+                self._inbound.receive(event, now_us)
 
-    def _hear_goodbye(self, reason: str, detail: str, now_us: int) -> None:
+    def _receive_goodbye(self, reason: str, detail: str, now_us: int) -> None:
         self.peer_reason = reason
         for stream in [] if self.peer is None or reason != Reason.CLOCK_SET else list(self.peer.streams):
             # It has closed all of them, and comes back as another life of the node.
@@ -422,7 +427,7 @@ class Stream:
             self.payments.has_tickets = self._session.wishes
         replicator.connections.join(self, peer, who)
         if replicator.purses is not None:
-            replicator.purses.hear(peer.node, who.membership)
+            replicator.purses.receive_shown(peer.node, who.membership)
 
     def _leave(self, why: str, now_us: int) -> None:
         """Stop being the peer's stream."""

@@ -27,6 +27,11 @@ class SyncRequests:
         self._source: Peer | None = None
         """Before that, the peer that sends everything."""
 
+    @property
+    def is_receiving_all(self) -> bool:
+        """True while a peer sends everything."""
+        return self._source is not None and not self._source.reported.full_state
+
     def join(self) -> None:
         """Peers have told what they know, or nobody waits for that any more."""
         if not self.has_joined:
@@ -37,9 +42,9 @@ class SyncRequests:
         """Decide what to ask a peer for that has told its status. What was once asked for is not taken back."""
         if peer.own_request == pb.UNDECIDED and self.has_joined:
             # A node that has just started knows nothing that is old and that this one does not.
-            request = pb.EVERYTHING if peer.said.has_joined else pb.RECENT
+            request = pb.EVERYTHING if peer.reported.has_joined else pb.RECENT
         else:
-            if self._source is None and peer.said.has_joined and not self.has_joined:
+            if self._source is None and peer.reported.has_joined and not self.has_joined:
                 self._source = peer
             request = pb.EVERYTHING if self._source is peer else max(peer.own_request, pb.RECENT)
         if request != peer.own_request:
@@ -48,7 +53,7 @@ class SyncRequests:
 
     def lose(self, peer: Peer) -> None:
         """The last stream of a peer is ending. If it was to send everything, and has not, another one is asked."""
-        if self._source is not peer or self.has_joined or peer.said.full_state:
+        if self._source is not peer or self.has_joined or peer.reported.full_state:
             return
         self._source = None
         for other in self._peers.values():

@@ -135,8 +135,8 @@ class StrictCluster:
             shares.from_us = now_us
         for other in list(self.replicas.values()):
             if other is not replica:
-                shares.hear(other.node, shown(other), now_us)
-                other.shares.hear(node, shown(replica), self.clock_us(other))
+                shares.receive(other.node, shown(other), now_us)
+                other.shares.receive(node, shown(replica), self.clock_us(other))
         limit = self._limits[-1]
         bucket = self.bucket_type(
             KEY,

@@ -6,7 +6,7 @@ import pytest
 
 from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Bucket, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_LIMITS, MAX_URGENT_OF_LIMIT
-from ratelimit_sidecar.crdt.limit import URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 
 SECOND_US = 1_000_000
@@ -38,6 +38,51 @@ def test_a_bucket_that_gets_nearly_used_up_is_urgent_once(limit: AnyLimit) -> No
     for taken in range(1, 2 * CAPACITY):
         told.bucket.take(1, NOW_US)
         assert told.times == (taken >= nearly)
+
+
+@pytest.mark.parametrize("requests", [MIN_STEPS_CAPACITY, 100, 1_000_003])
+@pytest.mark.parametrize("window", [None, *Window], ids=["token_bucket", "fixed", "sliding"])
+def test_peers_are_told_early_of_each_further_eighth_of_a_limit(requests: int, window: Window | None) -> None:
+    """And of no bucket of which one request was taken."""
+    period_us = 60 * SECOND_US
+    limit = Limit(requests, period_us, requests) if window is None else WindowLimit(requests, period_us, window)
+    store = Store(Origin("a", 1), lambda _key: limit)
+    bucket = store.bucket(b"k", limit, NOW_US)
+    urgent, taken, told, times = store.journal.urgent, 0, 0, 0
+    share = max(requests // 100, 1)
+    while bucket.take(share, NOW_US):
+        taken += share
+        if urgent:
+            assert taken > 1
+            assert urgent.pop() is bucket
+            told, times = taken, times + 1
+        assert taken - told <= requests // URGENT_SHARE
+    assert times <= 2 * URGENT_SHARE + 1
+    for _ in range(requests // share):
+        bucket.take(share, NOW_US)
+    assert not urgent, "what is denied is not told"
+
+
+def test_of_a_small_limit_only_what_is_nearly_used_up_is_urgent() -> None:
+    limit = Limit(MIN_STEPS_CAPACITY - 1, 60 * SECOND_US, MIN_STEPS_CAPACITY - 1)
+    store = Store(Origin("a", 1), lambda _key: limit)
+    bucket = store.bucket(b"k", limit, NOW_US)
+    bucket.take(MIN_STEPS_CAPACITY - 5, NOW_US)
+    assert not store.journal.urgent
+    bucket.take(1, NOW_US)
+    assert store.journal.urgent
+
+
+def test_what_is_nearly_used_up_has_places_of_its_own() -> None:
+    limit = Limit(100, 60 * SECOND_US, 100)
+    store = Store(Origin("a", 1), lambda _key: limit)
+    for number in range(10 * MAX_URGENT_OF_LIMIT):
+        store.bucket(f"{number}".encode(), limit, NOW_US).take(50, NOW_US)
+    spent = use_up(store, "spent", limit)
+    urgent = store.journal.urgent
+    assert len(urgent) == MAX_URGENT_OF_LIMIT + 1
+    urgent.pop()
+    assert urgent.pop() is spent
 
 
 def use_up(store: Store, name: str, limit: AnyLimit) -> Bucket:

@@ -151,7 +151,7 @@ def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> No
     bucket = ledger.bucket(b"k", PER_SECOND_100, NOW_US)
     assert bucket.remaining == 0
     assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
-    shares.hear("b", Shown(1, {"a": 1, "b": 1}), NOW_US)
+    shares.receive("b", Shown(1, {"a": 1, "b": 1}), NOW_US)
     ledger.tick({}, NOW_US + HOLD_US, 1, 99)
     for _ in range(2):
         assert ledger.bucket(b"k", PER_SECOND_100, NOW_US + HOLD_US).remaining == 30
@@ -324,11 +324,11 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
 
 def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    shares.hear("stranger", Shown(1, {"stranger": 1}), OLD_LOAN_US)
+    shares.receive("stranger", Shown(1, {"stranger": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 2
     assert list(shares.conflicts) == ["stranger"]
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
-    shares.hear("b", Shown(2, {"b": 1}), OLD_LOAN_US)
+    shares.receive("b", Shown(2, {"b": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
 
 
@@ -348,7 +348,7 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
                 for other in views.values():
                     if one is not other:
                         shown = Shown(other.membership.epoch, other.membership.weights)
-                        one.hear(other.node, shown, later_us)
+                        one.receive(other.node, shown, later_us)
             assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
     assert {node: view.part(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
@@ -356,10 +356,10 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
 
 def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    shares.hear("b", Shown(1, {"a": 1, "b": 3}), OLD_LOAN_US)
+    shares.receive("b", Shown(1, {"a": 1, "b": 3}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 4
     assert list(shares.conflicts) == ["b"]
-    shares.hear("b", Shown(1, {"a": 1, "b": 1}), OLD_LOAN_US)
+    shares.receive("b", Shown(1, {"a": 1, "b": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 2
 
 
@@ -434,27 +434,27 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
 
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
-    shares.hear("b", Shown(1, {"a": 1, "b": 3}), HOLD_US)
+    shares.receive("b", Shown(1, {"a": 1, "b": 3}), HOLD_US)
     assert not shares.is_settled
     assert shares.part(HOLD_US) == 1 / 4
-    shares.hear("b", Shown(2, {"a": 3, "b": 1}), 2 * SECOND_US)
+    shares.receive("b", Shown(2, {"a": 3, "b": 1}), 2 * SECOND_US)
     assert shares.part(2 * SECOND_US) == 3 / 4
 
 
 def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do_not_lend_any_more() -> None:
     membership = Membership(1, {"a": 1, "b": 1, "c": 2})
     shares = Shares(membership, "a", 0)
-    shares.hear("b", Shown(1, membership.weights), 1_000)
-    shares.hear("c", Shown(0, {}), 2_000)
+    shares.receive("b", Shown(1, membership.weights), 1_000)
+    shares.receive("c", Shown(0, {}), 2_000)
     assert shares.part(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
     assert shares.part(OLD_LOAN_US) == 1 / 4
     shares = Shares(membership, "a", 0)
     for peer in "bc":
-        shares.hear(peer, Shown(1, membership.weights), 3_000)
+        shares.receive(peer, Shown(1, membership.weights), 3_000)
     assert shares.part(HOLD_US - 1) == 0, "its former life may have set something aside for b"
     assert (shares.from_us, shares.part(HOLD_US)) == (HOLD_US, 1 / 4)
     shares = Shares(membership, "a", 0)
     for peer in "bc":
-        shares.hear(peer, Shown(1, membership.weights), 2 * SECOND_US)
+        shares.receive(peer, Shown(1, membership.weights), 2 * SECOND_US)
     assert (shares.from_us, shares.part(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
     assert Shares(Membership(1, {"a": 1}), "a", 0).part(0) == 1

@@ -1,4 +1,4 @@
-"""What a bucket promises, as properties over random histories (P1, P2, P4, P6 of docs/algorithm.md)."""
+"""What a bucket promises, as properties over random histories (P1, P2, P4, P6 of docs/reference/promises.md)."""
 
 from __future__ import annotations
 
@@ -446,9 +446,9 @@ def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(limit: Limit,
             now_us += gap_us % 120_000
             if bucket.take(hits, now_us + ahead_us):
                 events.append((now_us, hits))
-    heard_us = NOW_US + 7_200_000
-    here.merge(list(there.entries()), heard_us)
-    ideal = deficit_by_formula(events, limit, heard_us)
+    received_us = NOW_US + 7_200_000
+    here.merge(list(there.entries()), received_us)
+    ideal = deficit_by_formula(events, limit, received_us)
     assert abs(here.deficit - ideal) <= slot_refill(limit) + abs(skew_us) * limit.tokens
 
 

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
-from ratelimit_sidecar.persistence.purses import holder_of, write_purses
+from ratelimit_sidecar.persistence.purse_file import holder_of, write_purses
 
 LIMIT = 1_000
 RULES = f"""

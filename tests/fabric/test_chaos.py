@@ -19,7 +19,7 @@ from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 pytestmark = needs_redis
 

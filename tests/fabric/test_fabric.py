@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 pytestmark = needs_redis
 

@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 
 pytestmark = needs_redis
 

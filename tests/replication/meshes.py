@@ -16,8 +16,8 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerStatus
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.peer import BatchTracer
-from ratelimit_sidecar.replication.purses import Purses
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.supervision import Supervisor

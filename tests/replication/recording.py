@@ -29,7 +29,7 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.waiting import Waiting
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb

@@ -64,7 +64,13 @@ async def carry_over(call: Call, store: Store, scheduler: Scheduler) -> Stream:
     woken = asyncio.Event()
     stream = Stream(Replicator(A, store, NOW_US), "10.0.0.1:1", is_dialled=True, wake=woken.set, now_us=NOW_US)
     await carry(
-        call, stream, woken=woken, scheduler=scheduler, now_us=lambda: NOW_US, on_heard=lambda: None, linger_seconds=0.0
+        call,
+        stream,
+        woken=woken,
+        scheduler=scheduler,
+        now_us=lambda: NOW_US,
+        on_received=lambda: None,
+        linger_seconds=0.0,
     )
     return stream
 

@@ -176,7 +176,7 @@ def test_clock_offsets_are_measured_on_every_link() -> None:
     for one in cluster:
         for other in cluster:
             if one is not other:
-                measured_us = one.replicator.peers[other.name].said.clock_offset_us
+                measured_us = one.replicator.peers[other.name].reported.clock_offset_us
                 assert measured_us is not None
                 # Wrong by at most half of what the ways there and back differ by.
                 assert abs(measured_us - (other.clock.ahead_us - one.clock.ahead_us)) <= 5 * MS

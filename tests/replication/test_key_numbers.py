@@ -11,7 +11,7 @@ from ratelimit_sidecar.replication.key_numbers import (
     MAX_NUMBERED_KEY_BYTES,
     MAX_NUMBERS,
     KeyNumbersGiven,
-    KeyNumbersHeard,
+    KeyNumbersReceived,
 )
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -20,12 +20,12 @@ from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 def test_the_receiver_finds_the_key_that_was_meant_however_often_numbers_change_hands(keys: list[bytes]) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(key_numbers, "MAX_NUMBERS", 5)
-        given_out, heard = KeyNumbersGiven(), KeyNumbersHeard()
+        given_out, received = KeyNumbersGiven(), KeyNumbersReceived()
         for key in keys:
             number, is_new = given_out.number(key)
             if is_new:
-                heard.hear(number, key)
-            assert heard.key(number) == key
+                received.receive(number, key)
+            assert received.key(number) == key
             assert 1 <= number <= 5
 
 
@@ -42,17 +42,17 @@ def test_a_key_has_its_number_until_all_others_have_been_given_away() -> None:
 @pytest.mark.parametrize("number", [0, MAX_NUMBERS + 1])
 def test_a_number_out_of_range_is_refused(number: int) -> None:
     with pytest.raises(ProtocolError) as caught:
-        KeyNumbersHeard().hear(number, b"key")
+        KeyNumbersReceived().receive(number, b"key")
     assert caught.value.reason is Reason.BAD_KEY
 
 
 def test_a_number_that_nothing_has_is_refused() -> None:
     with pytest.raises(ProtocolError) as caught:
-        KeyNumbersHeard().key(1)
+        KeyNumbersReceived().key(1)
     assert caught.value.reason is Reason.BAD_KEY
 
 
 def test_a_long_key_has_no_number() -> None:
     with pytest.raises(ProtocolError) as caught:
-        KeyNumbersHeard().hear(1, b"x" * (MAX_NUMBERED_KEY_BYTES + 1))
+        KeyNumbersReceived().receive(1, b"x" * (MAX_NUMBERED_KEY_BYTES + 1))
     assert caught.value.reason is Reason.BAD_KEY

@@ -44,7 +44,7 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import carried, dialler, flushing, listener, mesh
 from ratelimit_sidecar.replication.connections import FORGET_US
-from ratelimit_sidecar.replication.purses import Purses
+from ratelimit_sidecar.replication.payments import Purses
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
@@ -137,6 +137,18 @@ async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing
     with socket.create_server(("127.0.0.1", 0)) as mute:
         async with sidecar("a", peers=[f"127.0.0.1:{mute.getsockname()[1]}"]) as a:
             assert not await a.mesh.joined(0.05)
+
+
+async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything() -> None:
+    buckets = 20_000
+    async with sidecar("b") as b, AsyncExitStack() as stack:
+        assert await b.mesh.joined(TIMEOUT_SECONDS)
+        for number in range(buckets):
+            b.take(f"user {number}", 1)
+        a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
+        await a.until(lambda: a.mesh._replicator.sync.is_receiving_all)
+        assert await a.mesh.joined(0, TIMEOUT_SECONDS)
+        assert len(a.store) == buckets
 
 
 async def test_a_peer_that_dies_is_missed_at_once_where_its_connection_breaks() -> None:

@@ -26,7 +26,7 @@ from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import backlog, changes, key_numbers
+from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
@@ -459,9 +459,23 @@ def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
     steps = 0
     while outbox.write(idle_us):
         steps += 1
-    assert steps == pytest.approx(3 * LOOKED_BUCKETS / PIECE_WORK, abs=5)
+    # Each is looked at twice.
+    assert steps == pytest.approx(6 * LOOKED_BUCKETS / PIECE_WORK, abs=10)
     [batch] = drained(outbox, idle_us)
     assert (batch.bucket_keys, batch.ends_snapshot) == ((), True)
+
+
+def test_a_snapshot_tells_first_what_is_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MAX_FIRST_OF_LIMIT", 3)
+    store = store_of(A)
+    fill(store, MANY)
+    spent = {take(store, f"spent {number}", PER_USER.capacity, NOW_US).key for number in range(3)}
+    full_again = take(store, "full again", PER_USER.capacity, NOW_US - 1_000 * SECOND_US).key
+    outbox = new_outbox(store)
+    open_stream(outbox)
+    told = [key for batch in drained(outbox) for key in batch.bucket_keys]
+    assert set(told[:3]) == spent
+    assert set(told[3:]) == {bucket.key for bucket in store if bucket.key != full_again}
 
 
 def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
@@ -470,8 +484,8 @@ def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
     outbox = new_outbox(store)
     open_stream(outbox)
     has_ended = False
-    # Every second batch is one of it.
-    for _ in range(2 * 4 * MAX_BATCH_BUCKETS // WHOLE_BATCH_BUCKETS + 3):
+    # Every second batch is one of it, and it looks at all twice.
+    for _ in range(2 * 4 * MAX_BATCH_BUCKETS // WHOLE_BATCH_BUCKETS + 2 * 4 * MAX_BATCH_BUCKETS // LOOKED_BUCKETS + 3):
         fill(store, 4 * MAX_BATCH_BUCKETS)
         note(outbox)
         batch = next_batch(outbox, NOW_US)
@@ -711,12 +725,12 @@ def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_other
     assert len(keys_told([first, second, *batches])) == MANY + 1
 
 
-def test_so_many_that_are_nearly_used_up_wait_for_their_turn() -> None:
+def test_so_many_others_are_told_before_their_turn() -> None:
     outbox, _ = hurried(MANY)
     before = outbox.pending_buckets
     for index in range(2 * MAX_URGENT_OF_LIMIT):
         outbox.hurry(bucket_of(outbox._store, f"user {index}", NOW_US))
-    assert outbox.pending_buckets == before + MAX_URGENT_OF_LIMIT - 1
+    assert outbox.pending_buckets == before + MAX_URGENT_OF_LIMIT
     assert len(keys_told(drained(outbox))) == MANY + 1
 
 
@@ -813,7 +827,7 @@ def test_all_that_is_passed_on_arrives_however_much_it_is() -> None:
 def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_old_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    monkeypatch.setattr(side_log, "MAX_RELAYED_BUCKETS", 3)
     store = store_of(A)
     outbox = opened(store)
     old = Entry(C.origin, slot_id(NOW_US - 60 * SECOND_US, MIN_EXPONENT), 5)
@@ -870,8 +884,8 @@ def test_a_walk_lost_with_its_stream_is_done_again_though_another_one_had_follow
     store = store_of(A)
     outbox = opened(store)
     outbox.close(NOW_US)
-    heard_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
-    bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(heard_us, PER_USER.exponent), 3)], heard_us)
+    received_us, back_us = NOW_US + 5 * SECOND_US, NOW_US + 60 * SECOND_US
+    bucket_of(store, "ann", NOW_US).merge([Entry(C.origin, slot_id(received_us, PER_USER.exponent), 3)], received_us)
     open_stream(outbox)
     assert next_batch(outbox, back_us) is not None
     outbox.snapshot(back_us - 10 * SECOND_US)
@@ -1067,7 +1081,7 @@ def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -
 
 
 def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backlog, "MAX_RELAYED_BUCKETS", 3)
+    monkeypatch.setattr(side_log, "MAX_RELAYED_BUCKETS", 3)
     store = store_of(A)
     old = take(store, "old", 5, NOW_US - 5 * SECOND_US)
     outbox = opened(store)

@@ -66,6 +66,24 @@ def test_only_who_is_known_to_be_the_origin_can_lower_what_it_has_taken(is_prove
     assert bucket.taken == {origin: {SLOT: believed}}
 
 
+def test_what_comes_late_on_an_older_stream_corrects_nothing() -> None:
+    a = replicator("a")
+    older, newer = (
+        Stream(a, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US, is_proven=True) for _ in range(2)
+    )
+    for stream in (older, newer):
+        receive(stream, hello("b", 7), NOW_US)
+    receive(older, deltas(1, SLOT, 1), NOW_US)
+    receive(newer, deltas(1, SLOT, 5), NOW_US)
+    later_us = NOW_US + 10 * SECOND_US
+    bucket = a.store.get(key_of("ann"))
+    assert bucket is not None
+    receive(older, deltas(2, SLOT, 3), later_us)
+    assert bucket.taken == {Origin("b", 7): {SLOT: 5}}
+    receive(newer, deltas(2, SLOT, 4), later_us)
+    assert bucket.taken == {Origin("b", 7): {SLOT: 4}}
+
+
 def test_replicas_that_differ_by_what_a_third_has_invented_are_healed_by_comparing() -> None:
     cluster = Cluster(3, "ab", RULES)
     cluster.network.is_proven = True

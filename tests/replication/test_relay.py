@@ -153,7 +153,7 @@ def peers() -> dict[str, Peer]:
 
 def reach(peers: dict[str, Peer], **reaches: str) -> None:
     for name, peer in peers.items():
-        peer.said.reaches = frozenset(reaches[name]) if name in reaches else None
+        peer.reported.reaches = frozenset(reaches[name]) if name in reaches else None
 
 
 def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[str, Peer]) -> None:
@@ -184,7 +184,7 @@ def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) 
         assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
     assert len(relay._of_origin) < 10
     for peer in peers.values():
-        peer.said.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
+        peer.reported.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
     look(relay, peers)
     assert len(relay._of_origin) <= MAX_ORIGINS
 

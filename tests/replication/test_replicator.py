@@ -30,7 +30,7 @@ from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_
 from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.purses import MAX_BATCH, TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, Purses
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
@@ -182,11 +182,11 @@ def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
     a, b = replicator("a"), replicator("b")
     one = stream_of(a, is_dialled=True)
     receive(one, hello("b"), NOW_US)
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
     receive(one, frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
-    assert a.peers["b"].said.full_state
+    assert a.peers["b"].reported.full_state
     one.lost("cut", NOW_US)
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
     assert b.peers == {}
 
 
@@ -323,8 +323,8 @@ def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
     said_by(stream)
     applied = []
     for _ in stream.receive_steps(many_deltas(2 * PIECE_WORK + 1), NOW_US):
-        applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
-    applied.append((len(a.store), a.peers["b"].said.full_state, len(said_by(stream))))
+        applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
+    applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
     assert applied == [(PIECE_WORK, False, 0), (2 * PIECE_WORK, False, 0), (2 * PIECE_WORK + 1, True, 1)]
     assert a.peers["b"].counts.entries_received == 2 * PIECE_WORK + 1
 
@@ -338,7 +338,7 @@ def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
     stream.lost("gone", NOW_US)
     done(applying)
     assert len(a.store) == PIECE_WORK
-    assert not a.peers["b"].said.full_state
+    assert not a.peers["b"].reported.full_state
 
 
 def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
@@ -518,12 +518,13 @@ def test_there_is_a_pause_after_each_batch_of_a_full_state_and_no_other_frame() 
     assert (kind_of(next_frame(stream, NOW_US)), stream.take_pause_us()) == ("deltas", 0)
 
 
-def test_what_is_nearly_used_up_is_told_at_once_to_a_peer_that_has_much_to_hear() -> None:
+@pytest.mark.parametrize("hits", [PER_USER.capacity, PER_USER.capacity // 8])
+def test_what_much_was_taken_from_is_told_at_once_to_a_peer_that_has_much_to_hear(hits: int) -> None:
     a, b = replicator("a"), replicator("b")
     stream, far_end = connected(a, b)
     for number in range(8 * MAX_BATCH_BUCKETS):
         take(a.store, f"user {number}", 1, NOW_US)
-    spent = take(a.store, "ann", PER_USER.capacity, NOW_US)
+    spent = take(a.store, "ann", hits, NOW_US)
     # The flush itself has hardly begun.
     next(a.flush_steps(NOW_US))
     raw = next_frame(stream, NOW_US)
@@ -531,7 +532,7 @@ def test_what_is_nearly_used_up_is_told_at_once_to_a_peer_that_has_much_to_hear(
     receive(far_end, raw, NOW_US)
     copy = b.store.get(spent.key)
     assert copy is not None
-    assert copy.remaining == 0
+    assert copy.remaining == spent.remaining
 
 
 def test_nor_is_it_told_twice_where_it_comes_soon_anyhow() -> None:
@@ -816,20 +817,20 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
     ac, ca = connected(a, c)
     late = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b", "c"}
+    assert b.peers["a"].reported.reaches == {"b", "c"}
     ac.lost("cut", NOW_US)
     # What tells of it is lost with the second stream, on which an older one comes in after all.
     lost = said_by(a2)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b"}
+    assert b.peers["a"].reported.reaches == {"b"}
     assert lost
     for raw in late:
         receive(b2, raw, NOW_US)
-    assert b.peers["a"].said.reaches == {"b", "c"}
+    assert b.peers["a"].reported.reaches == {"b", "c"}
     for stream in (a2, b2):
         stream.lost("reset", NOW_US)
     exchange(a1, b1)
-    assert b.peers["a"].said.reaches == {"b"}
+    assert b.peers["a"].reported.reaches == {"b"}
     assert ca.peer is not None
 
 
@@ -864,7 +865,7 @@ def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by
     connected(a, c)
     assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
     assert (b.peers["a"].counts.entries_sent, c.peers["a"].counts.entries_sent) == (2, 1)
-    assert all(peer.said.full_state for peer in a.peers.values())
+    assert all(peer.reported.full_state for peer in a.peers.values())
 
 
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:

@@ -342,8 +342,8 @@ def test_pings_not_answered_yet_share_one_pong() -> None:
 def test_a_pong_measures_the_peers_clock_without_the_way_and_without_its_pause(offset_us: int) -> None:
     session = established()
     # 40 ms there, 5 ms before the answer, 40 ms back.
-    heard_us = NOW_US + 40_000 + offset_us
-    pong = frame(pong=pb.Pong(id=1, received_us=heard_us, sent_us=heard_us + 5_000))
+    received_us = NOW_US + 40_000 + offset_us
+    pong = frame(pong=pb.Pong(id=1, received_us=received_us, sent_us=received_us + 5_000))
     assert session.receive(pong, NOW_US + 85_000) == ClockMeasured(offset_us)
 
 

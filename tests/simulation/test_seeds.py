@@ -13,9 +13,9 @@ from seeds import seeds
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
-from ratelimit_sidecar.replication.backlog import Snapshots
 from ratelimit_sidecar.replication.outbox import Outbox
 from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.snapshots import Snapshots
 from simulation.oracles import BrokenPromise
 from simulation.run import Outcome, failure_of, replay, run_seed
 

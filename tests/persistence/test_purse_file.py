@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ratelimit_sidecar.crdt.shares import Membership
-from ratelimit_sidecar.persistence.purses import BadPurses, holder_of, take_purses, write_purses
+from ratelimit_sidecar.persistence.purse_file import BadPurses, holder_of, take_purses, write_purses
 
 KEPT = {b"one": 5 << 32, b"\x00two \xff": -7, b"most": 1 << 62}
 

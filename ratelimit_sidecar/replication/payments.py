@@ -75,7 +75,7 @@ class PaymentOutbox:
         self.returns: deque[pb.Return] = deque()
         self.last_wish = 0
         """The number of this node's last wish."""
-        self.last_heard = 0
+        self.last_received = 0
         """The number of the peer's last wish."""
 
     def take_frame(self) -> pb.Frame | None:
@@ -151,9 +151,9 @@ class Purses:
         self._ends += 1
         return PaymentOutbox(self._ends)
 
-    def hear(self, peer: str, shown: Shown | None) -> None:
+    def receive_shown(self, peer: str, shown: Shown | None) -> None:
         """A peer has said hello, and what its membership is; or it has gone, and what it has shown is void."""
-        self.ledger.shares.hear(peer, shown or _NOTHING, self._strict_us())
+        self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
     def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
         """Ask peers for what is wanted; to be called every few milliseconds.
@@ -267,9 +267,9 @@ class Purses:
         unknown_keys = 0
         for wish in payments.wishes:
             check_key(wish.key)
-            if wish.number <= outbox.last_heard:
-                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {outbox.last_heard}")
-            outbox.last_heard = wish.number
+            if wish.number <= outbox.last_received:
+                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {outbox.last_received}")
+            outbox.last_received = wish.number
             if not ledger.shares.is_member(peer):
                 self.refused += 1
                 continue

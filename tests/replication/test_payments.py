@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.purses import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
+from ratelimit_sidecar.replication.payments import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -174,7 +174,7 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
     assert node.purses.status() == MembershipStatus(
         epoch=1, home_share=0.0, settled=False, conflicts=(), buckets=0, payments_sent=0, payments_received=0
     )
-    node.purses.hear("b", Shown(1, PAIR.weights))
+    node.purses.receive_shown("b", Shown(1, PAIR.weights))
     assert not node.purses.status().settled
     node.strict_us += HOLD_US
     node.bucket()
@@ -185,8 +185,11 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
 
 def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_forgotten() -> None:
     node = Node()
-    for end in (lambda: node.purses.hear("b", Shown(1, PAIR.weights)), lambda: node.purses.hear("b", None)):
-        node.purses.hear("b", Shown(1, {"a": 1, "b": 3}))
+    for end in (
+        lambda: node.purses.receive_shown("b", Shown(1, PAIR.weights)),
+        lambda: node.purses.receive_shown("b", None),
+    ):
+        node.purses.receive_shown("b", Shown(1, {"a": 1, "b": 3}))
         assert (node.purses.status().conflicts, node.purses.status().home_share) == (("b",), 0.25)
         end()
         assert (node.purses.status().conflicts, node.purses.status().home_share) == ((), 0.5)
@@ -195,9 +198,9 @@ def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_f
 def test_a_member_that_comes_back_without_a_membership_no_longer_counts_as_having_shown_it() -> None:
     shares = Shares(Membership(2, PAIR.weights, {"a": 1, "b": 2}), "a", NOW_US - 2 * SIT_OUT_US)
     purses = Purses(Ledger(shares, Origin("a", 1), RULES.strict_limit_of_key), lambda: NOW_US)
-    shares.hear("b", purses.membership, NOW_US - SIT_OUT_US)
+    shares.receive("b", purses.membership, NOW_US - SIT_OUT_US)
     assert purses.status().settled
-    purses.hear("b", None)
+    purses.receive_shown("b", None)
     status = purses.status()
     assert (status.settled, status.home_share) == (False, pytest.approx(1 / 3))
 

@@ -1,0 +1,101 @@
+"""What one peer is told besides the node's own changes and snapshots: repairs, what is relayed to it, and what cannot
+wait for its turn.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import UrgentBuckets
+from ratelimit_sidecar.crdt.slot import slot_start_us
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.changes import RECENT_US
+from ratelimit_sidecar.replication.deltas import MAX_TIME_US
+from ratelimit_sidecar.replication.parts import Parts, in_parts, own_part, tellable, whole
+
+MAX_RELAYED_BUCKETS: Final = 16_384
+"""Waiting at once. A peer for which there are more gets a snapshot in place of them. Repairs are bounded by
+`anti_entropy.MAX_EXCHANGED` a round, and each bucket waits once."""
+
+
+class SideLog:
+    """Repairs, what is relayed, and buckets that must not wait for their turn in the log, on one stream."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # Emptied from the front, which a plain dict does in time proportional to what was removed before.
+        self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
+        self._repairs: OrderedDict[bytes, None] = OrderedDict()
+        self._hurried = UrgentBuckets()
+        self._parts: Parts | None = None
+        self._now_us = 0
+        self._relayed_since_us = MAX_TIME_US
+        """Not later than the oldest slot that was ever relayed."""
+
+    @property
+    def pending(self) -> int:
+        """Buckets that wait; more than 0 while there is anything to tell."""
+        return len(self._relayed) + len(self._repairs) + len(self._hurried) + (self._parts is not None)
+
+    def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> bool:
+        """These entries of others are news that the peer hears of from nobody else.
+
+        Returns:
+            False when there is no room.
+        """
+        slots = self._relayed.get(bucket.key)
+        self._relayed_since_us = min([self._relayed_since_us, *[slot_start_us(entry.slot) for entry in entries]])
+        if slots is None:
+            if len(self._relayed) >= MAX_RELAYED_BUCKETS:
+                return False
+            slots = {}
+            self._relayed[bucket.key] = slots
+        for entry in entries:
+            slots[entry.origin, entry.slot] = None
+        return True
+
+    def drop_relayed(self) -> int:
+        """Forget what waits to be relayed.
+
+        Returns:
+            Since when a snapshot has to go back to tell of it.
+        """
+        self._relayed.clear()
+        since_us, self._relayed_since_us = self._relayed_since_us, MAX_TIME_US
+        return since_us
+
+    def repair(self, key: bytes) -> None:
+        """The peer has to hear everything about one bucket."""
+        self._repairs[key] = None
+
+    def hurry(self, bucket: Bucket) -> None:
+        """The peer has to hear soon what this node took from a bucket."""
+        self._hurried.add(bucket)
+
+    def parts(self, now_us: int) -> Parts:
+        """All that waits."""
+        self._now_us = now_us
+        if self._parts is None:
+            self._parts = self._take()
+        return self._parts
+
+    def close(self) -> None:
+        """See `Cursor.close`."""
+        self._parts = None
+
+    def _take(self) -> Parts:
+        while self._hurried or self._relayed or self._repairs:
+            if self._hurried:
+                yield from own_part(self._store, self._hurried.pop().key, self._now_us - RECENT_US)
+            if self._relayed:
+                key, slots = self._relayed.popitem(last=False)
+                bucket = tellable(self._store, key)
+                yield from in_parts(bucket, None, [] if bucket is None else list(bucket.heard_entries(slots)))
+            if self._repairs:
+                key, _ = self._repairs.popitem(last=False)
+                # What the peer took, too, which it may have forgotten: see `Bucket._recall`.
+                yield from whole(self._store, key, 0, self._now_us, None)
+        self._parts = None
