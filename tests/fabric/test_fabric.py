@@ -343,7 +343,7 @@ async def test_regions_share_by_their_gateways_and_the_next_one_counts_nothing_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("most", "is_full"), [(8, False), (2, True)])
+@pytest.mark.parametrize(("most", "is_full"), [(16, False), (5, True)])
 async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_when_it_has_not(
     tmp_path: Path, most: int, is_full: bool
 ) -> None:
@@ -357,13 +357,18 @@ async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_
         west = Running("west-1", in_west, "west", sync=west_sync, peers=[east_sync])
         for each in (*east, gateway, west):
             await stack.enter_async_context(running(each))
-        for number in range(7):
+        for number in range(15):
             for each in east:
                 each.take(f"{number} of {each.store.origin.node}", 3)
         if is_full:
             await until(lambda: gateway.fabric.status.gateway_unshared > 0)
+            # Other rules find room.
+            take(east[0].store, "sliding", "x", 3, now_us())
+            east[0].fabric.note(east[0].store.drain_changes())
+            of_far = LIMITS["sliding"]
+            await until(lambda: any(bucket.limit == of_far for region in west.regions for bucket in region))
         else:
-            await until(lambda: any(len(region) == 14 for region in west.regions))
+            await until(lambda: any(len(region) == 30 for region in west.regions))
             assert gateway.fabric.status.gateway_unshared == 0
 
 
