@@ -30,7 +30,8 @@ def score(agent: str) -> int:
 
 
 async def rate(request: Request) -> JSONResponse:
-    agent = request.query_params.get("agent", "")
+    # Envoy limits by the first value. To take another one would let callers choose whose limit they use.
+    agent = next(iter(request.query_params.getlist("agent")), "")
     if not 1 <= len(agent) <= MAX_AGENT_LENGTH:
         message = f"name an agent of 1 to {MAX_AGENT_LENGTH} characters: /rate?agent=..."
         return JSONResponse({"error": message}, status_code=400)

@@ -115,6 +115,7 @@ class Bucket(ABC):
         "_heard_entries",
         "_own",
         "_own_slot",
+        "_own_slot_end_us",
         "_own_slot_unsent",
         "_own_tokens",
         "_unsent",
@@ -132,6 +133,8 @@ class Bucket(ABC):
         self.journal = journal
         self._own_slot = NO_SLOT
         """The slot opened last, with `_own_tokens` in it; own slots before it are in `_own`."""
+        self._own_slot_end_us = 0
+        """When the next own slot has to be opened; of a fixed window when another one begins."""
         self._own_tokens = 0
         self._own_slot_unsent = False
         self._own: dict[int, int] | None = None
@@ -434,6 +437,7 @@ class Bucket(ABC):
             own[self._own_slot] = self._own_tokens
         former, self.origin = self.origin, origin
         self._own_slot, self._own_tokens, self._own_slot_unsent = NO_SLOT, 0, False
+        self._own_slot_end_us = 0
         self._own = None
         if own:
             if self._heard is None:

@@ -45,7 +45,6 @@ class TokenBucket(Bucket):
         "_base_us",
         "_kept_until_us",
         "_limit",
-        "_own_slot_end_us",
         "_peak",
         "_refunded_until_us",
         "_spilled",
@@ -74,8 +73,6 @@ class TokenBucket(Bucket):
         """The end of the last slot with a refund. The refund may pay for earlier takes that are reported late, so these
         have the slots folded again.
         """
-        self._own_slot_end_us = 0
-        """When the next own slot has to be opened."""
         self._kept_until_us = 0
         """It is not dropped as idle before this time. An own slot was sealed before it was over, because the limit had
         wider slots then; or slots were sealed early, and peers still hold them (see `shorten`).
@@ -380,8 +377,8 @@ class TokenBucket(Bucket):
         """Open the current slot for writing."""
         self._seal_when_due()
         slot = self._slot_of_now()
-        self._own_slot_end_us = slot_end_us(slot)
         self._open_own_slot(slot)
+        self._own_slot_end_us = slot_end_us(slot)
 
     def _slot_of_now(self) -> int:
         """The slot to write to. If the regular one began before the base, a narrower one that began after it.

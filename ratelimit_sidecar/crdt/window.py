@@ -257,7 +257,6 @@ class SlidingWindow(_Window):
         "_first_leaves_us",
         "_last_leaves_us",
         "_leaving",
-        "_own_slot_end_us",
         "_refunded_until_us",
         "_refunded_us",
         "_unheard_until_us",
@@ -281,7 +280,6 @@ class SlidingWindow(_Window):
         denied again and again does not have the slots of each looked at. None until `retry_after_us` needs it, after a
         recount, and as long as there are few slots.
         """
-        self._own_slot_end_us = 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
@@ -289,8 +287,8 @@ class SlidingWindow(_Window):
         if hits and (admitted or always):
             if self.at_us >= self._own_slot_end_us:
                 slot = slot_id(self.at_us, self._limit.exponent)
-                self._own_slot_end_us = slot_end_us(slot)
                 self._open_own_slot(slot)
+                self._own_slot_end_us = slot_end_us(slot)
             before = self.count
             self._add(self._own_slot_end_us + self._limit.period_us, hits)
             self._write_own(hits)
@@ -422,8 +420,8 @@ class SlidingWindow(_Window):
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
-            self._own_slot_end_us = slot_end_us(slot)
             self._open_own_slot(slot)
+            self._own_slot_end_us = slot_end_us(slot)
             self._add(self._leaves_us(slot), tokens)
             self._write_own(tokens)
 

@@ -357,10 +357,10 @@ class Limiter:
         for key in overflow_keys(step.bucket_key):
             limit = step.compiled.limit
             if not isinstance(limit, WindowLimit):
-                # The limit of a request is rounded in the bucket key, so that there are few such buckets.
+                # The limit of a request is rounded in the bucket key, so that there are few such buckets. A rule whose
+                # usage Envoys have reported may be gone when it is charged.
                 rule = self.rules.rule_of_key(key)
-                assert rule is not None
-                limit = rule.limit
+                limit = limit if rule is None else rule.limit
             assert limit is not None
             try:
                 return self._bucket_of_key(step, key, limit, at_us)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import REFUND
 from ratelimit_sidecar.crdt.store import Store
 
 SECOND_US = 1_000_000
@@ -130,11 +131,26 @@ def test_what_was_told_before_a_jump_that_is_taken_back_is_not_lost(limit: AnyLi
     assert one.bucket(now_us).taken == other.bucket(now_us).taken
 
 
+@each_limit
+def test_what_is_taken_after_a_refund_is_counted(limit: AnyLimit) -> None:
+    """The refund was the first that the bucket wrote after its clock was set back."""
+    one = Replica("one", limit, 12 * SECOND_US)
+    assert one.take(10, NOW_US)
+    now_us = NOW_US + 12 * SECOND_US
+    one.set_clock(0)
+    one.bucket(now_us).refund(None, now_us)
+    assert one.take(3, now_us)
+    counts = one.bucket(now_us).taken[Origin("one", 2)]
+    assert [tokens for slot, tokens in counts.items() if not slot & REFUND] == [3]
+    assert min(counts) > 0
+
+
 steps = st.lists(
     st.tuples(
         st.integers(0, 20 * SECOND_US),
         st.integers(0, 5),
         st.sampled_from([None, None, None, 0, -HOUR_US, HOUR_US, 12 * SECOND_US, -12 * SECOND_US]),
+        st.booleans(),
         st.booleans(),
     ),
     max_size=40,
@@ -146,10 +162,12 @@ def test_however_clocks_are_set_no_count_falls_and_all_is_equal_in_the_end(limit
     one, other = Replica("one", limit), Replica("other", limit)
     true_us = NOW_US
     told: dict[tuple[Origin, int], int] = {}
-    for gap_us, hits, ahead_us, heard in history:
+    for gap_us, hits, ahead_us, heard, refunds in history:
         true_us += gap_us
         if ahead_us is not None:
             one.set_clock(ahead_us)
+        if refunds:
+            one.bucket(true_us).refund(2, true_us + one.ahead_us)
         one.take(hits, true_us)
         other.take(1, true_us)
         for origin, slots in one.bucket(true_us).taken.items():

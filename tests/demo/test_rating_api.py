@@ -58,6 +58,10 @@ async def test_without_a_usable_agent_there_is_no_score(path: str) -> None:
     assert "name an agent" in response.json()["error"]
 
 
+async def test_of_two_agents_the_first_counts_as_it_does_for_envoy() -> None:
+    assert (await get("/rate?agent=claw&agent=other")).json()["agent"] == "claw"
+
+
 async def test_it_says_that_it_is_up() -> None:
     assert (await get("/healthz")).status_code == 200
 

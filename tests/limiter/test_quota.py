@@ -12,6 +12,7 @@ from limiter.requests import OK, decide, make_request
 from young import collected_when_told
 
 from benchmarks.quotas.envoys import ADA, DOMAIN, SECOND_US, STEP_US, Envoy, Node, World
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter import quota
 from ratelimit_sidecar.limiter.assignment import (
@@ -23,6 +24,7 @@ from ratelimit_sidecar.limiter.assignment import (
     noticeable,
     share_base_of,
 )
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import (
     LEARNING_US,
     MAX_POOL_BUCKETS,
@@ -754,6 +756,17 @@ def test_other_rules_are_in_force_with_the_next_report() -> None:
     assert told(server.report(stream, usage(elapsed_s=5), after_s=5)) == [ALLOW_ALL]
     server.node.limiter.use_rules(RULES)
     assert told(server.report(stream, usage(elapsed_s=5), after_s=5)) != [ALLOW_ALL]
+
+
+def test_usage_of_a_rule_that_has_gone_is_charged_where_there_is_room() -> None:
+    rules = Rules({"api": RuleNode(key_only={"agent": RuleNode(PER_AGENT)})})
+    limiter = Limiter(rules, Origin("here", 1), max_buckets=2)
+    quotas = Quotas(limiter, 0, lambda: SECOND_US, learning_us=0)
+    stream = quotas.open(lambda: None)
+    quotas.report(stream, DOMAIN, [usage("ada", allowed=200), usage("bob", allowed=200), usage("eve", allowed=200)], 0)
+    limiter.use_rules(Rules({}))
+    quotas.charge_all()
+    assert sum(entry.tokens for bucket in limiter.store for entry in bucket.entries()) == 600
 
 
 def test_what_is_reported_is_charged_at_a_stop() -> None:
