@@ -60,6 +60,9 @@ class _Window(Bucket):
 
     def is_idle(self, now_us: int) -> bool:
         self.advance(now_us)
+        if self.count:
+            # What is past is forgotten when the next slot leaves or the next window begins.
+            return False
         self._forget(self._is_past)
         return self._holds_nothing
 
@@ -285,12 +288,10 @@ class SlidingWindow(_Window):
         self.advance(now_us)
         admitted = self.count + hits <= self._limit.requests
         if hits and (admitted or always):
-            if self.at_us >= self._own_slot_end_us:
-                slot = slot_id(self.at_us, self._limit.exponent)
-                self._open_own_slot(slot)
-                self._own_slot_end_us = slot_end_us(slot)
+            if self._is_own_slot_over():
+                self._open_own_slot(slot_id(self.at_us, self._limit.exponent))
             before = self.count
-            self._add(self._own_slot_end_us + self._limit.period_us, hits)
+            self._add(slot_end_us(self._own_slot) + self._limit.period_us, hits)
             self._write_own(hits)
             if self.at_us < self._unheard_until_us:
                 self._recount()
@@ -389,7 +390,7 @@ class SlidingWindow(_Window):
         former, self._limit = self._limit, limit
         # Requests with overrides of the same period may alternate, so this case must be cheap.
         if limit.period_us != former.period_us:
-            self._own_slot_end_us = 0
+            self._close_own_slot()
             self._recount()
 
     def fold(self, now_us: int) -> int:
@@ -414,14 +415,13 @@ class SlidingWindow(_Window):
         count = self.count
         self._take_new_origin()
         self.at_us = now_us
-        self._own_slot_end_us = 0
+        self._close_own_slot()
         self._forget(self._is_ahead)
         self._recount()
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
             self._open_own_slot(slot)
-            self._own_slot_end_us = slot_end_us(slot)
             self._add(self._leaves_us(slot), tokens)
             self._write_own(tokens)
 
@@ -442,11 +442,8 @@ class SlidingWindow(_Window):
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
-        given: dict[int, int] = {}
-        for slots in (self._own or {}, *(self._heard or {}).values()):
-            for slot, tokens in slots.items():
-                if slot & REFUND and tokens > given.get(slot, 0):
-                    given[slot] = tokens
+        marks = [self._own or {}, *(self._heard or {}).values()]
+        given = {slot: max([slots.get(slot, 0) for slots in marks]) for slot in tokens_of if slot & REFUND}
         return {
             slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
             for slot in {slot & ~REFUND for slot in tokens_of}
@@ -480,8 +477,6 @@ class SlidingWindow(_Window):
         self._leaving = None
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
-            # The current slot may no longer count. The next take opens it again and notes when it leaves.
-            self._own_slot_end_us = 0
             by_slot = self._by_slot()
             self._find_refunds(by_slot)
             left = _left_of(by_slot)
