@@ -41,10 +41,26 @@ MAX_ORIGINS: Final = 1_024
 """The most origins in one bucket besides connected peers: a mesh of 256 nodes, each restarted three times."""
 
 MAX_HEARD: Final = 16_384
+"""With so many entries of others in one bucket, further ones of origins that are no connected peers are refused. What
+is counted anew from all entries then takes some milliseconds, whatever a member invents.
+"""
+
+SUMMED_ENTRIES: Final = 256
 """With so many entries of others in one bucket the tokens in each slot are kept summed up. In steady use that is a
 bucket of five replicas or more, so it takes a quarter more memory. Then what is counted anew, at each delta of a bucket
 in debt or one that is given back to, costs what there are of slots, however many replicas take in each.
 """
+
+MAX_SLOTS: Final = 640
+"""The most slots of one origin in one bucket; the narrowest slots fill a horizon with 627. If there are more, the
+newest are kept, so the order of arrival makes no difference.
+"""
+
+FINAL_US: Final = 2_000_000
+"""When a slot has been over for this long, its origin no longer writes to it, unless its clock is further behind."""
+
+SLOTS_A_LOOK: Final = 16
+"""For so many slots of a bucket a loop over buckets counts one look more: to seal them takes as long, 2 us."""
 
 RECOUNT: Final = -1
 """Returned by `_hear` instead of a count when the origin now has too many slots; the caller must trim and recount."""
@@ -205,11 +221,12 @@ class Bucket(ABC):
         self.advance(now_us)
         is_changed = False
         for origin, slot, tokens in entries:
-            if 0 < tokens < slots.get(slot, 0) and origin == sender and self._is_final(slot):
+            held = slots.get(slot, 0)
+            if 0 < tokens < held and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
+                self._note_heard(slot, tokens - held)
                 is_changed = True
         if is_changed:
-            self._heard_tokens = None
             self._recount()
         return is_changed
 
@@ -320,11 +337,11 @@ class Bucket(ABC):
         """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
         origins there are.
         """
-        tokens_of = dict(self._tokens_heard())
+        tokens_of = dict(self._own or {})
         if self._own_slot != NO_SLOT:
-            tokens_of[self._own_slot] = tokens_of.get(self._own_slot, 0) + self._own_tokens
-        if self._own is not None:
-            for slot, tokens in self._own.items():
+            tokens_of[self._own_slot] = self._own_tokens
+        if self._heard is not None:
+            for slot, tokens in self._tokens_heard().items():
                 tokens_of[slot] = tokens_of.get(slot, 0) + tokens
         return tokens_of
 
@@ -406,7 +423,7 @@ class Bucket(ABC):
         return self._own_slot == NO_SLOT or self.at_us >= slot_end_us(self._own_slot)
 
     def _write_own(self, hits: int) -> None:
-        """Count `hits` in the slot opened last."""
+        """Count `hits` in the slot that is open."""
         self._own_tokens += hits
         if not self._own_slot_unsent and self.journal is not None:
             self._note_unsent(self.journal, self._own_slot)
@@ -550,11 +567,12 @@ class Bucket(ABC):
                 forgotten[slot] = self._own[slot]
             self._own = _without(self._own, past) or None
         if self._heard is not None:
-            tokens_of = self._tokens_heard()
-            past = [slot for slot in tokens_of if is_past(slot)]
-            for slot in past:
-                forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
+            slots: Iterable[int] = self._heard_tokens or set[int]().union(*self._heard.values())
+            past = [slot for slot in slots if is_past(slot)]
             if past:
+                tokens_of = self._tokens_heard()
+                for slot in past:
+                    forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
                 self._forget_heard(past)
         return forgotten
 
