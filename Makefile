@@ -95,7 +95,7 @@ test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compil
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)
 
-benchmark: $(COMPILED_READY) ## Measure the compiled sidecar (BENCHMARK="front_end --rounds 3"; docs/performance.md lists them)
+benchmark: $(COMPILED_READY) ## Measure the compiled sidecar (BENCHMARK="front_end --rounds 3"; docs/performance.md)
 	$(COMPILED_PATH) $(BIN)/python -m benchmarks.$(BENCHMARK)
 
 lint: $(READY) ## Style, types and the direction of dependencies

@@ -4,10 +4,10 @@
     git worktree add ../before COMMIT && make -C ../before compile
     make benchmark BENCHMARK="compare --build before=../before/build/compiled --echo"
 
-Another server has to be up, with a rule for every value of the descriptor's key: a wide limit, so that all admit. A few
-servers and how to give them such a rule stand in docs/performance.md. Sidecars, this one and those of other builds, are
-started, each with two live peers of its own, metrics, and tracing by a caller that samples nothing; all servers are
-asked for the same, in turn, in both of these ways:
+Another server has to be up, with a rule for every value of the descriptor's key: a wide limit, so that all admit;
+`benchmarks/others` has scripts that start two. Sidecars, this one and those of other builds, are started, each with two
+live peers of its own, metrics, and tracing by a caller that samples nothing; all servers are asked for the same, in
+turn, in both of these ways:
 
 - in lock-step, by h2load: closed loops, connections x streams. It flatters a server that answers all of a read at once.
 - when due: requests that come one by one, at a rate, over 4 connections, whatever is under way.

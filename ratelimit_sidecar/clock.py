@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Final
 
 MAX_SLEW_PER_SECOND_US: Final = 5_000
-"""0.5 %: ten times what NTP itself slews, and small beside the overshoot bound (P3 in docs/algorithm.md)."""
+"""0.5 %: ten times what NTP itself slews, and small beside the overshoot bound (P3 in docs/reference/promises.md)."""
 
 MAX_SLEW_US: Final = 2 * MAX_SLEW_PER_SECOND_US
 """The most that one call slews, however long ago the last one was: the clock may stand still for this long."""

@@ -1,7 +1,7 @@
 """What is answered or accepted otherwise than by envoyproxy/ratelimit, on purpose, with the reason.
 
-The page on moving from envoyproxy/ratelimit shows these tables. The differential test (tests/differential)
-compares both services and fails on whatever is in none of them.
+docs/reference/envoyproxy-ratelimit.md shows these tables. The differential test (tests/differential) compares both
+services and fails on whatever is in none of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ANSWERS: Mapping[str, Difference] = {
         "its hits are charged",
         "its hits are given back to a token bucket, at most as many as were taken; what the same request takes of that"
         " limit is charged in any case",
-        "so a request can hold what it may cost, and settle for what it has cost ([how](llm-tokens.md#holding-tokens))",
+        "so a request can hold what it may cost, and settle for what it cost ([how](../llm-tokens.md))",
     ),
     "unit-multiplier": Difference(
         "`unit_multiplier` in a descriptor's limit",

@@ -1,4 +1,4 @@
-"""The page about moving from envoyproxy/ratelimit, and that of its environment variables and what becomes of each.
+"""The page about moving from envoyproxy/ratelimit, and the reference of what differs, its variables and its metrics.
 
 The variables are those of its src/settings/settings.go, in its order, and those that its README names besides. What is
 the same here is not written down: it is what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands
@@ -229,17 +229,17 @@ VARIABLES: Mapping[str, Mapping[str, Verdict]] = {
     },
 }
 
-_INTRO = """\
+_STEPS = """\
 Rules files, environment and Envoy's filter stay as they are; the address of the service changes, and no Redis is
 needed.
 
-1. Check the rules. Whatever is wrong is listed with file, line, column and a fix.
+1. Check the rules. Each error comes with file, line, column and a fix.
 
    ```
    ratelimit-sidecar check path/to/config
    ```
 
-2. Count limits as before, by a `sidecar.yaml` of one line. Without it a limit is a token bucket, which refills evenly.
+2. Count as before, with a `sidecar.yaml` of one line. Without it a limit is a token bucket, which refills evenly.
 
    ```yaml
    algorithm: fixed_window
@@ -251,38 +251,46 @@ needed.
    RUNTIME_ROOT=/data RUNTIME_SUBDIRECTORY=ratelimit ratelimit-sidecar serve --config sidecar.yaml
    ```
 
+   With `SHADOW_MODE=true` it counts and answers, and denies nothing.
+
 4. Point the cluster of `rate_limit_service` in Envoy's configuration to it:
 
    ```yaml
    endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: 8081}}}
    ```
 
-With `SHADOW_MODE=true` it counts and answers, and denies nothing. What becomes of
-[each variable and metric](reference/envoyproxy-ratelimit.md) is listed apart.
-"""
-
-_DIFFERENCES = """\
 ## What differs
 
 - **Sharing.** Without `sync.peers` each sidecar has every limit to itself.
 - **State** is in memory; counts in Redis are not taken over. With [`persistence`](state.md) it survives a full stop.
-- **A limit that a descriptor brings** shares the counter of the rule that the descriptor matches, if that is a window
-  of the same unit. Beside a token bucket it is a sliding window of its own; where `CRDT_ENGINE` is `strict` a token
-  bucket, one for each limit.
-- **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` says otherwise. `/json` wants
-  `Content-Type: application/json`, and public names of this address have to be listed in `listen.admin_names`.
-- **A folder of rules** is read without its subfolders, and only `*.yaml` and `*.yml`. Anything else there, but for
-  `*.md`, ends the start with an error. One that loses all its files keeps its rules; there it has none from then on.
-- **Health checks** may name the service `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` or none, with the
-  same answer; there it is always SERVING for none.
+- **A limit in a request's descriptor** shares the counter of the rule that matches, if that is a window of the same
+  unit. Beside a token bucket it is a sliding window of its own; with `CRDT_ENGINE=strict` a token bucket of its own.
+- **Operators' HTTP** is on `127.0.0.1` unless `HOST` or `listen.admin` is set. `/json` wants
+  `Content-Type: application/json`; public names of this address have to be in `listen.admin_names`.
+- **A folder of rules** is read without its subfolders. Anything but `*.yaml`, `*.yml` and `*.md` in it is an error at
+  the start. A folder that loses all its files keeps its rules; in envoyproxy/ratelimit it loses them.
+- **Health checks** answer the same for `ratelimit`, `envoy.service.ratelimit.v3.RateLimitService` and no service name;
+  in envoyproxy/ratelimit the last is always SERVING.
 
-With `algorithm: fixed_window` every answer is the same in every field (`make test-all` compares them), but for this:
+With `algorithm: fixed_window` all else is the same, in every field of every answer (`make test-all` compares them),
+apart from the rare cases in the tables of [answers](reference/envoyproxy-ratelimit.md#answers-that-differ) and [rules
+files](reference/envoyproxy-ratelimit.md#rules-files-that-are-read-otherwise). The same page has each [environment
+variable](reference/envoyproxy-ratelimit.md#its-environment-variables) and
+[metric](reference/envoyproxy-ratelimit.md#its-metrics).
+"""
+
+_DIFFERENCES = """\
+How to move: [migration](../migration-from-envoyproxy-ratelimit.md).
+
+## Answers that differ
+
+With `algorithm: fixed_window`:
 """
 
 _RULES = """\
-### Rules files
+## Rules files that are read otherwise
 
-Every file is accepted or refused alike, but for these:
+All others are accepted or refused alike.
 """
 
 _METRICS = """\
@@ -323,23 +331,22 @@ The configuration file wins over variables. Booleans are Go's (`1`, `t`, `T`, `T
 
 
 def migration_page(generated: str) -> str:
-    """How to move, and what differs.
+    """How to move.
 
     Args:
         generated: the line that says that the page is.
     """
-    parts = ["# Moving from envoyproxy/ratelimit", generated, _INTRO]
-    parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES)]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+    return "\n\n".join(("# Moving from envoyproxy/ratelimit", generated, _STEPS))
 
 
-def variables_page(generated: str) -> str:
-    """Its variables and metrics.
+def reference_page(generated: str) -> str:
+    """What differs, its variables and its metrics.
 
     Args:
         generated: the line that says that the page is.
     """
-    parts = ["# Variables and metrics of envoyproxy/ratelimit", generated, _VARIABLES]
+    parts = ["# envoyproxy/ratelimit: differences, variables and metrics", generated]
+    parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES), _VARIABLES]
     for group, variables in VARIABLES.items():
         rows = ["| Variable | Here |", "|---|---|", *(f"| {names} | {text} |" for names, text in _rows(variables))]
         parts.append("\n".join((f"### {group}", "", *rows)))

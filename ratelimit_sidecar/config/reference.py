@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.migration import migration_page, variables_page
+from ratelimit_sidecar.config.migration import migration_page, reference_page
 from ratelimit_sidecar.config.rules_file import DEFAULT_RULE_NAME
 from ratelimit_sidecar.config.rules_schema import AuthzEntry, Descriptor, ExtAuthz, RateLimit, RulesFile
 from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
@@ -110,9 +110,9 @@ and for loopback; the log names each connection through a proxy (`through_proxy`
 """
 
 _RULES_INTRO = """\
-Rules files are envoyproxy/ratelimit's YAML
-([what is read otherwise](../migration-from-envoyproxy-ratelimit.md#rules-files)), with keys of our own: `algorithm`,
-`burst`, `bucket`, `consistency`, `max_debt`, `wait`, `charge`, `retry_after`, `body`, `ext_authz`. `rules` of the
+Rules files are envoyproxy/ratelimit's YAML ([what is read
+otherwise](envoyproxy-ratelimit.md#rules-files-that-are-read-otherwise)), with keys of our own: `algorithm`, `burst`,
+`bucket`, `consistency`, `max_debt`, `wait`, `charge`, `retry_after`, `body`, `ext_authz`. `rules` of the
 [configuration](configuration.md) lists them. `ratelimit-sidecar check PATH...` says what is wrong with them.
 """
 
@@ -253,7 +253,7 @@ def pages() -> Mapping[str, str]:
     return {
         "reference/configuration.md": configuration_page(),
         "reference/rules.md": rules_page(),
-        "reference/envoyproxy-ratelimit.md": variables_page(_GENERATED),
+        "reference/envoyproxy-ratelimit.md": reference_page(_GENERATED),
         "migration-from-envoyproxy-ratelimit.md": migration_page(_GENERATED),
     }
 

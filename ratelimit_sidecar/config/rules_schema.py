@@ -315,7 +315,8 @@ class Descriptor(Section):
     )
     max_debt: Annotated[MaxDebt | None, ShownDefault(str(DEFAULT_MAX_DEBT))] = Field(
         None,
-        description="The most debt of a token bucket, in capacities; the rest is forgiven.",
+        description="The most debt of a token bucket, in capacities; the rest is forgiven. Where clients can burst at"
+        " all sidecars at once, let it be at least their number.",
     )
     charge: Annotated[ChargeName | None, ShownDefault("that of the domain")] = Field(
         None,

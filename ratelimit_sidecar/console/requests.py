@@ -4,7 +4,7 @@ A request counts among MAX_REQUESTS from when it has arrived completely until it
 while it waits for its client, and slow clients cannot keep others out. Probes do not count. Scrapes have MAX_SCRAPES
 places of their own, until the client has read the answer, since answers are made while they are sent. In each turn of
 the event loop one request and one probe or scrape start, in order of arrival. So decisions never wait for more than
-these.
+these. Requests beyond them wait for a place; there are no more than connections.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_REQUESTS = 32
-"""The most requests that the application handles at once; more are answered 503."""
+"""The most requests that the application handles at once."""
+PLACE_SECONDS = 2.0
+"""A request that has waited so long for others is answered 503."""
 PROBES = frozenset({"/healthz", "/readyz", "/healthcheck"})
 """Paths that are answered at once, from memory."""
 SCRAPE = "/metrics"
@@ -38,7 +40,7 @@ class BoundedRequests:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._at_work: set[object] = set()
+        self._places = asyncio.Semaphore(MAX_REQUESTS)
         self._scraping: list[str] = []
         """The addresses of current scrapes."""
         self._one_begins = asyncio.Lock()
@@ -83,20 +85,28 @@ class BoundedRequests:
             self._scraping.remove(address)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if len(self._at_work) >= MAX_REQUESTS:
+        try:
+            async with asyncio.timeout(PLACE_SECONDS):
+                await self._places.acquire()
+        except TimeoutError:
             await _TOO_MANY(scope, receive, send)
             return
-        place = object()
+        is_at_work = True
+
+        def leave() -> None:
+            nonlocal is_at_work
+            if is_at_work:
+                is_at_work = False
+                self._places.release()
 
         async def leave_and_send(message: Message) -> None:
-            self._at_work.discard(place)
+            leave()
             await send(message)
 
-        self._at_work.add(place)
         try:
             await self._app(scope, receive, leave_and_send)
         finally:
-            self._at_work.discard(place)
+            leave()
 
 
 class _TooLarge(Exception):

@@ -4,7 +4,8 @@ Theory of operation. The account (`fabric/accounts.py`) holds the region's part 
 *draws* whole tokens from it, a few at a time and ahead of need, and decides from what it holds. The account keeps room
 for all that sidecars may still hold: `level + out <= home`. A grant ends after `GRANT_US`, by this sidecar's clock from
 before the call was sent; the account counts it in `out` for longer than that. So what a sidecar holds when it dies, or
-when it is stopped and goes on minutes later, is nobody's any more; refill restores it. docs/fabric.md has the proof.
+when it is stopped and goes on minutes later, is nobody's any more; refill restores it. tests/fabric/accounts_model.py
+has the proof.
 
 The bucket's `ceiling` is the grant, and nothing refills here. Each call says how much of the former grant ends and what
 is kept, so a grant is renewed, and what was spent is room again. When a call fails, nobody knows whether it was done:

@@ -198,18 +198,18 @@ class FixedWindow(_Window):
         return Settled(0, entries) if entries else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. Own takes counted in a window later than the next one count in the current one."""
+        """The clock was set back. Own takes of a later window count in the current one, which has been forgotten."""
         counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
-        former_slot = self._slot
         self._take_new_origin()
         self.at_us = now_us
         self._enter_window()
         self._forget(self._is_ahead)
-        if counted and self._is_ahead(former_slot):
+        missing = counted - self.count
+        if missing > 0:
             self._open_own_slot(self._slot)
-            self._write_own(counted)
+            self._write_own(missing)
             self._written_us = now_us
-            self.count += counted
+            self.count += missing
 
     def _enter_window(self) -> None:
         period_us = self._limit.period_us

@@ -1,4 +1,4 @@
-"""What all regions together may admit, and whether they kept to it (promise P3 in docs/algorithm.md).
+"""What all regions together may admit, and whether they kept to it (promise P3 in docs/reference/promises.md).
 
 A sidecar's deficit D_i misses only what the others admitted and had not yet delivered to it. Adding n tokens to a
 bucket raises its deficit by at most n, so with M missing tokens D_i >= D - M, D being the deficit of one bucket fed

@@ -49,6 +49,21 @@ These do nothing; the log names those that are set (`otel_variable_unused`).
 | Variable | Why |
 |---|---|
 {unused}
+
+## Attributes of spans
+
+| Attribute | Of | |
+|---|---|---|
+| `ratelimit.domain`, `ratelimit.code` | a request | its domain, and `OK` or `OVER_LIMIT` |
+| `ratelimit.over_limit` | a request | names of the rules that denied it |
+| `ratelimit.rules`, `ratelimit.remaining`, `ratelimit.consistency` | a request | for each descriptor with a \
+limit: the rule's name, what is left, `eventual`, `strict` or `local` |
+| `ratelimit.peer` | a batch | the node that it goes to or comes from |
+| `db.system.name`, `db.operation.batch.size` | a write to Redis | `redis`, and its buckets |
+| `service.version`, `service.instance.id`, `cloud.region` | the resource | the release, the node's id and region |
+| `k8s.pod.name`, `k8s.namespace.name`, `k8s.node.name` | the resource | from `POD_NAME`, `POD_NAMESPACE`, `NODE_NAME` |
+
+Values of descriptors are in none.
 """
 
 

@@ -264,7 +264,17 @@ async def test_a_head_that_is_too_large_is_refused() -> None:
         assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
 
 
-async def test_requests_beyond_those_at_work_are_refused_until_one_is_answered() -> None:
+async def test_requests_beyond_those_at_work_wait_until_one_is_answered() -> None:
+    app = App()
+    async with running(app) as server, asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2 * MAX_REQUESTS)]
+        await until(lambda: app.at_work == MAX_REQUESTS)
+        app.slow_may_end.set()
+        assert {(await answer).status_code for answer in slow} == {200}
+
+
+async def test_a_request_that_waits_too_long_for_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ratelimit_sidecar.console.requests.PLACE_SECONDS", 0.05)
     app = App()
     async with running(app) as server, asyncio.TaskGroup() as tasks:
         slow = [tasks.create_task(get(server, "/slow")) for _ in range(MAX_REQUESTS)]

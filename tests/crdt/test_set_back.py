@@ -76,6 +76,18 @@ def test_no_level_rises_when_the_clock_is_set_back(limit: AnyLimit, ahead_us: in
     assert not one.take(left + 1, now_us)
 
 
+def test_a_window_that_was_used_up_and_forgotten_is_not_empty_when_the_clock_is_back_in_it() -> None:
+    limit = WindowLimit(10, 60 * SECOND_US, Window.FIXED)
+    one = Replica("one", limit)
+    begin_us = NOW_US - NOW_US % limit.period_us
+    assert one.take(10, begin_us + 52 * SECOND_US)
+    one.set_clock(13 * SECOND_US)
+    assert one.take(10, begin_us + 52 * SECOND_US)
+    one.set_clock(0)
+    assert not one.take(1, begin_us + 53 * SECOND_US)
+    assert not one.take(1, begin_us + 61 * SECOND_US)
+
+
 @each_limit
 def test_time_goes_on_at_once(limit: AnyLimit) -> None:
     """It stood still until the wrong time had come, an hour later."""

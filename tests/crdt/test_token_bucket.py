@@ -1,4 +1,4 @@
-"""What a bucket promises, as properties over random histories (P1, P2, P4, P6 of docs/algorithm.md)."""
+"""What a bucket promises, as properties over random histories (P1, P2, P4, P6 of docs/reference/promises.md)."""
 
 from __future__ import annotations
 

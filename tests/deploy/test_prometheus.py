@@ -103,7 +103,7 @@ WHAT_NAMES_METRICS = [
     *CASES,
     ROOT / "deploy" / "grafana" / "generate.py",
     ROOT / "README.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
 ]
 
 

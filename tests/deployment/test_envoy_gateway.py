@@ -200,28 +200,29 @@ async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[
     assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_control_frames"] == 100_000
 
 
-async def test_a_response_costs_the_tokens_that_it_says_it_used(regions: dict[str, Gateway]) -> None:
-    async def complete(team: str, tokens: int) -> httpx.Response:
-        body = {"messages": [{"content": "hello"}], "max_tokens": tokens}
+async def test_a_response_costs_the_tokens_that_it_says_it_used_or_the_most(regions: dict[str, Gateway]) -> None:
+    async def complete(team: str, tokens: int, *, stream: bool = False) -> httpx.Response:
+        body = {"messages": [{"content": "hello"}], "max_tokens": tokens, "stream": stream}
         return await regions[EAST].proxy.post("/v1/chat/completions", json=body, headers={"x-team": team})
 
-    first = await complete("red", 89)
-    assert (first.status_code, first.headers["x-ratelimit-remaining"]) == (200, "99")
-    assert first.json()["usage"]["total_tokens"] == 90
+    first = await complete("red", 589)
+    assert (first.status_code, first.headers["x-ratelimit-remaining"]) == (200, "999")
+    assert first.json()["usage"]["total_tokens"] == 590
 
-    async def charged() -> bool:
+    async def charged(team: str, left: int) -> bool:
         """Once Envoy knows that the response is over, which the caller may know first."""
-        return await remaining(regions[EAST], "red") == 9
+        return await remaining(regions[EAST], team) == left
 
-    await until(charged)
-    assert (await complete("red", 89)).status_code == 200, "it costs 1 until it says more"
+    await until(partial(charged, "red", 409))
+    assert (await complete("red", 589)).status_code == 200, "it costs 1 until it says more"
 
     async def in_debt() -> bool:
         return await remaining(regions[EAST], "red") == 0
 
     await until(in_debt)
     assert (await complete("red", 1)).status_code == 429
-    assert (await complete("blue", 1)).status_code == 200
+    assert (await complete("blue", 1, stream=True)).status_code == 200, "it says nothing"
+    await until(partial(charged, "blue", 399))
 
 
 async def test_a_limit_holds_in_both_regions_together(regions: dict[str, Gateway]) -> None:

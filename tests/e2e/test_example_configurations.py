@@ -41,7 +41,7 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
         "../deploy/istio/workload.yaml",
         "../deploy/istio/gateway.yaml",
         "llm-tokens/envoy.yaml",
-        "llm-tokens/envoy-holding.yaml",
+        "llm-tokens/envoy-afterwards.yaml",
         "quotas/envoy.yaml",
     ],
 )

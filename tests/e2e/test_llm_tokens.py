@@ -1,4 +1,4 @@
-"""examples/llm-tokens with the real Envoy: what responses say that they used is charged, and who is in debt waits."""
+"""examples/llm-tokens with the real Envoy: a request costs what its response says that it used, or else the most."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from ratelimit_sidecar.demo.ports import HOST, free_ports
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
+PATH = "/v1/chat/completions"
+MOST = 600
+"""What a request can use, and so what it costs when nothing says what it used."""
+
+BOTH = pytest.mark.parametrize("name", ["envoy", "envoy-afterwards"])
+
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
     client: httpx.AsyncClient
-    holding: httpx.AsyncClient
-    """To the Envoy that holds 500 tokens for each request."""
     console: httpx.AsyncClient
 
-    async def complete(self, team: str, prompt: str, max_tokens: int, *, stream: bool = False) -> httpx.Response:
-        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "stream": stream}
-        return await self.client.post("/v1/chat/completions", headers={"x-team": team}, json=body)
-
-    async def hold(self, team: str, max_tokens: int, *, stream: bool = False) -> httpx.Response:
-        """Ask where tokens are held first."""
-        return await Proxy(self.holding, self.holding, self.console).complete(
-            team, "one two three", max_tokens, stream=stream
-        )
+    async def complete(self, team: str, tokens: int, *, stream: bool = False, **headers: str) -> httpx.Response:
+        """A request that uses so many tokens, three of them for its message."""
+        return await self.client.post(PATH, headers={"x-team": team, **headers}, json=body(tokens, stream=stream))
 
     async def until_settled(self, tokens: int) -> None:
         """Wait until exactly so many are taken."""
@@ -41,86 +39,146 @@ class Proxy:
             while await self.taken() != tokens:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.01)
 
+    async def until_taken(self, tokens: int) -> None:
+        """Wait until so many are taken, or more."""
+        async with asyncio.timeout(60):
+            while await self.taken() < tokens:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.01)
+
     async def taken(self) -> int:
         """Tokens of all teams together."""
         page = (await self.console.get("/buckets", params={"limit": 200})).json()
         return sum(each["capacity"] - each["remaining"] + each["debt"] for each in page["buckets"])
 
-    async def used(self, team: str, max_tokens: int, *, stream: bool = False) -> int:
-        """Tokens charged for a request that passes: that is done once its response is sent."""
-        before = await self.taken()
-        response = await self.complete(team, "one two three", max_tokens, stream=stream)
-        assert response.status_code == 200
-        return await self.until_taken(before + 1) - before
 
-    async def until_taken(self, tokens: int) -> int:
-        """Wait until so many are taken, or more.
-
-        Returns:
-            How many.
-        """
-        async with asyncio.timeout(60):
-            while (taken := await self.taken()) < tokens:  # noqa: ASYNC110 (another process)
-                await asyncio.sleep(0.01)
-        return taken
+def body(tokens: int, *, stream: bool = False) -> dict[str, object]:
+    return {
+        "messages": [{"role": "user", "content": "one two three"}],
+        "max_tokens": tokens - 3,
+        "stream": stream,
+        "stream_options": {"include_usage": True},
+    }
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+async def proxies(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, Proxy]]:
     folder = tmp_path_factory.mktemp("llm")
     # So that nothing to speak of is refilled meanwhile.
     changed = {"unit: minute": "unit: year"}
-    envoys = ["envoy", "envoy-holding"]
-    async with running(folder, "llm-tokens", "llm-tokens/model.py", envoys, changed_rules=changed) as clients:
-        yield Proxy(clients["envoy"], clients["envoy-holding"], clients["console"])
+    names = ["envoy", "envoy-afterwards"]
+    model = str(Path(__file__).with_name("stalling_model.py"))
+    async with running(folder, "llm-tokens", model, names, changed_rules=changed) as clients:
+        yield {name: Proxy(clients[name], clients["console"]) for name in names}
 
 
+@pytest.fixture
+def holding(proxies: dict[str, Proxy]) -> Proxy:
+    return proxies["envoy"]
+
+
+@pytest.fixture
+def afterwards(proxies: dict[str, Proxy]) -> Proxy:
+    return proxies["envoy-afterwards"]
+
+
+@BOTH
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_response_is_charged_what_it_says_that_it_used(proxy: Proxy, *, stream: bool) -> None:
-    assert await proxy.used(f"charged {stream}", 497, stream=stream) == 500
-
-
-async def test_who_is_in_debt_waits_and_is_told_so_and_a_denied_request_costs_nothing(proxy: Proxy) -> None:
-    assert [await proxy.used("eve", 597) for _ in range(2)] == [600, 600]
+async def test_a_response_is_charged_what_it_says_that_it_used(
+    proxies: dict[str, Proxy], name: str, *, stream: bool
+) -> None:
+    proxy = proxies[name]
     before = await proxy.taken()
-    denied = await proxy.complete("eve", "one two three", 10)
+    assert (await proxy.complete(f"honest {stream}", 300, stream=stream)).status_code == 200
+    await proxy.until_settled(before + 300)
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_hangs_up_before_the_usage_pays_the_most(
+    proxies: dict[str, Proxy], name: str, *, stream: bool
+) -> None:
+    proxy = proxies[name]
+    before = await proxy.taken()
+    sent, headers = body(300, stream=stream), {"x-team": f"hasty {stream}", "x-stalls": ""}
+    if stream:
+        async with proxy.client.stream("POST", PATH, headers=headers, json=sent) as response:
+            assert response.status_code == 200
+            text = ""
+            async for chunk in response.aiter_text():
+                text += chunk
+                if text.count("token ") == 297:
+                    break
+    else:
+        # The model is silent, so the client hears nothing either.
+        with pytest.raises(httpx.ReadTimeout):
+            await proxy.client.post(PATH, headers=headers, json=sent, timeout=httpx.Timeout(60, read=0.5))
+    # Whatever is settled for who hung up is settled before this one.
+    assert (await proxy.complete("patient", 10)).status_code == 200
+    await proxy.until_settled(before + MOST + 10)
+
+
+@BOTH
+async def test_a_stream_that_was_not_asked_for_its_usage_costs_the_most(proxies: dict[str, Proxy], name: str) -> None:
+    proxy = proxies[name]
+    before = await proxy.taken()
+    sent = body(300, stream=True) | {"stream_options": {"include_usage": False}}
+    assert (await proxy.client.post(PATH, headers={"x-team": "silent"}, json=sent)).status_code == 200
+    await proxy.until_settled(before + MOST)
+
+
+@BOTH
+async def test_who_accepts_compressed_responses_gets_none_and_pays_what_was_used(
+    proxies: dict[str, Proxy], name: str
+) -> None:
+    proxy = proxies[name]
+    before = await proxy.taken()
+    response = await proxy.complete("zip", 300, **{"accept-encoding": "gzip"})
+    assert (response.status_code, response.headers.get("content-encoding")) == (200, None)
+    await proxy.until_settled(before + 300)
+
+
+@BOTH
+async def test_an_error_costs_nothing(proxies: dict[str, Proxy], name: str) -> None:
+    proxy = proxies[name]
+    before = await proxy.taken()
+    too_long = {"messages": [{"role": "user", "content": "word " * MOST}]}
+    assert (await proxy.client.post(PATH, headers={"x-team": "bob"}, json=too_long)).status_code == 400
+    # Whatever is settled for the error is settled before this one.
+    assert (await proxy.complete("bob", 10)).status_code == 200
+    await proxy.until_settled(before + 10)
+
+
+@BOTH
+async def test_nobody_passes_without_a_team(proxies: dict[str, Proxy], name: str) -> None:
+    assert (await proxies[name].client.post(PATH, json=body(10))).status_code == 404
+
+
+async def test_what_is_under_way_holds_its_tokens_and_who_cannot_hold_them_is_denied_and_charged_nothing(
+    holding: Proxy,
+) -> None:
+    before = await holding.taken()
+    headers = {"x-team": "zoe", "x-stalls": ""}
+    async with holding.client.stream("POST", PATH, headers=headers, json=body(300, stream=True)) as response:
+        assert response.status_code == 200
+        assert await holding.taken() == before + MOST
+        for _ in range(3):
+            assert (await holding.complete("zoe", 10)).status_code == 429
+        assert (await holding.complete("tom", 10)).status_code == 200
+        await holding.until_settled(before + MOST + 10)
+
+
+async def test_who_is_in_debt_waits_and_is_told_so_and_a_denied_request_costs_nothing(afterwards: Proxy) -> None:
+    before = await afterwards.taken()
+    for used in (600, 1_200):
+        assert (await afterwards.complete("eve", 600)).status_code == 200
+        await afterwards.until_settled(before + used)
+    denied = await afterwards.complete("eve", 10)
     assert denied.status_code == 429
     assert denied.json()["error"]["type"] == "tokens"
     assert int(denied.headers["retry-after"]) > 0
     assert denied.headers["ratelimit-policy"] == '"tokens";q=1000;w=31536000'
-    assert await proxy.used("ada", 7) == 10
-    assert await proxy.taken() == before + 10
-
-
-async def test_a_response_that_says_nothing_costs_nothing(proxy: Proxy) -> None:
-    before = await proxy.taken()
-    assert (await proxy.client.get("/v1/models", headers={"x-team": "bob"})).status_code == 404
-    assert await proxy.used("bob", 7) == 10
-    assert await proxy.taken() == before + 10
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_what_was_held_is_given_back_once_the_response_says_what_was_used(proxy: Proxy, *, stream: bool) -> None:
-    before = await proxy.taken()
-    assert (await proxy.hold(f"holding {stream}", 297, stream=stream)).status_code == 200
-    await proxy.until_settled(before + 300)
-    # More than was held is debt of the 700 that are left.
-    assert (await proxy.hold(f"holding {stream}", 797, stream=stream)).status_code == 200
-    await proxy.until_settled(before + 1_100)
-    assert (await proxy.hold(f"holding {stream}", 1)).status_code == 429
-
-
-async def test_what_is_under_way_holds_its_tokens_and_who_cannot_hold_them_is_denied_and_charged_nothing(
-    proxy: Proxy,
-) -> None:
-    before = await proxy.taken()
-    for _ in range(2):
-        # Their responses say nothing, so what they hold stays charged.
-        assert (await proxy.holding.get("/v1/models", headers={"x-team": "zoe"})).status_code == 404
-    for _ in range(3):
-        assert (await proxy.hold("zoe", 1)).status_code == 429
-    assert (await proxy.hold("tom", 7)).status_code == 200
-    await proxy.until_settled(before + 1_010)
+    assert (await afterwards.complete("ada", 10)).status_code == 200
+    await afterwards.until_settled(before + 1_210)
 
 
 async def test_what_is_used_in_one_region_counts_in_all(tmp_path: Path) -> None:
@@ -137,16 +195,16 @@ async def test_what_is_used_in_one_region_counts_in_all(tmp_path: Path) -> None:
                     folder,
                     "llm-tokens",
                     "llm-tokens/model.py",
-                    ["envoy"],
+                    ["envoy-afterwards"],
                     changed_rules={"unit: minute": "unit: year"},
                     changed_sidecar={"listen: {": sync},
                 )
             )
-            regions.append(Proxy(clients["envoy"], clients["envoy"], clients["console"]))
+            regions.append(Proxy(clients["envoy-afterwards"], clients["console"]))
         for region in regions[:2]:
-            assert (await region.complete("eve", "one two three", 597)).status_code == 200
+            assert (await region.complete("eve", 600)).status_code == 200
         for region in regions:
             # Each counts what others took from the middle of its slot on, which is days long for a limit of a year: it
             # has refilled by some of the 1,200 tokens.
             await region.until_taken(1_150)
-            assert (await region.complete("eve", "one two three", 10)).status_code == 429
+            assert (await region.complete("eve", 10)).status_code == 429

@@ -1,6 +1,45 @@
 """The accounts of one shard in Python: what the scripts of `fabric/accounts.py` are to do, word for word.
 
-Tests break one rule at a time, by the flags.
+Tests break one rule at a time, by the flags. What the proof rests on besides is in docs/fabric.md.
+
+**The rule.** For one bucket the account has a level L, and counts in `out` what was granted and may still be spent.
+
+1. A call ends the sidecar's former grant and begins one of what it keeps (k) and draws (d): `out` falls by the former
+   grant and rises by k + d; L falls by d. What it gives back (b) raises L; `k + b` is at most the former grant.
+2. `L + out <= home`: what does not fit is spilled. Refill raises L, never above that.
+3. A sidecar spends a grant for 2.5 s by its own clock, from before the call was sent. The account counts it for 3
+   to 6 s, from when the call was done.
+4. Without an answer the sidecar spends what it held until the former end. Its next call ends nothing, and counts what
+   is left again.
+5. Calls are numbered. One whose number is not higher than the sidecar's last is refused, so each is done once.
+6. The account's clock goes by the server's. Steps back, and steps of more than 0.1 s between two calls, count as no
+   time.
+7. The lineage of all accounts ends when the server may have lost what it answered: it has no lineage, its
+   replication id is another one, or a sidecar knows of a call that it does not. Then accounts are empty, do not refill
+   for 3 s, and calls of the former lineage are not done.
+8. A bucket without an account has what it can have refilled since those 3 s. A full account with nothing granted is
+   dropped.
+9. Only the gateway says who the members are, with its fencing token. Calls that go by others are not done; those of an
+   older epoch are not believed. Other regions are shown new members when all shards have known them for 3 s.
+10. The gateway is granted room for payments of other regions: `out` rises by it. It is at most `home - L - out`, with
+    L no less than zero, and none in the first 3 s of a lineage.
+
+**Proof** that a region admits no more than its home and what that refills. Let `Phi` be L above zero and all that
+sidecars hold and may still spend.
+
+- (a) What is held is counted. A token held at `t` was drawn, or counted again, by a call sent at most 2.5 s before.
+  That call was done after it was sent, and counts for 3 s of a clock at most 1 % faster than the sidecar's (6; 0.5 %
+  for each). A call ends (1) only what the sidecar no longer holds or has counted anew in it, once (5), and only an
+  answered grant (4).
+- (b) So in one lineage `Phi <= L + out <= home` (2) while L is above zero. Below that only a payment raises Phi, for
+  which there is room (10).
+- (c) In a new lineage L is at most zero for 3 s, in which all grants of the former one end or are counted again (4).
+- (d) A take lowers Phi, a call does not change it, a crash, a loss and an end lower it, and refill raises it by at most
+  `rate * dt`. So for any s < t
+
+      admitted in (s, t] <= home + rate * (t - s)
+
+for the region, and for all members as in the proof for purses (docs/algorithm.md).
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ratelimit_sidecar.server.rpc import Code
+from ratelimit_sidecar.telemetry.metrics import METRICS
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("ratelimit_sidecar", "tests", "benchmarks", "deploy", "dev", "envoy", "examples", "proto")
 SUFFIXES = {".py", ".pyx", ".yaml", ".yml", ".tf", ".proto"}
@@ -53,3 +56,41 @@ def test_the_index_lists_every_page() -> None:
     docs = ROOT / "docs"
     listed = {(docs / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", (docs / "README.md").read_text())}
     assert {page for page in docs.rglob("*.md") if page.name != "README.md"} - listed == set()
+
+
+def test_a_kind_of_hostile_request_names_tests_that_are_there_and_no_status_is_missing() -> None:
+    page = (ROOT / "docs" / "reference" / "hostile-requests.md").read_text()
+    tests = re.findall(r"`([a-z0-9]+(?:/test_\w+\.py)?)`(?=[^|]*\|$)", page, re.MULTILINE)
+    assert len(tests) >= 15
+    assert [name for name in tests if not (ROOT / "tests" / name).exists()] == []
+    statuses = set(re.findall(r"[A-Z_]{5,}", " ".join(re.findall(r"^\| ([A-Z_, ]+) \|", page, re.MULTILINE))))
+    elsewhere = {"OK", "NOT_FOUND", "PERMISSION_DENIED"}  # of health checks, reflection and a denial by ext_authz
+    assert statuses == {code.name for code in Code} - elsewhere
+
+
+FAILURES = (ROOT / "docs" / "reference" / "failures.md").read_text()
+PROMISES = (ROOT / "docs" / "reference" / "promises.md").read_text()
+
+
+def test_failures_and_promises_name_tests_that_are_there() -> None:
+    there = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+)`", FAILURES + PROMISES))
+    assert len(named) >= 45
+    assert named - there == set()
+    files = re.findall(r"`(tests/[\w/]+\.py)`", PROMISES)
+    assert len(files) >= 8
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_a_failure_names_logs_and_metrics_that_are_there() -> None:
+    sources = "".join(file.read_text() for file in (ROOT / "ratelimit_sidecar").rglob("*.py"))
+    named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?:`|\{)", FAILURES))
+    metrics = {name for name in named if name.startswith(("ratelimit_", "crdt_"))}
+    assert metrics - {metric.name for metric in METRICS} == set()
+    events = {name for name in named - metrics if not name.startswith("test_")}
+    assert len(events) >= 8
+    assert {event for event in events if f'"{event}"' not in sources} == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_every_variable_that_the_sdk_documents_is_in_the_table_once() -> None:
     }
     assert documented == {*USED, *UNUSED}
     assert not USED.keys() & UNUSED.keys()
+
+
+def test_the_page_has_each_attribute_of_spans_and_of_their_resource() -> None:
+    telemetry = Path(reference.__file__).parent
+    sources = (telemetry / "traces.py").read_text() + (telemetry / "export.py").read_text()
+    attributes = set(re.findall(r'"((?:ratelimit|db|cloud|k8s|service)\.[a-z_.]+)":', sources))
+    _, _, section = reference.render_otel().partition("\n## Attributes of spans\n")
+    assert set(re.findall(r"`([a-z0-9]+\.[a-z_.]+)`", section)) == attributes - {"service.name"}
 
 
 def test_the_page_is_made_from_the_table() -> None:
