@@ -17,7 +17,7 @@ from ratelimit_sidecar.crdt.window import SlidingWindow
 
 NOW_US = 1_790_000_000_000_000
 HERE, AFRESH = Origin("here", 1), Origin("afresh", 1)
-THERE = [Origin("there", 1 + number) for number in range(6)]
+THERE = [Origin("there", 1 + number) for number in range(10)]
 
 
 def token_bucket(capacity: int = 2_000, origin: Origin = HERE, journal: Journal | None = None) -> TokenBucket:
@@ -121,7 +121,7 @@ def test_who_hears_of_a_bucket_in_debt_or_one_given_back_to_does_not_look_at_all
         heard[origin] = Looked(slots)
     Looked.looks = 0
     for turn in range(50):
-        bucket.merge([entry_of(bucket, THERE[turn % 6], 1, 10_000 + turn, kind=kind)], NOW_US)
+        bucket.merge([entry_of(bucket, THERE[turn % 10], 1, 10_000 + turn, kind=kind)], NOW_US)
         if isinstance(bucket, TokenBucket):
             bucket.refund(1, NOW_US)
         bucket.is_idle(NOW_US + turn)
