@@ -291,6 +291,7 @@ class Sidecar:
             listen=self._config.listen.sync,
             certificate=None if sync.tls is None else NodeCertificate(sync.tls),
             purses=purses,
+            is_gateway=True,
             supervisor=self._supervisor,
             max_connections=max_connections,
         )

@@ -32,7 +32,7 @@ class Room:
     def __init__(self, most: int, rule_key: Callable[[bytes], bytes]) -> None:
         assert most >= 1
         self.most = most
-        self._rule_key = rule_key
+        self.rule_key = rule_key
         self._taken = 0
         self._of_rule: dict[bytes, int] = {}
 
@@ -43,7 +43,7 @@ class Room:
 
     def take(self, key: bytes) -> bool:
         """Note a new bucket. False when there is no room for it: then nothing is noted."""
-        rule = self._rule_key(key)
+        rule = self.rule_key(key)
         held = self._of_rule.get(rule, 0)
         if held >= RULE_SHARE * (self.most - self._taken) and key != rule:
             return False
@@ -54,7 +54,7 @@ class Room:
 
     def give_back(self, key: bytes) -> None:
         """Note that a bucket was dropped."""
-        rule = self._rule_key(key)
+        rule = self.rule_key(key)
         places = _places_of(key)
         held = self._of_rule[rule] - places
         if held:

@@ -6,13 +6,17 @@ All accounts of a shard are in one hash, `{prefix}:fabric1:{TAG}:strict`, so tha
     members      who shares strict limits, as the gateway says (`draws.py`); `version` is its SHA-1
     named        epoch clock: of these members, and when they were named
     lLIFE        number clock: the last call done of that life of a sidecar
-    bKEY         full generation out former home rate used: the account of one bucket
+    bKEY         full generation out former home rate used class: the account of one bucket
+    taken        how many accounts there are; `r{CLASS}` those of the rules of a class
 
 **The account** of a bucket has the region's part of its limit, the *home*. It is filled at `full`, if nothing is drawn
 until then: its level is `home - (full - clock) * rate`. `out` and `former` are what sidecars were granted, may still
 spend, and said in this generation and the one before. Always `level + out + former <= home`: what no longer fits is
 spilled. A generation lasts `COUNTED_US`, so a grant is counted for one to two of them. Without an account it is full,
 as far as it can have been filled since `COUNTED_US` after the lineage began.
+
+**Room** is as in `crdt.room`: there are no further accounts for a class of rules (`scripts.class_of`) that has
+`RULE_SHARE` times as many as are free. From what has no account nothing is drawn.
 
 Beside it, `{prefix}:fabric1:{TAG}:short` has the buckets of which less was drawn than was wanted, by the clock. The
 gateway asks other regions for these. Nothing is wrong when it is lost.
@@ -34,6 +38,7 @@ from __future__ import annotations
 from typing import Final
 
 from ratelimit_sidecar.crdt.granted import COUNTED_US
+from ratelimit_sidecar.crdt.room import RULE_SHARE
 
 MOST_STEP_US: Final = 100_000
 """Between two calls. Who sets a clock, rather than slewing it, does so by more (ntpd by 128 ms)."""
@@ -44,9 +49,6 @@ KEPT_US: Final = 60_000_000
 LIFE_US: Final = 600_000_000
 """A life that did not call for so long is forgotten."""
 
-MAX_FIELDS: Final = 1_000_000
-"""Of a shard. Beyond these there are no further accounts, and nothing is drawn from them."""
-
 SHORT_US: Final = 500_000
 MAX_TOLD: Final = 64
 """A bucket is short for so long after a call that got less than it wanted; the gateway is told of so many."""
@@ -54,7 +56,7 @@ MAX_TOLD: Final = 64
 _BEGIN: Final = (
     f"""
 local MOST_STEP, COUNTED, KEPT, LIFE = {MOST_STEP_US}, {COUNTED_US}, {KEPT_US}, {LIFE_US}
-local MAX_FIELDS, SHORT, MAX_TOLD = {MAX_FIELDS}, {SHORT_US}, {MAX_TOLD}
+local RULE_SHARE, SHORT, MAX_TOLD = {RULE_SHARE}, {SHORT_US}, {MAX_TOLD}
 """
     + """
 local key = KEYS[1]
@@ -90,13 +92,18 @@ local function begin(drawn)
   return lineage, clock
 end
 
+local function count(class, accounts)
+  redis.call('HINCRBY', key, 'taken', accounts)
+  redis.call('HINCRBY', key, 'r' .. class, accounts)
+end
+
 local function read_account(text)
-  local full, generation, out, former, home, rate, used =
-    string.match(text, '^(%d+%.%d+) (%d+) (%d+) (%d+) (%d+) (%d[%w.-]*) (%d+)$')
+  local full, generation, out, former, home, rate, used, class =
+    string.match(text, '^(%d+%.%d+) (%d+) (%d+) (%d+) (%d+) (%d[%w.-]*) (%d+) (%d+)$')
   if not tonumber(rate) then return nil end
   return {
     full = tonumber(full), generation = tonumber(generation), out = tonumber(out), former = tonumber(former),
-    home = tonumber(home), rate = tonumber(rate), used = tonumber(used)
+    home = tonumber(home), rate = tonumber(rate), used = tonumber(used), class = class
   }
 end
 
@@ -135,16 +142,21 @@ local version = redis.call('HGET', key, 'version') or ''
 if lineage ~= ARGV[5] or version ~= ARGV[6] or version == '' then
   return {lineage, version, ARGV[3], redis.call('HGET', key, 'members') or ''}
 end
-local generation = math.floor(clock / COUNTED)
-local is_room = redis.call('HLEN', key) < MAX_FIELDS
+local generation, most = math.floor(clock / COUNTED), tonumber(ARGV[7])
+
+local function has_room(class)
+  local taken = redis.call('HMGET', key, 'taken', 'r' .. class)
+  return (tonumber(taken[2]) or 0) < RULE_SHARE * (most - (tonumber(taken[1]) or 0))
+end
 
 local function draw(name, text)
-  local home, rate, was, ends, kept, back, wanted, room, spared =
-    string.match(text, '^(%d+) (%S+) (%-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  local home, rate, was, ends, kept, back, wanted, room, spared, class =
+    string.match(text, '^(%d+) (%S+) (%-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
   home, rate, was, ends = tonumber(home), tonumber(rate), tonumber(was), tonumber(ends)
   kept, back, wanted = tonumber(kept), tonumber(back), tonumber(wanted)
   local found = redis.call('HGET', key, 'b' .. name)
-  if home == 0 or not (found or is_room) then return '0 0 0 0' end
+  if home == 0 or not (found or has_room(class)) then return '0 0 0 0' end
+  if not found then count(class, 1) end
   local account, level = found and read_account(found), nil
   if account then
     level = level_of(account, clock)
@@ -184,21 +196,21 @@ local function draw(name, text)
   full = string.format('%.6f', math.ceil(full * 64) / 64)
   redis.call('HSET', key, 'b' .. name, table.concat({
     full, number(generation), number(account.out), number(account.former), number(home),
-    string.format('%.17g', rate), number(clock)
+    string.format('%.17g', rate), number(clock), account.class or class
   }, ' '))
   return table.concat({number(kept), number(drawn), number(room), number(math.max(0, math.floor(level)))}, ' ')
 end
 
 local answers = {lineage, generation, ARGV[3]}
-for i = 7, #ARGV, 2 do answers[#answers + 1] = draw(ARGV[i], ARGV[i + 1]) end
+for i = 8, #ARGV, 2 do answers[#answers + 1] = draw(ARGV[i], ARGV[i + 1]) end
 return answers
 """
 )
 """KEYS: the hash, and `short`. ARGV: a lineage if there is none, the life, the number of this call and of its last one
-that was answered, the lineage and the version that it knows; for each bucket its key and
-`home rate generation ends kept back wanted room spared`. Answers the lineage, the version, the number of the call and
-the members, when nothing was done since the caller knows others; else the lineage, the generation, the number of the
-call, and for each `kept drawn room left`."""
+that was answered, the lineage and the version that it knows, how many accounts there may be; for each bucket its key
+and `home rate generation ends kept back wanted room spared class`. Answers the lineage, the version, the number of the
+call and the members, when nothing was done since the caller knows others; else the lineage, the generation, the number
+of the call, and for each `kept drawn room left`."""
 
 BEAT: Final = (
     _BEGIN
@@ -228,6 +240,7 @@ for i = 1, #found[2], 2 do
       local level = level_of(account, clock)
       if account.out + account.former == 0 and level >= account.home and clock - account.used > KEPT then
         redis.call('HDEL', key, name)
+        count(account.class, -1)
       end
     end
   end

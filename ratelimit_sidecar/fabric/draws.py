@@ -14,7 +14,9 @@ from typing import Any, Final
 
 from ratelimit_sidecar.crdt.granted import Draw, Drawn, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, home_of
+from ratelimit_sidecar.fabric.scripts import class_of
 from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
@@ -37,10 +39,14 @@ class Draws:
 
     Args:
         region: this sidecar's, as a member of strict limits.
+        room: of its ledger. The shard may have as many accounts as it has buckets, or that part of them.
+        shards: of the fabric.
     """
 
-    def __init__(self, region: str, status: DrawStatus) -> None:
+    def __init__(self, region: str, status: DrawStatus, room: Room, shards: int = 1) -> None:
         self._region = region
+        self._room = room
+        self._shards = shards
         self._status = status
         self._life = ""
         self._life_us = -LIFE_US
@@ -74,13 +80,14 @@ class Draws:
         self._number += 1
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), self._life, str(self._number), str(self._answered)),
-            *(self._lineage, self._version),
+            *(self._lineage, self._version, str(-(-self._room.most // self._shards))),
         ]
         for each in asked:
             limit, draw, home = each.bucket.limit, each.draw, each.bucket.home // TOKEN
             rate = limit.tokens * home / (max(1, limit.capacity) * limit.period_us)
             was = f"{draw.generation} {draw.ends} {draw.kept} {draw.back} {draw.wanted} {draw.room} {draw.spared}"
-            arguments += [each.bucket.key, f"{home} {rate:.17g} {was}"]
+            key = each.bucket.key
+            arguments += [key, f"{home} {rate:.17g} {was} {class_of(self._room.rule_key(key))}"]
         return arguments
 
     @property

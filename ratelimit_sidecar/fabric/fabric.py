@@ -24,8 +24,8 @@ from ratelimit_sidecar.fabric.drawing import Drawing
 from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway, MeshOf
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.record import life_of
-from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
-from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, Sharing
+from ratelimit_sidecar.fabric.scripts import PLACES_A_BUCKET, SHARE, FabricKeys
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, SharedRoom, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -56,6 +56,7 @@ class Fabric:
         mesh_of: makes the mesh to other regions, on the store of the region; None where it is never a gateway.
         ledger: of strict limits; None without them.
         strict_us: the clock of its buckets; None where `now_us` never steps.
+        most_shared: buckets at once; see `SharedRoom`.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class Fabric:
         mesh_of: MeshOf | None = None,
         ledger: GrantLedger | None = None,
         strict_us: Callable[[], int] | None = None,
+        most_shared: int = MAX_SHARED,
     ) -> None:
         self.status = FabricStatus()
-        shards = len(keys.shards)
-        self.shards = [Sharing(store, store.origin, MAX_SHARED // shards) for _ in range(shards)]
+        self._room = SharedRoom(most_shared)
+        self.shards = [Sharing(store, store.origin, self._room) for _ in keys.shards]
         self._link = Link(connect)
         self._connections = 0
         """Those of the latest tick; 0 before the first."""
@@ -195,6 +197,10 @@ class Fabric:
             sharing.tell_again()
 
     async def _note_again(self, time_slice: TimeSlice) -> None:
+        if not self._room.is_ample:
+            return
+        if self._again is None and self._room.has_missed:
+            self._room.has_missed, self._again = False, self._store.walk()
         for _ in range(AGAIN_BUCKETS):
             bucket = None if self._again is None else next(self._again, None)
             if bucket is None:
@@ -207,8 +213,7 @@ class Fabric:
         """Returns False when some shards of a Cluster could not be asked."""
         time_slice = TimeSlice()
         await self._note_again(time_slice)
-        for sharing in self.shards:
-            sharing.begin_tick(is_last=is_last)
+        self._room.begin_tick(is_last=is_last)
         failure: Exception | None = None
         while batches := await self._batches(time_slice):
             try:
@@ -226,8 +231,9 @@ class Fabric:
         if failure is not None:
             self._note_failure(failure)
             self._again = self._again or self._store.walk()
-        self.status.buckets = sum(map(len, self.shards))
+        self.status.buckets = self._room.taken
         self.status.unshared = sum(sharing.unshared for sharing in self.shards)
+        self.status.no_room = sum(sharing.no_room for sharing in self.shards)
         return failure is None
 
     def _check_connections(self) -> None:
@@ -261,11 +267,9 @@ class Fabric:
     def _call(self, number: int, asks: Sequence[Ask]) -> Call:
         keys = self._keys.shards[number]
         names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
-        head = keys.of_bucket(b"")[0]
-        return [keys.clock, keys.changed, *names], [
-            secrets.token_hex(8),
-            self._life,
-            head,
+        places = -(-self._store.room.most * PLACES_A_BUCKET // len(self.shards))
+        return [keys.clock, keys.changed, keys.held, *names], [
+            *(secrets.token_hex(8), self._life, keys.head, str(places)),
             *[each.text for each in asks],
         ]
 

@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.purses import RegionalPurses
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
-from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
+from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, PLACES_A_BUCKET, FabricKeys, ShardKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -180,7 +180,7 @@ class Gateway:
                     await self._failed(term.region)
                 if not term.is_meshed and term.can_mesh:
                     await self._start(term)
-                self._tend(term.region.store)
+                self._tend(term.region)
                 await asyncio.sleep(0 if is_more else TICK_SECONDS)
                 for task in term.tasks:
                     if task.done():
@@ -189,7 +189,10 @@ class Gateway:
         finally:
             await self._end(term)
 
-    def _tend(self, store: Store) -> None:
+    def _tend(self, region: Region) -> None:
+        self._status.no_room_at_gateway += region.no_room
+        region.no_room = 0
+        store = region.store
         store.sweep(self._now_us(), SWEPT_BUCKETS * len(self._keys.shards))
         if store.refused_keys:
             if not self._status.gateway_unshared:
@@ -203,7 +206,9 @@ class Gateway:
         if self._ledger is not None:
             purses = RegionalPurses(self._ledger, self._connect, self._keys, self._strict_us)
             origin = purses.origin
-        store = Store(origin, self._limit_of_key, max_buckets=ROOM_OF_SIDECARS * self._store.room.most)
+        room = self._store.room
+        most = ROOM_OF_SIDECARS * room.most
+        store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=room.rule_key)
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if purses is None else purses.of_mesh)
         mesh.read_news(region.note_news)
@@ -295,11 +300,12 @@ class Gateway:
 
     def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
         names = [name for key in told for name in keys.of_bucket(key)]
+        places = -(-self._store.room.most * PLACES_A_BUCKET // len(self._keys.shards))
         arguments: list[bytes | str] = [
-            *(secrets.token_hex(8), str(token), str(shard.since), keys.head, str(MAX_ANSWERED)),
+            *(secrets.token_hex(8), str(token), keys.head, str(places), str(shard.since), str(MAX_ANSWERED)),
             *[text for text, _ in told.values()],
         ]
-        return [keys.clock, keys.changed, keys.fence, *names], arguments
+        return [keys.clock, keys.changed, keys.held, keys.fence, *names], arguments
 
 
 class _CannotListen(Exception):

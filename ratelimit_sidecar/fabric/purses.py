@@ -47,7 +47,10 @@ class RegionalPurses:
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
         """Of the mesh: a member of strict limits has one name, whoever speaks for it."""
         self._limits = ledger
-        self._ledger = RegionalLedger(self._shares, self.origin, self._limit_of_key, max_buckets=ledger.room.most)
+        most, rule_key = ledger.room.most, ledger.room.rule_key
+        self._ledger = RegionalLedger(
+            self._shares, self.origin, self._limit_of_key, max_buckets=most, rule_key=rule_key
+        )
         self.of_mesh = Purses(self._ledger, strict_us)
         self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=regional_needs)
         self._cursors = ["0" for _ in keys.shards]

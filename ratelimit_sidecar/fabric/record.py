@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.journal import is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
-from ratelimit_sidecar.fabric.scripts import MAX_SLOTS
+from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord, read_base
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 
@@ -53,19 +54,27 @@ def counts_of(bucket: Bucket, without: Origin, slots: Iterable[int] | None) -> d
     return sums
 
 
-def ask(bucket: Bucket, own: Mapping[int, int], seen: int, now_us: int) -> bytes:
+def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
+    """The class of the bucket's rule, and how many times the free places it may have; 0 for any number."""
+    rule = rule_key(bucket.key)
+    share = 0 if rule == bucket.key else URGENT_ROOM_SHARE if is_nearly_used_up(bucket) else ROOM_SHARE
+    return f"{class_of(rule)} {share}"
+
+
+def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int) -> bytes:
     """For `SHARE`.
 
     Args:
+        room: from `room_for`.
         own: this sidecar's counts that have changed, by slot.
         seen: the version up to which the others' are known here.
     """
-    return f"{seen} {_state(bucket, now_us)}{_text(own)}".encode()
+    return f"{room} {seen} {_state(bucket, now_us)}{_text(own)}".encode()
 
 
-def elsewhere(bucket: Bucket, counts: Mapping[int, int], now_us: int) -> bytes:
+def elsewhere(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
     """For `GATEWAY`: what other regions took."""
-    return f"{_state(bucket, now_us)}{_text(counts)}".encode()
+    return f"{room} {_state(bucket, now_us)}{_text(counts)}".encode()
 
 
 def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
@@ -95,8 +104,8 @@ def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
 
 
 def _state(bucket: Bucket, now_us: int) -> str:
-    """How long the bucket has to be kept, in milliseconds; for how long its slots count, in microseconds; the time; and
-    its base."""
+    """How long the bucket is to be kept, in milliseconds; in how many seconds it is full; for how long its slots count,
+    in microseconds; the time; and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
     base = "0 0 0 0"
@@ -107,7 +116,9 @@ def _state(bucket: Bucket, now_us: int) -> str:
         base = f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
     else:
         span_us = _KEPT_WIDTHS[limit.window] << limit.exponent
-    return f"{(bucket.full_in_us + span_us + MAX_AHEAD_US) // 1_000} {span_us} {now_us} {base}"
+    full_in_us = bucket.full_in_us
+    kept_ms = (full_in_us + span_us + MAX_AHEAD_US) // 1_000
+    return f"{kept_ms} {-(-full_in_us // 1_000_000)} {span_us} {now_us} {base}"
 
 
 def _text(counts: Mapping[int, int]) -> str:

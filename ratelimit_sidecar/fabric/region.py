@@ -16,7 +16,7 @@ from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read
+from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read, room_for
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import is_of_server
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -106,6 +106,8 @@ class Region:
         self.shards = [Shard() for _ in keys.shards]
         self.odd = 0
         """Buckets of the fabric that could not be read or written."""
+        self.no_room = 0
+        """Answers that there was no room in Redis for news."""
         self._keys = keys
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be told again."""
@@ -154,7 +156,7 @@ class Region:
             if bucket is not None:
                 counts = counts_of(bucket, self.origin, slots)
                 if counts:
-                    told[key] = elsewhere(bucket, counts, now_us), slots
+                    told[key] = elsewhere(bucket, room_for(bucket, self.store.room.rule_key), counts, now_us), slots
             await time_slice.rest_when_due()
         return told
 
@@ -189,6 +191,7 @@ class Region:
                 # Nothing was missed: it is asked again from the same version on.
                 raise exceptions.ResponseError(failure)
         self.odd += len(failures)
+        self.no_room += heard.count(b"-")
         if not shard.check(epoch, version):
             self.tell_again()
             until = 0

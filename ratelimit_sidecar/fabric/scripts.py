@@ -5,7 +5,9 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
 
     clock        epoch     drawn when there was none; another one means that the server lost its data
                  version   one more at each call
+                 places    of all buckets here; `r{CLASS}` those of the rules of a class
     changed      the buckets that a sidecar here raised, with the version of the latest time
+    held         all buckets here, as `CLASS:KEY`: the second at which each is full again, and as a fraction its places
     lease        who the gateway is; in the first shard
     fence        the highest token of a gateway that called
     strict       the accounts of strict limits: `accounts.py`; so is `short`
@@ -23,6 +25,10 @@ A slot is dropped once it is older than the longest span for which anybody who w
 does not matter if some of them still have another limit. `keep` has
 that span, until when it holds, and the number of slots at which old ones are looked for.
 
+**Room.** Anybody can invent keys, so buckets and their slots have places, of which there are so many. As in
+`crdt.room`, the buckets of one class of rules have no more than a multiple of those that are free. Once half of all are
+taken, buckets that are full again make room for others, instead of being kept for late news.
+
 A bucket that cannot be read costs that bucket only: its answer is `!` and the error.
 """
 
@@ -36,32 +42,107 @@ VERSION: Final = 1
 MAX_SLOTS: Final = 1_024
 """Of one bucket; of more, as when limits of a second and of a month run side by side, the oldest are dropped."""
 
+PLACE_BYTES: Final = 128
+"""Of a bucket with one slot, and of each further one, about."""
+
+PLACES_A_BUCKET: Final = 8
+"""There are so many places for each of `max_buckets`: a region needs 1 KiB of Redis for each of them."""
+
+ROOM_CLASSES: Final = 1_024
+"""Rules are divided into so many, by their hash. Those of one class share their room."""
+
+ROOM_SHARE: Final = 4
+URGENT_ROOM_SHARE: Final = 8
+"""A class of rules gets no further place once it has as many times those that are free: alone it gets 4/5 of all. For
+buckets that are nearly used up there is more, 8/9. A bucket of which no caller chose the key always gets room."""
+
+FULL_FOR_S: Final = 20
+"""A bucket makes room for others when it has been full for so long. What is told later than that is not told in time
+anyway (`MIN_HORIZON_US`, and as much for clocks)."""
+
 _COMMON: Final = (
     f"""
 local MAX_SLOTS = {MAX_SLOTS}
 local MAX_PACKED = 65536
+local PLACE, COUNT_BYTES, MAX_PLACES, FULL_FOR = {PLACE_BYTES}, 15, 4095, {FULL_FOR_S}
 """
     + """
+local clock, changed, held, head, most = KEYS[1], KEYS[2], KEYS[3], ARGV[3], tonumber(ARGV[4])
 
-local function begin(clock, changed, drawn)
-  local epoch = redis.call('HGET', clock, 'epoch')
-  if not epoch or not redis.call('ZSCORE', changed, '@') then
-    epoch = drawn
-    redis.call('DEL', changed)
+local function number(value)
+  return string.format('%.0f', value)
+end
+
+local function server_now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+local now_here = server_now()
+local epoch, version, taken
+
+local function begin()
+  epoch = redis.call('HGET', clock, 'epoch')
+  if not epoch or not redis.call('ZSCORE', changed, '@') or not redis.call('ZSCORE', held, '@') then
+    epoch = ARGV[1]
+    redis.call('DEL', clock, changed, held)
     redis.call('HSET', clock, 'epoch', epoch)
     redis.call('ZADD', changed, 0, '@')
+    redis.call('ZADD', held, 'inf', '@')
   end
-  return epoch, redis.call('HINCRBY', clock, 'version', 1)
+  version = redis.call('HINCRBY', clock, 'version', 1)
+  taken = tonumber(redis.call('HGET', clock, 'places') or '0')
+end
+
+local function take(class, places)
+  taken = redis.call('HINCRBY', clock, 'places', number(places))
+  redis.call('HINCRBY', clock, 'r' .. class, number(places))
+end
+
+local function has_room(class, share)
+  -- Of less than half nobody has as much.
+  if share == 0 or taken < most / 2 then return true end
+  return tonumber(redis.call('HGET', clock, 'r' .. class) or '0') < share * (most - taken)
+end
+
+local function drop(member, score)
+  local at = string.find(member, ':', 1, true)
+  local name = string.sub(member, at + 1)
+  redis.call('DEL', head .. 'b:' .. name, head .. 'i:' .. name)
+  redis.call('ZREM', changed, name)
+  redis.call('ZREM', held, member)
+  take(string.sub(member, 1, at - 1), -(tonumber(score) % 1) * (MAX_PLACES + 1))
+end
+
+local function make_room(count)
+  if taken < most / 2 then return end
+  local found = redis.call('ZRANGEBYSCORE', held, '-inf', number(now_here / 1000000), 'WITHSCORES', 'LIMIT', 0, count)
+  for i = 1, #found, 2 do drop(found[i], found[i + 1]) end
+end
+
+local function hold(key, index, name, class, full, is_written)
+  -- Until when the bucket stays at least, and the places it takes.
+  local member = class .. ':' .. name
+  local known = tonumber(redis.call('ZSCORE', held, member) or '0')
+  local had = (known % 1) * (MAX_PLACES + 1)
+  local places = had
+  if is_written or had == 0 then
+    local fields, slots = redis.call('HLEN', key), redis.call('ZCARD', index)
+    -- As if each sidecar that has counts in it had some in each slot.
+    local bytes = (fields + 1) * PLACE + 5 * #name + (fields - slots) * slots * COUNT_BYTES
+    places = math.min(math.ceil(bytes / PLACE), MAX_PLACES)
+  end
+  if places ~= had then take(class, places - had) end
+  local due, was_due = math.floor(now_here / 1000000) + full + FULL_FOR, math.floor(known)
+  if places ~= had or due > was_due or due < was_due - FULL_FOR then
+    redis.call('ZADD', held, string.format('%.17g', due + places / (MAX_PLACES + 1)), member)
+  end
 end
 
 local function words_of(text)
   local words = {}
   for word in string.gmatch(text, '%S+') do words[#words + 1] = word end
   return words
-end
-
-local function number(value)
-  return string.format('%.0f', value)
 end
 
 local function is_refund(slot)
@@ -78,14 +159,14 @@ local function sums_of(key, slot)
   return sums_in(redis.call('HGET', key, 's' .. slot))
 end
 
-local function life_of(epoch, id, index)
+local function life_of(id, index)
   -- How long it lives on, in milliseconds; nil when it is absent. Both keys have to be there.
   if not id or string.sub(id, 1, #epoch + 1) ~= epoch .. ':' then return end
   local life = redis.call('PTTL', index)
   return life ~= -2 and life or nil
 end
 
-local function create(key, index, epoch, version)
+local function create(key, index)
   redis.call('DEL', key, index)
   local id = epoch .. ':' .. number(version)
   redis.call('HSET', key, 'id', id)
@@ -162,27 +243,24 @@ end
 local function error_of(failure)
   return '!' .. string.sub(type(failure) == 'table' and failure.err or tostring(failure), 1, 200)
 end
-
-local function server_now()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
 """
 )
 
 SHARE: Final = (
     _COMMON
     + """
-local epoch, version = begin(KEYS[1], KEYS[2], ARGV[1])
-local field, now_here = 'o' .. ARGV[2], server_now()
+begin()
+local field = 'o' .. ARGV[2]
+local FIRST = 12
 
 local function share(key, index, name, told)
   local asked = words_of(told)
-  local seen, ttl, is_window = asked[1], tonumber(asked[2]), asked[7] == '0'
+  local class, room, seen, ttl, full = asked[1], tonumber(asked[2]), asked[3], tonumber(asked[4]), tonumber(asked[5])
+  local is_window = asked[10] == '0'
   local wanted = {'id', 'base', 'keep', field}
-  for at = 9, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
+  for at = FIRST, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
   local found = redis.call('HMGET', key, unpack(wanted))
-  local life = life_of(epoch, found[1], index)
+  local life = life_of(found[1], index)
   if not life then found, seen = {}, '0' end
   local id, base, keep_text, packed = found[1], found[2], found[3], found[4]
   local own = {}
@@ -190,22 +268,29 @@ local function share(key, index, name, told)
     if #packed > MAX_PACKED then error('a field that is too long') end
     own = cmsgpack.unpack(packed)
   end
-  local joined = not is_window and joined_base(base, tonumber(asked[5]), tonumber(asked[6]), asked[7], asked[8])
-  if not id and (joined or #asked > 8) then id, life = create(key, index, epoch, version), -1 end
+  local joined = not is_window and joined_base(base, tonumber(asked[8]), tonumber(asked[9]), asked[10], asked[11])
+  local may_grow = has_room(class, room)
+  if not id and (joined or #asked >= FIRST) then
+    if not may_grow then return '-;;' end
+    id, life = create(key, index), -1
+  end
   if joined and joined ~= base then
     redis.call('HSET', key, 'base', joined)
     base = joined
   end
-  local sums = {}
-  if #asked > 8 then
+  local sums, is_written, mark = {}, false, ''
+  if #asked >= FIRST then
     local fields, news = {}, {}
-    local now = math.min(now_here, tonumber(asked[4]))
-    local oldest, keep = dropping(key, keep_text, tonumber(asked[3]), now)
-    for at = 9, #asked, 2 do
+    local now = math.min(now_here, tonumber(asked[7]))
+    local oldest, keep = dropping(key, keep_text, tonumber(asked[6]), now)
+    for at = FIRST, #asked, 2 do
       local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
-      local here, elsewhere = sums_in(found[(at - 9) / 2 + 5])
+      local here, elsewhere = sums_in(found[(at - FIRST) / 2 + 5])
       local before = here and own[slot] or 0
-      if count > before and slot >= oldest then
+      local is_news = count > before and slot >= oldest
+      if is_news and not (here or may_grow) then
+        mark = '-'
+      elseif is_news then
         here, elsewhere = here or 0, elsewhere or 0
         here = is_window and is_refund(slot) and math.max(here, count) or here + count - before
         own[slot] = count
@@ -229,7 +314,8 @@ local function share(key, index, name, told)
       end
       fields[#fields + 1] = field
       fields[#fields + 1] = cmsgpack.pack(own)
-      redis.call('ZADD', KEYS[2], version, name)
+      is_written = true
+      redis.call('ZADD', changed, version, name)
       write(key, index, fields, news, keep_text, keep, oldest)
     end
   end
@@ -248,50 +334,62 @@ local function share(key, index, name, told)
       end
     end
   end
-  return id .. ';' .. (base or '') .. ';' .. table.concat(others, ' ')
+  if #others > 0 then
+    -- The sidecar does not know of these yet: full after both.
+    local due = math.floor(tonumber(redis.call('ZSCORE', held, class .. ':' .. name) or '0'))
+    full = full + math.max(0, due - FULL_FOR - math.floor(now_here / 1000000))
+  end
+  hold(key, index, name, class, math.min(full, math.ceil(ttl / 1000)), is_written)
+  return mark .. id .. ';' .. (base or '') .. ';' .. table.concat(others, ' ')
 end
 
 local answers = {epoch, version}
-local head = #ARGV[3]
-for i = 4, #ARGV do
-  local key, index = KEYS[2 * i - 5], KEYS[2 * i - 4]
-  local is_done, answer = pcall(share, key, index, string.sub(key, head + 1), ARGV[i])
+make_room(2 * #ARGV)
+for i = 5, #ARGV do
+  local key, index = KEYS[2 * i - 6], KEYS[2 * i - 5]
+  local is_done, answer = pcall(share, key, index, string.sub(key, #head + 3), ARGV[i])
   answers[#answers + 1] = is_done and answer or error_of(answer)
 end
 return answers
 """
 )
-"""KEYS: clock, changed, and two of each bucket. ARGV: an epoch if there is none, the name of this life, the common head
-of the buckets' names, `record.ask` for each. Answers the epoch, the version, and for each
-`id;base;slot count slot count`."""
+"""KEYS: clock, changed, held, and two of each bucket. ARGV: an epoch if there is none, the name of this life, the head
+of all names, how many places there are, `record.ask` for each. Answers the epoch, the version, and for each
+`id;base;slot count slot count`, after `-` when there was no room for some of it."""
 
 GATEWAY: Final = (
     _COMMON
     + """
-local fence = tonumber(redis.call('GET', KEYS[3]) or '0')
+local fence = tonumber(redis.call('GET', KEYS[4]) or '0')
 local token = tonumber(ARGV[2])
 if token < fence then return redis.error_reply('FENCED another gateway has the lease') end
-if token > fence then redis.call('SET', KEYS[3], ARGV[2]) end
-local epoch, version = begin(KEYS[1], KEYS[2], ARGV[1])
-local since, prefix, most, now_here = ARGV[3], ARGV[4], tonumber(ARGV[5]), server_now()
+if token > fence then redis.call('SET', KEYS[4], ARGV[2]) end
+begin()
+local since, most_answered = ARGV[5], tonumber(ARGV[6])
+local FIRST = 11
 
-local function hear(key, index, text)
+local function hear(key, index, name, text)
   local told = words_of(text)
+  local class, room, ttl = told[1], tonumber(told[2]), tonumber(told[3])
   local found = redis.call('HMGET', key, 'id', 'base', 'keep')
   local id, base, keep_text = found[1], found[2], found[3]
-  local life = life_of(epoch, id, index)
+  local life, may_grow, answer = life_of(id, index), has_room(class, room), ''
   if not life then
-    create(key, index, epoch, version)
+    if not may_grow then return '-' end
+    create(key, index)
     life, base, keep_text = -1, false, false
   end
-  local joined = told[6] ~= '0' and joined_base(base, tonumber(told[4]), tonumber(told[5]), told[6], told[7])
+  local joined = told[9] ~= '0' and joined_base(base, tonumber(told[7]), tonumber(told[8]), told[9], told[10])
   if joined and joined ~= base then redis.call('HSET', key, 'base', joined) end
-  local oldest, keep = dropping(key, keep_text, tonumber(told[2]), math.min(now_here, tonumber(told[3])))
+  local oldest, keep = dropping(key, keep_text, tonumber(told[5]), math.min(now_here, tonumber(told[6])))
   local fields, news = {}, {}
-  for at = 8, #told, 2 do
+  for at = FIRST, #told, 2 do
     local here, elsewhere = sums_of(key, told[at])
     local count, slot = tonumber(told[at + 1]), tonumber(told[at])
-    if count > (elsewhere or 0) and slot >= oldest then
+    local is_news = count > (elsewhere or 0) and slot >= oldest
+    if is_news and not (here or may_grow) then
+      answer = '-'
+    elseif is_news then
       fields[#fields + 1] = 's' .. told[at]
       fields[#fields + 1] = number(here or 0) .. ' ' .. number(count)
       news[#news + 1] = version
@@ -299,16 +397,17 @@ local function hear(key, index, text)
     end
   end
   if #news > 0 then write(key, index, fields, news, keep_text, keep, oldest) end
-  live_on(key, index, life, tonumber(told[1]))
-  return 1
+  live_on(key, index, life, ttl)
+  hold(key, index, name, class, math.min(tonumber(told[4]), math.ceil(ttl / 1000)), #news > 0)
+  return answer
 end
 
 local function read(name)
-  local key, index = prefix .. 'b:' .. name, prefix .. 'i:' .. name
+  local key, index = head .. 'b:' .. name, head .. 'i:' .. name
   local found = redis.call('HMGET', key, 'id', 'base')
-  if not life_of(epoch, found[1], index) then
+  if not life_of(found[1], index) then
     -- It has expired.
-    redis.call('ZREM', KEYS[2], name)
+    redis.call('ZREM', changed, name)
     return ''
   end
   local sums = {}
@@ -323,18 +422,21 @@ local function read(name)
 end
 
 local heard = {}
-for i = 6, #ARGV do
-  local is_done, failure = pcall(hear, KEYS[2 * i - 8], KEYS[2 * i - 7], ARGV[i])
-  heard[#heard + 1] = is_done and '' or error_of(failure)
+make_room(2 * #ARGV)
+for i = 7, #ARGV do
+  local key = KEYS[2 * i - 9]
+  local is_done, answer = pcall(hear, key, KEYS[2 * i - 8], string.sub(key, #head + 3), ARGV[i])
+  heard[#heard + 1] = is_done and answer or error_of(answer)
 end
-local found = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. since, number(version), 'WITHSCORES', 'LIMIT', 0, most)
+local found =
+  redis.call('ZRANGEBYSCORE', changed, '(' .. since, number(version), 'WITHSCORES', 'LIMIT', 0, most_answered)
 local until_version, count = version, #found / 2
-if count == most then
+if count == most_answered then
   -- Those that one call raised stay together: it raises fewer than these.
   until_version = tonumber(found[#found]) - 1
   while count > 0 and tonumber(found[2 * count]) > until_version do count = count - 1 end
   -- None of ours: nobody waits for the rest.
-  if count == 0 then until_version, count = math.ceil(until_version + 1), most end
+  if count == 0 then until_version, count = math.ceil(until_version + 1), most_answered end
 end
 local answers = {epoch, number(until_version), version, heard}
 for i = 1, count do
@@ -345,18 +447,21 @@ for i = 1, count do
   end
 end
 for _ = 1, 8 do
-  -- What has expired is left out of the index now and then.
-  local name = redis.call('ZRANDMEMBER', KEYS[2])
-  local is_there = not name or name == '@' or redis.call('EXISTS', prefix .. 'b:' .. name) == 1
-  if not is_there then redis.call('ZREM', KEYS[2], name) end
+  -- What has expired gives its places back now and then.
+  local member = redis.call('ZRANDMEMBER', held)
+  local at = string.find(member, ':', 1, true)
+  if at and redis.call('EXISTS', head .. 'b:' .. string.sub(member, at + 1)) == 0 then
+    drop(member, redis.call('ZSCORE', held, member))
+  end
 end
 return answers
 """
 )
-"""KEYS: clock, changed, fence, and two of each bucket that is told. ARGV: an epoch if there is none, the token, the
-version after which it asks, the head of all names, how many buckets it takes at most, `record.elsewhere` for each that
-is told. Answers the epoch, the version up to which this is all, the version, for each that was told '' or `!` and the
-error, and then names with `base;slot count slot count`."""
+"""KEYS: clock, changed, held, fence, and two of each bucket that is told. ARGV: an epoch if there is none, the token,
+the head of all names, how many places there are, the version after which it asks, how many buckets it takes at most,
+`record.elsewhere` for each that is told. Answers the epoch, the version up to which this is all, the version, for each
+that was told '', `-` when there was no room for some of it, or `!` and the error, and then names with
+`base;slot count slot count`."""
 
 LEASE: Final = """
 local holder, token = string.match(redis.call('GET', KEYS[1]) or '', '^(.*) (%d+)$')
@@ -381,6 +486,15 @@ return 0
 """KEYS: lease. ARGV: the holder, a space and the token."""
 
 
+def class_of(rule: bytes) -> int:
+    """The class of rules that share room.
+
+    Args:
+        rule: from `Room.rule_key`.
+    """
+    return crc32(rule) % ROOM_CLASSES
+
+
 class ShardKeys:
     """The names of one shard."""
 
@@ -388,6 +502,7 @@ class ShardKeys:
         self.head: Final = f"{prefix}:fabric{VERSION}:{{{tag}}}:".encode()
         self.clock: Final = self.head + b"clock"
         self.changed: Final = self.head + b"changed"
+        self.held: Final = self.head + b"held"
         self.lease: Final = self.head + b"lease"
         self.fence: Final = self.head + b"fence"
         self.of_accounts: Final = (self.head + b"strict", self.head + b"short")

@@ -1,10 +1,11 @@
-"""Which buckets of one shard a sidecar shares, what it tells of them and what it hears. No I/O.
+"""Which buckets a sidecar shares, shard by shard, what it tells of them and what it hears. No I/O.
 
 A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
 about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
 A tick asks about so many only, of more in turn. Buckets that are nearly used up are asked about first, and get room
-before others: so whoever invents keys keeps nobody's limit from being shared.
+before others: so whoever invents keys keeps nobody's limit from being shared. Room and turns are of all shards
+together, since callers can choose keys of one shard.
 
 All work is cut into batches, so that no tick has the loop to itself for long.
 """
@@ -21,7 +22,7 @@ from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read
+from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read, room_for
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
@@ -49,8 +50,12 @@ of Redis, and a bucket that gets nearly used up does not wait for a longer one."
 RESTING_PART: Final = 4
 """Resting ones are at most one in so many of the buckets that a tick asks about."""
 
+AMPLE_SHARE: Final = 0.85
+"""What found no room is told once fewer than this are busy."""
+
 LOOKED_AT: Final = 8
-"""Busy buckets, the ones not asked about for longest, of which the one of which least is taken has to make room."""
+"""Busy buckets of the shard with the most, the ones not asked about for longest. The one of which least is taken makes
+room."""
 
 MAX_WAITING_SLOTS: Final = 64
 """Of one bucket; of more all own ones are told."""
@@ -74,6 +79,7 @@ class _Shared:
         id: of the bucket in Redis; another one means that it was lost there.
         waiting: own slots to be told.
         is_urgent: it is in the queue of those that are nearly used up.
+        is_refused: Redis had no room for all of it, which is told again.
     """
 
     bucket: Bucket
@@ -83,6 +89,7 @@ class _Shared:
     id: bytes = b""
     waiting: list[int] = field(default_factory=list)
     is_urgent: bool = False
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +102,68 @@ class Ask:
     text: bytes
 
 
-class Sharing:
-    """One sidecar's part.
+class SharedRoom:
+    """How many buckets a sidecar shares at once, of all shards, and how many of each a tick asks about.
 
     Args:
-        origin: this life's, whose name the counts have in Redis.
         most: buckets at once.
     """
 
-    def __init__(self, store: Store, origin: Origin, most: int = MAX_SHARED) -> None:
+    def __init__(self, most: int = MAX_SHARED) -> None:
+        self.most: Final = most
+        self.taken = 0
+        self.has_missed = False
+        """Something found no room, or made some, and was not told."""
+        self._shards: list[Sharing] = []
+
+    def add(self, shard: Sharing) -> None:
+        self._shards.append(shard)
+
+    @property
+    def is_ample(self) -> bool:
+        """True when further buckets find room without another one of use having to go."""
+        return sum([shard.busy for shard in self._shards]) < self.most * AMPLE_SHARE
+
+    def make(self, bucket: Bucket, *, is_urgent: bool) -> bool:
+        """Have room for one more bucket; returns False when the others are of more use. O(shards)."""
+        if self.taken < self.most:
+            return True
+        longest = max(self._shards, key=_resting_of)
+        if longest.resting:
+            longest.forget_resting()
+            return True
+        self.has_missed = True
+        return max(self._shards, key=_busy_of).push_out(bucket, is_urgent=is_urgent)
+
+    def begin_tick(self, *, is_last: bool = False) -> None:
+        """Begin to ask.
+
+        Args:
+            is_last: of this sidecar, which asks about all that are busy.
+        """
+        busy = max(sum([shard.busy for shard in self._shards]), 1)
+        tick_buckets = max(self.most // TICKS_OF_ALL, BATCH_BUCKETS)
+        for shard in self._shards:
+            part = tick_buckets * shard.busy // busy
+            shard.begin_tick(self.most if is_last else max(part, BATCH_BUCKETS))
+
+
+class Sharing:
+    """One sidecar's part in one shard.
+
+    Args:
+        origin: this life's, whose name the counts have in Redis.
+        room: of all shards.
+    """
+
+    def __init__(self, store: Store, origin: Origin, room: SharedRoom) -> None:
         self._store = store
         self._origin = origin
-        self._most = most
+        self._room = room
+        room.add(self)
         self._busy = OrderedDict[bytes, _Shared]()
         self._resting = OrderedDict[bytes, _Shared]()
         self._urgent = UrgentBuckets()
-        self._tick_buckets = max(most // TICKS_OF_ALL, BATCH_BUCKETS)
         self._left: tuple[int, int] = (0, 0)
         """Busy and resting ones that this tick still has to ask about."""
         self._is_behind = False
@@ -120,9 +173,19 @@ class Sharing:
         self._version = 0
         self.unshared = 0
         """Changes of buckets for which there was no room."""
+        self.no_room = 0
+        """Answers that there was no room in Redis."""
 
     def __len__(self) -> int:
         return len(self._busy) + len(self._resting)
+
+    @property
+    def busy(self) -> int:
+        return len(self._busy)
+
+    @property
+    def resting(self) -> int:
+        return len(self._resting)
 
     def note(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
         """Keep in mind that own slots of this bucket changed."""
@@ -134,27 +197,30 @@ class Sharing:
         if shared is None:
             shared = self._resting.pop(key, None)
             if shared is None:
-                if len(key) > MAX_KEY_BYTES or not self._makes_room(bucket, is_urgent=is_urgent):
+                if len(key) > MAX_KEY_BYTES or not self._room.make(bucket, is_urgent=is_urgent):
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
+                self._room.taken += 1
                 young_objects.note(_OBJECTS)
             self._busy[key] = shared
         shared.used_us = now_us
         shared.is_urgent = is_urgent
         _wait(shared, slots)
 
-    def _makes_room(self, bucket: Bucket, *, is_urgent: bool) -> bool:
-        if len(self) < self._most:
-            return True
-        if self._resting:
-            self._resting.popitem(last=False)
-            return True
+    def forget_resting(self) -> None:
+        """Forget the bucket that rests the longest. There must be one."""
+        self._resting.popitem(last=False)
+        self._room.taken -= 1
+
+    def push_out(self, bucket: Bucket, *, is_urgent: bool) -> bool:
+        """Forget a busy bucket of less use than this one; returns False when there is none. One must be busy."""
         looked_at = islice(self._busy.items(), LOOKED_AT)
         _, part, key = max((not shared.is_urgent, _part_left(shared.bucket), key) for key, shared in looked_at)
         if not is_urgent and part <= _part_left(bucket):
             return False
         del self._busy[key]
+        self._room.taken -= 1
         self.unshared += 1
         return True
 
@@ -175,13 +241,8 @@ class Sharing:
         self._era += 1
         self._version = 0
 
-    def begin_tick(self, *, is_last: bool = False) -> None:
-        """Begin to ask.
-
-        Args:
-            is_last: of this sidecar, which asks about all that are busy.
-        """
-        most = self._most if is_last else self._tick_buckets
+    def begin_tick(self, most: int) -> None:
+        """Begin to ask about so many busy buckets."""
         self._is_behind = len(self._busy) > most
         resting = -(-len(self._resting) // RESTING_TICKS)
         self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
@@ -221,12 +282,14 @@ class Sharing:
         if bucket is None:
             # It was full, and dropped.
             self._busy.pop(key, None)
+            self._room.taken -= 1
             return None
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
         if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
             self._busy.pop(key, None)
+            self._room.taken -= 1
             return None
         shared.is_urgent = False
         # While there is much to tell, who was told makes way. With its next change it is busy again.
@@ -239,8 +302,11 @@ class Sharing:
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
+        if shared.is_refused:
+            shared.is_refused, shared.waiting = False, _ALL
         told, shared.waiting = shared.waiting, []
-        return Ask(bucket, shared, told, ask(bucket, self._own(bucket, told), shared.seen, now_us))
+        room = room_for(bucket, self._store.room.rule_key)
+        return Ask(bucket, shared, told, ask(bucket, room, self._own(bucket, told), shared.seen, now_us))
 
     def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
         if slots is not _ALL and self._store.origin is self._origin:
@@ -271,7 +337,8 @@ class Sharing:
             BadRecord: the answer is none. The bucket is told again at its next turn.
         """
         shared, bucket = ask.shared, ask.bucket
-        identity, _, rest = text.partition(b";")
+        is_refused = text.startswith(b"-")
+        identity, _, rest = text[is_refused:].partition(b";")
         is_lost = bool(shared.id) and identity != shared.id
         shared.id = identity
         try:
@@ -281,6 +348,8 @@ class Sharing:
         except BadRecord:
             self.refused(ask)
             raise
+        self.no_room += is_refused
+        shared.is_refused = is_refused
         if is_lost:
             shared.era = -1
         else:
@@ -294,6 +363,14 @@ class Sharing:
         """No answer has come: all of it is told again."""
         for each in asks:
             _wait(each.shared, each.told)
+
+
+def _busy_of(shard: Sharing) -> int:
+    return shard.busy
+
+
+def _resting_of(shard: Sharing) -> int:
+    return shard.resting
 
 
 def _part_left(bucket: Bucket) -> float:

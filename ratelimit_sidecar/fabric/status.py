@@ -14,6 +14,7 @@ class FabricStatus:
         failed: ticks that were not.
         buckets: that are shared.
         unshared: changes of buckets for which there was no room among the shared ones.
+        no_room, no_room_at_gateway: answers that Redis may hold nothing more of a bucket, since its rule has too many.
         gateway_unshared: how often the gateway had no room for a bucket, so that other regions did not hear of it, or
             this region of what they took.
         odd, odd_at_gateway: answers about a bucket that cannot be shared: what Redis has there is no bucket.
@@ -33,6 +34,8 @@ class FabricStatus:
     odd: int = 0
     odd_at_gateway: int = 0
     gateway_unshared: int = 0
+    no_room: int = 0
+    no_room_at_gateway: int = 0
     last_us: int | None = None
     degraded_reason: str = ""
     token: int = 0

@@ -232,8 +232,6 @@ class RedisState:
 
     def _failed(self, error: Exception) -> None:
         self.status.failed += 1
-        # Nobody knows what the server has when it is back.
-        self._again = self._store.walk()
         degraded_reason = reason_of(error)
         if degraded_reason != self.status.degraded_reason:
             self.status.degraded_reason = degraded_reason

@@ -78,6 +78,7 @@ class Connections:
         peer.region = who.region
         peer.version = who.version
         peer.protocol = who.protocol
+        peer.is_gateway = who.is_gateway
         if link.is_dialled or not peer.is_configured:
             peer.address = link.address
         if link.is_dialled and not peer.is_configured:

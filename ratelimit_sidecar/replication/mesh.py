@@ -56,6 +56,7 @@ class Mesh:
         peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
         listen: `host:port`; None to dial only. Port 0 takes a free one.
         purses: None when no limit is strict.
+        is_gateway: it speaks for the sidecars of its region.
         certificate: None for a mesh in plain text.
         supervisor: of the tasks that run for as long as the mesh does.
         max_connections: inbound, at once; further ones are closed.
@@ -74,6 +75,7 @@ class Mesh:
         listen: str | None = None,
         tracer: BatchTracer | None = None,
         purses: Purses | None = None,
+        is_gateway: bool = False,
         demands: Demands | None = None,
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
@@ -85,7 +87,7 @@ class Mesh:
         self._steady_us = now_us if steady_us is None else steady_us
         self._purses = purses
         membership = None if purses is None else purses.membership
-        local = Local(origin, region, version, membership)
+        local = Local(origin, region, version, membership, is_gateway)
         self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
@@ -154,12 +156,21 @@ class Mesh:
         return None if self._purses is None else self._purses.status()
 
     def status(self) -> list[PeerStatus]:
-        """Every peer known by name, then every address that has led to nobody yet and name that is not resolved."""
+        """Every peer known by name, then every address that has led to nobody yet and name that is not resolved.
+
+        A region that has a gateway is that one: neither those before it are shown, nor the addresses beside it that may
+        be of sidecars which could follow it.
+        """
         now_us, targets = self._now_us(), self._dialler.targets
-        peers = [peer.status(now_us, self._replicator.rules) for peer in self._replicator.peers.values()]
+        gateways = self._replicator.gateways()
+        peers = [
+            peer.status(now_us, self._replicator.rules)
+            for peer in self._replicator.peers.values()
+            if peer.streams or not peer.is_gateway or peer.region not in gateways.values()
+        ]
         since_us = self._replicator.connections.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
-        return peers + targets.statuses(lag_seconds)
+        return peers + targets.statuses(lag_seconds, gateways)
 
     async def start(self) -> None:
         """Bind the listener, if there is one; peers can connect from here on.

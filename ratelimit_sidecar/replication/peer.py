@@ -103,6 +103,8 @@ class Peer:
         self.incarnation = 0
         self.version = ""
         self.protocol = 0
+        self.is_gateway = False
+        """It speaks for its region; another node may follow it."""
         self.is_configured = False
         """True once a configured address has led to it."""
         self.streams: list[Link] = []

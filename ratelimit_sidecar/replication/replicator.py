@@ -253,6 +253,10 @@ class Replicator:
         for peer in self.peers.values():
             yield from peer.streams
 
+    def gateways(self) -> dict[str, str]:
+        """The regions that connected peers speak for, by the peer's node id."""
+        return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
+
     def _ask(self, purses: Purses) -> None:
         outboxes = {
             peer.node: outbox

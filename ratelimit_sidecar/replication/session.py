@@ -70,12 +70,14 @@ class Local:
     Args:
         version: of the software, for people.
         membership: who shares strict limits; None without them.
+        is_gateway: it speaks for the sidecars of its region (`ratelimit_sidecar.fabric`).
     """
 
     origin: Origin
     region: str
     version: str
     membership: Shown | None = None
+    is_gateway: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Established:
     version: str
     protocol: int
     membership: Shown | None
+    is_gateway: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +332,7 @@ class Session:
             region=local.region,
             incarnation=local.origin.incarnation,
             version=local.version,
+            gateway=local.is_gateway,
         )
         if local.membership is not None:
             hello.membership.CopyFrom(write_membership(local.membership))
@@ -367,7 +371,8 @@ class Session:
         self._acks.may_ride = hello.protocol >= RIDING_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
-        return Established(peer, hello.region, hello.version[:MAX_DETAIL_CHARS], protocol, membership)
+        version = hello.version[:MAX_DETAIL_CHARS]
+        return Established(peer, hello.region, version, protocol, membership, hello.gateway)
 
     def _receive_deltas(self, deltas: pb.Deltas) -> DeltasReceived:
         if deltas.sequence != self._received + 1:

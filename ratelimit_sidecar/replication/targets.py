@@ -11,7 +11,7 @@ Everything that affects a target is in this file. Times are microseconds of this
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -141,12 +141,18 @@ class Targets:
             other.is_joined and other.node == target.node for other in self if other is not target
         )
 
-    def statuses(self, lag_seconds: float) -> list[PeerStatus]:
+    def statuses(self, lag_seconds: float, gateways: Container[str] = ()) -> list[PeerStatus]:
         """The statuses of addresses that have led to nobody yet, and of names that are not resolved.
 
         Args:
             lag_seconds: of a peer that was never reached.
+            gateways: connected nodes that speak for their region. A name that leads to one has addresses of others,
+                which do not listen; they are left out.
         """
+        led = {target.address for target in self if target.node in gateways}
+        spoken_for = {
+            address for name in self.names if not led.isdisjoint(name.addresses) for address in name.addresses
+        }
         unreached = [
             PeerStatus(
                 address=target.address,
@@ -155,6 +161,7 @@ class Targets:
                 protocol_errors=target.protocol_errors,
             )
             for target in self.unreached()
+            if target.address not in spoken_for
         ]
         unresolved = [
             PeerStatus(address=name.configured, lag_seconds=lag_seconds, last_error=name.error)

@@ -120,7 +120,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
-        self._calls.told[self._stand_in_line] = None
+        self._calls.told.add(self._stand_in_line)
         young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -138,8 +138,6 @@ class GrpcProtocol:
         else:
             started_ns = _perf_counter_ns()
             self._take(data)
-            # When all have to wait, those that were read longest ago have their turn first.
-            self._calls.told.move_to_end(self._stand_in_line)
             self._turns.note(self._calls, _perf_counter_ns() - started_ns + READ_NS)
 
     def _take(self, data: bytes) -> None:
@@ -185,7 +183,7 @@ class GrpcProtocol:
         self._connection.closed = True
         self._cancel_all()
         self._connection.release()
-        self._calls.told.pop(self._stand_in_line, None)
+        self._calls.told.discard(self._stand_in_line)
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()

@@ -150,6 +150,8 @@ class _Gate(asyncio.Protocol):
             transport.abort()
             return
         self.has_passed = True
+        # While its address waits at most one read of it is done. By itself asyncio would go on to fill a buffer.
+        transport.set_read_buffer_limits(1)  # type: ignore[attr-defined]
         protocol = self._make_protocol()
         transport.set_protocol(protocol)  # type: ignore[arg-type] # it has asyncio.Protocol's methods, but is compiled
         protocol.connection_made(transport)

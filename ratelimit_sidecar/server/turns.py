@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -31,13 +31,15 @@ class Queue:
     def __init__(self) -> None:
         self.steps: deque[Callable[[], object]] = deque()
         self.is_waiting = False
-        """True while it waits for a turn: nothing more of it is to be done at once."""
+        """True while it waits for a turn, and in the turn after that: nothing more of it is to be done at once. So who
+        comes then stands in line, behind who has come before, and nobody is passed over again and again.
+        """
         self.used_ns = 0
         """What was done at once since a quantum was full."""
         self.is_counted = False
         """True for the rest of the turn in which one got full: with another one the queue has to wait."""
-        self.told: OrderedDict[Callable[[], object], None] = OrderedDict()
-        """Called, in order, when it begins to wait. They may join it."""
+        self.told: set[Callable[[], object]] = set()
+        """Called when it begins to wait. They may join it."""
 
 
 class Turns:
@@ -50,6 +52,8 @@ class Turns:
     def __init__(self, monotonic_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._monotonic_ns = monotonic_ns
         self._waiting: deque[Queue] = deque()
+        self._done: list[Queue] = []
+        """Those that have had all their steps in this turn."""
         self._counted: list[Queue] = []
         self._ends_ns = 0
         self._is_due = False
@@ -95,11 +99,17 @@ class Turns:
         for queue in self._counted:
             queue.is_counted = False
         self._counted.clear()
+        for queue in self._done:
+            if queue.steps:
+                self._waiting.append(queue)
+            else:
+                queue.is_waiting = False
+        self._done.clear()
         self._ends_ns = self._monotonic_ns() + QUANTUM_NS
         try:
             self._do_steps()
         finally:
-            if self._waiting:
+            if self._waiting or self._done:
                 self._come()
 
     def _do_steps(self) -> None:
@@ -110,8 +120,7 @@ class Turns:
                 queue.steps.popleft()()
             is_over = self._monotonic_ns() >= self._ends_ns
             if not queue.steps:
-                waiting.popleft()
-                queue.is_waiting = False
+                self._done.append(waiting.popleft())
             elif is_over:
                 waiting.rotate(-1)
             if is_over:

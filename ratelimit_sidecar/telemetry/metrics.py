@@ -174,6 +174,10 @@ class FabricStatus(Protocol):
     @property
     def gateway_unshared(self) -> int: ...
     @property
+    def no_room(self) -> int: ...
+    @property
+    def no_room_at_gateway(self) -> int: ...
+    @property
     def gateway_failed(self) -> int: ...
     @property
     def last_us(self) -> int | None: ...
@@ -710,12 +714,14 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "reason"),
         "Changes of buckets that were not shared: `room`, as too many are in use; `gateway_room`, with other regions,"
-        " as there are more than the gateway may hold; `odd`, as Redis has no bucket there.",
+        " as there are more than the gateway may hold; `redis_room`, as Redis may hold no more of their rule, each time"
+        " it is tried; `odd`, as Redis has no bucket there.",
         _read_source_by(
             lambda sources: sources.fabric,
             lambda fabric: {
                 "room": fabric.unshared,
                 "gateway_room": fabric.gateway_unshared,
+                "redis_room": fabric.no_room + fabric.no_room_at_gateway,
                 "odd": fabric.odd + fabric.odd_at_gateway,
             },
         ),

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import httpx
+import pytest
 from console.small_console import Console
 from console.test_json import post
 from services.waiting_service import WaitingService
@@ -23,9 +24,13 @@ MAPPING = ((EntrySource(b"plan", Part.HEADER, b"x-plan"),),)
 
 
 class Http:
-    """Both over HTTP, on places of their own."""
+    """Both over HTTP, on places of their own.
 
-    def __init__(self, wait_ms: int = 1_000) -> None:
+    Args:
+        wait_ms: of the rule; by itself no wait is over before the test is.
+    """
+
+    def __init__(self, wait_ms: int = 600_000) -> None:
         self.service = WaitingService(wait_ms)
         limiter = self.service.limiter
         rules = limiter.rules
@@ -82,6 +87,17 @@ async def test_a_client_that_goes_ends_its_wait_and_gives_its_place_back() -> No
     await http.service.until_waiting(1)
     http.service.node.come(1)
     assert (await answer).status_code == 200
+
+
+async def test_a_request_that_fails_before_its_answer_gives_its_place_back() -> None:
+    async def fail(*_: object) -> None:
+        raise ConnectionResetError
+
+    transport = httpx.ASGITransport(BoundedRequests(fail))
+    async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
+        for _ in range(2 * MAX_REQUESTS):
+            with pytest.raises(ConnectionResetError):
+                await client.get("/json")
 
 
 async def ask_and_go(app: BoundedRequests, service: WaitingService) -> None:

@@ -130,7 +130,7 @@ class Shard:
 
     def draw(self, arguments: Sequence[str], history: str, time: int) -> list[Any] | None:
         """`DRAW`; None for a call that was done before."""
-        drawn_lineage, life, number, answered, lineage, version, *asked = arguments
+        drawn_lineage, life, number, answered, lineage, version, _, *asked = arguments
         self._begin(drawn_lineage, history, time)
         done = self.calls.get(life, 0)
         if lineage == self.lineage and done < int(answered) and not self.broken.believes_the_history:
@@ -159,7 +159,7 @@ class Shard:
     def _draw(self, name: str, text: str) -> bytes:
         words = text.split()
         home, rate = int(words[0]), float(words[1])
-        was, ends, kept, back, wanted, room, spared = map(int, words[2:])
+        was, ends, kept, back, wanted, room, spared, _ = map(int, words[2:])
         if not home:
             return b"0 0 0 0"
         generation = self.clock // COUNTED_US

@@ -27,6 +27,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.drawing import needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
 from ratelimit_sidecar.fabric.draws import LIFE_US, Asked, Draws, members_text
 from ratelimit_sidecar.fabric.scripts import FabricKeys
@@ -72,7 +73,7 @@ class Sidecar:
         self, name: str, limit: Limit, drift_ppm: int, draws: type[Draws], bucket: type[GrantedBucket]
     ) -> None:
         self.drift_ppm = drift_ppm
-        self.draws = draws("east", DrawStatus())
+        self.draws = draws("east", DrawStatus(), Room(100, lambda key: key))
         self.bucket = bucket(KEY, limit, Origin(name, 1), 0)
 
     def now_us(self, true_us: int) -> int:

@@ -48,10 +48,12 @@ def connect_to(server: RedisServer) -> Connect:
 class Sidecar:
     """One without a front end, whose clock the test moves."""
 
-    def __init__(self, name: str, server: RedisServer, incarnation: int = 1) -> None:
+    def __init__(self, name: str, server: RedisServer, incarnation: int = 1, most_shared: int = 1_000) -> None:
         self.now_us = NOW_US
         self.store = make_store(Origin(name, incarnation))
-        self.fabric = Fabric(connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
+        self.fabric = Fabric(
+            connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us, most_shared=most_shared
+        )
 
     def take(self, value: str, hits: int, name: str = "fixed") -> None:
         take(self.store, name, value, hits, self.now_us)
@@ -107,6 +109,24 @@ async def test_it_asks_about_buckets_in_use_here_only(server: RedisServer) -> No
         a.now_us += sharing.FORGET_US + SECOND_US
         await a.share()
         assert a.fabric.status.buckets == 0
+
+
+async def test_a_take_that_found_no_room_is_told_once_there_is_some(server: RedisServer) -> None:
+    async with sidecars(server, "b") as [b]:
+        a = Sidecar("a", server, most_shared=100)
+        for number in range(100):
+            a.take(str(number), 50)
+        a.take("z", 10)
+        await a.share()
+        assert a.fabric.status.unshared == 1
+        a.now_us += sharing.FORGET_US
+        # The first ticks tell those that had room.
+        for _ in range(6):
+            await a.share()
+        await a.close()
+        b.take("z", 1)
+        await b.share()
+        assert b.left() == [89]
 
 
 async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
@@ -231,11 +251,11 @@ async def test_one_has_the_lease_and_a_former_gateway_is_refused(server: RedisSe
         await client.delete(keys.lease)
         second = await lease(client, "b")
         assert second > first
-        arguments = ["epoch", first, 0, keys.head, 10]
+        arguments = ["epoch", first, keys.head, 1_000, 0, 10]
         with pytest.raises(ResponseError, match="FENCED"):
-            await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+            await client.eval(GATEWAY, 4, keys.clock, keys.changed, keys.held, keys.fence, *arguments)
         arguments[1] = second
-        answer = await client.eval(GATEWAY, 3, keys.clock, keys.changed, keys.fence, *arguments)
+        answer = await client.eval(GATEWAY, 4, keys.clock, keys.changed, keys.held, keys.fence, *arguments)
         assert answer == [b"epoch", b"1", 1, []]
 
 

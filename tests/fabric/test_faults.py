@@ -26,7 +26,7 @@ from ratelimit_sidecar.fabric.gateway import Gateway
 from ratelimit_sidecar.fabric.record import OTHERS
 from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
-from ratelimit_sidecar.fabric.sharing import Sharing
+from ratelimit_sidecar.fabric.sharing import SharedRoom, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import Purses
@@ -148,8 +148,8 @@ async def read_by_a_gateway(server: RedisServer, expected: dict[bytes, int]) -> 
             for name, other in zip(KEYS.of_bucket(key), KEYS.of_bucket(foreign), strict=True):
                 await client.copy(name, other)
             await client.zadd(KEYS.changed, {foreign: 1})
-        arguments = ["epoch", 1, 0, KEYS.head, 256]
-        answer = await client.eval(GATEWAY, 3, KEYS.clock, KEYS.changed, KEYS.fence, *arguments)
+        arguments = ["epoch", 1, KEYS.head, 1_000, 0, 256]
+        answer = await client.eval(GATEWAY, 4, KEYS.clock, KEYS.changed, KEYS.held, KEYS.fence, *arguments)
     await region.answered(region.shards[0], answer, NOW_US)
     for key, tokens in expected.items():
         bucket = store.get(key)
@@ -314,11 +314,12 @@ async def test_many_new_buckets_make_room_without_a_search(server: RedisServer) 
     store = store_of(limit)
     fill(store, limit, 40_000)
     buckets = list(store)
-    shared = Sharing(store, store.origin, most=20_000)
+    room = SharedRoom(20_000)
+    shared = Sharing(store, store.origin, room)
     for bucket in buckets[:20_000]:
         shared.note(bucket, [1], NOW_US)
     later_us = NOW_US + 2 * sharing.BUSY_US
-    shared.begin_tick()
+    room.begin_tick()
     while (key := shared.next_key()) is not None:
         shared.ask(key, later_us)
     began = time.process_time()

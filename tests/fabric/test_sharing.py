@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.sharing import Sharing
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, SharedRoom, Sharing
 
 NOW_US = 1_700_000_000_000_000
 LIMIT = Limit(5, 1_000_000, 5)
@@ -19,7 +19,7 @@ HERE = Origin("here", 1)
 def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
     """Otherwise it looks at tens of thousands at once: it goes by how many more have come than gone."""
     store = Store(HERE, {}.get)
-    sharing = Sharing(store, HERE)
+    sharing = Sharing(store, HERE, SharedRoom())
     for number in range(2_000):
         store.bucket(b"k%d" % number, LIMIT, NOW_US).take(1, NOW_US)
     changes = store.drain_changes()
@@ -36,12 +36,16 @@ class Node:
 
     def __init__(self, *, most: int = 3_000) -> None:
         self.store = Store(HERE, {}.get)
-        self.sharing = Sharing(self.store, HERE, most)
+        self.room = SharedRoom(most)
+        self.sharing = Sharing(self.store, HERE, self.room)
 
     def take(self, key: bytes, hits: int = 1, limit: Limit = HUNDRED) -> None:
         self.store.bucket(key, limit, NOW_US).take(hits, NOW_US)
         for bucket, slots in self.store.drain_changes():
-            self.sharing.note(bucket, slots, NOW_US)
+            self.shard_of(key).note(bucket, slots, NOW_US)
+
+    def shard_of(self, _key: bytes) -> Sharing:
+        return self.sharing
 
     def flood(self, count: int, limit: Limit = HUNDRED, name: bytes = b"invented") -> None:
         for number in range(count):
@@ -54,7 +58,7 @@ class Node:
         return key
 
     def tick(self, *, is_last: bool = False) -> list[bytes]:
-        self.sharing.begin_tick(is_last=is_last)
+        self.room.begin_tick(is_last=is_last)
         asked = []
         while (key := self.ask_next()) is not None:
             asked.append(key)
@@ -75,7 +79,7 @@ def test_a_bucket_that_gets_nearly_used_up_amid_a_tick_is_asked_about_next() -> 
     node = Node()
     node.take(b"honest", 50)
     node.flood(50)
-    node.sharing.begin_tick()
+    node.room.begin_tick()
     assert node.ask_next() == b"honest"
     for hits in (40, 5, 5):
         assert node.ask_next() != b"honest"
@@ -93,7 +97,7 @@ def test_invented_keys_of_another_limit_that_get_used_up_do_not_hold_up_one_of_t
 def test_buckets_that_are_nearly_used_up_without_end_do_not_make_a_tick_endless() -> None:
     node = Node()
     node.take(b"new 0", 100)
-    node.sharing.begin_tick()
+    node.room.begin_tick()
     assert node.ask_next() == b"new 0"
     node.take(b"new 1", 100)
     assert node.ask_next() is None
@@ -195,3 +199,76 @@ def test_a_bucket_that_has_made_room_for_another_one_is_not_asked_about() -> Non
     asked = node.tick(is_last=True)
     assert b"another" in asked
     assert len(asked) == 100
+
+
+class NodeOnACluster(Node):
+    """Keys that begin with `x` are all of one shard, the others of another one."""
+
+    def __init__(self, *, most: int) -> None:
+        super().__init__(most=most)
+        self.other = Sharing(self.store, HERE, self.room)
+
+    def shard_of(self, key: bytes) -> Sharing:
+        return self.sharing if key.startswith(b"x") else self.other
+
+
+def test_buckets_of_one_shard_have_the_room_of_all() -> None:
+    node = NodeOnACluster(most=100)
+    node.flood(100, name=b"x")
+    assert len(node.sharing) == 100
+    assert node.sharing.unshared == node.other.unshared == 0
+
+
+def test_where_all_room_is_of_one_shard_it_is_that_one_which_makes_some_for_the_others() -> None:
+    node = NodeOnACluster(most=100)
+    node.flood(100, name=b"x")
+    for number in range(50):
+        node.take(b"honest %d" % number, 2)
+    assert (len(node.sharing), len(node.other)) == (50, 50)
+    assert node.room.taken == 100
+
+
+def test_buckets_that_rest_in_any_shard_make_room_before_busy_ones() -> None:
+    node = NodeOnACluster(most=100)
+    node.flood(40, name=b"honest")
+    for resting in list(node.other._busy):
+        node.other._resting[resting] = node.other._busy.pop(resting)
+    node.flood(70, name=b"x")
+    assert (len(node.sharing), len(node.other)) == (70, 30)
+    assert node.sharing.unshared == 0
+
+
+def test_a_shard_with_most_of_the_busy_buckets_has_most_of_a_tick() -> None:
+    node = NodeOnACluster(most=30_000)
+    node.flood(9_000, name=b"x")
+    node.take(b"honest")
+    node.room.begin_tick()
+    asked = 0
+    while node.ask_next() is not None:
+        asked += 1
+    assert 900 < asked <= 1_000
+    assert node.other.next_key() == b"honest"
+
+
+def test_each_shard_has_a_batch_of_each_tick() -> None:
+    node = NodeOnACluster(most=3_000)
+    node.flood(2_000, name=b"x")
+    node.flood(BATCH_BUCKETS, name=b"honest")
+    node.room.begin_tick()
+    for _ in range(BATCH_BUCKETS):
+        key = node.other.next_key()
+        assert key is not None
+        assert node.other.ask(key, NOW_US) is not None
+
+
+def test_room_is_right_after_any_history() -> None:
+    node = NodeOnACluster(most=50)
+    for number in range(500):
+        node.take(b"%s%d" % (b"x" if number % 3 else b"y", number), 1 + number % 7)
+        if number % 40 == 0:
+            node.tick()
+            key = node.other.next_key()
+            if key is not None:
+                # Past its use.
+                node.other.ask(key, NOW_US + 60_000_000)
+        assert node.room.taken == len(node.sharing) + len(node.other) <= 50

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 from fabric.test_fabric import connect_to, server
 from persistence.redis_server import RedisServer, needs_redis
+from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -84,7 +85,10 @@ class Sidecar:
     def __init__(self, name: str, server: RedisServer, region: Region) -> None:
         self._region = region
         shares = Shares(Membership(1, {"east": 1}), "east", 0)
-        self.ledger = GrantLedger(shares, Origin(name, 1), lambda _key: LIMIT)
+        # Keys are of a rule, or `RULE value`.
+        self.ledger = GrantLedger(
+            shares, Origin(name, 1), lambda _key: LIMIT, rule_key=lambda key: key.partition(b" ")[0]
+        )
         self.drawing = Drawing(connect_to(server), KEYS, self.ledger, lambda: region.now_us, region="east")
 
     def take(self, hits: int, limit: Limit = LIMIT, key: bytes = b"k") -> bool:
@@ -120,7 +124,7 @@ async def left(server: RedisServer) -> dict[str, int]:
     """What the account of the server has, and what it counts as granted."""
     async with server.client() as client:
         _, _, clock, _ = (await client.hget(STRICT, "@")).split()
-        full, _, out, former, home, rate, _ = (await client.hget(STRICT, "bk")).split()
+        full, _, out, former, home, rate, _, _ = (await client.hget(STRICT, "bk")).split()
     return {"level": int(int(home) - (float(full) - int(clock)) * float(rate)), "out": int(out) + int(former)}
 
 
@@ -324,7 +328,7 @@ async def test_a_damaged_account_is_empty_and_the_others_are_as_they_were(server
         a, b = region.sidecars.values()
         await a.draw(10)
         assert not b.take(10, key=b"l")
-        for damaged in (b"", b"1 2 3", b"inf 0 0 0 100 nan 0", b"1.0 0 0 0 100 1.0.0 0"):
+        for damaged in (b"", b"1 2 3", b"inf 0 0 0 100 nan 0 1", b"1.0 0 0 0 100 1.0.0 0 1"):
             await client.hset(STRICT, "bk", damaged)
             await region.beat()
             assert not b.take(10)
@@ -347,6 +351,53 @@ async def test_sidecars_go_by_the_members_that_the_gateway_names(server: RedisSe
         await a.tick()
         await a.tick()
         assert 40 <= a.held() <= 50
+
+
+async def test_keys_that_are_invented_under_one_rule_leave_accounts_to_other_rules(server: RedisServer) -> None:
+    async with region_on(server) as region, server.client() as client:
+        a, b = region.sidecars.values()
+        b.ledger.room.most = 50
+        for number in range(100):
+            # It has been full, and there is room again, in Redis alone.
+            a.ledger.room.most = 10**6
+            a.take(1, key=b"flooded %d" % number)
+            a.ledger.room.most = 50
+            await a.tick()
+        assert await accounts_of(client, b"flooded") == 44
+        assert not b.take(10, key=b"other 1")
+        await b.tick()
+        assert b.held(b"other 1") >= 10
+
+
+async def test_accounts_that_are_dropped_make_room_for_others_of_their_rule(server: RedisServer) -> None:
+    async with region_on(server) as region, server.client() as client:
+        a, b = region.sidecars.values()
+        a.ledger.room.most = b.ledger.room.most = 50
+        for number in range(30):
+            a.take(1, key=b"flooded %d" % number)
+        await a.tick()
+        await a.drawing.give_back()
+        assert await accounts_of(client, b"flooded") == 30
+        history, lineage, clock, time_us = (await client.hget(STRICT, "@")).split()
+        later = int(clock) + KEPT_US + COUNTED_US
+        await client.hset(STRICT, "@", b"%b %b %d %b" % (history, lineage, later, time_us))
+        for _ in range(3):
+            await region.beat()
+        assert await accounts_of(client, b"flooded") == 0
+        for number in range(40):
+            b.take(1, key=b"flooded %d" % number)
+        await b.tick()
+        assert await accounts_of(client, b"flooded") == 40
+
+
+async def accounts_of(client: Redis, rule: bytes) -> int:
+    """Of that rule; what the server has counted is right."""
+    found = {name: text for name, text in (await client.hgetall(STRICT)).items() if name.startswith(b"b")}
+    counted = {name: int(text) for name, text in (await client.hgetall(STRICT)).items() if name.startswith(b"r")}
+    assert int(await client.hget(STRICT, "taken") or 0) == sum(counted.values()) == len(found)
+    for name, count in counted.items():
+        assert count == sum(text.split()[-1] == name[1:] for text in found.values())
+    return sum(name.startswith(b"b" + rule) for name in found)
 
 
 async def test_an_account_that_is_full_and_unused_is_dropped_and_is_full_when_it_comes_again(

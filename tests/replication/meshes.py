@@ -92,6 +92,8 @@ async def sidecar(
     clock: Callable[[], int] = now_us,
     steady: Callable[[], int] | None = None,
     purses: Purses | None = None,
+    region: str = "",
+    is_gateway: bool = False,
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
     supervisor: Supervisor | None = None,
@@ -101,7 +103,7 @@ async def sidecar(
     own = store_of(local) if store is None else store
     own_mesh = Mesh(
         origin=local.origin,
-        region=local.region,
+        region=region or local.region,
         version="0",
         store=own,
         now_us=clock,
@@ -110,6 +112,7 @@ async def sidecar(
         listen=listen,
         tracer=tracer,
         purses=purses,
+        is_gateway=is_gateway,
         certificate=certificate,
         resolver=resolver,
         supervisor=supervisor,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import pytest
-from replication.meshes import TIMEOUT_SECONDS, address_of, events, free_addresses, now_us, sidecar, told
+from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, now_us, sidecar, told
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
@@ -95,6 +95,49 @@ async def test_a_node_finds_itself_behind_a_name_and_ignores_it() -> None:
         for each, other in ((b, "c"), (c, "b")):
             assert await each.mesh.joined(TIMEOUT_SECONDS)
             assert [status.node for status in each.mesh.status()] == [other]
+
+
+async def test_a_region_that_has_a_gateway_is_that_one_and_not_the_sidecars_that_could_follow_it() -> None:
+    port, names = port_free_on_loopback(), Names(east=["127.0.0.2", "127.0.0.3", "127.0.0.4"], west=["127.0.0.5"])
+    peers = [f"{name}:{port}" for name in ("east", "west")]
+
+    def gateway(name: str, address: str, region: str = "east") -> AbstractAsyncContextManager[Sidecar]:
+        return sidecar(name, listen=f"{address}:{port}", region=region, is_gateway=True)
+
+    async with sidecar("a", listen=None, peers=peers, resolver=names.resolver) as a:
+
+        def shown() -> list[tuple[str, str, bool]]:
+            return [(status.node, status.address.partition(":")[0], status.connected) for status in a.mesh.status()]
+
+        unreached = ("", "127.0.0.5", False)
+        async with gateway("b", "127.0.0.2"):
+            await a.connected_to("b")
+            await a.until(lambda: shown() == [("b", "127.0.0.2", True), unreached])
+        # Until another one follows it is missed, and so is whoever could be the next.
+        await a.until(lambda: ("b", "127.0.0.2", False) in shown())
+        assert sorted(shown()) == [
+            ("", "127.0.0.3", False),
+            ("", "127.0.0.4", False),
+            unreached,
+            ("b", "127.0.0.2", False),
+        ]
+        async with gateway("c", "127.0.0.3"):
+            await a.connected_to("c")
+            assert shown() == [("c", "127.0.0.3", True), unreached]
+            async with gateway("d", "127.0.0.5", "west"):
+                await a.connected_to("d")
+                assert shown() == [("c", "127.0.0.3", True), ("d", "127.0.0.5", True)]
+            await a.until(lambda: ("d", "127.0.0.5", False) in shown())
+
+
+async def test_an_address_beside_one_that_speaks_for_itself_alone_is_missed() -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"])
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}"),
+        sidecar("a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver) as a,
+    ):
+        await a.connected_to("b")
+        assert [status.node for status in a.mesh.status()] == ["b", ""]
 
 
 async def test_an_address_that_is_gone_is_dialled_no_more_after_a_while_and_its_peer_forgotten() -> None:

@@ -110,7 +110,6 @@ async def test_when_an_address_has_to_wait_none_of_its_connections_is_read_befor
         # What a read takes is time of the address, whatever there is to be read.
         at_once = QUANTUM_NS // READ_NS
         assert [len(after) - len(before) for before, after in itertools.pairwise(being_read)] == [at_once, at_once, 50]
-        assert not busy.calls.is_waiting
 
 
 @pytest.mark.parametrize("is_paused", ["before", "after"])
@@ -127,22 +126,6 @@ async def test_who_reads_answers_again_is_read_again_in_the_turn_of_its_address(
         assert server.being_read() == []
         await asyncio.sleep(0)
         assert server.being_read() == [0]
-
-
-async def test_who_was_read_longest_ago_has_its_turn_first() -> None:
-    clock = WorkClock()
-    async with serving(clock.turns) as server:
-        for _ in range(QUANTUM_NS // READ_NS + 3):
-            _, budget = await server.connect("busy")
-        for client in server.clients[:3]:
-            client.sendall(greeting())
-        await until(lambda: not server.unread())
-        clock.turns.join(budget.calls, lambda: None)
-        await asyncio.sleep(0)
-        everybody = list(range(len(server.clients)))
-        assert server.being_read() == everybody[3:]
-        await asyncio.sleep(0)
-        assert server.being_read() == everybody
 
 
 async def test_of_frames_that_very_many_send_at_once_a_few_are_read_in_one_turn_of_the_loop() -> None:

@@ -105,6 +105,41 @@ async def test_a_client_that_trusts_the_authority_is_answered(kind: str, tmp_pat
         assert await client.call(front_end) == b"hello"
 
 
+async def test_of_a_connection_that_is_not_to_be_read_no_whole_buffer_is_filled(
+    tmp_path: Path,
+) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+    async with (
+        running("h2", ECHO, certificate=certificate) as front_end,
+        connected(front_end.addresses[0], context) as client,
+    ):
+        await client.ping()
+        assert isinstance(front_end, H2FrontEnd)
+        [protocol] = front_end._shared.connections
+        transport = protocol._transport
+        assert transport is not None
+        protocol.pause_writing()
+        client.grant_connection(1)
+        await until(lambda: unread(transport) > 0)
+        first = unread(transport)
+        async with connected(front_end.addresses[0], context) as other:
+            for _ in range(10):
+                client.grant_connection(1)
+                await other.ping()
+                assert unread(transport) == first
+        protocol.resume_writing()
+        await client.ping()
+        assert unread(transport) == 0
+
+
+def unread(transport: asyncio.Transport) -> int:
+    """The bytes that are not decrypted yet."""
+    size: int = transport.get_read_buffer_size()  # type: ignore[attr-defined]
+    return size
+
+
 async def test_an_address_with_several_sockets_has_tls_on_tcp_alone(kind: str, tmp_path: Path) -> None:
     authority = Authority()
     config = authority.write_listener(tmp_path / "server", NAME, clients=authority, client_name="envoy.example")

@@ -64,6 +64,8 @@ class Fabric:
     odd: int = 1
     odd_at_gateway: int = 1
     gateway_unshared: int = 6
+    no_room: int = 2
+    no_room_at_gateway: int = 1
     gateway_failed: int = 5
     last_us: int | None = 1_790_000_000_000_000
 

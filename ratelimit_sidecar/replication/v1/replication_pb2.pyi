@@ -43,20 +43,22 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., deltas: _Optional[_Union[Deltas, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., digest: _Optional[_Union[Digest, _Mapping]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., payments: _Optional[_Union[Payments, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership")
+    __slots__ = ("protocol", "node", "region", "incarnation", "version", "membership", "gateway")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     node: str
     region: str
     incarnation: int
     version: str
     membership: Membership
-    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., region: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ...) -> None: ...
+    gateway: bool
+    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., region: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ..., gateway: _Optional[bool] = ...) -> None: ...
 
 class Membership(_message.Message):
     __slots__ = ("epoch", "members")
