@@ -61,15 +61,16 @@ def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
     return f"{class_of(rule)} {share}"
 
 
-def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int) -> bytes:
+def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int, *, is_quiet: bool = False) -> bytes:
     """For `SHARE`.
 
     Args:
         room: from `room_for`.
         own: this sidecar's counts that have changed, by slot.
         seen: the version up to which the others' are known here.
+        is_quiet: nothing changed since Redis knows when the bucket is full.
     """
-    return f"{room} {seen} {_state(bucket, now_us)}{_text(own)}".encode()
+    return f"{room} {seen} {_state(bucket, now_us, is_quiet=is_quiet)}{_text(own)}".encode()
 
 
 def elsewhere(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
@@ -103,9 +104,9 @@ def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
     return Heard(heard_base, entries)
 
 
-def _state(bucket: Bucket, now_us: int) -> str:
-    """How long the bucket is to be kept, in milliseconds; in how many seconds it is full; for how long its slots count,
-    in microseconds; the time; and its base."""
+def _state(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
+    """How long the bucket is to be kept, in milliseconds; in how many seconds it is full, -1 when that is known; for
+    how long its slots count, in microseconds; the time; and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
     base = "0 0 0 0"
@@ -118,7 +119,8 @@ def _state(bucket: Bucket, now_us: int) -> str:
         span_us = _KEPT_WIDTHS[limit.window] << limit.exponent
     full_in_us = bucket.full_in_us
     kept_ms = (full_in_us + span_us + MAX_AHEAD_US) // 1_000
-    return f"{kept_ms} {-(-full_in_us // 1_000_000)} {span_us} {now_us} {base}"
+    full_in_s = -1 if is_quiet else -(-full_in_us // 1_000_000)
+    return f"{kept_ms} {full_in_s} {span_us} {now_us} {base}"
 
 
 def _text(counts: Mapping[int, int]) -> str:

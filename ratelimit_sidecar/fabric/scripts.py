@@ -120,13 +120,13 @@ local function make_room(count)
   for i = 1, #found, 2 do drop(found[i], found[i + 1]) end
 end
 
-local function hold(key, index, name, class, full, is_written)
+local function hold(key, index, name, class, full, is_larger)
   -- Until when the bucket stays at least, and the places it takes.
   local member = class .. ':' .. name
   local known = tonumber(redis.call('ZSCORE', held, member) or '0')
   local had = (known % 1) * (MAX_PLACES + 1)
   local places = had
-  if is_written or had == 0 then
+  if is_larger or had == 0 then
     local fields, slots = redis.call('HLEN', key), redis.call('ZCARD', index)
     -- As if each sidecar that has counts in it had some in each slot.
     local bytes = (fields + 1) * PLACE + 5 * #name + (fields - slots) * slots * COUNT_BYTES
@@ -270,7 +270,8 @@ local function share(key, index, name, told)
   end
   local joined = not is_window and joined_base(base, tonumber(asked[8]), tonumber(asked[9]), asked[10], asked[11])
   local may_grow = has_room(class, room)
-  if not id and (joined or #asked >= FIRST) then
+  local is_quiet = full < 0
+  if not id and (joined or #asked >= FIRST) and not is_quiet then
     if not may_grow then return '-;;' end
     id, life = create(key, index), -1
   end
@@ -278,7 +279,7 @@ local function share(key, index, name, told)
     redis.call('HSET', key, 'base', joined)
     base = joined
   end
-  local sums, is_written, mark = {}, false, ''
+  local sums, is_larger, mark = {}, false, ''
   if #asked >= FIRST then
     local fields, news = {}, {}
     local now = math.min(now_here, tonumber(asked[7]))
@@ -291,6 +292,7 @@ local function share(key, index, name, told)
       if is_news and not (here or may_grow) then
         mark = '-'
       elseif is_news then
+        is_larger = is_larger or not here
         here, elsewhere = here or 0, elsewhere or 0
         here = is_window and is_refund(slot) and math.max(here, count) or here + count - before
         own[slot] = count
@@ -314,7 +316,7 @@ local function share(key, index, name, told)
       end
       fields[#fields + 1] = field
       fields[#fields + 1] = cmsgpack.pack(own)
-      is_written = true
+      is_larger = is_larger or not packed
       redis.call('ZADD', changed, version, name)
       write(key, index, fields, news, keep_text, keep, oldest)
     end
@@ -334,12 +336,14 @@ local function share(key, index, name, told)
       end
     end
   end
-  if #others > 0 then
-    -- The sidecar does not know of these yet: full after both.
-    local due = math.floor(tonumber(redis.call('ZSCORE', held, class .. ':' .. name) or '0'))
-    full = full + math.max(0, due - FULL_FOR - math.floor(now_here / 1000000))
+  if not is_quiet then
+    if #others > 0 then
+      -- The sidecar does not know of these yet: full after both.
+      local due = math.floor(tonumber(redis.call('ZSCORE', held, class .. ':' .. name) or '0'))
+      full = full + math.max(0, due - FULL_FOR - math.floor(now_here / 1000000))
+    end
+    hold(key, index, name, class, math.min(full, math.ceil(ttl / 1000)), is_larger)
   end
-  hold(key, index, name, class, math.min(full, math.ceil(ttl / 1000)), is_written)
   return mark .. id .. ';' .. (base or '') .. ';' .. table.concat(others, ' ')
 end
 

@@ -80,6 +80,7 @@ class _Shared:
         waiting: own slots to be told.
         is_urgent: it is in the queue of those that are nearly used up.
         is_refused: Redis had no room for all of it, which is told again.
+        has_news: the latest answer had some, of which Redis does not know yet what they change.
     """
 
     bucket: Bucket
@@ -90,6 +91,7 @@ class _Shared:
     waiting: list[int] = field(default_factory=list)
     is_urgent: bool = False
     is_refused: bool = False
+    has_news: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +308,9 @@ class Sharing:
             shared.is_refused, shared.waiting = False, _ALL
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
-        return Ask(bucket, shared, told, ask(bucket, room, self._own(bucket, told), shared.seen, now_us))
+        is_quiet = not shared.has_news and told is not _ALL and not told
+        own = self._own(bucket, told)
+        return Ask(bucket, shared, told, ask(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
 
     def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
         if slots is not _ALL and self._store.origin is self._origin:
@@ -350,6 +354,7 @@ class Sharing:
             raise
         self.no_room += is_refused
         shared.is_refused = is_refused
+        shared.has_news = not rest.endswith(b";")
         if is_lost:
             shared.era = -1
         else:

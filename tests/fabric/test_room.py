@@ -247,6 +247,22 @@ async def test_a_bucket_that_two_took_from_is_kept_until_it_is_full_after_both(s
             await each.fabric.close()
 
 
+async def test_once_all_know_what_was_taken_redis_knows_when_the_bucket_is_full(server: RedisServer) -> None:
+    async with two(server, most=200) as (a, b, client):
+        for _ in range(5):
+            # Each time both take before either has heard of the other.
+            for each in (a, b):
+                each.take(b"other x", 8)
+            for each in (a, b):
+                await each.share()
+        for each in (a, b, a, b):
+            await each.share()
+        [due] = (await held(client)).values()
+        seconds, _ = await client.time()
+        # A token comes back in 36 s.
+        assert due - seconds == pytest.approx(80 * 36 + FULL_FOR_S, abs=3)
+
+
 async def test_a_server_with_a_kibibyte_for_each_of_max_buckets_is_never_full(tmp_path: Path) -> None:
     most = 4_000
     async with RedisServer(tmp_path) as server, two(server, most) as (a, b, client):
