@@ -117,8 +117,9 @@ something hangs; Kubernetes kills it after 30.
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
 SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
-"""A sweep step looks at this many buckets in half a millisecond. Steps follow each other so that a pass over all
-buckets takes a minute: every 10 ms with a million of them. An idle sidecar hardly wakes up for it.
+"""A sweep step looks at this many buckets in half a millisecond, or at fewer that hold many slots. Steps follow each
+other so that a pass over all buckets takes a minute: every 10 ms with a million of them. An idle sidecar hardly wakes
+up for it.
 """
 
 FULLEST_BUCKETS = 100
@@ -636,23 +637,24 @@ class Sidecar:
     async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
         left = 0
         seconds = SWEEP_LEAST_SECONDS
-        step = SWEEP_BUCKETS
         while True:
             await asyncio.sleep(seconds)
             if left <= 0:
                 left = len(buckets)
-                pace = SWEEP_PASS_SECONDS * SWEEP_BUCKETS / max(left, 1)
-                seconds = min(SWEEP_MOST_SECONDS, max(SWEEP_LEAST_SECONDS, pace))
-                step = max(SWEEP_BUCKETS, ceil(left * seconds / SWEEP_PASS_SECONDS))
                 self._warn_when_full(buckets)
-            left -= step
-            buckets.sweep(now_us(), step)
+            step = max(SWEEP_BUCKETS, ceil(len(buckets) * SWEEP_LEAST_SECONDS / SWEEP_PASS_SECONDS))
+            looked = buckets.sweep(now_us(), step)
+            left -= looked
+            pace = SWEEP_PASS_SECONDS * looked / max(len(buckets), 1)
+            seconds = max(SWEEP_LEAST_SECONDS, min(SWEEP_MOST_SECONDS, pace)) if looked else SWEEP_MOST_SECONDS
 
     async def _look_for_fullest(self) -> None:
+        seconds = FULLEST_LEAST_SECONDS
         while True:
-            pace = FULLEST_PASS_SECONDS * FULLEST_BUCKETS / max(len(self._limiter.store), 1)
-            await asyncio.sleep(min(FULLEST_MOST_SECONDS, max(FULLEST_LEAST_SECONDS, pace)))
-            self._fullest.look(self._limiter.rules, self._clock.now_us(), FULLEST_BUCKETS)
+            await asyncio.sleep(seconds)
+            looked = self._fullest.look(self._limiter.rules, self._clock.now_us(), FULLEST_BUCKETS)
+            pace = FULLEST_PASS_SECONDS * looked / max(len(self._limiter.store), 1)
+            seconds = max(FULLEST_LEAST_SECONDS, min(FULLEST_MOST_SECONDS, pace)) if looked else FULLEST_MOST_SECONDS
 
     def _warn_when_full(self, buckets: Store | Ledger) -> None:
         """Log once a pass that a store is full, or has too many slots. Metrics count the decisions of overflow

@@ -45,6 +45,12 @@ MAX_HEARD: Final = 16_384
 is counted anew from all entries then takes some milliseconds, whatever a member invents.
 """
 
+SUMMED_ENTRIES: Final = 256
+"""With so many entries of others in one bucket the tokens in each slot are kept summed up. In steady use that is a
+bucket of five replicas or more, so it takes a quarter more memory. Then what is counted anew, at each delta of a bucket
+in debt or one that is given back to, costs what there are of slots, however many replicas take in each.
+"""
+
 MAX_SLOTS: Final = 640
 """The most slots of one origin in one bucket; the narrowest slots fill a horizon with 627. If there are more, the
 newest are kept, so the order of arrival makes no difference.
@@ -52,6 +58,9 @@ newest are kept, so the order of arrival makes no difference.
 
 FINAL_US: Final = 2_000_000
 """When a slot has been over for this long, its origin no longer writes to it, unless its clock is further behind."""
+
+SLOTS_A_LOOK: Final = 16
+"""For so many slots of a bucket a loop over buckets counts one look more: to seal them takes as long, 2 us."""
 
 RECOUNT: Final = -1
 """Returned by `_hear` instead of a count when the origin now has too many slots; the caller must trim and recount."""
@@ -110,9 +119,9 @@ class Bucket(ABC):
     __slots__ = (
         "_heard",
         "_heard_entries",
+        "_heard_tokens",
         "_own",
         "_own_slot",
-        "_own_slot_end_us",
         "_own_slot_unsent",
         "_own_tokens",
         "_unsent",
@@ -129,9 +138,7 @@ class Bucket(ABC):
         self.origin = origin
         self.journal = journal
         self._own_slot = NO_SLOT
-        """The slot opened last, with `_own_tokens` in it; own slots before it are in `_own`."""
-        self._own_slot_end_us = 0
-        """When the next own slot has to be opened; of a fixed window when another one begins."""
+        """The slot that is open, with `_own_tokens` in it; all others are in `_own`."""
         self._own_tokens = 0
         self._own_slot_unsent = False
         self._own: dict[int, int] | None = None
@@ -139,6 +146,8 @@ class Bucket(ABC):
         """Slots of all other origins; none of the dicts in it is empty."""
         self._heard_entries = 0
         """All the slots in it."""
+        self._heard_tokens: dict[int, int] | None = None
+        """The tokens in it by slot, of all origins together; None as long as there are few (`SUMMED_ENTRIES`)."""
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -212,8 +221,10 @@ class Bucket(ABC):
         self.advance(now_us)
         is_changed = False
         for origin, slot, tokens in entries:
-            if 0 < tokens < slots.get(slot, 0) and origin == sender and self._is_final(slot):
+            held = slots.get(slot, 0)
+            if 0 < tokens < held and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
+                self._note_heard(slot, tokens - held)
                 is_changed = True
         if is_changed:
             self._recount()
@@ -245,13 +256,9 @@ class Bucket(ABC):
     def seal(self, now_us: int) -> None:
         """Drop slots that are past the horizon; a token bucket folds them into its base."""
 
-    def shorten(self, _now_us: int, _shift: int) -> bool:
-        """Seal what is older than a shorter horizon (see `Limit.boundary_us`), if that is worth it. Windows cannot.
-
-        Returns:
-            True when it did.
-        """
-        return False
+    def shorten(self, _now_us: int, _shift: int) -> None:
+        """Seal what is older than a shorter horizon (see `Limit.boundary_us`), if that is worth it. Windows cannot."""
+        return
 
     @abstractmethod
     def is_idle(self, now_us: int) -> bool:
@@ -296,6 +303,16 @@ class Bucket(ABC):
             taken[self.origin] = own
         return taken
 
+    @property
+    def slots(self) -> int:
+        """How many it holds, of all origins."""
+        return (self._own_slot != NO_SLOT) + len(self._own or ()) + self._heard_entries
+
+    @property
+    def looks(self) -> int:
+        """The work of looking at it, which is to let time pass and to seal, in looks at a bucket with few slots."""
+        return 1 + self.slots // SLOTS_A_LOOK
+
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
         if self._own_slot != NO_SLOT:
@@ -324,9 +341,21 @@ class Bucket(ABC):
         if self._own_slot != NO_SLOT:
             tokens_of[self._own_slot] = self._own_tokens
         if self._heard is not None:
+            for slot, tokens in self._tokens_heard().items():
+                tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+        return tokens_of
+
+    def _tokens_heard(self) -> dict[int, int]:
+        """The tokens in each slot of other origins together. Not to be changed."""
+        if self._heard_tokens is not None:
+            return self._heard_tokens
+        tokens_of: dict[int, int] = {}
+        if self._heard is not None:
             for slots in self._heard.values():
                 for slot, tokens in slots.items():
                     tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+            if self._heard_entries >= SUMMED_ENTRIES:
+                self._heard_tokens = tokens_of
         return tokens_of
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
@@ -373,20 +402,28 @@ class Bucket(ABC):
         be held.
         """
         self._take_new_origin()
+        self._close_own_slot()
         own = self._own
-        if self._own_slot != NO_SLOT:
-            if own is None:
-                own = self._own = {}
-            own[self._own_slot] = self._own_tokens
-        self._own_slot, self._own_tokens = slot, 0
+        self._own_slot = slot
         if own is not None and slot in own:
             # The limit changed and changed back: the count goes on.
             self._own_tokens = own.pop(slot)
         # Searching the list is rare: only a slot that is opened again needs it.
         self._own_slot_unsent = self._own_tokens > 0 and self._unsent is not None and slot in self._unsent
 
+    def _close_own_slot(self) -> None:
+        if self._own_slot != NO_SLOT:
+            if self._own is None:
+                self._own = {}
+            self._own[self._own_slot] = self._own_tokens
+            self._own_slot, self._own_tokens = NO_SLOT, 0
+
+    def _is_own_slot_over(self) -> bool:
+        """True when another one has to be opened."""
+        return self._own_slot == NO_SLOT or self.at_us >= slot_end_us(self._own_slot)
+
     def _write_own(self, hits: int) -> None:
-        """Count `hits` in the slot opened last."""
+        """Count `hits` in the slot that is open."""
         self._own_tokens += hits
         if not self._own_slot_unsent and self.journal is not None:
             self._note_unsent(self.journal, self._own_slot)
@@ -423,18 +460,16 @@ class Bucket(ABC):
         origin = None if self.journal is None else self.journal.origin
         if origin is None or origin == self.origin:
             return
-        own = self._own or {}
-        if self._own_slot != NO_SLOT:
-            own[self._own_slot] = self._own_tokens
+        self._close_own_slot()
+        own, self._own = self._own, None
         former, self.origin = self.origin, origin
-        self._own_slot, self._own_tokens, self._own_slot_unsent = NO_SLOT, 0, False
-        self._own_slot_end_us = 0
-        self._own = None
+        self._own_slot_unsent = False
         if own:
             if self._heard is None:
                 self._heard = {}
             self._heard[former] = own
             self._heard_entries += len(own)
+            self._heard_tokens = None
             untrack(self._heard)
 
     def _hear(self, entry: Entry) -> int:
@@ -459,7 +494,13 @@ class Bucket(ABC):
                 return 0
             self._heard_entries += 1
         slots[slot] = tokens
+        self._note_heard(slot, added)
         return RECOUNT if len(slots) > MAX_SLOTS else added
+
+    def _note_heard(self, slot: int, tokens: int) -> None:
+        tokens_of = self._heard_tokens
+        if tokens_of is not None:
+            tokens_of[slot] = tokens_of.get(slot, 0) + tokens
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -469,6 +510,7 @@ class Bucket(ABC):
                     del slots[slot]
                     self._heard_entries -= 1
                     self._refuse(Refused.SLOTS)
+                self._heard_tokens = None
 
     def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
         """Join the first entry of an origin."""
@@ -482,6 +524,7 @@ class Bucket(ABC):
             return 0
         heard[origin] = {slot: tokens}
         self._heard_entries += 1
+        self._note_heard(slot, tokens)
         # Adding a value makes the collector track the dict again.
         untrack(heard)
         return tokens
@@ -508,34 +551,53 @@ class Bucket(ABC):
         self._own = own
         return tokens
 
-    def _forget(self, is_past: Callable[[int], bool]) -> list[tuple[Origin, int, int]]:
+    def _forget(self, is_past: Callable[[int], bool]) -> dict[int, int]:
         """Drop the slots that are past.
 
         Returns:
-            Their entries, as (origin, slot, tokens).
+            The tokens in each of them, of all origins together.
         """
-        forgotten = []
+        forgotten: dict[int, int] = {}
         if self._own_slot != NO_SLOT and is_past(self._own_slot):
-            forgotten.append((self.origin, self._own_slot, self._own_tokens))
+            forgotten[self._own_slot] = self._own_tokens
             self._own_slot, self._own_tokens = NO_SLOT, 0
         if self._own is not None:
-            forgotten += _pop_past(self.origin, self._own, is_past)
-            self._own = (dict(self._own) if len(forgotten) > len(self._own) else self._own) or None
+            past = [slot for slot in self._own if is_past(slot)]
+            for slot in past:
+                forgotten[slot] = self._own[slot]
+            self._own = _without(self._own, past) or None
         if self._heard is not None:
-            for origin in list(self._heard):
-                slots = self._heard[origin]
-                past = _pop_past(origin, slots, is_past)
-                self._heard_entries -= len(past)
-                forgotten += past
-                if not slots:
-                    del self._heard[origin]
-                elif len(past) > len(slots):
-                    # A dict from which items are deleted keeps its size.
-                    self._heard[origin] = dict(slots)
-                    untrack(self._heard)
-            self._heard = self._heard or None
+            slots: Iterable[int] = self._heard_tokens or set[int]().union(*self._heard.values())
+            past = [slot for slot in slots if is_past(slot)]
+            if past:
+                tokens_of = self._tokens_heard()
+                for slot in past:
+                    forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
+                self._forget_heard(past)
         return forgotten
 
+    def _forget_heard(self, past: list[int]) -> None:
+        heard = self._heard or {}
+        for origin in list(heard):
+            slots = heard[origin]
+            self._heard_entries -= len(slots)
+            left = _without(slots, past)
+            self._heard_entries += len(left)
+            if not left:
+                del heard[origin]
+            elif left is not slots:
+                heard[origin] = left
+                untrack(heard)
+        self._heard = heard or None
+        if self._heard_tokens is not None:
+            few = self._heard_entries < SUMMED_ENTRIES
+            self._heard_tokens = None if few else _without(self._heard_tokens, past)
 
-def _pop_past(origin: Origin, slots: dict[int, int], is_past: Callable[[int], bool]) -> list[tuple[Origin, int, int]]:
-    return [(origin, slot, slots.pop(slot)) for slot in list(slots) if is_past(slot)]
+
+def _without(slots: dict[int, int], past: list[int]) -> dict[int, int]:
+    """The slots that are not past: the same dict, or if it has become much too large for them another."""
+    before = len(slots)
+    for slot in past:
+        slots.pop(slot, 0)
+    # A dict from which items are deleted keeps its size.
+    return dict(slots) if before > 2 * len(slots) else slots

@@ -299,21 +299,20 @@ class Ledger:
         """Look at the next `most` buckets and drop those that are full and have no open asks.
 
         Returns:
-            The number of buckets dropped.
+            How many it has looked at.
         """
         if self._kept and now_us >= self.shares.from_us:
             self._restore_some(now_us, most)
-        dropped = 0
-        for _ in range(min(most, len(self._sweep_order))):
+        count = min(most, len(self._sweep_order))
+        for _ in range(count):
             paying = self._sweep_order.popleft()
             bucket = paying.bucket
             if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
-                dropped += 1
             else:
                 self._sweep_order.append(paying)
-        return dropped
+        return count
 
     def _look_at_shares(self, now_us: int) -> None:
         in_force = self.shares.in_force(now_us)

@@ -40,9 +40,6 @@ FIRST_SHIFT: Final = 3
 MAX_SHIFT: Final = 6
 """How many times the horizon is halved at first, and at most: of 64 slots 8 are left, and then at least one."""
 
-SEAL_WORK: Final = 4
-"""To seal a bucket takes as long as to look at this many."""
-
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
 
@@ -200,34 +197,35 @@ class Store:
         self.origin = self.journal.origin = origin
 
     def sweep(self, now_us: int, most: int) -> int:
-        """Look at the next `most` buckets in turn and drop the idle ones; a call resumes where the last one stopped.
-        While all together have too many slots, it seals early.
+        """Look at the next `most` buckets in turn, or fewer if they hold many slots, and drop the idle ones; a call
+        resumes where the last one stopped. While all together have too many slots, it seals early.
 
         Returns:
-            The number of buckets dropped.
+            How many it has looked at; at least one, if there is one and `most` is not 0.
         """
-        dropped = 0
-        left = min(most, len(self._buckets))
-        while left > 0:
+        looked = 0
+        left = most
+        count = min(most, len(self._buckets))
+        while left > 0 and looked < count:
             while not self._to_sweep:
                 self._to_sweep.extend(self._buckets.shards[self._next_shard].values())
                 self._next_shard = (self._next_shard + 1) % SHARDS
                 if not self._next_shard:
                     self._end_pass()
             bucket = self._to_sweep.pop()
-            left -= 1
-            if self.horizon_shift and bucket.shorten(now_us, self.horizon_shift):
-                left -= SEAL_WORK
+            looked += 1
+            left -= bucket.looks
+            if self.horizon_shift:
+                bucket.shorten(now_us, self.horizon_shift)
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
                 self.room.give_back(bucket.key)
-                dropped += 1
+                self.evicted += 1
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
-        self.evicted += dropped
         if self.room.is_ample:
             self.full_since_us = None
-        return dropped
+        return looked
 
     def _end_pass(self) -> None:
         self.slots, self._slots_seen = self._slots_seen, 0

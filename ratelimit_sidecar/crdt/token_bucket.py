@@ -89,7 +89,7 @@ class TokenBucket(Bucket):
         charge = hits * limit.period_us
         admitted = self.deficit + charge <= limit.ceiling
         if hits and (admitted or always):
-            if self.at_us >= self._own_slot_end_us:
+            if self._is_own_slot_over():
                 self._open_slot_of_now()
             before = self.deficit
             deficit = before + charge
@@ -130,7 +130,7 @@ class TokenBucket(Bucket):
         """
         exponent = self._limit.exponent
         last = self._slot_of_now()
-        for slot in self._slots():
+        for slot in self._tokens_by_slot():
             if placed_us(slot, exponent) > placed_us(last, exponent):
                 last = slot
         return last
@@ -286,21 +286,14 @@ class TokenBucket(Bucket):
                 # slot's middle.
                 self._recount()
 
-    @property
-    def slots(self) -> int:
-        """How many it holds, of all origins."""
-        return (self._own_slot != NO_SLOT) + len(self._own or ()) + self._heard_entries
-
-    def shorten(self, now_us: int, shift: int) -> bool:
+    def shorten(self, now_us: int, shift: int) -> None:
         """See `Bucket.shorten`. Peers are told the base, and seal up to it as well."""
         self.advance(now_us)
         limit = self._limit
         boundary_us = limit.boundary_us(self.at_us, shift)
         # In batches, since until it is told of the base a peer seems to have something else.
-        if not self.slots or boundary_us - self._base_us < max(2, SEAL_BATCH_SLOTS >> shift) << limit.exponent:
-            return False
-        self._seal_up_to(boundary_us)
-        return True
+        if self.slots and boundary_us - self._base_us >= max(2, SEAL_BATCH_SLOTS >> shift) << limit.exponent:
+            self._seal_up_to(boundary_us)
 
     def is_idle(self, now_us: int) -> bool:
         """True when the bucket is full and has no slots that count or are yet to be sent: then it equals an absent one.
@@ -326,7 +319,7 @@ class TokenBucket(Bucket):
         self._base_deficit = min(scaled, limit.debt_ceiling)
         self._limit = limit
         # The next take opens a slot of the new width.
-        self._own_slot_end_us = 0
+        self._close_own_slot()
         self._recount()
 
     def fold(self, now_us: int) -> int:
@@ -366,7 +359,8 @@ class TokenBucket(Bucket):
         if self._base_us > boundary_us:
             self._base_us, self._base_deficit = boundary_us, 0
         self.at_us = now_us
-        self._own_slot_end_us = self._kept_until_us = 0
+        self._close_own_slot()
+        self._kept_until_us = 0
         self._recount()
         tokens = -(-(deficit - self.deficit) // limit.period_us)
         if tokens > 0:
@@ -383,9 +377,7 @@ class TokenBucket(Bucket):
     def _open_slot_of_now(self) -> None:
         """Open the current slot for writing."""
         self._seal_when_due()
-        slot = self._slot_of_now()
-        self._open_own_slot(slot)
-        self._own_slot_end_us = slot_end_us(slot)
+        self._open_own_slot(self._slot_of_now())
 
     def _slot_of_now(self) -> int:
         """The slot to write to. If the regular one began before the base, a narrower one that began after it.
@@ -452,22 +444,18 @@ class TokenBucket(Bucket):
 
     def _seal_before(self, boundary_us: int) -> None:
         """Move the base up to `boundary_us`, and drop the slots before it."""
-        own_slot = self._own_slot
+        own = [slot for slot in (self._own_slot, *(self._own or ())) if NO_SLOT < slot < boundary_us]
         sealed = self._forget(lambda slot: slot < boundary_us)
         # The boundary of a peer with narrower slots may lie inside one of our slots. That slot counts before it, too.
-        events = self._events([(slot, tokens) for _, slot, tokens in sealed], boundary_us - 1)
+        events = self._events(sealed.items(), boundary_us - 1)
         folded = self._fold_from_base(events, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
-        if self._own_slot != own_slot:
-            # The slot being written to was sealed.
-            self._own_slot_end_us = 0
         if self._heard is None:
             self._spilled = None
         if boundary_us > self._limit.boundary_us(self.at_us) and self.journal is not None:
             self._kept_until_us = max(self._kept_until_us, boundary_us + self._limit.horizon_us)
-        for origin, slot, _ in sealed:
-            if origin is self.origin and slot_end_us(slot) > self.at_us:
-                self._kept_until_us = max(self._kept_until_us, slot_end_us(slot))
+        for slot in own:
+            self._kept_until_us = max(self._kept_until_us, slot_end_us(slot))
 
 
 class _Folded(NamedTuple):

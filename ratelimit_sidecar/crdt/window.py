@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
@@ -29,8 +28,6 @@ from ratelimit_sidecar.crdt.limit import (
     WindowLimit,
 )
 from ratelimit_sidecar.crdt.slot import REFUND, slot_end_us, slot_exponent, slot_id, slot_start_us
-
-_UNKNOWN: Final = -1
 
 
 class _Window(Bucket):
@@ -63,6 +60,9 @@ class _Window(Bucket):
 
     def is_idle(self, now_us: int) -> bool:
         self.advance(now_us)
+        if self.count:
+            # What is past is forgotten when the next slot leaves or the next window begins.
+            return False
         self._forget(self._is_past)
         return self._holds_nothing
 
@@ -258,9 +258,8 @@ class SlidingWindow(_Window):
 
     __slots__ = (
         "_first_leaves_us",
-        "_fits_hits",
-        "_fits_us",
         "_last_leaves_us",
+        "_leaving",
         "_refunded_until_us",
         "_refunded_us",
         "_unheard_until_us",
@@ -279,23 +278,20 @@ class SlidingWindow(_Window):
         """When a refund was last given here, or received."""
         self._first_leaves_us = self._last_leaves_us = 0
         """When the first and the last slot that counts leave the period; 0 when no slot counts."""
-        self._fits_hits, self._fits_us = _UNKNOWN, 0
-        """When so many hits fit, as `retry_after_us` last found; unknown since anything else was counted. Whoever is
-        denied again and again must not have all slots looked at each time.
+        self._leaving: dict[int, int] | None = None
+        """By when they leave the period, the next first, the tokens that count, of all replicas together: so whoever is
+        denied again and again does not have the slots of each looked at. None until `retry_after_us` needs it, after a
+        recount, and as long as there are few slots.
         """
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
         admitted = self.count + hits <= self._limit.requests
         if hits and (admitted or always):
-            if self.at_us >= self._own_slot_end_us:
-                slot = slot_id(self.at_us, self._limit.exponent)
-                self._open_own_slot(slot)
-                self._own_slot_end_us = slot_end_us(slot)
-                self._note(self._leaves_us(slot))
+            if self._is_own_slot_over():
+                self._open_own_slot(slot_id(self.at_us, self._limit.exponent))
             before = self.count
-            self.count += hits
-            self._fits_hits = _UNKNOWN
+            self._add(slot_end_us(self._own_slot) + self._limit.period_us, hits)
             self._write_own(hits)
             if self.at_us < self._unheard_until_us:
                 self._recount()
@@ -329,16 +325,23 @@ class SlidingWindow(_Window):
         return max(0, self._last_leaves_us - self.at_us)
 
     def retry_after_us(self, hits: int) -> int:
-        if self.count + hits <= self._limit.requests:
+        excess = self.count + hits - self._limit.requests
+        if excess <= 0:
             return 0
-        if hits != self._fits_hits:
-            count, self._fits_hits, self._fits_us = self.count, hits, self.at_us
+        leaving = self._leaving
+        if leaving is None:
+            leaving = {}
             for leaves_us, tokens in sorted(self._counting(self.at_us)):
-                if count + hits <= self._limit.requests:
-                    break
-                count -= tokens
-                self._fits_us = leaves_us
-        return max(0, self._fits_us - self.at_us)
+                leaving[leaves_us] = leaving.get(leaves_us, 0) + tokens
+            if self.looks > 1:
+                self._leaving = leaving
+        fits_us = self.at_us
+        for leaves_us, tokens in leaving.items():
+            fits_us = leaves_us
+            excess -= tokens
+            if excess <= 0:
+                break
+        return fits_us - self.at_us
 
     def advance(self, now_us: int) -> None:
         """Drop the slots that are wholly before the period that ends at `now_us`."""
@@ -367,7 +370,6 @@ class SlidingWindow(_Window):
             added = self._hear(entry)
             if added:
                 news += 1
-                self._fits_hits = _UNKNOWN
                 if slot & REFUND:
                     self._refunded_us = self.at_us
                     self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
@@ -375,8 +377,7 @@ class SlidingWindow(_Window):
                 if added < 0 or slot & REFUND or slot < self._refunded_until_us:
                     again = True
                 elif leaves_us > self.at_us:
-                    self.count += added
-                    self._note(leaves_us)
+                    self._add(leaves_us, added)
         if again:
             self._trim()
             self._recount()
@@ -387,10 +388,9 @@ class SlidingWindow(_Window):
         assert isinstance(limit, WindowLimit)
         self.advance(now_us)
         former, self._limit = self._limit, limit
-        self._fits_hits = _UNKNOWN
         # Requests with overrides of the same period may alternate, so this case must be cheap.
         if limit.period_us != former.period_us:
-            self._own_slot_end_us = 0
+            self._close_own_slot()
             self._recount()
 
     def fold(self, now_us: int) -> int:
@@ -415,17 +415,15 @@ class SlidingWindow(_Window):
         count = self.count
         self._take_new_origin()
         self.at_us = now_us
-        self._own_slot_end_us = 0
+        self._close_own_slot()
         self._forget(self._is_ahead)
         self._recount()
         tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
             self._open_own_slot(slot)
-            self._own_slot_end_us = slot_end_us(slot)
-            self._note(self._leaves_us(slot))
+            self._add(self._leaves_us(slot), tokens)
             self._write_own(tokens)
-            self.count += tokens
 
     def _counting(self, now_us: int) -> list[tuple[int, int]]:
         """The slots in the period that ends at `now_us`, each as (time at which it leaves the period, tokens)."""
@@ -444,11 +442,8 @@ class SlidingWindow(_Window):
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
-        given: dict[int, int] = {}
-        for slots in (self._own or {}, *(self._heard or {}).values()):
-            for slot, tokens in slots.items():
-                if slot & REFUND and tokens > given.get(slot, 0):
-                    given[slot] = tokens
+        marks = [self._own or {}, *(self._heard or {}).values()]
+        given = {slot: max([slots.get(slot, 0) for slots in marks]) for slot in tokens_of if slot & REFUND}
         return {
             slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
             for slot in {slot & ~REFUND for slot in tokens_of}
@@ -463,18 +458,25 @@ class SlidingWindow(_Window):
         end_us = slot_start_us(slot) + (1 << min(slot_exponent(slot), self._limit.exponent))
         return min(end_us + self._limit.period_us, slot_end_us(slot) + _kept_us(slot))
 
-    def _note(self, leaves_us: int) -> None:
+    def _add(self, leaves_us: int, tokens: int) -> None:
+        """Count tokens of a slot that leaves the period at `leaves_us`."""
+        self.count += tokens
+        leaving = self._leaving
+        if leaving is not None:
+            if leaves_us in leaving or leaves_us > self._last_leaves_us:
+                leaving[leaves_us] = leaving.get(leaves_us, 0) + tokens
+            else:
+                # It is not the last. For each slot that happens once at most.
+                self._leaving = None
         first_us = self._first_leaves_us
         self._first_leaves_us = min(first_us, leaves_us) if first_us else leaves_us
         self._last_leaves_us = max(self._last_leaves_us, leaves_us)
 
     def _recount(self) -> None:
         self._forget(self._is_past)
-        self._fits_hits = _UNKNOWN
+        self._leaving = None
         self._first_leaves_us = self._last_leaves_us = 0
         if self._refunded_until_us:
-            # The current slot may no longer count. The next take opens it again and notes when it leaves.
-            self._own_slot_end_us = 0
             by_slot = self._by_slot()
             self._find_refunds(by_slot)
             left = _left_of(by_slot)
@@ -482,8 +484,7 @@ class SlidingWindow(_Window):
             left = self._tokens_by_slot()
         self.count = 0
         for leaves_us, tokens in self._counting_of(left, self.at_us):
-            self.count += tokens
-            self._note(leaves_us)
+            self._add(leaves_us, tokens)
 
     def _find_refunds(self, by_slot: dict[int, tuple[int, int]]) -> None:
         self._refunded_until_us = self._unheard_until_us = 0

@@ -13,6 +13,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.window import SlidingWindow
 from ratelimit_sidecar.limiter.key import decode_bucket_key, rule_key
 from ratelimit_sidecar.limiter.rules import Rules
 
@@ -58,8 +59,8 @@ class FullestBuckets:
         self._former: list[object] = []
         """Objects of former passes. To free those of 20,000 rules in one step takes 5 ms."""
 
-    def look(self, rules: Rules, now_us: int, most: int) -> bool:
-        """Look at the next `most` buckets.
+    def look(self, rules: Rules, now_us: int, most: int) -> int:
+        """Look at the next `most` buckets, or fewer if they are sliding windows with many slots.
 
         Args:
             rules: the current rules; buckets of other rules do not count. They may change during a pass. They are not
@@ -67,23 +68,28 @@ class FullestBuckets:
             now_us: not less than in the call before.
 
         Returns:
-            True when that was the end of a pass.
+            How many it has looked at; less than `most` also at the end of a pass.
         """
         del self._former[-FREED_PER_BUCKET * most :]
-        for _ in range(most):
+        looked = 0
+        left = most
+        while left > 0:
             bucket = next(self._walk, None)
             if bucket is None:
                 self._former += [*self.of_rules, *self.of_rules.values(), *self._of_keys]
                 self.of_rules = self._of_rules
                 self._begin()
-                return True
+                break
+            looked += 1
+            # Others let time pass without looking at their slots.
+            left -= bucket.looks if isinstance(bucket, SlidingWindow) else 1
             capacity = bucket.limit.capacity
             fullest = self._fullest(rules, bucket.key)
             if fullest is not None and capacity > 0:
                 bucket.advance(now_us)
                 debt = bucket.debt
                 fullest.add((capacity - bucket.remaining + debt) / capacity, debt)
-        return False
+        return looked
 
     def _begin(self) -> None:
         self._walk = self._store.walk()

@@ -140,7 +140,8 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     asks = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
     later_us = NOW_US + 3_000_000
     ledger.tick(ENDS, later_us, most=10, longest_key=100)
-    assert ledger.sweep(later_us, most=10) == 0
+    assert ledger.sweep(later_us, most=10) == 1
+    assert len(ledger) == 1
     ledger.closed(7, asks, later_us)
     later_us += 3_000_000
     ledger.tick(ENDS, later_us, most=10, longest_key=100)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
-from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, Limit
+from ratelimit_sidecar.crdt.bucket import SLOTS_A_LOOK, Base, Entry, Origin
+from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.crdt.store import MAX_SHIFT, SEAL_WORK, Store
+from ratelimit_sidecar.crdt.store import MAX_SHIFT, Store
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE = Origin("here", 1), Origin("there", 1)
@@ -36,10 +36,10 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
     store.drain_changes()
-    assert store.sweep(NOW_US + 1_000_000, most=10) == 0
+    assert store.sweep(NOW_US + 1_000_000, most=10) == 1
+    assert (len(store), store.evicted) == (1, 0)
     assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 1
-    assert len(store) == 0
-    assert store.evicted == 1
+    assert (len(store), store.evicted) == (0, 1)
 
 
 HOURLY = Limit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
@@ -50,6 +50,12 @@ def hourly_store(keys: int) -> Store:
     return Store(HERE, lambda _key: HOURLY, max_buckets=keys + keys // 8)
 
 
+def sweep_all(store: Store, now_us: int) -> None:
+    left = len(store)
+    while left > 0:
+        left -= store.sweep(now_us, left)
+
+
 def use(store: Store, keys: int, slots: int, now_us: int = NOW_US, *, replicated: bool = True) -> int:
     """Take from each bucket in each of so many slots, with a pass of sweeping after each; returns the time."""
     for _ in range(slots):
@@ -57,8 +63,7 @@ def use(store: Store, keys: int, slots: int, now_us: int = NOW_US, *, replicated
             assert store.bucket(b"%d" % number, HOURLY, now_us, replicated=replicated).take(1, now_us)
         store.drain_changes()
         now_us += SLOT_US
-        for _ in range(1 + SEAL_WORK):
-            store.sweep(now_us, len(store))
+        sweep_all(store, now_us)
     return now_us
 
 
@@ -121,7 +126,7 @@ def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and
     [bucket] = one
     # Nothing of it is within an eighth of the horizon.
     now_us += 10 * SLOT_US
-    assert bucket.shorten(now_us, 3)
+    bucket.shorten(now_us, 3)
     assert not list(bucket.entries())
     # It has something to say to a peer that still has the entries: its base.
     assert settled()[0] is not None
@@ -136,15 +141,43 @@ def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and
     assert settled()[0] == settled()[1]
     now_us += 40 * SLOT_US
     for store in stores:
-        assert store.sweep(now_us, 1) == 1
+        store.sweep(now_us, 1)
+        assert len(store) == 0
+
+
+SLIDING_HOUR = WindowLimit(100, 3_600_000_000, Window.SLIDING)
+
+
+@pytest.mark.parametrize("limit", [HOURLY, SLIDING_HOUR])
+def test_a_step_of_the_sweep_looks_at_few_buckets_if_they_hold_slots_of_many_replicas(limit: AnyLimit) -> None:
+    keys, most = 100, 50
+    store = Store(HERE, lambda _key: limit)
+    for number in range(keys):
+        slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(60)]
+        entries = [Entry(Origin("n", 1 + of), slot, 1) for of in range(20) for slot in slots]
+        store.join(b"%d" % number, limit, None, entries, NOW_US)
+    store.horizon_shift = MAX_SHIFT
+    of_each = max(bucket.slots for bucket in store)
+    looked = steps = 0
+    while looked < keys:
+        before = sum(bucket.slots for bucket in store)
+        of_step = store.sweep(NOW_US, most)
+        assert 1 <= of_step <= 1 + most * SLOTS_A_LOOK // of_each
+        sealed = before - sum(bucket.slots for bucket in store)
+        assert sealed <= most * SLOTS_A_LOOK + of_each
+        looked += of_step
+        steps += 1
+    assert steps > 1
 
 
 def test_a_bucket_with_news_for_peers_stays() -> None:
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
-    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 0
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    assert len(store) == 1
     store.drain_changes()
-    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 1
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    assert len(store) == 0
 
 
 def test_a_sweep_resumes_where_the_last_one_stopped() -> None:
@@ -152,6 +185,7 @@ def test_a_sweep_resumes_where_the_last_one_stopped() -> None:
     for index in range(10):
         store.bucket(b"known%d" % index, LIMIT, NOW_US)
     assert [store.sweep(NOW_US, most=4) for _ in range(3)] == [4, 4, 2]
+    assert len(store) == 0
 
 
 def test_changes_are_reported_once_however_often_a_bucket_was_taken_from() -> None:
@@ -215,4 +249,5 @@ def test_a_bucket_that_is_dropped_leaves_its_room_to_others() -> None:
     store = Store(HERE, lambda _key: LIMIT, max_buckets=2)
     for number in range(20):
         store.bucket(b"%d" % number, LIMIT, NOW_US)
-        assert store.sweep(NOW_US, most=10) == 1
+        store.sweep(NOW_US, most=10)
+        assert len(store) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections import Counter
@@ -218,10 +217,10 @@ def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_howeve
     is_refunded: bool,
 ) -> None:
     limit = WindowLimit(100, 3_600_000_000, Window.SLIDING)
-    slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(40)]
+    slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(50)]
 
     bucket = SlidingWindow(b"k", limit, Origin("here", 1), NOW_US)
-    bucket.merge([Entry(Origin("there", 1 + of), slot, 50) for of in range(64) for slot in slots], NOW_US)
+    bucket.merge([Entry(Origin("there", 1 + of), slot, 50) for of in range(64) for slot in slots[::2]], NOW_US)
     if is_refunded:
         bucket.refund(1, NOW_US)
 
@@ -230,47 +229,56 @@ def test_when_a_denied_caller_may_come_back_costs_what_there_are_of_slots_howeve
         assert call()
         return time.thread_time() - began
 
-    hits = itertools.cycle((1, 2))
-
-    def to_tell() -> float:
-        # What was just told is remembered.
-        return seconds(lambda: bucket.retry_after_us(next(hits)))
+    def to_tell(slot: int) -> float:
+        # Of a slot among others nothing is known.
+        bucket.merge([Entry(ELSEWHERE, slot, 1)], NOW_US)
+        return seconds(lambda: bucket.retry_after_us(1))
 
     def to_list_what_each_took() -> float:
         return seconds(lambda: list(bucket.entries()))
 
-    assert min(to_tell() for _ in range(30)) < min(to_list_what_each_took() for _ in range(30))
+    assert min(to_tell(slot) for slot in slots[1::2]) < min(to_list_what_each_took() for _ in range(30))
 
 
 asked = st.integers(1, 8)
-events = st.tuples(st.just("take"), asked) | st.tuples(st.sampled_from(["hear", "refund", "limit"]), asked)
+events = st.tuples(st.just("take"), asked) | st.tuples(st.sampled_from(["hear", "late", "refund", "limit"]), asked)
 
 
-@given(periods, st.lists(st.tuples(gaps, events, asked), max_size=40))
+@given(periods, st.lists(st.tuples(gaps, events, st.integers(1, 26)), max_size=40))
 @example(7 * SECOND_US, [(0, ("take", 5), 8), (2 * SECOND_US, ("take", 1), 2), (0, ("limit", 2), 2)])
 def test_when_hits_fit_is_what_a_replica_would_say_that_has_just_heard_all(period_us: int, history) -> None:
-    window, there = sliding(6, period_us), sliding(100, period_us, origin=THERE)
+    window, there = sliding(26, period_us), sliding(100, period_us, origin=THERE)
     now_us = NOW_US
+    width_us = 1 << window.limit.exponent
+    # So many slots that they are not looked at each time.
+    earlier = [slot_id(NOW_US - age * width_us, window.limit.exponent) for age in range(0, 40, 2)]
+    window.merge([Entry(Origin("earlier", 1), slot, 1) for slot in earlier], now_us)
     for gap_us, (event, amount), hits in history:
         now_us += gap_us
         window.advance(now_us)
         match event:
             case "take":
-                window.take(amount, now_us)
+                window.take(amount, now_us, always=hits > 13)
             case "hear":
                 there.take(amount, now_us)
                 window.merge(there.entries(), now_us)
+            case "late":
+                late_us = now_us - (2 * amount - 1) * width_us
+                window.merge([Entry(ELSEWHERE, slot_id(late_us, window.limit.exponent), hits)], now_us)
             case "refund":
                 window.refund(amount, now_us)
             case "limit":
-                window.set_limit(WindowLimit(amount, period_us, Window.SLIDING), now_us)
+                window.set_limit(WindowLimit(20 + amount, period_us, Window.SLIDING), now_us)
         fresh = sliding(window.limit.capacity, period_us, origin=ELSEWHERE)
         fresh.merge(window.entries(), now_us)
         assert window.retry_after_us(hits) == fresh.retry_after_us(hits)
 
 
 @pytest.mark.interpreted
-def test_who_is_denied_again_and_again_does_not_have_all_slots_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_charged", [False, True])
+def test_who_is_denied_again_and_again_does_not_have_all_slots_looked_at(
+    monkeypatch: pytest.MonkeyPatch, is_charged: bool
+) -> None:
     looks = 0
     counting = SlidingWindow._counting
 
@@ -280,11 +288,14 @@ def test_who_is_denied_again_and_again_does_not_have_all_slots_looked_at(monkeyp
         return counting(window, now_us)
 
     monkeypatch.setattr(SlidingWindow, "_counting", counted)
-    window = sliding(10)
-    assert window.take(10, NOW_US)
+    window = sliding(100)
+    slots = [slot_id(NOW_US - age * 2 * SECOND_US, window.limit.exponent) for age in range(20)]
+    window.merge([Entry(THERE, slot, 5) for slot in slots], NOW_US)
     for denied in range(100):
-        assert not window.take(1, NOW_US + denied)
-        assert window.retry_after_us(1) > 0
+        hits = 1 + denied % 2
+        assert not window.take(hits, NOW_US + denied, always=is_charged)
+        assert window.retry_after_us(hits) > 0
+        window.merge([Entry(ELSEWHERE, slots[denied % 20], denied + 1)], NOW_US + denied)
     assert looks == 1
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import SLOTS_A_LOOK, Entry, Origin
+from ratelimit_sidecar.crdt.limit import Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.limiter.fullest import FREED_PER_BUCKET, Fullest, FullestBuckets
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit, limit_of_rate
@@ -29,9 +31,25 @@ def test_what_a_former_pass_has_found_is_freed_a_little_at_a_time() -> None:
     passes = 0
     before = found()
     while passes < 3:
-        passes += fullest.look(rules, NOW_US, AT_ONCE)
+        passes += fullest.look(rules, NOW_US, AT_ONCE) < AT_ONCE
         now = found()
         assert now > before - FREED_PER_BUCKET * AT_ONCE - 1
         before = now
     assert len(fullest.of_rules) == RULES
     assert before <= 2 * RULES
+
+
+def test_a_step_looks_at_few_sliding_windows_if_they_hold_slots_of_many_replicas() -> None:
+    limit = WindowLimit(100, 3_600_000_000, Window.SLIDING)
+    rules = Rules({"d": RuleNode(key_only={"k": RuleNode(Rule("d.k", limit, 100, Unit.HOUR))})})
+    limiter = Limiter(rules, Origin("n", 1))
+    slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(50)]
+    for number in range(40):
+        limiter.charge(limiter.quota_step("d", [("k", f"v{number}")]), 1, NOW_US)
+    for bucket in limiter.store:
+        bucket.merge([Entry(Origin("there", 1 + of), slot, 1) for of in range(20) for slot in slots], NOW_US)
+    fullest = FullestBuckets(limiter.store)
+    assert fullest.look(rules, NOW_US, 200) == 1 + 200 * SLOTS_A_LOOK // (20 * 50)
+    while not fullest.of_rules:
+        assert fullest.look(rules, NOW_US, 200) <= 4
+    assert fullest.of_rules["d", "d.k"].used == [10.01] * 3

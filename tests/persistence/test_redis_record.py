@@ -168,7 +168,8 @@ async def test_a_bucket_that_was_sealed_before_its_horizon_is_read_as_it_was(red
     for _ in range(20):
         bucket.take(3, now_us, always=True)
         now_us += 1 << bucket.limit.exponent
-    assert bucket.shorten(now_us, 3)
+    bucket.shorten(now_us, 3)
+    assert bucket.slots < 20
     bucket.take(1, now_us, always=True)
     await join(redis, tell(bucket, bucket.entries(), now_us))
     found = await restored(redis, "month", now_us)

@@ -310,7 +310,8 @@ def test_the_rest_of_a_bucket_does_not_wait_until_nothing_else_changes() -> None
 
 def test_buckets_that_are_gone_count_as_work_too() -> None:
     store, outbox = with_changes(2 * PIECE_WORK)
-    assert store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK) == 2 * PIECE_WORK
+    store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK)
+    assert store.evicted == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
     assert outbox.take_batch() is None
     assert outbox.is_settled
@@ -512,7 +513,8 @@ def test_evicted_buckets_are_dropped() -> None:
     outbox = opened(store)
     take(store, "ann", 5, NOW_US)
     note(outbox, is_told=False)
-    assert store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1) == 1
+    store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1)
+    assert store.evicted == 1
     assert next_batch(outbox, NOW_US) is None
 
 
