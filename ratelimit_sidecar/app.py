@@ -61,6 +61,7 @@ from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
@@ -70,7 +71,6 @@ from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
-from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import SERVICE_NAME as EXT_AUTHZ_SERVICE_NAME
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app

@@ -24,7 +24,7 @@ class BrokenPromise(AssertionError):
 
 def held(bucket: Bucket | None, origin: Origin, slot: int) -> int:
     """What a node knows another to have taken in a slot."""
-    heard = None if bucket is None else bucket._heard
+    heard = None if bucket is None else bucket._received
     slots = None if heard is None else heard.get(origin)
     return 0 if slots is None else slots.get(slot, 0)
 

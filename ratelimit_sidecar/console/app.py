@@ -37,8 +37,8 @@ from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import UnaryHandler
-from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.telemetry.exposition import Exposition
 from ratelimit_sidecar.telemetry.logs import LogLevel
 from ratelimit_sidecar.telemetry.traces import trace_fields

@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from ratelimit_sidecar.console.browsers import require_json
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
-from ratelimit_sidecar.server.waiting import HttpWaits
 
 _ERROR_STATUS: Mapping[int, int] = {Code.INVALID_ARGUMENT: 400, Code.UNAVAILABLE: 503}
 _STATUS = {RateLimitResponse.OK: 200, RateLimitResponse.OVER_LIMIT: 429}

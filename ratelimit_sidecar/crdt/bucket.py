@@ -40,15 +40,15 @@ MAX_UNSENT_SLOTS: Final = 1_024
 MAX_ORIGINS: Final = 1_024
 """The most origins in one bucket besides connected peers: a mesh of 256 nodes, each restarted three times."""
 
-MAX_HEARD: Final = 16_384
-"""With so many entries of others in one bucket, further ones of origins that are no connected peers are refused. What
-is counted anew from all entries then takes some milliseconds, whatever a member invents.
+MAX_RECEIVED: Final = 16_384
+"""The most entries of other origins in one bucket; beyond them only entries of connected peers are accepted. So a
+recount from all entries takes some milliseconds at most, whatever a member invents.
 """
 
 SUMMED_ENTRIES: Final = 256
-"""With so many entries of others in one bucket the tokens in each slot are kept summed up. In steady use that is a
-bucket of five replicas or more, so it takes a quarter more memory. Then what is counted anew, at each delta of a bucket
-in debt or one that is given back to, costs what there are of slots, however many replicas take in each.
+"""From this many entries of other origins on, a bucket also keeps their sum for each slot. A recount (at each delta of
+a bucket that is in debt, or that tokens are given back to) then costs as much as there are slots, however many replicas
+take in each. In steady use five replicas or more have so many entries; the sums take a quarter more memory.
 """
 
 MAX_SLOTS: Final = 640
@@ -60,10 +60,11 @@ FINAL_US: Final = 2_000_000
 """When a slot has been over for this long, its origin no longer writes to it, unless its clock is further behind."""
 
 SLOTS_A_LOOK: Final = 16
-"""For so many slots of a bucket a loop over buckets counts one look more: to seal them takes as long, 2 us."""
+"""`Bucket.looks` counts one look more for this many slots: to seal them takes as long as to look at a bucket, 2 us."""
 
 RECOUNT: Final = -1
-"""Returned by `_hear` instead of a count when the origin now has too many slots; the caller must trim and recount."""
+"""Returned by `_receive` instead of a count: the origin now has too many slots, and the caller must trim and recount.
+"""
 
 
 class Origin(NamedTuple):
@@ -117,13 +118,13 @@ class Bucket(ABC):
     """
 
     __slots__ = (
-        "_heard",
-        "_heard_entries",
-        "_heard_tokens",
         "_own",
         "_own_slot",
         "_own_slot_unsent",
         "_own_tokens",
+        "_received",
+        "_received_entries",
+        "_received_tokens",
         "_unsent",
         "at_us",
         "journal",
@@ -142,12 +143,13 @@ class Bucket(ABC):
         self._own_tokens = 0
         self._own_slot_unsent = False
         self._own: dict[int, int] | None = None
-        self._heard: dict[Origin, dict[int, int]] | None = None
+        self._received: dict[Origin, dict[int, int]] | None = None
         """Slots of all other origins; none of the dicts in it is empty."""
-        self._heard_entries = 0
-        """All the slots in it."""
-        self._heard_tokens: dict[int, int] | None = None
-        """The tokens in it by slot, of all origins together; None as long as there are few (`SUMMED_ENTRIES`)."""
+        self._received_entries = 0
+        """The number of slots in `_received`."""
+        self._received_tokens: dict[int, int] | None = None
+        """The tokens in `_received` by slot, all origins together; None while there are few entries (`SUMMED_ENTRIES`).
+        """
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -208,14 +210,14 @@ class Bucket(ABC):
         """
 
     def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
-        """Lower counts of `sender` to what it says itself; other peers may have claimed more.
+        """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
         Only counts of slots that are over are lowered: they are final, so replicas end up equal.
 
         Returns:
             True when something changed.
         """
-        slots = self._heard.get(sender) if self._heard is not None else None
+        slots = self._received.get(sender) if self._received is not None else None
         if slots is None:
             return False
         self.advance(now_us)
@@ -224,7 +226,7 @@ class Bucket(ABC):
             held = slots.get(slot, 0)
             if 0 < tokens < held and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
-                self._note_heard(slot, tokens - held)
+                self._note_received(slot, tokens - held)
                 is_changed = True
         if is_changed:
             self._recount()
@@ -280,7 +282,7 @@ class Bucket(ABC):
         return NO_BASE
 
     @property
-    def telling_base(self) -> Base | None:
+    def base_to_send(self) -> Base | None:
         """The base to send to a peer; None when the peer needs none."""
         return None
 
@@ -295,7 +297,7 @@ class Bucket(ABC):
     @property
     def taken(self) -> dict[Origin, dict[int, int]]:
         """A copy of the replicated state."""
-        taken = {origin: dict(slots) for origin, slots in (self._heard or {}).items()}
+        taken = {origin: dict(slots) for origin, slots in (self._received or {}).items()}
         own = dict(self._own or {})
         if self._own_slot != NO_SLOT:
             own[self._own_slot] = self._own_tokens
@@ -305,12 +307,12 @@ class Bucket(ABC):
 
     @property
     def slots(self) -> int:
-        """How many it holds, of all origins."""
-        return (self._own_slot != NO_SLOT) + len(self._own or ()) + self._heard_entries
+        """The number of slots it holds, of all origins."""
+        return (self._own_slot != NO_SLOT) + len(self._own or ()) + self._received_entries
 
     @property
     def looks(self) -> int:
-        """The work of looking at it, which is to let time pass and to seal, in looks at a bucket with few slots."""
+        """The work of advancing and sealing this bucket; 1 is that of a bucket with few slots."""
         return 1 + self.slots // SLOTS_A_LOOK
 
     def entries(self) -> Iterator[Entry]:
@@ -320,8 +322,8 @@ class Bucket(ABC):
         if self._own is not None:
             for slot, tokens in self._own.items():
                 yield Entry(self.origin, slot, tokens)
-        if self._heard is not None:
-            for origin, slots in self._heard.items():
+        if self._received is not None:
+            for origin, slots in self._received.items():
                 for slot, tokens in slots.items():
                     yield Entry(origin, slot, tokens)
 
@@ -330,7 +332,7 @@ class Bucket(ABC):
         if self._own_slot != NO_SLOT:
             yield self._own_slot
         yield from self._own or ()
-        for slots in (self._heard or {}).values():
+        for slots in (self._received or {}).values():
             yield from slots
 
     def _tokens_by_slot(self) -> dict[int, int]:
@@ -340,22 +342,22 @@ class Bucket(ABC):
         tokens_of = dict(self._own or {})
         if self._own_slot != NO_SLOT:
             tokens_of[self._own_slot] = self._own_tokens
-        if self._heard is not None:
-            for slot, tokens in self._tokens_heard().items():
+        if self._received is not None:
+            for slot, tokens in self._tokens_received().items():
                 tokens_of[slot] = tokens_of.get(slot, 0) + tokens
         return tokens_of
 
-    def _tokens_heard(self) -> dict[int, int]:
+    def _tokens_received(self) -> dict[int, int]:
         """The tokens in each slot of other origins together. Not to be changed."""
-        if self._heard_tokens is not None:
-            return self._heard_tokens
+        if self._received_tokens is not None:
+            return self._received_tokens
         tokens_of: dict[int, int] = {}
-        if self._heard is not None:
-            for slots in self._heard.values():
+        if self._received is not None:
+            for slots in self._received.values():
                 for slot, tokens in slots.items():
                     tokens_of[slot] = tokens_of.get(slot, 0) + tokens
-            if self._heard_entries >= SUMMED_ENTRIES:
-                self._heard_tokens = tokens_of
+            if self._received_entries >= SUMMED_ENTRIES:
+                self._received_tokens = tokens_of
         return tokens_of
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
@@ -372,11 +374,11 @@ class Bucket(ABC):
         self._own_slot_unsent = False
         return changed or []
 
-    def heard_entries(self, slots: Iterable[tuple[Origin, int]]) -> Iterator[Entry]:
+    def received_entries(self, slots: Iterable[tuple[Origin, int]]) -> Iterator[Entry]:
         """Other replicas' entries of `slots`, without those dropped meanwhile."""
-        heard = self._heard or {}
+        received = self._received or {}
         for origin, slot in slots:
-            tokens = heard.get(origin, {}).get(slot)
+            tokens = received.get(origin, {}).get(slot)
             if tokens is not None:
                 yield Entry(origin, slot, tokens)
 
@@ -395,7 +397,7 @@ class Bucket(ABC):
     @property
     def _holds_nothing(self) -> bool:
         """True when there are no slots, and none to send."""
-        return self._own_slot == NO_SLOT and not self._own and not self._heard and not self._unsent
+        return self._own_slot == NO_SLOT and not self._own and not self._received and not self._unsent
 
     def _open_own_slot(self, slot: int) -> None:
         """Make `slot` the one that `_write_own` counts in. Call that at once: a slot without tokens must not
@@ -465,14 +467,14 @@ class Bucket(ABC):
         former, self.origin = self.origin, origin
         self._own_slot_unsent = False
         if own:
-            if self._heard is None:
-                self._heard = {}
-            self._heard[former] = own
-            self._heard_entries += len(own)
-            self._heard_tokens = None
-            untrack(self._heard)
+            if self._received is None:
+                self._received = {}
+            self._received[former] = own
+            self._received_entries += len(own)
+            self._received_tokens = None
+            untrack(self._received)
 
-    def _hear(self, entry: Entry) -> int:
+    def _receive(self, entry: Entry) -> int:
         """Join one entry whose slot the subclass has checked.
 
         Returns:
@@ -481,52 +483,52 @@ class Bucket(ABC):
         origin, slot, tokens = entry
         if origin == self.origin:
             return self._recall(slot, tokens)
-        slots = self._heard.get(origin) if self._heard is not None else None
+        slots = self._received.get(origin) if self._received is not None else None
         if slots is None:
-            return self._hear_of(origin, slot, tokens)
+            return self._receive_first(origin, slot, tokens)
         held = slots.get(slot, 0)
         added = tokens - held
         if added <= 0:
             return 0
         if not held:
-            if self._heard_entries >= MAX_HEARD and not self._is_peer(origin):
+            if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
                 self._refuse(Refused.ORIGINS)
                 return 0
-            self._heard_entries += 1
+            self._received_entries += 1
         slots[slot] = tokens
-        self._note_heard(slot, added)
+        self._note_received(slot, added)
         return RECOUNT if len(slots) > MAX_SLOTS else added
 
-    def _note_heard(self, slot: int, tokens: int) -> None:
-        tokens_of = self._heard_tokens
+    def _note_received(self, slot: int, tokens: int) -> None:
+        tokens_of = self._received_tokens
         if tokens_of is not None:
             tokens_of[slot] = tokens_of.get(slot, 0) + tokens
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
-        for slots in (self._heard or {}).values():
+        for slots in (self._received or {}).values():
             if len(slots) > MAX_SLOTS:
                 for slot in sorted(slots)[:-MAX_SLOTS]:
                     del slots[slot]
-                    self._heard_entries -= 1
+                    self._received_entries -= 1
                     self._refuse(Refused.SLOTS)
-                self._heard_tokens = None
+                self._received_tokens = None
 
-    def _hear_of(self, origin: Origin, slot: int, tokens: int) -> int:
+    def _receive_first(self, origin: Origin, slot: int, tokens: int) -> int:
         """Join the first entry of an origin."""
-        heard = self._heard
-        if heard is None:
-            heard = self._heard = {}
+        received = self._received
+        if received is None:
+            received = self._received = {}
         if tokens <= 0:
             return 0
-        if (len(heard) >= MAX_ORIGINS or self._heard_entries >= MAX_HEARD) and not self._is_peer(origin):
+        if (len(received) >= MAX_ORIGINS or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
-        heard[origin] = {slot: tokens}
-        self._heard_entries += 1
-        self._note_heard(slot, tokens)
+        received[origin] = {slot: tokens}
+        self._received_entries += 1
+        self._note_received(slot, tokens)
         # Adding a value makes the collector track the dict again.
-        untrack(heard)
+        untrack(received)
         return tokens
 
     def _refuse(self, why: Refused) -> None:
@@ -566,32 +568,32 @@ class Bucket(ABC):
             for slot in past:
                 forgotten[slot] = self._own[slot]
             self._own = _without(self._own, past) or None
-        if self._heard is not None:
-            slots: Iterable[int] = self._heard_tokens or set[int]().union(*self._heard.values())
+        if self._received is not None:
+            slots: Iterable[int] = self._received_tokens or set[int]().union(*self._received.values())
             past = [slot for slot in slots if is_past(slot)]
             if past:
-                tokens_of = self._tokens_heard()
+                tokens_of = self._tokens_received()
                 for slot in past:
                     forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
-                self._forget_heard(past)
+                self._forget_received(past)
         return forgotten
 
-    def _forget_heard(self, past: list[int]) -> None:
-        heard = self._heard or {}
-        for origin in list(heard):
-            slots = heard[origin]
-            self._heard_entries -= len(slots)
+    def _forget_received(self, past: list[int]) -> None:
+        received = self._received or {}
+        for origin in list(received):
+            slots = received[origin]
+            self._received_entries -= len(slots)
             left = _without(slots, past)
-            self._heard_entries += len(left)
+            self._received_entries += len(left)
             if not left:
-                del heard[origin]
+                del received[origin]
             elif left is not slots:
-                heard[origin] = left
-                untrack(heard)
-        self._heard = heard or None
-        if self._heard_tokens is not None:
-            few = self._heard_entries < SUMMED_ENTRIES
-            self._heard_tokens = None if few else _without(self._heard_tokens, past)
+                received[origin] = left
+                untrack(received)
+        self._received = received or None
+        if self._received_tokens is not None:
+            few = self._received_entries < SUMMED_ENTRIES
+            self._received_tokens = None if few else _without(self._received_tokens, past)
 
 
 def _without(slots: dict[int, int], past: list[int]) -> dict[int, int]:

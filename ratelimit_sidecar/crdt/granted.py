@@ -41,10 +41,10 @@ class Needs(NamedTuple):
     """What a bucket needs of its account, in whole tokens.
 
     Args:
-        wanted: beside what is held.
-        most: what is held beyond so many goes back.
-        room: for what other regions may pay.
-        spared: of the room there is so much is left for refill, but at most a quarter.
+        wanted: to be drawn, beside what is held.
+        most: tokens held beyond this many go back.
+        room: to be granted for what other regions may pay.
+        spared: the part of the account's room that is left for its refill; at most a quarter of the room.
     """
 
     wanted: int
@@ -57,9 +57,9 @@ class Drawn(NamedTuple):
     """What an account answers, in whole tokens.
 
     Args:
-        kept: how much of the former grant goes on: all that was said, or 0 when it had ended.
-        tokens: that were drawn.
-        room: that was granted.
+        kept: how much of the former grant goes on: `Draw.kept`, or 0 when the grant had ended.
+        tokens: drawn by this call.
+        room: granted by this call.
         left: what the account has left.
     """
 
@@ -71,7 +71,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What a call says of one bucket, in whole tokens.
+    """The request of one bucket in a call to the account, in whole tokens.
 
     Args:
         generation: in which the former grant was counted; -1 when that is not known.
@@ -91,7 +91,9 @@ class Draw:
 
 
 class GrantedBucket(StrictBucket):
-    """For each call: `draw`, then `drawn`, `not_done`, or nothing when no answer came."""
+    """A strict bucket that spends what its region's account has granted. For each call to the account: `draw` says what
+    to send; then call `drawn` with the answer, `not_done` if nothing was done, or neither when no answer came.
+    """
 
     __slots__ = ("expires_us", "generation", "granted", "left", "lineage", "paced_us", "short_of", "used_us")
 
@@ -210,7 +212,7 @@ class GrantedBucket(StrictBucket):
 
 
 class GrantLedger(Ledger):
-    """All strict buckets of a sidecar in such a region. Its shares are the region's; see `Ledger`."""
+    """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         paying = self._all.get(key)

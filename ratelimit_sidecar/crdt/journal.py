@@ -22,7 +22,7 @@ Further ones are sent with all others."""
 
 
 class Refused(StrEnum):
-    """Why a part of a peer's data was refused. Usual causes are a wrong clock or other rules."""
+    """Why a part of a peer's data was refused. The usual causes are a wrong clock, and rules that differ."""
 
     AHEAD = "ahead"
     """A slot that begins later than MAX_AHEAD_US from now: the peer's clock is wrong, or it lies."""
@@ -30,22 +30,22 @@ class Refused(StrEnum):
     """A slot wider than the limit's own, and than those of a limit of a day."""
     ORIGINS = "origins"
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
-    `MAX_HEARD`."""
+    `MAX_RECEIVED`."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
     """An entry of this replica's own origin with more than it has taken."""
     DEBT = "debt"
-    """A base with more than the debt ceiling, to which it was cut."""
+    """A base with more than the debt ceiling. It is not dropped, but cut to that ceiling."""
     PAYMENT = "payment"
-    """An ask or a payment of a node that is no member, or a payment of more than the peer can have."""
+    """An ask or a wish of a node that is no member, or a payment of more than its payer can have."""
 
 
 class UrgentBuckets:
     """A bounded queue of buckets of which much was taken lately, so that peers should learn of them before others.
 
-    Whoever invents keys can make all buckets of one rule urgent. So each limit has a few places, and limits take turns;
-    and what is nearly used up, for which the most requests are needed, has places of its own.
+    Whoever invents keys can make all buckets of one rule urgent. So each limit has a few places, and limits take turns.
+    Buckets that are nearly used up have places of their own, since it takes the most requests to make a bucket so.
     """
 
     __slots__ = ("_by_limit", "_length")

@@ -1,7 +1,7 @@
-"""All strict buckets of one replica, its *purses*, and the asks to send to peers.
+"""All strict buckets of one replica, its *purses*, by key: asks and payments of peers go through here to each purse.
 
 A `tick` looks at a bounded number of the buckets that requests used lately. `sweep` drops full buckets without open
-asks; such a bucket has no more tokens when it is created again.
+asks: one that is created again later has no more tokens than that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
 
 FEW_TOKENS: Final = 8 * TOKEN
-"""With a smaller home nobody is asked while requests wait: asks would break up the tokens that tickets are for."""
+"""With a smaller home, no peer is asked while requests wait: asks would break up the whole tokens that tickets need."""
 
 MAX_TICKETS: Final = 8_192
-"""Tickets that peers may use at once."""
+"""The most tickets that peers may use at any one time."""
 
 _OBJECTS_OF_PURSE: Final = 3
 _OBJECTS_OF_PEER: Final = 2
@@ -75,10 +75,10 @@ class Ledger:
         self._tickets: OrderedDict[int, _Held] = OrderedDict()
         """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
-        """What purses had when this replica was stopped, by key, until their home is settled: see `restore`."""
+        """What purses had when this replica was stopped, by key, until they get it back: see `restore`."""
         self._kept_order: deque[bytes] = deque()
-        """Their keys, some of which have been put back. To find the first key of a dict that was emptied from its front
-        takes long."""
+        """The keys of `_kept`, and some that were restored already. (In a dict that was emptied from its front, finding
+        the first key takes long.)"""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -122,8 +122,8 @@ class Ledger:
         yield from self._all.clear()
 
     def keep(self) -> Iterator[tuple[bytes, int]]:
-        """What each purse has, by key; below 0 what is owed. Call it at a stop, when nothing is taken or paid any more:
-        that would be spent twice."""
+        """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
+        more: tokens that leave a purse after this would be spent twice."""
         for key, amount in self._kept.items():
             if self.limit_of_key(key) is not None:
                 yield key, amount
@@ -133,8 +133,8 @@ class Ledger:
                 yield bucket.key, amount
 
     def restore(self, kept: Mapping[bytes, int]) -> None:
-        """Give purses what `keep` told when this replica was stopped. Each gets it when it has a home, and as far as
-        there is room in it. It must be used once only."""
+        """Put back into purses what `keep` yielded when this replica was stopped. A purse gets it when it has a home,
+        as far as there is room. Use the result of one `keep` once only."""
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
@@ -278,7 +278,7 @@ class Ledger:
         return ticket
 
     def release(self, number: int, returned: int, now_us: int) -> None:
-        """A peer is done with a ticket; nothing if it has expired. See `StrictBucket.release`."""
+        """Free a ticket that a peer is done with; nothing happens if it has expired. See `StrictBucket.release`."""
         held = self._tickets.pop(number, None)
         if held is not None:
             self._all[held.key].bucket.release(number, held.peer, returned, now_us)

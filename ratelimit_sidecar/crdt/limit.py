@@ -1,4 +1,4 @@
-"""What a bucket enforces: its rate and capacity, in exact integers.
+"""The limit that a bucket enforces, a rate and a capacity or a window, in exact integers.
 
 A limit is `tokens` per `period_us` microseconds. The deficit of a bucket is held scaled by `period_us`, so that it
 drains `tokens` per microsecond and one token costs `period_us`: no rounding anywhere.
@@ -32,8 +32,8 @@ URGENT_SHARE: Final = 8
 """A bucket with less than 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
 
 MIN_STEPS_CAPACITY: Final = 32
-"""From this capacity on, peers are also told of a bucket early when a further 1/16 to 1/8 of it was taken. Of a smaller
-one a single request would be such a step, and whoever invents keys sends one for each.
+"""From this capacity on, a bucket is also sent to peers early whenever a further 1/16 to 1/8 of it was taken. In a
+smaller bucket a single request would be such a step, and so would the first request for each invented key.
 """
 
 SLOTS_PER_PERIOD: Final = 32
@@ -41,7 +41,7 @@ SLOTS_PER_PERIOD: Final = 32
 
 HORIZON_SLOTS: Final = 64
 MIN_HORIZON_US: Final = 10_000_000
-"""Whatever is delivered within this time counts in full."""
+"""The shortest horizon. Deltas that arrive within this time count in full."""
 
 MAX_AHEAD_US: Final = MIN_HORIZON_US
 """How far a peer's clock may be ahead. Later slots are refused, because they would count until their time has come."""
@@ -187,14 +187,15 @@ AnyLimit = Limit | WindowLimit
 
 
 def _token_bucket_exponent(refill_us: int) -> int:
-    """The width of the slots of a bucket that an empty one refills in `refill_us`."""
+    """The slot width, as an exponent, of a bucket that refills from empty in `refill_us`."""
     for_precision = _floor_log2(refill_us // SLOTS_PER_REFILL)
     for_size = min(_floor_log2(refill_us * MAX_REFILLS_PER_SLOT), SMALL_STATE_EXPONENT)
     return min(max(for_precision, for_size, MIN_EXPONENT), MAX_EXPONENT)
 
 
 def _step_bits(capacity: int, ceiling: int) -> int:
-    """The largest power of 2 in an eighth of the ceiling; what no bucket reaches for a small capacity."""
+    """See `Limit.step_bits`: the largest power of 2 in 1/8 of the ceiling. For a small capacity, one that no bucket
+    reaches."""
     return _floor_log2(ceiling // URGENT_SHARE) if capacity >= MIN_STEPS_CAPACITY else ceiling.bit_length()
 
 

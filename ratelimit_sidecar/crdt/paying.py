@@ -23,19 +23,21 @@ PACE_SHIFT: Final = 6
 """A peer is asked again only after 1/64 of the limit has refilled."""
 
 RECENT_US: Final = 500_000
-"""A replica counts as short for this time after a denial. What a peer has said is too old after this time; then the
-peer is assumed to be full and to have no demand.
+"""A replica counts as short for this time after a denial. A peer's report (of its level or demand) is used for this
+time; after it the peer is assumed to be full and to have no demand.
 """
 
 SOON_US: Final = 250_000
-"""As much room as refills in this time is not asked for (up to a quarter of all room), so that the own refill still
-fits before the answers arrive; and the tokens that the recent demand takes in this time are not paid. When a home is
-smaller than eight tokens, a peer that had nothing left is asked again only after this time, because reserved room does
-not refill.
+"""A replica does not ask for the room that it refills itself in this time (up to a quarter of all room), so that its
+refill still fits until the answers arrive. It does not pay the tokens that its own demand takes in this time. And if
+its home is smaller than eight tokens, it asks a peer that had nothing left again only after this time, because reserved
+room does not refill.
 """
 
 FORGET_US: Final = 2_000_000
-"""After this time, what a peer had left does not say any more how many tokens it has for requests that wait."""
+"""After this time, what a peer reported to have left no longer bounds what is believed to be there for waiting
+requests.
+"""
 
 RESERVE_SHIFT: Final = 4
 """1/16 of the home, in whole tokens, is never paid, so that a region that wakes up can serve at once."""
@@ -81,12 +83,12 @@ class Ticket(NamedTuple):
 
 @dataclass(slots=True)
 class _Peer:
-    """What is known of a peer.
+    """The last reports of a peer about one bucket.
 
     Args:
         most: the largest that its home can be.
         left: the amount that it had left when it last answered, at `answered_us`.
-        demand: its demand when it last asked, at `heard_us`.
+        demand: its demand when it last asked, at `demand_us`.
         asked_us: when it was last asked.
     """
 
@@ -94,7 +96,7 @@ class _Peer:
     left: int = 0
     answered_us: int = NEVER_US
     demand: int = 0
-    heard_us: int = NEVER_US
+    demand_us: int = NEVER_US
     asked_us: int = NEVER_US
 
 
@@ -147,7 +149,7 @@ class Paying:
         """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(now_us)
-        asker.demand, asker.heard_us = ask.demand, now_us
+        asker.demand, asker.demand_us = ask.demand, now_us
         level, reserve = max(0, bucket.level) // bucket.limit.period_us, bucket.home >> RESERVE_SHIFT
         if self._is_short(now_us):
             # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
@@ -161,7 +163,7 @@ class Paying:
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // TOKEN * TOKEN)
-        total = sum(each.demand for each in self._peers.values() if now_us - each.heard_us < RECENT_US)
+        total = sum(each.demand for each in self._peers.values() if now_us - each.demand_us < RECENT_US)
         if total:
             spare = spare * max(ask.demand, total >> 3) // total
         paid = bucket.pay(peer, min(ask.amount, spare))
@@ -170,12 +172,12 @@ class Paying:
     def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
         """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
-        self.heard(peer, pay.left, most, now_us)
+        self.note_left(peer, pay.left, most, now_us)
         return self.bucket.paid(end, peer, pay.amount, most)
 
     def ticket(self, number: int, tokens: int, now_us: int) -> Ticket:
-        """Set aside what there is for a peer's requests that wait: a request that waits counts more than one that may
-        come.
+        """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there
+        counts more than one that may come here.
         """
         bucket = self.bucket
         bucket.advance(now_us)
@@ -183,18 +185,20 @@ class Paying:
         left = 0 if self._is_short(now_us) else max(0, bucket.level) // bucket.limit.period_us
         return Ticket(tokens, left)
 
-    def heard(self, peer: str, left: int, most: int, now_us: int) -> None:
-        """Note what a peer has left, as it says with a payment or a ticket."""
+    def note_left(self, peer: str, left: int, most: int, now_us: int) -> None:
+        """Note what a peer has left, as it reports with each payment and ticket."""
         payer = self._peers[peer]
         payer.left, payer.most, payer.answered_us = left, most, now_us
 
-    def has_left(self, peer: str, more: int) -> None:
-        """Note that a peer has so much more left."""
+    def add_left(self, peer: str, more: int) -> None:
+        """Note that a peer has `more` left than it reported, because so much is returned to it."""
         self._peers[peer].left += more
 
     def believed(self, peer: str, now_us: int) -> int:
-        """The amount that a peer is believed to have at `now_us`. One that was short is so for `RECENT_US`; of one that
-        has said nothing lately, as much as this replica's home, and a token at least.
+        """The amount that a peer is believed to have at `now_us`.
+
+        That is what it reported, and the refill since; 0 for `RECENT_US` after it reported nothing left. A peer that
+        never answered is believed to have as much as this replica's home, and at least a token.
         """
         payer, bucket = self._peers[peer], self.bucket
         since_us = now_us - payer.answered_us

@@ -22,7 +22,9 @@ from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
 
 class RegionalBucket(GrantedBucket):
-    """It is short while something was denied lately, in this region, and is told so by `RegionalLedger`."""
+    """The gateway's bucket of a strict limit. It counts as short while a sidecar of the region denied something lately,
+    which it learns through `RegionalLedger.note_short`.
+    """
 
     __slots__ = ("asked", "asked_us")
 
@@ -36,7 +38,7 @@ class RegionalBucket(GrantedBucket):
     def is_idle(self, now_us: int) -> bool:
         # What a member has paid is kept in mind until it can have refilled all of it.
         refilled_us = self._limit.ceiling // self._limit.tokens
-        return super().is_idle(now_us) and all(now_us - at_us >= refilled_us for _, at_us in self._drawn.values())
+        return super().is_idle(now_us) and all(now_us - at_us >= refilled_us for _, at_us in self._lacking.values())
 
 
 def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:

@@ -1,4 +1,4 @@
-"""All buckets of one replica but strict ones, by bucket key.
+"""All buckets of one replica, except strict ones (`ledger.py`), by bucket key.
 
 Holds active buckets only: an idle one equals an absent one, so `sweep` drops it and no decision changes. Changes
 collect in a journal that holds a bucket at most once. So the journal never has more entries than there are buckets,

@@ -1,5 +1,5 @@
-"""A bucket that all replicas together never overdraw: each holds a part of the tokens, and pays others what it can
-spare.
+"""This replica's bucket of a strict limit, its *purse*: all replicas together never overdraw the limit, because each
+spends only the tokens in its purse, and pays others what it can spare.
 
 Theory of operation (after bounded counters, Balegas et al. 2015, and the demarcation protocol, Barbara and
 Garcia-Molina 1992). Replica i has a *home* H_i, the most that it may hold, and a part of the refill; the sums are at
@@ -8,10 +8,10 @@ L + R <= H always. The peer *pays* out of its level, on the same stream, and at 
 stream closes here, the room is free again, and a later payment on it does not count. So levels and payments under way
 together are at most sum(L + R) <= sum(H) <= capacity, and only refill raises them. docs/algorithm.md has the proof.
 
-A *ticket* is a payment to requests that wait, whatever the room of their replica. So the payer reserves the room: it
-takes the tokens out of its level and counts them in R until it hears that they are used, or for longer than the other
-may use them. The other *wishes* for one, and uses it only within `TICKET_US` of that; what it neither uses nor has room
-for, it gives back.
+A *ticket* is a payment to requests that wait at a peer, even if the peer has no room for it. So the payer reserves the
+room: it takes the tokens out of its level and counts them in R until the peer reports that it is done, or for longer
+than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
+neither uses nor has room for, it returns.
 
 Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
 
@@ -36,7 +36,7 @@ DEMAND_US: Final = 1_000_000
 """Demand is averaged over about this time."""
 
 FADE_US: Final = 10_000
-"""Demand fades in steps of this time, because to do it with each request would take as long as the rest of a `take`."""
+"""Demand fades in steps of this time: to do so with each request would double the time of a `take`."""
 
 TICKET_US: Final = 1_000_000
 """A ticket is good for this time after the wish for it."""
@@ -51,7 +51,10 @@ NO_HOME_US: Final = 2_500_000
 
 
 class StrictBucket(Bucket):
-    """This replica's part of a strict limit. It decides from its own level, and changes it by refill and payments.
+    """This replica's purse for one strict limit. `Ledger` makes it, sets its home, and drops it when it is idle.
+
+    `take` decides from the level alone. For each `ask` the caller later calls `paid` or `closed`; for each `wish`
+    `accept` or `give_up`; for each ticket `set_aside` with tokens in it, `release`.
 
     Args:
         home: the amount of the limit that is this replica's.
@@ -62,7 +65,7 @@ class StrictBucket(Bucket):
 
     __slots__ = (
         "_active",
-        "_drawn",
+        "_lacking",
         "_limit",
         "_wanted",
         "_wanted_us",
@@ -97,7 +100,7 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0
-        """Used by the owner to see whether it has to set the home again; 0 while it does not know the home."""
+        """Used by the ledger to see whether it has to set the home again; 0 while the ledger does not know the home."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.level = 0
@@ -110,9 +113,9 @@ class StrictBucket(Bucket):
         """The sum of all tickets."""
         self.wishes: dict[int, int] = {}
         """By number, when this replica wished for a ticket that has not come yet."""
-        self._drawn: dict[str, tuple[int, int]] = {}
-        """By peer, how many grains its home lacked at least when it last paid or was paid here, and when that was. So
-        no peer is credited with more than it can have (`credit_of`)."""
+        self._lacking: dict[str, tuple[int, int]] = {}
+        """By peer, a lower bound on how many grains its home lacked when it last paid us or was paid by us, and the
+        time of that. So no peer is credited with more than it can have (`credit_of`)."""
         self.ceiling, self.refill = in_grains(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
@@ -245,7 +248,7 @@ class StrictBucket(Bucket):
         period_us = self._limit.period_us
         amount = max(0, min(amount, self.level // period_us))
         self.level -= amount * period_us
-        self._draw(peer, -amount)
+        self._note_lacking(peer, -amount)
         return amount
 
     def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
@@ -263,15 +266,15 @@ class StrictBucket(Bucket):
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
-        self._drawn[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
     def credit_of(self, peer: str, most: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
         ceiling, refill = in_grains(self._limit, most)
-        drawn, at_us = self._drawn.get(peer, (0, 0))
-        return ceiling - max(0, drawn - (self.at_us - at_us) * refill)
+        lacking, at_us = self._lacking.get(peer, (0, 0))
+        return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
 
     def set_aside(self, number: int, tokens: int) -> int:
         """Take up to so many whole tokens out of the level for a ticket, and reserve their room.
@@ -299,7 +302,7 @@ class StrictBucket(Bucket):
         returned = min(returned, amount)
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         self.level += max(0, min(returned * self._limit.period_us, self.room))
-        self._draw(peer, returned - amount)
+        self._note_lacking(peer, returned - amount)
 
     def wish(self, number: int) -> None:
         """Note at `at_us` that a ticket is wished for. The caller later calls `accept`, or `give_up`."""
@@ -325,12 +328,12 @@ class StrictBucket(Bucket):
             return 0
         credit = self.credit_of(peer, most)
         added = max(0, min((tokens * self._limit.period_us) << 32, credit))
-        self._drawn[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return added
 
     def take_rest(self, peer: str, added: int) -> int:
-        """Take out of the level what is left of an accepted ticket and has no room here.
+        """Take out of the level the part of an accepted ticket that was not used and has no room here.
 
         Args:
             added: what `accept` has returned.
@@ -341,19 +344,19 @@ class StrictBucket(Bucket):
         left = min(added, max(0, self.level - max(0, self.ceiling - self.room_reserved)))
         self.level -= left
         amount = left // self._limit.period_us
-        self._draw(peer, -amount)
+        self._note_lacking(peer, -amount)
         return amount
 
-    def _draw(self, peer: str, amount: int) -> None:
-        """Note that a peer's home has so much less, or more if it is negative."""
-        drawn, at_us = self._drawn.get(peer, (0, 0))
-        self._drawn[peer] = max(0, drawn + amount * self._limit.period_us), at_us
+    def _note_lacking(self, peer: str, amount: int) -> None:
+        """Note that `amount` less is in a peer's home; more if it is negative."""
+        lacking, at_us = self._lacking.get(peer, (0, 0))
+        self._lacking[peer] = max(0, lacking + amount * self._limit.period_us), at_us
 
     def restore(self, amount: int) -> None:
-        """Give it what it had when this replica was stopped, as far as there is room.
+        """Put back what the purse had when this replica was stopped, as far as there is room.
 
         Args:
-            amount: below 0 what was owed.
+            amount: what it had; below 0 what it owed.
         """
         top = max(self.level, self.ceiling - self.room_reserved)
         self.level = min(top, self.level + amount * self._limit.period_us)
@@ -364,13 +367,13 @@ class StrictBucket(Bucket):
         self.reserved.pop(end, None)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """The caller must set the home afterwards."""
+        """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
         self._limit = limit
-        self._drawn.clear()
+        self._lacking.clear()
 
     def set_home(self, home: int, now_us: int) -> None:
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""

@@ -10,8 +10,8 @@ A refund lowers D at once, to no less than 0. In one slot the takes come first, 
 Everything that touches D lives in this file. Units: time in microseconds of wall clock, deficits scaled by the limit's
 `period_us` (so they drain `tokens` a microsecond), consumption in whole tokens. The live pair (deficit at `at_us`,
 `full_at_us`) makes a take O(1). Own takes count at their exact time, a remote slot at its middle, never after now. A
-remote slot from before `full_at_us` is first paid by the refill that was spilled since then (`spilled.py`); only the
-rest is added.
+remote slot from before `full_at_us` is first paid by the refill that was spilled since then (`spilled.py`); only what
+is left of it is added.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class TokenBucket(Bucket):
             if slot > newest_us or slot_exponent(slot) > widest:
                 self._refuse(Refused.AHEAD if slot > newest_us else Refused.WIDE)
                 continue
-            added = self._hear(entry)
+            added = self._receive(entry)
             if not added:
                 continue
             news += 1
@@ -237,8 +237,8 @@ class TokenBucket(Bucket):
         return Base(self._base_us, self._base_deficit)
 
     @property
-    def telling_base(self) -> Base | None:
-        """See `Bucket.telling_base`. A base without deficit is sent, too, if it is ahead of the horizon, as after a
+    def base_to_send(self) -> Base | None:
+        """See `Bucket.base_to_send`. A base without deficit is sent, too, if it is ahead of the horizon, as after a
         limit with a shorter one: it says from when on slots are missing here.
         """
         is_ahead = self._base_us > self._limit.boundary_us(self.at_us)
@@ -330,8 +330,8 @@ class TokenBucket(Bucket):
         return self._fold_from_base(self._events(self._tokens_by_slot().items(), now_us), now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
-        """See `Bucket.settled`. No replica seals slots after the boundary of `kept_until_us` before then. So up to that
-        boundary the deficit is compared, and after it the entries of slots that are over.
+        """See `Bucket.settled`. No replica seals slots after the boundary of `kept_until_us` before then. So replicas
+        compare the deficit at that boundary, and after it the entries of slots that are over.
         """
         limit = self._limit
         from_us = max(limit.boundary_us(kept_until_us), self._base_us)
@@ -437,7 +437,7 @@ class TokenBucket(Bucket):
         return _Folded(deficit, full_at_us, peak)
 
     def _recount(self) -> None:
-        self._spilled = SpilledRefill(self._limit, self._base_us) if self._heard is not None else None
+        self._spilled = SpilledRefill(self._limit, self._base_us) if self._received is not None else None
         events = self._events(self._tokens_by_slot().items(), self.at_us)
         folded = self._fold_from_base(events, self.at_us, self._spilled)
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
@@ -450,7 +450,7 @@ class TokenBucket(Bucket):
         events = self._events(sealed.items(), boundary_us - 1)
         folded = self._fold_from_base(events, boundary_us, None)
         self._base_us, self._base_deficit = boundary_us, folded.deficit
-        if self._heard is None:
+        if self._received is None:
             self._spilled = None
         if boundary_us > self._limit.boundary_us(self.at_us) and self.journal is not None:
             self._kept_until_us = max(self._kept_until_us, boundary_us + self._limit.horizon_us)

@@ -17,8 +17,8 @@ from ratelimit_sidecar.crdt.waiting import (
 
 
 class WaitQueues:
-    """The queues of all buckets for which requests wait. Call `tick` often, and take those whose wait is over out of
-    `ended`.
+    """The queues of all buckets for which requests wait. Call `tick` often; requests whose wait is over are in `ended`,
+    from which the caller takes them.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class WaitQueues:
         self.counts: dict[str, int] = dict.fromkeys(Outcome, 0)
         """Waits since the start, by outcome."""
         self.seconds: dict[str, float] = dict.fromkeys(Outcome, 0.0)
-        """The sum of how long these took, by outcome."""
+        """The sum of the durations of these waits, by outcome."""
         self.crowded = 0
         """Requests since the start that were decided at once, because too many others waited."""
         self.by_key: dict[bytes, WaitQueue] = {}
         """The queue of each bucket for which a request waits or a ticket is to come. For look-ups."""
         self._order: deque[WaitQueue] = deque()
-        """The same, in the order in which `tick` looks at them."""
+        """The same queues, in the order in which `tick` looks at them."""
         self._peers: Sequence[str] = ()
         self._longest_key = 0
         self._numbers = 0
@@ -59,7 +59,7 @@ class WaitQueues:
             self.crowded += 1
             return False
         found = WaitQueue(paying, self._end) if queue is None else queue
-        if not found.has_hope(waiting.hits, self._peers, now_us):
+        if not found.may_be_enough(waiting.hits, self._peers, now_us):
             return False
         if queue is None:
             self.by_key[key] = found
@@ -71,16 +71,16 @@ class WaitQueues:
         return True
 
     def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
-        """End a wait: its time is over, or its client has given up."""
+        """End a wait, because its time is over or its client has given up."""
         if waiting.queue is not None:
             waiting.queue.leave(waiting, outcome, now_us)
 
     def end_all(self) -> None:
-        """Have `tick` end all that wait now: the rules have changed."""
+        """Have `tick` end all current waits, because the rules have changed."""
         self._ends_below = self._numbers + 1
 
     def close(self) -> None:
-        """End all that wait, and let none wait from now on: the process stops."""
+        """Have `tick` end all waits, and let no request wait from now on, because the process stops."""
         self._is_open = False
         self.end_all()
 

@@ -2,9 +2,9 @@
 on this file: `strict.py` says what a ticket is.
 
 A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
-in the queue need. Each tick wishes for what is not wished for yet, of the peers that have most. Who waited first is
-served first. A request is decided when its wait ends, however that is, by what the bucket has then; nothing is taken
-before.
+in the queue need. Each tick wishes for the tokens that are not wished for yet, from the peers that have most. Requests
+are served in the order in which they came. However a wait ends, the request is decided then, by the bucket's level at
+that time; nothing is taken before.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ratelimit_sidecar.crdt.strict import NEVER_US
 
 MAX_WAITING_OF_BUCKET: Final = 256
 MAX_WAITING: Final = 512
-"""Requests that wait at once, for one bucket and in all, and buckets for which they do. An Envoy has 1,024 calls under
-way by default, and lets pass what would be one more: so those that wait leave half of them to others.
+"""The most requests that wait at once, for one bucket and in all; and the most buckets that have a queue. By default an
+Envoy has 1,024 calls under way and lets further requests pass unasked: so waiting calls leave half of these to others.
 """
 
 SERVED_AT_ONCE: Final = 64
-"""The most waits that end in one go, each of some 5 us. What is left of a ticket then is kept, or given back."""
+"""The most waits that end in one step, about 5 us each. What is then left of a ticket is kept, or returned."""
 
-HOPE_US: Final = 20_000
-"""What peers are believed to have is computed again after this time; in between it is counted down."""
+BELIEF_US: Final = 20_000
+"""The sum of what peers are believed to have is computed anew after this time; until then it is only counted down."""
 
 
 class Outcome(StrEnum):
@@ -45,7 +45,7 @@ class Outcome(StrEnum):
 
 
 class Keeper(Protocol):
-    """Ends waits in time."""
+    """The owner of waits, which ends them in time: `services.waits.Waits`."""
 
     def cancel(self, waiting: Waiting, /) -> None: ...
 
@@ -53,11 +53,13 @@ class Keeper(Protocol):
 
 
 class Waiting:
-    """A decision that comes later. The front end that is to send it sets `on_end`, and then asks for `result`.
+    """A decision that comes later. Whoever sends the answer sets `on_end`, and calls `result` when that was called;
+    `cancel` if the client is gone, `end_now` if it cannot wait.
 
     Args:
         hits: the tokens that it needs.
-        decide: makes the decision, by what there is then. Called once, with the time, unless it was cancelled.
+        decide: makes the decision from the levels at that time. Called once, with the time, unless the wait was
+            cancelled.
         wait_us: how long it may wait.
     """
 
@@ -72,7 +74,7 @@ class Waiting:
         self.number = 0
         """Counts up, over all buckets."""
         self.queue: WaitQueue | None = None
-        """In which it waits."""
+        """The queue in which it waits; None when the wait is over."""
         self._decide = decide
         self._answer = b""
         self._failure: Exception | None = None
@@ -84,19 +86,20 @@ class Waiting:
         return self
 
     def cancel(self) -> None:
-        """Nobody is there to be answered; `on_end` is not called. Nothing if the wait is over."""
+        """End the wait without an answer, because the client is gone; `on_end` is not called. Nothing happens if the
+        wait is over."""
         self.on_end = None
         if self.keeper is not None:
             self.keeper.cancel(self)
 
     def end_now(self) -> None:
-        """Decide now, because it cannot be kept: there is a `result`, and `on_end` is not called."""
+        """Decide now, because the call cannot wait: then there is a `result`, and `on_end` is not called."""
         self.on_end = None
         if self.keeper is not None:
             self.keeper.end_now(self)
 
     def result(self) -> bytes:
-        """The answer, when it has ended. Raises what the decision or a conversion has raised."""
+        """The answer; call it only when the wait has ended. Raises what the decision or a conversion has raised."""
         if self._failure is not None:
             raise self._failure
         answer = self._answer
@@ -105,7 +108,7 @@ class Waiting:
         return answer
 
     def decide(self, outcome: Outcome, now_us: int) -> None:
-        """End the wait. It has left its queue."""
+        """End the wait: make the decision, unless it was cancelled. The queue calls this when it has removed it."""
         self.outcome = outcome
         if outcome is not Outcome.CANCELLED:
             try:
@@ -125,23 +128,23 @@ class Wish(NamedTuple):
 
 
 class WaitQueue:
-    """The requests that wait for one bucket, in order of arrival, and what is wished for.
+    """The requests that wait for one bucket, in order of arrival, and the wishes sent on their behalf.
 
     Args:
-        ended: takes each whose wait is over, and when.
+        ended: called with each request whose wait is over, and the time.
     """
 
     def __init__(self, paying: Paying, ended: Callable[[Waiting, int], None]) -> None:
         self.paying = paying
         self.hits = 0
-        """The tokens that those who wait need."""
+        """The tokens that all waiting requests need."""
         self._wished: dict[str, int] = {}
         """By peer, the tokens wished for that have not come yet."""
         self._all_wished = 0
         self._waiting: OrderedDict[Waiting, None] = OrderedDict()
         self._ended = ended
-        self._hope = 0
-        self._hope_us = NEVER_US
+        self._believed = 0
+        self._believed_us = NEVER_US
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -153,15 +156,15 @@ class WaitQueue:
 
     @property
     def first(self) -> Waiting | None:
-        """Who has waited longest."""
+        """The request that has waited longest."""
         return next(iter(self._waiting), None)
 
-    def has_hope(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
-        """True if there is believed to be what all would need who wait, and one more with so many hits."""
-        if now_us - self._hope_us >= HOPE_US:
-            self._hope_us = now_us
-            self._hope = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
-        return self.hits + hits <= self._hope + self.paying.bucket.remaining
+    def may_be_enough(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
+        """True if this bucket and peers are believed to have enough for all waiting requests and one more of `hits`."""
+        if now_us - self._believed_us >= BELIEF_US:
+            self._believed_us = now_us
+            self._believed = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
+        return self.hits + hits <= self._believed + self.paying.bucket.remaining
 
     def join(self, waiting: Waiting, now_us: int) -> None:
         waiting.since_us, waiting.queue = now_us, self
@@ -169,7 +172,7 @@ class WaitQueue:
         self.hits += waiting.hits
 
     def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
-        """End its wait; nothing if that is over."""
+        """End the wait of a request; nothing happens if it is over."""
         if waiting.queue is not self:
             return
         waiting.queue = None
@@ -179,7 +182,7 @@ class WaitQueue:
         self._ended(waiting, now_us)
 
     def serve(self, now_us: int, most: int) -> int:
-        """Serve those that there are tokens for; returns how many, at most `most`."""
+        """End the waits for which the bucket has tokens, in order; returns how many, at most `most`."""
         bucket = self.paying.bucket
         bucket.advance(now_us)
         served = 0
@@ -206,12 +209,12 @@ class WaitQueue:
         return wishes
 
     def note_wish(self, peer: str, tokens: int) -> None:
-        """So many are wished for. The caller later calls `accept` or `come`."""
+        """Note a wish for so many tokens. The caller later calls `accept` or `give_up`."""
         self._wished[peer] = self._wished.get(peer, 0) + tokens
         self._all_wished += tokens
 
     def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
-        """Serve those who wait from a ticket.
+        """Serve waiting requests from a ticket that has arrived.
 
         Args:
             number: see `StrictBucket.wish`.
@@ -221,8 +224,8 @@ class WaitQueue:
             The amount to give back to the peer.
         """
         peer = wish.peer
-        self.come(peer, wish.tokens)
-        self.paying.heard(peer, ticket.left, most, now_us)
+        self.end_wish(peer, wish.tokens)
+        self.paying.note_left(peer, ticket.left, most, now_us)
         bucket = self.paying.bucket
         added = bucket.accept(number, peer, ticket.tokens, most, now_us)
         if not added:
@@ -231,19 +234,19 @@ class WaitQueue:
             self.serve(now_us, SERVED_AT_ONCE)
         finally:
             returned = bucket.take_rest(peer, added)
-        self.paying.has_left(peer, returned)
-        self._hope += returned // TOKEN
+        self.paying.add_left(peer, returned)
+        self._believed += returned // TOKEN
         return returned
 
     def give_up(self, number: int, wish: Wish) -> None:
-        """A wish is not answered in time, or its stream is closed."""
+        """End a wish that was not answered in time, or whose stream is closed."""
         self.paying.bucket.give_up(number)
-        self.come(wish.peer, wish.tokens)
+        self.end_wish(wish.peer, wish.tokens)
 
-    def come(self, peer: str, tokens: int) -> None:
-        """A ticket has come for which so many tokens were wished, or none will."""
+    def end_wish(self, peer: str, tokens: int) -> None:
+        """End a wish for so many tokens: its ticket has arrived, or none will."""
         self._all_wished -= tokens
-        self._hope -= tokens
+        self._believed -= tokens
         wished = self._wished[peer] - tokens
         if wished:
             self._wished[peer] = wished
@@ -251,5 +254,5 @@ class WaitQueue:
             del self._wished[peer]
 
     def _left(self, peer: str, now_us: int) -> int:
-        """The whole tokens that a peer is believed to have, without those wished for."""
+        """The whole tokens that a peer is believed to have, less those wished for already."""
         return max(0, self.paying.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))

@@ -67,7 +67,7 @@ class _Window(Bucket):
         return self._holds_nothing
 
     def _tell_early(self, before: int) -> None:
-        """Let peers learn soon of a count that has risen by much since it was `before`."""
+        """Have peers told soon if the count has risen by much since it was `before`."""
         count, limit = self.count, self._limit
         if self.journal is not None:
             if before < limit.urgent_count <= count:
@@ -83,13 +83,13 @@ class _Window(Bucket):
 class FixedWindow(_Window):
     """A replicated fixed window. It counts hits even when they are over the limit, as envoyproxy/ratelimit does."""
 
-    __slots__ = ("_end_us", "_slot", "_unheard", "_written_us")
+    __slots__ = ("_early_refunds", "_end_us", "_slot", "_written_us")
 
     def __init__(
         self, key: bytes, limit: WindowLimit, origin: Origin, now_us: int, journal: Journal | None = None
     ) -> None:
         super().__init__(key, limit, origin, now_us, journal)
-        self._unheard = 0
+        self._early_refunds = 0
         """Refunds received for takes that this replica has not received yet."""
         self._slot = self._end_us = self._written_us = 0
         self._enter_window()
@@ -97,9 +97,9 @@ class FixedWindow(_Window):
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
         count = self.count + hits
-        if self._unheard:
+        if self._early_refunds:
             # Then the count is 0.
-            self._unheard, count = max(0, self._unheard - hits), max(0, hits - self._unheard)
+            self._early_refunds, count = max(0, self._early_refunds - hits), max(0, hits - self._early_refunds)
         if hits:
             if self._slot != self._own_slot:
                 self._open_own_slot(self._slot)
@@ -111,7 +111,7 @@ class FixedWindow(_Window):
 
     def would_admit(self, hits: int, now_us: int) -> bool:
         self.advance(now_us)
-        return self.count + hits - self._unheard <= self._limit.requests
+        return self.count + hits - self._early_refunds <= self._limit.requests
 
     def refund(self, tokens: int | None, now_us: int) -> int:
         """See `Bucket.refund`. Hits over the limit were denied, so a refund does not count them."""
@@ -159,11 +159,11 @@ class FixedWindow(_Window):
             if exponent > widest or self._is_ahead(slot):
                 self._refuse(Refused.WIDE if exponent > widest else Refused.AHEAD)
                 continue
-            added = self._hear(entry)
+            added = self._receive(entry)
             if added:
                 news += 1
                 self._written_us = self.at_us
-                if added < 0 or self._unheard or slot & REFUND:
+                if added < 0 or self._early_refunds or slot & REFUND:
                     again = True
                 elif slot == self._slot:
                     self.count += added
@@ -230,7 +230,7 @@ class FixedWindow(_Window):
 
     def _recount(self) -> None:
         taken, given = self._sum(self._slot), self._most_refunded(self._slot | REFUND)
-        self.count, self._unheard = max(0, taken - given), max(0, given - taken)
+        self.count, self._early_refunds = max(0, taken - given), max(0, given - taken)
 
     def _is_final(self, slot: int) -> bool:
         """See `Bucket._is_final`. Always true. The slot may still be written to, but then a count that was lowered is
@@ -257,12 +257,12 @@ class SlidingWindow(_Window):
     """A replicated sliding window: counts the tokens admitted in the period that ends now."""
 
     __slots__ = (
+        "_early_refunds_until_us",
         "_first_leaves_us",
         "_last_leaves_us",
         "_leaving",
         "_refunded_until_us",
         "_refunded_us",
-        "_unheard_until_us",
     )
 
     def __init__(
@@ -271,7 +271,7 @@ class SlidingWindow(_Window):
         super().__init__(key, limit, origin, now_us, journal)
         self._refunded_until_us = 0
         """The end of the last slot with a refund; 0 when there is none."""
-        self._unheard_until_us = 0
+        self._early_refunds_until_us = 0
         """The end of the last slot with refunds for takes that this replica has not received yet; 0 when there is none.
         """
         self._refunded_us = 0
@@ -293,7 +293,7 @@ class SlidingWindow(_Window):
             before = self.count
             self._add(slot_end_us(self._own_slot) + self._limit.period_us, hits)
             self._write_own(hits)
-            if self.at_us < self._unheard_until_us:
+            if self.at_us < self._early_refunds_until_us:
                 self._recount()
             self._tell_early(before)
         return admitted
@@ -367,7 +367,7 @@ class SlidingWindow(_Window):
             if exponent > widest or self._is_ahead(slot):
                 self._refuse(Refused.WIDE if exponent > widest else Refused.AHEAD)
                 continue
-            added = self._hear(entry)
+            added = self._receive(entry)
             if added:
                 news += 1
                 if slot & REFUND:
@@ -442,7 +442,7 @@ class SlidingWindow(_Window):
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
-        marks = [self._own or {}, *(self._heard or {}).values()]
+        marks = [self._own or {}, *(self._received or {}).values()]
         given = {slot: max([slots.get(slot, 0) for slots in marks]) for slot in tokens_of if slot & REFUND}
         return {
             slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
@@ -487,12 +487,12 @@ class SlidingWindow(_Window):
             self._add(leaves_us, tokens)
 
     def _find_refunds(self, by_slot: dict[int, tuple[int, int]]) -> None:
-        self._refunded_until_us = self._unheard_until_us = 0
+        self._refunded_until_us = self._early_refunds_until_us = 0
         for slot, (taken, given) in by_slot.items():
             if given:
                 self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
             if given > taken:
-                self._unheard_until_us = max(self._unheard_until_us, slot_end_us(slot))
+                self._early_refunds_until_us = max(self._early_refunds_until_us, slot_end_us(slot))
 
     def _is_past(self, slot: int) -> bool:
         return slot_end_us(slot) + _kept_us(slot) <= self.at_us

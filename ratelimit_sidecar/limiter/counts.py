@@ -89,7 +89,7 @@ CountsByRule = dict[tuple[str, str], RuleCounts]
 
 
 def has_room_for(counts: CountsByRule, names: Sized) -> bool:
-    """Whether there are few enough counters to go on with these rules. False after many reloads, since the names of
+    """Whether there are few enough counters to keep them with these rules. False after many reloads, since the names of
     former rules are not removed one by one.
     """
     return len(counts) <= MAX_NAMES + 2 * len(names)

@@ -1,7 +1,7 @@
 """Explains an answer: what was tried at each level, the rule, its bucket, and the decision.
 
-The limiter itself makes the decision. The rest reads the rules as `Rules.walk` does, and adds what matching does not
-need: patterns that did not fit, and those that would have fitted but came later.
+The limiter itself makes the decision. The explanation reads the rules as `Rules.walk` does, and adds what matching does
+not need: patterns that did not fit, and those that would have fitted but came later.
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def _keys_of(node: RuleNode) -> tuple[str, ...]:
 
 
 def why_unlimited(rules: Rules, domain: str, entries: Entries) -> str:
+    """Why no rule limits a descriptor, in words; only for one without a match."""
     root = rules.domains.get(domain)
     if root is None:
         known = ", ".join(sorted(rules.domains)[:MAX_SUGGESTIONS]) or "none"

@@ -18,7 +18,8 @@ from ratelimit_sidecar.limiter.key import decode_bucket_key, rule_key
 from ratelimit_sidecar.limiter.rules import Rules
 
 FREED_PER_BUCKET: Final = 4
-"""For each bucket that is looked at so many objects of a former pass are freed: no pass has more for each of its own.
+"""For each bucket looked at, this many objects of a former pass are freed. A pass leaves no more than that for each of
+its buckets.
 """
 
 RANKS: Final = 3
@@ -81,7 +82,7 @@ class FullestBuckets:
                 self._begin()
                 break
             looked += 1
-            # Others let time pass without looking at their slots.
+            # Other buckets advance without looking at their slots.
             left -= bucket.looks if isinstance(bucket, SlidingWindow) else 1
             capacity = bucket.limit.capacity
             fullest = self._fullest(rules, bucket.key)

@@ -38,7 +38,7 @@ MAX_HITS: Final = 2**48
 """The most hits of a descriptor; more count as this many. No limit is as large, and deltas cannot carry more."""
 
 MAX_WAITING_BYTES: Final = 4_096
-"""A longer request is decided at once: those that wait are kept."""
+"""A longer request never waits, since requests that wait are kept in memory."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
@@ -93,7 +93,8 @@ class Limiter:
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.clock_steps_us = 0
-        """The sum of the clock's steps since start. Strict buckets get the time without them."""
+        """The sum of the clock's steps since start. The time given to strict buckets is `now_us` less this sum, so it
+        never steps."""
         self.counts: CountsByRule = {}
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Descriptors that an overflow bucket decided, by (domain, rule name). They are also in `counts`."""
@@ -177,9 +178,11 @@ class Limiter:
         return self._decide(plan, now_us, in_full)
 
     def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | Waiting:
-        """As `decide`, but a request that finds one bucket short whose rule has `wait`, and no other bucket, may wait.
+        """As `decide`, but a request may wait if exactly one of its buckets is short, and that bucket's rule has
+        `wait`.
 
-        Nothing is taken and counted while it waits. At the end it is decided as by `decide`, by the rules of then.
+        Nothing is taken or counted while it waits. When the wait ends it is decided as by `decide`, by the rules in
+        force then.
         """
         plan = self.last_plan = self.plan(request)
         if plan.may_wait and len(request) <= MAX_WAITING_BYTES:
@@ -279,7 +282,7 @@ class Limiter:
         return self._make_step(domain, self.rules.match(domain, entries) if entries else None, 1, None)
 
     def charge(self, step: Step, hits: int, now_us: int) -> None:
-        """Take hits that an Envoy has admitted. If there are too few tokens, the rest becomes debt."""
+        """Take hits that an Envoy has admitted. If there are too few tokens, the missing ones become debt."""
         self._bucket_at(step, now_us).take(min(hits, MAX_HITS), now_us, always=True)
 
     def used(self, step: Step, now_us: int) -> int:

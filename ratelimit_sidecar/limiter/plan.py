@@ -53,7 +53,7 @@ class Step:
         hits: tokens to take; 0 checks and charges nothing.
         gives_back: tokens to give back, which an earlier request took and did not need; then `hits` is 0.
         charges_always: True if denied hits are charged, too, as debt.
-        charges_denied: True if denied hits are counted, by the rule's `charge` or because the algorithm is a fixed
+        charges_denied: True if denied hits count against the limit, by the rule's `charge` or because it is a fixed
             window.
     """
 
@@ -101,7 +101,7 @@ class Step:
 
     @property
     def may_wait(self) -> bool:
-        """True if its request may wait for the tokens: it would be denied without them, and take them then."""
+        """True if its request may wait for tokens: it is denied without them, and takes them when they come."""
         compiled = self.compiled
         is_denying = not compiled.is_shadow and not compiled.is_quota
         return compiled.wait_us > 0 and is_denying and self.hits > 0 and not self.charges_always

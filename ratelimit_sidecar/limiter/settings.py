@@ -1,4 +1,4 @@
-"""Settings of the whole process, for every answer, whichever rule it comes from: those of envoyproxy/ratelimit."""
+"""Settings that apply to every answer, whichever rule it comes from; envoyproxy/ratelimit has the same ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same tree of rules with every rule changed in one way."""
+"""Copies of the rules with every rule changed in one way, for `explain` and replays."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def without_shadow_mode(rules: Rules) -> Rules:
 
 
 def changed_rules(rules: Rules, change: Callable[[Rule], Rule]) -> Rules:
+    """A copy of the rules with `change` applied to each rule, the default rule included."""
     return replace(
         rules,
         domains=_changed_nodes(rules.domains, change),

@@ -309,7 +309,7 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
     for entry in sorted(entries, key=lambda entry: entry.slot):
         bucket.merge((entry,), max(then_us, slot_start_us(entry.slot)))
     bucket.seal(max(at_us, now_us))
-    store.join(key, limit, bucket.telling_base, list(bucket.entries()), now_us)
+    store.join(key, limit, bucket.base_to_send, list(bucket.entries()), now_us)
 
 
 _READER: Final = Origin("", 0)

@@ -72,7 +72,7 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
     for bucket in store.walk():
         kind = LOCAL if bucket.journal is None else REPLICATED
         entries = list(bucket.entries())
-        base = bucket.telling_base
+        base = bucket.base_to_send
         if not entries and base is None:
             continue
         size.buckets += 1

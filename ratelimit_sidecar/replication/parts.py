@@ -58,5 +58,5 @@ def whole(store: Store, key: bytes, since_us: int, now_us: int, all_but: Origin 
     # What was sealed after `since_us` is told in the base.
     bucket.seal(now_us)
     entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != all_but]
-    base = bucket.telling_base
+    base = bucket.base_to_send
     yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)

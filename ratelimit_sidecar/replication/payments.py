@@ -1,4 +1,4 @@
-"""Purses of strict limits (crdt/strict.py) on the mesh: what a node's ledger says to peers, and hears of them.
+"""The payment protocol of strict limits: asks, payments, wishes and tickets between this node's ledger and peers.
 
 A *purse* is this node's own bucket of a strict limit (`StrictBucket`). Each ask on a stream is answered by one payment
 on it, and for each bucket one ask is open at a time. So what is pending is bounded, and ends with the stream: room that
@@ -26,34 +26,39 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 TICK_EVERY_US: Final = 20_000
+"""The interval between two ticks."""
 
 TICK_WORK: Final = 256
-"""A tick looks at so many pairs of a bucket and a peer, of which each takes some 4 us: 1 ms, 5 % of the time."""
+"""The pairs of a bucket and a peer that a tick looks at, about 4 us each: 1 ms, 5 % of the time."""
 
 MAX_OPEN: Final = 1_024
-"""Asks without an answer on one stream; and wishes likewise."""
+"""The most asks, and the most wishes, without an answer on one stream."""
 
 GIVEN_UP_AT_ONCE: Final = 64
-"""Wishes, each of some 5 us."""
+"""The most wishes given up in one step, about 5 us each."""
 
 MAX_BATCH: Final = 16
-"""Asks and payments in one frame. An ask takes some 50 us to answer: 0.8 ms between two decisions."""
+"""The most asks and payments sent in one frame. An ask takes about 50 us to answer, so a frame delays decisions by 0.8
+ms.
+"""
 
 MAX_TAKEN: Final = 8 * MAX_BATCH
-"""Asks, payments and so on that are accepted in one frame: more than are sent, for peers with other bounds."""
+"""The most asks, payments, wishes, tickets and returns accepted in one frame: more than are sent, since the bounds of a
+peer's version may differ.
+"""
 
 MAX_BATCH_BYTES: Final = 1 << 16
-"""Rough, of keys: a frame takes no further one when it has as much."""
+"""A frame gets no further key when its keys have this many bytes; the last one may exceed it."""
 
 MAX_AMOUNT: Final = (1 << 64) - 1
 """The largest amount in a frame. A node that has room for more asks for this much."""
 
 _NOTHING: Final = Shown(0, {})
-"""What a peer without a membership shows: an epoch before the first."""
+"""Stands for the membership of a peer that shows none: an epoch before the first."""
 
 
 class PaymentOutbox:
-    """What one stream has to send for strict limits, and which of its asks and wishes are open.
+    """Frames that one stream has to send for strict limits, and its asks and wishes that have no answer yet.
 
     Args:
         end: a number for this node's end of the stream; no other stream of this process has it.
@@ -62,12 +67,12 @@ class PaymentOutbox:
     def __init__(self, end: int) -> None:
         self.end = end
         self.open: dict[bytes, int] = {}
-        """By key, when this node has asked for what is not answered yet; oldest first."""
+        """By key, the times of this node's asks without an answer; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self.asks: OrderedDict[bytes, Ask] = OrderedDict()
         self.pays: OrderedDict[bytes, Pay] = OrderedDict()
         self.has_tickets = False
-        """True when the peer knows of wishes."""
+        """True when the peer's version of the protocol has wishes and tickets."""
         self.wished: OrderedDict[int, Wish] = OrderedDict()
         """Wishes without an answer, by number; the oldest first."""
         self.wishes: deque[pb.Wish] = deque()
@@ -83,7 +88,7 @@ class PaymentOutbox:
         frame = pb.Frame()
         payments = frame.payments
         count = key_bytes = 0
-        # First those for whom requests wait.
+        # First the messages for which requests wait.
         while self.returns and count < MAX_BATCH:
             payments.returns.append(self.returns.popleft())
             count += 1
@@ -106,7 +111,8 @@ class PaymentOutbox:
 
 
 class Purses:
-    """What a node's streams call for strict limits: `tick` to ask peers, `receive` for what comes from them.
+    """The payments between this node's purses, which are in `ledger`, and peers. Call `tick` to ask peers, `receive`
+    for each frame of theirs, and `closed` when a stream is closed.
 
     Args:
         strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
@@ -126,7 +132,7 @@ class Purses:
 
     @property
     def membership(self) -> Shown:
-        """What this node shows."""
+        """The membership that this node shows to peers."""
         membership = self.ledger.shares.membership
         return Shown(membership.epoch, membership.weights)
 
@@ -147,19 +153,19 @@ class Purses:
         )
 
     def new_outbox(self) -> PaymentOutbox:
-        """Of another stream."""
+        """An outbox for a new stream."""
         self._ends += 1
         return PaymentOutbox(self._ends)
 
     def receive_shown(self, peer: str, shown: Shown | None) -> None:
-        """A peer has said hello, and what its membership is; or it has gone, and what it has shown is void."""
+        """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
     def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
-        """Ask peers for what is wanted; to be called every few milliseconds.
+        """Ask peers for tokens that are needed here; to be called every few milliseconds.
 
         Args:
-            outboxes: of the stream in use to each peer that can be asked.
+            outboxes: by peer that can be asked, the outbox of the stream in use.
 
         Returns:
             The peers to which there is something to send.
@@ -177,7 +183,7 @@ class Purses:
         return [*asks, *self._wish(outboxes, now_us, most)]
 
     def _wish(self, outboxes: Mapping[str, PaymentOutbox], now_us: int, most: int) -> list[str]:
-        """Wish for what requests wait for; returns of whom."""
+        """Wish for the tokens that requests wait for; returns the peers to which there is something to send."""
         for outbox in outboxes.values():
             self._give_up(outbox, now_us)
         peers = [
@@ -208,7 +214,7 @@ class Purses:
         """Apply a frame of a peer.
 
         Args:
-            outbox: of the stream on which it came; takes the answers.
+            outbox: of the stream on which the frame came; gets the answers.
 
         Returns:
             The number of buckets that the peer asks for and no strict rule here knows.
@@ -250,7 +256,7 @@ class Purses:
         return unknown_keys
 
     def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:
-        """What `receive` does for requests that wait, and returns."""
+        """The part of `receive` that is about requests that wait: returns, tickets and wishes."""
         ledger = self.ledger
         for back in payments.returns:
             # It may have expired. The stream's end is in the number, so it is of this peer.
@@ -288,7 +294,7 @@ class Purses:
         return unknown_keys
 
     def check_time(self, outbox: PaymentOutbox) -> None:
-        """Give up wishes that are too old, and find out whether the peer leaves asks unanswered.
+        """Give up wishes that are too old, and check that the peer answers asks in time.
 
         Raises:
             ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
@@ -299,7 +305,7 @@ class Purses:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
 
     def closed(self, outbox: PaymentOutbox) -> None:
-        """Its stream is closed at this end."""
+        """Free the room of an outbox's open asks, and give up its wishes: its stream is closed at this end."""
         self.ledger.closed(outbox.end, outbox.open, self._strict_us())
         outbox.open.clear()
         for number, wish in outbox.wished.items():

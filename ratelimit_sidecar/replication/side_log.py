@@ -93,7 +93,7 @@ class SideLog:
             if self._relayed:
                 key, slots = self._relayed.popitem(last=False)
                 bucket = tellable(self._store, key)
-                yield from in_parts(bucket, None, [] if bucket is None else list(bucket.heard_entries(slots)))
+                yield from in_parts(bucket, None, [] if bucket is None else list(bucket.received_entries(slots)))
             if self._repairs:
                 key, _ = self._repairs.popitem(last=False)
                 # What the peer took, too, which it may have forgotten: see `Bucket._recall`.

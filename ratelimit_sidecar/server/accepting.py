@@ -15,11 +15,11 @@ import structlog
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import Shared
 
-AGAIN_SECONDS = 1.0
-"""How long to wait after a failure; asyncio waits as long."""
+RETRY_SECONDS = 1.0
+"""The wait after a failure; that of asyncio's own servers is as long."""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Errors of the system as a whole; others are of the one connection (accept(2))."""
+"""Errors of accept(2) that concern the whole process or system; all others concern one connection."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -42,8 +42,8 @@ async def connections_of(
                 note_failure()
                 if not is_exhausted:
                     is_exhausted = True
-                    _log.error("accept_failed", why=error.strerror, tried_again_every_seconds=AGAIN_SECONDS)
-                await asyncio.sleep(AGAIN_SECONDS)
+                    _log.error("accept_failed", why=error.strerror, tried_again_every_seconds=RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
             continue
         if is_exhausted:
             is_exhausted = False
@@ -52,7 +52,7 @@ async def connections_of(
 
 
 async def clients_of(listening: socket.socket, shared: Shared) -> AsyncIterator[tuple[socket.socket, AddressBudget]]:
-    """Yield the connections that the front end admits, for ever; others are closed."""
+    """Yield, for ever, the connections that the connection limiter admits, and close all others."""
     async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
         budget = shared.enter(address)
         if budget is None:

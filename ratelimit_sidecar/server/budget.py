@@ -1,5 +1,5 @@
-"""Bounds on what clients may use of a front end: connections, memory for calls that are not complete, and places for
-streams that are few.
+"""Bounds on what clients may use of a front end: connections, memory for calls that are not complete, and the open
+calls of methods that allow only a few.
 
 Each bound is a part of what is free, so that clients who use much leave room for others, however many they are (dynamic
 thresholds, Choudhury and Hahne 1998). A connection may hold an eighth of the free memory or places, and all connections
@@ -54,7 +54,7 @@ class AddressBudget(Budget):
         self.connections = 0
         self.calls = Queue()
         self.streams = Queue()
-        """Its connections, and its streaming calls, that wait for turns of the loop."""
+        """`calls` is the queue of its connections, `streams` that of its streaming calls (see `turns.py`)."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole
@@ -126,7 +126,7 @@ class Places:
             connection: differs from all other connections and addresses.
         """
         free, held = self.free, self._held
-        # Who has no place may get the last one.
+        # A client without a place may get the last one.
         if free <= 0 or held[connection] * CONNECTION_PART > free or held[address] * ADDRESS_PART > free:
             self.refused += 1
             return False

@@ -4,9 +4,8 @@ and all answers to one read are sent in one write.
 Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
 handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
 
-The loop's time is shared by address (`turns.py`). When one has sent more than is handled at once, none of its
-connections is read any more until it has had its turn: to read thousands of them takes long itself, however little each
-has sent.
+The loop's time is shared by address (`turns.py`). When an address has sent more than is handled at once, none of its
+connections is read until its turn comes: reading thousands of connections takes long, however little each has sent.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ SLICE_BYTES: Final = 4_096
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
-"""The objects that the cycle collector sees: of a connection, and of a streaming call."""
+"""How many objects the cycle collector sees of a connection, and of a streaming call."""
 
 MAX_WRITE_BUFFER_BYTES: Final = 262_144
 """The bytes of unread answers beyond which nothing more is read from the client."""
 
 READ_NS: Final = 10_000
-"""What a read is reckoned to take besides what is done with the bytes: the system calls, and asyncio's part."""
+"""The estimated time of a read without the handling of its bytes: the system calls, and asyncio's part."""
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
@@ -103,9 +102,9 @@ class GrpcProtocol:
         """Streaming calls that wait for their client to read."""
         self._rest: memoryview | None = None
         """Received bytes that were not given to the connection yet."""
-        self._happened: list[Event] = []
+        self._events: list[Event] = []
         self._handled = 0
-        """The events of the last slice, and how many of them were handled."""
+        """How many of `_events`, the events of the last slice, were handled."""
         self._is_in_line = False
         """True while it waits for its address' turn."""
         self._is_paused = False
@@ -120,7 +119,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
-        self._calls.told.add(self._stand_in_line)
+        self._calls.on_waiting.add(self._stand_in_line)
         young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -142,12 +141,12 @@ class GrpcProtocol:
 
     def _take(self, data: bytes) -> None:
         if len(data) <= SLICE_BYTES:
-            happened = self._connection.receive(data)
-            if len(happened) > 1:
-                self._happened = happened
+            events = self._connection.receive(data)
+            if len(events) > 1:
+                self._events = events
                 self._take_slices()
             else:
-                for event in happened:
+                for event in events:
                     self._handle(event)
                 self._flush()
         else:
@@ -183,7 +182,7 @@ class GrpcProtocol:
         self._connection.closed = True
         self._cancel_all()
         self._connection.release()
-        self._calls.told.discard(self._stand_in_line)
+        self._calls.on_waiting.discard(self._stand_in_line)
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
@@ -208,14 +207,14 @@ class GrpcProtocol:
         self._flush()
 
     def drain(self) -> None:
-        """Take no new calls, and close when those in flight are answered. End streaming calls before: they might never
-        end by themselves.
+        """Take no new calls, and close when those in flight are answered. The caller ends the streaming calls first,
+        since they might never end by themselves.
         """
         self._connection.drain()
         self._flush()
 
     def streaming_calls(self) -> list[StreamingCall]:
-        """Those that are open now."""
+        """The streaming calls that are open now."""
         return list(self._streaming.values())
 
     def abort(self) -> None:
@@ -234,11 +233,11 @@ class GrpcProtocol:
 
     def _is_behind(self) -> bool:
         """True if some received bytes or events are not handled yet."""
-        return self._rest is not None or self._handled < len(self._happened)
+        return self._rest is not None or self._handled < len(self._events)
 
     def _forget_unhandled(self) -> None:
         self._rest = None
-        self._happened = []
+        self._events = []
         self._handled = 0
         self._connection.count_unhandled(0)
 
@@ -246,9 +245,9 @@ class GrpcProtocol:
         """Handle received bytes for one quantum; what is left waits for a turn."""
         started_ns = _perf_counter_ns()
         while True:
-            happened = self._happened
-            while self._handled < len(happened):
-                event = happened[self._handled]
+            events = self._events
+            while self._handled < len(events):
+                event = events[self._handled]
                 self._handled += 1
                 self._handle(event)
                 if _perf_counter_ns() - started_ns >= QUANTUM_NS:
@@ -265,7 +264,7 @@ class GrpcProtocol:
             rest = self._rest
             if rest is not None:
                 self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
-                self._happened = self._connection.receive(rest[:SLICE_BYTES])
+                self._events = self._connection.receive(rest[:SLICE_BYTES])
                 self._handled = 0
         if not self._is_behind():
             self._forget_unhandled()
@@ -322,7 +321,7 @@ class GrpcProtocol:
         """Answer a call.
 
         Args:
-            waiting: what its handler has returned before, and has a result now.
+            waiting: the wait that its handler returned earlier, which has a result now; None to call the handler.
         """
         try:
             response = call.handler(call.message, call.request) if waiting is None else waiting.result()
@@ -340,7 +339,7 @@ class GrpcProtocol:
             self._connection.answer(call, response)
 
     def _wait(self, call: Call, waiting: Waiting) -> None:
-        # The handler has it.
+        # The handler keeps the message itself.
         call.message = b""
         self._waiting[call.request.stream_id] = waiting
         waiting.on_end = partial(self._answer_late, call, waiting)
@@ -351,7 +350,7 @@ class GrpcProtocol:
         self._flush()
 
     def _cancel_all(self) -> None:
-        """Nobody is there to be answered."""
+        """End all calls: there is no client to answer."""
         for call in self._streaming.values():
             call.cancel()
         for waiting in self._waiting.values():
@@ -403,9 +402,9 @@ class GrpcProtocol:
             return
         if self._streaming or self._waiting:
             late = connection.late()
-            if self._handled < len(self._happened):
+            if self._handled < len(self._events):
                 # Handle them after the earlier events.
-                self._happened.extend(late)
+                self._events.extend(late)
             else:
                 for event in late:
                     self._handle(event)

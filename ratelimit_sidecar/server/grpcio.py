@@ -17,6 +17,7 @@ import grpc.aio
 
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.deferred import answer_of
 from ratelimit_sidecar.server.http2 import CALL_BYTES
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Limits
 from ratelimit_sidecar.server.listeners import (
@@ -41,7 +42,6 @@ from ratelimit_sidecar.server.rpc import (
     UnaryHandler,
 )
 from ratelimit_sidecar.server.tls import ServerCertificate
-from ratelimit_sidecar.server.waiting import answer_of
 from ratelimit_sidecar.supervision import Supervisor
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -128,7 +128,7 @@ class GrpcioFrontEnd:
         if server is None:
             return
         try:
-            # With a time-out it tells of the failure also while calls are open.
+            # Only with a timeout does it raise the failure while calls are open.
             while await server.wait_for_termination(FAILED_CHECK_SECONDS):
                 pass
         except Exception:
@@ -210,7 +210,7 @@ def _why_not(address: str, refused: RuntimeError) -> OSError:
 
 
 class _Metadata:
-    """A call's metadata as headers, converted only when a handler looks; binary values are decoded already."""
+    """A call's metadata as headers, converted only when a handler reads them; binary values are decoded already."""
 
     __slots__ = ("_context",)
 
@@ -222,7 +222,7 @@ class _Metadata:
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         remaining_s = self._context.time_remaining()
         if remaining_s is not None:
-            # Which the library keeps to itself.
+            # The library removes this header from the metadata.
             yield b"grpc-timeout", b"%dm" % max(0, remaining_s * 1_000)
         for name, value in self._context.invocation_metadata() or ():
             yield name.encode("ascii"), value if isinstance(value, bytes) else value.encode("utf-8")
@@ -314,7 +314,7 @@ def _streaming(
         return SHUTTING_DOWN if stop.done() else None
 
     async def call(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        # Over unix sockets the library does not tell one from another: all have one connection's part.
+        # Over unix sockets the library does not distinguish connections: all together have the part of one.
         connection = context.peer()
         address, _, _ = connection.rpartition(":")
         places = method.places

@@ -18,12 +18,12 @@ from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
 from ratelimit_sidecar.server.turns import Turns
 
 CHECK_SECONDS = 0.000_5
-"""How long connections are checked before other tasks run. Most take a microsecond; one with a thousand calls to be
-ended two milliseconds.
+"""The time for which connections are checked before other tasks run. Most checks take a microsecond; that of a
+connection with a thousand calls to end takes two milliseconds.
 """
 
 DRAINED_AT_ONCE = 32
-"""Connections told to go, and streaming calls ended, before others are answered: 2 ms."""
+"""The connections drained, and streaming calls ended, before other calls are answered: 2 ms."""
 
 SHEDDING_SECONDS = 60.0
 """How long `is_shedding` stays true after something was refused for lack of memory or connections."""
@@ -159,7 +159,7 @@ class H2FrontEnd:
             # It has asyncio.Protocol's methods, but is compiled.
             await loop.connect_accepted_socket(lambda: protocol, connected)  # type: ignore[type-var]
         except Exception as error:
-            # It has been reset already, or whatever else: others are accepted.
+            # The client may have reset it already. Whatever failed, other connections are accepted.
             if not isinstance(error, OSError):
                 self._shared.failures.status_of("accepting a connection", error)
             if protocol not in self._shared.connections:
@@ -197,7 +197,8 @@ class H2FrontEnd:
                     connection.fail()
 
     def _connections(self) -> Iterator[GrpcProtocol]:
-        """Those that are open now. None is held longer than its turn: to free thousands at once takes milliseconds."""
+        """The connections that are open now. Each reference is dropped at its turn: freeing thousands at once takes
+        milliseconds."""
         left = list(self._shared.connections)
         while left:
             yield left.pop()
@@ -219,16 +220,16 @@ class H2FrontEnd:
         for connection in self._connections():
             for call in connection.streaming_calls():
                 call.end(SHUTTING_DOWN)
-                done = await _rest_after(done)
+                done = await _yield_after(done)
             connection.drain()
-            done = await _rest_after(done)
+            done = await _yield_after(done)
         try:
             async with asyncio.timeout(self._limits.drain):
                 await self._until_all_are_lost()
         except TimeoutError:
             for connection in self._connections():
                 connection.abort()
-                done = await _rest_after(done)
+                done = await _yield_after(done)
             await self._until_all_are_lost()
 
     async def _until_all_are_lost(self) -> None:
@@ -243,8 +244,8 @@ class H2FrontEnd:
             listener.close()
 
 
-async def _rest_after(done: int) -> int:
-    """Count one more that is drained, and let other tasks run when they are enough."""
+async def _yield_after(done: int) -> int:
+    """Count one more drained connection or call, and let other tasks run after every `DRAINED_AT_ONCE`."""
     done += 1
     if done % DRAINED_AT_ONCE == 0:
         await asyncio.sleep(0)

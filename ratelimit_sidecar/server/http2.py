@@ -62,13 +62,14 @@ make it send as many as they like, and with the connection all its other calls w
 """
 
 FEW_BYTES: Final = 16_384
-"""Nobody is disconnected for so little that waits for the client's window, or to be handled."""
+"""A client is not disconnected for bytes that wait (for its window, or to be handled) as long as they are this few."""
 
 DATA_FRAME_BYTES: Final = 16_384
 """The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
 
 RESETS: Final = (1 << 30, 1 << 30)
-"""What nghttp2 lets a client reset at once, and then in each second: any number, see above."""
+"""The resets that nghttp2 allows a client at once, and then in each second: any number, since `CONTROL_FRAMES` bounds
+them."""
 
 _DRAIN_PING: Final = b"draining"
 _KEEPALIVE_PING: Final = b"anybody?"
@@ -116,15 +117,15 @@ class Call:
 
     def __init__(self, request: Request, handler: UnaryHandler, now_s: float) -> None:
         self.request = request
-        """Also its headers."""
+        """The HTTP request; iterating over it yields the headers."""
         self.handler = handler
         self.message = b""
-        # While it waits for its message: bytes so far, bytes counted in the budget, when it began, when bytes last
-        # came.
+        # While its message is incomplete: bytes so far, bytes counted in the budget, when the call began, and when
+        # bytes were last received.
         self.body_bytes = 0
         self.held = 0
         self.began_s = now_s
-        self.heard_s = now_s
+        self.received_s = now_s
 
     @property
     def path(self) -> str:
@@ -136,7 +137,7 @@ class StreamStarted:
 
     def __init__(self, request: Request, method: Streaming) -> None:
         self.request = request
-        """Also its headers."""
+        """The HTTP request; iterating over it yields the headers."""
         self.method = method
         self.stream_id = request.stream_id
 
@@ -223,7 +224,7 @@ class Connection:
         """The session's control frames that were already charged to the credit."""
         self._last_stream_id = 0
         self._answered_early: list[Request] = []
-        """Requests answered before they were complete; they are to be reset."""
+        """Requests answered before they were complete; their streams are still to be reset."""
         self._half_closed: dict[int, tuple[Request, float]] = {}
         """Streaming calls that ended before the client had sent everything, and since when."""
         self._late: list[Event] = []
@@ -232,22 +233,23 @@ class Connection:
         """The last frame of a connection whose session has failed."""
         self._now_s = now_s
         self._began_s = now_s
-        self._heard_s = now_s
-        self._has_heard = False
+        self._received_s = now_s
+        self._has_received = False
         self._has_pinged = False
         self._age_s = age_s
         self._is_draining = False
         self._drain_ping_s = now_s
         self._owes_drain_ping = False
-        self._has_said_last_stream = False
+        self._has_sent_final_goaway = False
         self._untaken = 0
-        """Bytes counted in the budget, of answers that wait for the client's window."""
+        """The bytes of answers that wait for the client's window, counted in the budget."""
         self._amid_headers_since_s = now_s
         self._unhandled = 0
-        """Bytes counted in the budget that `receive` is yet to be given."""
+        """The bytes that were read and not yet passed to `receive`, counted in the budget."""
         self._untaken_since_s = now_s
         self._due = 0
-        """When the client has taken so many bytes since the start, all that waited at `_untaken_since_s` is gone."""
+        """The count of bytes taken by the client (since the start) at which all that waited at `_untaken_since_s` is
+        taken."""
 
     # Receiving
 
@@ -256,32 +258,32 @@ class Connection:
 
         Unary calls are returned when they are complete, unless the client has given up on them already.
         """
-        happened: list[Event] = []
+        events: list[Event] = []
         if self.closed:
-            return happened
-        self._has_heard = True
+            return events
+        self._has_received = True
         session = self._session
         try:
             requests = session.receive(data)
         except BrokenSession as broken:
             self._fail(broken.code)
-            return happened
+            return events
         for request in requests:
             if request.is_wanted:
-                self._go_on(request, happened)
+                self._go_on(request, events)
                 continue
             self._begun += 1
             if not request.lost:
-                self._open(request, happened)
+                self._open(request, events)
         if session.control_frames != self._control_frames:
             self._pay_for_control_frames()
         if self._is_draining and session.ponged == _DRAIN_PING:
-            self._say_last_stream()
-        return happened
+            self._send_final_goaway()
+        return events
 
     def count_unhandled(self, size: int) -> None:
-        """So many bytes of the client have been read and wait for `receive`. It is disconnected when they are more than
-        it may have.
+        """Note how many bytes of the client were read and wait for `receive`. If there are more than the budget allows,
+        the client is disconnected.
         """
         more = size - self._unhandled
         if not more:
@@ -291,7 +293,7 @@ class Connection:
         self._unhandled = size
         self._count(more)
 
-    def _open(self, request: Request, happened: list[Event]) -> None:
+    def _open(self, request: Request, events: list[Event]) -> None:
         """Handle a new request: its headers have arrived, and perhaps all of it."""
         self._last_stream_id = request.stream_id
         handler = self._handlers.get(request.path)
@@ -300,11 +302,11 @@ class Connection:
             if refused or handler is None:
                 return
         if isinstance(handler, Streaming):
-            self._open_streaming(request, handler, happened)
+            self._open_streaming(request, handler, events)
             return
         call = Call(request, handler, self._now_s)
         if request.ended:
-            self._complete(call, happened)
+            self._complete(call, events)
         else:
             request.is_wanted = True
             self._incomplete[request.stream_id] = call
@@ -330,7 +332,7 @@ class Connection:
             return False
         return True
 
-    def _open_streaming(self, request: Request, method: Streaming, happened: list[Event]) -> None:
+    def _open_streaming(self, request: Request, method: Streaming, events: list[Event]) -> None:
         held = STREAMING_BYTES + request.header_bytes
         if not self._budget.allows(self._held + held, held):
             self._shed(request)
@@ -339,10 +341,10 @@ class Connection:
         request.is_wanted = True
         stream = _Stream(request, held)
         self._streaming[request.stream_id] = stream
-        happened.append(StreamStarted(request, method))
-        self._take_data(stream, happened)
+        events.append(StreamStarted(request, method))
+        self._take_data(stream, events)
 
-    def _take_data(self, stream: _Stream, happened: list[Event]) -> None:
+    def _take_data(self, stream: _Stream, events: list[Event]) -> None:
         """Take the bytes of a streaming call that have arrived, if any."""
         request = stream.request
         count = request.body_bytes
@@ -351,14 +353,14 @@ class Connection:
         if self._budget.allows(self._held + count, count):
             stream.held += count
             self._count(count)
-            happened.append(StreamData(request.stream_id, request.take_body(), request.ended))
+            events.append(StreamData(request.stream_id, request.take_body(), request.ended))
         else:
             self._counts.refused_calls["shed"] += 1
             self.finish(request.stream_id, _too_many_calls())
-            happened.append(StreamCancelled(request.stream_id))
+            events.append(StreamCancelled(request.stream_id))
 
-    def _go_on(self, request: Request, happened: list[Event]) -> None:
-        """Handle more bytes, or the end, of a call that is already here."""
+    def _go_on(self, request: Request, events: list[Event]) -> None:
+        """Handle more bytes of a call that was opened before, or its end."""
         stream_id = request.stream_id
         call = self._incomplete.get(stream_id)
         if call is not None:
@@ -369,7 +371,7 @@ class Connection:
                 self._release(call)
                 request.is_wanted = False
                 self._session.consume(request, CONNECTION_WINDOW)
-                self._complete(call, happened)
+                self._complete(call, events)
             else:
                 self._note_body(call)
             return
@@ -377,32 +379,32 @@ class Connection:
         if call is not None:
             if request.lost:
                 self._release_deferred(call)
-                happened.append(StreamCancelled(stream_id))
+                events.append(StreamCancelled(stream_id))
             return
         stream = self._streaming.get(stream_id)
         if stream is None:
             return
         if request.lost:
             self._forget_streaming(stream)
-            happened.append(StreamCancelled(stream_id))
+            events.append(StreamCancelled(stream_id))
         else:
-            self._take_data(stream, happened)
+            self._take_data(stream, events)
 
-    def _complete(self, call: Call, happened: list[Event]) -> None:
+    def _complete(self, call: Call, events: list[Event]) -> None:
         try:
             call.message = unframe(call.request.take_body(), call.request)
         except RpcError as error:
             self._refuse(call.request, error)
         else:
-            happened.append(call)
+            events.append(call)
 
     def _note_body(self, call: Call) -> None:
-        """Count a part of a message that is not the last."""
+        """Count a further part of a message that is not complete yet."""
         came = call.request.body_bytes - call.body_bytes
         if not came:
             return
         call.body_bytes += came
-        call.heard_s = self._now_s
+        call.received_s = self._now_s
         if call.body_bytes > MAX_BODY_BYTES:
             self._drop(call)
             self._refuse(call.request, too_large())
@@ -597,10 +599,10 @@ class Connection:
 
     def late(self) -> list[Event]:
         """Events that arose while output was produced; call it after `output`."""
-        happened = self._late
-        if happened:
+        events = self._late
+        if events:
             self._late = []
-        return happened
+        return events
 
     def _send_what_follows(self) -> None:
         """Send the frames that must come after the others. nghttp2 would send them first if it got all at the same
@@ -644,9 +646,9 @@ class Connection:
         self._owes_drain_ping = True
         self._session.send_shutdown_notice()
 
-    def _say_last_stream(self) -> None:
-        if not self._has_said_last_stream:
-            self._has_said_last_stream = True
+    def _send_final_goaway(self) -> None:
+        if not self._has_sent_final_goaway:
+            self._has_sent_final_goaway = True
             self._session.send_goaway()
 
     def check(self, now_s: float) -> None:
@@ -658,17 +660,17 @@ class Connection:
         self._now_s = now_s
         if self.closed:
             return
-        if self._has_heard:
-            self._has_heard = False
+        if self._has_received:
+            self._has_received = False
             self._has_pinged = False
-            self._heard_s = now_s
+            self._received_s = now_s
         self._credit = min(CONTROL_FRAMES, self._credit + CONTROL_FRAMES_A_CHECK)
         if not self._session.has_settings:
             if now_s - self._began_s >= self._limits.handshake:
                 self.terminate(PROTOCOL_ERROR, "handshake")
             return
         if self._is_draining and now_s - self._drain_ping_s >= self._limits.goaway_ping:
-            self._say_last_stream()
+            self._send_final_goaway()
         self._check_calls(now_s)
         self._check_headers(now_s)
         self._check_output(now_s)
@@ -680,7 +682,7 @@ class Connection:
         for call in list(self._incomplete.values()):
             if now_s - call.began_s >= limits.call:
                 self._reset(call, "too_slow")
-            elif now_s - call.heard_s >= limits.body_idle:
+            elif now_s - call.received_s >= limits.body_idle:
                 self._reset(call, "body_idle")
         while self._half_closed:
             stream_id, (request, since_s) = next(iter(self._half_closed.items()))
@@ -712,7 +714,7 @@ class Connection:
 
     def _check_silence(self, now_s: float) -> None:
         limits = self._limits
-        silent_s = now_s - self._heard_s
+        silent_s = now_s - self._received_s
         if self._streaming:
             if silent_s >= 2 * limits.ping_after:
                 self.terminate(NO_ERROR, "silent")

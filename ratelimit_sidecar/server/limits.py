@@ -34,16 +34,17 @@ class Limits:
         body_idle: a call whose message stops in the middle for this long is reset. A client whose headers do is
             disconnected.
         call: a call whose message is not complete after this time is reset.
-        stalled: a client that has not taken for this long what waited for it then is disconnected.
-        idle: a connection without calls is closed after this time. Envoy closes its own after an hour. Clients should
-            choose, since a new connection costs a part of a call's timeout; this only removes forgotten ones.
+        stalled: a client that does not read the answers that wait for it within this time is disconnected.
+        idle: a connection without calls is closed after this time. Envoy closes its own after an hour. This only
+            removes
+            forgotten ones: a new connection costs a part of a call's timeout, so clients should choose when to close.
         ping_after: a connection with a streaming call is sent a PING after such a silence, and is closed after a second
             one.
-        drain: the time for calls in flight at a stop.
+        drain: the time that calls in flight have left at a stop.
         goaway_ping: the time for a client to answer the PING between the two GOAWAYs of a drain.
         age: a connection is drained at this age, a tenth more or less, so that clients spread over new sidecars; None
             for never.
-        age_grace: the time for calls in flight then.
+        age_grace: the time that calls in flight have left when a connection is drained because of its age.
         check_every: the interval of checks of these times; each can be exceeded by this much.
     """
 

@@ -43,7 +43,7 @@ class ListenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SocketFile:
-    """A unix socket's file, known by its inode, so that a successor's file under the same name is left
+    """A unix socket's file, identified by its inode, so that the file of a later process at the same path is left
     alone."""
 
     path: Path

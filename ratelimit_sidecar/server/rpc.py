@@ -26,14 +26,14 @@ class Metadata(Protocol):
 
     @property
     def may_be_sampled(self) -> bool:
-        """False when none of them says that the caller traces the request. Nearly all are untraced, and to look at the
+        """False when no header says that the caller traces the request. Nearly all are untraced, and looking at the
         headers costs several times as much as the decision."""
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]: ...
 
 
 class Headers:
-    """Metadata from where they are at hand."""
+    """Metadata made of a list of headers, for calls that did not come over gRPC."""
 
     may_be_sampled: Final = True
 
@@ -61,7 +61,7 @@ class Streaming:
 
     Args:
         max_message_bytes: the largest incoming message; at most `limits.MAX_MESSAGE_BYTES`.
-        places: bounds how many of its calls are open at once; None if their memory alone is to.
+        places: bounds how many of its calls are open at once; None if only their memory is bounded.
     """
 
     handler: StreamHandler
@@ -144,7 +144,7 @@ class FailureLog:
         return RpcError(Code.INTERNAL, "internal error; the server's log has the details")
 
     def log_first(self, path: str, error: Exception, metadata: Iterable[tuple[bytes, bytes]]) -> None:
-        """Log it when it is the first of its kind."""
+        """Log the exception if it is the first of its kind."""
         where = error.__traceback__
         while where is not None and where.tb_next is not None:
             where = where.tb_next

@@ -1,5 +1,6 @@
-"""Lets tasks go on in turns (`turns.py`), within a step, so that what they do is timed. It is not compiled, since mypyc
-cannot derive from asyncio's futures.
+"""An event whose task resumes in a turn of its queue, within a step (`turns.py`), so that the work it does is timed.
+
+This module is not compiled: mypyc cannot derive from asyncio's futures.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ratelimit_sidecar.server.turns import Queue, Turns
 
 
 class Signal:
-    """Lets one task wait, as asyncio.Event does, and go on in a turn of its queue."""
+    """As asyncio.Event, but for one task, which resumes in a turn of its queue."""
 
     def __init__(self, turns: Turns, queue: Queue) -> None:
         self._turns = turns
@@ -22,14 +23,14 @@ class Signal:
         self._is_set = False
 
     def set(self) -> None:
-        """Let the task go on; if it does not wait now, once it does."""
+        """Let the task resume; if it does not wait now, it resumes as soon as it does."""
         if not self._is_set:
             self._is_set = True
             if self._waiter is not None:
                 self._turns.join(self._queue, self._waiter.go_on)
 
     async def wait(self) -> None:
-        """Wait until it is set, and for a turn. It is not set any more then."""
+        """Wait until it is set, and then for a turn. Afterwards it is not set any more."""
         # In no variable: with a task that is cancelled here it would be a reference cycle.
         self._waiter = _Waiter()
         if self._is_set:
@@ -41,7 +42,7 @@ class Signal:
             self._is_set = False
 
     async def turn(self) -> None:
-        """Wait for a turn alone."""
+        """Wait for a turn only."""
         self.set()
         await self.wait()
 
@@ -50,13 +51,13 @@ class _Waiter(asyncio.Future[None]):
     """A future whose task goes on within `go_on`."""
 
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
-        """Note how the task goes on; a task always gives its context."""
+        """Note the callback that resumes the task; a task always gives its context."""
         self._resume, self._context = fn, context
         # When the task is cancelled it goes on by itself.
         super().add_done_callback(fn, context=context)
 
     def go_on(self) -> None:
-        """Nothing if the task was cancelled."""
+        """Resume the task; nothing happens if it was cancelled."""
         if not self.done() and self._context is not None:
             self.remove_done_callback(self._resume)
             self.set_result(None)

@@ -27,7 +27,7 @@ MAX_UNSENT_BYTES: Final = 65_536
 """The most unsent bytes of one call; above it the handler has to wait."""
 
 STOP_NS: Final = 50_000
-"""What the end of a cancelled task is reckoned to take, which comes in the next turns of the loop."""
+"""The estimated time of the end of a cancelled task, which comes in the next turns of the loop."""
 
 
 class StreamingCall:
@@ -67,7 +67,7 @@ class StreamingCall:
         self._granted = 0
         """Bytes of that message or the next one that were acknowledged before it was complete."""
         self._client_is_done = False
-        self._heard = Signal(turns, queue)
+        self._received = Signal(turns, queue)
         """Set when bytes arrived, or the client is done."""
         self._has_room = Signal(turns, queue)
         """Set when the client may have read some of what was sent."""
@@ -86,7 +86,7 @@ class StreamingCall:
         """Take bytes of the request body."""
         self._reader.feed(data)
         self._client_is_done = self._client_is_done or ended
-        self._heard.set()
+        self._received.set()
 
     def wake(self) -> None:
         """Go on if the handler waits for the client to read."""
@@ -147,9 +147,9 @@ class StreamingCall:
             self._last_bytes = self._granted = 0
             self._flush()
         # Others have their turn, even if messages are already here.
-        self._heard.set()
+        self._received.set()
         while True:
-            await self._heard.wait()
+            await self._received.wait()
             message = self._reader.next_message(self._client_is_done)
             if message is not None:
                 self._last_bytes = PREFIX_BYTES + len(message)

@@ -1,14 +1,15 @@
 """Gives out turns of the event loop, so that a client waits for about a millisecond, however many connections and
 streams others have.
 
-Theory of operation. What could be much for one turn of the loop is cut into steps, none much longer than a millisecond,
-and each step waits in a *queue*: that of the connections of one address, of its streams, or of a service. In each turn
-of the loop steps are done for one quantum of time: all of the first queue, then of the next. A queue that is left with
-steps when the quantum is over goes behind the others. What is done without waiting is noted: a queue for which much was
-done so in one turn has to wait, too. Those who would do more for it at once are then told, and stop.
+Theory of operation. Work that could be too much for one turn of the loop is cut into steps, none much longer than a
+millisecond, and each step joins a *queue*: that of the connections of one address, of its streams, or of a service. In
+each turn of the loop, steps run for one quantum of time: all of the first queue, then of the next. A queue that still
+has steps when the quantum is over goes behind the others. Small work runs at once, without joining a queue, and its
+time is noted; a queue that used too much time so has to wait, too, and its `on_waiting` callbacks say so to those who
+would run more at once.
 
-Steps differ a hundredfold, so their time is measured. Tasks therefore go on within a step (`signals.py`); those that
-wait for asyncio's own futures all go on in the next turn of the loop.
+The time of each step is measured, since steps differ a hundredfold. So tasks resume within a step (`signals.py`).
+(Tasks that wait for asyncio's own futures would all resume in the next turn of the loop.)
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from collections.abc import Callable
 from typing import Final
 
 QUANTUM_NS: Final = 1_000_000
-"""What steps take in one turn of the loop, and what one queue takes of it without waiting. The step that exceeds it is
-finished.
+"""The time of all steps in one turn of the loop, and the time that one queue may use at once, without waiting. A step
+that exceeds it is finished.
 """
 
 
 class Queue:
-    """Steps that are done in order."""
+    """Steps of one client or service, which run in order. Pass it to `Turns`, which alone changes it."""
 
     def __init__(self) -> None:
         self.steps: deque[Callable[[], object]] = deque()
         self.is_waiting = False
-        """True while it waits for a turn, and in the turn after that: nothing more of it is to be done at once. So who
-        comes then stands in line, behind who has come before, and nobody is passed over again and again.
+        """True while it waits for a turn, and in the turn after that: then new work must join it instead of running at
+        once. So work is done in the order in which it came.
         """
         self.used_ns = 0
-        """What was done at once since a quantum was full."""
+        """The time used at once since it last reached a quantum."""
         self.is_counted = False
-        """True for the rest of the turn in which one got full: with another one the queue has to wait."""
-        self.told: set[Callable[[], object]] = set()
-        """Called when it begins to wait. They may join it."""
+        """True for the rest of the turn in which it used a quantum at once; if it uses another one, it has to wait."""
+        self.on_waiting: set[Callable[[], object]] = set()
+        """Callbacks for when it begins to wait; they may join it."""
 
 
 class Turns:
-    """The queues that wait for turns. Call `join` for a step that may be much, `note` for what was done at once.
+    """The queues that wait for turns. Call `join` for a step that may be long, `note` for work that was done at once.
 
     Args:
         monotonic_ns: the clock that steps are timed with.
@@ -53,7 +54,7 @@ class Turns:
         self._monotonic_ns = monotonic_ns
         self._waiting: deque[Queue] = deque()
         self._done: list[Queue] = []
-        """Those that have had all their steps in this turn."""
+        """The queues whose steps were all done in this turn."""
         self._counted: list[Queue] = []
         self._ends_ns = 0
         self._is_due = False
@@ -65,7 +66,7 @@ class Turns:
             self._wait(queue)
 
     def note(self, queue: Queue, used_ns: int) -> None:
-        """Something that took so long was done at once."""
+        """Note that work for the queue was done at once, and how long it took."""
         queue.used_ns += used_ns
         if queue.used_ns < QUANTUM_NS or queue.is_waiting:
             return
@@ -79,15 +80,15 @@ class Turns:
             self._come()
 
     def charge(self, used_ns: int) -> None:
-        """Count time for what a step has left to the loop."""
+        """Count time for work that a step has left to the loop, as part of that step."""
         self._ends_ns -= used_ns
 
     def _wait(self, queue: Queue) -> None:
         queue.is_waiting = True
         self._waiting.append(queue)
         self._come()
-        for tell in queue.told:
-            tell()
+        for callback in queue.on_waiting:
+            callback()
 
     def _come(self) -> None:
         if not self._is_due:

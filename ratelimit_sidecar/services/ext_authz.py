@@ -155,9 +155,8 @@ def http_request(check: bytes) -> HttpRequest:
 
 
 def first_values(headers: Iterable[tuple[bytes, bytes]], *, are_joined: bool = True) -> Mapping[bytes, bytes]:
-    """Headers by name in lower case, of several with one name the first, as Envoy's rate limit filter has it.
-
-    Otherwise a client could add a second one that its upstream does not look at, and get another bucket.
+    """Headers by name in lower case. Of several with one name the first counts, as in Envoy's rate limit filter:
+    otherwise a client could get another bucket by adding a second one, which its upstream ignores.
 
     Args:
         are_joined: True if Envoy has joined those of one name by commas. Then what is before a comma counts.

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import FailureLog, Headers, RpcError
-from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService, first_values
 
 PREFIX: Final = b"/ext_authz/"

@@ -26,8 +26,8 @@ _PATH: Final = f"/{SERVICE_NAME}/ShouldRateLimit"
 
 PATIENCE: Final = 0.75
 LEAST_LEFT_SECONDS: Final = 0.02
-"""A request waits for this part of its timeout at most, and so that at least so much is left: hundreds may be answered
-at once, and Envoy lets pass what is answered too late."""
+"""A request waits for at most `PATIENCE` of its timeout, and at least `LEAST_LEFT_SECONDS` of it are left: hundreds may
+be answered at once, and Envoy lets requests pass whose answer is late."""
 
 _SECONDS: Final = {b"H": 3_600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 """Units of a `grpc-timeout` (PROTOCOL-HTTP2.md)."""
@@ -80,7 +80,7 @@ class RateLimitService:
         self._limiter = limiter
         self._waits = waits
         self._now_us = now_us
-        # The class itself: compiled, it is called without a call of Python's.
+        # Typed as the class, so that compiled code calls it directly.
         self._latency = latency
         self._tracer = tracer
         self._failures = FailureLog()
@@ -144,7 +144,7 @@ class RateLimitService:
         try:
             most_s = patience_s(metadata)
         finally:
-            # It waits already, and whatever happens its wait must end.
+            # The request waits already, so its wait must end whatever happens.
             self._waits.hold(waiting, most_s)
         plan, began_ns = self._limiter.last_plan, time.time_ns()
         assert plan is not None

@@ -18,7 +18,7 @@ STEP: Final = 64
 
 
 class Waits:
-    """The waits of one process. `hold` each new one; its answer goes out through `Waiting.on_end`.
+    """The waits of one process. Pass each new one to `hold`; when it has ended, `Waiting.on_end` is called.
 
     Args:
         strict_us: the clock of strict limits.
@@ -34,7 +34,7 @@ class Waits:
         queues.on_ended = self._schedule
 
     def hold(self, waiting: Waiting, most_seconds: float) -> None:
-        """End a new wait in time, by its rule's `wait` or after `most_seconds`.
+        """Take charge of a new wait: end it after its rule's `wait`, or after `most_seconds` if that is less.
 
         Args:
             most_seconds: how long the client waits at most.

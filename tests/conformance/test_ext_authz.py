@@ -27,8 +27,8 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateL
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
-from ratelimit_sidecar.server.waiting import HttpWaits
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.ratelimit import RateLimitService

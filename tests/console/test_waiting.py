@@ -15,7 +15,7 @@ from services.waiting_service import WaitingService
 from ratelimit_sidecar.console.requests import MAX_REQUESTS, BoundedRequests
 from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.limiter.http_mapping import EntrySource, Part
-from ratelimit_sidecar.server.waiting import HttpWaits
+from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 

@@ -55,7 +55,7 @@ class Replica:
     def full_state(self, now_us: int):
         bucket = self.bucket(now_us)
         bucket.seal(now_us)
-        return bucket.telling_base, list(bucket.entries())
+        return bucket.base_to_send, list(bucket.entries())
 
 
 @dataclass

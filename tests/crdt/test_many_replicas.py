@@ -83,8 +83,8 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
                 bucket.advance(now_us)
         afresh = make(origin=AFRESH)
         afresh.set_limit(bucket.limit, now_us)
-        if bucket.telling_base is not None:
-            afresh.merge_base(bucket.telling_base, now_us)
+        if bucket.base_to_send is not None:
+            afresh.merge_base(bucket.base_to_send, now_us)
         afresh.merge(bucket.entries(), now_us)
         assert bucket.fold(now_us) == afresh.fold(now_us)
         assert bucket.slots == sum(1 for _ in bucket.entries())
@@ -115,7 +115,7 @@ def test_who_hears_of_a_bucket_in_debt_or_one_given_back_to_does_not_look_at_all
     bucket.merge([entry_of(bucket, THERE[0], 0, 9_999)], NOW_US)
     assert bucket.debt
     bucket.fold(NOW_US)
-    heard = bucket._heard
+    heard = bucket._received
     assert heard is not None
     for origin, slots in heard.items():
         heard[origin] = Looked(slots)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import MAX_HEARD, MAX_ORIGINS, MAX_SLOTS, Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_RECEIVED, MAX_SLOTS, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -115,8 +115,8 @@ def test_a_bucket_full_of_invented_entries_has_room_for_peers_and_for_all_once_t
         return sum(len(entries) for entries in bucket_of(store, limit, now_us).taken.values())
 
     held = invent(NOW_US)
-    assert held <= MAX_HEARD
-    if held == MAX_HEARD:
+    assert held <= MAX_RECEIVED
+    if held == MAX_RECEIVED:
         assert store.merge(b"k", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
         assert store.merge(b"k", None, [Entry(Origin("newcomer", 1), slot, 1)], NOW_US) == 0
     assert store.merge(b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1

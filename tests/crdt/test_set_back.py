@@ -59,7 +59,7 @@ class Replica:
 
     def hear(self, other: Replica, true_us: int) -> None:
         told = other.bucket(true_us)
-        self.store.merge(b"k", told.telling_base, list(told.entries()), true_us + self.ahead_us)
+        self.store.merge(b"k", told.base_to_send, list(told.entries()), true_us + self.ahead_us)
 
 
 @each_limit

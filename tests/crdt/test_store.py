@@ -114,7 +114,7 @@ def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and
 
     def tell(source: Store, target: Store) -> None:
         [bucket] = source
-        target.join(bucket.key, HOURLY, bucket.telling_base, list(bucket.entries()), now_us)
+        target.join(bucket.key, HOURLY, bucket.base_to_send, list(bucket.entries()), now_us)
 
     def settled() -> list[object]:
         found = [bucket.settled(now_us, now_us + 10_000_000) for store in stores for bucket in store]

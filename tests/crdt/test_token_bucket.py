@@ -467,8 +467,8 @@ def test_what_was_sealed_under_a_limit_with_narrower_slots_is_in_the_base_for_ev
         here.seal(now_us)
     here.set_limit(wide, now_us)
     for receiver, sender in ((here, there), (there, here)) * 2:
-        if sender.telling_base:
-            receiver.merge_base(sender.telling_base, now_us)
+        if sender.base_to_send:
+            receiver.merge_base(sender.base_to_send, now_us)
         receiver.merge(list(sender.entries()), now_us)
     assert here.base == there.base
     assert here.taken == there.taken

@@ -124,7 +124,7 @@ def test_a_peer_that_hears_of_holds_that_were_settled_has_as_much_left(
     decide(limiter, asking(0))
     peer = Limiter(rules, Origin("there", 1), None)
     for bucket in limiter.store:
-        peer.store.join(bucket.key, limit, bucket.telling_base, list(bucket.entries()), NOW_US)
+        peer.store.join(bucket.key, limit, bucket.base_to_send, list(bucket.entries()), NOW_US)
         there = peer.store.get(bucket.key)
         assert there is not None
         there.advance(NOW_US)

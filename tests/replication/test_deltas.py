@@ -143,8 +143,8 @@ def test_a_limit_whose_horizon_reaches_back_before_the_epoch_can_be_told_of_once
     assert bucket.take(3, NOW_US)
     entries = list(bucket.entries())
     store = Recorder(longer)
-    apply_deltas(store, sent(bucket, bucket.telling_base, entries), A, NOW_US)
-    assert store.told == [(KEY, bucket.telling_base, entries)]
+    apply_deltas(store, sent(bucket, bucket.base_to_send, entries), A, NOW_US)
+    assert store.told == [(KEY, bucket.base_to_send, entries)]
 
 
 @pytest.mark.interpreted
@@ -293,7 +293,7 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
         told.merge(list(other.entries()), now_us)
     told.seal(now_us)
     writer = DeltasWriter(regions[0])
-    writer.add(told, told.telling_base, list(told.entries()))
+    writer.add(told, told.base_to_send, list(told.entries()))
     assert len(writer.payload()) < 1_000
 
 

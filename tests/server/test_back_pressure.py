@@ -150,4 +150,4 @@ async def test_of_very_many_that_leave_at_once_a_few_are_let_go_in_one_turn_of_t
         assert server.closing() <= READ_AT_ONCE
         await until(lambda: not budget.connections)
         # Nothing is left of them.
-        assert not budget.calls.told
+        assert not budget.calls.on_waiting

@@ -171,8 +171,8 @@ async def test_who_comes_just_after_the_last_step_is_next(work: Work) -> None:
 
 async def test_who_is_to_be_told_is_told_once_when_a_queue_begins_to_wait(work: Work) -> None:
     queue = Queue()
-    queue.told.add(work.step("told", 0))
-    queue.told.add(lambda: work.join(queue, "joins", 1))
+    queue.on_waiting.add(work.step("told", 0))
+    queue.on_waiting.add(lambda: work.join(queue, "joins", 1))
     work.join(queue, "a", 3)
     assert work.by_turn() == ["told"]
     await work.until_done(5)

@@ -12,8 +12,8 @@ from limiter.test_waiting import code_of
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.server.deferred import answer_of
 from ratelimit_sidecar.server.rpc import Headers
-from ratelimit_sidecar.server.waiting import answer_of
 from ratelimit_sidecar.services.ratelimit import LEAST_LEFT_SECONDS, PATIENCE, patience_s
 from ratelimit_sidecar.services.waits import STEP
 

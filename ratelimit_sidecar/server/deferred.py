@@ -1,4 +1,4 @@
-"""Answers that come later, for handlers that may wait: coroutines, and requests over HTTP."""
+"""Answers that come later (`crdt.waiting.Waiting`), for callers that can await them: grpc.aio and HTTP requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ratelimit_sidecar.crdt.waiting import Waiting
 
 
 async def answer_of(waiting: Waiting) -> bytes:
-    """Wait for the answer. When this is cancelled, so is the wait."""
+    """Await the answer of a wait. Cancelling this cancels the wait."""
     ended = asyncio.Event()
     waiting.on_end = ended.set
     try:
