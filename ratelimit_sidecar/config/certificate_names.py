@@ -1,7 +1,7 @@
 """Patterns that say which names a certificate may be for: DNS names, and URIs as SPIFFE has them.
 
-`*` in a pattern stands for any one part of a name between dots (of a URI: slashes), `{node}` and the like for what is
-filled in. Everything else stands for itself.
+`*` in a pattern stands for any one part of a name between dots (of a URI: slashes), and a placeholder such as
+`{node}` for the value filled in. Everything else stands for itself.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 
 def accepting(pattern: str, filled_in: Mapping[str, str] | None = None) -> re.Pattern[str]:
-    """What a name has to match as a whole.
+    """The regular expression that a name must match as a whole (`fullmatch`).
 
     Args:
-        filled_in: by what stands for it in the pattern, braces included; whatever is in it stands for itself.
+        filled_in: values by placeholder, braces included (`{node}`); a value stands for itself, even with a `*` in it.
     """
     # DNS names are the same in either case (RFC 4343), those of SPIFFE are not. A part of a DNS name has no slash, so
     # that no URI is taken for one.

@@ -15,10 +15,10 @@ class Difference:
     """One thing that the sidecar does otherwise than envoyproxy/ratelimit, as a row of the tables shows it.
 
     Args:
-        what: is concerned.
+        what: the subject of the difference.
         there: what envoyproxy/ratelimit does with it.
         here: what the sidecar does.
-        why: it stays so.
+        why: the reason to keep the difference.
     """
 
     what: str
@@ -197,7 +197,7 @@ DIFFERENCES: Mapping[str, Difference] = {**ANSWERS, **RULES}
 
 
 def table(differences: Mapping[str, Difference]) -> str:
-    """As Markdown."""
+    """The differences as a table in Markdown."""
     rows = [
         "| What | There | Here | Why |",
         "|---|---|---|---|",

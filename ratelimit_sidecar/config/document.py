@@ -1,8 +1,8 @@
 """A YAML document as plain data that remembers positions.
 
 Theory of operation. One loop without recursion turns the parser's events into containers and scalars, so no file can
-exhaust the stack. A problem after which the rest is still clear (a duplicate key) is noted, and reading goes on; any
-other (broken YAML) ends it. Anchors, aliases and merge keys (`<<`) work as in envoyproxy/ratelimit; the bounds hold
+exhaust the stack. A problem that leaves the rest of the document clear (a duplicate key) is noted, and reading goes on;
+any other (broken YAML) ends it. Anchors, aliases and merge keys (`<<`) work as in envoyproxy/ratelimit; the bounds hold
 after they are expanded. Keys are text as they are written. Documents without a value, which templates leave, are
 ignored.
 """
@@ -64,7 +64,7 @@ class Document:
     Args:
         data: `YamlMap`, `YamlList`, str, int, Decimal, bool or None, nested.
         origin: where the outermost value stands; None when it was not read from text, nor was anything in it.
-        problems: what is wrong with it although it could be parsed.
+        problems: mistakes that did not prevent parsing.
     """
 
     file: str
@@ -115,7 +115,7 @@ def load(path: Path, *, must_be_regular: bool = False) -> Document:
     """Read and parse a file.
 
     Args:
-        must_be_regular: a FIFO or device, as which a file can be given that is read once, is refused.
+        must_be_regular: True to refuse a FIFO or device. (A file that is read only once may be one.)
 
     Raises:
         ConfigError: it cannot be read, is too large, is neither UTF-8 nor UTF-16 with a byte order mark, or is not one
@@ -220,6 +220,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str, file: str) -> Proble
 
 
 class _Value(NamedTuple):
+    """A finished value, and where it stands."""
+
     data: object
     position: Position
     source: str | None
@@ -229,7 +231,7 @@ class _Value(NamedTuple):
 
     @property
     def text(self) -> str | None:
-        """A scalar as it is written; None for what is none, and for null."""
+        """A scalar as it is written; None for null, and for a value that is no scalar."""
         return self.data if isinstance(self.data, str) else None if self.data is None else self.source
 
 

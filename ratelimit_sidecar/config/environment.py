@@ -118,7 +118,7 @@ def _read_pairs(given: str, separators: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The variables that a value came from, and their texts, for the "found" of a problem."""
+    """The variables that a value came from, and their texts, as a `Problem` shows them."""
 
     names: str
     found: str
@@ -139,7 +139,7 @@ class Completed:
     problems: Sequence[Problem]
 
     def naming_variables(self, problem: Problem) -> Problem:
-        """The problem with the variables in place of the file, if its value came from variables."""
+        """The problem, but naming variables instead of the file if the value came from variables."""
         # A variable for a list gives its only item.
         given = self.variables.get(problem.key.removesuffix("[0]"))
         if given is None:
@@ -152,8 +152,8 @@ def complete(
 ) -> Completed:
     """Complete `data`, the content of `document`.
 
-    A variable that is empty counts as not set. Variables for keys of a section that may be absent only count when the
-    section is there, from the file or from a variable of its own.
+    An empty variable counts as not set. If a section may be absent, variables for its keys count only when it is
+    present: in the file, or through a variable of its own.
     """
     completer = _Completer(document, environ)
     completed = completer.complete(section, data, ())
@@ -161,6 +161,8 @@ def complete(
 
 
 class _Completer:
+    """Walks over the schema and adds the values of variables to a document's data; `complete` is its interface."""
+
     def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
         self.variables: dict[str, Given] = {}
         self.problems: list[Problem] = []

@@ -1,8 +1,8 @@
 """The page about moving from envoyproxy/ratelimit, and the reference of what differs, its variables and its metrics.
 
 The variables are those of its src/settings/settings.go, in its order, and those that its README names besides. What is
-the same here is not written down: it is what the fields of `SidecarConfig` name (`FromEnvironment`); a verdict stands
-only where they do not.
+the same here is not written down: the fields of `SidecarConfig` name those variables (`FromEnvironment`). Only the
+other variables have a verdict in this file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ratelimit_sidecar.config.sidecar_schema import SidecarConfig
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """A field of `SidecarConfig` reads it.
+    """The variable sets a field of `SidecarConfig`, as in envoyproxy/ratelimit.
 
     Args:
-        note: what to know all the same.
+        note: what to know about it nevertheless.
     """
 
     note: str = ""
@@ -28,21 +28,21 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class SameElsewhere:
-    """Read by another part of this program than its configuration."""
+    """The variable has the same effect here, but is read elsewhere than in the configuration."""
 
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReplacedBy:
-    """Something else here serves the purpose of the variable."""
+    """The variable is not read; another setting or command here serves its purpose."""
 
     what: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotNeeded:
-    """The variable has no purpose here."""
+    """The variable is not read, and has no purpose here."""
 
     because: str
 
@@ -331,19 +331,19 @@ The configuration file wins over variables. Booleans are Go's (`1`, `t`, `T`, `T
 
 
 def migration_page(generated: str) -> str:
-    """How to move.
+    """The page on how to move from envoyproxy/ratelimit.
 
     Args:
-        generated: the line that says that the page is.
+        generated: the line that says that the page is generated.
     """
     return "\n\n".join(("# Moving from envoyproxy/ratelimit", generated, _STEPS))
 
 
 def reference_page(generated: str) -> str:
-    """What differs, its variables and its metrics.
+    """The reference page on what differs from envoyproxy/ratelimit, and on its variables and metrics.
 
     Args:
-        generated: the line that says that the page is.
+        generated: the line that says that the page is generated.
     """
     parts = ["# envoyproxy/ratelimit: differences, variables and metrics", generated]
     parts += [_DIFFERENCES, table(ANSWERS), _RULES, table(RULES), _VARIABLES]
@@ -356,7 +356,7 @@ def reference_page(generated: str) -> str:
 
 
 def _rows(variables: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
-    """A row for each run of variables of which the same is said."""
+    """Rows of the table of variables; neighbours with the same verdict share one row."""
     keys = dict(variables_of(SidecarConfig))
     names: list[str] = []
     last = ""

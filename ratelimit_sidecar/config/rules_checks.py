@@ -1,6 +1,6 @@
 """Problems of a descriptor whose keys are each valid: keys that contradict each other, or lack another key.
 
-Our own keys are refused where they would do nothing. envoyproxy/ratelimit accepts its keys anywhere, and files that
+Our own keys are refused where they would have no effect. envoyproxy/ratelimit accepts its keys anywhere, and files that
 work there must work here. So of its keys only those are refused that it refuses itself, and a limit without a number.
 """
 
@@ -104,7 +104,7 @@ def _of_mapped_entry(entry: YamlMap, document: Document, at: KeyPath) -> Iterato
 
 
 def _why_useless(given: set[str], rate_limit: object) -> dict[str, tuple[str, str, str]]:
-    """The keys that would do nothing: what they are keys of, what was expected, and the fix."""
+    """The keys that would have no effect: what they are keys of, what was expected, and the fix."""
     if not given & {"rate_limit", "bucket"}:
         reason = ("a descriptor without a limit", "rate_limit or bucket beside it", "add one, or remove {key}")
         return dict.fromkeys(_OF_A_LIMIT, reason)
@@ -120,7 +120,7 @@ def _why_useless(given: set[str], rate_limit: object) -> dict[str, tuple[str, st
 def _of_algorithm(
     item: YamlMap, given: set[str], document: Document, at: KeyPath, default_window: Window | None
 ) -> Iterator[Problem]:
-    """What a window does not have."""
+    """Keys that a window does not have."""
     algorithm = item.get("algorithm")
     if algorithm is None:
         # A bucket is a token bucket whatever the default is.
@@ -144,7 +144,7 @@ def _of_algorithm(
 def _of_strict(
     item: YamlMap, given: set[str], document: Document, at: KeyPath, defaults: RuleDefaults
 ) -> Iterator[Problem]:
-    """What a strict limit needs, and what it does not have."""
+    """Keys and settings that a strict limit needs, and keys that it does not have."""
     strict, eventual = Consistency.STRICT.value, Consistency.EVENTUAL.value
     algorithm, window = item.get("algorithm"), ""
     if "bucket" not in given:
@@ -171,7 +171,7 @@ def _of_strict(
 
 
 def _of_wait(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:
-    """Only requests of strict limits wait, and only where the answer counts."""
+    """`wait` where it would have no effect: only requests of strict limits wait, and only if the answer is enforced."""
     strict = Consistency.STRICT.value
     found = item.get("consistency") or defaults.consistency.value
     if found != strict:

@@ -57,7 +57,7 @@ def rules_of_resources(
     defaults: RuleDefaults = _STANDARD,
     merge_domains: bool = False,
 ) -> Rules:
-    """The rules of xDS resources: the same grammar and checks, and problems that name the resource for the file.
+    """The rules of xDS resources: the same grammar and checks. Problems name the resource in place of the file.
 
     Args:
         resources: by name, each the plain data that a rules file of the same content holds.
@@ -72,8 +72,9 @@ def rules_of_resources(
 def find_rules_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
     """The files behind `paths`, each once, and what is wrong with the folders among them.
 
-    Of a folder those whose names end in .yaml or .yml, in order of their names; there may be none. Subfolders and names
-    that begin with a dot are left out: a Kubernetes ConfigMap keeps its older versions there.
+    Of a folder, these are the files whose names end in .yaml or .yml, in order of their names; there may be none.
+    Subfolders, and files whose names begin with a dot, are left out: a Kubernetes ConfigMap keeps its older versions
+        there.
     """
     files: list[Path] = []
     problems: list[Problem] = []
@@ -99,7 +100,7 @@ def unread(folder: Path, paths: Collection[Path]) -> Iterator[Problem]:
     path that is no folder has none.
 
     Args:
-        paths: other paths that are read.
+        paths: other paths that are read as rules.
     """
     for entry in _entries(folder):
         if entry.name.startswith(".") or entry.suffix == _UNREAD_SUFFIX or is_rules_file(entry) or entry in paths:
@@ -167,7 +168,7 @@ class _DomainSettings:
         """By domain, where its mapping is, for problems."""
 
     def add(self, domain: str, reader: TreeReader, document: Document) -> Iterator[Problem]:
-        """Add the settings of one document; yields contradictions with others."""
+        """Add the settings of one document, and yield its contradictions with earlier ones."""
         if reader.all_or_nothing:
             self.all_or_nothing.add(domain)
         if reader.mapping is None:
@@ -194,8 +195,8 @@ def _read_all(
     merge_domains: bool,
     settings: _DomainSettings,
 ) -> list[tuple[str, RuleNode]]:
-    """The trees of all domains; what is wrong with the documents is added to `problems`, and what they say besides
-    rules to `settings`."""
+    """The trees of all domains; problems of the documents are added to `problems`, and their settings besides rules
+    to `settings`."""
     levels: list[tuple[str, Level]] = []
     domains: dict[str, Level] = {}
     first: dict[str, Document] = {}

@@ -228,7 +228,7 @@ _NEEDED = ShownDefault("required, unless unlimited")
 
 
 class Replaces(Section):
-    """A limit that does not count where this one does."""
+    """The name of a limit that does not count in requests in which this one applies."""
 
     name: ReplacedName = Field(description="The `name` in the `rate_limit` of the other rule.")
 

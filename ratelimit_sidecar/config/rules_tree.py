@@ -58,7 +58,8 @@ class Level:
             self.first.popitem()
 
     def node(self, rule: Rule | None = None, item: Mapping[str, object] | None = None) -> RuleNode:
-        """The finished level below the descriptor `item` and its `rule`; of a domain, without both."""
+        """The finished level as a node of the tree. `item` is the descriptor above it, and `rule` that descriptor's
+        rule; both are left out for the root of a domain."""
         wildcards = {key: WildcardSet(patterns) for key, patterns in self._patterns_by_key().items()}
         above = item or {}
         return RuleNode(
@@ -144,7 +145,7 @@ class TreeReader:
             level.add(key, value, below.node(self._rule(descriptor, own_name), item))
 
     def _rule(self, descriptor: Descriptor | None, name: str) -> Rule | None:
-        """The rule of a descriptor; None if it has none itself."""
+        """The rule of a descriptor; None if the descriptor itself has no limit."""
         if descriptor is None or (descriptor.rate_limit is None and descriptor.bucket is None):
             return None
         limit, requests_per_unit, unit = _limit(descriptor, self._defaults.window)
@@ -203,5 +204,5 @@ def _limit(descriptor: Descriptor, default_window: Window | None) -> tuple[AnyLi
 
 
 def _text(item: YamlMap, key: str) -> str:
-    """A scalar as the file writes it; "" when it is missing or no scalar."""
+    """A scalar as it is written in the file; "" if it is missing or no scalar."""
     return (item.source_of(key) or "") if item.get(key) is not None else ""

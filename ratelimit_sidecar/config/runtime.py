@@ -1,6 +1,6 @@
-"""envoyproxy/ratelimit's variables that have no single counterpart: several of them make one value here.
+"""Values that several of envoyproxy/ratelimit's variables make together: addresses, and the folder of rules.
 
-Addresses come as host and port there, joined as Go's net.JoinHostPort does. Rules files are in
+Addresses come as a host and a port, joined as Go's net.JoinHostPort does. Rules files are in
 `RUNTIME_ROOT/RUNTIME_SUBDIRECTORY/RUNTIME_APPDIRECTORY`, joined as Go's path.Join does.
 """
 

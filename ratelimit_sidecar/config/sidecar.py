@@ -42,7 +42,7 @@ def load_sidecar_config(path: Path | None, environ: Mapping[str, str]) -> Sideca
         environ: as `os.environ`; an empty variable counts as not set.
 
     Returns:
-        The configuration, with paths relative to the working directory, no longer to the file.
+        The configuration, with paths relative to the working directory instead of the file.
 
     Raises:
         ConfigError: all problems of the file and the environment.
@@ -169,7 +169,7 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
 
 
 def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Problem]:
-    """Keys that do not go together."""
+    """Problems of `persistence`: keys that do not go together."""
     at = "persistence"
     if (kept.file is None) == (kept.url is None):
         found = "neither file nor url" if kept.file is None else "both file and url"
@@ -207,7 +207,7 @@ def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, documen
 
 
 def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]:
-    """What is asked for as protection must be there."""
+    """Problems of `listen`: TLS files that cannot be used, and protection that is asked for but cannot take effect."""
     listen, tls = config.listen, config.listen.tls
     if tls is None:
         return
@@ -222,7 +222,7 @@ def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]
 
 
 def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
-    """What a mesh needs that leaves this machine."""
+    """Problems of `sync`: between machines it needs TLS, with files that can be used."""
     sync, listen = config.sync, config.listen.sync
     tls = sync.tls
     if tls is not None:
@@ -248,7 +248,7 @@ def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
 
 
 def _of_certificate(paths: TlsPaths, section: str, document: Document, expected: str) -> Iterator[Problem]:
-    """Files that cannot be used, of `tls` in a section."""
+    """Problems of the files in a section's `tls`."""
     files = {"certificate": paths.certificate, "key": paths.key, "ca": paths.ca}
     missing = [
         problem
@@ -266,7 +266,7 @@ def _of_certificate(paths: TlsPaths, section: str, document: Document, expected:
 
 
 def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:
-    """What strict limits need to be shared safely."""
+    """Problems of `sync.members` and its keys: strict limits are shared safely only if they are right."""
     sync, is_strict = config.sync, config.engine is Consistency.STRICT
     if sync.members is None:
         if is_strict:

@@ -27,7 +27,8 @@ class Expected:
 
     Args:
         text: completes "expected ...".
-        of: "text" if a number found there only lacks quotes, "plain" if text found there may only have too many quotes.
+        of: decides the fix: "text" if a number found there only lacks quotes, "plain" if a text found there may only
+            have quotes too many.
         choices: all possible values, for suggestions.
         or_else: the fix if nothing better is known for the value found.
     """
@@ -110,7 +111,7 @@ S = TypeVar("S", bound=Section)
 
 
 def unexpected(expected: str, fix: str = "") -> PydanticCustomError:
-    """The error for a validator that can say more than the field's `Expected`."""
+    """The error to raise in a validator that can say more than the field's `Expected`."""
     return PydanticCustomError("unexpected", "{expected}", {"expected": expected, "fix": fix})
 
 

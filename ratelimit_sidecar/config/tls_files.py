@@ -1,6 +1,6 @@
 """A certificate, its key and the authority of its peers: PEM files that may be replaced at any time.
 
-`CertificateInForce` has their last usable content. The files are read again every minute, and on request. If they
+`CertificateInForce` holds their last usable content. The files are read again every minute, and on request. If they
 cannot be used, as when the new certificate is there and its key is not yet, the former content stays in force.
 """
 
@@ -58,7 +58,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True)
 class LoadedCertificate:
-    """Files that belong together.
+    """Certificate, key and authority that were checked to belong together.
 
     Args:
         context: Python's ssl context for HTTP/2. It checks that the other end's certificate is of the authority, but no

@@ -1,4 +1,4 @@
-"""What a YAML document holds: plain scalars, and containers that remember where their entries stood.
+"""The data of a YAML document: plain scalars, and containers that remember where their entries stood.
 
 Plain scalars resolve as in Go's YAML (that of envoyproxy/ratelimit): YAML 1.1 with y/yes/on and their opposites,
 `1_000`, `0x10`, `0b11` and 010, which is eight; and `0o10` of YAML 1.2. Numbers with a fraction become `Decimal`, so

@@ -54,7 +54,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ConsoleSources:
-    """The parts that the console shows.
+    """The parts of the sidecar that the console shows.
 
     Args:
         peers: called once a request.
@@ -62,10 +62,10 @@ class ConsoleSources:
         missing: what the sidecar still waits for before it is ready, as texts; empty when it is ready.
         degraded: what does not work as it should, as texts.
         now_us: returns the time of the limiter's clock.
-        reloader: of the limiter's rules.
+        reloader: reloads the limiter's rules.
         should_rate_limit: the method of the gRPC service.
         shows_values: True to show the values that callers chose.
-        names: names under which the console is reached, besides those that can only be its own (`console.browsers`).
+        names: further host names under which the console is reached (see `console.browsers`).
         token_file: the file with the token that allows changes (`console.authority`).
     """
 
@@ -96,6 +96,8 @@ def create_app(sources: ConsoleSources) -> ASGIApp:
 
 
 class _Console:
+    """The endpoints, and the state that lasts from one request to the next."""
+
     def __init__(self, sources: ConsoleSources) -> None:
         self._sources = sources
         limiter = sources.limiter

@@ -1,5 +1,5 @@
-"""Decides who may change state over the console: who knows the token in `listen.admin_token_file`, or without such a
-file, who calls from this machine.
+"""Decides who may change state over the console: callers with the token in `listen.admin_token_file` or, without such a
+file, callers on this machine.
 
 A request from loopback may come from a proxy that anybody can call. Proxies add headers. So without a token file, a
 request with such a header is refused.

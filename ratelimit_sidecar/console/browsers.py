@@ -1,4 +1,4 @@
-"""Protects the console from web pages of others in a browser that can reach it: an ASGI middleware.
+"""Protects the console from other sites' pages in a browser that can reach it: an ASGI middleware.
 
 Such a page can do two things. It can send a request whose answer it cannot read, as POST /json, which spends tokens.
 Then the browser names the page's site in Origin or Sec-Fetch-Site. And it can let its own domain name resolve to the

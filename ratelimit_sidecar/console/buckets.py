@@ -66,7 +66,8 @@ class BucketSource(Protocol):
     """A store of buckets to list."""
 
     def walk(self) -> Iterator[Bucket]:
-        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
+        """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may or may not be
+        included."""
 
 
 class BucketPager:
@@ -90,7 +91,7 @@ class BucketPager:
 
 
 class EntryDescription(TypedDict):
-    """One entry of a bucket's key, in JSON."""
+    """One entry of a bucket's key, as JSON shows it."""
 
     key: str
     value: str
@@ -105,7 +106,7 @@ class EntryDescription(TypedDict):
 
 
 class BucketDescription(TypedDict):
-    """One bucket, in JSON."""
+    """One bucket, as JSON shows it."""
 
     domain: str
     entries: list[EntryDescription]

@@ -45,7 +45,7 @@ has just connected must have time to send its request.
 
 
 class _Claim(IntEnum):
-    """The priority of a connection when one is to be closed: the smallest is closed first."""
+    """How strongly a connection claims to stay open when one must be closed: the smallest is closed first."""
 
     SLOW = auto()
     UNANSWERED = auto()
@@ -54,7 +54,7 @@ class _Claim(IntEnum):
 
 
 class _Wait(Enum):
-    """What the connection waits for."""
+    """The event that the connection waits for, which decides its deadline."""
 
     SEND_REQUEST = auto()
     TAKE_ANSWER = auto()
@@ -67,7 +67,7 @@ _numbers = count()
 
 
 class BoundedConnection(H11Protocol):
-    """Made by `uvicorn.Server`, as the `http` of its configuration."""
+    """uvicorn's connection with these bounds. Pass the class as `http` in `uvicorn.Config`."""
 
     def __init__(
         self,
@@ -136,10 +136,10 @@ class BoundedConnection(H11Protocol):
         self.transport.abort()
 
     def _watch(self) -> None:
-        """Set the deadline anew if the connection waits for something else than before; call this after each event.
+        """Set a new deadline if the connection now waits for another event; call this after each one.
 
-        While it waits for the same, the deadline stays. So a request that trickles in gets no more time than one that
-        does not come.
+        While it waits for the same event, the deadline stays. So a request that trickles in gets no more time than one
+        that does not come.
         """
         wait = self._waits_for()
         if wait is self._wait:

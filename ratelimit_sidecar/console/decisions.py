@@ -1,7 +1,7 @@
 """POST /json: the rate limit service for clients without gRPC, as envoyproxy/ratelimit has it.
 
 A RateLimitRequest in protobuf's JSON comes in, and its RateLimitResponse goes out in the same form, with status 200 for
-OK and 429 for OVER_LIMIT; 400 says that the request is none, or is one that the gRPC service refuses, and 503 that
+OK and 429 for OVER_LIMIT; 400 is for a body that is no such request, or that the gRPC service refuses; 503 says that
 there are no rules yet. In between it is a call of that service: decided, counted and traced alike. JSON is read and
 written in a thread, since that takes longer than to decide.
 """
@@ -44,7 +44,7 @@ def json_endpoint(should_rate_limit: UnaryHandler, waits: HttpWaits) -> Callable
             raw = await waits.answer_of(answer, request.receive) if isinstance(answer, Waiting) else answer
         except RpcError as error:
             raise HTTPException(_ERROR_STATUS.get(error.code, 500), error.message) from error
-        # Without an answer the client is gone.
+        # There is no answer if the client has gone.
         return Response() if raw is None else await asyncio.to_thread(_in_json, raw)
 
     return decide

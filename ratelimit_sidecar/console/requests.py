@@ -110,7 +110,7 @@ class BoundedRequests:
 
 
 class _TooLarge(Exception):
-    pass
+    """A request's body is larger than it may be."""
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | None:

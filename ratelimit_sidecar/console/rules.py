@@ -22,7 +22,7 @@ SORTED_AT_ONCE = 1_000
 
 
 class RejectionDescription(TypedDict):
-    """An attempt to load rules that failed, in JSON."""
+    """A failed attempt to load rules, as JSON shows it."""
 
     version: str
     at: str
@@ -32,7 +32,7 @@ class RejectionDescription(TypedDict):
 
 
 class RulesDescription(TypedDict):
-    """The rules in force and the newest attempt to replace them, in JSON."""
+    """The rules in force and the last attempt to replace them, as JSON shows them."""
 
     source: str
     degraded_reason: str
@@ -66,7 +66,8 @@ def describe_rules(reloader: Reloader) -> RulesDescription:
 
 
 def dump_rules(rules: Rules, description: RulesDescription) -> str:
-    """A line for each rule, which begins as those of envoyproxy/ratelimit's /rlconfig do; then, as comments, the rest.
+    """Text with a line for each rule, which begins like those of envoyproxy/ratelimit's /rlconfig, and other facts as
+    comments.
 
     10,000 rules take some 30 ms. It is called in a thread, and no step of it keeps Python's lock for long: neither
     sorting nor joining a whole list.

@@ -1,4 +1,4 @@
-"""Settings that apply to every answer, whichever rule it comes from; envoyproxy/ratelimit has the same ones."""
+"""Settings that apply to every answer, whichever rule it comes from; most are envoyproxy/ratelimit's."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ DATA_FRAME_BYTES: Final = 16_384
 """The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
 
 RESETS: Final = (1 << 30, 1 << 30)
-"""The resets that nghttp2 allows a client at once, and then in each second: any number, since `CONTROL_FRAMES` bounds
-them."""
+"""The resets that nghttp2 allows a client at once, and then in each second: any number; `CONTROL_FRAMES`
+says why."""
 
 _DRAIN_PING: Final = b"draining"
 _KEEPALIVE_PING: Final = b"anybody?"

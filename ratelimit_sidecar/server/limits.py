@@ -36,8 +36,7 @@ class Limits:
         call: a call whose message is not complete after this time is reset.
         stalled: a client that does not read the answers that wait for it within this time is disconnected.
         idle: a connection without calls is closed after this time. Envoy closes its own after an hour. This only
-            removes
-            forgotten ones: a new connection costs a part of a call's timeout, so clients should choose when to close.
+            removes forgotten ones: a new connection costs a part of a call's timeout, so clients should choose when.
         ping_after: a connection with a streaming call is sent a PING after such a silence, and is closed after a second
             one.
         drain: the time that calls in flight have left at a stop.

@@ -5,8 +5,8 @@ Theory of operation. Work that could be too much for one turn of the loop is cut
 millisecond, and each step joins a *queue*: that of the connections of one address, of its streams, or of a service. In
 each turn of the loop, steps run for one quantum of time: all of the first queue, then of the next. A queue that still
 has steps when the quantum is over goes behind the others. Small work runs at once, without joining a queue, and its
-time is noted; a queue that used too much time so has to wait, too, and its `on_waiting` callbacks say so to those who
-would run more at once.
+time is noted; a queue that used too much time in this way has to wait, too, and its `on_waiting` callbacks tell those
+who would run more at once.
 
 The time of each step is measured, since steps differ a hundredfold. So tasks resume within a step (`signals.py`).
 (Tasks that wait for asyncio's own futures would all resume in the next turn of the loop.)
@@ -27,7 +27,8 @@ that exceeds it is finished.
 
 
 class Queue:
-    """Steps of one client or service, which run in order. Pass it to `Turns`, which alone changes it."""
+    """Steps of one client or service, which run in order. Pass it to `Turns`; callers change only
+    `on_waiting`."""
 
     def __init__(self) -> None:
         self.steps: deque[Callable[[], object]] = deque()
