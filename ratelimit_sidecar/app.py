@@ -163,7 +163,7 @@ class Sidecar:
 
     Raises:
         ConfigError: the rules are broken.
-        TracingError: an OTEL_* variable is.
+        TracingError: an OTEL_* variable is not valid.
     """
 
     _gateway: Mesh | None = None
@@ -304,7 +304,7 @@ class Sidecar:
     def _membership_status(self) -> MembershipStatus | None:
         if self._fabric is None:
             return self._mesh.membership_status()
-        # Of the region, whose gateway alone tells it.
+        # The membership is the region's; only the gateway knows its status.
         if self._gateway is None or not self._fabric.status.token:
             return None
         return self._gateway.membership_status()
@@ -498,7 +498,7 @@ class Sidecar:
             _log.error("purses_not_restored", file=str(file), reason=str(error))
 
     async def _keep_purses(self) -> None:
-        """At the end: nothing is admitted or paid any more."""
+        """Write the purses to their file, at the end of a clean stop: nothing is admitted or paid any more."""
         file, ledger = self._purses_file, self._limiter.ledger
         if file is None or ledger is None:
             return
@@ -768,7 +768,7 @@ def _raise_file_limit() -> FileLimits:
 
 
 def _rules_source(config: SidecarConfig) -> tuple[RulesFiles | XdsClient, Rules, str]:
-    """Where rules come from, the first ones, and the source's name for people.
+    """The source of rules, the first rules from it, and its name for people.
 
     Raises:
         ConfigError: the rules are broken.

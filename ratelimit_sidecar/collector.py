@@ -1,8 +1,9 @@
-"""Has CPython's cycle collector look at young objects before they are many.
+"""Makes CPython's cycle collector look at young objects before there are many.
 
-It counts container objects made less those freed, and looks at the young ones when that reaches its threshold. Where as
-many are freed as are made it does not, until a hundred thousand are young; and then the loop stops for a tenth of a
-second. So who makes objects that stay for seconds, while others like them go, notes them here.
+The collector counts container objects made, less those freed, and looks at the young ones when that count reaches its
+threshold. Where as many are freed as are made, the count stays low until a hundred thousand objects are young; looking
+at these then stops the loop for a tenth of a second. So code that makes objects that stay for seconds, while others
+like them are freed, notes them here.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import gc
 from typing import Final
 
 MOST_YOUNG: Final = 1_000
-"""To look at so many takes half a millisecond."""
+"""Looking at this many objects takes half a millisecond."""
 
 
 class YoungObjects:
-    """Counts what is made, whatever is freed."""
+    """Counts objects made, without those freed. Call `note` wherever objects are made that stay."""
 
     def __init__(self) -> None:
         self._made = 0
 
     def note(self, objects: int) -> None:
-        """So many container objects were made, and are to stay. Every `MOST_YOUNG` of them, the young are collected.
+        """Note that container objects were made that will stay. After every `MOST_YOUNG` of them young objects are
+        collected.
 
-        While collections are suspended nothing is: rules are being read, and all that they are made of is young.
+        Nothing is collected while collections are suspended: then rules are being read, and all their objects are
+            young.
 
         Args:
-            objects: at least 1; about.
+            objects: about how many; at least 1.
         """
         self._made += objects
         if self._made >= MOST_YOUNG and gc.isenabled():
@@ -35,4 +38,4 @@ class YoungObjects:
 
 
 young_objects: Final = YoungObjects()
-"""Of this process, as the collector is."""
+"""The one counter of this process, which has one collector."""

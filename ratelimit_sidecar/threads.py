@@ -39,7 +39,7 @@ def _run(work: Callable[[], _Result], done: Future[_Result]) -> None:
     except BaseException as error:
         # The waiting task must get every exception, whatever it is.
         done.set_exception(error)
-        # As above.
+        # A reference cycle, as above.
         del done
     else:
         done.set_result(result)

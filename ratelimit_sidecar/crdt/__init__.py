@@ -1,4 +1,4 @@
-"""Buckets (token buckets, windows, strict shares) and their stores: pure, without I/O, clock or asyncio.
+"""Buckets (token buckets, windows, strict buckets) and their stores: pure, without I/O, clock or asyncio.
 
 Imports nothing of the other layers.
 """

@@ -1,7 +1,7 @@
-"""Which demands were published last, in order, so that each peer is sent those that are newer than the last it got.
+"""The order in which demands for quotas were published, so that each peer is sent those newer than the last it got.
 
-Each key is in it once, under the version at which it was last published. Versions are grouped, so a reader finds its
-place without walking over all that came before or after.
+Each bucket key is in the log once, under the version at which its demand was last published. Versions are grouped, so a
+reader finds its place without walking over all that came before or after.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Limiter:
 
     Args:
         origin: this replica.
-        ledger: the strict buckets; None if no rule is strict.
+        ledger: the strict buckets; None if no rule may be strict.
         max_buckets: the most buckets at once. When a rule has too many, or there is no room for new keys, these share
             overflow buckets.
 

@@ -217,7 +217,7 @@ class Quotas:
         return bool(self._closed)
 
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
-        """An Envoy reports on some of its buckets."""
+        """Note an Envoy's report on some of its buckets."""
         touched: dict[Pool, None] = {}
         for usage in usages:
             bucket = self._report(stream, domain, usage, now_us)
@@ -356,8 +356,8 @@ class Quotas:
     def _add_bucket(
         self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, now_us: int
     ) -> EnvoyBucket:
-        """Create the record of a bucket reported for the first time. If there is no room it is returned but
-        not stored.
+        """Create the record of a bucket reported for the first time. If there is no room, the record is returned
+        but not stored.
         """
         step = self._step(key)
         # An Envoy may have as many pools and buckets as are still free.

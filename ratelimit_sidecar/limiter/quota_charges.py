@@ -1,4 +1,4 @@
-"""The hits that Envoys have admitted are charged to the limit's bucket evenly until their next report is due.
+"""Charges the hits that Envoys have admitted to the limit's bucket, spread evenly until their next report is due.
 
 Charged all at once they would look like a burst of five seconds. The bucket would then be in debt most of the time, and
 requests that are decided here would be denied.

@@ -1,4 +1,4 @@
-"""How the limit of a pool is divided: how much there is, who wants how much of it, and how much each gets.
+"""Divides the limit of a pool among Envoys: how much there is, how much each wants, and how much each gets.
 
 Of a strict limit only this node's home share is divided; the strict bucket cannot use the part that Envoys have.
 """
@@ -110,7 +110,8 @@ class Division:
 
 
 def _merged(groups: list[Group]) -> list[Group]:
-    """The same in `MAX_GROUPS` groups, each with the greatest want of its members. So no member counts for less."""
+    """The same groups, merged into `MAX_GROUPS` groups, each with the greatest want of its members. So no member counts
+    for less."""
     size = -(-len(groups) // MAX_GROUPS)
     parts = [groups[at : at + size] for at in range(0, len(groups), size)]
     return [Group(part[-1].want, sum([group.members for group in part])) for part in parts]

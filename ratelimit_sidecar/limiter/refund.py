@@ -1,4 +1,4 @@
-"""Refunds: find the bucket of one descriptor as for a request, and give tokens back to it."""
+"""Refunds: finds the bucket of one descriptor, as for a request, and gives tokens back to it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reads envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports a few buckets at a time.
 
-A message of 4 MiB can hold two million of them. Parsed whole it would take a tenth of a second and 150 MB, for as long
-as its buckets are handled. So only the bytes are kept, and one step reads no more than the bounds below.
+A message of 4 MiB can hold two million buckets. To parse it whole would take a tenth of a second, and 150 MB for as
+long as its buckets are handled. So only the bytes are kept, and one step reads no more than the bounds below.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class InvalidReports(Exception):
 class ReportsReader:
     """Reads one message. Call `look` until it `has_looked` at all of it, then `usages` until it `is_over`.
 
-    Both raise InvalidReports when it is no such message, or a part of it exceeds a bound.
+    Both methods raise InvalidReports if the bytes are no such message, or a part of it exceeds a bound.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -165,7 +165,7 @@ def _pairs(bucket_id: bytes) -> tuple[Pairs, bool]:
 
 
 def _is_utf8(bucket_id: bytes) -> bool:
-    """Whether all texts in an id are, as Envoy reads them: those that a later one replaces, too."""
+    """Whether all texts in an id are UTF-8, as Envoy checks them: texts that a later one replaces, too."""
     try:
         rlqs_pb2.BucketId.FromString(bucket_id)
     except DecodeError:

@@ -35,7 +35,7 @@ class FileLimits:
 def raise_file_limit(wanted: FileLimits) -> FileLimits:
     """Raise the process's soft limit to what is wanted, or as far as the hard limit allows, and divide it.
 
-    If there are fewer than wanted, at most half of them are reserved.
+    If there are fewer descriptors than wanted, the reserve is at most half of them.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted.total:

@@ -35,7 +35,7 @@ class MessageReader:
             ended: no more bytes will come.
 
         Returns:
-            None until there is a whole one, and when nothing is left.
+            None until the next message is complete, and when no bytes are left.
 
         Raises:
             RpcError: UNIMPLEMENTED when it is compressed, RESOURCE_EXHAUSTED when it is larger than

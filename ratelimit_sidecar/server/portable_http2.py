@@ -1,9 +1,9 @@
-"""The same as `native_http2` on the package ngh2, for installations without a C compiler.
+"""The HTTP/2 session of `native_http2` on the package ngh2, for installations without a C compiler.
 
-It is slower, and differs in three points. When a stream ends in the middle of a DATA frame, ngh2 does not say how much
-of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its window
-must be replaced. A request with headers that are too large ends its connection. And headers that never end are not
-noticed.
+This one is slower, and differs in three points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
+much of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its
+window must be replaced. A request with headers that are too large ends its connection. And headers that never end are
+not noticed.
 """
 
 from __future__ import annotations

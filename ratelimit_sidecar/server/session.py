@@ -1,4 +1,6 @@
-"""HTTP/2's session: in C where it could be compiled when this was installed, otherwise on the package ngh2."""
+"""The HTTP/2 session that `http2.py` uses: `native_http2.pyx` (C) if it was compiled when this was installed, otherwise
+`portable_http2.py`, on the package ngh2. Its methods are described in `native_http2.pyx`.
+"""
 
 from __future__ import annotations
 

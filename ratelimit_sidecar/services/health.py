@@ -47,7 +47,7 @@ class HealthService:
             )
         }
         self._watchers: dict[Signal, None] = {}
-        """Each is set when there may be something to tell."""
+        """One for each watching client; it is set when the state may have changed."""
         self._turns = turns or Turns()
         self._queue = Queue()
 

@@ -83,7 +83,7 @@ class QuotaService:
 
     async def stream(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
         """Take serialized RateLimitQuotaUsageReports, and answer with serialized RateLimitQuotaResponses whenever there
-        is something to be told.
+        are actions to send.
 
         Raises:
             RpcError: UNAVAILABLE while there are no rules, INVALID_ARGUMENT for something else than reports, or

@@ -91,7 +91,7 @@ class ReflectionService:
                 return _error(Code.INVALID_ARGUMENT, "the request asks nothing that is known here")
 
     def _file(self, name: str | None, sent: set[str]) -> ServerReflectionResponse:
-        """The file, and of those that it imports what was not sent in this call yet."""
+        """The file, and those of its imports that were not sent in this call yet."""
         if name is None or name not in self._files:
             return _error(Code.NOT_FOUND, "not found")
         found = [name]
@@ -184,7 +184,7 @@ def _symbols_of_enum(scope: str, enum: EnumDescriptorProto) -> Iterator[str]:
 
 
 def _extensions(file: FileDescriptorProto) -> Iterator[tuple[str, int]]:
-    """What type each of a file's extensions extends, and its number there."""
+    """The extensions of a file: the type that each extends, and its number there."""
     scopes: list[FileDescriptorProto | DescriptorProto] = [file]
     while scopes:
         scope = scopes.pop()
