@@ -197,8 +197,9 @@ class Paying:
     def believed(self, peer: str, now_us: int) -> int:
         """The amount that a peer is believed to have at `now_us`.
 
-        That is what it reported, and the refill since; 0 for `RECENT_US` after it reported nothing left. A peer that
-        never answered is believed to have as much as this replica's home, and at least a token.
+        That is what it reported and the refill since, and after `FORGET_US` all that it can have; but 0 for `RECENT_US`
+        after it reported nothing left. A peer that never answered is believed to have as much as this replica's home,
+        and at least a token.
         """
         payer, bucket = self._peers[peer], self.bucket
         since_us = now_us - payer.answered_us

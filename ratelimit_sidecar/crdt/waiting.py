@@ -67,7 +67,7 @@ class Waiting:
         self.hits = hits
         self.wait_us = wait_us
         self.on_end: Callable[[], None] | None = None
-        """Called when there is a `result`, in a turn of its own."""
+        """Called when there is a `result`: by the event loop, not within the call that ended the wait."""
         self.keeper: Keeper | None = None
         self.outcome: Outcome | None = None
         self.since_us = 0
