@@ -22,8 +22,8 @@ Counts only grow, and a script raises a sum by as much as it raises a count, so 
 given back in a window is no sum: each tells how much it is in all, and the highest one counts.
 
 A slot is dropped once it is older than the longest span for which anybody who writes to the bucket counts it; so it
-does not matter if some of them still have another limit. `keep` has
-that span, until when it holds, and the number of slots at which old ones are looked for.
+does not matter if some of them still have another limit. `keep` has that span, until when it holds, and the number of
+slots at which old ones are looked for.
 
 **Room.** Anybody can invent keys, so buckets and their slots have places, of which there are so many. As in
 `crdt.room`, the buckets of one class of rules have no more than a multiple of those that are free. Once half of all are
@@ -512,7 +512,7 @@ class ShardKeys:
         self.of_accounts: Final = (self.head + b"strict", self.head + b"short")
 
     def of_bucket(self, key: bytes) -> tuple[bytes, bytes]:
-        """The hash, and the index of its slots."""
+        """The names of a bucket's hash, and of the index of its slots."""
         return self.head + b"b:" + key, self.head + b"i:" + key
 
 

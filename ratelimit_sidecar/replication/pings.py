@@ -44,7 +44,7 @@ class Pings:
         return pb.Ping(id=self._last)
 
     def received(self, ping: pb.Ping, now_us: int) -> None:
-        """The peer pings."""
+        """Receive a Ping: a pong is owed."""
         self._pong_owed = (ping.id, now_us)
 
     def take_pong(self, now_us: int) -> pb.Pong | None:
@@ -55,7 +55,7 @@ class Pings:
         return pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us)
 
     def answered(self, pong: pb.Pong, now_us: int) -> int:
-        """Hear an answer.
+        """Receive a Pong.
 
         Returns:
             The best current estimate of the peer's clock minus this node's.
