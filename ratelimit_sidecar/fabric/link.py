@@ -28,7 +28,7 @@ class Link:
 
     def __init__(self, connect: Connect) -> None:
         self.connections = 0
-        """Connections made so far. After another one the server may have lost what it had, or be an older copy of itself."""
+        """Connections made so far. After another one the server may have lost data, or be an older copy of itself."""
         self._connect = connect
         self._client: Redis | RedisCluster | None = None
 

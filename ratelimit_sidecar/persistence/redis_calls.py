@@ -19,7 +19,7 @@ SERVER_FAULTS: Final = (
     *("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS"),
     *("The user executing the script", "TRYAGAIN", "non local key"),
 )
-"""Words of errors with which no other bucket can be written either. The last two come from a Cluster that moves a slot."""
+"""Words of errors after which no other bucket can be written either. A Cluster that moves a slot has the last two."""
 
 _NOT_PERMITTED: Final = ("NOPERM", "no permissions", "The user executing the script")
 
