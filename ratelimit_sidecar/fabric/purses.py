@@ -45,7 +45,7 @@ class RegionalPurses:
         self._beaten_us = strict_us()
         self._shares = Shares(ledger.shares.membership, ledger.shares.node, self._beaten_us, has_never_lent=True)
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
-        """Of the mesh: a member of strict limits has one name, whoever speaks for it."""
+        """The mesh's origin: a member of strict limits has one name, whichever sidecar is the gateway."""
         self._limits = ledger
         most, rule_key = ledger.room.most, ledger.room.rule_key
         self._ledger = RegionalLedger(

@@ -24,7 +24,7 @@ MAGIC: Final = b"rlpurse\x01"
 """The last byte is the version of the format."""
 
 ENDING: Final = ".purses"
-"""Of the name, after that of the snapshot's file."""
+"""Added to the name of the snapshot's file."""
 
 _LENGTH: Final = struct.Struct("<H")
 _AMOUNT: Final = struct.Struct("<q")

@@ -58,7 +58,7 @@ class CarriedStreams:
         certificate: NodeCertificate | None,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
-        """And the peer of each, once both ends have accepted each other."""
+        """By stream, its peer; None until both ends have accepted each other."""
         self.own_address: str | None = None
         """Where this node listens."""
         self._replicator = replicator

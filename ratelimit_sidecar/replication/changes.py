@@ -26,7 +26,7 @@ from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, NOTHING, Parts
 MAX_BATCH_BUCKETS: Final = 256
 MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
-"""Rough. Together these keep a batch to some milliseconds of work for its receiver."""
+"""The bounds of a batch; that of bytes is rough. Together they keep it to some milliseconds of its receiver's work."""
 
 ENCODED_SEGMENTS: Final = 1_024
 ENCODED_BYTES: Final = 4 << 20
@@ -108,13 +108,13 @@ class ChangeLog:
         self._writer: DeltasWriter | None = None
         """Encodes the open segment; None while there is no peer."""
         self._has_peers = False
-        """Of the flush under way, or the last: whether there is a peer to encode changes for."""
+        """Whether there was a stream to a peer when the last flush began."""
         self._flushed_us = self._created_us = now_us
         """When the last flush began, and the one before."""
         self._first_encoded = 1
         """No segment with a smaller number is encoded."""
         self._encoded_bytes = 0
-        """Of all segments that are encoded."""
+        """The bytes of all encoded segments together."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
 
@@ -135,7 +135,7 @@ class ChangeLog:
         unsealed = len(self._open.keys)
         if cursor >= self.end:
             return unsealed
-        # Of those that are forgotten it is only known that there were some.
+        # How many changes the forgotten segments had is not known, only that there were some.
         segment = self.get(cursor) or (self._segments[0] if self._segments else None)
         sealed = 1 if segment is None else self._open.changes_before - segment.changes_before
         return sealed + unsealed
@@ -316,7 +316,7 @@ class Cursor:
 
     @property
     def created_us(self) -> int | None:
-        """Of the oldest change that is yet to be sent; None when there is none."""
+        """When the oldest change that is yet to be sent was made; None when there is none."""
         if not self.pending:
             return None
         segment = self._log.get(self._next)
@@ -353,7 +353,7 @@ class Cursor:
     def parts(self) -> Parts:
         """What the peer has to catch up with."""
         if self._catching_up is None:
-            # It misses what these segments say of numbers.
+            # The segments that it passes over give numbers to keys, which it misses.
             self._known = 0
             self._catching_up = self._catch_up()
         return self._catching_up

@@ -103,7 +103,7 @@ class Mesh:
             certificate=certificate,
         )
         self.certificate = certificate
-        """Of this node; None in plain text."""
+        """This node's certificate; None in plain text."""
         self._listener: Listener | None = None
         """None when this node only dials."""
         if listen is not None:

@@ -11,7 +11,7 @@ from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 PING_EVERY_US: Final = 1_000_000
 
 CLOCK_SAMPLES: Final = 8
-"""Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
+"""Of so many samples the one with the shortest round trip counts: NTP's clock filter (RFC 5905, section 10)."""
 
 
 class Pings:

@@ -41,7 +41,7 @@ class Relay:
         """False when all peers reach each other."""
 
     def look_steps(self, peers: Mapping[str, Peer]) -> Generator[None, None, list[Peer]]:
-        """See who reaches whom now, in steps.
+        """Find out who reaches whom now, in steps.
 
         Returns:
             Peers that must be told what they have missed of origins that this node now passes on to them.

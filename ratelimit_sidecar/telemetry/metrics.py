@@ -662,7 +662,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_fabric_ticks_total",
         "counter",
         ("region", "result"),
-        "Ticks in which own counts were told to the fabric and the others' heard, or that failed; absent without"
+        "Ticks in which own counts were told to the fabric and the others' received, or that failed; absent without"
         " `fabric`, as all metrics whose names begin with ratelimit_fabric.",
         _read_source_by(lambda sources: sources.fabric, lambda it: {"shared": it.ticks, "failed": it.failed}),
     ),
