@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MAX_URGENT_LIMITS: Final = 64
 MAX_URGENT_OF_LIMIT: Final = 32
-"""The most limits with urgent buckets, and urgent buckets of one limit, those that are nearly used up and others apart.
-Further ones are sent with all others."""
+"""A limit has two queues of urgent buckets: one for those that are nearly used up, one for its others. These are the
+most queues, and the most buckets in one. Further buckets are sent in their turn, as those that are not urgent."""
 
 
 class Refused(StrEnum):
@@ -83,12 +83,12 @@ class UrgentBuckets:
 
 
 def is_nearly_used_up(bucket: Bucket) -> bool:
-    """See `URGENT_SHARE`."""
+    """True when at most 1/`URGENT_SHARE` of the capacity is left."""
     return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
 
 
 class Journal:
-    """Collects the buckets with entries that were not sent yet; the replicator empties `buckets` at each flush."""
+    """Collects the buckets with entries that were not sent yet; each flush empties it (`Store.drain_changes`)."""
 
     __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused", "urgent")
 
@@ -114,7 +114,7 @@ class Journal:
         self.urgent = UrgentBuckets()
 
     def hurry(self, bucket: Bucket) -> None:
-        """Note a bucket that has become nearly used up: peers should learn of it before others."""
+        """Note a bucket that has become nearly used up: peers should learn of it before others, and at once."""
         self.urgent.add(bucket)
         self.on_urgent()
 

@@ -135,7 +135,7 @@ local done = tonumber(string.match(redis.call('HGET', key, life) or '0', '^%d+')
 if lineage == ARGV[5] and done < answered then lineage, clock = begin_lineage(ARGV[1]) end
 if lineage == ARGV[5] then
   if call <= done then return redis.error_reply('AGAIN this call was done before') end
-  -- Also when it is refused below: it must not be done after the caller has heard that.
+  -- Also when it is refused below: it must not be done after the caller was told so.
   redis.call('HSET', key, life, number(call) .. ' ' .. number(clock))
 end
 local version = redis.call('HGET', key, 'version') or ''

@@ -28,20 +28,20 @@ from ratelimit_sidecar.persistence.snapshots import TimeSlice
 TICK_SECONDS: Final = 0.05
 
 TICK_BUCKETS: Final = 256
-"""Of a call, of all shards together: some 20 us each here, and 10 us of the server."""
+"""The most buckets of a call, of all shards together: some 20 us each here, and 10 us of the server."""
 
 TICK_BYTES: Final = 1 << 18
-"""Rough, of keys: a call takes no further bucket when it has as much."""
+"""A call takes no further bucket once its keys have so many bytes."""
 
 LOOKED_BUCKETS: Final = 16 * TICK_BUCKETS
-"""Looked at for a call. Where callers invent keys, most of them are used no more when their turn comes."""
+"""The most buckets looked at for a call. Where callers invent keys, most are no longer used when their turn comes."""
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 1.0
 """Between two attempts; see `BackOff`. Shorter than grants are."""
 
 LAST_CALLS_SECONDS: Final = 3.0
-"""What giving back gets, at a stop."""
+"""The time for giving back, at a stop."""
 
 NeedsOf = Callable[[GrantedBucket, int], Needs | None]
 
@@ -49,13 +49,13 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Drawing:
-    """Call `run`.
+    """Draws tokens for the strict buckets of one sidecar. Call `run`, and `give_back` at the stop.
 
     Args:
         ledger: of this sidecar.
         region: this sidecar's, as a member of strict limits.
         strict_us: the clock of the ledger's buckets.
-        needs: says what to call for.
+        needs: says what a bucket needs to draw and give back.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Drawing:
             await self.close()
             return False
         except asyncio.CancelledError:
-            # Amid an answer.
+            # An answer may be half read.
             await self.close()
             raise
 
@@ -152,7 +152,7 @@ class Drawing:
             if isinstance(answer, Exception):
                 failure = answer
             else:
-                self._shards[number].hear(each, answer, sent_us)
+                self._shards[number].receive(each, answer, sent_us)
             await time_slice.rest_when_due()
         if failure is None:
             self._answered()

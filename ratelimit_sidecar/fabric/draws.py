@@ -27,7 +27,7 @@ LIFE_US: Final = 60_000_000
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One bucket of a call."""
+    """What a call asks about one bucket."""
 
     bucket: GrantedBucket
     draw: Draw
@@ -35,7 +35,8 @@ class Asked:
 
 
 class Draws:
-    """Build a call with `arguments`, send it once, and pass its answer to `hear`; when none comes, nothing.
+    """One sidecar's calls to one shard: build a call with `arguments`, send it once, and pass its answer to `receive`.
+    Do nothing when no answer comes.
 
     Args:
         region: this sidecar's, as a member of strict limits.
@@ -73,7 +74,7 @@ class Draws:
         return min((home_of(weights, self._region, key, limit.capacity) for weights in self._members), default=0)
 
     def arguments(self, asked: Iterable[Asked], sent_us: int) -> list[bytes | str]:
-        """The arguments of `DRAW`. An answer of what was sent before this one must not be heard any more."""
+        """The arguments of `DRAW`. An answer to an earlier call must not be passed to `receive` after this."""
         if sent_us - self._life_us >= LIFE_US:
             self._begin_life()
             self._life_us = sent_us
@@ -97,11 +98,11 @@ class Draws:
     def _begin_life(self) -> None:
         self._life, self._number, self._answered = secrets.token_hex(8), 0, 0
 
-    def hear(self, asked: Sequence[Asked], answer: Any, sent_us: int) -> None:
+    def receive(self, asked: Sequence[Asked], answer: Any, sent_us: int) -> None:
         """Apply the answer to a call.
 
         Raises:
-            BadRecord: it is no answer. Nobody knows what was done.
+            BadRecord: it is malformed. Nobody knows what was done.
         """
         match answer:
             case [bytes(lineage), bytes(version), number, bytes(members)] if number == self._number_said:
@@ -151,16 +152,16 @@ def members_text(in_force: Iterable[Mapping[str, int]]) -> str:
 
 
 def read_members(text: bytes) -> list[Mapping[str, int]]:
-    """Read what `members_text` has written.
+    """Read what `members_text` wrote.
 
     Raises:
-        BadRecord: it is something else.
+        BadRecord: it is malformed.
     """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRecord("members that are none") from error
+        raise BadRecord("malformed members") from error
     is_list = isinstance(found, list) and all(isinstance(each, dict) and each for each in found)
     if not is_list or not all(isinstance(w, int) and w >= 0 for each in found for w in each.values()):
-        raise BadRecord("members that are none")
+        raise BadRecord("malformed members")
     return [dict(each) for each in found]

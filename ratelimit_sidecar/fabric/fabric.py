@@ -1,8 +1,9 @@
 """A sidecar on the fabric: its ticks, and its turns as the gateway of its region.
 
-A call that fails, or takes longer than it may, ends the tick. The next one comes after a back-off, and then everything
-is told again, since the server may have lost it. So it is after each new connection: the server may be an older copy of
-itself. No request waits for any of it.
+A tick calls a script with this sidecar's changes (`sharing`) and joins its answer: what others took. A call that fails,
+or takes longer than it may, ends the tick. The next tick comes after a back-off, and then everything is told again,
+since the server may have lost it; so it is after each new connection, as the server may be an older copy of itself. No
+request waits for any of it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ MAX_WAIT_SECONDS: Final = 5.0
 """Between two attempts; see `BackOff`."""
 
 LAST_TICK_SECONDS: Final = 3.0
-"""What the last tick gets, at a stop."""
+"""The time for the last tick, at a stop."""
 
 AGAIN_BUCKETS: Final = 64
-"""Told again in a tick, of those that are not in use."""
+"""Buckets not in use that are told again in a tick."""
 
 ODD_LOG_SECONDS: Final = 60.0
 """Between two log lines about buckets that cannot be shared."""
@@ -48,10 +49,10 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 class Fabric:
-    """Call `run`, `note` whenever own slots changed, and `save` at the stop.
+    """A sidecar's part in the fabric. Call `run`, `note` whenever own slots changed, and `save` at the stop.
 
     Args:
-        store: of this sidecar. Its mesh, if it has one, tells nobody of it.
+        store: of this sidecar. Its own mesh has no peers: its flushes call `note`.
         region: whose gateway it may be.
         mesh_of: makes the mesh to other regions, on the store of the region; None where it is never a gateway.
         ledger: of strict limits; None without them.
@@ -127,7 +128,7 @@ class Fabric:
             await self.close()
 
     async def save(self) -> None:
-        """Tell what is waiting, and give back what is held; for the stop. `run` is over by then."""
+        """Tell Redis what is waiting, and give back the tokens of strict limits. Call it at the stop, after `run`."""
         if self.drawing is not None:
             await self.drawing.give_back()
         with suppress(TimeoutError):
@@ -139,7 +140,7 @@ class Fabric:
         """One tick. What goes wrong is logged when it is something else than the last time.
 
         Args:
-            is_last: it tells all that is to be told, however much.
+            is_last: tell all that is waiting, however much.
 
         Returns:
             False when nothing was answered.
@@ -152,7 +153,7 @@ class Fabric:
             await self.close()
             return False
         except asyncio.CancelledError:
-            # Amid an answer.
+            # An answer may be half read.
             await self.close()
             raise
         else:
@@ -223,7 +224,7 @@ class Fabric:
                         self.shards[number].leave()
                         failure = answer
                         continue
-                    await self._hear(self.shards[number], batches[number], answer, time_slice)
+                    await self._receive(self.shards[number], batches[number], answer, time_slice)
                     del batches[number]
             finally:
                 self._not_told(batches)
@@ -273,7 +274,7 @@ class Fabric:
             *[each.text for each in asks],
         ]
 
-    async def _hear(self, sharing: Sharing, asks: Sequence[Ask], answer: Any, time_slice: TimeSlice) -> None:
+    async def _receive(self, sharing: Sharing, asks: Sequence[Ask], answer: Any, time_slice: TimeSlice) -> None:
         is_list = isinstance(answer, list) and len(answer) == len(asks) + 2
         if not is_list or not all(isinstance(text, bytes) for text in answer[2:]):
             raise BadRecord("an answer of another script")

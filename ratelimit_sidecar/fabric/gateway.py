@@ -1,8 +1,8 @@
 """The gateway of a region: one of its sidecars, elected by a lease in Redis, that speaks for it on the mesh.
 
-It holds a store of the region, reads into it what the region's sidecars took, and tells it to other regions by a mesh
-of its own. What they tell it writes to the fabric. All of it only grows, so a gateway that is late does no harm; it is
-refused all the same once another one with a higher token has called.
+It holds a store of the region (`region`), reads into it what the region's sidecars took, and sends that to the gateways
+of other regions by a mesh of its own. What it receives from them it writes to Redis. Counts only grow, so a late
+gateway does no harm; still, its calls are refused once another one with a higher token has called.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ TICK_SECONDS: Final = 0.05
 
 LEASE_SECONDS: Final = 1.5
 RENEW_SECONDS: Final = 0.4
-"""Between two attempts to get the lease, or to keep it: so another gateway follows within 2 s, and its calls."""
+"""Between two attempts to get the lease, or to keep it. So another gateway has it within 2 s, and begins its mesh once
+it has read the region."""
 
 SWEPT_BUCKETS: Final = 2 * MAX_ANSWERED
-"""Of the region's store, for each shard in a tick: twice as many as it may have brought."""
+"""Buckets of the region's store that are swept in a tick, for each shard: twice as many as it may have brought."""
 
 ROOM_OF_SIDECARS: Final = 4
 """The region's store may hold this many times the buckets of one sidecar: callers who invent keys spread them over all
@@ -47,16 +48,17 @@ of its sidecars."""
 
 FIRST_WAIT_SECONDS: Final = 1.0
 MAX_WAIT_SECONDS: Final = 60.0
-"""Before the next attempt of one that could not listen; see `BackOff`."""
+"""Before a gateway that could not listen tries again; see `BackOff`."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
 MeshOf = Callable[[Store, Purses | None], Mesh]
+"""Makes the mesh to other regions, on the region's store and, with strict limits, its purses."""
 
 
 class _Term:
-    """One turn as the gateway: of a lease with that token."""
+    """One turn as the gateway, which lasts as long as the lease with this token."""
 
     def __init__(self, token: int, region: Region, mesh: Mesh, purses: RegionalPurses | None) -> None:
         self.token = token
@@ -70,12 +72,13 @@ class _Term:
 
     @property
     def can_mesh(self) -> bool:
+        """True once all of the region is known, and the mesh may begin."""
         is_known = all(shard.is_known for shard in self.region.shards)
         return is_known and (self.purses is None or self.purses.is_settled)
 
 
 class Gateway:
-    """Call `run`.
+    """The gateway of a region, while this sidecar has the lease. Call `run`.
 
     Args:
         store: of this sidecar. It says which limit a key has.
@@ -239,7 +242,7 @@ class Gateway:
         return self._store.limit_of_key(key)
 
     async def _start(self, term: _Term) -> None:
-        """The mesh begins once the gateway knows all of its region: then nobody hears less than before."""
+        """Begin the mesh. The gateway knows all of its region by now, so other regions get no less than before."""
         try:
             await term.mesh.start()
         except OSError as error:
@@ -261,7 +264,7 @@ class Gateway:
         return await self._exchange(term.region, term.mesh if term.is_meshed else None, term.token)
 
     async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:
-        """Tell the region what others took, and the others what the region did; returns whether there is more."""
+        """Tell the region what others took, and the others what the region took; returns whether there is more."""
         if self._reads_again:
             self._reads_again = False
             region.tell_again()

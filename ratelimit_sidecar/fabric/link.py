@@ -1,4 +1,4 @@
-"""One user's connection to the Redis of a fabric: calls of scripts, bounded in time, and whether it is another one."""
+"""A connection to the Redis of a fabric: it calls scripts within a bounded time, and counts how often it was made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = tuple[Sequence[bytes], Sequence[bytes | str]]
 
 
 class Link:
-    """The connection; see above.
+    """The connection. Call `close` after a call without an answer.
 
     Args:
         connect: called at the first call, and again after `close`.
@@ -28,7 +28,7 @@ class Link:
 
     def __init__(self, connect: Connect) -> None:
         self.connections = 0
-        """Made so far. After another one the server may have lost what it had, or be an older copy of itself."""
+        """Connections made so far. After another one the server may have lost data, or be an older copy of itself."""
         self._connect = connect
         self._client: Redis | RedisCluster | None = None
 

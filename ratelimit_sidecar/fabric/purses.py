@@ -25,10 +25,10 @@ from ratelimit_sidecar.persistence.snapshots import TimeSlice
 from ratelimit_sidecar.replication.payments import Purses
 
 SWEPT_FIELDS: Final = 64
-"""Of a shard's accounts, in a beat: 0.1 ms of the server."""
+"""Fields of a shard's accounts that are looked at in a beat: 0.1 ms of the server."""
 
 SWEPT_BUCKETS: Final = 16
-"""Of the gateway's own, in a beat."""
+"""Buckets of the gateway's own ledger that are swept in a beat."""
 
 
 class RegionalPurses:
@@ -45,7 +45,7 @@ class RegionalPurses:
         self._beaten_us = strict_us()
         self._shares = Shares(ledger.shares.membership, ledger.shares.node, self._beaten_us, has_never_lent=True)
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
-        """Of the mesh: a member of strict limits has one name, whoever speaks for it."""
+        """The mesh's origin: a member of strict limits has one name, whichever sidecar is the gateway."""
         self._limits = ledger
         most, rule_key = ledger.room.most, ledger.room.rule_key
         self._ledger = RegionalLedger(
@@ -71,11 +71,11 @@ class RegionalPurses:
         return self._ledger.clear()
 
     async def beat(self, link: Link, token: int) -> None:
-        """Let the clocks of the accounts go on, say who the members are, and hear what the region is short of.
+        """Call `BEAT`: let the clocks of the accounts go on, say who the members are, and learn what is short.
 
         Raises:
-            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. What the
-                server does not permit is none, since other limits can do without: the sidecars tell of it.
+            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. A call
+                that the server does not permit raises nothing, since other limits can do without: the sidecars log it.
         """
         now_us = self._strict_us()
         every_us, self._beaten_us = now_us - self._beaten_us, now_us
@@ -101,11 +101,11 @@ class RegionalPurses:
                 if is_permitted(answer):
                     self._settle_after(COUNTED_US)
                 continue
-            for key in self._heard(number, answer):
+            for key in self._short_keys(number, answer):
                 self._note_short(key, every_us)
                 await time_slice.rest_when_due()
 
-    def _heard(self, number: int, answer: Any) -> list[bytes]:
+    def _short_keys(self, number: int, answer: Any) -> list[bytes]:
         """The keys of buckets that are short."""
         match answer:
             case [int(after_us), bytes(cursor), [*short]] if all(isinstance(key, bytes) for key in short):
@@ -119,6 +119,6 @@ class RegionalPurses:
         self._settled_us = max(self._settled_us, self._strict_us() + after_us)
 
     def _note_short(self, key: bytes, every_us: int) -> None:
-        # Whatever stands there is none of ours if it is no key.
+        # What is not a bucket key was not written by a sidecar.
         with suppress(ValueError):
             self._ledger.note_short(key, self._strict_us(), every_us)

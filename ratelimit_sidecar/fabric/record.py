@@ -1,4 +1,4 @@
-"""What the scripts are asked and answer about one bucket. No I/O."""
+"""The texts about one bucket that scripts are called with, and that they answer. No I/O."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ OTHERS: Final = Origin("fabric", 1)
 """The origin of the others' counts in a sidecar's store."""
 
 _KEPT_WIDTHS: Final = {Window.FIXED: 3, Window.SLIDING: 65}
-"""For so many of its own widths a window's slot counts."""
+"""A window's slot counts for so many of its own widths."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What an answer says of one bucket."""
+class Answer:
+    """What a script answers about one bucket."""
 
     base: Base | None
     entries: list[Entry]
 
 
 def life_of(origin: Origin) -> str:
-    """The name of one life of a sidecar. It stays when its clock is set back, which gives its buckets a new origin."""
+    """The name in Redis of one life (incarnation) of a sidecar. A step back of its clock gives its buckets a new
+    origin, but no new life."""
     return f"{origin.incarnation:x} {origin.node}"
 
 
@@ -62,7 +63,7 @@ def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
 
 
 def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int, *, is_quiet: bool = False) -> bytes:
-    """For `SHARE`.
+    """The text about a bucket in a sidecar's call of `SHARE`.
 
     Args:
         room: from `room_for`.
@@ -74,15 +75,15 @@ def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: in
 
 
 def elsewhere(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
-    """For `GATEWAY`: what other regions took."""
+    """The text about a bucket in a gateway's call of `GATEWAY`: what other regions took."""
     return f"{room} {_state(bucket, now_us)}{_text(counts)}".encode()
 
 
-def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
+def read(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
     """Read `base;slot count slot count` as counts of `origin`.
 
     Raises:
-        BadRecord: it is none.
+        BadRecord: it is malformed.
     """
     base, _, counts = text.partition(b";")
     try:
@@ -93,15 +94,15 @@ def read(text: bytes, limit: AnyLimit, origin: Origin) -> Heard:
             Entry(origin, slot, min(count, MAX_SLOT_TOKENS))
             for slot, count in zip(numbers[::2], numbers[1::2], strict=True)
         ]
-        heard_base = read_base(base, limit) if base and isinstance(limit, Limit) else None
+        answered_base = read_base(base, limit) if base and isinstance(limit, Limit) else None
     except ValueError as error:
         raise BadRecord(str(error)[:100]) from error
     for _, slot, count in entries:
         if not (MIN_EXPONENT <= slot_exponent(slot) <= MAX_EXPONENT and 0 <= slot_start_us(slot) <= MAX_TIME_US):
-            raise BadRecord("a slot that is none")
+            raise BadRecord("a slot out of its range")
         if count < 1:
-            raise BadRecord("a count that is none")
-    return Heard(heard_base, entries)
+            raise BadRecord("a count below 1")
+    return Answer(answered_base, entries)
 
 
 def _state(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:

@@ -24,17 +24,18 @@ from ratelimit_sidecar.persistence.snapshots import TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 TOLD_BUCKETS: Final = 64
-"""Told by one call."""
+"""The most buckets told by one call."""
 
 MAX_ANSWERED: Final = 128
 """Buckets of one answer; more than one call of a sidecar may raise (`sharing.BATCH_BUCKETS`)."""
 
 MAX_NEWS: Final = 30_000
-"""Buckets of a shard that wait to be told: a dict of more takes milliseconds when it grows. Of more all are told later.
+"""Buckets of a shard that wait to be told: a dict of more takes milliseconds when it grows. When there are more,
+all buckets are told again later.
 """
 
 MAX_NEWS_SLOTS: Final = 64
-"""Of one bucket; of more all are told."""
+"""The most slots of one bucket that wait; of more, all are told."""
 
 
 def region_origin(region: str) -> Origin:
@@ -61,7 +62,7 @@ class News:
 
 
 Told = dict[bytes, tuple[bytes, set[int] | None]]
-"""What is told of which bucket, and the slots that this is of, as in `News`."""
+"""What a call tells, by key: the text for the script, and the slots in it, as in `News`."""
 
 
 class Shard:
@@ -80,11 +81,11 @@ class Shard:
         return self._goal is not None and self.since >= self._goal
 
     def read_again(self) -> None:
-        """The server may have lost something."""
+        """Read all sums again: the server may have lost some."""
         self.since = 0
 
     def check(self, epoch: bytes, version: int) -> bool:
-        """Returns False when the server has lost its data: then the answer is not all that there is."""
+        """Check an answer's head; False when the server has lost its data: then the answer is not all that there is."""
         if self._goal is None:
             self._goal = version
         is_same = epoch == self._epoch and version > self.since
@@ -94,7 +95,8 @@ class Shard:
 
 
 class Region:
-    """The region's state at its gateway; see above.
+    """The region's state at its gateway. Call `note_news` with what other regions sent; at each tick send what `told`
+    returns, and pass the answer to `answered`, or call `failed`.
 
     Args:
         store: of the region, which nobody else takes from.
@@ -115,7 +117,7 @@ class Region:
         """Some news found no room: all buckets are told once there is."""
 
     def note_news(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        """A peer has told something new."""
+        """Keep in mind what a peer sent that is new here, to be told to the fabric."""
         slots = {entry.slot for entry in entries if entry.origin != self.origin}
         if slots and len(bucket.key) <= MAX_KEY_BYTES:
             news = self._news_of(bucket.key)
@@ -128,13 +130,13 @@ class Region:
         return self.shards[self._keys.shard_of(key)].news
 
     def tell_again(self) -> None:
-        """The server may have lost what it was told, and what there was to be read."""
+        """Tell and read everything again: the server may have lost some of it."""
         self._again = self.store.walk()
         for shard in self.shards:
             shard.read_again()
 
     def note_again(self) -> None:
-        """Have some more of what is to be told again told."""
+        """Queue some more of the buckets that are to be told again."""
         if any(len(shard.news.slots) > MAX_NEWS // 2 for shard in self.shards):
             return
         if self._missed and self._again is None:
@@ -147,7 +149,7 @@ class Region:
             self._news_of(bucket.key).add(bucket.key, None)
 
     async def told(self, shard: Shard, now_us: int) -> Told:
-        """What to tell of which buckets, and the slots that this is of; `failed` if it was not told."""
+        """What the next call tells. If the call fails, pass it to `failed`."""
         told: Told = {}
         time_slice = TimeSlice()
         while shard.news.slots and len(told) < TOLD_BUCKETS:
@@ -161,7 +163,7 @@ class Region:
         return told
 
     def failed(self, shard: Shard, told: Told) -> None:
-        """It was not told."""
+        """Queue again what a call that failed was to tell."""
         for key, (_, slots) in told.items():
             shard.news.add(key, slots)
 
@@ -174,24 +176,24 @@ class Region:
             What is to be told to other regions, and whether there is more to be asked for at once.
 
         Raises:
-            BadRecord: the answer is none.
+            BadRecord: the answer is malformed.
         """
         try:
-            epoch, until, version, heard, *found = answer
+            epoch, until, version, replies, *found = answer
             until = int(until)
             names = list(zip(found[::2], found[1::2], strict=True))
-            are_texts = all(isinstance(each, bytes) for each in (epoch, *heard, *found))
+            are_texts = all(isinstance(each, bytes) for each in (epoch, *replies, *found))
         except (TypeError, ValueError) as error:
             raise BadRecord("an answer of another script") from error
         if not are_texts or not isinstance(version, int):
             raise BadRecord("an answer of another script")
-        failures = [each.decode(errors="replace") for each in (*heard, *found[1::2]) if each.startswith(b"!")]
+        failures = [each.decode(errors="replace") for each in (*replies, *found[1::2]) if each.startswith(b"!")]
         for failure in failures:
             if is_of_server(failure):
                 # Nothing was missed: it is asked again from the same version on.
                 raise exceptions.ResponseError(failure)
         self.odd += len(failures)
-        self.no_room += heard.count(b"-")
+        self.no_room += replies.count(b"-")
         if not shard.check(epoch, version):
             self.tell_again()
             until = 0
@@ -209,7 +211,7 @@ class Region:
                     if bucket is not None and sums.entries:
                         changes.append((bucket, sums.entries))
             except (BadRecord, ValueError):
-                # A foreign name, or a value that is none.
+                # A foreign name, or a malformed value.
                 self.odd += 1
             await time_slice.rest_when_due()
         shard.since = until

@@ -22,8 +22,8 @@ Counts only grow, and a script raises a sum by as much as it raises a count, so 
 given back in a window is no sum: each tells how much it is in all, and the highest one counts.
 
 A slot is dropped once it is older than the longest span for which anybody who writes to the bucket counts it; so it
-does not matter if some of them still have another limit. `keep` has
-that span, until when it holds, and the number of slots at which old ones are looked for.
+does not matter if some of them still have another limit. `keep` has that span, until when it holds, and the number of
+slots at which old ones are looked for.
 
 **Room.** Anybody can invent keys, so buckets and their slots have places, of which there are so many. As in
 `crdt.room`, the buckets of one class of rules have no more than a multiple of those that are free. Once half of all are
@@ -40,10 +40,11 @@ from zlib import crc32
 VERSION: Final = 1
 
 MAX_SLOTS: Final = 1_024
-"""Of one bucket; of more, as when limits of a second and of a month run side by side, the oldest are dropped."""
+"""The most slots of one bucket. Of more, as when limits of a second and of a month run side by side, the oldest are
+dropped."""
 
 PLACE_BYTES: Final = 128
-"""Of a bucket with one slot, and of each further one, about."""
+"""About the bytes of a bucket with one slot, and of each further slot."""
 
 PLACES_A_BUCKET: Final = 8
 """There are so many places for each of `max_buckets`: a region needs 1 KiB of Redis for each of them."""
@@ -372,7 +373,7 @@ begin()
 local since, most_answered = ARGV[5], tonumber(ARGV[6])
 local FIRST = 11
 
-local function hear(key, index, name, text)
+local function receive(key, index, name, text)
   local told = words_of(text)
   local class, room, ttl = told[1], tonumber(told[2]), tonumber(told[3])
   local found = redis.call('HMGET', key, 'id', 'base', 'keep')
@@ -425,12 +426,12 @@ local function read(name)
   return (found[2] or '') .. ';' .. table.concat(sums, ' ')
 end
 
-local heard = {}
+local replies = {}
 make_room(2 * #ARGV)
 for i = 7, #ARGV do
   local key = KEYS[2 * i - 9]
-  local is_done, answer = pcall(hear, key, KEYS[2 * i - 8], string.sub(key, #head + 3), ARGV[i])
-  heard[#heard + 1] = is_done and answer or error_of(answer)
+  local is_done, answer = pcall(receive, key, KEYS[2 * i - 8], string.sub(key, #head + 3), ARGV[i])
+  replies[#replies + 1] = is_done and answer or error_of(answer)
 end
 local found =
   redis.call('ZRANGEBYSCORE', changed, '(' .. since, number(version), 'WITHSCORES', 'LIMIT', 0, most_answered)
@@ -439,10 +440,10 @@ if count == most_answered then
   -- Those that one call raised stay together: it raises fewer than these.
   until_version = tonumber(found[#found]) - 1
   while count > 0 and tonumber(found[2 * count]) > until_version do count = count - 1 end
-  -- None of ours: nobody waits for the rest.
+  -- No sidecar's call raises so many: whoever wrote these, nobody waits for the rest.
   if count == 0 then until_version, count = math.ceil(until_version + 1), most_answered end
 end
-local answers = {epoch, number(until_version), version, heard}
+local answers = {epoch, number(until_version), version, replies}
 for i = 1, count do
   local is_done, answer = pcall(read, found[2 * i - 1])
   if answer ~= '' then
@@ -512,7 +513,7 @@ class ShardKeys:
         self.of_accounts: Final = (self.head + b"strict", self.head + b"short")
 
     def of_bucket(self, key: bytes) -> tuple[bytes, bytes]:
-        """The hash, and the index of its slots."""
+        """The names of a bucket's hash, and of the index of its slots."""
         return self.head + b"b:" + key, self.head + b"i:" + key
 
 

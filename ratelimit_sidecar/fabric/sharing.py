@@ -1,9 +1,9 @@
-"""Which buckets a sidecar shares, shard by shard, what it tells of them and what it hears. No I/O.
+"""Which buckets a sidecar shares, shard by shard, what it tells of them and what it joins of the answers. No I/O.
 
 A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
 about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
-A tick asks about so many only, of more in turn. Buckets that are nearly used up are asked about first, and get room
+A tick asks about a limited number, of more in turn. Buckets that are nearly used up are asked about first, and get room
 before others: so whoever invents keys keeps nobody's limit from being shared. Room and turns are of all shards
 together, since callers can choose keys of one shard.
 
@@ -27,41 +27,42 @@ from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 BATCH_BUCKETS: Final = 64
-"""Of one call: a millisecond of the server's."""
+"""The most buckets of one call: a millisecond of the server's."""
 
 BATCH_BYTES: Final = 16_384
-"""Of one call, about: after a loss all slots are told again, of some buckets hundreds, each 10 us of the server's."""
+"""About the most bytes of one call: after a loss all slots are told again, of some buckets hundreds, each 10 us of the
+server's."""
 
 BUSY_US: Final = 1_000_000
 FORGET_US: Final = 10_000_000
 
 RESTING_TICKS: Final = 20
-"""One that rests is asked about at one tick in so many."""
+"""A bucket that rests is asked about at one tick in so many."""
 
 MAX_SHARED: Final = 30_000
-"""Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. Of more the ones that rest the longest
-are forgotten. Then one that is in the queue of the nearly used up ones, or of which more is taken than of a busy one,
-takes the place of that; others are not shared."""
+"""Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. For a further one the bucket
+that rests the longest is forgotten. When none rests, a bucket that is queued as nearly used up, or of which more is
+taken than of a busy one, takes the place of that one; others are not shared."""
 
 TICKS_OF_ALL: Final = 30
-"""Ticks that it takes to ask about all, when as many as there may be are busy. So a tick of 1,000 takes about its 50 ms
-of Redis, and a bucket that gets nearly used up does not wait for a longer one."""
+"""Ticks that it takes to ask about all of `MAX_SHARED` busy buckets. So a tick of 1,000 takes about its 50 ms of Redis,
+and a bucket that gets nearly used up does not wait for a longer tick."""
 
 RESTING_PART: Final = 4
 """Resting ones are at most one in so many of the buckets that a tick asks about."""
 
 AMPLE_SHARE: Final = 0.85
-"""What found no room is told once fewer than this are busy."""
+"""What found no room is told once fewer than this part of the places have a busy bucket."""
 
 LOOKED_AT: Final = 8
-"""Busy buckets of the shard with the most, the ones not asked about for longest. The one of which least is taken makes
-room."""
+"""So many busy buckets are looked at, in the shard with the most, those not asked about for longest. The one of which
+least is taken makes room."""
 
 MAX_WAITING_SLOTS: Final = 64
-"""Of one bucket; of more all own ones are told."""
+"""The most slots of one bucket that wait to be told; of more, all own ones are told."""
 
 _OBJECTS: Final = 2
-"""That the cycle collector sees, of a bucket that is shared."""
+"""How many objects of a shared bucket the cycle collector sees."""
 
 _ALL: Final[list[int]] = []
 """In place of slots: all own counts."""
@@ -72,15 +73,15 @@ class _Shared:
     """A bucket that is shared now, and how much of it Redis and this sidecar know.
 
     Args:
-        bucket: that was asked about last; another one of the same key knows nothing of the others.
+        bucket: that was asked about last; a newer bucket of the same key has nothing yet of what others took.
         used_us: when something was taken last.
-        era: of `Sharing`, in which it was told last; in another one all of it is told.
+        era: the `Sharing._era` in which it was told last; in another one all of it is told.
         seen: the version up to which the others' counts are known.
         id: of the bucket in Redis; another one means that it was lost there.
         waiting: own slots to be told.
         is_urgent: it is in the queue of those that are nearly used up.
         is_refused: Redis had no room for all of it, which is told again.
-        has_news: the latest answer had some, of which Redis does not know yet what they change.
+        has_news: the latest answer had some; Redis is not told yet when the bucket is full with them.
     """
 
     bucket: Bucket
@@ -96,7 +97,7 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """About one bucket."""
+    """What a call asks about one bucket. `told` are the slots in `text`."""
 
     bucket: Bucket
     shared: _Shared
@@ -115,7 +116,7 @@ class SharedRoom:
         self.most: Final = most
         self.taken = 0
         self.has_missed = False
-        """Something found no room, or made some, and was not told."""
+        """Some bucket found no room, or made room for another, and was not told."""
         self._shards: list[Sharing] = []
 
     def add(self, shard: Sharing) -> None:
@@ -138,10 +139,10 @@ class SharedRoom:
         return max(self._shards, key=_busy_of).push_out(bucket, is_urgent=is_urgent)
 
     def begin_tick(self, *, is_last: bool = False) -> None:
-        """Begin to ask.
+        """Begin a tick.
 
         Args:
-            is_last: of this sidecar, which asks about all that are busy.
+            is_last: the sidecar stops: ask about all that are busy.
         """
         busy = max(sum([shard.busy for shard in self._shards]), 1)
         tick_buckets = max(self.most // TICKS_OF_ALL, BATCH_BUCKETS)
@@ -154,7 +155,7 @@ class Sharing:
     """One sidecar's part in one shard.
 
     Args:
-        origin: this life's, whose name the counts have in Redis.
+        origin: of this life of the sidecar, under whose name Redis has the counts.
         room: of all shards.
     """
 
@@ -321,10 +322,10 @@ class Sharing:
         return {}
 
     def check(self, epoch: object, version: object) -> None:
-        """Begin to hear an answer, of several buckets.
+        """Check the head of an answer; `answered` is to be called for each bucket in it.
 
         Raises:
-            BadRecord: it is none.
+            BadRecord: it is malformed.
         """
         if not isinstance(epoch, bytes) or not isinstance(version, int):
             raise BadRecord("an answer of another script")
@@ -338,7 +339,7 @@ class Sharing:
         """Join what the others took.
 
         Raises:
-            BadRecord: the answer is none. The bucket is told again at its next turn.
+            BadRecord: the answer is malformed. The bucket is told again at its next turn.
         """
         shared, bucket = ask.shared, ask.bucket
         is_refused = text.startswith(b"-")
@@ -347,8 +348,8 @@ class Sharing:
         shared.id = identity
         try:
             if rest != b";":
-                heard = read(rest, bucket.limit, OTHERS)
-                self._store.join(bucket.key, bucket.limit, heard.base, heard.entries, now_us)
+                others = read(rest, bucket.limit, OTHERS)
+                self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
         except BadRecord:
             self.refused(ask)
             raise
@@ -361,11 +362,11 @@ class Sharing:
             shared.seen = self._version
 
     def refused(self, ask: Ask) -> None:
-        """The bucket cannot be shared: while it is in use, all of it is told again at each turn."""
+        """Note that Redis could not share the bucket: while it is in use, all of it is told again at each turn."""
         ask.shared.era = -1
 
     def failed(self, asks: Sequence[Ask]) -> None:
-        """No answer has come: all of it is told again."""
+        """Note that no answer has come: what these asks told is told again."""
         for each in asks:
             _wait(each.shared, each.told)
 

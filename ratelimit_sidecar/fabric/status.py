@@ -11,19 +11,19 @@ class FabricStatus:
 
     Args:
         ticks, call_seconds: ticks that were answered, and the seconds they took in all.
-        failed: ticks that were not.
+        failed: ticks that were not answered.
         buckets: that are shared.
         unshared: changes of buckets for which there was no room among the shared ones.
         no_room, no_room_at_gateway: answers that Redis may hold nothing more of a bucket, since its rule has too many.
-        gateway_unshared: how often the gateway had no room for a bucket, so that other regions did not hear of it, or
-            this region of what they took.
-        odd, odd_at_gateway: answers about a bucket that cannot be shared: what Redis has there is no bucket.
+        gateway_unshared: how often the gateway had no room for a bucket, so that other regions did not receive it,
+            or this region what they took.
+        odd, odd_at_gateway: answers that a bucket cannot be shared, since Redis has something else under its name.
         last_us: when the latest answered tick began, microseconds since the epoch.
         degraded_reason: why nothing is shared; "" when it is.
         token: of the lease that this sidecar holds as the gateway; 0 when it does not.
         terms: how often it became the gateway.
-        gateway_failed: how often it could not, since it cannot listen.
-        gateway_reason: why it cannot; "" when it can or was never to.
+        gateway_failed: how often it could not become the gateway, since it cannot listen.
+        gateway_reason: why it cannot listen; "" when it can, or never had to.
     """
 
     ticks: int = 0
@@ -46,7 +46,7 @@ class FabricStatus:
 
 @dataclass(slots=True)
 class DrawStatus:
-    """Of strict limits, in a sidecar.
+    """Counts since the start of what a sidecar draws for strict limits.
 
     Args:
         drawn, returned: tokens, from the region's accounts and back into them.

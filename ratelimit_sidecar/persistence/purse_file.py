@@ -24,7 +24,7 @@ MAGIC: Final = b"rlpurse\x01"
 """The last byte is the version of the format."""
 
 ENDING: Final = ".purses"
-"""Of the name, after that of the snapshot's file."""
+"""Added to the name of the snapshot's file."""
 
 _LENGTH: Final = struct.Struct("<H")
 _AMOUNT: Final = struct.Struct("<q")
@@ -32,7 +32,7 @@ _CHECKSUM: Final = struct.Struct("<I")
 
 
 class BadPurses(Exception):
-    """A file that is none of this holder's; its text says why, and completes "the file of purses ..."."""
+    """The file cannot be used by this holder. The text says why, and completes "the file of purses ..."."""
 
 
 def holder_of(node: str, membership: Membership) -> str:
@@ -44,7 +44,7 @@ def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -
     """Write the file.
 
     Raises:
-        OSError: it could not be written; there is none then.
+        OSError: it could not be written; there is no file then.
     """
     new = path.with_name(path.name + ".new")
     try:
@@ -63,10 +63,10 @@ def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -
 
 
 def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
-    """What is in the file, which is gone then; nothing when there is none.
+    """Read the file and delete it; returns nothing when there is no file.
 
     Raises:
-        BadPurses: it is none, or another holder's; it stays.
+        BadPurses: it is malformed, or another holder's; it stays.
         OSError: it cannot be read or removed; then nothing of it may be used.
     """
     try:
@@ -94,7 +94,7 @@ def _pieces(holder: str, purses: Iterable[tuple[bytes, int]]) -> Iterable[bytes]
 
 def _read(raw: bytes, holder: str) -> Mapping[bytes, int]:
     if raw[: len(MAGIC) - 1] != MAGIC[:-1]:
-        raise BadPurses("is none: it begins with other bytes")
+        raise BadPurses("is of another kind: it begins with other bytes")
     if raw[: len(MAGIC)] != MAGIC:
         raise BadPurses("is of another version")
     end = len(raw) - _CHECKSUM.size

@@ -1,4 +1,4 @@
-"""A call to Redis: how long it may take, in which words it failed, and when to try again."""
+"""Calls to Redis: how long one may take, the words for how it failed, and when to try again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 
 CALL_SECONDS: Final = 2.0
-"""What a call may take in all, whatever the client library makes of it."""
+"""The longest time for a call, whatever the client library does meanwhile."""
 
 SERVER_FAULTS: Final = (
     *("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS"),
     *("The user executing the script", "TRYAGAIN", "non local key"),
 )
-"""With one of these no other bucket can be written either: the last two come from a Cluster that moves a slot."""
+"""Words of errors after which no other bucket can be written either. A Cluster that moves a slot has the last two."""
 
 _NOT_PERMITTED: Final = ("NOPERM", "no permissions", "The user executing the script")
 
@@ -99,7 +99,7 @@ def digest_of(script: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """In words that are the same for the same state."""
+    """Why a call failed, in words that stay the same while the cause does: a cause is logged once."""
     text = str(error)
     if isinstance(error, Unusable):
         return text

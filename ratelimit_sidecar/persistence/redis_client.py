@@ -1,6 +1,6 @@
 """The connection to Redis or Valkey, as configured: one server, the master that Sentinels name, or a Cluster.
 
-Nothing is tried again here: who calls has a back-off of its own, and all that is written may be written twice.
+Nothing is tried again here: callers have a back-off of their own, and may write everything twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ratelimit_sidecar.config.sidecar_schema import FabricConfig, PersistenceCon
 from ratelimit_sidecar.persistence.redis_record import Keys
 
 COMMAND_SECONDS: Final = 1.0
-"""What a server gets to take a connection, and to answer."""
+"""The time for a server to take a connection, and to answer."""
 
 DEFAULT_PORT: Final = 6_379
 DEFAULT_SENTINEL_PORT: Final = 26_379
@@ -77,7 +77,7 @@ def connect(
     if config.cluster:
         nodes = [ClusterNode(host, port) for host, port in addresses]
         cluster = RedisCluster(startup_nodes=nodes, retry=_retry(_MOVES), **options)
-        # It has no parameter for that.
+        # RedisCluster has no parameter for this function.
         cluster.connection_kwargs["redis_connect_func"] = greet
         return cluster
     options |= {"db": int(url.path.strip("/") or 0), "retry": _retry(0)}

@@ -34,7 +34,7 @@ AT: Final = b"at"
 BASE: Final = b"base"
 
 _KEPT_WIDTHS: Final = {Window.FIXED: 2, Window.SLIDING: 64}
-"""For so many of its own widths a slot is kept after its end: as long as any window that has such slots."""
+"""A window's slot is kept for so many of its own widths after its end: as long as any window that has such slots."""
 
 JOIN: Final = """
 local function number(value)
@@ -222,18 +222,18 @@ class Keys:
 
 
 class BadRecord(Exception):
-    """A hash that is no bucket."""
+    """What Redis has, or answers, is no bucket's state; the text says why."""
 
 
 def is_kept(limit: AnyLimit, every_us: int) -> bool:
-    """False when all of the limit is there again before another write: then a restart takes as long."""
+    """Whether a limit is worth writing: False when all of it refills before the next write."""
     if isinstance(limit, Limit):
         return limit.ceiling // limit.tokens > every_us
     return limit.period_us > every_us
 
 
 def tell(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
-    """What is to be joined: these entries of the bucket, and its base."""
+    """The text for `JOIN`: these entries of the bucket, and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
     ttl_us = bucket.full_in_us + MAX_AHEAD_US
@@ -283,7 +283,7 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
     """Join what `READ` answers of one bucket.
 
     Raises:
-        BadRecord: it is none; nothing of it has been joined.
+        BadRecord: it is malformed; nothing of it has been joined.
     """
     words = lines.split(b"\n")
     record = dict(zip(words[::2], words[1::2], strict=False))
@@ -313,7 +313,7 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
 
 
 _READER: Final = Origin("", 0)
-"""No replica's."""
+"""No replica's origin: the bucket is never written under it."""
 
 
 def _origin(field: bytes) -> Origin:
@@ -329,12 +329,12 @@ def _entries(origin: Origin, text: bytes) -> Sequence[Entry]:
         kind, *numbers = map(int, group.split(b" "))
         exponent = slot_exponent(kind)
         if kind >= 2 * REFUND or not MIN_EXPONENT <= exponent <= MAX_EXPONENT or len(numbers) % 2:
-            raise ValueError("slots that are none")
+            raise ValueError("malformed slots")
         number = 0
         for step, tokens in zip(numbers[::2], numbers[1::2], strict=True):
             number = _bounded(number + step, MAX_TIME_US >> exponent)
             if not 1 <= tokens <= MAX_SLOT_TOKENS:
-                raise ValueError("a count that is none")
+                raise ValueError("a count out of its range")
             entries.append(Entry(origin, number << exponent | kind, tokens))
     return entries
 

@@ -46,17 +46,17 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 LOAD_SECONDS: Final = 10.0
-"""What reading at the start gets before the sidecar is ready; a large store is read on while it is."""
+"""The time for reading at the start before the sidecar is ready; the rest of a large store is read after that."""
 
 LAST_WRITE_SECONDS: Final = 3.0
-"""What the last write gets, at a stop."""
+"""The time for the last write, at a stop."""
 
 FIRST_WAIT_SECONDS: Final = 0.5
 MAX_WAIT_SECONDS: Final = 30.0
 """Between two attempts; see `BackOff`."""
 
 BATCH_BUCKETS: Final = 16
-"""Written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
+"""Buckets written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
 
 BUCKET_SECONDS: Final = 0.000_06
 """What writing one takes of the loop's time, about; the library's part cannot be measured from outside."""
@@ -64,10 +64,11 @@ BUCKET_SECONDS: Final = 0.000_06
 SCAN_KEYS: Final = 128
 
 MAX_WAITING: Final = 100_000
-"""Buckets that wait to be written, some 200 bytes each. Of more all are written again once it goes on."""
+"""The most buckets that wait to be written, some 200 bytes each. When there are more, the whole store is written again
+later."""
 
 MAX_WAITING_SLOTS: Final = 64
-"""Of one bucket; of more all are written."""
+"""The most slots of one bucket that wait; of more, all are written."""
 
 AGAIN_A_SECOND: Final = 1_000
 """Buckets written again in a second, after a failure."""
@@ -90,11 +91,11 @@ class RedisStatus:
     """What metrics and the console show.
 
     Args:
-        written: buckets, since the start.
+        written: buckets written since the start.
         failed: attempts that ended with a failure.
         refused: buckets that the server would not join, for a reason of their own.
-        restored: buckets that were read.
-        calls, call_seconds: that were answered, and what they took in all.
+        restored: buckets that were read at the start.
+        calls, call_seconds: calls that were answered, and the seconds they took in all.
         waiting: buckets to be written.
         last_us: when all that was waiting was written last, microseconds since the epoch.
         degraded_reason: why nothing is written; "" when it is.
@@ -116,7 +117,7 @@ class RedisStatus:
 
 
 class RedisState:
-    """Call `load`, then `run`, `save` at the end, and `close`.
+    """Keeps the buckets of a store in Redis. Call `load`, then `run`, `save` at the end, and `close`.
 
     Args:
         connect: makes a client; called again after each failure, as a password may have changed.
@@ -154,7 +155,7 @@ class RedisState:
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
 
     def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
-        """Keep in mind that own slots of these buckets changed. Does no I/O."""
+        """Keep in mind that own slots of these buckets changed, to be written by `run`. Does no I/O."""
         if self._store.origin is not self._origin:
             # The clock was set back: slots of the former life are no longer found by their number alone.
             self._origin = self._store.origin
@@ -194,7 +195,7 @@ class RedisState:
             await self._attempt()
 
     async def save(self) -> None:
-        """Write what is waiting; for the stop. `run` is over by then."""
+        """Write what is waiting. Call it at the stop, after `run`."""
         if self._loading is not None and not self._loading.done():
             self._loading.cancel()
             await asyncio.wait([self._loading])
@@ -226,7 +227,7 @@ class RedisState:
                 self._failed(error)
                 await self._disconnect()
             except asyncio.CancelledError:
-                # Amid an answer.
+                # An answer may be half read.
                 await self._disconnect()
                 raise
 
@@ -339,7 +340,7 @@ class RedisState:
         keys, told = [], []
         for key, slots in batch.items():
             bucket = self._store.get(key)
-            # One that was dropped is full.
+            # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
                 keys.append(key)
                 told.append(tell(bucket, entries, now_us))
@@ -377,7 +378,11 @@ class RedisState:
                 span.end(error)
 
     def _check(self, answer: object) -> None:
-        """Whether the others can be joined when one could not."""
+        """Count a bucket that could not be joined, and log the first.
+
+        Raises:
+            exceptions.RedisError: the others cannot be joined either.
+        """
         if isinstance(answer, exceptions.RedisError) and not isinstance(answer, exceptions.ResponseError):
             raise answer
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
@@ -432,7 +437,7 @@ class RedisState:
         _log.info("restored", buckets=self.status.restored, unreadable=unreadable)
 
     def _limit(self, name: bytes) -> AnyLimit | None:
-        """The limit that a rule here gives the bucket of this name; None when it is no bucket, or none does."""
+        """The limit that a rule here gives the bucket of this name; None when no rule does, or it is no bucket."""
         key = self._keys.bucket(name)
         if key is None:
             return None
@@ -442,7 +447,7 @@ class RedisState:
             return None
 
     async def _read(self, client: _Client, batch: Mapping[bytes, AnyLimit]) -> int:
-        """Join the buckets of these names; returns how many are none."""
+        """Join the buckets of these names; returns how many are malformed."""
         if not batch:
             return 0
         answers = await self._call(self._evaluate(client, READ, list(batch)))
@@ -473,5 +478,5 @@ def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:
         entries = list(bucket.own_entries(slots))
         if len(entries) == len(slots):
             return entries
-    # Or some were sealed since, or are another life's.
+    # Some slots were sealed since, or are of another life.
     return list(bucket.entries())

@@ -113,7 +113,7 @@ def check(file: BinaryIO) -> SnapshotInfo:
     """
     magic = file.read(len(MAGIC))
     if magic[:-1] != MAGIC[:-1] or len(magic) < len(MAGIC):
-        raise BadSnapshot("is none: it begins with other bytes")
+        raise BadSnapshot("is of another kind: it begins with other bytes")
     if magic != MAGIC:
         raise BadSnapshot(f"is of format {magic[-1]}; this version reads {MAGIC[-1]}")
     origin: Origin | None = None
@@ -130,7 +130,7 @@ def check(file: BinaryIO) -> SnapshotInfo:
                     raise BadSnapshot("goes on after its end")
                 return SnapshotInfo(origin, begun_at_us, End.FromString(payload).buckets)
         except (DecodeError, ProtocolError) as error:
-            raise BadSnapshot(f"has a record that is none: {error}") from error
+            raise BadSnapshot(f"has a malformed record: {error}") from error
     raise BadSnapshot("is cut short")
 
 
@@ -178,7 +178,7 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
             to.store.journal.refused.clear()
             yield applied.entries
     except (DecodeError, ProtocolError) as error:
-        raise BadSnapshot(f"has a record that is none: {error}") from error
+        raise BadSnapshot(f"has a malformed record: {error}") from error
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

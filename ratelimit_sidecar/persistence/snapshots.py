@@ -118,7 +118,7 @@ class Snapshots:
         self._lock = lock
 
     async def load(self) -> None:
-        """Join the snapshot in the file, in pieces, while requests may be answered.
+        """Join the snapshot in the file, in pieces, between which requests are answered.
 
         If that fails for whatever reason, the file is renamed, so that the next snapshot, which has less, does not
         replace it.

@@ -39,11 +39,12 @@ MAX_EXCHANGED = 16_384
 the rest."""
 
 TELL_WORK: Final = 10
-"""To tell the peer of a bucket, or find out that it is to be asked for."""
+"""The work, in units of `rounds`, to repair a bucket or find out that it is to be asked for."""
 
 
 class Exchange:
-    """The comparisons with the peer of one stream.
+    """The comparisons with the peer of one stream. Call `note_round` after each round, `receive_steps` for each frame
+    of a comparison, and send what `take_frame` returns.
 
     Args:
         leads: True at the node with the lower id.
@@ -55,9 +56,9 @@ class Exchange:
         self._peer = peer
         self._leads = leads
         self._own: Round | None = None
-        """Whose Digest is yet to be sent."""
+        """The round whose Digest is yet to be sent."""
         self._theirs: pb.Digest | None = None
-        """That came before this node's own round was done."""
+        """A Digest that came before this node's own round was done."""
         self._differing: dict[int, None] = {}
         """Ranges whose Summary is yet to be sent, of the round `_differing_us`: the newest the peer has a Digest of."""
         self._differing_us = 0
@@ -103,7 +104,7 @@ class Exchange:
         return pb.Frame(pull=self._pulls.popleft()) if self._pulls else None
 
     def receive_steps(self, frame: pb.Digest | pb.Summary | pb.Pull) -> Steps:
-        """Take a frame and answer it, in steps: buckets that differ are repaired or asked for, and counted as the
+        """Receive a frame and answer it, in steps: buckets that differ are repaired or asked for, and counted as the
         peer's resyncs.
 
         Raises:
@@ -129,7 +130,7 @@ class Exchange:
         if len(frame.keys) != len(frame.states):
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(frame.keys)} keys with {len(frame.states)} states")
         if own is None or frame.at_us != self._summarised_us or frame.range in self._summarised:
-            # Of a round that is over.
+            # A Summary of a round that is over.
             return
         self._summarised.add(frame.range)
         yield from self._answer_summary_steps(frame, own)
@@ -175,7 +176,7 @@ class Exchange:
             if their_state != state and not (their_state is None and self._peer.reported.is_full):
                 left -= SUM_WORK + TELL_WORK
                 bucket = self._store.get(key)
-                # If it has changed since, its next delta will say how much it holds.
+                # If it has changed since, its next delta says how much it holds.
                 if bucket is not None and self._summing.state(bucket, own.at_us) == state:
                     self._repair(key)
                     if their_state is not None:

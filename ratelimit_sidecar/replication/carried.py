@@ -58,7 +58,7 @@ class CarriedStreams:
         certificate: NodeCertificate | None,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
-        """And the peer of each, once both ends have accepted each other."""
+        """By stream, its peer; None until both ends have accepted each other."""
         self.own_address: str | None = None
         """Where this node listens."""
         self._replicator = replicator
@@ -73,7 +73,7 @@ class CarriedStreams:
 
     @property
     def is_id_taken(self) -> bool:
-        """True when another node has this one's id, of which some peer knows: limits are not shared with all."""
+        """True while a peer refuses this node because another node has its id: they do not share limits then."""
         refused_us = self._id_refused_us
         return refused_us is not None and self._steady_us() - refused_us < ID_TAKEN_US
 
@@ -163,7 +163,7 @@ class CarriedStreams:
             _log.info("peer_lost", peer=peer.node, address=stream.address, why=stream.why_ended, **stream.batch_trace)
 
     def _note_received(self, stream: Stream, peer: Peer) -> None:
-        """Something else than its Hello: it has heard this node's, and not refused it."""
+        """Note a frame after the peer's Hello: it has received this node's Hello, and not refused it."""
         if self.streams[stream] is None:
             self._refusals.forget(stream.address)
             if peer not in self.streams.values():
@@ -178,7 +178,7 @@ class CarriedStreams:
             _log.warning("peer_clock_skewed", peer=peer.node, offset_seconds=offset_us / 1e6)
 
     def _note_refused(self, stream: Stream, claimed: str, target: Target | None) -> None:
-        """Tell of a stream that one end has not accepted; of those that this node has dialled, `dialler` tells.
+        """Log a stream that one end has not accepted, unless this node has dialled it: `dialler` logs those.
 
         Args:
             claimed: the node id that the other end has; "" when it did not say.

@@ -1,4 +1,4 @@
-"""Carries one stream over one gRPC call, from either end: reads, writes, and keeps its time, until one of them is over.
+"""Carries one stream over one gRPC call, at either end: reads, writes, and keeps its time, until either is over.
 
 The reader takes the next frame only when the last one has been applied, so gRPC's flow control holds back a peer that
 sends faster than this node applies.
@@ -24,7 +24,7 @@ from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, R
 
 SERVICE = DESCRIPTOR.services_by_name["Replication"].full_name
 METHOD = f"/{SERVICE}/Sync"
-"""The call that a stream is."""
+"""The gRPC method whose calls carry streams."""
 
 OPTIONS = (
     # Above what a session takes, so that the session can say what is wrong; beyond this the C core does.
@@ -67,14 +67,14 @@ async def carry(
     on_received: Callable[[], None],
     linger_seconds: float,
 ) -> None:
-    """Returns when the stream is over, and has told the replicator so.
+    """Carry a stream until it is over; then the replicator knows that it is.
 
     Args:
         woken: set by the stream's `wake`.
         scheduler: of all the node's streams.
         on_received: called after each frame received.
-        linger_seconds: what the other end gets to hang up first after this one's last frame: a call cancelled sooner
-            may lose that frame.
+        linger_seconds: after the last frame, how long the other end has to hang up first: a call cancelled sooner may
+            lose that frame.
     """
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -6,8 +6,8 @@ that it is sent next. Peers that keep up are all sent the same bytes, of the new
 index: what changed since a peer's cursor, each bucket once and with its newest counts (`keys`). What is older than
 `RETENTION_US`, or more than `MAX_CHANGES`, is forgotten; who has not been sent it needs a snapshot.
 
-Only own changes are in here. What others took they tell themselves; to note that as well would cost every node, for
-each peer that it hears from, as much as to apply it.
+Only own changes are in here. What others took they send themselves; to note that as well would cost every node, for
+each peer that it receives from, as much as to apply it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, NOTHING, Parts
 MAX_BATCH_BUCKETS: Final = 256
 MAX_BATCH_ENTRIES: Final = 1_024
 MAX_BATCH_BYTES: Final = 1 << 16
-"""Rough. Together these keep a batch to some milliseconds of work for its receiver."""
+"""The bounds of a batch; that of bytes is rough. Together they keep it to some milliseconds of its receiver's work."""
 
 ENCODED_SEGMENTS: Final = 1_024
 ENCODED_BYTES: Final = 4 << 20
@@ -42,7 +42,7 @@ stood still. Counts that it has already do no harm.
 
 RECENT_US: Final = 10_000_000
 """A node that starts gets a snapshot of everything from one peer. Each other peer sends what it took itself within this
-time, which the first may not have heard of yet.
+time, which the first may not have received yet.
 """
 
 RETENTION_US: Final = 2 * RECENT_US
@@ -54,10 +54,10 @@ MAX_CHANGES: Final = 1 << 19
 """Keys in all segments: 26,000 changed buckets a second for as long as they are kept, and some 50 MB."""
 
 FLUSH_STEP_BUCKETS: Final = 16
-"""Of one step of a flush: 0.1 ms where it takes long."""
+"""Buckets in one step of a flush: at most 0.1 ms of work."""
 
 FORGOTTEN_SEGMENTS: Final = 2
-"""At most, for each that a flush adds, and at its end."""
+"""The most old segments forgotten for each new one, and once more at the end of a flush."""
 
 MAX_SEEN: Final = 16_384
 """So many keys are remembered as sent while a peer catches up: a larger set takes milliseconds to grow."""
@@ -99,20 +99,22 @@ class ChangeLog:
     def __init__(self, store: Store, now_us: int) -> None:
         self._store = store
         self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
-        """Each is told of each step's part of the journal: buckets, and own slots that changed. Does no I/O."""
+        """Each is called with the buckets of a flush, step by step, and their own slots that changed. It must do no
+        I/O."""
         self._segments: deque[Segment] = deque()
         self._numbers = KeyNumbersGiven()
         self._open = Segment(1, 0, now_us)
-        """Takes changes; not in `_segments` yet."""
+        """The segment that takes changes; not in `_segments` yet."""
         self._writer: DeltasWriter | None = None
-        """Encodes it; None while there is no peer to tell."""
-        self._is_told = False
+        """Encodes the open segment; None while there is no peer."""
+        self._has_peers = False
+        """Whether there was a stream to a peer when the last flush began."""
         self._flushed_us = self._created_us = now_us
         """When the last flush began, and the one before."""
         self._first_encoded = 1
         """No segment with a smaller number is encoded."""
         self._encoded_bytes = 0
-        """Of all segments that are encoded."""
+        """The bytes of all encoded segments together."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
 
@@ -133,16 +135,16 @@ class ChangeLog:
         unsealed = len(self._open.keys)
         if cursor >= self.end:
             return unsealed
-        # Of those that are forgotten it is only known that there were some.
+        # How many changes the forgotten segments had is not known, only that there were some.
         segment = self.get(cursor) or (self._segments[0] if self._segments else None)
         sealed = 1 if segment is None else self._open.changes_before - segment.changes_before
         return sealed + unsealed
 
-    def flush_steps(self, now_us: int, *, is_told: bool) -> Steps:
+    def flush_steps(self, now_us: int, *, has_peers: bool) -> Steps:
         """Move what changed into segments, in steps. What changes meanwhile is for the next flush.
 
         Args:
-            is_told: there is a peer to tell; otherwise nothing is encoded.
+            has_peers: there is a stream to a peer; otherwise nothing is encoded.
         """
         # Nobody has noted when each change was made, only that it was not before the last flush.
         if not self._unflushed:
@@ -150,7 +152,7 @@ class ChangeLog:
         self._flushed_us = now_us
         if not self._open.keys:
             self._open.created_us = self._created_us
-        self._is_told = is_told
+        self._has_peers = has_peers
         self._unflushed = len(self._store.journal.buckets)
         while self._unflushed > 0:
             changes = self._store.drain_changes(min(self._unflushed, FLUSH_STEP_BUCKETS))
@@ -217,7 +219,7 @@ class ChangeLog:
         if len(key) > MAX_KEY_BYTES:
             return
         segment = self._open
-        if self._is_told and not segment.keys:
+        if self._has_peers and not segment.keys:
             self._writer = DeltasWriter(self._store.origin, self._numbers)
         writer = self._writer
         if writer is None:
@@ -261,7 +263,7 @@ class ChangeLog:
     def _forget(self, now_us: int) -> None:
         for _ in range(FORGOTTEN_SEGMENTS):
             oldest = self._segments[0] if self._segments else None
-            # Neither is one that is ahead kept: the clock was set back.
+            # A segment from the future is forgotten, too: the clock was set back.
             if oldest is None or (
                 abs(now_us - oldest.sealed_us) <= RETENTION_US
                 and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
@@ -314,7 +316,7 @@ class Cursor:
 
     @property
     def created_us(self) -> int | None:
-        """Of the oldest change that is yet to be sent; None when there is none."""
+        """When the oldest change that is yet to be sent was made; None when there is none."""
         if not self.pending:
             return None
         segment = self._log.get(self._next)
@@ -324,7 +326,7 @@ class Cursor:
 
     def take_encoded(self) -> EncodedSegments | None:
         """The next segments, which then are behind the cursor: as many as fit into a batch, so that a peer which has
-        fallen back a little hears fewer, larger ones. None when it has to catch up."""
+        fallen back a little gets fewer, larger batches. None when it has to catch up."""
         if self._catching_up is not None or not self._takes_numbers:
             return None
         keys: list[bytes] = []
@@ -351,13 +353,14 @@ class Cursor:
     def parts(self) -> Parts:
         """What the peer has to catch up with."""
         if self._catching_up is None:
-            # It misses what these segments say of numbers.
+            # The segments that it passes over give numbers to keys, which it misses.
             self._known = 0
             self._catching_up = self._catch_up()
         return self._catching_up
 
     def close(self) -> None:
-        """The stream is gone. A generator and what it is of refer to each other: only a collection would free them."""
+        """Call it when the stream is gone. It drops the generator, which refers to this cursor as the cursor refers to
+        it: only a garbage collection would free the two."""
         self._catching_up = None
 
     def _catch_up(self) -> Parts:

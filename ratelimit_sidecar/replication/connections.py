@@ -27,7 +27,7 @@ MAX_DIALLED_IN: Final = 3
 """Streams of one peer that it has dialled. Two are usual while it comes back by another way than it was lost on."""
 
 RESTART_US: Final = 2_000_000
-"""A node heard from within two pings is alive: another life of it is then another process with the same id."""
+"""A node that sent a frame within two pings is alive: another life of it is then another process with the same id."""
 
 FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""

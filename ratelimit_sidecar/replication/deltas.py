@@ -191,7 +191,7 @@ class Applied(NamedTuple):
 
 
 OnNews = Callable[[Bucket, Sequence[Entry]], None]
-"""Told of a bucket and entries of which at least one was news."""
+"""Called with a bucket and entries of which at least one was new here."""
 
 
 class DeltasReader:
@@ -200,14 +200,14 @@ class DeltasReader:
     Args:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
-            of it; or else anybody could lower what it has taken.
+            of it; otherwise anybody could lower what it has taken.
     """
 
     def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
         self._sender = sender
         self._is_proven = is_proven
         self.is_newest = True
-        """False once the sender tells on a newer stream: what still comes on this one may be older, and corrects
+        """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
         self._numbers = KeyNumbersReceived()
         self._limit_of_key: LimitOfKey | None = None
@@ -269,7 +269,7 @@ class DeltasReader:
                 entries_read = unknown_keys = 0
                 limit_of_key = local_limit_of_key or store.limit_of_key
                 limit = limit_of_key(key)
-            # What is not believed may have had the bucket counted anew.
+            # When an entry is refused, the whole bucket may have been recounted: that is a long step.
             if pace.ends_piece(len(entries)) or store.journal.refused:
                 yield Applied(entries_read, unknown_keys, False)
                 entries_read = unknown_keys = 0

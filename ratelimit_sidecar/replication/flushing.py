@@ -24,7 +24,7 @@ class Flushing:
         self._due = asyncio.Event()
         self._flushed_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        """While the next flush is not due and nothing is urgent."""
+        """Until the next flush; None once something is urgent, or the flush is due."""
 
     async def run(self) -> None:
         """Flush at once, and from then on until cancelled."""
@@ -40,7 +40,7 @@ class Flushing:
                 self._timer.cancel()
 
     def hurry(self) -> None:
-        """Something is urgent; O(1), for the request path."""
+        """Flush as soon as may be, since something is urgent. O(1), for the request path."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,7 +1,7 @@
 """Numbers in place of bucket keys: a key that is in many frames is sent to each peer once.
 
 A node gives each key one number for all its streams, so that a segment is encoded once. A peer that connected later,
-and has not heard of a number, is sent its key first (`deltas.Knowledge`).
+and does not know a number, is sent its key first (`deltas.Knowledge`).
 
 There are `MAX_NUMBERS` of them. When all are given away, the key that has had its number longest loses it to the new
 one, and the frame that says so comes before any that uses it: streams keep order. So neither end grows with the keys

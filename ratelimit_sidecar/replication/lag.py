@@ -24,7 +24,7 @@ class Batch:
         created_us: of the oldest change in it; None when it tells of no change, only of state.
         begun_us: when the first of it was written.
         sent_us: when it was taken from the outbox.
-        ends_snapshot: with it the peer has heard everything known when the snapshot began.
+        ends_snapshot: with it the peer has everything known when the snapshot began.
     """
 
     payload: bytes
@@ -66,7 +66,7 @@ class InFlight:
         self._batches.append(batch)
 
     def acknowledged(self, now_us: int) -> Batch:
-        """The oldest has been applied; returns it."""
+        """Remove and return the oldest batch, which the peer has applied."""
         batch = self._batches.popleft()
         self._acknowledged_us = now_us
         # The peer says itself how long it has waited to acknowledge.
@@ -74,11 +74,11 @@ class InFlight:
         return batch
 
     def lost(self) -> None:
-        """The stream is gone, with all of them."""
+        """Forget all of them: the stream is gone."""
         self._batches.clear()
 
     def forget_times(self) -> None:
-        """The clock was set."""
+        """Forget the last lag: the clock was set."""
         self._acknowledged_us = 0
 
     def lag_us(self, oldest_us: int | None, now_us: int) -> int:

@@ -11,7 +11,7 @@ from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE
 from ratelimit_sidecar.replication.tls import NodeCertificate
 
 MAX_STREAMS = 512
-"""Inbound, at once; two from each of `replicator.MAX_PEERS`."""
+"""Inbound, at once; two from each of `connections.MAX_PEERS`."""
 
 MAX_CONNECTIONS = 1_024
 """Inbound, at once; one a stream, and as many more that have not said anything yet."""
@@ -23,7 +23,7 @@ IDLE_SECONDS = 10.0
 """A connection without a stream is closed: who dials opens one at once."""
 
 FAILED_CHECK_SECONDS = 0.25
-"""How often it is looked whether the listener still takes streams."""
+"""Interval of checks that the listener still takes streams."""
 
 _SERVER_OPTIONS = (
     *OPTIONS,

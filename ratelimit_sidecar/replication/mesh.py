@@ -38,7 +38,7 @@ from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
 from ratelimit_sidecar.supervision import Supervisor
 
 DRAIN_SECONDS = 2.0
-"""The time for connected peers, at a stop, to acknowledge what they have yet to hear."""
+"""The time for connected peers, at a stop, to acknowledge what is yet to be sent to them."""
 
 LISTENER = "mesh_listener"
 """The name of the listener's task in metrics and `/readyz`."""
@@ -92,7 +92,7 @@ class Mesh:
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
         self._progress = Progress()
-        """Made whenever a frame was heard or a stream or dial has ended."""
+        """Made whenever a frame was received or a stream or dial has ended."""
         self._dialler = Dialler(
             peers,
             replicator=self._replicator,
@@ -103,7 +103,7 @@ class Mesh:
             certificate=certificate,
         )
         self.certificate = certificate
-        """Of this node; None in plain text."""
+        """This node's certificate; None in plain text."""
         self._listener: Listener | None = None
         """None when this node only dials."""
         if listen is not None:
@@ -140,15 +140,16 @@ class Mesh:
         self._replicator.use_rules(digest)
 
     def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
-        """Have the reader told of every change of this node; see `ChangeLog.on_changes`."""
+        """Call the reader with every change of this node (see `ChangeLog.on_changes`), also in a mesh without
+        peers."""
         self._replicator.changes.on_changes.append(reader)
 
     def read_news(self, reader: OnNews) -> None:
-        """Have the reader told of everything new that peers tell; see `Replicator.on_news`."""
+        """Call the reader with everything new that peers send (see `Replicator.on_news`)."""
         self._replicator.on_news = reader
 
     def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        """See `Replicator.tell`."""
+        """Send all peers these entries, of an origin that this node alone speaks for (see `Replicator.tell`)."""
         self._replicator.tell(bucket, entries)
 
     def membership_status(self) -> MembershipStatus | None:
@@ -158,8 +159,8 @@ class Mesh:
     def status(self) -> list[PeerStatus]:
         """Every peer known by name, then every address that has led to nobody yet and name that is not resolved.
 
-        A region that has a gateway is that one: neither those before it are shown, nor the addresses beside it that may
-        be of sidecars which could follow it.
+        Of a region with a gateway only the connected gateway is shown: neither gateways before it, nor the other
+        addresses of its name, where sidecars that could follow it do not listen yet.
         """
         now_us, targets = self._now_us(), self._dialler.targets
         gateways = self._replicator.gateways()
@@ -217,12 +218,12 @@ class Mesh:
             await self._listener.stop()
 
     def forget(self) -> None:
-        """Forget what was to be told. The mesh is over, and will not be used any more."""
+        """Free the change log. Call it when the mesh will not be used any more."""
         self._replicator.changes.set_clock(self._now_us())
 
     async def wait(self, until: asyncio.Event) -> None:
-        """Before `run`, when there are no rules yet: nobody is told anything, and what is taken is not kept for them.
-        Who connects later is told everything that counts."""
+        """Flush, without any stream, until there are rules. Call it before `run`. A peer that connects later gets a
+        snapshot, so nothing is kept for it."""
         async with asyncio.TaskGroup() as tasks:
             flushing = tasks.create_task(self._flush_forever())
             await until.wait()
@@ -230,7 +231,7 @@ class Mesh:
 
     @property
     def is_id_taken(self) -> bool:
-        """True when another node has this one's id, of which some peer knows: limits are not shared with all."""
+        """True while a peer refuses this node because another node has its id: they do not share limits then."""
         return self._carried.is_id_taken
 
     def clocks_ahead_us(self) -> list[int]:
@@ -244,16 +245,16 @@ class Mesh:
         self._replicator.set_clock(origin, self._now_us())
 
     def stop(self) -> None:
-        """Let `run` tell the connected peers what they have yet to hear, say goodbye and return: at most 3 s."""
+        """Let `run` send the connected peers what is left, say Goodbye and return, within 3 s."""
         self._dialler.stop()
         self._stopping.set()
 
     async def joined(self, timeout_seconds: float, most_seconds: float = 0.0) -> bool:
-        """Wait until every configured peer that can be reached has told what it knows. To be called once, at the start:
-        then one peer tells everything, and the others what is recent.
+        """Wait until every configured peer that can be reached has sent what it knows. To be called once, at the start:
+        then one peer sends everything, and the others what is recent.
 
         Args:
-            most_seconds: if a peer is still telling everything after `timeout_seconds`, it is waited for, but no longer
+            most_seconds: if a peer is still sending everything after `timeout_seconds`, it is waited for, but no longer
                 than this in all.
 
         Returns:
@@ -270,7 +271,7 @@ class Mesh:
         return has_joined()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds: it is asked whenever a frame was heard or a stream or dial has ended."""
+        """Wait until `condition` holds: it is asked whenever a frame was received or a stream or dial has ended."""
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:

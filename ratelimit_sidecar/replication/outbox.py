@@ -1,16 +1,16 @@
-"""What one peer has yet to hear: a cursor in the node's log of changes, and a little besides.
+"""What is yet to be sent to one peer, batch by batch.
 
-While a stream to the peer is there, each batch comes from one of these, in turn:
+While there is a stream to the peer, each batch comes from one of these, in turn:
 
-- the log (`changes`): the next segment as it is encoded for all, or what the peer has to catch up with;
-- the side log: *repairs*, buckets that a comparison found to differ (all origins' entries and the base), what others
-  took that the peer hears of from nobody else (*relayed*), and buckets that are nearly used up while the peer has much
-  else to hear: whoever invents keys would hold those up;
-- a *snapshot*: at the stream's start, and after a gap, all there is that was written since some instant.
+- the change log (`changes`): the next segment as it is encoded for all, or what the peer has to catch up with;
+- the side log (`side_log`): *repairs*, buckets that a comparison found to differ (all origins' entries and the base);
+  what others took that no other node sends to the peer (*relayed*); and, while the peer has much else to be sent,
+  buckets that are nearly used up: whoever invents keys would hold those up;
+- a *snapshot* (`snapshots`), at the stream's start and after a gap: all that was written since some instant.
 
-Of a peer out of reach nothing is kept but since when it misses something: a bucket's slots say themselves when they
-were written, so the next stream's snapshot finds what is newer than that, of all origins. A peer that never was told
-everything, or has forgotten it in a restart, is told all there is.
+Without a stream the outbox keeps only the instant since when the peer misses something. A bucket's slots say themselves
+when they were written, so the next stream's snapshot finds what is newer, of all origins. A peer that never got
+everything, or has forgotten it in a restart, gets all there is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ such batches follow each other: the peer has decisions to make in between."""
 
 RESUME_MARGIN_US: Final = 2_000_000
 """A snapshot goes back so much further than to when the peer began to miss something: other nodes' slots are by their
-own clocks, and were heard of a while after they were written."""
+own clocks, and were received a while after they were written."""
 
 MAX_UNACKNOWLEDGED: Final = 32
 """The most batches on their way, 2 MiB at worst. One every 20 ms fills them in 640 ms, longer than a round trip between
@@ -67,21 +67,22 @@ class _Draft:
 
 @dataclass(slots=True)
 class _Sources:
-    """What there is to be told on one stream."""
+    """What the batches of one stream are taken from."""
 
     cursor: Cursor
     side: SideLog
     snapshots: Snapshots
 
     def close(self) -> None:
-        """See `Cursor.close`."""
+        """Call it when the stream is gone."""
         self.cursor.close()
         self.side.close()
         self.snapshots.close()
 
 
 class Outbox:
-    """What one peer has yet to hear."""
+    """What is yet to be sent to one peer. Call `open` when there is a stream and `close` when it is gone; between them
+    `write` until it returns False, send what `take_batch` returns, and call `acknowledged` for each batch applied."""
 
     def __init__(self, store: Store, log: ChangeLog) -> None:
         self._store = store
@@ -100,7 +101,7 @@ class Outbox:
         self._is_told_all = False
         """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
         self._undelivered_since_us: int | None = None
-        """The creation of the first own change that the peer cannot have heard; None when there is none."""
+        """The creation of the first own change that the peer cannot have received; None when there is none."""
         self._missing_since_us = 0
         """While there is no stream: since when the peer may miss something that this node knows."""
 
@@ -137,7 +138,7 @@ class Outbox:
         return snapshots.awaits_request or snapshots.missing_since_us is not None
 
     def lag_us(self, now_us: int) -> int:
-        """See `InFlight.lag_us`."""
+        """The sync lag: the age of the oldest change not acknowledged (see `InFlight.lag_us`)."""
         return self._in_flight.lag_us(self._oldest_unacknowledged_us(), now_us)
 
     def is_behind(self, since_us: int) -> bool:
@@ -146,38 +147,38 @@ class Outbox:
         return oldest_us is not None and oldest_us < since_us
 
     def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        """These entries of others are news that the peer hears of from nobody else."""
+        """Relay these entries: they are news that no other node sends to the peer."""
         sources = self._sources
         if sources is not None and not sources.side.relay(bucket, entries):
             sources.snapshots.begin(sources.side.drop_relayed())
 
     def repair(self, key: bytes) -> None:
-        """The peer has to hear everything about one bucket."""
+        """Send the peer everything about one bucket."""
         if self._sources is not None:
             self._sources.side.repair(key)
 
     def hurry(self, bucket: Bucket) -> None:
-        """What this node just took from a bucket must not wait behind all else that the peer has yet to be sent."""
+        """Send what this node just took from a bucket before all else that the peer has yet to be sent."""
         if self._sources is not None:
             self._sources.side.hurry(bucket)
 
     def snapshot(self, since_us: int) -> None:
-        """The peer may have missed something since then: what it does not hear of from others any more."""
+        """Send a snapshot of what was written since then, some of which the peer may have missed."""
         if self._sources is not None:
             self._sources.snapshots.begin(since_us)
 
     def request(self, now_us: int, *, recent: bool) -> None:
-        """The peer says which snapshot it wants; see `Snapshots.request`."""
+        """Send the snapshot that the peer has asked for: everything, or what is recent (see `Snapshots.request`)."""
         if self._sources is not None:
             self._sources.snapshots.request(now_us, recent=recent)
 
     def missed_since(self, since_us: int | None) -> None:
-        """The peer is one that should have been reached: what it has not been told yet it has missed since then."""
+        """Count what the peer was not sent yet as missed since then: it is one that should have been reached."""
         if not self._is_told_all:
             self._undelivered_since_us = earlier(self._undelivered_since_us, since_us)
 
     def missed_changes(self, since_us: int) -> None:
-        """There were own changes since then, which a peer out of reach has missed."""
+        """Note that a peer without a stream has missed own changes since then."""
         if self._sources is not None:
             return
         # They may be older than the loss of the stream: a process that stood still had yet to flush them.
@@ -186,7 +187,7 @@ class Outbox:
             self._undelivered_since_us = since_us
 
     def open(self, peer: Origin, *, compares: bool) -> None:
-        """A stream to `peer` is there, which is told everything from now on.
+        """Begin to send to `peer`, to which there is a stream now.
 
         Args:
             compares: it speaks a protocol in which a snapshot may leave out what the peer was told on an earlier stream
@@ -205,7 +206,7 @@ class Outbox:
             self.snapshot(self._missing_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
 
     def close(self, now_us: int) -> None:
-        """The stream is gone, and whatever was on its way may be lost."""
+        """Note that the stream is gone, and that whatever was on its way may be lost."""
         assert self._sources is not None
         self._undelivered_since_us = oldest_us = self._oldest_unacknowledged_us()
         missing_us = now_us if oldest_us is None else oldest_us
@@ -222,7 +223,7 @@ class Outbox:
         self._in_flight.lost()
 
     def forget_times(self) -> None:
-        """The clock was set, and there is no stream: the peer is told everything anew."""
+        """Begin anew, without a stream, after the clock was set: the peer will be sent everything."""
         assert self._sources is None
         self._is_told_all = False
         self._undelivered_since_us = None

@@ -1,4 +1,4 @@
-"""Buckets cut into what fits into a batch."""
+"""Parts: the states of buckets, cut into what fits into a batch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Parts = Iterator[Part]
 
 
 def tellable(store: Store, key: bytes) -> Bucket | None:
-    """None when it was dropped meanwhile, stays local, or has a key that no peer takes."""
+    """The bucket with this key; None when it was dropped meanwhile, stays local, or has a key that no peer takes."""
     bucket = store.get(key) if len(key) <= MAX_KEY_BYTES else None
     return None if bucket is None or bucket.journal is None else bucket
 
 
 def in_parts(bucket: Bucket | None, base: Base | None, entries: list[Entry]) -> Parts:
-    """At least one part, perhaps with nothing in it."""
+    """Cut a bucket's state into parts: at least one, perhaps with nothing in it."""
     if bucket is None or (base is None and not entries):
         yield NOTHING
         return

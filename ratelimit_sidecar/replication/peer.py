@@ -1,4 +1,4 @@
-"""What a node knows of another one, whatever the streams to it."""
+"""What a node knows of one peer, whatever the streams to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ratelimit_sidecar.replication.wire import Reason
 
 
 class Link(Protocol):
-    """What a peer has to do with a stream to it (`stream.Stream`)."""
+    """A stream, as its peer and the replicator use it; `stream.Stream` is one."""
 
     address: str
     is_dialled: bool
@@ -76,9 +76,9 @@ class Reported:
     """What a peer has reported of itself on the streams of now.
 
     Args:
-        full_state: it has told everything that it knew when its stream began.
+        full_state: it has sent everything that it knew when its stream began.
         reaches: nodes that it has a stream to; None while it has not reported it.
-        has_joined: its peers have told it what they know.
+        has_joined: its peers have sent it what they know.
         request: which snapshot it asks for.
         is_full: it has no room for buckets of new keys.
         rules: a digest of those it replicates by; 0 while it has not reported it.
@@ -118,10 +118,12 @@ class Peer:
         """True when the clock offset has been warned about."""
         self.last_error = ""
         self.lost_us = 0
+        """When its last stream ended."""
         self._spans: deque[BatchSpan | None] = deque()
         self.connections = 0
-        self.told_by: DeltasReader | None = None
-        """Of the stream on which it has begun to tell last; None when that is over."""
+        """How often it was connected by a first stream."""
+        self.newest_reader: DeltasReader | None = None
+        """Reads the stream that last began to carry Deltas; None when that stream has ended."""
 
     @property
     def active(self) -> Link | None:
@@ -129,7 +131,7 @@ class Peer:
         return self.streams[0] if self.streams else None
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Wake the active stream: there is something to send."""
         if self.streams:
             self.streams[0].wake()
 
@@ -150,21 +152,21 @@ class Peer:
         return bool(self.streams) and self.streams[0].pays
 
     def sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
-        """A batch of its outbox is on its way; returns what continues its trace, if it belongs to one."""
+        """Count a batch of its outbox that is sent now; returns the context of its trace, "" when it has none."""
         self.counts.batches_sent += 1
         self.counts.entries_sent += batch.entries
         span = None if tracer is None else tracer.batch_span(self.node, batch.bucket_keys)
         self._spans.append(span)
         return b"" if span is None else span.context
 
-    def told_on(self, reader: DeltasReader) -> None:
-        """It tells on another stream from now on, so it has lost the one before."""
-        if self.told_by is not None:
-            self.told_by.is_newest = False
-        self.told_by = reader
+    def use_reader(self, reader: DeltasReader) -> None:
+        """Its Deltas come on another stream from now on, so it has lost the one before."""
+        if self.newest_reader is not None:
+            self.newest_reader.is_newest = False
+        self.newest_reader = reader
 
     def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
-        """A batch of it is applied from now on.
+        """Count a batch of its Deltas, which is applied from now on.
 
         Returns:
             Its span, which whoever applies it ends; None when it belongs to no trace.
@@ -173,12 +175,12 @@ class Peer:
         return tracer.apply_span(self.node, deltas.trace) if tracer is not None and deltas.trace else None
 
     def acknowledged(self, now_us: int) -> None:
-        """It has applied the oldest batch on its way."""
+        """Note that it has applied the oldest batch on its way."""
         self.outbox.acknowledged(now_us)
         self._end_span()
 
     def end_spans(self) -> None:
-        """Whatever was on its way is given up."""
+        """End the spans of all batches on their way, which are lost."""
         while self._spans:
             self._end_span()
 

@@ -11,7 +11,7 @@ from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 PING_EVERY_US: Final = 1_000_000
 
 CLOCK_SAMPLES: Final = 8
-"""Of which the one with the shortest round trip counts: the length of NTP's clock filter (RFC 5905, section 10)."""
+"""Of so many samples the one with the shortest round trip counts: NTP's clock filter (RFC 5905, section 10)."""
 
 
 class Pings:
@@ -44,7 +44,7 @@ class Pings:
         return pb.Ping(id=self._last)
 
     def received(self, ping: pb.Ping, now_us: int) -> None:
-        """The peer pings."""
+        """Receive a Ping: a pong is owed."""
         self._pong_owed = (ping.id, now_us)
 
     def take_pong(self, now_us: int) -> pb.Pong | None:
@@ -55,7 +55,7 @@ class Pings:
         return pb.Pong(id=ping_id, received_us=received_us, sent_us=now_us)
 
     def answered(self, pong: pb.Pong, now_us: int) -> int:
-        """Hear an answer.
+        """Receive a Pong.
 
         Returns:
             The best current estimate of the peer's clock minus this node's.

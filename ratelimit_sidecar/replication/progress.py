@@ -1,4 +1,4 @@
-"""Wakes tasks that wait for a change of the mesh: a frame was heard, or a stream or a dial has ended."""
+"""Wakes tasks that wait for a change of the mesh: a frame was received, or a stream or a dial has ended."""
 
 from __future__ import annotations
 

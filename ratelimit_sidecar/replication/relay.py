@@ -32,6 +32,7 @@ class Relay:
         self._node = node
         self._topology = _Topology((), {}, 1)
         self._of_origin: dict[str, list[Peer]] = {}
+        """By origin, the peers that this node passes its takes on to."""
         self._missed: dict[str, set[str]] = {}
         """By peer, the origins that this node passes on to it."""
         self._lasting: dict[str, set[str]] = {}
@@ -40,7 +41,7 @@ class Relay:
         """False when all peers reach each other."""
 
     def look_steps(self, peers: Mapping[str, Peer]) -> Generator[None, None, list[Peer]]:
-        """See who reaches whom now, in steps.
+        """Find out who reaches whom now, in steps.
 
         Returns:
             Peers that must be told what they have missed of origins that this node now passes on to them.
@@ -78,7 +79,7 @@ class Relay:
     def to_be_told(self, origin: str) -> Iterable[Peer]:
         """The peers to whom this node passes on what `origin` takes."""
         found = self._of_origin.get(origin)
-        # A node that nobody reaches has ended, and what was heard of it is news to all who have not heard it.
+        # A node that nobody reaches has ended, and what was received of it is news to all who lack it.
         return found if found is not None else self._topology.to_be_told(origin)
 
 
@@ -97,7 +98,7 @@ class _Topology:
         self._own_bit = own_bit
 
     def to_be_told(self, origin: str) -> list[Peer]:
-        """See `Relay.to_be_told`."""
+        """The peers to whom the node with `own_bit` passes on what `origin` takes."""
         reach_origin = self._reached_by.get(origin, 0)
         return [peer for peer in self._peers if self._must_tell(peer, origin, reach_origin)]
 

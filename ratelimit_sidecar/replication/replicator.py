@@ -1,10 +1,10 @@
 """One node's side of the mesh: what it does for all its peers together. Sans-I/O: instants in, jobs in steps out.
 
-Theory of operation. Every few milliseconds a *flush* moves what this node took into the log of changes (`changes`),
-from which each peer's outbox sends it, and a part of a *round* sums up what the node holds, to be compared
-(`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what is said on a stream in
-`stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for at a start is
-decided in `sync`.
+Theory of operation. Every 20 ms, or sooner, `mesh` calls for a *flush*, which moves what this node took into the change
+log (`changes`), from which each peer's outbox sends it. And it calls for a part of a *round*, which sums up what the
+node holds, to be compared (`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what
+is said on a stream in `stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for
+at a start is decided in `sync`.
 """
 
 from __future__ import annotations
@@ -72,23 +72,24 @@ class Replicator:
         self.unknown_keys = 0
         """Buckets that peers told of and no replicated rule here knows."""
         self.rules = 0
-        """See `use_rules`."""
+        """The digest of the rules in force; 0 before the first `use_rules`."""
         self.status_version = 1
         """Counts up whenever what a status says changes."""
         self.relay = Relay(local.origin.node)
         self.on_news: OnNews | None = None
-        """Told of what peers tell that is new here. Does no I/O."""
+        """Called with what a peer sent that is new here. It must do no I/O."""
         self._topology_changed = False
         self._topology_checked_us = 0
         self._was_full = False
         self.summing = Summing(store, now_us)
 
     def flush_steps(self, now_us: int) -> Steps:
-        """Let the peers be told what this node has changed, and `_tend_steps`; every few milliseconds, in steps."""
+        """Move this node's changes into the log, wake the streams that send them, and `_tend_steps`, in steps. To be
+        called at each flush."""
         changes = self.changes
         end = changes.end
         self._hurry(HURRIED_BUCKETS)
-        for _ in changes.flush_steps(now_us, is_told=any(peer.streams for peer in self.peers.values())):
+        for _ in changes.flush_steps(now_us, has_peers=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
                 self._tell_changes(end)
                 end = changes.end
@@ -102,7 +103,7 @@ class Replicator:
         yield from self._tend_steps(now_us)
 
     def _tell_changes(self, first: int) -> None:
-        """There are further segments of changes, `first` and those after it."""
+        """Wake the streams: there are further segments of changes, `first` and those after it."""
         segment = self.changes.get(first)
         created_us = self.changes.created_us if segment is None else segment.created_us
         if self.connections.first_change_us is None:
@@ -115,7 +116,7 @@ class Replicator:
                 stream.wake()
 
     def _hurry(self, most: int) -> None:
-        """Tell of some buckets of which much was taken before their turn, where there is much to tell."""
+        """Send peers that have much else to be sent some urgent buckets before their turn."""
         journal = self.store.journal
         most = min(most, len(journal.urgent))
         if not most:
@@ -144,8 +145,8 @@ class Replicator:
             yield
 
     def _tend_steps(self, now_us: int) -> Steps:
-        """What a flush does besides: ask peers for what the ledger wants, see what must be relayed, forget peers that
-        have gone."""
+        """What comes with each flush: ask peers for what the ledger wants, see what must be relayed, and forget peers
+        that have gone."""
         if self.purses is not None:
             self._ask(self.purses)
         yield from self._check_topology_steps(now_us)
@@ -218,7 +219,7 @@ class Replicator:
         self._topology_changed |= self.relay.is_to_look_again
 
     def pass_on(self, sender: Peer, bucket: Bucket, entries: Sequence[Entry]) -> None:
-        """News from a peer, for those that cannot hear it themselves."""
+        """Relay news from a peer to those that have no stream to its origin."""
         for entry in entries:
             for peer in self.relay.to_be_told(entry.origin.node):
                 # Who reaches whom was looked at a moment ago.
@@ -234,7 +235,7 @@ class Replicator:
                 peer.wake()
 
     def news_reader(self, sender: Peer) -> OnNews | None:
-        """What is to be told of news from that peer; None when nobody wants to know."""
+        """What to call with news from that peer; None when nobody needs it."""
         if self.on_news is None:
             return partial(self.pass_on, sender) if self.relay.is_needed else None
         return partial(self._note_news, sender, self.on_news)

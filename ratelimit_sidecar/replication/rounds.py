@@ -1,7 +1,7 @@
 """What a node holds, summed up by ranges of keys, to be compared with others (`anti_entropy`).
 
 Every `EVERY_US`, at the same instants by every node's clock, each node sums up its buckets by range of keys, once for
-all its peers: a *round*. Two nodes that have heard the same must come to the same sums although deltas are under way
+all its peers: a *round*. Two nodes that have received the same must come to the same sums although deltas are under way
 and they seal at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over
 for `SETTLE_US`, and what older ones amount to.
 
@@ -81,7 +81,7 @@ def range_of(key: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Its buckets, as far as there are few enough of them.
+    """The buckets of one range of keys, as far as there are few enough of them.
 
     Args:
         hashes: of the keys.
@@ -93,7 +93,7 @@ class _Range:
 
     @property
     def is_crowded(self) -> bool:
-        """There are more, and it is left out."""
+        """There are more, and the range is left out."""
         return len(self.keys) > MAX_SUMMARY_BUCKETS
 
 
@@ -136,7 +136,7 @@ class Round:
 
 
 class Summing:
-    """One node's rounds.
+    """One node's rounds. Call `step` every few milliseconds, or `pause` while there is nobody to compare with.
 
     Args:
         now_us: the start, or near it.

@@ -5,10 +5,10 @@ A job is a generator that yields after each step. Steps of all jobs are done in 
 up; then requests are served: in one turn of the loop they are read, in the next they are answered. Without that a
 flush would wake the writers of all streams, and peers that flush at once all readers: tens of milliseconds in one turn.
 
-The quantum grows with what requests take for a turn: to half of that up to 0.5 ms, to a third above; and where turns
-are long, one is left to requests at a time. So replication keeps a third of a busy loop, and a quarter when turns stay
-longer than 1.5 ms. It goes by the shortest of the latest turns: a long quantum after a long turn among short ones would
-make the next turn long as well, for all the requests that come meanwhile.
+The quantum is a part of the time that requests take between two quanta: half of it up to 0.5 ms, a third beyond. Where
+one turn takes 0.5 ms, requests get one, not two. So replication keeps a third of a busy loop, or a quarter when
+requests take more than 1.5 ms. The shortest of the latest turns counts: a long quantum after one long turn among short
+ones would make the next turn long as well, for all the requests that come meanwhile.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import NamedTuple
 from ratelimit_sidecar.replication.pace import Steps
 
 QUANTUM_NS = 200_000
-"""At least. The step that uses it up is the last, so it takes up to as long as the longest step more."""
+"""The least quantum. The step that uses it up is the last, so one step may come on top."""
 
 FAIR_QUANTUM_NS = 500_000
-"""Up to so much it is half of others' turns, and above a third of them."""
+"""Up to this the quantum is half of what requests take, beyond it a third."""
 
 MAX_QUANTUM_NS = 5_000_000
-"""At most."""
+"""The largest quantum."""
 
 GROWTH = 16
-"""What others are reckoned to take for a turn grows by one part in so many at a time, and shrinks at once."""
+"""The estimate of what others take in a turn grows by 1/16 at a time, and shrinks at once."""
 
 LONG_TURN_NS = 500_000
-"""Where others need so long for a turn, they are left one at a time."""
+"""Where others take so long for a turn, they get one between two quanta, not two."""
 
 
 class _QueuedJob(NamedTuple):
@@ -44,7 +44,7 @@ class _QueuedJob(NamedTuple):
 
 
 class Scheduler:
-    """Does the jobs of one event loop; see above. `run` returns when its job is done.
+    """Does the jobs of one event loop, a quantum at a time. `run` returns when its job is done.
 
     Args:
         monotonic_ns: the clock that steps are timed with.
@@ -54,13 +54,13 @@ class Scheduler:
         self._monotonic_ns = monotonic_ns
         self._quantum_ns = QUANTUM_NS
         self._used_ns = 0
-        """Of the quantum."""
+        """How much of the current quantum is used."""
         self._turn_ns = 0
         """What others take for a turn of the loop, or less when that has been so only lately."""
-        self._turns_left = 2
-        """Turns of the loop that are left to others when the quantum is used up."""
-        self._left_ns = 0
-        """When the quantum was used up."""
+        self._turns_of_others = 2
+        """Turns of the loop that others get when the quantum is used up."""
+        self._yielded_ns = 0
+        """When the last quantum was used up and the loop left to others."""
         self._queue: deque[_QueuedJob] = deque()
 
     async def run(self, job: Steps, *, is_urgent: bool = False) -> None:
@@ -96,19 +96,19 @@ class Scheduler:
             ended_ns = self._monotonic_ns()
             self._used_ns += ended_ns - began_ns
             if self._used_ns >= self._quantum_ns:
-                self._left_ns = ended_ns
+                self._yielded_ns = ended_ns
                 loop = asyncio.get_running_loop()
-                if self._turns_left == 1:
+                if self._turns_of_others == 1:
                     loop.call_soon(self._go_on)
                 else:
                     loop.call_soon(loop.call_soon, self._go_on)
 
     def _go_on(self) -> None:
         self._used_ns = 0
-        turn_ns = (self._monotonic_ns() - self._left_ns) // self._turns_left
+        turn_ns = (self._monotonic_ns() - self._yielded_ns) // self._turns_of_others
         self._turn_ns = min(turn_ns, max(QUANTUM_NS, self._turn_ns + self._turn_ns // GROWTH))
-        self._turns_left = 1 if self._turn_ns >= LONG_TURN_NS else 2
-        others_ns = self._turn_ns * self._turns_left
+        self._turns_of_others = 1 if self._turn_ns >= LONG_TURN_NS else 2
+        others_ns = self._turn_ns * self._turns_of_others
         self._quantum_ns = max(QUANTUM_NS, min(others_ns // 2, FAIR_QUANTUM_NS), min(others_ns // 3, MAX_QUANTUM_NS))
         while self._queue and self._used_ns < self._quantum_ns:
             queued = self._queue.popleft()

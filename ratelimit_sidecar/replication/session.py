@@ -1,13 +1,13 @@
-"""The conversation of two sidecars over one stream. Sans-I/O: everything that affects its state lives here.
+"""The protocol of one stream: which frame may come when, and which is due. Sans-I/O; `stream` says what frames do.
 
 Theory of operation. Both ends send Hello first, and anything else once they have the other's Hello. From then on each
 numbers its Deltas 1, 2, 3 ..., acknowledges the peer's, and pings once a second. Ends that have shown each other a
 membership also send Payments; ends that speak protocol 3 also compare what they hold. Neither is acknowledged. The
 transport keeps order and loses nothing but the whole stream, so a gap in the numbers is a broken peer, not a loss.
 
-    HELLO --Hello heard--> ESTABLISHED
+    HELLO --Hello received--> ESTABLISHED
     either --ProtocolError, close()--> CLOSING --Goodbye taken by next_frame--> CLOSED
-    either --Goodbye heard--> CLOSED
+    either --Goodbye received--> CLOSED
 
 Frames are *pulled*: what is owed (a pong, an acknowledgement, a ping) is a flag, not a queue, and becomes a frame when
 the transport can take one. So a peer that does not read costs no memory. Times are microseconds of this node's clock.
@@ -43,10 +43,10 @@ from ratelimit_sidecar.replication.wire import (
 )
 
 SILENCE_US: Final = 5_000_000
-"""Nothing heard for so long, five pings: the peer is dead or cut off."""
+"""Nothing received for so long, five pings: the peer is dead or cut off."""
 
 STALL_US: Final = 10_000_000
-"""Deltas not acknowledged, or a ping not answered, for so long: the peer talks and does not listen."""
+"""Deltas not acknowledged, or a ping not answered, for so long: the peer sends and does not read."""
 
 MAX_FRAMES: Final = 10_000
 FRAMES_WITHIN_US: Final = 5_000_000
@@ -65,7 +65,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What a node says of itself.
+    """What a node reports of itself in its Hello.
 
     Args:
         version: of the software, for people.
@@ -125,7 +125,7 @@ class PaymentsReceived:
 
 @dataclass(frozen=True, slots=True)
 class StatusReceived:
-    """The peer says whom it hears from, and what rules it has."""
+    """The peer reports which nodes it has a stream to, and which rules it has."""
 
     status: pb.Status
 
@@ -139,7 +139,7 @@ class ComparisonReceived:
 
 @dataclass(frozen=True, slots=True)
 class DemandsReceived:
-    """The peer says what its Envoys want."""
+    """The peer reports what its Envoys want."""
 
     demands: Sequence[pb.Demand]
 
@@ -173,10 +173,11 @@ Event = (
 
 
 class Session:
-    """One stream, from the moment it carries frames.
+    """The protocol of one stream, from the moment the connection is there. Call `receive` for each frame received, send
+    what `next_frame` returns until it returns None, and call `check_time` a few times a second, until `is_over`.
 
     Args:
-        now_us: when that was.
+        now_us: when the connection was made.
     """
 
     def __init__(self, local: Local, now_us: int) -> None:
@@ -186,7 +187,7 @@ class Session:
         self.pays = False
         """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
         self.wishes = False
-        """True when these may have wishes and tickets."""
+        """True when Payments may have wishes and tickets."""
         self.compares = False
         """True when both ends know of Status, comparisons and numbers for keys."""
         self.received_us = now_us
@@ -196,7 +197,7 @@ class Session:
         self._hello_owed = True
         self._goodbye: pb.Goodbye | None = None
         self._received = 0
-        """The last of the peer's Deltas."""
+        """The number of the last Deltas received."""
         self._acks = OwedAcks()
         self._sent = 0
         self._unacknowledged: deque[int] = deque()
@@ -205,11 +206,11 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """True when there is nothing more to say or hear."""
+        """True when there is nothing more to send or to receive."""
         return self.state is State.CLOSED
 
     def receive(self, raw: bytes, now_us: int) -> Event | None:
-        """Take one frame in.
+        """Receive one frame.
 
         Raises:
             ProtocolError: the frame breaks the protocol; the session is closing, and has a Goodbye that says why.
@@ -235,7 +236,7 @@ class Session:
         silent_us = now_us - self.received_us
         unanswered_us = now_us - min([*self._unacknowledged, self._pings.waits_since_us(now_us)])
         if silent_us >= SILENCE_US:
-            error = ProtocolError(Reason.SILENT, f"nothing heard for {silent_us / 1e6:.1f} s")
+            error = ProtocolError(Reason.SILENT, f"nothing received for {silent_us / 1e6:.1f} s")
         elif unanswered_us >= STALL_US:
             error = ProtocolError(Reason.STALLED, f"no answer for {unanswered_us / 1e6:.1f} s")
         else:

@@ -1,5 +1,5 @@
-"""What one peer is told besides the node's own changes and snapshots: repairs, what is relayed to it, and what cannot
-wait for its turn.
+"""What one peer is sent besides the change log and snapshots: repairs, what is relayed to it, and buckets that cannot
+wait for their turn in the log.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SideLog:
         return len(self._relayed) + len(self._repairs) + len(self._hurried) + (self._parts is not None)
 
     def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> bool:
-        """These entries of others are news that the peer hears of from nobody else.
+        """Relay these entries: they are news that no other node sends to the peer.
 
         Returns:
             False when there is no room.
@@ -61,29 +61,29 @@ class SideLog:
         """Forget what waits to be relayed.
 
         Returns:
-            Since when a snapshot has to go back to tell of it.
+            How far back a snapshot has to go to have all of it.
         """
         self._relayed.clear()
         since_us, self._relayed_since_us = self._relayed_since_us, MAX_TIME_US
         return since_us
 
     def repair(self, key: bytes) -> None:
-        """The peer has to hear everything about one bucket."""
+        """Send the peer everything about one bucket."""
         self._repairs[key] = None
 
     def hurry(self, bucket: Bucket) -> None:
-        """The peer has to hear soon what this node took from a bucket."""
+        """Send the peer soon what this node took from a bucket."""
         self._hurried.add(bucket)
 
     def parts(self, now_us: int) -> Parts:
-        """All that waits."""
+        """All that waits, taken out as it is iterated."""
         self._now_us = now_us
         if self._parts is None:
             self._parts = self._take()
         return self._parts
 
     def close(self) -> None:
-        """See `Cursor.close`."""
+        """Call it when the stream is gone, so that the two can be freed (see `Cursor.close`)."""
         self._parts = None
 
     def _take(self) -> Parts:
@@ -96,6 +96,6 @@ class SideLog:
                 yield from in_parts(bucket, None, [] if bucket is None else list(bucket.received_entries(slots)))
             if self._repairs:
                 key, _ = self._repairs.popitem(last=False)
-                # What the peer took, too, which it may have forgotten: see `Bucket._recall`.
+                # With what the peer itself took, which it may have forgotten (`Bucket._recall`).
                 yield from whole(self._store, key, 0, self._now_us, None)
         self._parts = None

@@ -18,7 +18,7 @@ MAX_FIRST_OF_LIMIT: Final = 4_096
 
 
 class Snapshots:
-    """The snapshots sent on one stream, one after the other.
+    """The snapshots sent on one stream, one after the other. While one `is_owed`, send its `parts`.
 
     Args:
         peer: knows its own entries best.
@@ -44,7 +44,7 @@ class Snapshots:
 
     @property
     def is_owed(self) -> bool:
-        """True while there is one to be told."""
+        """True while a snapshot has parts to be sent."""
         return self._parts is not None
 
     @property
@@ -54,11 +54,11 @@ class Snapshots:
 
     @property
     def missing_since_us(self) -> int | None:
-        """If the stream is lost now: since when the peer misses what they were to tell; None when they were told."""
+        """Since when the peer misses something, if the stream is lost now; None when all snapshots were applied."""
         return earlier(self._since_us, self._next_since_us)
 
     def request(self, now_us: int, *, recent: bool) -> None:
-        """The peer says which one it wants.
+        """Begin the snapshot that the peer has asked for.
 
         Args:
             recent: own changes of the last RECENT_US; everything otherwise.
@@ -72,12 +72,12 @@ class Snapshots:
                 self._next_since_us = None
                 self.begin(0)
         elif not recent and self._is_told_recent:
-            # The one that told it everything is gone.
+            # The peer that sent it everything is gone.
             self._is_told_recent = False
             self.begin(0)
 
     def begin(self, since_us: int) -> None:
-        """Tell all that was written since then: after the one under way, or the one that the peer is to ask for."""
+        """Send all that was written since then: after the snapshot under way, or that which the peer is to ask for."""
         if self.awaits_request or self._parts is not None:
             # One under way has passed some buckets already, and may not go back so far.
             self._next_since_us = earlier(self._next_since_us, since_us)
@@ -87,23 +87,23 @@ class Snapshots:
         self._parts = self._all(since_us)
 
     def parts(self, now_us: int) -> Parts:
-        """What is yet to be told."""
+        """The parts of the snapshot under way that are yet to be sent; it must be owed."""
         assert self._parts is not None
         self._now_us = now_us
         return self._parts
 
     def take_end(self) -> bool:
-        """True once after the last part of one."""
+        """True once after the last part of a snapshot."""
         has_ended, self._has_ended = self._has_ended, False
         return has_ended
 
     def acknowledged(self) -> None:
-        """The peer has heard all of one."""
+        """Note that the peer has applied all of a snapshot."""
         if self._parts is None and not self._has_ended:
             self._since_us = None
 
     def close(self) -> None:
-        """See `Cursor.close`."""
+        """Call it when the stream is gone, so that the two can be freed (see `Cursor.close`)."""
         self._parts = None
 
     def _begin_recent(self, since_us: int, now_us: int) -> None:
@@ -120,8 +120,8 @@ class Snapshots:
         self._end()
 
     def _nearly_used_up(self, since_us: int) -> Parts:
-        """A million buckets take half a minute. A peer that has just started admits meanwhile what it has not heard of;
-        and if this node stops, nobody else may know."""
+        """What is sent first. A snapshot of a million buckets takes half a minute, in which a peer that has just
+        started admits what it should deny; and if this node stops, nobody else may know."""
         told = Counter[tuple[int, int]]()
         for bucket in self._store.walk():
             bucket.advance(self._now_us)

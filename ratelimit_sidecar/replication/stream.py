@@ -1,7 +1,7 @@
-"""A session over one connection, as its two ends see it: frames in, frames out. Sans-I/O.
+"""One stream with a peer: its session (`session`), what frames do at this node, and which are sent. Sans-I/O.
 
-Deltas, demands and asks go out on a peer's active stream only (`Peer.active`); an ask is paid, and digests are
-answered, on the stream on which they came.
+Deltas, demands and asks go out on a peer's active stream only (`Peer.active`); asks are paid, and digests answered, on
+the stream on which they were received.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ InSteps = DeltasReceived | ComparisonReceived | DemandsReceived
 
 
 class Inbound:
-    """What a peer says on one stream, once both ends have accepted each other.
+    """Applies what a peer sends on one stream, from its Hello on, if this node has accepted it.
 
     Args:
-        is_proven: see `DeltasReader`.
+        is_proven: the peer is known to be the node that it says it is (see `DeltasReader`).
         payments: of the stream.
     """
 
@@ -76,18 +76,18 @@ class Inbound:
         if session.compares:
             leads = replicator.local.origin.node < peer.node
             self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
-        self._has_told = self._is_over = False
+        self._has_sent_deltas = self._is_over = False
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
         self.batch_trace: dict[str, str] = {}
         """For a line of the log: the `trace_id` of the batch that is being applied, or with which the stream ended."""
 
     def close(self) -> None:
-        """Nothing is received any more."""
+        """Call it when the stream is closing: nothing more is applied."""
         self._is_over = True
         self.exchange = None
-        if self.peer.told_by is self._reader:
-            self.peer.told_by = None
+        if self.peer.newest_reader is self._reader:
+            self.peer.newest_reader = None
         self._end_span()
 
     def apply_steps(self, event: InSteps, now_us: int) -> Steps:
@@ -111,9 +111,9 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
-        if not self._has_told:
-            self._has_told = True
-            peer.told_on(self._reader)
+        if not self._has_sent_deltas:
+            self._has_sent_deltas = True
+            peer.use_reader(self._reader)
         on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
         self._applying = peer.received(deltas, replicator.tracer)
@@ -135,7 +135,7 @@ class Inbound:
         self._session.acknowledge(now_us)
 
     def receive(self, event: Event, now_us: int) -> None:
-        """Hear what takes no steps.
+        """Apply an event that takes no steps.
 
         Raises:
             ProtocolError: see `Purses.receive` and `read_reaches`.
@@ -229,7 +229,7 @@ class Stream:
         self.address = address
         self.is_dialled = is_dialled
         self.is_paused = False
-        """True while changes need not wake it. Set by who writes its frames: see `take_pause_us`."""
+        """True while changes need not wake it. Set by `carrier`, which keeps the pauses (`take_pause_us`)."""
         self.wake = wake
         self._check_peer = check_peer
         self.peer: Peer | None = None
@@ -248,7 +248,7 @@ class Stream:
 
     @property
     def batch_trace(self) -> dict[str, str]:
-        """See `Inbound.batch_trace`."""
+        """Fields for a log line of this stream (see `Inbound.batch_trace`)."""
         return {} if self._inbound is None else self._inbound.batch_trace
 
     @property
@@ -272,8 +272,8 @@ class Stream:
         return self._session.received_us
 
     def receive_steps(self, raw: bytes, now_us: int) -> Steps:
-        """Take one frame in and apply it, in steps; the next one may come when all have been done. A bad frame leaves
-        the stream closing, with `error` set."""
+        """Receive one frame and apply it, in steps; do them all before the next frame. After a bad frame the stream is
+        closing, and `error` says why."""
         try:
             event = self._session.receive(raw, now_us)
             if self.peer is not None:
@@ -285,17 +285,17 @@ class Stream:
         self.wake()
 
     def is_ack_due(self, now_us: int) -> bool:
-        """See `Session.is_ack_due`."""
+        """True when an acknowledgement has waited in vain for Deltas to carry it: call `wake`."""
         return self._session.is_ack_due(now_us)
 
     def compare(self, done: Round) -> None:
-        """This node has summed up what it holds, and so has the peer."""
+        """Compare with the peer what both held in a round that is done here."""
         if self._inbound is not None and self._inbound.exchange is not None:
             self._inbound.exchange.note_round(done)
             self.wake()
 
     def check_time(self, now_us: int) -> None:
-        """To be called a few times a second: pings, and notices a dead peer, which leaves the stream closing."""
+        """Ping, and close the stream of a dead peer. Call it a few times a second."""
         try:
             self._session.check_time(now_us)
             if self._replicator.purses is not None and self.payments is not None:
@@ -327,7 +327,8 @@ class Stream:
         return raw
 
     def take_pause_us(self) -> int:
-        """Once after each batch: how long not to `write` the next one, since both ends have decisions to make, too."""
+        """How long to wait before the next `write`, since both ends have decisions to make, too. Call it after each
+        frame that was sent; it is 0 unless that was a batch."""
         pause_us, self._pause_owed_us = self._pause_owed_us, 0
         return pause_us
 

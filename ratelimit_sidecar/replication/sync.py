@@ -21,11 +21,11 @@ class SyncRequests:
 
     def __init__(self, peers: Mapping[str, Peer], announce: Callable[[], object]) -> None:
         self.has_joined = True
-        """False from a start until peers have told what they know, or nobody waits for that any more."""
+        """False from a start until peers have sent what they know, or nobody waits for that any more."""
         self._peers = peers
         self._announce = announce
         self._source: Peer | None = None
-        """Before that, the peer that sends everything."""
+        """The peer that is asked for everything, before `has_joined`."""
 
     @property
     def is_receiving_all(self) -> bool:
@@ -33,13 +33,13 @@ class SyncRequests:
         return self._source is not None and not self._source.reported.full_state
 
     def join(self) -> None:
-        """Peers have told what they know, or nobody waits for that any more."""
+        """Note that peers have sent what they know, or that nobody waits for it any more."""
         if not self.has_joined:
             self.has_joined = True
             self._announce()
 
     def decide(self, peer: Peer) -> None:
-        """Decide what to ask a peer for that has told its status. What was once asked for is not taken back."""
+        """Decide what to ask a peer for that has reported its status. What was once asked for is not taken back."""
         if peer.own_request == pb.UNDECIDED and self.has_joined:
             # A node that has just started knows nothing that is old and that this one does not.
             request = pb.EVERYTHING if peer.reported.has_joined else pb.RECENT

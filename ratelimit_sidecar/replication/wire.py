@@ -71,7 +71,7 @@ class Reason(StrEnum):
     VERSION = "version"
     """The peer speaks no protocol known here."""
     DUPLICATE_NODE = "duplicate_node"
-    """Two live replicas have one node id."""
+    """Two live nodes have one id."""
     CERTIFICATE = "certificate"
     """The peer's certificate is not for the node that it says it is."""
     TOO_MANY_PEERS = "too_many_peers"

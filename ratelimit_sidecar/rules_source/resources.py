@@ -30,7 +30,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 def data_of(response: DiscoveryResponse) -> dict[str, Data]:
-    """By the names of the resources, which errors then quote as they would a file's.
+    """The data of each resource of a response, by its name. Errors quote it as they quote a file's name.
 
     Raises:
         ConfigError: some are not `RateLimitConfig`s, or the response is about something else.
@@ -49,7 +49,7 @@ def data_of(response: DiscoveryResponse) -> dict[str, Data]:
         try:
             config.ParseFromString(resource.value)
         except DecodeError:
-            problems.append(Problem(place, None, None, "", "bytes that are none", TYPE_URL))
+            problems.append(Problem(place, None, None, "", "bytes that cannot be parsed", TYPE_URL))
             continue
         # Names should be there and be unique; nothing depends on it here but who is blamed.
         name = config.name if config.name and config.name not in found else f"{config.name} ({place})".lstrip()

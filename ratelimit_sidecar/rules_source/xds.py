@@ -144,13 +144,17 @@ class XdsClient:
         return self._subscription.reject(response, "\n".join(map(str, islice(rejected.problems, _MAX_PROBLEMS_TOLD))))
 
     def _rules_of(self, response: DiscoveryResponse) -> Rules:
-        """Runs in a thread."""
+        """The rules in a response. It runs in a thread.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
         resources = data_of(response)
         try:
             return self._read(resources)
         finally:
             pieces = pieces_of_data(resources.values())
-            # An exception keeps the frames that have it.
+            # The frames that an exception keeps refer to `resources`.
             resources.clear()
             free_in_pieces(pieces)
 

@@ -197,20 +197,17 @@ def names_otlp(variable: str) -> bool | None:
     return "otlp" in exporters if exporters else None
 
 
-def prepare_export(signal: str) -> str:
-    """Prepare the environment before an exporter's module is imported.
+def export_protocol(signal: str) -> str:
+    """The protocol to export a signal with. The proxy that it would go through is logged, if there is one.
 
     Args:
         signal: as in the names of variables, for example TRACES.
-
-    Returns:
-        The protocol to export with.
 
     Raises:
         ValueError: there is no such protocol.
     """
     protocol = _protocol(signal)
-    _find_proxy(signal)
+    _log_proxy(signal)
     return protocol
 
 
@@ -225,8 +222,7 @@ def _protocol(signal: str) -> str:
     return protocol
 
 
-def _find_proxy(signal: str) -> None:
-    """Log the proxy through which a signal would go, if there is one."""
+def _log_proxy(signal: str) -> None:
     endpoint = urlsplit(
         os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
     )
@@ -245,8 +241,8 @@ def _wanted() -> bool:
 
 
 def _exporter() -> SpanExporter:
-    # The exporters are imported here because the repair must come first; and who doesn't trace needn't load them.
-    if prepare_export("TRACES") == "grpc":
+    # Imported here: who does not trace need not load them.
+    if export_protocol("TRACES") == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter as GrpcSpanExporter,
         )
@@ -260,6 +256,7 @@ def _exporter() -> SpanExporter:
 
 
 def resource_of(node: str, region: str) -> Resource:
+    """The attributes of this process that spans and metrics are exported with."""
     ours = {
         "service.name": SERVICE_NAME,
         "service.version": __version__,

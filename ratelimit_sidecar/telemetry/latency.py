@@ -57,5 +57,5 @@ class LatencyHistogram:
         self.sum_ns += elapsed_ns
 
     def exemplify(self, trace_id: str, elapsed_ns: int, ended_ns: int) -> None:
-        """Note that a request that was observed already was sampled; see `Exemplar`."""
+        """Keep a sampled request as the exemplar of its bucket; it is observed already."""
         self.exemplars[bisect_left(BOUNDS_NS, elapsed_ns)] = Exemplar(trace_id, elapsed_ns, ended_ns)

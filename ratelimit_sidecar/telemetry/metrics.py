@@ -662,7 +662,7 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_fabric_ticks_total",
         "counter",
         ("region", "result"),
-        "Ticks in which own counts were told to the fabric and the others' heard, or that failed; absent without"
+        "Ticks in which own counts were told to the fabric and the others' received, or that failed; absent without"
         " `fabric`, as all metrics whose names begin with ratelimit_fabric.",
         _read_source_by(lambda sources: sources.fabric, lambda it: {"shared": it.ticks, "failed": it.failed}),
     ),
@@ -1301,35 +1301,35 @@ def create_registry(sources: MetricSources) -> CollectorRegistry:
 
 
 class SidecarCollector(Collector):
-    """Our own metrics, without those of the process."""
+    """The sidecar's own metrics, without those of the process."""
 
     def __init__(self, sources: MetricSources) -> None:
         self._sources = sources
 
     def describe(self) -> Iterable[Metric]:
-        """What `collect` will name, so that registering it reads nothing."""
+        """The families without samples: the library asks for their names when the collector is registered."""
         return [_family(definition) for definition in METRICS]
 
     def collect(self) -> Iterator[Metric]:
-        """Families whose samples are read while one goes through them, so that who does can make pauses."""
-        snapshot = _take_snapshot(self._sources)
+        """The families of all metrics. A sample is read when it is iterated, so a caller can pause in between."""
+        view = _view_of(self._sources)
         for definition in METRICS:
             family = _family(definition)
             # A list by its type; whoever encodes a family only iterates over it.
-            family.samples = _Samples(definition, snapshot)  # type: ignore[assignment]
+            family.samples = _Samples(definition, view)  # type: ignore[assignment]
             yield family
 
 
 class _Samples:
-    def __init__(self, definition: Definition, snapshot: ScrapeView) -> None:
+    def __init__(self, definition: Definition, view: ScrapeView) -> None:
         self._definition = definition
-        self._snapshot = snapshot
+        self._view = view
 
     def __iter__(self) -> Iterator[EncodedSample]:
         name = self._definition.name
         # Only a histogram's buckets have a value for `le`.
         label_names = (*self._definition.labels, "le")
-        for suffix, label_values, value, *exemplar in self._definition.read(self._snapshot):
+        for suffix, label_values, value, *exemplar in self._definition.read(self._view):
             labels = dict(zip(label_names, label_values, strict=False))
             yield EncodedSample(name + suffix, labels, value, exemplar=exemplar[0] if exemplar else None)
 
@@ -1344,7 +1344,7 @@ def _family(definition: Definition) -> Metric:
     return Metric(name, definition.help, definition.kind)
 
 
-def _take_snapshot(sources: MetricSources) -> ScrapeView:
+def _view_of(sources: MetricSources) -> ScrapeView:
     limiter = sources.limiter
     return ScrapeView(sources, limiter.rules, list(limiter.counts), _by_label(sources.peers()), sources.membership())
 

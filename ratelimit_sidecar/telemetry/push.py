@@ -37,9 +37,9 @@ from prometheus_client.samples import Sample
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.telemetry.export import (
     TracingError,
+    export_protocol,
     is_sdk_disabled,
     names_otlp,
-    prepare_export,
     resource_of,
 )
 from ratelimit_sidecar.telemetry.exposition import sample_slices
@@ -157,8 +157,8 @@ def _wanted() -> bool:
 
 
 def _exporter() -> MetricExporter:
-    # Imported here: `prepare_export` must run first, and without push they need not be loaded.
-    if prepare_export("METRICS") == "grpc":
+    # Imported here: who does not push need not load them.
+    if export_protocol("METRICS") == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import (  # noqa: PLC0415
             OTLPMetricExporter as GrpcMetricExporter,
         )

@@ -1,5 +1,5 @@
-"""Spans: one for each sampled request, and two for each replicated batch with takes of sampled requests, one at each
-end, and one for each batch of such takes that is written to Redis.
+"""Spans. Each sampled request has one. Each replicated batch with takes of sampled requests has two, one at each end.
+Each batch of such takes that is written to Redis has one.
 
 The caller (Envoy) decides what is sampled. Without a `traceparent` whose sampled flag is set, or without B3 headers
 that say so (Zipkin's), there is no span, and the cost is one pass over the names of headers. A batch belongs to no
@@ -51,7 +51,7 @@ WRITE_SPAN = "write to Redis"
 MAX_BUCKETS: Final = 128
 MAX_REQUESTS_PER_BUCKET: Final = 8
 MAX_AGE_NS: Final = 60_000_000_000
-"""The most requests remembered for links. Beyond these the oldest are forgotten, and a batch has fewer links."""
+"""Bounds of the requests remembered for links. Beyond them the oldest are forgotten, and a batch has fewer links."""
 
 _SAMPLED_FLAG_AT: Final = 54
 """The position of the low digit of trace-flags: 2 + 1 + 32 + 1 + 16 + 1 + 2 (W3C Trace Context, section 3.2)."""
@@ -230,7 +230,7 @@ class RequestTracer:
         return self._root_span(WRITE_SPAN, SpanKind.CLIENT, attributes, links)
 
     def _links(self, linked_by: str, bucket_keys: Iterable[bytes]) -> list[Link]:
-        """To the requests that took from these buckets, each once."""
+        """Links to the requests that took from these buckets, each once."""
         if not self._taken:
             return []
         oldest_ns = self._monotonic_ns() - MAX_AGE_NS

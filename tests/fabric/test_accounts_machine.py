@@ -252,7 +252,7 @@ class AccountsMachine(RuleBasedStateMachine):
 
     def hear(self, call: Call) -> None:
         if call.answer is not None:
-            call.sidecar.draws.hear(call.asked, call.answer, call.sent_us)
+            call.sidecar.draws.receive(call.asked, call.answer, call.sent_us)
 
     def call(self, name: str, wanted: int | None = None, most: int = 0, room: int = 0) -> None:
         call = self.send(name, wanted, most, room)

@@ -29,7 +29,7 @@ class Caller:
         asked = self.draws.ask(self.bucket, DRAW)
         assert asked is not None
         number = str(self.draws.arguments([asked], NOW_US)[2]).encode()
-        self.draws.hear([asked], [number if each is None else each for each in answer], NOW_US)
+        self.draws.receive([asked], [number if each is None else each for each in answer], NOW_US)
 
 
 def knowing() -> Caller:

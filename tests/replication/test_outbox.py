@@ -54,11 +54,11 @@ def new_outbox(store: Store) -> Outbox:
     return Outbox(store, ChangeLog(store, NOW_US))
 
 
-def note(outbox: Outbox, created_us: int = NOW_US, *, is_told: bool = True) -> None:
+def note(outbox: Outbox, created_us: int = NOW_US, *, has_peers: bool = True) -> None:
     """Flush what the store's journal holds."""
     end = outbox._log.end
     outbox._log._flushed_us = created_us
-    done(outbox._log.flush_steps(created_us, is_told=is_told))
+    done(outbox._log.flush_steps(created_us, has_peers=has_peers))
     if outbox._log.end > end:
         outbox.missed_changes(created_us)
 
@@ -97,16 +97,16 @@ def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
         take(store, f"user {index}", 1, now_us)
 
 
-def with_changes(buckets: int, created_us: int = NOW_US, *, is_told: bool = False) -> tuple[Store, Outbox]:
+def with_changes(buckets: int, created_us: int = NOW_US, *, has_peers: bool = False) -> tuple[Store, Outbox]:
     """So many buckets, and an outbox whose peer has yet to hear of a take from each.
 
     Args:
-        is_told: as they are encoded for all; otherwise the peer has to catch up.
+        has_peers: as they are encoded for all; otherwise the peer has to catch up.
     """
     store = store_of(A)
     outbox = opened(store)
     fill(store, buckets)
-    note(outbox, created_us, is_told=is_told)
+    note(outbox, created_us, has_peers=has_peers)
     return store, outbox
 
 
@@ -140,7 +140,7 @@ def test_many_takes_on_one_bucket_are_one_entry_with_the_newest_count() -> None:
     outbox = opened(store)
     for _ in range(500):
         take(store, "ann", 1, NOW_US)
-        note(outbox, is_told=False)
+        note(outbox, has_peers=False)
     assert outbox.pending_buckets == 1
     [batch] = drained(outbox)
     assert batch.entries == 1
@@ -154,7 +154,7 @@ def test_who_is_behind_is_told_the_oldest_changes_first_and_each_bucket_once() -
     outbox = opened(store)
     for index, name in enumerate(["ann", "bob", "ann", "cid"]):
         take(store, name, 1, NOW_US)
-        note(outbox, NOW_US + index, is_told=False)
+        note(outbox, NOW_US + index, has_peers=False)
     [batch] = drained(outbox)
     assert batch.bucket_keys == (key_of("ann"), key_of("bob"), key_of("cid"))
     assert tokens_of(told([batch])) == 4
@@ -222,7 +222,7 @@ def test_what_a_stream_was_to_be_told_is_freed_when_it_ends() -> None:
     # A snapshot, what it has to catch up with, and repairs: all of them begun.
     open_stream(outbox)
     fill(store, 3 * MAX_BATCH_BUCKETS, NOW_US + 1)
-    note(outbox, is_told=False)
+    note(outbox, has_peers=False)
     for bucket in store:
         outbox.repair(bucket.key)
     for _ in range(4):
@@ -500,7 +500,7 @@ def test_slots_sealed_before_they_could_be_sent_are_dropped() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 5, NOW_US, key="team")
-    note(outbox, is_told=False)
+    note(outbox, has_peers=False)
     bucket = store.get(key_of("ann", "team"))
     assert bucket is not None
     bucket.seal(NOW_US + 2 * PER_TEAM.horizon_us)
@@ -512,7 +512,7 @@ def test_evicted_buckets_are_dropped() -> None:
     store = store_of(A)
     outbox = opened(store)
     take(store, "ann", 5, NOW_US)
-    note(outbox, is_told=False)
+    note(outbox, has_peers=False)
     store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1)
     assert store.evicted == 1
     assert next_batch(outbox, NOW_US) is None
@@ -712,7 +712,7 @@ def hurried(buckets: int) -> tuple[Outbox, bytes]:
     outbox = opened(store)
     fill(store, buckets)
     bucket = take(store, "ann", PER_USER.capacity, NOW_US)
-    note(outbox, is_told=True)
+    note(outbox, has_peers=True)
     outbox.hurry(bucket)
     return outbox, bucket.key
 
@@ -913,10 +913,10 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     store = store_of(A)
     outbox = new_outbox(store)
     take(store, "old", 1, NOW_US)
-    note(outbox, is_told=False)
+    note(outbox, has_peers=False)
     now_us = NOW_US + 60 * SECOND_US
     take(store, "recent", 1, now_us - RECENT_US // 2)
-    note(outbox, now_us - RECENT_US // 2, is_told=False)
+    note(outbox, now_us - RECENT_US // 2, has_peers=False)
     # Whoever has taken it tells of it.
     heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
     store.merge(key_of("recent"), None, [heard], now_us)
@@ -1064,7 +1064,7 @@ def test_what_is_kept_encoded_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatc
     log = opened(store)._log
     for index in range(200):
         take(store, f"user {index}", 1, NOW_US)
-        done(log.flush_steps(NOW_US, is_told=True))
+        done(log.flush_steps(NOW_US, has_peers=True))
     encoded = [segment.payload for segment in log._segments if segment.payload is not None]
     assert log._encoded_bytes == sum(map(len, encoded))
     assert 500 < log._encoded_bytes <= 1_000
@@ -1076,7 +1076,7 @@ def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -
     outbox = opened(store)
     for _ in range(2):
         assert bucket_of(store, "ann", NOW_US, rules=rules).take(1, NOW_US)
-        note(outbox, is_told=False)
+        note(outbox, has_peers=False)
     for batch in drained(outbox):
         apply_deltas(heard, deltas_of(batch), A.origin, NOW_US)
     assert tokens_of(heard) == 2

@@ -378,7 +378,7 @@ def test_pings_that_a_later_pong_has_answered_are_closed() -> None:
 def test_a_peer_not_heard_from_for_five_seconds_is_dead() -> None:
     session = established()
     session.check_time(NOW_US + SILENCE_US - 1)
-    with pytest.raises(ProtocolError, match=r"silent: nothing heard for 5\.0 s"):
+    with pytest.raises(ProtocolError, match=r"silent: nothing received for 5\.0 s"):
         session.check_time(NOW_US + SILENCE_US)
     assert kind_of(session.next_frame(NOW_US + SILENCE_US)) == "goodbye"
 

@@ -98,7 +98,7 @@ def test_all_that_is_something_else_is_named() -> None:
         data_of(response(cluster, good, noise))
     assert str(raised.value).splitlines() == [
         f'resource 0: found the type "type.googleapis.com/envoy.config.cluster.v3.Cluster", expected {TYPE_URL}',
-        f"resource 2: found bytes that are none, expected {TYPE_URL}",
+        f"resource 2: found bytes that cannot be parsed, expected {TYPE_URL}",
     ]
 
 
