@@ -157,14 +157,23 @@ def _debian() -> Path:
 
 
 def _run(command: list[str]) -> None:
-    """With all that it starts, which does not outlive it."""
-    # The alarm of `compose._within` amid a start would leave a process that nobody knows.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    """With all that it starts, which does not outlive it. In the main thread."""
+    # The alarm of `compose._within` amid a start would leave a process that nobody knows. To block the signal would not
+    # do: another thread may get it, and then its handler is run here all the same.
+    held: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: held.append(number))
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    except BaseException:
+        signal.signal(signal.SIGALRM, before)
+        raise
+    with process:
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+            signal.signal(signal.SIGALRM, before)
+            for number in held:
+                signal.raise_signal(number)
             output, _ = process.communicate(timeout=DEBIAN_S)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
