@@ -635,17 +635,19 @@ class Sidecar:
         return self._clock.now_us() - self._limiter.clock_steps_us
 
     async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
-        left = 0
+        left = most = 0
         seconds = SWEEP_LEAST_SECONDS
         while True:
             await asyncio.sleep(seconds)
             if left <= 0:
-                left = len(buckets)
+                left = most = len(buckets)
                 self._warn_when_full(buckets)
-            step = max(SWEEP_BUCKETS, ceil(len(buckets) * SWEEP_LEAST_SECONDS / SWEEP_PASS_SECONDS))
+            # What is dropped during a pass must not make it longer.
+            most = max(most, len(buckets))
+            step = max(SWEEP_BUCKETS, ceil(most * SWEEP_LEAST_SECONDS / SWEEP_PASS_SECONDS))
             looked = buckets.sweep(now_us(), step)
             left -= looked
-            pace = SWEEP_PASS_SECONDS * looked / max(len(buckets), 1)
+            pace = SWEEP_PASS_SECONDS * looked / max(most, 1)
             seconds = max(SWEEP_LEAST_SECONDS, min(SWEEP_MOST_SECONDS, pace)) if looked else SWEEP_MOST_SECONDS
 
     async def _look_for_fullest(self) -> None:
