@@ -39,6 +39,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.granted import COUNTED_US
 from ratelimit_sidecar.crdt.room import RULE_SHARE
+from ratelimit_sidecar.fabric.scripts import NUMBERS
 
 MOST_STEP_US: Final = 100_000
 """Between two calls. Who sets a clock, rather than slewing it, does so by more (ntpd by 128 ms)."""
@@ -54,21 +55,13 @@ MAX_TOLD: Final = 64
 """A bucket is short for so long after a call that got less than it wanted; the gateway is told of so many."""
 
 _BEGIN: Final = (
-    f"""
+    NUMBERS
+    + f"""
 local MOST_STEP, COUNTED, KEPT, LIFE = {MOST_STEP_US}, {COUNTED_US}, {KEPT_US}, {LIFE_US}
 local RULE_SHARE, SHORT, MAX_TOLD = {RULE_SHARE}, {SHORT_US}, {MAX_TOLD}
 """
     + """
 local key = KEYS[1]
-
-local function number(value)
-  return string.format('%.0f', value)
-end
-
-local function server_time()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
 
 local function server_history()
   return string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)') or error('no replication id')

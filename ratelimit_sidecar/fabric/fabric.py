@@ -25,7 +25,7 @@ from ratelimit_sidecar.fabric.drawing import Drawing
 from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway, MeshOf
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.record import life_of
-from ratelimit_sidecar.fabric.scripts import PLACES_A_BUCKET, SHARE, FabricKeys
+from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
 from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, SharedRoom, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
@@ -268,7 +268,7 @@ class Fabric:
     def _call(self, number: int, asks: Sequence[Ask]) -> Call:
         keys = self._keys.shards[number]
         names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
-        places = -(-self._store.room.most * PLACES_A_BUCKET // len(self.shards))
+        places = self._keys.places(self._store.room.most)
         return [keys.clock, keys.changed, keys.held, *names], [
             *(secrets.token_hex(8), self._life, keys.head, str(places)),
             *[each.text for each in asks],

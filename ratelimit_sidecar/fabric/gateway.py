@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.purses import RegionalPurses
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
-from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, PLACES_A_BUCKET, FabricKeys, ShardKeys
+from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -303,7 +303,7 @@ class Gateway:
 
     def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
         names = [name for key in told for name in keys.of_bucket(key)]
-        places = -(-self._store.room.most * PLACES_A_BUCKET // len(self._keys.shards))
+        places = self._keys.places(self._store.room.most)
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), str(token), keys.head, str(places), str(shard.since), str(MAX_ANSWERED)),
             *[text for text, _ in told.values()],

@@ -61,8 +61,21 @@ FULL_FOR_S: Final = 20
 """A bucket makes room for others when it has been full for so long. What is told later than that is not told in time
 anyway (`MIN_HORIZON_US`, and as much for clocks)."""
 
+NUMBERS: Final = """
+local function number(value)
+  return string.format('%.0f', value)
+end
+
+local function server_time()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+"""
+"""Functions that scripts share: a whole number as text, and the server's time in microseconds."""
+
 _COMMON: Final = (
-    f"""
+    NUMBERS
+    + f"""
 local MAX_SLOTS = {MAX_SLOTS}
 local MAX_PACKED = 65536
 local PLACE, COUNT_BYTES, MAX_PLACES, FULL_FOR = {PLACE_BYTES}, 15, 4095, {FULL_FOR_S}
@@ -70,16 +83,7 @@ local PLACE, COUNT_BYTES, MAX_PLACES, FULL_FOR = {PLACE_BYTES}, 15, 4095, {FULL_
     + """
 local clock, changed, held, head, most = KEYS[1], KEYS[2], KEYS[3], ARGV[3], tonumber(ARGV[4])
 
-local function number(value)
-  return string.format('%.0f', value)
-end
-
-local function server_now()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
-
-local now_here = server_now()
+local now_here = server_time()
 local epoch, version, taken
 
 local function begin()
@@ -526,6 +530,10 @@ class FabricKeys:
 
     def __init__(self, prefix: str, tags: tuple[str, ...] = ("0",)) -> None:
         self.shards: Final = tuple(ShardKeys(prefix, tag) for tag in tags)
+
+    def places(self, max_buckets: int) -> int:
+        """How many places each shard has, when a sidecar may have so many buckets."""
+        return -(-max_buckets * PLACES_A_BUCKET // len(self.shards))
 
     def shard_of(self, key: bytes) -> int:
         """The number of the shard with this bucket."""

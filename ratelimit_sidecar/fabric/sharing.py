@@ -114,13 +114,17 @@ class SharedRoom:
 
     def __init__(self, most: int = MAX_SHARED) -> None:
         self.most: Final = most
-        self.taken = 0
         self.has_missed = False
         """Some bucket found no room, or made room for another, and was not told."""
         self._shards: list[Sharing] = []
 
     def add(self, shard: Sharing) -> None:
         self._shards.append(shard)
+
+    @property
+    def taken(self) -> int:
+        """How many are shared; O(shards)."""
+        return sum([len(shard) for shard in self._shards])
 
     @property
     def is_ample(self) -> bool:
@@ -204,7 +208,6 @@ class Sharing:
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
-                self._room.taken += 1
                 young_objects.note(_OBJECTS)
             self._busy[key] = shared
         shared.used_us = now_us
@@ -214,7 +217,6 @@ class Sharing:
     def forget_resting(self) -> None:
         """Forget the bucket that rests the longest. There must be one."""
         self._resting.popitem(last=False)
-        self._room.taken -= 1
 
     def push_out(self, bucket: Bucket, *, is_urgent: bool) -> bool:
         """Forget a busy bucket of less use than this one; returns False when there is none. One must be busy."""
@@ -223,7 +225,6 @@ class Sharing:
         if not is_urgent and part <= _part_left(bucket):
             return False
         del self._busy[key]
-        self._room.taken -= 1
         self.unshared += 1
         return True
 
@@ -285,14 +286,12 @@ class Sharing:
         if bucket is None:
             # It was full, and dropped.
             self._busy.pop(key, None)
-            self._room.taken -= 1
             return None
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
         if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
             self._busy.pop(key, None)
-            self._room.taken -= 1
             return None
         shared.is_urgent = False
         # While there is much to tell, who was told makes way. With its next change it is busy again.
