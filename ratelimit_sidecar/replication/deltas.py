@@ -48,6 +48,9 @@ _ROUGH_BUCKET_BYTES: Final = 48
 
 _ROUGH_ENTRY_BYTES: Final = 6
 
+_ROUGH_ORIGIN_BYTES: Final = 16
+"""About the bytes of an origin without its node's name."""
+
 
 class Knowledge(NamedTuple):
     """Which key numbers a payload uses and gives (`key_numbers`): what its reader must know, and then knows.
@@ -169,6 +172,7 @@ class DeltasWriter:
         if number is None:
             number = self._origins[origin] = len(self._origins)
             self.deltas.origins.add(node=origin.node, incarnation=origin.incarnation)
+            self.rough_bytes += _ROUGH_ORIGIN_BYTES + len(origin.node.encode())
         return number
 
 
