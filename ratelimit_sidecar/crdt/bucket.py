@@ -521,7 +521,8 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        if (len(received) >= MAX_ORIGINS or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
+        is_crowded = len(received) >= MAX_ORIGINS and not (self.journal is not None and self.journal.is_restoring)
+        if (is_crowded or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
         received[origin] = {slot: tokens}
