@@ -212,7 +212,8 @@ class Bucket(ABC):
     def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
-        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal. Entries that it wrote
+        before others that this bucket has already must not get here.
 
         Returns:
             True when something changed.

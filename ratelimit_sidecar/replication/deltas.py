@@ -241,7 +241,7 @@ class DeltasReader:
         """
         if self._is_bounded:
             _check_size(deltas)
-        corrector = self._sender if self._is_proven and self.is_newest else None
+        corrector = self._sender if self._is_proven and self.is_newest and not deltas.overtaken else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         limit_of_key = local_limit_of_key or store.limit_of_key
         pace = Pace()

@@ -25,7 +25,7 @@ from replication.builders import (
 
 from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
-from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, AnyLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
@@ -970,6 +970,51 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 62 * SECOND_US)) == {key_of("new", rules=rules_with(user=day))}
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        PER_USER,
+        WindowLimit(1_000, 3_600 * SECOND_US, Window.SLIDING),
+        WindowLimit(1_000, 3_600 * SECOND_US, Window.FIXED),
+    ],
+    ids=["bucket", "sliding", "fixed"],
+)
+@pytest.mark.parametrize("overtakes", ["hurry", "repair"])
+def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyLimit, overtakes: str) -> None:
+    store, heard = (Store(local.origin, lambda _key: limit) for local in (A, B))
+    outbox, reader = opened(store), DeltasReader(A.origin, is_proven=True)
+    # When all slots are over, but that of the fixed window.
+    is_fixed = isinstance(limit, WindowLimit) and limit.window is Window.FIXED
+    applied_us = NOW_US if is_fixed else NOW_US + (2 << limit.exponent)
+    bucket = store.bucket(b"victim", limit, NOW_US)
+    for number in range(3):
+        bucket.take(1, NOW_US)
+        for other in range(MAX_BATCH_BUCKETS - 1):
+            store.bucket(b"%d %d" % (number, other), limit, NOW_US).take(1, NOW_US)
+        note(outbox)
+    bucket.take(3, NOW_US)
+    if overtakes == "hurry":
+        outbox.hurry(bucket)
+    else:
+        outbox.repair(bucket.key)
+
+    def counts() -> list[int]:
+        found = []
+        for batch in drained(outbox):
+            apply_all(reader, heard, deltas_of(batch), applied_us)
+            found.append(sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()))
+        return found
+
+    found = counts()
+    assert found == sorted(found)
+    assert found[-2:] == [6, 6], "overtaken by one batch at least"
+    # Once nothing is overtaken any more, what others say of it is put right again.
+    [slot] = bucket.taken[A.origin]
+    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    note(outbox)
+    assert counts() == [6]
 
 
 def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:
