@@ -3,6 +3,7 @@
 Theory of operation. A flush tells not only the peers which own slots changed (`note`); they are kept by bucket, each
 once, until `run` writes them, in batches. One script joins them in the server (`redis_record`), so several sidecars may
 write the same bucket, and one write more does no harm. A sidecar writes what it has taken itself: all of them do so.
+Buckets of which much was taken come first, some of each limit, so whoever invents keys holds up none of these.
 
 A call that fails, or takes longer than a second, ends the round. Until the next one, after a back-off, nothing is sent;
 changes are kept, of at most `MAX_WAITING` buckets. The server may have lost some of what it had, so everything is then
@@ -29,7 +30,8 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterPipeline
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
-from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
+from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE, AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.persistence.redis_calls import (
     BackOff,
@@ -64,8 +66,8 @@ BUCKET_SECONDS: Final = 0.000_06
 SCAN_KEYS: Final = 128
 
 MAX_WAITING: Final = 100_000
-"""The most buckets that wait to be written, some 200 bytes each. When there are more, the whole store is written again
-later."""
+"""The most buckets that wait to be written, some 200 bytes each, besides urgent ones. When there are more, the whole
+store is written again later."""
 
 MAX_WAITING_SLOTS: Final = 64
 """The most slots of one bucket that wait; of more, all are written."""
@@ -147,8 +149,14 @@ class RedisState:
         self._client: _Client | None = None
         self._epochs: dict[str, bytes] = {}
         """The values of `Keys.formats` when they were last looked at."""
+        self._urgent: set[bytes] = set()
+        """The keys of those in `_urgent_order`, each of which is in it once."""
+        self._urgent_order = UrgentBuckets()
+        """Buckets that wait and come first."""
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be written again."""
+        self._has_missed = False
+        """A bucket found no place among those that wait: all are to be written again after those of `_again`."""
         self._is_loaded = False
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
@@ -163,14 +171,18 @@ class RedisState:
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
             if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                self._wait(bucket.key, slots)
+                self._wait(bucket, slots)
 
-    def _wait(self, key: bytes, slots: list[int]) -> None:
-        waiting = self._waiting
+    def _wait(self, bucket: Bucket, slots: list[int]) -> None:
+        key, waiting = bucket.key, self._waiting
+        is_urgent = key in self._urgent
+        if not is_urgent and _is_much_taken(bucket) and self._urgent_order.add(bucket):
+            is_urgent = True
+            self._urgent.add(key)
         known = waiting.get(key)
         if known is None:
-            if len(waiting) >= MAX_WAITING:
-                self._again = self._store.walk()
+            if len(waiting) >= MAX_WAITING and not is_urgent:
+                self._has_missed = True
                 return
             waiting[key] = slots
         elif known is not _ALL:
@@ -301,21 +313,34 @@ class RedisState:
         # What changes meanwhile is for the next round.
         left = len(self._waiting)
         while left > 0 and self._waiting:
-            keys = [key for key, _ in zip(self._waiting, range(min(left, BATCH_BUCKETS)), strict=False)]
-            left -= len(keys)
-            batch = {key: self._waiting.pop(key) for key in keys}
+            batch = self._next_batch(min(left, BATCH_BUCKETS))
+            left -= len(batch)
             try:
                 await self._write(client, batch, is_last=is_last)
             except BaseException:
                 for key, slots in batch.items():
-                    self._wait(key, slots)
+                    # A bucket that was dropped is full.
+                    if (bucket := self._store.get(key)) is not None:
+                        self._wait(bucket, slots)
                 raise
+
+    def _next_batch(self, most: int) -> dict[bytes, list[int]]:
+        """Take out of those that wait so many that come first: key and slots."""
+        batch: dict[bytes, list[int]] = {}
+        while self._urgent_order and len(batch) < most:
+            key = self._urgent_order.pop().key
+            self._urgent.remove(key)
+            batch[key] = self._waiting.pop(key)
+        keys = [key for key, _ in zip(self._waiting, range(most - len(batch)), strict=False)]
+        return batch | {key: self._waiting.pop(key) for key in keys}
 
     async def _write_again(self, client: _Client) -> None:
         left = max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds))
         every_us = round(self._every_seconds * 1e6)
         time_slice = TimeSlice()
         batch: dict[bytes, list[int]] = {}
+        if self._again is None and self._has_missed:
+            self._again, self._has_missed = self._store.walk(), False
         again = self._again
         while again is not None and left > 0:
             bucket = next(again, None)
@@ -357,7 +382,7 @@ class RedisState:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
                         if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                            self._wait(key, _ALL)
+                            self._wait(bucket, _ALL)
                     continue
                 self._check(answer)
         if not is_last:
@@ -467,6 +492,14 @@ class RedisState:
                     unreadable += 1
             await time_slice.rest_when_due()
         return unreadable
+
+
+def _is_much_taken(bucket: Bucket) -> bool:
+    """True when an eighth was taken; of a small bucket, where each request may take as much, when an eighth is left."""
+    capacity = bucket.limit.capacity
+    if capacity < MIN_STEPS_CAPACITY:
+        return is_nearly_used_up(bucket)
+    return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
 def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:

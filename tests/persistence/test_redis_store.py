@@ -14,7 +14,8 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from persistence.redis_server import WITHIN_S, RedisServer, needs_redis
-from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, make_store, take
+from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, LIMITS, NOW_US, make_store, take
+from redis.asyncio import Redis
 from telemetry.test_traces import Traced
 
 from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
@@ -469,6 +470,51 @@ async def test_what_waits_is_bounded_and_all_of_it_written_once_it_goes_on(
             return len(await server.names()) == 100
 
         await until(is_all_there)
+
+
+@pytest.mark.parametrize("name", ["tokens", "fixed", "sliding"])
+async def test_however_many_keys_are_invented_what_much_was_taken_from_is_written_first(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(redis_store, "MAX_WAITING", 10)
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    for value, hits in (*((str(number), 1) for number in range(100)), ("victim", LIMITS[name].capacity // 8 + 1)):
+        take(store, name, value, hits, NOW_US)
+        state.note(store.drain_changes())
+    assert state.status.waiting == 11
+    written: list[bytes] = []
+    write = state._write
+
+    async def note_written(client: Redis, batch: dict[bytes, list[int]], *, is_last: bool) -> None:
+        written.extend(batch)
+        await write(client, batch, is_last=is_last)
+
+    monkeypatch.setattr(state, "_write", note_written)
+    await state.save()
+    await state.close()
+    assert len(written) == len(set(written)) == 11
+    assert store.get(written[0]) is min(store, key=lambda bucket: bucket.remaining)
+
+
+async def test_what_found_no_place_is_written_although_further_keys_find_none_either(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "MAX_WAITING", 2)
+    monkeypatch.setattr(redis_store, "AGAIN_A_SECOND", 0)
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    await state.load()
+    for number in range(60):
+        hit(state, store, str(number), 1)
+    missed = {state._keys.of_bucket(bucket.key) for bucket in store}
+    # Each round writes a batch of those that found no place, and finds one more of them.
+    for number in range(6):
+        await state._attempt()
+        for more in "abc":
+            hit(state, store, f"{number} {more}", 1)
+    await state.close()
+    assert missed <= set(await server.names())
 
 
 async def test_a_start_without_the_server_goes_on_and_reads_later(server: RedisServer) -> None:
