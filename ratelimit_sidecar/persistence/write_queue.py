@@ -1,7 +1,7 @@
 """Which buckets wait to be written to Redis, and in which order they are written. No I/O.
 
 Anybody can invent keys, and so have any number of buckets of one rule wait. So each rule has two queues, one of them
-for buckets that are nearly used up, which are lost at the highest price; all queues take turns. A queue may hold as
+for buckets of which much was taken, which it would cost the most to lose; all queues take turns. A queue may hold as
 many buckets as there are places left for others (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Trans. Networking
 6(2), 1998): one that is flooded leaves half of them free.
 """
@@ -14,6 +14,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.journal import is_nearly_used_up
+from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE
 
 MAX_WAITING: Final = 100_000
 """The most buckets that wait, some 300 bytes each."""
@@ -39,7 +40,7 @@ class WriteQueue:
         self._rule_key = rule_key
         self._most = most
         self._queues = OrderedDict[tuple[bytes, bool], _Queue]()
-        """By rule and whether the buckets are nearly used up. Those whose turn is next come first; none is empty."""
+        """By rule and whether much was taken of the buckets. Those whose turn is next come first; none is empty."""
         self._queue_of: dict[bytes, tuple[bytes, bool]] = {}
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class WriteQueue:
         key = bucket.key
         before = self._queue_of.get(key)
         rule = self._rule_key(key) if before is None else before[0]
-        name = rule, is_nearly_used_up(bucket)
+        name = rule, _is_much_taken(bucket)
         if before is not None and (before >= name or not self._has_place(name)):
             name = before
         elif not self._has_place(name):
@@ -82,6 +83,14 @@ class WriteQueue:
         if not queue:
             del self._queues[name]
         return slots
+
+
+def _is_much_taken(bucket: Bucket) -> bool:
+    """True when an eighth was taken; of a small bucket, where each request may take as much, when an eighth is left."""
+    capacity = bucket.limit.capacity
+    if capacity < MIN_STEPS_CAPACITY:
+        return is_nearly_used_up(bucket)
+    return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
 def _both(known: list[int], slots: list[int]) -> list[int]:
