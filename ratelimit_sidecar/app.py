@@ -111,7 +111,12 @@ ready. A million buckets take half a minute.
 
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
-something hangs; Kubernetes kills it after 30.
+something hangs.
+"""
+
+SNAPSHOT_BUCKET_SECONDS = 0.000_1
+"""The longest time of a bucket in the last snapshot, besides `STOP_SECONDS`: it takes 12 to 21 us of a core, of which a
+container may have a fifth. A million have 100 s; `terminationGracePeriodSeconds` has to leave as much.
 """
 
 SWEEP_BUCKETS = 167
@@ -175,6 +180,8 @@ class Sidecar:
         self._source, rules, source_name = _rules_source(config)
         self._clock = Clock()
         self._stop = asyncio.Event()
+        self._last: threading.Timer | None = None
+        """Ends the process when a stop takes too long."""
         self._joined = False
         self._restoring: asyncio.Task[None] | None = None
         self._supervisor = Supervisor()
@@ -464,9 +471,11 @@ class Sidecar:
                 is_restored = self._restoring is None or self._restoring.done()
                 for chore in chores:
                     chore.cancel()
-                if self._snapshots is not None and is_restored:
-                    await self._snapshots.save(at_once=True)
+                # They are small, and may not be had from the last snapshot.
                 await self._keep_purses()
+                if self._snapshots is not None and is_restored:
+                    self._end_after(STOP_SECONDS + SNAPSHOT_BUCKET_SECONDS * len(self._limiter.store))
+                    await self._snapshots.save(at_once=True)
                 if self._fabric is not None:
                     await asyncio.wait(chores)
                     await self._fabric.save()
@@ -598,13 +607,19 @@ class Sidecar:
             return
         self._stop.set()
         self._health.changed()
-        last = threading.Timer(STOP_SECONDS, self._end_at_once)
-        last.daemon = True
-        last.start()
+        self._end_after(STOP_SECONDS)
 
-    def _end_at_once(self) -> None:
+    def _end_after(self, seconds: float) -> None:
+        """Let the stop take so long from now on, and no longer."""
+        if self._last is not None:
+            self._last.cancel()
+        self._last = threading.Timer(seconds, self._end_at_once, [seconds])
+        self._last.daemon = True
+        self._last.start()
+
+    def _end_at_once(self, seconds: float) -> None:
         """End the process. It runs in a thread, since the loop hangs."""
-        _log.error("stop_took_too_long", after_seconds=STOP_SECONDS)
+        _log.error("stop_took_too_long", after_seconds=seconds)
         self._log.flush()
         os._exit(1)
 

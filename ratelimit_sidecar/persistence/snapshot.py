@@ -2,17 +2,19 @@
 
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
-The first record is a Header, the last an End, and those between are Deltas of the replication protocol. A node that
-starts joins them as if a peer had sent them, with the same checks, so reading a file twice does no harm; only how much
-a peer may say at once does not matter here. Takes of its last life keep their origin, since it has a new one now.
+The first record is a Header, the last an End, and those between are Deltas of the replication protocol: what is nearly
+used up first, and once more in its turn, in case there is no time for all. A node that starts joins them as if a peer
+had sent them, with the same checks, so reading a file twice does no harm; only how much a peer may say at once does not
+matter here. Takes of its last life keep their origin, since it has a new one now.
 Numbers are little-endian; the checksum is of kind, length and payload.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO, Final
 from zlib import crc32
 
@@ -60,7 +62,7 @@ class SnapshotSize:
     bytes: int = 0
 
 
-def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[bytes]:
+def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Iterator[bytes]:
     """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
 
     The state of a bucket is that of its piece, so later takes may be missing.
@@ -69,17 +71,22 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
         size: updated with each piece.
     """
     yield _counted(MAGIC, size)
-    header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=begun_at_us)
+    header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=now_us())
     yield _counted(_record(HEADER, header.SerializeToString()), size)
     writers = {kind: DeltasWriter(store.origin) for kind in (REPLICATED, LOCAL)}
     pace = Pace()
-    for bucket in store.walk():
+    first = ((bucket, False) for bucket in store.nearly_used_up(now_us))
+    for bucket, counts in chain(first, ((bucket, True) for bucket in store.walk())):
+        if bucket is None:
+            if pace.ends_piece(0):
+                yield b""
+            continue
         kind = LOCAL if bucket.journal is None else REPLICATED
         entries = list(bucket.entries())
         base = bucket.base_to_send
         if not entries and base is None:
             continue
-        size.buckets += 1
+        size.buckets += counts
         for part in in_parts(bucket, base, entries):
             writers[kind].add(bucket, part.base, part.entries)
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
@@ -108,8 +115,11 @@ class SnapshotInfo:
     buckets: int
 
 
-def check(file: BinaryIO) -> SnapshotInfo:
+def check(file: BinaryIO, *, may_be_cut: bool = False) -> SnapshotInfo:
     """Read all of a snapshot and check that it is complete. The file is at its end then.
+
+    Args:
+        may_be_cut: it need not be complete after its header.
 
     Raises:
         BadSnapshot: it is incomplete, or of another format.
@@ -129,6 +139,8 @@ def check(file: BinaryIO) -> SnapshotInfo:
                     raise BadSnapshot("has no header")
                 header = Header.FromString(payload)
                 origin, begun_at_us = read_origin(header.node, header.incarnation), header.begun_at_us
+                if may_be_cut:
+                    return SnapshotInfo(origin, begun_at_us, 0)
             elif kind == END:
                 if file.read(1):
                     raise BadSnapshot("goes on after its end")

@@ -246,6 +246,41 @@ async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
         await asyncio.wait([asking])
 
 
+LARGE = """
+import threading
+from ratelimit_sidecar import app
+from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.persistence.snapshots import Snapshots
+
+keep_purses, save = app.Sidecar._keep_purses, Snapshots.save
+
+async def purses_kept(sidecar):
+    app.STOP_SECONDS = 0.25
+    await keep_purses(sidecar)
+
+async def save_for_ever(snapshots, at_once=False):
+    if at_once:
+        threading.Event().wait()
+    await save(snapshots)
+
+app.SNAPSHOT_BUCKET_SECONDS = 1.0
+app.Sidecar._keep_purses, Snapshots.save = purses_kept, save_for_ever
+main()
+"""
+
+
+async def test_a_last_snapshot_has_time_for_each_of_its_buckets_and_purses_do_not_wait_for_it(tmp_path: Path) -> None:
+    config = {"node": {"id": "a"}, "sync": {"members": {"a": 1}}, "persistence": {"file": str(tmp_path / "state")}}
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        async with serving(tmp_path, stderr=stderr.fileno(), program=["-c", LARGE], config=config) as sidecar:
+            await sidecar.is_ready()
+            await sidecar.decides()
+            assert await sidecar.stopped() == 1
+    assert "after_seconds=1.25" in log.read_text()
+    assert (tmp_path / "state.purses").exists()
+
+
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])
 async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str, tmp_path: Path) -> None:
     async with serving(tmp_path, arguments=["--frontend", front_end]) as sidecar:

@@ -23,12 +23,13 @@ from replication.builders import (
     take,
 )
 
+from ratelimit_sidecar.crdt import store as crdt_store
 from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, AnyLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
+from ratelimit_sidecar.replication import changes, key_numbers, side_log
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, MAX_SLOT_TOKENS, DeltasReader
 from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES
@@ -530,7 +531,7 @@ def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
 
 
 def test_a_snapshot_tells_first_what_is_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "MAX_FIRST_OF_LIMIT", 3)
+    monkeypatch.setattr(crdt_store, "MAX_FIRST_OF_LIMIT", 3)
     store = store_of(A)
     fill(store, MANY)
     spent = {take(store, f"spent {number}", PER_USER.capacity, NOW_US).key for number in range(3)}
