@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
@@ -20,6 +20,7 @@ from ratelimit_sidecar.replication.key_numbers import (
     MAX_NUMBERS,
     KeyNumbersGiven,
     KeyNumbersReceived,
+    KeyRoom,
 )
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -200,26 +201,40 @@ OnNews = Callable[[Bucket, Sequence[Entry]], None]
 
 
 class DeltasReader:
-    """Reads the Deltas of one stream.
+    """Reads the Deltas of one stream. Call `close` when it is closed.
 
     Args:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
         is_bounded: False for what this node wrote itself: a frame may have any size, and a key any length.
+        room, address: see `KeyNumbersReceived`.
     """
 
-    def __init__(self, sender: Origin, *, is_proven: bool = False, is_bounded: bool = True) -> None:
+    def __init__(
+        self,
+        sender: Origin,
+        *,
+        is_proven: bool = False,
+        is_bounded: bool = True,
+        room: KeyRoom | None = None,
+        address: str = "",
+    ) -> None:
         self._sender = sender
         self._is_proven = is_proven
         self._is_bounded = is_bounded
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
-        self._numbers = KeyNumbersReceived()
+        self._numbers = KeyNumbersReceived(KeyRoom() if room is None else room, address)
         self._limit_of_key: LimitOfKey | None = None
-        self._limits: dict[int, AnyLimit | None] = {}
-        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
+        self._limits: list[AnyLimit | Literal[False] | None] = []
+        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together. False
+        for one that was not looked for yet."""
+
+    def close(self) -> None:
+        """Free what it remembers of keys."""
+        self._numbers.close()
 
     def apply_steps(
         self,
@@ -292,8 +307,10 @@ class DeltasReader:
         key, number = delta.key, delta.number
         if not key and number:
             key = self._numbers.key(number)
-            if number in self._limits:
-                return key, self._limits[number]
+            if number < len(self._limits):
+                known = self._limits[number]
+                if known is not False:
+                    return key, known
         else:
             if self._is_bounded:
                 check_key(key)
@@ -304,6 +321,8 @@ class DeltasReader:
         except ValueError as error:
             raise ProtocolError(Reason.BAD_KEY, str(error)) from error
         if number:
+            if number >= len(self._limits):
+                self._limits += [False] * (number + 1 - len(self._limits))
             self._limits[number] = limit
         return key, limit
 
