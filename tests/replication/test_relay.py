@@ -176,6 +176,18 @@ def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) ->
     assert list(relay.to_be_told("d")) == []
 
 
+@pytest.mark.parametrize(("ends", "relays"), [("bd", True), ("abd", False)])
+def test_a_peer_that_says_it_reaches_both_is_believed_if_they_say_so_too(
+    peers: dict[str, Peer], ends: str, relays: bool
+) -> None:
+    relay = Relay("b")
+    reach(peers, a="bcd", c=ends.replace("d", ""), d=ends.replace("d", ""))
+    look(relay, peers)
+    assert (list(relay.to_be_told("c")), list(relay.to_be_told("d"))) == (
+        ([peers["d"]], [peers["c"]]) if relays else ([], [])
+    )
+
+
 def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="b", c="b", d="b")
