@@ -102,9 +102,9 @@ class Shares:
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
-    """Peers that show this epoch, or did before a later one."""
+    """Other members that show this epoch, or did before a later one."""
     _upgraded: set[str] = field(default_factory=set)
-    """Peers that have shown a membership, which only protocol 4 can."""
+    """Other members that have shown a membership, which only protocol 4 can."""
 
     def __post_init__(self) -> None:
         self.from_us = self.started_us + (OLD_LOAN_US if self._others and not self.has_never_lent else 0)
@@ -121,7 +121,8 @@ class Shares:
     def receive(self, peer: str, shown: Shown, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
-        if shown.epoch:
+        is_other = peer in self._others
+        if shown.epoch and is_other:
             self._upgraded.add(peer)
             if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = max(now_us, self.started_us + HOLD_US)
@@ -129,10 +130,10 @@ class Shares:
             # It may have been restarted with an older configuration.
             self._current.discard(peer)
         elif shown.epoch == self.membership.epoch:
-            if dict(shown.weights) == dict(self.membership.weights):
-                self._current.add(peer)
-            else:
+            if dict(shown.weights) != dict(self.membership.weights):
                 self.conflicts[peer] = shown
+            elif is_other:
+                self._current.add(peer)
 
     def part(self, now_us: int) -> float:
         """This node's part of every limit at `now_us`, but for rounding."""

@@ -322,6 +322,15 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
     assert min(lucky.values()) > 120
 
 
+def test_nothing_is_remembered_of_whom_shows_the_membership_and_is_no_member() -> None:
+    weights = {"a": 1, "b": 1}
+    shares = Shares(Membership(1, weights), "a", 0)
+    before = repr(shares)
+    for number in range(100):
+        shares.receive(f"stranger {number}", Shown(1, weights), OLD_LOAN_US)
+    assert repr(shares) == before
+
+
 def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.receive("stranger", Shown(1, {"stranger": 1}), OLD_LOAN_US)
