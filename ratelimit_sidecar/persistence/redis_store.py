@@ -30,8 +30,8 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterPipeline
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
-from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
-from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE, AnyLimit
+from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_much_taken
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.persistence.redis_calls import (
     BackOff,
@@ -176,7 +176,7 @@ class RedisState:
     def _wait(self, bucket: Bucket, slots: list[int]) -> None:
         key, waiting = bucket.key, self._waiting
         is_urgent = key in self._urgent
-        if not is_urgent and _is_much_taken(bucket) and self._urgent_order.add(bucket):
+        if not is_urgent and is_much_taken(bucket) and self._urgent_order.add(bucket):
             is_urgent = True
             self._urgent.add(key)
         known = waiting.get(key)
@@ -492,14 +492,6 @@ class RedisState:
                     unreadable += 1
             await time_slice.rest_when_due()
         return unreadable
-
-
-def _is_much_taken(bucket: Bucket) -> bool:
-    """True when an eighth was taken; of a small bucket, where each request may take as much, when an eighth is left."""
-    capacity = bucket.limit.capacity
-    if capacity < MIN_STEPS_CAPACITY:
-        return is_nearly_used_up(bucket)
-    return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
 def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
