@@ -15,7 +15,7 @@ from typing import Final
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_NUMBERS = 16_384
-"""1 to so many: 3 bytes each, and some 3 MB at either end of a stream when all are in use, 12 MB with the longest keys."""
+"""1 to so many: 3 bytes each, and some 3 MB at either end of a stream when all are in use; 12 with the longest keys."""
 
 SHARDS: Final = 64
 """Small dicts in place of one, which makes itself anew when so many keys have come and gone: 1.3 ms."""
