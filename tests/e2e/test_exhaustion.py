@@ -223,14 +223,14 @@ STUCK = """
 import pathlib, sys, threading
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console import rules
 
 def hang(*_):
     pathlib.Path(sys.argv[3]).with_name("hangs").touch()
     threading.Event().wait()
 
 app.STOP_SECONDS = 0.5
-console.dump_rules = hang
+rules.lines_of = hang
 main()
 """
 
