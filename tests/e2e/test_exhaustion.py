@@ -246,6 +246,19 @@ async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
         await asyncio.wait([asking])
 
 
+async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        program = ["-X", "importtime", "-m", "ratelimit_sidecar"]
+        async with serving(tmp_path, program=program, stderr=log.fileno()) as sidecar:
+            await sidecar.is_ready()
+            for path in ("/metrics", "/", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"):
+                assert (await sidecar.admin.get(path)).status_code == 200
+            await sidecar.stopped()
+    started, _, later = (tmp_path / "log").read_text().partition("[info     ] ready ")
+    assert "import time:" in started
+    assert "import time:" not in later.partition("[info     ] draining")[0]
+
+
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])
 async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str, tmp_path: Path) -> None:
     async with serving(tmp_path, arguments=["--frontend", front_end]) as sidecar:
