@@ -29,6 +29,9 @@ protocol 4, or until such loans must have expired; and in any case until tickets
 """
 
 
+MAX_CONFLICTS: Final = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """Who shares strict limits, and with which weights.
@@ -98,13 +101,14 @@ class Shares:
     started_us: int
     has_never_lent: bool = False
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only those of members have an effect."""
+    """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
+    `MAX_CONFLICTS` are kept."""
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
-    """Other members that show this epoch, or did before a later one."""
+    """Peers that show this epoch, or did before a later one."""
     _upgraded: set[str] = field(default_factory=set)
-    """Other members that have shown a membership, which only protocol 4 can."""
+    """Peers that have shown a membership, which only protocol 4 can."""
 
     def __post_init__(self) -> None:
         self.from_us = self.started_us + (OLD_LOAN_US if self._others and not self.has_never_lent else 0)
@@ -121,6 +125,7 @@ class Shares:
     def receive(self, peer: str, shown: Shown, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
+        # Anybody may dial in, under any number of names.
         is_other = peer in self._others
         if shown.epoch and is_other:
             self._upgraded.add(peer)
@@ -131,7 +136,8 @@ class Shares:
             self._current.discard(peer)
         elif shown.epoch == self.membership.epoch:
             if dict(shown.weights) != dict(self.membership.weights):
-                self.conflicts[peer] = shown
+                if self.is_member(peer) or len(self.conflicts) < MAX_CONFLICTS:
+                    self.conflicts[peer] = shown
             elif is_other:
                 self._current.add(peer)
 
