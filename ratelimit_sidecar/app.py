@@ -114,9 +114,6 @@ STOP_SECONDS = 20.0
 something hangs; Kubernetes kills it after 30.
 """
 
-LAST_SNAPSHOT_UNTIL_SECONDS = 13.0
-"""When the last snapshot of a stop has to end. There are 2 s for the disk, and 5 for traces."""
-
 SWEEP_BUCKETS = 167
 SWEEP_PASS_SECONDS = 60.0
 SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
@@ -178,7 +175,6 @@ class Sidecar:
         self._source, rules, source_name = _rules_source(config)
         self._clock = Clock()
         self._stop = asyncio.Event()
-        self._stop_begun_s = 0.0
         self._joined = False
         self._restoring: asyncio.Task[None] | None = None
         self._supervisor = Supervisor()
@@ -468,10 +464,9 @@ class Sidecar:
                 is_restored = self._restoring is None or self._restoring.done()
                 for chore in chores:
                     chore.cancel()
-                await self._keep_purses()
                 if self._snapshots is not None and is_restored:
-                    end_s = self._stop_begun_s + LAST_SNAPSHOT_UNTIL_SECONDS
-                    await self._snapshots.save(is_over=lambda: time.monotonic() >= end_s)
+                    await self._snapshots.save(at_once=True)
+                await self._keep_purses()
                 if self._fabric is not None:
                     await asyncio.wait(chores)
                     await self._fabric.save()
@@ -602,7 +597,6 @@ class Sidecar:
         if self._stop.is_set():
             return
         self._stop.set()
-        self._stop_begun_s = time.monotonic()
         self._health.changed()
         last = threading.Timer(STOP_SECONDS, self._end_at_once)
         last.daemon = True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE
+from ratelimit_sidecar.crdt.limit import URGENT_SHARE
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
@@ -85,14 +85,6 @@ class UrgentBuckets:
 def is_nearly_used_up(bucket: Bucket) -> bool:
     """True when at most 1/`URGENT_SHARE` of the capacity is left."""
     return bucket.remaining * URGENT_SHARE <= bucket.limit.capacity
-
-
-def is_much_taken(bucket: Bucket) -> bool:
-    """True when an eighth was taken; of a small bucket, where each request may take as much, when an eighth is left."""
-    capacity = bucket.limit.capacity
-    if capacity < MIN_STEPS_CAPACITY:
-        return is_nearly_used_up(bucket)
-    return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
 class Journal:

@@ -11,17 +11,14 @@ Numbers are little-endian; the checksum is of kind, length and payload.
 from __future__ import annotations
 
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.journal import is_much_taken
-from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
@@ -39,9 +36,6 @@ REPLICATED: Final = 2
 LOCAL: Final = 3
 """Deltas of buckets that are not replicated."""
 END: Final = 4
-
-MAX_FIRST_OF_LIMIT: Final = 4_096
-"""The most buckets of one limit that come first: whoever invents keys can make all of a limit such."""
 
 RECORD_BUCKETS: Final = 256
 RECORD_ENTRIES: Final = 768
@@ -64,33 +58,22 @@ class SnapshotSize:
 
     buckets: int = 0
     bytes: int = 0
-    is_cut_short: bool = False
 
 
-def snapshot(
-    store: Store, begun_at_us: int, size: SnapshotSize, is_over: Callable[[], bool] | None = None
-) -> Iterator[bytes]:
+def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[bytes]:
     """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
 
     The state of a bucket is that of its piece, so later takes may be missing.
 
     Args:
         size: updated with each piece.
-        is_over: once it returns True the snapshot ends, with those buckets alone that it has; buckets of which much was
-            taken come first. None for one that is always whole.
     """
     yield _counted(MAGIC, size)
     header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=begun_at_us)
     yield _counted(_record(HEADER, header.SerializeToString()), size)
     writers = {kind: DeltasWriter(store.origin) for kind in (REPLICATED, LOCAL)}
     pace = Pace()
-    for bucket in store.walk() if is_over is None else _much_taken_first(store):
-        if bucket is None:
-            if is_over is not None and is_over():
-                size.is_cut_short = True
-                break
-            yield b""
-            continue
+    for bucket in store.walk():
         kind = LOCAL if bucket.journal is None else REPLICATED
         entries = list(bucket.entries())
         base = bucket.base_to_send
@@ -108,25 +91,6 @@ def snapshot(
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)
     yield _counted(_record(END, End(buckets=size.buckets).SerializeToString()), size)
-
-
-def _much_taken_first(store: Store) -> Iterator[Bucket | None]:
-    """Every bucket once, and None now and then between two."""
-    told = Counter[AnyLimit]()
-    first = set[bytes]()
-    pace = Pace()
-    for bucket in store.walk():
-        if is_much_taken(bucket) and told[bucket.limit] < MAX_FIRST_OF_LIMIT:
-            told[bucket.limit] += 1
-            first.add(bucket.key)
-            yield bucket
-        if pace.ends_piece(bucket.slots):
-            yield None
-    for bucket in store.walk():
-        if bucket.key not in first:
-            yield bucket
-        if pace.ends_piece(bucket.slots):
-            yield None
 
 
 @dataclass(frozen=True, slots=True)

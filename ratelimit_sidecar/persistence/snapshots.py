@@ -3,9 +3,6 @@
 The event loop makes them in short pieces, and a thread writes and reads the file, so no request waits for the disk. A
 new snapshot replaces the old one once it is complete and on the disk (write, fsync, rename). A file that is incomplete,
 damaged or of a newer format is renamed, and the start goes on without it.
-
-At a stop there may be no time for a whole one. Then what is written goes into a second file, first of all the buckets
-from which much was taken; the start reads both. The next whole snapshot replaces the two.
 """
 
 from __future__ import annotations
@@ -36,8 +33,6 @@ from ratelimit_sidecar.persistence.snapshot import (
 
 NEW: Final = ".new"
 """Added to the file's name while it is being written."""
-LAST: Final = ".last"
-"""Added to the name of a file with only a part of all buckets, written at a stop."""
 ASIDE: Final = ".unreadable"
 """Added to the name of a file that cannot be used."""
 LOCK: Final = ".lock"
@@ -98,7 +93,6 @@ class Snapshots:
     ) -> None:
         self.status = SnapshotStatus()
         self._path = path
-        self._last = _beside(path, LAST)
         self._store = store
         self._now_us = now_us
         self._local_limit_of_key = local_limit_of_key
@@ -124,28 +118,25 @@ class Snapshots:
         self._lock = lock
 
     async def load(self) -> None:
-        """Join the snapshot in the file, and what a stop wrote without time for a whole one, in pieces, between which
-        requests are answered.
+        """Join the snapshot in the file, in pieces, between which requests are answered.
 
         A record that is bad is left out. If that happens, or all of it fails for whatever reason, the file is renamed,
         so that the next snapshot, which has less, does not replace it.
         """
-        for path in (self._path, self._last):
-            try:
-                await self._load(path)
-            except BadSnapshot as error:
-                await self._set_aside(path, f"the snapshot {error}")
-            except OSError as error:
-                await self._set_aside(path, f"it cannot be read: {error.strerror or error}")
-            except Exception as error:
-                _log.exception("restore_failed", file=str(path))
-                await self._set_aside(path, f"it could not be restored: {error!r}")
+        try:
+            await self._load()
+        except BadSnapshot as error:
+            await self._set_aside(f"the snapshot {error}")
+        except OSError as error:
+            await self._set_aside(f"it cannot be read: {error.strerror or error}")
+        except Exception as error:
+            _log.exception("restore_failed", file=str(self._path))
+            await self._set_aside(f"it could not be restored: {error!r}")
 
-    async def _load(self, path: Path) -> None:
-        opened = await asyncio.to_thread(_open_checked, path)
+    async def _load(self) -> None:
+        opened = await asyncio.to_thread(_open_checked, self._path)
         if opened is None:
-            if path is self._path:
-                _log.info("no_snapshot", file=str(path))
+            _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
         entries = bad_records = 0
@@ -159,11 +150,11 @@ class Snapshots:
                 except BadSnapshot as error:
                     bad_records += 1
                     why_bad = why_bad or str(error)
-        self.status.restored_buckets = self.status.buckets = max(self.status.restored_buckets, checked.buckets)
+        self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
-        _log.info("restored", file=str(path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
+        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
         if bad_records:
-            await self._set_aside(path, f"the snapshot {why_bad}")
+            await self._set_aside(f"the snapshot {why_bad}")
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""
@@ -171,20 +162,18 @@ class Snapshots:
             await asyncio.sleep(self._every_seconds)
             await self.save()
 
-    async def save(self, *, is_over: Callable[[], bool] | None = None) -> None:
+    async def save(self, *, at_once: bool = False) -> None:
         """Write a snapshot. An error with the file is logged if it differs from the last one.
 
         Args:
-            is_over: given at the stop, to leave no time to requests, and to end when it returns True.
+            at_once: True at the stop, to leave no time to requests.
         """
         async with self._saving:
             begun_us = self._now_us()
             size = SnapshotSize()
             new = _beside(self._path, NEW)
             try:
-                await self._write(
-                    new, snapshot(self._store, begun_us, size, is_over), size, at_once=is_over is not None
-                )
+                await self._write(new, snapshot(self._store, begun_us, size), at_once=at_once)
             except OSError as error:
                 self.status.failed += 1
                 self._fail("snapshot_failed", error)
@@ -194,8 +183,6 @@ class Snapshots:
             status = self.status
             if status.degraded_reason:
                 _log.info("snapshot_written_again", file=str(self._path))
-            if size.is_cut_short:
-                _log.warning("snapshot_cut_short", file=str(self._last), buckets=size.buckets, of=len(self._store))
             status.taken += 1
             status.buckets, status.bytes, status.last_us, status.degraded_reason = (
                 size.buckets,
@@ -204,7 +191,7 @@ class Snapshots:
                 "",
             )
 
-    async def _write(self, new: Path, pieces: Iterator[bytes], size: SnapshotSize, *, at_once: bool) -> None:
+    async def _write(self, new: Path, pieces: Iterator[bytes], *, at_once: bool) -> None:
         file = await asyncio.to_thread(_create, new)
         try:
             waiting: list[bytes] = []
@@ -227,17 +214,15 @@ class Snapshots:
                 if piece is None:
                     break
                 await asyncio.sleep(0 if at_once else spent / LOOP_SHARE)
-            await asyncio.to_thread(_put_in_place, file, new, self._last if size.is_cut_short else self._path)
-            if not size.is_cut_short:
-                await asyncio.to_thread(self._last.unlink, missing_ok=True)
+            await asyncio.to_thread(_put_in_place, file, new, self._path)
         finally:
             await asyncio.to_thread(file.close)
 
-    async def _set_aside(self, path: Path, reason: str) -> None:
-        aside = _beside(path, ASIDE)
-        _log.error("snapshot_set_aside", file=str(path), to=str(aside), reason=reason)
+    async def _set_aside(self, reason: str) -> None:
+        aside = _beside(self._path, ASIDE)
+        _log.error("snapshot_set_aside", file=str(self._path), to=str(aside), reason=reason)
         try:
-            await asyncio.to_thread(path.replace, aside)
+            await asyncio.to_thread(self._path.replace, aside)
         except OSError as error:
             self._fail("snapshot_not_set_aside", error)
 

@@ -7,19 +7,11 @@ import resource
 from pathlib import Path
 
 import pytest
-from persistence.test_snapshot import AFTER, BEFORE, LIMITS, NOW_US, RULES, make_store, take
+from persistence.test_snapshot import AFTER, BEFORE, NOW_US, RULES, make_store, take
 
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.snapshot import (
-    MAX_FIRST_OF_LIMIT,
-    RECORD_BUCKETS,
-    REPLICATED,
-    SnapshotSize,
-    _record,
-    snapshot,
-)
+from ratelimit_sidecar.persistence.snapshot import RECORD_BUCKETS, REPLICATED, SnapshotSize, _record, snapshot
 from ratelimit_sidecar.persistence.snapshots import Snapshots, StateError
-from ratelimit_sidecar.replication.pace import PIECE_WORK
 
 
 def files_in(folder: Path) -> list[tuple[str, int, int]]:
@@ -160,44 +152,8 @@ async def test_a_save_that_is_cancelled_leaves_the_old_snapshot(tmp_path: Path, 
     with pytest.raises(asyncio.CancelledError):
         await saving
     assert file.read_bytes() == whole
-    await slow.save(is_over=lambda: False)
+    await slow.save(at_once=True)
     assert slow.status.buckets == 5_000
-
-
-async def test_without_time_for_all_a_stop_writes_what_much_was_taken_from_first_and_leaves_the_rest_as_it_was(
-    tmp_path: Path,
-) -> None:
-    file, store = tmp_path / "state", make_store(BEFORE)
-    for number in range(1_000):
-        take(store, "fixed", str(number), 1, NOW_US)
-    await snapshots_of(file, store).save()
-    whole = file.read_bytes()
-    for name in ("fixed", "sliding"):
-        take(store, name, "victim", LIMITS[name].capacity // 8 + 1, NOW_US)
-    looks = iter(range(1_000))
-    # Time enough to look at each bucket once.
-    await snapshots_of(file, store).save(is_over=lambda: next(looks) > 1_100 // PIECE_WORK)
-    assert file.read_bytes() == whole
-    after = make_store(AFTER)
-    loaded = snapshots_of(file, after)
-    await loaded.load()
-    assert len(after) == 1_002
-    assert sum(bucket.limit.capacity - bucket.remaining for bucket in after) == 1_000 + 13 + 13
-    await loaded.save()
-    assert [name for name, _, _ in files_in(tmp_path)] == ["state"]
-
-
-async def test_of_one_limit_few_come_first_so_that_who_invents_keys_does_not_hold_up_others(tmp_path: Path) -> None:
-    file, store = tmp_path / "state", make_store(BEFORE)
-    for number in range(MAX_FIRST_OF_LIMIT + 100):
-        take(store, "fixed", str(number), 100, NOW_US)
-    take(store, "month", "victim", 1_000, NOW_US)
-    looks = iter(range(10_000))
-    await snapshots_of(file, store).save(is_over=lambda: next(looks) > len(store) // PIECE_WORK)
-    after = make_store(AFTER)
-    await snapshots_of(file, after).load()
-    assert MAX_FIRST_OF_LIMIT < len(after) < MAX_FIRST_OF_LIMIT + 100
-    assert any(bucket.limit == LIMITS["month"] for bucket in after)
 
 
 async def test_run_saves_again_and_again(tmp_path: Path) -> None:
