@@ -56,7 +56,7 @@ from ratelimit_sidecar.persistence.snapshots import Snapshots
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -253,7 +253,7 @@ class Sidecar:
             listen=config.listen.sync if has_streams else None,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
-            purses=Purses(ledger, self._strict_us) if ledger is not None and has_streams else None,
+            payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=max_connections,
@@ -278,7 +278,7 @@ class Sidecar:
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, purses: Purses | None, max_connections: int) -> Mesh:
+    def _make_gateway(self, store: Store, payments: PaymentExchange | None, max_connections: int) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -290,7 +290,7 @@ class Sidecar:
             peers=sync.peers,
             listen=self._config.listen.sync,
             certificate=None if sync.tls is None else NodeCertificate(sync.tls),
-            purses=purses,
+            payments=payments,
             is_gateway=True,
             supervisor=self._supervisor,
             max_connections=max_connections,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from ratelimit_sidecar.crdt.granted import GRANT_US, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.paying import PACE_SHIFT, RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import PACE_SHIFT, RECENT_US
 from ratelimit_sidecar.crdt.shares import TOKEN
 
 SOON_US: Final = 200_000

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
@@ -215,10 +215,10 @@ class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
-        paying = self._all.get(key)
-        if paying is None:
+        policy = self._all.get(key)
+        if policy is None:
             return self._make(key, limit, now_us)
-        bucket = paying.bucket
+        bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
         return bucket

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket

@@ -13,7 +13,8 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
+Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
+paid.
 
 A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Shown
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
@@ -110,9 +110,9 @@ class PaymentOutbox:
         return frame if count else None
 
 
-class Purses:
-    """The payments between this node's purses, which are in `ledger`, and peers. Call `tick` to ask peers, `receive`
-    for each frame of theirs, and `closed` when a stream is closed.
+class PaymentExchange:
+    """Exchanges tokens between the purses in `ledger` and those of peers. Call `tick` to ask peers, `receive` for each
+    frame of theirs, and `closed` when a stream is closed.
 
     Args:
         strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
@@ -196,7 +196,7 @@ class Purses:
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.queues.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
+                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)

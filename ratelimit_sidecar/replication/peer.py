@@ -26,7 +26,7 @@ class Link(Protocol):
     address: str
     is_dialled: bool
     is_paused: bool
-    payments: PaymentOutbox | None
+    payment_outbox: PaymentOutbox | None
     wake: Callable[[], None]
 
     @property

@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.strict import DEMAND_US
 

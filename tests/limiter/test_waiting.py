@@ -10,7 +10,7 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, make_request
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
@@ -56,7 +56,7 @@ class Node:
     def come(self, tokens: int) -> None:
         """A ticket of b for what is wished."""
         [(key, wished)] = self.ledger.queues.tick(["b"], NOW_US, 10, 1_000)["b"].items()
-        self.ledger.queues.by_key[key].paying.bucket.wish(1)
+        self.ledger.queues.by_key[key].policy.bucket.wish(1)
         self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 1_000 * TOKEN), NOW_US)
 
 
