@@ -44,7 +44,7 @@ COMPILED = (
     "replication/side_log.py",
     "replication/snapshots.py",
     "replication/stream.py",
-    "replication/sync.py",
+    "replication/sync_requests.py",
     "replication/wire.py",
     "server/budget.py",
     "server/framing.py",

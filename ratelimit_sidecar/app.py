@@ -52,7 +52,7 @@ from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import ENDING, BadPurses, holder_of, take_purses, write_purses
-from ratelimit_sidecar.persistence.snapshots import Snapshots
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
@@ -504,7 +504,7 @@ class Sidecar:
             return
         try:
             holder = holder_of(ledger.shares.node, ledger.shares.membership)
-            await asyncio.to_thread(write_purses, file, holder, ledger.keep())
+            await asyncio.to_thread(write_purses, file, holder, ledger.amounts_to_keep())
         except OSError as error:
             _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
 
@@ -540,11 +540,11 @@ class Sidecar:
             if self._reloader.has_rules.is_set():
                 await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
-            keeper = self._snapshots or self._redis
+            persistence = self._snapshots or self._redis
             if self._redis is not None:
                 opened.push_async_callback(self._redis.close)
-            if keeper is not None:
-                self._restoring = asyncio.create_task(self._restore(keeper))
+            if persistence is not None:
+                self._restoring = asyncio.create_task(self._restore(persistence))
                 if self._reloader.has_rules.is_set():
                     await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
@@ -566,12 +566,12 @@ class Sidecar:
             await self._start_mesh()
         await self._mesh.run()
 
-    async def _restore(self, keeper: Snapshots | RedisState) -> None:
+    async def _restore(self, persistence: SnapshotFile | RedisState) -> None:
         # State without a rule would be dropped.
         await self._reloader.has_rules.wait()
-        await keeper.load()
+        await persistence.load()
 
-    async def _keep(self, snapshots: Snapshots) -> None:
+    async def _keep(self, snapshots: SnapshotFile) -> None:
         if self._restoring is not None:
             await self._restoring
         # Wait, because a snapshot now would replace the whole state by the part that was read so far.
@@ -725,12 +725,12 @@ def _state(
     now_us: Callable[[], int],
     local_limit_of_key: LimitOfKey,
     tracer: RequestTracer | NoTracer,
-) -> tuple[Snapshots | None, RedisState | None]:
+) -> tuple[SnapshotFile | None, RedisState | None]:
     """The persistence of buckets: a file, Redis, or neither."""
     if kept is None:
         return None, None
     if kept.file is not None:
-        return Snapshots(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
+        return SnapshotFile(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
     # Imported only when configured.
     from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415

@@ -28,7 +28,7 @@ from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import Reason
 from simulation.clock import NodeClock
@@ -99,7 +99,7 @@ class Node:
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
         self.payments = PaymentExchange(self.ledger, self.clock.strict_us)
-        local = Local(self.origin, f"region of {name}", "0", self.payments.membership)
+        local = LocalNode(self.origin, f"region of {name}", "0", self.payments.membership)
         self.replicator = Replicator(local, self.store, now_us, payments=self.payments)
         self.replicator.use_rules(rules.digest)
         self._targets = {target: _Target(target) for target in targets}

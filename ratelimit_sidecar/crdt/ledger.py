@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
@@ -22,6 +21,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+from ratelimit_sidecar.cycle_collector import young_objects
 
 FEW_TOKENS: Final = 8 * TOKEN
 """With a smaller home, no peer is asked while requests wait: asks would break up the whole tokens that tickets need."""
@@ -34,8 +34,8 @@ _OBJECTS_OF_PEER: Final = 2
 """The objects that the cycle collector sees: of a bucket, and of what it notes of each other member."""
 
 
-class _Held(NamedTuple):
-    """A ticket that a peer may use."""
+class _IssuedTicket(NamedTuple):
+    """A ticket that was sent to a peer, which may use it until `until_us`."""
 
     key: bytes
     peer: str
@@ -72,7 +72,7 @@ class Ledger:
         self._home_version = 0
         """Counts up whenever homes change."""
         self._homes_since_us = 0
-        self._tickets: OrderedDict[int, _Held] = OrderedDict()
+        self._tickets: OrderedDict[int, _IssuedTicket] = OrderedDict()
         """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until they get it back: see `restore`."""
@@ -121,7 +121,7 @@ class Ledger:
         self._sweep_order.clear()
         yield from self._all.clear()
 
-    def keep(self) -> Iterator[tuple[bytes, int]]:
+    def amounts_to_keep(self) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
         more: tokens that leave a purse after this would be spent twice."""
         for key, amount in self._kept.items():
@@ -133,8 +133,8 @@ class Ledger:
                 yield bucket.key, amount
 
     def restore(self, kept: Mapping[bytes, int]) -> None:
-        """Put back into purses what `keep` yielded when this replica was stopped. A purse gets it when it has a home,
-        as far as there is room. Use the result of one `keep` once only."""
+        """Put back into purses what `amounts_to_keep` yielded when this replica was stopped, once only. A purse gets it
+        when it has a home, as far as there is room."""
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
@@ -274,7 +274,7 @@ class Ledger:
             return Ticket(0, 0)
         ticket = self._all[key].ticket(number, tokens, now_us)
         if ticket.tokens:
-            self._tickets[number] = _Held(key, peer, now_us + HOLD_US)
+            self._tickets[number] = _IssuedTicket(key, peer, now_us + HOLD_US)
         return ticket
 
     def release(self, number: int, returned: int, now_us: int) -> None:

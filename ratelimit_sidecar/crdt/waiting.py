@@ -44,7 +44,7 @@ class Outcome(StrEnum):
     """The rules have changed, or the process stops."""
 
 
-class Keeper(Protocol):
+class WaitOwner(Protocol):
     """The owner of waits, which ends them in time: `services.waits.Waits`."""
 
     def cancel(self, waiting: Waiting, /) -> None: ...
@@ -68,7 +68,7 @@ class Waiting:
         self.wait_us = wait_us
         self.on_end: Callable[[], None] | None = None
         """Called when there is a `result`: by the event loop, not within the call that ended the wait."""
-        self.keeper: Keeper | None = None
+        self.owner: WaitOwner | None = None
         self.outcome: Outcome | None = None
         self.since_us = 0
         self.number = 0
@@ -89,14 +89,14 @@ class Waiting:
         """End the wait without an answer, because the client is gone; `on_end` is not called. Nothing happens if the
         wait is over."""
         self.on_end = None
-        if self.keeper is not None:
-            self.keeper.cancel(self)
+        if self.owner is not None:
+            self.owner.cancel(self)
 
     def end_now(self) -> None:
         """Decide now, because the call cannot wait: then there is a `result`, and `on_end` is not called."""
         self.on_end = None
-        if self.keeper is not None:
-            self.keeper.end_now(self)
+        if self.owner is not None:
+            self.owner.end_now(self)
 
     def result(self) -> bytes:
         """The answer; call it only when the wait has ended. Raises what the decision or a conversion has raised."""

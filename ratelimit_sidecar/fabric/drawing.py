@@ -23,7 +23,7 @@ from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, reason_of
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 
 TICK_SECONDS: Final = 0.05
 

@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHA
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 5.0

@@ -20,7 +20,7 @@ from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read, room_for
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import is_of_server
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 TOLD_BUCKETS: Final = 64

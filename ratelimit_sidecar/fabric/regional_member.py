@@ -21,7 +21,7 @@ from ratelimit_sidecar.fabric.link import Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 from ratelimit_sidecar.replication.payments import PaymentExchange
 
 SWEPT_FIELDS: Final = 64

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read, room_for
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES

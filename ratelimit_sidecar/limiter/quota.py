@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.collector import young_objects
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
     SECOND_US,

@@ -41,7 +41,7 @@ from ratelimit_sidecar.persistence.redis_calls import (
     reason_of,
 )
 from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
-from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 

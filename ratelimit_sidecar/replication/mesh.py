@@ -30,7 +30,7 @@ from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
@@ -87,7 +87,7 @@ class Mesh:
         self._steady_us = now_us if steady_us is None else steady_us
         self._payments = payments
         membership = None if payments is None else payments.membership
-        local = Local(origin, region, version, membership, is_gateway)
+        local = LocalNode(origin, region, version, membership, is_gateway)
         self._replicator = Replicator(local, store, now_us(), tracer, payments, demands=demands)
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()

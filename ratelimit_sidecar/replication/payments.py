@@ -16,7 +16,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN, Shown
+from ratelimit_sidecar.crdt.shares import TOKEN, ShownMembership
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
@@ -53,7 +53,7 @@ MAX_BATCH_BYTES: Final = 1 << 16
 MAX_AMOUNT: Final = (1 << 64) - 1
 """The largest amount in a frame. A node that has room for more asks for this much."""
 
-_NOTHING: Final = Shown(0, {})
+_NOTHING: Final = ShownMembership(0, {})
 """Stands for the membership of a peer that shows none: an epoch before the first."""
 
 
@@ -131,10 +131,10 @@ class PaymentExchange:
         self._tick_due_us = strict_us()
 
     @property
-    def membership(self) -> Shown:
+    def membership(self) -> ShownMembership:
         """The membership that this node shows to peers."""
         membership = self.ledger.shares.membership
-        return Shown(membership.epoch, membership.weights)
+        return ShownMembership(membership.epoch, membership.weights)
 
     def conflicts_with(self, peer: str) -> bool:
         """True when the peer has shown other members under this node's epoch."""
@@ -157,7 +157,7 @@ class PaymentExchange:
         self._ends += 1
         return PaymentOutbox(self._ends)
 
-    def receive_shown(self, peer: str, shown: Shown | None) -> None:
+    def receive_shown(self, peer: str, shown: ShownMembership | None) -> None:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 

@@ -25,8 +25,8 @@ from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
-from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.sync import SyncRequests
+from ratelimit_sidecar.replication.session import LocalNode
+from ratelimit_sidecar.replication.sync_requests import SyncRequests
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 
@@ -50,7 +50,7 @@ class Replicator:
 
     def __init__(
         self,
-        local: Local,
+        local: LocalNode,
         store: Store,
         now_us: int,
         tracer: BatchTracer | None = None,

@@ -16,10 +16,18 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.http2 import (
+    Call,
+    Connection,
+    Event,
+    FrontEndCounts,
+    StreamCancelled,
+    StreamData,
+    StreamStarted,
+)
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
@@ -41,8 +49,8 @@ READ_NS: Final = 10_000
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
-class Shared:
-    """State that all connections of a front end share.
+class FrontEndState:
+    """What all connections of a front end share: the handlers of their calls, bounds, counters, and the loop's turns.
 
     Args:
         handlers: by path.
@@ -58,7 +66,7 @@ class Shared:
         self.tasks = tasks
         self.turns = turns
         self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
-        self.counts = Counts()
+        self.counts = FrontEndCounts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
@@ -82,11 +90,11 @@ class GrpcProtocol:
     """The `asyncio.Protocol` of one connection (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
-        budget: of the client's address. It is returned to `Shared.connection_limiter` when the connection is closed.
+        budget: of the client's address. It is returned to `connection_limiter` when the connection is closed.
         age_s: the connection is drained at this age; None for never.
     """
 
-    def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
+    def __init__(self, shared: FrontEndState, budget: AddressBudget, age_s: float | None) -> None:
         self._shared = shared
         self._budget = budget
         self._turns = shared.turns

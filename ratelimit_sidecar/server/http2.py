@@ -79,7 +79,7 @@ _PLAIN_TEXT: Final = ((b"content-type", b"text/plain"),)
 _NO_GRPC: Final = b"This port speaks gRPC: POST, with content-type application/grpc.\n"
 
 
-class Counts:
+class FrontEndCounts:
     """Counters of what a front end has refused since the start, by reason. Read by metrics."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class Connection:
         handlers: Mapping[bytes, Handler],
         limits: Limits,
         budget: Budget,
-        counts: Counts,
+        counts: FrontEndCounts,
         *,
         now_s: float,
         age_s: float | None = None,
@@ -623,7 +623,7 @@ class Connection:
         """End the connection: after a GOAWAY with this code nothing more is received or answered.
 
         Args:
-            reason: a key of `Counts.closed_connections`.
+            reason: a key of `FrontEndCounts.closed_connections`.
         """
         if not self.closed:
             self.closed = True

@@ -16,7 +16,7 @@ from typing import Any
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, Shown
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, WaitQueue, Wish
 from simulation.loop import START_US, Loop
@@ -445,9 +445,9 @@ class StrictCluster:
         replica.bucket.set_home(replica.shares.home(KEY, limit.capacity, now_us), now_us)
 
 
-def shown(replica: Replica) -> Shown:
+def shown(replica: Replica) -> ShownMembership:
     membership = replica.shares.membership
-    return Shown(membership.epoch, membership.weights)
+    return ShownMembership(membership.epoch, membership.weights)
 
 
 def pairs_of(nodes: str) -> list[str]:

@@ -17,7 +17,15 @@ from hpack import Encoder
 
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.http2 import (
+    Call,
+    Connection,
+    Event,
+    FrontEndCounts,
+    StreamCancelled,
+    StreamData,
+    StreamStarted,
+)
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
 from ratelimit_sidecar.server.session import IS_NATIVE
@@ -140,7 +148,7 @@ class Run:
         self.random = random.Random(seed)
         self.budget = Budget(BUDGET_BYTES)
         self.now_s = 1_000.0
-        self.connection = Connection(HANDLERS, LIMITS, self.budget, Counts(), now_s=self.now_s)
+        self.connection = Connection(HANDLERS, LIMITS, self.budget, FrontEndCounts(), now_s=self.now_s)
         self.sent = FrameReader()
         self.sent_bytes = 0
         self.goaways = 0

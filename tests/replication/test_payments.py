@@ -7,7 +7,7 @@ from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_PLAN, RULES, SIT_O
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
+from ratelimit_sidecar.crdt.shares import Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
@@ -166,7 +166,7 @@ def test_more_than_a_frame_may_have_is_not_even_looked_at() -> None:
 
 
 def test_the_membership_is_shown_as_it_is_configured() -> None:
-    assert Node().payments.membership == Shown(1, PAIR.weights)
+    assert Node().payments.membership == ShownMembership(1, PAIR.weights)
 
 
 def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
@@ -174,7 +174,7 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
     assert node.payments.status() == MembershipStatus(
         epoch=1, home_share=0.0, settled=False, conflicts=(), buckets=0, payments_sent=0, payments_received=0
     )
-    node.payments.receive_shown("b", Shown(1, PAIR.weights))
+    node.payments.receive_shown("b", ShownMembership(1, PAIR.weights))
     assert not node.payments.status().settled
     node.strict_us += HOLD_US
     node.bucket()
@@ -186,10 +186,10 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
 def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_forgotten() -> None:
     node = Node()
     for end in (
-        lambda: node.payments.receive_shown("b", Shown(1, PAIR.weights)),
+        lambda: node.payments.receive_shown("b", ShownMembership(1, PAIR.weights)),
         lambda: node.payments.receive_shown("b", None),
     ):
-        node.payments.receive_shown("b", Shown(1, {"a": 1, "b": 3}))
+        node.payments.receive_shown("b", ShownMembership(1, {"a": 1, "b": 3}))
         assert (node.payments.status().conflicts, node.payments.status().home_share) == (("b",), 0.25)
         end()
         assert (node.payments.status().conflicts, node.payments.status().home_share) == ((), 0.5)
