@@ -82,10 +82,11 @@ from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.supervision import Supervisor
-from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
+from ratelimit_sidecar.telemetry.metric_registry import create_registry
+from ratelimit_sidecar.telemetry.metric_sources import MetricSources
 from ratelimit_sidecar.telemetry.push import start_push
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
@@ -182,7 +183,7 @@ class Sidecar:
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit()
         self._tracing = start_tracing(config.node.id, config.node.region)
-        self._limiter = _limiter(config, rules, self._clock.now_us())
+        self._limiter = _make_limiter(config, rules, self._clock.now_us())
         self._fullest = FullestBuckets(self._limiter.store)
         self._reloader = Reloader(
             self._use_rules, self._clock.now_us, source_name, loaded=rules if config.xds is None else None
@@ -193,7 +194,7 @@ class Sidecar:
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
-        self._snapshots, self._redis = _state(
+        self._snapshots, self._redis = _make_persistence(
             config.persistence,
             self._limiter.store,
             self._clock.now_us,
@@ -226,7 +227,9 @@ class Sidecar:
         }
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         self._h2: H2FrontEnd | None = None
-        self._front_end = self._make_front_end(front_end, handlers, _limits(config.listen, file_limits), certificate)
+        self._front_end = self._make_front_end(
+            front_end, handlers, _front_end_limits(config.listen, file_limits), certificate
+        )
         registry = self._make_registry(ext_authz, certificate)
         self._push = start_push(config.node.id, config.node.region, registry)
         self._console = HttpServer(self._make_console_app(registry), config.listen.admin)
@@ -311,8 +314,8 @@ class Sidecar:
 
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
         drawing = None if self._fabric is None else self._fabric.drawing
-        return metrics.create_registry(
-            metrics.MetricSources(
+        return create_registry(
+            MetricSources(
                 node=self._config.node.id,
                 region=self._config.node.region,
                 limiter=self._limiter,
@@ -719,7 +722,7 @@ def _new_origin(node: str) -> Origin:
     return Origin(node, secrets.randbelow(2**64 - 1) + 1)
 
 
-def _state(
+def _make_persistence(
     kept: PersistenceConfig | None,
     store: Store,
     now_us: Callable[[], int],
@@ -743,7 +746,7 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
+def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     origin = _new_origin(config.node.id)
     ledger: Ledger | None = None
     if config.membership is not None:
@@ -753,7 +756,7 @@ def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 
 
-def _limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
+def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
     """The front end's limits, with those that are configured; 0 is not allowed there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
     return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.environment import choice, duration, flag, pairs, part, switch, text
+from ratelimit_sidecar.config.environment import choice, duration, flag, fraction, pairs, switch, text
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.config.rules_schema import (
     ALL_OR_NOTHING,
@@ -517,7 +517,7 @@ class AnswersConfig(Section):
     quota_mode: Annotated[Flag, flag("QUOTA_MODE")] = Field(
         _SETTINGS.quota_mode, description="Treat every rule as if it had `quota_mode`."
     )
-    near_limit_ratio: Annotated[Ratio, part("NEAR_LIMIT_RATIO")] = Field(
+    near_limit_ratio: Annotated[Ratio, fraction("NEAR_LIMIT_RATIO")] = Field(
         _SETTINGS.near_limit_ratio,
         description="Hits above this part of a limit count as near it, in metrics.",
     )

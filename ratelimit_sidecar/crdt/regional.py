@@ -42,7 +42,7 @@ class RegionalBucket(GrantedBucket):
 
 
 def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
-    """See `crdt.drawing.needs`."""
+    """See `crdt.draw_policy.draw_needs`."""
     assert isinstance(bucket, RegionalBucket)
     limit = bucket.limit
     if now_us - bucket.denied_us < RECENT_US:

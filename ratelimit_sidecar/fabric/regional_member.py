@@ -14,9 +14,9 @@ from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT
 from ratelimit_sidecar.fabric.drawing import Drawing
-from ratelimit_sidecar.fabric.draws import members_text
 from ratelimit_sidecar.fabric.link import Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted

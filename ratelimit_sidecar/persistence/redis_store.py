@@ -40,7 +40,16 @@ from ratelimit_sidecar.persistence.redis_calls import (
     is_of_server,
     reason_of,
 )
-from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
+from ratelimit_sidecar.persistence.redis_record import (
+    FORMAT,
+    JOIN,
+    READ,
+    BadRecord,
+    Keys,
+    is_worth_keeping,
+    join_text,
+    restore_bucket,
+)
 from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
@@ -162,10 +171,10 @@ class RedisState:
             self._again = self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
-            if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                self._wait(bucket.key, slots)
+            if is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                self._queue_slots(bucket.key, slots)
 
-    def _wait(self, key: bytes, slots: list[int]) -> None:
+    def _queue_slots(self, key: bytes, slots: list[int]) -> None:
         waiting = self._waiting
         known = waiting.get(key)
         if known is None:
@@ -308,7 +317,7 @@ class RedisState:
                 await self._write(client, batch, is_last=is_last)
             except BaseException:
                 for key, slots in batch.items():
-                    self._wait(key, slots)
+                    self._queue_slots(key, slots)
                 raise
 
     async def _write_again(self, client: _Client) -> None:
@@ -323,7 +332,11 @@ class RedisState:
                 if self._again is again:
                     self._again = None
                 break
-            if bucket.journal is not None and is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+            if (
+                bucket.journal is not None
+                and is_worth_keeping(bucket.limit, every_us)
+                and len(bucket.key) <= MAX_KEY_BYTES
+            ):
                 batch[bucket.key] = _ALL
                 left -= 1
             if len(batch) >= BATCH_BUCKETS:
@@ -343,7 +356,7 @@ class RedisState:
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
                 keys.append(key)
-                told.append(tell(bucket, entries, now_us))
+                told.append(join_text(bucket, entries, now_us))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -357,7 +370,7 @@ class RedisState:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
                         if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                            self._wait(key, _ALL)
+                            self._queue_slots(key, _ALL)
                     continue
                 self._check(answer)
         if not is_last:
@@ -461,7 +474,7 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore(key, limit, answer, self._store, self._now_us())
+                    restore_bucket(key, limit, answer, self._store, self._now_us())
                     self.status.restored += 1
                 except BadRecord:
                     unreadable += 1

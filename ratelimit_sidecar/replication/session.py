@@ -284,7 +284,7 @@ class Session:
         self._sent += 1
         self._unacknowledged.append(now_us)
         head = pb.Deltas(sequence=self._sent, trace=trace)
-        self._acks.ride(head, now_us)
+        self._acks.attach_to(head, now_us)
         return write_deltas(head, payload)
 
     def send(self, frame: pb.Frame) -> bytes:

@@ -138,9 +138,9 @@ class GrpcProtocol:
         if self._is_behind():
             # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
             # paused.
-            self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
+            self._keep_unhandled(memoryview(data if self._rest is None else bytes(self._rest) + data))
         elif self._calls.is_waiting:
-            self._let_wait(memoryview(data))
+            self._keep_unhandled(memoryview(data))
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
@@ -161,7 +161,7 @@ class GrpcProtocol:
             self._rest = memoryview(data)
             self._take_slices()
 
-    def _let_wait(self, rest: memoryview) -> None:
+    def _keep_unhandled(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
         self._rest = rest
         self._connection.count_unhandled(len(rest))
@@ -283,9 +283,9 @@ class GrpcProtocol:
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._calls, self._go_on)
+            self._turns.join(self._calls, self._take_turn)
 
-    def _go_on(self) -> None:
+    def _take_turn(self) -> None:
         self._is_in_line = False
         if self._transport is None or self._is_paused:
             return
