@@ -34,7 +34,7 @@ from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, 
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
 from ratelimit_sidecar.limiter.rules import Charge, Consistency
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 
 DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
 DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
@@ -236,7 +236,7 @@ CallHeaders = Annotated[
     Expected("a mapping of names, in letters, digits and _ . -, to values in printable ASCII"),
 ]
 
-_SETTINGS = Settings()
+_SETTINGS = AnswerSettings()
 _HEADERS = ResponseHeaders()
 
 
@@ -622,10 +622,10 @@ class SidecarConfig(Section):
         return self.node.id if self.fabric is None else self.node.region
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AnswerSettings:
         """The settings for every answer."""
         answers, headers = self.answers, self.answers.response_headers
-        return Settings(
+        return AnswerSettings(
             shadow_mode=answers.shadow_mode,
             quota_mode=answers.quota_mode,
             near_limit_ratio=answers.near_limit_ratio,

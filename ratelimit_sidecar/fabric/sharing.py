@@ -156,7 +156,7 @@ class SharedRoom:
 
 
 class Sharing:
-    """One sidecar's part in one shard.
+    """The buckets that a sidecar shares in one shard: what it tells of them, and what it joins of the answers.
 
     Args:
         origin: of this life of the sidecar, under whose name Redis has the counts.

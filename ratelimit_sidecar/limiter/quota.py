@@ -155,8 +155,8 @@ class QuotaCounts:
 
 
 class Quotas:
-    """All quotas of one node. Call `open`, `report`, `take` and `close` for the stream of each Envoy, and `tick`
-    regularly.
+    """All quotas of one node. Call `open`, `report`, `take_actions` and `close` for the stream of each Envoy, and
+    `tick` regularly.
 
     Args:
         now_us: the time of the start.
@@ -229,7 +229,7 @@ class Quotas:
             else:
                 self._mark_dirty(pool)
 
-    def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
+    def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
         """Look at `most` of the stream's buckets that are abandoned or due, and return the actions to send to the Envoy
         now. They count as sent. There may be none, and more buckets due.
         """

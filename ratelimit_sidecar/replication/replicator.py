@@ -148,7 +148,7 @@ class Replicator:
         """What comes with each flush: ask peers for what the ledger wants, see what must be relayed, and forget peers
         that have gone."""
         if self.payments is not None:
-            self._ask(self.payments)
+            self._ask_for_tokens(self.payments)
         yield from self._check_topology_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
@@ -258,7 +258,7 @@ class Replicator:
         """The regions that connected peers speak for, by the peer's node id."""
         return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
 
-    def _ask(self, payments: PaymentExchange) -> None:
+    def _ask_for_tokens(self, payments: PaymentExchange) -> None:
         outboxes = {
             peer.node: outbox
             for peer in self.peers.values()

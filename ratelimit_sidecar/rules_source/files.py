@@ -49,7 +49,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FilesState:
     """The files at one moment.
 
     Args:
@@ -170,7 +170,7 @@ class RulesFiles:
                 return look.folders
             must_watch_anew = await asyncio.to_thread(self._wait, watch, folders)
 
-    async def _look(self, reloader: Reloader) -> Look:
+    async def _look(self, reloader: Reloader) -> FilesState:
         """Look at the files. If they have changed, wait until they stay the same, since one may be half written."""
         look = await self._look_at(reloader)
         for _ in range(MAX_QUIET_MS // QUIET_MS):
@@ -182,7 +182,7 @@ class RulesFiles:
                 break
         return look
 
-    async def _look_at(self, reloader: Reloader) -> Look:
+    async def _look_at(self, reloader: Reloader) -> FilesState:
         return await reloader.read_in_thread(lambda: look_at(self._paths))
 
     def _wait(self, watch: RustNotify | None, folders: frozenset[Path]) -> bool:
@@ -214,7 +214,7 @@ class RulesFiles:
         return happened == "stop"
 
 
-def look_at(paths: Iterable[Path]) -> Look:
+def look_at(paths: Iterable[Path]) -> FilesState:
     """Look at the files now. Errors are no problem here: a file's error counts as its text, other errors are
     left out.
     """
@@ -231,7 +231,7 @@ def look_at(paths: Iterable[Path]) -> Look:
             for file in files:
                 texts[file] = _digest(file)
                 folders.update(_folders_on(file))
-    return Look(texts, frozenset(folders))
+    return FilesState(texts, frozenset(folders))
 
 
 def _digest(file: Path) -> str:

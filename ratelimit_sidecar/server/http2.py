@@ -23,7 +23,7 @@ from typing import Final
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, Limits
-from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, Streaming, UnaryHandler
+from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, StreamingMethod, UnaryHandler
 from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -135,7 +135,7 @@ class Call:
 class StreamStarted:
     """A streaming call has begun."""
 
-    def __init__(self, request: Request, method: Streaming) -> None:
+    def __init__(self, request: Request, method: StreamingMethod) -> None:
         self.request = request
         """The HTTP request; iterating over it yields the headers."""
         self.method = method
@@ -301,7 +301,7 @@ class Connection:
             refused = self._refused(request, is_known=handler is not None)
             if refused or handler is None:
                 return
-        if isinstance(handler, Streaming):
+        if isinstance(handler, StreamingMethod):
             self._open_streaming(request, handler, events)
             return
         call = Call(request, handler, self._now_s)
@@ -332,7 +332,7 @@ class Connection:
             return False
         return True
 
-    def _open_streaming(self, request: Request, method: Streaming, events: list[Event]) -> None:
+    def _open_streaming(self, request: Request, method: StreamingMethod, events: list[Event]) -> None:
         held = STREAMING_BYTES + request.header_bytes
         if not self._budget.allows(self._held + held, held):
             self._shed(request)

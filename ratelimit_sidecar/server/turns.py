@@ -78,7 +78,7 @@ class Turns:
             # It may have taken many turns. To see each end of a turn would cost a callback for every read.
             queue.is_counted = True
             self._counted.append(queue)
-            self._come()
+            self._schedule()
 
     def charge(self, used_ns: int) -> None:
         """Count time for work that a step has left to the loop, as part of that step."""
@@ -87,16 +87,16 @@ class Turns:
     def _wait(self, queue: StepQueue) -> None:
         queue.is_waiting = True
         self._waiting.append(queue)
-        self._come()
+        self._schedule()
         for callback in queue.on_waiting:
             callback()
 
-    def _come(self) -> None:
+    def _schedule(self) -> None:
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._take)
+            asyncio.get_running_loop().call_soon(self._run_turn)
 
-    def _take(self) -> None:
+    def _run_turn(self) -> None:
         self._is_due = False
         for queue in self._counted:
             queue.is_counted = False
@@ -112,7 +112,7 @@ class Turns:
             self._do_steps()
         finally:
             if self._waiting or self._done:
-                self._come()
+                self._schedule()
 
     def _do_steps(self) -> None:
         waiting = self._waiting

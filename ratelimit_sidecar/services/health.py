@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming, first_message
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod, first_message
 from ratelimit_sidecar.server.turn_event import TurnEvent
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
@@ -56,7 +56,7 @@ class HealthService:
         return {
             f"/{SERVICE_NAME}/Check": self.check,
             f"/{SERVICE_NAME}/List": self.list,
-            f"/{SERVICE_NAME}/Watch": Streaming(self.watch),
+            f"/{SERVICE_NAME}/Watch": StreamingMethod(self.watch),
         }
 
     def changed(self) -> None:

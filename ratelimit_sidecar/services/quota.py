@@ -23,7 +23,7 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
 )
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod
 from ratelimit_sidecar.server.turn_event import TurnEvent
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
@@ -67,7 +67,7 @@ class QuotaService:
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES, self.places)}
+        return {_PATH: StreamingMethod(self.stream, MAX_MESSAGE_BYTES, self.places)}
 
     def rules_loaded(self) -> None:
         """Stop refusing streams: rules are loaded."""
@@ -97,7 +97,7 @@ class QuotaService:
         reading.add_done_callback(lambda _reading: woken.set())
         try:
             while True:
-                actions = self.quotas.take(stream, self._now_us(), ACTIONS_AT_ONCE)
+                actions = self.quotas.take_actions(stream, self._now_us(), ACTIONS_AT_ONCE)
                 if actions:
                     yield _response(actions)
                 elif stream.due:

@@ -27,7 +27,7 @@ from ratelimit_sidecar.server.http2 import (
     StreamStarted,
 )
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
-from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, StreamingMethod
 from ratelimit_sidecar.server.session import IS_NATIVE
 
 HEADER_BYTES: Final = 3
@@ -80,8 +80,8 @@ HANDLERS: Final = {
     b"/test.Echo/Echo": lambda message, _headers: message,
     b"/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit": lambda message, _headers: message,
     b"/grpc.health.v1.Health/Check": lambda _message, _headers: b"\x08\x01",
-    b"/grpc.health.v1.Health/Watch": Streaming(_never_run),
-    b"/test.Echo/Stream": Streaming(_never_run),
+    b"/grpc.health.v1.Health/Watch": StreamingMethod(_never_run),
+    b"/test.Echo/Stream": StreamingMethod(_never_run),
 }
 
 

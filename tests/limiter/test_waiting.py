@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 
 PLAN = Rule("api.plan", Limit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
 TEAM = replace(PLAN, name="api.team")
@@ -32,7 +32,7 @@ def rules_of(*rules: Rule) -> Rules:
 class Node:
     """A limiter with half of each strict limit. The other half is b's, of which it may wish."""
 
-    def __init__(self, *rules: Rule, settings: Settings | None = None) -> None:
+    def __init__(self, *rules: Rule, settings: AnswerSettings | None = None) -> None:
         shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", started_us=0)
         in_force = rules_of(*(rules or (PLAN, TEAM, HURRIED, USER)))
         self.ledger = Ledger(shares, Origin("a", 1), in_force.strict_limit_of_key)
@@ -146,7 +146,7 @@ def test_no_request_waits_where_its_answer_would_not_depend_on_it(rule: Rule) ->
 
 
 def test_no_request_waits_in_global_shadow_mode() -> None:
-    node = Node(PLAN, settings=Settings(shadow_mode=True))
+    node = Node(PLAN, settings=AnswerSettings(shadow_mode=True))
     node.use_up({"plan": "gold"})
     assert node.code_now(REQUEST) == OK
 

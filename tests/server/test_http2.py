@@ -21,7 +21,7 @@ from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import Call, Connection, FrontEndCounts, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, RpcError, StreamingMethod
 
 PATH = "/test.Echo/Echo"
 STREAM_PATH = "/test.Echo/Stream"
@@ -67,7 +67,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.server = Connection(
-            {PATH.encode(): echo, STREAM_PATH.encode(): Streaming(echo_stream)},
+            {PATH.encode(): echo, STREAM_PATH.encode(): StreamingMethod(echo_stream)},
             replace(DEFAULT_LIMITS, **self.limits),
             self.budget,
             self.counts,
