@@ -221,7 +221,7 @@ class Fabric:
                 answers = await self._link.call(SHARE, [self._call(number, asks) for number, asks in batches.items()])
                 for number, answer in zip(list(batches), answers, strict=True):
                     if isinstance(answer, Exception):
-                        self.shards[number].leave()
+                        self.shards[number].skip_tick()
                         failure = answer
                         continue
                     await self._receive(self.shards[number], batches[number], answer, time_slice)

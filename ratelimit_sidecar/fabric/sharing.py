@@ -231,7 +231,7 @@ class Sharing:
     def note_own(self, bucket: Bucket, now_us: int) -> None:
         """Have all own counts of this bucket told, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or not self._own(bucket, _ALL):
+        if bucket.journal is None or not self._own_counts(bucket, _ALL):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
@@ -251,7 +251,7 @@ class Sharing:
         resting = -(-len(self._resting) // RESTING_TICKS)
         self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
 
-    def leave(self) -> None:
+    def skip_tick(self) -> None:
         """The shard cannot be asked at this tick; all of it is told again."""
         self._left = 0, 0
         self.tell_again()
@@ -309,10 +309,10 @@ class Sharing:
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
         is_quiet = not shared.has_news and told is not _ALL and not told
-        own = self._own(bucket, told)
+        own = self._own_counts(bucket, told)
         return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
 
-    def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
+    def _own_counts(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
         if slots is not _ALL and self._store.origin is self._origin:
             return {slot: tokens for _, slot, tokens in bucket.own_entries(slots)}
         if slots is _ALL or slots:
