@@ -19,15 +19,9 @@ from typing import Final
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
-from ratelimit_sidecar.server.http2 import (
-    Call,
-    Connection,
-    Event,
-    FrontEndCounts,
-    StreamCancelled,
-    StreamData,
-    StreamStarted,
-)
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall

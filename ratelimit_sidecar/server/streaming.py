@@ -15,8 +15,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import Final
 
+from ratelimit_sidecar.server.events import StreamStarted
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
-from ratelimit_sidecar.server.http2 import Connection, StreamStarted
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError

@@ -16,16 +16,10 @@ from typing import Final
 from hpack import Encoder
 
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
-from ratelimit_sidecar.server.http2 import (
-    Call,
-    Connection,
-    Event,
-    FrontEndCounts,
-    StreamCancelled,
-    StreamData,
-    StreamStarted,
-)
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, StreamingMethod
 from ratelimit_sidecar.server.session import IS_NATIVE

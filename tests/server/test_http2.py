@@ -18,8 +18,10 @@ from server.raw_http2 import client_connection
 
 from ratelimit_sidecar.server import http2, session
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.events import Call, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.http2 import Call, Connection, FrontEndCounts, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError, StreamingMethod
 
