@@ -34,7 +34,7 @@ FORGET_US: Final = 600_000_000
 
 
 class Connections:
-    """All peers of a node, and the streams to each.
+    """All peers of a node, and the streams to each. Call `find` and then `join` for a stream, and `leave` at its end.
 
     Args:
         on_change: called when a first stream to a peer has come, or the last one has gone.

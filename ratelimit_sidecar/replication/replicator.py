@@ -4,7 +4,7 @@ Theory of operation. Every 20 ms, or sooner, `mesh` calls for a *flush*, which m
 log (`changes`), from which each peer's outbox sends it. And it calls for a part of a *round*, which sums up what the
 node holds, to be compared (`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what
 is said on a stream in `stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for
-at a start is decided in `sync`.
+at a start is decided in `sync_requests`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ part of what is sent, although each is sent again in its turn."""
 
 
 class Replicator:
-    """All peers of one node.
+    """What one node does for all its peers together. Call `flush_steps` at each flush, and `compare_steps` every few
+    milliseconds.
 
     Args:
         now_us: the start of the process, or near it.
