@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.journal import is_much_taken
+from ratelimit_sidecar.crdt.journal import is_nearly_used_up
+from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE
 
 MAX_WAITING: Final = 100_000
 """The most buckets that wait, some 300 bytes each."""
@@ -50,7 +51,7 @@ class WriteQueue:
         key = bucket.key
         before = self._queue_of.get(key)
         rule = self._rule_key(key) if before is None else before[0]
-        name = rule, is_much_taken(bucket)
+        name = rule, _is_much_taken(bucket)
         if before is not None and (before >= name or not self._has_place(name)):
             name = before
         elif not self._has_place(name):
@@ -82,6 +83,14 @@ class WriteQueue:
         if not queue:
             del self._queues[name]
         return slots
+
+
+def _is_much_taken(bucket: Bucket) -> bool:
+    """True when an eighth was taken; of a small bucket, where each request may take as much, when an eighth is left."""
+    capacity = bucket.limit.capacity
+    if capacity < MIN_STEPS_CAPACITY:
+        return is_nearly_used_up(bucket)
+    return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
 def _both(known: list[int], slots: list[int]) -> list[int]:

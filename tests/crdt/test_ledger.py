@@ -13,8 +13,8 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import MAX_CHANGES
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.paying import Ask, Pay
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, Shown
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
@@ -86,19 +86,19 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
 ) -> None:
     limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
     a = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
-    a.shares.receive("b", Shown(2, alone), HOUR_US)
+    a.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([a], HOUR_US, 5)
     assert spent(a, limit, now_us) == 100
     began_us = now_us
     b = Ledger(Shares(Membership(1, both), "b", now_us), Origin("b", 1), lambda _key: limit)
-    b.shares.receive("a", Shown(2, alone), now_us)
-    a.shares.receive("b", Shown(1, both), now_us)
+    b.shares.receive("a", ShownMembership(2, alone), now_us)
+    a.shares.receive("b", ShownMembership(1, both), now_us)
     a.tick({}, now_us, most=10, longest_key=100)
     b.bucket(b"k", limit, now_us)
     now_us = pass_time([a, b], now_us, 0.9)
     admitted = spent(b, limit, now_us)
     if returns:
-        a.shares.receive("b", Shown(2, alone), now_us)
+        a.shares.receive("b", ShownMembership(2, alone), now_us)
         a.tick({}, now_us, most=10, longest_key=100)
     admitted += spent(a, limit, now_us)
     assert admitted <= 100 * (now_us - began_us) / HOUR_US
@@ -107,11 +107,11 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
 def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
     limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
-    ledger.shares.receive("b", Shown(2, alone), HOUR_US)
+    ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
     assert ledger.bucket(b"k", limit, now_us).remaining == 100
     for _ in range(MAX_CHANGES):
-        for shown in (Shown(1, both), Shown(2, alone)):
+        for shown in (ShownMembership(1, both), ShownMembership(2, alone)):
             ledger.shares.receive("b", shown, now_us)
             ledger.tick({}, now_us, most=10, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us).remaining == 25
