@@ -98,11 +98,11 @@ class Settled(NamedTuple):
 
     Args:
         deficit: the older entries, folded into one number by the algorithm; 0 when they do not count.
-        entries: in no particular order.
+        slots: those whose entries, of all origins, are part of it; in order.
     """
 
     deficit: int
-    entries: list[Entry]
+    slots: list[int]
 
 
 class Bucket(ABC):
@@ -315,6 +315,18 @@ class Bucket(ABC):
         """The work of advancing and sealing this bucket; 1 is that of a bucket with few slots."""
         return 1 + self.slots // SLOTS_A_LOOK
 
+    def origins(self) -> list[Origin]:
+        """The origins of all entries."""
+        own = [self.origin] if self._own or self._own_slot != NO_SLOT else []
+        return own + list(self._received or ())
+
+    def tokens_of(self, origin: Origin) -> dict[int, int]:
+        """The tokens of one origin, by slot. Not to be changed."""
+        if origin != self.origin:
+            return (self._received or {}).get(origin, {})
+        own = self._own or {}
+        return own if self._own_slot == NO_SLOT else {**own, self._own_slot: self._own_tokens}
+
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
         if self._own_slot != NO_SLOT:
@@ -390,7 +402,8 @@ class Bucket(ABC):
 
     def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
         """The part of the state to compare between replicas: entries written up to `until_us` that every replica still
-        holds at `kept_until_us`. None when an absent bucket would be the same.
+        holds at `kept_until_us`. None when an absent bucket would be the same. Its work grows with the slots, however
+        many origins there are.
         """
         return None
 

@@ -194,8 +194,8 @@ class FixedWindow(_Window):
         begins_us = self._end_us - self._limit.period_us
         if begins_us > until_us or self._end_us <= kept_until_us:
             return None
-        entries = [entry for entry in self.entries() if entry.slot & ~REFUND == self._slot]
-        return Settled(0, entries) if entries else None
+        slots = [slot for slot in self._tokens_by_slot() if slot & ~REFUND == self._slot]
+        return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
         """The clock was set back. Own takes of a later window count in the current one, which has been forgotten."""
@@ -403,12 +403,12 @@ class SlidingWindow(_Window):
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`."""
-        entries = [
-            entry
-            for entry in self.entries()
-            if slot_end_us(entry.slot) <= until_us and self._leaves_us(entry.slot) > kept_until_us
+        slots = [
+            slot
+            for slot in self._tokens_by_slot()
+            if slot_end_us(slot) <= until_us and self._leaves_us(slot) > kept_until_us
         ]
-        return Settled(0, entries) if entries else None
+        return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
         """The clock was set back. Drop slots that peers refuse now; their tokens count as taken now."""
