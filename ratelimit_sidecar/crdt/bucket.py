@@ -148,8 +148,8 @@ class Bucket(ABC):
         self._received_entries = 0
         """The number of slots in `_received`."""
         self._received_tokens: dict[int, int] | None = None
-        """The tokens in `_received` by slot, all origins together; None while there are few entries (`SUMMED_ENTRIES`).
-        """
+        """The tokens in `_received` by slot, all origins together (see `_together`); None while there are few entries
+        (`SUMMED_ENTRIES`)."""
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -226,7 +226,7 @@ class Bucket(ABC):
             held = slots.get(slot, 0)
             if 0 < tokens < held and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
-                self._note_received(slot, tokens - held)
+                self._note_received(slot, held, tokens)
                 is_changed = True
         if is_changed:
             self._recount()
@@ -356,8 +356,12 @@ class Bucket(ABC):
             tokens_of[self._own_slot] = self._own_tokens
         if self._received is not None:
             for slot, tokens in self._tokens_received().items():
-                tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+                tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
         return tokens_of
+
+    def _together(self, _slot: int, tokens: int, others: int) -> int:
+        """What some origins took or gave back in a slot, and others did, together."""
+        return tokens + others
 
     def _tokens_received(self) -> dict[int, int]:
         """The tokens in each slot of other origins together. Not to be changed."""
@@ -367,7 +371,7 @@ class Bucket(ABC):
         if self._received is not None:
             for slots in self._received.values():
                 for slot, tokens in slots.items():
-                    tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+                    tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
             if self._received_entries >= SUMMED_ENTRIES:
                 self._received_tokens = tokens_of
         return tokens_of
@@ -509,13 +513,14 @@ class Bucket(ABC):
                 return 0
             self._received_entries += 1
         slots[slot] = tokens
-        self._note_received(slot, added)
+        self._note_received(slot, held, tokens)
         return RECOUNT if len(slots) > MAX_SLOTS else added
 
-    def _note_received(self, slot: int, tokens: int) -> None:
+    def _note_received(self, slot: int, held: int, tokens: int) -> None:
+        """An origin's entry of a slot is now `tokens`; it was `held`."""
         tokens_of = self._received_tokens
         if tokens_of is not None:
-            tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+            tokens_of[slot] = tokens_of.get(slot, 0) + tokens - held
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -539,7 +544,7 @@ class Bucket(ABC):
             return 0
         received[origin] = {slot: tokens}
         self._received_entries += 1
-        self._note_received(slot, tokens)
+        self._note_received(slot, 0, tokens)
         # Adding a value makes the collector track the dict again.
         untrack(received)
         return tokens

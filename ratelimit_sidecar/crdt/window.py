@@ -75,6 +75,20 @@ class _Window(Bucket):
             elif count <= limit.requests and (before ^ count) >> limit.step_bits:
                 self.journal.urgent.add(self)
 
+    def _together(self, slot: int, tokens: int, others: int) -> int:
+        """See `Bucket._together`. Of refund marks the highest holds, since each covers the takes of all."""
+        return max(tokens, others) if slot & REFUND else tokens + others
+
+    def _note_received(self, slot: int, held: int, tokens: int) -> None:
+        tokens_of = self._received_tokens
+        if not slot & REFUND or tokens_of is None:
+            super()._note_received(slot, held, tokens)
+        elif tokens > held:
+            tokens_of[slot] = max(tokens_of.get(slot, 0), tokens)
+        else:
+            # Another mark may be the highest now.
+            self._received_tokens = None
+
     @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
@@ -119,8 +133,8 @@ class FixedWindow(_Window):
         counted = min(self.count, self._limit.requests)
         left = 0 if tokens is None else max(0, counted - tokens)
         if left < self.count:
-            slot = self._slot | REFUND
-            self._write_refund(slot, self._most_refunded(slot) + self.count - left)
+            _, refunded = self._taken_and_refunded(self._slot)
+            self._write_refund(self._slot | REFUND, refunded + self.count - left)
             self._written_us = self.at_us
             self.count = left
         return counted - left
@@ -182,8 +196,8 @@ class FixedWindow(_Window):
 
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`, less those given back."""
-        slot = _slot_of_window(self._limit, now_us)
-        return max(0, self._sum(slot) - self._most_refunded(slot | REFUND))
+        taken, refunded = self._taken_and_refunded(_slot_of_window(self._limit, now_us))
+        return max(0, taken - refunded)
 
     def entries_since(self, since_us: int) -> Iterator[Entry]:
         """See `Bucket.entries_since`. Returns all or nothing, since a window has only one slot."""
@@ -229,8 +243,8 @@ class FixedWindow(_Window):
         return slot_start_us(slot) > self.at_us + (2 << exponent)
 
     def _recount(self) -> None:
-        taken, given = self._sum(self._slot), self._most_refunded(self._slot | REFUND)
-        self.count, self._early_refunds = max(0, taken - given), max(0, given - taken)
+        taken, refunded = self._taken_and_refunded(self._slot)
+        self.count, self._early_refunds = max(0, taken - refunded), max(0, refunded - taken)
 
     def _is_final(self, slot: int) -> bool:
         """See `Bucket._is_final`. Always true. The slot may still be written to, but then a count that was lowered is
@@ -238,12 +252,10 @@ class FixedWindow(_Window):
         """
         return True
 
-    def _sum(self, slot: int) -> int:
-        return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
-
-    def _most_refunded(self, slot: int) -> int:
-        """The highest mark of all replicas. Each mark already covers the takes of all."""
-        return max((entry.tokens for entry in self.entries() if entry.slot == slot), default=0)
+    def _taken_and_refunded(self, slot: int) -> tuple[int, int]:
+        """The tokens that all replicas took in a slot, and the highest refund mark."""
+        tokens_of = self._tokens_by_slot()
+        return tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0)
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
@@ -442,10 +454,8 @@ class SlidingWindow(_Window):
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
-        marks = [self._own or {}, *(self._received or {}).values()]
-        given = {slot: max([slots.get(slot, 0) for slots in marks]) for slot in tokens_of if slot & REFUND}
         return {
-            slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
+            slot: (tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0))
             for slot in {slot & ~REFUND for slot in tokens_of}
         }
 
