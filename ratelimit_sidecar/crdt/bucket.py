@@ -398,11 +398,17 @@ class Bucket(ABC):
             if tokens is not None:
                 yield Entry(origin, slot, tokens)
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
-        """The entries that may have been written since `since_us`, by the clocks of their origins."""
-        for entry in self.entries():
-            if slot_end_us(entry.slot) > since_us:
-                yield entry
+    def is_written_since(self, since_us: int) -> bool:
+        """True when `entries_since` has some of any origin."""
+        return any(slot_end_us(slot) > since_us for slot in self._tokens_by_slot())
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
+        """The entries of an origin that may have been written since `since_us`, by its clock."""
+        return [
+            Entry(origin, slot, tokens)
+            for slot, tokens in self.tokens_of(origin).items()
+            if slot_end_us(slot) > since_us
+        ]
 
     def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
         """The part of the state to compare between replicas: entries written up to `until_us` that every replica still

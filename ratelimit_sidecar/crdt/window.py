@@ -15,7 +15,7 @@ they could count under a limit with such slots.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
@@ -199,9 +199,12 @@ class FixedWindow(_Window):
         taken, refunded = self._taken_and_refunded(_slot_of_window(self._limit, now_us))
         return max(0, taken - refunded)
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
+    def is_written_since(self, since_us: int) -> bool:
+        return self._written_us > since_us
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
         """See `Bucket.entries_since`. Returns all or nothing, since a window has only one slot."""
-        return self.entries() if self._written_us > since_us else iter(())
+        return super().entries_since(origin, 0) if self.is_written_since(since_us) else []
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`: the current window, unless it began after `until_us` or ends before `kept_until_us`."""
@@ -409,9 +412,12 @@ class SlidingWindow(_Window):
         """Tokens in the slots that are at least partly in the period that ends at `now_us`."""
         return sum([tokens for _, tokens in self._counting(now_us)])
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
+    def is_written_since(self, since_us: int) -> bool:
+        return self._refunded_us > since_us or super().is_written_since(since_us)
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
         """See `Bucket.entries_since`. After a refund all entries, since refunds are written to slots that are over."""
-        return self.entries() if self._refunded_us > since_us else super().entries_since(since_us)
+        return super().entries_since(origin, 0 if self._refunded_us > since_us else since_us)
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`."""

@@ -43,20 +43,33 @@ def in_parts(bucket: Bucket | None, base: Base | None, entries: list[Entry]) -> 
 
 def own_part(store: Store, key: bytes, since_us: int) -> Parts:
     """What this node took from one bucket since `since_us`."""
-    bucket, entries = tellable(store, key), []
-    if bucket is not None:
-        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin == store.origin]
-    yield from in_parts(bucket, None, entries)
+    bucket = tellable(store, key)
+    yield from in_parts(bucket, None, [] if bucket is None else bucket.entries_since(store.origin, since_us))
 
 
 def whole(store: Store, key: bytes, since_us: int, now_us: int, all_but: Origin | None) -> Parts:
-    """All of one bucket that may have been written since `since_us`, but for what one origin took."""
+    """All of one bucket that may have been written since `since_us`, but for what one origin took.
+
+    The bucket may change between two parts.
+    """
     bucket = tellable(store, key)
-    if bucket is None or (bucket.base.boundary_us <= since_us and next(bucket.entries_since(since_us), None) is None):
+    if bucket is None or not (bucket.base.boundary_us > since_us or bucket.is_written_since(since_us)):
         yield NOTHING
         return
-    # What was sealed after `since_us` is told in the base.
     bucket.seal(now_us)
-    entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != all_but]
+    base = untold = _base_since(bucket, since_us)
+    entries: list[Entry] = []
+    for origin in bucket.origins():
+        if origin != all_but:
+            entries += bucket.entries_since(origin, since_us)
+        if len(entries) >= MAX_PART_ENTRIES:
+            yield from in_parts(bucket, untold, entries)
+            untold, entries = None, []
+    sealed = _base_since(bucket, since_us)
+    yield from in_parts(bucket, untold if sealed == base else sealed, entries)
+
+
+def _base_since(bucket: Bucket, since_us: int) -> Base | None:
+    """The base, if slots that were sealed since `since_us` are in it."""
     base = bucket.base_to_send
-    yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)
+    return None if base is not None and base.boundary_us <= since_us else base

@@ -40,7 +40,7 @@ from ratelimit_sidecar.replication.outbox import (
     Outbox,
 )
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, whole
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from simulation.steps import done
 
@@ -201,6 +201,28 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     copy = told(batches).get(bucket.key)
     assert copy is not None
     assert sorted(copy.entries()) == sorted(bucket.entries())
+
+
+def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() -> None:
+    store = store_of(A)
+    bucket = large_bucket(store)
+    parts = whole(store, bucket.key, 0, NOW_US, None)
+    told_first = next(parts)
+    # Some of it is sealed meanwhile, and there are news.
+    later_us = NOW_US + 4 * SECOND_US
+    bucket.seal(later_us)
+    last = bucket.origins()[-1]
+    bucket.merge([Entry(last, slot_id(later_us, MIN_EXPONENT), 9_000)], later_us)
+    peers = store_of(B)
+    for part in (told_first, *parts):
+        assert len(part.entries) <= MAX_PART_ENTRIES
+        peers.merge(bucket.key, part.base, part.entries, later_us)
+    copy = peers.get(bucket.key)
+    assert copy is not None
+    assert copy.base == bucket.base
+    assert copy.taken == bucket.taken
+    assert copy.fold(later_us) == bucket.fold(later_us)
+    assert bucket.base.deficit > 0
 
 
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
