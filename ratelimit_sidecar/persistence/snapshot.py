@@ -23,6 +23,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
 from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.parts import in_lists
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -71,18 +72,16 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
     pace = Pace()
     for bucket in store.walk():
         kind = LOCAL if bucket.journal is None else REPLICATED
-        entries = list(bucket.entries())
-        base = bucket.base_to_send
-        if not entries and base is None:
+        if not bucket.slots and bucket.base_to_send is None:
             continue
         size.buckets += 1
-        for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
-            writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
+        for entries in in_lists(bucket, 0):
+            writers[kind].add(bucket, bucket.base_to_send, entries)
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
                 yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
-        if pace.ends_piece(len(entries)):
-            yield b""
+            if pace.ends_piece(len(entries)):
+                yield b""
     for kind, writer in writers.items():
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)

@@ -57,19 +57,21 @@ def whole(store: Store, key: bytes, since_us: int, now_us: int, all_but: Origin 
         yield NOTHING
         return
     bucket.seal(now_us)
-    base = untold = _base_since(bucket, since_us)
+    for entries in in_lists(bucket, since_us, all_but):
+        # With what was sealed after `since_us`, meanwhile too.
+        base = bucket.base_to_send
+        yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)
+
+
+def in_lists(bucket: Bucket, since_us: int, all_but: Origin | None = None) -> Iterator[list[Entry]]:
+    """The entries that may have been written since `since_us`, but for those of one origin, in lists of some hundred.
+    The last may be empty. The bucket may change, and be sealed, between two lists: tell its base with each.
+    """
     entries: list[Entry] = []
     for origin in bucket.origins():
         if origin != all_but:
             entries += bucket.entries_since(origin, since_us)
         if len(entries) >= MAX_PART_ENTRIES:
-            yield from in_parts(bucket, untold, entries)
-            untold, entries = None, []
-    sealed = _base_since(bucket, since_us)
-    yield from in_parts(bucket, untold if sealed == base else sealed, entries)
-
-
-def _base_since(bucket: Bucket, since_us: int) -> Base | None:
-    """The base, if slots that were sealed since `since_us` are in it."""
-    base = bucket.base_to_send
-    return None if base is not None and base.boundary_us <= since_us else base
+            yield entries
+            entries = []
+    yield entries
