@@ -238,11 +238,18 @@ class Summing:
 
     def state_steps(self, bucket: Bucket, at_us: int, work: Work) -> Generator[None, None, int]:
         """Find the state of a bucket, in steps, each a piece of `work`: a hash of 64 bits of what replicas hold alike
-        of it; 0 when that is nothing.
+        of it; 0 when that is nothing, or cannot be encoded.
 
         Between two steps the bucket may change. Counts only grow, so a later call that finds the same shows that
         it has not.
         """
+        try:
+            return (yield from self._hash_steps(bucket, at_us, work))
+        except (OverflowError, struct.error) as error:
+            self._store.journal.leave_out(error)
+            return 0
+
+    def _hash_steps(self, bucket: Bucket, at_us: int, work: Work) -> Generator[None, None, int]:
         settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
         if settled is None:
             if work.ends_piece(SUM_WORK):

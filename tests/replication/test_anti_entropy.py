@@ -421,6 +421,17 @@ def test_a_state_is_the_hash_that_nodes_of_earlier_versions_have() -> None:
     assert state_of(Summing(store, FIRST_US - 1), bucket, FIRST_US) == 5458122548980219214
 
 
+def test_a_bucket_that_cannot_be_encoded_is_left_out_of_what_is_compared() -> None:
+    stores = [store_of(node("a")), store_of(node("a"))]
+    for store in stores:
+        for value in ("ann", "bob"):
+            take(store, value, 3, FIRST_US - SETTLE_US - 2 * SLOT_US)
+    take(stores[0], "bad", 3, FIRST_US - SETTLE_US - 2 * SLOT_US)._own_tokens = -1
+    sums = [sums_of(store, FIRST_US).sums for store in stores]
+    assert sums[0] == sums[1]
+    assert [store.journal.left_out for store in stores] == [1, 0]
+
+
 def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
     store = store_of(node("a"))
     for index in range(1_000):

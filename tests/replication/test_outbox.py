@@ -225,6 +225,23 @@ def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() ->
     assert bucket.base.deficit > 0
 
 
+def test_a_bucket_that_cannot_be_encoded_is_left_out_and_all_others_are_told() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    buckets = [take(store, name, 1, NOW_US) for name in ("ann", "bad", "bob")]
+    buckets[1]._own_tokens = -1
+    note(outbox)
+    held = told(drained(outbox))
+    assert sorted(entry.tokens for bucket in held for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 1
+    outbox = new_outbox(store)
+    open_stream(outbox)
+    batches = list(drained(outbox))
+    assert batches[-1].ends_snapshot
+    assert sorted(entry.tokens for bucket in told(batches) for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 2
+
+
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
