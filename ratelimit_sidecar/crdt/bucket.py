@@ -351,12 +351,11 @@ class Bucket(ABC):
         """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
         origins there are.
         """
-        tokens_of = dict(self._own or {})
-        if self._own_slot != NO_SLOT:
-            tokens_of[self._own_slot] = self._own_tokens
-        if self._received is not None:
-            for slot, tokens in self._tokens_received().items():
-                tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
+        tokens_of = self._tokens_received()
+        if tokens_of is self._received_tokens:
+            tokens_of = dict(tokens_of)
+        for slot, tokens in self.tokens_of(self.origin).items():
+            tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
         return tokens_of
 
     def _together(self, _slot: int, tokens: int, others: int) -> int:

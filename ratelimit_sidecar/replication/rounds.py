@@ -243,36 +243,33 @@ class Summing:
         Between two steps the bucket may change. Counts only grow, so a later call that finds the same shows that
         it has not.
         """
-        try:
-            return (yield from self._hash_steps(bucket, at_us, work))
-        except (OverflowError, struct.error) as error:
-            self._store.journal.leave_out(error)
-            return 0
-
-    def _hash_steps(self, bucket: Bucket, at_us: int, work: Work) -> Generator[None, None, int]:
         settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
         if settled is None:
             if work.ends_piece(SUM_WORK):
                 yield
             return 0
-        hashed = blake2b(bucket.key + settled.deficit.to_bytes(16, "little"), digest_size=8)
         origins = [(self._origin(origin), origin) for origin in bucket.origins()]
         origins.sort()
         if work.ends_piece(SUM_WORK + ORIGIN_WORK * len(origins)):
             yield
         numbers: list[int] = []
-        for number, origin in origins:
-            tokens_of = bucket.tokens_of(origin)
-            for slot in settled.slots:
-                tokens = tokens_of.get(slot)
-                if tokens is not None:
-                    # As they travel.
-                    numbers += (number, slot, min(tokens, MAX_SLOT_TOKENS))
-            if work.ends_piece(ENTRY_WORK * len(settled.slots)):
-                hashed.update(struct.pack(f"<{len(numbers)}Q", *numbers))
-                numbers.clear()
-                yield
-        hashed.update(struct.pack(f"<{len(numbers)}Q", *numbers))
+        try:
+            hashed = blake2b(bucket.key + settled.deficit.to_bytes(16, "little"), digest_size=8)
+            for number, origin in origins:
+                tokens_of = bucket.tokens_of(origin)
+                for slot in settled.slots:
+                    tokens = tokens_of.get(slot)
+                    if tokens is not None:
+                        # As they travel.
+                        numbers += (number, slot, min(tokens, MAX_SLOT_TOKENS))
+                if work.ends_piece(ENTRY_WORK * len(settled.slots)):
+                    hashed.update(_packed(numbers))
+                    numbers.clear()
+                    yield
+            hashed.update(_packed(numbers))
+        except (OverflowError, struct.error) as error:
+            self._store.journal.leave_out(error)
+            return 0
         return int.from_bytes(hashed.digest(), "little")
 
     def _due(self, now_us: int) -> int | None:
@@ -344,3 +341,7 @@ class Summing:
                 self._origins.clear()
             number = self._origins[origin] = hash64(origin.node.encode() + origin.incarnation.to_bytes(8, "little"))
         return number
+
+
+def _packed(numbers: list[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
