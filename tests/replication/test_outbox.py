@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
-from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
     LOOKED_BUCKETS,
@@ -36,6 +36,8 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
+    MAX_UNACKNOWLEDGED_BUCKETS,
+    MAX_UNACKNOWLEDGED_BYTES,
     WHOLE_BATCH_BUCKETS,
     Outbox,
 )
@@ -424,15 +426,25 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
 
 
-def test_no_more_than_a_few_batches_are_on_their_way() -> None:
+@pytest.mark.parametrize(
+    ("buckets", "key_bytes", "batches"),
+    [
+        (1, 0, MAX_UNACKNOWLEDGED),
+        (MAX_BATCH_BUCKETS, 0, MAX_UNACKNOWLEDGED_BUCKETS // MAX_BATCH_BUCKETS),
+        (4, MAX_KEY_BYTES, MAX_UNACKNOWLEDGED_BYTES // MAX_BATCH_BYTES),
+    ],
+    ids=["batches", "buckets", "bytes"],
+)
+def test_no_more_than_so_much_is_on_its_way(buckets: int, key_bytes: int, batches: int) -> None:
     store = store_of(A)
-    outbox = new_outbox(store)
-    fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
-    open_stream(outbox)
-    assert all(next_batch(outbox, NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
-    assert next_batch(outbox, NOW_US) is None
+    outbox = opened(store)
+    for number in range(batches + 1):
+        for index in range(buckets):
+            store.bucket(b"%d" % index + b"x" * (key_bytes - 1), PER_USER, NOW_US).take(1, NOW_US)
+        note(outbox)
+        assert (next_batch(outbox) is not None) is (number < batches)
     outbox.acknowledged(NOW_US)
-    assert next_batch(outbox, NOW_US) is not None
+    assert next_batch(outbox) is not None
 
 
 def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases() -> None:
