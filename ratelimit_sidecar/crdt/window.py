@@ -215,8 +215,9 @@ class FixedWindow(_Window):
         return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. Own takes of a later window count in the current one, which has been forgotten."""
-        counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
+        """The clock was set back. The current window has been forgotten: what counted in a later one counts as taken in
+        it now."""
+        counted = self.count
         self._take_new_origin()
         self.at_us = now_us
         self._enter_window()
