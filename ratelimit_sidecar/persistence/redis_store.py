@@ -93,7 +93,7 @@ class RedisStatus:
     Args:
         written: buckets written since the start.
         failed: attempts that ended with a failure.
-        refused: buckets that the server would not join, for a reason of their own.
+        refused: buckets that the server would not join, for a reason of their own, or that cannot be encoded.
         restored: buckets that were read at the start.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
         waiting: how many buckets are to be written.
@@ -343,8 +343,11 @@ class RedisState:
             bucket = self._store.get(key)
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
-                keys.append(key)
-                told.append(join_text(bucket, entries, now_us))
+                try:
+                    told.append(join_text(bucket, entries, now_us))
+                    keys.append(key)
+                except ValueError as error:
+                    self._refuse(str(error))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -389,9 +392,12 @@ class RedisState:
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
         if is_of_server(text):
             raise exceptions.ResponseError(text)
+        self._refuse(text)
+
+    def _refuse(self, error: str) -> None:
         self.status.refused += 1
         if self.status.refused == 1:
-            _log.error("bucket_not_kept", error=text)
+            _log.error("bucket_not_kept", error=error)
 
     async def _evaluate(
         self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes] = ()

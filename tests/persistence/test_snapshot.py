@@ -29,6 +29,7 @@ from ratelimit_sidecar.persistence.snapshot_format import (
     snapshot,
 )
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 
 NOW_US = 1_790_000_000_000_000
@@ -139,6 +140,23 @@ def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn
     after = make_store(AFTER)
     read(b"".join(pieces), after, NOW_US)
     assert len(after) == 3 * RECORD_BUCKETS
+
+
+def test_a_bucket_that_many_replicas_took_from_gives_others_their_turn_too() -> None:
+    store = make_store(BEFORE)
+    take(store, "month", "a", 1, NOW_US)
+    [bucket] = store
+    width_us = 1 << bucket.limit.exponent
+    slots = [slot_id(NOW_US - age * width_us, bucket.limit.exponent) for age in range(40)]
+    store.journal.peers = {Origin(f"peer {number}", 1) for number in range(250)}
+    for origin in store.journal.peers:
+        bucket.merge([Entry(origin, slot, 1) for slot in slots], NOW_US)
+    pieces = list(snapshot(store, NOW_US, SnapshotSize()))
+    assert len(pieces) > 250 * 40 / MAX_PART_ENTRIES / 2
+    after = make_store(AFTER)
+    read(b"".join(pieces), after, NOW_US)
+    [restored] = after
+    assert restored.taken == bucket.taken
 
 
 def used_by(nodes: int, lives: int, buckets: int) -> Store:
