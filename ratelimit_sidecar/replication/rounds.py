@@ -5,7 +5,7 @@ all its peers: a *round*. Two nodes that have received the same must come to the
 and they seal at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over
 for `SETTLE_US`, and what older ones amount to.
 
-The work is bounded: a round takes the buckets in steps, and when there are too many for `ROUND_WORK`, only some
+The work is bounded: a round takes the buckets in steps, and when there are too many for all of its steps, only some
 segments of the key space, others the next time.
 """
 
@@ -45,9 +45,9 @@ SUM_WORK: Final = 40
 ENTRY_WORK: Final = 15
 """Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each settled entry in it."""
 
-STEP_WORK = 8_000
+STEP_WORK: Final = 8_000
 """The work of one step, besides its share of looking at all buckets. It is more when a segment would otherwise not be
-summed up in time.
+summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
 PIECE_WORK: Final = 1_000
@@ -55,9 +55,6 @@ PIECE_WORK: Final = 1_000
 
 STEPS: Final = 170
 """The steps of one round: one each 20 ms of EVERY_US, and some to spare."""
-
-ROUND_WORK = STEPS * STEP_WORK
-"""The work of one round: 4 % of the time, and 1 % for each 200,000 buckets."""
 
 FREED_RANGES: Final = 16
 """The ranges that are freed in a step: all of a round within half of the next one."""
@@ -140,10 +137,13 @@ class Summing:
 
     Args:
         now_us: the start, or near it.
+        step_work: of each of the STEPS of a round.
     """
 
-    def __init__(self, store: Store, now_us: int) -> None:
+    def __init__(self, store: Store, now_us: int, *, step_work: int = STEP_WORK) -> None:
         self._store = store
+        self._step_work = step_work
+        self._round_work = STEPS * step_work
         self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
         self._current: Round | None = None
         self._walk: Iterator[Bucket] = iter(())
@@ -184,7 +184,7 @@ class Summing:
                 return None
             current = self._current = self._begin(at_us)
         if self._step_left <= 0:
-            most = max(STEP_WORK, self._segment_work * 9 // 8 // STEPS)
+            most = max(self._step_work, self._segment_work * 9 // 8 // STEPS)
             self._step_left = most + LOOK_WORK * len(self._store) // STEPS
         if not self._take_piece(current):
             return None
@@ -268,7 +268,7 @@ class Summing:
             most = segments * looked // max(looked, buckets)
         else:
             return
-        most = min(SEGMENTS, most, ROUND_WORK // max(1, self._segment_work))
+        most = min(SEGMENTS, most, self._round_work // max(1, self._segment_work))
         self._segments_a_round = max(1, most)
 
     def _is_to_be_done(self, at_us: int) -> bool:
@@ -276,7 +276,7 @@ class Summing:
         the more often one does them, the more of another's are among them."""
         work = LOOK_WORK * len(self._store) + self._segment_work
         stride = 1
-        while work > stride * ROUND_WORK:
+        while work > stride * self._round_work:
             stride *= 2
         return at_us // EVERY_US % stride == 0
 
