@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
@@ -99,23 +95,6 @@ def apply_all(reader: DeltasReader, store: Store, deltas: pb.Deltas, now_us: int
     """Returns what all steps amount to."""
     steps = list(reader.apply_steps(deltas, store, now_us))
     return Applied(sum(step.entries for step in steps), sum(step.unknown_keys for step in steps), is_last=True)
-
-
-@contextmanager
-def frees_itself(*kinds: type) -> Iterator[None]:
-    """Of these no more are left than before, although no garbage was collected: practically none ever is."""
-    gc.collect()
-    gc.disable()
-    try:
-        before = _alive(kinds)
-        yield
-        assert _alive(kinds) == before
-    finally:
-        gc.enable()
-
-
-def _alive(kinds: tuple[type, ...]) -> int:
-    return sum(type(each) in kinds for each in gc.get_objects())
 
 
 def frame(**kind: object) -> bytes:

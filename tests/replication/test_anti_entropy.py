@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import pytest
+from freed import frees_itself
 from replication.builders import (
     ELSEWHERE,
     NOW_US,
     PER_USER,
     RULES,
     SECOND_US,
-    frees_itself,
     key_of,
     node,
     rules_with,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
+from freed import frees_itself
 from replication.builders import (
     NOW_US,
     PER_TEAM,
@@ -13,7 +14,6 @@ from replication.builders import (
     apply_all,
     apply_deltas,
     bucket_of,
-    frees_itself,
     key_of,
     node,
     rules_with,
