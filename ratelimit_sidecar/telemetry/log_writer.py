@@ -69,11 +69,12 @@ class TakenStderr:
             *lines, rest = (rest + read).split(b"\n")
             if len(rest) >= MAX_LINE_BYTES:
                 lines, rest = [*lines, rest], b""
-            _log_lines(lines)
-        _log_lines([rest])
+            log_lines(lines)
+        log_lines([rest])
 
 
-def _log_lines(lines: Sequence[bytes]) -> None:
+def log_lines(lines: Sequence[bytes]) -> None:
+    """Log lines of stderr, each with the level that it names."""
     for line in lines:
         if line.strip():
             as_absl = _ABSL.match(line)
