@@ -212,7 +212,8 @@ class Bucket(ABC):
     def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
-        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal. Entries that it wrote
+        before others that this bucket has already must not get here.
 
         Returns:
             True when something changed.
@@ -521,7 +522,8 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        if (len(received) >= MAX_ORIGINS or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
+        is_crowded = len(received) >= MAX_ORIGINS and not (self.journal is not None and self.journal.is_restoring)
+        if (is_crowded or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
         received[origin] = {slot: tokens}

@@ -29,6 +29,9 @@ protocol 4, or until such loans must have expired; and in any case until tickets
 """
 
 
+MAX_CONFLICTS: Final = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """Who shares strict limits, and with which weights.
@@ -93,7 +96,8 @@ class Shares:
     started_us: int
     has_never_lent: bool = False
     conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only those of members have an effect."""
+    """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
+    `MAX_CONFLICTS` are kept."""
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
@@ -116,7 +120,9 @@ class Shares:
     def receive(self, peer: str, shown: Shown, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
-        if shown.epoch:
+        # Anybody may dial in, under any number of names.
+        is_other = peer in self._others
+        if shown.epoch and is_other:
             self._upgraded.add(peer)
             if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = max(now_us, self.started_us + HOLD_US)
@@ -124,10 +130,11 @@ class Shares:
             # It may have been restarted with an older configuration.
             self._current.discard(peer)
         elif shown.epoch == self.membership.epoch:
-            if dict(shown.weights) == dict(self.membership.weights):
+            if dict(shown.weights) != dict(self.membership.weights):
+                if self.is_member(peer) or len(self.conflicts) < MAX_CONFLICTS:
+                    self.conflicts[peer] = shown
+            elif is_other:
                 self._current.add(peer)
-            else:
-                self.conflicts[peer] = shown
 
     def part(self, now_us: int) -> float:
         """This node's part of every limit at `now_us`, but for rounding."""

@@ -233,8 +233,8 @@ class FixedWindow(_Window):
         self.count, self._early_refunds = max(0, taken - given), max(0, given - taken)
 
     def _is_final(self, slot: int) -> bool:
-        """See `Bucket._is_final`. Always true. The slot may still be written to, but then a count that was lowered is
-        raised again by the origin's next entry, or by comparing.
+        """See `Bucket._is_final`. Always true: a window may be long, and while it is in use comparing finds nothing. If
+        the slot is still written to, a count that was lowered is raised again by the origin's next entry.
         """
         return True
 

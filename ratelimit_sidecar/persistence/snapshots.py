@@ -120,8 +120,8 @@ class Snapshots:
     async def load(self) -> None:
         """Join the snapshot in the file, in pieces, between which requests are answered.
 
-        If that fails for whatever reason, the file is renamed, so that the next snapshot, which has less, does not
-        replace it.
+        A record that is bad is left out. If that happens, or all of it fails for whatever reason, the file is renamed,
+        so that the next snapshot, which has less, does not replace it.
         """
         try:
             await self._load()
@@ -139,15 +139,22 @@ class Snapshots:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        entries = 0
+        entries = bad_records = 0
+        why_bad = ""
         to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         with file:
             records = records_again(file)
             while (record := await asyncio.to_thread(next, records, None)) is not None:
-                entries += await _in_turns(restore(*record, to, self._now_us()))
+                try:
+                    entries += await _in_turns(restore(*record, to, self._now_us()))
+                except BadSnapshot as error:
+                    bad_records += 1
+                    why_bad = why_bad or str(error)
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
-        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries)
+        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
+        if bad_records:
+            await self._set_aside(f"the snapshot {why_bad}")
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""

@@ -17,6 +17,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, Limit
 from ratelimit_sidecar.crdt.shares import (
+    MAX_CONFLICTS,
     OLD_LOAN_US,
     TOKEN,
     Membership,
@@ -330,6 +331,16 @@ def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
     shares.receive("b", Shown(2, {"b": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
+
+
+def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
+    for number in range(2 * MAX_CONFLICTS):
+        shares.receive(f"stranger-{number}", Shown(1, {"stranger": 1}), 0)
+    assert len(shares.conflicts) == MAX_CONFLICTS
+    shares.receive("b", Shown(1, {"a": 1, "b": 3}), 0)
+    assert "b" in shares.conflicts
+    assert shares.part(OLD_LOAN_US) == 1 / 4
 
 
 @pytest.mark.parametrize("order", list(permutations("bcd")))

@@ -14,12 +14,13 @@ from persistence.redis_server import RedisServer, needs_redis
 from persistence.test_snapshot import AFTER, LIMITS, NOW_US, RULES, SECOND_US, make_store
 from redis.asyncio import Redis
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.slot import slot_start_us
+from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, restore, tell
+from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES
 
 pytestmark = needs_redis
 
@@ -133,6 +134,27 @@ async def test_two_that_write_at_the_same_time_lose_nothing(redis: Redis) -> Non
     await asyncio.gather(*[join(redis, each) for each in reversed(told)])
     found = await restored(redis, "fixed", NOW_US)
     assert LIMITS["fixed"].capacity - found.remaining == 10 * (1 + 2 + 3)
+
+
+async def test_however_many_lives_of_nodes_have_used_a_bucket_it_is_joined_and_read_again(redis: Redis) -> None:
+    store = make_store(WRITERS[0])
+    bucket = bucket_of(store, "fixed", NOW_US)
+    bucket.take(1, NOW_US)
+    [own] = bucket.entries()
+    lives = [Entry(Origin("n" * MAX_NAME_BYTES, life), own.slot, 1) for life in range(1, 5_000)]
+    store.journal.peers = {entry.origin for entry in lives}
+    bucket.merge(lives, NOW_US)
+    assert await join(redis, tell(bucket, bucket.entries(), NOW_US)) == [1]
+    assert (await restored(redis, "fixed", NOW_US)).taken == bucket.taken
+
+
+@pytest.mark.parametrize("ahead_us", [6 * SECOND_US, 60 * SECOND_US])
+async def test_a_slot_ahead_of_time_is_not_taken_for_a_clock_that_was_set_back(redis: Redis, ahead_us: int) -> None:
+    slot = slot_id(NOW_US + ahead_us, LIMITS["tokens"].exponent)
+    bucket = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US)
+    bucket.take(1, NOW_US)
+    await join(redis, tell(bucket, [*bucket.entries(), Entry(WRITERS[1], slot, 5)], NOW_US))
+    assert (await restored(redis, "tokens", NOW_US)).taken.keys() <= {*WRITERS}
 
 
 async def test_what_was_folded_is_not_told_again(redis: Redis) -> None:

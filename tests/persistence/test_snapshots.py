@@ -10,6 +10,7 @@ import pytest
 from persistence.test_snapshot import AFTER, BEFORE, NOW_US, RULES, make_store, take
 
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.snapshot import RECORD_BUCKETS, REPLICATED, SnapshotSize, _record, snapshot
 from ratelimit_sidecar.persistence.snapshots import Snapshots, StateError
 
 
@@ -60,6 +61,19 @@ async def test_what_is_no_snapshot_is_set_aside_and_the_start_goes_on(tmp_path: 
     assert (tmp_path / "state.unreadable").read_bytes() == content
     await snapshots.save()
     assert file.exists()
+
+
+async def test_of_a_record_that_cannot_be_read_the_others_are_restored(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    pieces = snapshot(store_with(*map(str, range(2 * RECORD_BUCKETS))), NOW_US, SnapshotSize())
+    magic, header, first, second, end = filter(None, pieces)
+    assert first[0] == REPLICATED
+    content = b"".join([magic, header, _record(REPLICATED, b"no Deltas"), second, end])
+    file.write_bytes(content)
+    after = make_store(AFTER)
+    await snapshots_of(file, after).load()
+    assert len(after) == RECORD_BUCKETS
+    assert (tmp_path / "state.unreadable").read_bytes() == content
 
 
 async def test_what_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
