@@ -23,7 +23,8 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.persistence import redis_calls, redis_store
+from ratelimit_sidecar.persistence import redis_calls
+from ratelimit_sidecar.persistence.redis_calls import BackOff
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
@@ -39,13 +40,6 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back-offs that do not last."""
-    monkeypatch.setattr(redis_store, "MAX_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr(redis_store, "FIRST_WAIT_SECONDS", 0.05)
-
-
 def state_in(
     server: RedisServer,
     store: Store,
@@ -54,10 +48,17 @@ def state_in(
     most_waiting: int = MAX_WAITING,
     **config: object,
 ) -> RedisState:
-    """That writes 20 times a second, and so keeps all limits."""
+    """That writes 20 times a second, and so keeps all limits, and tries again soon."""
     kept = PersistenceConfig.model_validate({"url": server.url, **config})
     return RedisState(
-        partial(connect, kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer, most_waiting=most_waiting
+        partial(connect, kept),
+        keys(kept),
+        store,
+        lambda: now_us,
+        0.05,
+        tracer=tracer,
+        most_waiting=most_waiting,
+        back_off=BackOff(0.05, 0.2),
     )
 
 
@@ -152,19 +153,16 @@ async def test_the_last_write_is_at_the_stop(server: RedisServer) -> None:
     assert await left_after_restart(server) == [97]
 
 
-async def test_a_stop_while_it_is_still_reading_writes_all_the_same(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stop_while_it_is_still_reading_writes_all_the_same(server: RedisServer) -> None:
     first = make_store(BEFORE)
     state = state_in(server, first)
     for number in range(200):
         hit(state, first, str(number))
     await state.save()
     await state.close()
-    monkeypatch.setattr(redis_store, "LOAD_SECONDS", 0)
     store = make_store(AFTER)
     state = state_in(server, store)
-    await state.load()
+    await state.load(0)
     hit(state, store, "new")
     await state.save()
     await state.close()
