@@ -33,7 +33,7 @@ _CANCEL_SECONDS = 1
 
 
 class HttpServer:
-    """Call `start`, `serve` and `stop`, as for a front end (see `server.front_end`).
+    """An HTTP/1.1 server of one application. Call `start`, `serve` and `stop` as of a front end (`server.front_end`).
 
     Args:
         address: `host:port` or `[IPv6]:port`; port 0 for a free one.

@@ -432,6 +432,18 @@ class Bucket(ABC):
             self._note_unsent(self.journal, self._own_slot)
             self._own_slot_unsent = True
 
+    def _tell_early(self, limit: AnyLimit, before: int, after: int) -> None:
+        """Have peers told soon if a take has made the bucket nearly used up, or was one of many.
+
+        Args:
+            before, after: what counted against the limit, in the unit of its `ceiling`.
+        """
+        if self.journal is not None:
+            if before < limit.urgent_from <= after:
+                self.journal.hurry(self)
+            elif after <= limit.ceiling and (before ^ after) >> limit.step_bits:
+                self.journal.urgent.add(self)
+
     def _write_refund(self, slot: int, count: int) -> None:
         """Set the refund entry of `slot`, an id with `REFUND`, to `count`, which must be higher than before."""
         self._take_new_origin()

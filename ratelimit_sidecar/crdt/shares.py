@@ -48,8 +48,8 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The membership that a peer has shown."""
+class ShownMembership:
+    """The membership that a node shows to its peers."""
 
     epoch: int
     weights: Mapping[str, int]
@@ -95,7 +95,7 @@ class Shares:
     node: str
     started_us: int
     has_never_lent: bool = False
-    conflicts: dict[str, Shown] = field(default_factory=dict)
+    conflicts: dict[str, ShownMembership] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
     `MAX_CONFLICTS` are kept."""
     from_us: int = field(init=False)
@@ -117,7 +117,7 @@ class Shares:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
-    def receive(self, peer: str, shown: Shown, now_us: int) -> None:
+    def receive(self, peer: str, shown: ShownMembership, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         # Anybody may dial in, under any number of names.

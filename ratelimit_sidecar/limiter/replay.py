@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.limiter.variants import made_local, without_shadow_mode
 
@@ -63,7 +63,7 @@ class Replay:
     """
 
     def __init__(
-        self, rules: Rules, settings: Settings, *, max_denied_descriptors: int = MAX_DENIED_DESCRIPTORS
+        self, rules: Rules, settings: AnswerSettings, *, max_denied_descriptors: int = MAX_DENIED_DESCRIPTORS
     ) -> None:
         self._max_denied_descriptors = max_denied_descriptors
         self.requests = Tally(in_shadow_mode=settings.shadow_mode)

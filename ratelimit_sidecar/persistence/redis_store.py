@@ -40,8 +40,17 @@ from ratelimit_sidecar.persistence.redis_calls import (
     is_of_server,
     reason_of,
 )
-from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
-from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
+from ratelimit_sidecar.persistence.redis_record import (
+    FORMAT,
+    JOIN,
+    READ,
+    BadRecord,
+    Keys,
+    is_worth_keeping,
+    join_text,
+    restore_bucket,
+)
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
@@ -155,10 +164,10 @@ class RedisState:
             self._again = self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
-            if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                self._wait(bucket, slots)
+            if is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                self._queue_slots(bucket, slots)
 
-    def _wait(self, bucket: Bucket, slots: list[int]) -> None:
+    def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
         if not self._waiting.add(bucket, slots):
             self._has_missed = True
         self.status.waiting = len(self._waiting)
@@ -291,7 +300,7 @@ class RedisState:
             except BaseException:
                 for key, slots in batch.items():
                     if (bucket := self._store.get(key)) is not None:
-                        self._wait(bucket, slots)
+                        self._queue_slots(bucket, slots)
                 raise
             finally:
                 self.status.waiting = len(self._waiting)
@@ -313,7 +322,11 @@ class RedisState:
                 if self._again is again:
                     self._again = None
                 break
-            if bucket.journal is not None and is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+            if (
+                bucket.journal is not None
+                and is_worth_keeping(bucket.limit, every_us)
+                and len(bucket.key) <= MAX_KEY_BYTES
+            ):
                 batch[bucket.key] = ALL
                 most -= 1
             if len(batch) >= BATCH_BUCKETS:
@@ -333,7 +346,7 @@ class RedisState:
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
                 keys.append(key)
-                told.append(tell(bucket, entries, now_us))
+                told.append(join_text(bucket, entries, now_us))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -347,7 +360,7 @@ class RedisState:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
                         if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                            self._wait(bucket, ALL)
+                            self._queue_slots(bucket, ALL)
                     continue
                 self._check(answer)
         if not is_last:
@@ -451,7 +464,7 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore(key, limit, answer, self._store, self._now_us())
+                    restore_bucket(key, limit, answer, self._store, self._now_us())
                     self.status.restored += 1
                 except BadRecord:
                     unreadable += 1

@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.persistence.snapshot import (
+from ratelimit_sidecar.persistence.snapshot_format import (
     MAGIC,
     RECORD_BUCKETS,
     REPLICATED,
