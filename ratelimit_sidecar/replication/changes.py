@@ -94,10 +94,12 @@ class ChangeLog:
 
     Args:
         now_us: the start of the process, or near it.
+        max_changes: keys in all segments that are kept.
     """
 
-    def __init__(self, store: Store, now_us: int) -> None:
+    def __init__(self, store: Store, now_us: int, *, max_changes: int = MAX_CHANGES) -> None:
         self._store = store
+        self._max_changes = max_changes
         self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
         """Each is called with the buckets of a flush, step by step, and their own slots that changed. It must do no
         I/O."""
@@ -271,7 +273,7 @@ class ChangeLog:
             # A segment from the future is forgotten, too: the clock was set back.
             if oldest is None or (
                 abs(now_us - oldest.sealed_us) <= RETENTION_US
-                and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
+                and self._open.changes_before - oldest.changes_before <= self._max_changes
             ):
                 return
             self._drop_encoding(self._segments.popleft())

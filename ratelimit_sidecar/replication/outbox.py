@@ -100,7 +100,7 @@ class Outbox:
 
     def __init__(self, store: Store, log: ChangeLog) -> None:
         self._store = store
-        self._log = log
+        self.log = log
         self._peer: Origin | None = None
         """Whose stream is open, or was last."""
         self._sources: _Sources | None = None
@@ -212,9 +212,9 @@ class Outbox:
         self._peer = peer
         awaits_request = compares and not self._is_told_all
         self._sources = _Sources(
-            Cursor(self._store, self._log, takes_numbers=compares),
+            Cursor(self._store, self.log, takes_numbers=compares),
             SideLog(self._store),
-            Snapshots(self._store, self._log, peer, awaits_request=awaits_request),
+            Snapshots(self._store, self.log, peer, awaits_request=awaits_request),
         )
         if not awaits_request:
             self.snapshot(self._missing_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
@@ -262,7 +262,7 @@ class Outbox:
         for _ in self._steps:
             return True
         self._draft = None
-        sources.overtaken_until = self._log.newest
+        sources.overtaken_until = self.log.newest
         writer, ends_snapshot = draft.writer, sources.snapshots.take_end()
         if sources.cursor.lost_since_us is not None:
             sources.snapshots.begin(sources.cursor.lost_since_us)

@@ -5,7 +5,7 @@ all its peers: a *round*. Two nodes that have received the same must come to the
 and they seal at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over
 for `SETTLE_US`, and what older ones amount to.
 
-The work is bounded: a round takes the buckets in steps, and when there are too many for `ROUND_WORK`, only some
+The work is bounded: a round takes the buckets in steps, and when there are too many for all of its steps, only some
 segments of the key space, others the next time. A step is done in pieces, and so is a bucket that many nodes take from.
 """
 
@@ -49,9 +49,9 @@ ENTRY_WORK: Final = 5
 """Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each origin and each settled
 entry in it."""
 
-STEP_WORK = 8_000
+STEP_WORK: Final = 8_000
 """The work of one step, besides its share of looking at all buckets. It is more when a segment would otherwise not be
-summed up in time.
+summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
 PIECE_WORK: Final = 1_000
@@ -60,9 +60,6 @@ pieces, and frames are answered in pieces."""
 
 STEPS: Final = 170
 """The steps of one round: one each 20 ms of EVERY_US, and some to spare."""
-
-ROUND_WORK = STEPS * STEP_WORK
-"""The work of one round: 4 % of the time, and 1 % for each 200,000 buckets."""
 
 FREED_RANGES: Final = 16
 """The ranges that are freed in a step: all of a round within half of the next one."""
@@ -163,10 +160,13 @@ class Summing:
 
     Args:
         now_us: the start, or near it.
+        step_work: of each of the STEPS of a round.
     """
 
-    def __init__(self, store: Store, now_us: int) -> None:
+    def __init__(self, store: Store, now_us: int, *, step_work: int = STEP_WORK) -> None:
         self._store = store
+        self._step_work = step_work
+        self._round_work = STEPS * step_work
         self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
         self._current: Round | None = None
         self._pieces: Steps = iter(())
@@ -175,7 +175,7 @@ class Summing:
         """Work to be done in the current step; 0 or less between two of them."""
         self._looked = 0
         """Buckets looked at in the current round, or the last."""
-        self._work = Work()
+        self.work = Work()
         """What was done in the current round, or the last."""
         self._segment_work = 0
         """To sum one segment up, as the last round has shown."""
@@ -210,11 +210,11 @@ class Summing:
                 return None
             current = self._current = self._begin(at_us)
         if self._step_left <= 0:
-            most = max(STEP_WORK, self._segment_work * 9 // 8 // STEPS)
+            most = max(self._step_work, self._segment_work * 9 // 8 // STEPS)
             self._step_left = most + LOOK_WORK * len(self._store) // STEPS
-        before, self._work.left = self._work.done, min(self._step_left, PIECE_WORK)
+        before, self.work.left = self.work.done, min(self._step_left, PIECE_WORK)
         for _ in self._pieces:
-            self._step_left -= self._work.done - before
+            self._step_left -= self.work.done - before
             return None
         self._current = None
         self._step_left = 0
@@ -248,7 +248,7 @@ class Summing:
             if work.ends_piece(SUM_WORK):
                 yield
             return 0
-        origins = [(self._origin(origin), origin) for origin in bucket.origins()]
+        origins = [(self.origin_hash(origin), origin) for origin in bucket.origins()]
         origins.sort()
         if work.ends_piece(SUM_WORK + ORIGIN_WORK * len(origins)):
             yield
@@ -288,13 +288,13 @@ class Summing:
         number = at_us // EVERY_US
         first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
         begun = Round(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_round)])
-        self._looked, self._work = 0, Work()
+        self._looked, self.work = 0, Work()
         self._pieces = self._sum_steps(begun)
         return begun
 
     def _sum_steps(self, current: Round) -> Steps:
         """Sum up all buckets, in pieces."""
-        at_us, segments, work = current.at_us, current.segments, self._work
+        at_us, segments, work = current.at_us, current.segments, self.work
         for bucket in self._store.walk():
             self._looked += 1
             if work.ends_piece(LOOK_WORK):
@@ -313,7 +313,7 @@ class Summing:
             is_done: False when it was given up.
         """
         looked, buckets = self._looked, len(self._store)
-        summing = self._work.done - LOOK_WORK * looked
+        summing = self.work.done - LOOK_WORK * looked
         if is_done:
             self._segment_work = summing // segments
             most = 2 * segments
@@ -322,7 +322,7 @@ class Summing:
             most = segments * looked // max(looked, buckets)
         else:
             return
-        most = min(SEGMENTS, most, ROUND_WORK // max(1, self._segment_work))
+        most = min(SEGMENTS, most, self._round_work // max(1, self._segment_work))
         self._segments_a_round = max(1, most)
 
     def _is_to_be_done(self, at_us: int) -> bool:
@@ -330,11 +330,11 @@ class Summing:
         the more often one does them, the more of another's are among them."""
         work = LOOK_WORK * len(self._store) + self._segment_work
         stride = 1
-        while work > stride * ROUND_WORK:
+        while work > stride * self._round_work:
             stride *= 2
         return at_us // EVERY_US % stride == 0
 
-    def _origin(self, origin: Origin) -> int:
+    def origin_hash(self, origin: Origin) -> int:
         number = self._origins.get(origin)
         if number is None:
             if len(self._origins) >= _MAX_ORIGINS:

@@ -299,11 +299,11 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
 
 def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
     store = store_of(node("b"))
-    writer, reader = DeltasWriter(A, KeyNumbersGiven()), DeltasReader(A)
+    numbers, reader = KeyNumbersGiven(), DeltasReader(A)
     bucket = TokenBucket(KEY, PER_USER, A, NOW_US)
     for tokens, rules, unknown in ((1, RULES, 0), (2, ELSEWHERE, 1), (3, RULES, 0)):
         store.limit_of_key = rules.replicated_limit_of_key
-        writer = DeltasWriter(A, writer._numbers)
+        writer = DeltasWriter(A, numbers)
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)])
         assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
         assert apply_all(reader, store, writer.deltas, NOW_US).unknown_keys == unknown

@@ -245,11 +245,12 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
 def test_wishes_end_with_their_stream() -> None:
     a = Node()
     a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
-    a.wait()
+    waiting = a.wait()
     assert a.asks().wishes
     a.payments.closed(a.outbox)
-    assert a.ledger.queues.by_key[KEY]._all_wished == 0
     assert not a.bucket().wishes
+    a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    assert a.ledger.queues.by_key[KEY].is_over
 
 
 def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
