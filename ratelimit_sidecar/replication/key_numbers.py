@@ -35,7 +35,7 @@ MAX_HELD_BYTES: Final = 512 * 1_024 * 1_024
 
 
 class KeyNumbersGiven:
-    """The sender's side."""
+    """The numbers that a node gives to keys, for all its streams."""
 
     def __init__(self) -> None:
         self._numbers: list[dict[bytes, int]] = [{} for _ in range(SHARDS)]

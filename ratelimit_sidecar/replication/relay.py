@@ -49,15 +49,16 @@ class Relay:
         """
         connected = tuple(peer for peer in peers.values() if peer.streams)
         nodes = {peer.node for peer in connected}
+        said = {peer.node: peer.reported.reaches for peer in connected}
         bits = {node: 1 << number for number, node in enumerate(sorted(nodes | {self._node}))}
         reached_by = Counter(dict.fromkeys(nodes, bits[self._node]))
         is_needed = False
-        told = {peer.node: peer.reported.reaches for peer in connected}
         for peer in connected:
             reaches = peer.reported.reaches
             for node in reaches or ():
-                of_other_end = told.get(node)
-                if of_other_end is None or peer.node in of_other_end:
+                # Who only says that it reaches another one keeps nobody from relaying to it.
+                other_end = said.get(node)
+                if other_end is None or peer.node in other_end:
                     reached_by[node] |= bits[peer.node]
             is_needed |= reaches is not None and not nodes <= reaches | {peer.node}
             yield

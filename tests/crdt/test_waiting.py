@@ -10,7 +10,7 @@ from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
@@ -358,9 +358,9 @@ def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
     few = Limit(1, 12_000_000, 4)
     here = Node(limit=few)
     assert not here.bucket.take(1, NOW_US)
-    here.wait_for(1)
+    [waiting] = here.wait_for(1)
     assert not here.ledger.tick(ENDS, NOW_US, 10, 100)
-    here.queues.leave(next(iter(here.queues.by_key[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
+    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     here.queues.tick(["b"], NOW_US, 10, 100)
     assert here.ledger.tick(ENDS, NOW_US, 10, 100)
 

@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -135,7 +135,8 @@ async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
         b.take("x", 1)
         for _ in range(5):
             await a.share()
-            a.fabric._tell_again()
+            for shard in a.fabric.shards:
+                shard.tell_again()
         await b.share()
         assert b.left() == [89]
 
@@ -268,7 +269,7 @@ class Running:
         self.regions: list[Store] = []
         """Of the region, for each time that it was the gateway."""
 
-        def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
+        def mesh_of(store: Store, payments: PaymentExchange | None) -> Mesh:
             mesh = Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
             )

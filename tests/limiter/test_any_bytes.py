@@ -26,7 +26,7 @@ from ratelimit_sidecar.limiter.key import (
 )
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit, limit_of_rate
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Entry, Override, Request
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -51,7 +51,7 @@ RULES = Rules(
     },
     default_rule=per_minute("default_rule"),
 )
-SETTINGS = Settings(dynamic_metadata=True, response_headers=ResponseHeaders())
+SETTINGS = AnswerSettings(dynamic_metadata=True, response_headers=ResponseHeaders())
 
 
 def request_of(*descriptors: list[tuple[bytes, bytes]], domain: bytes = b"shop") -> bytes:
@@ -230,9 +230,10 @@ def test_a_descriptor_of_thousands_of_entries_has_a_short_key_of_its_own(overrid
 def test_long_values_take_little_memory() -> None:
     limiter = rules_limiter()
     for number in range(200):
-        limiter.decide(request_of([(b"user", b"%d" % number + b"x" * 60_000)]), NOW_US)
+        request = request_of([(b"user", b"%d" % number + b"x" * 60_000)])
+        limiter.decide(request, NOW_US)
+        assert limiter.plan(request) is not limiter.plan(request)
     assert max(len(bucket.key) for bucket in limiter.store) < 60
-    assert limiter._plans.plans == {}
 
 
 NEWER = ("is_negative_hits", "unit_multiplier")

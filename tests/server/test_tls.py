@@ -21,10 +21,13 @@ from structlog.testing import capture_logs
 from ratelimit_sidecar.config import tls_files
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_protocol import Shared
 from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Code
-from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
+from ratelimit_sidecar.server.turns import Turns
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
@@ -105,39 +108,63 @@ async def test_a_client_that_trusts_the_authority_is_answered(kind: str, tmp_pat
         assert await client.call(front_end) == b"hello"
 
 
-async def test_of_a_connection_that_is_not_to_be_read_no_whole_buffer_is_filled(
-    tmp_path: Path,
-) -> None:
+async def test_of_a_connection_that_is_not_to_be_read_no_whole_buffer_is_filled(tmp_path: Path) -> None:
     authority = Authority()
     certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    certificate.load()
     context = Client(tmp_path / "client", authority).context()
-    async with (
-        running("h2", ECHO, certificate=certificate) as front_end,
-        connected(front_end.addresses[0], context) as client,
-    ):
-        await client.ping()
-        assert isinstance(front_end, H2FrontEnd)
-        [protocol] = front_end._shared.connections
-        transport = protocol._transport
-        assert transport is not None
-        protocol.pause_writing()
-        client.grant_connection(1)
-        await until(lambda: unread(transport) > 0)
-        first = unread(transport)
-        async with connected(front_end.addresses[0], context) as other:
+    echoes: list[Echo] = []
+
+    def new_echo(*_: object) -> Echo:
+        echoes.append(Echo())
+        return echoes[-1]
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        address = listening.getsockname()
+        async with asyncio.timeout(WITHIN_S), asyncio.TaskGroup() as tasks:
+            listeners = TlsListeners(certificate, Shared({}, DEFAULT_LIMITS, tasks, Turns()), new_echo)  # type: ignore[arg-type]
+            listeners.accept(listening)
+            reader, writer = await asyncio.open_connection(*address, ssl=context)
+            assert await said(reader, writer) == b"x"
+            [echo] = echoes
+            echo.transport.pause_reading()
+            writer.write(b"x")
+            await until(lambda: echo.unread > 0)
+            first = echo.unread
+            other = await asyncio.open_connection(*address, ssl=context)
             for _ in range(10):
-                client.grant_connection(1)
-                await other.ping()
-                assert unread(transport) == first
-        protocol.resume_writing()
-        await client.ping()
-        assert unread(transport) == 0
+                writer.write(b"x")
+                await said(*other)
+                assert echo.unread == first
+            echo.transport.resume_reading()
+            assert await reader.readexactly(11) == b"x" * 11
+            assert echo.unread == 0
+            for each in (writer, other[1]):
+                each.transport.abort()
+            await listeners.stop()
 
 
-def unread(transport: asyncio.Transport) -> int:
-    """The bytes that are not decrypted yet."""
-    size: int = transport.get_read_buffer_size()  # type: ignore[attr-defined]
-    return size
+async def said(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """What comes back when a byte is sent."""
+    writer.write(b"x")
+    return await reader.readexactly(1)
+
+
+class Echo(asyncio.Protocol):
+    """A connection whose bytes are sent back."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    @property
+    def unread(self) -> int:
+        """The bytes that are not decrypted yet."""
+        size: int = self.transport.get_read_buffer_size()  # type: ignore[attr-defined]
+        return size
 
 
 async def test_an_address_with_several_sockets_has_tls_on_tcp_alone(kind: str, tmp_path: Path) -> None:
@@ -290,7 +317,6 @@ async def test_a_silent_client_is_disconnected_after_the_time_for_handshakes(tmp
     async with running("h2", ECHO, certificate=certificate, handshake=0.3, connections=1) as front_end:
         async with raw(front_end) as (reader, _):
             # It takes the place of who would be served.
-            await until(lambda: len(front_end._tls.handshakes) == 1)
             assert await client.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
             assert closed(front_end).keys() == {"limit"}
             async with asyncio.timeout(WITHIN_S):
@@ -302,13 +328,16 @@ async def test_a_silent_client_is_disconnected_after_the_time_for_handshakes(tmp
 
 async def test_who_comes_and_goes_without_a_word_is_no_failure(tmp_path: Path) -> None:
     """As probes of a TCP port do."""
-    certificate = ServerCertificate(Authority().write_listener(tmp_path / "server", NAME))
-    async with running("h2", ECHO, certificate=certificate) as front_end:
-        async with raw(front_end):
-            await until(lambda: len(front_end._tls.handshakes) == 1)
-        await until(lambda: not front_end._tls.handshakes)
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    client = Client(tmp_path / "client", authority)
+    async with running("h2", ECHO, certificate=certificate) as front_end, raw(front_end) as (reader, writer):
+        writer.write_eof()
+        async with asyncio.timeout(WITHIN_S):
+            assert await reader.read() == b""
+        assert await client.call(front_end) == b"hello"
         assert closed(front_end) == {}
-        assert front_end.accepted_connections == 1
+        assert front_end.accepted_connections == 2
 
 
 async def test_a_handshake_that_hangs_does_not_hold_up_a_stop(kind: str, tmp_path: Path) -> None:
@@ -319,7 +348,7 @@ async def test_a_handshake_that_hangs_does_not_hold_up_a_stop(kind: str, tmp_pat
     ):
         writer.write(b"\x16\x03\x01")
         if kind == "h2":
-            await until(lambda: len(front_end._tls.handshakes) == 1)
+            await until(lambda: front_end.accepted_connections == 1)
         async with asyncio.timeout(WITHIN_S):
             await front_end.stop()
             if kind == "h2":
@@ -337,7 +366,7 @@ async def test_a_client_that_does_not_read_its_answers_is_disconnected(tmp_path:
         asyncio.timeout(30),
     ):
         await client.ping()
-        client._writer.transport.pause_reading()
+        client.vanish()
         for _ in range(64):
             client.send(client.open(PATH), frame(bytes(16_000)))
         await until(lambda: closed(front_end).get("stalled") == 1)
