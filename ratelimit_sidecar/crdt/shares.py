@@ -13,7 +13,7 @@ epoch is configured wrongly; then the smaller home of the two is used. Units are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
@@ -48,8 +48,8 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The membership that a peer has shown."""
+class ShownMembership:
+    """The membership that a node shows to its peers."""
 
     epoch: int
     weights: Mapping[str, int]
@@ -75,6 +75,11 @@ def home_of(weights: Mapping[str, int], node: str, key: bytes, capacity: int) ->
     return tokens * TOKEN
 
 
+def home_in(memberships: Iterable[Mapping[str, int]], node: str, key: bytes, capacity: int) -> int:
+    """The smallest of a node's homes in these memberships; 0 without any."""
+    return min((home_of(weights, node, key, capacity) for weights in memberships), default=0)
+
+
 def rank(key: bytes, node: str) -> bytes:
     """A node's rank for this key. Nodes with a higher rank come first when only some can get a token."""
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
@@ -95,7 +100,7 @@ class Shares:
     node: str
     started_us: int
     has_never_lent: bool = False
-    conflicts: dict[str, Shown] = field(default_factory=dict)
+    conflicts: dict[str, ShownMembership] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
     `MAX_CONFLICTS` are kept."""
     from_us: int = field(init=False)
@@ -117,7 +122,7 @@ class Shares:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
-    def receive(self, peer: str, shown: Shown, now_us: int) -> None:
+    def receive(self, peer: str, shown: ShownMembership, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         # Anybody may dial in, under any number of names.
@@ -142,7 +147,7 @@ class Shares:
 
     def home(self, key: bytes, capacity: int, now_us: int) -> int:
         """This node's home of one limit at `now_us`."""
-        return min((home_of(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0)
+        return home_in(self.in_force(now_us), self.node, key, capacity)
 
     def most(self, member: str, key: bytes, capacity: int) -> int:
         """The largest that a node's home of one limit can be; 0 if it is no member."""

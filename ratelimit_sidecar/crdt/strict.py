@@ -13,7 +13,8 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
+Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
+paid.
 
 A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 
@@ -25,18 +26,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+
+if TYPE_CHECKING:
+    from ratelimit_sidecar.crdt.homes import Homes
 
 NEVER_US: Final = -1 << 62
 
 DEMAND_US: Final = 1_000_000
 """Demand is averaged over about this time."""
 
-FADE_US: Final = 10_000
-"""Demand fades in steps of this time: to do so with each request would double the time of a `take`."""
+DECAY_EVERY_US: Final = 10_000
+"""Demand decays in steps of this time: to do so with each request would double the time of a `take`."""
 
 TICKET_US: Final = 1_000_000
 """A ticket is good for this time after the wish for it."""
@@ -61,10 +65,12 @@ class StrictBucket(Bucket):
         from_us: the time since when it has that; the bucket was empty then.
         now_us: see above for the clock.
         active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
+        homes: the home follows it, each change as of its instant; None if the caller alone sets it.
     """
 
     __slots__ = (
         "_active",
+        "_homes",
         "_lacking",
         "_limit",
         "_wanted",
@@ -93,14 +99,16 @@ class StrictBucket(Bucket):
         home: int,
         from_us: int,
         active: deque[StrictBucket] | None = None,
+        homes: Homes | None = None,
     ) -> None:
         super().__init__(key, origin, min(from_us, now_us))
         self._limit = limit
+        self._homes = homes
         self._active = deque() if active is None else active
         self.is_active = False
         self.home = home
-        self.home_version = 0
-        """Used by the ledger to see whether it has to set the home again; 0 while the ledger does not know the home."""
+        self.home_version = 0 if homes is None else homes.version
+        """Of `homes`, or of whoever sets the home: whether it has to be set again; 0 while it is not known."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.level = 0
@@ -134,13 +142,13 @@ class StrictBucket(Bucket):
         self.advance(now_us)
         if self.has(hits):
             return True
-        self._want(hits)
+        self._note_demand(hits)
         self.denied_us = self.at_us
         return False
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
-        self._want(hits)
+        self._note_demand(hits)
         charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
         if admitted:
@@ -151,16 +159,17 @@ class StrictBucket(Bucket):
                 self.level = max(self.level - charge, self.floor)
         return admitted
 
-    def _want(self, hits: int) -> None:
+    def _note_demand(self, hits: int) -> None:
         """Count the hits as demand, and mark the bucket as active so that peers are asked."""
-        if self.at_us - self._wanted_us >= FADE_US:
-            self._fade()
+        if self.at_us - self._wanted_us >= DECAY_EVERY_US:
+            self._decay_demand()
         self._wanted += hits << 20
         if not self.is_active:
             self.is_active = True
             self._active.append(self)
 
-    def _fade(self) -> None:
+    def _decay_demand(self) -> None:
+        """Let what was wanted before count for less, the longer ago it was."""
         elapsed_us = self.at_us - self._wanted_us
         self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
         self._wanted_us = self.at_us
@@ -168,7 +177,7 @@ class StrictBucket(Bucket):
     @property
     def demand(self) -> int:
         """The amount per second that requests asked for lately, admitted or not."""
-        self._fade()
+        self._decay_demand()
         return self._wanted << 12
 
     @property
@@ -186,10 +195,10 @@ class StrictBucket(Bucket):
         bucket that is not strict.
         """
         limit = self._limit
-        return -self._repaid * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
+        return -self._repaid_per_us * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
 
     @property
-    def _repaid(self) -> int:
+    def _repaid_per_us(self) -> int:
         """The grains of debt that are repaid in a microsecond; without a home as if the whole limit was here."""
         return in_grains(self._limit, self.home)[1] or self._limit.tokens << 32
 
@@ -209,6 +218,12 @@ class StrictBucket(Bucket):
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
 
     def advance(self, now_us: int) -> None:
+        homes = self._homes
+        if homes is not None and self.home_version != homes.version:
+            missed = homes.since(self.home_version, self.key, self._limit.capacity)
+            self.home_version = homes.version
+            for since_us, home in missed:
+                self.set_home(home, since_us)
         elapsed_us = now_us - self.at_us
         if elapsed_us > 0:
             top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
@@ -217,7 +232,7 @@ class StrictBucket(Bucket):
             if self.level < 0:
                 if self.home_version and not self.home:
                     # Nothing refills; it would owe for ever, and could not be dropped.
-                    self.level = min(0, self.level + elapsed_us * self._repaid)
+                    self.level = min(0, self.level + elapsed_us * self._repaid_per_us)
                 # Its limit may be another one now.
                 self.level = max(self.level, self.floor)
             self.at_us = now_us

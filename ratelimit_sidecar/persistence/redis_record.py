@@ -226,14 +226,14 @@ class BadRecord(Exception):
     """What Redis has, or answers, is no bucket's state; the text says why."""
 
 
-def is_kept(limit: AnyLimit, every_us: int) -> bool:
+def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     """Whether a limit is worth writing: False when all of it refills before the next write."""
     if isinstance(limit, Limit):
         return limit.ceiling // limit.tokens > every_us
     return limit.period_us > every_us
 
 
-def tell(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
+def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
     """The text for `JOIN`: these entries of the bucket, and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
@@ -280,7 +280,7 @@ def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
 
 
-def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
+def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
     """Join what `READ` answers of one bucket.
 
     Raises:

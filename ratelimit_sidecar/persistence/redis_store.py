@@ -40,8 +40,17 @@ from ratelimit_sidecar.persistence.redis_calls import (
     is_of_server,
     reason_of,
 )
-from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
-from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
+from ratelimit_sidecar.persistence.redis_record import (
+    FORMAT,
+    JOIN,
+    READ,
+    BadRecord,
+    Keys,
+    is_worth_keeping,
+    join_text,
+    restore_bucket,
+)
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
@@ -84,7 +93,7 @@ class RedisStatus:
     Args:
         written: buckets written since the start.
         failed: attempts that ended with a failure.
-        refused: buckets that the server would not join, for a reason of their own.
+        refused: buckets that the server would not join, for a reason of their own, or that cannot be encoded.
         restored: buckets that were read at the start.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
         waiting: how many buckets are to be written.
@@ -153,10 +162,10 @@ class RedisState:
             self._again = self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
-            if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                self._wait(bucket, slots)
+            if is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                self._queue_slots(bucket, slots)
 
-    def _wait(self, bucket: Bucket, slots: list[int]) -> None:
+    def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
         if not self._waiting.add(bucket, slots):
             self._has_missed = True
         self.status.waiting = len(self._waiting)
@@ -289,7 +298,7 @@ class RedisState:
             except BaseException:
                 for key, slots in batch.items():
                     if (bucket := self._store.get(key)) is not None:
-                        self._wait(bucket, slots)
+                        self._queue_slots(bucket, slots)
                 raise
             finally:
                 self.status.waiting = len(self._waiting)
@@ -311,7 +320,11 @@ class RedisState:
                 if self._again is again:
                     self._again = None
                 break
-            if bucket.journal is not None and is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+            if (
+                bucket.journal is not None
+                and is_worth_keeping(bucket.limit, every_us)
+                and len(bucket.key) <= MAX_KEY_BYTES
+            ):
                 batch[bucket.key] = ALL
                 most -= 1
             if len(batch) >= BATCH_BUCKETS:
@@ -330,8 +343,11 @@ class RedisState:
             bucket = self._store.get(key)
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
-                keys.append(key)
-                told.append(tell(bucket, entries, now_us))
+                try:
+                    told.append(join_text(bucket, entries, now_us))
+                    keys.append(key)
+                except ValueError as error:
+                    self._refuse(str(error))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -345,7 +361,7 @@ class RedisState:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
                         if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                            self._wait(bucket, ALL)
+                            self._queue_slots(bucket, ALL)
                     continue
                 self._check(answer)
         if not is_last:
@@ -376,9 +392,12 @@ class RedisState:
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
         if is_of_server(text):
             raise exceptions.ResponseError(text)
+        self._refuse(text)
+
+    def _refuse(self, error: str) -> None:
         self.status.refused += 1
         if self.status.refused == 1:
-            _log.error("bucket_not_kept", error=text)
+            _log.error("bucket_not_kept", error=error)
 
     async def _evaluate(
         self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes] = ()
@@ -449,7 +468,7 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore(key, limit, answer, self._store, self._now_us())
+                    restore_bucket(key, limit, answer, self._store, self._now_us())
                     self.status.restored += 1
                 except BadRecord:
                     unreadable += 1

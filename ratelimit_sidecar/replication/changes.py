@@ -31,8 +31,8 @@ MAX_BATCH_BYTES: Final = 1 << 16
 ENCODED_SEGMENTS: Final = 1_024
 ENCODED_BYTES: Final = 4 << 20
 """The newest segments are kept encoded: at most so many, with so many bytes together. A peer far away is sent only
-`outbox.MAX_UNACKNOWLEDGED` batches ahead of what it has acknowledged; with a flush every 2 ms it is a hundred segments
-behind, and has to find them encoded.
+`outbox.MAX_UNACKNOWLEDGED_BUCKETS` ahead of what it has acknowledged; when many change it is a hundred segments behind,
+and has to find them encoded.
 """
 
 CATCH_UP_MARGIN_US: Final = 1_000_000

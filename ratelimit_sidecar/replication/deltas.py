@@ -115,7 +115,10 @@ class DeltasWriter:
         return Knowledge(_bits(self._used), _bits(self._given), self._used)
 
     def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
-        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period."""
+        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period.
+
+        If one does not fit into the protocol, all are left out.
+        """
         delta = self.deltas.buckets.add()
         is_new = True
         if self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
@@ -133,6 +136,16 @@ class DeltasWriter:
             self.keys.append(bucket.key)
         self.entries += len(entries)
         self.rough_bytes += _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
+        try:
+            self._add_state(delta, bucket, base, entries)
+        except ValueError as error:
+            # What is left says which number the key has.
+            for part in ("base", "runs", "refunds"):
+                delta.ClearField(part)
+            if bucket.journal is not None:
+                bucket.journal.leave_out(error)
+
+    def _add_state(self, delta: pb.BucketDelta, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
         if base is not None:
             period_us = bucket.limit.period_us
             tokens, remainder = divmod(base.deficit, period_us)
@@ -172,8 +185,8 @@ class DeltasWriter:
     def _origin_number(self, origin: Origin) -> int:
         number = self._origins.get(origin)
         if number is None:
-            number = self._origins[origin] = len(self._origins)
             self.deltas.origins.add(node=origin.node, incarnation=origin.incarnation)
+            number = self._origins[origin] = len(self._origins)
             self.rough_bytes += _ROUGH_ORIGIN_BYTES + len(origin.node.encode())
         return number
 

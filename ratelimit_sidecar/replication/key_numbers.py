@@ -19,7 +19,7 @@ from typing import Final
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_NUMBERS = 16_384
-"""1 to so many: 3 bytes each, and some 2 MB at either end of a stream when all are in use."""
+"""1 to so many: 3 bytes each, and some 2 MB at either end of a stream when all are in use; 9 with the longest keys."""
 
 SHARDS: Final = 64
 """Small dicts in place of one, which makes itself anew when so many keys have come and gone: 1.3 ms."""
@@ -35,7 +35,7 @@ MAX_HELD_BYTES: Final = 512 * 1_024 * 1_024
 
 
 class KeyNumbersGiven:
-    """The sender's side."""
+    """The numbers that a node gives to keys, for all its streams."""
 
     def __init__(self) -> None:
         self._numbers: list[dict[bytes, int]] = [{} for _ in range(SHARDS)]
@@ -87,7 +87,7 @@ class KeyRoom:
 
 
 class KeyNumbersReceived:
-    """The receiver's side. Call `close` when the stream is closed.
+    """The keys that a peer's numbers mean, on one stream. Call `close` when the stream is closed.
 
     Args:
         room: what all streams of the node may hold together.

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN, Shown
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, Ticket
+from ratelimit_sidecar.crdt.shares import TOKEN, ShownMembership
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
@@ -33,6 +33,10 @@ TICK_WORK: Final = 256
 
 MAX_OPEN: Final = 1_024
 """The most asks, and the most wishes, without an answer on one stream."""
+
+MAX_WISHES: Final = (1 << 32) - 1 - MAX_OPEN
+"""On one stream, since their numbers have 32 bits; a tick may make `MAX_OPEN` more. Then the stream begins anew: after
+some weeks in which requests wait all the time."""
 
 GIVEN_UP_AT_ONCE: Final = 64
 """The most wishes given up in one step, about 5 us each."""
@@ -53,7 +57,7 @@ MAX_BATCH_BYTES: Final = 1 << 16
 MAX_AMOUNT: Final = (1 << 64) - 1
 """The largest amount in a frame. A node that has room for more asks for this much."""
 
-_NOTHING: Final = Shown(0, {})
+_NOTHING: Final = ShownMembership(0, {})
 """Stands for the membership of a peer that shows none: an epoch before the first."""
 
 
@@ -110,9 +114,9 @@ class PaymentOutbox:
         return frame if count else None
 
 
-class Purses:
-    """The payments between this node's purses, which are in `ledger`, and peers. Call `tick` to ask peers, `receive`
-    for each frame of theirs, and `closed` when a stream is closed.
+class PaymentExchange:
+    """Exchanges tokens between the purses in `ledger` and those of peers. Call `tick` to ask peers, `receive` for each
+    frame of theirs, and `closed` when a stream is closed.
 
     Args:
         strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
@@ -131,10 +135,10 @@ class Purses:
         self._tick_due_us = strict_us()
 
     @property
-    def membership(self) -> Shown:
+    def membership(self) -> ShownMembership:
         """The membership that this node shows to peers."""
         membership = self.ledger.shares.membership
-        return Shown(membership.epoch, membership.weights)
+        return ShownMembership(membership.epoch, membership.weights)
 
     def conflicts_with(self, peer: str) -> bool:
         """True when the peer has shown other members under this node's epoch."""
@@ -157,7 +161,7 @@ class Purses:
         self._ends += 1
         return PaymentOutbox(self._ends)
 
-    def receive_shown(self, peer: str, shown: Shown | None) -> None:
+    def receive_shown(self, peer: str, shown: ShownMembership | None) -> None:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
@@ -189,14 +193,17 @@ class Purses:
         peers = [
             peer
             for peer, outbox in outboxes.items()
-            if outbox.has_tickets and len(outbox.wished) + most <= MAX_OPEN and self.ledger.shares.is_member(peer)
+            if outbox.has_tickets
+            and outbox.last_wish <= MAX_WISHES
+            and len(outbox.wished) + most <= MAX_OPEN
+            and self.ledger.shares.is_member(peer)
         ]
         wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.queues.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
+                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
@@ -297,12 +304,14 @@ class Purses:
         """Give up wishes that are too old, and check that the peer answers asks in time.
 
         Raises:
-            ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
+            ProtocolError: stalled, since the room that is reserved for an answer is of no use to anybody; or exhausted.
         """
         now_us = self._strict_us()
         self._give_up(outbox, now_us)
         if now_us - next(iter(outbox.open.values()), now_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
+        if outbox.last_wish > MAX_WISHES:
+            raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
     def closed(self, outbox: PaymentOutbox) -> None:
         """Free the room of an outbox's open asks, and give up its wishes: its stream is closed at this end."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
-from ratelimit_sidecar.server.turns import Queue
+from ratelimit_sidecar.server.turns import StepQueue
 
 CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
@@ -52,8 +52,8 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
-        self.calls = Queue()
-        self.streams = Queue()
+        self.calls = StepQueue()
+        self.streams = StepQueue()
         """`calls` is the queue of its connections, `streams` that of its streaming calls (see `turns.py`)."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:

@@ -16,14 +16,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
-from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
+from ratelimit_sidecar.server.turns import QUANTUM_NS, StepQueue, Turns
 
 SLICE_BYTES: Final = 4_096
 """The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes."""
@@ -41,8 +43,8 @@ READ_NS: Final = 10_000
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
-class Shared:
-    """State that all connections of a front end share.
+class FrontEndState:
+    """What all connections of a front end share: the handlers of their calls, bounds, counters, and the loop's turns.
 
     Args:
         handlers: by path.
@@ -58,11 +60,13 @@ class Shared:
         self.tasks = tasks
         self.turns = turns
         self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
-        self.counts = Counts()
+        self.counts = FrontEndCounts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
+        self.lost_connections = StepQueue()
+        """The steps that free them."""
         self.is_draining = False
         self.accepted = 0
         """Connections since the start."""
@@ -82,11 +86,11 @@ class GrpcProtocol:
     """The `asyncio.Protocol` of one connection (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
-        budget: of the client's address. It is returned to `Shared.connection_limiter` when the connection is closed.
+        budget: of the client's address. It is returned to `connection_limiter` when the connection is closed.
         age_s: the connection is drained at this age; None for never.
     """
 
-    def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
+    def __init__(self, shared: FrontEndState, budget: AddressBudget, age_s: float | None) -> None:
         self._shared = shared
         self._budget = budget
         self._turns = shared.turns
@@ -130,9 +134,9 @@ class GrpcProtocol:
         if self._is_behind():
             # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
             # paused.
-            self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
+            self._keep_unhandled(memoryview(data if self._rest is None else bytes(self._rest) + data))
         elif self._calls.is_waiting:
-            self._let_wait(memoryview(data))
+            self._keep_unhandled(memoryview(data))
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
@@ -153,7 +157,7 @@ class GrpcProtocol:
             self._rest = memoryview(data)
             self._take_slices()
 
-    def _let_wait(self, rest: memoryview) -> None:
+    def _keep_unhandled(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
         self._rest = rest
         self._connection.count_unhandled(len(rest))
@@ -177,9 +181,13 @@ class GrpcProtocol:
         self._resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        """Thousands may be lost at once, so what they held is freed in turns."""
         self._transport = None
-        self._forget_unhandled()
         self._connection.closed = True
+        self._turns.join(self._shared.lost_connections, self._end)
+
+    def _end(self) -> None:
+        self._forget_unhandled()
         self._cancel_all()
         self._connection.release()
         self._calls.on_waiting.discard(self._stand_in_line)
@@ -275,9 +283,9 @@ class GrpcProtocol:
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._calls, self._go_on)
+            self._turns.join(self._calls, self._take_turn)
 
-    def _go_on(self) -> None:
+    def _take_turn(self) -> None:
         self._is_in_line = False
         if self._transport is None or self._is_paused:
             return

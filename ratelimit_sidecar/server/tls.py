@@ -21,7 +21,7 @@ from ratelimit_sidecar.config.sidecar_schema import ListenTlsConfig
 from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
 from ratelimit_sidecar.server.accepting import clients_of
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
+from ratelimit_sidecar.server.grpc_protocol import FrontEndState, GrpcProtocol
 
 TIMER_SECONDS = 0.01
 """A timer of the event loop may go off this much early."""
@@ -70,7 +70,7 @@ class TlsListeners:
     def __init__(
         self,
         certificate: ServerCertificate,
-        shared: Shared,
+        shared: FrontEndState,
         make_protocol: Callable[[AddressBudget, float], GrpcProtocol],
     ) -> None:
         self._certificate = certificate
@@ -103,33 +103,33 @@ class TlsListeners:
         loop = asyncio.get_running_loop()
         shared = self._shared
         began_s = loop.time()
-        gate = _Gate(self._certificate, partial(self._make_protocol, budget, began_s))
+        handshake = _HandshakeProtocol(self._certificate, partial(self._make_protocol, budget, began_s))
         try:
             await loop.connect_accepted_socket(
-                lambda: gate,
+                lambda: handshake,
                 connected,
                 ssl=self._certificate.in_force.context,
                 ssl_handshake_timeout=shared.limits.handshake,
                 ssl_shutdown_timeout=shared.limits.handshake,
             )
         except ssl.SSLError as error:
-            gate.reject_reason = "certificate" if _is_about_client(error) else "tls"
+            handshake.reject_reason = "certificate" if _is_about_client(error) else "tls"
         except OSError:
             # The client closed the connection, or took too long.
             if loop.time() - began_s >= shared.limits.handshake - TIMER_SECONDS:
-                gate.reject_reason = "handshake"
+                handshake.reject_reason = "handshake"
         except Exception as error:
             # Nothing in a client's certificate may end other connections.
-            gate.reject_reason = "tls"
+            handshake.reject_reason = "tls"
             shared.failures.status_of("the TLS handshake", error)
         finally:
-            if not gate.has_passed:
+            if not handshake.has_passed:
                 shared.connection_limiter.leave(budget)
-                if gate.reject_reason:
-                    shared.counts.closed_connections[gate.reject_reason] += 1
+                if handshake.reject_reason:
+                    shared.counts.closed_connections[handshake.reject_reason] += 1
 
 
-class _Gate(asyncio.Protocol):
+class _HandshakeProtocol(asyncio.Protocol):
     """The protocol of a connection until its handshake is over."""
 
     def __init__(self, certificate: ServerCertificate, make_protocol: Callable[[], GrpcProtocol]) -> None:
@@ -137,7 +137,7 @@ class _Gate(asyncio.Protocol):
         self._make_protocol = make_protocol
         self.has_passed = False
         self.reject_reason = ""
-        """Why the client was rejected, a key of `Counts.closed_connections`; empty if it was not."""
+        """Why the client was rejected, a key of `FrontEndCounts.closed_connections`; empty if it was not."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # no BaseTransport
         session: ssl.SSLObject = transport.get_extra_info("ssl_object")

@@ -44,7 +44,9 @@ def fill(bucket: Bucket) -> None:
 
 ages, amounts = st.integers(0, 60), st.integers(1, 400)
 events = st.tuples(
-    st.sampled_from(["take", "hear", "hear of a refund", "correct", "refund", "seal", "limit", "set back"]),
+    st.sampled_from(
+        ["take", "hear", "hear of a refund", "correct", "correct a refund", "refund", "seal", "limit", "set back"]
+    ),
     st.integers(0, 400_000_000) | st.just(0),
     ages,
     amounts,
@@ -70,6 +72,8 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
                 bucket.merge([entry_of(bucket, origin, age, tokens, now_us, REFUND)], now_us)
             case "correct":
                 bucket.correct(origin, [entry_of(bucket, origin, age, 1, now_us)], now_us)
+            case "correct a refund":
+                bucket.correct(origin, [entry_of(bucket, origin, age, 1, now_us, REFUND)], now_us)
             case "refund":
                 bucket.refund(tokens, now_us)
             case "seal":
@@ -90,10 +94,25 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
         assert bucket.slots == sum(1 for _ in bucket.entries())
 
 
-class Looked(dict[int, int]):
-    """Slots of one origin; counts how often all of them are looked at."""
+def test_of_refund_marks_the_highest_holds_also_when_one_is_corrected() -> None:
+    window = sliding_window()
+    fill(window)
+    counted = window.count
+    for origin, tokens in ((THERE[0], 9), (THERE[1], 4)):
+        window.merge([entry_of(window, origin, 3, tokens, kind=REFUND)], NOW_US)
+    assert window.count == counted - 9
+    assert window.correct(THERE[0], [entry_of(window, THERE[0], 3, 1, kind=REFUND)], NOW_US)
+    assert window.count == counted - 4
 
-    looks = 0
+
+class Looked(dict[int, int]):
+    """Slots of one origin; counts how often all of them are looked at, and how often one of any is."""
+
+    looks = gets = 0
+
+    def get(self, *slot_and_default):
+        Looked.gets += 1
+        return super().get(*slot_and_default)
 
     def __iter__(self) -> Iterator[int]:
         Looked.looks += 1
@@ -119,10 +138,11 @@ def test_who_hears_of_a_bucket_in_debt_or_one_given_back_to_does_not_look_at_all
     assert heard is not None
     for origin, slots in heard.items():
         heard[origin] = Looked(slots)
-    Looked.looks = 0
+    Looked.looks = Looked.gets = 0
     for turn in range(50):
         bucket.merge([entry_of(bucket, THERE[turn % 10], 1, 10_000 + turn, kind=kind)], NOW_US)
-        if isinstance(bucket, TokenBucket):
-            bucket.refund(1, NOW_US)
+        bucket.refund(1, NOW_US)
         bucket.is_idle(NOW_US + turn)
     assert Looked.looks == 0
+    # Of what is heard, each.
+    assert Looked.gets == 50

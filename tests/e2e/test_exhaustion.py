@@ -223,14 +223,14 @@ STUCK = """
 import pathlib, sys, threading
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console import rules
 
 def hang(*_):
     pathlib.Path(sys.argv[3]).with_name("hangs").touch()
     threading.Event().wait()
 
 app.STOP_SECONDS = 0.5
-console.dump_rules = hang
+rules.lines_of = hang
 main()
 """
 
@@ -250,13 +250,14 @@ LARGE = """
 import threading
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.persistence.snapshots import Snapshots
+from ratelimit_sidecar.persistence.purse_file import PurseFile
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 
-keep_purses, save = app.Sidecar._keep_purses, Snapshots.save
+keep, save = PurseFile.keep, SnapshotFile.save
 
-async def purses_kept(sidecar):
+async def keep_purses(purses):
     app.STOP_SECONDS = 0.25
-    await keep_purses(sidecar)
+    await keep(purses)
 
 async def save_for_ever(snapshots, at_once=False):
     if at_once:
@@ -264,7 +265,7 @@ async def save_for_ever(snapshots, at_once=False):
     await save(snapshots)
 
 app.SNAPSHOT_BUCKET_SECONDS = 1.0
-app.Sidecar._keep_purses, Snapshots.save = purses_kept, save_for_ever
+PurseFile.keep, SnapshotFile.save = keep_purses, save_for_ever
 main()
 """
 
@@ -279,6 +280,19 @@ async def test_a_last_snapshot_has_time_for_each_of_its_buckets_and_purses_do_no
             assert await sidecar.stopped() == 1
     assert "after_seconds=1.25" in log.read_text()
     assert (tmp_path / "state.purses").exists()
+
+
+async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        program = ["-X", "importtime", "-m", "ratelimit_sidecar"]
+        async with serving(tmp_path, program=program, stderr=log.fileno()) as sidecar:
+            await sidecar.is_ready()
+            for path in ("/metrics", "/", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"):
+                assert (await sidecar.admin.get(path)).status_code == 200
+            await sidecar.stopped()
+    started, _, later = (tmp_path / "log").read_text().partition("[info     ] ready ")
+    assert "import time:" in started
+    assert "import time:" not in later.partition("[info     ] draining")[0]
 
 
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])

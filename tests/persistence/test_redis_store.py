@@ -27,7 +27,7 @@ from ratelimit_sidecar.persistence import redis_calls, redis_store
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
-from ratelimit_sidecar.persistence.write_queue import MAX_WAITING
+from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING
 from ratelimit_sidecar.telemetry.traces import WRITE_SPAN, RequestTracer
 
 pytestmark = needs_redis
@@ -237,6 +237,21 @@ async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:
         assert await client.get(name) == b"something else"
     assert state.status.degraded_reason == "", "the others are kept"
     assert await left_after_restart(server) == []
+
+
+async def test_a_bucket_that_cannot_be_encoded_is_left_out_and_all_others_are_written(server: RedisServer) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    take(store, "fixed", "bad", 3, NOW_US)
+    [bad] = store
+    bad.merge([Entry(Origin("\ud800", 1), slot_id(NOW_US, bad.limit.exponent), 1)], NOW_US)
+    store.drain_changes()
+    state._queue_slots(bad, ALL)
+    async with kept(state):
+        hit(state, store, "a", 3)
+        await until(lambda: state.status.written == 1)
+    assert (state.status.refused, state.status.failed) == (1, 0)
+    assert await left_after_restart(server) == [97]
 
 
 async def test_two_deployments_on_one_server_do_not_meet(server: RedisServer) -> None:

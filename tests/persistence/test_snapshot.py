@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.persistence.snapshot import (
+from ratelimit_sidecar.persistence.snapshot_format import (
     MAGIC,
     RECORD_BUCKETS,
     REPLICATED,
@@ -29,6 +29,7 @@ from ratelimit_sidecar.persistence.snapshot import (
     snapshot,
 )
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 
 NOW_US = 1_790_000_000_000_000
@@ -155,6 +156,23 @@ def test_of_each_limit_what_is_nearly_used_up_is_written_first_and_counted_once(
     assert len(used_up) > 3 * RECORD_BUCKETS
     assert keys == used_up[:RECORD_BUCKETS]
     assert counted.buckets == len(store)
+
+
+def test_a_bucket_that_many_replicas_took_from_gives_others_their_turn_too() -> None:
+    store = make_store(BEFORE)
+    take(store, "month", "a", 1, NOW_US)
+    [bucket] = store
+    width_us = 1 << bucket.limit.exponent
+    slots = [slot_id(NOW_US - age * width_us, bucket.limit.exponent) for age in range(40)]
+    store.journal.peers = {Origin(f"peer {number}", 1) for number in range(250)}
+    for origin in store.journal.peers:
+        bucket.merge([Entry(origin, slot, 1) for slot in slots], NOW_US)
+    pieces = list(snapshot(store, lambda: NOW_US, SnapshotSize()))
+    assert len(pieces) > 250 * 40 / MAX_PART_ENTRIES / 2
+    after = make_store(AFTER)
+    read(b"".join(pieces), after, NOW_US)
+    [restored] = after
+    assert restored.taken == bucket.taken
 
 
 def used_by(nodes: int, lives: int, buckets: int) -> Store:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
 
 import pytest
@@ -11,7 +11,7 @@ from replication.builders import ELSEWHERE, NOW_US, PER_USER, RULES, SECOND_US, 
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import hash64
 from ratelimit_sidecar.replication import anti_entropy, rounds
@@ -25,6 +25,7 @@ from ratelimit_sidecar.replication.rounds import (
     FREED_RANGES,
     KEPT_US,
     LOOK_WORK,
+    ORIGIN_WORK,
     PIECE_WORK,
     RANGES,
     SEGMENT_RANGES,
@@ -35,6 +36,7 @@ from ratelimit_sidecar.replication.rounds import (
     SUM_WORK,
     Round,
     Summing,
+    Work,
     range_of,
 )
 from ratelimit_sidecar.replication.stream import Stream
@@ -293,6 +295,20 @@ def passes_of(summing: Summing, at_us: int, instants: int) -> dict[int, tuple[fr
 FIRST_US = NOW_US // EVERY_US * EVERY_US + EVERY_US
 
 
+def rest_of(finding: Generator[None, None, int]) -> int:
+    """What it returns."""
+    while True:
+        try:
+            next(finding)
+        except StopIteration as found:
+            state: int = found.value
+            return state
+
+
+def state_of(summing: Summing, bucket: Bucket, at_us: int) -> int:
+    return rest_of(summing.state_steps(bucket, at_us, Work()))
+
+
 def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -309,7 +325,7 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
     monkeypatch: pytest.MonkeyPatch, segments: float, passes: int
 ) -> None:
     """For so many segments there is room in a pass."""
-    a_segment = 1_000 * (SUM_WORK + ENTRY_WORK) // SEGMENTS
+    a_segment = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // SEGMENTS
     step_work = int(segments * a_segment * 1.2 / STEPS)
     monkeypatch.setattr(rounds, "STEP_WORK", step_work)
     monkeypatch.setattr(rounds, "ROUND_WORK", step_work * STEPS)
@@ -323,7 +339,7 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
 
 @pytest.mark.parametrize("looked", ["hardly at any bucket", "at all but nobody compares"])
 def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next(looked: str) -> None:
-    summing = summing_of(5_000, FIRST_US)
+    summing = summing_of(6_000, FIRST_US)
     hardly = looked == "hardly at any bucket"
     for _ in range(1 if hardly else 50):
         summing.step(FIRST_US)
@@ -343,7 +359,7 @@ def test_a_step_is_taken_in_pieces() -> None:
         pieces += 1
         done = summing.step(at_us)
     assert done is None
-    a_bucket = LOOK_WORK + SUM_WORK + ENTRY_WORK
+    a_bucket = LOOK_WORK + SUM_WORK + ORIGIN_WORK + ENTRY_WORK
     a_piece = -(-PIECE_WORK // a_bucket) * a_bucket
     assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // a_piece) > 5
     # The machine sleeps in the middle of the next one.
@@ -351,6 +367,69 @@ def test_a_step_is_taken_in_pieces() -> None:
     assert summing.is_stepping
     assert summing.step(at_us + EVERY_US) is None
     assert not summing.is_stepping
+
+
+CROWD = [Origin(f"node {number}", 1) for number in range(250)]
+
+
+def crowded() -> tuple[Summing, Bucket]:
+    """A bucket that 250 nodes have taken from in each of 49 slots, of a node that is about to compare."""
+    store = store_of(node("a"))
+    store.journal.peers = {*CROWD}
+    slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in range(1, 50)]
+    for origin in CROWD:
+        store.merge(key_of("ann"), None, [Entry(origin, slot, 3) for slot in slots], FIRST_US)
+    bucket = store.get(key_of("ann"))
+    assert bucket is not None
+    assert len(bucket.origins()) == 250
+    return Summing(store, FIRST_US - 1), bucket
+
+
+def test_a_bucket_that_250_nodes_take_from_is_summed_up_in_pieces() -> None:
+    summing, bucket = crowded()
+    pieces, done_before, longest = 1, 0, 0
+    done = summing.step(FIRST_US)
+    while done is None:
+        pieces += 1
+        longest = max(longest, summing._work.done - done_before)
+        done_before = summing._work.done
+        done = summing.step(FIRST_US)
+    # The work of one origin may come on top, and that of listing them.
+    assert longest <= PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
+    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / PIECE_WORK, rel=0.3)
+    assert done.sums[range_of(bucket.key)] == state_of(summing, bucket, FIRST_US)
+
+
+def test_what_changes_while_it_is_summed_up_is_found_to_have_changed() -> None:
+    summing, bucket = crowded()
+    finding = summing.state_steps(bucket, FIRST_US, Work())
+    next(finding)
+    next(finding)
+    first, *_, last = sorted(CROWD, key=summing._origin)
+    slot = max(bucket.tokens_of(first))
+    # One that is in the sum already, and one that is not.
+    assert bucket.merge([Entry(first, slot, 4), Entry(last, slot, 4)], FIRST_US) == 2
+    assert rest_of(finding) != state_of(summing, bucket, FIRST_US)
+
+
+def test_a_state_is_the_hash_that_nodes_of_earlier_versions_have() -> None:
+    store = store_of(node("a"))
+    slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in (9, 5, 2)]
+    entries = [Entry(Origin(name, 7), slot | mark, 3) for name in "cb" for slot in slots for mark in (REFUND, 0)]
+    bucket = take(store, "ann", 2, FIRST_US - SETTLE_US - 3 * SLOT_US)
+    store.merge(bucket.key, None, entries, FIRST_US)
+    assert state_of(Summing(store, FIRST_US - 1), bucket, FIRST_US) == 5458122548980219214
+
+
+def test_a_bucket_that_cannot_be_encoded_is_left_out_of_what_is_compared() -> None:
+    stores = [store_of(node("a")), store_of(node("a"))]
+    for store in stores:
+        for value in ("ann", "bob"):
+            take(store, value, 3, FIRST_US - SETTLE_US - 2 * SLOT_US)
+    take(stores[0], "bad", 3, FIRST_US - SETTLE_US - 2 * SLOT_US)._own_tokens = -1
+    sums = [sums_of(store, FIRST_US).sums for store in stores]
+    assert sums[0] == sums[1]
+    assert [store.journal.left_out for store in stores] == [1, 0]
 
 
 def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
@@ -500,7 +579,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
     own = Round(at_us, range(SEGMENTS))
     for index in range(1_000):
         bucket = take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
-        own.add(7, bucket.key, summing.state(bucket, at_us))
+        own.add(7, bucket.key, state_of(summing, bucket, at_us))
     summing._done.append(own)
     told: list[bytes] = []
     exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
@@ -510,7 +589,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
     states = [state ^ differ for state in buckets.states]
     found, pieces = hear(exchange, pb.Summary(at_us=at_us, range=7, keys=buckets.hashes, states=states))
     assert found == (1_000 if differ else 0)
-    work = 1_000 * (LOOK_WORK + (SUM_WORK + TELL_WORK if differ else 0))
+    work = 1_000 * (LOOK_WORK + (SUM_WORK + ORIGIN_WORK + ENTRY_WORK + TELL_WORK if differ else 0))
     assert pieces == pytest.approx(work / PIECE_WORK + 1, rel=0.1)
     if differ:
         # The peer asks for the same ones.

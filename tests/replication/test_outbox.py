@@ -40,11 +40,13 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
+    MAX_UNACKNOWLEDGED_BUCKETS,
+    MAX_UNACKNOWLEDGED_BYTES,
     WHOLE_BATCH_BUCKETS,
     Outbox,
 )
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, whole
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES, read_frame, write_deltas
 from simulation.steps import done
@@ -267,6 +269,45 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     assert sorted(copy.entries()) == sorted(bucket.entries())
 
 
+def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() -> None:
+    store = store_of(A)
+    bucket = large_bucket(store)
+    parts = whole(store, bucket.key, 0, NOW_US, None)
+    told_first = next(parts)
+    # Some of it is sealed meanwhile, and there are news.
+    later_us = NOW_US + 4 * SECOND_US
+    bucket.seal(later_us)
+    last = bucket.origins()[-1]
+    bucket.merge([Entry(last, slot_id(later_us, MIN_EXPONENT), 9_000)], later_us)
+    peers = store_of(B)
+    for part in (told_first, *parts):
+        assert len(part.entries) <= MAX_PART_ENTRIES
+        peers.merge(bucket.key, part.base, part.entries, later_us)
+    copy = peers.get(bucket.key)
+    assert copy is not None
+    assert copy.base == bucket.base
+    assert copy.taken == bucket.taken
+    assert copy.fold(later_us) == bucket.fold(later_us)
+    assert bucket.base.deficit > 0
+
+
+def test_a_bucket_that_cannot_be_encoded_is_left_out_and_all_others_are_told() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    buckets = [take(store, name, 1, NOW_US) for name in ("ann", "bad", "bob")]
+    buckets[1]._own_tokens = -1
+    note(outbox)
+    held = told(drained(outbox))
+    assert sorted(entry.tokens for bucket in held for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 1
+    outbox = new_outbox(store)
+    open_stream(outbox)
+    batches = list(drained(outbox))
+    assert batches[-1].ends_snapshot
+    assert sorted(entry.tokens for bucket in told(batches) for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 2
+
+
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
@@ -449,15 +490,25 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
 
 
-def test_no_more_than_a_few_batches_are_on_their_way() -> None:
+@pytest.mark.parametrize(
+    ("buckets", "key_bytes", "batches"),
+    [
+        (1, 0, MAX_UNACKNOWLEDGED),
+        (MAX_BATCH_BUCKETS, 0, MAX_UNACKNOWLEDGED_BUCKETS // MAX_BATCH_BUCKETS),
+        (4, MAX_KEY_BYTES, MAX_UNACKNOWLEDGED_BYTES // MAX_BATCH_BYTES),
+    ],
+    ids=["batches", "buckets", "bytes"],
+)
+def test_no_more_than_so_much_is_on_its_way(buckets: int, key_bytes: int, batches: int) -> None:
     store = store_of(A)
-    outbox = new_outbox(store)
-    fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
-    open_stream(outbox)
-    assert all(next_batch(outbox, NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
-    assert next_batch(outbox, NOW_US) is None
+    outbox = opened(store)
+    for number in range(batches + 1):
+        for index in range(buckets):
+            store.bucket(b"%d" % index + b"x" * (key_bytes - 1), PER_USER, NOW_US).take(1, NOW_US)
+        note(outbox)
+        assert (next_batch(outbox) is not None) is (number < batches)
     outbox.acknowledged(NOW_US)
-    assert next_batch(outbox, NOW_US) is not None
+    assert next_batch(outbox) is not None
 
 
 def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases() -> None:

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from server.raw_http2 import client_connection
-from server.work_clock import WorkClock
+from server.work_clock import PerTurn, WorkClock
 
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import READ_NS, GrpcProtocol, Shared
+from ratelimit_sidecar.server.grpc_protocol import READ_NS, FrontEndState, GrpcProtocol
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
@@ -30,7 +30,7 @@ READ_AT_ONCE = 2 * QUANTUM_NS // READ_NS
 class Server:
     """Connections of a front end, each with the socket of its client."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: FrontEndState) -> None:
         self._shared = shared
         self.transports: list[asyncio.Transport] = []
         self.clients: list[socket.socket] = []
@@ -64,7 +64,7 @@ class Server:
 @contextlib.asynccontextmanager
 async def serving(turns: Turns) -> AsyncIterator[Server]:
     async with asyncio.TaskGroup() as tasks:
-        server = Server(Shared({}, DEFAULT_LIMITS, tasks, turns))
+        server = Server(FrontEndState({}, DEFAULT_LIMITS, tasks, turns))
         yield server
         for transport, client in zip(server.transports, server.clients, strict=True):
             transport.abort()
@@ -151,3 +151,15 @@ async def test_of_very_many_that_leave_at_once_a_few_are_let_go_in_one_turn_of_t
         await until(lambda: not budget.connections)
         # Nothing is left of them.
         assert not budget.calls.on_waiting
+
+
+async def test_what_very_many_held_that_are_cut_off_at_once_is_freed_in_turns_of_the_loop() -> None:
+    ticks = itertools.count(step=QUANTUM_NS // 10)
+    async with serving(Turns(lambda: next(ticks))) as server:
+        for _ in range(MANY):
+            _, budget = await server.connect("busy")
+        async with PerTurn(lambda: MANY - budget.connections) as freed:
+            for transport in server.transports:
+                transport.abort()
+            await until(lambda: not budget.connections)
+        assert freed.most <= 10

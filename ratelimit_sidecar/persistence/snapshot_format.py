@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
 from ratelimit_sidecar.replication.pace import Pace
-from ratelimit_sidecar.replication.parts import in_parts
+from ratelimit_sidecar.replication.parts import in_lists, in_parts
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -82,18 +82,19 @@ def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Ite
                 yield b""
             continue
         kind = LOCAL if bucket.journal is None else REPLICATED
-        entries = list(bucket.entries())
-        base = bucket.base_to_send
-        if not entries and base is None:
+        if not bucket.slots and bucket.base_to_send is None:
             continue
         size.buckets += counts
-        for part in in_parts(bucket, base, entries):
-            writers[kind].add(bucket, part.base, part.entries)
+        for part in chain.from_iterable(
+            in_parts(bucket, bucket.base_to_send, entries) for entries in in_lists(bucket, 0)
+        ):
+            if part.bucket is not None:
+                writers[kind].add(part.bucket, part.base, part.entries)
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
                 yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
-        if pace.ends_piece(len(entries)):
-            yield b""
+            if pace.ends_piece(len(part.entries)):
+                yield b""
     for kind, writer in writers.items():
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)

@@ -21,7 +21,7 @@ from typing import BinaryIO, Final
 import structlog
 
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
-from ratelimit_sidecar.persistence.snapshot import (
+from ratelimit_sidecar.persistence.snapshot_format import (
     BadSnapshot,
     RestoreTarget,
     SnapshotInfo,
@@ -31,18 +31,13 @@ from ratelimit_sidecar.persistence.snapshot import (
     restore,
     snapshot,
 )
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, PIECE_SECONDS, TimeSlice
 
 NEW: Final = ".new"
 """Added to the file's name while it is being written."""
 ASIDE: Final = ".unreadable"
 """Added to the name of a file that cannot be used."""
 LOCK: Final = ".lock"
-
-PIECE_SECONDS: Final = 0.000_3
-"""How long the loop works on a snapshot at a time: about 25 buckets."""
-
-LOOP_SHARE: Final = 0.05
-"""The largest part of the loop's time for a snapshot. One of a million buckets takes some minutes then."""
 
 WRITE_BYTES: Final = 256 * 1_024
 
@@ -75,7 +70,7 @@ class SnapshotStatus:
     degraded_reason: str = ""
 
 
-class Snapshots:
+class SnapshotFile:
     """Writes the snapshots of one store to a file, and reads them. Call `lock` and `load` before `run`, and `save` at
     the end.
 
@@ -249,20 +244,6 @@ class Snapshots:
         if degraded_reason != self.status.degraded_reason:
             self.status.degraded_reason = degraded_reason
             _log.error(event, file=str(self._path), reason=degraded_reason)
-
-
-class TimeSlice:
-    """Long work on the event loop calls `rest_when_due` after each small step, so that other tasks run after each
-    `PIECE_SECONDS`.
-    """
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    async def rest_when_due(self) -> None:
-        if time.perf_counter() - self._began >= PIECE_SECONDS:
-            await asyncio.sleep(0)
-            self._began = time.perf_counter()
 
 
 async def _in_turns(pieces: Iterator[int]) -> int:
