@@ -6,6 +6,9 @@ handled in slices, and other connections are served between slices, and also wit
 
 The loop's time is shared by address (`turns.py`). When an address has sent more than is handled at once, none of its
 connections is read until its turn comes: reading thousands of connections takes long, however little each has sent.
+
+With TLS, bytes are decrypted within the same slices, so that a client pays for what it makes OpenSSL do, too. Each step
+of a handshake waits for a turn, in a queue of its own: it takes longer than many calls.
 """
 
 from __future__ import annotations
@@ -19,10 +22,20 @@ from typing import Final
 from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.http2 import (
+    PROTOCOL_ERROR,
+    Call,
+    Connection,
+    Counts,
+    Event,
+    StreamCancelled,
+    StreamData,
+    StreamStarted,
+)
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
+from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
 SLICE_BYTES: Final = 4_096
@@ -84,13 +97,18 @@ class GrpcProtocol:
     Args:
         budget: of the client's address. It is returned to `Shared.connection_limiter` when the connection is closed.
         age_s: the connection is drained at this age; None for never.
+        tls: None for plain text.
     """
 
-    def __init__(self, shared: Shared, budget: AddressBudget, age_s: float | None) -> None:
+    def __init__(
+        self, shared: Shared, budget: AddressBudget, age_s: float | None, tls: TlsSession | None = None
+    ) -> None:
         self._shared = shared
         self._budget = budget
         self._turns = shared.turns
-        self._calls = budget.calls
+        self._tls = tls
+        self._is_shaking_hands = tls is not None
+        self._queue = budget.calls if tls is None else budget.handshakes
         self._connection = Connection(
             shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
@@ -119,7 +137,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
-        self._calls.on_waiting.add(self._stand_in_line)
+        self._queue.on_waiting.add(self._stand_in_line)
         young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -127,20 +145,16 @@ class GrpcProtocol:
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_behind():
-            # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
-            # paused.
-            self._let_wait(memoryview(data if self._rest is None else bytes(self._rest) + data))
-        elif self._calls.is_waiting:
+        if self._queue.is_waiting or self._is_shaking_hands:
             self._let_wait(memoryview(data))
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
             self._take(data)
-            self._turns.note(self._calls, _perf_counter_ns() - started_ns + READ_NS)
+            self._turns.note(self._queue, _perf_counter_ns() - started_ns + READ_NS)
 
     def _take(self, data: bytes) -> None:
-        if len(data) <= SLICE_BYTES:
+        if self._tls is None and len(data) <= SLICE_BYTES:
             events = self._connection.receive(data)
             if len(events) > 1:
                 self._events = events
@@ -156,13 +170,13 @@ class GrpcProtocol:
     def _let_wait(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
         self._rest = rest
-        self._connection.count_unhandled(len(rest))
+        self._count_unhandled()
         if self._connection.closed:
             self._flush()
 
     def eof_received(self) -> bool:
         """The client has half-closed; asyncio closes once everything is written."""
-        self._turns.note(self._calls, READ_NS)
+        self._turns.note(self._queue, READ_NS)
         return False
 
     def pause_writing(self) -> None:
@@ -182,7 +196,7 @@ class GrpcProtocol:
         self._connection.closed = True
         self._cancel_all()
         self._connection.release()
-        self._calls.on_waiting.discard(self._stand_in_line)
+        self._queue.on_waiting.discard(self._stand_in_line)
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
@@ -233,13 +247,21 @@ class GrpcProtocol:
 
     def _is_behind(self) -> bool:
         """True if some received bytes or events are not handled yet."""
-        return self._rest is not None or self._handled < len(self._events)
+        tls = self._tls
+        return self._rest is not None or self._handled < len(self._events) or (tls is not None and tls.has_more)
 
     def _forget_unhandled(self) -> None:
         self._rest = None
         self._events = []
         self._handled = 0
+        if self._tls is not None:
+            self._tls.has_more = False
         self._connection.count_unhandled(0)
+
+    def _count_unhandled(self) -> None:
+        """Count the memory of received bytes that wait, and of a handshake that has begun."""
+        size = 0 if self._rest is None else len(self._rest)
+        self._connection.count_unhandled(size + HANDSHAKE_BYTES if self._is_shaking_hands else size)
 
     def _take_slices(self) -> None:
         """Handle received bytes for one quantum; what is left waits for a turn."""
@@ -255,27 +277,54 @@ class GrpcProtocol:
             if not self._is_behind() or self._is_paused:
                 break
             if _perf_counter_ns() - started_ns >= QUANTUM_NS:
-                if self._rest is not None:
-                    self._connection.count_unhandled(len(self._rest))
+                self._count_unhandled()
                 self._flush()
                 if self._transport is not None and not self._is_paused and not self._is_closing:
                     self._stand_in_line()
                 return
-            rest = self._rest
-            if rest is not None:
-                self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
-                self._events = self._connection.receive(rest[:SLICE_BYTES])
+            tls = self._tls
+            data = self._take_rest() if tls is None else self._decrypt(tls)
+            if data:
+                self._events = self._connection.receive(data)
                 self._handled = 0
         if not self._is_behind():
-            self._forget_unhandled()
+            self._events = []
+            self._handled = 0
+            self._count_unhandled()
         self._flush()
+
+    def _take_rest(self) -> memoryview:
+        """Take a slice of the received bytes that wait."""
+        rest = self._rest
+        assert rest is not None
+        self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
+        return rest[:SLICE_BYTES]
+
+    def _decrypt(self, tls: TlsSession) -> bytes:
+        """Take a slice of what the received bytes say, or go on with the handshake, which says nothing."""
+        if not tls.has_more:
+            tls.receive(self._take_rest())
+        data = tls.read(SLICE_BYTES)
+        if tls.is_over:
+            self._forget_unhandled()
+            if tls.reject_reason:
+                self._connection.terminate(PROTOCOL_ERROR, tls.reject_reason)
+            self._flush()
+            if not self._is_closing:
+                self._close()
+        elif self._is_shaking_hands and tls.is_established:
+            self._is_shaking_hands = False
+            self._queue.on_waiting.discard(self._stand_in_line)
+            self._queue = self._budget.calls
+            self._queue.on_waiting.add(self._stand_in_line)
+        return data
 
     def _stand_in_line(self) -> None:
         """Read nothing until the address has its turn."""
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._calls, self._go_on)
+            self._turns.join(self._queue, self._go_on)
 
     def _go_on(self) -> None:
         self._is_in_line = False
@@ -392,13 +441,12 @@ class GrpcProtocol:
             return
         connection = self._connection
         data = connection.output()
+        if self._tls is not None:
+            data = self._tls.send(data)
         if data:
             transport.write(data)
         if connection.closed:
-            self._is_closing = True
-            self._forget_unhandled()
-            transport.close()
-            self._cancel_all()
+            self._close()
             return
         if self._streaming or self._waiting:
             late = connection.late()
@@ -412,3 +460,14 @@ class GrpcProtocol:
             for call in self._blocked:
                 call.wake()
             self._blocked.clear()
+
+    def _close(self) -> None:
+        """Close when everything is written."""
+        self._is_closing = True
+        self._forget_unhandled()
+        transport = self._transport
+        if transport is not None:
+            if self._tls is not None:
+                transport.write(self._tls.end())
+            transport.close()
+        self._cancel_all()

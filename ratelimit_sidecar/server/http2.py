@@ -245,7 +245,7 @@ class Connection:
         """The bytes of answers that wait for the client's window, counted in the budget."""
         self._amid_headers_since_s = now_s
         self._unhandled = 0
-        """The bytes that were read and not yet passed to `receive`, counted in the budget."""
+        """The memory of bytes that were read and not yet passed to `receive`, counted in the budget."""
         self._untaken_since_s = now_s
         self._due = 0
         """The count of bytes taken by the client (since the start) at which all that waited at `_untaken_since_s` is
@@ -282,8 +282,8 @@ class Connection:
         return events
 
     def count_unhandled(self, size: int) -> None:
-        """Note how many bytes of the client were read and wait for `receive`. If there are more than the budget allows,
-        the client is disconnected.
+        """Note the memory of bytes of the client that were read and wait for `receive`. If that is more than the budget
+        allows, the client is disconnected.
         """
         more = size - self._unhandled
         if not more:
