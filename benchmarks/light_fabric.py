@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 WINDOW_US = 86_400_000_000
 
@@ -77,7 +77,7 @@ class LightSidecar:
     ) -> None:
         config = FabricConfig.model_validate({"url": url})
 
-        def make_mesh(store: Store, purses: Purses | None) -> Mesh:
+        def make_mesh(store: Store, payments: PaymentExchange | None) -> Mesh:
             return Mesh(
                 origin=store.origin,
                 region=region,
@@ -87,7 +87,7 @@ class LightSidecar:
                 steady_us=steady_us,
                 peers=peers,
                 listen=sync,
-                purses=purses,
+                payments=payments,
             )
 
         limit = self.limit = limit_of(capacity)

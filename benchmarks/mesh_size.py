@@ -21,7 +21,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
@@ -64,7 +64,7 @@ class Mesh:
     def __init__(self, peers: int) -> None:
         self.now_us = NOW_US
         self.store = Store(Origin("node", 1), lambda _key: LIMIT)
-        self.replicator = Replicator(Local(self.store.origin, "region", "0"), self.store, NOW_US)
+        self.replicator = Replicator(LocalNode(self.store.origin, "region", "0"), self.store, NOW_US)
         self.replicator.use_rules(1)
         self.spent_ns = self.bytes_sent = 0
         self.streams: list[Stream] = []

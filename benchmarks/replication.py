@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import PROTOCOL
 from simulation.steps import done, next_frame
@@ -82,7 +82,7 @@ class Region:
 
     def __init__(self, name: str, limit: Limit) -> None:
         self.store = Store(Origin(name, 1), lambda _key: limit)
-        self.replicator = Replicator(Local(self.store.origin, name, "0"), self.store, NOW_US)
+        self.replicator = Replicator(LocalNode(self.store.origin, name, "0"), self.store, NOW_US)
         self.replicator.use_rules(1)
 
     @property

@@ -17,13 +17,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from math import ceil, inf
-from pathlib import Path
+from math import inf
 from typing import TYPE_CHECKING
 
 import structlog
@@ -51,12 +50,12 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
-from ratelimit_sidecar.persistence.purse_file import ENDING, BadPurses, holder_of, take_purses, write_purses
-from ratelimit_sidecar.persistence.snapshots import Snapshots
+from ratelimit_sidecar.persistence.purse_file import PurseFile
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -82,13 +81,15 @@ from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.supervision import Supervisor
-from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.export import start_tracing
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
+from ratelimit_sidecar.telemetry.metric_registry import create_registry
+from ratelimit_sidecar.telemetry.metric_sources import MetricSources
 from ratelimit_sidecar.telemetry.push import start_push
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
+from ratelimit_sidecar.upkeep import look_for_fullest, sweep
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.fabric.fabric import Fabric
@@ -112,21 +113,6 @@ ready. A million buckets take half a minute.
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
 something hangs; Kubernetes kills it after 30.
-"""
-
-SWEEP_BUCKETS = 167
-SWEEP_PASS_SECONDS = 60.0
-SWEEP_LEAST_SECONDS, SWEEP_MOST_SECONDS = 0.01, 1.0
-"""A sweep step looks at this many buckets in half a millisecond, or at fewer that hold many slots. Steps follow each
-other so that a pass over all buckets takes a minute: every 10 ms with a million of them. An idle sidecar hardly wakes
-up for it.
-"""
-
-FULLEST_BUCKETS = 100
-FULLEST_PASS_SECONDS = 10.0
-FULLEST_LEAST_SECONDS, FULLEST_MOST_SECONDS = 0.02, 5.0
-"""A step looks at this many buckets for how full they are (0.1 ms; 0.8 us each, measured with 200,000). Up to 50,000
-buckets take 10 s. A million take over three minutes, in 0.5 % of the loop's time.
 """
 
 SLEW_SECONDS = 1.0
@@ -182,7 +168,7 @@ class Sidecar:
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit()
         self._tracing = start_tracing(config.node.id, config.node.region)
-        self._limiter = _limiter(config, rules, self._clock.now_us())
+        self._limiter = _make_limiter(config, rules, self._clock.now_us())
         self._fullest = FullestBuckets(self._limiter.store)
         self._reloader = Reloader(
             self._use_rules, self._clock.now_us, source_name, loaded=rules if config.xds is None else None
@@ -193,7 +179,7 @@ class Sidecar:
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
-        self._snapshots, self._redis = _state(
+        self._snapshots, self._redis = _make_persistence(
             config.persistence,
             self._limiter.store,
             self._clock.now_us,
@@ -202,6 +188,9 @@ class Sidecar:
         )
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
+        self._purses: PurseFile | None = None
+        if config.persistence is not None and config.persistence.file is not None and self._limiter.ledger is not None:
+            self._purses = PurseFile(config.persistence.file, self._limiter.ledger)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
         self._service = RateLimitService(
             self._limiter,
@@ -226,7 +215,9 @@ class Sidecar:
         }
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         self._h2: H2FrontEnd | None = None
-        self._front_end = self._make_front_end(front_end, handlers, _limits(config.listen, file_limits), certificate)
+        self._front_end = self._make_front_end(
+            front_end, handlers, _front_end_limits(config.listen, file_limits), certificate
+        )
         registry = self._make_registry(ext_authz, certificate)
         self._push = start_push(config.node.id, config.node.region, registry)
         self._console = HttpServer(self._make_console_app(registry), config.listen.admin)
@@ -253,7 +244,7 @@ class Sidecar:
             listen=config.listen.sync if has_streams else None,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
-            purses=Purses(ledger, self._strict_us) if ledger is not None and has_streams else None,
+            payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             max_connections=max_connections,
@@ -278,7 +269,7 @@ class Sidecar:
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, purses: Purses | None, max_connections: int) -> Mesh:
+    def _make_gateway(self, store: Store, payments: PaymentExchange | None, max_connections: int) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -290,7 +281,7 @@ class Sidecar:
             peers=sync.peers,
             listen=self._config.listen.sync,
             certificate=None if sync.tls is None else NodeCertificate(sync.tls),
-            purses=purses,
+            payments=payments,
             is_gateway=True,
             supervisor=self._supervisor,
             max_connections=max_connections,
@@ -311,8 +302,8 @@ class Sidecar:
 
     def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
         drawing = None if self._fabric is None else self._fabric.drawing
-        return metrics.create_registry(
-            metrics.MetricSources(
+        return create_registry(
+            MetricSources(
                 node=self._config.node.id,
                 region=self._config.node.region,
                 limiter=self._limiter,
@@ -448,65 +439,42 @@ class Sidecar:
                     tasks.create_task(self._ext_authz.serve())
                 chores = [tasks.create_task(self._supervisor.keep(name, run)) for name, run in self._chores()]
                 await self._stop.wait()
-                _log.info("draining")
-                if self._limiter.ledger is not None:
-                    self._limiter.ledger.queues.close()
-                async with asyncio.TaskGroup() as stopping:
-                    stopping.create_task(self._front_end.stop())
-                    if self._ext_authz is not None:
-                        stopping.create_task(self._ext_authz.stop())
-                self._quotas.quotas.charge_all()
-                self._mesh.stop()
-                if not self._reloader.has_rules.is_set():
-                    replicating.cancel()
-                await asyncio.wait([replicating])
-                await self._console.stop()
-                is_restored = self._restoring is None or self._restoring.done()
-                for chore in chores:
-                    chore.cancel()
-                if self._snapshots is not None and is_restored:
-                    await self._snapshots.save(at_once=True)
-                await self._keep_purses()
-                if self._fabric is not None:
-                    await asyncio.wait(chores)
-                    await self._fabric.save()
-                if self._redis is not None:
-                    # Redis joins, so it does no harm if not everything was read yet.
-                    await asyncio.wait(chores)
-                    await self._redis.save()
+                await self._drain(replicating, chores)
         finally:
             if self._redis is not None:
                 await self._redis.close()
             await self._tracing.close()
         _log.info("stopped")
 
-    @property
-    def _purses_file(self) -> Path | None:
-        kept = self._config.persistence
-        if kept is None or kept.file is None or self._limiter.ledger is None:
-            return None
-        return kept.file.with_name(kept.file.name + ENDING)
-
-    async def _take_purses(self) -> None:
-        file, ledger = self._purses_file, self._limiter.ledger
-        if file is None or ledger is None:
-            return
-        try:
-            holder = holder_of(ledger.shares.node, ledger.shares.membership)
-            ledger.restore(await asyncio.to_thread(take_purses, file, holder))
-        except (OSError, BadPurses) as error:
-            _log.error("purses_not_restored", file=str(file), reason=str(error))
-
-    async def _keep_purses(self) -> None:
-        """Write the purses to their file, at the end of a clean stop: nothing is admitted or paid any more."""
-        file, ledger = self._purses_file, self._limiter.ledger
-        if file is None or ledger is None:
-            return
-        try:
-            holder = holder_of(ledger.shares.node, ledger.shares.membership)
-            await asyncio.to_thread(write_purses, file, holder, ledger.keep())
-        except OSError as error:
-            _log.error("purses_not_kept", file=str(file), reason=error.strerror or str(error))
+    async def _drain(self, replicating: asyncio.Task[None], chores: Sequence[asyncio.Task[None]]) -> None:
+        """End what `run` has begun: the front end, the mesh, the console and the chores; then keep the state."""
+        _log.info("draining")
+        if self._limiter.ledger is not None:
+            self._limiter.ledger.queues.close()
+        async with asyncio.TaskGroup() as stopping:
+            stopping.create_task(self._front_end.stop())
+            if self._ext_authz is not None:
+                stopping.create_task(self._ext_authz.stop())
+        self._quotas.quotas.charge_all()
+        self._mesh.stop()
+        if not self._reloader.has_rules.is_set():
+            replicating.cancel()
+        await asyncio.wait([replicating])
+        await self._console.stop()
+        is_restored = self._restoring is None or self._restoring.done()
+        for chore in chores:
+            chore.cancel()
+        if self._snapshots is not None and is_restored:
+            await self._snapshots.save(at_once=True)
+        if self._purses is not None:
+            await self._purses.keep()
+        if self._fabric is not None:
+            await asyncio.wait(chores)
+            await self._fabric.save()
+        if self._redis is not None:
+            # Redis joins, so it does no harm if not everything was read yet.
+            await asyncio.wait(chores)
+            await self._redis.save()
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """Background tasks, by name; they run until the stop."""
@@ -522,29 +490,30 @@ class Sidecar:
             yield "fabric", self._fabric.run
         yield "slew", self._slew
         yield "stalls", self._stalls.run
-        yield "sweep", lambda: self._sweep(self._limiter.store, self._clock.now_us)
-        yield "fullest", self._look_for_fullest
+        yield "sweep", lambda: sweep(self._limiter.store, self._clock.now_us, self._limiter)
+        yield "fullest", lambda: look_for_fullest(self._fullest, self._clock.now_us, self._limiter)
         if self._push is not None:
             yield "push_metrics", self._push.run
         ledger = self._limiter.ledger
         if ledger is not None:
-            yield "sweep_strict", lambda: self._sweep(ledger, self._strict_us)
+            yield "sweep_strict", lambda: sweep(ledger, self._strict_us, self._limiter)
 
     async def _open(self) -> None:
         if self._snapshots is not None:
             self._snapshots.lock()
-            await self._take_purses()
+        if self._purses is not None:
+            await self._purses.restore()
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
             if self._reloader.has_rules.is_set():
                 await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
-            keeper = self._snapshots or self._redis
+            persistence = self._snapshots or self._redis
             if self._redis is not None:
                 opened.push_async_callback(self._redis.close)
-            if keeper is not None:
-                self._restoring = asyncio.create_task(self._restore(keeper))
+            if persistence is not None:
+                self._restoring = asyncio.create_task(self._restore(persistence))
                 if self._reloader.has_rules.is_set():
                     await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
@@ -566,12 +535,12 @@ class Sidecar:
             await self._start_mesh()
         await self._mesh.run()
 
-    async def _restore(self, keeper: Snapshots | RedisState) -> None:
+    async def _restore(self, persistence: SnapshotFile | RedisState) -> None:
         # State without a rule would be dropped.
         await self._reloader.has_rules.wait()
-        await keeper.load()
+        await persistence.load()
 
-    async def _keep(self, snapshots: Snapshots) -> None:
+    async def _keep(self, snapshots: SnapshotFile) -> None:
         if self._restoring is not None:
             await self._restoring
         # Wait, because a snapshot now would replace the whole state by the part that was read so far.
@@ -634,43 +603,6 @@ class Sidecar:
         """The clock of strict limits, which never steps."""
         return self._clock.now_us() - self._limiter.clock_steps_us
 
-    async def _sweep(self, buckets: Store | Ledger, now_us: Callable[[], int]) -> None:
-        left = most = 0
-        seconds = SWEEP_LEAST_SECONDS
-        while True:
-            await asyncio.sleep(seconds)
-            if left <= 0:
-                left = most = len(buckets)
-                self._warn_when_full(buckets)
-            # What is dropped during a pass must not make it longer.
-            most = max(most, len(buckets))
-            step = max(SWEEP_BUCKETS, ceil(most * SWEEP_LEAST_SECONDS / SWEEP_PASS_SECONDS))
-            looked = buckets.sweep(now_us(), step)
-            left -= looked
-            pace = SWEEP_PASS_SECONDS * looked / max(most, 1)
-            seconds = max(SWEEP_LEAST_SECONDS, min(SWEEP_MOST_SECONDS, pace)) if looked else SWEEP_MOST_SECONDS
-
-    async def _look_for_fullest(self) -> None:
-        seconds = FULLEST_LEAST_SECONDS
-        while True:
-            await asyncio.sleep(seconds)
-            looked = self._fullest.look(self._limiter.rules, self._clock.now_us(), FULLEST_BUCKETS)
-            pace = FULLEST_PASS_SECONDS * looked / max(len(self._limiter.store), 1)
-            seconds = max(FULLEST_LEAST_SECONDS, min(FULLEST_MOST_SECONDS, pace)) if looked else FULLEST_MOST_SECONDS
-
-    def _warn_when_full(self, buckets: Store | Ledger) -> None:
-        """Log once a pass that a store is full, or has too many slots. Metrics count the decisions of overflow
-        buckets.
-        """
-        if isinstance(buckets, Store) and buckets.horizon_shift:
-            part = 0.5**buckets.horizon_shift
-            _log.warning("too_many_slots", slots=buckets.slots, most_slots=buckets.most_slots, part_of_horizon=part)
-        if not buckets.room.is_ample:
-            overflowed = sum(self._limiter.overflow_decisions.values())
-            _log.warning(
-                "buckets_full", buckets=len(buckets), max_buckets=buckets.room.most, overflow_decisions=overflowed
-            )
-
     async def _slew(self) -> None:
         while True:
             await asyncio.sleep(SLEW_SECONDS)
@@ -719,18 +651,18 @@ def _new_origin(node: str) -> Origin:
     return Origin(node, secrets.randbelow(2**64 - 1) + 1)
 
 
-def _state(
+def _make_persistence(
     kept: PersistenceConfig | None,
     store: Store,
     now_us: Callable[[], int],
     local_limit_of_key: LimitOfKey,
     tracer: RequestTracer | NoTracer,
-) -> tuple[Snapshots | None, RedisState | None]:
+) -> tuple[SnapshotFile | None, RedisState | None]:
     """The persistence of buckets: a file, Redis, or neither."""
     if kept is None:
         return None, None
     if kept.file is not None:
-        return Snapshots(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
+        return SnapshotFile(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
     # Imported only when configured.
     from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
@@ -743,7 +675,7 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
+def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     origin = _new_origin(config.node.id)
     ledger: Ledger | None = None
     if config.membership is not None:
@@ -753,7 +685,7 @@ def _limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 
 
-def _limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
+def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
     """The front end's limits, with those that are configured; 0 is not allowed there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
     return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)

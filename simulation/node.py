@@ -26,9 +26,9 @@ from ratelimit_sidecar.replication.dialler import (
 )
 from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS
 from ratelimit_sidecar.replication.mesh import DRAIN_SECONDS
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.wire import Reason
 from simulation.clock import NodeClock
@@ -98,9 +98,9 @@ class Node:
         self.ledger.queues.on_ended = lambda: cluster.loop.soon(self._let_out)
         self.limiter = Limiter(rules, self.origin, ledger=self.ledger)
         self.store = self.limiter.store
-        self.purses = Purses(self.ledger, self.clock.strict_us)
-        local = Local(self.origin, f"region of {name}", "0", self.purses.membership)
-        self.replicator = Replicator(local, self.store, now_us, purses=self.purses)
+        self.payments = PaymentExchange(self.ledger, self.clock.strict_us)
+        local = LocalNode(self.origin, f"region of {name}", "0", self.payments.membership)
+        self.replicator = Replicator(local, self.store, now_us, payments=self.payments)
         self.replicator.use_rules(rules.digest)
         self._targets = {target: _Target(target) for target in targets}
         self._jobs: dict[str, Iterator[None]] = {}

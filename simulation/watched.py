@@ -95,7 +95,7 @@ class Watched(Cluster):
     @property
     def payments(self) -> int:
         """Granted by the lives that still are."""
-        return sum(node.purses.paid for node in self.live)
+        return sum(node.payments.paid for node in self.live)
 
     @property
     def served(self) -> int:
@@ -360,7 +360,7 @@ class Watched(Cluster):
             strict_us = node.clock.strict_us()
             # To walk through the ledger would be most of the work of a run.
             found = [node.ledger._all.get(key) for key in self._strict]
-            for bucket in (paying.bucket for paying in found if paying is not None):
+            for bucket in (policy.bucket for policy in found if policy is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)

@@ -1,4 +1,4 @@
-"""What the cycle collector would look at first, for tests of what `ratelimit_sidecar.collector` is told."""
+"""What the cycle collector would look at first, for tests of what `ratelimit_sidecar.cycle_collector` is told."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Doorman:
                 lease.wants = (usage.allowed + usage.denied) * SECOND_US * TOKEN // elapsed_us if known else self._equal
             lease.reported_us, lease.bucket_id, lease.is_due = now_us, usage.bucket_id, True
 
-    def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
+    def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
         lease = self._leases[stream]
         if not lease.is_due:
             return []
@@ -110,7 +110,7 @@ class WholeEach:
     def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
         self._due[stream] = [usage.bucket_id for usage in usages]
 
-    def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
+    def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
         due, self._due[stream] = self._due[stream], []
         return [Action(bucket_id, self._whole) for bucket_id in due]
 

@@ -27,7 +27,7 @@ class _Idle(StallMonitor):
         await asyncio.Event().wait()
 
 
-async def _look_for_nothing(_sidecar: app.Sidecar) -> None:
+async def _look_for_nothing(*_arguments: object) -> None:
     await asyncio.Event().wait()
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     with ExitStack() as changed:
         changed.enter_context(patch.object(app, "H2FrontEnd", _bare))
         changed.enter_context(patch.object(app, "StallMonitor", _Idle))
-        changed.enter_context(patch.object(app.Sidecar, "_look_for_fullest", _look_for_nothing))
+        changed.enter_context(patch.object(app, "look_for_fullest", _look_for_nothing))
         sidecar_command()
 
 

@@ -27,7 +27,7 @@ from ratelimit_sidecar.limiter.key import text_of
 from ratelimit_sidecar.limiter.replay import Replay
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.server.rpc import RpcError
 from ratelimit_sidecar.services.ext_authz import DOMAIN_EXTENSION, http_request
@@ -140,7 +140,7 @@ def explain(
         _echo_lines(explanation_text(explanation))
 
 
-def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules, Settings]:
+def _load(rules_paths: Sequence[Path], config_path: Path | None) -> tuple[Rules, AnswerSettings]:
     config = load_sidecar_config(config_path, os.environ)
     paths = rules_paths or config.rules
     if not paths:
@@ -173,7 +173,7 @@ def _made_of(rules: Rules, check: CheckRequest) -> Request | str:
     return Request.FromString(raw)
 
 
-def _replay(rules: Rules, settings: Settings, trace: BinaryIO, output_format: str) -> None:
+def _replay(rules: Rules, settings: AnswerSettings, trace: BinaryIO, output_format: str) -> None:
     replay = Replay(rules, settings)
     bad_lines = 0
     for number, outcome in _asked(rules, replay, trace):

@@ -19,7 +19,7 @@ from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.proxies import spare_loopback
 from ratelimit_sidecar.config.reference import describe_schema
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
-from ratelimit_sidecar.persistence.snapshots import StateError
+from ratelimit_sidecar.persistence.snapshot_file import StateError
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter, TakenStderr

@@ -53,7 +53,7 @@ class BadLine(Exception):
     """A broken line; the text says why."""
 
 
-class Recorded(NamedTuple):
+class RecordedRequests(NamedTuple):
     """A request, or several equal ones.
 
     Args:
@@ -83,7 +83,7 @@ class TraceLine(NamedTuple):
 
     number: int
     size_bytes: int
-    recorded: Recorded | BadLine
+    recorded: RecordedRequests | BadLine
 
 
 def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
@@ -105,7 +105,7 @@ def read_trace(file: BinaryIO) -> Iterator[TraceLine]:
             yield TraceLine(number, size, recorded)
 
 
-def parse_line(line: bytes) -> Recorded:
+def parse_line(line: bytes) -> RecordedRequests:
     """The requests in a line.
 
     Raises:
@@ -127,7 +127,7 @@ def parse_line(line: bytes) -> Recorded:
         raise BadLine("no time")
     at_us = _microseconds(item["time"])
     if "check" in item:
-        return Recorded(at_us, _check_of(item["check"]))
+        return RecordedRequests(at_us, _check_of(item["check"]))
     if "bucket_id" in item:
         return _report_of(at_us, item)
     descriptors = item.get("descriptors")
@@ -139,7 +139,7 @@ def parse_line(line: bytes) -> Recorded:
             _add_descriptor(request, descriptor)
     except (TypeError, ValueError, ParseError) as error:
         raise BadLine(f"no rate limit request: {' '.join(str(error).split())}") from error
-    return Recorded(at_us, request)
+    return RecordedRequests(at_us, request)
 
 
 def _check_of(item: object) -> CheckRequest:
@@ -153,7 +153,7 @@ def _check_of(item: object) -> CheckRequest:
     return request
 
 
-def _report_of(at_us: int, item: dict[str, Any]) -> Recorded:
+def _report_of(at_us: int, item: dict[str, Any]) -> RecordedRequests:
     bucket_id, number, seconds = item["bucket_id"], item.get("requests"), item.get("seconds", _REPORT_SECONDS)
     if not (isinstance(bucket_id, dict) and all(isinstance(text, str) for text in bucket_id.values())):
         raise BadLine("bucket_id is no object of texts")
@@ -167,7 +167,7 @@ def _report_of(at_us: int, item: dict[str, Any]) -> Recorded:
         _add_descriptor(request, [[key, value] for key, value in bucket_id.items()])
     except (TypeError, ValueError) as error:
         raise BadLine(f"no report of a quota: {' '.join(str(error).split())}") from error
-    return Recorded(at_us, request, number, seconds * _SECOND_US)
+    return RecordedRequests(at_us, request, number, seconds * _SECOND_US)
 
 
 def _add_descriptor(request: RateLimitRequest, item: object) -> None:

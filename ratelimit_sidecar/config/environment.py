@@ -61,9 +61,9 @@ def choice(variable: str, chosen: str) -> FromEnvironment:
     return FromEnvironment((variable,), lambda values: chosen if read_bool(values[variable]) else None)
 
 
-def part(variable: str) -> FromEnvironment:
+def fraction(variable: str) -> FromEnvironment:
     """A number from 0 to 1; a greater one counts as 1."""
-    return FromEnvironment((variable,), lambda values: _read_part(values[variable]))
+    return FromEnvironment((variable,), lambda values: _read_fraction(values[variable]))
 
 
 def duration(variable: str) -> FromEnvironment:
@@ -91,7 +91,7 @@ def read_bool(given: str) -> bool:
     return _BOOLS[given]
 
 
-def _read_part(given: str) -> object:
+def _read_fraction(given: str) -> object:
     value = resolve(given)
     # Not a bool, which is an int as well.
     return 1 if type(value) in (int, Decimal) and isinstance(value, int | Decimal) and value > 1 else value

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ratelimit_sidecar.config.addresses import ListenAddress, PeerAddress, TcpListenAddress, XdsServerAddress
 from ratelimit_sidecar.config.bucket import BucketConfig
-from ratelimit_sidecar.config.environment import choice, duration, flag, pairs, part, switch, text
+from ratelimit_sidecar.config.environment import choice, duration, flag, fraction, pairs, switch, text
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.config.rules_schema import (
     ALL_OR_NOTHING,
@@ -34,7 +34,7 @@ from ratelimit_sidecar.config.structure import Expected, Section, ShownDefault, 
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
 from ratelimit_sidecar.limiter.rules import Charge, Consistency
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 
 DEFAULT_SYNC_ADDRESS = "0.0.0.0:50051"
 DEFAULT_LOOPBACK_SYNC_ADDRESS = "127.0.0.1:50051"
@@ -236,7 +236,7 @@ CallHeaders = Annotated[
     Expected("a mapping of names, in letters, digits and _ . -, to values in printable ASCII"),
 ]
 
-_SETTINGS = Settings()
+_SETTINGS = AnswerSettings()
 _HEADERS = ResponseHeaders()
 
 
@@ -517,7 +517,7 @@ class AnswersConfig(Section):
     quota_mode: Annotated[Flag, flag("QUOTA_MODE")] = Field(
         _SETTINGS.quota_mode, description="Treat every rule as if it had `quota_mode`."
     )
-    near_limit_ratio: Annotated[Ratio, part("NEAR_LIMIT_RATIO")] = Field(
+    near_limit_ratio: Annotated[Ratio, fraction("NEAR_LIMIT_RATIO")] = Field(
         _SETTINGS.near_limit_ratio,
         description="Hits above this part of a limit count as near it, in metrics.",
     )
@@ -622,10 +622,10 @@ class SidecarConfig(Section):
         return self.node.id if self.fabric is None else self.node.region
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AnswerSettings:
         """The settings for every answer."""
         answers, headers = self.answers, self.answers.response_headers
-        return Settings(
+        return AnswerSettings(
             shadow_mode=answers.shadow_mode,
             quota_mode=answers.quota_mode,
             near_limit_ratio=answers.near_limit_ratio,

@@ -8,7 +8,7 @@ They share the event loop with the decisions, so each works in slices of at most
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from ratelimit_sidecar.console.decisions import json_endpoint
 from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.requests import MAX_REQUESTS
-from ratelimit_sidecar.console.rules import describe_rules, dump_rules
+from ratelimit_sidecar.console.rules import RulesText, comments, describe_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -104,6 +104,7 @@ class _Console:
         # An empty ledger is false.
         self._pager = BucketPager(limiter.store, *(() if limiter.ledger is None else (limiter.ledger,)))
         self._exposition = Exposition(sources.registry)
+        self._rules_text = RulesText(limiter)
         self._seal = Fernet(Fernet.generate_key())
         authority = Authority(sources.token_file)
         self.endpoints: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]], str]] = (
@@ -185,9 +186,9 @@ class _Console:
 
     async def rlconfig(self, request: Request) -> Response:
         _no_query(request)
-        description = describe_rules(self._sources.reloader)
-        # Rules are never changed, so another thread may read them.
-        return PlainTextResponse(await asyncio.to_thread(dump_rules, self._sources.limiter.rules, description))
+        lines = await self._rules_text.pieces()
+        about = "".join([f"# {line}\n" for line in comments(describe_rules(self._sources.reloader))])
+        return StreamingResponse(_one_by_one([*lines, about.encode()]), media_type="text/plain")
 
     async def buckets(self, request: Request) -> Response:
         query = _query(request, "after", "limit", "domain")
@@ -247,6 +248,13 @@ class _Console:
             return self._seal.decrypt(given + "=" * (-len(given) % 4))
         except (InvalidToken, ValueError) as error:
             raise _BadQuery(f"after is {given!r}, expected the `next` of another page of this process") from error
+
+
+async def _one_by_one(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Pieces of a body, with a turn of the loop for each."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
 
 
 class _BadQuery(Exception):

@@ -48,7 +48,7 @@ _MATCH_NAMES = {
 }
 
 
-_CALLER_CHOSEN = {KEY_ONLY, WILDCARD_VALUE, DEFAULT_RULE}
+_CALLER_CHOSEN = {KEY_ONLY, WILDCARD_VALUE, DEFAULT_RULE, OVERRIDE}
 """Kinds of entries whose values a caller chooses; all others are from the rules."""
 
 _SECRET = secrets.token_bytes(32)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from heapq import merge
-from io import StringIO
 from itertools import islice
 from typing import TypedDict
 
 from ratelimit_sidecar.config.errors import quoted
 from ratelimit_sidecar.crdt.limit import WindowLimit
+from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Rule, Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
@@ -19,6 +20,9 @@ MAX_PROBLEMS_SHOWN = 100
 
 SORTED_AT_ONCE = 1_000
 """Rules sorted in one go, in half a millisecond."""
+
+LINES_OF_PIECE = 256
+"""Some 40 KB, which a slow client takes one after the other."""
 
 
 class RejectionDescription(TypedDict):
@@ -65,23 +69,42 @@ def describe_rules(reloader: Reloader) -> RulesDescription:
     }
 
 
-def dump_rules(rules: Rules, description: RulesDescription) -> str:
-    """Text with a line for each rule, which begins like those of envoyproxy/ratelimit's /rlconfig, and other facts as
-    comments.
+class RulesText:
+    """The rules in force as text. It is made once for all who ask, and in a thread: many threads at once would keep
+    Python's lock from the loop.
+    """
 
-    10,000 rules take some 30 ms. It is called in a thread, and no step of it keeps Python's lock for long: neither
-    sorting nor joining a whole list.
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._one_makes = asyncio.Lock()
+        self._generation = -1
+        """Of the rules that the text is of."""
+        self._text: list[bytes] = []
+
+    async def pieces(self) -> list[bytes]:
+        """Lines that begin like those of envoyproxy/ratelimit's /rlconfig, one a rule, some hundred in each piece."""
+        async with self._one_makes:
+            generation, rules = self._limiter.generation, self._limiter.rules
+            if self._generation != generation:
+                # Rules are never changed, so another thread may read them.
+                self._text = await asyncio.to_thread(lines_of, rules)
+                self._generation = generation
+            return self._text
+
+
+def lines_of(rules: Rules) -> list[bytes]:
+    """A line for each rule, in pieces. 10,000 rules take some 30 ms, in which no step keeps Python's lock for long, as
+    sorting or joining a whole list would.
     """
     unsorted = map(_line, rules)
     runs: list[list[str]] = []
     while run := sorted(islice(unsorted, SORTED_AT_ONCE)):
         runs.append(run)
-    text = StringIO()
-    for line in merge(*runs):
-        text.write(f"{line}\n")
-    for line in _comments(description):
-        text.write(f"# {line}\n")
-    return text.getvalue()
+    lines = merge(*runs)
+    pieces: list[bytes] = []
+    while piece := "".join([f"{line}\n" for line in islice(lines, LINES_OF_PIECE)]):
+        pieces.append(piece.encode())
+    return pieces
 
 
 def _line(rule: Rule) -> str:
@@ -112,7 +135,8 @@ def _line(rule: Rule) -> str:
     return ", ".join(parts)
 
 
-def _comments(description: RulesDescription) -> Iterator[str]:
+def comments(description: RulesDescription) -> Iterator[str]:
+    """Where the rules came from, and why newer ones are not in force: lines of text."""
     version = f", version {description['version']}" if description["version"] else ""
     if description["loaded_at"] is None:
         yield f"{description['source']}: no rules yet"

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 
+import anyio
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
@@ -32,7 +33,7 @@ _CANCEL_SECONDS = 1
 
 
 class HttpServer:
-    """Call `start`, `serve` and `stop`, as for a front end (see `server.front_end`).
+    """An HTTP/1.1 server of one application. Call `start`, `serve` and `stop` as of a front end (`server.front_end`).
 
     Args:
         address: `host:port` or `[IPv6]:port`; port 0 for a free one.
@@ -56,6 +57,10 @@ class HttpServer:
 
     async def start(self) -> None:
         """Bind the address; clients can connect from now on."""
+        # anyio, in which Starlette answers piece by piece, imports most of itself when it is first used: a first scrape
+        # would hold up the loop for 30 ms.
+        async with anyio.create_task_group():
+            pass
         self._listeners = listen([self._configured])
 
     async def serve(self) -> None:

@@ -212,7 +212,8 @@ class Bucket(ABC):
     def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
-        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal. Entries that it wrote
+        before others that this bucket has already must not get here.
 
         Returns:
             True when something changed.
@@ -431,6 +432,18 @@ class Bucket(ABC):
             self._note_unsent(self.journal, self._own_slot)
             self._own_slot_unsent = True
 
+    def _tell_early(self, limit: AnyLimit, before: int, after: int) -> None:
+        """Have peers told soon if a take has made the bucket nearly used up, or was one of many.
+
+        Args:
+            before, after: what counted against the limit, in the unit of its `ceiling`.
+        """
+        if self.journal is not None:
+            if before < limit.urgent_from <= after:
+                self.journal.hurry(self)
+            elif after <= limit.ceiling and (before ^ after) >> limit.step_bits:
+                self.journal.urgent.add(self)
+
     def _write_refund(self, slot: int, count: int) -> None:
         """Set the refund entry of `slot`, an id with `REFUND`, to `count`, which must be higher than before."""
         self._take_new_origin()
@@ -521,7 +534,8 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        if (len(received) >= MAX_ORIGINS or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
+        is_crowded = len(received) >= MAX_ORIGINS and not (self.journal is not None and self.journal.is_restoring)
+        if (is_crowded or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
         received[origin] = {slot: tokens}

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
@@ -117,37 +117,37 @@ class GrantedBucket(StrictBucket):
 
     @property
     def held(self) -> int:
-        """Whole tokens; below 0 what is owed."""
+        """Whole tokens that are here; below 0 what is owed."""
         return self.level // (self._limit.period_us << 32)
 
     def advance(self, now_us: int) -> None:
         super().advance(now_us)
         if self.granted and self.at_us >= self.expires_us:
-            self._grant(0)
+            self._set_grant(0)
             self.level = min(self.level, 0)
 
-    def want(self, hits: int) -> None:
+    def note_demand(self, hits: int) -> None:
         """Count the hits as demand, and have the account called."""
-        self._want(hits)
+        self._note_demand(hits)
 
-    def _want(self, hits: int) -> None:
-        super()._want(self._can_be(hits))
+    def _note_demand(self, hits: int) -> None:
+        super()._note_demand(self._admissible(hits))
         self.used_us = self.at_us
 
-    def _can_be(self, hits: int) -> int:
-        """0 if a request for so many is never admitted. To draw for it would be to take the tokens from others."""
+    def _admissible(self, hits: int) -> int:
+        """The hits, or 0 if a request for so many is never admitted: drawing for it would take tokens from others."""
         return hits if hits <= self._limit.capacity else 0
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         admitted = super().take(hits, now_us, always=always)
         if not admitted:
-            self.short_of = max(self.short_of, self._can_be(hits))
+            self.short_of = max(self.short_of, self._admissible(hits))
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
         is_admitted = super().would_admit(hits, now_us)
         if not is_admitted:
-            self.short_of = max(self.short_of, self._can_be(hits))
+            self.short_of = max(self.short_of, self._admissible(hits))
         return is_admitted
 
     @property
@@ -176,7 +176,7 @@ class GrantedBucket(StrictBucket):
         draw = Draw(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)
         # No answer may come.
         self.generation = -1
-        self._grant(kept)
+        self._set_grant(kept)
         return draw
 
     def drawn(self, draw: Draw, drawn: Drawn, generation: int, sent_us: int) -> None:
@@ -189,7 +189,7 @@ class GrantedBucket(StrictBucket):
         if not drawn.kept:
             self.level = min(self.level, 0)
         self.level += drawn.tokens * self._limit.period_us << 32
-        self._grant(drawn.kept + drawn.tokens + drawn.room)
+        self._set_grant(drawn.kept + drawn.tokens + drawn.room)
         self.generation = generation
         self.expires_us = sent_us + GRANT_US
         self.left = drawn.left
@@ -199,26 +199,27 @@ class GrantedBucket(StrictBucket):
         self.level += draw.back * self._limit.period_us << 32
         if draw.generation >= 0:
             self.generation = draw.generation
-            self._grant(draw.ends)
+            self._set_grant(draw.ends)
 
-    def _grant(self, tokens: int) -> None:
+    def _set_grant(self, tokens: int) -> None:
+        """Set how many tokens may be held here."""
         self.granted = tokens
         self.ceiling = tokens * self._limit.period_us << 32
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         super().set_limit(limit, now_us)
         self.home_version = -1
-        self._grant(self.granted)
+        self._set_grant(self.granted)
 
 
 class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
-        paying = self._all.get(key)
-        if paying is None:
+        policy = self._all.get(key)
+        if policy is None:
             return self._make(key, limit, now_us)
-        bucket = paying.bucket
+        bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
         return bucket

@@ -90,7 +90,7 @@ def is_nearly_used_up(bucket: Bucket) -> bool:
 class Journal:
     """Collects the buckets with entries that were not sent yet; each flush empties it (`Store.drain_changes`)."""
 
-    __slots__ = ("buckets", "on_urgent", "origin", "peers", "refused", "urgent")
+    __slots__ = ("buckets", "is_restoring", "on_urgent", "origin", "peers", "refused", "urgent")
 
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
@@ -99,6 +99,9 @@ class Journal:
         """Buckets of which much was taken, until somebody pops them."""
         self.peers: set[Origin] = set()
         """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
+        self.is_restoring = False
+        """True while this node reads what it wrote itself: of a bucket more than `MAX_ORIGINS`, if peers have restarted
+        often."""
         self.refused: Counter[Refused] = Counter()
         """Counted since its reader last cleared it."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush

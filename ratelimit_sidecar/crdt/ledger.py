@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ask, Pay, Paying, Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
@@ -22,6 +21,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+from ratelimit_sidecar.cycle_collector import young_objects
 
 FEW_TOKENS: Final = 8 * TOKEN
 """With a smaller home, no peer is asked while requests wait: asks would break up the whole tokens that tickets need."""
@@ -34,8 +34,8 @@ _OBJECTS_OF_PEER: Final = 2
 """The objects that the cycle collector sees: of a bucket, and of what it notes of each other member."""
 
 
-class _Held(NamedTuple):
-    """A ticket that a peer may use."""
+class _IssuedTicket(NamedTuple):
+    """A ticket that was sent to a peer, which may use it until `until_us`."""
 
     key: bytes
     peer: str
@@ -64,15 +64,15 @@ class Ledger:
         self.limit_of_key = limit_of_key
         self.queues = WaitQueues()
         self._origin = origin
-        self._all = UntrackedDict[Paying]()
+        self._all = UntrackedDict[PaymentPolicy]()
         self._active: deque[StrictBucket] = deque()
         """Buckets that `tick` has to look at; each appends itself when a request takes from it."""
-        self._sweep_order: deque[Paying] = deque()
+        self._sweep_order: deque[PaymentPolicy] = deque()
         self._in_force: list[Mapping[str, int]] = []
         self._home_version = 0
         """Counts up whenever homes change."""
         self._homes_since_us = 0
-        self._tickets: OrderedDict[int, _Held] = OrderedDict()
+        self._tickets: OrderedDict[int, _IssuedTicket] = OrderedDict()
         """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until they get it back: see `restore`."""
@@ -86,8 +86,8 @@ class Ledger:
     def walk(self) -> Iterator[StrictBucket]:
         """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
         for shard in self._all.shards:
-            for paying in list(shard.values()):
-                yield paying.bucket
+            for policy in list(shard.values()):
+                yield policy.bucket
 
     def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home changed.
@@ -98,13 +98,13 @@ class Ledger:
         Raises:
             StoreFull: there is no bucket, and no room for a new one.
         """
-        paying = self._all.get(key)
-        if paying is None:
+        policy = self._all.get(key)
+        if policy is None:
             bucket = self._make(key, limit, now_us)
             if self._kept:
                 self._restore(bucket)
             return bucket
-        bucket = paying.bucket
+        bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
             bucket.home_version = -1
@@ -121,7 +121,7 @@ class Ledger:
         self._sweep_order.clear()
         yield from self._all.clear()
 
-    def keep(self) -> Iterator[tuple[bytes, int]]:
+    def amounts_to_keep(self) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
         more: tokens that leave a purse after this would be spent twice."""
         for key, amount in self._kept.items():
@@ -133,8 +133,8 @@ class Ledger:
                 yield bucket.key, amount
 
     def restore(self, kept: Mapping[bytes, int]) -> None:
-        """Put back into purses what `keep` yielded when this replica was stopped. A purse gets it when it has a home,
-        as far as there is room. Use the result of one `keep` once only."""
+        """Put back into purses what `amounts_to_keep` yielded when this replica was stopped, once only. A purse gets it
+        when it has a home, as far as there is room."""
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
@@ -233,8 +233,8 @@ class Ledger:
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
-        paying = self._all[key]
-        is_right = paying.paid(peer, end, pay, self.shares.most(peer, key, paying.bucket.limit.capacity), now_us)
+        policy = self._all[key]
+        is_right = policy.paid(peer, end, pay, self.shares.most(peer, key, policy.bucket.limit.capacity), now_us)
         queue = self.queues.by_key.get(key)
         if queue is not None:
             queue.serve(now_us, SERVED_AT_ONCE)
@@ -247,7 +247,7 @@ class Ledger:
     def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
         queue = self.queues.by_key[wish.key]
-        most = self.shares.most(wish.peer, wish.key, queue.paying.bucket.limit.capacity)
+        most = self.shares.most(wish.peer, wish.key, queue.policy.bucket.limit.capacity)
         return queue.accept(number, wish, ticket, most, now_us)
 
     def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
@@ -274,7 +274,7 @@ class Ledger:
             return Ticket(0, 0)
         ticket = self._all[key].ticket(number, tokens, now_us)
         if ticket.tokens:
-            self._tickets[number] = _Held(key, peer, now_us + HOLD_US)
+            self._tickets[number] = _IssuedTicket(key, peer, now_us + HOLD_US)
         return ticket
 
     def release(self, number: int, returned: int, now_us: int) -> None:
@@ -305,13 +305,13 @@ class Ledger:
             self._restore_some(now_us, most)
         count = min(most, len(self._sweep_order))
         for _ in range(count):
-            paying = self._sweep_order.popleft()
-            bucket = paying.bucket
+            policy = self._sweep_order.popleft()
+            bucket = policy.bucket
             if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(now_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
             else:
-                self._sweep_order.append(paying)
+                self._sweep_order.append(policy)
         return count
 
     def _look_at_shares(self, now_us: int) -> None:
@@ -335,7 +335,7 @@ class Ledger:
         return bucket
 
     def _add(self, key: bytes, bucket: StrictBucket) -> None:
-        paying = Paying(bucket)
+        policy = PaymentPolicy(bucket)
         young_objects.note(_OBJECTS_OF_PURSE + _OBJECTS_OF_PEER * (len(self.shares.membership.weights) - 1))
-        self._all.add(key, paying)
-        self._sweep_order.append(paying)
+        self._all.add(key, policy)
+        self._sweep_order.append(policy)

@@ -86,7 +86,7 @@ class Limit:
 
     ceiling: int = field(init=False, compare=False)
     """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
-    urgent_deficit: int = field(init=False, compare=False)
+    urgent_from: int = field(init=False, compare=False)
     """At this deficit or more the bucket is nearly used up; scaled."""
     step_bits: int = field(init=False, compare=False)
     """At each further multiple of 2**step_bits, 1/16 to 1/8 of the ceiling, peers are told early of the deficit."""
@@ -112,7 +112,7 @@ class Limit:
         set_field(self, "tokens", self.tokens // divisor)
         set_field(self, "period_us", self.period_us // divisor)
         set_field(self, "ceiling", self.capacity * self.period_us)
-        set_field(self, "urgent_deficit", self.ceiling - self.ceiling // URGENT_SHARE)
+        set_field(self, "urgent_from", self.ceiling - self.ceiling // URGENT_SHARE)
         set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
         set_field(self, "slot_refill", self.tokens << self.exponent)
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
@@ -169,10 +169,10 @@ class WindowLimit:
         _check_ranges(self, ("requests", 0, MAX_CAPACITY), ("period_us", MIN_WINDOW_US, MAX_PERIOD_US))
         slot_us = self.period_us if self.window is Window.FIXED else self.period_us // SLOTS_PER_PERIOD
         object.__setattr__(self, "exponent", max(_floor_log2(slot_us), MIN_EXPONENT))
-        object.__setattr__(self, "urgent_count", self.requests - self.requests // URGENT_SHARE)
+        object.__setattr__(self, "urgent_from", self.requests - self.requests // URGENT_SHARE)
         object.__setattr__(self, "step_bits", _step_bits(self.requests, self.requests))
 
-    urgent_count: int = field(init=False, compare=False)
+    urgent_from: int = field(init=False, compare=False)
     """At this count or more the window is nearly used up."""
     step_bits: int = field(init=False, compare=False)
     """As `Limit.step_bits`, of the count."""
@@ -180,6 +180,11 @@ class WindowLimit:
     @property
     def capacity(self) -> int:
         """The most tokens there can be at once."""
+        return self.requests
+
+    @property
+    def ceiling(self) -> int:
+        """As `Limit.ceiling`, of the count."""
         return self.requests
 
 

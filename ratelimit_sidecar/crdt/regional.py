@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
@@ -42,7 +42,7 @@ class RegionalBucket(GrantedBucket):
 
 
 def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
-    """See `crdt.drawing.needs`."""
+    """See `crdt.draw_policy.draw_needs`."""
     assert isinstance(bucket, RegionalBucket)
     limit = bucket.limit
     if now_us - bucket.denied_us < RECENT_US:
@@ -73,7 +73,7 @@ class RegionalLedger(GrantLedger):
         assert isinstance(bucket, RegionalBucket)
         bucket.advance(now_us)
         # Others divide by demand what they pay to several: that is taken to be the whole limit.
-        bucket.want(max(1, limit.tokens * every_us // limit.period_us))
+        bucket.note_demand(max(1, limit.tokens * every_us // limit.period_us))
         bucket.denied_us = now_us
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
@@ -103,7 +103,7 @@ class RegionalLedger(GrantLedger):
         if not ask.is_short or now_us - bucket.denied_us < RECENT_US:
             return Pay(0, 0)
         bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), now_us
-        bucket.want(1)
+        bucket.note_demand(1)
         # What was drawn is for others, all of it.
         paid = bucket.pay(peer, min(ask.amount, max(0, bucket.held) * TOKEN))
         return Pay(paid, max(0, bucket.left * TOKEN - (bucket.home >> RESERVE_SHIFT)))

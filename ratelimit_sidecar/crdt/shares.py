@@ -29,6 +29,9 @@ protocol 4, or until such loans must have expired; and in any case until tickets
 """
 
 
+MAX_CONFLICTS: Final = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """Who shares strict limits, and with which weights.
@@ -45,8 +48,8 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The membership that a peer has shown."""
+class ShownMembership:
+    """The membership that a node shows to its peers."""
 
     epoch: int
     weights: Mapping[str, int]
@@ -92,8 +95,9 @@ class Shares:
     node: str
     started_us: int
     has_never_lent: bool = False
-    conflicts: dict[str, Shown] = field(default_factory=dict)
-    """Peers that show other members under the same epoch. Only those of members have an effect."""
+    conflicts: dict[str, ShownMembership] = field(default_factory=dict)
+    """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
+    `MAX_CONFLICTS` are kept."""
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
@@ -113,10 +117,12 @@ class Shares:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
-    def receive(self, peer: str, shown: Shown, now_us: int) -> None:
+    def receive(self, peer: str, shown: ShownMembership, now_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
-        if shown.epoch:
+        # Anybody may dial in, under any number of names.
+        is_other = peer in self._others
+        if shown.epoch and is_other:
             self._upgraded.add(peer)
             if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = max(now_us, self.started_us + HOLD_US)
@@ -124,10 +130,11 @@ class Shares:
             # It may have been restarted with an older configuration.
             self._current.discard(peer)
         elif shown.epoch == self.membership.epoch:
-            if dict(shown.weights) == dict(self.membership.weights):
+            if dict(shown.weights) != dict(self.membership.weights):
+                if self.is_member(peer) or len(self.conflicts) < MAX_CONFLICTS:
+                    self.conflicts[peer] = shown
+            elif is_other:
                 self._current.add(peer)
-            else:
-                self.conflicts[peer] = shown
 
     def part(self, now_us: int) -> float:
         """This node's part of every limit at `now_us`, but for rounding."""

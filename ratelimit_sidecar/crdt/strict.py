@@ -13,7 +13,8 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file alone, and on `shares.py`. `paying.py` decides when and how much is asked for and paid.
+Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
+paid.
 
 A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 
@@ -35,8 +36,8 @@ NEVER_US: Final = -1 << 62
 DEMAND_US: Final = 1_000_000
 """Demand is averaged over about this time."""
 
-FADE_US: Final = 10_000
-"""Demand fades in steps of this time: to do so with each request would double the time of a `take`."""
+DECAY_EVERY_US: Final = 10_000
+"""Demand decays in steps of this time: to do so with each request would double the time of a `take`."""
 
 TICKET_US: Final = 1_000_000
 """A ticket is good for this time after the wish for it."""
@@ -134,13 +135,13 @@ class StrictBucket(Bucket):
         self.advance(now_us)
         if self.has(hits):
             return True
-        self._want(hits)
+        self._note_demand(hits)
         self.denied_us = self.at_us
         return False
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
         self.advance(now_us)
-        self._want(hits)
+        self._note_demand(hits)
         charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
         if admitted:
@@ -151,16 +152,17 @@ class StrictBucket(Bucket):
                 self.level = max(self.level - charge, self.floor)
         return admitted
 
-    def _want(self, hits: int) -> None:
+    def _note_demand(self, hits: int) -> None:
         """Count the hits as demand, and mark the bucket as active so that peers are asked."""
-        if self.at_us - self._wanted_us >= FADE_US:
-            self._fade()
+        if self.at_us - self._wanted_us >= DECAY_EVERY_US:
+            self._decay_demand()
         self._wanted += hits << 20
         if not self.is_active:
             self.is_active = True
             self._active.append(self)
 
-    def _fade(self) -> None:
+    def _decay_demand(self) -> None:
+        """Let what was wanted before count for less, the longer ago it was."""
         elapsed_us = self.at_us - self._wanted_us
         self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
         self._wanted_us = self.at_us
@@ -168,7 +170,7 @@ class StrictBucket(Bucket):
     @property
     def demand(self) -> int:
         """The amount per second that requests asked for lately, admitted or not."""
-        self._fade()
+        self._decay_demand()
         return self._wanted << 12
 
     @property
@@ -186,10 +188,10 @@ class StrictBucket(Bucket):
         bucket that is not strict.
         """
         limit = self._limit
-        return -self._repaid * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
+        return -self._repaid_per_us * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
 
     @property
-    def _repaid(self) -> int:
+    def _repaid_per_us(self) -> int:
         """The grains of debt that are repaid in a microsecond; without a home as if the whole limit was here."""
         return in_grains(self._limit, self.home)[1] or self._limit.tokens << 32
 
@@ -217,7 +219,7 @@ class StrictBucket(Bucket):
             if self.level < 0:
                 if self.home_version and not self.home:
                     # Nothing refills; it would owe for ever, and could not be dropped.
-                    self.level = min(0, self.level + elapsed_us * self._repaid)
+                    self.level = min(0, self.level + elapsed_us * self._repaid_per_us)
                 # Its limit may be another one now.
                 self.level = max(self.level, self.floor)
             self.at_us = now_us

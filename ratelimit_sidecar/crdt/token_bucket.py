@@ -97,11 +97,7 @@ class TokenBucket(Bucket):
             self._peak = max(self._peak, deficit)
             self.deficit = deficit
             self._write_own(hits)
-            if self.journal is not None:
-                if before < limit.urgent_deficit <= deficit:
-                    self.journal.hurry(self)
-                elif admitted and (before ^ deficit) >> limit.step_bits:
-                    self.journal.urgent.add(self)
+            self._tell_early(limit, before, deficit)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

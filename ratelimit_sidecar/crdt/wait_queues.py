@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ratelimit_sidecar.crdt.paying import Paying
+from ratelimit_sidecar.crdt.payment_policy import PaymentPolicy
 from ratelimit_sidecar.crdt.waiting import (
     MAX_WAITING,
     MAX_WAITING_OF_BUCKET,
@@ -43,13 +43,13 @@ class WaitQueues:
         self._ends_below = 0
         self._is_open = True
 
-    def join(self, paying: Paying, waiting: Waiting, now_us: int) -> bool:
+    def join(self, policy: PaymentPolicy, waiting: Waiting, now_us: int) -> bool:
         """Let a request wait for a bucket.
 
         Returns:
             False if it must be decided now: peers are not believed to have what it needs, or too many wait.
         """
-        key = paying.bucket.key
+        key = policy.bucket.key
         queue = self.by_key.get(key)
         if not self._peers or not self._is_open or len(key) > self._longest_key:
             return False
@@ -58,7 +58,7 @@ class WaitQueues:
         if is_full or self.waiting >= MAX_WAITING:
             self.crowded += 1
             return False
-        found = WaitQueue(paying, self._end) if queue is None else queue
+        found = WaitQueue(policy, self._end) if queue is None else queue
         if not found.may_be_enough(waiting.hits, self._peers, now_us):
             return False
         if queue is None:
@@ -104,9 +104,9 @@ class WaitQueues:
                 queue.leave(first, Outcome.ENDED, now_us)
                 left -= 1
             for peer, tokens in queue.wishes(peers, now_us).items():
-                wishes.setdefault(peer, {})[queue.paying.bucket.key] = tokens
+                wishes.setdefault(peer, {})[queue.policy.bucket.key] = tokens
             if queue.is_over:
-                del self.by_key[queue.paying.bucket.key]
+                del self.by_key[queue.policy.bucket.key]
             else:
                 self._order.append(queue)
         return wishes

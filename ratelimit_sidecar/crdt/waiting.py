@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Final, NamedTuple, Protocol
 
-from ratelimit_sidecar.crdt.paying import Paying, Ticket
+from ratelimit_sidecar.crdt.payment_policy import PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.strict import NEVER_US
 
@@ -44,7 +44,7 @@ class Outcome(StrEnum):
     """The rules have changed, or the process stops."""
 
 
-class Keeper(Protocol):
+class WaitOwner(Protocol):
     """The owner of waits, which ends them in time: `services.waits.Waits`."""
 
     def cancel(self, waiting: Waiting, /) -> None: ...
@@ -68,7 +68,7 @@ class Waiting:
         self.wait_us = wait_us
         self.on_end: Callable[[], None] | None = None
         """Called when there is a `result`: by the event loop, not within the call that ended the wait."""
-        self.keeper: Keeper | None = None
+        self.owner: WaitOwner | None = None
         self.outcome: Outcome | None = None
         self.since_us = 0
         self.number = 0
@@ -89,14 +89,14 @@ class Waiting:
         """End the wait without an answer, because the client is gone; `on_end` is not called. Nothing happens if the
         wait is over."""
         self.on_end = None
-        if self.keeper is not None:
-            self.keeper.cancel(self)
+        if self.owner is not None:
+            self.owner.cancel(self)
 
     def end_now(self) -> None:
         """Decide now, because the call cannot wait: then there is a `result`, and `on_end` is not called."""
         self.on_end = None
-        if self.keeper is not None:
-            self.keeper.end_now(self)
+        if self.owner is not None:
+            self.owner.end_now(self)
 
     def result(self) -> bytes:
         """The answer; call it only when the wait has ended. Raises what the decision or a conversion has raised."""
@@ -134,8 +134,8 @@ class WaitQueue:
         ended: called with each request whose wait is over, and the time.
     """
 
-    def __init__(self, paying: Paying, ended: Callable[[Waiting, int], None]) -> None:
-        self.paying = paying
+    def __init__(self, policy: PaymentPolicy, ended: Callable[[Waiting, int], None]) -> None:
+        self.policy = policy
         self.hits = 0
         """The tokens that all waiting requests need."""
         self._wished: dict[str, int] = {}
@@ -164,7 +164,7 @@ class WaitQueue:
         if now_us - self._believed_us >= BELIEF_US:
             self._believed_us = now_us
             self._believed = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
-        return self.hits + hits <= self._believed + self.paying.bucket.remaining
+        return self.hits + hits <= self._believed + self.policy.bucket.remaining
 
     def join(self, waiting: Waiting, now_us: int) -> None:
         waiting.since_us, waiting.queue = now_us, self
@@ -183,7 +183,7 @@ class WaitQueue:
 
     def serve(self, now_us: int, most: int) -> int:
         """End the waits for which the bucket has tokens, in order; returns how many, at most `most`."""
-        bucket = self.paying.bucket
+        bucket = self.policy.bucket
         bucket.advance(now_us)
         served = 0
         while served < most and (first := self.first) is not None and bucket.has(first.hits):
@@ -193,7 +193,7 @@ class WaitQueue:
 
     def wishes(self, peers: Iterable[str], now_us: int) -> dict[str, int]:
         """The whole tokens to wish for now, by peer."""
-        bucket = self.paying.bucket
+        bucket = self.policy.bucket
         missing = self.hits - self._all_wished - bucket.remaining
         wishes: dict[str, int] = {}
         if missing <= 0:
@@ -225,8 +225,8 @@ class WaitQueue:
         """
         peer = wish.peer
         self.end_wish(peer, wish.tokens)
-        self.paying.note_left(peer, ticket.left, most, now_us)
-        bucket = self.paying.bucket
+        self.policy.note_left(peer, ticket.left, most, now_us)
+        bucket = self.policy.bucket
         added = bucket.accept(number, peer, ticket.tokens, most, now_us)
         if not added:
             return ticket.tokens * TOKEN
@@ -234,13 +234,13 @@ class WaitQueue:
             self.serve(now_us, SERVED_AT_ONCE)
         finally:
             returned = bucket.take_rest(peer, added)
-        self.paying.add_left(peer, returned)
+        self.policy.add_left(peer, returned)
         self._believed += returned // TOKEN
         return returned
 
     def give_up(self, number: int, wish: Wish) -> None:
         """End a wish that was not answered in time, or whose stream is closed."""
-        self.paying.bucket.give_up(number)
+        self.policy.bucket.give_up(number)
         self.end_wish(wish.peer, wish.tokens)
 
     def end_wish(self, peer: str, tokens: int) -> None:
@@ -255,4 +255,4 @@ class WaitQueue:
 
     def _left(self, peer: str, now_us: int) -> int:
         """The whole tokens that a peer is believed to have, less those wished for already."""
-        return max(0, self.paying.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))
+        return max(0, self.policy.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))

@@ -66,15 +66,6 @@ class _Window(Bucket):
         self._forget(self._is_past)
         return self._holds_nothing
 
-    def _tell_early(self, before: int) -> None:
-        """Have peers told soon if the count has risen by much since it was `before`."""
-        count, limit = self.count, self._limit
-        if self.journal is not None:
-            if before < limit.urgent_count <= count:
-                self.journal.hurry(self)
-            elif count <= limit.requests and (before ^ count) >> limit.step_bits:
-                self.journal.urgent.add(self)
-
     @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
@@ -106,7 +97,7 @@ class FixedWindow(_Window):
             self._write_own(hits)
             self._written_us = self.at_us
             before, self.count = self.count, count
-            self._tell_early(before)
+            self._tell_early(self._limit, before, count)
         return count <= self._limit.requests
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -233,8 +224,8 @@ class FixedWindow(_Window):
         self.count, self._early_refunds = max(0, taken - given), max(0, given - taken)
 
     def _is_final(self, slot: int) -> bool:
-        """See `Bucket._is_final`. Always true. The slot may still be written to, but then a count that was lowered is
-        raised again by the origin's next entry, or by comparing.
+        """See `Bucket._is_final`. Always true: a window may be long, and while it is in use comparing finds nothing. If
+        the slot is still written to, a count that was lowered is raised again by the origin's next entry.
         """
         return True
 
@@ -295,7 +286,7 @@ class SlidingWindow(_Window):
             self._write_own(hits)
             if self.at_us < self._early_refunds_until_us:
                 self._recount()
-            self._tell_early(before)
+            self._tell_early(self._limit, before, self.count)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

@@ -3,7 +3,7 @@
 All accounts of a shard are in one hash, `{prefix}:fabric1:{TAG}:strict`, so that the server loses all of them or none:
 
     @            history lineage clock time
-    members      who shares strict limits, as the gateway says (`draws.py`); `version` is its SHA-1
+    members      who shares strict limits, as the gateway says (`account_calls.py`); `version` is its SHA-1
     named        epoch clock: of these members, and when they were named
     lLIFE        number clock: the last call done of that life of a sidecar
     bKEY         full generation out former home rate used class: the account of one bucket

@@ -15,15 +15,15 @@ from typing import Final
 
 import structlog
 
-from ratelimit_sidecar.crdt.drawing import needs
+from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
+from ratelimit_sidecar.fabric.account_calls import AccountCalls, Asked
 from ratelimit_sidecar.fabric.accounts import DRAW
-from ratelimit_sidecar.fabric.draws import Asked, Draws
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, reason_of
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 
 TICK_SECONDS: Final = 0.05
 
@@ -66,7 +66,7 @@ class Drawing:
         strict_us: Callable[[], int],
         *,
         region: str,
-        needs: NeedsOf = needs,
+        needs: NeedsOf = draw_needs,
     ) -> None:
         self.status = DrawStatus()
         self._link = Link(connect)
@@ -74,7 +74,7 @@ class Drawing:
         self._ledger = ledger
         self._strict_us = strict_us
         self._needs = needs
-        self._shards = [Draws(region, self.status, ledger.room, len(keys.shards)) for _ in keys.shards]
+        self._shards = [AccountCalls(region, self.status, ledger.room, len(keys.shards)) for _ in keys.shards]
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
 
     async def run(self) -> None:

@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHA
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, is_of_server, reason_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 5.0
@@ -221,7 +221,7 @@ class Fabric:
                 answers = await self._link.call(SHARE, [self._call(number, asks) for number, asks in batches.items()])
                 for number, answer in zip(list(batches), answers, strict=True):
                     if isinstance(answer, Exception):
-                        self.shards[number].leave()
+                        self.shards[number].skip_tick()
                         failure = answer
                         continue
                     await self._receive(self.shards[number], batches[number], answer, time_slice)

@@ -23,14 +23,14 @@ from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
-from ratelimit_sidecar.fabric.purses import RegionalPurses
 from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
+from ratelimit_sidecar.fabric.regional_member import RegionalMember
 from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 TICK_SECONDS: Final = 0.05
 
@@ -53,28 +53,28 @@ MAX_WAIT_SECONDS: Final = 60.0
 _log = structlog.stdlib.get_logger(__name__)
 
 
-MeshOf = Callable[[Store, Purses | None], Mesh]
-"""Makes the mesh to other regions, on the region's store and, with strict limits, its purses."""
+MeshOf = Callable[[Store, PaymentExchange | None], Mesh]
+"""Makes the mesh to other regions: of the region's store and, with strict limits, its payments."""
 
 
 class _Term:
     """One turn as the gateway, which lasts as long as the lease with this token."""
 
-    def __init__(self, token: int, region: Region, mesh: Mesh, purses: RegionalPurses | None) -> None:
+    def __init__(self, token: int, region: Region, mesh: Mesh, member: RegionalMember | None) -> None:
         self.token = token
         self.region = region
         self.mesh = mesh
         self.is_meshed = False
-        self.purses = purses
+        self.member = member
         self.tasks: list[asyncio.Task[None]] = []
-        if purses is not None:
-            self.tasks.append(asyncio.create_task(purses.drawing.run()))
+        if member is not None:
+            self.tasks.append(asyncio.create_task(member.drawing.run()))
 
     @property
     def can_mesh(self) -> bool:
         """True once all of the region is known, and the mesh may begin."""
         is_known = all(shard.is_known for shard in self.region.shards)
-        return is_known and (self.purses is None or self.purses.is_settled)
+        return is_known and (self.member is None or self.member.is_settled)
 
 
 class Gateway:
@@ -204,22 +204,22 @@ class Gateway:
             store.refused_keys = 0
 
     def _begin(self, token: int) -> _Term:
-        purses = None
+        member = None
         origin = Origin(self._store.origin.node, secrets.randbelow(2**64 - 1) + 1)
         if self._ledger is not None:
-            purses = RegionalPurses(self._ledger, self._connect, self._keys, self._strict_us)
-            origin = purses.origin
+            member = RegionalMember(self._ledger, self._connect, self._keys, self._strict_us)
+            origin = member.origin
         room = self._store.room
         most = ROOM_OF_SIDECARS * room.most
         store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=room.rule_key)
         region = Region(self._region, store, self._keys)
-        mesh = self._mesh_of(store, None if purses is None else purses.of_mesh)
+        mesh = self._mesh_of(store, None if member is None else member.payments)
         mesh.read_news(region.note_news)
         self._status.token = token
         self._status.terms += 1
         self._gives_up = False
         _log.info("gateway_began", token=token)
-        return _Term(token, region, mesh, purses)
+        return _Term(token, region, mesh, member)
 
     async def _end(self, term: _Term) -> None:
         self._status.token = 0
@@ -232,7 +232,7 @@ class Gateway:
         if term.tasks:
             await asyncio.wait(term.tasks)
         term.mesh.forget()
-        for _ in chain(term.region.store.clear(), () if term.purses is None else term.purses.clear()):
+        for _ in chain(term.region.store.clear(), () if term.member is None else term.member.clear()):
             await asyncio.sleep(0)
         with suppress(*FAILURES):
             await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {term.token}"])])
@@ -259,8 +259,8 @@ class Gateway:
 
     async def _tick(self, term: _Term) -> bool:
         """Returns whether there is more to be done at once."""
-        if term.purses is not None:
-            await term.purses.beat(self._link, term.token)
+        if term.member is not None:
+            await term.member.beat(self._link, term.token)
         return await self._exchange(term.region, term.mesh if term.is_meshed else None, term.token)
 
     async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:

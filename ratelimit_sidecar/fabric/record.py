@@ -62,7 +62,9 @@ def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
     return f"{class_of(rule)} {share}"
 
 
-def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int, *, is_quiet: bool = False) -> bytes:
+def share_text(
+    bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int, *, is_quiet: bool = False
+) -> bytes:
     """The text about a bucket in a sidecar's call of `SHARE`.
 
     Args:
@@ -71,15 +73,15 @@ def ask(bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: in
         seen: the version up to which the others' are known here.
         is_quiet: nothing changed since Redis knows when the bucket is full.
     """
-    return f"{room} {seen} {_state(bucket, now_us, is_quiet=is_quiet)}{_text(own)}".encode()
+    return f"{room} {seen} {_state_text(bucket, now_us, is_quiet=is_quiet)}{_counts_text(own)}".encode()
 
 
-def elsewhere(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
+def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
     """The text about a bucket in a gateway's call of `GATEWAY`: what other regions took."""
-    return f"{room} {_state(bucket, now_us)}{_text(counts)}".encode()
+    return f"{room} {_state_text(bucket, now_us)}{_counts_text(counts)}".encode()
 
 
-def read(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
+def read_counts(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
     """Read `base;slot count slot count` as counts of `origin`.
 
     Raises:
@@ -105,7 +107,7 @@ def read(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
     return Answer(answered_base, entries)
 
 
-def _state(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
+def _state_text(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
     """How long the bucket is to be kept, in milliseconds; in how many seconds it is full, -1 when that is known; for
     how long its slots count, in microseconds; the time; and its base."""
     bucket.advance(now_us)
@@ -124,6 +126,6 @@ def _state(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
     return f"{kept_ms} {full_in_s} {span_us} {now_us} {base}"
 
 
-def _text(counts: Mapping[int, int]) -> str:
+def _counts_text(counts: Mapping[int, int]) -> str:
     slots = sorted(counts)[-MAX_SLOTS:]
     return "".join(f" {slot} {min(counts[slot], MAX_SLOT_TOKENS)}" for slot in slots)

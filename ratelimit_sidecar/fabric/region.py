@@ -16,11 +16,11 @@ from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.record import counts_of, elsewhere, read, room_for
+from ratelimit_sidecar.fabric.record import counts_of, gateway_text, read_counts, room_for
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import is_of_server
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 TOLD_BUCKETS: Final = 64
@@ -158,7 +158,7 @@ class Region:
             if bucket is not None:
                 counts = counts_of(bucket, self.origin, slots)
                 if counts:
-                    told[key] = elsewhere(bucket, room_for(bucket, self.store.room.rule_key), counts, now_us), slots
+                    told[key] = gateway_text(bucket, room_for(bucket, self.store.room.rule_key), counts, now_us), slots
             await time_slice.rest_when_due()
         return told
 
@@ -205,7 +205,7 @@ class Region:
             try:
                 limit = self.store.limit_of_key(key)
                 if limit is not None:
-                    sums = read(text, limit, self.origin)
+                    sums = read_counts(text, limit, self.origin)
                     self.store.join(key, limit, sums.base, sums.entries, now_us)
                     bucket = self.store.get(key)
                     if bucket is not None and sums.entries:

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.record import OTHERS, ask, counts_of, read, room_for
+from ratelimit_sidecar.cycle_collector import young_objects
+from ratelimit_sidecar.fabric.record import OTHERS, counts_of, read_counts, room_for, share_text
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
@@ -131,7 +131,7 @@ class SharedRoom:
         """True when further buckets find room without another one of use having to go."""
         return sum([shard.busy for shard in self._shards]) < self.most * AMPLE_SHARE
 
-    def make(self, bucket: Bucket, *, is_urgent: bool) -> bool:
+    def make_room_for(self, bucket: Bucket, *, is_urgent: bool) -> bool:
         """Have room for one more bucket; returns False when the others are of more use. O(shards)."""
         if self.taken < self.most:
             return True
@@ -156,7 +156,7 @@ class SharedRoom:
 
 
 class Sharing:
-    """One sidecar's part in one shard.
+    """The buckets that a sidecar shares in one shard: what it tells of them, and what it joins of the answers.
 
     Args:
         origin: of this life of the sidecar, under whose name Redis has the counts.
@@ -204,7 +204,7 @@ class Sharing:
         if shared is None:
             shared = self._resting.pop(key, None)
             if shared is None:
-                if len(key) > MAX_KEY_BYTES or not self._room.make(bucket, is_urgent=is_urgent):
+                if len(key) > MAX_KEY_BYTES or not self._room.make_room_for(bucket, is_urgent=is_urgent):
                     self.unshared += 1
                     return
                 shared = _Shared(bucket, now_us)
@@ -231,7 +231,7 @@ class Sharing:
     def note_own(self, bucket: Bucket, now_us: int) -> None:
         """Have all own counts of this bucket told, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or not self._own(bucket, _ALL):
+        if bucket.journal is None or not self._own_counts(bucket, _ALL):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
@@ -251,7 +251,7 @@ class Sharing:
         resting = -(-len(self._resting) // RESTING_TICKS)
         self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
 
-    def leave(self) -> None:
+    def skip_tick(self) -> None:
         """The shard cannot be asked at this tick; all of it is told again."""
         self._left = 0, 0
         self.tell_again()
@@ -309,10 +309,10 @@ class Sharing:
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
         is_quiet = not shared.has_news and told is not _ALL and not told
-        own = self._own(bucket, told)
-        return Ask(bucket, shared, told, ask(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
+        own = self._own_counts(bucket, told)
+        return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
 
-    def _own(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
+    def _own_counts(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
         if slots is not _ALL and self._store.origin is self._origin:
             return {slot: tokens for _, slot, tokens in bucket.own_entries(slots)}
         if slots is _ALL or slots:
@@ -347,7 +347,7 @@ class Sharing:
         shared.id = identity
         try:
             if rest != b";":
-                others = read(rest, bucket.limit, OTHERS)
+                others = read_counts(rest, bucket.limit, OTHERS)
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
         except BadRecord:
             self.refused(ask)

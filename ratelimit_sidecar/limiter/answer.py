@@ -22,7 +22,7 @@ from ratelimit_sidecar.limiter.key import readable
 from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.request import Override, Request
 from ratelimit_sidecar.limiter.rules import Rule
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 
 _OVER_LIMIT: Final = RateLimitResponse.OVER_LIMIT
 _SECOND_US: Final = 1_000_000
@@ -50,7 +50,7 @@ class _LimitMet(NamedTuple):
 class Decorations:
     """Adds headers, a body and dynamic metadata to answers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: AnswerSettings) -> None:
         self._settings = settings
 
     def are_wanted(self, rule: Rule | None) -> bool:

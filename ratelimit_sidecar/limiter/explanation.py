@@ -16,7 +16,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateL
 from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, KeyEntry, decode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import JOINED, Level, Match, RuleNode, Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.variants import made_local
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -115,7 +115,9 @@ class Explanation:
     response: RateLimitResponse
 
 
-def explain(rules: Rules, settings: Settings, domain: str, descriptors: Sequence[Entries], now_us: int) -> Explanation:
+def explain(
+    rules: Rules, settings: AnswerSettings, domain: str, descriptors: Sequence[Entries], now_us: int
+) -> Explanation:
     """Decide a request on full buckets, and say why.
 
     Raises:

@@ -32,7 +32,7 @@ from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, Step
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.request import Descriptor, read_request
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 
 MAX_HITS: Final = 2**48
 """The most hits of a descriptor; more count as this many. No limit is as large, and deltas cannot carry more."""
@@ -84,12 +84,12 @@ class Limiter:
         self,
         rules: Rules,
         origin: Origin,
-        settings: Settings | None = None,
+        settings: AnswerSettings | None = None,
         ledger: Ledger | None = None,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or AnswerSettings()
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.clock_steps_us = 0

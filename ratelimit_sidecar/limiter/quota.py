@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.collector import young_objects
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
     SECOND_US,
@@ -155,8 +155,8 @@ class QuotaCounts:
 
 
 class Quotas:
-    """All quotas of one node. Call `open`, `report`, `take` and `close` for the stream of each Envoy, and `tick`
-    regularly.
+    """All quotas of one node. Call `open`, `report`, `take_actions` and `close` for the stream of each Envoy, and
+    `tick` regularly.
 
     Args:
         now_us: the time of the start.
@@ -220,7 +220,7 @@ class Quotas:
         """Note an Envoy's report on some of its buckets."""
         touched: dict[Pool, None] = {}
         for usage in usages:
-            bucket = self._report(stream, domain, usage, now_us)
+            bucket = self._report_usage(stream, domain, usage, now_us)
             if bucket is not None:
                 touched[bucket.pool] = None
         for pool in touched:
@@ -229,7 +229,7 @@ class Quotas:
             else:
                 self._mark_dirty(pool)
 
-    def take(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
+    def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
         """Look at `most` of the stream's buckets that are abandoned or due, and return the actions to send to the Envoy
         now. They count as sent. There may be none, and more buckets due.
         """
@@ -309,7 +309,7 @@ class Quotas:
         for orphan in pool.orphans:
             yield orphan.rate
 
-    def _report(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> EnvoyBucket | None:
+    def _report_usage(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> EnvoyBucket | None:
         counts = self.counts
         counts.reports += 1
         allowed, denied = min(usage.allowed, MAX_HITS), min(usage.denied, MAX_HITS)
@@ -359,7 +359,7 @@ class Quotas:
         """Create the record of a bucket reported for the first time. If there is no room, the record is returned
         but not stored.
         """
-        step = self._step(key)
+        step = self._step_of(key)
         # An Envoy may have as many pools and buckets as are still free.
         pool = self._pool(step, may_add=len(stream.buckets) < MAX_POOLS - len(self.pools))
         bucket = EnvoyBucket(stream, key, usage, pool, step)
@@ -424,7 +424,7 @@ class Quotas:
         one.
         """
         bucket.generation = self._limiter.generation
-        bucket.step = self._step(bucket.key)
+        bucket.step = self._step_of(bucket.key)
         pool = self._pool(bucket.step, may_add=len(self.pools) < MAX_POOLS)
         self._mark_dirty(pool)
         if pool is bucket.pool:
@@ -434,13 +434,13 @@ class Quotas:
             self._drop(bucket, now_us)
             self._abandon(bucket.stream, bucket.bucket_id)
             return
-        self._leave(bucket, now_us)
+        self._leave_pool(bucket, now_us)
         bucket.pool = pool
         pool.buckets[bucket] = None
         # Until it gets a new one, its assignment counts in the former pool.
         bucket.assignment = None
 
-    def _step(self, key: tuple[str, Pairs]) -> Step:
+    def _step_of(self, key: tuple[str, Pairs]) -> Step:
         domain, pairs = key
         return self._limiter.quota_step(domain, self._limiter.rules.in_order(domain, pairs))
 
@@ -450,7 +450,7 @@ class Quotas:
         del bucket.stream.buckets[bucket.key]
         bucket.stream.id_bytes -= len(bucket.bucket_id) + _USAGE_BYTES
         bucket.stream.due.pop(bucket, None)
-        self._leave(bucket, now_us)
+        self._leave_pool(bucket, now_us)
 
     def _abandon(self, stream: QuotaStream, bucket_id: bytes) -> None:
         """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
@@ -459,7 +459,7 @@ class Quotas:
             stream.abandoned_bytes += len(bucket_id)
             stream.wake()
 
-    def _leave(self, bucket: EnvoyBucket, now_us: int) -> None:
+    def _leave_pool(self, bucket: EnvoyBucket, now_us: int) -> None:
         pool = bucket.pool
         del pool.buckets[bucket]
         pool.due.pop(bucket, None)
@@ -474,7 +474,7 @@ class Quotas:
             pool.held -= bucket.rate
         self._mark_dirty(pool)
 
-    def _forget(self, pool: Pool, now_us: int) -> None:
+    def _forget_pool(self, pool: Pool, now_us: int) -> None:
         del self.pools[pool.key]
         self._log.forget(pool.key)
         self._division.release(pool, now_us)
@@ -628,4 +628,4 @@ class Quotas:
             self._mark_dirty(pool)
         is_over = not pool.is_needed and pool not in self._dirty and now_us - pool.demand_sent_us >= PUBLISH_US
         if is_over and self.pools.get(pool.key) is pool:
-            self._forget(pool, now_us)
+            self._forget_pool(pool, now_us)

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.limiter.variants import made_local, without_shadow_mode
 
@@ -58,7 +58,7 @@ class Tally:
 class Replay:
     """Replays requests. Call `ask` for each in order; the attributes have the totals so far."""
 
-    def __init__(self, rules: Rules, settings: Settings) -> None:
+    def __init__(self, rules: Rules, settings: AnswerSettings) -> None:
         self.requests = Tally(in_shadow_mode=settings.shadow_mode)
         """Whole requests: denied when the overall code is OVER_LIMIT."""
         self.rules: dict[str, Tally] = {}

@@ -15,7 +15,7 @@ class ResponseHeaders:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AnswerSettings:
     """The settings for all rules of a sidecar.
 
     Args:

@@ -10,6 +10,7 @@ no file, and begins with empty purses. An amount is in 2**-32 tokens, below 0 wh
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Final
 from zlib import crc32
 
+import structlog
+
+from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership
 
 MAGIC: Final = b"rlpurse\x01"
@@ -30,9 +34,38 @@ _LENGTH: Final = struct.Struct("<H")
 _AMOUNT: Final = struct.Struct("<q")
 _CHECKSUM: Final = struct.Struct("<I")
 
+_log = structlog.stdlib.get_logger(__name__)
+
 
 class BadPurses(Exception):
     """The file cannot be used by this holder. The text says why, and completes "the file of purses ..."."""
+
+
+class PurseFile:
+    """The file of the purses in a ledger. Call `restore` before the ledger is used, and `keep` at a clean stop.
+
+    Args:
+        state: the snapshot's file, beside which this one is.
+    """
+
+    def __init__(self, state: Path, ledger: Ledger) -> None:
+        self._path = state.with_name(state.name + ENDING)
+        self._ledger = ledger
+        self._holder = holder_of(ledger.shares.node, ledger.shares.membership)
+
+    async def restore(self) -> None:
+        """Put back into the purses what is in the file, which is gone then. An error is logged."""
+        try:
+            self._ledger.restore(await asyncio.to_thread(take_purses, self._path, self._holder))
+        except (OSError, BadPurses) as error:
+            _log.error("purses_not_restored", file=str(self._path), reason=str(error))
+
+    async def keep(self) -> None:
+        """Write what the purses have, once nothing is admitted or paid any more. An error is logged."""
+        try:
+            await asyncio.to_thread(write_purses, self._path, self._holder, self._ledger.amounts_to_keep())
+        except OSError as error:
+            _log.error("purses_not_kept", file=str(self._path), reason=error.strerror or str(error))
 
 
 def holder_of(node: str, membership: Membership) -> str:

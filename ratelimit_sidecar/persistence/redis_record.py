@@ -168,7 +168,8 @@ local function join(key, told)
       fields[#fields + 1] = text
     end
   end
-  redis.call('HSET', key, unpack(fields))
+  -- Lua unpacks some 8,000 at once.
+  for i = 1, #fields, 1000 do redis.call('HSET', key, unpack(fields, i, math.min(i + 999, #fields))) end
   if redis.call('PTTL', key) < ttl then redis.call('PEXPIRE', key, ttl) end
   return was[1] and 0 or 1
 end
@@ -225,14 +226,14 @@ class BadRecord(Exception):
     """What Redis has, or answers, is no bucket's state; the text says why."""
 
 
-def is_kept(limit: AnyLimit, every_us: int) -> bool:
+def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     """Whether a limit is worth writing: False when all of it refills before the next write."""
     if isinstance(limit, Limit):
         return limit.ceiling // limit.tokens > every_us
     return limit.period_us > every_us
 
 
-def tell(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
+def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
     """The text for `JOIN`: these entries of the bucket, and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
@@ -279,7 +280,7 @@ def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
 
 
-def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
+def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
     """Join what `READ` answers of one bucket.
 
     Raises:
@@ -298,18 +299,32 @@ def restore(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int
         base = read_base(record[BASE], limit)
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
-    if not isinstance(limit, Limit):
-        store.join(key, limit, None, entries, now_us)
-        return
+    joined_base = None
+    if isinstance(limit, Limit):
+        bucket = _folded(key, limit, base, entries, max(at_us, now_us))
+        joined_base, entries = bucket.base_to_send, list(bucket.entries())
+    journal = store.journal
+    journal.is_restoring = True
+    try:
+        store.join(key, limit, joined_base, entries, now_us)
+    finally:
+        journal.is_restoring = False
+        # These counts are for data of peers.
+        journal.refused.clear()
+
+
+def _folded(key: bytes, limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> TokenBucket:
+    """A bucket of what was read, sealed at `now_us`."""
     # If nobody has written to it since, slots older than the horizon are not in its base: a bucket as old folds them.
     # One that was sealed earlier than at its horizon is younger.
-    then_us = min(base.boundary_us + limit.horizon_us, max(at_us, now_us))
+    then_us = min(base.boundary_us + limit.horizon_us, now_us)
     bucket = TokenBucket(key, limit, _READER, then_us)
     bucket.merge_base(base, then_us)
     for entry in sorted(entries, key=lambda entry: entry.slot):
-        bucket.merge((entry,), max(then_us, slot_start_us(entry.slot)))
-    bucket.seal(max(at_us, now_us))
-    store.join(key, limit, bucket.base_to_send, list(bucket.entries()), now_us)
+        # Never later than now: it would have to go back, and write.
+        bucket.merge((entry,), min(max(then_us, slot_start_us(entry.slot)), now_us))
+    bucket.seal(now_us)
+    return bucket
 
 
 _READER: Final = Origin("", 0)

@@ -5,9 +5,9 @@ once, until `run` writes them, in batches. One script joins them in the server (
 write the same bucket, and one write more does no harm. A sidecar writes what it has taken itself: all of them do so.
 
 A call that fails, or takes longer than a second, ends the round. Until the next one, after a back-off, nothing is sent;
-changes are kept, of at most `MAX_WAITING` buckets. The server may have lost some of what it had, so everything is then
-written again, slowly, with what is known of others. The same is done when a value of `Keys.formats` is another one:
-after FLUSHALL, and in a new server.
+changes are kept in a bounded `WriteQueue`. The server may have lost some of what it had, so everything is then written
+again, slowly, with what is known of others. The same is done when a value of `Keys.formats` is another one, after
+FLUSHALL and in a new server, and when the queue had no place for a change.
 
 All of it is done on the event loop, in short pieces with pauses between them.
 """
@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -40,8 +40,18 @@ from ratelimit_sidecar.persistence.redis_calls import (
     is_of_server,
     reason_of,
 )
-from ratelimit_sidecar.persistence.redis_record import FORMAT, JOIN, READ, BadRecord, Keys, is_kept, restore, tell
-from ratelimit_sidecar.persistence.snapshots import LOOP_SHARE, TimeSlice
+from ratelimit_sidecar.persistence.redis_record import (
+    FORMAT,
+    JOIN,
+    READ,
+    BadRecord,
+    Keys,
+    is_worth_keeping,
+    join_text,
+    restore_bucket,
+)
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
+from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
@@ -63,18 +73,8 @@ BUCKET_SECONDS: Final = 0.000_06
 
 SCAN_KEYS: Final = 128
 
-MAX_WAITING: Final = 100_000
-"""The most buckets that wait to be written, some 200 bytes each. When there are more, the whole store is written again
-later."""
-
-MAX_WAITING_SLOTS: Final = 64
-"""The most slots of one bucket that wait; of more, all are written."""
-
 AGAIN_A_SECOND: Final = 1_000
 """Buckets written again in a second, after a failure."""
-
-_ALL: Final[list[int]] = []
-"""In place of slots: every entry there is, of all origins."""
 
 _FAILURES: Final = (exceptions.RedisError, Unusable, OSError, TimeoutError)
 """What ends a round."""
@@ -96,7 +96,7 @@ class RedisStatus:
         refused: buckets that the server would not join, for a reason of their own.
         restored: buckets that were read at the start.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
-        waiting: buckets to be written.
+        waiting: how many buckets are to be written.
         last_us: when all that was waiting was written last, microseconds since the epoch.
         degraded_reason: why nothing is written; "" when it is.
     """
@@ -109,11 +109,7 @@ class RedisStatus:
     call_seconds: float = 0.0
     last_us: int | None = None
     degraded_reason: str = ""
-    waiting_slots: dict[bytes, list[int]] = field(default_factory=dict)
-
-    @property
-    def waiting(self) -> int:
-        return len(self.waiting_slots)
+    waiting: int = 0
 
 
 class RedisState:
@@ -123,6 +119,7 @@ class RedisState:
         connect: makes a client; called again after each failure, as a password may have changed.
         every_seconds: between the beginnings of two rounds of writing.
         tracer: None when nothing is traced.
+        most_waiting: buckets that wait to be written, at most.
     """
 
     def __init__(
@@ -134,9 +131,12 @@ class RedisState:
         every_seconds: float,
         *,
         tracer: RequestTracer | NoTracer | None = None,
+        most_waiting: int = MAX_WAITING,
     ) -> None:
+        self._waiting = WriteQueue(store.room.rule_key, most_waiting)
+        self._has_missed = False
+        """Some change found no place in the queue."""
         self.status = RedisStatus()
-        self._waiting = self.status.waiting_slots
         self._connect = connect
         self._keys = keys
         self._store = store
@@ -162,22 +162,13 @@ class RedisState:
             self._again = self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         for bucket, slots in changes:
-            if is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                self._wait(bucket.key, slots)
+            if is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
+                self._queue_slots(bucket, slots)
 
-    def _wait(self, key: bytes, slots: list[int]) -> None:
-        waiting = self._waiting
-        known = waiting.get(key)
-        if known is None:
-            if len(waiting) >= MAX_WAITING:
-                self._again = self._store.walk()
-                return
-            waiting[key] = slots
-        elif known is not _ALL:
-            if slots is _ALL or len(known) + len(slots) > MAX_WAITING_SLOTS:
-                waiting[key] = _ALL
-            else:
-                known += [slot for slot in slots if slot not in known]
+    def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
+        if not self._waiting.add(bucket, slots):
+            self._has_missed = True
+        self.status.waiting = len(self._waiting)
 
     async def load(self) -> None:
         """Read what is there; returns when it is read, at the first failure, or after `LOAD_SECONDS`."""
@@ -222,7 +213,7 @@ class RedisState:
                 self.status.last_us = begun_us
                 self._recovered()
                 if not is_last:
-                    await self._write_again(client)
+                    await self._write_again(client, max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds)))
             except _FAILURES as error:
                 self._failed(error)
                 await self._disconnect()
@@ -300,32 +291,42 @@ class RedisState:
     async def _write_waiting(self, client: _Client, *, is_last: bool) -> None:
         # What changes meanwhile is for the next round.
         left = len(self._waiting)
-        while left > 0 and self._waiting:
-            keys = [key for key, _ in zip(self._waiting, range(min(left, BATCH_BUCKETS)), strict=False)]
-            left -= len(keys)
-            batch = {key: self._waiting.pop(key) for key in keys}
+        while left > 0 and (batch := self._waiting.take(min(left, BATCH_BUCKETS))):
+            left -= len(batch)
             try:
                 await self._write(client, batch, is_last=is_last)
             except BaseException:
                 for key, slots in batch.items():
-                    self._wait(key, slots)
+                    if (bucket := self._store.get(key)) is not None:
+                        self._queue_slots(bucket, slots)
                 raise
+            finally:
+                self.status.waiting = len(self._waiting)
+            if not is_last:
+                # A queue that is always full must not keep the others from being written again.
+                await self._write_again(client, BATCH_BUCKETS)
 
-    async def _write_again(self, client: _Client) -> None:
-        left = max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds))
+    async def _write_again(self, client: _Client, most: int) -> None:
+        """Write so many of the buckets that are to be written again."""
+        if self._again is None and self._has_missed:
+            self._has_missed, self._again = False, self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         time_slice = TimeSlice()
         batch: dict[bytes, list[int]] = {}
         again = self._again
-        while again is not None and left > 0:
+        while again is not None and most > 0:
             bucket = next(again, None)
             if bucket is None:
                 if self._again is again:
                     self._again = None
                 break
-            if bucket.journal is not None and is_kept(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
-                batch[bucket.key] = _ALL
-                left -= 1
+            if (
+                bucket.journal is not None
+                and is_worth_keeping(bucket.limit, every_us)
+                and len(bucket.key) <= MAX_KEY_BYTES
+            ):
+                batch[bucket.key] = ALL
+                most -= 1
             if len(batch) >= BATCH_BUCKETS:
                 await self._write(client, batch)
                 batch = {}
@@ -343,7 +344,7 @@ class RedisState:
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
                 keys.append(key)
-                told.append(tell(bucket, entries, now_us))
+                told.append(join_text(bucket, entries, now_us))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -353,11 +354,11 @@ class RedisState:
             for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
                 if answer in (0, 1):
                     self.status.written += 1
-                    if answer and batch[key] is not _ALL:
+                    if answer and batch[key] is not ALL:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
                         if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
-                            self._wait(key, _ALL)
+                            self._queue_slots(bucket, ALL)
                     continue
                 self._check(answer)
         if not is_last:
@@ -461,7 +462,7 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore(key, limit, answer, self._store, self._now_us())
+                    restore_bucket(key, limit, answer, self._store, self._now_us())
                     self.status.restored += 1
                 except BadRecord:
                     unreadable += 1
@@ -474,7 +475,7 @@ def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
 
 
 def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:
-    if slots is not _ALL:
+    if slots is not ALL:
         entries = list(bucket.own_entries(slots))
         if len(entries) == len(slots):
             return entries

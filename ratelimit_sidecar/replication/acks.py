@@ -18,7 +18,8 @@ RIDING_US: Final = 2 * ACK_DELAY_US
 
 
 class OwedAcks:
-    """Call `applied` for all Deltas that were applied; when it `is_due`, `take` the acknowledgement and send it."""
+    """The acknowledgement that this end has yet to send. Call `applied` for all Deltas that were applied; when it
+    `is_due`, `take` the acknowledgement and send it."""
 
     def __init__(self) -> None:
         self.may_ride = False
@@ -50,7 +51,7 @@ class OwedAcks:
         self._owed = 0
         return pb.Ack(sequence=self._sequence)
 
-    def ride(self, head: pb.Deltas, now_us: int) -> None:
+    def attach_to(self, head: pb.Deltas, now_us: int) -> None:
         """These Deltas are sent now; let them carry what is owed."""
         self._deltas_sent_us = now_us
         if self._owed and self.may_ride:

@@ -169,9 +169,9 @@ class CarriedStreams:
             if peer not in self.streams.values():
                 _log.info("peer_connected", peer=peer.node, region=peer.region, address=stream.address)
             self.streams[stream] = peer
-            purses = self._replicator.purses
-            if purses is not None and purses.conflicts_with(peer.node):
-                _log.warning("peer_shows_other_members", peer=peer.node, epoch=purses.membership.epoch)
+            payments = self._replicator.payments
+            if payments is not None and payments.conflicts_with(peer.node):
+                _log.warning("peer_shows_other_members", peer=peer.node, epoch=payments.membership.epoch)
         offset_us = peer.reported.clock_offset_us or 0
         was_skewed, peer.is_skewed = peer.is_skewed, abs(offset_us) > SKEW_US
         if peer.is_skewed and not was_skewed:

@@ -123,6 +123,11 @@ class ChangeLog:
         """The number of the segment that changes go to now: the cursor of a peer that has been sent everything."""
         return self._open.number
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest segment that has any changes."""
+        return self._open.number if self._open.keys else self._open.number - 1
+
     def get(self, number: int) -> Segment | None:
         """None for one that is forgotten, or not there yet."""
         if not self._segments:
@@ -278,6 +283,8 @@ class EncodedSegments(NamedTuple):
     payload: bytes
     keys: list[bytes]
     entries: int
+    first: int
+    """The number of the oldest one."""
 
 
 class Cursor:
@@ -332,6 +339,7 @@ class Cursor:
         keys: list[bytes] = []
         entries = 0
         payload = b""
+        first = self._next
         while (segment := self._log.get(self._next)) is not None and segment.payload is not None:
             keys += segment.keys
             entries += segment.entries
@@ -348,7 +356,7 @@ class Cursor:
                 or len(payload) > MAX_BATCH_BYTES // 2
             ):
                 break
-        return EncodedSegments(payload, keys, entries) if keys else None
+        return EncodedSegments(payload, keys, entries, first) if keys else None
 
     def parts(self) -> Parts:
         """What the peer has to catch up with."""

@@ -13,7 +13,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import Link, Peer
 from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
@@ -34,21 +34,21 @@ FORGET_US: Final = 600_000_000
 
 
 class Connections:
-    """All peers of a node, and the streams to each.
+    """All peers of a node, and the streams to each. Call `find` and then `join` for a stream, and `leave` at its end.
 
     Args:
         on_change: called when a first stream to a peer has come, or the last one has gone.
     """
 
     def __init__(
-        self, store: Store, changes: ChangeLog, purses: Purses | None, on_change: Callable[[], object]
+        self, store: Store, changes: ChangeLog, payments: PaymentExchange | None, on_change: Callable[[], object]
     ) -> None:
         self.peers: dict[str, Peer] = {}
         self.first_change_us: int | None = None
         """When this node first took anything: whoever was never reached misses everything since."""
         self._store = store
         self._changes = changes
-        self._purses = purses
+        self._payments = payments
         self._on_change = on_change
 
     def find(self, link: Link, own: Origin, origin: Origin, now_us: int) -> Peer:
@@ -172,8 +172,8 @@ class Connections:
 
     def _forget(self, node: str) -> None:
         del self.peers[node]
-        if self._purses is not None:
-            self._purses.receive_shown(node, None)
+        if self._payments is not None:
+            self._payments.receive_shown(node, None)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

@@ -7,6 +7,7 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -47,6 +48,9 @@ _ROUGH_BUCKET_BYTES: Final = 48
 """About the bytes of a bucket's delta without its key and entries: lengths, base, and the head of a run."""
 
 _ROUGH_ENTRY_BYTES: Final = 6
+
+_ROUGH_ORIGIN_BYTES: Final = 16
+"""About the bytes of an origin without its node's name."""
 
 
 class Knowledge(NamedTuple):
@@ -169,6 +173,7 @@ class DeltasWriter:
         if number is None:
             number = self._origins[origin] = len(self._origins)
             self.deltas.origins.add(node=origin.node, incarnation=origin.incarnation)
+            self.rough_bytes += _ROUGH_ORIGIN_BYTES + len(origin.node.encode())
         return number
 
 
@@ -201,11 +206,13 @@ class DeltasReader:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
+        is_bounded: False for what this node wrote itself: a frame may have any size, and a key any length.
     """
 
-    def __init__(self, sender: Origin, *, is_proven: bool = False) -> None:
+    def __init__(self, sender: Origin, *, is_proven: bool = False, is_bounded: bool = True) -> None:
         self._sender = sender
         self._is_proven = is_proven
+        self._is_bounded = is_bounded
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
@@ -232,12 +239,13 @@ class DeltasReader:
             ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
-        _check_size(deltas)
-        corrector = self._sender if self._is_proven and self.is_newest else None
+        if self._is_bounded:
+            _check_size(deltas)
+        corrector = self._sender if self._is_proven and self.is_newest and not deltas.overtaken else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         limit_of_key = local_limit_of_key or store.limit_of_key
         pace = Pace()
-        entries_left = MAX_FRAME_ENTRIES
+        entries_left = MAX_FRAME_ENTRIES if self._is_bounded else sys.maxsize
         entries_read = unknown_keys = 0
         for delta in deltas.buckets:
             key, limit = self._read_key(delta, limit_of_key)
@@ -287,7 +295,8 @@ class DeltasReader:
             if number in self._limits:
                 return key, self._limits[number]
         else:
-            check_key(key)
+            if self._is_bounded:
+                check_key(key)
             if number:
                 self._numbers.receive(number, key)
         try:

@@ -25,7 +25,7 @@ MAX_NUMBERED_KEY_BYTES: Final = 512
 
 
 class KeyNumbersGiven:
-    """The sender's side."""
+    """The numbers that a node gives to keys, for all its streams."""
 
     def __init__(self) -> None:
         self._numbers: list[dict[bytes, int]] = [{} for _ in range(SHARDS)]
@@ -54,7 +54,7 @@ class KeyNumbersGiven:
 
 
 class KeyNumbersReceived:
-    """The receiver's side."""
+    """The keys that a peer's numbers mean, on one stream."""
 
     def __init__(self) -> None:
         self._keys: dict[int, bytes] = {}

@@ -24,13 +24,13 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS, Listener
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
@@ -55,7 +55,7 @@ class Mesh:
         steady_us: a clock that never steps; None where `now_us` does not either.
         peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
         listen: `host:port`; None to dial only. Port 0 takes a free one.
-        purses: None when no limit is strict.
+        payments: None when no limit is strict.
         is_gateway: it speaks for the sidecars of its region.
         certificate: None for a mesh in plain text.
         supervisor: of the tasks that run for as long as the mesh does.
@@ -74,7 +74,7 @@ class Mesh:
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
-        purses: Purses | None = None,
+        payments: PaymentExchange | None = None,
         is_gateway: bool = False,
         demands: Demands | None = None,
         certificate: NodeCertificate | None = None,
@@ -85,10 +85,10 @@ class Mesh:
         self._now_us = now_us
         self._supervisor = Supervisor() if supervisor is None else supervisor
         self._steady_us = now_us if steady_us is None else steady_us
-        self._purses = purses
-        membership = None if purses is None else purses.membership
-        local = Local(origin, region, version, membership, is_gateway)
-        self._replicator = Replicator(local, store, now_us(), tracer, purses, demands=demands)
+        self._payments = payments
+        membership = None if payments is None else payments.membership
+        local = LocalNode(origin, region, version, membership, is_gateway)
+        self._replicator = Replicator(local, store, now_us(), tracer, payments, demands=demands)
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
         self._progress = Progress()
@@ -154,7 +154,7 @@ class Mesh:
 
     def membership_status(self) -> MembershipStatus | None:
         """Who shares strict limits; None when no limit is strict."""
-        return None if self._purses is None else self._purses.status()
+        return None if self._payments is None else self._payments.status()
 
     def status(self) -> list[PeerStatus]:
         """Every peer known by name, then every address that has led to nobody yet and name that is not resolved.

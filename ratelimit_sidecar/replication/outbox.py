@@ -34,6 +34,7 @@ from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, Parts
 from ratelimit_sidecar.replication.side_log import SideLog
 from ratelimit_sidecar.replication.snapshots import Snapshots
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 LOOKED_BUCKETS: Final = 512
 """The most buckets that are looked at for one batch: a millisecond when there is nothing to send of any."""
@@ -52,6 +53,10 @@ any two places on Earth, so a flush does not wait for an acknowledgement. Hurrie
 ms: on longer round trips changes then wait, and share a batch."""
 
 
+_OVERTAKEN: Final = pb.Deltas(overtaken=True).SerializeToString()
+"""Added to segments that were encoded before a batch was written that has been sent already."""
+
+
 @dataclass(slots=True)
 class _Draft:
     """A batch that is being written.
@@ -67,11 +72,17 @@ class _Draft:
 
 @dataclass(slots=True)
 class _Sources:
-    """What the batches of one stream are taken from."""
+    """What the batches of one stream are taken from.
+
+    Args:
+        overtaken_until: the newest segment when the last batch was written that is none of encoded segments. It has
+            newer counts than these may have.
+    """
 
     cursor: Cursor
     side: SideLog
     snapshots: Snapshots
+    overtaken_until: int = 0
 
     def close(self) -> None:
         """Call it when the stream is gone."""
@@ -249,6 +260,7 @@ class Outbox:
         for _ in self._steps:
             return True
         self._draft = None
+        sources.overtaken_until = self._log.newest
         writer, ends_snapshot = draft.writer, sources.snapshots.take_end()
         if sources.cursor.lost_since_us is not None:
             sources.snapshots.begin(sources.cursor.lost_since_us)
@@ -298,7 +310,9 @@ class Outbox:
             created_us = cursor.created_us
             encoded = cursor.take_encoded()
             if encoded is not None:
-                payload, keys, entries = encoded
+                payload, keys, entries, first = encoded
+                if first <= sources.overtaken_until:
+                    payload += _OVERTAKEN
                 self._written = Batch(payload, tuple(keys), entries, created_us, now_us, now_us, False)
                 return True
             draft = _Draft(DeltasWriter(self._store.origin), now_us, created_us)

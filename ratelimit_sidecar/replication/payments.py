@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.paying import Ask, Pay, Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN, Shown
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, Ticket
+from ratelimit_sidecar.crdt.shares import TOKEN, ShownMembership
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
@@ -53,7 +53,7 @@ MAX_BATCH_BYTES: Final = 1 << 16
 MAX_AMOUNT: Final = (1 << 64) - 1
 """The largest amount in a frame. A node that has room for more asks for this much."""
 
-_NOTHING: Final = Shown(0, {})
+_NOTHING: Final = ShownMembership(0, {})
 """Stands for the membership of a peer that shows none: an epoch before the first."""
 
 
@@ -110,9 +110,9 @@ class PaymentOutbox:
         return frame if count else None
 
 
-class Purses:
-    """The payments between this node's purses, which are in `ledger`, and peers. Call `tick` to ask peers, `receive`
-    for each frame of theirs, and `closed` when a stream is closed.
+class PaymentExchange:
+    """Exchanges tokens between the purses in `ledger` and those of peers. Call `tick` to ask peers, `receive` for each
+    frame of theirs, and `closed` when a stream is closed.
 
     Args:
         strict_us: microseconds of a clock that never steps, the one of the ledger's buckets.
@@ -131,10 +131,10 @@ class Purses:
         self._tick_due_us = strict_us()
 
     @property
-    def membership(self) -> Shown:
+    def membership(self) -> ShownMembership:
         """The membership that this node shows to peers."""
         membership = self.ledger.shares.membership
-        return Shown(membership.epoch, membership.weights)
+        return ShownMembership(membership.epoch, membership.weights)
 
     def conflicts_with(self, peer: str) -> bool:
         """True when the peer has shown other members under this node's epoch."""
@@ -157,7 +157,7 @@ class Purses:
         self._ends += 1
         return PaymentOutbox(self._ends)
 
-    def receive_shown(self, peer: str, shown: Shown | None) -> None:
+    def receive_shown(self, peer: str, shown: ShownMembership | None) -> None:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
@@ -196,7 +196,7 @@ class Purses:
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
-                self.ledger.queues.by_key[key].paying.bucket.wish(_ticket_number(outbox, outbox.last_wish))
+                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(outbox, outbox.last_wish))
                 outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)

@@ -26,7 +26,7 @@ class Link(Protocol):
     address: str
     is_dialled: bool
     is_paused: bool
-    payments: PaymentOutbox | None
+    payment_outbox: PaymentOutbox | None
     wake: Callable[[], None]
 
     @property
@@ -72,8 +72,8 @@ class BatchTracer(Protocol):
 
 
 @dataclass(slots=True)
-class Reported:
-    """What a peer has reported of itself on the streams of now.
+class PeerReports:
+    """What a peer has reported of itself on its current streams.
 
     Args:
         full_state: it has sent everything that it knew when its stream began.
@@ -110,7 +110,7 @@ class Peer:
         self.streams: list[Link] = []
         """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
-        self.reported = Reported()
+        self.reported = PeerReports()
         self.counts = PeerCounts()
         self.own_request: pb.SyncRequest = pb.UNDECIDED
         """Which snapshot this node asks it for."""
@@ -144,7 +144,7 @@ class Peer:
         """Its last stream has ended: what it reported of itself on them is over."""
         self.lost_us = now_us
         self.own_request = pb.UNDECIDED
-        self.reported = Reported()
+        self.reported = PeerReports()
 
     @property
     def pays(self) -> bool:

@@ -4,7 +4,7 @@ Theory of operation. Every 20 ms, or sooner, `mesh` calls for a *flush*, which m
 log (`changes`), from which each peer's outbox sends it. And it calls for a part of a *round*, which sums up what the
 node holds, to be compared (`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what
 is said on a stream in `stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for
-at a start is decided in `sync`.
+at a start is decided in `sync_requests`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.pace import Steps
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
-from ratelimit_sidecar.replication.session import Local
-from ratelimit_sidecar.replication.sync import SyncRequests
+from ratelimit_sidecar.replication.session import LocalNode
+from ratelimit_sidecar.replication.sync_requests import SyncRequests
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 
@@ -39,22 +39,23 @@ part of what is sent, although each is sent again in its turn."""
 
 
 class Replicator:
-    """All peers of one node.
+    """What one node does for all its peers together. Call `flush_steps` at each flush, and `compare_steps` every few
+    milliseconds.
 
     Args:
         now_us: the start of the process, or near it.
         tracer: None when nothing is traced.
-        purses: None on a node without strict limits; otherwise `local` shows its membership.
+        payments: None on a node without strict limits; otherwise `local` shows its membership.
         demands: None on a node that gives no quotas.
     """
 
     def __init__(
         self,
-        local: Local,
+        local: LocalNode,
         store: Store,
         now_us: int,
         tracer: BatchTracer | None = None,
-        purses: Purses | None = None,
+        payments: PaymentExchange | None = None,
         *,
         demands: Demands | None = None,
     ) -> None:
@@ -63,8 +64,8 @@ class Replicator:
         self.store = store
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
-        self.purses = purses
-        self.connections = Connections(store, self.changes, purses, self._note_connections)
+        self.payments = payments
+        self.connections = Connections(store, self.changes, payments, self._note_connections)
         self.peers = self.connections.peers
         self.sync = SyncRequests(self.peers, self.announce)
         self.protocol_errors: Counter[str] = Counter()
@@ -147,8 +148,8 @@ class Replicator:
     def _tend_steps(self, now_us: int) -> Steps:
         """What comes with each flush: ask peers for what the ledger wants, see what must be relayed, and forget peers
         that have gone."""
-        if self.purses is not None:
-            self._ask(self.purses)
+        if self.payments is not None:
+            self._ask_for_tokens(self.payments)
         yield from self._check_topology_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
@@ -258,11 +259,11 @@ class Replicator:
         """The regions that connected peers speak for, by the peer's node id."""
         return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
 
-    def _ask(self, purses: Purses) -> None:
+    def _ask_for_tokens(self, payments: PaymentExchange) -> None:
         outboxes = {
             peer.node: outbox
             for peer in self.peers.values()
-            if peer.pays and (outbox := peer.streams[0].payments) is not None
+            if peer.pays and (outbox := peer.streams[0].payment_outbox) is not None
         }
-        for node in purses.tick(outboxes):
+        for node in payments.tick(outboxes):
             self.peers[node].wake()

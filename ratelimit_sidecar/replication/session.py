@@ -22,7 +22,7 @@ from enum import Enum, auto
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.crdt.shares import ShownMembership
 from ratelimit_sidecar.replication.acks import OwedAcks
 from ratelimit_sidecar.replication.pings import Pings
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -64,8 +64,8 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """What a node reports of itself in its Hello.
+class LocalNode:
+    """This node, as its Hello tells every peer.
 
     Args:
         version: of the software, for people.
@@ -76,7 +76,7 @@ class Local:
     origin: Origin
     region: str
     version: str
-    membership: Shown | None = None
+    membership: ShownMembership | None = None
     is_gateway: bool = False
 
 
@@ -88,7 +88,7 @@ class Established:
     region: str
     version: str
     protocol: int
-    membership: Shown | None
+    membership: ShownMembership | None
     is_gateway: bool
 
 
@@ -180,7 +180,7 @@ class Session:
         now_us: when the connection was made.
     """
 
-    def __init__(self, local: Local, now_us: int) -> None:
+    def __init__(self, local: LocalNode, now_us: int) -> None:
         self._local = local
         self.state = State.HELLO
         self.peer: Origin | None = None
@@ -284,7 +284,7 @@ class Session:
         self._sent += 1
         self._unacknowledged.append(now_us)
         head = pb.Deltas(sequence=self._sent, trace=trace)
-        self._acks.ride(head, now_us)
+        self._acks.attach_to(head, now_us)
         return write_deltas(head, payload)
 
     def send(self, frame: pb.Frame) -> bytes:

@@ -53,7 +53,7 @@ class Inbound:
 
     Args:
         is_proven: the peer is known to be the node that it says it is (see `DeltasReader`).
-        payments: of the stream.
+        payment_outbox: of the stream.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Inbound:
         origin: Origin,
         *,
         is_proven: bool,
-        payments: PaymentOutbox | None,
+        payment_outbox: PaymentOutbox | None,
     ) -> None:
         self.peer = peer
         self._replicator = replicator
         self._session = session
         self._reader = DeltasReader(origin, is_proven=is_proven)
-        self._payments = payments
+        self._payment_outbox = payment_outbox
         self.exchange: Exchange | None = None
         """None once the stream is closed, and with a peer that cannot compare."""
         if session.compares:
@@ -138,7 +138,7 @@ class Inbound:
         """Apply an event that takes no steps.
 
         Raises:
-            ProtocolError: see `Purses.receive` and `read_reaches`.
+            ProtocolError: see `PaymentExchange.receive` and `read_reaches`.
         """
         match event:
             case PaymentsReceived(payments):
@@ -159,13 +159,13 @@ class Inbound:
                 return
 
     def _receive_payments(self, payments: pb.Payments) -> None:
-        purses = self._replicator.purses
-        assert purses is not None
-        assert self._payments is not None
-        refused = purses.refused
-        self._replicator.unknown_keys += purses.receive(self.peer.node, payments, self._payments)
-        if purses.refused > refused:
-            self.peer.counts.refused[Refused.PAYMENT] += purses.refused - refused
+        exchange = self._replicator.payments
+        assert exchange is not None
+        assert self._payment_outbox is not None
+        refused = exchange.refused
+        self._replicator.unknown_keys += exchange.receive(self.peer.node, payments, self._payment_outbox)
+        if exchange.refused > refused:
+            self.peer.counts.refused[Refused.PAYMENT] += exchange.refused - refused
 
     def _receive_status(self, status: pb.Status, now_us: int) -> None:
         peer = self.peer
@@ -220,7 +220,7 @@ class Stream:
         self._replicator = replicator
         self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
-        self.payments = None if replicator.purses is None else replicator.purses.new_outbox()
+        self.payment_outbox = None if replicator.payments is None else replicator.payments.new_outbox()
         self._demands_told = 0
         self._inbound: Inbound | None = None
         """From the peer's Hello on, if it was accepted."""
@@ -298,8 +298,8 @@ class Stream:
         """Ping, and close the stream of a dead peer. Call it a few times a second."""
         try:
             self._session.check_time(now_us)
-            if self._replicator.purses is not None and self.payments is not None:
-                self._replicator.purses.check_time(self.payments)
+            if self._replicator.payments is not None and self.payment_outbox is not None:
+                self._replicator.payments.check_time(self.payment_outbox)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
@@ -358,7 +358,7 @@ class Stream:
         self._leave(why, now_us)
 
     def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
-        frame = None if self.payments is None else self.payments.take_frame()
+        frame = None if self.payment_outbox is None else self.payment_outbox.take_frame()
         if frame is None:
             frame = self._take_comparison(peer)
         if frame is not None:
@@ -423,12 +423,14 @@ class Stream:
             self._check_peer(origin, who.region)
         peer = self.peer = replicator.connections.find(self, replicator.local.origin, origin, now_us)
         is_proven = self.is_dialled or self._is_proven
-        self._inbound = Inbound(replicator, self._session, peer, origin, is_proven=is_proven, payments=self.payments)
-        if self.payments is not None:
-            self.payments.has_tickets = self._session.wishes
+        self._inbound = Inbound(
+            replicator, self._session, peer, origin, is_proven=is_proven, payment_outbox=self.payment_outbox
+        )
+        if self.payment_outbox is not None:
+            self.payment_outbox.has_tickets = self._session.wishes
         replicator.connections.join(self, peer, who)
-        if replicator.purses is not None:
-            replicator.purses.receive_shown(peer.node, who.membership)
+        if replicator.payments is not None:
+            replicator.payments.receive_shown(peer.node, who.membership)
 
     def _leave(self, why: str, now_us: int) -> None:
         """Stop being the peer's stream."""
@@ -436,8 +438,8 @@ class Stream:
         peer, self.peer = self.peer, None
         if self._inbound is not None:
             self._inbound.close()
-        if self._replicator.purses is not None and self.payments is not None:
-            self._replicator.purses.closed(self.payments)
+        if self._replicator.payments is not None and self.payment_outbox is not None:
+            self._replicator.payments.closed(self.payment_outbox)
         if peer is not None:
             if peer.streams == [self]:
                 self._replicator.sync.lose(peer)

@@ -11,7 +11,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.crdt.shares import ShownMembership
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas, Frame, Hello, Member, Membership, Status
 
 PROTOCOL: Final = 6
@@ -168,13 +168,13 @@ def read_hello(hello: Hello) -> Origin:
     return read_origin(hello.node, hello.incarnation)
 
 
-def write_membership(shown: Shown) -> Membership:
+def write_membership(shown: ShownMembership) -> Membership:
     """The message that `read_membership` reads."""
     members = [Member(node=node, weight=weight) for node, weight in shown.weights.items()]
     return Membership(epoch=shown.epoch, members=members)
 
 
-def read_membership(hello: Hello) -> Shown | None:
+def read_membership(hello: Hello) -> ShownMembership | None:
     """The sender's membership in a Hello; None if it has none.
 
     Raises:
@@ -195,7 +195,7 @@ def read_membership(hello: Hello) -> Shown | None:
     weights = {member.node: member.weight for member in members}
     if len(weights) < len(members):
         raise ProtocolError(Reason.MALFORMED, "a membership that names a node twice")
-    return Shown(epoch, weights)
+    return ShownMembership(epoch, weights)
 
 
 def read_reaches(status: Status) -> frozenset[str]:

@@ -49,7 +49,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FilesState:
     """The files at one moment.
 
     Args:
@@ -81,6 +81,8 @@ class RulesFiles:
         """Folders that had files once, and had none at the last attempt."""
         self._known_folders: set[Path] = set()
         """Folders that had files once."""
+        self._limited_domains: set[str] = set()
+        """Domains that had rules when they were last read."""
         self._is_asked = False
         self._woken = threading.Event()
 
@@ -92,7 +94,7 @@ class RulesFiles:
         """
         # Look first, so that a change while reading is noticed.
         self._note(look_at(self._paths).texts)
-        return self._read()
+        return self._read_limits()
 
     def _note(self, texts: Mapping[Path, str]) -> None:
         self._known = texts
@@ -101,8 +103,9 @@ class RulesFiles:
         self._emptied_folders = [path for path in self._paths if path in self._known_folders and path not in there]
 
     def _read_again(self) -> Rules:
-        """Read the rules, unless a folder has lost all its files: that is more likely an accident than intended. A
-        folder that was empty from the start is fine.
+        """Read the rules, unless a folder has lost all its files, or a domain that is still there all its rules, as in
+        a file that is half written: that is more likely an accident than intended. One that was empty from the start is
+        fine.
         """
         if self._emptied_folders:
             expected = "at least one file whose name ends in .yaml or .yml"
@@ -111,7 +114,24 @@ class RulesFiles:
             raise ConfigError(
                 [Problem(str(path), None, None, "", found, expected, fix) for path in self._emptied_folders]
             )
-        return self._read()
+        return self._read_limits()
+
+    def _read_limits(self) -> Rules:
+        """Read the rules, unless a domain has lost all of its own."""
+        rules = self._read()
+        limited = {domain for domain, _ in rules.names}
+        emptied = sorted((self._limited_domains & rules.domains.keys()) - limited)
+        if emptied:
+            files = ", ".join(map(str, self._paths))
+            fix = "to have none from now on, remove the domain, or start the sidecar again"
+            raise ConfigError(
+                [
+                    Problem(files, None, None, f"domain {domain}", "no rules any more", "a rule", fix)
+                    for domain in emptied
+                ]
+            )
+        self._limited_domains = limited
+        return rules
 
     def ask(self) -> None:
         """Load the rules again, even if their text is unchanged."""
@@ -170,7 +190,7 @@ class RulesFiles:
                 return look.folders
             must_watch_anew = await asyncio.to_thread(self._wait, watch, folders)
 
-    async def _look(self, reloader: Reloader) -> Look:
+    async def _look(self, reloader: Reloader) -> FilesState:
         """Look at the files. If they have changed, wait until they stay the same, since one may be half written."""
         look = await self._look_at(reloader)
         for _ in range(MAX_QUIET_MS // QUIET_MS):
@@ -182,7 +202,7 @@ class RulesFiles:
                 break
         return look
 
-    async def _look_at(self, reloader: Reloader) -> Look:
+    async def _look_at(self, reloader: Reloader) -> FilesState:
         return await reloader.read_in_thread(lambda: look_at(self._paths))
 
     def _wait(self, watch: RustNotify | None, folders: frozenset[Path]) -> bool:
@@ -214,7 +234,7 @@ class RulesFiles:
         return happened == "stop"
 
 
-def look_at(paths: Iterable[Path]) -> Look:
+def look_at(paths: Iterable[Path]) -> FilesState:
     """Look at the files now. Errors are no problem here: a file's error counts as its text, other errors are
     left out.
     """
@@ -231,7 +251,7 @@ def look_at(paths: Iterable[Path]) -> Look:
             for file in files:
                 texts[file] = _digest(file)
                 folders.update(_folders_on(file))
-    return Look(texts, frozenset(folders))
+    return FilesState(texts, frozenset(folders))
 
 
 def _digest(file: Path) -> str:

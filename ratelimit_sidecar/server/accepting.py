@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 import structlog
 
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import Shared
+from ratelimit_sidecar.server.grpc_protocol import FrontEndState
 
 RETRY_SECONDS = 1.0
 """The wait after a failure; that of asyncio's own servers is as long."""
@@ -51,7 +51,9 @@ async def connections_of(
         yield connected, address[0] if address else ""
 
 
-async def clients_of(listening: socket.socket, shared: Shared) -> AsyncIterator[tuple[socket.socket, AddressBudget]]:
+async def clients_of(
+    listening: socket.socket, shared: FrontEndState
+) -> AsyncIterator[tuple[socket.socket, AddressBudget]]:
     """Yield, for ever, the connections that the connection limiter admits, and close all others."""
     async for connected, address in connections_of(listening, shared.counts.note_accept_failure):
         budget = shared.enter(address)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
-from ratelimit_sidecar.server.turns import Queue
+from ratelimit_sidecar.server.turns import StepQueue
 
 CONNECTION_PART: Final = 8
 ADDRESS_PART: Final = 2
@@ -52,9 +52,9 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
-        self.calls = Queue()
-        self.handshakes = Queue()
-        self.streams = Queue()
+        self.calls = StepQueue()
+        self.handshakes = StepQueue()
+        self.streams = StepQueue()
         """`calls` is the queue of its connections, `handshakes` that of those whose TLS handshake is not over, and
         `streams` that of its streaming calls (see `turns.py`)."""
 

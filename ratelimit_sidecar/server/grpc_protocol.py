@@ -19,19 +19,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from ratelimit_sidecar.collector import young_objects
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
-from ratelimit_sidecar.server.http2 import (
-    PROTOCOL_ERROR,
-    Call,
-    Connection,
-    Counts,
-    Event,
-    StreamCancelled,
-    StreamData,
-    StreamStarted,
-)
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import PROTOCOL_ERROR, Connection
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
@@ -54,8 +47,8 @@ READ_NS: Final = 10_000
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
-class Shared:
-    """State that all connections of a front end share.
+class FrontEndState:
+    """What all connections of a front end share: the handlers of their calls, bounds, counters, and the loop's turns.
 
     Args:
         handlers: by path.
@@ -71,7 +64,7 @@ class Shared:
         self.tasks = tasks
         self.turns = turns
         self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
-        self.counts = Counts()
+        self.counts = FrontEndCounts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
@@ -95,13 +88,13 @@ class GrpcProtocol:
     """The `asyncio.Protocol` of one connection (https://docs.python.org/3/library/asyncio-protocol.html).
 
     Args:
-        budget: of the client's address. It is returned to `Shared.connection_limiter` when the connection is closed.
+        budget: of the client's address. It is returned to `connection_limiter` when the connection is closed.
         age_s: the connection is drained at this age; None for never.
         tls: None for plain text.
     """
 
     def __init__(
-        self, shared: Shared, budget: AddressBudget, age_s: float | None, tls: TlsSession | None = None
+        self, shared: FrontEndState, budget: AddressBudget, age_s: float | None, tls: TlsSession | None = None
     ) -> None:
         self._shared = shared
         self._budget = budget
@@ -146,7 +139,7 @@ class GrpcProtocol:
 
     def data_received(self, data: bytes) -> None:
         if self._queue.is_waiting or self._is_shaking_hands:
-            self._let_wait(memoryview(data))
+            self._keep_unhandled(memoryview(data))
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
@@ -167,7 +160,7 @@ class GrpcProtocol:
             self._rest = memoryview(data)
             self._take_slices()
 
-    def _let_wait(self, rest: memoryview) -> None:
+    def _keep_unhandled(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
         self._rest = rest
         self._count_unhandled()
@@ -324,9 +317,9 @@ class GrpcProtocol:
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._queue, self._go_on)
+            self._turns.join(self._queue, self._take_turn)
 
-    def _go_on(self) -> None:
+    def _take_turn(self) -> None:
         self._is_in_line = False
         if self._transport is None or self._is_paused:
             return

@@ -38,7 +38,7 @@ from ratelimit_sidecar.server.rpc import (
     FailureLog,
     Handlers,
     RpcError,
-    Streaming,
+    StreamingMethod,
     UnaryHandler,
 )
 from ratelimit_sidecar.server.tls import ServerCertificate
@@ -260,7 +260,7 @@ def _generic_handlers(
     for path, handler in handlers.items():
         service, _, method = path.removeprefix("/").partition("/")
         # No (de)serializers: the behavior is given the bytes.
-        if isinstance(handler, Streaming):
+        if isinstance(handler, StreamingMethod):
             behavior = _streaming(path, handler, failures, stopping, named)
             services[service][method] = grpc.stream_stream_rpc_method_handler(behavior)
         else:
@@ -290,7 +290,7 @@ def _unary(
 
 
 def _streaming(
-    path: str, method: Streaming, failures: FailureLog, stopping: asyncio.Event, named: ServerCertificate | None
+    path: str, method: StreamingMethod, failures: FailureLog, stopping: asyncio.Event, named: ServerCertificate | None
 ) -> Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]]:
     async def respond(
         messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes], stop: asyncio.Task[bool]

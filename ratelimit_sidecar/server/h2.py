@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ratelimit_sidecar.server.accepting import clients_of
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import GrpcProtocol, Shared
+from ratelimit_sidecar.server.grpc_protocol import FrontEndState, GrpcProtocol
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
@@ -56,7 +56,7 @@ class H2FrontEnd:
         self._limits = limits
         self._certificate = certificate
         self._tasks = asyncio.TaskGroup()
-        self._shared = Shared(
+        self._shared = FrontEndState(
             {path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks, turns or Turns()
         )
         self._configured = addresses

@@ -4,11 +4,11 @@ nghttp2 does HTTP/2 itself, behind `session.Session`. This file has gRPC's rules
 bounds that no client can exceed.
 
 Theory of operation. `receive` takes bytes from the network and returns the events in order. A unary call is one `Call`
-event when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event with its
-headers, then `StreamData` events with its body, and `StreamCancelled` if the client gives up. Requests that are no
-proper calls are answered here. The caller answers calls with `answer` or `refuse`, sends the bytes that `output`
-returns, then handles the events of `late` and closes the transport if `closed` is true. It also calls `check`
-regularly with the time, which ends calls and connections that take too long.
+event (`events.py`) when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event
+with its headers, then `StreamData` events with its body, and `StreamCancelled` if the client gives up. Requests that
+are no proper calls are answered here. The caller answers calls with `answer` or `refuse`, sends the bytes that `output`
+returns, then handles the events of `late` and closes the transport if `closed` is true. It also calls `check` regularly
+with the time, which ends calls and connections that take too long.
 
 Flow control: a message's bytes are acknowledged to the client when they are taken out. So the windows bound what waits
 here, and `Budget` bounds it for all connections together. It also counts answers for which the client grants no window:
@@ -21,9 +21,11 @@ from collections.abc import Mapping
 from typing import Final
 
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
 from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, Limits
-from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, Streaming, UnaryHandler
+from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, StreamingMethod
 from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -79,96 +81,6 @@ _PLAIN_TEXT: Final = ((b"content-type", b"text/plain"),)
 _NO_GRPC: Final = b"This port speaks gRPC: POST, with content-type application/grpc.\n"
 
 
-class Counts:
-    """Counters of what a front end has refused since the start, by reason. Read by metrics."""
-
-    def __init__(self) -> None:
-        self.refused_calls = dict.fromkeys(("shed", "body_idle", "too_slow"), 0)
-        """Calls ended before they were complete, because other calls hold too much memory, or the message came too
-        slowly.
-        """
-        self.closed_connections = dict.fromkeys(
-            (
-                "protocol_error",
-                "flood",
-                "handshake",
-                "tls",
-                "certificate",
-                "idle",
-                "silent",
-                "stalled",
-                "age",
-                "limit",
-                "drain",
-                "internal",
-            ),
-            0,
-        )
-        """Connections that this side has closed, by reason."""
-        self.accept_failures = 0
-        """How often a connection could not be accepted, for lack of file descriptors or memory."""
-
-    def note_accept_failure(self) -> None:
-        self.accept_failures += 1
-
-
-class Call:
-    """A unary call. `Connection.receive` returns it when its `message` is complete."""
-
-    def __init__(self, request: Request, handler: UnaryHandler, now_s: float) -> None:
-        self.request = request
-        """The HTTP request; iterating over it yields the headers."""
-        self.handler = handler
-        self.message = b""
-        # While its message is incomplete: bytes so far, bytes counted in the budget, when the call began, and when
-        # bytes were last received.
-        self.body_bytes = 0
-        self.held = 0
-        self.began_s = now_s
-        self.received_s = now_s
-
-    @property
-    def path(self) -> str:
-        return self.request.path.decode("utf-8", "replace")
-
-
-class StreamStarted:
-    """A streaming call has begun."""
-
-    def __init__(self, request: Request, method: Streaming) -> None:
-        self.request = request
-        """The HTTP request; iterating over it yields the headers."""
-        self.method = method
-        self.stream_id = request.stream_id
-
-    @property
-    def path(self) -> str:
-        return self.request.path.decode("utf-8", "replace")
-
-
-class StreamData:
-    """Bytes of a streaming call, in order; messages begin and end anywhere in them.
-
-    Acknowledge them when they are used up (`Connection.acknowledge`).
-    """
-
-    def __init__(self, stream_id: int, data: bytes, ended: bool) -> None:
-        self.stream_id = stream_id
-        self.data = data
-        self.ended = ended
-        """True if the client sends no more."""
-
-
-class StreamCancelled:
-    """The client has given up on a streaming call, or its stream was reset."""
-
-    def __init__(self, stream_id: int) -> None:
-        self.stream_id = stream_id
-
-
-Event = Call | StreamStarted | StreamData | StreamCancelled
-
-
 class _Stream:
     """A streaming call that is open."""
 
@@ -192,7 +104,7 @@ class Connection:
         handlers: Mapping[bytes, Handler],
         limits: Limits,
         budget: Budget,
-        counts: Counts,
+        counts: FrontEndCounts,
         *,
         now_s: float,
         age_s: float | None = None,
@@ -301,7 +213,7 @@ class Connection:
             refused = self._refused(request, is_known=handler is not None)
             if refused or handler is None:
                 return
-        if isinstance(handler, Streaming):
+        if isinstance(handler, StreamingMethod):
             self._open_streaming(request, handler, events)
             return
         call = Call(request, handler, self._now_s)
@@ -332,7 +244,7 @@ class Connection:
             return False
         return True
 
-    def _open_streaming(self, request: Request, method: Streaming, events: list[Event]) -> None:
+    def _open_streaming(self, request: Request, method: StreamingMethod, events: list[Event]) -> None:
         held = STREAMING_BYTES + request.header_bytes
         if not self._budget.allows(self._held + held, held):
             self._shed(request)
@@ -623,7 +535,7 @@ class Connection:
         """End the connection: after a GOAWAY with this code nothing more is received or answered.
 
         Args:
-            reason: a key of `Counts.closed_connections`.
+            reason: a key of `FrontEndCounts.closed_connections`.
         """
         if not self.closed:
             self.closed = True

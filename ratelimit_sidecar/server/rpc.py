@@ -56,7 +56,7 @@ to end the call with a status. It is closed when the client cancels, and at a st
 
 
 @dataclass(frozen=True)
-class Streaming:
+class StreamingMethod:
     """A method with a stream of messages in, out or both; a side with a single message is a stream of one.
 
     Args:
@@ -69,7 +69,7 @@ class Streaming:
     places: Places | None = None
 
 
-Handler = UnaryHandler | Streaming
+Handler = UnaryHandler | StreamingMethod
 
 Handlers = Mapping[str, Handler]
 """Handlers by path, `/package.Service/Method`."""
@@ -109,7 +109,7 @@ SHUTTING_DOWN: Final = RpcError(Code.UNAVAILABLE, "the server is shutting down")
 """The status that ends streaming calls at a stop, since they might never end by themselves."""
 
 NO_PLACE: Final = RpcError(Code.RESOURCE_EXHAUSTED, "too many calls of this method are open")
-"""The status of a call for which `Streaming.places` has none."""
+"""The status of a call for which `StreamingMethod.places` has none."""
 
 
 async def first_message(messages: AsyncIterator[bytes]) -> bytes:

@@ -15,13 +15,14 @@ from contextlib import aclosing
 from functools import partial
 from typing import Final
 
+from ratelimit_sidecar.server.events import StreamStarted
 from ratelimit_sidecar.server.framing import PREFIX_BYTES
-from ratelimit_sidecar.server.http2 import Connection, StreamStarted
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
-from ratelimit_sidecar.server.signals import Signal
-from ratelimit_sidecar.server.turns import Queue, Turns
+from ratelimit_sidecar.server.turn_event import TurnEvent
+from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 MAX_UNSENT_BYTES: Final = 65_536
 """The most unsent bytes of one call; above it the handler has to wait."""
@@ -49,7 +50,7 @@ class StreamingCall:
         flush: Callable[[], None],
         *,
         turns: Turns,
-        queue: Queue,
+        queue: StepQueue,
         blocked: set[StreamingCall],
         fail: Callable[[], None],
     ) -> None:
@@ -67,9 +68,9 @@ class StreamingCall:
         self._granted = 0
         """Bytes of that message or the next one that were acknowledged before it was complete."""
         self._client_is_done = False
-        self._received = Signal(turns, queue)
+        self._received = TurnEvent(turns, queue)
         """Set when bytes arrived, or the client is done."""
-        self._has_room = Signal(turns, queue)
+        self._has_room = TurnEvent(turns, queue)
         """Set when the client may have read some of what was sent."""
         self._task: asyncio.Task[None] | None = None
 

@@ -50,7 +50,7 @@ class TlsSession:
         self.is_over = False
         """True if nothing more can be read: the client has ended it, or was rejected."""
         self.reject_reason = ""
-        """Why the client was rejected, a key of `Counts.closed_connections`; empty if it was not."""
+        """Why the client was rejected, a key of `FrontEndCounts.closed_connections`; empty if it was not."""
 
     def receive(self, data: bytes | memoryview) -> None:
         """Take bytes of the network. Keep them few: one `read` may have to deal with all of them."""

@@ -8,7 +8,7 @@ has steps when the quantum is over goes behind the others. Small work runs at on
 time is noted; a queue that used too much time in this way has to wait, too, and its `on_waiting` callbacks tell those
 who would run more at once.
 
-The time of each step is measured, since steps differ a hundredfold. So tasks resume within a step (`signals.py`).
+The time of each step is measured, since steps differ a hundredfold. So tasks resume within a step (`turn_event.py`).
 (Tasks that wait for asyncio's own futures would all resume in the next turn of the loop.)
 """
 
@@ -26,7 +26,7 @@ that exceeds it is finished.
 """
 
 
-class Queue:
+class StepQueue:
     """Steps of one client or service, which run in order. Pass it to `Turns`; callers change only
     `on_waiting`."""
 
@@ -53,20 +53,20 @@ class Turns:
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._monotonic_ns = monotonic_ns
-        self._waiting: deque[Queue] = deque()
-        self._done: list[Queue] = []
+        self._waiting: deque[StepQueue] = deque()
+        self._done: list[StepQueue] = []
         """The queues whose steps were all done in this turn."""
-        self._counted: list[Queue] = []
+        self._counted: list[StepQueue] = []
         self._ends_ns = 0
         self._is_due = False
 
-    def join(self, queue: Queue, step: Callable[[], object]) -> None:
+    def join(self, queue: StepQueue, step: Callable[[], object]) -> None:
         """Do a step in a later turn of the loop."""
         queue.steps.append(step)
         if not queue.is_waiting:
             self._wait(queue)
 
-    def note(self, queue: Queue, used_ns: int) -> None:
+    def note(self, queue: StepQueue, used_ns: int) -> None:
         """Note that work for the queue was done at once, and how long it took."""
         queue.used_ns += used_ns
         if queue.used_ns < QUANTUM_NS or queue.is_waiting:
@@ -78,25 +78,25 @@ class Turns:
             # It may have taken many turns. To see each end of a turn would cost a callback for every read.
             queue.is_counted = True
             self._counted.append(queue)
-            self._come()
+            self._schedule()
 
     def charge(self, used_ns: int) -> None:
         """Count time for work that a step has left to the loop, as part of that step."""
         self._ends_ns -= used_ns
 
-    def _wait(self, queue: Queue) -> None:
+    def _wait(self, queue: StepQueue) -> None:
         queue.is_waiting = True
         self._waiting.append(queue)
-        self._come()
+        self._schedule()
         for callback in queue.on_waiting:
             callback()
 
-    def _come(self) -> None:
+    def _schedule(self) -> None:
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._take)
+            asyncio.get_running_loop().call_soon(self._run_turn)
 
-    def _take(self) -> None:
+    def _run_turn(self) -> None:
         self._is_due = False
         for queue in self._counted:
             queue.is_counted = False
@@ -112,7 +112,7 @@ class Turns:
             self._do_steps()
         finally:
             if self._waiting or self._done:
-                self._come()
+                self._schedule()
 
     def _do_steps(self) -> None:
         waiting = self._waiting

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming, first_message
-from ratelimit_sidecar.server.signals import Signal
-from ratelimit_sidecar.server.turns import Queue, Turns
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod, first_message
+from ratelimit_sidecar.server.turn_event import TurnEvent
+from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 SERVICE_NAME = "grpc.health.v1.Health"
 
@@ -46,17 +46,17 @@ class HealthService:
                 HealthCheckResponse.SERVICE_UNKNOWN,
             )
         }
-        self._watchers: dict[Signal, None] = {}
+        self._watchers: dict[TurnEvent, None] = {}
         """One for each watching client; it is set when the state may have changed."""
         self._turns = turns or Turns()
-        self._queue = Queue()
+        self._queue = StepQueue()
 
     def handlers(self) -> Handlers:
         """For a front end."""
         return {
             f"/{SERVICE_NAME}/Check": self.check,
             f"/{SERVICE_NAME}/List": self.list,
-            f"/{SERVICE_NAME}/Watch": Streaming(self.watch),
+            f"/{SERVICE_NAME}/Watch": StreamingMethod(self.watch),
         }
 
     def changed(self) -> None:
@@ -91,7 +91,7 @@ class HealthService:
         """
         is_known = _service_of(await first_message(requests)) in self._known
         told = None
-        change = Signal(self._turns, self._queue)
+        change = TurnEvent(self._turns, self._queue)
         self._watchers[change] = None
         try:
             while True:

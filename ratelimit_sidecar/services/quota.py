@@ -23,9 +23,9 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
 )
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
-from ratelimit_sidecar.server.signals import Signal
-from ratelimit_sidecar.server.turns import Queue, Turns
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod
+from ratelimit_sidecar.server.turn_event import TurnEvent
+from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 SERVICE_NAME: str = rlqs_pb2.DESCRIPTOR.services_by_name["RateLimitQuotaService"].full_name
 
@@ -63,11 +63,11 @@ class QuotaService:
         self._now_us = now_us
         self._waits_for_rules = waits_for_rules
         self._turns = turns or Turns()
-        self._queue = Queue()
+        self._queue = StepQueue()
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {_PATH: Streaming(self.stream, MAX_MESSAGE_BYTES, self.places)}
+        return {_PATH: StreamingMethod(self.stream, MAX_MESSAGE_BYTES, self.places)}
 
     def rules_loaded(self) -> None:
         """Stop refusing streams: rules are loaded."""
@@ -91,13 +91,13 @@ class QuotaService:
         """
         if self._waits_for_rules:
             raise RpcError(Code.UNAVAILABLE, "no rules have been loaded yet")
-        woken = Signal(self._turns, self._queue)
+        woken = TurnEvent(self._turns, self._queue)
         stream = self.quotas.open(woken.set)
         reading = asyncio.create_task(self._read(stream, requests))
         reading.add_done_callback(lambda _reading: woken.set())
         try:
             while True:
-                actions = self.quotas.take(stream, self._now_us(), ACTIONS_AT_ONCE)
+                actions = self.quotas.take_actions(stream, self._now_us(), ACTIONS_AT_ONCE)
                 if actions:
                     yield _response(actions)
                 elif stream.due:
@@ -117,7 +117,7 @@ class QuotaService:
     async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> str:
         """Returns why the stream is to be ended; empty when the client has ended it."""
         domain = ""
-        next_step = Signal(self._turns, self._queue)
+        next_step = TurnEvent(self._turns, self._queue)
         async for raw in requests:
             reader = ReportsReader(raw)
             try:

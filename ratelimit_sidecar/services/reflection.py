@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
     ServiceResponse,
 )
 
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod
 
 PACKAGES: Final = ("grpc.reflection.v1", "grpc.reflection.v1alpha")
 
@@ -54,7 +54,7 @@ class ReflectionService:
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {f"/{package}.{_SERVICE}/ServerReflectionInfo": Streaming(self.info) for package in PACKAGES}
+        return {f"/{package}.{_SERVICE}/ServerReflectionInfo": StreamingMethod(self.info) for package in PACKAGES}
 
     async def info(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
         """Answer each serialized ServerReflectionRequest with a serialized ServerReflectionResponse.

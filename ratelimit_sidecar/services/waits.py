@@ -41,7 +41,7 @@ class Waits:
         """
         seconds = min(waiting.wait_us / 1e6, most_seconds)
         self._timers[waiting] = asyncio.get_running_loop().call_later(seconds, self._fall_due, waiting, Outcome.EXPIRED)
-        waiting.keeper = self
+        waiting.owner = self
 
     def cancel(self, waiting: Waiting) -> None:
         """See `Waiting.cancel`."""

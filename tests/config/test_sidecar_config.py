@@ -16,7 +16,7 @@ from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
 from ratelimit_sidecar.crdt.limit import Limit, Window
 from ratelimit_sidecar.limiter.rules import Consistency
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 
 NAME = "expected a name of 1 to 128 printable characters without spaces"
 LISTEN = "expected an address to listen on, host:port, [ipv6]:port or unix:/path"
@@ -44,7 +44,7 @@ def test_without_a_file_everything_has_a_default_and_the_mesh_stays_closed() -> 
     assert config.xds is None
     assert config.engine is Consistency.EVENTUAL
     assert (config.merge_domains, config.rule_defaults) == (False, RuleDefaults())
-    assert config.settings == Settings()
+    assert config.settings == AnswerSettings()
 
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert config.bucket.limit() == Limit(tokens=1, period_us=10_000_000, capacity=1000)
     assert config.merge_domains is True
     assert config.rule_defaults == RuleDefaults(window=Window.SLIDING)
-    assert config.settings == Settings(
+    assert config.settings == AnswerSettings(
         shadow_mode=True,
         quota_mode=True,
         near_limit_ratio=0.5,

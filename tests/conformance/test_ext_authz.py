@@ -26,7 +26,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2_grpc im
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
 from ratelimit_sidecar.services.ext_authz import MAX_HEADERS, ExtAuthzService
@@ -385,7 +385,7 @@ async def test_over_http_a_path_without_the_prefix_is_found_out(over_http: httpx
 
 
 async def test_dynamic_metadata_says_what_was_asked_where_it_is_on(tmp_path: Path) -> None:
-    settings = Settings(dynamic_metadata=True)
+    settings = AnswerSettings(dynamic_metadata=True)
     limiter = Limiter(rules_of(tmp_path, RULES), Origin("node", 1), settings)
     rate_limit = RateLimitService(limiter, lambda: 1_700_000_000_000_000, LatencyHistogram(), NoTelemetry())
     request = CheckRequest(attributes=attributes(EVE))

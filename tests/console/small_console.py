@@ -15,8 +15,9 @@ from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import UnaryHandler
 from ratelimit_sidecar.services.ratelimit import RateLimitService
-from ratelimit_sidecar.telemetry import metrics
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
+from ratelimit_sidecar.telemetry.metric_registry import create_registry
+from ratelimit_sidecar.telemetry.metric_sources import MetricSources
 
 
 class NoTracer:
@@ -73,8 +74,8 @@ class Console:
         )
 
     def _registry(self) -> CollectorRegistry:
-        return metrics.create_registry(
-            metrics.MetricSources(
+        return create_registry(
+            MetricSources(
                 node="us-1",
                 region="us-east-1",
                 limiter=self.limiter,

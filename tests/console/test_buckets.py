@@ -5,14 +5,26 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from observed import NOW_US, TWO_A_MINUTE
 
-from ratelimit_sidecar.console.buckets import SLICE_BUCKETS, BucketPager
+from ratelimit_sidecar.console.buckets import SLICE_BUCKETS, BucketPager, describe_entries
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
+from ratelimit_sidecar.limiter.key import (
+    DEFAULT_RULE,
+    EXACT,
+    KEY_ONLY,
+    OVERRIDE,
+    OVERRIDE_LIMIT,
+    PATTERN,
+    TOKEN_BUCKET,
+    WILDCARD_VALUE,
+    KeyEntry,
+    encode_bucket_key,
+)
 
 
 def key(number: int) -> bytes:
@@ -105,3 +117,21 @@ async def test_pages_asked_for_at_once_are_read_one_after_the_other() -> None:
 async def test_an_empty_store_has_one_empty_page() -> None:
     page = await BucketPager(store_of([])).page(b"", 10)
     assert (page.buckets, page.more) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_from_the_rules"),
+    [
+        (EXACT, True),
+        (PATTERN, True),
+        (OVERRIDE_LIMIT, True),
+        (KEY_ONLY, False),
+        (WILDCARD_VALUE, False),
+        (DEFAULT_RULE, False),
+        (OVERRIDE, False),
+    ],
+)
+def test_only_values_that_are_from_the_rules_are_shown(kind: int, is_from_the_rules: bool) -> None:
+    bucket_key = encode_bucket_key(TOKEN_BUCKET, "edge", [KeyEntry(kind, "user", "secret")])
+    (entry,) = describe_entries(bucket_key, shows_values=False)
+    assert (entry["value"] == "secret") is is_from_the_rules

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from console.small_console import Console
 from observed import NOW_US, small_limiter
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
-from ratelimit_sidecar.console.rules import MAX_PROBLEMS_SHOWN, describe_rules, dump_rules
+from ratelimit_sidecar.console.rules import MAX_PROBLEMS_SHOWN, RulesText, comments, describe_rules, lines_of
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -61,6 +63,23 @@ async def test_rlconfig_has_a_line_for_each_rule_and_says_where_they_came_from()
         "shop.user_root: unit=UNKNOWN requests_per_unit=0, shadow_mode: false, unlimited: true",
         "# files rules: 4 in force since 2026-11-18T11:06:40Z",
     ]
+
+
+async def test_rules_are_put_into_words_once_for_all_who_ask_until_they_change() -> None:
+    limiter = small_limiter(RULES)
+    text = RulesText(limiter)
+    first, *others = await asyncio.gather(*(text.pieces() for _ in range(9)))
+    assert all(other is first for other in others)
+    limiter.use_rules(RULES)
+    assert await text.pieces() is not first
+
+
+async def test_many_rules_are_sent_in_pieces() -> None:
+    rules = Rules({"shop": RuleNode(exact={("user", str(n)): RuleNode(Rule(f"shop.{n}", None)) for n in range(999)})})
+    pieces = await RulesText(small_limiter(rules)).pieces()
+    assert max(map(len, pieces)) < 1 << 16
+    assert len(b"".join(pieces).splitlines()) == 999
+    assert (await console_of(rules).get("/rlconfig")).text.startswith(b"".join(pieces).decode())
 
 
 async def test_rlconfig_follows_a_reload() -> None:
@@ -129,9 +148,10 @@ def test_a_source_that_has_given_nothing_yet_says_so_and_why() -> None:
     reloader.degraded_reason = "UNAVAILABLE: connection refused"
     description = describe_rules(reloader)
     assert (description["loaded_at"], description["in_force"]) == (None, 0)
-    assert dump_rules(Rules(), description).splitlines() == [
-        "# xDS server localhost:18000: no rules yet",
-        "# UNAVAILABLE: connection refused",
+    assert lines_of(Rules()) == []
+    assert list(comments(description)) == [
+        "xDS server localhost:18000: no rules yet",
+        "UNAVAILABLE: connection refused",
     ]
 
 
@@ -145,8 +165,7 @@ def test_no_name_can_forge_a_line() -> None:
     rules = Rules(
         {"d": RuleNode(key_only={"k": RuleNode(Rule("d.k\n# all is well\nd.x: unit", None))})}, Rule("#d", None)
     )
-    reloader = Reloader(lambda _: None, lambda: NOW_US, "files", rules)
-    lines = dump_rules(rules, describe_rules(reloader)).splitlines()
-    assert len(lines) == 3
+    lines = b"".join(lines_of(rules)).decode().splitlines()
+    assert len(lines) == 2
     assert not lines[0].startswith("#")
     assert not lines[1].startswith("#")

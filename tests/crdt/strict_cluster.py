@@ -15,8 +15,8 @@ from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Pay, Paying, Ticket
-from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, Shown
+from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
+from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, WaitQueue, Wish
 from simulation.loop import START_US, Loop
@@ -34,14 +34,14 @@ class Replica:
     skew_us: int
     drift_ppm: int
     shares: Shares
-    paying: Paying
+    policy: PaymentPolicy
     queue: WaitQueue
     ends: dict[str, list[int]] = field(default_factory=dict)
     """By peer, its open ends of streams; the first is in use."""
 
     @property
     def bucket(self) -> StrictBucket:
-        return self.paying.bucket
+        return self.policy.bucket
 
 
 @dataclass
@@ -146,11 +146,11 @@ class StrictCluster:
             home=shares.home(KEY, limit.capacity, now_us),
             from_us=0 if full or self.starts_full else now_us,
         )
-        replica.paying = Paying(bucket)
-        replica.queue = WaitQueue(replica.paying, lambda _waiting, _now_us: None)
+        replica.policy = PaymentPolicy(bucket)
+        replica.queue = WaitQueue(replica.policy, lambda _waiting, _now_us: None)
         self.at(self._true_us(HOLD_US, replica) if holds else 0, lambda: self._begin_home(replica))
         for other in list(self.replicas.values()):
-            if other.paying is not None:
+            if other.policy is not None:
                 self._set_home(other)
         for other in self.replicas.values():
             if other is not replica:
@@ -310,7 +310,7 @@ class StrictCluster:
         payer = self._at(wish.peer, end ^ 1)
         if payer is None:
             return
-        ticket = payer.paying.ticket(number, wish.tokens, self.clock_us(payer))
+        ticket = payer.policy.ticket(number, wish.tokens, self.clock_us(payer))
         self.tickets += ticket.tokens > 0
         self._given.append((payer, end ^ 1, number, node))
         self.at(self._true_us(self.hold_us, payer), lambda: self._release(payer, number, node, 0))
@@ -364,7 +364,7 @@ class StrictCluster:
             return
         weights = replica.shares.membership.weights
         ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in weights}
-        for peer, ask in replica.paying.asks(ends, self.clock_us(replica)).items():
+        for peer, ask in replica.policy.asks(ends, self.clock_us(replica)).items():
             self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
         replica.queue.serve(self.clock_us(replica), 10)
         for peer, tokens in replica.queue.wishes(list(ends), self.clock_us(replica)).items():
@@ -373,7 +373,7 @@ class StrictCluster:
     def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
         replica = self._at(node, end ^ 1)
         if replica is not None:
-            pay = replica.paying.answer(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
+            pay = replica.policy.answer(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
             self._pay(node, peer, end, pay)
 
     def _asked_for_any(self, node: str, peer: str, end: int, amount: int) -> None:
@@ -397,7 +397,7 @@ class StrictCluster:
         bucket = replica.bucket
         if self.counts_late or self.pays_twice:
             bucket.reserved.setdefault(end, pay.amount)
-        replica.paying.paid(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
+        replica.policy.paid(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
 
     def _at(self, node: str, end: int) -> Replica | None:
         """The replica, while its end of the stream is open."""
@@ -445,9 +445,9 @@ class StrictCluster:
         replica.bucket.set_home(replica.shares.home(KEY, limit.capacity, now_us), now_us)
 
 
-def shown(replica: Replica) -> Shown:
+def shown(replica: Replica) -> ShownMembership:
     membership = replica.shares.membership
-    return Shown(membership.epoch, membership.weights)
+    return ShownMembership(membership.epoch, membership.weights)
 
 
 def pairs_of(nodes: str) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.drawing import SOON_US, STANDING_US, needs
+from ratelimit_sidecar.crdt.draw_policy import SOON_US, STANDING_US, draw_needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.strict import DEMAND_US
 
@@ -94,9 +94,9 @@ def test_another_limit_takes_its_tokens_along_and_adds_none() -> None:
 def test_it_wants_what_it_denied_lately() -> None:
     bucket = holding(0)
     assert not bucket.take(30, NOW_US)
-    assert needs(bucket, NOW_US) == Needs(30, 60)
+    assert draw_needs(bucket, NOW_US) == Needs(30, 60)
     bucket.advance(NOW_US + RECENT_US)
-    later = needs(bucket, NOW_US + RECENT_US)
+    later = draw_needs(bucket, NOW_US + RECENT_US)
     assert later is not None
     assert later.wanted < 10
 
@@ -107,7 +107,7 @@ def test_it_wants_what_will_be_asked_for_soon() -> None:
         bucket.take(1, NOW_US + step * 10_000)
     now_us = NOW_US + 1_000_000
     bucket.advance(now_us)
-    wanted = needs(bucket, now_us)
+    wanted = draw_needs(bucket, now_us)
     assert wanted is not None
     assert 50 * SOON_US // 1_000_000 <= wanted.wanted <= 100 * SOON_US // 1_000_000
 
@@ -115,18 +115,18 @@ def test_it_wants_what_will_be_asked_for_soon() -> None:
 def test_while_there_is_plenty_it_holds_something_for_the_request_after_a_pause() -> None:
     bucket = holding(0, left=50)
     bucket.take(0, NOW_US)
-    assert needs(bucket, NOW_US) == Needs(4, 8)
+    assert draw_needs(bucket, NOW_US) == Needs(4, 8)
     bucket.advance(NOW_US + STANDING_US)
-    assert needs(bucket, NOW_US + STANDING_US) is None
+    assert draw_needs(bucket, NOW_US + STANDING_US) is None
 
 
 def test_what_is_held_is_renewed_before_it_ends() -> None:
     bucket = holding(4, left=50)
     bucket.take(0, NOW_US)
-    assert needs(bucket, NOW_US) is None
+    assert draw_needs(bucket, NOW_US) is None
     now_us = NOW_US + GRANT_US // 2 + 1
     bucket.advance(now_us)
-    assert needs(bucket, now_us) == Needs(0, 8)
+    assert draw_needs(bucket, now_us) == Needs(0, 8)
 
 
 def test_an_account_that_had_too_little_is_asked_again_when_something_has_refilled() -> None:
@@ -134,18 +134,18 @@ def test_an_account_that_had_too_little_is_asked_again_when_something_has_refill
     bucket = GrantedBucket(b"k", slow, Origin("a", 1), NOW_US)
     bucket.take(1, NOW_US)
     bucket.paced_us = NOW_US
-    assert needs(bucket, NOW_US + 50_000) is None
+    assert draw_needs(bucket, NOW_US + 50_000) is None
     bucket.take(1, NOW_US + 1_000_000)
-    assert needs(bucket, NOW_US + 1_000_000) == Needs(1, 2)
+    assert draw_needs(bucket, NOW_US + 1_000_000) == Needs(1, 2)
 
 
 def test_nothing_is_drawn_for_a_request_that_is_never_admitted() -> None:
     bucket = holding(1, left=16)
     assert not bucket.take(LIMIT.capacity + 1, NOW_US)
     assert not bucket.would_admit(LIMIT.capacity + 1, NOW_US)
-    assert needs(bucket, NOW_US) is None
+    assert draw_needs(bucket, NOW_US) is None
     assert not bucket.take(LIMIT.capacity, NOW_US)
-    needed = needs(bucket, NOW_US)
+    needed = draw_needs(bucket, NOW_US)
     assert needed is not None
     assert needed.wanted == LIMIT.capacity - 1
 

@@ -12,7 +12,7 @@ from young import collected_when_told
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.paying import Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US, Ask, Pay
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 

@@ -17,11 +17,12 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, Limit
 from ratelimit_sidecar.crdt.shares import (
+    MAX_CONFLICTS,
     OLD_LOAN_US,
     TOKEN,
     Membership,
     Shares,
-    Shown,
+    ShownMembership,
     home_of,
 )
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
@@ -150,12 +151,12 @@ def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> No
     ledger.restore({b"k": 30 << 32, b"other": 7})
     bucket = ledger.bucket(b"k", PER_SECOND_100, NOW_US)
     assert bucket.remaining == 0
-    assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
-    shares.receive("b", Shown(1, {"a": 1, "b": 1}), NOW_US)
+    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32, b"other": 7}
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), NOW_US)
     ledger.tick({}, NOW_US + HOLD_US, 1, 99)
     for _ in range(2):
         assert ledger.bucket(b"k", PER_SECOND_100, NOW_US + HOLD_US).remaining == 30
-    assert dict(ledger.keep()) == {b"k": 30 << 32, b"other": 7}
+    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32, b"other": 7}
 
 
 def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
@@ -164,9 +165,9 @@ def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
     ledger.restore({b"gone": 1 << 32, b"k": 30 << 32})
     ledger.sweep(NOW_US, 10)
     assert [bucket.remaining for bucket in ledger.walk()] == [30]
-    assert dict(ledger.keep()) == {b"k": 30 << 32}
+    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32}
     ledger.sweep(NOW_US + SECOND_US, 10)
-    assert dict(ledger.keep()) == {}
+    assert dict(ledger.amounts_to_keep()) == {}
 
 
 def answer_after_its_end_has_closed(**broken: object) -> None:
@@ -324,12 +325,22 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
 
 def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    shares.receive("stranger", Shown(1, {"stranger": 1}), OLD_LOAN_US)
+    shares.receive("stranger", ShownMembership(1, {"stranger": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 2
     assert list(shares.conflicts) == ["stranger"]
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
-    shares.receive("b", Shown(2, {"b": 1}), OLD_LOAN_US)
+    shares.receive("b", ShownMembership(2, {"b": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
+
+
+def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
+    for number in range(2 * MAX_CONFLICTS):
+        shares.receive(f"stranger-{number}", ShownMembership(1, {"stranger": 1}), 0)
+    assert len(shares.conflicts) == MAX_CONFLICTS
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), 0)
+    assert "b" in shares.conflicts
+    assert shares.part(OLD_LOAN_US) == 1 / 4
 
 
 @pytest.mark.parametrize("order", list(permutations("bcd")))
@@ -347,7 +358,7 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
             for one in views.values():
                 for other in views.values():
                     if one is not other:
-                        shown = Shown(other.membership.epoch, other.membership.weights)
+                        shown = ShownMembership(other.membership.epoch, other.membership.weights)
                         one.receive(other.node, shown, later_us)
             assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
@@ -356,10 +367,10 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
 
 def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    shares.receive("b", Shown(1, {"a": 1, "b": 3}), OLD_LOAN_US)
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 4
     assert list(shares.conflicts) == ["b"]
-    shares.receive("b", Shown(1, {"a": 1, "b": 1}), OLD_LOAN_US)
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), OLD_LOAN_US)
     assert shares.part(OLD_LOAN_US) == 1 / 2
 
 
@@ -434,27 +445,27 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
 
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
-    shares.receive("b", Shown(1, {"a": 1, "b": 3}), HOLD_US)
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
     assert not shares.is_settled
     assert shares.part(HOLD_US) == 1 / 4
-    shares.receive("b", Shown(2, {"a": 3, "b": 1}), 2 * SECOND_US)
+    shares.receive("b", ShownMembership(2, {"a": 3, "b": 1}), 2 * SECOND_US)
     assert shares.part(2 * SECOND_US) == 3 / 4
 
 
 def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do_not_lend_any_more() -> None:
     membership = Membership(1, {"a": 1, "b": 1, "c": 2})
     shares = Shares(membership, "a", 0)
-    shares.receive("b", Shown(1, membership.weights), 1_000)
-    shares.receive("c", Shown(0, {}), 2_000)
+    shares.receive("b", ShownMembership(1, membership.weights), 1_000)
+    shares.receive("c", ShownMembership(0, {}), 2_000)
     assert shares.part(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
     assert shares.part(OLD_LOAN_US) == 1 / 4
     shares = Shares(membership, "a", 0)
     for peer in "bc":
-        shares.receive(peer, Shown(1, membership.weights), 3_000)
+        shares.receive(peer, ShownMembership(1, membership.weights), 3_000)
     assert shares.part(HOLD_US - 1) == 0, "its former life may have set something aside for b"
     assert (shares.from_us, shares.part(HOLD_US)) == (HOLD_US, 1 / 4)
     shares = Shares(membership, "a", 0)
     for peer in "bc":
-        shares.receive(peer, Shown(1, membership.weights), 2 * SECOND_US)
+        shares.receive(peer, ShownMembership(1, membership.weights), 2 * SECOND_US)
     assert (shares.from_us, shares.part(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
     assert Shares(Membership(1, {"a": 1}), "a", 0).part(0) == 1

@@ -10,7 +10,7 @@ from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket

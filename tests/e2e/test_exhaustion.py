@@ -223,14 +223,14 @@ STUCK = """
 import pathlib, sys, threading
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main
-from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console import rules
 
 def hang(*_):
     pathlib.Path(sys.argv[3]).with_name("hangs").touch()
     threading.Event().wait()
 
 app.STOP_SECONDS = 0.5
-console.dump_rules = hang
+rules.lines_of = hang
 main()
 """
 
@@ -244,6 +244,19 @@ async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
                 await asyncio.sleep(0.05)
         assert await sidecar.stopped() == 1
         await asyncio.wait([asking])
+
+
+async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        program = ["-X", "importtime", "-m", "ratelimit_sidecar"]
+        async with serving(tmp_path, program=program, stderr=log.fileno()) as sidecar:
+            await sidecar.is_ready()
+            for path in ("/metrics", "/", "/healthz", "/readyz", "/healthcheck", "/buckets", "/rlconfig", "/peers"):
+                assert (await sidecar.admin.get(path)).status_code == 200
+            await sidecar.stopped()
+    started, _, later = (tmp_path / "log").read_text().partition("[info     ] ready ")
+    assert "import time:" in started
+    assert "import time:" not in later.partition("[info     ] draining")[0]
 
 
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])

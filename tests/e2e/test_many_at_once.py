@@ -1,4 +1,6 @@
-"""However many requests a client has under way at once, Envoy lets none pass that is over its limit."""
+"""However many requests a client has under way at once, and while one of two sidecars stops, Envoy lets none pass that
+is over its limit.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from ratelimit_sidecar.demo.bootstrap import EnvoySettings, envoy_bootstrap, to_
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
+
+ROOT = Path(__file__).parents[2]
 
 CONNECTIONS = 12
 AT_ONCE = 100 * CONNECTIONS
@@ -73,3 +77,57 @@ async def test_requests_beyond_a_thousand_at_once_wait_for_their_answers(tmp_pat
         finally:
             sidecar.signal(signal.SIGCONT)
         assert await asyncio.gather(*answers) == AT_ONCE * [429]
+
+
+async def test_while_one_of_two_sidecars_stops_the_other_one_answers_for_it(tmp_path: Path) -> None:
+    (gateway,) = [
+        patch["patch"]["value"]["typed_config"]
+        for patch in yaml.safe_load((ROOT / "deploy/istio/gateway.yaml").read_text())["spec"]["configPatches"]
+        if patch["applyTo"] == "HTTP_FILTER"
+    ]
+    first, second = free_ports(2).regions
+    # None of it is counted: what each of them is asked is over the limit.
+    (tmp_path / "rules.yaml").write_text(RULES.replace("requests_per_unit: 1", "requests_per_unit: 0"))
+    for region in (first, second):
+        listen = {"grpc": [f"{HOST}:{region.grpc}"], "admin": f"{HOST}:{region.admin}"}
+        (tmp_path / f"{region.grpc}.yaml").write_text(yaml.safe_dump({"listen": listen, "rules": ["rules.yaml"]}))
+    settings = EnvoySettings(
+        region="local",
+        listener=f"{HOST}:{first.envoy}",
+        admin=f"{HOST}:{first.envoy_admin}",
+        upstream=f"{HOST}:{second.admin}",
+        sidecar=f"{HOST}:{first.grpc}",
+        timeout_ms=120_000,
+    )
+    envoy = yaml.safe_load(to_yaml(envoy_bootstrap(settings)))
+    (cluster,) = [each for each in envoy["static_resources"]["clusters"] if each["name"] == "ratelimit_sidecar"]
+    endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    address = {"socket_address": {"address": HOST, "port_value": second.grpc}}
+    endpoints.append({"endpoint": {"address": address}})
+    (manager,) = envoy["static_resources"]["listeners"][0]["filter_chains"][0]["filters"]
+    asks = manager["typed_config"]["http_filters"][0]["typed_config"]["rate_limit_service"]["grpc_service"]
+    asks["retry_policy"] = gateway["rate_limit_service"]["grpc_service"]["retry_policy"]
+    (tmp_path / "envoy.yaml").write_text(yaml.safe_dump(envoy))
+    async with Children(tmp_path) as children:
+        sidecars = [
+            await children.start(
+                Command(
+                    f"sidecar-{region.grpc}",
+                    [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", f"{tmp_path}/{region.grpc}.yaml"],
+                    f"http://{HOST}:{region.admin}/readyz",
+                )
+            )
+            for region in (first, second)
+        ]
+        argv = [find_envoy(), "-c", str(tmp_path / "envoy.yaml"), "--concurrency", "1", "--disable-hot-restart"]
+        await children.start(Command("envoy", argv, f"http://{HOST}:{first.envoy_admin}/ready"))
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{first.envoy}", timeout=120) as client:
+
+            async def codes(count: int) -> list[int]:
+                return [(await client.get("/healthz", params={"agent": "eve"})).status_code for _ in range(count)]
+
+            assert await codes(10) == 10 * [429]
+            asking = asyncio.create_task(codes(300))
+            sidecars[0].signal(signal.SIGTERM)
+            assert await asking == 300 * [429]
+            assert await codes(10) == 10 * [429]

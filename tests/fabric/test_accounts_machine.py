@@ -24,12 +24,12 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.drawing import needs
+from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.fabric.account_calls import LIFE_US, AccountCalls, Asked, members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
-from ratelimit_sidecar.fabric.draws import LIFE_US, Asked, Draws, members_text
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 from simulation.textbook import TextbookBucket
@@ -52,7 +52,7 @@ class Hoarder(GrantedBucket):
         super().advance(now_us)
 
 
-class Resender(Draws):
+class Resender(AccountCalls):
     """A broken rule: after a call without an answer it ends its former grant once more."""
 
     def ask(self, bucket: GrantedBucket, needs: Needs) -> Asked | None:
@@ -70,7 +70,7 @@ class Sidecar:
     """One life of it, with a clock of its own."""
 
     def __init__(
-        self, name: str, limit: Limit, drift_ppm: int, draws: type[Draws], bucket: type[GrantedBucket]
+        self, name: str, limit: Limit, drift_ppm: int, draws: type[AccountCalls], bucket: type[GrantedBucket]
     ) -> None:
         self.drift_ppm = drift_ppm
         self.draws = draws("east", DrawStatus(), Room(100, lambda key: key))
@@ -183,7 +183,7 @@ FAULTS = {
 
 class AccountsMachine(RuleBasedStateMachine):
     broken: ClassVar[Broken] = KEPT
-    draws_type: ClassVar[type[Draws]] = Draws
+    draws_type: ClassVar[type[AccountCalls]] = AccountCalls
     bucket_type: ClassVar[type[GrantedBucket]] = GrantedBucket
     make_server: ClassVar[Callable[[Broken], Server]] = Server
 
@@ -238,7 +238,7 @@ class AccountsMachine(RuleBasedStateMachine):
         sidecar = self.sidecars[name]
         now_us = sidecar.now_us(self.now_us)
         sidecar.bucket.advance(now_us)
-        needed = needs(sidecar.bucket, now_us) if wanted is None else Needs(wanted, most, room, 2)
+        needed = draw_needs(sidecar.bucket, now_us) if wanted is None else Needs(wanted, most, room, 2)
         if needed is None:
             return None
         asked = sidecar.draws.ask(sidecar.bucket, needed)

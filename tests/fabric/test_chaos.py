@@ -19,7 +19,7 @@ from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -60,7 +60,7 @@ class Chaos:
     def _now_us(self) -> int:
         return self._sidecars[0].now_us
 
-    def _no_mesh(self, store: Store, purses: Purses | None) -> Mesh:
+    def _no_mesh(self, store: Store, payments: PaymentExchange | None) -> Mesh:
         raise AssertionError
 
     async def run(self) -> None:

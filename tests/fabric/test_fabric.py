@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import connect
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -268,7 +268,7 @@ class Running:
         self.regions: list[Store] = []
         """Of the region, for each time that it was the gateway."""
 
-        def mesh_of(store: Store, _purses: Purses | None) -> Mesh:
+        def mesh_of(store: Store, payments: PaymentExchange | None) -> Mesh:
             mesh = Mesh(
                 origin=store.origin, region=region, version="1", store=store, now_us=now_us, peers=peers, listen=sync
             )

@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import SharedRoom, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -462,7 +462,7 @@ async def exchanged(gateway: Gateway, region: Region) -> None:
 def gateway_of(server: RedisServer, store: Store) -> tuple[Gateway, Region]:
     keys = FabricKeys("ratelimit")
 
-    def no_mesh(store: Store, purses: Purses | None) -> Mesh:
+    def no_mesh(store: Store, payments: PaymentExchange | None) -> Mesh:
         raise AssertionError
 
     gateway = Gateway(connect_to(server), keys, store, lambda: NOW_US, FabricStatus(), region="east", mesh_of=no_mesh)

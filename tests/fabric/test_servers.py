@@ -30,7 +30,7 @@ from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = [needs_redis, pytest.mark.long]
 
@@ -67,10 +67,10 @@ class Live:
         shares = Shares(Membership(1, {"east": 1}), "east", steady_us())
         self.ledger = GrantLedger(shares, self.store.origin, lambda _key: STRICT)
 
-        def mesh_of(store: Store, purses: Purses | None) -> Mesh:
+        def mesh_of(store: Store, payments: PaymentExchange | None) -> Mesh:
             self.regions.append(store)
             origin = store.origin
-            return Mesh(origin=origin, region="east", version="1", store=store, now_us=now_us, purses=purses)
+            return Mesh(origin=origin, region="east", version="1", store=store, now_us=now_us, payments=payments)
 
         self.fabric = Fabric(
             partial(connect, fabric),

@@ -17,12 +17,12 @@ from redis.exceptions import ResponseError
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import RECENT_US
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
 from ratelimit_sidecar.fabric.drawing import Drawing
-from ratelimit_sidecar.fabric.draws import members_text
 from ratelimit_sidecar.fabric.link import Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 

@@ -25,7 +25,7 @@ from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.regions import find_envoy
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.rpc import Code, Handler, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Handler, Metadata, RpcError, StreamingMethod
 
 Client = Callable[[str], Awaitable[None]]
 """Speaks to an address."""
@@ -58,7 +58,7 @@ async def _echo_stream(requests: AsyncIterator[bytes], _headers: Metadata) -> As
 
 HANDLERS: dict[str, Handler] = {
     ECHO_PATH: _echo,
-    "/test.Echo/Stream": Streaming(_echo_stream),
+    "/test.Echo/Stream": StreamingMethod(_echo_stream),
     "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit": _admit,
 }
 

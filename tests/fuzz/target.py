@@ -16,10 +16,12 @@ from typing import Final
 from hpack import Encoder
 
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, Event, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
-from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, StreamingMethod
 from ratelimit_sidecar.server.session import IS_NATIVE
 
 HEADER_BYTES: Final = 3
@@ -72,8 +74,8 @@ HANDLERS: Final = {
     b"/test.Echo/Echo": lambda message, _headers: message,
     b"/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit": lambda message, _headers: message,
     b"/grpc.health.v1.Health/Check": lambda _message, _headers: b"\x08\x01",
-    b"/grpc.health.v1.Health/Watch": Streaming(_never_run),
-    b"/test.Echo/Stream": Streaming(_never_run),
+    b"/grpc.health.v1.Health/Watch": StreamingMethod(_never_run),
+    b"/test.Echo/Stream": StreamingMethod(_never_run),
 }
 
 
@@ -140,7 +142,7 @@ class Run:
         self.random = random.Random(seed)
         self.budget = Budget(BUDGET_BYTES)
         self.now_s = 1_000.0
-        self.connection = Connection(HANDLERS, LIMITS, self.budget, Counts(), now_s=self.now_s)
+        self.connection = Connection(HANDLERS, LIMITS, self.budget, FrontEndCounts(), now_s=self.now_s)
         self.sent = FrameReader()
         self.sent_bytes = 0
         self.goaways = 0

@@ -7,14 +7,14 @@ from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 
 # The beginning of a minute.
 NOW_US = 1_790_000_040_000_000
 OK, OVER_LIMIT = RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT
 
 
-def make_limiter(rules: Rules, settings: Settings | None = None) -> Limiter:
+def make_limiter(rules: Rules, settings: AnswerSettings | None = None) -> Limiter:
     return Limiter(rules, Origin("here", 1), settings)
 
 

@@ -18,7 +18,7 @@ from ratelimit_sidecar.limiter import counts as counts_module
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
 
@@ -41,7 +41,7 @@ def test_a_rule_in_shadow_mode_says_ok_with_nothing_remaining_and_is_charged() -
 
 
 def test_global_shadow_mode_makes_every_answer_ok_and_leaves_the_statuses() -> None:
-    limiter = make_limiter(rules_of(rule("a")), Settings(shadow_mode=True))
+    limiter = make_limiter(rules_of(rule("a")), AnswerSettings(shadow_mode=True))
     response = decide(limiter, make_request({"a": "1"}, hits=11))
     assert (response.overall_code, response.statuses[0].code) == (OK, OVER_LIMIT)
 
@@ -65,14 +65,14 @@ def test_only_all_quota_rules_of_a_request_together_deny_it(over: dict[str, int]
 
 
 def test_global_quota_mode_treats_every_rule_so() -> None:
-    limiter = make_limiter(rules_of(rule("a"), rule("b", requests=100)), Settings(quota_mode=True))
+    limiter = make_limiter(rules_of(rule("a"), rule("b", requests=100)), AnswerSettings(quota_mode=True))
     response = decide(limiter, make_request({"a": "1"}, {"b": "1"}, hits=11))
     assert [status.code for status in response.statuses] == [OVER_LIMIT, OK]
     assert response.overall_code == OK
 
 
 def test_in_global_quota_mode_what_is_not_limited_is_a_quota_that_passes() -> None:
-    limiter = make_limiter(rules_of(rule("a")), Settings(quota_mode=True))
+    limiter = make_limiter(rules_of(rule("a")), AnswerSettings(quota_mode=True))
     assert decide(limiter, make_request({"a": "1"}, hits=11)).overall_code == OVER_LIMIT
     assert decide(limiter, make_request({"a": "1"}, {"none": "1"}, hits=11)).overall_code == OK
 
@@ -173,7 +173,7 @@ def test_a_fixed_window_splits_the_hits_of_the_request_that_crosses_the_limit() 
 
 def test_response_headers_tell_of_the_descriptor_nearest_its_limit() -> None:
     limiter = make_limiter(
-        rules_of(rule("a", 10), rule("b", 5)), Settings(response_headers=ResponseHeaders("L", "Rem", "Res"))
+        rules_of(rule("a", 10), rule("b", 5)), AnswerSettings(response_headers=ResponseHeaders("L", "Rem", "Res"))
     )
     assert headers_of(decide(limiter, make_request({"a": "1"}, {"b": "1"}, {"none": "1"}, hits=3))) == {
         "L": "5",
@@ -184,14 +184,14 @@ def test_response_headers_tell_of_the_descriptor_nearest_its_limit() -> None:
 
 def test_response_headers_tell_of_the_last_descriptor_over_its_limit() -> None:
     limiter = make_limiter(
-        rules_of(rule("a", 1), rule("b", 2), rule("c", 100)), Settings(response_headers=ResponseHeaders())
+        rules_of(rule("a", 1), rule("b", 2), rule("c", 100)), AnswerSettings(response_headers=ResponseHeaders())
     )
     headers = headers_of(decide(limiter, make_request({"a": "1"}, {"b": "1"}, {"c": "1"}, hits=3)))
     assert (headers["RateLimit-Limit"], headers["RateLimit-Remaining"]) == ("2", "2")
 
 
 def test_no_limit_no_response_headers() -> None:
-    limiter = make_limiter(rules_of(rule("a")), Settings(response_headers=ResponseHeaders()))
+    limiter = make_limiter(rules_of(rule("a")), AnswerSettings(response_headers=ResponseHeaders()))
     assert headers_of(decide(limiter, make_request({"none": "1"}))) == {}
 
 
@@ -230,7 +230,7 @@ def test_all_limits_that_a_request_met_can_be_told_of_in_every_answer(retry_afte
     rules = rules_of(
         rule("a", 10, limit_name="wide", retry_after=retry_after), rule("b", 2, Window.FIXED), Rule("api.c", None)
     )
-    limiter = make_limiter(rules, Settings(all_limits=True))
+    limiter = make_limiter(rules, AnswerSettings(all_limits=True))
     request = make_request({"a": "1"}, {"b": "1"}, {"c": "1"}, {"unknown": "1"})
     policy = '"wide";q=10;w=60, "api.b";q=2;w=60'
     admitted, _, denied = (headers_of(decide(limiter, request)) for _ in range(3))
@@ -248,7 +248,7 @@ def test_a_denial_has_the_rules_body_and_an_admission_has_none() -> None:
 def test_dynamic_metadata_tells_what_was_asked_and_has_the_metadata_of_the_rules_that_passed() -> None:
     limiter = make_limiter(
         rules_of(rule("a", metadata={"tier": "gold", "n": [1]}), rule("b", 1, metadata={"tier": "none"})),
-        Settings(dynamic_metadata=True),
+        AnswerSettings(dynamic_metadata=True),
     )
     response = decide(limiter, make_request({"a": "1"}, {"b": "2"}, hits=3))
     assert MessageToDict(response.dynamic_metadata) == {
@@ -264,7 +264,7 @@ def test_dynamic_metadata_tells_what_was_asked_and_has_the_metadata_of_the_rules
 
 
 def test_dynamic_metadata_has_limits_and_hits_where_the_request_brings_them_as_go_prints_them() -> None:
-    limiter = make_limiter(rules_of(rule("a")), Settings(dynamic_metadata=True))
+    limiter = make_limiter(rules_of(rule("a")), AnswerSettings(dynamic_metadata=True))
     request = RateLimitRequest.FromString(with_override(make_request({"a": "1"}), 2, RateLimitUnit.HOUR))
     request.descriptors[0].hits_addend.value = 0
     said = MessageToDict(decide(limiter, request.SerializeToString()).dynamic_metadata)

@@ -26,7 +26,7 @@ from ratelimit_sidecar.limiter.key import (
 )
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit, limit_of_rate
-from ratelimit_sidecar.limiter.settings import ResponseHeaders, Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 from ratelimit_sidecar.limiter.v1.request_pb2 import Descriptor, Entry, Override, Request
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
@@ -51,7 +51,7 @@ RULES = Rules(
     },
     default_rule=per_minute("default_rule"),
 )
-SETTINGS = Settings(dynamic_metadata=True, response_headers=ResponseHeaders())
+SETTINGS = AnswerSettings(dynamic_metadata=True, response_headers=ResponseHeaders())
 
 
 def request_of(*descriptors: list[tuple[bytes, bytes]], domain: bytes = b"shop") -> bytes:

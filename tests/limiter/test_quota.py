@@ -436,7 +436,7 @@ class Server:
         self.world.now_us += int(after_s * SECOND_US)
         self.quotas.report(stream, domain, usages, self.now_us)
         self.quotas.tick(self.now_us)
-        return self.quotas.take(stream, self.now_us, 10_000)
+        return self.quotas.take_actions(stream, self.now_us, 10_000)
 
 
 def usage(value: str = "ada", allowed: int = 1, denied: int = 0, elapsed_s: int = 0, key: str = "agent") -> Usage:
@@ -520,7 +520,7 @@ def test_what_an_envoy_is_to_drop_goes_out_in_messages_of_the_usual_size() -> No
     server = Server()
     stream = server.connect()
     server.quotas.report(stream, DOMAIN, [Usage(b"%d" % number, (), 1, 0, 0) for number in range(100)], server.now_us)
-    sizes = [len(server.quotas.take(stream, server.now_us, 64)) for _ in range(3)]
+    sizes = [len(server.quotas.take_actions(stream, server.now_us, 64)) for _ in range(3)]
     assert (sizes, stream.abandoned_bytes) == ([64, 36, 0], 0)
 
 
@@ -638,7 +638,7 @@ def test_an_envoy_that_is_back_before_its_buckets_were_dropped_goes_on_with_what
     server.report(lost, usage())
     server.report(other, usage())
     server.report(lost, usage(elapsed_s=1), after_s=1)
-    held = server.quotas.take(lost, server.now_us, 10) or server.report(lost, usage(elapsed_s=2), after_s=2)
+    held = server.quotas.take_actions(lost, server.now_us, 10) or server.report(lost, usage(elapsed_s=2), after_s=2)
     (before,) = told(held)
     server.quotas.close(lost)
     (after,) = told(server.report(server.connect(), usage(elapsed_s=5), after_s=5))
@@ -710,7 +710,7 @@ def test_when_it_has_learnt_all_limits_are_divided_again_before_the_next_report(
     server.world.now_us += LEARNING_US
     for _ in range(10):
         server.quotas.tick(server.now_us)
-    after = told(server.quotas.take(stream, server.now_us, 1_000))
+    after = told(server.quotas.take_actions(stream, server.now_us, 1_000))
     assert [assignment and assignment.rate for assignment in after] == [300 * TOKEN] * 1_000
 
 
@@ -719,14 +719,14 @@ def test_no_more_buckets_are_looked_at_than_a_message_has_room_for() -> None:
     stream = server.connect()
     server.quotas.report(stream, DOMAIN, many(200), server.now_us)
     server.quotas.tick(server.now_us)
-    assert len(server.quotas.take(stream, server.now_us, 150)) == 150
+    assert len(server.quotas.take_actions(stream, server.now_us, 150)) == 150
     # The same again a moment later: nothing is to be sent, but for the buckets that were not told yet.
     server.quotas.report(stream, DOMAIN, many(200), server.now_us)
     server.quotas.tick(server.now_us)
     looked_at = []
     while stream.due:
         due = len(stream.due)
-        server.quotas.take(stream, server.now_us, 30)
+        server.quotas.take_actions(stream, server.now_us, 30)
         looked_at.append(due - len(stream.due))
     assert max(looked_at) == 30
 

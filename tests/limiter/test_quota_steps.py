@@ -67,7 +67,7 @@ class Timed:
 
     def take(self, stream: quota.QuotaStream) -> None:
         while stream.due:
-            self.time("take", lambda: self.quotas.take(stream, self.now_us, 64))
+            self.time("take", lambda: self.quotas.take_actions(stream, self.now_us, 64))
 
     def demands(self) -> None:
         version = 0

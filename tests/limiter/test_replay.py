@@ -11,7 +11,7 @@ from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLim
 from ratelimit_sidecar.limiter import replay as replay_module
 from ratelimit_sidecar.limiter.replay import Replay
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
 ONE_A_SECOND = Limit(1, 1_000_000, 1)
@@ -32,7 +32,7 @@ def rules_of_users(*, shadow_mode: bool = False, limit: Limit = ONE_A_SECOND) ->
 
 def test_it_denies_what_a_limiter_denies() -> None:
     rules = rules_of_users()
-    replay, limiter = Replay(rules, Settings()), make_limiter(rules)
+    replay, limiter = Replay(rules, AnswerSettings()), make_limiter(rules)
     instants = [NOW_US + step * 300_000 for step in range(50)]
     denied = [decide(limiter, make_request({"user": "eve"}), at_us).overall_code == OVER_LIMIT for at_us in instants]
     assert [replay.ask(user("eve"), at_us) for at_us in instants] == denied
@@ -49,7 +49,7 @@ def test_rules_in_shadow_mode_are_enforced_wherever_they_stand(kind: str) -> Non
         "below": RuleNode(key_only={"plan": RuleNode(key_only={"user": node})}),
     }[kind]
     entries = {"plan": "gold", "user": "eve"} if kind == "below" else {"user": "eve"}
-    replay = Replay(Rules({"api": root}), Settings())
+    replay = Replay(Rules({"api": root}), AnswerSettings())
     assert replay.ask(request(entries), NOW_US)
     assert replay.rules["api.rule"].in_shadow_mode
 
@@ -62,13 +62,13 @@ def test_global_shadow_mode_is_not_kept_and_quota_mode_is() -> None:
             )
         }
     )
-    assert Replay(rules, Settings(shadow_mode=True)).ask(request({"a": ""}), NOW_US)
-    assert not Replay(rules, Settings(quota_mode=True)).ask(request({"a": ""}, {"b": ""}), NOW_US)
+    assert Replay(rules, AnswerSettings(shadow_mode=True)).ask(request({"a": ""}), NOW_US)
+    assert not Replay(rules, AnswerSettings(quota_mode=True)).ask(request({"a": ""}, {"b": ""}), NOW_US)
 
 
 @pytest.mark.parametrize("consistency", Consistency)
 def test_a_limit_that_the_request_brings_counts_whole(consistency: Consistency) -> None:
-    replay = Replay(Rules({"api": RuleNode()}, override_consistency=consistency), Settings())
+    replay = Replay(Rules({"api": RuleNode()}, override_consistency=consistency), AnswerSettings())
     asked = user("eve")
     asked.descriptors[0].limit.requests_per_unit = 2
     asked.descriptors[0].limit.unit = RateLimitUnit.DAY
@@ -76,7 +76,7 @@ def test_a_limit_that_the_request_brings_counts_whole(consistency: Consistency) 
 
 
 def test_buckets_that_are_full_again_are_dropped() -> None:
-    replay = Replay(rules_of_users(), Settings())
+    replay = Replay(rules_of_users(), AnswerSettings())
     for number in range(20_000):
         replay.ask(user(number), NOW_US + number * SECOND_US)
     assert len(replay._limiter.store) < 2_100
@@ -84,7 +84,7 @@ def test_buckets_that_are_full_again_are_dropped() -> None:
 
 
 def test_buckets_in_use_are_kept() -> None:
-    replay = Replay(rules_of_users(limit=Limit(1, 3_600 * SECOND_US, 1)), Settings())
+    replay = Replay(rules_of_users(limit=Limit(1, 3_600 * SECOND_US, 1)), AnswerSettings())
     for number in range(5_000):
         replay.ask(user(number), NOW_US)
     assert all(replay.ask(user(number), NOW_US + SECOND_US) for number in range(5_000))
@@ -94,7 +94,7 @@ def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(replay_module, "MAX_DENIED_DESCRIPTORS", 10)
-    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), Settings())
+    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), AnswerSettings())
     for _ in range(3):
         replay.ask(user("often"), NOW_US)
     for number in range(100):
@@ -106,7 +106,7 @@ def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_
 
 
 def test_a_descriptor_is_told_apart_from_its_first_denial_on() -> None:
-    replay = Replay(rules_of_users(), Settings())
+    replay = Replay(rules_of_users(), AnswerSettings())
     for at_us in (0, 500_000, 600_000, 2_000_000):
         replay.ask(user("eve"), at_us)
     replay.ask(user("ada"), 2_000_000)

@@ -10,13 +10,13 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, make_request
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.paying import Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
-from ratelimit_sidecar.limiter.settings import Settings
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 
 PLAN = Rule("api.plan", Limit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
 TEAM = replace(PLAN, name="api.team")
@@ -32,7 +32,7 @@ def rules_of(*rules: Rule) -> Rules:
 class Node:
     """A limiter with half of each strict limit. The other half is b's, of which it may wish."""
 
-    def __init__(self, *rules: Rule, settings: Settings | None = None) -> None:
+    def __init__(self, *rules: Rule, settings: AnswerSettings | None = None) -> None:
         shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", started_us=0)
         in_force = rules_of(*(rules or (PLAN, TEAM, HURRIED, USER)))
         self.ledger = Ledger(shares, Origin("a", 1), in_force.strict_limit_of_key)
@@ -56,7 +56,7 @@ class Node:
     def come(self, tokens: int) -> None:
         """A ticket of b for what is wished."""
         [(key, wished)] = self.ledger.queues.tick(["b"], NOW_US, 10, 1_000)["b"].items()
-        self.ledger.queues.by_key[key].paying.bucket.wish(1)
+        self.ledger.queues.by_key[key].policy.bucket.wish(1)
         self.ledger.accept(1, Wish("b", key, wished, NOW_US), Ticket(tokens, 1_000 * TOKEN), NOW_US)
 
 
@@ -146,7 +146,7 @@ def test_no_request_waits_where_its_answer_would_not_depend_on_it(rule: Rule) ->
 
 
 def test_no_request_waits_in_global_shadow_mode() -> None:
-    node = Node(PLAN, settings=Settings(shadow_mode=True))
+    node = Node(PLAN, settings=AnswerSettings(shadow_mode=True))
     node.use_up({"plan": "gold"})
     assert node.code_now(REQUEST) == OK
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from ratelimit_sidecar.persistence import redis_calls, redis_store
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
+from ratelimit_sidecar.persistence.write_queue import MAX_WAITING
 from ratelimit_sidecar.telemetry.traces import WRITE_SPAN, RequestTracer
 
 pytestmark = needs_redis
@@ -45,11 +47,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_in(
-    server: RedisServer, store: Store, tracer: RequestTracer | None = None, now_us: int = NOW_US, **config: object
+    server: RedisServer,
+    store: Store,
+    tracer: RequestTracer | None = None,
+    now_us: int = NOW_US,
+    most_waiting: int = MAX_WAITING,
+    **config: object,
 ) -> RedisState:
     """That writes 20 times a second, and so keeps all limits."""
     kept = PersistenceConfig.model_validate({"url": server.url, **config})
-    return RedisState(partial(connect, kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer)
+    return RedisState(
+        partial(connect, kept), keys(kept), store, lambda: now_us, 0.05, tracer=tracer, most_waiting=most_waiting
+    )
 
 
 @asynccontextmanager
@@ -454,21 +463,41 @@ async def test_scripts_that_are_forgotten_are_loaded_again(server: RedisServer) 
     assert state.status.failed == 0
 
 
-async def test_what_waits_is_bounded_and_all_of_it_written_once_it_goes_on(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_store, "MAX_WAITING", 10)
+async def test_what_waits_is_bounded_and_all_of_it_written_once_it_goes_on(server: RedisServer) -> None:
     store = make_store(BEFORE)
-    state = state_in(server, store)
+    state = state_in(server, store, most_waiting=10)
     for number in range(100):
         hit(state, store, str(number))
-    assert state.status.waiting == 10
+    assert state.status.waiting <= 10
     async with kept(state):
 
         async def is_all_there() -> bool:
             return len(await server.names()) == 100
 
         await until(is_all_there)
+
+
+async def test_what_found_no_place_is_written_while_others_go_on_to_come(server: RedisServer) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store, most_waiting=40)
+
+    async def flood() -> None:
+        for number in itertools.cycle(range(1_000)):
+            hit(state, store, f"invented-{number}", 1)
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+
+    flooding = asyncio.create_task(flood())
+    await until(lambda: state.status.waiting >= 20)
+    hit(state, store, "honest")
+    async with kept(state):
+
+        async def is_there() -> bool:
+            return any(b"honest" in name for name in await server.names())
+
+        await until(is_there)
+    flooding.cancel()
+    await asyncio.wait([flooding])
 
 
 async def test_a_start_without_the_server_goes_on_and_reads_later(server: RedisServer) -> None:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
@@ -15,9 +15,10 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
-from ratelimit_sidecar.persistence.snapshot import (
+from ratelimit_sidecar.persistence.snapshot_format import (
     MAGIC,
     RECORD_BUCKETS,
+    REPLICATED,
     BadSnapshot,
     RestoreTarget,
     SnapshotInfo,
@@ -27,6 +28,8 @@ from ratelimit_sidecar.persistence.snapshot import (
     restore,
     snapshot,
 )
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 
 NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
@@ -136,6 +139,68 @@ def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn
     after = make_store(AFTER)
     read(b"".join(pieces), after, NOW_US)
     assert len(after) == 3 * RECORD_BUCKETS
+
+
+def used_by(nodes: int, lives: int, buckets: int) -> Store:
+    """A store of buckets from which each life of each node took one token in this hour."""
+    store = make_store(BEFORE)
+    slot = slot_id(NOW_US - NOW_US % LIMITS["fixed"].period_us, LIMITS["fixed"].exponent)
+    for number in range(buckets):
+        take(store, "fixed", str(number), 1, NOW_US)
+    for bucket in store:
+        for life in range(1, lives + 1):
+            origins = [Origin(f"node {number}", life) for number in range(nodes)]
+            store.journal.peers = set(origins)
+            bucket.merge([Entry(origin, slot, 1) for origin in origins], NOW_US)
+    store.journal.peers = set()
+    return store
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.sampled_from([1, 40, 256]), st.integers(1, 30), st.sampled_from([1, 2, 300]))
+@example(40, 30, 2)
+def test_however_many_lives_of_nodes_have_used_a_bucket_all_of_it_is_read_again(
+    nodes: int, lives: int, buckets: int
+) -> None:
+    lives, buckets = (lives, min(buckets, 4)) if nodes > 1 else (1, buckets)
+    before, after = used_by(nodes, lives, buckets), make_store(AFTER)
+    raw = written(before)
+    read(raw, after, NOW_US)
+    assert len(after) == buckets
+    for bucket in before:
+        restored = after.get(bucket.key)
+        assert restored is not None
+        assert restored.taken == bucket.taken
+    # Another version may read a record as what a peer sends at once.
+    for kind, payload in records_again(io.BytesIO(raw)):
+        if kind == REPLICATED:
+            list(DeltasReader(BEFORE).apply_steps(Deltas.FromString(payload), make_store(AFTER), NOW_US))
+
+
+def test_a_record_that_names_more_origins_than_a_peer_may_is_read() -> None:
+    store = used_by(40, 26, 1)
+    [bucket] = store
+    writer = DeltasWriter(BEFORE)
+    writer.add(bucket, None, list(bucket.entries()))
+    after = make_store(AFTER)
+    list(restore(REPLICATED, writer.payload(), RestoreTarget(after, BEFORE, RULES.local_limit_of_key), NOW_US))
+    assert [restored.taken for restored in after] == [bucket.taken]
+
+
+def test_once_it_is_read_a_peer_can_name_no_more_origins_than_before() -> None:
+    after = make_store(AFTER)
+    read(written(used_by(40, 26, 1)), after, NOW_US)
+    [bucket] = after
+    [slot] = {entry.slot for entry in bucket.entries()}
+    assert bucket.merge([Entry(Origin("invented", 1), slot, 1)], NOW_US) == 0
+
+
+def test_a_key_that_is_too_long_for_peers_is_read_again() -> None:
+    before, after = (Store(origin, lambda _key: LIMITS["fixed"]) for origin in (BEFORE, AFTER))
+    for key in (b"x" * (MAX_KEY_BYTES + 1), b"a"):
+        before.bucket(key, LIMITS["fixed"], NOW_US).take(1, NOW_US)
+    read(written(before), after, NOW_US)
+    assert {bucket.key for bucket in after} == {bucket.key for bucket in before}
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, Shown
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules
 from ratelimit_sidecar.replication.deltas import Applied, DeltasReader
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.session import Local
+from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from simulation.steps import done
 from simulation.workload import rules_of
@@ -54,11 +54,11 @@ def _match(value: str, key: str, rules: Rules) -> Match:
     return found
 
 
-def node(name: str, incarnation: int = 1, *, region: str = "", membership: Shown | None = None) -> Local:
-    return Local(Origin(name, incarnation), region or f"region of {name}", "0", membership)
+def node(name: str, incarnation: int = 1, *, region: str = "", membership: ShownMembership | None = None) -> LocalNode:
+    return LocalNode(Origin(name, incarnation), region or f"region of {name}", "0", membership)
 
 
-def store_of(local: Local, rules: Rules = RULES) -> Store:
+def store_of(local: LocalNode, rules: Rules = RULES) -> Store:
     return Store(local.origin, rules.replicated_limit_of_key)
 
 

@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerStatus
 from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
 from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -91,7 +91,7 @@ async def sidecar(
     tracer: BatchTracer | None = None,
     clock: Callable[[], int] = now_us,
     steady: Callable[[], int] | None = None,
-    purses: Purses | None = None,
+    payments: PaymentExchange | None = None,
     region: str = "",
     is_gateway: bool = False,
     certificate: NodeCertificate | None = None,
@@ -111,7 +111,7 @@ async def sidecar(
         peers=peers,
         listen=listen,
         tracer=tracer,
-        purses=purses,
+        payments=payments,
         is_gateway=is_gateway,
         certificate=certificate,
         resolver=resolver,

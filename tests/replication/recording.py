@@ -29,7 +29,7 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.waiting import Waiting
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -48,9 +48,9 @@ class Party(Replicator):
     def __init__(self, name: str) -> None:
         self.clock_us = NOW_US
         self.ledger = ledger_of(name, PAIR, NOW_US - 2 * SIT_OUT_US)
-        purses = Purses(self.ledger, lambda: self.clock_us)
-        local = node(name, INCARNATION[name], membership=purses.membership)
-        super().__init__(local, store_of(local), NOW_US, purses=purses)
+        payments = PaymentExchange(self.ledger, lambda: self.clock_us)
+        local = node(name, INCARNATION[name], membership=payments.membership)
+        super().__init__(local, store_of(local), NOW_US, payments=payments)
 
     def take(self, value: str, hits: int) -> None:
         bucket_of(self.store, value, self.clock_us).take(hits, self.clock_us, always=True)

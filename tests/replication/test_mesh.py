@@ -44,7 +44,7 @@ from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import carried, dialler, flushing, listener, mesh
 from ratelimit_sidecar.replication.connections import FORGET_US
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
@@ -574,16 +574,16 @@ async def test_a_peers_list_may_name_an_address_twice() -> None:
         assert len(b.mesh.status()) == 1
 
 
-def purses_of(name: str) -> Purses:
+def payments_of(name: str) -> PaymentExchange:
     """Of a node that has its home share, a half of each strict limit."""
-    return Purses(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
+    return PaymentExchange(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
 
 
 async def test_a_node_in_want_is_paid_over_the_mesh_what_another_one_has_to_spare() -> None:
-    here, there = purses_of("a"), purses_of("b")
+    here, there = payments_of("a"), payments_of("b")
     async with (
-        sidecar("b", purses=there) as b,
-        sidecar("a", listen=None, peers=[address_of(b)], purses=here) as a,
+        sidecar("b", payments=there) as b,
+        sidecar("a", listen=None, peers=[address_of(b)], payments=here) as a,
     ):
         await a.connected_to("b")
         bucket = here.ledger.bucket(key_of("gold", "plan"), PER_PLAN, now_us())
@@ -599,8 +599,8 @@ async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_
     ledger = ledger_of("b", Membership(1, {"a": 1, "b": 3}), now_us() - 2 * SIT_OUT_US)
     with capture_logs() as logs:
         async with (
-            sidecar("a", purses=purses_of("a")) as a,
-            sidecar("b", listen=None, peers=[address_of(a)], purses=Purses(ledger, now_us)) as b,
+            sidecar("a", payments=payments_of("a")) as a,
+            sidecar("b", listen=None, peers=[address_of(a)], payments=PaymentExchange(ledger, now_us)) as b,
         ):
             await a.connected_to("b")
             await b.connected_to("a")

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from replication.builders import (
     NOW_US,
     PER_TEAM,
@@ -21,14 +23,15 @@ from replication.builders import (
     take,
 )
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
-from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, AnyLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
-from ratelimit_sidecar.replication.deltas import DeltasReader
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, MAX_SLOT_TOKENS, DeltasReader
+from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
     LOOKED_BUCKETS,
@@ -42,6 +45,7 @@ from ratelimit_sidecar.replication.outbox import (
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES, read_frame, write_deltas
 from simulation.steps import done
 
 MANY = 4 * MAX_BATCH_BUCKETS
@@ -188,6 +192,65 @@ def test_a_batch_is_bounded_in_bytes_by_whole_buckets() -> None:
     batches = list(drained(outbox))
     assert [len(batch.bucket_keys) for batch in batches] == [5, 2]
     assert all(len(batch.payload) < 2 * MAX_BATCH_BYTES for batch in batches)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 100, MAX_KEY_BYTES]),
+            st.sampled_from([0, 1, MAX_PART_ENTRIES + 1, MAX_ORIGINS]),
+            st.sampled_from(["n", "n" * MAX_NAME_BYTES, "\N{PILE OF POO}" * (MAX_NAME_BYTES // 4)]),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@example([(MAX_KEY_BYTES, MAX_ORIGINS, "n" * MAX_NAME_BYTES)])
+def test_whatever_buckets_hold_a_peer_takes_each_frame(shapes: list[tuple[int, int, str]]) -> None:
+    """In snapshots, repairs and what is relayed. Otherwise it would close each stream, for as long as they hold it."""
+    month = WindowLimit(1_000_000, 30 * 86_400 * SECOND_US, Window.FIXED)
+    store = Store(A.origin, lambda _key: month)
+    slot = slot_id(NOW_US - NOW_US % month.period_us, month.exponent)
+    outbox = new_outbox(store)
+    open_stream(outbox)
+    for number, (key_bytes, nodes, name) in enumerate(shapes):
+        bucket = store.bucket(bytes([number]) * key_bytes, month, NOW_US)
+        bucket.take(1, NOW_US)
+        heard = [Entry(Origin(name, life), slot, MAX_SLOT_TOKENS) for life in range(1, nodes + 1)]
+        bucket.merge(heard, NOW_US)
+        outbox.relay(bucket, heard)
+        outbox.repair(bucket.key)
+    peer = Store(B.origin, lambda _key: month)
+    reader = DeltasReader(A.origin)
+    for number, batch in enumerate(drained(outbox), 1):
+        head = pb.Deltas(sequence=number, trace=bytes(24), acknowledged=2**63, ack_delay_ms=2**31)
+        apply_all(reader, peer, read_frame(write_deltas(head, batch.payload)).deltas, NOW_US)
+    for bucket in store:
+        copy = peer.get(bucket.key)
+        assert copy is not None
+        assert len(copy.taken) == min(len(bucket.taken), MAX_ORIGINS)
+
+
+def test_a_peer_takes_a_frame_of_the_longest_keys_of_which_it_knows_no_number() -> None:
+    store = Store(A.origin, lambda _key: PER_USER)
+    numbered = [b"%3d" % number + b"x" * (MAX_NUMBERED_KEY_BYTES - 3) for number in range(MAX_BATCH_BUCKETS - 4)]
+    long = [b"%d" % number + b"x" * (MAX_KEY_BYTES - 1) for number in range(4)]
+    outbox = new_outbox(store)
+    for now_us in (NOW_US, NOW_US + MS):
+        for key in numbered if now_us == NOW_US else numbered + long:
+            store.bucket(key, PER_USER, now_us).take(1, now_us)
+        # What the first flush tells gives the keys their numbers, and comes before the stream.
+        note(outbox, now_us)
+        if now_us == NOW_US:
+            open_stream(outbox)
+            assert outbox._sources is not None
+            outbox._sources.snapshots.close()
+    reader, peer = DeltasReader(A.origin), store_of(B)
+    peer.limit_of_key = store.limit_of_key
+    for number, batch in enumerate(drained(outbox), 1):
+        apply_all(reader, peer, read_frame(write_deltas(pb.Deltas(sequence=number), batch.payload)).deltas, NOW_US)
+    assert {bucket.key for bucket in peer} == {*numbered, *long}
 
 
 def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
@@ -907,6 +970,51 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 62 * SECOND_US)) == {key_of("new", rules=rules_with(user=day))}
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        PER_USER,
+        WindowLimit(1_000, 3_600 * SECOND_US, Window.SLIDING),
+        WindowLimit(1_000, 3_600 * SECOND_US, Window.FIXED),
+    ],
+    ids=["bucket", "sliding", "fixed"],
+)
+@pytest.mark.parametrize("overtakes", ["hurry", "repair"])
+def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyLimit, overtakes: str) -> None:
+    store, heard = (Store(local.origin, lambda _key: limit) for local in (A, B))
+    outbox, reader = opened(store), DeltasReader(A.origin, is_proven=True)
+    # When all slots are over, but that of the fixed window.
+    is_fixed = isinstance(limit, WindowLimit) and limit.window is Window.FIXED
+    applied_us = NOW_US if is_fixed else NOW_US + (2 << limit.exponent)
+    bucket = store.bucket(b"victim", limit, NOW_US)
+    for number in range(3):
+        bucket.take(1, NOW_US)
+        for other in range(MAX_BATCH_BUCKETS - 1):
+            store.bucket(b"%d %d" % (number, other), limit, NOW_US).take(1, NOW_US)
+        note(outbox)
+    bucket.take(3, NOW_US)
+    if overtakes == "hurry":
+        outbox.hurry(bucket)
+    else:
+        outbox.repair(bucket.key)
+
+    def counts() -> list[int]:
+        found = []
+        for batch in drained(outbox):
+            apply_all(reader, heard, deltas_of(batch), applied_us)
+            found.append(sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()))
+        return found
+
+    found = counts()
+    assert found == sorted(found)
+    assert found[-2:] == [6, 6], "overtaken by one batch at least"
+    # Once nothing is overtaken any more, what others say of it is put right again.
+    [slot] = bucket.taken[A.origin]
+    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    note(outbox)
+    assert counts() == [6]
 
 
 def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:

@@ -7,12 +7,12 @@ from replication.builders import ELSEWHERE, NOW_US, PAIR, PER_PLAN, RULES, SIT_O
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.shares import Membership, Shares, Shown
+from ratelimit_sidecar.crdt.shares import Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.payments import MAX_OPEN, TICK_EVERY_US, PaymentOutbox, Purses
+from ratelimit_sidecar.replication.payments import MAX_OPEN, TICK_EVERY_US, PaymentExchange, PaymentOutbox
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -26,8 +26,8 @@ class Node:
     def __init__(self, name: str = "a", *, started_us: int = NOW_US - 2 * SIT_OUT_US) -> None:
         self.strict_us = NOW_US
         self.ledger = ledger_of(name, PAIR, started_us)
-        self.purses = Purses(self.ledger, lambda: self.strict_us)
-        self.outbox = self.purses.new_outbox()
+        self.payments = PaymentExchange(self.ledger, lambda: self.strict_us)
+        self.outbox = self.payments.new_outbox()
         self.outbox.has_tickets = True
 
     def bucket(self, key: bytes = KEY) -> StrictBucket:
@@ -48,11 +48,11 @@ class Node:
         return waiting
 
     def asks(self, peer: str = "b") -> pb.Payments:
-        self.purses.tick({peer: self.outbox})
+        self.payments.tick({peer: self.outbox})
         return said_by(self.outbox)
 
     def receive(self, peer: str, payments: pb.Payments) -> pb.Payments:
-        self.purses.receive(peer, payments, self.outbox)
+        self.payments.receive(peer, payments, self.outbox)
         return said_by(self.outbox)
 
 
@@ -69,8 +69,8 @@ def test_what_is_asked_for_is_paid_and_used() -> None:
     a, b = Node("a"), Node("b")
     a.use_up()
     assert a.receive("b", b.receive("a", a.asks())) == pb.Payments()
-    assert (b.purses.status().payments_sent, a.purses.status().payments_received) == (1, 1)
-    assert (a.purses.status().payments_sent, b.purses.status().payments_received) == (0, 0)
+    assert (b.payments.status().payments_sent, a.payments.status().payments_received) == (1, 1)
+    assert (a.payments.status().payments_sent, b.payments.status().payments_received) == (0, 0)
     assert a.bucket().level + b.bucket().level == 50 * TOKEN * PER_PLAN.period_us
     assert a.bucket().take(30, NOW_US)
 
@@ -111,16 +111,16 @@ def test_a_key_too_long_for_a_peer_is_not_sent() -> None:
 def test_a_peer_that_asks_for_what_no_strict_rule_knows_is_told_that_there_is_nothing() -> None:
     b = Node("b")
     asks = [pb.Ask(key=key_of("x", "nobody", ELSEWHERE), amount=4), pb.Ask(key=key_of("ann"), amount=1)]
-    assert b.purses.receive("a", pb.Payments(asks=asks), b.outbox) == 2
+    assert b.payments.receive("a", pb.Payments(asks=asks), b.outbox) == 2
     assert list(said_by(b.outbox).pays) == [pb.Pay(key=ask.key) for ask in asks]
-    assert b.purses.status().payments_sent == 0
+    assert b.payments.status().payments_sent == 0
 
 
 def test_a_node_that_is_no_member_is_paid_nothing() -> None:
     b = Node("b")
     assert list(b.receive("stranger", ask_for(10)).pays) == [pb.Pay(key=KEY)]
     assert b.bucket().remaining == 50
-    assert b.purses.refused == 1
+    assert b.payments.refused == 1
 
 
 def test_a_payment_of_more_than_the_payer_can_have_counts_as_what_was_asked_for() -> None:
@@ -129,7 +129,7 @@ def test_a_payment_of_more_than_the_payer_can_have_counts_as_what_was_asked_for(
     b.asks("a")
     b.receive("a", pb.Payments(pays=[pb.Pay(key=KEY, amount=2**62)]))
     assert b.bucket().remaining <= 50
-    assert b.purses.refused == 1
+    assert b.payments.refused == 1
 
 
 @pytest.mark.parametrize("key", [b"\x09", b""], ids=["no bucket's name", "empty"])
@@ -141,18 +141,18 @@ def test_an_ask_that_names_no_bucket_is_refused(key: bytes) -> None:
 
 def test_an_ask_before_the_one_before_it_is_answered_is_refused() -> None:
     b = Node("b")
-    b.purses.receive("a", ask_for(1), b.outbox)
+    b.payments.receive("a", ask_for(1), b.outbox)
     with pytest.raises(ProtocolError) as caught:
-        b.purses.receive("a", ask_for(1), b.outbox)
+        b.payments.receive("a", ask_for(1), b.outbox)
     assert caught.value.reason is Reason.UNEXPECTED
 
 
 def test_nothing_is_kept_for_a_peer_that_does_not_read_the_answers() -> None:
     b = Node("b")
     for index in range(MAX_OPEN):
-        b.purses.receive("a", ask_for(1, key_of(f"{index}", "plan")), b.outbox)
+        b.payments.receive("a", ask_for(1, key_of(f"{index}", "plan")), b.outbox)
     with pytest.raises(ProtocolError) as caught:
-        b.purses.receive("a", ask_for(1), b.outbox)
+        b.payments.receive("a", ask_for(1), b.outbox)
     assert caught.value.reason is Reason.UNEXPECTED
     assert len(b.ledger) == MAX_OPEN
 
@@ -166,19 +166,19 @@ def test_more_than_a_frame_may_have_is_not_even_looked_at() -> None:
 
 
 def test_the_membership_is_shown_as_it_is_configured() -> None:
-    assert Node().purses.membership == Shown(1, PAIR.weights)
+    assert Node().payments.membership == ShownMembership(1, PAIR.weights)
 
 
 def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
     node = Node(started_us=NOW_US)
-    assert node.purses.status() == MembershipStatus(
+    assert node.payments.status() == MembershipStatus(
         epoch=1, home_share=0.0, settled=False, conflicts=(), buckets=0, payments_sent=0, payments_received=0
     )
-    node.purses.receive_shown("b", Shown(1, PAIR.weights))
-    assert not node.purses.status().settled
+    node.payments.receive_shown("b", ShownMembership(1, PAIR.weights))
+    assert not node.payments.status().settled
     node.strict_us += HOLD_US
     node.bucket()
-    assert node.purses.status() == MembershipStatus(
+    assert node.payments.status() == MembershipStatus(
         epoch=1, home_share=0.5, settled=True, conflicts=(), buckets=1, payments_sent=0, payments_received=0
     )
 
@@ -186,22 +186,22 @@ def test_the_status_shows_the_home_share_and_whether_it_is_settled() -> None:
 def test_a_peer_with_other_members_is_a_conflict_until_it_shows_the_same_or_is_forgotten() -> None:
     node = Node()
     for end in (
-        lambda: node.purses.receive_shown("b", Shown(1, PAIR.weights)),
-        lambda: node.purses.receive_shown("b", None),
+        lambda: node.payments.receive_shown("b", ShownMembership(1, PAIR.weights)),
+        lambda: node.payments.receive_shown("b", None),
     ):
-        node.purses.receive_shown("b", Shown(1, {"a": 1, "b": 3}))
-        assert (node.purses.status().conflicts, node.purses.status().home_share) == (("b",), 0.25)
+        node.payments.receive_shown("b", ShownMembership(1, {"a": 1, "b": 3}))
+        assert (node.payments.status().conflicts, node.payments.status().home_share) == (("b",), 0.25)
         end()
-        assert (node.purses.status().conflicts, node.purses.status().home_share) == ((), 0.5)
+        assert (node.payments.status().conflicts, node.payments.status().home_share) == ((), 0.5)
 
 
 def test_a_member_that_comes_back_without_a_membership_no_longer_counts_as_having_shown_it() -> None:
     shares = Shares(Membership(2, PAIR.weights, {"a": 1, "b": 2}), "a", NOW_US - 2 * SIT_OUT_US)
-    purses = Purses(Ledger(shares, Origin("a", 1), RULES.strict_limit_of_key), lambda: NOW_US)
-    shares.receive("b", purses.membership, NOW_US - SIT_OUT_US)
-    assert purses.status().settled
-    purses.receive_shown("b", None)
-    status = purses.status()
+    payments = PaymentExchange(Ledger(shares, Origin("a", 1), RULES.strict_limit_of_key), lambda: NOW_US)
+    shares.receive("b", payments.membership, NOW_US - SIT_OUT_US)
+    assert payments.status().settled
+    payments.receive_shown("b", None)
+    status = payments.status()
     assert (status.settled, status.home_share) == (False, pytest.approx(1 / 3))
 
 
@@ -232,10 +232,10 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
     assert a.asks().wishes
     a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
     a.strict_us += TICKET_US
-    a.purses.check_time(a.outbox)
+    a.payments.check_time(a.outbox)
     assert a.outbox.wished
     a.strict_us += 1
-    a.purses.check_time(a.outbox)
+    a.payments.check_time(a.outbox)
     assert not a.outbox.wished
     assert list(a.receive("b", pb.Payments(tickets=[pb.Ticket(number=1, tokens=1)])).returns) == [
         pb.Return(number=1, amount=TOKEN)
@@ -247,7 +247,7 @@ def test_wishes_end_with_their_stream() -> None:
     a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
     a.wait()
     assert a.asks().wishes
-    a.purses.closed(a.outbox)
+    a.payments.closed(a.outbox)
     assert a.ledger.queues.by_key[KEY]._all_wished == 0
     assert not a.bucket().wishes
 
@@ -298,22 +298,22 @@ def test_wishes_must_be_numbered_upwards() -> None:
 def test_a_wish_for_what_no_strict_rule_knows_or_of_no_member_gets_nothing() -> None:
     b = Node("b")
     wish = pb.Wish(number=1, key=key_of("x", "nobody", ELSEWHERE), tokens=1)
-    assert b.purses.receive("a", pb.Payments(wishes=[wish]), b.outbox) == 1
+    assert b.payments.receive("a", pb.Payments(wishes=[wish]), b.outbox) == 1
     assert list(said_by(b.outbox).tickets) == [pb.Ticket(number=1)]
     assert not b.receive("stranger", pb.Payments(wishes=[pb.Wish(number=2, key=KEY, tokens=1)])).tickets
-    assert (b.purses.refused, b.bucket().remaining) == (1, 50)
+    assert (b.payments.refused, b.bucket().remaining) == (1, 50)
 
 
 def test_no_tickets_are_kept_for_a_peer_that_does_not_read_them() -> None:
     b = Node("b")
     for number in range(2 * MAX_OPEN):
-        b.purses.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.outbox)
+        b.payments.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.outbox)
     assert len(b.outbox.tickets) == MAX_OPEN
 
 
 def test_what_is_returned_on_another_stream_frees_nothing() -> None:
     b = Node("b")
     b.receive("a", pb.Payments(wishes=[pb.Wish(number=1, key=KEY, tokens=5)]))
-    other = b.purses.new_outbox()
-    b.purses.receive("c", pb.Payments(returns=[pb.Return(number=1, amount=5 * TOKEN)]), other)
+    other = b.payments.new_outbox()
+    b.payments.receive("c", pb.Payments(returns=[pb.Return(number=1, amount=5 * TOKEN)]), other)
     assert b.bucket().aside == 5 * TOKEN

@@ -30,7 +30,7 @@ from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_
 from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, Purses
+from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
@@ -90,9 +90,9 @@ class Strict(Replicator):
     def __init__(self, name: str) -> None:
         self.strict_us = NOW_US
         self.ledger = ledger_of(name, PAIR, NOW_US - 2 * SIT_OUT_US)
-        purses = Purses(self.ledger, lambda: self.strict_us)
-        local = node(name, membership=purses.membership)
-        super().__init__(local, store_of(local), NOW_US, purses=purses)
+        payments = PaymentExchange(self.ledger, lambda: self.strict_us)
+        local = node(name, membership=payments.membership)
+        super().__init__(local, store_of(local), NOW_US, payments=payments)
 
     def plan(self, value: str = "gold") -> StrictBucket:
         return self.ledger.bucket(key_of(value, "plan"), PER_PLAN, self.strict_us)
@@ -645,7 +645,7 @@ def test_a_member_in_want_is_paid_by_another_one() -> None:
     a.use_up()
     a.say()
     exchange(one, other)
-    assert (a.purses and a.purses.received, b.purses and b.purses.paid) == (1, 1)
+    assert (a.payments and a.payments.received, b.payments and b.payments.paid) == (1, 1)
     assert a.plan().remaining > 20
 
 
@@ -714,15 +714,15 @@ def test_a_peer_that_cannot_pay_is_not_asked_and_hears_what_is_eventual(fields: 
 @pytest.mark.interpreted
 def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     a = Strict("a")
-    assert a.purses is not None
+    assert a.payments is not None
     receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
-    assert a.purses.status().conflicts == ("c",)
+    assert a.payments.status().conflicts == ("c",)
     a.connections.forget(NOW_US)
-    assert a.purses.status().conflicts == ("c",)
+    assert a.payments.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
     a.connections.forget(NOW_US)
-    assert a.purses.status().conflicts == ()
+    assert a.payments.status().conflicts == ()
 
 
 @pytest.mark.interpreted
@@ -758,8 +758,8 @@ def test_what_is_paid_on_a_stream_that_has_closed_at_the_receiver_does_not_count
     a.strict_us += 100_000
     a.say()
     exchange(second, second_at_b)
-    assert a.purses is not None
-    assert a.purses.received == 1
+    assert a.payments is not None
+    assert a.payments.received == 1
 
 
 @pytest.mark.interpreted

@@ -9,7 +9,7 @@ import pytest
 from replication.builders import NOW_US, SECOND_US, frame, kind_of, node
 
 from ratelimit_sidecar.config import sidecar_schema as config
-from ratelimit_sidecar.crdt.shares import Shown
+from ratelimit_sidecar.crdt.shares import ShownMembership
 from ratelimit_sidecar.replication.acks import ACK_DELAY_US, MAX_ACKS_OWED
 from ratelimit_sidecar.replication.pings import CLOCK_SAMPLES, PING_EVERY_US
 from ratelimit_sidecar.replication.session import (
@@ -41,7 +41,7 @@ from ratelimit_sidecar.replication.wire import (
     read_reaches,
 )
 
-MEMBERSHIP = Shown(3, {"a": 2, "b": 1})
+MEMBERSHIP = ShownMembership(3, {"a": 2, "b": 1})
 
 
 def hello(**fields: object) -> bytes:
@@ -122,7 +122,7 @@ def test_a_node_with_strict_limits_shows_its_membership() -> None:
 def test_a_peer_that_has_strict_limits_is_heard_to_have_its_membership() -> None:
     event = new_session().receive(hello(membership=membership(4, b=1, c=0)), NOW_US)
     assert isinstance(event, Established)
-    assert event.membership == Shown(4, {"b": 1, "c": 0})
+    assert event.membership == ShownMembership(4, {"b": 1, "c": 0})
 
 
 def test_a_peer_without_strict_limits_shows_no_membership() -> None:

@@ -172,6 +172,6 @@ def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_
         cluster.run(3 * SECOND_US)
         assert cluster[name].ledger.shares.part(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
     for each in cluster:
-        status = each.purses.status()
+        status = each.payments.status()
         assert (status.epoch, status.settled, status.conflicts) == (2, True, ())
         assert status.home_share == pytest.approx(new[each.name] / 6)

@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rules_source.loading import BROKEN, LOADED_WITHIN_S, Recorder, rules_of_folder, rules_of_texts
+from rules_source.loading import BROKEN, LOADED_WITHIN_S, Recorder, rules_of, rules_of_folder, rules_of_texts
 from structlog.testing import capture_logs
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_file import load_rules
-from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.rules import RuleNode, Rules
 from ratelimit_sidecar.rules_source import files as module
 from ratelimit_sidecar.rules_source.files import RulesFiles, look_at
 
@@ -135,6 +135,34 @@ async def test_a_folder_that_loses_all_its_files_keeps_its_rules_until_there_are
         assert recorder.in_force == ["one"]
         (folder / "b.yaml").write_text("two")
         assert await recorder.next_load() == ["two"]
+
+
+async def test_a_domain_that_loses_all_its_rules_keeps_them_as_its_file_may_be_half_written(folder: Path) -> None:
+    read = [rules_of("one", "two"), Rules(rules_of("one").domains | {"two": RuleNode()}), rules_of("one")]
+    files = RulesFiles([folder], lambda: read.pop(0), check_seconds=NEVER_S)
+    files.read_first()
+    recorder = Recorder()
+    running = asyncio.create_task(files.run(recorder.reloader))
+    replace_file(folder / "a.yaml", "half written")
+    while recorder.reloader.rejected is None:  # noqa: ASYNC110 (nothing else tells of it)
+        await asyncio.sleep(0.01)
+    (problem,) = recorder.reloader.rejected.problems
+    assert (problem.file, problem.key, problem.found) == (str(folder), "domain two", "no rules any more")
+    # Without the domain it is meant so.
+    replace_file(folder / "a.yaml", "removed")
+    assert await recorder.next_load() == ["one"]
+    running.cancel()
+
+
+async def test_a_domain_that_had_no_rules_from_the_start_keeps_none(folder: Path) -> None:
+    read = [Rules({"two": RuleNode()}), Rules({"two": RuleNode()} | rules_of("one").domains)]
+    files = RulesFiles([folder], lambda: read.pop(0), check_seconds=NEVER_S)
+    files.read_first()
+    recorder = Recorder()
+    running = asyncio.create_task(files.run(recorder.reloader))
+    replace_file(folder / "a.yaml", "more")
+    assert await recorder.next_load() == ["one", "two"]
+    running.cancel()
 
 
 async def test_a_folder_that_was_always_empty_keeps_no_change_of_another_from_being_loaded(

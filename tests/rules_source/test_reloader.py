@@ -15,9 +15,9 @@ from observed import small_limiter
 from rules_source.loading import BROKEN, LOADED_WITHIN_S, NOW_US, Recorder, rules_of, rules_of_texts
 from structlog.testing import capture_logs
 
-from ratelimit_sidecar.collector import MOST_YOUNG, young_objects
 from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.rules_file import load_rules
+from ratelimit_sidecar.cycle_collector import MOST_YOUNG, young_objects
 from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rule, Rules
 from ratelimit_sidecar.rules_source import reloader as reloader_module

@@ -15,7 +15,7 @@ from server.raw_http2 import client_connection
 from server.work_clock import WorkClock
 
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import READ_NS, GrpcProtocol, Shared
+from ratelimit_sidecar.server.grpc_protocol import READ_NS, FrontEndState, GrpcProtocol
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
@@ -30,7 +30,7 @@ READ_AT_ONCE = 2 * QUANTUM_NS // READ_NS
 class Server:
     """Connections of a front end, each with the socket of its client."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: FrontEndState) -> None:
         self._shared = shared
         self.transports: list[asyncio.Transport] = []
         self.clients: list[socket.socket] = []
@@ -64,7 +64,7 @@ class Server:
 @contextlib.asynccontextmanager
 async def serving(turns: Turns) -> AsyncIterator[Server]:
     async with asyncio.TaskGroup() as tasks:
-        server = Server(Shared({}, DEFAULT_LIMITS, tasks, turns))
+        server = Server(FrontEndState({}, DEFAULT_LIMITS, tasks, turns))
         yield server
         for transport, client in zip(server.transports, server.clients, strict=True):
             transport.abort()

@@ -18,10 +18,12 @@ from server.raw_http2 import client_connection
 
 from ratelimit_sidecar.server import http2, session
 from ratelimit_sidecar.server.budget import Budget
+from ratelimit_sidecar.server.events import Call, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.http2 import Call, Connection, Counts, StreamCancelled, StreamData, StreamStarted
+from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2 import Connection
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, RpcError, StreamingMethod
 
 PATH = "/test.Echo/Echo"
 STREAM_PATH = "/test.Echo/Stream"
@@ -60,14 +62,14 @@ class Pair:
     """A client and the server's connection to it, wired together."""
 
     budget: Budget = field(default_factory=lambda: Budget(DEFAULT_LIMITS.held_bytes))
-    counts: Counts = field(default_factory=Counts)
+    counts: FrontEndCounts = field(default_factory=FrontEndCounts)
     limits: dict[str, float] = field(default_factory=dict)
     age_s: float | None = None
     shake_hands: bool = True
 
     def __post_init__(self) -> None:
         self.server = Connection(
-            {PATH.encode(): echo, STREAM_PATH.encode(): Streaming(echo_stream)},
+            {PATH.encode(): echo, STREAM_PATH.encode(): StreamingMethod(echo_stream)},
             replace(DEFAULT_LIMITS, **self.limits),
             self.budget,
             self.counts,

@@ -18,7 +18,7 @@ from young import collected_when_told
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
-from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, Streaming
+from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, StreamingMethod
 from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, STOP_NS, StreamingCall
 from ratelimit_sidecar.server.turns import QUANTUM_NS
 
@@ -34,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def handlers(handler) -> Handlers:
-    return {PATH: Streaming(handler), UNARY_PATH: echo}
+    return {PATH: StreamingMethod(handler), UNARY_PATH: echo}
 
 
 async def echo_stream(messages, _metadata):

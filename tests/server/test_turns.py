@@ -10,8 +10,8 @@ import pytest
 from server.work_clock import WorkClock
 from young import collected_when_told
 
-from ratelimit_sidecar.server.signals import Signal
-from ratelimit_sidecar.server.turns import QUANTUM_NS, Queue
+from ratelimit_sidecar.server.turn_event import TurnEvent
+from ratelimit_sidecar.server.turns import QUANTUM_NS, StepQueue
 
 
 class Work:
@@ -30,7 +30,7 @@ class Work:
 
         return do
 
-    def join(self, queue: Queue, name: str, steps: int, part: float = 0.25) -> None:
+    def join(self, queue: StepQueue, name: str, steps: int, part: float = 0.25) -> None:
         for _ in range(steps):
             self.turns.join(queue, self.step(name, part))
 
@@ -52,19 +52,19 @@ def work() -> Work:
 
 
 async def test_in_each_turn_of_the_loop_steps_take_one_quantum(work: Work) -> None:
-    work.join(Queue(), "a", 10)
+    work.join(StepQueue(), "a", 10)
     await work.until_done(10)
     assert work.by_turn() == ["aaaa", "aaaa", "aa"]
 
 
 async def test_the_step_that_exceeds_a_quantum_is_the_last_of_its_turn(work: Work) -> None:
-    work.join(Queue(), "a", 3, part=2.5)
+    work.join(StepQueue(), "a", 3, part=2.5)
     await work.until_done(3)
     assert work.by_turn() == ["a", "a", "a"]
 
 
 async def test_queues_take_turns_however_many_steps_each_has(work: Work) -> None:
-    many, few = Queue(), Queue()
+    many, few = StepQueue(), StepQueue()
     work.join(many, "m", 12)
     work.join(few, "f", 5)
     await work.until_done(17)
@@ -73,13 +73,13 @@ async def test_queues_take_turns_however_many_steps_each_has(work: Work) -> None
 
 async def test_however_many_queues_there_are_all_of_them_have_one_quantum(work: Work) -> None:
     for name in "abcdefghi":
-        work.join(Queue(), name, 1)
+        work.join(StepQueue(), name, 1)
     await work.until_done(9)
     assert work.by_turn() == ["abcd", "efgh", "i"]
 
 
 async def test_a_step_may_add_another_behind_those_that_wait(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
 
     def first() -> None:
         work.step("1")()
@@ -94,7 +94,7 @@ async def test_a_step_may_add_another_behind_those_that_wait(work: Work) -> None
 async def test_a_step_that_fails_holds_nobody_up(work: Work) -> None:
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context["exception"]))
-    failing, other = Queue(), Queue()
+    failing, other = StepQueue(), StepQueue()
 
     def fail() -> None:
         raise ValueError
@@ -109,7 +109,7 @@ async def test_a_step_that_fails_holds_nobody_up(work: Work) -> None:
 
 
 async def test_what_a_step_leaves_to_the_loop_counts_as_far_as_it_is_charged(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
 
     def step() -> None:
         work.step("a", 0)()
@@ -122,7 +122,7 @@ async def test_what_a_step_leaves_to_the_loop_counts_as_far_as_it_is_charged(wor
 
 
 async def test_who_uses_up_a_quantum_at_once_in_one_turn_has_to_wait_for_the_next(work: Work) -> None:
-    queue, other = Queue(), Queue()
+    queue, other = StepQueue(), StepQueue()
     work.turns.note(queue, QUANTUM_NS)
     # That may have been in many turns.
     assert not queue.is_waiting
@@ -137,7 +137,7 @@ async def test_who_uses_up_a_quantum_at_once_in_one_turn_has_to_wait_for_the_nex
 
 
 async def test_who_uses_less_in_each_turn_never_waits(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
     for _ in range(20):
         work.turns.note(queue, QUANTUM_NS - 1)
         assert not queue.is_waiting
@@ -145,7 +145,7 @@ async def test_who_uses_less_in_each_turn_never_waits(work: Work) -> None:
 
 
 async def test_as_long_as_steps_wait_nothing_is_done_at_once(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
     work.join(queue, "a", 2, part=1)
     assert queue.is_waiting
     await work.until_done(1)
@@ -158,7 +158,7 @@ async def test_as_long_as_steps_wait_nothing_is_done_at_once(work: Work) -> None
 
 
 async def test_who_comes_just_after_the_last_step_is_next(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
     work.join(queue, "a", 1)
     await work.until_done(1)
     work.join(queue, "b", 1)
@@ -170,7 +170,7 @@ async def test_who_comes_just_after_the_last_step_is_next(work: Work) -> None:
 
 
 async def test_who_is_to_be_told_is_told_once_when_a_queue_begins_to_wait(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
     queue.on_waiting.add(work.step("told", 0))
     queue.on_waiting.add(lambda: work.join(queue, "joins", 1))
     work.join(queue, "a", 3)
@@ -183,10 +183,10 @@ async def test_who_is_to_be_told_is_told_once_when_a_queue_begins_to_wait(work: 
 
 
 async def test_tasks_go_on_within_the_quantum_of_their_turn(work: Work) -> None:
-    queue = Queue()
+    queue = StepQueue()
 
     async def run(name: str) -> None:
-        signal = Signal(work.turns, queue)
+        signal = TurnEvent(work.turns, queue)
         for _ in range(3):
             await signal.turn()
             work.step(name)()
@@ -198,7 +198,7 @@ async def test_tasks_go_on_within_the_quantum_of_their_turn(work: Work) -> None:
 
 
 async def test_a_signal_wakes_its_task_once_however_often_it_is_set(work: Work) -> None:
-    signal = Signal(work.turns, Queue())
+    signal = TurnEvent(work.turns, StepQueue())
     # Before it waits, too.
     signal.set()
     wakes = 0
@@ -221,8 +221,8 @@ async def test_a_signal_wakes_its_task_once_however_often_it_is_set(work: Work) 
 
 @pytest.mark.parametrize("is_set", [False, True])
 async def test_a_task_that_waits_can_be_cancelled_and_others_go_on(work: Work, is_set: bool) -> None:
-    queue = Queue()
-    signal, other = Signal(work.turns, queue), Signal(work.turns, queue)
+    queue = StepQueue()
+    signal, other = TurnEvent(work.turns, queue), TurnEvent(work.turns, queue)
     waiting, going_on = asyncio.create_task(signal.wait()), asyncio.create_task(other.wait())
     await asyncio.sleep(0)
     if is_set:
@@ -246,7 +246,7 @@ async def test_a_task_that_waits_can_be_cancelled_and_others_go_on(work: Work, i
 async def test_a_task_that_is_cancelled_while_it_waits_leaves_nothing_to_the_cycle_collector(work: Work) -> None:
     with collected_when_told():
         before = [found for found in gc.get_objects() if isinstance(found, asyncio.Future)]
-        tasks = [asyncio.create_task(Signal(work.turns, Queue()).wait()) for _ in range(10)]
+        tasks = [asyncio.create_task(TurnEvent(work.turns, StepQueue()).wait()) for _ in range(10)]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()

@@ -27,7 +27,9 @@ from ratelimit_sidecar.telemetry import reference
 from ratelimit_sidecar.telemetry.export import SpanCounts
 from ratelimit_sidecar.telemetry.exposition import SLICE_SAMPLES, Exposition
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, SidecarCollector, create_registry
+from ratelimit_sidecar.telemetry.metric_registry import SidecarCollector, create_registry
+from ratelimit_sidecar.telemetry.metric_sources import MetricSources
+from ratelimit_sidecar.telemetry.metrics import METRICS
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 

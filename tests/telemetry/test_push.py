@@ -29,7 +29,9 @@ from ratelimit_sidecar.demo.processes import Children
 from ratelimit_sidecar.telemetry import push as pushing
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
-from ratelimit_sidecar.telemetry.metrics import METRICS, MetricSources, create_registry
+from ratelimit_sidecar.telemetry.metric_registry import create_registry
+from ratelimit_sidecar.telemetry.metric_sources import MetricSources
+from ratelimit_sidecar.telemetry.metrics import METRICS
 from ratelimit_sidecar.telemetry.push import start_push
 
 

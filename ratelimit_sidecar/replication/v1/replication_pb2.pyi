@@ -77,7 +77,7 @@ class Member(_message.Message):
     def __init__(self, node: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Deltas(_message.Message):
-    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace", "acknowledged", "ack_delay_ms")
+    __slots__ = ("sequence", "origins", "buckets", "ends_full_state", "trace", "acknowledged", "ack_delay_ms", "overtaken")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     BUCKETS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class Deltas(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     ACK_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    OVERTAKEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     origins: _containers.RepeatedCompositeFieldContainer[Origin]
     buckets: _containers.RepeatedCompositeFieldContainer[BucketDelta]
@@ -92,7 +93,8 @@ class Deltas(_message.Message):
     trace: bytes
     acknowledged: int
     ack_delay_ms: int
-    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ..., acknowledged: _Optional[int] = ..., ack_delay_ms: _Optional[int] = ...) -> None: ...
+    overtaken: bool
+    def __init__(self, sequence: _Optional[int] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[BucketDelta, _Mapping]]] = ..., ends_full_state: _Optional[bool] = ..., trace: _Optional[bytes] = ..., acknowledged: _Optional[int] = ..., ack_delay_ms: _Optional[int] = ..., overtaken: _Optional[bool] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("node", "incarnation")

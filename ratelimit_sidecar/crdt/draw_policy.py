@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from ratelimit_sidecar.crdt.granted import GRANT_US, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.paying import PACE_SHIFT, RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import PACE_SHIFT, RECENT_US
 from ratelimit_sidecar.crdt.shares import TOKEN
 
 SOON_US: Final = 200_000
@@ -27,7 +27,7 @@ MOST_PACE_US: Final = 1_000_000
 """An account that had too little is asked again when 1/64 of the limit has refilled, or after this."""
 
 
-def needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
+def draw_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
     """What the bucket needs of its account; None when there is no need to call. The caller has advanced the bucket."""
     target = -(-bucket.demand * SOON_US // (1_000_000 * TOKEN))
     if now_us - bucket.denied_us < RECENT_US:

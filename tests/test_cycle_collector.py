@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 from ratelimit_sidecar.app import GC_THRESHOLDS
-from ratelimit_sidecar.collector import MOST_YOUNG
+from ratelimit_sidecar.cycle_collector import MOST_YOUNG
 
 KEYS_A_SECOND = 20_000
 OBJECTS_OF_KEY = 18

@@ -20,7 +20,7 @@ from typing import BinaryIO, Final
 import structlog
 
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
-from ratelimit_sidecar.persistence.snapshot import (
+from ratelimit_sidecar.persistence.snapshot_format import (
     BadSnapshot,
     RestoreTarget,
     SnapshotInfo,
@@ -30,18 +30,13 @@ from ratelimit_sidecar.persistence.snapshot import (
     restore,
     snapshot,
 )
+from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, PIECE_SECONDS, TimeSlice
 
 NEW: Final = ".new"
 """Added to the file's name while it is being written."""
 ASIDE: Final = ".unreadable"
 """Added to the name of a file that cannot be used."""
 LOCK: Final = ".lock"
-
-PIECE_SECONDS: Final = 0.000_3
-"""How long the loop works on a snapshot at a time: about 25 buckets."""
-
-LOOP_SHARE: Final = 0.05
-"""The largest part of the loop's time for a snapshot. One of a million buckets takes some minutes then."""
 
 WRITE_BYTES: Final = 256 * 1_024
 
@@ -74,7 +69,7 @@ class SnapshotStatus:
     degraded_reason: str = ""
 
 
-class Snapshots:
+class SnapshotFile:
     """Writes the snapshots of one store to a file, and reads them. Call `lock` and `load` before `run`, and `save` at
     the end.
 
@@ -120,8 +115,8 @@ class Snapshots:
     async def load(self) -> None:
         """Join the snapshot in the file, in pieces, between which requests are answered.
 
-        If that fails for whatever reason, the file is renamed, so that the next snapshot, which has less, does not
-        replace it.
+        A record that is bad is left out. If that happens, or all of it fails for whatever reason, the file is renamed,
+        so that the next snapshot, which has less, does not replace it.
         """
         try:
             await self._load()
@@ -139,15 +134,22 @@ class Snapshots:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        entries = 0
+        entries = bad_records = 0
+        why_bad = ""
         to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         with file:
             records = records_again(file)
             while (record := await asyncio.to_thread(next, records, None)) is not None:
-                entries += await _in_turns(restore(*record, to, self._now_us()))
+                try:
+                    entries += await _in_turns(restore(*record, to, self._now_us()))
+                except BadSnapshot as error:
+                    bad_records += 1
+                    why_bad = why_bad or str(error)
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
-        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries)
+        _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
+        if bad_records:
+            await self._set_aside(f"the snapshot {why_bad}")
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""
@@ -224,20 +226,6 @@ class Snapshots:
         if degraded_reason != self.status.degraded_reason:
             self.status.degraded_reason = degraded_reason
             _log.error(event, file=str(self._path), reason=degraded_reason)
-
-
-class TimeSlice:
-    """Long work on the event loop calls `rest_when_due` after each small step, so that other tasks run after each
-    `PIECE_SECONDS`.
-    """
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    async def rest_when_due(self) -> None:
-        if time.perf_counter() - self._began >= PIECE_SECONDS:
-            await asyncio.sleep(0)
-            self._began = time.perf_counter()
 
 
 async def _in_turns(pieces: Iterator[int]) -> int:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
-from ratelimit_sidecar.server.turns import Queue, Turns
+from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 
-class Signal:
-    """As asyncio.Event, but for one task, which resumes in a turn of its queue."""
+class TurnEvent:
+    """As asyncio.Event, but for one task, which resumes in a turn of its queue (see `turns`)."""
 
-    def __init__(self, turns: Turns, queue: Queue) -> None:
+    def __init__(self, turns: Turns, queue: StepQueue) -> None:
         self._turns = turns
         self._queue = queue
         self._waiter: _Waiter | None = None

@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric import accounts
 from ratelimit_sidecar.fabric.link import Link
-from ratelimit_sidecar.fabric.purses import SWEPT_BUCKETS, RegionalPurses
+from ratelimit_sidecar.fabric.regional_member import SWEPT_BUCKETS, RegionalMember
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 
 pytestmark = needs_redis
@@ -32,10 +32,10 @@ class Gateway:
         self.link = Link(connect_to(server))
         shares = Shares(Membership(1, {"east": 1, "west": 1}), "east", 0)
         ledger = GrantLedger(shares, Origin("a", 1), limit_of_key, max_buckets=100)
-        self.purses = RegionalPurses(ledger, connect_to(server), KEYS, lambda: self.now_us)
+        self.member = RegionalMember(ledger, connect_to(server), KEYS, lambda: self.now_us)
 
     async def beat(self) -> None:
-        await self.purses.beat(self.link, self._token)
+        await self.member.beat(self.link, self._token)
 
     async def close(self) -> None:
         await self.link.close()
@@ -55,11 +55,11 @@ async def test_members_count_as_said_when_all_shards_have_heard_of_them(server: 
         gateway.now_us += COUNTED_US - 1
         await gateway.beat()
         gateway.now_us += COUNTED_US - 1
-        assert not gateway.purses.is_settled
+        assert not gateway.member.is_settled
         await client.delete(STRICT)
         await gateway.beat()
         gateway.now_us += COUNTED_US
-        assert gateway.purses.is_settled
+        assert gateway.member.is_settled
     await gateway.close()
 
 
@@ -68,9 +68,9 @@ async def test_who_follows_a_gateway_that_has_just_said_who_the_members_are_wait
     await first.beat()
     await second.beat()
     second.now_us += COUNTED_US - SECOND_US
-    assert not second.purses.is_settled
+    assert not second.member.is_settled
     second.now_us += SECOND_US
-    assert second.purses.is_settled
+    assert second.member.is_settled
     await first.close()
     await second.close()
 
@@ -81,25 +81,25 @@ async def test_a_short_bucket_that_is_none_is_left_out(server: RedisServer) -> N
     async with server.client() as client:
         await client.zadd(SHORT, {"odd": 2**50, "k": 2**50})
     await gateway.beat()
-    assert len(gateway.purses.of_mesh.ledger) == 1
+    assert len(gateway.member.payments.ledger) == 1
     await gateway.close()
 
 
 async def test_buckets_that_are_no_longer_short_are_dropped(server: RedisServer) -> None:
     gateway = Gateway(server)
     await gateway.beat()
-    ledger = gateway.purses.of_mesh.ledger
+    ledger = gateway.member.payments.ledger
     async with server.client() as client:
         await client.zadd(SHORT, {f"k{number}": 2**50 for number in range(accounts.MAX_TOLD)})
         await gateway.beat()
         await client.delete(SHORT)
     assert len(ledger) == accounts.MAX_TOLD
     gateway.now_us += 10 * SECOND_US
-    assert await gateway.purses.drawing.tick()
+    assert await gateway.member.drawing.tick()
     for _ in range(accounts.MAX_TOLD // SWEPT_BUCKETS):
         await gateway.beat()
     assert len(ledger) == 0
-    await gateway.purses.drawing.close()
+    await gateway.member.drawing.close()
     await gateway.close()
 
 
@@ -108,5 +108,5 @@ async def test_without_permission_other_limits_are_shared_all_the_same(server: R
         await client.acl_setuser("default", enabled=True, nopass=True, commands=["-info"])
     gateway = Gateway(server)
     await gateway.beat()
-    assert gateway.purses.is_settled
+    assert gateway.member.is_settled
     await gateway.close()

@@ -34,9 +34,9 @@ class Asked:
     lineage: bytes
 
 
-class Draws:
-    """One sidecar's calls to one shard: build a call with `arguments`, send it once, and pass its answer to `receive`.
-    Do nothing when no answer comes.
+class AccountCalls:
+    """One sidecar's calls to the accounts of one shard: build a call with `arguments`, send it once, and pass its
+    answer to `receive`. Do nothing when no answer comes.
 
     Args:
         region: this sidecar's, as a member of strict limits.

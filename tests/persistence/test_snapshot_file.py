@@ -10,7 +10,8 @@ import pytest
 from persistence.test_snapshot import AFTER, BEFORE, NOW_US, RULES, make_store, take
 
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.persistence.snapshots import Snapshots, StateError
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile, StateError
+from ratelimit_sidecar.persistence.snapshot_format import RECORD_BUCKETS, REPLICATED, SnapshotSize, _record, snapshot
 
 
 def files_in(folder: Path) -> list[tuple[str, int, int]]:
@@ -18,8 +19,8 @@ def files_in(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((path.name, path.stat().st_size, path.stat().st_mode & 0o777) for path in folder.iterdir())
 
 
-def snapshots_of(path: Path, store: Store) -> Snapshots:
-    return Snapshots(path, store, lambda: NOW_US, RULES.local_limit_of_key, 0.01)
+def snapshots_of(path: Path, store: Store) -> SnapshotFile:
+    return SnapshotFile(path, store, lambda: NOW_US, RULES.local_limit_of_key, 0.01)
 
 
 def store_with(*values: str) -> Store:
@@ -62,6 +63,19 @@ async def test_what_is_no_snapshot_is_set_aside_and_the_start_goes_on(tmp_path: 
     assert file.exists()
 
 
+async def test_of_a_record_that_cannot_be_read_the_others_are_restored(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    pieces = snapshot(store_with(*map(str, range(2 * RECORD_BUCKETS))), NOW_US, SnapshotSize())
+    magic, header, first, second, end = filter(None, pieces)
+    assert first[0] == REPLICATED
+    content = b"".join([magic, header, _record(REPLICATED, b"no Deltas"), second, end])
+    file.write_bytes(content)
+    after = make_store(AFTER)
+    await snapshots_of(file, after).load()
+    assert len(after) == RECORD_BUCKETS
+    assert (tmp_path / "state.unreadable").read_bytes() == content
+
+
 async def test_what_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
     file = tmp_path / "state"
     file.mkdir()
@@ -81,7 +95,7 @@ async def test_what_cannot_be_restored_for_a_reason_nobody_foresaw_is_set_aside(
     file = tmp_path / "state"
     await snapshots_of(file, store_with("a", "b")).save()
     content = file.read_bytes()
-    snapshots = Snapshots(file, make_store(AFTER), now_us, RULES.local_limit_of_key, 0.01)
+    snapshots = SnapshotFile(file, make_store(AFTER), now_us, RULES.local_limit_of_key, 0.01)
     await snapshots.load()
     assert (tmp_path / "state.unreadable").read_bytes() == content
     await snapshots.save()
@@ -152,7 +166,7 @@ async def test_run_saves_again_and_again(tmp_path: Path) -> None:
             third.set()
         return NOW_US
 
-    snapshots = Snapshots(tmp_path / "state", store_with("a"), now_us, RULES.local_limit_of_key, 0.01)
+    snapshots = SnapshotFile(tmp_path / "state", store_with("a"), now_us, RULES.local_limit_of_key, 0.01)
     running = asyncio.create_task(snapshots.run())
     await asyncio.wait_for(third.wait(), 10)
     running.cancel()

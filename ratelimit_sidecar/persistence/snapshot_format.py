@@ -3,9 +3,9 @@
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
 The first record is a Header, the last an End, and those between are Deltas of the replication protocol. A node that
-starts joins them as if a peer had sent them, with the same checks, so reading a file twice does no harm. Takes of its
-last life keep their origin, since it has a new one now. Numbers are little-endian; the checksum is of kind, length and
-payload.
+starts joins them as if a peer had sent them, with the same checks, so reading a file twice does no harm; only how much
+a peer may say at once does not matter here. Takes of its last life keep their origin, since it has a new one now.
+Numbers are little-endian; the checksum is of kind, length and payload.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
 from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.parts import in_parts
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -37,7 +38,10 @@ LOCAL: Final = 3
 END: Final = 4
 
 RECORD_BUCKETS: Final = 256
-RECORD_ENTRIES: Final = 4_096
+RECORD_ENTRIES: Final = 768
+"""A record ends with the part of a bucket that reaches one of these. So a version that reads a record as a frame of a
+peer can read it: each entry may be of another origin, of which a frame names 1,024 at most."""
+
 MAX_RECORD_BYTES: Final = 64 * 1_024 * 1_024
 """Far above the records that are written, which the longest keys of 256 buckets bound."""
 
@@ -76,8 +80,8 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
         if not entries and base is None:
             continue
         size.buckets += 1
-        for start in range(0, max(len(entries), 1), RECORD_ENTRIES):
-            writers[kind].add(bucket, base if start == 0 else None, entries[start : start + RECORD_ENTRIES])
+        for part in in_parts(bucket, base, entries):
+            writers[kind].add(bucket, part.base, part.entries)
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
                 yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
@@ -166,19 +170,27 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
         The number of entries joined in the piece.
 
     Raises:
-        BadSnapshot: it breaks the protocol. The entries before that point have been joined.
+        BadSnapshot: it breaks the protocol. The entries before that point have been joined. Other records are as good
+            as before.
     """
     if kind not in (REPLICATED, LOCAL):
         return
-    reader = DeltasReader(to.origin)
+    reader = DeltasReader(to.origin, is_bounded=False)
     local = to.local_limit_of_key if kind == LOCAL else None
+    journal = to.store.journal
     try:
-        for applied in reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local):
+        steps = reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local)
+        journal.is_restoring = True
+        for applied in steps:
             # These counts are for data of peers, not of a snapshot.
-            to.store.journal.refused.clear()
+            journal.refused.clear()
+            journal.is_restoring = False
             yield applied.entries
+            journal.is_restoring = True
     except (DecodeError, ProtocolError) as error:
         raise BadSnapshot(f"has a malformed record: {error}") from error
+    finally:
+        journal.is_restoring = False
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

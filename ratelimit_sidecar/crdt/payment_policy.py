@@ -1,4 +1,4 @@
-"""When and how much a replica asks for and pays, for one strict bucket. Safety does not depend on this file.
+"""Decides when and how much a replica asks for and pays, for one strict bucket. Safety does not depend on it.
 
 A replica asks its peers when it has denied a request lately, or when it has some demand and its level is below three
 quarters of its home. It asks for most of its free room, in proportion to what each peer had left. A replica that is not
@@ -101,8 +101,8 @@ class _Peer:
 
 
 @dataclass(slots=True)
-class Paying:
-    """The policy of one strict bucket: how much to ask each peer for, and how much to pay a peer that asks."""
+class PaymentPolicy:
+    """Decides for one strict bucket how much to ask each peer for, and how much to pay a peer that asks."""
 
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))

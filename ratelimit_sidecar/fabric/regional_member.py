@@ -1,4 +1,4 @@
-"""A gateway's part in strict limits, for the time that it is one: it speaks for the region's accounts on the mesh."""
+"""The region as one member of strict limits: its gateway asks and pays other members for the region's accounts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Shares
+from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT
 from ratelimit_sidecar.fabric.drawing import Drawing
-from ratelimit_sidecar.fabric.draws import members_text
 from ratelimit_sidecar.fabric.link import Call, Link
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.snapshots import TimeSlice
-from ratelimit_sidecar.replication.payments import Purses
+from ratelimit_sidecar.persistence.time_slice import TimeSlice
+from ratelimit_sidecar.replication.payments import PaymentExchange
 
 SWEPT_FIELDS: Final = 64
 """Fields of a shard's accounts that are looked at in a beat: 0.1 ms of the server."""
@@ -31,8 +31,9 @@ SWEPT_BUCKETS: Final = 16
 """Buckets of the gateway's own ledger that are swept in a beat."""
 
 
-class RegionalPurses:
-    """Call `beat` at each tick, and run `drawing`. The mesh begins when `is_settled`.
+class RegionalMember:
+    """The member of strict limits that a region is, for one turn of a sidecar as its gateway. Call `beat` at each tick,
+    and run `drawing`. The mesh, which is to have `payments`, begins when `is_settled`.
 
     Args:
         ledger: of this sidecar. Its shares say what member the region is, and it which limit a key has.
@@ -51,7 +52,7 @@ class RegionalPurses:
         self._ledger = RegionalLedger(
             self._shares, self.origin, self._limit_of_key, max_buckets=most, rule_key=rule_key
         )
-        self.of_mesh = Purses(self._ledger, strict_us)
+        self.payments = PaymentExchange(self._ledger, strict_us)
         self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=regional_needs)
         self._cursors = ["0" for _ in keys.shards]
         """Where the search for accounts that can be dropped goes on, by shard."""
