@@ -32,7 +32,9 @@ from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
 SLICE_BYTES: Final = 4_096
-"""The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes."""
+"""The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes, or 150
+KeyUpdate records of TLS, which take OpenSSL 2 ms.
+"""
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
@@ -149,7 +151,7 @@ class GrpcProtocol:
     def _take(self, data: bytes) -> None:
         if self._tls is None and len(data) <= SLICE_BYTES:
             events = self._connection.receive(data)
-            if len(events) > 1:
+            if len(events) > 1 or self._connection.has_more:
                 self._events = events
                 self._take_slices()
             else:
@@ -240,8 +242,10 @@ class GrpcProtocol:
 
     def _is_behind(self) -> bool:
         """True if some received bytes or events are not handled yet."""
+        if self._rest is not None or self._handled < len(self._events) or self._connection.has_more:
+            return True
         tls = self._tls
-        return self._rest is not None or self._handled < len(self._events) or (tls is not None and tls.has_more)
+        return tls is not None and tls.has_more
 
     def _forget_unhandled(self) -> None:
         self._rest = None
@@ -276,8 +280,13 @@ class GrpcProtocol:
                     self._stand_in_line()
                 return
             tls = self._tls
-            data = self._take_rest() if tls is None else self._decrypt(tls)
-            if data:
+            if self._connection.has_more:
+                data: bytes | memoryview = b""
+            elif tls is None:
+                data = self._take_rest()
+            else:
+                data = self._decrypt(tls)
+            if data or self._connection.has_more:
                 self._events = self._connection.receive(data)
                 self._handled = 0
         if not self._is_behind():
