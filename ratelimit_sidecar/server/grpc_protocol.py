@@ -46,6 +46,11 @@ MAX_WRITE_BUFFER_BYTES: Final = 262_144
 READ_NS: Final = 10_000
 """The estimated time of a read without the handling of its bytes: the system calls, and asyncio's part."""
 
+LARGE_READ_NS: Final = 50_000
+"""The estimated time of a read of all that asyncio takes at once, 256 KiB: so much may have come while a connection
+waited.
+"""
+
 _perf_counter_ns: Final = time.perf_counter_ns
 
 
@@ -336,7 +341,7 @@ class GrpcProtocol:
             if self._is_behind():
                 self._take_slices()
             self._resume_reading()
-            self._turns.charge(READ_NS)
+            self._turns.charge(LARGE_READ_NS)
         except Exception as failure:
             # Others wait for their turns.
             self._shared.failures.status_of("bytes of a client", failure)
