@@ -99,16 +99,16 @@ async def measure(folder: Path, rules: int, reloads: int) -> Growth:
         await sidecar._console.ready.wait()
         admin = sidecar._console.address
         for step in range(reloads):
-            sidecar._clock.ahead_us += STEP_US  # type: ignore[attr-defined]
+            sidecar.clock.ahead_us += STEP_US  # type: ignore[attr-defined]
             await _use(sidecar, f"unix:{folder}/grpc", admin, step)
             file.write_text(WRONG_RULES[step % len(WRONG_RULES)])
-            assert await sidecar._reloader.load(partial(load_rules, [file])) is not None
+            assert await sidecar.reloader.load(partial(load_rules, [file])) is not None
             file.write_text(rules_text(rules, step + 1))
-            assert await sidecar._reloader.load(partial(load_rules, [file])) is None
+            assert await sidecar.reloader.load(partial(load_rules, [file])) is None
             growth.resident_mb.append(resident_mb())
             if step % SHOWN_EVERY == 0 or step == reloads - 1:
                 click.echo(
-                    f"{step + 1:4} reloads: {growth.resident_mb[-1]:6.1f} MB, {len(sidecar._limiter.store):6} buckets"
+                    f"{step + 1:4} reloads: {growth.resident_mb[-1]:6.1f} MB, {len(sidecar.limiter.store):6} buckets"
                 )
         gc.unfreeze()
         gc.set_debug(gc.DEBUG_SAVEALL)
@@ -122,7 +122,7 @@ async def measure(folder: Path, rules: int, reloads: int) -> Growth:
 
 
 async def _use(sidecar: Any, grpc_address: str, admin: str, step: int) -> None:
-    limiter, now_us = sidecar._limiter, sidecar._clock.now_us()
+    limiter, now_us = sidecar.limiter, sidecar.clock.now_us()
     for number in range(KEYS):
         limiter.decide(_request(f"user-{step}-{number}"), now_us)
         if not number % 100:

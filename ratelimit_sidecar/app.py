@@ -112,7 +112,12 @@ ready. A million buckets take half a minute.
 
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
-something hangs; Kubernetes kills it after 30.
+something hangs.
+"""
+
+SNAPSHOT_BUCKET_SECONDS = 0.000_1
+"""The longest time of a bucket in the last snapshot, besides `STOP_SECONDS`: it takes 12 to 21 us of a core, of which a
+container may have a fifth. A million have 100 s; `terminationGracePeriodSeconds` has to leave as much.
 """
 
 SLEW_SECONDS = 1.0
@@ -159,8 +164,10 @@ class Sidecar:
         self._config = config
         self._log = log
         self._source, rules, source_name = _rules_source(config)
-        self._clock = Clock()
+        self.clock = Clock()
         self._stop = asyncio.Event()
+        self._last: threading.Timer | None = None
+        """Ends the process when a stop takes too long."""
         self._joined = False
         self._restoring: asyncio.Task[None] | None = None
         self._supervisor = Supervisor()
@@ -168,39 +175,39 @@ class Sidecar:
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit()
         self._tracing = start_tracing(config.node.id, config.node.region)
-        self._limiter = _make_limiter(config, rules, self._clock.now_us())
-        self._fullest = FullestBuckets(self._limiter.store)
-        self._reloader = Reloader(
-            self._use_rules, self._clock.now_us, source_name, loaded=rules if config.xds is None else None
+        self.limiter = _make_limiter(config, rules, self.clock.now_us())
+        self._fullest = FullestBuckets(self.limiter.store)
+        self.reloader = Reloader(
+            self._use_rules, self.clock.now_us, source_name, loaded=rules if config.xds is None else None
         )
         waits_for_rules = config.xds is not None and config.xds.before_rules == "error"
-        quotas = Quotas(self._limiter, self._strict_us(), self._clock.now_us)
+        quotas = Quotas(self.limiter, self._strict_us(), self.clock.now_us)
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
         self._mesh = self._make_mesh(file_limits.mesh)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _make_persistence(
             config.persistence,
-            self._limiter.store,
-            self._clock.now_us,
+            self.limiter.store,
+            self.clock.now_us,
             self._local_limit_of_key,
             self._tracing.tracer,
         )
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
         self._purses: PurseFile | None = None
-        if config.persistence is not None and config.persistence.file is not None and self._limiter.ledger is not None:
-            self._purses = PurseFile(config.persistence.file, self._limiter.ledger)
+        if config.persistence is not None and config.persistence.file is not None and self.limiter.ledger is not None:
+            self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
         self._service = RateLimitService(
-            self._limiter,
-            self._clock.now_us,
+            self.limiter,
+            self.clock.now_us,
             self._latency,
             self._tracing.tracer,
             waits_for_rules=waits_for_rules,
-            waits=None if self._limiter.ledger is None else Waits(self._limiter.ledger.queues, self._strict_us),
+            waits=None if self.limiter.ledger is None else Waits(self.limiter.ledger.queues, self._strict_us),
         )
-        ext_authz = ExtAuthzService(self._service, lambda: self._limiter.rules)
+        ext_authz = ExtAuthzService(self._service, lambda: self.limiter.rules)
         services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
         if config.fabric is None:
             # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
@@ -230,15 +237,15 @@ class Sidecar:
             )
 
     def _make_mesh(self, max_connections: int) -> Mesh:
-        config, ledger = self._config, self._limiter.ledger
+        config, ledger = self._config, self.limiter.ledger
         # On a fabric the gateway alone has streams, of a mesh of its own.
         has_streams = config.fabric is None
         return Mesh(
-            origin=self._limiter.store.origin,
+            origin=self.limiter.store.origin,
             region=config.node.region,
             version=__version__,
-            store=self._limiter.store,
-            now_us=self._clock.now_us,
+            store=self.limiter.store,
+            now_us=self.clock.now_us,
             steady_us=self._strict_us,
             peers=config.sync.peers if has_streams else (),
             listen=config.listen.sync if has_streams else None,
@@ -259,11 +266,11 @@ class Sidecar:
         fabric = Fabric(
             partial(connect, config),
             FabricKeys(config.prefix, shard_tags()) if config.cluster else FabricKeys(config.prefix),
-            self._limiter.store,
-            self._clock.now_us,
+            self.limiter.store,
+            self.clock.now_us,
             region=self._config.node.region,
             mesh_of=partial(self._make_gateway, max_connections=max_connections),
-            ledger=self._limiter.ledger if isinstance(self._limiter.ledger, GrantLedger) else None,
+            ledger=self.limiter.ledger if isinstance(self.limiter.ledger, GrantLedger) else None,
             strict_us=self._strict_us,
         )
         self._mesh.read_changes(fabric.note)
@@ -276,7 +283,7 @@ class Sidecar:
             region=self._config.node.region,
             version=__version__,
             store=store,
-            now_us=self._clock.now_us,
+            now_us=self.clock.now_us,
             steady_us=self._strict_us,
             peers=sync.peers,
             listen=self._config.listen.sync,
@@ -286,7 +293,7 @@ class Sidecar:
             supervisor=self._supervisor,
             max_connections=max_connections,
         )
-        mesh.use_rules(self._limiter.rules.digest)
+        mesh.use_rules(self.limiter.rules.digest)
         return mesh
 
     def _peers(self) -> list[PeerStatus]:
@@ -306,16 +313,16 @@ class Sidecar:
             MetricSources(
                 node=self._config.node.id,
                 region=self._config.node.region,
-                limiter=self._limiter,
+                limiter=self.limiter,
                 latency=self._latency,
                 peers=self._peers,
                 request_errors=self._service.errors,
                 ext_authz_unlimited=ext_authz.unlimited,
                 replication=self._mesh,
-                rules=self._reloader,
+                rules=self.reloader,
                 membership=self._membership_status,
                 loop=self._stalls,
-                clock=self._clock,
+                clock=self.clock,
                 front_end=self._h2,
                 listener_certificate=certificate,
                 state=None if self._snapshots is None else self._snapshots.status,
@@ -328,7 +335,7 @@ class Sidecar:
                 spans=self._tracing.counts,
                 quotas=self._quotas.quotas,
                 quota_places=self._quotas.places,
-                waits=None if self._limiter.ledger is None else self._limiter.ledger.queues,
+                waits=None if self.limiter.ledger is None else self.limiter.ledger.queues,
             )
         )
 
@@ -338,14 +345,14 @@ class Sidecar:
             console.ConsoleSources(
                 node=self._config.node.id,
                 region=self._config.node.region,
-                limiter=self._limiter,
+                limiter=self.limiter,
                 registry=registry,
                 peers=self._peers,
                 membership=self._membership_status,
                 missing=self.missing,
                 degraded=self.degraded,
-                now_us=self._clock.now_us,
-                reloader=self._reloader,
+                now_us=self.clock.now_us,
+                reloader=self.reloader,
                 should_rate_limit=self._service.should_rate_limit,
                 shows_values=listen.admin_shows_values,
                 names=listen.admin_names,
@@ -365,12 +372,12 @@ class Sidecar:
         missing = []
         if not self._front_end.ready.is_set():
             missing.append("the gRPC front end is starting")
-        if self._reloader.has_rules.is_set():
+        if self.reloader.has_rules.is_set():
             if self._restoring is not None and not self._restoring.done():
                 missing.append("the state is being read")
             if not self._joined:
                 missing.append("peers have not yet told all they know")
-        if self._config.listen.healthy_with_rules_only and not self._limiter.rules.domains:
+        if self._config.listen.healthy_with_rules_only and not self.limiter.rules.domains:
             missing.append("there are no rules of any domain yet")
         return missing
 
@@ -393,7 +400,7 @@ class Sidecar:
             degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
             degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
-        gap_us = self._clock.gap_us
+        gap_us = self.clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")
         for peer in self._peers():
@@ -449,25 +456,27 @@ class Sidecar:
     async def _drain(self, replicating: asyncio.Task[None], chores: Sequence[asyncio.Task[None]]) -> None:
         """End what `run` has begun: the front end, the mesh, the console and the chores; then keep the state."""
         _log.info("draining")
-        if self._limiter.ledger is not None:
-            self._limiter.ledger.queues.close()
+        if self.limiter.ledger is not None:
+            self.limiter.ledger.queues.close()
         async with asyncio.TaskGroup() as stopping:
             stopping.create_task(self._front_end.stop())
             if self._ext_authz is not None:
                 stopping.create_task(self._ext_authz.stop())
         self._quotas.quotas.charge_all()
         self._mesh.stop()
-        if not self._reloader.has_rules.is_set():
+        if not self.reloader.has_rules.is_set():
             replicating.cancel()
         await asyncio.wait([replicating])
         await self._console.stop()
         is_restored = self._restoring is None or self._restoring.done()
         for chore in chores:
             chore.cancel()
-        if self._snapshots is not None and is_restored:
-            await self._snapshots.save(at_once=True)
+        # They are small, and may not be had from the last snapshot.
         if self._purses is not None:
             await self._purses.keep()
+        if self._snapshots is not None and is_restored:
+            self._end_after(STOP_SECONDS + SNAPSHOT_BUCKET_SECONDS * len(self.limiter.store))
+            await self._snapshots.save(at_once=True)
         if self._fabric is not None:
             await asyncio.wait(chores)
             await self._fabric.save()
@@ -478,7 +487,7 @@ class Sidecar:
 
     def _chores(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """Background tasks, by name; they run until the stop."""
-        yield "rules", lambda: self._source.run(self._reloader)
+        yield "rules", lambda: self._source.run(self.reloader)
         yield "join", self._join
         snapshots = self._snapshots
         if snapshots is not None:
@@ -490,13 +499,13 @@ class Sidecar:
             yield "fabric", self._fabric.run
         yield "slew", self._slew
         yield "stalls", self._stalls.run
-        yield "sweep", lambda: sweep(self._limiter.store, self._clock.now_us, self._limiter)
-        yield "fullest", lambda: look_for_fullest(self._fullest, self._clock.now_us, self._limiter)
+        yield "sweep", lambda: sweep(self.limiter.store, self.clock.now_us, self.limiter)
+        yield "fullest", lambda: look_for_fullest(self._fullest, self.clock.now_us, self.limiter)
         if self._push is not None:
             yield "push_metrics", self._push.run
-        ledger = self._limiter.ledger
+        ledger = self.limiter.ledger
         if ledger is not None:
-            yield "sweep_strict", lambda: sweep(ledger, self._strict_us, self._limiter)
+            yield "sweep_strict", lambda: sweep(ledger, self._strict_us, self.limiter)
 
     async def _open(self) -> None:
         if self._snapshots is not None:
@@ -506,7 +515,7 @@ class Sidecar:
         async with AsyncExitStack() as opened:
             await self._console.start()
             opened.push_async_callback(self._console.stop)
-            if self._reloader.has_rules.is_set():
+            if self.reloader.has_rules.is_set():
                 await self._start_mesh()
             opened.push_async_callback(self._mesh.close)
             persistence = self._snapshots or self._redis
@@ -514,7 +523,7 @@ class Sidecar:
                 opened.push_async_callback(self._redis.close)
             if persistence is not None:
                 self._restoring = asyncio.create_task(self._restore(persistence))
-                if self._reloader.has_rules.is_set():
+                if self.reloader.has_rules.is_set():
                     await asyncio.wait([self._restoring], timeout=RESTORE_SECONDS)
             await self._front_end.start()
             if self._ext_authz is not None:
@@ -529,15 +538,15 @@ class Sidecar:
             raise ListenError(str(self._config.listen.sync), str(error)) from error
 
     async def _replicate(self) -> None:
-        if not self._reloader.has_rules.is_set():
+        if not self.reloader.has_rules.is_set():
             # Peers send their whole state at the start of a stream, and a node keeps only state for which it has rules.
-            await self._mesh.wait(self._reloader.has_rules)
+            await self._mesh.wait(self.reloader.has_rules)
             await self._start_mesh()
         await self._mesh.run()
 
     async def _restore(self, persistence: SnapshotFile | RedisState) -> None:
         # State without a rule would be dropped.
-        await self._reloader.has_rules.wait()
+        await self.reloader.has_rules.wait()
         await persistence.load()
 
     async def _keep(self, snapshots: SnapshotFile) -> None:
@@ -549,7 +558,7 @@ class Sidecar:
     async def _join(self) -> None:
         await self._front_end.ready.wait()
         self._health.changed()
-        await self._reloader.has_rules.wait()
+        await self.reloader.has_rules.wait()
         self._health.changed()
         if self._restoring is not None:
             await asyncio.wait([self._restoring])
@@ -567,18 +576,24 @@ class Sidecar:
             return
         self._stop.set()
         self._health.changed()
-        last = threading.Timer(STOP_SECONDS, self._end_at_once)
-        last.daemon = True
-        last.start()
+        self._end_after(STOP_SECONDS)
 
-    def _end_at_once(self) -> None:
+    def _end_after(self, seconds: float) -> None:
+        """Let the stop take so long from now on, and no longer."""
+        if self._last is not None:
+            self._last.cancel()
+        self._last = threading.Timer(seconds, self._end_at_once, [seconds])
+        self._last.daemon = True
+        self._last.start()
+
+    def _end_at_once(self, seconds: float) -> None:
         """End the process. It runs in a thread, since the loop hangs."""
-        _log.error("stop_took_too_long", after_seconds=STOP_SECONDS)
+        _log.error("stop_took_too_long", after_seconds=seconds)
         self._log.flush()
         os._exit(1)
 
     def _use_rules(self, rules: Rules) -> Retired:
-        retired = self._limiter.use_rules(rules)
+        retired = self.limiter.use_rules(rules)
         self._mesh.use_rules(rules.digest)
         if self._gateway is not None:
             self._gateway.use_rules(rules.digest)
@@ -597,16 +612,16 @@ class Sidecar:
             _log.info("nothing_to_reload", reason="the xDS server sends rules by itself")
 
     def _local_limit_of_key(self, key: bytes) -> AnyLimit | None:
-        return self._limiter.rules.local_limit_of_key(key)
+        return self.limiter.rules.local_limit_of_key(key)
 
     def _strict_us(self) -> int:
         """The clock of strict limits, which never steps."""
-        return self._clock.now_us() - self._limiter.clock_steps_us
+        return self.clock.now_us() - self.limiter.clock_steps_us
 
     async def _slew(self) -> None:
         while True:
             await asyncio.sleep(SLEW_SECONDS)
-            stepped_us = self._clock.slew(self._mesh.clocks_ahead_us())
+            stepped_us = self.clock.slew(self._mesh.clocks_ahead_us())
             if stepped_us:
                 self._note_step(stepped_us)
 
@@ -614,8 +629,8 @@ class Sidecar:
         """Pass on a step of the clock. After a step back the node writes under a new origin, so that its former counts
         cannot fall.
         """
-        store = self._limiter.store
-        self._limiter.clock_steps_us = self._clock.stepped_us
+        store = self.limiter.store
+        self.limiter.clock_steps_us = self.clock.stepped_us
         if stepped_us < 0:
             store.go_back(_new_origin(store.origin.node))
         self._mesh.set_clock(store.origin)
@@ -624,7 +639,7 @@ class Sidecar:
         _log.warning("clock_set", by_seconds=stepped_us / 1e6)
 
     def _log_start(self) -> None:
-        rules = self._limiter.rules
+        rules = self.limiter.rules
         _log.info(
             "started",
             version=__version__,

@@ -18,23 +18,19 @@ D_i(t) is the deficit that region i sees. U_i(t) are the tokens that others have
 
        worst burst <= max U_i(t) + rate * w/2                                                    (undelivered)
 
-4. What can be undelivered. An admission of j is noted within a flush f = 20 ms. It may then wait while M = 32
-   batches are unacknowledged. If flushes come every f, every other batch was sent a flush later at least, so M of them
-   span floor((M - 1) / 2) flushes, and the first is acknowledged a round trip after it was sent. With the one-way delay
-   d, i has heard of the admission after at most
+4. What can be undelivered. An admission of j is noted within a flush f = 20 ms. It may then wait while M = 256
+   batches, or 8,192 buckets, are unacknowledged. M batches take half a second at least, even where flushes come every
+   2 ms, because one bucket after the other gets nearly used up. With the one-way delay d, of up to half of that, and
+   if fewer buckets change within a round trip, i has heard of the admission after at most
 
-       W = d + max(f, 2 * d - (floor((M - 1) / 2) - 1) * f)
+       W = d + f
 
    Within W region j admits at most what it is asked for, `asked_j(W)`, and at most what a bucket of its own would.
    Therefore
 
        U_i <= sum over j != i of min(asked_j(W), capacity + rate * (W + w))                        (bound)
 
-   With 80 ms links W is 100 ms, f + d, and less than 1 ms for the steps in which a batch is written and applied.
-
-   If one bucket of j after the other gets nearly used up, flushes come every 2 ms. Then M batches span 62 ms, and the
-   first is acknowledged with the eighth, so W is d + max(f, 2 * d - 48 ms): 192 ms with 80 ms links. The simulations
-   have no such flushes.
+   With 80 ms links W is 100 ms, and less than 1 ms for the steps in which a batch is written and applied.
 5. A cut of length L makes W as long as L and reconnecting, 8 s at worst. What the other side admitted before the
    horizon is told as its base only, and of two bases the larger counts. So this comes on top until the debt is repaid.
 
@@ -52,7 +48,6 @@ from benchmarks.admission.policies.policy import FLUSH_US
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, MAX_REDIAL_SECONDS
-from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
 from simulation.network import STEP_US
 
 AGAIN_US = int((CONNECT_SECONDS + MAX_REDIAL_SECONDS + CHECK_TIME_SECONDS) * 1_000_000)
@@ -98,11 +93,7 @@ def _unheard(limit: Limit, asked_us: Sequence[int], delays_us: Delays, origin: i
 
 def _delivery_us(delays_us: Delays, origin: int, target: int) -> int:
     """The longest from an admission to its being heard of."""
-    there_us, back_us = delays_us[origin][target], delays_us[target][origin]
-    # It is noted within a flush. Its batch may wait while so many are unacknowledged. When flushes come every FLUSH_US,
-    # every other of them was sent a flush later at least, and the first is acknowledged a round trip after it was sent.
-    wait_us = there_us + back_us - ((MAX_UNACKNOWLEDGED - 1) // 2 - 1) * FLUSH_US
-    return max(FLUSH_US, wait_us) + there_us + STEPS_US
+    return FLUSH_US + delays_us[origin][target] + STEPS_US
 
 
 def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, cut: Cut, side: Set[int]) -> int:

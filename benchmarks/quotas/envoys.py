@@ -174,17 +174,20 @@ class Node:
 
     Args:
         server: in the place of `quotas`.
+        bounds: of `quotas`, by name.
     """
 
     ttl_us = 20 * SECOND_US
 
-    def __init__(self, world: World, rules: Rules, learning_us: int, server: Server | None = None) -> None:
+    def __init__(
+        self, world: World, rules: Rules, learning_us: int, server: Server | None = None, **bounds: int
+    ) -> None:
         # Long in its membership: it has its home share.
         shares = Shares(PAIR, "node", world.now_us - 10 * SECOND_US)
         origin = Origin("node", len(world.nodes) + 1)
         self.ledger = Ledger(shares, origin, rules.strict_limit_of_key)
         self.limiter = Limiter(rules, origin, ledger=self.ledger)
-        self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us)
+        self.quotas = Quotas(self.limiter, world.now_us, lambda: world.now_us, learning_us=learning_us, **bounds)
         self.server: Server = self.quotas if server is None else server
         self.told: dict[Node, int] = {}
 
@@ -199,8 +202,8 @@ class World:
     envoys: list[Envoy] = field(default_factory=list)
     watch: Callable[[], None] = lambda: None
 
-    def node(self, learning_us: int = 0, server: Server | None = None) -> Node:
-        self.nodes.append(Node(self, self.rules, learning_us, server))
+    def node(self, learning_us: int = 0, server: Server | None = None, **bounds: int) -> Node:
+        self.nodes.append(Node(self, self.rules, learning_us, server, **bounds))
         return self.nodes[-1]
 
     def envoy(self, node: Node | None, demand: float, pairs: Pairs = ADA, phase_us: int = 0) -> Envoy:

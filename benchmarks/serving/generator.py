@@ -122,8 +122,8 @@ class Generator:
         block = header_block(authority(address), headers)
         self._head = frame_head(len(block), HEADERS, END_HEADERS), block
         self._selector = selectors.DefaultSelector()
-        self._connections = [_Connection(connect(address)) for _ in range(load.connections)]
-        for connection in self._connections:
+        self.connections = [_Connection(connect(address)) for _ in range(load.connections)]
+        for connection in self.connections:
             connection.socket.sendall(greeting())
             self._selector.register(connection.socket, selectors.EVENT_READ, connection)
         self._latencies_ns: list[int] = []
@@ -133,7 +133,7 @@ class Generator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection in self._connections:
+        for connection in self.connections:
             connection.socket.close()
         self._selector.close()
 
@@ -156,7 +156,7 @@ class Generator:
         elapsed = (time.perf_counter_ns() - began_ns) / 1e9
         in_time = len(self._latencies_ns)
         deadline_ns = time.perf_counter_ns() + int(ANSWER_WITHIN_SECONDS * 1e9)
-        while any(connection.began_ns for connection in self._connections):
+        while any(connection.began_ns for connection in self.connections):
             if time.perf_counter_ns() > deadline_ns:
                 raise LoadFailed(f"requests without an answer after {ANSWER_WITHIN_SECONDS:g} s")
             self._receive(0.5)
@@ -168,7 +168,7 @@ class Generator:
         sent = 0
         while (now_ns := time.perf_counter_ns()) < ends_ns:
             if rate is None:
-                for connection in self._connections:
+                for connection in self.connections:
                     self._send(connection, body, [now_ns] * (self._streams - len(connection.began_ns)))
                 self._receive(0.5)
             else:
@@ -177,15 +177,15 @@ class Generator:
                 sent = ought
                 # Each connection gets the same share, and another one is the first each time that anything is sent.
                 if due_ns:
-                    self._connections.append(self._connections.pop(0))
-                share = -(-len(due_ns) // len(self._connections))
-                for connection in self._connections:
+                    self.connections.append(self.connections.pop(0))
+                share = -(-len(due_ns) // len(self.connections))
+                for connection in self.connections:
                     free = self._streams - len(connection.began_ns)
                     self._send(connection, body, [due_ns.popleft() for _ in range(min(free, share, len(due_ns)))])
                 next_due_ns = min(began_ns + int(sent * 1e9 / rate), ends_ns)
                 # The selector waits for whole milliseconds, this for microseconds.
                 wait_seconds = max(0, next_due_ns - time.perf_counter_ns()) / 1e9
-                for connection in select.select(self._connections, (), (), wait_seconds)[0]:
+                for connection in select.select(self.connections, (), (), wait_seconds)[0]:
                     self._receive_from(connection)
 
     def _send(self, connection: _Connection, body: Body, due_ns: list[int]) -> None:

@@ -98,11 +98,11 @@ class Settled(NamedTuple):
 
     Args:
         deficit: the older entries, folded into one number by the algorithm; 0 when they do not count.
-        entries: in no particular order.
+        slots: those whose entries, of all origins, are part of it; in order.
     """
 
     deficit: int
-    entries: list[Entry]
+    slots: list[int]
 
 
 class Bucket(ABC):
@@ -148,8 +148,8 @@ class Bucket(ABC):
         self._received_entries = 0
         """The number of slots in `_received`."""
         self._received_tokens: dict[int, int] | None = None
-        """The tokens in `_received` by slot, all origins together; None while there are few entries (`SUMMED_ENTRIES`).
-        """
+        """The tokens in `_received` by slot, all origins together (see `_together`); None while there are few entries
+        (`SUMMED_ENTRIES`)."""
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -227,7 +227,7 @@ class Bucket(ABC):
             held = slots.get(slot, 0)
             if 0 < tokens < held and origin == sender and self._is_final(slot):
                 slots[slot] = tokens
-                self._note_received(slot, tokens - held)
+                self._note_received(slot, held, tokens)
                 is_changed = True
         if is_changed:
             self._recount()
@@ -316,6 +316,18 @@ class Bucket(ABC):
         """The work of advancing and sealing this bucket; 1 is that of a bucket with few slots."""
         return 1 + self.slots // SLOTS_A_LOOK
 
+    def origins(self) -> list[Origin]:
+        """The origins of all entries."""
+        own = [self.origin] if self._own or self._own_slot != NO_SLOT else []
+        return own + list(self._received or ())
+
+    def tokens_of(self, origin: Origin) -> dict[int, int]:
+        """The tokens of one origin, by slot. Not to be changed."""
+        if origin != self.origin:
+            return (self._received or {}).get(origin, {})
+        own = self._own or {}
+        return own if self._own_slot == NO_SLOT else {**own, self._own_slot: self._own_tokens}
+
     def entries(self) -> Iterator[Entry]:
         """Every entry held, of all origins."""
         if self._own_slot != NO_SLOT:
@@ -340,13 +352,16 @@ class Bucket(ABC):
         """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
         origins there are.
         """
-        tokens_of = dict(self._own or {})
-        if self._own_slot != NO_SLOT:
-            tokens_of[self._own_slot] = self._own_tokens
-        if self._received is not None:
-            for slot, tokens in self._tokens_received().items():
-                tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+        tokens_of = self._tokens_received()
+        if tokens_of is self._received_tokens:
+            tokens_of = dict(tokens_of)
+        for slot, tokens in self.tokens_of(self.origin).items():
+            tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
         return tokens_of
+
+    def _together(self, _slot: int, tokens: int, others: int) -> int:
+        """What some origins took or gave back in a slot, and others did, together."""
+        return tokens + others
 
     def _tokens_received(self) -> dict[int, int]:
         """The tokens in each slot of other origins together. Not to be changed."""
@@ -356,7 +371,7 @@ class Bucket(ABC):
         if self._received is not None:
             for slots in self._received.values():
                 for slot, tokens in slots.items():
-                    tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+                    tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
             if self._received_entries >= SUMMED_ENTRIES:
                 self._received_tokens = tokens_of
         return tokens_of
@@ -383,15 +398,22 @@ class Bucket(ABC):
             if tokens is not None:
                 yield Entry(origin, slot, tokens)
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
-        """The entries that may have been written since `since_us`, by the clocks of their origins."""
-        for entry in self.entries():
-            if slot_end_us(entry.slot) > since_us:
-                yield entry
+    def is_written_since(self, since_us: int) -> bool:
+        """True when `entries_since` has some of any origin."""
+        return any(slot_end_us(slot) > since_us for slot in self._tokens_by_slot())
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
+        """The entries of an origin that may have been written since `since_us`, by its clock."""
+        return [
+            Entry(origin, slot, tokens)
+            for slot, tokens in self.tokens_of(origin).items()
+            if slot_end_us(slot) > since_us
+        ]
 
     def settled(self, _until_us: int, _kept_until_us: int) -> Settled | None:
         """The part of the state to compare between replicas: entries written up to `until_us` that every replica still
-        holds at `kept_until_us`. None when an absent bucket would be the same.
+        holds at `kept_until_us`. None when an absent bucket would be the same. Its work grows with the slots, however
+        many origins there are.
         """
         return None
 
@@ -509,13 +531,14 @@ class Bucket(ABC):
                 return 0
             self._received_entries += 1
         slots[slot] = tokens
-        self._note_received(slot, added)
+        self._note_received(slot, held, tokens)
         return RECOUNT if len(slots) > MAX_SLOTS else added
 
-    def _note_received(self, slot: int, tokens: int) -> None:
+    def _note_received(self, slot: int, held: int, tokens: int) -> None:
+        """An origin's entry of a slot is now `tokens`; it was `held`."""
         tokens_of = self._received_tokens
         if tokens_of is not None:
-            tokens_of[slot] = tokens_of.get(slot, 0) + tokens
+            tokens_of[slot] = tokens_of.get(slot, 0) + tokens - held
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -540,7 +563,7 @@ class Bucket(ABC):
             return 0
         received[origin] = {slot: tokens}
         self._received_entries += 1
-        self._note_received(slot, tokens)
+        self._note_received(slot, 0, tokens)
         # Adding a value makes the collector track the dict again.
         untrack(received)
         return tokens

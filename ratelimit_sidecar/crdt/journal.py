@@ -1,5 +1,5 @@
-"""State that all buckets of one store share: which buckets have entries that were not sent yet, who the peers are, and
-how often a part of a peer's data was refused.
+"""State that all buckets of one store share: which buckets have entries that were not sent yet, who the peers are, how
+often a part of a peer's data was refused, and how often a bucket was left out of what is sent.
 """
 
 from __future__ import annotations
@@ -90,7 +90,17 @@ def is_nearly_used_up(bucket: Bucket) -> bool:
 class Journal:
     """Collects the buckets with entries that were not sent yet; each flush empties it (`Store.drain_changes`)."""
 
-    __slots__ = ("buckets", "is_restoring", "on_urgent", "origin", "peers", "refused", "urgent")
+    __slots__ = (
+        "buckets",
+        "is_restoring",
+        "left_out",
+        "left_out_error",
+        "on_urgent",
+        "origin",
+        "peers",
+        "refused",
+        "urgent",
+    )
 
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
@@ -104,12 +114,21 @@ class Journal:
         often."""
         self.refused: Counter[Refused] = Counter()
         """Counted since its reader last cleared it."""
+        self.left_out = 0
+        """How often since start a bucket was left out of what is sent, kept or compared, since it cannot be encoded."""
+        self.left_out_error = ""
+        """Why the first one was."""
         self.on_urgent: Callable[[], object] = _wait_for_the_next_flush
         """Called when a bucket is nearly used up, so that peers learn it at once. It must be O(1), without I/O."""
         self.origin: Origin | None = None
         """The origin that buckets must write under since the clock was set back (`Store.go_back`); None when it was
         never set back.
         """
+
+    def leave_out(self, error: Exception) -> None:
+        """Count a bucket that cannot be encoded. The others must not suffer."""
+        self.left_out += 1
+        self.left_out_error = self.left_out_error or str(error)
 
     def forget(self) -> None:
         """Forget which buckets have changed."""

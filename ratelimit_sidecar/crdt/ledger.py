@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.homes import Homes
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.room import Room
@@ -68,10 +69,7 @@ class Ledger:
         self._active: deque[StrictBucket] = deque()
         """Buckets that `tick` has to look at; each appends itself when a request takes from it."""
         self._sweep_order: deque[PaymentPolicy] = deque()
-        self._in_force: list[Mapping[str, int]] = []
-        self._home_version = 0
-        """Counts up whenever homes change."""
-        self._homes_since_us = 0
+        self._homes = Homes(shares)
         self._tickets: OrderedDict[int, _IssuedTicket] = OrderedDict()
         """By number, the oldest first."""
         self._kept: dict[bytes, int] = {}
@@ -107,10 +105,9 @@ class Ledger:
         bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
-            bucket.home_version = -1
-        if bucket.home_version != self._home_version:
-            bucket.home_version = self._home_version
             bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
+        elif bucket.home_version != self._homes.version:
+            bucket.advance(now_us)
         if self._kept:
             self._restore(bucket)
         return bucket
@@ -140,7 +137,7 @@ class Ledger:
 
     def _restore_some(self, now_us: int, most: int) -> None:
         """Make some of the purses that nobody has used yet, so that they fill up and are dropped like all others."""
-        self._look_at_shares(now_us)
+        self._homes.look(now_us)
         for _ in range(min(most, len(self._kept_order))):
             key = self._kept_order.popleft()
             if key not in self._kept:
@@ -191,7 +188,7 @@ class Ledger:
         Returns:
             The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
         """
-        self._look_at_shares(now_us)
+        self._homes.look(now_us)
         self._release_old_tickets(now_us)
         weights = self.shares.membership.weights
         members = {peer: end for peer, end in ends.items() if weights.get(peer)}
@@ -314,23 +311,21 @@ class Ledger:
                 self._sweep_order.append(policy)
         return count
 
-    def _look_at_shares(self, now_us: int) -> None:
-        in_force = self.shares.in_force(now_us)
-        if in_force != self._in_force:
-            self._homes_since_us = now_us if self._in_force else self.shares.from_us
-            self._in_force = in_force
-            self._home_version += 1
-
     def _make(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
         if not self.room.take(key):
             raise StoreFull
-        self._look_at_shares(now_us)
-        home, from_us = (
-            self.shares.home(key, limit.capacity, now_us),
-            self._homes_since_us if self._in_force else now_us,
+        self._homes.look(now_us)
+        home, from_us = self.shares.home(key, limit.capacity, now_us), self._homes.since_us
+        bucket = StrictBucket(
+            key,
+            limit,
+            self._origin,
+            now_us,
+            home=home,
+            from_us=now_us if from_us is None else from_us,
+            active=self._active,
+            homes=self._homes,
         )
-        bucket = StrictBucket(key, limit, self._origin, now_us, home=home, from_us=from_us, active=self._active)
-        bucket.home_version = self._home_version
         self._add(key, bucket)
         return bucket
 

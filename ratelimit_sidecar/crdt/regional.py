@@ -77,7 +77,7 @@ class RegionalLedger(GrantLedger):
         bucket.denied_us = now_us
 
     def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        self._look_at_shares(now_us)
+        self._homes.look(now_us)
         weights = self.shares.membership.weights
         members = {peer: end for peer, end in ends.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}

@@ -13,7 +13,7 @@ epoch is configured wrongly; then the smaller home of the two is used. Units are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
@@ -73,6 +73,11 @@ def home_of(weights: Mapping[str, int], node: str, key: bytes, capacity: int) ->
         ranked = sorted(rounded, key=lambda other: (rank(key, other), other), reverse=True)
         tokens += node in ranked[:left]
     return tokens * TOKEN
+
+
+def home_in(memberships: Iterable[Mapping[str, int]], node: str, key: bytes, capacity: int) -> int:
+    """The smallest of a node's homes in these memberships; 0 without any."""
+    return min((home_of(weights, node, key, capacity) for weights in memberships), default=0)
 
 
 def rank(key: bytes, node: str) -> bytes:
@@ -142,7 +147,7 @@ class Shares:
 
     def home(self, key: bytes, capacity: int, now_us: int) -> int:
         """This node's home of one limit at `now_us`."""
-        return min((home_of(weights, self.node, key, capacity) for weights in self.in_force(now_us)), default=0)
+        return home_in(self.in_force(now_us), self.node, key, capacity)
 
     def most(self, member: str, key: bytes, capacity: int) -> int:
         """The largest that a node's home of one limit can be; 0 if it is no member."""

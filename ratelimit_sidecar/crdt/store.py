@@ -14,11 +14,12 @@ their horizon: then less of what a peer reports late counts in full (docs/algori
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.journal import Journal
+from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
@@ -39,6 +40,9 @@ million keys, once in each slot, has each hold its whole horizon of 64 slots and
 FIRST_SHIFT: Final = 3
 MAX_SHIFT: Final = 6
 """How many times the horizon is halved at first, and at most: of 64 slots 8 are left, and then at least one."""
+
+MAX_FIRST_OF_LIMIT: Final = 4_096
+"""The most buckets of one limit that are written or told before all others, since they are nearly used up."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
@@ -99,6 +103,20 @@ class Store:
         """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
         for shard in self._buckets.shards:
             yield from list(shard.values())
+
+    def nearly_used_up(self, now_us: Callable[[], int]) -> Iterator[Bucket | None]:
+        """Walk to the buckets to be written first where there may be no time for all: those of which hardly anything
+        is left, up to `MAX_FIRST_OF_LIMIT` of each limit. In place of each other bucket it yields None.
+        """
+        found = Counter[tuple[int, int]]()
+        for bucket in self.walk():
+            bucket.advance(now_us())
+            limit = bucket.limit.capacity, bucket.limit.period_us
+            if is_nearly_used_up(bucket) and found[limit] < MAX_FIRST_OF_LIMIT:
+                found[limit] += 1
+                yield bucket
+            else:
+                yield None
 
     def get(self, key: bytes) -> Bucket | None:
         return self._buckets.get(key)

@@ -26,10 +26,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+
+if TYPE_CHECKING:
+    from ratelimit_sidecar.crdt.homes import Homes
 
 NEVER_US: Final = -1 << 62
 
@@ -62,10 +65,12 @@ class StrictBucket(Bucket):
         from_us: the time since when it has that; the bucket was empty then.
         now_us: see above for the clock.
         active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
+        homes: the home follows it, each change as of its instant; None if the caller alone sets it.
     """
 
     __slots__ = (
         "_active",
+        "_homes",
         "_lacking",
         "_limit",
         "_wanted",
@@ -94,14 +99,16 @@ class StrictBucket(Bucket):
         home: int,
         from_us: int,
         active: deque[StrictBucket] | None = None,
+        homes: Homes | None = None,
     ) -> None:
         super().__init__(key, origin, min(from_us, now_us))
         self._limit = limit
+        self._homes = homes
         self._active = deque() if active is None else active
         self.is_active = False
         self.home = home
-        self.home_version = 0
-        """Used by the ledger to see whether it has to set the home again; 0 while the ledger does not know the home."""
+        self.home_version = 0 if homes is None else homes.version
+        """Of `homes`, or of whoever sets the home: whether it has to be set again; 0 while it is not known."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.level = 0
@@ -211,6 +218,12 @@ class StrictBucket(Bucket):
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
 
     def advance(self, now_us: int) -> None:
+        homes = self._homes
+        if homes is not None and self.home_version != homes.version:
+            missed = homes.since(self.home_version, self.key, self._limit.capacity)
+            self.home_version = homes.version
+            for since_us, home in missed:
+                self.set_home(home, since_us)
         elapsed_us = now_us - self.at_us
         if elapsed_us > 0:
             top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling

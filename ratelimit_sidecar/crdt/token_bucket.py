@@ -331,17 +331,18 @@ class TokenBucket(Bucket):
         """
         limit = self._limit
         from_us = max(limit.boundary_us(kept_until_us), self._base_us)
-        earlier, entries = [], []
-        for entry in self.entries():
-            if entry.slot < from_us:
-                earlier.append((entry.slot, entry.tokens))
-            elif slot_end_us(entry.slot) <= until_us:
-                entries.append(entry)
+        earlier, slots = [], []
+        for slot, tokens in self._tokens_by_slot().items():
+            if slot < from_us:
+                earlier.append((slot, tokens))
+            elif slot_end_us(slot) <= until_us:
+                slots.append(slot)
         deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
-        if not entries and self._kept_until_us <= kept_until_us and deficit <= (kept_until_us - from_us) * limit.tokens:
+        if not slots and self._kept_until_us <= kept_until_us and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It will be full by then, so some replicas have dropped it.
             return None
-        return Settled(deficit, entries)
+        slots.sort()
+        return Settled(deficit, slots)
 
     def _go_back(self, now_us: int) -> None:
         """The clock was set back. Drop slots that peers refuse (see `merge`), and a base whose boundary is still to

@@ -15,7 +15,7 @@ they could count under a limit with such slots.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
@@ -66,6 +66,20 @@ class _Window(Bucket):
         self._forget(self._is_past)
         return self._holds_nothing
 
+    def _together(self, slot: int, tokens: int, others: int) -> int:
+        """See `Bucket._together`. Of refund marks the highest holds, since each covers the takes of all."""
+        return max(tokens, others) if slot & REFUND else tokens + others
+
+    def _note_received(self, slot: int, held: int, tokens: int) -> None:
+        tokens_of = self._received_tokens
+        if not slot & REFUND or tokens_of is None:
+            super()._note_received(slot, held, tokens)
+        elif tokens > held:
+            tokens_of[slot] = max(tokens_of.get(slot, 0), tokens)
+        else:
+            # Another mark may be the highest now.
+            self._received_tokens = None
+
     @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
@@ -110,8 +124,8 @@ class FixedWindow(_Window):
         counted = min(self.count, self._limit.requests)
         left = 0 if tokens is None else max(0, counted - tokens)
         if left < self.count:
-            slot = self._slot | REFUND
-            self._write_refund(slot, self._most_refunded(slot) + self.count - left)
+            _, refunded = self._taken_and_refunded(self._slot)
+            self._write_refund(self._slot | REFUND, refunded + self.count - left)
             self._written_us = self.at_us
             self.count = left
         return counted - left
@@ -173,24 +187,28 @@ class FixedWindow(_Window):
 
     def fold(self, now_us: int) -> int:
         """Tokens taken in the window of `now_us`, less those given back."""
-        slot = _slot_of_window(self._limit, now_us)
-        return max(0, self._sum(slot) - self._most_refunded(slot | REFUND))
+        taken, refunded = self._taken_and_refunded(_slot_of_window(self._limit, now_us))
+        return max(0, taken - refunded)
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
+    def is_written_since(self, since_us: int) -> bool:
+        return self._written_us > since_us
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
         """See `Bucket.entries_since`. Returns all or nothing, since a window has only one slot."""
-        return self.entries() if self._written_us > since_us else iter(())
+        return super().entries_since(origin, 0) if self.is_written_since(since_us) else []
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`: the current window, unless it began after `until_us` or ends before `kept_until_us`."""
         begins_us = self._end_us - self._limit.period_us
         if begins_us > until_us or self._end_us <= kept_until_us:
             return None
-        entries = [entry for entry in self.entries() if entry.slot & ~REFUND == self._slot]
-        return Settled(0, entries) if entries else None
+        slots = [slot for slot in self._tokens_by_slot() if slot & ~REFUND == self._slot]
+        return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. Own takes of a later window count in the current one, which has been forgotten."""
-        counted = min(self._own_tokens, self.count) if self._own_slot == self._slot else 0
+        """The clock was set back. The current window has been forgotten: what counted in a later one counts as taken in
+        it now."""
+        counted = self.count
         self._take_new_origin()
         self.at_us = now_us
         self._enter_window()
@@ -220,8 +238,8 @@ class FixedWindow(_Window):
         return slot_start_us(slot) > self.at_us + (2 << exponent)
 
     def _recount(self) -> None:
-        taken, given = self._sum(self._slot), self._most_refunded(self._slot | REFUND)
-        self.count, self._early_refunds = max(0, taken - given), max(0, given - taken)
+        taken, refunded = self._taken_and_refunded(self._slot)
+        self.count, self._early_refunds = max(0, taken - refunded), max(0, refunded - taken)
 
     def _is_final(self, slot: int) -> bool:
         """See `Bucket._is_final`. Always true: a window may be long, and while it is in use comparing finds nothing. If
@@ -229,12 +247,10 @@ class FixedWindow(_Window):
         """
         return True
 
-    def _sum(self, slot: int) -> int:
-        return sum(entry.tokens for entry in self.entries() if entry.slot == slot)
-
-    def _most_refunded(self, slot: int) -> int:
-        """The highest mark of all replicas. Each mark already covers the takes of all."""
-        return max((entry.tokens for entry in self.entries() if entry.slot == slot), default=0)
+    def _taken_and_refunded(self, slot: int) -> tuple[int, int]:
+        """The tokens that all replicas took in a slot, and the highest refund mark."""
+        tokens_of = self._tokens_by_slot()
+        return tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0)
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
@@ -388,18 +404,21 @@ class SlidingWindow(_Window):
         """Tokens in the slots that are at least partly in the period that ends at `now_us`."""
         return sum([tokens for _, tokens in self._counting(now_us)])
 
-    def entries_since(self, since_us: int) -> Iterator[Entry]:
+    def is_written_since(self, since_us: int) -> bool:
+        return self._refunded_us > since_us or super().is_written_since(since_us)
+
+    def entries_since(self, origin: Origin, since_us: int) -> list[Entry]:
         """See `Bucket.entries_since`. After a refund all entries, since refunds are written to slots that are over."""
-        return self.entries() if self._refunded_us > since_us else super().entries_since(since_us)
+        return super().entries_since(origin, 0 if self._refunded_us > since_us else since_us)
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`."""
-        entries = [
-            entry
-            for entry in self.entries()
-            if slot_end_us(entry.slot) <= until_us and self._leaves_us(entry.slot) > kept_until_us
+        slots = [
+            slot
+            for slot in self._tokens_by_slot()
+            if slot_end_us(slot) <= until_us and self._leaves_us(slot) > kept_until_us
         ]
-        return Settled(0, entries) if entries else None
+        return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
         """The clock was set back. Drop slots that peers refuse now; their tokens count as taken now."""
@@ -433,10 +452,8 @@ class SlidingWindow(_Window):
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
         tokens_of = self._tokens_by_slot()
-        marks = [self._own or {}, *(self._received or {}).values()]
-        given = {slot: max([slots.get(slot, 0) for slots in marks]) for slot in tokens_of if slot & REFUND}
         return {
-            slot: (tokens_of.get(slot, 0), given.get(slot | REFUND, 0))
+            slot: (tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0))
             for slot in {slot & ~REFUND for slot in tokens_of}
         }
 

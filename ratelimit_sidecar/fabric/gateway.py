@@ -22,10 +22,11 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
-from ratelimit_sidecar.fabric.region import MAX_ANSWERED, TOLD_BUCKETS, Region, Shard, Told, region_origin
+from ratelimit_sidecar.fabric.exchange import MAX_ANSWERED, RegionExchange
+from ratelimit_sidecar.fabric.link import FAILURES, Link
+from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.regional_member import RegionalMember
-from ratelimit_sidecar.fabric.scripts import GATEWAY, GIVE_UP, LEASE, FabricKeys, ShardKeys
+from ratelimit_sidecar.fabric.scripts import GIVE_UP, LEASE, FabricKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -101,6 +102,7 @@ class Gateway:
         ledger: GrantLedger | None = None,
     ) -> None:
         self._link = Link(connect)
+        self._exchange = RegionExchange(self._link, keys, store, now_us)
         self._keys = keys
         self._store = store
         self._now_us = now_us
@@ -111,7 +113,6 @@ class Gateway:
         self._ledger = ledger
         self._connect = connect
         self._gives_up = False
-        self._reads_again = False
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS, least_part=0.75)
         # One life of this process, as far as leases go.
         self._id = f"{store.origin.node} {secrets.token_hex(8)}"
@@ -121,8 +122,8 @@ class Gateway:
         self._gives_up = True
 
     def use_rules(self) -> None:
-        """Other rules are in force: what had no rule before is read, and told, now."""
-        self._reads_again = True
+        """Other rules are in force (see `RegionExchange.use_rules`)."""
+        self._exchange.use_rules()
 
     async def run(self) -> None:
         """Seek the lease, and be the gateway while this sidecar has it, for ever."""
@@ -178,9 +179,9 @@ class Gateway:
                 except exceptions.ResponseError as error:
                     if "FENCED" in str(error):
                         return
-                    await self._failed(term.region)
+                    await self._exchange.failed(term.region)
                 except FAILURES:
-                    await self._failed(term.region)
+                    await self._exchange.failed(term.region)
                 if not term.is_meshed and term.can_mesh:
                     await self._start(term)
                 self._tend(term.region)
@@ -253,62 +254,11 @@ class Gateway:
         self._status.gateway_reason = ""
         self._back_off.reset()
 
-    async def _failed(self, region: Region) -> None:
-        region.tell_again()
-        await self._link.close()
-
     async def _tick(self, term: _Term) -> bool:
         """Returns whether there is more to be done at once."""
         if term.member is not None:
             await term.member.beat(self._link, term.token)
-        return await self._exchange(term.region, term.mesh if term.is_meshed else None, term.token)
-
-    async def _exchange(self, region: Region, mesh: Mesh | None, token: int) -> bool:
-        """Tell the region what others took, and the others what the region took; returns whether there is more."""
-        if self._reads_again:
-            self._reads_again = False
-            region.tell_again()
-        region.note_again()
-        now_us = self._now_us()
-        told = [await region.told(shard, now_us) for shard in region.shards]
-        connections = self._link.connections
-        is_told = [False for _ in region.shards]
-        is_more = False
-        try:
-            calls = [
-                self._call(shard, keys, what, token)
-                for shard, keys, what in zip(region.shards, self._keys.shards, told, strict=True)
-            ]
-            for number, answer in enumerate(await self._link.call(GATEWAY, calls)):
-                if isinstance(answer, Exception):
-                    if "FENCED" in str(answer):
-                        raise answer
-                    # A shard of a Cluster that is being moved; the others are not.
-                    region.tell_again()
-                    continue
-                changes, is_rest = await region.answered(region.shards[number], answer, self._now_us())
-                is_told[number] = True
-                is_more = is_more or is_rest or len(told[number]) >= TOLD_BUCKETS
-                if mesh is not None:
-                    for bucket, entries in changes:
-                        mesh.tell(bucket, entries)
-        finally:
-            for shard, what, done in zip(region.shards, told, is_told, strict=True):
-                if not done:
-                    region.failed(shard, what)
-        if 0 < connections < self._link.connections:
-            # The server may be an older copy of itself.
-            region.tell_again()
-        return is_more
-
-    def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
-        names = [name for key in told for name in keys.of_bucket(key)]
-        places = self._keys.places(self._store.room.most)
-        arguments: list[bytes | str] = [
-            *(secrets.token_hex(8), str(token), keys.head, str(places), str(shard.since), str(MAX_ANSWERED)),
-            *[text for text, _ in told.values()],
-        ]
-        return [keys.clock, keys.changed, keys.held, keys.fence, *names], arguments
+        return await self._exchange.run(term.region, term.mesh.tell if term.is_meshed else None, term.token)
 
 
 class _CannotListen(Exception):

@@ -26,9 +26,6 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 TOLD_BUCKETS: Final = 64
 """The most buckets told by one call."""
 
-MAX_ANSWERED: Final = 128
-"""Buckets of one answer; more than one call of a sidecar may raise (`sharing.BATCH_BUCKETS`)."""
-
 MAX_NEWS: Final = 30_000
 """Buckets of a shard that wait to be told: a dict of more takes milliseconds when it grows. When there are more,
 all buckets are told again later.
@@ -100,9 +97,10 @@ class Region:
 
     Args:
         store: of the region, which nobody else takes from.
+        max_news: buckets of a shard that wait to be told.
     """
 
-    def __init__(self, origin: Origin, store: Store, keys: FabricKeys) -> None:
+    def __init__(self, origin: Origin, store: Store, keys: FabricKeys, *, max_news: int = MAX_NEWS) -> None:
         self.origin = origin
         self.store = store
         self.shards = [Shard() for _ in keys.shards]
@@ -111,6 +109,7 @@ class Region:
         self.no_room = 0
         """Answers that there was no room in Redis for news."""
         self._keys = keys
+        self._max_news = max_news
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be told again."""
         self._missed = False
@@ -121,7 +120,7 @@ class Region:
         slots = {entry.slot for entry in entries if entry.origin != self.origin}
         if slots and len(bucket.key) <= MAX_KEY_BYTES:
             news = self._news_of(bucket.key)
-            if len(news.slots) < MAX_NEWS:
+            if len(news.slots) < self._max_news:
                 news.add(bucket.key, slots)
             else:
                 self._missed = True
@@ -137,7 +136,7 @@ class Region:
 
     def note_again(self) -> None:
         """Queue some more of the buckets that are to be told again."""
-        if any(len(shard.news.slots) > MAX_NEWS // 2 for shard in self.shards):
+        if any(len(shard.news.slots) > self._max_news // 2 for shard in self.shards):
             return
         if self._missed and self._again is None:
             self._missed, self._again = False, self.store.walk()

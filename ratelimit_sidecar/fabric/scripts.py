@@ -280,7 +280,7 @@ local function share(key, index, name, told)
     if not may_grow then return '-;;' end
     id, life = create(key, index), -1
   end
-  if joined and joined ~= base then
+  if id and joined and joined ~= base then
     redis.call('HSET', key, 'base', joined)
     base = joined
   end

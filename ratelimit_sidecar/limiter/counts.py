@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.limiter.plan import Step
 
-MAX_NAMES = 10_000
+MAX_NAMES: Final = 10_000
 """The most names with counters of their own. Rules may put values of requests into names, and callers can invent
 values.
 """

@@ -161,12 +161,23 @@ class Quotas:
     Args:
         now_us: the time of the start.
         charge_us: returns the time of the limiter's clock, by which buckets are charged.
+        max_pools: limits of which some Envoy has a part.
+        max_envoy_buckets: of all Envoys together.
     """
 
     def __init__(
-        self, limiter: Limiter, now_us: int, charge_us: Callable[[], int], *, learning_us: int = LEARNING_US
+        self,
+        limiter: Limiter,
+        now_us: int,
+        charge_us: Callable[[], int],
+        *,
+        learning_us: int = LEARNING_US,
+        max_pools: int = MAX_POOLS,
+        max_envoy_buckets: int = MAX_ENVOY_BUCKETS,
     ) -> None:
         self._limiter = limiter
+        self._max_pools = max_pools
+        self._max_envoy_buckets = max_envoy_buckets
         self._charges = Charges(limiter, charge_us)
         self._division = Division(limiter, charge_us)
         self._learns_until_us = now_us + learning_us
@@ -279,7 +290,7 @@ class Quotas:
         pool = self.pools.get(key)
         if pool is None:
             limit = self._limiter.rules.replicated_limit_of_key(key)
-            if limit is None or len(self.pools) >= MAX_POOLS:
+            if limit is None or len(self.pools) >= self._max_pools:
                 return False
             if not groups:
                 return True
@@ -361,7 +372,7 @@ class Quotas:
         """
         step = self._step_of(key)
         # An Envoy may have as many pools and buckets as are still free.
-        pool = self._pool(step, may_add=len(stream.buckets) < MAX_POOLS - len(self.pools))
+        pool = self._pool(step, may_add=len(stream.buckets) < self._max_pools - len(self.pools))
         bucket = EnvoyBucket(stream, key, usage, pool, step)
         bucket.generation = self._limiter.generation
         bucket.active_us = now_us
@@ -371,7 +382,7 @@ class Quotas:
             self.counts.errors["bad_id"] += 1
             return bucket
         id_bytes = stream.id_bytes + len(usage.bucket_id) + _USAGE_BYTES
-        has_room = len(stream.buckets) < MAX_ENVOY_BUCKETS - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
+        has_room = len(stream.buckets) < self._max_envoy_buckets - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             self._abandon(stream, usage.bucket_id)
@@ -425,7 +436,7 @@ class Quotas:
         """
         bucket.generation = self._limiter.generation
         bucket.step = self._step_of(bucket.key)
-        pool = self._pool(bucket.step, may_add=len(self.pools) < MAX_POOLS)
+        pool = self._pool(bucket.step, may_add=len(self.pools) < self._max_pools)
         self._mark_dirty(pool)
         if pool is bucket.pool:
             return

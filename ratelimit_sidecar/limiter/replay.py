@@ -18,7 +18,7 @@ from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.v1.request_pb2 import Request
 from ratelimit_sidecar.limiter.variants import made_local, without_shadow_mode
 
-MAX_DENIED_DESCRIPTORS = 10_000
+MAX_DENIED_DESCRIPTORS: Final = 10_000
 """The most denied descriptors with a tally of their own. Beyond that, the half with the fewest denials is added up as
 others.
 """
@@ -56,9 +56,16 @@ class Tally:
 
 
 class Replay:
-    """Replays requests. Call `ask` for each in order; the attributes have the totals so far."""
+    """Replays requests. Call `ask` for each in order; the attributes have the totals so far.
 
-    def __init__(self, rules: Rules, settings: AnswerSettings) -> None:
+    Args:
+        max_denied_descriptors: with a tally of their own.
+    """
+
+    def __init__(
+        self, rules: Rules, settings: AnswerSettings, *, max_denied_descriptors: int = MAX_DENIED_DESCRIPTORS
+    ) -> None:
+        self._max_denied_descriptors = max_denied_descriptors
         self.requests = Tally(in_shadow_mode=settings.shadow_mode)
         """Whole requests: denied when the overall code is OVER_LIMIT."""
         self.rules: dict[str, Tally] = {}
@@ -75,9 +82,10 @@ class Replay:
         self.now_us = 0
         self._shadowed = {rule.name for rule in rules if rule.shadow_mode}
         self._until_sweep = _LEAST_TO_SWEEP
-        self._limiter = Limiter(
+        self.limiter = Limiter(
             without_shadow_mode(made_local(rules)), Origin("replay", 1), replace(settings, shadow_mode=False)
         )
+        """Decides all of them."""
 
     def let_pass(self, at_us: int) -> None:
         """Count a request without descriptors, which nothing limits."""
@@ -98,9 +106,9 @@ class Replay:
             InvalidRequest: as `Limiter.decide`.
         """
         raw = request.SerializeToString()
-        plan = self._limiter.plan(raw)
+        plan = self.limiter.plan(raw)
         self._advance(at_us)
-        response = RateLimitResponse.FromString(self._limiter.decide(raw, self.now_us))
+        response = RateLimitResponse.FromString(self.limiter.decide(raw, self.now_us))
         denied: bool = response.overall_code == _OVER_LIMIT
         self.requests.count(denied, self.now_us)
         for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
@@ -121,7 +129,7 @@ class Replay:
         self.now_us = max(self.now_us, at_us)
 
     def _sweep(self) -> None:
-        store = self._limiter.store
+        store = self.limiter.store
         store.sweep(self.now_us, len(store))
         self._until_sweep = max(_LEAST_TO_SWEEP, len(store))
 
@@ -134,13 +142,13 @@ class Replay:
         if of_descriptor is None:
             if not denied:
                 return
-            if len(self.denied_descriptors) >= MAX_DENIED_DESCRIPTORS:
+            if len(self.denied_descriptors) >= self._max_denied_descriptors:
                 self._give_up_half()
             of_descriptor = self.denied_descriptors[domain, entries] = Tally()
         of_descriptor.count(denied, self.now_us)
 
     def _give_up_half(self) -> None:
         by_denials = sorted(self.denied_descriptors.items(), key=lambda item: item[1].denied, reverse=True)
-        kept, given_up = by_denials[: MAX_DENIED_DESCRIPTORS // 2], by_denials[MAX_DENIED_DESCRIPTORS // 2 :]
-        self.denied_descriptors = dict(kept)
-        self.other_denials += sum(tally.denied for _, tally in given_up)
+        half = self._max_denied_descriptors // 2
+        self.denied_descriptors = dict(by_denials[:half])
+        self.other_denials += sum(tally.denied for _, tally in by_denials[half:])

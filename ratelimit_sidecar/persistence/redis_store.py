@@ -93,7 +93,7 @@ class RedisStatus:
     Args:
         written: buckets written since the start.
         failed: attempts that ended with a failure.
-        refused: buckets that the server would not join, for a reason of their own.
+        refused: buckets that the server would not join, for a reason of their own, or that cannot be encoded.
         restored: buckets that were read at the start.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
         waiting: how many buckets are to be written.
@@ -120,6 +120,7 @@ class RedisState:
         every_seconds: between the beginnings of two rounds of writing.
         tracer: None when nothing is traced.
         most_waiting: buckets that wait to be written, at most.
+        back_off: between attempts that fail.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class RedisState:
         *,
         tracer: RequestTracer | NoTracer | None = None,
         most_waiting: int = MAX_WAITING,
+        back_off: BackOff | None = None,
     ) -> None:
         self._waiting = WriteQueue(store.room.rule_key, most_waiting)
         self._has_missed = False
@@ -152,7 +154,7 @@ class RedisState:
         self._is_loaded = False
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
-        self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
+        self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS) if back_off is None else back_off
 
     def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
         """Keep in mind that own slots of these buckets changed, to be written by `run`. Does no I/O."""
@@ -170,10 +172,10 @@ class RedisState:
             self._has_missed = True
         self.status.waiting = len(self._waiting)
 
-    async def load(self) -> None:
-        """Read what is there; returns when it is read, at the first failure, or after `LOAD_SECONDS`."""
+    async def load(self, timeout_seconds: float = LOAD_SECONDS) -> None:
+        """Read what is there; returns when it is read, at the first failure, or when the time is over."""
         self._loading = asyncio.create_task(self._attempt())
-        await asyncio.wait([self._loading], timeout=LOAD_SECONDS)
+        await asyncio.wait([self._loading], timeout=timeout_seconds)
 
     async def run(self) -> None:
         """Read, unless that is done, and write every now and then, for ever."""
@@ -343,8 +345,11 @@ class RedisState:
             bucket = self._store.get(key)
             # A bucket that was dropped is full.
             if bucket is not None and (entries := _entries(bucket, slots)):
-                keys.append(key)
-                told.append(join_text(bucket, entries, now_us))
+                try:
+                    told.append(join_text(bucket, entries, now_us))
+                    keys.append(key)
+                except ValueError as error:
+                    self._refuse(str(error))
             if not is_last:
                 await time_slice.rest_when_due()
         if not keys:
@@ -389,9 +394,12 @@ class RedisState:
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
         if is_of_server(text):
             raise exceptions.ResponseError(text)
+        self._refuse(text)
+
+    def _refuse(self, error: str) -> None:
         self.status.refused += 1
         if self.status.refused == 1:
-            _log.error("bucket_not_kept", error=text)
+            _log.error("bucket_not_kept", error=error)
 
     async def _evaluate(
         self, client: _Client, script: str, names: Sequence[bytes], told: Sequence[bytes] = ()

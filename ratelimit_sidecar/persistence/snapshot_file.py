@@ -2,7 +2,8 @@
 
 The event loop makes them in short pieces, and a thread writes and reads the file, so no request waits for the disk. A
 new snapshot replaces the old one once it is complete and on the disk (write, fsync, rename). A file that is incomplete,
-damaged or of a newer format is renamed, and the start goes on without it.
+damaged or of a newer format is renamed, and the start goes on without it. Of a new snapshot that was cut short, by a
+kill or because a stop took too long, the start joins what there is.
 """
 
 from __future__ import annotations
@@ -127,9 +128,12 @@ class SnapshotFile:
         except Exception as error:
             _log.exception("restore_failed", file=str(self._path))
             await self._set_aside(f"it could not be restored: {error!r}")
+        # What cannot be read of one that was cut short is gone: the next snapshot replaces it.
+        with suppress(BadSnapshot, OSError):
+            await self._load_cut_short()
 
     async def _load(self) -> None:
-        opened = await asyncio.to_thread(_open_checked, self._path)
+        opened = await asyncio.to_thread(_open_checked, self._path, may_be_cut=False)
         if opened is None:
             _log.info("no_snapshot", file=str(self._path))
             return
@@ -151,6 +155,20 @@ class SnapshotFile:
         if bad_records:
             await self._set_aside(f"the snapshot {why_bad}")
 
+    async def _load_cut_short(self) -> None:
+        """Join what there is of a snapshot that was not completed, if one was begun after the last complete one."""
+        new = _beside(self._path, NEW)
+        opened = await asyncio.to_thread(_open_checked, new, may_be_cut=True)
+        if opened is None:
+            return
+        file, checked = opened
+        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
+        _log.warning("snapshot_cut_short", file=str(new), reason="the last process ended before it was complete")
+        with file:
+            records = records_again(file)
+            while (record := await asyncio.to_thread(next, records, None)) is not None:
+                await _in_turns(restore(*record, to, self._now_us()))
+
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""
         while True:
@@ -168,7 +186,7 @@ class SnapshotFile:
             size = SnapshotSize()
             new = _beside(self._path, NEW)
             try:
-                await self._write(new, snapshot(self._store, begun_us, size), at_once=at_once)
+                await self._write(new, snapshot(self._store, self._now_us, size), at_once=at_once)
             except OSError as error:
                 self.status.failed += 1
                 self._fail("snapshot_failed", error)
@@ -242,14 +260,14 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-def _open_checked(path: Path) -> tuple[BinaryIO, SnapshotInfo] | None:
+def _open_checked(path: Path, *, may_be_cut: bool) -> tuple[BinaryIO, SnapshotInfo] | None:
     """None when there is no file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
     try:
-        return file, check(file)
+        return file, check(file, may_be_cut=may_be_cut)
     except BaseException:
         file.close()
         raise

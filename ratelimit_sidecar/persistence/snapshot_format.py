@@ -2,17 +2,19 @@
 
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
-The first record is a Header, the last an End, and those between are Deltas of the replication protocol. A node that
-starts joins them as if a peer had sent them, with the same checks, so reading a file twice does no harm; only how much
-a peer may say at once does not matter here. Takes of its last life keep their origin, since it has a new one now.
+The first record is a Header, the last an End, and those between are Deltas of the replication protocol: what is nearly
+used up first, and once more in its turn, in case there is no time for all. A node that starts joins them as if a peer
+had sent them, with the same checks, so reading a file twice does no harm; only how much a peer may say at once does not
+matter here. Takes of its last life keep their origin, since it has a new one now.
 Numbers are little-endian; the checksum is of kind, length and payload.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO, Final
 from zlib import crc32
 
@@ -23,7 +25,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
 from ratelimit_sidecar.replication.pace import Pace
-from ratelimit_sidecar.replication.parts import in_parts
+from ratelimit_sidecar.replication.parts import in_lists, in_parts
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -60,7 +62,7 @@ class SnapshotSize:
     bytes: int = 0
 
 
-def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[bytes]:
+def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Iterator[bytes]:
     """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
 
     The state of a bucket is that of its piece, so later takes may be missing.
@@ -69,24 +71,30 @@ def snapshot(store: Store, begun_at_us: int, size: SnapshotSize) -> Iterator[byt
         size: updated with each piece.
     """
     yield _counted(MAGIC, size)
-    header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=begun_at_us)
+    header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=now_us())
     yield _counted(_record(HEADER, header.SerializeToString()), size)
     writers = {kind: DeltasWriter(store.origin) for kind in (REPLICATED, LOCAL)}
     pace = Pace()
-    for bucket in store.walk():
-        kind = LOCAL if bucket.journal is None else REPLICATED
-        entries = list(bucket.entries())
-        base = bucket.base_to_send
-        if not entries and base is None:
+    first = ((bucket, False) for bucket in store.nearly_used_up(now_us))
+    for bucket, counts in chain(first, ((bucket, True) for bucket in store.walk())):
+        if bucket is None:
+            if pace.ends_piece(0):
+                yield b""
             continue
-        size.buckets += 1
-        for part in in_parts(bucket, base, entries):
-            writers[kind].add(bucket, part.base, part.entries)
+        kind = LOCAL if bucket.journal is None else REPLICATED
+        if not bucket.slots and bucket.base_to_send is None:
+            continue
+        size.buckets += counts
+        for part in chain.from_iterable(
+            in_parts(bucket, bucket.base_to_send, entries) for entries in in_lists(bucket, 0)
+        ):
+            if part.bucket is not None:
+                writers[kind].add(part.bucket, part.base, part.entries)
             if len(writers[kind].deltas.buckets) >= RECORD_BUCKETS or writers[kind].entries >= RECORD_ENTRIES:
                 yield _counted(_record(kind, writers[kind].payload()), size)
                 writers[kind] = DeltasWriter(store.origin)
-        if pace.ends_piece(len(entries)):
-            yield b""
+            if pace.ends_piece(len(part.entries)):
+                yield b""
     for kind, writer in writers.items():
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)
@@ -108,8 +116,11 @@ class SnapshotInfo:
     buckets: int
 
 
-def check(file: BinaryIO) -> SnapshotInfo:
+def check(file: BinaryIO, *, may_be_cut: bool = False) -> SnapshotInfo:
     """Read all of a snapshot and check that it is complete. The file is at its end then.
+
+    Args:
+        may_be_cut: it need not be complete after its header.
 
     Raises:
         BadSnapshot: it is incomplete, or of another format.
@@ -129,6 +140,8 @@ def check(file: BinaryIO) -> SnapshotInfo:
                     raise BadSnapshot("has no header")
                 header = Header.FromString(payload)
                 origin, begun_at_us = read_origin(header.node, header.incarnation), header.begun_at_us
+                if may_be_cut:
+                    return SnapshotInfo(origin, begun_at_us, 0)
             elif kind == END:
                 if file.read(1):
                     raise BadSnapshot("goes on after its end")

@@ -20,13 +20,12 @@ from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.rounds import (
     LOOK_WORK,
-    PIECE_WORK,
     RANGES,
     SEGMENT_RANGES,
     SEGMENTS,
-    SUM_WORK,
     Round,
     Summing,
+    Work,
 )
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
@@ -169,21 +168,23 @@ class Exchange:
         buckets = own.buckets(summary.range)
         if buckets.is_crowded:
             return
-        left = PIECE_WORK
+        work = Work()
         for key, hashed, state in zip(buckets.keys, buckets.hashes, buckets.states, strict=True):
             their_state = theirs.pop(hashed, None)
-            left -= LOOK_WORK
-            if their_state != state and not (their_state is None and self._peer.reported.is_full):
-                left -= SUM_WORK + TELL_WORK
-                bucket = self._store.get(key)
-                # If it has changed since, its next delta says how much it holds.
-                if bucket is not None and self._summing.state(bucket, own.at_us) == state:
-                    self._repair(key)
-                    if their_state is not None:
-                        pulled.append(hashed)
-            if left <= 0:
-                left = PIECE_WORK
+            if work.ends_piece(LOOK_WORK):
                 yield
+            if their_state == state or (their_state is None and self._peer.reported.is_full):
+                continue
+            bucket = self._store.get(key)
+            if bucket is None:
+                continue
+            # If it has changed since, its next delta says how much it holds.
+            if (yield from self._summing.state_steps(bucket, own.at_us, work)) == state:
+                if work.ends_piece(TELL_WORK):
+                    yield
+                self._repair(key)
+                if their_state is not None:
+                    pulled.append(hashed)
         if self._store.full_since_us is None:
             # What this node has no settled state of.
             pulled += theirs
@@ -199,10 +200,11 @@ class Exchange:
         if buckets.is_crowded:
             return
         keys = dict(zip(buckets.hashes, buckets.keys, strict=True))
-        for index, hashed in enumerate(pull.keys, 1):
+        work = Work()
+        for hashed in pull.keys:
             if hashed in keys:
                 self._repair(keys[hashed])
-            if index % (PIECE_WORK // TELL_WORK) == 0:
+            if work.ends_piece(TELL_WORK):
                 yield
 
     def _repair(self, key: bytes) -> None:

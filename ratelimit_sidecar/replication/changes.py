@@ -31,8 +31,8 @@ MAX_BATCH_BYTES: Final = 1 << 16
 ENCODED_SEGMENTS: Final = 1_024
 ENCODED_BYTES: Final = 4 << 20
 """The newest segments are kept encoded: at most so many, with so many bytes together. A peer far away is sent only
-`outbox.MAX_UNACKNOWLEDGED` batches ahead of what it has acknowledged; with a flush every 2 ms it is a hundred segments
-behind, and has to find them encoded.
+`outbox.MAX_UNACKNOWLEDGED_BUCKETS` ahead of what it has acknowledged; when many change it is a hundred segments behind,
+and has to find them encoded.
 """
 
 CATCH_UP_MARGIN_US: Final = 1_000_000
@@ -94,10 +94,12 @@ class ChangeLog:
 
     Args:
         now_us: the start of the process, or near it.
+        max_changes: keys in all segments that are kept.
     """
 
-    def __init__(self, store: Store, now_us: int) -> None:
+    def __init__(self, store: Store, now_us: int, *, max_changes: int = MAX_CHANGES) -> None:
         self._store = store
+        self._max_changes = max_changes
         self.on_changes: list[Callable[[Sequence[tuple[Bucket, list[int]]]], object]] = []
         """Each is called with the buckets of a flush, step by step, and their own slots that changed. It must do no
         I/O."""
@@ -271,7 +273,7 @@ class ChangeLog:
             # A segment from the future is forgotten, too: the clock was set back.
             if oldest is None or (
                 abs(now_us - oldest.sealed_us) <= RETENTION_US
-                and self._open.changes_before - oldest.changes_before <= MAX_CHANGES
+                and self._open.changes_before - oldest.changes_before <= self._max_changes
             ):
                 return
             self._drop_encoding(self._segments.popleft())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
@@ -20,6 +20,7 @@ from ratelimit_sidecar.replication.key_numbers import (
     MAX_NUMBERS,
     KeyNumbersGiven,
     KeyNumbersReceived,
+    KeyRoom,
 )
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -114,7 +115,10 @@ class DeltasWriter:
         return Knowledge(_bits(self._used), _bits(self._given), self._used)
 
     def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
-        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period."""
+        """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period.
+
+        If one does not fit into the protocol, all are left out.
+        """
         delta = self.deltas.buckets.add()
         is_new = True
         if self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
@@ -132,6 +136,16 @@ class DeltasWriter:
             self.keys.append(bucket.key)
         self.entries += len(entries)
         self.rough_bytes += _ROUGH_BUCKET_BYTES + _ROUGH_ENTRY_BYTES * len(entries)
+        try:
+            self._add_state(delta, bucket, base, entries)
+        except ValueError as error:
+            # What is left says which number the key has.
+            for part in ("base", "runs", "refunds"):
+                delta.ClearField(part)
+            if bucket.journal is not None:
+                bucket.journal.leave_out(error)
+
+    def _add_state(self, delta: pb.BucketDelta, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
         if base is not None:
             period_us = bucket.limit.period_us
             tokens, remainder = divmod(base.deficit, period_us)
@@ -171,8 +185,8 @@ class DeltasWriter:
     def _origin_number(self, origin: Origin) -> int:
         number = self._origins.get(origin)
         if number is None:
-            number = self._origins[origin] = len(self._origins)
             self.deltas.origins.add(node=origin.node, incarnation=origin.incarnation)
+            number = self._origins[origin] = len(self._origins)
             self.rough_bytes += _ROUGH_ORIGIN_BYTES + len(origin.node.encode())
         return number
 
@@ -200,26 +214,40 @@ OnNews = Callable[[Bucket, Sequence[Entry]], None]
 
 
 class DeltasReader:
-    """Reads the Deltas of one stream.
+    """Reads the Deltas of one stream. Call `close` when it is closed.
 
     Args:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
         is_bounded: False for what this node wrote itself: a frame may have any size, and a key any length.
+        room, address: see `KeyNumbersReceived`.
     """
 
-    def __init__(self, sender: Origin, *, is_proven: bool = False, is_bounded: bool = True) -> None:
+    def __init__(
+        self,
+        sender: Origin,
+        *,
+        is_proven: bool = False,
+        is_bounded: bool = True,
+        room: KeyRoom | None = None,
+        address: str = "",
+    ) -> None:
         self._sender = sender
         self._is_proven = is_proven
         self._is_bounded = is_bounded
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
-        self._numbers = KeyNumbersReceived()
+        self._numbers = KeyNumbersReceived(KeyRoom() if room is None else room, address)
         self._limit_of_key: LimitOfKey | None = None
-        self._limits: dict[int, AnyLimit | None] = {}
-        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together."""
+        self._limits: list[AnyLimit | Literal[False] | None] = []
+        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together. False
+        for one that was not looked for yet."""
+
+    def close(self) -> None:
+        """Free what it remembers of keys."""
+        self._numbers.close()
 
     def apply_steps(
         self,
@@ -292,8 +320,10 @@ class DeltasReader:
         key, number = delta.key, delta.number
         if not key and number:
             key = self._numbers.key(number)
-            if number in self._limits:
-                return key, self._limits[number]
+            if number < len(self._limits):
+                known = self._limits[number]
+                if known is not False:
+                    return key, known
         else:
             if self._is_bounded:
                 check_key(key)
@@ -304,6 +334,8 @@ class DeltasReader:
         except ValueError as error:
             raise ProtocolError(Reason.BAD_KEY, str(error)) from error
         if number:
+            if number >= len(self._limits):
+                self._limits += [False] * (number + 1 - len(self._limits))
             self._limits[number] = limit
         return key, limit
 

@@ -41,6 +41,8 @@ class InFlight:
 
     def __init__(self) -> None:
         self._batches: deque[Batch] = deque()
+        self.buckets = self.bytes = 0
+        """In all of them."""
         self._acknowledged_us = 0
         self._last_lag_us = 0
 
@@ -64,10 +66,14 @@ class InFlight:
 
     def sent(self, batch: Batch) -> None:
         self._batches.append(batch)
+        self.buckets += len(batch.bucket_keys)
+        self.bytes += len(batch.payload)
 
     def acknowledged(self, now_us: int) -> Batch:
         """Remove and return the oldest batch, which the peer has applied."""
         batch = self._batches.popleft()
+        self.buckets -= len(batch.bucket_keys)
+        self.bytes -= len(batch.payload)
         self._acknowledged_us = now_us
         # The peer says itself how long it has waited to acknowledge.
         self._last_lag_us = max(0, now_us - (batch.sent_us if batch.created_us is None else batch.created_us))
@@ -76,6 +82,7 @@ class InFlight:
     def lost(self) -> None:
         """Forget all of them: the stream is gone."""
         self._batches.clear()
+        self.buckets = self.bytes = 0
 
     def forget_times(self) -> None:
         """Forget the last lag: the clock was set."""

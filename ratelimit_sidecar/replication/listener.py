@@ -27,7 +27,6 @@ FAILED_CHECK_SECONDS = 0.25
 
 _SERVER_OPTIONS = (
     *OPTIONS,
-    ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1_000)),
     ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1_000)),
     # Who dials opens one stream on each connection; the next one may come before the last has ended.
     ("grpc.max_concurrent_streams", 2),
@@ -48,6 +47,7 @@ class Listener:
         address: `host:port`; port 0 takes a free one.
         certificate: None for plain text.
         max_connections: at once; further ones are closed.
+        handshake_seconds: for each.
     """
 
     def __init__(
@@ -57,12 +57,17 @@ class Listener:
         certificate: NodeCertificate | None,
         accept: Accept,
         max_connections: int = MAX_CONNECTIONS,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
         self.address = address
         """Where it is bound, once it is."""
         self._certificate = certificate
         self._accept = accept
-        self._max_connections = max_connections
+        self._options = (
+            *_SERVER_OPTIONS,
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.server_handshake_timeout_ms", int(handshake_seconds * 1_000)),
+        )
         self._server: grpc.aio.Server | None = None
 
     async def bind(self) -> None:
@@ -71,8 +76,7 @@ class Listener:
         Raises:
             OSError: the address cannot be listened on.
         """
-        options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", self._max_connections))
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_STREAMS)
+        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=MAX_STREAMS)
         # No (de)serializers: frames are bytes here.
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
         method = METHOD.rpartition("/")[2]

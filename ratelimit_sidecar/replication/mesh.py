@@ -110,6 +110,7 @@ class Mesh:
             self._listener = Listener(
                 listen, certificate=certificate, accept=self._accept, max_connections=max_connections
             )
+        self._is_left_out_logged = False
         self._stopping = asyncio.Event()
         self._carried = CarriedStreams(
             self._replicator,
@@ -281,6 +282,10 @@ class Mesh:
 
     async def _flush(self) -> None:
         await self._scheduler.run(self._replicator.flush_steps(self._now_us()), is_urgent=True)
+        journal = self._replicator.store.journal
+        if journal.left_out and not self._is_left_out_logged:
+            self._is_left_out_logged = True
+            _log.error("bucket_left_out", error=journal.left_out_error)
 
     async def _compare(self) -> None:
         await self._scheduler.run(self._replicator.compare_steps(self._now_us()))

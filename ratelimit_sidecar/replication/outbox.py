@@ -47,10 +47,13 @@ RESUME_MARGIN_US: Final = 2_000_000
 """A snapshot goes back so much further than to when the peer began to miss something: other nodes' slots are by their
 own clocks, and were received a while after they were written."""
 
-MAX_UNACKNOWLEDGED: Final = 32
-"""The most batches on their way, 2 MiB at worst. One every 20 ms fills them in 640 ms, longer than a round trip between
-any two places on Earth, so a flush does not wait for an acknowledgement. Hurried flushes, 2 ms apart, fill them in 64
-ms: on longer round trips changes then wait, and share a batch."""
+MAX_UNACKNOWLEDGED: Final = 256
+"""The most batches on their way. Hurried flushes, 2 ms apart, fill them in 512 ms, longer than a round trip between any
+two places on Earth, so a flush does not wait for an acknowledgement."""
+
+MAX_UNACKNOWLEDGED_BUCKETS: Final = 32 * MAX_BATCH_BUCKETS
+MAX_UNACKNOWLEDGED_BYTES: Final = 32 * MAX_BATCH_BYTES
+"""When so much is on its way, no further batch is begun: changes then wait, and share a batch."""
 
 
 _OVERTAKEN: Final = pb.Deltas(overtaken=True).SerializeToString()
@@ -97,7 +100,7 @@ class Outbox:
 
     def __init__(self, store: Store, log: ChangeLog) -> None:
         self._store = store
-        self._log = log
+        self.log = log
         self._peer: Origin | None = None
         """Whose stream is open, or was last."""
         self._sources: _Sources | None = None
@@ -209,9 +212,9 @@ class Outbox:
         self._peer = peer
         awaits_request = compares and not self._is_told_all
         self._sources = _Sources(
-            Cursor(self._store, self._log, takes_numbers=compares),
+            Cursor(self._store, self.log, takes_numbers=compares),
             SideLog(self._store),
-            Snapshots(self._store, self._log, peer, awaits_request=awaits_request),
+            Snapshots(self._store, self.log, peer, awaits_request=awaits_request),
         )
         if not awaits_request:
             self.snapshot(self._missing_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
@@ -250,8 +253,7 @@ class Outbox:
         sources = self._sources
         if sources is None or self._written is not None:
             return False
-        has_room = len(self._in_flight) < MAX_UNACKNOWLEDGED
-        if self._draft is None and not (has_room and self._begin(sources, now_us)):
+        if self._draft is None and not (self._has_room and self._begin(sources, now_us)):
             return False
         draft = self._draft
         if draft is None:
@@ -260,7 +262,7 @@ class Outbox:
         for _ in self._steps:
             return True
         self._draft = None
-        sources.overtaken_until = self._log.newest
+        sources.overtaken_until = self.log.newest
         writer, ends_snapshot = draft.writer, sources.snapshots.take_end()
         if sources.cursor.lost_since_us is not None:
             sources.snapshots.begin(sources.cursor.lost_since_us)
@@ -295,6 +297,15 @@ class Outbox:
             if self._sources is not None and not (self._in_flight.ends_snapshot or is_another_written):
                 self._sources.snapshots.acknowledged()
         return batch
+
+    @property
+    def _has_room(self) -> bool:
+        in_flight = self._in_flight
+        return (
+            len(in_flight) < MAX_UNACKNOWLEDGED
+            and in_flight.buckets < MAX_UNACKNOWLEDGED_BUCKETS
+            and in_flight.bytes < MAX_UNACKNOWLEDGED_BYTES
+        )
 
     def _begin(self, sources: _Sources, now_us: int) -> bool:
         """Begin a batch of the source whose turn it is; False when none has anything to tell."""

@@ -43,20 +43,35 @@ def in_parts(bucket: Bucket | None, base: Base | None, entries: list[Entry]) -> 
 
 def own_part(store: Store, key: bytes, since_us: int) -> Parts:
     """What this node took from one bucket since `since_us`."""
-    bucket, entries = tellable(store, key), []
-    if bucket is not None:
-        entries = [entry for entry in bucket.entries_since(since_us) if entry.origin == store.origin]
-    yield from in_parts(bucket, None, entries)
+    bucket = tellable(store, key)
+    yield from in_parts(bucket, None, [] if bucket is None else bucket.entries_since(store.origin, since_us))
 
 
 def whole(store: Store, key: bytes, since_us: int, now_us: int, all_but: Origin | None) -> Parts:
-    """All of one bucket that may have been written since `since_us`, but for what one origin took."""
+    """All of one bucket that may have been written since `since_us`, but for what one origin took.
+
+    The bucket may change between two parts.
+    """
     bucket = tellable(store, key)
-    if bucket is None or (bucket.base.boundary_us <= since_us and next(bucket.entries_since(since_us), None) is None):
+    if bucket is None or not (bucket.base.boundary_us > since_us or bucket.is_written_since(since_us)):
         yield NOTHING
         return
-    # What was sealed after `since_us` is told in the base.
     bucket.seal(now_us)
-    entries = [entry for entry in bucket.entries_since(since_us) if entry.origin != all_but]
-    base = bucket.base_to_send
-    yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)
+    for entries in in_lists(bucket, since_us, all_but):
+        # With what was sealed after `since_us`, meanwhile too.
+        base = bucket.base_to_send
+        yield from in_parts(bucket, None if base is not None and base.boundary_us <= since_us else base, entries)
+
+
+def in_lists(bucket: Bucket, since_us: int, all_but: Origin | None = None) -> Iterator[list[Entry]]:
+    """The entries that may have been written since `since_us`, but for those of one origin, in lists of some hundred.
+    The last may be empty. The bucket may change, and be sealed, between two lists: tell its base with each.
+    """
+    entries: list[Entry] = []
+    for origin in bucket.origins():
+        if origin != all_but:
+            entries += bucket.entries_since(origin, since_us)
+        if len(entries) >= MAX_PART_ENTRIES:
+            yield entries
+            entries = []
+    yield entries

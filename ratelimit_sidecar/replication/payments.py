@@ -34,6 +34,10 @@ TICK_WORK: Final = 256
 MAX_OPEN: Final = 1_024
 """The most asks, and the most wishes, without an answer on one stream."""
 
+MAX_WISHES: Final = (1 << 32) - 1 - MAX_OPEN
+"""On one stream, since their numbers have 32 bits; a tick may make `MAX_OPEN` more. Then the stream begins anew: after
+some weeks in which requests wait all the time."""
+
 GIVEN_UP_AT_ONCE: Final = 64
 """The most wishes given up in one step, about 5 us each."""
 
@@ -189,7 +193,10 @@ class PaymentExchange:
         peers = [
             peer
             for peer, outbox in outboxes.items()
-            if outbox.has_tickets and len(outbox.wished) + most <= MAX_OPEN and self.ledger.shares.is_member(peer)
+            if outbox.has_tickets
+            and outbox.last_wish <= MAX_WISHES
+            and len(outbox.wished) + most <= MAX_OPEN
+            and self.ledger.shares.is_member(peer)
         ]
         wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
@@ -297,12 +304,14 @@ class PaymentExchange:
         """Give up wishes that are too old, and check that the peer answers asks in time.
 
         Raises:
-            ProtocolError: stalled. The room that is reserved for an answer is of no use to anybody.
+            ProtocolError: stalled, since the room that is reserved for an answer is of no use to anybody; or exhausted.
         """
         now_us = self._strict_us()
         self._give_up(outbox, now_us)
         if now_us - next(iter(outbox.open.values()), now_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
+        if outbox.last_wish > MAX_WISHES:
+            raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
     def closed(self, outbox: PaymentOutbox) -> None:
         """Free the room of an outbox's open asks, and give up its wishes: its stream is closed at this end."""

@@ -1,8 +1,9 @@
 """Relaying: when two nodes have lost their stream, a third that reaches both sends each the other's changes.
 
-Nodes tell each other to whom they have a stream (`Status.reaches`). Of the nodes that reach both, the one with the
-lowest id relays. If none reaches both, every node relays what is new to it. Only what is new is relayed, and nothing is
-new twice, so it cannot go round in circles.
+Nodes tell each other to whom they have a stream (`Status.reaches`). It counts if both ends say so; of an end that has
+told this node nothing, the other's word does. Of the nodes that reach both, the one with the lowest id relays. If none
+reaches both, every node relays what is new to it. Only what is new is relayed, and nothing is new twice, so it cannot
+go round in circles.
 """
 
 from __future__ import annotations
@@ -48,13 +49,17 @@ class Relay:
         """
         connected = tuple(peer for peer in peers.values() if peer.streams)
         nodes = {peer.node for peer in connected}
+        said = {peer.node: peer.reported.reaches for peer in connected}
         bits = {node: 1 << number for number, node in enumerate(sorted(nodes | {self._node}))}
         reached_by = Counter(dict.fromkeys(nodes, bits[self._node]))
         is_needed = False
         for peer in connected:
             reaches = peer.reported.reaches
             for node in reaches or ():
-                reached_by[node] |= bits[peer.node]
+                # Who only says that it reaches another one keeps nobody from relaying to it.
+                other_end = said.get(node)
+                if other_end is None or peer.node in other_end:
+                    reached_by[node] |= bits[peer.node]
             is_needed |= reaches is not None and not nodes <= reaches | {peer.node}
             yield
         now = _Topology(connected, reached_by, bits[self._node])
@@ -66,10 +71,10 @@ class Relay:
             for peer in of_origin[origin]:
                 missed[peer.node].add(origin)
             yield
-        before, told = self._missed, self._lasting
+        before, sent = self._missed, self._lasting
         self._topology, self._of_origin, self._missed, self.is_needed = now, of_origin, missed, is_needed
         self._lasting = {node: origins & before.get(node, set()) for node, origins in missed.items()}
-        return [peer for peer in connected if self._lasting.get(peer.node, set()) - told.get(peer.node, set())]
+        return [peer for peer in connected if self._lasting.get(peer.node, set()) - sent.get(peer.node, set())]
 
     @property
     def is_to_look_again(self) -> bool:

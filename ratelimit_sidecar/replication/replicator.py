@@ -20,6 +20,7 @@ from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
+from ratelimit_sidecar.replication.key_numbers import KeyRoom
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
@@ -68,6 +69,7 @@ class Replicator:
         self.connections = Connections(store, self.changes, payments, self._note_connections)
         self.peers = self.connections.peers
         self.sync = SyncRequests(self.peers, self.announce)
+        self.key_room = KeyRoom()
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
         self.unknown_keys = 0

@@ -5,8 +5,8 @@ all its peers: a *round*. Two nodes that have received the same must come to the
 and they seal at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over
 for `SETTLE_US`, and what older ones amount to.
 
-The work is bounded: a round takes the buckets in steps, and when there are too many for `ROUND_WORK`, only some
-segments of the key space, others the next time.
+The work is bounded: a round takes the buckets in steps, and when there are too many for all of its steps, only some
+segments of the key space, others the next time. A step is done in pieces, and so is a bucket that many nodes take from.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 import struct
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Final
 from zlib import crc32
 
-from ratelimit_sidecar.crdt.bucket import Bucket, Origin, Settled
+from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import hash64
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS
+from ratelimit_sidecar.replication.pace import Steps
 
 EVERY_US: Final = 4_000_000
 
@@ -42,22 +44,22 @@ RANGES: Final = SEGMENTS * SEGMENT_RANGES
 
 LOOK_WORK: Final = 2
 SUM_WORK: Final = 40
-ENTRY_WORK: Final = 15
-"""Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each settled entry in it."""
+ORIGIN_WORK: Final = 5
+ENTRY_WORK: Final = 5
+"""Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each origin and each settled
+entry in it."""
 
-STEP_WORK = 8_000
+STEP_WORK: Final = 8_000
 """The work of one step, besides its share of looking at all buckets. It is more when a segment would otherwise not be
-summed up in time.
+summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
 PIECE_WORK: Final = 1_000
-"""The work of one piece. Steps are done in pieces, and frames are answered in pieces."""
+"""The work of one piece; that of the bucket, or of one origin in it, that exceeds it comes on top. Steps are done in
+pieces, and frames are answered in pieces."""
 
 STEPS: Final = 170
 """The steps of one round: one each 20 ms of EVERY_US, and some to spare."""
-
-ROUND_WORK = STEPS * STEP_WORK
-"""The work of one round: 4 % of the time, and 1 % for each 200,000 buckets."""
 
 FREED_RANGES: Final = 16
 """The ranges that are freed in a step: all of a round within half of the next one."""
@@ -135,22 +137,46 @@ class Round:
         return self._ranges.get(number) or _Range()
 
 
+class Work:
+    """Cuts work, in the units of `LOOK_WORK`, into pieces."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.left = PIECE_WORK
+        """Until the piece ends."""
+
+    def ends_piece(self, work: int) -> bool:
+        """Note some work. True when a piece ends with it."""
+        self.done += work
+        self.left -= work
+        if self.left > 0:
+            return False
+        self.left = PIECE_WORK
+        return True
+
+
 class Summing:
     """One node's rounds. Call `step` every few milliseconds, or `pause` while there is nobody to compare with.
 
     Args:
         now_us: the start, or near it.
+        step_work: of each of the STEPS of a round.
     """
 
-    def __init__(self, store: Store, now_us: int) -> None:
+    def __init__(self, store: Store, now_us: int, *, step_work: int = STEP_WORK) -> None:
         self._store = store
+        self._step_work = step_work
+        self._round_work = STEPS * step_work
         self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
         self._current: Round | None = None
-        self._walk: Iterator[Bucket] = iter(())
+        self._pieces: Steps = iter(())
+        """Does the current round."""
         self._step_left = 0
         """Work to be done in the current step; 0 or less between two of them."""
-        self._looking = self._summing = 0
-        """Work done in the current round, or the last."""
+        self._looked = 0
+        """Buckets looked at in the current round, or the last."""
+        self.work = Work()
+        """What was done in the current round, or the last."""
         self._segment_work = 0
         """To sum one segment up, as the last round has shown."""
         self._segments_a_round = SEGMENTS
@@ -184,9 +210,11 @@ class Summing:
                 return None
             current = self._current = self._begin(at_us)
         if self._step_left <= 0:
-            most = max(STEP_WORK, self._segment_work * 9 // 8 // STEPS)
+            most = max(self._step_work, self._segment_work * 9 // 8 // STEPS)
             self._step_left = most + LOOK_WORK * len(self._store) // STEPS
-        if not self._take_piece(current):
+        before, self.work.left = self.work.done, min(self._step_left, PIECE_WORK)
+        for _ in self._pieces:
+            self._step_left -= self.work.done - before
             return None
         self._current = None
         self._step_left = 0
@@ -201,16 +229,48 @@ class Summing:
         if self._current is not None:
             self._left += self._current.ranges()
             self._current = None
+            self._pieces = iter(())
             self._step_left = 0
 
     def find(self, at_us: int) -> Round | None:
         """The round of that instant, if it is done and one of the last two."""
         return next((each for each in self._done if each.at_us == at_us), None)
 
-    def state(self, bucket: Bucket, at_us: int) -> int:
-        """A hash of 64 bits of what replicas hold alike of a bucket; 0 when that is nothing."""
-        settled = _settled(bucket, at_us)
-        return 0 if settled is None else self._hash(bucket.key, settled)
+    def state_steps(self, bucket: Bucket, at_us: int, work: Work) -> Generator[None, None, int]:
+        """Find the state of a bucket, in steps, each a piece of `work`: a hash of 64 bits of what replicas hold alike
+        of it; 0 when that is nothing, or cannot be encoded.
+
+        Between two steps the bucket may change. Counts only grow, so a later call that finds the same shows that
+        it has not.
+        """
+        settled = bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+        if settled is None:
+            if work.ends_piece(SUM_WORK):
+                yield
+            return 0
+        origins = [(self.origin_hash(origin), origin) for origin in bucket.origins()]
+        origins.sort()
+        if work.ends_piece(SUM_WORK + ORIGIN_WORK * len(origins)):
+            yield
+        numbers: list[int] = []
+        try:
+            hashed = blake2b(bucket.key + settled.deficit.to_bytes(16, "little"), digest_size=8)
+            for number, origin in origins:
+                tokens_of = bucket.tokens_of(origin)
+                for slot in settled.slots:
+                    tokens = tokens_of.get(slot)
+                    if tokens is not None:
+                        # As they travel.
+                        numbers += (number, slot, min(tokens, MAX_SLOT_TOKENS))
+                if work.ends_piece(ENTRY_WORK * len(settled.slots)):
+                    hashed.update(_packed(numbers))
+                    numbers.clear()
+                    yield
+            hashed.update(_packed(numbers))
+        except (OverflowError, struct.error) as error:
+            self._store.journal.leave_out(error)
+            return 0
+        return int.from_bytes(hashed.digest(), "little")
 
     def _due(self, now_us: int) -> int | None:
         """The instant of the next round, when it is to be begun."""
@@ -227,30 +287,23 @@ class Summing:
         # The same on every node; each segment has its turn, also for one that does only every second, fourth ... round.
         number = at_us // EVERY_US
         first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
-        self._walk = self._store.walk()
-        self._looking = self._summing = 0
-        return Round(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_round)])
+        begun = Round(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_round)])
+        self._looked, self.work = 0, Work()
+        self._pieces = self._sum_steps(begun)
+        return begun
 
-    def _take_piece(self, current: Round) -> bool:
-        """True when the round is done."""
-        piece = left = min(self._step_left, PIECE_WORK)
-        at_us, segments = current.at_us, current.segments
-        for bucket in self._walk:
-            left -= LOOK_WORK
-            self._looking += LOOK_WORK
+    def _sum_steps(self, current: Round) -> Steps:
+        """Sum up all buckets, in pieces."""
+        at_us, segments, work = current.at_us, current.segments, self.work
+        for bucket in self._store.walk():
+            self._looked += 1
+            if work.ends_piece(LOOK_WORK):
+                yield
             range_number = range_of(bucket.key)
             if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
-                settled = _settled(bucket, at_us)
-                work = SUM_WORK
-                if settled is not None:
-                    work += ENTRY_WORK * len(settled.entries)
-                    current.add(range_number, bucket.key, self._hash(bucket.key, settled))
-                left -= work
-                self._summing += work
-            if left <= 0:
-                self._step_left -= piece - left
-                return False
-        return True
+                state = yield from self.state_steps(bucket, at_us, work)
+                if state:
+                    current.add(range_number, bucket.key, state)
 
     def _plan_next(self, segments: int, *, is_done: bool) -> None:
         """Decide how many segments the next round has.
@@ -259,16 +312,17 @@ class Summing:
             segments: of the round that is over.
             is_done: False when it was given up.
         """
-        looked, buckets = self._looking // LOOK_WORK, len(self._store)
+        looked, buckets = self._looked, len(self._store)
+        summing = self.work.done - LOOK_WORK * looked
         if is_done:
-            self._segment_work = self._summing // segments
+            self._segment_work = summing // segments
             most = 2 * segments
         elif looked * SAMPLED_PART >= buckets:
-            self._segment_work = self._summing * buckets // looked // segments
+            self._segment_work = summing * buckets // looked // segments
             most = segments * looked // max(looked, buckets)
         else:
             return
-        most = min(SEGMENTS, most, ROUND_WORK // max(1, self._segment_work))
+        most = min(SEGMENTS, most, self._round_work // max(1, self._segment_work))
         self._segments_a_round = max(1, most)
 
     def _is_to_be_done(self, at_us: int) -> bool:
@@ -276,20 +330,11 @@ class Summing:
         the more often one does them, the more of another's are among them."""
         work = LOOK_WORK * len(self._store) + self._segment_work
         stride = 1
-        while work > stride * ROUND_WORK:
+        while work > stride * self._round_work:
             stride *= 2
         return at_us // EVERY_US % stride == 0
 
-    def _hash(self, key: bytes, settled: Settled) -> int:
-        # As they travel.
-        rows = sorted(
-            [(self._origin(origin), slot, min(tokens, MAX_SLOT_TOKENS)) for origin, slot, tokens in settled.entries]
-        )
-        numbers = [number for row in rows for number in row]
-        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
-        return hash64(key + settled.deficit.to_bytes(16, "little") + packed)
-
-    def _origin(self, origin: Origin) -> int:
+    def origin_hash(self, origin: Origin) -> int:
         number = self._origins.get(origin)
         if number is None:
             if len(self._origins) >= _MAX_ORIGINS:
@@ -298,5 +343,5 @@ class Summing:
         return number
 
 
-def _settled(bucket: Bucket, at_us: int) -> Settled | None:
-    return bucket.settled(at_us - SETTLE_US, at_us + KEPT_US)
+def _packed(numbers: list[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}Q", *numbers)

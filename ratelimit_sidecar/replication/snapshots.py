@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.journal import is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog, Forgotten
 from ratelimit_sidecar.replication.lag import earlier
 from ratelimit_sidecar.replication.parts import NOTHING, Parts, own_part, whole
-
-MAX_FIRST_OF_LIMIT: Final = 4_096
-"""The most buckets of one limit that are told first, since they are nearly used up, and once more in their turn."""
 
 
 class Snapshots:
@@ -113,24 +107,17 @@ class Snapshots:
         self._parts = self._recent(since_us, self._log.keys(first, end))
 
     def _all(self, since_us: int) -> Parts:
-        yield from self._nearly_used_up(since_us)
+        # A snapshot of a million buckets takes half a minute, in which a peer that has just started admits what it
+        # should deny; and if this node stops, nobody else may know.
+        for first in self._store.nearly_used_up(lambda: self._now_us):
+            if first is None:
+                yield NOTHING
+            else:
+                yield from whole(self._store, first.key, since_us, self._now_us, self._peer)
         for bucket in self._store.walk():
             self._left = max(1, self._left - 1)
             yield from whole(self._store, bucket.key, since_us, self._now_us, self._peer)
         self._end()
-
-    def _nearly_used_up(self, since_us: int) -> Parts:
-        """What is sent first. A snapshot of a million buckets takes half a minute, in which a peer that has just
-        started admits what it should deny; and if this node stops, nobody else may know."""
-        told = Counter[tuple[int, int]]()
-        for bucket in self._store.walk():
-            bucket.advance(self._now_us)
-            limit = bucket.limit.capacity, bucket.limit.period_us
-            if is_nearly_used_up(bucket) and told[limit] < MAX_FIRST_OF_LIMIT:
-                told[limit] += 1
-                yield from whole(self._store, bucket.key, since_us, self._now_us, self._peer)
-            else:
-                yield NOTHING
 
     def _recent(self, since_us: int, keys: Iterator[bytes | None]) -> Parts:
         try:

@@ -52,6 +52,7 @@ class Inbound:
     """Applies what a peer sends on one stream, from its Hello on, if this node has accepted it.
 
     Args:
+        address: of the far end, without its port.
         is_proven: the peer is known to be the node that it says it is (see `DeltasReader`).
         payment_outbox: of the stream.
     """
@@ -63,13 +64,14 @@ class Inbound:
         peer: Peer,
         origin: Origin,
         *,
+        address: str,
         is_proven: bool,
         payment_outbox: PaymentOutbox | None,
     ) -> None:
         self.peer = peer
         self._replicator = replicator
         self._session = session
-        self._reader = DeltasReader(origin, is_proven=is_proven)
+        self._reader = DeltasReader(origin, is_proven=is_proven, room=replicator.key_room, address=address)
         self._payment_outbox = payment_outbox
         self.exchange: Exchange | None = None
         """None once the stream is closed, and with a peer that cannot compare."""
@@ -86,6 +88,7 @@ class Inbound:
         """Call it when the stream is closing: nothing more is applied."""
         self._is_over = True
         self.exchange = None
+        self._reader.close()
         if self.peer.newest_reader is self._reader:
             self.peer.newest_reader = None
         self._end_span()
@@ -423,8 +426,15 @@ class Stream:
             self._check_peer(origin, who.region)
         peer = self.peer = replicator.connections.find(self, replicator.local.origin, origin, now_us)
         is_proven = self.is_dialled or self._is_proven
+        address = self.address.rpartition(":")[0]
         self._inbound = Inbound(
-            replicator, self._session, peer, origin, is_proven=is_proven, payment_outbox=self.payment_outbox
+            replicator,
+            self._session,
+            peer,
+            origin,
+            address=address,
+            is_proven=is_proven,
+            payment_outbox=self.payment_outbox,
         )
         if self.payment_outbox is not None:
             self.payment_outbox.has_tickets = self._session.wishes

@@ -1,7 +1,8 @@
 """Which snapshot a node that has just started asks each of its peers for.
 
 One peer sends it everything, each other one only its own changes of the last seconds. If all sent everything, a node
-with ten peers would take ten times as long to start.
+with ten peers would take ten times as long to start. Whoever dials in can say that it knows everything. So if the one
+that was asked first is none of the configured peers, the first of those that has been there is asked, too.
 """
 
 from __future__ import annotations
@@ -44,12 +45,17 @@ class SyncRequests:
             # A node that has just started knows nothing that is old and that this one does not.
             request = pb.EVERYTHING if peer.reported.has_joined else pb.RECENT
         else:
-            if self._source is None and peer.reported.has_joined and not self.has_joined:
+            if peer.reported.has_joined and not self.has_joined and self._is_better_source(peer):
                 self._source = peer
+                # Of what it has sent so far the end was that of something else.
+                peer.reported.full_state &= peer.own_request == pb.EVERYTHING
             request = pb.EVERYTHING if self._source is peer else max(peer.own_request, pb.RECENT)
         if request != peer.own_request:
             peer.own_request = request
             self._announce()
+
+    def _is_better_source(self, peer: Peer) -> bool:
+        return self._source is None or (peer.is_configured and not self._source.is_configured)
 
     def lose(self, peer: Peer) -> None:
         """The last stream of a peer is ending. If it was to send everything, and has not, another one is asked."""

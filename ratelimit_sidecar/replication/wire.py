@@ -92,9 +92,13 @@ class Reason(StrEnum):
     """This process is shutting down."""
     CLOCK_SET = "clock_set"
     """This node's clock was set: both nodes send each other their whole state again."""
+    EXHAUSTED = "exhausted"
+    """All numbers of wishes have been used on the stream. On the next one they begin at 1 again."""
 
 
-FAULTLESS: Final = frozenset({Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING, Reason.CLOCK_SET})
+FAULTLESS: Final = frozenset(
+    {Reason.SELF, Reason.REDUNDANT, Reason.SUPERSEDED, Reason.DRAINING, Reason.CLOCK_SET, Reason.EXHAUSTED}
+)
 
 
 class ProtocolError(Exception):

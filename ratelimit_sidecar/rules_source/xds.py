@@ -135,7 +135,9 @@ class XdsClient:
                     response = DiscoveryResponse.FromString(raw)
                 except DecodeError:
                     return "the server sent something else than a DiscoveryResponse"
-                await _write(call, await self._answer(response, reloader))
+                answer = await self._answer(response, reloader)
+                await asyncio.sleep(self._subscription.hold_seconds)
+                await _write(call, answer)
 
     async def _answer(self, response: DiscoveryResponse, reloader: Reloader) -> DiscoveryRequest:
         rejected = await reloader.load(lambda: self._rules_of(response), response.version_info)

@@ -29,7 +29,7 @@ from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
-from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
+from ratelimit_sidecar.server.turns import QUANTUM_NS, StepQueue, Turns
 
 SLICE_BYTES: Final = 4_096
 """The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes, or 150
@@ -76,6 +76,8 @@ class FrontEndState:
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
+        self.lost_connections = StepQueue()
+        """The steps that free them."""
         self.is_draining = False
         self.accepted = 0
         """Connections since the start."""
@@ -191,9 +193,13 @@ class GrpcProtocol:
         self._resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        """Thousands may be lost at once, so what they held is freed in turns."""
         self._transport = None
-        self._forget_unhandled()
         self._connection.closed = True
+        self._turns.join(self._shared.lost_connections, self._end)
+
+    def _end(self) -> None:
+        self._forget_unhandled()
         self._cancel_all()
         self._connection.release()
         self._queue.on_waiting.discard(self._stand_in_line)

@@ -13,13 +13,14 @@ import re
 from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Final
 
 import structlog
 
-MAX_WAITING_BYTES = 4 * 1_024 * 1_024
+MAX_WAITING_BYTES: Final = 4 * 1_024 * 1_024
 """About 20,000 lines: more than a busy sidecar logs in an hour."""
 
-FLUSH_SECONDS = 2.0
+FLUSH_SECONDS: Final = 2.0
 """How long the process waits at its end for the log to be written."""
 
 
@@ -69,11 +70,12 @@ class TakenStderr:
             *lines, rest = (rest + read).split(b"\n")
             if len(rest) >= MAX_LINE_BYTES:
                 lines, rest = [*lines, rest], b""
-            _log_lines(lines)
-        _log_lines([rest])
+            log_lines(lines)
+        log_lines([rest])
 
 
-def _log_lines(lines: Sequence[bytes]) -> None:
+def log_lines(lines: Sequence[bytes]) -> None:
+    """Log lines of stderr, each with the level that it names."""
     for line in lines:
         if line.strip():
             as_absl = _ABSL.match(line)
@@ -86,10 +88,20 @@ class LogWriter(logging.Handler):
 
     Args:
         descriptor: of the file to write to.
+        max_waiting_bytes: of lines that wait to be written.
+        flush_seconds: how long `flush` waits at most.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        *,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
         super().__init__()
+        self._max_waiting_bytes = max_waiting_bytes
+        self._flush_seconds = flush_seconds
         self.dropped_lines = 0
         self._descriptor = descriptor
         self._waiting: SimpleQueue[bytes | Event] = SimpleQueue()
@@ -104,17 +116,17 @@ class LogWriter(logging.Handler):
             line = f"a log line of {record.name} cannot be rendered: {error!r}"
         raw = f"{line}\n".encode("utf-8", "backslashreplace")
         with self._counting:
-            if self._waiting_bytes + len(raw) > MAX_WAITING_BYTES:
+            if self._waiting_bytes + len(raw) > self._max_waiting_bytes:
                 self.dropped_lines += 1
                 return
             self._waiting_bytes += len(raw)
         self._waiting.put(raw)
 
     def flush(self) -> None:
-        """Wait until all lines so far are written, at most for `FLUSH_SECONDS`."""
+        """Wait until all lines so far are written, at most for `flush_seconds`."""
         written = Event()
         self._waiting.put(written)
-        written.wait(FLUSH_SECONDS)
+        written.wait(self._flush_seconds)
 
     def _write_forever(self) -> None:
         while True:

@@ -668,6 +668,13 @@ METRICS: tuple[Definition, ...] = (
         read_protocol_errors,
     ),
     Definition(
+        "crdt_left_out_buckets_total",
+        "counter",
+        ("region",),
+        "Times a bucket was not sent, kept or compared, since a number in it does not fit into the protocol.",
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.journal.left_out)],
+    ),
+    Definition(
         "crdt_unknown_keys_total",
         "counter",
         ("region",),

@@ -121,7 +121,7 @@ def test_a_denial_is_an_answer_that_does_not_admit(servers: Servers) -> None:
 def test_requests_at_a_rate_are_dealt_out_to_all_connections(servers: Servers) -> None:
     with Generator(servers.empty_handler("h2").address, Load(4, 10)) as generator:
         answered = generator.run(uniform(1), 0.2, rate=200)
-        sent = [connection.next_stream // 2 for connection in generator._connections]
+        sent = [connection.next_stream // 2 for connection in generator.connections]
     assert sum(sent) == len(answered.latencies_ns)
     assert min(sent) >= len(answered.latencies_ns) // 8
 

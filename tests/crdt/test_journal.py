@@ -135,15 +135,18 @@ def test_a_bucket_that_nobody_is_told_of_is_never_urgent(limit: AnyLimit) -> Non
     ],
     ids=["token_bucket", "fixed", "sliding"],
 )
-def test_while_nobody_drains_it_a_busy_bucket_waits_with_the_slots_that_it_still_holds(limit: AnyLimit) -> None:
+@pytest.mark.parametrize("takes", [MAX_UNSENT_SLOTS + 2, 5 * MAX_UNSENT_SLOTS])
+def test_while_nobody_drains_it_a_busy_bucket_waits_with_the_slots_that_it_still_holds(
+    limit: AnyLimit, takes: int
+) -> None:
     told = Told(limit)
     bucket = told.bucket
     now_us = NOW_US
-    for _ in range(5 * MAX_UNSENT_SLOTS):
+    for _ in range(takes):
         now_us += SECOND_US // 50
         assert bucket.take(1, now_us)
-        assert len(bucket._unsent or ()) <= MAX_UNSENT_SLOTS
     changed = bucket.drain_changed_slots()
+    assert len(changed) <= MAX_UNSENT_SLOTS
     held = {slot for slots in bucket.taken.values() for slot in slots}
     assert held <= set(changed)
     assert len(changed) == len(set(changed))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.homes import MAX_CHANGES
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
-from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
 LIMIT = Limit(100, 1_000_000, 100)
+HOUR_US = 3_600_000_000
 STARTED_US = 1_000_000_000
 NOW_US = STARTED_US + OLD_LOAN_US + 2_000_000
 ENDS = {"b": 7}
@@ -59,6 +61,61 @@ def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_ref
     bucket = ledger.bucket(b"k", LIMIT, later_us)
     bucket.advance(later_us)
     assert bucket.remaining == 5
+
+
+def spent(ledger: Ledger, limit: Limit, now_us: int) -> int:
+    bucket, tokens = ledger.bucket(b"k", limit, now_us), 0
+    while bucket.take(1, now_us):
+        tokens += 1
+    return tokens
+
+
+def pass_time(ledgers: Iterable[Ledger], now_us: int, hours: float) -> int:
+    """With all that is done meanwhile, but no request."""
+    for _ in range(10):
+        now_us += int(hours * HOUR_US / 10)
+        for ledger in ledgers:
+            ledger.tick({}, now_us, most=10, longest_key=100)
+            ledger.sweep(now_us, 10)
+    return now_us
+
+
+@pytest.mark.parametrize("returns", [False, True], ids=["goes back", "goes back and returns"])
+def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_back_in_the_former_epoch(
+    returns: bool,
+) -> None:
+    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
+    a = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
+    a.shares.receive("b", ShownMembership(2, alone), HOUR_US)
+    now_us = pass_time([a], HOUR_US, 5)
+    assert spent(a, limit, now_us) == 100
+    began_us = now_us
+    b = Ledger(Shares(Membership(1, both), "b", now_us), Origin("b", 1), lambda _key: limit)
+    b.shares.receive("a", ShownMembership(2, alone), now_us)
+    a.shares.receive("b", ShownMembership(1, both), now_us)
+    a.tick({}, now_us, most=10, longest_key=100)
+    b.bucket(b"k", limit, now_us)
+    now_us = pass_time([a, b], now_us, 0.9)
+    admitted = spent(b, limit, now_us)
+    if returns:
+        a.shares.receive("b", ShownMembership(2, alone), now_us)
+        a.tick({}, now_us, most=10, longest_key=100)
+    admitted += spent(a, limit, now_us)
+    assert admitted <= 100 * (now_us - began_us) / HOUR_US
+
+
+def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
+    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
+    ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
+    now_us = pass_time([ledger], HOUR_US, 5)
+    assert ledger.bucket(b"k", limit, now_us).remaining == 100
+    for _ in range(MAX_CHANGES):
+        for shown in (ShownMembership(1, both), ShownMembership(2, alone)):
+            ledger.shares.receive("b", shown, now_us)
+            ledger.tick({}, now_us, most=10, longest_key=100)
+    assert ledger.bucket(b"k", limit, now_us).remaining == 25
+    assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 
 
 def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import pytest
+from crdt.work import instructions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,15 +37,17 @@ def entry_of(bucket: Bucket, origin: Origin, age: int, tokens: int, now_us: int 
     return Entry(origin, slot_id(now_us - (age << exponent), exponent) | kind, tokens)
 
 
-def fill(bucket: Bucket) -> None:
+def fill(bucket: Bucket, others: Sequence[Origin] = THERE) -> None:
     """Have it hear of takes of all others in each of 45 slots."""
-    assert len(THERE) * 45 > SUMMED_ENTRIES
-    bucket.merge([entry_of(bucket, origin, age, 5) for origin in THERE for age in range(45)], NOW_US)
+    assert len(others) * 45 > SUMMED_ENTRIES
+    bucket.merge([entry_of(bucket, origin, age, 5) for origin in others for age in range(45)], NOW_US)
 
 
 ages, amounts = st.integers(0, 60), st.integers(1, 400)
 events = st.tuples(
-    st.sampled_from(["take", "hear", "hear of a refund", "correct", "refund", "seal", "limit", "set back"]),
+    st.sampled_from(
+        ["take", "hear", "hear of a refund", "correct", "correct a refund", "refund", "seal", "limit", "set back"]
+    ),
     st.integers(0, 400_000_000) | st.just(0),
     ages,
     amounts,
@@ -70,6 +73,8 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
                 bucket.merge([entry_of(bucket, origin, age, tokens, now_us, REFUND)], now_us)
             case "correct":
                 bucket.correct(origin, [entry_of(bucket, origin, age, 1, now_us)], now_us)
+            case "correct a refund":
+                bucket.correct(origin, [entry_of(bucket, origin, age, 1, now_us, REFUND)], now_us)
             case "refund":
                 bucket.refund(tokens, now_us)
             case "seal":
@@ -90,18 +95,15 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
         assert bucket.slots == sum(1 for _ in bucket.entries())
 
 
-class Looked(dict[int, int]):
-    """Slots of one origin; counts how often all of them are looked at."""
-
-    looks = 0
-
-    def __iter__(self) -> Iterator[int]:
-        Looked.looks += 1
-        return super().__iter__()
-
-    def items(self):
-        Looked.looks += 1
-        return super().items()
+def test_of_refund_marks_the_highest_holds_also_when_one_is_corrected() -> None:
+    window = sliding_window()
+    fill(window)
+    counted = window.count
+    for origin, tokens in ((THERE[0], 9), (THERE[1], 4)):
+        window.merge([entry_of(window, origin, 3, tokens, kind=REFUND)], NOW_US)
+    assert window.count == counted - 9
+    assert window.correct(THERE[0], [entry_of(window, THERE[0], 3, 1, kind=REFUND)], NOW_US)
+    assert window.count == counted - 4
 
 
 @pytest.mark.interpreted
@@ -110,19 +112,20 @@ class Looked(dict[int, int]):
 def test_who_hears_of_a_bucket_in_debt_or_one_given_back_to_does_not_look_at_all_that_each_replica_took(
     make: MakeBucket, kind: int
 ) -> None:
-    bucket = make(10)
-    fill(bucket)
-    bucket.merge([entry_of(bucket, THERE[0], 0, 9_999)], NOW_US)
-    assert bucket.debt
-    bucket.fold(NOW_US)
-    heard = bucket._received
-    assert heard is not None
-    for origin, slots in heard.items():
-        heard[origin] = Looked(slots)
-    Looked.looks = 0
-    for turn in range(50):
-        bucket.merge([entry_of(bucket, THERE[turn % 10], 1, 10_000 + turn, kind=kind)], NOW_US)
-        if isinstance(bucket, TokenBucket):
-            bucket.refund(1, NOW_US)
-        bucket.is_idle(NOW_US + turn)
-    assert Looked.looks == 0
+    def work(others: Sequence[Origin]) -> int:
+        bucket = make(10)
+        fill(bucket, others)
+        bucket.merge([entry_of(bucket, THERE[0], 0, 9_999)], NOW_US)
+        assert bucket.debt
+        bucket.fold(NOW_US)
+
+        def hear() -> None:
+            for turn in range(50):
+                bucket.merge([entry_of(bucket, THERE[turn % 10], 1, 10_000 + turn, kind=kind)], NOW_US)
+                bucket.refund(1, NOW_US)
+                bucket.is_idle(NOW_US + turn)
+
+        return instructions(hear)
+
+    more = [Origin("further", 1 + number) for number in range(10)]
+    assert work(THERE + more) < 1.3 * work(THERE)

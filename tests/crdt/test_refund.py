@@ -231,7 +231,7 @@ def test_a_peer_that_comes_back_is_told_of_what_was_given_back_meanwhile(limit: 
     bucket.take(50, NOW_US)
     lost_us = NOW_US + 30 * SECOND_US
     bucket.refund(None, lost_us + SECOND_US)
-    assert any(entry.slot & REFUND for entry in bucket.entries_since(lost_us))
+    assert any(entry.slot & REFUND for entry in bucket.entries_since(bucket.origin, lost_us))
 
 
 def test_a_slot_placed_later_than_that_of_now_is_paid_for_too() -> None:

@@ -64,12 +64,16 @@ class Replica:
 
 @each_limit
 @pytest.mark.parametrize("ahead_us", [SET_BACK_US, 12 * SECOND_US, HOUR_US, 100 * 24 * HOUR_US])
-def test_no_level_rises_when_the_clock_is_set_back(limit: AnyLimit, ahead_us: int) -> None:
+@pytest.mark.parametrize("taken_by", ["one", "other"])
+def test_no_level_rises_when_the_clock_is_set_back(limit: AnyLimit, ahead_us: int, taken_by: str) -> None:
     one = Replica("one", limit, ahead_us)
+    taker = one if taken_by == "one" else Replica(taken_by, limit, ahead_us)
     for second in range(3):
-        while one.take(1, NOW_US + second * SECOND_US):
+        while taker.take(1, NOW_US + second * SECOND_US):
             pass
     now_us = NOW_US + 2 * SECOND_US
+    if taker is not one:
+        one.hear(taker, now_us)
     left = one.bucket(now_us).remaining
     one.set_clock(0)
     assert one.bucket(now_us).remaining <= left

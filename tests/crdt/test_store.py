@@ -117,8 +117,11 @@ def test_a_peer_that_is_told_of_a_bucket_that_was_sealed_early_seals_as_much_and
         target.join(bucket.key, HOURLY, bucket.base_to_send, list(bucket.entries()), now_us)
 
     def settled() -> list[object]:
-        found = [bucket.settled(now_us, now_us + 10_000_000) for store in stores for bucket in store]
-        return [each and (each.deficit, sorted(each.entries)) for each in found]
+        found = [(bucket, bucket.settled(now_us, now_us + 10_000_000)) for store in stores for bucket in store]
+        return [
+            each and (each.deficit, sorted(entry for entry in bucket.entries() if entry.slot in each.slots))
+            for bucket, each in found
+        ]
 
     tell(one, other)
     tell(other, one)

@@ -358,9 +358,9 @@ def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
     few = Limit(1, 12_000_000, 4)
     here = Node(limit=few)
     assert not here.bucket.take(1, NOW_US)
-    here.wait_for(1)
+    [waiting] = here.wait_for(1)
     assert not here.ledger.tick(ENDS, NOW_US, 10, 100)
-    here.queues.leave(next(iter(here.queues.by_key[KEY]._waiting)), Outcome.EXPIRED, NOW_US)
+    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     here.queues.tick(["b"], NOW_US, 10, 100)
     assert here.ledger.tick(ENDS, NOW_US, 10, 100)
 

@@ -291,7 +291,7 @@ def _make_images_for_ci(running: Engine) -> None:
         Unavailable: they cannot be made here.
         subprocess.CalledProcessError: the Dockerfile cannot be built.
     """
-    with _within(CI_IMAGES_S, "its images were not made"):
+    with within(CI_IMAGES_S, "its images were not made"):
         make_base(running)
         try:
             running.docker("run", "--rm", BASE, "true")
@@ -302,7 +302,7 @@ def _make_images_for_ci(running: Engine) -> None:
 
 
 @contextmanager
-def _within(seconds: int, otherwise: str) -> Iterator[None]:
+def within(seconds: int, otherwise: str) -> Iterator[None]:
     """In the main thread.
 
     Raises:

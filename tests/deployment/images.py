@@ -146,19 +146,19 @@ def _debian() -> Path:
     with tempfile.TemporaryDirectory(dir=archive.parent) as name:
         # Whatever ends it, what it mounts goes with it.
         own_mounts = ["unshare", "--mount"]
-        _run([*own_mounts, debootstrap, "--variant=minbase", f"--include={PACKAGES}", "bookworm", f"{name}/root"])
+        run([*own_mounts, debootstrap, "--variant=minbase", f"--include={PACKAGES}", "bookworm", f"{name}/root"])
         shutil.copy2(CERTIFICATES, f"{name}/root{CERTIFICATES}")
         shutil.copytree(
             "/usr/local/share/ca-certificates", f"{name}/root/usr/local/share/ca-certificates", dirs_exist_ok=True
         )
-        _run(["tar", "--directory", f"{name}/root", "--create", "--file", f"{name}/root.tar", "."])
+        run(["tar", "--directory", f"{name}/root", "--create", "--file", f"{name}/root.tar", "."])
         Path(f"{name}/root.tar").rename(archive)
     return archive
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     """With all that it starts, which does not outlive it. In the main thread."""
-    # The alarm of `compose._within` amid a start would leave a process that nobody knows. To block the signal would not
+    # The alarm of `compose.within` amid a start would leave a process that nobody knows. To block the signal would not
     # do: another thread may get it, and then its handler is run here all the same.
     held: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _frame: held.append(number))

@@ -95,8 +95,8 @@ def test_what_takes_too_long_is_ended_with_all_that_it_has_started(tmp_path: Pat
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    with pytest.raises(Unavailable, match="too slow within 60 s"), compose._within(60, "too slow"):
-        images._run(["sh", "-c", f"(exec >{tmp_path}/held; echo; sleep 600) & wait"])
+    with pytest.raises(Unavailable, match="too slow within 60 s"), compose.within(60, "too slow"):
+        images.run(["sh", "-c", f"(exec >{tmp_path}/held; echo; sleep 600) & wait"])
     reader.join(30)
     assert said == [b"\n", b""]
 

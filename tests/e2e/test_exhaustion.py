@@ -246,6 +246,42 @@ async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
         await asyncio.wait([asking])
 
 
+LARGE = """
+import threading
+from ratelimit_sidecar import app
+from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.persistence.purse_file import PurseFile
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
+
+keep_purses, save = PurseFile.keep, SnapshotFile.save
+
+async def purses_kept(purses):
+    app.STOP_SECONDS = 0.25
+    await keep_purses(purses)
+
+async def save_for_ever(snapshots, at_once=False):
+    if at_once:
+        threading.Event().wait()
+    await save(snapshots)
+
+app.SNAPSHOT_BUCKET_SECONDS = 1.0
+PurseFile.keep, SnapshotFile.save = purses_kept, save_for_ever
+main()
+"""
+
+
+async def test_a_last_snapshot_has_time_for_each_of_its_buckets_and_purses_do_not_wait_for_it(tmp_path: Path) -> None:
+    config = {"node": {"id": "a"}, "sync": {"members": {"a": 1}}, "persistence": {"file": str(tmp_path / "state")}}
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        async with serving(tmp_path, stderr=stderr.fileno(), program=["-c", LARGE], config=config) as sidecar:
+            await sidecar.is_ready()
+            await sidecar.decides()
+            assert await sidecar.stopped() == 1
+    assert "after_seconds=1.25" in log.read_text()
+    assert (tmp_path / "state.purses").exists()
+
+
 async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         program = ["-X", "importtime", "-m", "ratelimit_sidecar"]

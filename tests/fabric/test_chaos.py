@@ -12,14 +12,10 @@ from persistence.redis_server import RedisServer, needs_redis
 from persistence.test_snapshot import make_store
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.gateway import Gateway
-from ratelimit_sidecar.fabric.link import FAILURES
+from ratelimit_sidecar.fabric.exchange import RegionExchange
+from ratelimit_sidecar.fabric.link import FAILURES, Link
 from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
-from ratelimit_sidecar.fabric.status import FabricStatus
-from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -51,17 +47,12 @@ class Chaos:
         keys = FabricKeys("ratelimit")
         store = make_store(Origin("gateway", 1))
         self._region = Region(region_origin("east"), store, keys)
-        status = FabricStatus()
-        self._gateway = Gateway(
-            connect_to(server), keys, store, self._now_us, status, region="east", mesh_of=self._no_mesh
-        )
+        self._link = Link(connect_to(server))
+        self._exchange = RegionExchange(self._link, keys, store, self._now_us)
         self._taken = Counter[str]()
 
     def _now_us(self) -> int:
         return self._sidecars[0].now_us
-
-    def _no_mesh(self, store: Store, payments: PaymentExchange | None) -> Mesh:
-        raise AssertionError
 
     async def run(self) -> None:
         for _ in range(STEPS):
@@ -72,13 +63,13 @@ class Chaos:
         for _ in range(6):
             for each in self._sidecars:
                 await each.fabric.share()
-            await self._exchange()
+            await self._share_at_gateway()
         for store in (*(each.store for each in self._sidecars), self._region.store):
             assert {value_of(bucket): known(bucket) for bucket in store} == self._taken
         assert not any(each.fabric.status.degraded_reason for each in self._sidecars)
 
     async def close(self) -> None:
-        await self._gateway._link.close()
+        await self._link.close()
         for each in self._sidecars:
             await each.close()
 
@@ -86,11 +77,11 @@ class Chaos:
         sidecar.take(value, hits, self._limit)
         self._taken[value] += hits
 
-    async def _exchange(self) -> None:
+    async def _share_at_gateway(self) -> None:
         try:
-            await self._gateway._exchange(self._region, None, 1)
+            await self._exchange.run(self._region, None, 1)
         except FAILURES:
-            await self._gateway._failed(self._region)
+            await self._exchange.failed(self._region)
 
     async def _step(self, kind: str, sidecar: Sidecar) -> None:
         async with self._server.client() as client:
@@ -100,7 +91,7 @@ class Chaos:
                 case "share":
                     await sidecar.fabric.share()
                 case "gateway":
-                    await self._exchange()
+                    await self._share_at_gateway()
                 case "time":
                     later_us = self._random.randint(0, 2_000_000)
                     for each in self._sidecars:

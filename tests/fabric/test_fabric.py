@@ -135,7 +135,8 @@ async def test_what_is_told_twice_counts_once(server: RedisServer) -> None:
         b.take("x", 1)
         for _ in range(5):
             await a.share()
-            a.fabric._tell_again()
+            for shard in a.fabric.shards:
+                shard.tell_again()
         await b.share()
         assert b.left() == [89]
 

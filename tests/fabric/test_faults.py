@@ -19,17 +19,14 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
-from ratelimit_sidecar.fabric import region as region_module
 from ratelimit_sidecar.fabric import sharing
+from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.fabric import Fabric
-from ratelimit_sidecar.fabric.gateway import Gateway
+from ratelimit_sidecar.fabric.link import Link
 from ratelimit_sidecar.fabric.record import OTHERS
-from ratelimit_sidecar.fabric.region import Region, region_origin
+from ratelimit_sidecar.fabric.region import MAX_NEWS, Region, region_origin
 from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import SharedRoom, Sharing
-from ratelimit_sidecar.fabric.status import FabricStatus
-from ratelimit_sidecar.replication.mesh import Mesh
-from ratelimit_sidecar.replication.payments import PaymentExchange
 
 pytestmark = needs_redis
 
@@ -209,12 +206,29 @@ async def test_a_bucket_of_which_only_debt_is_told_expires_too(server: RedisServ
         a.now_us += 15 * SECOND_US
         [bucket] = list(a.store)
         bucket.seal(a.now_us)
-        a.fabric.note([(bucket, [])])
-        a.fabric.shards[0]._busy[bucket.key].waiting = []
-        a.fabric.shards[0]._busy[bucket.key].era = 0
+        assert not list(bucket.entries())
         await a.share()
         assert await client.hexists(names_of(a, "x")[0], "base")
         assert all(0 < life < 60_000 for life in await lives_of(server, *names_of(a, "x")))
+
+
+async def test_a_bucket_that_somebody_deleted_between_two_uses_is_not_left_without_an_end(
+    server: RedisServer,
+) -> None:
+    async with sidecars(server, "a") as [a], server.client() as client:
+        a.take("x", 200, "tokens")
+        a.now_us += 15 * SECOND_US
+        [bucket] = list(a.store)
+        bucket.seal(a.now_us)
+        a.take("x", 1, "tokens")
+        await a.share()
+        names = names_of(a, "x")
+        await client.delete(*names)
+        await a.share()
+        assert await client.exists(*names) == 0
+        # It was found to be gone, so all of it is told.
+        await a.share()
+        assert all(0 < life < 60_000 for life in await lives_of(server, *names))
 
 
 async def test_no_key_of_a_bucket_is_without_an_end(server: RedisServer) -> None:
@@ -446,49 +460,52 @@ async def test_a_bucket_that_was_dropped_and_made_anew_hears_all_of_the_others(s
         for each in (a, b, a):
             await each.share()
         [bucket] = list(a.store)
-        # As the sweep does, with those that are idle.
-        del a.store._buckets[bucket.key]
+        # Its clock is ahead for a while.
+        a.store.sweep(NOW_US + 365 * 24 * 3_600 * SECOND_US, 1)
+        assert len(a.store) == 0
         a.take("x", 1)
         await a.share()
         [bucket] = list(a.store)
         assert sum(entry.tokens for entry in bucket.entries() if entry.origin == OTHERS) == 5
 
 
-async def exchanged(gateway: Gateway, region: Region) -> None:
-    while await gateway._exchange(region, None, 1):
-        pass
+class AtGateway:
+    """The region at its gateway, and the calls by which it learns of it; no other region is there."""
 
+    def __init__(self, server: RedisServer, store: Store, max_news: int = MAX_NEWS) -> None:
+        keys = FabricKeys("ratelimit")
+        self.region = Region(region_origin("east"), store, keys, max_news=max_news)
+        self.link = Link(connect_to(server))
+        self.exchange = RegionExchange(self.link, keys, store, lambda: NOW_US)
 
-def gateway_of(server: RedisServer, store: Store) -> tuple[Gateway, Region]:
-    keys = FabricKeys("ratelimit")
+    async def tick(self) -> bool:
+        return await self.exchange.run(self.region, None, 1)
 
-    def no_mesh(store: Store, payments: PaymentExchange | None) -> Mesh:
-        raise AssertionError
-
-    gateway = Gateway(connect_to(server), keys, store, lambda: NOW_US, FabricStatus(), region="east", mesh_of=no_mesh)
-    return gateway, Region(region_origin("east"), store, keys)
+    async def know_all(self) -> None:
+        while await self.tick():
+            pass
 
 
 async def test_a_gateway_that_gets_its_rules_late_reads_what_there_is(server: RedisServer) -> None:
     limits: list[AnyLimit] = []
     store = Store(Origin("gateway", 1), lambda _key: limits[0] if limits else None)
-    gateway, region = gateway_of(server, store)
+    gateway = AtGateway(server, store)
     async with sidecars(server, "a") as [a]:
         a.take("x", 10)
         await a.share()
-        await exchanged(gateway, region)
+        await gateway.know_all()
         assert len(store) == 0
         limits.append(LIMITS["fixed"])
-        gateway.use_rules()
-        await exchanged(gateway, region)
+        gateway.exchange.use_rules()
+        await gateway.know_all()
         assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [10]
-    await gateway._link.close()
+    await gateway.link.close()
 
 
 @pytest.mark.parametrize("score", [0.5, 1, 2**60, float("inf")])
 async def test_strange_names_in_the_index_of_changes_hold_up_nobody(server: RedisServer, score: float) -> None:
     store = make_store(Origin("gateway", 1))
-    gateway, region = gateway_of(server, store)
+    gateway = AtGateway(server, store)
     async with sidecars(server, "a") as [a], server.client() as client:
         a.take("x", 1)
         await a.share()
@@ -501,17 +518,15 @@ async def test_strange_names_in_the_index_of_changes_hold_up_nobody(server: Redi
             a.take("x", 1)
             await a.share()
             async with asyncio.timeout(60):
-                await exchanged(gateway, region)
+                await gateway.know_all()
             assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [taken]
-    await gateway._link.close()
+    await gateway.link.close()
 
 
-async def test_news_for_which_there_is_no_room_are_told_later(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(region_module, "MAX_NEWS", 100)
+async def test_news_for_which_there_is_no_room_are_told_later(server: RedisServer) -> None:
     limit = LIMITS["fixed"]
-    gateway, region = gateway_of(server, store_of(limit, Origin("gateway", 1)))
+    gateway = AtGateway(server, store_of(limit, Origin("gateway", 1)), max_news=100)
+    region = gateway.region
     [slot] = {entry.slot for bucket in _one(limit) for entry in bucket.entries()}
     for number in range(1_000):
         entries = [Entry(Origin("west", 1), slot, 3)]
@@ -521,8 +536,8 @@ async def test_news_for_which_there_is_no_room_are_told_later(
         region.note_news(bucket, entries)
     assert len(region.shards[0].news.slots) == 100
     for _ in range(40):
-        await gateway._exchange(region, None, 1)
+        await gateway.tick()
     async with server.client() as client:
         names = [name async for name in client.scan_iter(match=KEYS.head + b"b:*")]
     assert len(names) == 1_000
-    await gateway._link.close()
+    await gateway.link.close()

@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, SharedRoom, Sharing
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BUSY_US, SharedRoom, Sharing
 
 NOW_US = 1_700_000_000_000_000
 LIMIT = Limit(5, 1_000_000, 5)
@@ -231,8 +231,10 @@ def test_where_all_room_is_of_one_shard_it_is_that_one_which_makes_some_for_the_
 def test_buckets_that_rest_in_any_shard_make_room_before_busy_ones() -> None:
     node = NodeOnACluster(most=100)
     node.flood(40, name=b"honest")
-    for resting in list(node.other._busy):
-        node.other._resting[resting] = node.other._busy.pop(resting)
+    node.room.begin_tick()
+    while (key := node.other.next_key()) is not None:
+        node.other.ask(key, NOW_US + BUSY_US + 1)
+    assert (node.other.busy, node.other.resting) == (0, 40)
     node.flood(70, name=b"x")
     assert (len(node.sharing), len(node.other)) == (70, 30)
     assert node.sharing.unshared == 0

@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.limit import Window
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
-from ratelimit_sidecar.limiter import counts as counts_module
+from ratelimit_sidecar.limiter.counts import MAX_NAMES
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
@@ -458,32 +458,30 @@ def test_every_value_of_a_wildcard_has_its_own_bucket_unless_they_share_one() ->
         assert len(limiter.store) == (1 if shares_bucket else 2)
 
 
-def test_values_stand_in_metric_names_only_where_rules_say_so_and_never_without_bound(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_values_stand_in_metric_names_only_where_rules_say_so_and_never_without_bound() -> None:
     plain, detailed = make_limiter(wildcard_rules()), make_limiter(wildcard_rules(metric_of_values=True))
-    monkeypatch.setattr(counts_module, "MAX_NAMES", 2)
-    for limiter in (plain, detailed):
-        for value in ("/a1", "/a2", "/a3", "/a4"):
-            decide(limiter, make_request({"path": value}))
+    for limiter, values in ((plain, 4), (detailed, MAX_NAMES + 2)):
+        for number in range(values):
+            limiter.decide(make_request({"path": f"/a{number}"}), NOW_US)
     assert {name: counts.ok for (_, name), counts in plain.counts.items()} == {"api.path_/a*": 4}
     assert {name: counts.ok for (_, name), counts in detailed.counts.items()} == {
-        "api.path_/a1": 1,
-        "api.path_/a2": 1,
+        **{f"api.path_/a{number}": 1 for number in range(MAX_NAMES)},
         "api.path_/a*": 2,
     }
 
 
-def test_after_many_reloads_the_names_of_rules_that_are_gone_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts_module, "MAX_NAMES", 5)
-    limiter = make_limiter(rules_of(rule("r0")))
+def test_after_many_reloads_the_names_of_rules_that_are_gone_are_not_kept() -> None:
+    limiter = make_limiter(wildcard_rules(metric_of_values=True))
+    for number in range(MAX_NAMES):
+        limiter.decide(make_request({"path": f"/a{number}"}), NOW_US)
     counted = []
-    for number in range(100):
+    for number in range(10):
         limiter.use_rules(rules_of(rule(f"r{number}")))
         decide(limiter, make_request({f"r{number}": "1"}))
         counted.append(len(limiter.counts))
         assert limiter.counts["api", f"api.r{number}"].ok == 1
-    assert max(counted) == 8
+    assert max(counted) == MAX_NAMES + 3
+    assert counted[-1] < 10
 
 
 def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of_what_it_takes() -> None:

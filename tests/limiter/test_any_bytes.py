@@ -230,9 +230,10 @@ def test_a_descriptor_of_thousands_of_entries_has_a_short_key_of_its_own(overrid
 def test_long_values_take_little_memory() -> None:
     limiter = rules_limiter()
     for number in range(200):
-        limiter.decide(request_of([(b"user", b"%d" % number + b"x" * 60_000)]), NOW_US)
+        request = request_of([(b"user", b"%d" % number + b"x" * 60_000)])
+        limiter.decide(request, NOW_US)
+        assert limiter.plan(request) is not limiter.plan(request)
     assert max(len(bucket.key) for bucket in limiter.store) < 60
-    assert limiter._plans.plans == {}
 
 
 NEWER = ("is_negative_hits", "unit_multiplier")

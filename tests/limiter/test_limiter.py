@@ -11,8 +11,8 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.encoding import varint
-from ratelimit_sidecar.limiter.limiter import MAX_HITS
-from ratelimit_sidecar.limiter.plan import Step
+from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
+from ratelimit_sidecar.limiter.plan import Plan, Step
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -239,30 +239,30 @@ def test_hits_beyond_what_peers_can_be_told_count_as_the_most_they_can() -> None
     assert [entry.tokens for entry in bucket.entries()] == [MAX_HITS]
 
 
-def fill(cache: PlanCache) -> int:
-    """Until nothing more is let in at first sight; returns how many plans there are."""
-    limiter = make_limiter(RULES)
-    before = -1
-    while len(cache.plans) > before:
-        before = len(cache.plans)
-        request = make_request({"agent": f"a{before}"})
-        cache.keep(request, limiter._make_plan(request))
-    return before
+def fill(limiter: Limiter) -> dict[bytes, Plan]:
+    """Ask for plans until none is kept at first sight any more; returns those that are kept."""
+    kept: dict[bytes, Plan] = {}
+    while True:
+        request = make_request({"agent": f"a{len(kept)}"})
+        plan = limiter.plan(request)
+        if limiter.plan(request) is not plan:
+            return kept
+        kept[request] = plan
+        assert len(kept) < 50_000, "nothing is bounded"
 
 
 def test_of_the_requests_that_come_once_few_push_out_a_plan() -> None:
     limiter = make_limiter(RULES)
-    fill(limiter._plans)
-    held = set(limiter._plans.plans)
+    kept = fill(limiter)
     for number in range(5_000):
         limiter.plan(make_request({"agent": f"b{number}"}))
     # One in 256 is taken for one that was seen.
-    assert len(held - limiter._plans.plans.keys()) < 100
+    assert sum(limiter.plan(request) is not plan for request, plan in kept.items()) < 100
 
 
 def test_a_plan_asked_for_twice_is_kept_also_when_there_are_many() -> None:
     limiter, late = make_limiter(RULES), make_request({"agent": "late"})
-    fill(limiter._plans)
+    fill(limiter)
     assert limiter.plan(late) is not limiter.plan(late)
     assert limiter.plan(late) is limiter.plan(late)
 
@@ -280,11 +280,10 @@ def test_the_cycle_collector_does_not_see_plans_that_are_kept() -> None:
 
 def test_plans_are_bounded_in_bytes_not_in_number() -> None:
     cache, limiter = PlanCache(), make_limiter(RULES)
-    small = fill(cache)
+    assert len(fill(limiter)) > 16_000
     large = [make_request(*[{"agent": f"{number}.{index}"} for index in range(40)]) for number in range(4_000)]
     for request in large * 2:
         if request not in cache.plans:
-            cache.keep(request, limiter._make_plan(request))
-    assert small > 16_000
+            cache.keep(request, limiter.plan(request))
     assert 1_000 < len(cache.plans) < 2_000
     assert cache.bytes <= MAX_BYTES

@@ -419,9 +419,9 @@ def test_all_of_an_odd_rate_is_assigned() -> None:
 class Server:
     """One node, spoken to directly."""
 
-    def __init__(self, rules: Rules = RULES, learning_us: int = 0) -> None:
+    def __init__(self, rules: Rules = RULES, learning_us: int = 0, **bounds: int) -> None:
         self.world = World(rules)
-        self.node = self.world.node(learning_us)
+        self.node = self.world.node(learning_us, **bounds)
         self.quotas: Quotas = self.node.quotas
         self.quotas.tick(self.now_us)
 
@@ -530,10 +530,8 @@ def test_a_bucket_with_an_id_that_is_too_long_is_dropped() -> None:
     assert action == Action(b"long", None)
 
 
-@pytest.mark.interpreted
-def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quota, "MAX_ENVOY_BUCKETS", 10)
-    server = Server()
+def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same() -> None:
+    server = Server(max_envoy_buckets=10)
     greedy, other = server.connect(), server.connect()
     actions = server.report(greedy, *[usage(f"user{number}", allowed=3) for number in range(20)])
     # One may have as many as are free; it is to drop the others.
@@ -547,10 +545,8 @@ def test_buckets_are_bounded_and_what_has_no_room_is_charged_all_the_same(monkey
     )
 
 
-@pytest.mark.interpreted
-def test_one_envoy_leaves_others_room_for_other_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quota, "MAX_POOLS", 10)
-    server = Server()
+def test_one_envoy_leaves_others_room_for_other_limits() -> None:
+    server = Server(max_pools=10)
     greedy, other = server.connect(), server.connect()
     server.report(greedy, *many(20))
     assert len(server.quotas.pools) == len(greedy.buckets) == 5
@@ -597,11 +593,9 @@ def test_the_buckets_of_a_limit_are_bounded_and_what_has_no_room_is_charged_all_
     assert sorted(taken) == [1, MAX_POOL_BUCKETS + 10]
 
 
-@pytest.mark.interpreted
-def test_what_has_no_room_is_charged_at_once_and_nothing_is_kept_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_room_is_charged_at_once_and_nothing_is_kept_of_it() -> None:
     """Whatever is kept until it is charged, callers who invent values would make grow without end."""
-    monkeypatch.setattr(quota, "MAX_POOLS", 0)
-    server = Server()
+    server = Server(max_pools=0)
     stream = server.connect()
     server.report(stream, *many(20, "slow", allowed=9))
     assert not server.quotas.pools

@@ -8,7 +8,6 @@ from limiter.requests import NOW_US, OVER_LIMIT, decide, make_limiter, make_requ
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
-from ratelimit_sidecar.limiter import replay as replay_module
 from ratelimit_sidecar.limiter.replay import Replay
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import AnswerSettings
@@ -79,8 +78,8 @@ def test_buckets_that_are_full_again_are_dropped() -> None:
     replay = Replay(rules_of_users(), AnswerSettings())
     for number in range(20_000):
         replay.ask(user(number), NOW_US + number * SECOND_US)
-    assert len(replay._limiter.store) < 2_100
-    assert replay._limiter.store.evicted > 17_000
+    assert len(replay.limiter.store) < 2_100
+    assert replay.limiter.store.evicted > 17_000
 
 
 def test_buckets_in_use_are_kept() -> None:
@@ -90,11 +89,8 @@ def test_buckets_in_use_are_kept() -> None:
     assert all(replay.ask(user(number), NOW_US + SECOND_US) for number in range(5_000))
 
 
-def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(replay_module, "MAX_DENIED_DESCRIPTORS", 10)
-    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), AnswerSettings())
+def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_counted() -> None:
+    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), AnswerSettings(), max_denied_descriptors=10)
     for _ in range(3):
         replay.ask(user("often"), NOW_US)
     for number in range(100):

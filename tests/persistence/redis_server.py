@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +51,7 @@ class RedisServer:
             # It writes down there what it has found out.
             (folder / "sentinel.conf").write_text(sentinel)
             self._file, self._options = [str(folder / "sentinel.conf")], ["--sentinel"]
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -70,10 +72,10 @@ class RedisServer:
             *("--unixsocket", str(self.socket), *self._options),
         ]
         with (self.folder / "redis.log").open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
+            self._process = subprocess.Popen(argv, stdout=log, stderr=log)  # noqa: ASYNC220 (of no one loop)
         async with asyncio.timeout(WITHIN_S):
             while not await self._answers():
-                assert self._process.returncode is None, (self.folder / "redis.log").read_text()[-2_000:]
+                assert self._process.poll() is None, (self.folder / "redis.log").read_text()[-2_000:]
                 await asyncio.sleep(0.02)
 
     async def _answers(self) -> bool:
@@ -88,10 +90,20 @@ class RedisServer:
 
     async def kill(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
+        if process is not None:
             process.send_signal(signal.SIGCONT)
             process.kill()
-            await process.wait()
+            process.wait()
+
+    def restart_at_once(self) -> None:
+        """Kill it and start it again, while this thread and its event loop do nothing."""
+
+        async def restart() -> None:
+            await self.kill()
+            await self.start()
+
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(asyncio.run, restart()).result()
 
     @contextmanager
     def hanging(self) -> Iterator[None]:

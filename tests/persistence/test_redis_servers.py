@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import trustme
 from persistence.redis_server import WITHIN_S, RedisServer, free_port_numbers, needs_redis
-from persistence.test_redis_store import hit, impatient, kept, left_after_restart, state_in, until
+from persistence.test_redis_store import hit, kept, left_after_restart, state_in, until
 from persistence.test_snapshot import BEFORE, NOW_US, make_store, take
 from redis.asyncio import Redis
 from redis.crc import key_slot
@@ -19,8 +19,6 @@ from redis.crc import key_slot
 from ratelimit_sidecar.demo.ports import HOST
 
 pytestmark = needs_redis
-
-__all__ = ["impatient"]
 
 SLOTS = 16_384
 

@@ -29,6 +29,7 @@ from ratelimit_sidecar.persistence.snapshot_format import (
     snapshot,
 )
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
 from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
 
 NOW_US = 1_790_000_000_000_000
@@ -74,7 +75,7 @@ def take(store: Store, name: str, value: str, hits: int, now_us: int) -> None:
 
 
 def written(store: Store) -> bytes:
-    return b"".join(snapshot(store, NOW_US, SnapshotSize()))
+    return b"".join(snapshot(store, lambda: NOW_US, SnapshotSize()))
 
 
 def read(raw: bytes, store: Store, now_us: int) -> SnapshotInfo:
@@ -132,13 +133,46 @@ def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn
     for number in range(3 * RECORD_BUCKETS):
         take(store, "month", str(number), 1, NOW_US)
     counted = SnapshotSize()
-    pieces = list(snapshot(store, NOW_US, counted))
+    pieces = list(snapshot(store, lambda: NOW_US, counted))
     assert sum(map(len, pieces)) == counted.bytes
     assert counted.buckets == 3 * RECORD_BUCKETS
     assert len(pieces) > 90
     after = make_store(AFTER)
     read(b"".join(pieces), after, NOW_US)
     assert len(after) == 3 * RECORD_BUCKETS
+
+
+def test_of_each_limit_what_is_nearly_used_up_is_written_first_and_counted_once() -> None:
+    store = make_store(BEFORE)
+    for number in range(3 * RECORD_BUCKETS):
+        take(store, "month", str(number), 1, NOW_US)
+        take(store, "tokens", str(number), 35, NOW_US)
+    for bucket in list(store)[-3:]:
+        bucket.take(bucket.limit.capacity, NOW_US, always=True)
+    counted = SnapshotSize()
+    _magic, _header, first, *_ = filter(None, snapshot(store, lambda: NOW_US, counted))
+    keys = [delta.key for delta in Deltas.FromString(first[9:]).buckets]
+    used_up = [bucket.key for bucket in store if bucket.remaining * 8 <= bucket.limit.capacity]
+    assert len(used_up) > 3 * RECORD_BUCKETS
+    assert keys == used_up[:RECORD_BUCKETS]
+    assert counted.buckets == len(store)
+
+
+def test_a_bucket_that_many_replicas_took_from_gives_others_their_turn_too() -> None:
+    store = make_store(BEFORE)
+    take(store, "month", "a", 1, NOW_US)
+    [bucket] = store
+    width_us = 1 << bucket.limit.exponent
+    slots = [slot_id(NOW_US - age * width_us, bucket.limit.exponent) for age in range(40)]
+    store.journal.peers = {Origin(f"peer {number}", 1) for number in range(250)}
+    for origin in store.journal.peers:
+        bucket.merge([Entry(origin, slot, 1) for slot in slots], NOW_US)
+    pieces = list(snapshot(store, lambda: NOW_US, SnapshotSize()))
+    assert len(pieces) > 250 * 40 / MAX_PART_ENTRIES / 2
+    after = make_store(AFTER)
+    read(b"".join(pieces), after, NOW_US)
+    [restored] = after
+    assert restored.taken == bucket.taken
 
 
 def used_by(nodes: int, lives: int, buckets: int) -> Store:

@@ -65,7 +65,7 @@ async def test_what_is_no_snapshot_is_set_aside_and_the_start_goes_on(tmp_path: 
 
 async def test_of_a_record_that_cannot_be_read_the_others_are_restored(tmp_path: Path) -> None:
     file = tmp_path / "state"
-    pieces = snapshot(store_with(*map(str, range(2 * RECORD_BUCKETS))), NOW_US, SnapshotSize())
+    pieces = snapshot(store_with(*map(str, range(2 * RECORD_BUCKETS))), lambda: NOW_US, SnapshotSize())
     magic, header, first, second, end = filter(None, pieces)
     assert first[0] == REPLICATED
     content = b"".join([magic, header, _record(REPLICATED, b"no Deltas"), second, end])
@@ -156,13 +156,44 @@ async def test_a_save_that_is_cancelled_leaves_the_old_snapshot(tmp_path: Path, 
     assert slow.status.buckets == 5_000
 
 
+@pytest.mark.parametrize("pieces", [6, 8, 20])
+async def test_of_a_snapshot_that_was_cut_short_the_start_has_what_was_nearly_used_up(
+    tmp_path: Path, pieces: int
+) -> None:
+    file, store = tmp_path / "state", store_with("early")
+    await snapshots_of(file, store).save()
+    for number in range(20 * RECORD_BUCKETS):
+        take(store, "fixed", f"invented {number}", 1, NOW_US)
+        if number % (10 * RECORD_BUCKETS) == 0:
+            take(store, "fixed", f"tenant {number}", 90, NOW_US)
+    written = [piece for piece in snapshot(store, lambda: NOW_US, SnapshotSize()) if piece][:pieces]
+    (tmp_path / "state.new").write_bytes(b"".join(written)[:-1])
+    after = make_store(AFTER)
+    snapshots = snapshots_of(file, after)
+    await snapshots.load()
+    assert len(after) >= (pieces - 3) * RECORD_BUCKETS - 2
+    assert sorted(bucket.remaining for bucket in after if bucket.remaining != 99) == [10, 10, 97]
+    assert snapshots.status.restored_buckets == 1
+    await snapshots.save()
+    assert [name for name, _, _ in files_in(tmp_path)] == ["state"]
+
+
+@pytest.mark.parametrize("content", [b"", b"rlsidec\x01", b"rlsidec\x02newer", bytes(100_000)])
+async def test_one_that_was_cut_short_with_nothing_in_it_is_in_nobodys_way(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "state"
+    await snapshots_of(file, store_with("a")).save()
+    (tmp_path / "state.new").write_bytes(content)
+    after = make_store(AFTER)
+    await snapshots_of(file, after).load()
+    assert len(after) == 1
+    assert file.exists()
+
+
 async def test_run_saves_again_and_again(tmp_path: Path) -> None:
-    begun: list[int] = []
     third = asyncio.Event()
 
     def now_us() -> int:
-        begun.append(len(begun))
-        if len(begun) > 2:
+        if snapshots.status.taken >= 2:
             third.set()
         return NOW_US
 
@@ -170,4 +201,3 @@ async def test_run_saves_again_and_again(tmp_path: Path) -> None:
     running = asyncio.create_task(snapshots.run())
     await asyncio.wait_for(third.wait(), 10)
     running.cancel()
-    assert snapshots.status.taken >= 2

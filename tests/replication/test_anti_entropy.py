@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from itertools import pairwise
 
 import pytest
-from replication.builders import ELSEWHERE, NOW_US, PER_USER, RULES, SECOND_US, key_of, node, rules_with, store_of, take
+from freed import frees_itself
+from replication.builders import (
+    ELSEWHERE,
+    NOW_US,
+    PER_USER,
+    RULES,
+    SECOND_US,
+    key_of,
+    node,
+    rules_with,
+    store_of,
+    take,
+)
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
-from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import hash64
-from ratelimit_sidecar.replication import anti_entropy, rounds
 from ratelimit_sidecar.replication.anti_entropy import MAX_EXCHANGED, MAX_PULL_KEYS, TELL_WORK, Exchange
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
@@ -25,6 +36,7 @@ from ratelimit_sidecar.replication.rounds import (
     FREED_RANGES,
     KEPT_US,
     LOOK_WORK,
+    ORIGIN_WORK,
     PIECE_WORK,
     RANGES,
     SEGMENT_RANGES,
@@ -35,6 +47,7 @@ from ratelimit_sidecar.replication.rounds import (
     SUM_WORK,
     Round,
     Summing,
+    Work,
     range_of,
 )
 from ratelimit_sidecar.replication.stream import Stream
@@ -156,36 +169,34 @@ def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
     store = store_of(node("a"))
     for index in range(500):
         take(store, f"user {index}", 1, NOW_US)
-    summing, now_us, passes, left = Summing(store, NOW_US), NOW_US, 0, []
-    while passes < 3:
-        now_us += 20_000
-        passes += summing.step(now_us) is not None
-    while summing._left:
-        left.append(len(summing._left))
+    summing, now_us = Summing(store, NOW_US), NOW_US
+    first, now_us = next_round(summing, now_us)
+    ranges = list(first.ranges())
+    del first
+    for _ in range(2):
+        _, now_us = next_round(summing, now_us)
+
+    def kept() -> int:
+        # One reference is the list's, one that of the loop and one that of the call.
+        return sum(sys.getrefcount(each) > 3 for each in ranges)
+
+    left = [kept()]
+    while left[-1]:
         summing.step(now_us)
-    assert left[0] > 100
+        left.append(kept())
+    assert left[0] == len(ranges) > 100
     assert all(before - after <= FREED_RANGES for before, after in pairwise(left))
     assert len(left) < STEPS / 2
 
 
-@pytest.mark.interpreted
-def test_a_node_that_is_full_is_not_told_for_ever_faster_than_a_bound() -> None:
-    store = store_of(node("a"))
-    summing = Summing(store, NOW_US)
-    own = Round(EVERY_US, range(SEGMENTS))
-    keys = [key_of(f"user {index}") for index in range(MAX_EXCHANGED + 1)]
-    halves = keys[: MAX_EXCHANGED // 2], keys[MAX_EXCHANGED // 2 :]
-    for number, half in enumerate(halves):
-        for key in half:
-            own.add(number, key, 1)
-    summing._done.append(own)
-    told: list[bytes] = []
-    exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
-    for number, half in enumerate(halves):
-        hashes = [hash64(key) for key in half]
-        for start in range(0, len(hashes), MAX_PULL_KEYS):
-            hear(exchange, pb.Pull(at_us=EVERY_US, range=number, keys=hashes[start : start + MAX_PULL_KEYS]))
-    assert told == keys[:MAX_EXCHANGED]
+def next_round(summing: Summing, now_us: int) -> tuple[Round, int]:
+    """The next round that is done, and when it is."""
+    while True:
+        done = summing.step(now_us)
+        if done is not None:
+            return done, now_us
+        if not summing.is_stepping:
+            now_us += 20_000
 
 
 def test_buckets_that_change_meanwhile_are_left_alone() -> None:
@@ -207,24 +218,41 @@ def peer_that(tell: Callable[[bytes], None], store: Store) -> Peer:
     return peer
 
 
-def hear(exchange: Exchange, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[int, int]:
+def hear(exchange: Exchange, peer: Peer, frame: pb.Digest | pb.Summary | pb.Pull) -> tuple[int, int]:
     """Hear and answer it.
 
     Returns:
         The number of buckets told or asked for because of it, and of the pieces that it took.
     """
-    before = exchange._peer.counts.resyncs
+    before = peer.counts.resyncs
     pieces = len(list(exchange.receive_steps(frame))) + 1
-    return exchange._peer.counts.resyncs - before, pieces
+    return peer.counts.resyncs - before, pieces
+
+
+def keys_of_range(number: int, count: int) -> list[bytes]:
+    """So many keys of one range. A checksum is linear: two more bytes take any key there."""
+    stems = [index.to_bytes(4, "big") for index in range(count)]
+    return [stem + ENDS[range_of(stem + bytes(2)) ^ number] for stem in stems]
+
+
+ENDS = {
+    range_of(bytes(4) + end) ^ range_of(bytes(6)): end
+    for end in (number.to_bytes(2, "big") for number in range(1 << 16))
+}
+"""The last two bytes of a key, by how they change its range."""
+
+
+def store_with(keys: Iterable[bytes], at_us: int, limit: Limit = PER_USER) -> Store:
+    """A take from each, settled at `at_us`."""
+    store = store_of(node("a"))
+    took_us = at_us - SETTLE_US - 2 * (1 << limit.exponent)
+    for key in keys:
+        assert store.bucket(key, limit, took_us).take(1, took_us)
+    return store
 
 
 def sums_of(store: Store, at_us: int) -> Round:
-    summing = Summing(store, at_us - 1)
-    done = summing.step(at_us)
-    now_us = at_us
-    while done is None:
-        now_us += 20_000
-        done = summing.step(now_us)
+    done, _ = next_round(Summing(store, at_us - 1), at_us)
     return done
 
 
@@ -264,22 +292,23 @@ def test_an_idle_bucket_counts_like_an_absent_one() -> None:
     assert not any(sums_of(store, at_us + PER_USER.horizon_us).sums)
 
 
-def summing_of(buckets: int, at_us: int) -> Summing:
+def summing_of(buckets: int, at_us: int, step_work: int = STEP_WORK) -> Summing:
     """Of a node with so many, all settled at `at_us`, the instant of the next pass."""
-    store = store_of(node("a"))
-    for index in range(buckets):
-        take(store, f"user {index}", 1, at_us - SETTLE_US - SLOT_US)
-    return Summing(store, at_us - 1)
+    store = store_with([key_of(f"user {index}") for index in range(buckets)], at_us)
+    return Summing(store, at_us - 1, step_work=step_work)
 
 
-def passes_of(summing: Summing, at_us: int, instants: int) -> dict[int, tuple[frozenset[int], int]]:
+def passes_of(summing: Summing, at_us: int, instants: int, every: int = 1) -> dict[int, tuple[frozenset[int], int]]:
     """The passes that were done from `at_us` on.
+
+    Args:
+        every: it is asleep at the instants between each such one.
 
     Returns:
         By the number of the instant, counted from `at_us`: its segments, and the steps that it took.
     """
     done = {}
-    for number in range(instants):
+    for number in range(0, instants, every):
         began_us = at_us + number * EVERY_US
         for step, now_us in enumerate(range(began_us, began_us + EVERY_US, 20_000), 1):
             found = summing.step(now_us)
@@ -293,27 +322,37 @@ def passes_of(summing: Summing, at_us: int, instants: int) -> dict[int, tuple[fr
 FIRST_US = NOW_US // EVERY_US * EVERY_US + EVERY_US
 
 
-def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(rounds, "STEP_WORK", 2_000)
-    monkeypatch.setattr(rounds, "ROUND_WORK", 8_000)
-    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 64).values()
-    assert (len(first), steps > 5) == (SEGMENTS, True)
+def rest_of(finding: Generator[None, None, int]) -> int:
+    """What it returns."""
+    while True:
+        try:
+            next(finding)
+        except StopIteration as found:
+            state: int = found.value
+            return state
+
+
+def state_of(summing: Summing, bucket: Bucket, at_us: int) -> int:
+    return rest_of(summing.state_steps(bucket, at_us, Work()))
+
+
+def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes() -> None:
+    # Looking at all buckets comes on top of it, which is why it is enough for once.
+    step_work = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // (STEPS + 1)
+    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, SEGMENTS).values()
+    assert (len(first), steps > STEPS / 2) == (SEGMENTS, True)
     assert all(len(segments) < SEGMENTS for segments, _ in others)
     assert {segment for segments, _ in others for segment in segments} == set(range(SEGMENTS))
 
 
 @pytest.mark.parametrize(("segments", "passes"), [(4, 255), (1, 128), (0.5, 64)])
 def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, segments: float, passes: int
+    segments: float, passes: int
 ) -> None:
     """For so many segments there is room in a pass."""
-    a_segment = 1_000 * (SUM_WORK + ENTRY_WORK) // SEGMENTS
+    a_segment = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // SEGMENTS
     step_work = int(segments * a_segment * 1.2 / STEPS)
-    monkeypatch.setattr(rounds, "STEP_WORK", step_work)
-    monkeypatch.setattr(rounds, "ROUND_WORK", step_work * STEPS)
-    done = passes_of(summing_of(1_000, FIRST_US), FIRST_US, 256)
+    done = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, 256)
     assert 0 not in done
     # The more a segment is beyond what a pass may cost, the fewer passes there are.
     assert len(done) == passes
@@ -323,7 +362,7 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
 
 @pytest.mark.parametrize("looked", ["hardly at any bucket", "at all but nobody compares"])
 def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next(looked: str) -> None:
-    summing = summing_of(5_000, FIRST_US)
+    summing = summing_of(6_000, FIRST_US)
     hardly = looked == "hardly at any bucket"
     for _ in range(1 if hardly else 50):
         summing.step(FIRST_US)
@@ -343,7 +382,7 @@ def test_a_step_is_taken_in_pieces() -> None:
         pieces += 1
         done = summing.step(at_us)
     assert done is None
-    a_bucket = LOOK_WORK + SUM_WORK + ENTRY_WORK
+    a_bucket = LOOK_WORK + SUM_WORK + ORIGIN_WORK + ENTRY_WORK
     a_piece = -(-PIECE_WORK // a_bucket) * a_bucket
     assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // a_piece) > 5
     # The machine sleeps in the middle of the next one.
@@ -351,6 +390,69 @@ def test_a_step_is_taken_in_pieces() -> None:
     assert summing.is_stepping
     assert summing.step(at_us + EVERY_US) is None
     assert not summing.is_stepping
+
+
+CROWD = [Origin(f"node {number}", 1) for number in range(250)]
+
+
+def crowded() -> tuple[Summing, Bucket]:
+    """A bucket that 250 nodes have taken from in each of 49 slots, of a node that is about to compare."""
+    store = store_of(node("a"))
+    store.journal.peers = {*CROWD}
+    slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in range(1, 50)]
+    for origin in CROWD:
+        store.merge(key_of("ann"), None, [Entry(origin, slot, 3) for slot in slots], FIRST_US)
+    bucket = store.get(key_of("ann"))
+    assert bucket is not None
+    assert len(bucket.origins()) == 250
+    return Summing(store, FIRST_US - 1), bucket
+
+
+def test_a_bucket_that_250_nodes_take_from_is_summed_up_in_pieces() -> None:
+    summing, bucket = crowded()
+    pieces, done_before, longest = 1, 0, 0
+    done = summing.step(FIRST_US)
+    while done is None:
+        pieces += 1
+        longest = max(longest, summing.work.done - done_before)
+        done_before = summing.work.done
+        done = summing.step(FIRST_US)
+    # The work of one origin may come on top, and that of listing them.
+    assert longest <= PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
+    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / PIECE_WORK, rel=0.3)
+    assert done.sums[range_of(bucket.key)] == state_of(summing, bucket, FIRST_US)
+
+
+def test_what_changes_while_it_is_summed_up_is_found_to_have_changed() -> None:
+    summing, bucket = crowded()
+    finding = summing.state_steps(bucket, FIRST_US, Work())
+    next(finding)
+    next(finding)
+    first, *_, last = sorted(CROWD, key=summing.origin_hash)
+    slot = max(bucket.tokens_of(first))
+    # One that is in the sum already, and one that is not.
+    assert bucket.merge([Entry(first, slot, 4), Entry(last, slot, 4)], FIRST_US) == 2
+    assert rest_of(finding) != state_of(summing, bucket, FIRST_US)
+
+
+def test_a_state_is_the_hash_that_nodes_of_earlier_versions_have() -> None:
+    store = store_of(node("a"))
+    slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in (9, 5, 2)]
+    entries = [Entry(Origin(name, 7), slot | mark, 3) for name in "cb" for slot in slots for mark in (REFUND, 0)]
+    bucket = take(store, "ann", 2, FIRST_US - SETTLE_US - 3 * SLOT_US)
+    store.merge(bucket.key, None, entries, FIRST_US)
+    assert state_of(Summing(store, FIRST_US - 1), bucket, FIRST_US) == 5458122548980219214
+
+
+def test_a_bucket_that_cannot_be_encoded_is_left_out_of_what_is_compared() -> None:
+    stores = [store_of(node("a")), store_of(node("a"))]
+    for store in stores:
+        for value in ("ann", "bob"):
+            take(store, value, 3, FIRST_US - SETTLE_US - 2 * SLOT_US)
+    take(stores[0], "bad", -1, FIRST_US - SETTLE_US - 2 * SLOT_US)
+    sums = [sums_of(store, FIRST_US).sums for store in stores]
+    assert sums[0] == sums[1]
+    assert [store.journal.left_out for store in stores] == [1, 0]
 
 
 def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
@@ -368,12 +470,18 @@ def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
         summing.step(at_us + 2 * EVERY_US + 3)
 
 
-def exchange_of_nothing(*, leads: bool = True) -> Exchange:
+def exchange_of_nothing() -> tuple[Exchange, Peer, Round]:
+    """Of a node without buckets, which has done a round."""
+
     def tell(_key: bytes) -> None:
         raise AssertionError("there is nothing to tell")
 
     store = store_of(node("a"))
-    return Exchange(Summing(store, NOW_US), store, peer_that(tell, store), leads=leads)
+    summing = Summing(store, FIRST_US - 1)
+    own = summing.step(FIRST_US)
+    assert own is not None
+    peer = peer_that(tell, store)
+    return Exchange(summing, store, peer, leads=True), peer, own
 
 
 ZEROES = [0] * SEGMENT_RANGES
@@ -395,65 +503,62 @@ ZEROES = [0] * SEGMENT_RANGES
     ids=lambda frame: f"{type(frame).__name__} {str(frame)[:20]}".replace("\n", " "),
 )
 def test_a_bad_comparison_is_refused(frame: pb.Digest | pb.Summary | pb.Pull) -> None:
+    exchange, _, _ = exchange_of_nothing()
     with pytest.raises(ProtocolError) as caught:
-        done(exchange_of_nothing().receive_steps(frame))
+        done(exchange.receive_steps(frame))
     assert caught.value.reason is Reason.BAD_DIGEST
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("frame", [pb.Summary(keys=[1], states=[2]), pb.Pull(keys=[1])], ids=["summary", "pull"])
 def test_what_answers_no_pass_of_this_node_is_passed_over(frame: pb.Summary | pb.Pull) -> None:
-    exchange = exchange_of_nothing()
-    assert hear(exchange, frame) == (0, 1)
+    exchange, peer, _ = exchange_of_nothing()
+    assert hear(exchange, peer, frame) == (0, 1)
     assert exchange.take_frame() is None
 
 
 def test_what_a_stream_was_at_is_freed_when_it_ends() -> None:
-    cluster = Cluster(9, "ab", RULES)
-    cluster.run_until_settled()
-    stream = next(cluster["a"].replicator.streams())
-    assert isinstance(stream, Stream)
-    assert stream._inbound is not None
-    exchange = stream._inbound.exchange
-    assert exchange is not None
-    before = sys.getrefcount(exchange)
-    stream.lost("gone", NOW_US)
-    assert sys.getrefcount(exchange) == before - 1
+    with frees_itself(Exchange):
+        cluster = Cluster(9, "ab", RULES)
+        cluster.run_until_settled()
+        for each in cluster:
+            for stream in list(each.replicator.streams()):
+                assert isinstance(stream, Stream)
+                stream.lost("gone", NOW_US)
 
 
 @pytest.mark.interpreted
 def test_a_summary_nobody_asked_for_is_passed_over_and_one_is_heard_once() -> None:
-    exchange = exchange_of_nothing()
-    done = sums_of(exchange._store, EVERY_US)
-    exchange._summing._done.append(done)
-    summary = pb.Summary(at_us=EVERY_US, keys=[1], states=[2])
-    assert hear(exchange, summary) == (0, 1)
-    exchange.note_round(done)
+    exchange, peer, own = exchange_of_nothing()
+    summary = pb.Summary(at_us=own.at_us, keys=[1], states=[2])
+    assert hear(exchange, peer, summary) == (0, 1)
+    exchange.note_round(own)
     assert (exchange.take_frame() or pb.Frame()).HasField("digest")
-    assert hear(exchange, summary) == (1, 1)
-    assert hear(exchange, summary) == (0, 1)
+    assert hear(exchange, peer, summary) == (1, 1)
+    assert hear(exchange, peer, summary) == (0, 1)
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("buckets", "is_sent"), [(16_000, True), (16_384, False)])
 def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int, is_sent: bool) -> None:
-    store = store_of(node("a"))
-    exchange = Exchange(Summing(store, NOW_US), store, peer_that(lambda key: None, store), leads=True)
-    done = Round(EVERY_US, range(SEGMENTS))
-    for number in range(buckets):
-        done.add(RANGES - 1, b"%d" % number, 2**64 - 1 - number)
-    exchange._summing._done.append(done)
-    exchange._differing, exchange._differing_us = {RANGES - 1: None}, EVERY_US
+    store = store_with(keys_of_range(RANGES - 1, buckets), FIRST_US)
+    summing = Summing(store, FIRST_US - 1)
+    own, _ = next_round(summing, FIRST_US)
+    peer = peer_that(lambda key: None, store)
+    exchange = Exchange(summing, store, peer, leads=False)
+    # The peer has nothing in its last segment.
+    assert hear(exchange, peer, pb.Digest(at_us=own.at_us, segments=[SEGMENTS - 1], sums=ZEROES)) == (0, 1)
     frame = exchange.take_frame()
     assert (frame is not None) == is_sent
     if frame is not None:
+        assert len(frame.summary.keys) == buckets
         assert read_frame(frame.SerializeToString()) == frame
-    pull = pb.Pull(at_us=EVERY_US, range=RANGES - 1, keys=done.buckets(RANGES - 1).hashes[:7])
-    assert hear(exchange, pull)[0] == (7 if is_sent else 0)
-    assert len(done.buckets(RANGES - 1).keys) <= 16_001
+    pull = pb.Pull(at_us=own.at_us, range=RANGES - 1, keys=own.buckets(RANGES - 1).hashes[:7])
+    assert hear(exchange, peer, pull)[0] == (7 if is_sent else 0)
+    assert len(own.buckets(RANGES - 1).keys) <= 16_001
 
 
-def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Round, Bucket]:
+def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, Peer, list[bytes], Round, Bucket]:
     """A node that has sent its sums, in which "ann" has a part; `step` is what happens to the bucket since."""
     store = store_of(node("a"))
     at_us = FIRST_US
@@ -462,19 +567,20 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, list[bytes], Ro
     summing = Summing(store, at_us - 1)
     done = summing.step(at_us)
     assert done is not None
-    exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
+    peer = peer_that(told.append, store)
+    exchange = Exchange(summing, store, peer, leads=True)
     exchange.note_round(done)
     exchange.take_frame()
     step(bucket)
-    return exchange, told, done, bucket
+    return exchange, peer, told, done, bucket
 
 
 @pytest.mark.interpreted
 def test_a_bucket_that_the_other_lacks_is_told_and_one_that_differs_is_asked_for_as_well() -> None:
     for theirs, pulls in (({}, 0), ({hash64(key_of("ann")): 1}, 1)):
-        exchange, told, done, bucket = differing(lambda _bucket: None)
+        exchange, peer, told, done, bucket = differing(lambda _bucket: None)
         summary = pb.Summary(at_us=done.at_us, range=range_of(bucket.key), keys=theirs.keys(), states=theirs.values())
-        assert hear(exchange, summary) == (1, 1)
+        assert hear(exchange, peer, summary) == (1, 1)
         assert told == [bucket.key]
         frame = exchange.take_frame()
         assert (0 if frame is None else len(frame.pull.keys)) == pulls
@@ -486,31 +592,27 @@ def test_a_bucket_that_has_changed_since_is_not_told() -> None:
         late = Entry(Origin("c", 1), slot_id(bucket.at_us - SLOT_US, PER_USER.exponent), 5)
         assert bucket.merge([late], bucket.at_us) == 1
 
-    exchange, told, done, bucket = differing(change)
-    assert hear(exchange, pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == (0, 1)
+    exchange, peer, told, done, bucket = differing(change)
+    assert hear(exchange, peer, pb.Summary(at_us=done.at_us, range=range_of(bucket.key))) == (0, 1)
     assert not told
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("differ", [True, False])
 def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
-    store = store_of(node("a"))
-    summing = Summing(store, NOW_US)
-    at_us = NOW_US // EVERY_US * EVERY_US
-    own = Round(at_us, range(SEGMENTS))
-    for index in range(1_000):
-        bucket = take(store, f"user {index}", 1, at_us - SETTLE_US - 2 * SLOT_US)
-        own.add(7, bucket.key, summing.state(bucket, at_us))
-    summing._done.append(own)
+    store = store_with(keys_of_range(7, 1_000), FIRST_US)
+    summing = Summing(store, FIRST_US - 1)
+    own, _ = next_round(summing, FIRST_US)
     told: list[bytes] = []
-    exchange = Exchange(summing, store, peer_that(told.append, store), leads=True)
+    peer = peer_that(told.append, store)
+    exchange = Exchange(summing, store, peer, leads=True)
     exchange.note_round(own)
     exchange.take_frame()
     buckets = own.buckets(7)
     states = [state ^ differ for state in buckets.states]
-    found, pieces = hear(exchange, pb.Summary(at_us=at_us, range=7, keys=buckets.hashes, states=states))
+    found, pieces = hear(exchange, peer, pb.Summary(at_us=own.at_us, range=7, keys=buckets.hashes, states=states))
     assert found == (1_000 if differ else 0)
-    work = 1_000 * (LOOK_WORK + (SUM_WORK + TELL_WORK if differ else 0))
+    work = 1_000 * (LOOK_WORK + (SUM_WORK + ORIGIN_WORK + ENTRY_WORK + TELL_WORK if differ else 0))
     assert pieces == pytest.approx(work / PIECE_WORK + 1, rel=0.1)
     if differ:
         # The peer asks for the same ones.
@@ -518,7 +620,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
         frame = exchange.take_frame()
         assert frame is not None
         assert sorted(frame.pull.keys) == sorted(buckets.hashes)
-        found, pieces = hear(exchange, frame.pull)
+        found, pieces = hear(exchange, peer, frame.pull)
         assert (found, told) == (1_000, buckets.keys)
         assert pieces == 1_000 * TELL_WORK / PIECE_WORK + 1
 
@@ -557,35 +659,43 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
 def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
-    summing = Summing(store_of(node("a")), NOW_US)
-    summing._segments_a_round = 1
     start = NOW_US // EVERY_US // stride * stride
+    # Enough for one segment in each pass, which the first few find out.
+    each, before = 17, 4
+    step_work = each * (SEGMENTS * LOOK_WORK + SUM_WORK + ENTRY_WORK + 13) // STEPS
+    keys = [key for segment in range(SEGMENTS) for key in keys_of_range(segment * SEGMENT_RANGES, each)]
     # At a moment at which the order changes, too.
     for start_pass in (start, start // 4096 * 4096 - 20 * stride):
-        passes = [summing._begin((start_pass + number * stride) * EVERY_US) for number in range(2 * SEGMENTS)]
-        assert {segment for each in passes for segment in each.segments} == set(range(SEGMENTS))
+        first_us = (start_pass - before * stride) * EVERY_US
+        summing = Summing(store_with(keys, first_us, SLOW), first_us - 1, step_work=step_work)
+        done = passes_of(summing, first_us, (before + 2 * SEGMENTS) * stride, stride)
+        passes = [segments for number, (segments, _) in done.items() if number >= before * stride]
+        assert [len(segments) for segments in passes] == [1] * 2 * SEGMENTS
+        assert frozenset().union(*passes) == set(range(SEGMENTS))
+
+
+SLOW = Limit(1, 100 * SECOND_US, 200)
+"""What is taken from it counts for hours."""
 
 
 def whole_pass(names: int) -> tuple[Store, Summing, Round]:
-    """A store of so many buckets and its pass, all of one range as far as a peer is concerned."""
-    summing = summing_of(names, FIRST_US)
-    now_us = FIRST_US
-    while (done := summing.step(now_us)) is None:
-        now_us += 20_000
-    return summing._store, summing, done
+    """A store of so many buckets and its pass."""
+    store = store_with([key_of(f"user {index}") for index in range(names)], FIRST_US)
+    summing = Summing(store, FIRST_US - 1)
+    own, _ = next_round(summing, FIRST_US)
+    return store, summing, own
 
 
 @pytest.mark.interpreted
-def test_a_peer_that_alternates_instants_is_told_no_more_than_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anti_entropy, "MAX_EXCHANGED", 10)
-    store, summing, done = whole_pass(50)
+def test_a_peer_is_told_no_more_because_of_one_pass_than_a_bound_though_it_alternates_instants() -> None:
+    store, summing, own = whole_pass(MAX_EXCHANGED + 1)
     told: list[bytes] = []
-    exchange = Exchange(summing, store, peer_that(told.append, store), leads=False)
-    for bucket in store:
-        number = range_of(bucket.key)
-        hear(exchange, pb.Pull(at_us=done.at_us, range=number, keys=[hash64(bucket.key)]))
-        hear(exchange, pb.Pull(at_us=1, range=number))
-    assert len(told) == 10
+    peer = peer_that(told.append, store)
+    exchange = Exchange(summing, store, peer, leads=False)
+    for number in range(RANGES):
+        hear(exchange, peer, pb.Pull(at_us=own.at_us, range=number, keys=own.buckets(number).hashes))
+        hear(exchange, peer, pb.Pull(at_us=1, range=number))
+    assert len(set(told)) == len(told) == MAX_EXCHANGED
 
 
 @pytest.mark.interpreted

@@ -5,17 +5,19 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from replication.builders import RULES, SECOND_US, rules_with, take
+from replication.builders import PER_USER, RULES, SECOND_US, rules_with, take
 from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS
 from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
 from simulation.clock import clocks_off
 from simulation.cluster import Cluster
 from simulation.loop import MS
 from simulation.network import between
 from simulation.node import FLUSH_US, Node
+from simulation.steps import done
 
 USERS = [f"user {index}" for index in range(8)]
 
@@ -194,6 +196,21 @@ def test_what_a_slow_peer_has_yet_to_hear_is_bounded_by_the_live_buckets() -> No
     assert cluster["a"].replicator.peers["b"].counts.batches_sent - sent_before <= MAX_UNACKNOWLEDGED * 3
     cluster.run_until_settled()
     assert_converged(cluster)
+
+
+def test_what_one_hurried_flush_after_the_other_tells_reaches_a_peer_far_away_within_the_bound() -> None:
+    delay_us = 150 * MS
+    cluster = Cluster(8, "ab", RULES, ways=between("ab", delay_us))
+    cluster.run_until_settled()
+    a, b = cluster["a"], cluster["b"]
+    taken_us: dict[bytes, int] = {}
+    for number in range(400):
+        cluster.run(int(URGENT_FLUSH_SECONDS * SECOND_US))
+        # Each is used up at once.
+        taken_us[take(a.store, f"user {number}", PER_USER.capacity, a.now_us).key] = cluster.now_us
+        done(a.replicator.flush_steps(a.now_us))
+        unheard = [at_us for key, at_us in taken_us.items() if b.store.get(key) is None]
+        assert cluster.now_us - min(unheard) <= FLUSH_US + delay_us
 
 
 def test_both_ends_use_one_of_two_streams_and_the_other_takes_over_when_it_is_lost() -> None:

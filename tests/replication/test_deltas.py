@@ -299,11 +299,11 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
 
 def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
     store = store_of(node("b"))
-    writer, reader = DeltasWriter(A, KeyNumbersGiven()), DeltasReader(A)
+    numbers, reader = KeyNumbersGiven(), DeltasReader(A)
     bucket = TokenBucket(KEY, PER_USER, A, NOW_US)
     for tokens, rules, unknown in ((1, RULES, 0), (2, ELSEWHERE, 1), (3, RULES, 0)):
         store.limit_of_key = rules.replicated_limit_of_key
-        writer = DeltasWriter(A, writer._numbers)
+        writer = DeltasWriter(A, numbers)
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)])
         assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
         assert apply_all(reader, store, writer.deltas, NOW_US).unknown_keys == unknown
@@ -325,6 +325,42 @@ def test_a_frame_that_would_take_long_to_apply_is_too_large(deltas: pb.Deltas) -
     with pytest.raises(ProtocolError) as caught:
         apply_deltas(store_of(node("b")), deltas, A, NOW_US)
     assert caught.value.reason is Reason.TOO_LARGE
+
+
+def held(store: Store, bucket: Bucket) -> list[Entry]:
+    """What a store holds of it."""
+    found = store.get(bucket.key)
+    return [] if found is None else list(found.entries())
+
+
+@pytest.mark.parametrize(
+    ("base", "bad"),
+    [
+        (Base(NOW_US, PER_USER.period_us << 64), []),
+        (Base(NOW_US, 1), [Entry(A, 1 << 90, 1)]),
+        (Base(NOW_US, 1), [Entry(A, slot_id(NOW_US, MIN_EXPONENT), -1), Entry(A, slot_id(0, MIN_EXPONENT), 1)]),
+        (None, [Entry(Origin("\ud800", 1), slot_id(NOW_US, MIN_EXPONENT), 1)]),
+    ],
+    ids=["a deficit", "a slot", "a count", "a name"],
+)
+def test_what_does_not_fit_into_the_protocol_is_left_out_and_what_follows_is_told(
+    base: Base | None, bad: list[Entry]
+) -> None:
+    store, reader, journal, numbers = store_of(node("b")), DeltasReader(A), Journal(), KeyNumbersGiven()
+    buckets = [TokenBucket(key_of(value), PER_USER, A, NOW_US, journal) for value in ("ann", "bob")]
+    good = Entry(Origin("c", 1), slot_id(NOW_US, PER_USER.exponent), 3)
+    writer = DeltasWriter(A, numbers)
+    writer.add(buckets[0], base, bad)
+    writer.add(buckets[1], None, [good])
+    apply_all(reader, store, pb.Deltas.FromString(writer.payload()), NOW_US)
+    assert [held(store, bucket) for bucket in buckets] == [[], [good]]
+    assert journal.left_out == 1
+    assert journal.left_out_error
+    # The number that was given with it holds.
+    writer = DeltasWriter(A, numbers)
+    writer.add(buckets[0], None, [good])
+    apply_all(reader, store, pb.Deltas.FromString(writer.payload()), NOW_US)
+    assert [held(store, bucket) for bucket in buckets] == [[good], [good]]
 
 
 def test_a_long_key_is_sent_in_full_each_time() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
+from freed import frees_itself
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from replication.builders import (
@@ -27,11 +27,18 @@ from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import MIN_EXPONENT, AnyLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import changes, key_numbers, side_log, snapshots
-from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog
+from ratelimit_sidecar.crdt.store import MAX_FIRST_OF_LIMIT, Store
+from ratelimit_sidecar.replication.changes import (
+    ENCODED_BYTES,
+    ENCODED_SEGMENTS,
+    FORGOTTEN_SEGMENTS,
+    RECENT_US,
+    RETENTION_US,
+    ChangeLog,
+    Cursor,
+)
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, MAX_SLOT_TOKENS, DeltasReader
-from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES
+from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, MAX_NUMBERS
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
     LOOKED_BUCKETS,
@@ -39,11 +46,15 @@ from ratelimit_sidecar.replication.outbox import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ENTRIES,
     MAX_UNACKNOWLEDGED,
+    MAX_UNACKNOWLEDGED_BUCKETS,
+    MAX_UNACKNOWLEDGED_BYTES,
     WHOLE_BATCH_BUCKETS,
     Outbox,
 )
 from ratelimit_sidecar.replication.pace import PIECE_WORK
-from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES
+from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, whole
+from ratelimit_sidecar.replication.side_log import MAX_RELAYED_BUCKETS, SideLog
+from ratelimit_sidecar.replication.snapshots import Snapshots
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES, read_frame, write_deltas
 from simulation.steps import done
@@ -54,17 +65,17 @@ MS = 1_000
 
 
 def new_outbox(store: Store) -> Outbox:
-    """With a log of its own."""
+    """With a log of its own, last flushed at NOW_US."""
     return Outbox(store, ChangeLog(store, NOW_US))
 
 
-def note(outbox: Outbox, created_us: int = NOW_US, *, has_peers: bool = True) -> None:
-    """Flush what the store's journal holds."""
-    end = outbox._log.end
-    outbox._log._flushed_us = created_us
-    done(outbox._log.flush_steps(created_us, has_peers=has_peers))
-    if outbox._log.end > end:
-        outbox.missed_changes(created_us)
+def note(outbox: Outbox, now_us: int = NOW_US, *, has_peers: bool = True) -> None:
+    """Flush what the store's journal holds. It counts as created at the flush before."""
+    first = outbox.log.end
+    done(outbox.log.flush_steps(now_us, has_peers=has_peers))
+    segment = outbox.log.get(first)
+    if segment is not None:
+        outbox.missed_changes(segment.created_us)
 
 
 def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
@@ -101,7 +112,7 @@ def fill(store: Store, buckets: int, now_us: int = NOW_US) -> None:
         take(store, f"user {index}", 1, now_us)
 
 
-def with_changes(buckets: int, created_us: int = NOW_US, *, has_peers: bool = False) -> tuple[Store, Outbox]:
+def with_changes(buckets: int, *, has_peers: bool = False) -> tuple[Store, Outbox]:
     """So many buckets, and an outbox whose peer has yet to hear of a take from each.
 
     Args:
@@ -110,7 +121,7 @@ def with_changes(buckets: int, created_us: int = NOW_US, *, has_peers: bool = Fa
     store = store_of(A)
     outbox = opened(store)
     fill(store, buckets)
-    note(outbox, created_us, has_peers=has_peers)
+    note(outbox, has_peers=has_peers)
     return store, outbox
 
 
@@ -243,9 +254,8 @@ def test_a_peer_takes_a_frame_of_the_longest_keys_of_which_it_knows_no_number() 
         # What the first flush tells gives the keys their numbers, and comes before the stream.
         note(outbox, now_us)
         if now_us == NOW_US:
-            open_stream(outbox)
-            assert outbox._sources is not None
-            outbox._sources.snapshots.close()
+            # It has yet to say which snapshot it wants.
+            outbox.open(B.origin, compares=True)
     reader, peer = DeltasReader(A.origin), store_of(B)
     peer.limit_of_key = store.limit_of_key
     for number, batch in enumerate(drained(outbox), 1):
@@ -266,6 +276,45 @@ def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
     assert sorted(copy.entries()) == sorted(bucket.entries())
 
 
+def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() -> None:
+    store = store_of(A)
+    bucket = large_bucket(store)
+    parts = whole(store, bucket.key, 0, NOW_US, None)
+    told_first = next(parts)
+    # Some of it is sealed meanwhile, and there are news.
+    later_us = NOW_US + 4 * SECOND_US
+    bucket.seal(later_us)
+    last = bucket.origins()[-1]
+    bucket.merge([Entry(last, slot_id(later_us, MIN_EXPONENT), 9_000)], later_us)
+    peers = store_of(B)
+    for part in (told_first, *parts):
+        assert len(part.entries) <= MAX_PART_ENTRIES
+        peers.merge(bucket.key, part.base, part.entries, later_us)
+    copy = peers.get(bucket.key)
+    assert copy is not None
+    assert copy.base == bucket.base
+    assert copy.taken == bucket.taken
+    assert copy.fold(later_us) == bucket.fold(later_us)
+    assert bucket.base.deficit > 0
+
+
+def test_a_bucket_that_cannot_be_encoded_is_left_out_and_all_others_are_told() -> None:
+    store = store_of(A)
+    outbox = opened(store)
+    for name, tokens in (("ann", 1), ("bad", -1), ("bob", 1)):
+        take(store, name, tokens, NOW_US)
+    note(outbox)
+    held = told(drained(outbox))
+    assert sorted(entry.tokens for bucket in held for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 1
+    outbox = new_outbox(store)
+    open_stream(outbox)
+    batches = list(drained(outbox))
+    assert batches[-1].ends_snapshot
+    assert sorted(entry.tokens for bucket in told(batches) for entry in bucket.entries()) == [1, 1]
+    assert store.journal.left_out == 2
+
+
 def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
     store = store_of(A)
     large_bucket(store)
@@ -278,37 +327,31 @@ def test_what_is_left_of_a_large_bucket_is_forgotten_with_the_stream() -> None:
 
 
 def test_what_a_stream_was_to_be_told_is_freed_when_it_ends() -> None:
-    """By itself: garbage collections are practically never run."""
     store = store_of(A)
     fill(store, 3 * MAX_BATCH_BUCKETS)
     outbox = new_outbox(store)
-    # A snapshot, what it has to catch up with, and repairs: all of them begun.
-    open_stream(outbox)
-    fill(store, 3 * MAX_BATCH_BUCKETS, NOW_US + 1)
-    note(outbox, has_peers=False)
-    for bucket in store:
-        outbox.repair(bucket.key)
-    for _ in range(4):
-        assert next_batch(outbox) is not None
-    assert outbox.write(NOW_US)
-    sources = outbox._sources
-    assert sources is not None
-    parts = [sources.cursor, sources.side, sources.snapshots]
-    del sources
-    outbox.close(NOW_US)
-    # That of the list, and of the call.
-    assert [sys.getrefcount(each) for each in parts] == [3, 3, 3]
+    with frees_itself(Cursor, SideLog, Snapshots):
+        # A snapshot, what it has to catch up with, and repairs: all of them begun.
+        open_stream(outbox)
+        fill(store, 3 * MAX_BATCH_BUCKETS, NOW_US + 1)
+        note(outbox, has_peers=False)
+        for bucket in store:
+            outbox.repair(bucket.key)
+        for _ in range(4):
+            assert next_batch(outbox) is not None
+        assert outbox.write(NOW_US)
+        outbox.close(NOW_US)
 
 
 def test_a_batch_is_written_in_pieces() -> None:
-    _, outbox = with_changes(3 * PIECE_WORK + 1, NOW_US - 5 * MS)
-    assert [outbox.write(NOW_US) for _ in range(5)] == [True, True, True, True, False]
+    _, outbox = with_changes(3 * PIECE_WORK + 1)
+    assert [outbox.write(NOW_US + 5 * MS) for _ in range(5)] == [True, True, True, True, False]
     # It is as good as pending until it is taken.
     assert outbox.pending_buckets == 3 * PIECE_WORK + 1
     assert not outbox.is_settled
-    assert outbox.lag_us(NOW_US) == 5 * MS
-    [batch] = drained(outbox)
-    assert (batch.entries, batch.created_us) == (3 * PIECE_WORK + 1, NOW_US - 5 * MS)
+    assert outbox.lag_us(NOW_US + 5 * MS) == 5 * MS
+    [batch] = drained(outbox, NOW_US + 5 * MS)
+    assert (batch.entries, batch.created_us) == (3 * PIECE_WORK + 1, NOW_US)
     assert outbox.is_settled
 
 
@@ -448,15 +491,25 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
 
 
-def test_no_more_than_a_few_batches_are_on_their_way() -> None:
+@pytest.mark.parametrize(
+    ("buckets", "key_bytes", "batches"),
+    [
+        (1, 0, MAX_UNACKNOWLEDGED),
+        (MAX_BATCH_BUCKETS, 0, MAX_UNACKNOWLEDGED_BUCKETS // MAX_BATCH_BUCKETS),
+        (4, MAX_KEY_BYTES, MAX_UNACKNOWLEDGED_BYTES // MAX_BATCH_BYTES),
+    ],
+    ids=["batches", "buckets", "bytes"],
+)
+def test_no_more_than_so_much_is_on_its_way(buckets: int, key_bytes: int, batches: int) -> None:
     store = store_of(A)
-    outbox = new_outbox(store)
-    fill(store, MAX_BATCH_BUCKETS * (MAX_UNACKNOWLEDGED + 1))
-    open_stream(outbox)
-    assert all(next_batch(outbox, NOW_US) for _ in range(MAX_UNACKNOWLEDGED))
-    assert next_batch(outbox, NOW_US) is None
+    outbox = opened(store)
+    for number in range(batches + 1):
+        for index in range(buckets):
+            store.bucket(b"%d" % index + b"x" * (key_bytes - 1), PER_USER, NOW_US).take(1, NOW_US)
+        note(outbox)
+        assert (next_batch(outbox) is not None) is (number < batches)
     outbox.acknowledged(NOW_US)
-    assert next_batch(outbox, NOW_US) is not None
+    assert next_batch(outbox) is not None
 
 
 def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases() -> None:
@@ -529,17 +582,17 @@ def test_idle_buckets_are_passed_over_a_few_in_a_step() -> None:
     assert (batch.bucket_keys, batch.ends_snapshot) == ((), True)
 
 
-def test_a_snapshot_tells_first_what_is_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "MAX_FIRST_OF_LIMIT", 3)
+def test_a_snapshot_tells_first_what_is_nearly_used_up_but_not_more_of_it_than_a_bound() -> None:
     store = store_of(A)
     fill(store, MANY)
-    spent = {take(store, f"spent {number}", PER_USER.capacity, NOW_US).key for number in range(3)}
+    spent = {take(store, f"spent {number}", PER_USER.capacity, NOW_US).key for number in range(MAX_FIRST_OF_LIMIT + 1)}
     full_again = take(store, "full again", PER_USER.capacity, NOW_US - 1_000 * SECOND_US).key
     outbox = new_outbox(store)
     open_stream(outbox)
     told = [key for batch in drained(outbox) for key in batch.bucket_keys]
-    assert set(told[:3]) == spent
-    assert set(told[3:]) == {bucket.key for bucket in store if bucket.key != full_again}
+    first, rest = told[:MAX_FIRST_OF_LIMIT], told[MAX_FIRST_OF_LIMIT:]
+    assert (len(set(first)), set(first) < spent) == (MAX_FIRST_OF_LIMIT, True)
+    assert sorted(rest) == sorted(bucket.key for bucket in store if bucket.key != full_again)
 
 
 def test_busy_buckets_do_not_keep_the_full_state_from_ending() -> None:
@@ -609,8 +662,9 @@ def test_lag_is_from_the_creation_of_the_oldest_change_in_a_batch_to_its_acknowl
     store = store_of(A)
     outbox = opened(store)
     for name, created_us in [("ann", NOW_US), ("bob", NOW_US + 15 * MS)]:
-        take(store, name, 1, created_us)
         note(outbox, created_us)
+        take(store, name, 1, created_us)
+        note(outbox, created_us + 5 * MS)
         assert next_batch(outbox, NOW_US + 20 * MS) is not None
     assert outbox.lag_us(NOW_US + 30 * MS) == 30 * MS
     for _ in range(2):
@@ -625,8 +679,9 @@ def test_lag_is_the_age_of_the_oldest_change_while_one_is_waiting_or_on_its_way(
     note(outbox)
     assert outbox.lag_us(NOW_US + 7 * MS) == 7 * MS
     next_batch(outbox, NOW_US + 8 * MS)
-    take(store, "ann", 1, NOW_US)
     note(outbox, NOW_US + 8 * MS)
+    take(store, "ann", 1, NOW_US)
+    note(outbox, NOW_US + 9 * MS)
     assert outbox.lag_us(NOW_US + 9 * MS) == 9 * MS
     outbox.acknowledged(NOW_US + 10 * MS)
     assert outbox.lag_us(NOW_US + 11 * MS) == 3 * MS
@@ -656,8 +711,9 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     lost_us = NOW_US + 60 * SECOND_US
     outbox = opened(store)
     outbox.close(lost_us)
-    take(store, "new", 2, lost_us + SECOND_US)
     note(outbox, lost_us)
+    take(store, "new", 2, lost_us + SECOND_US)
+    note(outbox, lost_us + SECOND_US)
     other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
     store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
     open_stream(outbox)
@@ -705,7 +761,7 @@ def test_what_a_process_took_before_it_stood_still_is_told_although_its_stream_w
     take(store, "ann", 1, took_us)
     outbox.close(later_us)
     # Only now comes the flush, after the loss.
-    note(outbox, took_us)
+    note(outbox, later_us)
     open_stream(outbox)
     assert keys_told(drained(outbox, later_us)) == {key_of("ann")}
 
@@ -769,7 +825,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     assert copy.taken == bucket.taken
 
 
-def hurried(buckets: int) -> tuple[Outbox, bytes]:
+def hurried(buckets: int) -> tuple[Store, Outbox, bytes]:
     """Of a peer with so many changed buckets yet to be sent, before one of which there is hardly anything left."""
     store = store_of(A)
     outbox = opened(store)
@@ -777,11 +833,11 @@ def hurried(buckets: int) -> tuple[Outbox, bytes]:
     bucket = take(store, "ann", PER_USER.capacity, NOW_US)
     note(outbox, has_peers=True)
     outbox.hurry(bucket)
-    return outbox, bucket.key
+    return store, outbox, bucket.key
 
 
 def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_others() -> None:
-    outbox, key = hurried(MANY)
+    _, outbox, key = hurried(MANY)
     batches = drained(outbox)
     first, second = next(batches), next(batches)
     copy = told([first, second]).get(key)
@@ -791,10 +847,10 @@ def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_other
 
 
 def test_so_many_others_are_told_before_their_turn() -> None:
-    outbox, _ = hurried(MANY)
+    store, outbox, _ = hurried(MANY)
     before = outbox.pending_buckets
     for index in range(2 * MAX_URGENT_OF_LIMIT):
-        outbox.hurry(bucket_of(outbox._store, f"user {index}", NOW_US))
+        outbox.hurry(bucket_of(store, f"user {index}", NOW_US))
     assert outbox.pending_buckets == before + MAX_URGENT_OF_LIMIT
     assert len(keys_told(drained(outbox))) == MANY + 1
 
@@ -868,14 +924,14 @@ def test_the_lag_of_a_quiet_link_is_shown_for_a_while_and_then_there_is_none() -
 NARROW = [slot_id(NOW_US - (index << MIN_EXPONENT), MIN_EXPONENT) for index in range(100)]
 
 
-def pass_on_many(outbox: Outbox, store: Store, buckets: int) -> int:
-    """Note 100 slots of another node in each of so many buckets; returns how much was taken in them."""
+def pass_on_many(outbox: Outbox, store: Store, buckets: int, slots: int = len(NARROW)) -> int:
+    """Note so many slots of another node in each of so many buckets; returns how much was taken in them."""
+    entries = [Entry(C.origin, slot, 1) for slot in NARROW[:slots]]
     for index in range(buckets):
         bucket = bucket_of(store, f"team {index}", NOW_US, "team")
-        entries = [Entry(C.origin, slot, 1) for slot in NARROW]
-        assert bucket.merge(entries, NOW_US) == len(NARROW)
+        assert bucket.merge(entries, NOW_US) == slots
         outbox.relay(bucket, entries)
-    return buckets * len(NARROW)
+    return buckets * slots
 
 
 def tokens_of(store: Store) -> int:
@@ -889,17 +945,15 @@ def test_all_that_is_passed_on_arrives_however_much_it_is() -> None:
     assert tokens_of(told(drained(outbox))) == taken
 
 
-def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_old_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(side_log, "MAX_RELAYED_BUCKETS", 3)
+def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_old_they_are() -> None:
     store = store_of(A)
     outbox = opened(store)
     old = Entry(C.origin, slot_id(NOW_US - 60 * SECOND_US, MIN_EXPONENT), 5)
     bucket = bucket_of(store, "old", NOW_US)
     bucket.merge([old], NOW_US)
     outbox.relay(bucket, [old])
-    relayed = pass_on_many(outbox, store, 9)
+    relayed = pass_on_many(outbox, store, MAX_RELAYED_BUCKETS, slots=1)
+    assert outbox.owes_snapshot
     assert tokens_of(told(drained(outbox))) == relayed + 5
 
 
@@ -1057,8 +1111,8 @@ def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everythin
 
 def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_number_only_with_its_key() -> None:
     store = store_of(A)
-    first, late = opened(store), new_outbox(store)
-    late._log = first._log
+    first = opened(store)
+    late = Outbox(store, first.log)
     payloads = []
     for index in range(3):
         if index == 1:
@@ -1100,22 +1154,25 @@ def test_who_has_fallen_back_a_little_is_sent_as_much_as_fits_into_a_batch() -> 
     assert tokens_of(heard) == tokens_of(store)
 
 
-@pytest.mark.interpreted
-def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(key_numbers, "MAX_NUMBERS", 1)
-    monkeypatch.setattr(changes, "ENCODED_SEGMENTS", 10)
+def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_numbers() -> None:
     store = store_of(A)
     outbox = opened(store)
     heard, reader = store_of(B), DeltasReader(A.origin)
-    # The peer has heard of the number as ann's; bob gets it in a segment that it is not sent any more.
-    for name in ["ann"] * MAX_UNACKNOWLEDGED + ["bob"] * 15:
-        take(store, name, 1, NOW_US)
+    for _ in range(MAX_UNACKNOWLEDGED):
+        take(store, "ann", 1, NOW_US)
         note(outbox)
         batch = next_batch(outbox)
-        if batch is not None:
-            apply_all(reader, heard, deltas_of(batch), NOW_US)
+        assert batch is not None
+        apply_all(reader, heard, deltas_of(batch), NOW_US)
+    # The peer has heard of the number as ann's; bob gets it in a segment that it is not sent any more.
+    fill(store, MAX_NUMBERS - 1)
+    note(outbox)
+    for index in range(ENCODED_SEGMENTS):
+        take(store, f"user {index}" if index % 2 else "bob", 1, NOW_US)
+        note(outbox)
+    take(store, "bob", 1, NOW_US)
+    note(outbox)
+    assert next_batch(outbox) is None
     for _ in range(MAX_UNACKNOWLEDGED):
         outbox.acknowledged(NOW_US)
     for batch in drained(outbox):
@@ -1124,58 +1181,69 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_nu
     assert outbox.is_settled
 
 
-@pytest.mark.interpreted
-def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "MAX_CHANGES", 10)
+@pytest.mark.parametrize("left", [20, 0])
+def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(left: int) -> None:
+    """The log still has so many of 128 segments."""
     store = store_of(A)
     outbox = opened(store)
     for index in range(128):
         take(store, f"user {index}", 1, NOW_US)
         note(outbox)
-    assert outbox._log.get(outbox._log.end - 20) is None
+    later_us = NOW_US + RETENTION_US + 1
+    for _ in range((128 - left) // FORGOTTEN_SEGMENTS):
+        note(outbox, later_us)
+    first, end = outbox.log.end - 128, outbox.log.end
+    assert sum(outbox.log.get(number) is not None for number in range(first, end)) == left
     assert not outbox.is_settled
-    assert outbox.lag_us(NOW_US + SECOND_US) >= SECOND_US
-    outbox._log._segments.clear()
-    assert not outbox.is_settled
-    assert tokens_of(told(drained(outbox))) == 128
+    assert outbox.lag_us(later_us) >= RETENTION_US
+    assert tokens_of(told(drained(outbox, later_us))) == 128
     assert outbox.is_settled
+
+
+def test_the_log_remembers_no_more_changes_than_a_bound() -> None:
+    store = store_of(A)
+    log = ChangeLog(store, NOW_US, max_changes=10)
+    for _ in range(128):
+        take(store, "ann", 1, NOW_US)
+        done(log.flush_steps(NOW_US, has_peers=True))
+    assert sum(log.get(number) is not None for number in range(log.end)) == 10
 
 
 def test_looking_at_what_was_told_already_counts_as_work() -> None:
     store = store_of(A)
     outbox = new_outbox(store)
-    for _ in range(100):
+    for _ in range(10 * PIECE_WORK):
         take(store, "ann", 1, NOW_US)
         note(outbox)
     outbox.open(B.origin, compares=True)
     outbox.request(NOW_US, recent=True)
-    assert outbox._sources is not None
-    assert len(list(outbox._sources.snapshots.parts(NOW_US))) == 100
+    # The last of them finds that there is nothing more.
+    assert [outbox.write(NOW_US) for _ in range(12)] == [True] * 11 + [False]
 
 
 def test_a_peer_that_is_far_away_is_sent_what_is_encoded_for_all() -> None:
     store = store_of(A)
-    outbox = opened(store)
+    log = ChangeLog(store, NOW_US)
+    cursor = Cursor(store, log, takes_numbers=True)
     # 400 ms there and back, with a flush every 2 ms.
     for _ in range(200):
         take(store, "ann", 1, NOW_US)
-        note(outbox)
-    assert outbox._sources is not None
-    while outbox._sources.cursor.has_changes:
-        assert outbox._sources.cursor.take_encoded() is not None
-
-
-@pytest.mark.interpreted
-def test_what_is_kept_encoded_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "ENCODED_BYTES", 1_000)
-    store = store_of(A)
-    log = opened(store)._log
-    for index in range(200):
-        take(store, f"user {index}", 1, NOW_US)
         done(log.flush_steps(NOW_US, has_peers=True))
-    encoded = [segment.payload for segment in log._segments if segment.payload is not None]
-    assert log._encoded_bytes == sum(map(len, encoded))
-    assert 500 < log._encoded_bytes <= 1_000
+    while cursor.has_changes:
+        assert cursor.take_encoded() is not None
+
+
+def test_what_is_kept_encoded_is_bounded_in_bytes() -> None:
+    store = store_of(A)
+    log = ChangeLog(store, NOW_US)
+    for index in range(5 * ENCODED_BYTES // MAX_BATCH_BYTES):
+        for letter in b"abcde":
+            key = b"%d" % index + bytes([letter]) * 15_000
+            store.bucket(key, PER_USER, NOW_US).take(1, NOW_US)
+        done(log.flush_steps(NOW_US, has_peers=True))
+    segments = [segment for number in range(log.end) if (segment := log.get(number)) is not None]
+    encoded_bytes = sum(len(segment.payload or b"") for segment in segments)
+    assert ENCODED_BYTES - 2 * MAX_BATCH_BYTES < encoded_bytes <= ENCODED_BYTES
 
 
 def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -> None:
@@ -1190,13 +1258,12 @@ def test_a_take_at_the_instant_of_the_flush_before_is_told_to_who_catches_up() -
     assert tokens_of(heard) == 2
 
 
-def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_log, "MAX_RELAYED_BUCKETS", 3)
+def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed() -> None:
     store = store_of(A)
     old = take(store, "old", 5, NOW_US - 5 * SECOND_US)
     outbox = opened(store)
     outbox.repair(old.key)
-    pass_on_many(outbox, store, 9)
+    pass_on_many(outbox, store, MAX_RELAYED_BUCKETS + 1, slots=1)
     assert old.key in keys_told(drained(outbox))
 
 

@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.payments import MAX_OPEN, TICK_EVERY_US, PaymentExchange, PaymentOutbox
+from ratelimit_sidecar.replication.payments import MAX_OPEN, MAX_WISHES, TICK_EVERY_US, PaymentExchange, PaymentOutbox
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -245,11 +245,12 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
 def test_wishes_end_with_their_stream() -> None:
     a = Node()
     a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
-    a.wait()
+    waiting = a.wait()
     assert a.asks().wishes
     a.payments.closed(a.outbox)
-    assert a.ledger.queues.by_key[KEY]._all_wished == 0
     assert not a.bucket().wishes
+    a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    assert a.ledger.queues.by_key[KEY].is_over
 
 
 def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
@@ -257,6 +258,19 @@ def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
     for _ in range(2 * MAX_OPEN):
         a.outbox.last_wish += 1
         a.outbox.wished[a.outbox.last_wish] = Wish("b", KEY, 1, a.strict_us)
+    a.wait()
+    assert not a.asks().wishes
+
+
+def test_a_stream_on_which_there_are_no_numbers_left_for_wishes_is_closed_and_not_wished_on() -> None:
+    a = Node()
+    a.outbox.last_wish = MAX_WISHES
+    a.wait()
+    a.payments.check_time(a.outbox)
+    assert [wish.number for wish in a.asks().wishes] == [MAX_WISHES + 1]
+    with pytest.raises(ProtocolError) as caught:
+        a.payments.check_time(a.outbox)
+    assert caught.value.reason is Reason.EXHAUSTED
     a.wait()
     assert not a.asks().wishes
 

@@ -163,6 +163,19 @@ def test_a_peer_that_does_not_say_whom_it_reaches_is_told_nothing(peers: dict[st
     assert [peers["a"] in relay.to_be_told(origin) for origin in "cd"] == [False, False]
 
 
+def test_a_node_that_says_alone_that_it_reaches_two_others_keeps_nobody_from_relaying_between_them(
+    peers: dict[str, Peer],
+) -> None:
+    relay = Relay("b")
+    reach(peers, a="bcd", c="b", d="b")
+    look(relay, peers)
+    assert list(relay.to_be_told("c")) == [peers["d"]]
+    # These say so, too: it is the one to relay, since its id is lower.
+    reach(peers, a="bcd", c="ab", d="ab")
+    look(relay, peers)
+    assert list(relay.to_be_told("c")) == []
+
+
 def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="bd", c="bd", d="abc")
@@ -176,17 +189,29 @@ def test_who_gets_something_new_to_hear_is_named_once(peers: dict[str, Peer]) ->
     assert list(relay.to_be_told("d")) == []
 
 
+@pytest.mark.parametrize(("ends", "relays"), [("bd", True), ("abd", False)])
+def test_a_peer_that_says_it_reaches_both_is_believed_if_they_say_so_too(
+    peers: dict[str, Peer], ends: str, relays: bool
+) -> None:
+    relay = Relay("b")
+    reach(peers, a="bcd", c=ends.replace("d", ""), d=ends.replace("d", ""))
+    look(relay, peers)
+    assert (list(relay.to_be_told("c")), list(relay.to_be_told("d"))) == (
+        ([peers["d"]], [peers["c"]]) if relays else ([], [])
+    )
+
+
 def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="b", c="b", d="b")
     look(relay, peers)
     for number in range(10_000):
         assert set(relay.to_be_told(f"invented {number}")) == set(peers.values())
-    assert len(relay._of_origin) < 10
+    assert len(list(relay.look_steps(peers))) < 10
     for peer in peers.values():
         peer.reported.reaches = frozenset({"b"} | {f"{peer.node} {number}" for number in range(10_000)})
-    look(relay, peers)
-    assert len(relay._of_origin) <= MAX_ORIGINS
+    # A step for each peer, and for each origin that is remembered.
+    assert len(list(relay.look_steps(peers))) <= len(peers) + MAX_ORIGINS
 
 
 def test_a_node_that_restarts_makes_the_others_repeat_nothing_to_each_other() -> None:

@@ -834,6 +834,28 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
     assert ca.peer is not None
 
 
+def test_a_stream_that_ends_gives_back_the_room_of_its_keys_whoever_ends_it() -> None:
+    a, b = replicator("a"), replicator("b")
+    take(b.store, "ann", 1, NOW_US)
+    free = a.key_room.free
+    for end in ("lost", "left", "faulty"):
+        one, other = connected(a, b)
+        take(b.store, "ann", 1, NOW_US)
+        flush(b, NOW_US)
+        exchange(one, other)
+        assert a.key_room.free < free
+        if end == "lost":
+            one.lost("reset", NOW_US)
+        elif end == "left":
+            other.close(Reason.DRAINING, "", NOW_US)
+            exchange(other, one)
+        else:
+            receive(one, b"no frame", NOW_US)
+        one.lost("reset", NOW_US)
+        other.lost("reset", NOW_US)
+        assert a.key_room.free == free
+
+
 def starting(name: str) -> Replicator:
     """A node that waits for its peers to tell what they know."""
     found = replicator(name)
@@ -868,9 +890,37 @@ def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by
     assert all(peer.reported.full_state for peer in a.peers.values())
 
 
+def test_a_node_that_starts_believes_a_peer_that_it_dials_before_one_that_came_by_itself() -> None:
+    a, b, empty = starting("a"), knowing("b", "ann"), knowing("0")
+    connected(empty, a)
+    assert a.peers["0"].reported.full_state
+    # It has dialled in, too, and was not known to be one of those that are configured.
+    one, other = connected(b, a)
+    assert known_to(a) == set()
+    connected(a, b)
+    exchange(one, other)
+    assert known_to(a) == {key_of("ann")}
+    assert a.peers["b"].reported.full_state
+    assert not a.sync.is_receiving_all
+
+
+def test_a_peer_that_is_asked_for_everything_after_all_has_not_sent_it_yet() -> None:
+    a, b, empty = starting("a"), knowing("b", "ann"), knowing("0")
+    connected(empty, a)
+    connected(b, a)
+    assert a.peers["b"].reported.full_state
+    one, other = stream_of(a, is_dialled=True), stream_of(b)
+    while a.peers["b"].own_request != pb.EVERYTHING:
+        for sender, receiver in ((one, other), (other, one)):
+            for raw in said_by(sender):
+                receive(receiver, raw, NOW_US)
+    assert a.sync.is_receiving_all
+    assert not a.peers["b"].reported.full_state
+
+
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
     a, b, c = starting("a"), knowing("b", "ann"), knowing("c", "ann")
-    one, other = stream_of(a), stream_of(b)
+    one, other = stream_of(a, is_dialled=True), stream_of(b)
     # It has heard how b stands, and what it then says is on its way.
     while not a.peers or a.peers["b"].own_request != pb.EVERYTHING:
         for sender, receiver in ((one, other), (other, one)):

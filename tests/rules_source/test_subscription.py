@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
 from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
-from ratelimit_sidecar.rules_source.subscription import MAX_ERROR_CHARS, Subscription
+from ratelimit_sidecar.rules_source.subscription import MAX_ERROR_CHARS, MAX_HOLD_SECONDS, Subscription
 
 TYPE_URL = "type.googleapis.com/some.Type"
 NODE = Node(id="sidecar-1")
@@ -44,6 +44,23 @@ def test_a_new_stream_asks_for_everything_again() -> None:
     subscription.accept(response("7", "n1"))
     assert subscription.begin() == DiscoveryRequest(node=NODE, type_url=TYPE_URL)
     assert subscription.reject(response("7", "m1"), "bad").version_info == "7"
+
+
+def test_what_is_rejected_again_and_again_is_answered_ever_more_slowly() -> None:
+    subscription = Subscription(TYPE_URL, NODE)
+
+    def held(version: str) -> float:
+        subscription.reject(response(version, "n"), "bad")
+        return subscription.hold_seconds
+
+    assert [held("8") for _ in range(4)] == [0, 0.1, 0.2, 0.4]
+    assert [held("8") for _ in range(9)][-1] == MAX_HOLD_SECONDS
+    assert [held("9"), held("9")] == [0, 0.1]
+    subscription.accept(response("10", "n"))
+    assert subscription.hold_seconds == 0
+    assert [held("9"), held("9")] == [0, 0.1]
+    subscription.begin()
+    assert [held("9"), held("9")] == [0, 0.1]
 
 
 def test_a_very_long_error_is_cut() -> None:

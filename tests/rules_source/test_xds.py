@@ -111,6 +111,21 @@ async def test_a_bad_update_is_refused_with_the_error_and_changes_nothing() -> N
         assert recorder.reloader.rejected is None
 
 
+async def test_a_server_that_sends_what_was_refused_again_at_once_is_answered_ever_more_slowly() -> None:
+    """go-control-plane does, for a version that was not accepted."""
+    server = XdsServer()
+    server.publish("1", broken("shop"))
+    async with serving(server), following(server.address) as recorder:
+        await server.heard()
+        began = asyncio.get_running_loop().time()
+        for _ in range(5):
+            assert (await server.heard()).error_detail.code == 3
+            server.publish("1", broken("shop"))
+        assert asyncio.get_running_loop().time() - began >= 0.1 + 0.2 + 0.4 + 0.8
+        server.publish("2", config("shop", "user"))
+        assert await recorder.next_load() == ["shop"]
+
+
 async def test_a_bad_first_configuration_is_refused_without_a_version() -> None:
     server = XdsServer()
     server.publish("1", broken("shop"))

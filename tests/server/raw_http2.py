@@ -54,7 +54,8 @@ def client_connection() -> h2.connection.H2Connection:
     # h2 regards a connection as closed once it is told to go; RFC 9113 (6.8) has it finish the open streams.
     machine = client.state_machine
     told_to_go = (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY)
-    machine._transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}
+    transitions = {**machine._transitions, told_to_go: (None, ConnectionState.CLIENT_OPEN)}  # noqa: SLF001
+    machine._transitions = transitions  # noqa: SLF001 (h2 has no other way)
     # It would also forget the answer to a PING that came with that.
     client.clear_outbound_data_buffer = lambda: None
     return client
@@ -125,7 +126,7 @@ class RawClient:
 
     def vanish(self) -> None:
         """Read and say nothing any more, without hanging up."""
-        self._reader._transport.pause_reading()
+        self._writer.transport.pause_reading()
 
     def write(self, data: bytes) -> None:
         """Send what may be no HTTP/2 at all."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from server.raw_http2 import client_connection
-from server.work_clock import WorkClock
+from server.work_clock import PerTurn, WorkClock
 
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS, FrontEndState, GrpcProtocol
@@ -152,3 +152,15 @@ async def test_of_very_many_that_leave_at_once_a_few_are_let_go_in_one_turn_of_t
         await until(lambda: not budget.connections)
         # Nothing is left of them.
         assert not budget.calls.on_waiting
+
+
+async def test_what_very_many_held_that_are_cut_off_at_once_is_freed_in_turns_of_the_loop() -> None:
+    ticks = itertools.count(step=QUANTUM_NS // 10)
+    async with serving(Turns(lambda: next(ticks))) as server:
+        for _ in range(MANY):
+            _, budget = await server.connect("busy")
+        async with PerTurn(lambda: MANY - budget.connections) as freed:
+            for transport in server.transports:
+                transport.abort()
+            await until(lambda: not budget.connections)
+        assert freed.most <= 10

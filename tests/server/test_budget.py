@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from freed import frees_itself
 from server.front_ends import ECHO, running
 from server.raw_http2 import connected
 
@@ -51,11 +52,19 @@ def test_a_new_address_may_have_the_last_connection_and_none_beyond() -> None:
     assert first is not None
     assert second is not None
     limiter.leave(first)
-    third = limiter.enter("10.0.0.3")
-    assert third is not None
-    limiter.leave(second)
-    limiter.leave(third)
-    assert not limiter._addresses
+    assert limiter.enter("10.0.0.3") is not None
+
+
+def test_addresses_that_are_gone_are_forgotten() -> None:
+    limiter = ConnectionLimiter(2, 1)
+
+    def come_and_go() -> None:
+        budget = limiter.enter("10.0.0.1")
+        assert budget is not None
+        limiter.leave(budget)
+
+    with frees_itself(AddressBudget):
+        come_and_go()
 
 
 def test_one_connection_has_a_ninth_of_the_places_and_one_address_a_third() -> None:
@@ -73,9 +82,21 @@ def test_a_new_client_may_have_the_last_place_and_none_beyond() -> None:
     assert places.refused == 1
     places.leave(1, "10.0.0.1")
     assert places.enter(3, "10.0.0.3")
-    places.leave(2, "10.0.0.2")
-    places.leave(3, "10.0.0.3")
-    assert not places._held
+
+
+def test_connections_that_have_no_place_any_more_are_forgotten() -> None:
+    class Connection:
+        pass
+
+    places = Places(2)
+
+    def come_and_go() -> None:
+        connection = Connection()
+        assert places.enter(connection, "10.0.0.1")
+        places.leave(connection, "10.0.0.1")
+
+    with frees_itself(Connection):
+        come_and_go()
 
 
 async def test_a_client_that_takes_all_the_connections_it_gets_leaves_some_to_others(tmp_path: Path) -> None:

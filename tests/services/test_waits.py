@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import structlog.testing
+from freed import frees_itself
 from limiter.requests import NOW_US, OK, OVER_LIMIT
 from limiter.test_waiting import code_of
 from services.waiting_service import PATH, REQUEST, WaitingService, until
@@ -28,7 +29,6 @@ async def test_a_request_whose_wait_is_over_is_answered() -> None:
     service = WaitingService(wait_ms=1)
     assert code_of(await answer_of(ask(service))) == OVER_LIMIT
     assert service.queues.counts[Outcome.EXPIRED] == 1
-    assert not service.waits._timers
 
 
 async def test_a_request_that_is_served_is_answered_at_once() -> None:
@@ -36,7 +36,6 @@ async def test_a_request_that_is_served_is_answered_at_once() -> None:
     waiting = ask(service)
     service.node.come(1)
     assert code_of(await answer_of(waiting)) == OK
-    assert not service.waits._timers
 
 
 async def test_the_timeout_of_a_client_ends_the_wait_before_it_is_over() -> None:
@@ -81,23 +80,19 @@ async def test_a_cancelled_wait_is_over_and_nobody_is_answered() -> None:
     with pytest.raises(asyncio.CancelledError):
         await answering
     await until(lambda: service.queues.counts[Outcome.CANCELLED] == 1)
-    await until(lambda: not service.waits._timers)
 
 
-async def test_in_one_turn_of_the_event_loop_a_bounded_number_is_answered_and_dropped() -> None:
+async def test_in_one_turn_of_the_event_loop_a_bounded_number_is_dropped() -> None:
     """So whoever has much to cancel or to expire keeps others waiting no longer than that."""
     service = WaitingService()
     waits = [ask(service) for _ in range(2 * STEP + 1)]
-    answered: list[int] = []
-    for number, waiting in enumerate(waits):
-        waiting.on_end = lambda number=number: answered.append(number)
-        service.waits._fall_due(waiting, Outcome.EXPIRED)
-    seen = []
-    while len(answered) < len(waits):
+    for waiting in waits:
+        waiting.cancel()
+    dropped = []
+    while service.queues.waiting:
         await asyncio.sleep(0)
-        seen.append(len(answered))
-    assert seen[-3:] == [STEP, 2 * STEP, 2 * STEP + 1]
-    assert answered == sorted(answered)
+        dropped.append(service.queues.counts[Outcome.CANCELLED])
+    assert dropped == [STEP, 2 * STEP, 2 * STEP + 1]
 
 
 async def test_of_many_that_are_served_at_once_a_bounded_number_is_answered_in_a_turn() -> None:
@@ -111,6 +106,7 @@ async def test_of_many_that_are_served_at_once_a_bounded_number_is_answered_in_a
     assert len(answered) == STEP
     await asyncio.sleep(0)
     assert len(answered) == 2 * STEP
+    assert answered == sorted(answered)
 
 
 async def test_an_answer_that_cannot_be_given_costs_the_others_nothing() -> None:
@@ -138,8 +134,8 @@ async def test_a_call_that_fails_once_it_waits_waits_no_longer_than_others() -> 
 
     with pytest.raises(RuntimeError, match="broken"):
         service.service.should_rate_limit(REQUEST, Broken())
-    await until(lambda: not service.waits._timers)
-    assert (service.queues.waiting, service.queues.counts[Outcome.EXPIRED]) == (0, 1)
+    await until(lambda: not service.queues.waiting)
+    assert service.queues.counts[Outcome.EXPIRED] == 1
 
 
 async def test_one_that_cannot_be_held_is_decided_now() -> None:
@@ -147,13 +143,35 @@ async def test_one_that_cannot_be_held_is_decided_now() -> None:
     waiting = ask(service)
     waiting.end_now()
     assert code_of(waiting.result()) == OVER_LIMIT
-    await until(lambda: not service.waits._timers)
+
+
+async def answer(service: WaitingService) -> None:
+    waiting = ask(service)
+    service.node.come(1)
+    await answer_of(waiting)
+
+
+async def give_up(service: WaitingService) -> None:
+    ask(service).cancel()
+
+
+async def decide_now(service: WaitingService) -> None:
+    ask(service).end_now()
+
+
+@pytest.mark.parametrize("end", [answer, give_up, decide_now])
+async def test_a_wait_that_is_over_is_forgotten(end: Callable[[WaitingService], Awaitable[None]]) -> None:
+    service = WaitingService(wait_ms=3_600_000)
+    with frees_itself(Waiting):
+        await end(service)
+        # What has ended is delivered in the next turn.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 async def test_a_trace_has_the_whole_wait() -> None:
-    service = WaitingService(wait_ms=20)
     tracer = Tracer()
-    service.service._tracer = tracer
+    service = WaitingService(wait_ms=20, tracer=tracer)
     await answer_of(ask(service, (b"traceparent", b"sampled")))
     [(began_ns, ended_ns)] = tracer.recorded
     assert ended_ns - began_ns >= 15_000_000

@@ -11,7 +11,7 @@ from limiter.requests import NOW_US, make_request
 from limiter.test_waiting import PLAN, Node, rules_of
 
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
+from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService, RequestTracer
 from ratelimit_sidecar.services.waits import Waits
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
 
@@ -27,13 +27,15 @@ class WaitingService:
         home: tokens.
     """
 
-    def __init__(self, wait_ms: int = 1_000, home: int = 2_000) -> None:
+    def __init__(self, wait_ms: int = 1_000, home: int = 2_000, tracer: RequestTracer | None = None) -> None:
         limit = replace(PLAN.limit, capacity=2 * home)
         self.node = Node(replace(PLAN, limit=limit, wait_us=wait_ms * 1_000))
         self.limiter, self.queues = self.node.limiter, self.node.ledger.queues
         self.limiter.decide(make_request({"plan": "gold"}, hits=home), NOW_US)
         self.waits = Waits(self.queues, lambda: NOW_US)
-        self.service = RateLimitService(self.limiter, lambda: NOW_US, LatencyHistogram(), NoTracer(), waits=self.waits)
+        self.service = RateLimitService(
+            self.limiter, lambda: NOW_US, LatencyHistogram(), tracer or NoTracer(), waits=self.waits
+        )
         assert isinstance(self.queues, WaitQueues)
 
     async def until_waiting(self, count: int) -> None:

@@ -105,8 +105,8 @@ sync:
         self._files = (files.certificate, files.key, files.ca)
 
     def _fill(self) -> None:
-        limiter = self.sidecar._limiter
-        now_us = self.sidecar._clock.now_us()
+        limiter = self.sidecar.limiter
+        now_us = self.sidecar.clock.now_us()
         limit = next(rule.limit for rule in limiter.rules if rule.name == "edge.user")
         # As in a sidecar that runs, the oldest generation is left alone: it would be looked at 60 times.
         gc.disable()
@@ -155,7 +155,7 @@ sync:
             health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
 
     def reload(self) -> None:
-        reloader = self.sidecar._reloader
+        reloader = self.sidecar.reloader
         before = reloader.loads["success"]
         self._rules.write_text(rules(10 + before))
         os.kill(os.getpid(), signal.SIGHUP)
@@ -224,10 +224,10 @@ async def run(crowded: Crowded, times: CallbackTimes) -> dict[str, dict[str, flo
 
 def main() -> None:
     times = CallbackTimes()
-    run_handle = asyncio.Handle._run
+    run_handle = asyncio.Handle._run  # noqa: SLF001 (asyncio has no hook for it)
 
     def timed_run(handle: Any) -> None:
-        times.run(lambda: run_handle(handle), name_of(handle._callback))
+        times.run(lambda: run_handle(handle), name_of(handle._callback))  # noqa: SLF001
 
     gc.callbacks.append(times.note_collection)
     with patch.object(tls_files, "READ_SECONDS", 0.3), patch.object(asyncio.Handle, "_run", timed_run):

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import pytest
 
-from ratelimit_sidecar.telemetry import log_writer
 from ratelimit_sidecar.telemetry.log_writer import LogWriter
 
 
@@ -50,11 +49,8 @@ def test_lines_come_out_in_order() -> None:
     assert writer.dropped_lines == 0
 
 
-def test_a_log_that_nobody_reads_holds_up_nobody_and_what_is_too_much_is_counted(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log_writer, "MAX_WAITING_BYTES", 100)
-    writer = LogWriter(pipe[1])
+def test_a_log_that_nobody_reads_holds_up_nobody_and_what_is_too_much_is_counted(pipe: tuple[int, int]) -> None:
+    writer = LogWriter(pipe[1], max_waiting_bytes=100)
     for number in range(10):
         writer.handle(record("%s", f"line {number}".ljust(24)))
     assert writer.dropped_lines == 6
@@ -65,9 +61,8 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_what_is_too_much_is_counted
     assert read_lines(pipe[0], 1) == [b"and on"]
 
 
-def test_a_flush_ends_though_nobody_reads(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_writer, "FLUSH_SECONDS", 0.01)
-    writer = LogWriter(pipe[1])
+def test_a_flush_ends_though_nobody_reads(pipe: tuple[int, int]) -> None:
+    writer = LogWriter(pipe[1], flush_seconds=0.01)
     writer.handle(record("lost"))
     writer.flush()
 

@@ -117,7 +117,7 @@ def test_what_a_library_says_without_end_is_cut_into_lines() -> None:
 @pytest.mark.parametrize(("letter", "level"), [("I", "info"), ("W", "warning"), ("E", "error"), ("F", "error")])
 def test_what_the_core_of_grpc_says_has_the_level_that_it_has_there(letter: str, level: str) -> None:
     with capture_logs() as logs:
-        log_writer._log_lines([f"{letter}1128 19:24:17.544196   14603 ssl_transport_security.cc:2563] broken".encode()])
+        log_writer.log_lines([f"{letter}1128 19:24:17.544196   14603 ssl_transport_security.cc:2563] broken".encode()])
     assert [line["log_level"] for line in logs] == [level]
 
 
