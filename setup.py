@@ -54,6 +54,7 @@ COMPILED = (
     "server/http2.py",
     "server/messages.py",
     "server/rpc.py",
+    "server/tls_session.py",
     "server/turns.py",
     "services/ext_authz.py",
     "services/ratelimit.py",

@@ -53,8 +53,10 @@ class AddressBudget(Budget):
         self.address = address
         self.connections = 0
         self.calls = StepQueue()
+        self.handshakes = StepQueue()
         self.streams = StepQueue()
-        """`calls` is the queue of its connections, `streams` that of its streaming calls (see `turns.py`)."""
+        """`calls` is the queue of its connections, `handshakes` that of those whose TLS handshake is not over, and
+        `streams` that of its streaming calls (see `turns.py`)."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole

@@ -6,6 +6,9 @@ handled in slices, and other connections are served between slices, and also wit
 
 The loop's time is shared by address (`turns.py`). When an address has sent more than is handled at once, none of its
 connections is read until its turn comes: reading thousands of connections takes long, however little each has sent.
+
+With TLS, bytes are decrypted within the same slices, so that a client pays for what it makes OpenSSL do, too. Each step
+of a handshake waits for a turn, in a queue of its own: it takes longer than many calls.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import Connection
+from ratelimit_sidecar.server.http2 import PROTOCOL_ERROR, Connection
 from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
+from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, StepQueue, Turns
 
 SLICE_BYTES: Final = 4_096
-"""The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes."""
+"""The most bytes that are handled in one piece: at most 130 calls, since none is shorter than 31 bytes, or 150
+KeyUpdate records of TLS, which take OpenSSL 2 ms.
+"""
 
 _OBJECTS: Final = 20
 _OBJECTS_OF_STREAM: Final = 35
@@ -39,6 +45,11 @@ MAX_WRITE_BUFFER_BYTES: Final = 262_144
 
 READ_NS: Final = 10_000
 """The estimated time of a read without the handling of its bytes: the system calls, and asyncio's part."""
+
+LARGE_READ_NS: Final = 50_000
+"""The estimated time of a read of all that asyncio takes at once, 256 KiB: so much may have come while a connection
+waited.
+"""
 
 _perf_counter_ns: Final = time.perf_counter_ns
 
@@ -88,13 +99,18 @@ class GrpcProtocol:
     Args:
         budget: of the client's address. It is returned to `connection_limiter` when the connection is closed.
         age_s: the connection is drained at this age; None for never.
+        tls: None for plain text.
     """
 
-    def __init__(self, shared: FrontEndState, budget: AddressBudget, age_s: float | None) -> None:
+    def __init__(
+        self, shared: FrontEndState, budget: AddressBudget, age_s: float | None, tls: TlsSession | None = None
+    ) -> None:
         self._shared = shared
         self._budget = budget
         self._turns = shared.turns
-        self._calls = budget.calls
+        self._tls = tls
+        self._is_shaking_hands = tls is not None
+        self._queue = budget.calls if tls is None else budget.handshakes
         self._connection = Connection(
             shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
@@ -123,7 +139,7 @@ class GrpcProtocol:
         shared = self._shared
         self._transport = transport
         shared.connections.add(self)
-        self._calls.on_waiting.add(self._stand_in_line)
+        self._queue.on_waiting.add(self._stand_in_line)
         young_objects.note(_OBJECTS)
         transport.set_write_buffer_limits(MAX_WRITE_BUFFER_BYTES)
         if shared.is_draining:
@@ -131,22 +147,18 @@ class GrpcProtocol:
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_behind():
-            # It waits for its turn, or its client reads no answers. With TLS, bytes may arrive although reading is
-            # paused.
-            self._keep_unhandled(memoryview(data if self._rest is None else bytes(self._rest) + data))
-        elif self._calls.is_waiting:
+        if self._queue.is_waiting or self._is_shaking_hands:
             self._keep_unhandled(memoryview(data))
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
             self._take(data)
-            self._turns.note(self._calls, _perf_counter_ns() - started_ns + READ_NS)
+            self._turns.note(self._queue, _perf_counter_ns() - started_ns + READ_NS)
 
     def _take(self, data: bytes) -> None:
-        if len(data) <= SLICE_BYTES:
+        if self._tls is None and len(data) <= SLICE_BYTES:
             events = self._connection.receive(data)
-            if len(events) > 1:
+            if len(events) > 1 or self._connection.has_more:
                 self._events = events
                 self._take_slices()
             else:
@@ -160,13 +172,13 @@ class GrpcProtocol:
     def _keep_unhandled(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
         self._rest = rest
-        self._connection.count_unhandled(len(rest))
+        self._count_unhandled()
         if self._connection.closed:
             self._flush()
 
     def eof_received(self) -> bool:
         """The client has half-closed; asyncio closes once everything is written."""
-        self._turns.note(self._calls, READ_NS)
+        self._turns.note(self._queue, READ_NS)
         return False
 
     def pause_writing(self) -> None:
@@ -190,7 +202,7 @@ class GrpcProtocol:
         self._forget_unhandled()
         self._cancel_all()
         self._connection.release()
-        self._calls.on_waiting.discard(self._stand_in_line)
+        self._queue.on_waiting.discard(self._stand_in_line)
         self._shared.connection_limiter.leave(self._budget)
         self._shared.connections.discard(self)
         self._shared.lost.set()
@@ -241,13 +253,23 @@ class GrpcProtocol:
 
     def _is_behind(self) -> bool:
         """True if some received bytes or events are not handled yet."""
-        return self._rest is not None or self._handled < len(self._events)
+        if self._rest is not None or self._handled < len(self._events) or self._connection.has_more:
+            return True
+        tls = self._tls
+        return tls is not None and tls.has_more
 
     def _forget_unhandled(self) -> None:
         self._rest = None
         self._events = []
         self._handled = 0
+        if self._tls is not None:
+            self._tls.has_more = False
         self._connection.count_unhandled(0)
+
+    def _count_unhandled(self) -> None:
+        """Count the memory of received bytes that wait, and of a handshake that has begun."""
+        size = 0 if self._rest is None else len(self._rest)
+        self._connection.count_unhandled(size + HANDSHAKE_BYTES if self._is_shaking_hands else size)
 
     def _take_slices(self) -> None:
         """Handle received bytes for one quantum; what is left waits for a turn."""
@@ -263,27 +285,59 @@ class GrpcProtocol:
             if not self._is_behind() or self._is_paused:
                 break
             if _perf_counter_ns() - started_ns >= QUANTUM_NS:
-                if self._rest is not None:
-                    self._connection.count_unhandled(len(self._rest))
+                self._count_unhandled()
                 self._flush()
                 if self._transport is not None and not self._is_paused and not self._is_closing:
                     self._stand_in_line()
                 return
-            rest = self._rest
-            if rest is not None:
-                self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
-                self._events = self._connection.receive(rest[:SLICE_BYTES])
+            tls = self._tls
+            if self._connection.has_more:
+                data: bytes | memoryview = b""
+            elif tls is None:
+                data = self._take_rest()
+            else:
+                data = self._decrypt(tls)
+            if data or self._connection.has_more:
+                self._events = self._connection.receive(data)
                 self._handled = 0
         if not self._is_behind():
-            self._forget_unhandled()
+            self._events = []
+            self._handled = 0
+            self._count_unhandled()
         self._flush()
+
+    def _take_rest(self) -> memoryview:
+        """Take a slice of the received bytes that wait."""
+        rest = self._rest
+        assert rest is not None
+        self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
+        return rest[:SLICE_BYTES]
+
+    def _decrypt(self, tls: TlsSession) -> bytes:
+        """Take a slice of what the received bytes say, or go on with the handshake, which says nothing."""
+        if not tls.has_more:
+            tls.receive(self._take_rest())
+        data = tls.read(SLICE_BYTES)
+        if tls.is_over:
+            self._forget_unhandled()
+            if tls.reject_reason:
+                self._connection.terminate(PROTOCOL_ERROR, tls.reject_reason)
+            self._flush()
+            if not self._is_closing:
+                self._close()
+        elif self._is_shaking_hands and tls.is_established:
+            self._is_shaking_hands = False
+            self._queue.on_waiting.discard(self._stand_in_line)
+            self._queue = self._budget.calls
+            self._queue.on_waiting.add(self._stand_in_line)
+        return data
 
     def _stand_in_line(self) -> None:
         """Read nothing until the address has its turn."""
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._calls, self._take_turn)
+            self._turns.join(self._queue, self._take_turn)
 
     def _take_turn(self) -> None:
         self._is_in_line = False
@@ -293,7 +347,7 @@ class GrpcProtocol:
             if self._is_behind():
                 self._take_slices()
             self._resume_reading()
-            self._turns.charge(READ_NS)
+            self._turns.charge(LARGE_READ_NS)
         except Exception as failure:
             # Others wait for their turns.
             self._shared.failures.status_of("bytes of a client", failure)
@@ -400,13 +454,12 @@ class GrpcProtocol:
             return
         connection = self._connection
         data = connection.output()
+        if self._tls is not None:
+            data = self._tls.send(data)
         if data:
             transport.write(data)
         if connection.closed:
-            self._is_closing = True
-            self._forget_unhandled()
-            transport.close()
-            self._cancel_all()
+            self._close()
             return
         if self._streaming or self._waiting:
             late = connection.late()
@@ -420,3 +473,14 @@ class GrpcProtocol:
             for call in self._blocked:
                 call.wake()
             self._blocked.clear()
+
+    def _close(self) -> None:
+        """Close when everything is written."""
+        self._is_closing = True
+        self._forget_unhandled()
+        transport = self._transport
+        if transport is not None:
+            if self._tls is not None:
+                transport.write(self._tls.end())
+            transport.close()
+        self._cancel_all()

@@ -14,7 +14,7 @@ from ratelimit_sidecar.server.grpc_protocol import FrontEndState, GrpcProtocol
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
-from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
+from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
 
 CHECK_SECONDS = 0.000_5
@@ -59,7 +59,6 @@ class H2FrontEnd:
         self._shared = FrontEndState(
             {path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks, turns or Turns()
         )
-        self._tls = None if certificate is None else TlsListeners(certificate, self._shared, self._protocol)
         self._configured = addresses
         self._listeners: list[Listener] = []
         self._accepting: list[asyncio.Task[None]] = []
@@ -143,19 +142,20 @@ class H2FrontEnd:
             self._close_listeners()
 
     def _accept(self, listener: Listener) -> None:
-        if self._tls is not None and not listener.address.startswith(UNIX_PREFIX):
-            self._tls.accept(listener.socket)
-        else:
-            self._accepting.append(self._tasks.create_task(self._accept_plain(listener.socket)))
+        certificate = None if listener.address.startswith(UNIX_PREFIX) else self._certificate
+        self._accepting.append(self._tasks.create_task(self._accept_clients(listener.socket, certificate)))
 
-    async def _accept_plain(self, listening: socket.socket) -> None:
+    async def _accept_clients(self, listening: socket.socket, certificate: ServerCertificate | None) -> None:
         async for connected, budget in clients_of(listening, self._shared):
-            await self._connect(connected, budget)
+            await self._connect(connected, budget, certificate)
 
-    async def _connect(self, connected: socket.socket, budget: AddressBudget) -> None:
+    async def _connect(
+        self, connected: socket.socket, budget: AddressBudget, certificate: ServerCertificate | None
+    ) -> None:
         loop = asyncio.get_running_loop()
-        protocol = self._protocol(budget, loop.time())
+        protocol: GrpcProtocol | None = None
         try:
+            protocol = self._protocol(budget, loop.time(), certificate)
             # It has asyncio.Protocol's methods, but is compiled.
             await loop.connect_accepted_socket(lambda: protocol, connected)  # type: ignore[type-var]
         except Exception as error:
@@ -165,17 +165,18 @@ class H2FrontEnd:
             if protocol not in self._shared.connections:
                 self._shared.connection_limiter.leave(budget)
 
-    def _protocol(self, budget: AddressBudget, began_s: float) -> GrpcProtocol:
+    def _protocol(self, budget: AddressBudget, began_s: float, certificate: ServerCertificate | None) -> GrpcProtocol:
         """Make the protocol of a new connection.
 
         Args:
             began_s: when the client connected.
+            certificate: None for plain text.
         """
         age_s = self._limits.age
         if age_s is not None:
             age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
         self._shared.now_s = began_s
-        return GrpcProtocol(self._shared, budget, age_s)
+        return GrpcProtocol(self._shared, budget, age_s, None if certificate is None else certificate.new_session())
 
     async def _check(self) -> None:
         loop = asyncio.get_running_loop()
@@ -211,8 +212,6 @@ class H2FrontEnd:
 
     async def _drain(self) -> None:
         self.ready.clear()
-        if self._tls is not None:
-            await self._tls.stop()
         self._close_listeners()
         shared = self._shared
         shared.is_draining = True

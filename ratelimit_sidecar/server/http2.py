@@ -109,6 +109,8 @@ class Connection:
         now_s: float,
         age_s: float | None = None,
     ) -> None:
+        self.has_more = False
+        """True if `receive` has to be called again, without bytes, for the rest of those that it has taken."""
         self.closed = False
         """True when nothing more is received. Close the transport once the last output is sent."""
         self._handlers = handlers
@@ -157,7 +159,9 @@ class Connection:
         """The bytes of answers that wait for the client's window, counted in the budget."""
         self._amid_headers_since_s = now_s
         self._unhandled = 0
-        """The bytes that were read and not yet passed to `receive`, counted in the budget."""
+        """The memory of bytes that were read and not yet passed to `receive`, counted in the budget."""
+        self._amid_headers = 0
+        """The memory of headers that are not complete, counted in the budget."""
         self._untaken_since_s = now_s
         self._due = 0
         """The count of bytes taken by the client (since the start) at which all that waited at `_untaken_since_s` is
@@ -171,6 +175,7 @@ class Connection:
         Unary calls are returned when they are complete, unless the client has given up on them already.
         """
         events: list[Event] = []
+        self.has_more = False
         if self.closed:
             return events
         self._has_received = True
@@ -189,21 +194,37 @@ class Connection:
                 self._open(request, events)
         if session.control_frames != self._control_frames:
             self._pay_for_control_frames()
+        if session.amid_header_bytes != self._amid_headers:
+            self._count_amid_headers()
         if self._is_draining and session.ponged == _DRAIN_PING:
             self._send_final_goaway()
+        self.has_more = session.has_more and not self.closed
         return events
 
     def count_unhandled(self, size: int) -> None:
-        """Note how many bytes of the client were read and wait for `receive`. If there are more than the budget allows,
-        the client is disconnected.
+        """Note the memory of bytes of the client that were read and wait for `receive`. If that is more than the budget
+        allows, the client is disconnected.
         """
         more = size - self._unhandled
         if not more:
             return
-        if more > 0 and size > FEW_BYTES and not self._budget.allows(self._held + more, more):
+        if not self._has_room(size, more):
             self.terminate(ENHANCE_YOUR_CALM, "limit")
         self._unhandled = size
         self._count(more)
+
+    def _count_amid_headers(self) -> None:
+        """Note the memory of headers that are not complete. As `count_unhandled`."""
+        size = self._session.amid_header_bytes
+        more = size - self._amid_headers
+        if not self._has_room(size, more):
+            self.terminate(ENHANCE_YOUR_CALM, "limit")
+        self._amid_headers = size
+        self._count(more)
+
+    def _has_room(self, size: int, more: int) -> bool:
+        """Whether so much of one kind may wait, of which `more` is not counted yet."""
+        return more <= 0 or size <= FEW_BYTES or self._budget.allows(self._held + more, more)
 
     def _open(self, request: Request, events: list[Event]) -> None:
         """Handle a new request: its headers have arrived, and perhaps all of it."""
@@ -504,7 +525,7 @@ class Connection:
         """
         untaken = self._session.unsent + CALL_BYTES * self._session.finished
         more = untaken - self._untaken
-        has_room = more <= 0 or untaken <= FEW_BYTES or self._budget.allows(self._held + more, more)
+        has_room = self._has_room(untaken, more)
         self._untaken = untaken
         self._count(more)
         return has_room or self.closed
@@ -668,7 +689,7 @@ class Connection:
         """Free the memory that its calls count in the budget. Call it once, when the transport is gone."""
         self.closed = True
         self._budget.count(-self._held)
-        self._held = self._unhandled = self._untaken = 0
+        self._held = self._unhandled = self._amid_headers = self._untaken = 0
         self._incomplete.clear()
         self._deferred.clear()
         self._streaming.clear()

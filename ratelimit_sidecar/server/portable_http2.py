@@ -3,7 +3,7 @@
 This one is slower, and differs in three points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
 much of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its
 window must be replaced. A request with headers that are too large ends its connection. And headers that never end are
-not noticed.
+neither noticed nor counted.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class Session:
         self.sent_goaway_code = 0
         self.is_over = False
         self.is_amid_headers = False
+        self.amid_header_bytes = 0
+        self.has_more = False
         self.finished = 0
         self._submitted = 0
         """The bytes of answers so far."""

@@ -189,7 +189,10 @@ class Run:
             self.highest_stream = max(self.highest_stream, stream_id)
             self.data_bytes += len(payload) if kind == DATA else 0
             self.is_between_frames = kind not in (HEADERS, CONTINUATION) or bool(flags & END_HEADERS)
-        for event in self.connection.receive(data):
+        events = self.connection.receive(data)
+        while self.connection.has_more:
+            events += self.connection.receive(b"")
+        for event in events:
             self.take(event)
         if Flags.LAZY_OUTPUT not in self.flags or self.random.random() < 0.1:
             self.take_output()

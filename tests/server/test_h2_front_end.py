@@ -169,6 +169,17 @@ async def test_a_complete_call_that_its_client_gave_up_on_in_the_same_read_is_no
     assert handled == [b"wanted"]
 
 
+async def test_calls_whose_few_bytes_stand_for_very_large_headers_are_all_answered() -> None:
+    headers = [*GRPC_HEADERS, *[(b"x-long", b"v" * 3_000)] * 40]
+    async with running("h2", ECHO) as front_end, connected(front_end.addresses[0]) as client:
+        with client.one_write():
+            streams = [client.open(PATH, headers) for _ in range(20)]
+            for stream in streams:
+                client.send(stream, frame(b"hello"))
+        answers = await asyncio.gather(*map(client.answer, streams))
+    assert [answer.body for answer in answers] == [frame(b"hello")] * 20
+
+
 async def test_handlers_see_the_headers() -> None:
     def traceparent(_message, metadata):
         return dict(metadata)[b"traceparent"]

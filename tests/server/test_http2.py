@@ -37,11 +37,14 @@ HEADERS = [
 ]
 STREAM_HEADERS = [(name, STREAM_PATH if name == ":path" else value) for name, value in HEADERS]
 
-PING, SETTINGS, DATA, HEADERS_FRAME, RST_STREAM, WINDOW_UPDATE = 6, 4, 0, 1, 3, 8
+PING, SETTINGS, DATA, HEADERS_FRAME, RST_STREAM, WINDOW_UPDATE, CONTINUATION = 6, 4, 0, 1, 3, 8, 9
+END_HEADERS = 4
 EMPTY_DATA = DATA
 
 INITIAL_WINDOW = 65_535
 """Of a client that says nothing else (RFC 9113, section 6.9.2)."""
+
+NATIVE = pytest.mark.skipif(not session.IS_NATIVE, reason="ngh2 says nothing of headers before they end")
 
 
 def echo(message, _metadata):
@@ -88,7 +91,7 @@ class Pair:
         while True:
             sent = self.client.data_to_send()
             if sent:
-                happened += self.server.receive(sent)
+                happened += self.receive(sent)
             received = self.server.output()
             if received:
                 try:
@@ -98,8 +101,15 @@ class Pair:
             if not sent and not received:
                 return happened
 
+    def receive(self, data: bytes) -> list:
+        """What the server sees in these bytes."""
+        happened = self.server.receive(data)
+        while self.server.has_more:
+            happened += self.server.receive(b"")
+        return happened
+
     def send_raw(self, data: bytes) -> list:
-        return self.server.receive(data) + self.exchange()
+        return self.receive(data) + self.exchange()
 
     def open(self, headers=HEADERS, *, end: bool = False) -> int:
         stream_id = self.client.get_next_available_stream_id()
@@ -767,6 +777,105 @@ def test_a_header_list_of_the_largest_size_is_taken_and_a_larger_one_refused() -
         assert not pair.server.closed
     else:
         assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+
+
+def test_headers_of_many_times_the_largest_size_are_reset_before_they_end() -> None:
+    """Each byte can stand for thousands."""
+    pair = Pair()
+    stream_id = pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 150])
+    pair.exchange()
+    if session.IS_NATIVE:
+        [reset] = pair.of(h2.events.StreamReset)
+        assert reset.stream_id == stream_id
+        pair.call()
+        assert len(pair.exchange()) == 1
+    else:
+        assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+
+
+@NATIVE
+def test_bytes_that_stand_for_very_many_of_headers_are_taken_in_steps() -> None:
+    pair = Pair()
+    streams = [pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 40], end=True) for _ in range(10)]
+    # A request without a message is answered at once, so what is answered was looked at.
+    sent = pair.client.data_to_send()
+    assert len(sent) < 6_000
+    steps = 0
+    pair.server.receive(sent)
+    while pair.server.has_more:
+        steps += 1
+        pair.events += pair.client.receive_data(pair.server.output())
+        assert len(pair.of(h2.events.StreamEnded)) <= 3 * steps
+        pair.server.receive(b"")
+    pair.exchange()
+    assert {ended.stream_id for ended in pair.of(h2.events.StreamEnded)} == set(streams)
+    assert steps >= 4
+
+
+@NATIVE
+def test_trailers_of_many_times_the_largest_size_are_reset_before_they_end() -> None:
+    pair = Pair()
+    stream_id = pair.open()
+    pair.exchange()
+    pair.client.send_headers(stream_id, [("x-long", "v" * 3_000)] * 150, end_stream=True)
+    pair.exchange()
+    [reset] = pair.of(h2.events.StreamReset)
+    assert reset.stream_id == stream_id
+    pair.call()
+    assert len(pair.exchange()) == 1
+
+
+def without_end(headers: bytes) -> bytes:
+    """A HEADERS frame without END_HEADERS."""
+    assert (headers[3], headers[4]) == (HEADERS_FRAME, END_HEADERS)
+    return headers[:4] + b"\0" + headers[5:]
+
+
+@NATIVE
+def test_headers_that_are_not_complete_count_as_memory() -> None:
+    pair = Pair()
+    pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 20])
+    pair.server.receive(without_end(pair.client.data_to_send()))
+    assert pair.budget.held > 60_000
+    pair.server.receive(raw_frame(CONTINUATION, 1, flags=END_HEADERS))
+    # As those of any call that is not complete.
+    assert 60_000 < pair.budget.held < 65_000
+    pair.send_raw(raw_frame(RST_STREAM, 1, bytes(4)))
+    assert pair.budget.held == 0
+
+
+@NATIVE
+def test_headers_that_are_too_large_are_not_kept() -> None:
+    pair = Pair()
+    pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 50])
+    pair.server.receive(without_end(pair.client.data_to_send()))
+    assert pair.budget.held == 0
+
+
+@NATIVE
+def test_a_client_whose_headers_hold_too_much_memory_before_they_end_is_disconnected() -> None:
+    pair = Pair(budget=Budget(500_000))
+    pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 30])
+    pair.send_raw(without_end(pair.client.data_to_send()))
+    assert pair.server.closed
+    assert pair.counts.closed_connections["limit"] == 1
+    pair.server.release()
+    assert pair.budget.held == 0
+
+
+@NATIVE
+def test_a_client_whose_headers_stop_is_disconnected_though_another_call_ends_meanwhile() -> None:
+    pair = Pair(limits={"body_idle": 10})
+    pair.call()
+    sent = pair.client.data_to_send()
+    pair.open()
+    [call] = pair.server.receive(sent + without_end(pair.client.data_to_send()))
+    pair.server.answer(call, b"")
+    pair.check(1.0)
+    pair.check(9.0)
+    assert not pair.server.closed
+    pair.check(10.0)
+    assert pair.counts.closed_connections["stalled"] == 1
 
 
 def test_what_is_no_http2_ends_the_connection() -> None:

@@ -1,4 +1,4 @@
-"""TLS of both front ends, on asyncio's event loop and on uvloop's, which each have a TLS of their own."""
+"""TLS of both front ends, on asyncio's event loop and on uvloop's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,24 +17,37 @@ import pytest
 from certificates import Authority
 from server.front_ends import ECHO, KINDS, running
 from server.raw_http2 import connected
+from server.tls_records import RecordWriter
+from server.work_clock import PerTurn, WorkClock
 from structlog.testing import capture_logs
+from young import collected_when_told
 
 from ratelimit_sidecar.config import tls_files
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.grpc_protocol import Shared
 from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Code
-from ratelimit_sidecar.server.tls import ServerCertificate, TlsListeners
-from ratelimit_sidecar.server.turns import Turns
+from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 
 PATH = "/test.Echo/Echo"
 NAME = "sidecar.example"
 WITHIN_S = 30
+
+
+def _hello() -> bytes:
+    outgoing = ssl.MemoryBIO()
+    session = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=NAME)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        session.do_handshake()
+    return outgoing.read()
+
+
+HELLO = _hello()
+"""A client's first message, which may be sent any number of times."""
 
 
 @pytest.fixture(params=KINDS)
@@ -106,65 +120,6 @@ async def test_a_client_that_trusts_the_authority_is_answered(kind: str, tmp_pat
         stranger = Client(tmp_path / "stranger", Authority())
         assert await stranger.is_refused(front_end) is grpc.StatusCode.UNAVAILABLE
         assert await client.call(front_end) == b"hello"
-
-
-async def test_of_a_connection_that_is_not_to_be_read_no_whole_buffer_is_filled(tmp_path: Path) -> None:
-    authority = Authority()
-    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
-    certificate.load()
-    context = Client(tmp_path / "client", authority).context()
-    echoes: list[Echo] = []
-
-    def new_echo(*_: object) -> Echo:
-        echoes.append(Echo())
-        return echoes[-1]
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.setblocking(False)
-        address = listening.getsockname()
-        async with asyncio.timeout(WITHIN_S), asyncio.TaskGroup() as tasks:
-            listeners = TlsListeners(certificate, Shared({}, DEFAULT_LIMITS, tasks, Turns()), new_echo)  # type: ignore[arg-type]
-            listeners.accept(listening)
-            reader, writer = await asyncio.open_connection(*address, ssl=context)
-            assert await said(reader, writer) == b"x"
-            [echo] = echoes
-            echo.transport.pause_reading()
-            writer.write(b"x")
-            await until(lambda: echo.unread > 0)
-            first = echo.unread
-            other = await asyncio.open_connection(*address, ssl=context)
-            for _ in range(10):
-                writer.write(b"x")
-                await said(*other)
-                assert echo.unread == first
-            echo.transport.resume_reading()
-            assert await reader.readexactly(11) == b"x" * 11
-            assert echo.unread == 0
-            for each in (writer, other[1]):
-                each.transport.abort()
-            await listeners.stop()
-
-
-async def said(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """What comes back when a byte is sent."""
-    writer.write(b"x")
-    return await reader.readexactly(1)
-
-
-class Echo(asyncio.Protocol):
-    """A connection whose bytes are sent back."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.transport.write(data)
-
-    @property
-    def unread(self) -> int:
-        """The bytes that are not decrypted yet."""
-        size: int = self.transport.get_read_buffer_size()  # type: ignore[attr-defined]
-        return size
 
 
 async def test_an_address_with_several_sockets_has_tls_on_tcp_alone(kind: str, tmp_path: Path) -> None:
@@ -354,6 +309,113 @@ async def test_a_handshake_that_hangs_does_not_hold_up_a_stop(kind: str, tmp_pat
             if kind == "h2":
                 with contextlib.suppress(ConnectionResetError):
                     assert await reader.read() == b""
+
+
+async def test_in_each_turn_of_the_loop_one_step_of_one_handshake_is_done(tmp_path: Path) -> None:
+    """However many addresses send at the same moment."""
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+    clock = WorkClock()
+    hellos = 0
+
+    def count(*_: object) -> None:
+        nonlocal hellos
+        clock.work()
+        hellos += 1
+
+    async with contextlib.AsyncExitStack() as stack:
+        front_end = await stack.enter_async_context(running("h2", ECHO, certificate=certificate, turns=clock.turns))
+        host, _, port = front_end.addresses[0].rpartition(":")
+        other = await stack.enter_async_context(connected(front_end.addresses[0], context))
+        # OpenSSL calls it within the step that signs.
+        certificate.in_force.context.sni_callback = count
+        writers = []
+        for number in range(40):
+            _, writer = await asyncio.open_connection(host, int(port), local_addr=(f"127.0.0.{1 + number % 20}", 0))
+            stack.callback(writer.close)
+            writers.append(writer)
+        async with PerTurn(lambda: hellos) as per_turn:
+            for writer in writers:
+                writer.write(HELLO)
+            # Calls of the same address do not wait for handshakes.
+            assert (await other.call(PATH, frame(b"hello"))).code == Code.OK
+            assert hellos < 40
+            await until(lambda: hellos == 40)
+        assert per_turn.most == 1
+
+
+async def test_handshakes_that_have_begun_count_as_memory(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    client = Client(tmp_path / "client", authority)
+    # Each connection may hold an eighth of what is free: these two, and no third one.
+    async with running("h2", ECHO, certificate=certificate, held_bytes=9 * (HANDSHAKE_BYTES + 10_000)) as front_end:
+        assert isinstance(front_end, H2FrontEnd)
+        async with raw(front_end) as (_, first), raw(front_end) as (_, second), raw(front_end) as (reader, third):
+            # One that says nothing needs little.
+            await until(lambda: front_end.open_connections == 3)
+            assert front_end.held_bytes == 0
+            first.write(HELLO[:100])
+            second.write(HELLO[:100])
+            await until(lambda: front_end.held_bytes == 2 * HANDSHAKE_BYTES)
+            third.write(HELLO[:100])
+            async with asyncio.timeout(WITHIN_S):
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+            assert closed(front_end) == {"limit": 1}
+        await until(lambda: front_end.held_bytes == 0)
+        assert await client.call(front_end) == b"hello"
+
+
+@pytest.mark.parametrize("kind_of_record", ["key updates", "a byte each"])
+async def test_records_that_carry_next_to_nothing_take_the_loop_no_longer_than_others(
+    tmp_path: Path, kind_of_record: str
+) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+
+    def flood() -> None:
+        host, _, port = front_end.addresses[0].rpartition(":")
+        with socket.create_connection((host, int(port)), WITHIN_S) as connection:
+            writer = RecordWriter.shake_hands(connection, context, tmp_path)
+            connection.sendall(writer.data(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"))
+            if kind_of_record == "key updates":
+                records = [writer.key_update() for _ in range(20_000)]
+            else:
+                # Frames of a type that nobody knows.
+                unknown = (b"\0\x40\0\x42\0\0\0\0\0" + bytes(16_384)) * 4
+                records = [writer.data(unknown[at : at + 1]) for at in range(len(unknown))]
+            connection.sendall(b"".join(records) + writer.goodbye())
+            while connection.recv(65_536):
+                pass
+
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+        with collected_when_told():
+            async with PerTurn(time.thread_time_ns) as per_turn:
+                await asyncio.to_thread(flood)
+        assert closed(front_end) == {}
+    # All at once it was 200 ms and more.
+    assert per_turn.most < 50_000_000
+
+
+async def test_who_says_goodbye_is_told_goodbye(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
+    context = Client(tmp_path / "client", authority).context()
+
+    def say_goodbye() -> None:
+        host, _, port = front_end.addresses[0].rpartition(":")
+        with socket.create_connection((host, int(port)), WITHIN_S) as plain:
+            encrypted = context.wrap_socket(plain)
+            assert encrypted.recv(1_024)
+            with encrypted.unwrap() as plain_again:
+                assert plain_again.recv(1) == b""
+
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+        await asyncio.to_thread(say_goodbye)
+        assert closed(front_end) == {}
 
 
 async def test_a_client_that_does_not_read_its_answers_is_disconnected(tmp_path: Path) -> None:
