@@ -44,8 +44,6 @@ EMPTY_DATA = DATA
 INITIAL_WINDOW = 65_535
 """Of a client that says nothing else (RFC 9113, section 6.9.2)."""
 
-NATIVE = pytest.mark.skipif(not session.IS_NATIVE, reason="ngh2 says nothing of headers before they end")
-
 
 def echo(message, _metadata):
     return message
@@ -793,7 +791,7 @@ def test_headers_of_many_times_the_largest_size_are_reset_before_they_end() -> N
         assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
 
 
-@NATIVE
+@pytest.mark.native
 def test_bytes_that_stand_for_very_many_of_headers_are_taken_in_steps() -> None:
     pair = Pair()
     streams = [pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 40], end=True) for _ in range(10)]
@@ -812,7 +810,7 @@ def test_bytes_that_stand_for_very_many_of_headers_are_taken_in_steps() -> None:
     assert steps >= 4
 
 
-@NATIVE
+@pytest.mark.native
 def test_trailers_of_many_times_the_largest_size_are_reset_before_they_end() -> None:
     pair = Pair()
     stream_id = pair.open()
@@ -831,7 +829,7 @@ def without_end(headers: bytes) -> bytes:
     return headers[:4] + b"\0" + headers[5:]
 
 
-@NATIVE
+@pytest.mark.native
 def test_headers_that_are_not_complete_count_as_memory() -> None:
     pair = Pair()
     pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 20])
@@ -844,7 +842,7 @@ def test_headers_that_are_not_complete_count_as_memory() -> None:
     assert pair.budget.held == 0
 
 
-@NATIVE
+@pytest.mark.native
 def test_headers_that_are_too_large_are_not_kept() -> None:
     pair = Pair()
     pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 50])
@@ -852,7 +850,7 @@ def test_headers_that_are_too_large_are_not_kept() -> None:
     assert pair.budget.held == 0
 
 
-@NATIVE
+@pytest.mark.native
 def test_a_client_whose_headers_hold_too_much_memory_before_they_end_is_disconnected() -> None:
     pair = Pair(budget=Budget(500_000))
     pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 30])
@@ -863,7 +861,7 @@ def test_a_client_whose_headers_hold_too_much_memory_before_they_end_is_disconne
     assert pair.budget.held == 0
 
 
-@NATIVE
+@pytest.mark.native
 def test_a_client_whose_headers_stop_is_disconnected_though_another_call_ends_meanwhile() -> None:
     pair = Pair(limits={"body_idle": 10})
     pair.call()
