@@ -42,7 +42,7 @@ class QuotaNode:
     def rate(self) -> int:
         """What the Envoy is told now."""
         self.quotas.tick(self.clock_us)
-        (action,) = self.quotas.take(self.envoy, self.clock_us, 10)
+        (action,) = self.quotas.take_actions(self.envoy, self.clock_us, 10)
         assert action.assignment is not None
         return action.assignment.rate
 

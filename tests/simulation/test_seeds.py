@@ -112,7 +112,7 @@ def forgets_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_without_state(self: Outbox, peer: Origin, *, compares: bool) -> None:
         opened(self, peer, compares=compares)
         assert self._sources is not None
-        self._sources.snapshots = Snapshots(self._store, self._log, peer, awaits_request=False)
+        self._sources.snapshots = Snapshots(self._store, self.log, peer, awaits_request=False)
 
     monkeypatch.setattr(Outbox, "open", open_without_state)
 
