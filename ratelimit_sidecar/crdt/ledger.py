@@ -254,7 +254,7 @@ class Ledger:
             number: of the ticket; no other of this ledger has had it.
 
         Returns:
-            None when no strict rule here has the key, or there is no room for its bucket.
+            None when no strict rule here has the key, or there is no room for its bucket or the ticket.
 
         Raises:
             ValueError: not a bucket key.

@@ -29,7 +29,7 @@ overdrawn seems to be, and more is denied than ought to be: up to twice it hardl
 """
 
 URGENT_SHARE: Final = 8
-"""A bucket with less than 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
+"""A bucket with at most 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
 
 MIN_STEPS_CAPACITY: Final = 32
 """From this capacity on, a bucket is also sent to peers early whenever a further 1/16 to 1/8 of it was taken. In a

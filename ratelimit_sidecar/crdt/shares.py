@@ -81,7 +81,9 @@ def home_in(memberships: Iterable[Mapping[str, int]], node: str, key: bytes, cap
 
 
 def rank(key: bytes, node: str) -> bytes:
-    """A node's rank for this key. Nodes with a higher rank come first when only some can get a token."""
+    """A node's rank for this key. The tokens that are left of homes go to the highest ranks (`home_of`). Of two nodes
+    with fractions of a token the lower rank gets both (`payment_policy`).
+    """
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 

@@ -398,7 +398,9 @@ class StrictBucket(Bucket):
         self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
     def is_idle(self, now_us: int) -> bool:
-        """True when it is full and no ask is open: a new bucket would not have more."""
+        """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
+        more.
+        """
         self.advance(now_us)
         return self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
 

@@ -41,7 +41,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     """The client has given up."""
     ENDED = "ended"
-    """The rules have changed, or the process stops."""
+    """The rules have changed, the process stops, or there was no room to keep the call."""
 
 
 class WaitOwner(Protocol):

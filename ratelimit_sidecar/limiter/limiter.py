@@ -181,8 +181,8 @@ class Limiter:
         """As `decide`, but a request may wait if exactly one of its buckets is short, and that bucket's rule has
         `wait`.
 
-        Nothing is taken or counted while it waits. When the wait ends it is decided as by `decide`, by the rules in
-        force then.
+        No token is taken and no decision counted while it waits; the bucket notes the demand. When the wait ends it is
+        decided as by `decide`, by the rules in force then.
         """
         plan = self.last_plan = self.plan(request)
         if plan.may_wait and len(request) <= MAX_WAITING_BYTES:

@@ -7,8 +7,8 @@ from typing import Final
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 ACK_DELAY_US: Final = 20_000
-"""How long an acknowledgement waits for Deltas to carry it: until the next flush. A frame of its own costs either end
-as much as a small batch."""
+"""How long an acknowledgement waits for Deltas to carry it; the flush after that sends it alone. A frame
+of its own costs either end as much as a small batch."""
 
 MAX_ACKS_OWED: Final = 8
 """So many Deltas are acknowledged at once: the peer may be waiting for it, to send more of a snapshot."""

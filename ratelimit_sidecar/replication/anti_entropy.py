@@ -5,8 +5,9 @@ a third node was cut for a while) is found by comparing, as Dynamo's replicas do
 with one level of ranges instead of a tree: a few thousand sums are few enough to send.
 
 Every few seconds each node sums up what it holds, once for all its peers (`rounds`). Then the node with the lower id
-sends its sums, a *digest*, and where they differ both name their buckets, and *repair*: they send each other all of
-those that differ. A bucket that changed meanwhile is left alone: its next delta says how much it holds.
+sends its sums, a *digest*. Where they differ the other one names its buckets (a *summary*), and both *repair*: the
+first sends what it holds of those that differ, and asks for the rest (a *pull*). A bucket that changed meanwhile is
+left alone: its next delta says how much it holds.
 """
 
 from __future__ import annotations

@@ -175,7 +175,8 @@ class ChangeLog:
         self._forget(now_us)
 
     def keys(self, first: int, end: int) -> Iterator[bytes | None]:
-        """The keys that changed in the segments from `first` to before `end`; None in place of a key that came before.
+        """The keys that changed in the segments from `first` to before `end`; None in place of one of
+        the last `MAX_SEEN` that came before.
 
         Raises:
             Forgotten: one of these segments is.

@@ -111,12 +111,12 @@ class Dialler:
         self._is_stopping = True
 
     def has_joined(self) -> bool:
-        """True if every peer that can be reached has sent its whole state."""
+        """True if every peer that can be reached has sent all of the snapshot that it was asked for."""
         return all(name.is_settled for name in self.targets.names) and all(map(self._has_joined, self.targets))
 
     def _has_joined(self, target: Target) -> bool:
         peer = self._replicator.peers.get(target.node)
-        return target.is_self or target.has_failed or (peer is not None and peer.reported.full_state)
+        return target.is_self or target.has_failed or (peer is not None and peer.reported.has_ended_snapshot)
 
     def refuse_redundant(self, target: Target, origin: Origin) -> None:
         """Refuse a second stream to one peer. Call it when a dialled peer has said who it is.
@@ -253,7 +253,7 @@ class Dialler:
         if error is not None:
             target.protocol_errors[error.reason] += 1
         reasons = {stream.peer_reason, None if error is None else error.reason}
-        is_refused = not stream.has_joined or bool(reasons & _MISCONFIGURED)
+        is_refused = not stream.is_accepted or bool(reasons & _MISCONFIGURED)
         target.is_misconfigured |= Reason.CERTIFICATE in reasons
         is_taken = Reason.DUPLICATE_NODE in reasons
         # That two nodes have one id is told by itself. Or there are no two, and the peer has yet to notice that the

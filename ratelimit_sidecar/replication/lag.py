@@ -24,7 +24,7 @@ class Batch:
         created_us: of the oldest change in it; None when it tells of no change, only of state.
         begun_us: when the first of it was written.
         sent_us: when it was taken from the outbox.
-        ends_snapshot: with it the peer has everything known when the snapshot began.
+        ends_snapshot: with it the peer has all of the snapshot.
     """
 
     payload: bytes

@@ -5,7 +5,7 @@ While there is a stream to the peer, each batch comes from one of these, in turn
 - the change log (`changes`): the next segment as it is encoded for all, or what the peer has to catch up with;
 - the side log (`side_log`): *repairs*, buckets that a comparison found to differ (all origins' entries and the base);
   what others took that no other node sends to the peer (*relayed*); and, while the peer has much else to be sent,
-  buckets that are nearly used up: whoever invents keys would hold those up;
+  buckets of which much was taken lately: whoever invents keys would hold those up;
 - a *snapshot* (`snapshots`), at the stream's start and after a gap: all that was written since some instant.
 
 Without a stream the outbox keeps only the instant since when the peer misses something. A bucket's slots say themselves
@@ -78,8 +78,8 @@ class _Sources:
     """What the batches of one stream are taken from.
 
     Args:
-        overtaken_until: the newest segment when the last batch was written that is none of encoded segments. It has
-            newer counts than these may have.
+        overtaken_until: the newest segment at the time when the last batch was written that was not made of encoded
+            segments. That batch has newer counts than these may have.
     """
 
     cursor: Cursor
@@ -140,12 +140,14 @@ class Outbox:
     def is_settled(self) -> bool:
         """True when everything there was has been acknowledged."""
         sources = self._sources
-        is_told = sources is None or not (sources.cursor.pending or sources.side.pending or self.owes_snapshot)
+        is_told = sources is None or not (
+            sources.cursor.pending or sources.side.pending or self.has_unacknowledged_snapshot
+        )
         return is_told and self._draft is None and self._written is None and not self._in_flight
 
     @property
-    def owes_snapshot(self) -> bool:
-        """True until the peer has acknowledged what the stream's start has to tell it."""
+    def has_unacknowledged_snapshot(self) -> bool:
+        """True until the peer has acknowledged each snapshot that was begun on the stream, or is to be."""
         if self._sources is None:
             return False
         snapshots = self._sources.snapshots

@@ -1,9 +1,9 @@
 """The payment protocol of strict limits: asks, payments, wishes and tickets between this node's ledger and peers.
 
 A *purse* is this node's own bucket of a strict limit (`StrictBucket`). Each ask on a stream is answered by one payment
-on it, and for each bucket one ask is open at a time. So what is pending is bounded, and ends with the stream: room that
-was reserved for an ask is free again, and a payment that is lost costs its payer. Wishes are numbered on each stream,
-and each is answered by one ticket; one that is not answered within a second is given up.
+on it, and for each bucket one ask is open on it at a time. So what is pending is bounded, and ends with the stream:
+room that was reserved for an ask is free again, and a payment that is lost costs its payer. Wishes are numbered on each
+stream, and each is answered by one ticket; one that is not answered within a second is given up.
 
 Sans-I/O, with a clock of its own: strict buckets go by one that never steps, deltas by the wall.
 """
@@ -129,7 +129,7 @@ class PaymentExchange:
         self.received = 0
         """Asks that peers have answered with more than nothing."""
         self.refused = 0
-        """Asks of nodes that are no members, and payments of more than a peer can have."""
+        """Asks and wishes of nodes that are no members, and payments of more than a peer can have."""
         self._strict_us = strict_us
         self._ends = 0
         self._tick_due_us = strict_us()
@@ -166,7 +166,7 @@ class PaymentExchange:
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
     def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
-        """Ask peers for tokens that are needed here; to be called every few milliseconds.
+        """Ask peers for tokens that are needed here; to be called every 20 ms.
 
         Args:
             outboxes: by peer that can be asked, the outbox of the stream in use.
@@ -224,7 +224,7 @@ class PaymentExchange:
             outbox: of the stream on which the frame came; gets the answers.
 
         Returns:
-            The number of buckets that the peer asks for and no strict rule here knows.
+            The number of asks and wishes for which there is no strict rule here, or no room.
 
         Raises:
             ProtocolError: too_large, bad_key or unexpected. What stood before the bad one has been applied, and is as

@@ -76,7 +76,7 @@ class PeerReports:
     """What a peer has reported of itself on its current streams.
 
     Args:
-        full_state: it has sent everything that it knew when its stream began.
+        has_ended_snapshot: it has sent all of the snapshot that it was asked for, or of what the lost stream missed.
         reaches: nodes that it has a stream to; None while it has not reported it.
         has_joined: its peers have sent it what they know.
         request: which snapshot it asks for.
@@ -84,7 +84,7 @@ class PeerReports:
         rules: a digest of those it replicates by; 0 while it has not reported it.
     """
 
-    full_state: bool = False
+    has_ended_snapshot: bool = False
     reaches: frozenset[str] | None = None
     has_joined: bool = False
     request: pb.SyncRequest = pb.UNDECIDED
@@ -127,7 +127,7 @@ class Peer:
 
     @property
     def active(self) -> Link | None:
-        """The stream on which this node sends; others are only read."""
+        """The stream on which this node sends deltas, asks and wishes. On others it sends answers, status and pings."""
         return self.streams[0] if self.streams else None
 
     def wake(self) -> None:
@@ -199,8 +199,8 @@ class Peer:
         Args:
             rules: a digest of this node's rules.
         """
-        is_told = not self.outbox.owes_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
-        return self.reported.full_state and is_told and self.rules_match(rules) is not False
+        is_told = not self.outbox.has_unacknowledged_snapshot and not self.outbox.is_behind(now_us - SETTLE_US)
+        return self.reported.has_ended_snapshot and is_told and self.rules_match(rules) is not False
 
     def status(self, now_us: int, rules: int) -> PeerStatus:
         """What metrics and the console show of it.

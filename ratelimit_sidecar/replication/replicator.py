@@ -133,7 +133,7 @@ class Replicator:
                 peer.wake()
 
     def compare_steps(self, now_us: int) -> Steps:
-        """A part of the round in which what the peers hold is compared; every few milliseconds, in steps."""
+        """A part of the round in which what the peers hold is compared; every 20 ms, in steps."""
         if not any(stream.compares for stream in self.streams()):
             self.summing.pause()
             return

@@ -39,6 +39,8 @@ LATE_US: Final = 1_000_000
 """A round is not begun so long after its instant: it would not end in time."""
 
 SEGMENTS: Final = 16
+"""Of the key space; the change log has others."""
+
 SEGMENT_RANGES: Final = 64
 RANGES: Final = SEGMENTS * SEGMENT_RANGES
 
@@ -156,7 +158,7 @@ class Work:
 
 
 class Summing:
-    """One node's rounds. Call `step` every few milliseconds, or `pause` while there is nobody to compare with.
+    """One node's rounds. Call `step` every 20 ms, or `pause` while there is nobody to compare with.
 
     Args:
         now_us: the start, or near it.
@@ -191,7 +193,7 @@ class Summing:
         return self._step_left > 0
 
     def step(self, now_us: int) -> Round | None:
-        """Begin a step, every few milliseconds, or go on with it.
+        """Begin a step, every 20 ms, or go on with it.
 
         Returns:
             The round that has just been done.

@@ -125,7 +125,8 @@ class PaymentsReceived:
 
 @dataclass(frozen=True, slots=True)
 class StatusReceived:
-    """The peer reports which nodes it has a stream to, and which rules it has."""
+    """The peer reports which nodes it has a stream to, which rules it has, whether it is full and has joined, and which
+    snapshot it asks for."""
 
     status: pb.Status
 

@@ -34,7 +34,7 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason, read_reaches
 
 SNAPSHOT_PAUSE_US = 2_000
-"""The pause between two batches of a snapshot."""
+"""The pause after each batch, while a snapshot is not acknowledged."""
 
 PEER_PAUSE_US = 500
 """The pause between two batches to one peer, times the number of peers: a batch costs some 0.1 ms of the loop whatever
@@ -134,7 +134,7 @@ class Inbound:
         self.batch_trace = {}
         self._end_span()
         if deltas.ends_full_state:
-            peer.reported.full_state = True
+            peer.reported.has_ended_snapshot = True
         self._session.acknowledge(now_us)
 
     def receive(self, event: Event, now_us: int) -> None:
@@ -245,7 +245,7 @@ class Stream:
         """Set when the stream is closing or over, by whichever end."""
 
     @property
-    def has_joined(self) -> bool:
+    def is_accepted(self) -> bool:
         """True from the peer's Hello on, if it was accepted."""
         return self._inbound is not None
 
@@ -369,7 +369,9 @@ class Stream:
         batch = peer.outbox.take_batch() if peer.active is self else None
         if batch is None:
             return None
-        self._pause_owed_us = _pause_us(len(self._replicator.store.journal.peers), peer.outbox.owes_snapshot)
+        self._pause_owed_us = _pause_us(
+            len(self._replicator.store.journal.peers), peer.outbox.has_unacknowledged_snapshot
+        )
         trace = peer.sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.payload, trace, now_us)
 
@@ -457,9 +459,9 @@ class Stream:
         self.wake()
 
 
-def _pause_us(peers: int, owes_snapshot: bool) -> int:
+def _pause_us(peers: int, has_unacknowledged_snapshot: bool) -> int:
     """After a batch, where there are so many peers."""
     pause_us = PEER_PAUSE_US * peers
     if pause_us > LEAST_PEERS_PAUSE_US:
         return pause_us
-    return SNAPSHOT_PAUSE_US if owes_snapshot else 0
+    return SNAPSHOT_PAUSE_US if has_unacknowledged_snapshot else 0

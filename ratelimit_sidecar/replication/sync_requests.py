@@ -31,7 +31,7 @@ class SyncRequests:
     @property
     def is_receiving_all(self) -> bool:
         """True while a peer sends everything."""
-        return self._source is not None and not self._source.reported.full_state
+        return self._source is not None and not self._source.reported.has_ended_snapshot
 
     def join(self) -> None:
         """Note that peers have sent what they know, or that nobody waits for it any more."""
@@ -48,7 +48,7 @@ class SyncRequests:
             if peer.reported.has_joined and not self.has_joined and self._is_better_source(peer):
                 self._source = peer
                 # Of what it has sent so far the end was that of something else.
-                peer.reported.full_state &= peer.own_request == pb.EVERYTHING
+                peer.reported.has_ended_snapshot &= peer.own_request == pb.EVERYTHING
             request = pb.EVERYTHING if self._source is peer else max(peer.own_request, pb.RECENT)
         if request != peer.own_request:
             peer.own_request = request
@@ -59,7 +59,7 @@ class SyncRequests:
 
     def lose(self, peer: Peer) -> None:
         """The last stream of a peer is ending. If it was to send everything, and has not, another one is asked."""
-        if self._source is not peer or self.has_joined or peer.reported.full_state:
+        if self._source is not peer or self.has_joined or peer.reported.has_ended_snapshot:
             return
         self._source = None
         for other in self._peers.values():

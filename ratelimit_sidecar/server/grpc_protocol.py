@@ -1,8 +1,8 @@
 """asyncio's side of a client's connection: received bytes go into its `http2.Connection`, calls are answered at once,
 and all answers to one read are sent in one write.
 
-Back-pressure: while a client does not read its answers, nothing more is read from it. A read with very many calls is
-handled in slices, and other connections are served between slices, and also within a slice whose calls take long.
+Back-pressure: while a client does not read its answers, nothing more is read from it. A long read is handled in slices
+for a quantum of time; then its answers are sent, and other connections have their turns.
 
 The loop's time is shared by address (`turns.py`). When an address has sent more than is handled at once, none of its
 connections is read until its turn comes: reading thousands of connections takes long, however little each has sent.
@@ -82,7 +82,7 @@ class FrontEndState:
         self.accepted = 0
         """Connections since the start."""
         self.now_s = 0.0
-        """The time of the last check."""
+        """The time of the last check, or accepted connection."""
 
     def enter(self, address: str) -> AddressBudget | None:
         """Count a new connection. Returns the budget of its address, or None if it must be closed."""

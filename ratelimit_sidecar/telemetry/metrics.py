@@ -678,7 +678,7 @@ METRICS: tuple[Definition, ...] = (
         "crdt_unknown_keys_total",
         "counter",
         ("region",),
-        "Buckets in deltas of peers without a replicated rule here: the nodes' rules differ.",
+        "Buckets that peers tell or ask of, without a replicated rule (the nodes' rules differ) or room here.",
         read_unknown_keys,
     ),
     Definition(
@@ -743,7 +743,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "outcome"),
         "Waits that are over: `served`, there were tokens; `expired`, its `wait` or the client's timeout was over;"
-        " `cancelled` by the client; `ended` by a change of rules or at a stop. All but `cancelled` were then decided.",
+        " `cancelled` by the client; `ended` by new rules, a stop or want of room. All but `cancelled` are decided.",
         read_source_by(lambda sources: sources.waits, lambda waits: waits.counts),
     ),
     Definition(

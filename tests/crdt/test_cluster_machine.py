@@ -52,7 +52,7 @@ class Replica:
     def bucket(self, now_us: int) -> Bucket:
         return self.store.bucket(KEY, self.limit, now_us)
 
-    def full_state(self, now_us: int):
+    def has_ended_snapshot(self, now_us: int):
         bucket = self.bucket(now_us)
         bucket.seal(now_us)
         return bucket.base_to_send, list(bucket.entries())
@@ -222,7 +222,7 @@ class Cluster(RuleBasedStateMachine):
         for _ in range(4):
             before = [(replica.bucket(now_us).base, replica.bucket(now_us).taken) for replica in self.replicas]
             for one, other in permutations(self.replicas, 2):
-                other.store.merge(KEY, *one.full_state(now_us), now_us)
+                other.store.merge(KEY, *one.has_ended_snapshot(now_us), now_us)
             if before == [(replica.bucket(now_us).base, replica.bucket(now_us).taken) for replica in self.replicas]:
                 break
         else:

@@ -485,7 +485,7 @@ def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> No
     outbox = new_outbox(store)
     open_stream(outbox)
     assert outbox.write(NOW_US)
-    assert outbox.owes_snapshot
+    assert outbox.has_unacknowledged_snapshot
     outbox.close(NOW_US + 60 * SECOND_US)
     open_stream(outbox)
     assert keys_told(drained(outbox, NOW_US + 60 * SECOND_US)) == {key_of("user 0")}
@@ -953,7 +953,7 @@ def test_relayed_entries_for_which_there_is_no_room_are_in_a_snapshot_however_ol
     bucket.merge([old], NOW_US)
     outbox.relay(bucket, [old])
     relayed = pass_on_many(outbox, store, MAX_RELAYED_BUCKETS, slots=1)
-    assert outbox.owes_snapshot
+    assert outbox.has_unacknowledged_snapshot
     assert tokens_of(told(drained(outbox))) == relayed + 5
 
 
@@ -1087,7 +1087,7 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     # Nothing until it has said so.
     assert next_batch(outbox, now_us) is None
     assert not outbox.is_settled
-    assert outbox.owes_snapshot
+    assert outbox.has_unacknowledged_snapshot
     outbox.request(now_us, recent=True)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)

@@ -182,11 +182,11 @@ def test_a_peer_has_been_heard_out_once_it_has_told_its_full_state() -> None:
     a, b = replicator("a"), replicator("b")
     one = stream_of(a, is_dialled=True)
     receive(one, hello("b"), NOW_US)
-    assert not a.peers["b"].reported.full_state
+    assert not a.peers["b"].reported.has_ended_snapshot
     receive(one, frame(deltas=pb.Deltas(sequence=1, ends_full_state=True)), NOW_US)
-    assert a.peers["b"].reported.full_state
+    assert a.peers["b"].reported.has_ended_snapshot
     one.lost("cut", NOW_US)
-    assert not a.peers["b"].reported.full_state
+    assert not a.peers["b"].reported.has_ended_snapshot
     assert b.peers == {}
 
 
@@ -323,8 +323,8 @@ def test_deltas_are_applied_in_pieces_and_acknowledged_after_the_last() -> None:
     said_by(stream)
     applied = []
     for _ in stream.receive_steps(many_deltas(2 * PIECE_WORK + 1), NOW_US):
-        applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
-    applied.append((len(a.store), a.peers["b"].reported.full_state, len(said_by(stream))))
+        applied.append((len(a.store), a.peers["b"].reported.has_ended_snapshot, len(said_by(stream))))
+    applied.append((len(a.store), a.peers["b"].reported.has_ended_snapshot, len(said_by(stream))))
     assert applied == [(PIECE_WORK, False, 0), (2 * PIECE_WORK, False, 0), (2 * PIECE_WORK + 1, True, 1)]
     assert a.peers["b"].counts.entries_received == 2 * PIECE_WORK + 1
 
@@ -338,7 +338,7 @@ def test_a_stream_that_ends_between_two_pieces_applies_no_more() -> None:
     stream.lost("gone", NOW_US)
     done(applying)
     assert len(a.store) == PIECE_WORK
-    assert not a.peers["b"].reported.full_state
+    assert not a.peers["b"].reported.has_ended_snapshot
 
 
 def test_a_bad_delta_in_a_later_piece_closes_the_stream() -> None:
@@ -887,20 +887,20 @@ def test_a_node_that_starts_is_told_everything_by_one_peer_and_what_is_recent_by
     connected(a, c)
     assert known_to(a) == {key_of("ann"), key_of("bob"), key_of("cem")}
     assert (b.peers["a"].counts.entries_sent, c.peers["a"].counts.entries_sent) == (2, 1)
-    assert all(peer.reported.full_state for peer in a.peers.values())
+    assert all(peer.reported.has_ended_snapshot for peer in a.peers.values())
 
 
 def test_a_node_that_starts_believes_a_peer_that_it_dials_before_one_that_came_by_itself() -> None:
     a, b, empty = starting("a"), knowing("b", "ann"), knowing("0")
     connected(empty, a)
-    assert a.peers["0"].reported.full_state
+    assert a.peers["0"].reported.has_ended_snapshot
     # It has dialled in, too, and was not known to be one of those that are configured.
     one, other = connected(b, a)
     assert known_to(a) == set()
     connected(a, b)
     exchange(one, other)
     assert known_to(a) == {key_of("ann")}
-    assert a.peers["b"].reported.full_state
+    assert a.peers["b"].reported.has_ended_snapshot
     assert not a.sync.is_receiving_all
 
 
@@ -908,14 +908,14 @@ def test_a_peer_that_is_asked_for_everything_after_all_has_not_sent_it_yet() -> 
     a, b, empty = starting("a"), knowing("b", "ann"), knowing("0")
     connected(empty, a)
     connected(b, a)
-    assert a.peers["b"].reported.full_state
+    assert a.peers["b"].reported.has_ended_snapshot
     one, other = stream_of(a, is_dialled=True), stream_of(b)
     while a.peers["b"].own_request != pb.EVERYTHING:
         for sender, receiver in ((one, other), (other, one)):
             for raw in said_by(sender):
                 receive(receiver, raw, NOW_US)
     assert a.sync.is_receiving_all
-    assert not a.peers["b"].reported.full_state
+    assert not a.peers["b"].reported.has_ended_snapshot
 
 
 def test_when_the_peer_that_tells_everything_is_lost_another_one_does() -> None:
