@@ -24,6 +24,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.fabric.record import OTHERS, counts_of, read_counts, room_for, share_text
 from ratelimit_sidecar.persistence.redis_record import BadRecord
+from ratelimit_sidecar.persistence.write_queue import ALL, join_slots
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 BATCH_BUCKETS: Final = 64
@@ -58,14 +59,8 @@ LOOKED_AT: Final = 8
 """So many busy buckets are looked at, in the shard with the most, those not asked about for longest. The one of which
 least is taken makes room."""
 
-MAX_WAITING_SLOTS: Final = 64
-"""The most slots of one bucket that wait to be told; of more, all own ones are told."""
-
 _OBJECTS: Final = 2
 """How many objects of a shared bucket the cycle collector sees."""
-
-_ALL: Final[list[int]] = []
-"""In place of slots: all own counts."""
 
 
 @dataclass(slots=True)
@@ -212,7 +207,7 @@ class Sharing:
             self._busy[key] = shared
         shared.used_us = now_us
         shared.is_urgent = is_urgent
-        _wait(shared, slots)
+        shared.waiting = join_slots(shared.waiting, slots)
 
     def forget_resting(self) -> None:
         """Forget the bucket that rests the longest. There must be one."""
@@ -231,14 +226,14 @@ class Sharing:
     def note_own(self, bucket: Bucket, now_us: int) -> None:
         """Have all own counts of this bucket told, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or not self._own_counts(bucket, _ALL):
+        if bucket.journal is None or not self._own_counts(bucket, ALL):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
             # That is no use of it: it is told, and then forgotten.
-            self.note(bucket, _ALL, now_us - FORGET_US)
+            self.note(bucket, ALL, now_us - FORGET_US)
         else:
-            _wait(shared, _ALL)
+            shared.waiting = join_slots(shared.waiting, ALL)
 
     def tell_again(self) -> None:
         """The server may have lost what it was told: everything of the buckets in use is told and asked for again."""
@@ -290,7 +285,7 @@ class Sharing:
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
-        if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not _ALL:
+        if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not ALL:
             self._busy.pop(key, None)
             return None
         shared.is_urgent = False
@@ -303,21 +298,21 @@ class Sharing:
             self._busy.pop(key, None)
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
-            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, _ALL
+            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, ALL
         if shared.is_refused:
-            shared.is_refused, shared.waiting = False, _ALL
+            shared.is_refused, shared.waiting = False, ALL
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
-        is_quiet = not shared.has_news and told is not _ALL and not told
+        is_quiet = not shared.has_news and told is not ALL and not told
         own = self._own_counts(bucket, told)
         return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
 
     def _own_counts(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
-        if slots is not _ALL and self._store.origin is self._origin:
+        if slots is not ALL and self._store.origin is self._origin:
             return {slot: tokens for _, slot, tokens in bucket.own_entries(slots)}
-        if slots is _ALL or slots:
+        if slots is ALL or slots:
             # With those of origins from before a step of the clock back.
-            return counts_of(bucket, OTHERS, None if slots is _ALL else slots)
+            return counts_of(bucket, OTHERS, None if slots is ALL else slots)
         return {}
 
     def check(self, epoch: object, version: object) -> None:
@@ -367,7 +362,7 @@ class Sharing:
     def failed(self, asks: Sequence[Ask]) -> None:
         """Note that no answer has come: what these asks told is told again."""
         for each in asks:
-            _wait(each.shared, each.told)
+            each.shared.waiting = join_slots(each.shared.waiting, each.told)
 
 
 def _busy_of(shard: Sharing) -> int:
@@ -380,11 +375,3 @@ def _resting_of(shard: Sharing) -> int:
 
 def _part_left(bucket: Bucket) -> float:
     return bucket.remaining / max(bucket.limit.capacity, 1)
-
-
-def _wait(shared: _Shared, slots: list[int]) -> None:
-    waiting = shared.waiting
-    if slots is _ALL or len(waiting) + len(slots) > MAX_WAITING_SLOTS:
-        shared.waiting = _ALL
-    elif waiting is not _ALL:
-        waiting += [slot for slot in slots if slot not in waiting]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -96,7 +96,7 @@ class RedisStatus:
         refused: buckets that the server would not join, for a reason of their own, or that cannot be encoded.
         restored: buckets that were read at the start.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
-        waiting: how many buckets are to be written.
+        queue: what is to be written.
         last_us: when all that was waiting was written last, microseconds since the epoch.
         degraded_reason: why nothing is written; "" when it is.
     """
@@ -109,7 +109,12 @@ class RedisStatus:
     call_seconds: float = 0.0
     last_us: int | None = None
     degraded_reason: str = ""
-    waiting: int = 0
+    queue: Sized = ()
+
+    @property
+    def waiting(self) -> int:
+        """How many buckets are to be written."""
+        return len(self.queue)
 
 
 class RedisState:
@@ -138,7 +143,7 @@ class RedisState:
         self._waiting = WriteQueue(store.room.rule_key, most_waiting)
         self._has_missed = False
         """Some change found no place in the queue."""
-        self.status = RedisStatus()
+        self.status = RedisStatus(queue=self._waiting)
         self._connect = connect
         self._keys = keys
         self._store = store
@@ -170,7 +175,6 @@ class RedisState:
     def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
         if not self._waiting.add(bucket, slots):
             self._has_missed = True
-        self.status.waiting = len(self._waiting)
 
     async def load(self, timeout_seconds: float = LOAD_SECONDS) -> None:
         """Read what is there; returns when it is read, at the first failure, or when the time is over."""
@@ -302,8 +306,6 @@ class RedisState:
                     if (bucket := self._store.get(key)) is not None:
                         self._queue_slots(bucket, slots)
                 raise
-            finally:
-                self.status.waiting = len(self._waiting)
             if not is_last:
                 # A queue that is always full must not keep the others from being written again.
                 await self._write_again(client, BATCH_BUCKETS)

@@ -20,10 +20,10 @@ MAX_WAITING: Final = 100_000
 """The most buckets that wait, some 300 bytes each."""
 
 MAX_WAITING_SLOTS: Final = 64
-"""The most slots of one bucket that wait; of more, all are written."""
+"""The most slots of one bucket that wait; of more, all are written or told."""
 
 ALL: Final[list[int]] = []
-"""In place of slots: every entry there is, of all origins."""
+"""In place of slots: all that the bucket has, which is told in whole."""
 
 _Queue = OrderedDict[bytes, list[int]]
 
@@ -57,7 +57,7 @@ class WriteQueue:
         elif not self._has_place(name):
             return False
         known = [] if before is None else self._remove(key) if before != name else self._queues[name][key]
-        self._queues.setdefault(name, OrderedDict())[key] = _both(known, slots)
+        self._queues.setdefault(name, OrderedDict())[key] = join_slots(known, slots)
         self._queue_of[key] = name
         return True
 
@@ -93,7 +93,8 @@ def _is_much_taken(bucket: Bucket) -> bool:
     return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
-def _both(known: list[int], slots: list[int]) -> list[int]:
+def join_slots(known: list[int], slots: list[int]) -> list[int]:
+    """The slots of a bucket that wait, together with more of them; `ALL` when there are too many."""
     if known is ALL or slots is ALL or len(known) + len(slots) > MAX_WAITING_SLOTS:
         return ALL
     return known + [slot for slot in slots if slot not in known]
