@@ -113,6 +113,9 @@ MAX_JOIN_SECONDS = 120.0
 ready. A million buckets take half a minute.
 """
 
+FAILED_DIALS = 3
+"""So many in a row that the peer has answered, and the sidecar says that it shares nothing with it."""
+
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
 something hangs.
@@ -412,6 +415,8 @@ class Sidecar:
             ahead_us = round((peer.clock_offset_seconds or 0) * 1e6)
             if abs(ahead_us) >= SET_BACK_US:
                 degraded.append(f"most limits are not shared with {peer.node}: its clock is {_ahead(ahead_us)}")
+            if peer.failed_dials >= FAILED_DIALS and not peer.connected:
+                degraded.append(f"limits are not shared with {peer.node or peer.address}: {peer.last_error}")
         return degraded
 
     def _make_front_end(
