@@ -17,7 +17,7 @@ microseconds, rounded up: a restored level may be lower by what is refilled in o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
@@ -233,8 +233,12 @@ def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     return limit.period_us > every_us
 
 
-def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
-    """The text for `JOIN`: these entries of the bucket, and its base."""
+def join_text(bucket: Bucket, lines: Iterable[str], now_us: int) -> bytes:
+    """The text for `JOIN`: some entries of the bucket, and its base.
+
+    Args:
+        lines: `entry_lines` of the entries. The bucket may have changed since: what was sealed is in the base as well.
+    """
     bucket.advance(now_us)
     limit = bucket.limit
     ttl_us = bucket.full_in_us + MAX_AHEAD_US
@@ -251,12 +255,12 @@ def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
         # Past slots are looked for once a window, or once in a quarter to half of a sliding one.
         batch_us = (1 if limit.window is Window.FIXED else SEAL_BATCH_SLOTS) << limit.exponent
         of_limit = (now_us, batch_us, 0, 0, 0, limit.exponent, 0, _KEPT_WIDTHS[limit.window])
-    lines = [" ".join(map(str, (now_us, ttl_us // 1_000, *of_limit)))]
-    lines += [f"{origin}\t{slots}" for origin, slots in _texts(entries)]
-    return ("\n".join(lines) + "\n").encode()
+    head = " ".join(map(str, (now_us, ttl_us // 1_000, *of_limit)))
+    return ("\n".join([head, *lines]) + "\n").encode()
 
 
-def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
+def entry_lines(entries: Iterable[Entry]) -> Iterator[str]:
+    """Entries as lines for `join_text`, one for each origin."""
     counts: dict[Origin, dict[int, list[tuple[int, int]]]] = {}
     for origin, slot, tokens in entries:
         number = slot_start_us(slot) >> slot_exponent(slot)
@@ -274,7 +278,7 @@ def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
                 parts += (number - last, tokens)
                 last = number
             groups.append(" ".join(map(str, parts)))
-        yield f"{origin.incarnation:x} {origin.node}", ";".join(groups)
+        yield f"{origin.incarnation:x} {origin.node}\t{';'.join(groups)}"
 
 
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
