@@ -36,10 +36,15 @@ _TOO_MANY_SCRAPES = JSONResponse({"error": "other scrapes are being answered"}, 
 
 
 class BoundedRequests:
-    """Applies the bounds, and reads a request's body before it calls the application."""
+    """Applies the bounds, and reads a request's body before it calls the application.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        keeps_bodies: False if the application needs none; it gets an empty one.
+    """
+
+    def __init__(self, app: ASGIApp, *, keeps_bodies: bool = True) -> None:
         self._app = app
+        self._keeps_bodies = keeps_bodies
         self._places = asyncio.Semaphore(MAX_REQUESTS)
         self._scraping: list[str] = []
         """The addresses of current scrapes."""
@@ -48,7 +53,7 @@ class BoundedRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await _read_body(scope, receive)
+            body = await _read_body(scope, receive, keeps_it=self._keeps_bodies)
         except _TooLarge:
             await _TOO_LARGE(scope, receive, send)
             return
@@ -113,18 +118,22 @@ class _TooLarge(Exception):
     """A request's body is larger than it may be."""
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The body; None if the client is gone before it is complete."""
+async def _read_body(scope: Scope, receive: Receive, *, keeps_it: bool) -> bytes | None:
+    """The body, empty unless it is to be kept; None if the client is gone before it is complete."""
     if int(Headers(scope=scope).get("content-length", "0")) > MAX_BODY_BYTES:
         raise _TooLarge
     body = bytearray()
+    length = 0
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        piece = message.get("body", b"")
+        length += len(piece)
+        if keeps_it:
+            body += piece
+        if length > MAX_BODY_BYTES:
             raise _TooLarge
         more = message.get("more_body", False)
     return bytes(body)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
-from ratelimit_sidecar.console.connection import BoundedConnection
+from ratelimit_sidecar.console.connection import ConsoleConnection
 from ratelimit_sidecar.console.requests import MAX_BODY_BYTES, MAX_REQUESTS
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.server.listeners import ListenError
@@ -212,8 +212,8 @@ async def test_a_server_that_dies_raises(monkeypatch: pytest.MonkeyPatch) -> Non
 
     server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
-    monkeypatch.setattr(asyncio.get_running_loop(), "create_server", fail)
-    with pytest.raises(OSError, match="out of memory"):
+    monkeypatch.setattr("uvicorn.Server.on_tick", fail)
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="out of memory")):
         await server.serve()
     await asyncio.wait_for(server.stop(), 1)
 
@@ -389,7 +389,7 @@ async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: byte
     """Which is practically never run (`app.GC_THRESHOLDS`)."""
 
     def connections() -> int:
-        return sum(isinstance(found, BoundedConnection) for found in gc.get_objects())
+        return sum(isinstance(found, ConsoleConnection) for found in gc.get_objects())
 
     async with running() as server:
         gc.collect()

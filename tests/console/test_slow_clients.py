@@ -159,6 +159,23 @@ async def test_a_head_that_comes_in_one_read_is_no_longer_than_one_that_trickles
         assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
 
 
+async def test_a_request_with_too_many_headers_is_refused() -> None:
+    async with running() as server, connect(server) as client:
+        for _ in range(2):
+            client.send(GET[:-2] + b"a:\r\n" * 500 + b"\r\n")
+            assert await client.status() == 200
+        client.send(GET[:-2] + b"a:\r\n" * 600)
+        assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_many_lines_of_a_body_are_not_headers() -> None:
+    body = b"\n" * 2_000
+    async with running() as server, connect(server) as client:
+        for _ in range(2):
+            client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            assert await client.status() == 200
+
+
 async def test_probes_have_a_place_when_all_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 1)
     app = App()

@@ -271,8 +271,32 @@ async def test_a_dialled_peer_that_sends_garbage_is_told_why_counted_and_dialled
         assert unreached.address == address
         assert unreached.last_error == "malformed: not a Frame"
         assert unreached.protocol_errors["malformed"] >= 2
+        assert unreached.failed_dials >= 2
         b.take("ann", 7)
         await a.knows("ann", 7)
+
+
+async def test_dials_that_are_answered_by_another_service_are_counted() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with sidecar("a", peers=[f"127.0.0.1:{port}"]) as a:
+            await a.until(lambda: a.mesh.status()[0].failed_dials == 3)
+            assert a.mesh.status()[0].last_error.startswith("UNIMPLEMENTED: ")
+            await server.stop(None)
+            await a.until(lambda: a.mesh.status()[0].failed_dials == 0)
+            assert a.mesh.status()[0].last_error.startswith("UNAVAILABLE: ")
+    finally:
+        await server.stop(None)
+
+
+async def test_dials_that_find_nobody_or_a_peer_that_stops_do_not_count_as_answered_by_an_error() -> None:
+    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)]) as a:
+        await a.connected_to("b")
+        await b.stop()
+        await a.until(lambda: a.mesh.status()[0].last_error.startswith("UNAVAILABLE"))
+        assert a.mesh.status()[0].failed_dials == 0
 
 
 async def test_a_call_whose_path_is_no_text_does_not_close_the_listener_for_good() -> None:
