@@ -1,5 +1,5 @@
-"""Hypothesis profiles: `make test` has the default one, and the quick one for what is compiled, `make test-slow` the thorough one;
-`HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
+"""Hypothesis profiles: `make test` has the default one, and the quick one for what is compiled; `make test-slow` the
+thorough one; `HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
 
 from __future__ import annotations
 
