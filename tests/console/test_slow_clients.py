@@ -196,7 +196,6 @@ async def test_a_scrape_whose_answer_takes_too_long_is_ended() -> None:
 @pytest.mark.parametrize("requests", [1, 50])
 async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(requests: int) -> None:
     # The probe has to wait for all the clients' turns here, before it can ask.
-
     async def ask_on(server: HttpServer) -> None:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):
