@@ -144,15 +144,18 @@ async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing
 
 
 async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything() -> None:
-    buckets = 5_000
+    # A few frames: the first one has 256.
+    buckets = 1_000
+    # None of it is used up, however busy the machine is.
+    most_seconds = 3_600.0
     async with sidecar("b") as b, AsyncExitStack() as stack:
-        assert await b.mesh.joined(TIMEOUT_SECONDS)
+        assert await b.mesh.joined(most_seconds)
         for number in range(buckets):
             b.take(f"user {number}", 1)
         a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
         await a.until(lambda: len(a.store) > 0)
         assert len(a.store) < buckets
-        assert await a.mesh.joined(0, TIMEOUT_SECONDS)
+        assert await a.mesh.joined(0, most_seconds)
         assert len(a.store) == buckets
 
 
