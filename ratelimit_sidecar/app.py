@@ -36,9 +36,9 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS as HTTP_LIMITS
 from ratelimit_sidecar.console.proxies import MAX_CONNECTIONS as MAX_PROXY_CONNECTIONS
 from ratelimit_sidecar.console.proxies import ProxyPlaces
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
@@ -238,9 +238,9 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz, HttpWaits(MAX_REQUESTS // 2)),
+                ext_authz_app(ext_authz, HttpWaits(HTTP_LIMITS.requests // 2)),
                 config.listen.ext_authz_http,
-                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
+                limits=replace(HTTP_LIMITS, idle=round(DEFAULT_LIMITS.idle)),
                 proxies=ProxyPlaces(file_limits.proxies, self._turns),
             )
 

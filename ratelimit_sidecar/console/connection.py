@@ -1,9 +1,9 @@
 """One HTTP/1.1 connection: uvicorn's, with bounds on how long a slow client can hold it.
 
-uvicorn itself only bounds the time between two requests. Here a request has to arrive within REQUEST_SECONDS, and an
-answer has to be read within ANSWER_SECONDS. When more than MAX_CONNECTIONS of the console are open, one is closed: from
-the address with the most connections, the one that has waited longest for its client, or if none waits, one that is no
-probe. So slow or busy clients, however many, cannot keep probes out. (Those of proxies are in `console.proxies`.)
+uvicorn itself only bounds the time between two requests. Here a request has to arrive, and an answer to be read,
+within a time (`console.limits`). When too many of the console are open, one is closed: from the address with the most
+connections, the one that has waited longest for its client, or if none waits, one that is no probe. So slow or busy
+clients, however many, cannot keep probes out. (Those of proxies are in `console.proxies`.)
 
 A client that sends requests before it has the answer to the last (pipelining, which no client of ours does) has its
 connection closed after that answer. So each connection waits for its client now and then.
@@ -23,14 +23,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from ratelimit_sidecar.console.limits import HttpLimits
 from ratelimit_sidecar.console.requests import PROBES, SCRAPE
-
-MAX_CONNECTIONS = 128
-REQUEST_SECONDS = 10.0
-"""The time from a new connection, or from a request's first byte, to the request's last byte."""
-ANSWER_SECONDS = 30.0
-"""The time from an answer's first byte until the kernel has all of it: some MB over a slow line."""
-
 
 PIECE_BYTES = 4_096
 """The bytes that h11 gets at once. It limits only incomplete heads, so a longer head in a single read would be
@@ -39,11 +33,6 @@ accepted, and one of 128 KiB holds up the event loop for 50 ms.
 
 MAX_HEAD_LINES = 512
 """The most headers of a request. Each costs some microseconds; Envoy sends at most 100 by default."""
-
-NEW_SECONDS = 0.5
-"""The time for which a connection that waits for its client counts as new, and is closed after slow ones. A probe that
-has just connected must have time to send its request.
-"""
 
 
 class _Claim(IntEnum):
@@ -71,8 +60,9 @@ _numbers = count()
 class BoundedConnection(H11Protocol):
     """uvicorn's connection with these bounds on time."""
 
-    def __init__(self, config: Config, server_state: ServerState) -> None:
+    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
         super().__init__(config, server_state, {})
+        self._limits = limits
         self._wait: _Wait | None = None
         """None while the application handles a request."""
         self._waits_since = 0.0
@@ -162,9 +152,9 @@ class BoundedConnection(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
         if wait is _Wait.SEND_REQUEST:
-            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.abort)
+            self._deadline = self.loop.call_later(self._limits.request, self.abort)
         elif wait is _Wait.TAKE_ANSWER:
-            self._deadline = self.loop.call_later(ANSWER_SECONDS, self.abort)
+            self._deadline = self.loop.call_later(self._limits.answer, self.abort)
 
     def _waits_for(self) -> _Wait | None:
         if self.flow.write_paused:
@@ -179,13 +169,13 @@ class BoundedConnection(H11Protocol):
 class ConsoleConnection(BoundedConnection):
     """One of the console's, which may have to make room for a new one."""
 
-    def __init__(self, config: Config, server_state: ServerState) -> None:
-        super().__init__(config, server_state)
+    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+        super().__init__(config, server_state, limits)
         self._number = next(_numbers)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self._limits.connections:
             self._make_room()
 
     def _make_room(self) -> None:
@@ -197,7 +187,7 @@ class ConsoleConnection(BoundedConnection):
 
     def _claim(self) -> _Claim:
         if self._wait is not None:
-            is_new = self.loop.time() - self._waits_since < NEW_SECONDS
+            is_new = self.loop.time() - self._waits_since < self._limits.new
             return _Claim.NEW if is_new else _Claim.SLOW
         return _Claim.PROBED if self.scope["path"] in {*PROBES, SCRAPE} else _Claim.UNANSWERED
 

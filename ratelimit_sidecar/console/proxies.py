@@ -20,6 +20,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from ratelimit_sidecar.console.connection import PIECE_BYTES, BoundedConnection
+from ratelimit_sidecar.console.limits import HttpLimits
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS
 from ratelimit_sidecar.server.turns import StepQueue, Turns
@@ -89,8 +90,10 @@ class ProxyConnection(BoundedConnection):
         budget: its place, from `ProxyPlaces.enter`. It leaves it when it is lost, or at `forget`.
     """
 
-    def __init__(self, places: ProxyPlaces, budget: AddressBudget, config: Config, server_state: ServerState) -> None:
-        super().__init__(config, server_state)
+    def __init__(
+        self, places: ProxyPlaces, budget: AddressBudget, config: Config, server_state: ServerState, limits: HttpLimits
+    ) -> None:
+        super().__init__(config, server_state, limits)
         self.budget = budget
         self._places = places
         self._turns = places.turns

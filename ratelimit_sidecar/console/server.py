@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
 from ratelimit_sidecar.console.connection import BoundedConnection, ConsoleConnection
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.server.accepting import connections_of
@@ -24,18 +25,12 @@ from ratelimit_sidecar.server.listeners import Listener, listen
 
 MAX_HEAD_BYTES = 16_384
 """The longest incomplete head of a request."""
-DRAIN_SECONDS = 2
-"""How long clients may take at a stop to send the rest of a request, or to read an answer."""
-KEEP_ALIVE_SECONDS = 75
-"""Longer than Prometheus' default interval (60 s), so that it keeps its connection."""
 
 DRAINED_AT_ONCE = 32
 """The connections that are told of a stop in one turn of the loop."""
 
 _TICK_SECONDS = 1.0
 """How often the Date header is renewed."""
-_CANCEL_SECONDS = 1
-"""How long the application may go on after the drain. Then uvicorn cancels it, and logs that."""
 
 
 class HttpServer:
@@ -43,7 +38,6 @@ class HttpServer:
 
     Args:
         address: `host:port` or `[IPv6]:port`; port 0 for a free one.
-        keep_alive_seconds: a connection without requests is closed after this time.
         proxies: the places of its connections if proxies ask, whose bodies are read and dropped; None if it is the
             console.
     """
@@ -53,12 +47,13 @@ class HttpServer:
         app: ASGIApp,
         address: str,
         *,
-        keep_alive_seconds: int = KEEP_ALIVE_SECONDS,
         proxies: ProxyPlaces | None = None,
+        limits: HttpLimits = DEFAULT_LIMITS,
     ) -> None:
         self.ready = asyncio.Event()
         """Set while requests are answered."""
-        self._configuration = _configuration(BoundedRequests(app, keeps_bodies=proxies is None), keep_alive_seconds)
+        self._configuration = _configuration(BoundedRequests(app, limits=limits, keeps_bodies=proxies is None), limits)
+        self._limits = limits
         self._proxies = proxies
         self._configured = address
         self._listeners: list[Listener] = []
@@ -122,7 +117,7 @@ class HttpServer:
                 # asyncio watches their sockets until they have ended.
                 await asyncio.wait(accepting)
                 self._close_listeners()
-                await _drain(server)
+                await self._drain(server)
 
     async def _accept(self, server: Server, listener: Listener) -> None:
         """Connect clients, one in a turn of the loop."""
@@ -145,16 +140,32 @@ class HttpServer:
         """The protocol of a new connection; None if there is no place for it."""
         proxies, state = self._proxies, server.server_state
         if proxies is None:
-            return ConsoleConnection(server.config, state)
+            return ConsoleConnection(server.config, state, self._limits)
         budget = proxies.enter(address)
-        return None if budget is None else ProxyConnection(proxies, budget, server.config, state)
+        return None if budget is None else ProxyConnection(proxies, budget, server.config, state, self._limits)
+
+    async def _drain(self, server: Server) -> None:
+        late = asyncio.get_running_loop().call_later(self._limits.drain, _abort_connections, server)
+        try:
+            for count, connection in enumerate(list(server.server_state.connections)):
+                # uvicorn does the same of all in one turn.
+                connection.shutdown()
+                if count % DRAINED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            await server.shutdown()
+        finally:
+            late.cancel()
+            _abort_connections(server)
+        cancelled = server.server_state.tasks
+        if cancelled:
+            await asyncio.wait(cancelled)
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
 
 
-def _configuration(app: ASGIApp, keep_alive_seconds: int) -> Config:
+def _configuration(app: ASGIApp, limits: HttpLimits) -> Config:
     return Config(
         app,
         interface="asgi3",
@@ -168,26 +179,9 @@ def _configuration(app: ASGIApp, keep_alive_seconds: int) -> Config:
         log_level=logging.ERROR,
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        timeout_keep_alive=keep_alive_seconds,
-        timeout_graceful_shutdown=DRAIN_SECONDS + _CANCEL_SECONDS,
+        timeout_keep_alive=limits.idle,
+        timeout_graceful_shutdown=limits.drain + limits.cancel,  # type: ignore[arg-type]  # it may be a fraction
     )
-
-
-async def _drain(server: Server) -> None:
-    late = asyncio.get_running_loop().call_later(DRAIN_SECONDS, _abort_connections, server)
-    try:
-        for count, connection in enumerate(list(server.server_state.connections)):
-            # uvicorn does the same of all in one turn.
-            connection.shutdown()
-            if count % DRAINED_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        await server.shutdown()
-    finally:
-        late.cancel()
-        _abort_connections(server)
-    cancelled = server.server_state.tasks
-    if cancelled:
-        await asyncio.wait(cancelled)
 
 
 def _abort_connections(server: Server) -> None:

@@ -10,8 +10,8 @@ from itertools import count
 import pytest
 from console.running_console import GET, App, Client, connect, running, until
 
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 GET_SLOW = GET.replace(b"/ ", b"/slow ", 1)
@@ -101,7 +101,7 @@ async def test_a_place_is_free_again_when_its_connection_is_closed() -> None:
 
 async def test_more_requests_than_are_at_work_at_once_are_all_answered() -> None:
     async with running(proxies=ProxyPlaces(1_024, Turns())) as server, AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(connect(server)) for _ in range(5 * MAX_REQUESTS)]
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(5 * DEFAULT_LIMITS.requests)]
         for client in clients:
             client.send(GET)
         assert {await client.status() for client in clients} == {200}
