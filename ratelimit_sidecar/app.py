@@ -53,7 +53,8 @@ from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
+from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -174,6 +175,7 @@ class Sidecar:
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit()
+        mesh_limits = replace(MESH_LIMITS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
         self.limiter = _make_limiter(config, rules, self.clock.now_us())
         self._fullest = FullestBuckets(self.limiter.store)
@@ -184,7 +186,7 @@ class Sidecar:
         quotas = Quotas(self.limiter, self._strict_us(), self.clock.now_us)
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
-        self._mesh = self._make_mesh(file_limits.mesh)
+        self._mesh = self._make_mesh(mesh_limits)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _make_persistence(
             config.persistence,
@@ -198,7 +200,7 @@ class Sidecar:
         self._purses: PurseFile | None = None
         if config.persistence is not None and config.persistence.file is not None and self.limiter.ledger is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
-        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
+        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
         self._service = RateLimitService(
             self.limiter,
             self.clock.now_us,
@@ -236,7 +238,7 @@ class Sidecar:
                 keep_alive_seconds=round(DEFAULT_LIMITS.idle),
             )
 
-    def _make_mesh(self, max_connections: int) -> Mesh:
+    def _make_mesh(self, limits: MeshLimits) -> Mesh:
         config, ledger = self._config, self.limiter.ledger
         # On a fabric the gateway alone has streams, of a mesh of its own.
         has_streams = config.fabric is None
@@ -254,10 +256,10 @@ class Sidecar:
             payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
-            max_connections=max_connections,
+            limits=limits,
         )
 
-    def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
+    def _make_fabric(self, config: FabricConfig, limits: MeshLimits) -> Fabric:
         # Imported only when configured.
         from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
         from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
@@ -269,14 +271,14 @@ class Sidecar:
             self.limiter.store,
             self.clock.now_us,
             region=self._config.node.region,
-            mesh_of=partial(self._make_gateway, max_connections=max_connections),
+            mesh_of=partial(self._make_gateway, limits=limits),
             ledger=self.limiter.ledger if isinstance(self.limiter.ledger, GrantLedger) else None,
             strict_us=self._strict_us,
         )
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, payments: PaymentExchange | None, max_connections: int) -> Mesh:
+    def _make_gateway(self, store: Store, payments: PaymentExchange | None, limits: MeshLimits) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -291,7 +293,7 @@ class Sidecar:
             payments=payments,
             is_gateway=True,
             supervisor=self._supervisor,
-            max_connections=max_connections,
+            limits=limits,
         )
         mesh.use_rules(self.limiter.rules.digest)
         return mesh
@@ -712,7 +714,7 @@ def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
 
 def _raise_file_limit() -> FileLimits:
     """Raise the limit on file descriptors, and log it if it stays too low."""
-    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MESH_LIMITS.connections)
     given = raise_file_limit(wanted)
     if given != wanted:
         fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"

@@ -122,7 +122,21 @@ def test_through_random_faults_with_skewed_clocks_nothing_is_admitted_beyond_the
     assert served > len(SCHEDULES)
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+SELDOM = {
+    "no room is reserved",
+    "no room is reserved for a ticket",
+    "a ticket is used when it is too old",
+    "the room of a ticket is free when its stream is closed",
+    "what is left of a ticket is kept without room",
+    "what was kept at a stop is used by two lives",
+}
+"""It takes dozens of schedules to hit these."""
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [pytest.param(broken, id=name, marks=[pytest.mark.slow] * (name in SELDOM)) for name, broken in BROKEN.items()],
+)
 @pytest.mark.interpreted
 def test_each_broken_rule_is_found(broken: dict[str, object]) -> None:
     with pytest.raises(AssertionError):

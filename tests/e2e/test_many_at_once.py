@@ -97,7 +97,7 @@ async def test_while_one_of_two_sidecars_stops_the_other_one_answers_for_it(tmp_
         admin=f"{HOST}:{first.envoy_admin}",
         upstream=f"{HOST}:{second.admin}",
         sidecar=f"{HOST}:{first.grpc}",
-        timeout_ms=120_000,
+        timeout_ms=60_000,
     )
     envoy = yaml.safe_load(to_yaml(envoy_bootstrap(settings)))
     (cluster,) = [each for each in envoy["static_resources"]["clusters"] if each["name"] == "ratelimit_sidecar"]

@@ -22,7 +22,7 @@ from server.work_clock import PerTurn, WorkClock
 from structlog.testing import capture_logs
 from young import collected_when_told
 
-from ratelimit_sidecar.config import tls_files
+from ratelimit_sidecar.config.tls_files import LoadedCertificate
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -498,11 +498,11 @@ async def test_no_session_of_before_a_renewal_is_resumed(tmp_path: Path, version
     ids=["the key is another's", "no certificate", "no authority", "no key"],
 )
 async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_once(
-    kind: str, tmp_path: Path, break_it: Callable[[Path], object], why: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, break_it: Callable[[Path], object], why: str
 ) -> None:
-    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
     authority = Authority()
     certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    certificate.read_seconds = 0.01
     client = Client(tmp_path / "client", authority, authority, "envoy.example")
     with capture_logs() as logs:
         async with running(kind, ECHO, certificate=certificate) as front_end:
@@ -518,16 +518,18 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
             assert await renewed.call(front_end) == b"hello"
 
 
-async def test_a_renewal_that_fails_for_want_of_threads_ends_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_thread(*_: object) -> None:
+class WithoutThreads(ServerCertificate):
+    """It cannot be read again."""
+
+    read_seconds = 0.01
+
+    def renew(self) -> LoadedCertificate:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
-    monkeypatch.setattr(tls_files, "in_daemon_thread", no_thread)
+
+async def test_a_renewal_that_fails_for_want_of_threads_ends_nothing(kind: str, tmp_path: Path) -> None:
     authority = Authority()
-    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    certificate = WithoutThreads(authority.write_listener(tmp_path / "server", NAME, clients=authority))
     client = Client(tmp_path / "client", authority, authority, "envoy.example")
     async with running(kind, ECHO, certificate=certificate) as front_end:
         await until(lambda: certificate.failed_renewals > 1)
