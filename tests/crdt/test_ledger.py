@@ -206,6 +206,25 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     assert len(ledger) == 0
 
 
+def test_a_purse_is_not_made_anew_before_a_limit_that_it_had_would_have_refilled_it() -> None:
+    day = Limit(1_000, 24 * HOUR_US, 1_000)
+    ledger, now_us = make_ledger(limit=day), NOW_US + 48 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    assert spent(ledger, day, now_us) == 500
+    now_us += 1_000_000
+    spent(ledger, LIMIT, now_us)
+    for _ in range(5):
+        now_us += 60_000_000
+        ledger.tick({}, now_us, 10, 100)
+        ledger.sweep(now_us, 10)
+    assert spent(ledger, day, now_us) == 50, "what it had under the other limit"
+    ledger.bucket(b"k", LIMIT, now_us)
+    now_us += 24 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    ledger.sweep(now_us, 10)
+    assert len(ledger) == 0
+
+
 def test_a_ledger_that_is_cleared_holds_no_bucket() -> None:
     ledger = make_ledger()
     buckets = [weakly_counted(ledger.bucket(b"%d" % number, LIMIT, 0)) for number in range(3)]
