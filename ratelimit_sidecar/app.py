@@ -401,7 +401,8 @@ class Sidecar:
             why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
             degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
-            degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
+            why = f"another sidecar has the node id {self._config.node.id}"
+            degraded.append(f"limits are not shared with all, and this node has no share of strict ones: {why}")
         gap_us = self.clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")

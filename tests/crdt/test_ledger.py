@@ -118,6 +118,23 @@ def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_t
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 
 
+@pytest.mark.parametrize("changes", [1, MAX_CHANGES])
+def test_while_another_process_has_its_id_a_node_has_no_home_and_afterwards_it_begins_empty(changes: int) -> None:
+    ledger, now_us = make_ledger(), NOW_US
+    ledger.bucket(b"k", LIMIT, now_us)
+    for _ in range(changes):
+        for is_taken in (True, False):
+            ledger.shares.is_id_taken = is_taken
+            now_us += 1_000_000
+            ledger.tick({}, now_us, 1, 1)
+            if is_taken and changes == 1:
+                assert ledger.bucket(b"k", LIMIT, now_us).remaining == 0
+    bucket = ledger.bucket(b"k", LIMIT, now_us)
+    assert bucket.remaining == 0
+    bucket.advance(now_us + 500_000)
+    assert bucket.remaining == 25
+
+
 def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     here, there = make_ledger("a"), make_ledger("b")
     bucket = here.bucket(b"k", LIMIT, NOW_US)
