@@ -479,13 +479,15 @@ class Sidecar:
             replicating.cancel()
         await asyncio.wait([replicating])
         await self._console.stop()
-        is_restored = self._restoring is None or self._restoring.done()
         for chore in chores:
             chore.cancel()
         # They are small, and may not be had from the last snapshot.
         if self._purses is not None:
             await self._purses.keep()
-        if self._snapshots is not None and is_restored:
+        if self._snapshots is not None and self.reloader.has_rules.is_set():
+            if self._restoring is not None:
+                # The next snapshot replaces all that is in the file.
+                await asyncio.wait([self._restoring])
             self._end_after(STOP_SECONDS + SNAPSHOT_BUCKET_SECONDS * len(self.limiter.store))
             await self._snapshots.save(at_once=True)
         if self._fabric is not None:
@@ -563,8 +565,8 @@ class Sidecar:
 
     async def _when_restored(self, run: Callable[[], Awaitable[None]]) -> None:
         if self._restoring is not None:
-            await self._restoring
-        # Wait, because a snapshot now would replace the whole state by the part that was read so far.
+            # A snapshot now would replace the whole state by the part that was read so far. A stop must not end that.
+            await asyncio.wait([self._restoring])
         await run()
 
     async def _join(self) -> None:
