@@ -134,8 +134,8 @@ class TokenBucket(Bucket):
     def _deficit_at(self, slot: int) -> int:
         """The scaled deficit at the instant where a refund in `slot` counts."""
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
-        events = self._events(self._tokens_by_slot().items(), middle_us)
-        return self._fold_from_base(events, middle_us, None).deficit
+        events = _events(self._limit, self._tokens_by_slot().items(), middle_us)
+        return _fold(self._limit, self.base, events, middle_us, None).deficit
 
     @property
     def remaining(self) -> int:
@@ -323,7 +323,8 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        return self._fold_from_base(self._events(self._tokens_by_slot().items(), now_us), now_us, None).deficit
+        events = _events(self._limit, self._tokens_by_slot().items(), now_us)
+        return _fold(self._limit, self.base, events, now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. No replica seals slots after the boundary of `kept_until_us` before then. So replicas
@@ -337,7 +338,7 @@ class TokenBucket(Bucket):
                 earlier.append((slot, tokens))
             elif slot_end_us(slot) <= until_us:
                 slots.append(slot)
-        deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
+        deficit = _fold(limit, self.base, _events(limit, earlier, from_us - 1), from_us, None).deficit
         if not slots and self._kept_until_us <= kept_until_us and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It will be full by then, so some replicas have dropped it.
             return None
@@ -387,66 +388,18 @@ class TokenBucket(Bucket):
             exponent -= 1
         return slot_id(self.at_us, exponent)
 
-    def _events(self, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
-        """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they
-        come before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
-        """
-        exponent = self._limit.exponent
-        events = [
-            (min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens) for slot, tokens in slots
-        ]
-        events.sort()
-        return events
-
-    def _fold_from_base(self, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None) -> _Folded:
-        """Fold the base and `events` (see `_events`) up to `now_us`, and note spilled refill.
-
-        The deficit is cut to the debt ceiling at every event, so the result does not depend on whether, and in how
-        many steps, slots were sealed.
-        """
-        at_us, deficit = self._base_us, self._base_deficit
-        full_at_us = at_us
-        peak = deficit
-        tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
-        for event_us, given in events:
-            if event_us > at_us:
-                # After what was given back in the slot: what was held and given back is no debt.
-                deficit = min(deficit, debt_ceiling)
-            deficit -= (event_us - at_us) * tokens
-            if deficit <= 0:
-                if spilled is not None and deficit:
-                    spilled.note(-deficit, event_us)
-                deficit = 0
-                full_at_us = event_us
-            deficit -= given * period_us
-            if deficit < 0:
-                # More was given back than the deficit.
-                deficit = 0
-                full_at_us = event_us
-            peak = max(peak, deficit)
-            at_us = event_us
-        deficit = min(deficit, debt_ceiling)
-        deficit -= (now_us - at_us) * tokens
-        if deficit <= 0:
-            if spilled is not None and deficit:
-                spilled.note(-deficit, now_us)
-            return _Folded(0, now_us, peak)
-        return _Folded(deficit, full_at_us, peak)
-
     def _recount(self) -> None:
         self._spilled = SpilledRefill(self._limit, self._base_us) if self._received is not None else None
-        events = self._events(self._tokens_by_slot().items(), self.at_us)
-        folded = self._fold_from_base(events, self.at_us, self._spilled)
+        events = _events(self._limit, self._tokens_by_slot().items(), self.at_us)
+        folded = _fold(self._limit, self.base, events, self.at_us, self._spilled)
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
 
     def _seal_before(self, boundary_us: int) -> None:
         """Move the base up to `boundary_us`, and drop the slots before it."""
         own = [slot for slot in (self._own_slot, *(self._own or ())) if NO_SLOT < slot < boundary_us]
-        sealed = self._forget(lambda slot: slot < boundary_us)
-        # The boundary of a peer with narrower slots may lie inside one of our slots. That slot counts before it, too.
-        events = self._events(sealed.items(), boundary_us - 1)
-        folded = self._fold_from_base(events, boundary_us, None)
-        self._base_us, self._base_deficit = boundary_us, folded.deficit
+        forgotten = self._forget(lambda slot: slot < boundary_us)
+        self._base_deficit = _sealed(self._limit, self.base, forgotten, boundary_us)
+        self._base_us = boundary_us
         if self._received is None:
             self._spilled = None
         if boundary_us > self._limit.boundary_us(self.at_us) and self.journal is not None:
@@ -463,3 +416,79 @@ class _Folded(NamedTuple):
     """The last time at which the deficit was 0."""
     peak: int
     """The largest deficit during the fold, after cuts."""
+
+
+def sealed(limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
+    """What was written down of a bucket, however long ago, as if it had been sealed at `now_us`: the base, and the
+    entries that it leaves. Join these: a bucket of now ignores slots that are older than its horizon, since by now they
+    are in somebody's base, but nobody has sealed what was written down.
+
+    Args:
+        base: scaled by the period of `limit`; `NO_BASE` if none was written down.
+        entries: each slot of an origin once.
+    """
+    boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
+    earlier: dict[int, int] = {}
+    later = []
+    for entry in entries:
+        slot = entry.slot
+        if slot >= boundary_us:
+            later.append(entry)
+        elif slot >= base.boundary_us:
+            earlier[slot] = earlier.get(slot, 0) + entry.tokens
+    return Base(boundary_us, _sealed(limit, base, earlier, boundary_us)), later
+
+
+def _sealed(limit: Limit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:
+    """The scaled deficit at a new boundary, before which these slots began."""
+    # The boundary of a peer with narrower slots may lie inside one of these. That slot counts before it, too.
+    events = _events(limit, tokens_by_slot.items(), boundary_us - 1)
+    return _fold(limit, base, events, boundary_us, None).deficit
+
+
+def _events(limit: Limit, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
+    """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they come
+    before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
+    """
+    exponent = limit.exponent
+    events = [(min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens) for slot, tokens in slots]
+    events.sort()
+    return events
+
+
+def _fold(
+    limit: Limit, base: Base, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None
+) -> _Folded:
+    """Fold a base and `events` (see `_events`) up to `now_us`, and note spilled refill.
+
+    The deficit is cut to the debt ceiling at every event, so the result does not depend on whether, and in how many
+    steps, slots were sealed.
+    """
+    at_us, deficit = base.boundary_us, base.deficit
+    full_at_us = at_us
+    peak = deficit
+    tokens, period_us, debt_ceiling = limit.tokens, limit.period_us, limit.debt_ceiling
+    for event_us, given in events:
+        if event_us > at_us:
+            # After what was given back in the slot: what was held and given back is no debt.
+            deficit = min(deficit, debt_ceiling)
+        deficit -= (event_us - at_us) * tokens
+        if deficit <= 0:
+            if spilled is not None and deficit:
+                spilled.note(-deficit, event_us)
+            deficit = 0
+            full_at_us = event_us
+        deficit -= given * period_us
+        if deficit < 0:
+            # More was given back than the deficit.
+            deficit = 0
+            full_at_us = event_us
+        peak = max(peak, deficit)
+        at_us = event_us
+    deficit = min(deficit, debt_ceiling)
+    deficit -= (now_us - at_us) * tokens
+    if deficit <= 0:
+        if spilled is not None and deficit:
+            spilled.note(-deficit, now_us)
+        return _Folded(0, now_us, peak)
+    return _Folded(deficit, full_at_us, peak)

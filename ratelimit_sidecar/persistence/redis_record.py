@@ -24,7 +24,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_kind, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -289,7 +289,7 @@ def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_
     words = lines.split(b"\n")
     record = dict(zip(words[::2], words[1::2], strict=False))
     try:
-        at_us = _bounded(int(record[AT]), MAX_TIME_US)
+        _bounded(int(record[AT]), MAX_TIME_US)
         entries = [
             entry
             for field, text in record.items()
@@ -299,36 +299,8 @@ def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_
         base = read_base(record[BASE], limit)
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
-    joined_base = None
-    if isinstance(limit, Limit):
-        bucket = _folded(key, limit, base, entries, max(at_us, now_us))
-        joined_base, entries = bucket.base_to_send, list(bucket.entries())
-    journal = store.journal
-    journal.is_restoring = True
-    try:
-        store.join(key, limit, joined_base, entries, now_us)
-    finally:
-        journal.is_restoring = False
-        # These counts are for data of peers.
-        journal.refused.clear()
-
-
-def _folded(key: bytes, limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> TokenBucket:
-    """A bucket of what was read, sealed at `now_us`."""
-    # If nobody has written to it since, slots older than the horizon are not in its base: a bucket as old folds them.
-    # One that was sealed earlier than at its horizon is younger.
-    then_us = min(base.boundary_us + limit.horizon_us, now_us)
-    bucket = TokenBucket(key, limit, _READER, then_us)
-    bucket.merge_base(base, then_us)
-    for entry in sorted(entries, key=lambda entry: entry.slot):
-        # Never later than now: it would have to go back, and write.
-        bucket.merge((entry,), min(max(then_us, slot_start_us(entry.slot)), now_us))
-    bucket.seal(now_us)
-    return bucket
-
-
-_READER: Final = Origin("", 0)
-"""No replica's origin: the bucket is never written under it."""
+    for _ in store.restore(key, limit, base, entries, now_us):
+        pass
 
 
 def _origin(field: bytes) -> Origin:

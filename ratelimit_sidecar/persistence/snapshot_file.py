@@ -22,6 +22,7 @@ import structlog
 
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.snapshot_format import (
+    END,
     BadSnapshot,
     RestoreTarget,
     SnapshotInfo,
@@ -138,17 +139,8 @@ class SnapshotFile:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        entries = bad_records = 0
-        why_bad = ""
-        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         with file:
-            records = records_again(file)
-            while (record := await asyncio.to_thread(next, records, None)) is not None:
-                try:
-                    entries += await _in_turns(restore(*record, to, self._now_us()))
-                except BadSnapshot as error:
-                    bad_records += 1
-                    why_bad = why_bad or str(error)
+            entries, bad_records, why_bad = await self._join(file, checked)
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
         _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
@@ -162,12 +154,30 @@ class SnapshotFile:
         if opened is None:
             return
         file, checked = opened
-        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         _log.warning("snapshot_cut_short", file=str(new), reason="the last process ended before it was complete")
         with file:
-            records = records_again(file)
-            while (record := await asyncio.to_thread(next, records, None)) is not None:
-                await _in_turns(restore(*record, to, self._now_us()))
+            await self._join(file, checked)
+
+    async def _join(self, file: BinaryIO, checked: SnapshotInfo) -> tuple[int, int, str]:
+        """Join the records of a file that was checked, but for those that are bad, and as far as it can be read.
+
+        Returns:
+            How many entries they have, how many are bad, and why the first is.
+        """
+        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
+        entries = bad_records = 0
+        why_bad = ""
+        records = records_again(file)
+        while True:
+            try:
+                record = await asyncio.to_thread(next, records, None)
+                entries += await _in_turns(restore(*(record or (END, b"")), to, self._now_us()))
+            except BadSnapshot as error:
+                bad_records += 1
+                why_bad = why_bad or str(error)
+            else:
+                if record is None:
+                    return entries, bad_records, why_bad
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""

@@ -3,30 +3,31 @@
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
 The first record is a Header, the last an End, and those between are Deltas of the replication protocol: what is nearly
-used up first, and once more in its turn, in case there is no time for all. A node that starts joins them as if a peer
-had sent them, with the same checks, so reading a file twice does no harm; only how much a peer may say at once does not
-matter here. Takes of its last life keep their origin, since it has a new one now.
+used up first, and once more in its turn, in case there is no time for all. A node that starts brings each bucket to now
+(`Store.restore`) and joins it, so reading a file twice does no harm. Takes of its last life keep their origin, since it
+has a new one now.
 Numbers are little-endian; the checksum is of kind, length and payload.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Final
 from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import NO_BASE, Entry, Origin
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
-from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
+from ratelimit_sidecar.replication.deltas import DeltasWriter, check_base, read_base, read_entries
 from ratelimit_sidecar.replication.pace import Pace
 from ratelimit_sidecar.replication.parts import in_lists, in_parts
-from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
 MAGIC: Final = b"rlsidec\x01"
@@ -162,48 +163,86 @@ def records_again(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     return _records(file)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RestoreTarget:
-    """Where a snapshot is restored to.
+    """Where a snapshot is restored to, record by record, in order, the `END` last.
 
     Args:
         origin: the origin that wrote it.
         local_limit_of_key: the limits of buckets that are not replicated.
+        reading: by kind, the bucket that was read last and is not joined yet. It may be written in parts.
     """
 
     store: Store
     origin: Origin
     local_limit_of_key: LimitOfKey
+    reading: dict[int, _Read] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read of one bucket so far.
+
+    Args:
+        base: of the last part that has one.
+        entries: a slot may be in two parts, as the bucket was used between them.
+    """
+
+    key: bytes
+    base: pb.Base | None = None
+    entries: dict[tuple[Origin, int], Entry] = field(default_factory=dict)
 
 
 def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterator[int]:
-    """Join a record into the store, in pieces.
+    """Join what a record has into the store, in pieces. A bucket is joined once all of it was read.
 
     Yields:
-        The number of entries joined in the piece.
+        The number of entries read in the piece.
 
     Raises:
-        BadSnapshot: it breaks the protocol. The entries before that point have been joined. Other records are as good
-            as before.
+        BadSnapshot: it breaks the protocol. What came before that point is joined. Other records are as good as before.
     """
+    if kind == END:
+        for read_kind in list(to.reading):
+            yield from _join(read_kind, to, now_us)
     if kind not in (REPLICATED, LOCAL):
         return
-    reader = DeltasReader(to.origin, is_bounded=False)
-    local = to.local_limit_of_key if kind == LOCAL else None
-    journal = to.store.journal
     try:
-        steps = reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local)
-        journal.is_restoring = True
-        for applied in steps:
-            # These counts are for data of peers, not of a snapshot.
-            journal.refused.clear()
-            journal.is_restoring = False
-            yield applied.entries
-            journal.is_restoring = True
-    except (DecodeError, ProtocolError) as error:
+        deltas = pb.Deltas.FromString(payload)
+        origins = [to.origin, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
+        for delta in deltas.buckets:
+            entries = read_entries(delta, origins, sys.maxsize)
+            if delta.HasField("base"):
+                check_base(delta.base)
+            read = to.reading.get(kind)
+            if read is None or read.key != delta.key:
+                yield from _join(kind, to, now_us)
+                read = to.reading[kind] = _Read(delta.key)
+            if delta.HasField("base"):
+                read.base = delta.base
+            for entry in entries:
+                read.entries[entry.origin, entry.slot] = entry
+            yield len(entries)
+    except (DecodeError, ProtocolError, ValueError) as error:
         raise BadSnapshot(f"has a malformed record: {error}") from error
-    finally:
-        journal.is_restoring = False
+
+
+def _join(kind: int, to: RestoreTarget, now_us: int) -> Iterator[int]:
+    """Join the bucket that was read last.
+
+    Raises:
+        ValueError: its key is none.
+    """
+    read = to.reading.pop(kind, None)
+    if read is None:
+        return
+    limit = to.store.limit_of_key(read.key) if kind == REPLICATED else to.local_limit_of_key(read.key)
+    if limit is None:
+        return
+    base = NO_BASE if read.base is None else read_base(read.base, limit)
+    entries = list(read.entries.values())
+    for _ in to.store.restore(read.key, limit, base, entries, now_us, replicated=kind == REPLICATED):
+        yield 0
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
