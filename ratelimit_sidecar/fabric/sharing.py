@@ -299,6 +299,8 @@ class Sharing:
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, ALL
+            # All that is older than the horizon is then before the base, and so answered with what was taken here.
+            bucket.seal(now_us)
         if shared.is_refused:
             shared.is_refused, shared.waiting = False, ALL
         told, shared.waiting = shared.waiting, []
@@ -342,7 +344,7 @@ class Sharing:
         shared.id = identity
         try:
             if rest != b";":
-                others = read_counts(rest, bucket.limit, OTHERS)
+                others = read_counts(rest, bucket.limit, OTHERS, now_us)
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
         except BadRecord:
             self.refused(ask)
@@ -353,6 +355,9 @@ class Sharing:
         if is_lost:
             shared.era = -1
         else:
+            if not shared.seen and bucket.base_to_send is not None:
+                # Redis has not joined its base, as it did not know the slots of others.
+                shared.waiting = ALL
             shared.seen = self._version
 
     def refused(self, ask: Ask) -> None:
