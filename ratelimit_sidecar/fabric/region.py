@@ -156,7 +156,7 @@ class Region:
             bucket = self.store.get(key)
             if bucket is not None:
                 counts = counts_of(bucket, self.origin, slots)
-                if counts:
+                if counts or bucket.base_to_send is not None:
                     room = room_for(bucket, self.store.room.rule_key)
                     told[key] = gateway_text(bucket, room, counts, now_us, has_base=shard.is_known), slots
             await time_slice.rest_when_due()

@@ -180,3 +180,17 @@ async def test_a_gateway_that_has_not_read_all_hides_a_debt_from_nobody(server: 
         assert b.owed() == pytest.approx(300 - 150 + 2, abs=A_SLOT)
         assert owed(gateway.store, gateway.now_us) == pytest.approx(300 - 150 + 1, abs=A_SLOT)
     await gateway.link.close()
+
+
+async def test_a_server_that_lost_its_data_is_told_the_debt_of_other_regions(server: RedisServer) -> None:
+    gateway = AtGateway(server)
+    async with region_of(server, "b") as [b], server.client() as client:
+        await gateway.tick_at(0, 240)
+        gateway.store.sweep(NOW_US + 150 * SECOND_US, 1)
+        [bucket] = list(gateway.store)
+        assert not list(bucket.entries())
+        await client.flushall()
+        await gateway.tick_at(150)
+        await b.hit_at(150, 1)
+        assert b.owed() == pytest.approx(240 - 150 + 1, abs=A_SLOT)
+    await gateway.link.close()
