@@ -2,8 +2,8 @@
 
 A tick calls a script with this sidecar's changes (`sharing`) and joins its answer: what others took. A call that fails,
 or takes longer than it may, ends the tick. The next tick comes after a back-off, and then everything is told again,
-since the server may have lost it; so it is after each new connection, as the server may be an older copy of itself. No
-request waits for any of it.
+since the server may have lost it; so it is after each new connection, as the server may be an older copy of itself, and
+when the server says that it has lost its data, which it is asked once a second. No request waits for any of it.
 """
 
 from __future__ import annotations

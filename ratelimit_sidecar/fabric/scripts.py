@@ -21,6 +21,9 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
 Counts only grow, and a script raises a sum by as much as it raises a count, so all of it may be told again. What was
 given back in a window is no sum: each tells how much it is in all, and the highest one counts.
 
+The base has all that began before its boundary, since only those tell it who know all slots. Whoever reads later slots
+that are older than the horizon folds them into it. So a debt stays known when nobody uses the bucket.
+
 A slot is dropped once it is older than the longest span for which anybody who writes to the bucket counts it; so it
 does not matter if some of them still have another limit. `keep` has that span, until when it holds, and the number of
 slots at which old ones are looked for.
