@@ -18,7 +18,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.link import Link
 from ratelimit_sidecar.fabric.region import Region, region_origin
-from ratelimit_sidecar.fabric.scripts import FabricKeys
+from ratelimit_sidecar.fabric.scripts import FULL_FOR_S, FabricKeys
 from ratelimit_sidecar.fabric.sharing import RESTING_TICKS
 
 pytestmark = needs_redis
@@ -26,6 +26,7 @@ pytestmark = needs_redis
 __all__ = ["server"]
 
 MINUTE = Limit(60, 60 * SECOND_US, 60)
+[KEYS] = FabricKeys("ratelimit").shards
 WEST = Origin("west (fabric)", 1)
 
 A_SLOT = 60 / 32
@@ -136,6 +137,31 @@ async def test_a_debt_that_others_know_is_not_charged_twice(server: RedisServer)
             each.hit(1)
             await each.share()
         assert a.owed() == pytest.approx(20 * 18 - 200 + 4, abs=A_SLOT)
+
+
+async def test_a_debt_is_known_though_its_slot_is_dropped_by_the_one_that_reads_it(server: RedisServer) -> None:
+    async with region_of(server, "abc") as (a, b, c), server.client() as client:
+        await a.hit_at(0, 240)
+        name, index = KEYS.of_bucket(b"x")
+        kept, until, _ = (await client.hget(name, "keep")).split()
+        # As when it has many: the next write looks for those that are too old.
+        await client.hset(name, "keep", b"%s %s 1" % (kept, until))
+        await b.hit_at(120, 1)
+        assert await client.zcard(index) == 2, "the new slot, and the mark"
+        await b.share()
+        await c.hit_at(180, 1)
+        for each, expected in ((b, 240 - 120 + 1), (c, 240 - 180 + 2)):
+            assert each.owed() == pytest.approx(expected, abs=A_SLOT)
+
+
+async def test_a_debt_makes_no_room_for_others_before_it_is_repaid(server: RedisServer) -> None:
+    async with region_of(server, "ab") as (a, b), server.client() as client:
+        await a.hit_at(0, 240)
+        for hits in (1, 0):
+            await b.hit_at(75, hits)
+        [score] = [score for name, score in await client.zrange(KEYS.held, 0, -1, withscores=True) if name != b"@"]
+        seconds, _ = await client.time()
+        assert score - seconds == pytest.approx(240 - 75 + 1 + FULL_FOR_S, abs=10)
 
 
 async def test_a_debt_that_is_told_late_is_known_though_others_have_told_theirs(server: RedisServer) -> None:
