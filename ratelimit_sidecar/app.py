@@ -493,7 +493,8 @@ class Sidecar:
         yield "join", self._join
         snapshots = self._snapshots
         if snapshots is not None:
-            yield "snapshots", lambda: self._keep(snapshots)
+            yield "snapshots", lambda: self._when_restored(snapshots.run)
+            yield "put_off", lambda: self._when_restored(snapshots.join_put_off)
         yield "quotas", self._quotas.run
         if self._redis is not None:
             yield "redis", self._redis.run
@@ -551,11 +552,11 @@ class Sidecar:
         await self.reloader.has_rules.wait()
         await persistence.load()
 
-    async def _keep(self, snapshots: SnapshotFile) -> None:
+    async def _when_restored(self, run: Callable[[], Awaitable[None]]) -> None:
         if self._restoring is not None:
             await self._restoring
         # Wait, because a snapshot now would replace the whole state by the part that was read so far.
-        await snapshots.run()
+        await run()
 
     async def _join(self) -> None:
         await self._front_end.ready.wait()
@@ -601,6 +602,9 @@ class Sidecar:
             self._gateway.use_rules(rules.digest)
         if self._fabric is not None:
             self._fabric.use_rules()
+        persistence = self._snapshots or self._redis
+        if persistence is not None:
+            persistence.use_rules()
         self._service.rules_loaded()
         self._quotas.rules_loaded()
         self._health.changed()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Final
@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.crdt.bucket import NO_BASE, Entry, Origin
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
+from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS, RECORD_ENTRIES, PutOff
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasWriter, check_base, read_base, read_entries
 from ratelimit_sidecar.replication.pace import Pace
@@ -39,11 +40,6 @@ REPLICATED: Final = 2
 LOCAL: Final = 3
 """Deltas of buckets that are not replicated."""
 END: Final = 4
-
-RECORD_BUCKETS: Final = 256
-RECORD_ENTRIES: Final = 768
-"""A record ends with the part of a bucket that reaches one of these. So a version that reads a record as a frame of a
-peer can read it: each entry may be of another origin, of which a frame names 1,024 at most."""
 
 MAX_RECORD_BYTES: Final = 64 * 1_024 * 1_024
 """Far above the records that are written, which the longest keys of 256 buckets bound."""
@@ -63,13 +59,16 @@ class SnapshotSize:
     bytes: int = 0
 
 
-def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Iterator[bytes]:
+def snapshot(
+    store: Store, now_us: Callable[[], int], size: SnapshotSize, put_off: Iterable[tuple[int, bytes]] = ()
+) -> Iterator[bytes]:
     """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
 
     The state of a bucket is that of its piece, so later takes may be missing.
 
     Args:
-        size: updated with each piece.
+        size: updated with each piece. What is put off counts in bytes alone.
+        put_off: further records, of what could not be joined yet.
     """
     yield _counted(MAGIC, size)
     header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=now_us())
@@ -99,6 +98,8 @@ def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Ite
     for kind, writer in writers.items():
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)
+    for kind, payload in put_off:
+        yield _counted(_record(kind, payload), size)
     yield _counted(_record(END, End(buckets=size.buckets).SerializeToString()), size)
 
 
@@ -170,12 +171,14 @@ class RestoreTarget:
     Args:
         origin: the origin that wrote it.
         local_limit_of_key: the limits of buckets that are not replicated.
+        put_off: gets what cannot be joined yet.
         reading: by kind, the bucket that was read last and is not joined yet. It may be written in parts.
     """
 
     store: Store
     origin: Origin
     local_limit_of_key: LimitOfKey
+    put_off: PutOff = field(default_factory=PutOff)
     reading: dict[int, _Read] = field(default_factory=dict)
 
 
@@ -205,6 +208,7 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
     if kind == END:
         for read_kind in list(to.reading):
             yield from _join(read_kind, to, now_us)
+        to.put_off.end()
     if kind not in (REPLICATED, LOCAL):
         return
     try:
@@ -237,10 +241,11 @@ def _join(kind: int, to: RestoreTarget, now_us: int) -> Iterator[int]:
     if read is None:
         return
     limit = to.store.limit_of_key(read.key) if kind == REPLICATED else to.local_limit_of_key(read.key)
+    entries = list(read.entries.values())
+    to.put_off.add(kind, read.key, read.base, entries, now_us, has_rule=limit is not None)
     if limit is None:
         return
     base = NO_BASE if read.base is None else read_base(read.base, limit)
-    entries = list(read.entries.values())
     for _ in to.store.restore(read.key, limit, base, entries, now_us, replicated=kind == REPLICATED):
         yield 0
 

@@ -144,6 +144,13 @@ class DeltasWriter:
             if bucket.journal is not None:
                 bucket.journal.leave_out(error)
 
+    def add_read(self, key: bytes, base: pb.Base | None, entries: Sequence[Entry]) -> None:
+        """Tell again what was read of a bucket, with its key in full."""
+        delta = self.deltas.buckets.add(key=key, base=base)
+        self.keys.append(key)
+        self.entries += len(entries)
+        self._add_entries(delta, entries)
+
     def _add_state(self, delta: pb.BucketDelta, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
         if base is not None:
             period_us = bucket.limit.period_us
@@ -152,6 +159,9 @@ class DeltasWriter:
             delta.base.tokens = tokens
             delta.base.remainder = remainder
             delta.base.period_us = period_us
+        self._add_entries(delta, entries)
+
+    def _add_entries(self, delta: pb.BucketDelta, entries: Sequence[Entry]) -> None:
         if len(entries) == 1:
             # Nearly all there is to say under load, two times faster.
             [(origin, slot, tokens)] = entries

@@ -15,11 +15,10 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS, RECORD_ENTRIES, PutOff
 from ratelimit_sidecar.persistence.snapshot_format import (
     END,
     MAGIC,
-    RECORD_BUCKETS,
-    RECORD_ENTRIES,
     REPLICATED,
     BadSnapshot,
     RestoreTarget,
@@ -319,6 +318,25 @@ def test_of_what_has_no_rule_any_more_nothing_is_kept(small: bytes) -> None:
     for kind, payload in records_again(file):
         assert sum(_all(restore(kind, payload, to, NOW_US))) >= 0
     assert len(after) == 0
+
+
+def test_what_is_put_off_is_bounded() -> None:
+    for most_bytes, kept in ((1_000, len(LIMITS)), (0, 0)):
+        put_off = PutOff(most_bytes)
+        for name in LIMITS:
+            put_off.add(
+                REPLICATED, name.encode(), None, [Entry(BEFORE, slot_id(NOW_US, 20), 1)], NOW_US, has_rule=False
+            )
+        put_off.end()
+        assert put_off.without_rule == kept
+        assert put_off.left_out == len(LIMITS) - kept
+
+
+def test_a_slot_that_began_long_ago_and_may_still_count_is_put_off() -> None:
+    put_off = PutOff()
+    month = slot_id(NOW_US - 40 * 86_400 * SECOND_US, 42)
+    put_off.add(REPLICATED, b"key", None, [Entry(BEFORE, month, 1)], NOW_US, has_rule=False)
+    assert put_off.without_rule == 1
 
 
 def _all(pieces: Iterator[int]) -> list[int]:
