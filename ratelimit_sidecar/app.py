@@ -36,7 +36,9 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS as HTTP_LIMITS
+from ratelimit_sidecar.console.proxies import MAX_CONNECTIONS as MAX_PROXY_CONNECTIONS
+from ratelimit_sidecar.console.proxies import ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
@@ -111,6 +113,9 @@ MAX_JOIN_SECONDS = 120.0
 ready. A million buckets take half a minute.
 """
 
+FAILED_DIALS = 3
+"""So many in a row that the peer has answered, and the sidecar says that it shares nothing with it."""
+
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
 something hangs.
@@ -174,7 +179,7 @@ class Sidecar:
         self._supervisor = Supervisor()
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
-        file_limits = _raise_file_limit()
+        file_limits = _raise_file_limit(config.listen)
         mesh_limits = replace(MESH_LIMITS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
         self.limiter = _make_limiter(config, rules, self.clock.now_us())
@@ -233,9 +238,10 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz, HttpWaits(MAX_REQUESTS // 2)),
+                ext_authz_app(ext_authz, HttpWaits(HTTP_LIMITS.requests // 2)),
                 config.listen.ext_authz_http,
-                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
+                limits=replace(HTTP_LIMITS, idle=round(DEFAULT_LIMITS.idle)),
+                proxies=ProxyPlaces(file_limits.proxies, self._turns),
             )
 
     def _make_mesh(self, limits: MeshLimits) -> Mesh:
@@ -401,7 +407,8 @@ class Sidecar:
             why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
             degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
-            degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
+            why = f"another sidecar has the node id {self._config.node.id}"
+            degraded.append(f"limits are not shared with all, and this node has no share of strict ones: {why}")
         gap_us = self.clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")
@@ -409,6 +416,8 @@ class Sidecar:
             ahead_us = round((peer.clock_offset_seconds or 0) * 1e6)
             if abs(ahead_us) >= SET_BACK_US:
                 degraded.append(f"most limits are not shared with {peer.node}: its clock is {_ahead(ahead_us)}")
+            if peer.failed_dials >= FAILED_DIALS and not peer.connected:
+                degraded.append(f"limits are not shared with {peer.node or peer.address}: {peer.last_error}")
         return degraded
 
     def _make_front_end(
@@ -712,13 +721,19 @@ def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
     return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
 
 
-def _raise_file_limit() -> FileLimits:
+def _raise_file_limit(listen: ListenConfig) -> FileLimits:
     """Raise the limit on file descriptors, and log it if it stays too low."""
-    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MESH_LIMITS.connections)
+    proxies = 0 if listen.ext_authz_http is None else MAX_PROXY_CONNECTIONS
+    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MESH_LIMITS.connections, proxies=proxies)
     given = raise_file_limit(wanted)
     if given != wanted:
-        fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
-        _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
+        _log.warning(
+            "few_file_descriptors",
+            client_connections=given.clients,
+            mesh_connections=given.mesh,
+            ext_authz_http_connections=given.proxies,
+            fix=f"let the hard limit (ulimit -Hn) be {wanted.total}",
+        )
     return given
 
 

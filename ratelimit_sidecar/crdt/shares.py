@@ -87,6 +87,10 @@ def rank(key: bytes, node: str) -> bytes:
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
+_WITHOUT_THIS_NODE: Final[Mapping[str, int]] = {"": 1}
+"""As weights: another node has all."""
+
+
 @dataclass(slots=True)
 class Shares:
     """The membership as one node sees it.
@@ -105,6 +109,8 @@ class Shares:
     conflicts: dict[str, ShownMembership] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
     `MAX_CONFLICTS` are kept."""
+    is_id_taken: bool = False
+    """Another process has this node's id, and the home of it."""
     from_us: int = field(init=False)
     """When the home begins."""
     _current: set[str] = field(default_factory=set)
@@ -169,4 +175,6 @@ class Shares:
         found = [self.membership.weights]
         if self.membership.previous is not None and not self.is_settled:
             found.append(self.membership.previous)
+        if self.is_id_taken:
+            found.append(_WITHOUT_THIS_NODE)
         return found + [shown.weights for peer, shown in self.conflicts.items() if self.is_member(peer)]

@@ -71,6 +71,7 @@ class StrictBucket(Bucket):
     __slots__ = (
         "_active",
         "_homes",
+        "_kept_until_us",
         "_lacking",
         "_limit",
         "_wanted",
@@ -127,6 +128,8 @@ class StrictBucket(Bucket):
         self.ceiling, self.refill = in_grains(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
+        self._kept_until_us = 0
+        """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
         """Time of the last denial."""
         self.advance(now_us)
@@ -385,6 +388,7 @@ class StrictBucket(Bucket):
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
+        self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
         self._limit = limit
@@ -399,10 +403,11 @@ class StrictBucket(Bucket):
 
     def is_idle(self, now_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
-        more.
+        more, not even under a limit that it had before.
         """
         self.advance(now_us)
-        return self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        return is_full and self.at_us >= self._kept_until_us
 
     def fold(self, now_us: int) -> int:
         """This replica's level. A strict bucket has no replicated state."""

@@ -43,6 +43,7 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
+        "_former",
         "_kept_until_us",
         "_limit",
         "_peak",
@@ -77,6 +78,8 @@ class TokenBucket(Bucket):
         """It is not dropped as idle before this time. An own slot was sealed before it was over, because the limit had
         wider slots then; or slots were sealed early, and peers still hold them (see `shorten`).
         """
+        self._former: _Former | None = None
+        """Of the limits it has had, the one that takes longest to refill what was taken under it."""
 
     @property
     def limit(self) -> Limit:
@@ -305,17 +308,37 @@ class TokenBucket(Bucket):
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
-        return self.at_us >= self._kept_until_us
+        return self.at_us >= self._kept_until_us and (self._former is None or self.at_us >= self._former.full_at_us)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate."""
+        """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate. What was taken earlier, and a
+        former limit has not refilled yet, still counts if the horizon becomes longer again.
+        """
         assert isinstance(limit, Limit)
         self.advance(now_us)
+        replaced, former = _Former(self._limit, self.at_us + self.full_in_us), self._former
         scaled = -(-self._base_deficit * limit.period_us // self._limit.period_us)
         self._base_deficit = min(scaled, limit.debt_ceiling)
         self._limit = limit
         # The next take opens a slot of the new width.
         self._close_own_slot()
+        self._recount()
+        if former is not None and limit.horizon_us > replaced.limit.horizon_us:
+            self._owe(former)
+        if former is None or former.full_at_us < replaced.full_at_us:
+            self._former = replaced
+
+    def _owe(self, former: _Former) -> None:
+        """Let no more be left than if the former limit, and its refill, had stayed. It is told to peers with the base,
+        of which the largest counts: they owe the same."""
+        limit = self._limit
+        drained_us = max(0, former.full_at_us - self.at_us)
+        owed = min(-(-drained_us * former.limit.tokens * limit.period_us // former.limit.period_us), limit.debt_ceiling)
+        if owed <= self.deficit:
+            return
+        taken = sum([-tokens if slot & REFUND else tokens for slot, tokens in self._tokens_by_slot().items()])
+        since_us = self.at_us - self._base_us
+        self._base_deficit = max(self._base_deficit, owed + since_us * limit.tokens - taken * limit.period_us)
         self._recount()
 
     def fold(self, now_us: int) -> int:
@@ -356,6 +379,8 @@ class TokenBucket(Bucket):
         self._forget(lambda slot: slot > newest_us)
         if self._base_us > boundary_us:
             self._base_us, self._base_deficit = boundary_us, 0
+        if self._former is not None:
+            self._former = self._former._replace(full_at_us=self._former.full_at_us + now_us - self.at_us)
         self.at_us = now_us
         self._close_own_slot()
         self._kept_until_us = 0
@@ -406,6 +431,14 @@ class TokenBucket(Bucket):
             self._kept_until_us = max(self._kept_until_us, boundary_us + self._limit.horizon_us)
         for slot in own:
             self._kept_until_us = max(self._kept_until_us, slot_end_us(slot))
+
+
+class _Former(NamedTuple):
+    """A limit that was replaced."""
+
+    limit: Limit
+    full_at_us: int
+    """When it would have refilled all that was taken under it."""
 
 
 class _Folded(NamedTuple):

@@ -27,7 +27,7 @@ from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Name, Target, Targets, host_of, port_of
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, UntrustedError
-from ratelimit_sidecar.replication.wire import ProtocolError, Reason
+from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
 
 _MISCONFIGURED = frozenset({Reason.CERTIFICATE, Reason.DUPLICATE_NODE})
 
@@ -187,6 +187,7 @@ class Dialler:
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
         dialled_us = self._now_us()
         target.is_misconfigured = target.is_mute = False
+        has_failed = False
         try:
             async with self._call(target) as (call, certificate):
                 stream = await self._carry(call, target, certificate)
@@ -194,8 +195,10 @@ class Dialler:
             target.is_mute = True
             self._note_unreached(target, f"not connected within {self._limits.connect:g} s")
         except grpc.aio.AioRpcError as error:
+            has_failed = error.code() is not grpc.StatusCode.UNAVAILABLE
             self._note_unreached(target, f"{error.code().name}: {error.details()}")
         except UntrustedError as error:
+            has_failed = True
             self._note_unreached(target, str(error))
         except OSError as error:
             self._note_unreached(target, f"UNAVAILABLE: {error.strerror or error}")
@@ -203,9 +206,15 @@ class Dialler:
             _log.exception("peer_dial_failed", address=target.address)
             self._note_unreached(target, f"{Reason.INTERNAL}: see this node's log")
         else:
+            has_failed = _has_failed(stream)
             self._note_ended(target, stream)
+        has_lasted = self._now_us() - dialled_us >= self._limits.lasting * 1e6
+        target.failed_dials = target.failed_dials + 1 if has_failed and not has_lasted else 0
+        peer = self._replicator.peers.get(target.node)
+        if peer is not None:
+            peer.failed_dials = target.failed_dials
         self._progress.made()
-        return self._now_us() - dialled_us >= self._limits.lasting * 1e6
+        return has_lasted
 
     @asynccontextmanager
     async def _call(self, target: Target) -> AsyncIterator[tuple[Call, PeerCertificate | None]]:
@@ -256,6 +265,12 @@ class Dialler:
         peer = self._replicator.peers.get(target.node)
         if peer is not None:
             peer.last_error = why
+
+
+def _has_failed(stream: Stream) -> bool:
+    """Whether an error ended it that does not go away by itself. That two nodes have one id is told otherwise."""
+    reasons = {stream.peer_reason, None if stream.error is None else stream.error.reason}
+    return not reasons & (FAULTLESS | {Reason.DUPLICATE_NODE})
 
 
 def redial_seconds(

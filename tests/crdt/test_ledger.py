@@ -104,18 +104,46 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
     assert admitted <= 100 * (now_us - began_us) / HOUR_US
 
 
+def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_changed() -> None:
+    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
+    ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
+    now_us = pass_time([ledger], HOUR_US, 5)
+    assert spent(ledger, limit, now_us) == 100
+    ledger.shares.receive("b", ShownMembership(1, both), now_us)
+    ledger.tick({}, now_us, most=0, longest_key=100)
+    assert ledger.bucket(b"k", limit, now_us + HOUR_US * 3 // 5).remaining == 15
+
+
 def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
     limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
     assert ledger.bucket(b"k", limit, now_us).remaining == 100
-    for _ in range(MAX_CHANGES):
-        for shown in (ShownMembership(1, both), ShownMembership(2, alone)):
-            ledger.shares.receive("b", shown, now_us)
-            ledger.tick({}, now_us, most=10, longest_key=100)
+    larger = [ShownMembership(2, {"a": 1, "b": 1}), ShownMembership(2, alone)]
+    for shown in [ShownMembership(1, both), *larger * MAX_CHANGES][: MAX_CHANGES + 3]:
+        ledger.shares.receive("b", shown, now_us)
+        ledger.tick({}, now_us, most=10, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us).remaining == 25
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
+
+
+@pytest.mark.parametrize("changes", [1, MAX_CHANGES])
+def test_while_another_process_has_its_id_a_node_has_no_home_and_afterwards_it_begins_empty(changes: int) -> None:
+    ledger, now_us = make_ledger(), NOW_US
+    ledger.bucket(b"k", LIMIT, now_us)
+    for _ in range(changes):
+        for is_taken in (True, False):
+            ledger.shares.is_id_taken = is_taken
+            now_us += 1_000_000
+            ledger.tick({}, now_us, 1, 1)
+            if is_taken and changes == 1:
+                assert ledger.bucket(b"k", LIMIT, now_us).remaining == 0
+    bucket = ledger.bucket(b"k", LIMIT, now_us)
+    assert bucket.remaining == 0
+    bucket.advance(now_us + 500_000)
+    assert bucket.remaining == 25
 
 
 def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
@@ -203,6 +231,25 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     later_us += 3_000_000
     ledger.tick(ENDS, later_us, most=10, longest_key=100)
     assert ledger.sweep(later_us, most=10) == 1
+    assert len(ledger) == 0
+
+
+def test_a_purse_is_not_made_anew_before_a_limit_that_it_had_would_have_refilled_it() -> None:
+    day = Limit(1_000, 24 * HOUR_US, 1_000)
+    ledger, now_us = make_ledger(limit=day), NOW_US + 48 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    assert spent(ledger, day, now_us) == 500
+    now_us += 1_000_000
+    spent(ledger, LIMIT, now_us)
+    for _ in range(5):
+        now_us += 60_000_000
+        ledger.tick({}, now_us, 10, 100)
+        ledger.sweep(now_us, 10)
+    assert spent(ledger, day, now_us) == 50, "what it had under the other limit"
+    ledger.bucket(b"k", LIMIT, now_us)
+    now_us += 24 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    ledger.sweep(now_us, 10)
     assert len(ledger) == 0
 
 

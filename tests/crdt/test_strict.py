@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from functools import partial
 from itertools import permutations
@@ -349,6 +350,10 @@ def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
 
 def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
+    name = "".join(["a", " stranger"])
+    held = sys.getrefcount(name)
+    shares.receive(name, ShownMembership(1, {"a": 1, "b": 1}), 0)
+    assert sys.getrefcount(name) == held
     for number in range(2 * MAX_CONFLICTS):
         shares.receive(f"stranger-{number}", ShownMembership(1, {"stranger": 1}), 0)
     assert len(shares.conflicts) == MAX_CONFLICTS

@@ -28,7 +28,7 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
 from ratelimit_sidecar.supervision import Supervisor
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 60
 """For anything that is waited for; it takes milliseconds, or a few redials."""
 
 
