@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.token_bucket import TokenBucket, sealed
+from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
@@ -197,26 +197,32 @@ class Store:
         *,
         replicated: bool = True,
     ) -> Iterator[None]:
-        """Join what was written down of a whole bucket, however long ago, in pieces.
+        """Join what was written down of a whole bucket, however long ago, in pieces; yields between two of them.
 
         Args:
             limit, replicated: as for `join`.
             base: as for `join`; `NO_BASE` when there was none.
         """
-        joined = None
-        if isinstance(limit, Limit):
-            joined, entries = sealed(limit, base, entries, now_us)
+        sealing = Sealing(limit, base, now_us) if isinstance(limit, Limit) else None
         journal = self.journal
-        for start in range(0, max(1, len(entries)), RESTORED_ENTRIES):
+        left: Sequence[Entry] = entries
+        while True:
+            piece, left = (
+                (left, ()) if len(left) <= RESTORED_ENTRIES else (left[:RESTORED_ENTRIES], left[RESTORED_ENTRIES:])
+            )
+            joined = None
+            if sealing is not None:
+                piece = sealing.add(piece)
+                joined = None if left else sealing.base
             journal.is_restoring = True
             try:
-                piece = entries[start : start + RESTORED_ENTRIES]
                 self.join(key, limit, joined, piece, now_us, replicated=replicated)
             finally:
                 journal.is_restoring = False
                 # These counts are for data of peers.
                 journal.refused.clear()
-            joined = None
+            if not left:
+                return
             yield
 
     def clear(self) -> Iterator[None]:

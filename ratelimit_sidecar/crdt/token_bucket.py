@@ -451,25 +451,46 @@ class _Folded(NamedTuple):
     """The largest deficit during the fold, after cuts."""
 
 
-def sealed(limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
-    """What was written down of a bucket, however long ago, as if it had been sealed at `now_us`: the base, and the
-    entries that it leaves. Join these: a bucket of now ignores slots that are older than its horizon, since by now they
-    are in somebody's base, but nobody has sealed what was written down.
+class Sealing:
+    """Seals what was written down of a bucket, however long ago, as of `now_us`. `add` all, join what that returns,
+    and at last the `base`: a bucket of now ignores slots that are older than its horizon, since by now they are in
+    somebody's base, but nobody has sealed what was written down.
 
     Args:
         base: scaled by the period of `limit`; `NO_BASE` if none was written down.
-        entries: each slot of an origin once.
     """
-    boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
-    earlier: dict[int, int] = {}
-    later = []
-    for entry in entries:
-        slot = entry.slot
-        if slot >= boundary_us:
-            later.append(entry)
-        elif slot >= base.boundary_us:
-            earlier[slot] = earlier.get(slot, 0) + entry.tokens
-    return Base(boundary_us, _sealed(limit, base, earlier, boundary_us)), later
+
+    __slots__ = ("_base", "_boundary_us", "_earlier", "_limit")
+
+    def __init__(self, limit: Limit, base: Base, now_us: int) -> None:
+        self._limit = limit
+        self._base = base
+        self._boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
+        self._earlier: dict[int, int] = {}
+
+    def add(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Add entries, each slot of an origin once in all; returns those that are left."""
+        later = []
+        oldest_us, boundary_us, earlier = self._base.boundary_us, self._boundary_us, self._earlier
+        for entry in entries:
+            slot = entry.slot
+            if slot >= boundary_us:
+                later.append(entry)
+            elif slot >= oldest_us:
+                earlier[slot] = earlier.get(slot, 0) + entry.tokens
+        return later
+
+    @property
+    def base(self) -> Base:
+        """The base of all that was added."""
+        return Base(self._boundary_us, _sealed(self._limit, self._base, self._earlier, self._boundary_us))
+
+
+def sealed(limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
+    """The base, and the entries that are left, of what was written down of a bucket; see `Sealing`."""
+    sealing = Sealing(limit, base, now_us)
+    later = sealing.add(entries)
+    return sealing.base, later
 
 
 def _sealed(limit: Limit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:

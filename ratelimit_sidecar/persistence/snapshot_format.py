@@ -26,7 +26,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS, RECORD_ENTRIES, PutOff
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
 from ratelimit_sidecar.replication.deltas import DeltasWriter, check_base, read_base, read_entries
-from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import in_lists, in_parts
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
@@ -188,12 +188,27 @@ class _Read:
 
     Args:
         base: of the last part that has one.
-        entries: a slot may be in two parts, as the bucket was used between them.
+        part: the entries of the first part.
+        merged: those of all parts, when there are several.
     """
 
     key: bytes
-    base: pb.Base | None = None
-    entries: dict[tuple[Origin, int], Entry] = field(default_factory=dict)
+    base: pb.Base | None
+    part: list[Entry]
+    merged: dict[tuple[Origin, int], Entry] | None = None
+
+    def add(self, base: pb.Base | None, entries: list[Entry]) -> None:
+        """Add another part. A slot may be in two parts, as the bucket was used between them."""
+        if base is not None:
+            self.base = base
+        if self.merged is None:
+            self.merged = {(entry.origin, entry.slot): entry for entry in self.part}
+        for entry in entries:
+            self.merged[entry.origin, entry.slot] = entry
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.part if self.merged is None else list(self.merged.values())
 
 
 def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterator[int]:
@@ -207,32 +222,39 @@ def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterat
     """
     if kind == END:
         for read_kind in list(to.reading):
-            yield from _join(read_kind, to, now_us)
+            for _ in _join_steps(read_kind, to, now_us):
+                yield 0
         to.put_off.end()
     if kind not in (REPLICATED, LOCAL):
         return
+    pace = Pace()
+    count = 0
     try:
         deltas = pb.Deltas.FromString(payload)
         origins = [to.origin, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
         for delta in deltas.buckets:
+            key, base = delta.key, delta.base if delta.HasField("base") else None
             entries = read_entries(delta, origins, sys.maxsize)
-            if delta.HasField("base"):
-                check_base(delta.base)
+            if base is not None:
+                check_base(base)
             read = to.reading.get(kind)
-            if read is None or read.key != delta.key:
-                yield from _join(kind, to, now_us)
-                read = to.reading[kind] = _Read(delta.key)
-            if delta.HasField("base"):
-                read.base = delta.base
-            for entry in entries:
-                read.entries[entry.origin, entry.slot] = entry
-            yield len(entries)
+            if read is not None and read.key == key:
+                read.add(base, entries)
+            else:
+                for _ in _join_steps(kind, to, now_us):
+                    yield 0
+                to.reading[kind] = _Read(key, base, entries)
+            count += len(entries)
+            if pace.ends_piece(len(entries)):
+                yield count
+                count = 0
     except (DecodeError, ProtocolError, ValueError) as error:
         raise BadSnapshot(f"has a malformed record: {error}") from error
+    yield count
 
 
-def _join(kind: int, to: RestoreTarget, now_us: int) -> Iterator[int]:
-    """Join the bucket that was read last.
+def _join_steps(kind: int, to: RestoreTarget, now_us: int) -> Steps:
+    """Join the bucket that was read last, in steps.
 
     Raises:
         ValueError: its key is none.
@@ -240,14 +262,12 @@ def _join(kind: int, to: RestoreTarget, now_us: int) -> Iterator[int]:
     read = to.reading.pop(kind, None)
     if read is None:
         return
-    limit = to.store.limit_of_key(read.key) if kind == REPLICATED else to.local_limit_of_key(read.key)
-    entries = list(read.entries.values())
-    to.put_off.add(kind, read.key, read.base, entries, now_us, has_rule=limit is not None)
-    if limit is None:
-        return
-    base = NO_BASE if read.base is None else read_base(read.base, limit)
-    for _ in to.store.restore(read.key, limit, base, entries, now_us, replicated=kind == REPLICATED):
-        yield 0
+    key, entries = read.key, read.entries
+    limit = to.store.limit_of_key(key) if kind == REPLICATED else to.local_limit_of_key(key)
+    to.put_off.add(kind, key, read.base, entries, now_us, has_rule=limit is not None)
+    if limit is not None:
+        base = NO_BASE if read.base is None else read_base(read.base, limit)
+        yield from to.store.restore(key, limit, base, entries, now_us, replicated=kind == REPLICATED)
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
