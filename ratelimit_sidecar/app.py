@@ -203,7 +203,7 @@ class Sidecar:
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
         self._purses: PurseFile | None = None
-        if config.persistence is not None and config.persistence.file is not None and self.limiter.ledger is not None:
+        if config.persistence is not None and config.persistence.file is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
         self._service = RateLimitService(

@@ -296,6 +296,29 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
     assert bucket.remaining == 20
 
 
+def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_that_envoys_still_have() -> None:
+    ledger, larger = make_ledger(), Limit(100, 1_000_000, 400)
+    assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
+    # Envoys have 30 of its 50 a second, whatever the burst.
+    bucket = ledger.bucket(b"k", larger, NOW_US)
+    assert (bucket.withheld, bucket.home) == (30 * TOKEN, 80 * TOKEN)
+    bucket.advance(NOW_US + 110_000)
+    assert bucket.remaining == 20 + 2
+    # The first to report may get no more: there are too few tokens. Others go on as before, with 20 a second in all.
+    assert ledger.withhold(b"k", larger, 80 * TOKEN, NOW_US + 110_000) == (30 + 22) * TOKEN
+    assert bucket.home == 120 * TOKEN
+    assert ledger.withhold(b"k", larger, 60 * TOKEN, NOW_US + 110_000) == (30 + 22) * TOKEN
+    assert bucket.home == 140 * TOKEN
+
+
+def test_reloads_to_and_fro_leave_as_much_withheld_as_before() -> None:
+    ledger, larger, empty = make_ledger(), Limit(100, 1_000_000, 400), Limit(1, 1_000_000, 0)
+    ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US)
+    for limit in (larger, LIMIT, empty, LIMIT, larger, LIMIT):
+        bucket = ledger.bucket(b"k", limit, NOW_US)
+    assert bucket.home == pytest.approx(20 * TOKEN)
+
+
 def test_what_was_paid_away_is_not_withheld() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -322,7 +323,10 @@ def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_w
 @settings(max_examples=5)
 @given(st.integers(0, 2**32))
 @example(1_434_438)
-def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home_share(seed: int) -> None:
+@pytest.mark.parametrize("bursts", [(), (90, 300)], ids=["one limit", "reloads of the burst"])
+def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home_share(
+    bursts: tuple[int, ...], seed: int
+) -> None:
     world = World(RULES)
     node = world.node()
     chance = random.Random(seed)
@@ -345,7 +349,7 @@ def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_h
             bucket.advance(world.now_us)
             pool = node.quotas.pools.get(bucket.key)
             assigned = 0 if pool is None else sum(node.quotas.assigned(pool))
-            assert bucket.home * TOKEN // 2**32 + assigned <= 150 * TOKEN
+            assert 300 * bucket.home * TOKEN // (bucket.limit.capacity << 32) + assigned <= 150 * TOKEN
 
     world.watch = check
     world.run(1)
@@ -354,6 +358,9 @@ def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_h
         for envoy in envoys:
             envoy.demand[STRICT_PAIRS] = chance.choice(demands)
             envoy.is_deaf = chance.random() < 0.3
+        if bursts:
+            reloaded = replace(STRICT, limit=Limit(300, 1_000_000, chance.choice(bursts)))
+            node.limiter.use_rules(Rules({"api": RuleNode(key_only={"strict": RuleNode(reloaded)})}))
         before = calls
         history.append(sum(world.run(5)) + calls - before)
     for begin in range(len(history)):
