@@ -40,6 +40,9 @@ MAX_STREAMS: Final = 1_024
 
 _log = structlog.stdlib.get_logger(__name__)
 
+WARNING_US: Final = 60_000_000
+"""A warning is logged once in this time at most."""
+
 TICK_SECONDS: Final = 0.1
 IDLE_TICK_SECONDS: Final = 1.0
 
@@ -80,9 +83,14 @@ class QuotaService:
 
     async def run(self) -> None:
         """Divide and charge until cancelled."""
+        warned_us = refused = 0
         while True:
             await asyncio.sleep(TICK_SECONDS if self.quotas.pools else IDLE_TICK_SECONDS)
             self.quotas.tick(self._now_us())
+            before, refused = refused, self.quotas.counts.errors["no_room"]
+            if refused > before and self._now_us() - warned_us >= WARNING_US:
+                warned_us = self._now_us()
+                _log.warning("quota_buckets_full", no_room=refused, buckets=self.quotas.bucket_count)
             while self.quotas.drop_closed(self._now_us()):  # noqa: ASYNC110 (it does the work itself)
                 await asyncio.sleep(0)
 

@@ -209,13 +209,11 @@ async def rates(stream: Stream) -> list[float]:
 async def test_what_is_no_report_or_has_no_domain_ends_the_stream(kind: str, message: bytes) -> None:
     served = Served()
     async with served.running(kind) as channel:
-        call = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
-        await call.write(message)
         with structlog.testing.capture_logs() as logs:
-            assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
-            again = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
-            await again.write(message)
-            assert await again.code() == grpc.StatusCode.INVALID_ARGUMENT
+            for _ in range(2):
+                call = channel.stream_stream(f"/{SERVICE_NAME}/StreamRateLimitQuotas")(timeout=WAIT_S)
+                await call.write(message)
+                assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert not served.quotas.streams
         assert served.quotas.counts.errors["invalid"] == 2
         assert [entry["event"] for entry in logs] == ["quota_reports_refused"]
@@ -448,6 +446,31 @@ async def test_buckets_of_an_envoy_that_is_gone_are_dropped_while_other_tasks_ru
             counts.append(served.quotas.bucket_count)
     running.cancel()
     assert max(before - after for before, after in itertools.pairwise(counts)) < 1_000
+
+
+async def test_it_is_logged_once_a_minute_that_there_is_no_room_for_buckets() -> None:
+    served = Served()
+    served.quotas = served.service.quotas = Quotas(
+        served.limiter, START_US, lambda: served.now_us, learning_us=0, max_envoy_buckets=0
+    )
+    stream = served.quotas.open(lambda: None)
+
+    async def warnings() -> int:
+        served.quotas.report(stream, "api", [Usage(b"id", (("agent", "ada"),), 1, 0, 0)], served.now_us)
+        for _ in range(2):
+            await ticked.get()
+        return sum(entry["event"] == "quota_buckets_full" for entry in logs)
+
+    ticked: asyncio.Queue[None] = asyncio.Queue()
+    tick = served.quotas.tick
+    served.quotas.tick = lambda now_us: (tick(now_us), ticked.put_nowait(None))  # type: ignore[method-assign]
+    with structlog.testing.capture_logs() as logs:
+        running = asyncio.create_task(served.service.run())
+        assert await warnings() == 1
+        assert await warnings() == 1
+        served.now_us += 60_000_000
+        assert await warnings() == 2
+        running.cancel()
 
 
 async def test_what_needs_no_answer_holds_up_no_answer_after_it() -> None:
