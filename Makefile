@@ -14,7 +14,7 @@ COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
 COMPILED_TESTS := $(addprefix tests/,crdt limiter server services conformance replication/test_mesh.py replication/test_session.py \
-	replication/test_outbox.py replication/test_relay.py e2e/test_one_limit.py)
+	replication/test_outbox.py replication/test_relay.py e2e/test_one_limit.py::test_three_regions_share_one_limit)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # Most tests wait for something most of the time. A file's tests run one after the other, files in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
@@ -90,7 +90,7 @@ differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the si
 # The demo needs a checkout, which what is compiled is not.
 test-compiled: $(COMPILED_READY) ## The tests of what is compiled, on the compiled modules
 	@echo "==> Tests of the compiled modules"
-	$(COMPILED_PATH) $(PYTEST) -m "$(COMPILED_MARKS)" $(COMPILED_TESTS) \
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(COMPILED_PATH) $(PYTEST) -m "$(COMPILED_MARKS)" $(COMPILED_TESTS) \
 		--ignore tests/e2e/test_demo_command.py
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)

@@ -36,7 +36,9 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS as HTTP_LIMITS
+from ratelimit_sidecar.console.proxies import MAX_CONNECTIONS as MAX_PROXY_CONNECTIONS
+from ratelimit_sidecar.console.proxies import ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
@@ -53,7 +55,8 @@ from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
+from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -109,6 +112,9 @@ MAX_JOIN_SECONDS = 120.0
 """How long reachable peers may take to begin to send their state, and to send all of it, before the sidecar says it is
 ready. A million buckets take half a minute.
 """
+
+FAILED_DIALS = 3
+"""So many in a row that the peer has answered, and the sidecar says that it shares nothing with it."""
 
 STOP_SECONDS = 20.0
 """The longest stop: front end, mesh and console take 5, 3 and 3 s at most, traces 5. Then the process ends, even if
@@ -173,7 +179,8 @@ class Sidecar:
         self._supervisor = Supervisor()
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
-        file_limits = _raise_file_limit()
+        file_limits = _raise_file_limit(config.listen)
+        mesh_limits = replace(MESH_LIMITS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
         self.limiter = _make_limiter(config, rules, self.clock.now_us())
         self._fullest = FullestBuckets(self.limiter.store)
@@ -184,7 +191,7 @@ class Sidecar:
         quotas = Quotas(self.limiter, self._strict_us(), self.clock.now_us)
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
-        self._mesh = self._make_mesh(file_limits.mesh)
+        self._mesh = self._make_mesh(mesh_limits)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _make_persistence(
             config.persistence,
@@ -198,7 +205,7 @@ class Sidecar:
         self._purses: PurseFile | None = None
         if config.persistence is not None and config.persistence.file is not None and self.limiter.ledger is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
-        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, file_limits.mesh)
+        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
         self._service = RateLimitService(
             self.limiter,
             self.clock.now_us,
@@ -231,12 +238,13 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz, HttpWaits(MAX_REQUESTS // 2)),
+                ext_authz_app(ext_authz, HttpWaits(HTTP_LIMITS.requests // 2)),
                 config.listen.ext_authz_http,
-                keep_alive_seconds=round(DEFAULT_LIMITS.idle),
+                limits=replace(HTTP_LIMITS, idle=round(DEFAULT_LIMITS.idle)),
+                proxies=ProxyPlaces(file_limits.proxies, self._turns),
             )
 
-    def _make_mesh(self, max_connections: int) -> Mesh:
+    def _make_mesh(self, limits: MeshLimits) -> Mesh:
         config, ledger = self._config, self.limiter.ledger
         # On a fabric the gateway alone has streams, of a mesh of its own.
         has_streams = config.fabric is None
@@ -254,10 +262,10 @@ class Sidecar:
             payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
-            max_connections=max_connections,
+            limits=limits,
         )
 
-    def _make_fabric(self, config: FabricConfig, max_connections: int) -> Fabric:
+    def _make_fabric(self, config: FabricConfig, limits: MeshLimits) -> Fabric:
         # Imported only when configured.
         from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
         from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
@@ -269,14 +277,14 @@ class Sidecar:
             self.limiter.store,
             self.clock.now_us,
             region=self._config.node.region,
-            mesh_of=partial(self._make_gateway, max_connections=max_connections),
+            mesh_of=partial(self._make_gateway, limits=limits),
             ledger=self.limiter.ledger if isinstance(self.limiter.ledger, GrantLedger) else None,
             strict_us=self._strict_us,
         )
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, payments: PaymentExchange | None, max_connections: int) -> Mesh:
+    def _make_gateway(self, store: Store, payments: PaymentExchange | None, limits: MeshLimits) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -291,7 +299,7 @@ class Sidecar:
             payments=payments,
             is_gateway=True,
             supervisor=self._supervisor,
-            max_connections=max_connections,
+            limits=limits,
         )
         mesh.use_rules(self.limiter.rules.digest)
         return mesh
@@ -407,6 +415,8 @@ class Sidecar:
             ahead_us = round((peer.clock_offset_seconds or 0) * 1e6)
             if abs(ahead_us) >= SET_BACK_US:
                 degraded.append(f"most limits are not shared with {peer.node}: its clock is {_ahead(ahead_us)}")
+            if peer.failed_dials >= FAILED_DIALS and not peer.connected:
+                degraded.append(f"limits are not shared with {peer.node or peer.address}: {peer.last_error}")
         return degraded
 
     def _make_front_end(
@@ -706,13 +716,19 @@ def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
     return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
 
 
-def _raise_file_limit() -> FileLimits:
+def _raise_file_limit(listen: ListenConfig) -> FileLimits:
     """Raise the limit on file descriptors, and log it if it stays too low."""
-    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MAX_CONNECTIONS)
+    proxies = 0 if listen.ext_authz_http is None else MAX_PROXY_CONNECTIONS
+    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MESH_LIMITS.connections, proxies=proxies)
     given = raise_file_limit(wanted)
     if given != wanted:
-        fix = f"let the hard limit (ulimit -Hn) be {wanted.total}"
-        _log.warning("few_file_descriptors", client_connections=given.clients, mesh_connections=given.mesh, fix=fix)
+        _log.warning(
+            "few_file_descriptors",
+            client_connections=given.clients,
+            mesh_connections=given.mesh,
+            ext_authz_http_connections=given.proxies,
+            fix=f"let the hard limit (ulimit -Hn) be {wanted.total}",
+        )
     return given
 
 

@@ -54,6 +54,7 @@ class PeerStatus(PeerCounts):
         clock_offset_seconds: the peer's clock minus this node's, positive when the peer is ahead; None before the
             first measurement.
         last_error: why the last stream or dial ended; "" if none has.
+        failed_dials: dials in a row that were answered, and then ended by an error instead of a stream that lasts.
     """
 
     node: str = ""
@@ -68,6 +69,7 @@ class PeerStatus(PeerCounts):
     reconnects: int = 0
     clock_offset_seconds: float | None = None
     last_error: str = ""
+    failed_dials: int = 0
 
 
 @dataclass(frozen=True, slots=True)

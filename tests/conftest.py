@@ -1,5 +1,5 @@
-"""Hypothesis profiles: `make test` has the default one, `make test-slow` the thorough one;
-`HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
+"""Hypothesis profiles: `make test` has the default one, and the quick one for what is compiled; `make test-slow` the
+thorough one; `HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 
 # No deadline: on a busy machine a slow example says nothing about the code.
 settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("quick", deadline=None, max_examples=15)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 # Of what fails nobody reads the example (dev/mutations).
 settings.register_profile(

@@ -47,10 +47,10 @@ from benchmarks.admission.links import Cut
 from benchmarks.admission.policies.policy import FLUSH_US
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
-from ratelimit_sidecar.replication.dialler import CONNECT_SECONDS, MAX_REDIAL_SECONDS
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
 from simulation.network import STEP_US
 
-AGAIN_US = int((CONNECT_SECONDS + MAX_REDIAL_SECONDS + CHECK_TIME_SECONDS) * 1_000_000)
+AGAIN_US = int((DEFAULT_LIMITS.connect + DEFAULT_LIMITS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)
 """An attempt that has begun during the cut, a wait, and until both ends have looked."""
 
 STEPS_US = 4 * STEP_US

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import click
 
-from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, Problem
+from ratelimit_sidecar.config.document import load
+from ratelimit_sidecar.config.errors import ENVIRONMENT, ConfigError, Problem, in_order
+from ratelimit_sidecar.config.replaced_limits import doubtful_replaces
 from ratelimit_sidecar.config.rules_file import find_rules_files, load_rules, unread
 from ratelimit_sidecar.config.sidecar import SidecarConfig, load_sidecar_config
 
@@ -23,12 +25,14 @@ class Findings:
     Args:
         files: the number of rules files.
         domains, rules: their number; None if problems keep them from being counted.
+        warnings: what is allowed, and probably not meant; looked for only if there are no problems.
     """
 
     files: int
     domains: int | None
     rules: int | None
     problems: Sequence[Problem]
+    warnings: Sequence[Problem] = ()
 
 
 @click.command(short_help="Say what is wrong with rules and configuration, without starting.")
@@ -50,21 +54,25 @@ class Findings:
 )
 def check(paths: Sequence[Path], config_path: Path | None, format_: str) -> None:
     """Read rules files and folders of them as `serve` would, with the same environment variables, and report every
-    problem of every file.
+    problem of every file. Without problems, warn of `replaces` that do nothing, or take a limit away for none.
 
-    Exits with 0 when all is fine, with 1 when there are problems, with 2 when called wrongly.
+    Exits with 0 when there are no problems, with 1 when there are problems, with 2 when called wrongly.
     """
     if not paths and config_path is None:
         raise click.UsageError("name files or folders of rules, or a configuration with --config")
     findings = _check(paths, config_path)
     if format_ == "json":
-        problems = [{**asdict(problem), "message": problem.message} for problem in findings.problems]
-        click.echo(
-            json.dumps({"ok": not problems, **asdict(findings), "problems": problems}, ensure_ascii=False, indent=2)
+        problems, warnings = (
+            [{**asdict(problem), "message": problem.message} for problem in found]
+            for found in (findings.problems, findings.warnings)
         )
+        body = {"ok": not problems, **asdict(findings), "problems": problems, "warnings": warnings}
+        click.echo(json.dumps(body, ensure_ascii=False, indent=2))
     else:
         for problem in findings.problems:
-            click.echo(_annotation(problem) if format_ == "github" else str(problem))
+            click.echo(_annotation("error", problem) if format_ == "github" else str(problem))
+        for warning in findings.warnings:
+            click.echo(_annotation("warning", warning) if format_ == "github" else f"warning: {warning}")
         click.echo(_summary(findings))
     sys.exit(1 if findings.problems else 0)
 
@@ -90,21 +98,24 @@ def _check(paths: Sequence[Path], config_path: Path | None) -> Findings:
         domains, rules = len(loaded.domains), sum(1 for _ in loaded)
     except ConfigError as error:
         problems += error.problems
-    return Findings(len(files), domains, rules, ConfigError(problems).problems if problems else ())
+    warnings = () if problems else doubtful_replaces(map(load, files))
+    return Findings(len(files), domains, rules, in_order(problems), in_order(warnings))
 
 
 def _summary(findings: Findings) -> str:
     files = _counted(findings.files, "file")
     if findings.problems:
         return f"{_counted(len(findings.problems), 'problem')}; {files} of rules read"
-    return f"{files}, {_counted(findings.domains or 0, 'domain')}, {_counted(findings.rules or 0, 'rule')}: no problems"
+    warned = f", {_counted(len(findings.warnings), 'warning')}" if findings.warnings else ""
+    domains, rules = _counted(findings.domains or 0, "domain"), _counted(findings.rules or 0, "rule")
+    return f"{files}, {domains}, {rules}: no problems{warned}"
 
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def _annotation(problem: Problem) -> str:
+def _annotation(level: str, problem: Problem) -> str:
     """As GitHub's workflow commands have it: docs.github.com, "Workflow commands", "Setting an error message"."""
     properties = {
         "file": None if problem.file == ENVIRONMENT else problem.file,
@@ -113,7 +124,7 @@ def _annotation(problem: Problem) -> str:
         "title": problem.key or None,
     }
     given = ",".join(f"{name}={_escaped(str(value), ':,')}" for name, value in properties.items() if value is not None)
-    return f"::error {given}::{_escaped(problem.message)}"
+    return f"::{level} {given}::{_escaped(problem.message)}"
 
 
 def _escaped(text: str, also: str = "") -> str:

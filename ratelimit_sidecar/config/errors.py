@@ -55,6 +55,18 @@ class Problem:
         return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
 
 
+def in_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """File by file, in order of position."""
+    by_file: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_file.setdefault(problem.file, []).append(problem)
+    return tuple(
+        problem
+        for found in by_file.values()
+        for problem in sorted(found, key=lambda it: (it.line or 0, it.column or 0))
+    )
+
+
 class ConfigError(Exception):
     """A configuration that cannot be used.
 
@@ -63,14 +75,7 @@ class ConfigError(Exception):
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        by_file: dict[str, list[Problem]] = {}
-        for problem in problems:
-            by_file.setdefault(problem.file, []).append(problem)
-        self.problems = tuple(
-            problem
-            for found in by_file.values()
-            for problem in sorted(found, key=lambda it: (it.line or 0, it.column or 0))
-        )
+        self.problems = in_order(problems)
         super().__init__(self.problems)
 
     def __str__(self) -> str:

@@ -155,7 +155,8 @@ descriptors of the domain, the second against those below the one that matched, 
    descriptor's rule if that counts in windows of the same unit, otherwise in a sliding window, or as `algorithm` of the
    sidecar's configuration says.
 5. Of the rules that a request meets, those that another one `replaces` do not count, also if that one is in
-   shadow mode; of two that replace each other neither does.
+   shadow mode; of two that replace each other neither does. `ratelimit-sidecar check` warns of such
+   entries, and of names that no limit has.
 
 In metrics a rule is named by its path, `domain.key_value.key`: `shop.tenant_acme.path_/export` in the example, and
 `shop.tenant_trial-*` for all trials. `value_to_metric` puts the value of the request there, `detailed_metric` all of

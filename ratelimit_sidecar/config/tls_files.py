@@ -21,9 +21,6 @@ from ratelimit_sidecar.threads import in_daemon_thread
 if TYPE_CHECKING:
     import grpc
 
-READ_SECONDS = 60.0
-"""How often the files are read without a handshake, since streams may last longer than certificates."""
-
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """The ciphers of a server in TLS 1.2: HTTP/2 forbids most others (RFC 9113, section 9.2.2). Envoy and gRPC
 offer these.
@@ -127,6 +124,9 @@ class CertificateInForce:
         side: which end of its connections this program is.
     """
 
+    read_seconds = 60.0
+    """How often the files are read without a handshake, since streams may last longer than certificates."""
+
     def __init__(self, paths: TlsPaths, side: Side) -> None:
         self._paths = paths
         self._side: Side = side
@@ -181,7 +181,7 @@ class CertificateInForce:
     async def keep_read(self) -> None:
         """Read the files again at each interval, until cancelled."""
         while True:
-            await asyncio.sleep(READ_SECONDS)
+            await asyncio.sleep(self.read_seconds)
             try:
                 await in_daemon_thread("certificate", self.renew)
             except Exception:

@@ -28,9 +28,9 @@ from ratelimit_sidecar.console.authority import Authority
 from ratelimit_sidecar.console.browsers import BrowserGuard
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
-from ratelimit_sidecar.console.requests import MAX_REQUESTS
 from ratelimit_sidecar.console.rules import RulesText, comments, describe_rules
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.limiter.key import BUCKET_TYPES, encode_bucket_key
@@ -128,7 +128,7 @@ class _Console:
             (
                 "/json",
                 "POST",
-                json_endpoint(sources.should_rate_limit, HttpWaits(MAX_REQUESTS // 2)),
+                json_endpoint(sources.should_rate_limit, HttpWaits(DEFAULT_LIMITS.requests // 2)),
                 "a RateLimitRequest in JSON: 200 or 429 with the RateLimitResponse, 400 when it is none",
             ),
             (

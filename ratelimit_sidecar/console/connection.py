@@ -1,9 +1,9 @@
 """One HTTP/1.1 connection: uvicorn's, with bounds on how long a slow client can hold it.
 
-uvicorn itself only bounds the time between two requests. Here a request has to arrive within REQUEST_SECONDS, and an
-answer has to be read within ANSWER_SECONDS. When more than MAX_CONNECTIONS are open, one is closed: from the address
-with the most connections, the one that has waited longest for its client, or if none waits, one that is no probe. So
-slow or busy clients, however many, cannot keep probes out.
+uvicorn itself only bounds the time between two requests. Here a request has to arrive, and an answer to be read,
+within a time (`console.limits`). When too many of the console are open, one is closed: from the address with the most
+connections, the one that has waited longest for its client, or if none waits, one that is no probe. So slow or busy
+clients, however many, cannot keep probes out. (Those of proxies are in `console.proxies`.)
 
 A client that sends requests before it has the answer to the last (pipelining, which no client of ours does) has its
 connection closed after that answer. So each connection waits for its client now and then.
@@ -17,31 +17,22 @@ import traceback
 from collections import Counter
 from enum import Enum, IntEnum, auto
 from itertools import count
-from typing import Any
 
 import h11
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from ratelimit_sidecar.console.limits import HttpLimits
 from ratelimit_sidecar.console.requests import PROBES, SCRAPE
-
-MAX_CONNECTIONS = 128
-REQUEST_SECONDS = 10.0
-"""The time from a new connection, or from a request's first byte, to the request's last byte."""
-ANSWER_SECONDS = 30.0
-"""The time from an answer's first byte until the kernel has all of it: some MB over a slow line."""
-
 
 PIECE_BYTES = 4_096
 """The bytes that h11 gets at once. It limits only incomplete heads, so a longer head in a single read would be
 accepted, and one of 128 KiB holds up the event loop for 50 ms.
 """
 
-NEW_SECONDS = 0.5
-"""The time for which a connection that waits for its client counts as new, and is closed after slow ones. A probe that
-has just connected must have time to send its request.
-"""
+MAX_HEAD_LINES = 512
+"""The most headers of a request. Each costs some microseconds; Envoy sends at most 100 by default."""
 
 
 class _Claim(IntEnum):
@@ -67,33 +58,35 @@ _numbers = count()
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's connection with these bounds. Pass the class as `http` in `uvicorn.Config`."""
+    """uvicorn's connection with these bounds on time."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+        super().__init__(config, server_state, {})
+        self._limits = limits
         self._wait: _Wait | None = None
         """None while the application handles a request."""
         self._waits_since = 0.0
-        self._number = next(_numbers)
         self._deadline: asyncio.TimerHandle | None = None
+        self._head_lines = 0
+        """The lines received of a head that is not complete."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # So writing is paused whenever the client has not read everything.
         transport.set_write_buffer_limits(high=0)
         self._watch()
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE_BYTES):
-            super().data_received(data[start : start + PIECE_BYTES])
+            piece = data[start : start + PIECE_BYTES]
+            if self.conn.their_state is h11.IDLE:
+                self._head_lines += piece.partition(b"\r\n\r\n")[0].count(b"\n")
+                if self._head_lines > MAX_HEAD_LINES:
+                    self.send_400_response("too many headers")
+                    break
+            super().data_received(piece)
+            if self.conn.their_state is not h11.IDLE:
+                self._head_lines = 0
             if self.transport.is_closing():
                 break
         self._watch()
@@ -132,8 +125,17 @@ class BoundedConnection(H11Protocol):
 
     def abort(self) -> None:
         """Close without sending the rest, and forget the connection at once."""
-        self.connections.discard(self)
+        self.forget()
         self.transport.abort()
+
+    def forget(self) -> None:
+        """Do not count it as open any more. May be called again."""
+        self.connections.discard(self)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all its requests are answered, and no part of the next one was read."""
+        return self._wait is _Wait.SEND_NEXT_REQUEST
 
     def _watch(self) -> None:
         """Set a new deadline if the connection now waits for another event; call this after each one.
@@ -150,9 +152,9 @@ class BoundedConnection(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
         if wait is _Wait.SEND_REQUEST:
-            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.abort)
+            self._deadline = self.loop.call_later(self._limits.request, self.abort)
         elif wait is _Wait.TAKE_ANSWER:
-            self._deadline = self.loop.call_later(ANSWER_SECONDS, self.abort)
+            self._deadline = self.loop.call_later(self._limits.answer, self.abort)
 
     def _waits_for(self) -> _Wait | None:
         if self.flow.write_paused:
@@ -163,8 +165,21 @@ class BoundedConnection(H11Protocol):
             return _Wait.SEND_REQUEST
         return None
 
+
+class ConsoleConnection(BoundedConnection):
+    """One of the console's, which may have to make room for a new one."""
+
+    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+        super().__init__(config, server_state, limits)
+        self._number = next(_numbers)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._make_room()
+
     def _make_room(self) -> None:
-        others = [other for other in self.connections if isinstance(other, BoundedConnection) and other is not self]
+        others = [other for other in self.connections if isinstance(other, ConsoleConnection) and other is not self]
         held = Counter(other._address for other in others)
         order = [(-held[other._address], other._claim(), other._waits_since, other._number, other) for other in others]
         *_, claim, _, _, other = min(order)
@@ -172,7 +187,7 @@ class BoundedConnection(H11Protocol):
 
     def _claim(self) -> _Claim:
         if self._wait is not None:
-            is_new = self.loop.time() - self._waits_since < NEW_SECONDS
+            is_new = self.loop.time() - self._waits_since < self._limits.new
             return _Claim.NEW if is_new else _Claim.SLOW
         return _Claim.PROBED if self.scope["path"] in {*PROBES, SCRAPE} else _Claim.UNANSWERED
 

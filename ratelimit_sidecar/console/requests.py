@@ -1,7 +1,7 @@
 """Bounds on the console's requests, whatever the application: an ASGI middleware.
 
-A request counts among MAX_REQUESTS from when it has arrived completely until its answer begins. So it does not count
-while it waits for its client, and slow clients cannot keep others out. Probes do not count. Scrapes have MAX_SCRAPES
+A request counts among those at work from when it has arrived completely until its answer begins. So it does not count
+while it waits for its client, and slow clients cannot keep others out. Probes do not count. Scrapes have
 places of their own, until the client has read the answer, since answers are made while they are sent. In each turn of
 the event loop one request and one probe or scrape start, in order of arrival. So decisions never wait for more than
 these. Requests beyond them wait for a place; there are no more than connections.
@@ -15,32 +15,31 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_REQUESTS = 32
-"""The most requests that the application handles at once."""
-PLACE_SECONDS = 2.0
-"""A request that has waited so long for others is answered 503."""
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+
 PROBES = frozenset({"/healthz", "/readyz", "/healthcheck"})
 """Paths that are answered at once, from memory."""
 SCRAPE = "/metrics"
-MAX_SCRAPES = 8
-MAX_SCRAPES_OF_ADDRESS = 4
-"""Enough for a pair of Prometheus servers behind one address, and people."""
-SCRAPE_SECONDS = 60.0
-"""A scrape whose answer is not read within this time is ended: Prometheus' longest usual interval."""
 MAX_BODY_BYTES = 262_144
 """The largest body; a larger one is answered 413. Parsing that much JSON holds Python's lock for 2 ms."""
 
 _TOO_LARGE = JSONResponse({"error": f"a body may have {MAX_BODY_BYTES} bytes"}, 413)
-_TOO_MANY = JSONResponse({"error": f"{MAX_REQUESTS} other requests are being answered"}, 503)
+_TOO_MANY = JSONResponse({"error": "too many other requests are being answered"}, 503)
 _TOO_MANY_SCRAPES = JSONResponse({"error": "other scrapes are being answered"}, 503)
 
 
 class BoundedRequests:
-    """Applies the bounds, and reads a request's body before it calls the application."""
+    """Applies the bounds, and reads a request's body before it calls the application.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        keeps_bodies: False if the application needs none; it gets an empty one.
+    """
+
+    def __init__(self, app: ASGIApp, *, limits: HttpLimits = DEFAULT_LIMITS, keeps_bodies: bool = True) -> None:
         self._app = app
-        self._places = asyncio.Semaphore(MAX_REQUESTS)
+        self._limits = limits
+        self._keeps_bodies = keeps_bodies
+        self._places = asyncio.Semaphore(limits.requests)
         self._scraping: list[str] = []
         """The addresses of current scrapes."""
         self._one_begins = asyncio.Lock()
@@ -48,7 +47,7 @@ class BoundedRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await _read_body(scope, receive)
+            body = await _read_body(scope, receive, keeps_it=self._keeps_bodies)
         except _TooLarge:
             await _TOO_LARGE(scope, receive, send)
             return
@@ -71,13 +70,14 @@ class BoundedRequests:
 
     async def _scrape(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope["client"] or ("",))[0]
-        if len(self._scraping) >= MAX_SCRAPES or self._scraping.count(address) >= MAX_SCRAPES_OF_ADDRESS:
+        limits = self._limits
+        if len(self._scraping) >= limits.scrapes or self._scraping.count(address) >= limits.scrapes_of_address:
             await _TOO_MANY_SCRAPES(scope, receive, send)
             return
         self._scraping.append(address)
         try:
             # When the answer ends early, uvicorn closes the connection.
-            async with asyncio.timeout(SCRAPE_SECONDS):
+            async with asyncio.timeout(limits.scrape):
                 await self._app(scope, receive, send)
         except TimeoutError:
             pass
@@ -86,7 +86,7 @@ class BoundedRequests:
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(PLACE_SECONDS):
+            async with asyncio.timeout(self._limits.place):
                 await self._places.acquire()
         except TimeoutError:
             await _TOO_MANY(scope, receive, send)
@@ -113,18 +113,22 @@ class _TooLarge(Exception):
     """A request's body is larger than it may be."""
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The body; None if the client is gone before it is complete."""
+async def _read_body(scope: Scope, receive: Receive, *, keeps_it: bool) -> bytes | None:
+    """The body, empty unless it is to be kept; None if the client is gone before it is complete."""
     if int(Headers(scope=scope).get("content-length", "0")) > MAX_BODY_BYTES:
         raise _TooLarge
     body = bytearray()
+    length = 0
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        piece = message.get("body", b"")
+        length += len(piece)
+        if keeps_it:
+            body += piece
+        if length > MAX_BODY_BYTES:
             raise _TooLarge
         more = message.get("more_body", False)
     return bytes(body)

@@ -10,26 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 
 import anyio
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
-from ratelimit_sidecar.console.connection import BoundedConnection
+from ratelimit_sidecar.console.connection import BoundedConnection, ConsoleConnection
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.console.requests import BoundedRequests
-from ratelimit_sidecar.server.listeners import BACKLOG, Listener, listen
+from ratelimit_sidecar.server.accepting import connections_of
+from ratelimit_sidecar.server.listeners import Listener, listen
 
 MAX_HEAD_BYTES = 16_384
-"""The longest incomplete head of a request. The worst case, headers of one byte, takes 7 ms to read."""
-DRAIN_SECONDS = 2
-"""How long clients may take at a stop to send the rest of a request, or to read an answer."""
-KEEP_ALIVE_SECONDS = 75
-"""Longer than Prometheus' default interval (60 s), so that it keeps its connection."""
+"""The longest incomplete head of a request."""
+
+DRAINED_AT_ONCE = 32
+"""The connections that are told of a stop in one turn of the loop."""
 
 _TICK_SECONDS = 1.0
 """How often the Date header is renewed."""
-_CANCEL_SECONDS = 1
-"""How long the application may go on after the drain. Then uvicorn cancels it, and logs that."""
 
 
 class HttpServer:
@@ -37,13 +38,23 @@ class HttpServer:
 
     Args:
         address: `host:port` or `[IPv6]:port`; port 0 for a free one.
-        keep_alive_seconds: a connection without requests is closed after this time.
+        proxies: the places of its connections if proxies ask, whose bodies are read and dropped; None if it is the
+            console.
     """
 
-    def __init__(self, app: ASGIApp, address: str, *, keep_alive_seconds: int = KEEP_ALIVE_SECONDS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        address: str,
+        *,
+        proxies: ProxyPlaces | None = None,
+        limits: HttpLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.ready = asyncio.Event()
         """Set while requests are answered."""
-        self._configuration = _configuration(app, keep_alive_seconds)
+        self._configuration = _configuration(BoundedRequests(app, limits=limits, keeps_bodies=proxies is None), limits)
+        self._limits = limits
+        self._proxies = proxies
         self._configured = address
         self._listeners: list[Listener] = []
         self._serving = False
@@ -88,55 +99,89 @@ class HttpServer:
         """`Server.serve` without signal handlers, that stops at once and also drains when cancelled."""
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
-        await server.startup([listener.socket for listener in self._listeners])
-        try:
-            await server.on_tick(0)
-            self.ready.set()
-            while not self._stopping.is_set():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_TICK_SECONDS):
-                        await self._stopping.wait()
+        await server.startup([])
+        async with asyncio.TaskGroup() as tasks:
+            accepting = [tasks.create_task(self._accept(server, listener)) for listener in self._listeners]
+            try:
                 await server.on_tick(0)
+                self.ready.set()
+                while not self._stopping.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_TICK_SECONDS):
+                            await self._stopping.wait()
+                    await server.on_tick(0)
+            finally:
+                self.ready.clear()
+                for each in accepting:
+                    each.cancel()
+                # asyncio watches their sockets until they have ended.
+                await asyncio.wait(accepting)
+                self._close_listeners()
+                await self._drain(server)
+
+    async def _accept(self, server: Server, listener: Listener) -> None:
+        """Connect clients, one in a turn of the loop."""
+        async for connected, address in connections_of(listener.socket, lambda: None):
+            # What is local to it is gone while this waits for the next client.
+            await self._connect(server, connected, address)
+
+    async def _connect(self, server: Server, connected: socket.socket, address: str) -> None:
+        connection = self._connection(server, address)
+        if connection is None:
+            connected.close()
+            return
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, connected)
+        except OSError:
+            # The client has reset it already.
+            connection.forget()
+
+    def _connection(self, server: Server, address: str) -> BoundedConnection | None:
+        """The protocol of a new connection; None if there is no place for it."""
+        proxies, state = self._proxies, server.server_state
+        if proxies is None:
+            return ConsoleConnection(server.config, state, self._limits)
+        budget = proxies.enter(address)
+        return None if budget is None else ProxyConnection(proxies, budget, server.config, state, self._limits)
+
+    async def _drain(self, server: Server) -> None:
+        late = asyncio.get_running_loop().call_later(self._limits.drain, _abort_connections, server)
+        try:
+            for count, connection in enumerate(list(server.server_state.connections)):
+                # uvicorn does the same of all in one turn.
+                connection.shutdown()
+                if count % DRAINED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            await server.shutdown()
         finally:
-            self.ready.clear()
-            await _drain(server)
+            late.cancel()
+            _abort_connections(server)
+        cancelled = server.server_state.tasks
+        if cancelled:
+            await asyncio.wait(cancelled)
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
 
 
-def _configuration(app: ASGIApp, keep_alive_seconds: int) -> Config:
+def _configuration(app: ASGIApp, limits: HttpLimits) -> Config:
     return Config(
-        BoundedRequests(app),
+        app,
         interface="asgi3",
-        http=BoundedConnection,
         ws="none",
         loop="none",
         lifespan="off",
         workers=1,
-        backlog=BACKLOG,
         proxy_headers=False,
         server_header=False,
         log_config=None,
         log_level=logging.ERROR,
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        timeout_keep_alive=keep_alive_seconds,
-        timeout_graceful_shutdown=DRAIN_SECONDS + _CANCEL_SECONDS,
+        timeout_keep_alive=limits.idle,
+        timeout_graceful_shutdown=limits.drain + limits.cancel,  # type: ignore[arg-type]  # it may be a fraction
     )
-
-
-async def _drain(server: Server) -> None:
-    late = asyncio.get_running_loop().call_later(DRAIN_SECONDS, _abort_connections, server)
-    try:
-        await server.shutdown()
-    finally:
-        late.cancel()
-        _abort_connections(server)
-    cancelled = server.server_state.tasks
-    if cancelled:
-        await asyncio.wait(cancelled)
 
 
 def _abort_connections(server: Server) -> None:

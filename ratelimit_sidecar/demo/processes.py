@@ -20,12 +20,6 @@ import httpx
 
 from ratelimit_sidecar.demo import DemoError
 
-READY_WITHIN_S = 30.0
-"""Six Python processes and three Envoys start at once, on as few as two cores."""
-
-STOP_WITHIN_S = 5.0
-"""The time from SIGTERM to SIGKILL."""
-
 _POLL_S = 0.05
 _PROBE_TIMEOUT_S = 2.0
 _TAIL_LINES = 20
@@ -115,10 +109,14 @@ class Children:
 
     Args:
         logs: an existing folder for the log files. A restarted child appends to its old one.
+        ready_within_s: for each child. Six Python processes and three Envoys start at once, on as few as two cores.
+        stop_within_s: from SIGTERM to SIGKILL.
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, *, ready_within_s: float = 30.0, stop_within_s: float = 5.0) -> None:
         self._logs = logs
+        self._ready_within_s = ready_within_s
+        self._stop_within_s = stop_within_s
         self._running: list[Child] = []
         # Without the environment's proxies: everything here is on loopback.
         self._probe = httpx.AsyncClient(trust_env=False, timeout=_PROBE_TIMEOUT_S)
@@ -144,7 +142,7 @@ class Children:
         """Start a child and wait until it is ready.
 
         Raises:
-            ChildFailed: it ended, or was not ready within `READY_WITHIN_S`.
+            ChildFailed: it ended, or was not ready in time.
             OSError: the program can't be started.
         """
         log = self._logs / f"{command.name}.log"
@@ -160,10 +158,10 @@ class Children:
         child = Child(command, process, log)
         self._running.append(child)
         try:
-            async with asyncio.timeout(READY_WITHIN_S):
+            async with asyncio.timeout(self._ready_within_s):
                 await self._until_ready(child)
         except TimeoutError:
-            raise child.failure(f"was not ready within {READY_WITHIN_S:.0f} s") from None
+            raise child.failure(f"was not ready within {self._ready_within_s:g} s") from None
         return child
 
     async def watch(self) -> None:
@@ -177,11 +175,11 @@ class Children:
                 watching.create_task(child.watch())
 
     async def stop(self, *children: Child) -> None:
-        """Ask children to end (SIGTERM), all at once; kill those that have not within `STOP_WITHIN_S`."""
+        """Ask children to end (SIGTERM), all at once; kill those that have not in time."""
         for child in children:
             child.signal(signal.SIGTERM)
         with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_WITHIN_S):
+            async with asyncio.timeout(self._stop_within_s):
                 for child in children:
                     await child.wait()
         for child in children:

@@ -23,7 +23,6 @@ MAX_IN_FLIGHT = 64
 
 LATENCIES_KEPT = 1_000
 
-PHASE_S = 4.0
 HOT_SHARE = 0.8
 
 
@@ -107,6 +106,7 @@ class Traffic:
         path: with its query.
         rate: requests a second, all regions together.
         departed: told the instant of each departure, in order.
+        phase_s: how long each phase lasts.
     """
 
     def __init__(
@@ -115,7 +115,10 @@ class Traffic:
         path: str,
         rate: float,
         departed: Callable[[float], None],
+        *,
+        phase_s: float = 4.0,
     ) -> None:
+        self._phase_s = phase_s
         self.regions = [RegionTraffic(name, url) for name, url in regions]
         self._phases = phases([name for name, _ in regions])
         self.phase = self._phases[0]
@@ -144,7 +147,7 @@ class Traffic:
         owed = [0.0] * len(self.regions)
         for phase in cycle(self._phases):
             self.phase = phase
-            for tick in range(round(PHASE_S * self._rate)):
+            for tick in range(round(self._phase_s * self._rate)):
                 if await _set_before(start + tick / self._rate, stop):
                     return
                 # The region furthest behind its share comes next, so each gets its requests evenly spaced.
@@ -152,7 +155,7 @@ class Traffic:
                 due = max(range(len(owed)), key=owed.__getitem__)
                 owed[due] -= 1
                 yield self.regions[due]
-            start += PHASE_S
+            start += self._phase_s
 
     async def _send(self, client: httpx.AsyncClient, region: RegionTraffic, sent_at: float) -> None:
         try:

@@ -297,7 +297,7 @@ class RedisState:
     async def _write_waiting(self, client: _Client, *, is_last: bool) -> None:
         # What changes meanwhile is for the next round.
         left = len(self._waiting)
-        while left > 0 and (batch := self._waiting.take(min(left, BATCH_BUCKETS))):
+        while left > 0 and (batch := self._waiting.take(BATCH_BUCKETS)):
             left -= len(batch)
             try:
                 await self._write(client, batch, is_last=is_last)

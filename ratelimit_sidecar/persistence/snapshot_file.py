@@ -138,17 +138,7 @@ class SnapshotFile:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        entries = bad_records = 0
-        why_bad = ""
-        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
-        with file:
-            records = records_again(file)
-            while (record := await asyncio.to_thread(next, records, None)) is not None:
-                try:
-                    entries += await _in_turns(restore(*record, to, self._now_us()))
-                except BadSnapshot as error:
-                    bad_records += 1
-                    why_bad = why_bad or str(error)
+        entries, bad_records, why_bad = await self._join(file, checked)
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
         _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
@@ -161,13 +151,25 @@ class SnapshotFile:
         opened = await asyncio.to_thread(_open_checked, new, may_be_cut=True)
         if opened is None:
             return
-        file, checked = opened
-        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         _log.warning("snapshot_cut_short", file=str(new), reason="the last process ended before it was complete")
+        await self._join(*opened)
+
+    async def _join(self, file: BinaryIO, checked: SnapshotInfo) -> tuple[int, int, str]:
+        """Join the records that are good, and close the file. Returns how many entries they had, how many records are
+        bad, and why the first of these is.
+        """
+        entries = bad_records = 0
+        why_bad = ""
+        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
         with file:
             records = records_again(file)
             while (record := await asyncio.to_thread(next, records, None)) is not None:
-                await _in_turns(restore(*record, to, self._now_us()))
+                try:
+                    entries += await _in_turns(restore(*record, to, self._now_us()))
+                except BadSnapshot as error:
+                    bad_records += 1
+                    why_bad = why_bad or str(error)
+        return entries, bad_records, why_bad
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""

@@ -12,7 +12,8 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.connections import RESTART_US
-from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, Dialler
+from ratelimit_sidecar.replication.dialler import Dialler
+from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.refusals import Refusals
@@ -28,12 +29,6 @@ SKEW_US = 100_000
 
 CERTAIN_US = 2 * RESTART_US
 """A node that is refused for so long because its id is in use is no node that has just restarted."""
-
-ID_TAKEN_US = int(2.5e6 * MISCONFIGURED_REDIAL_SECONDS)
-"""How long `is_id_taken` stays true after a stream was refused for it. Meanwhile the peer is dialled again."""
-
-GOODBYE_SECONDS = 1.0
-"""The time for the last frame of a stream to reach the other end."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -56,6 +51,7 @@ class CarriedStreams:
         now_us: Callable[[], int],
         steady_us: Callable[[], int],
         certificate: NodeCertificate | None,
+        limits: MeshLimits,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
         """By stream, its peer; None until both ends have accepted each other."""
@@ -67,6 +63,7 @@ class CarriedStreams:
         self._now_us = now_us
         self._steady_us = steady_us
         self._certificate = certificate
+        self._limits = limits
         self._refusals = Refusals()
         self._id_refused_us: int | None = None
         """When a stream was last refused because another node has this one's id, for so long that it must be so."""
@@ -75,7 +72,8 @@ class CarriedStreams:
     def is_id_taken(self) -> bool:
         """True while a peer refuses this node because another node has its id: they do not share limits then."""
         refused_us = self._id_refused_us
-        return refused_us is not None and self._steady_us() - refused_us < ID_TAKEN_US
+        # Meanwhile the peer is dialled again.
+        return refused_us is not None and self._steady_us() - refused_us < 2.5e6 * self._limits.misconfigured_redial
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
         """Say Goodbye on all of them."""
@@ -140,7 +138,8 @@ class CarriedStreams:
                 now_us=self._now_us,
                 on_received=note_received,
                 # A listener ends its calls with a status, which nothing overtakes.
-                linger_seconds=0.0 if target is None else GOODBYE_SECONDS,
+                linger_seconds=0.0 if target is None else self._limits.goodbye,
+                write_seconds=self._limits.write,
             )
         finally:
             if target is not None:

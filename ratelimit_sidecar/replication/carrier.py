@@ -39,9 +39,6 @@ OPTIONS = (
 
 CHECK_TIME_SECONDS = 0.25
 
-WRITE_SECONDS = 5.0
-"""The time for the network to take one frame. A stream to a peer that does not read for so long is ended."""
-
 _CALL_IS_OVER = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 """What reading from or writing to a call raises when the other end, or the connection, has ended it."""
 
@@ -66,6 +63,7 @@ async def carry(
     now_us: Callable[[], int],
     on_received: Callable[[], None],
     linger_seconds: float,
+    write_seconds: float,
 ) -> None:
     """Carry a stream until it is over; then the replicator knows that it is.
 
@@ -75,12 +73,13 @@ async def carry(
         on_received: called after each frame received.
         linger_seconds: after the last frame, how long the other end has to hang up first: a call cancelled sooner may
             lose that frame.
+        write_seconds: for the network to take one frame. A stream to a peer that does not read for so long is ended.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(_read(call, stream, scheduler, now_us, on_received))
             timer = tasks.create_task(_keep_time(stream, now_us))
-            await _write(call, stream, woken, scheduler, now_us)
+            await _write(call, stream, woken, scheduler, now_us, write_seconds=write_seconds)
             timer.cancel()
             if not reader.done():
                 await asyncio.wait([reader], timeout=linger_seconds)
@@ -128,7 +127,13 @@ async def _read(
 
 
 async def _write(
-    call: Call, stream: Stream, woken: asyncio.Event, scheduler: Scheduler, now_us: Callable[[], int]
+    call: Call,
+    stream: Stream,
+    woken: asyncio.Event,
+    scheduler: Scheduler,
+    now_us: Callable[[], int],
+    *,
+    write_seconds: float,
 ) -> None:
     frame: bytes | None = None
 
@@ -150,10 +155,10 @@ async def _write(
         await scheduler.run(write_steps())
         if frame is not None:
             try:
-                async with asyncio.timeout(WRITE_SECONDS):
+                async with asyncio.timeout(write_seconds):
                     await call.write(frame)
             except TimeoutError:
-                stream.lost(f"the peer has not read for {WRITE_SECONDS:g} s", now_us())
+                stream.lost(f"the peer has not read for {write_seconds:g} s", now_us())
                 return
             except _CALL_IS_OVER:
                 # The reader learns why.

@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, Call
+from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
@@ -26,29 +27,7 @@ from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.targets import Name, Target, Targets, host_of, port_of
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, UntrustedError
-from ratelimit_sidecar.replication.wire import ProtocolError, Reason
-
-CONNECT_SECONDS = 2.0
-"""The time for a TCP or a TLS handshake over any distance, with one packet lost. A dial with TLS has two of each, and
-twice the time.
-"""
-
-FIRST_REDIAL_SECONDS = 0.2
-MAX_REDIAL_SECONDS = 1.0
-"""Waits are random up to a bound that doubles from the first of these to the second ("full jitter")."""
-
-MISCONFIGURED_REDIAL_SECONDS = 30.0
-"""The wait when an error at one of the ends needs people to fix it."""
-
-PARKED_SECONDS = 60.0
-"""The wait before an address is tried again that led to a peer connected under another address: it may lead to a new
-node.
-"""
-
-LASTING_SECONDS = 10.0
-"""A stream that lasted this long was fine: its address is dialled again at once, and the waits start from the
-beginning.
-"""
+from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
 
 _MISCONFIGURED = frozenset({Reason.CERTIFICATE, Reason.DUPLICATE_NODE})
 
@@ -58,14 +37,15 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     # Each dial is a connection of its own: a shared one would bring its own back-off along.
     ("grpc.use_local_subchannel_pool", 1),
-    # Of a dial that was given up, gRPC keeps the connection until it has given it up itself: by default 20 s.
-    ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1_000)),
 )
 
 _log = structlog.stdlib.get_logger(__name__)
 
 Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
 """Carries a dialled stream until it ends."""
+
+RedialWait = Callable[[Target, Callable[[RetryCallState], float], MeshLimits, RetryCallState], float]
+"""The seconds to wait before the next dial of a target. The second argument gives the random ones, which grow."""
 
 
 class Dialler:
@@ -87,6 +67,8 @@ class Dialler:
         now_us: Callable[[], int],
         resolver: Resolver,
         certificate: NodeCertificate | None,
+        limits: MeshLimits,
+        redial: RedialWait,
     ) -> None:
         self.targets = Targets(peers)
         self._replicator = replicator
@@ -95,6 +77,10 @@ class Dialler:
         self._now_us = now_us
         self._resolver = resolver
         self._certificate = certificate
+        self._limits = limits
+        self._redial = redial
+        # Of a dial that was given up, gRPC keeps the connection until it has given it up itself: by default 20 s.
+        self._options = (*_CHANNEL_OPTIONS, ("grpc.min_reconnect_backoff_ms", int(limits.connect * 1_000)))
         self._is_stopping = False
         self._dialling: dict[Target, asyncio.Task[None]] = {}
 
@@ -178,9 +164,9 @@ class Dialler:
                 self._replicator.connections.release(target.node)
 
     async def _keep_dialled(self, target: Target) -> None:
-        backoff = wait_random_exponential(multiplier=FIRST_REDIAL_SECONDS, max=MAX_REDIAL_SECONDS)
+        backoff = wait_random_exponential(multiplier=self._limits.first_redial, max=self._limits.most_redial)
         redial = AsyncRetrying(
-            wait=partial(redial_seconds, target, backoff),
+            wait=partial(self._redial, target, backoff, self._limits),
             retry=retry_if_result(lambda lasted: not lasted and not self._is_done_with(target)),
         )
         while not self._is_done_with(target):
@@ -197,19 +183,22 @@ class Dialler:
         """
         if self.targets.is_reached_otherwise(target):
             with suppress(TimeoutError):
-                async with asyncio.timeout(PARKED_SECONDS):
+                async with asyncio.timeout(self._limits.parked):
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
         dialled_us = self._now_us()
         target.is_misconfigured = target.is_mute = False
+        has_failed = False
         try:
             async with self._call(target) as (call, certificate):
                 stream = await self._carry(call, target, certificate)
         except TimeoutError:
             target.is_mute = True
-            self._note_unreached(target, f"not connected within {CONNECT_SECONDS:g} s")
+            self._note_unreached(target, f"not connected within {self._limits.connect:g} s")
         except grpc.aio.AioRpcError as error:
+            has_failed = error.code() is not grpc.StatusCode.UNAVAILABLE
             self._note_unreached(target, f"{error.code().name}: {error.details()}")
         except UntrustedError as error:
+            has_failed = True
             self._note_unreached(target, str(error))
         except OSError as error:
             self._note_unreached(target, f"UNAVAILABLE: {error.strerror or error}")
@@ -217,21 +206,27 @@ class Dialler:
             _log.exception("peer_dial_failed", address=target.address)
             self._note_unreached(target, f"{Reason.INTERNAL}: see this node's log")
         else:
+            has_failed = _has_failed(stream)
             self._note_ended(target, stream)
+        has_lasted = self._now_us() - dialled_us >= self._limits.lasting * 1e6
+        target.failed_dials = target.failed_dials + 1 if has_failed and not has_lasted else 0
+        peer = self._replicator.peers.get(target.node)
+        if peer is not None:
+            peer.failed_dials = target.failed_dials
         self._progress.made()
-        return self._now_us() - dialled_us >= LASTING_SECONDS * 1e6
+        return has_lasted
 
     @asynccontextmanager
     async def _call(self, target: Target) -> AsyncIterator[tuple[Call, PeerCertificate | None]]:
         """A call on its own connection; with TLS, also the other end's certificate."""
-        async with asyncio.timeout(CONNECT_SECONDS) as connecting:
+        async with asyncio.timeout(self._limits.connect) as connecting:
             if self._certificate is None:
-                shown, channel = None, grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
+                shown, channel = None, grpc.aio.insecure_channel(target.address, options=self._options)
             else:
                 pinned = await self._certificate.look_at(host_of(target.address), port_of(target.address))
-                connecting.reschedule(asyncio.get_running_loop().time() + CONNECT_SECONDS)
+                connecting.reschedule(asyncio.get_running_loop().time() + self._limits.connect)
                 shown, credentials = pinned.certificate, self._certificate.channel_credentials(pinned)
-                options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", pinned.server_name))
+                options = (*self._options, ("grpc.ssl_target_name_override", pinned.server_name))
                 channel = grpc.aio.secure_channel(target.address, credentials, options=options)
             async with channel:
                 call = channel.stream_stream(METHOD)()
@@ -272,9 +267,17 @@ class Dialler:
             peer.last_error = why
 
 
-def redial_seconds(target: Target, backoff: Callable[[RetryCallState], float], state: RetryCallState) -> float:
+def _has_failed(stream: Stream) -> bool:
+    """Whether an error ended it that does not go away by itself. That two nodes have one id is told otherwise."""
+    reasons = {stream.peer_reason, None if stream.error is None else stream.error.reason}
+    return not reasons & (FAULTLESS | {Reason.DUPLICATE_NODE})
+
+
+def redial_seconds(
+    target: Target, backoff: Callable[[RetryCallState], float], limits: MeshLimits, state: RetryCallState
+) -> float:
     """How long to wait before the next dial."""
     if target.is_misconfigured:
-        return MISCONFIGURED_REDIAL_SECONDS
+        return limits.misconfigured_redial
     # Who has waited for an answer in vain has waited long enough: a network that heals is used at once.
     return 0.0 if target.is_mute else backoff(state)

@@ -1,26 +1,26 @@
-"""When a node flushes: every 20 ms, and sooner when a bucket gets nearly used up."""
+"""When a node flushes: at an even interval, and sooner when a bucket gets nearly used up."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
-FLUSH_SECONDS = 0.02
-
 URGENT_FLUSH_SECONDS = 0.002
 """The least time between two flushes, when buckets get nearly used up (`crdt/journal.py`)."""
 
 
 class Flushing:
-    """Calls `flush` every `FLUSH_SECONDS`. After `hurry` it does so at once, or `URGENT_FLUSH_SECONDS` after the last.
+    """Calls `flush` at an interval. After `hurry` it does so at once, or `URGENT_FLUSH_SECONDS` after the last.
 
     Args:
         flush: what it raises ends `run`.
+        every_seconds: the interval.
     """
 
-    def __init__(self, flush: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, flush: Callable[[], Awaitable[None]], every_seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._flush = flush
+        self._every_seconds = every_seconds
         self._due = asyncio.Event()
         self._flushed_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -32,7 +32,7 @@ class Flushing:
             while True:
                 self._due.clear()
                 self._flushed_at = self._loop.time()
-                self._timer = self._loop.call_later(FLUSH_SECONDS, self._fall_due)
+                self._timer = self._loop.call_later(self._every_seconds, self._fall_due)
                 await self._flush()
                 await self._due.wait()
         finally:

@@ -8,26 +8,14 @@ import grpc
 import grpc.aio
 
 from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.tls import NodeCertificate
-
-MAX_STREAMS = 512
-"""Inbound, at once; two from each of `connections.MAX_PEERS`."""
-
-MAX_CONNECTIONS = 1_024
-"""Inbound, at once; one a stream, and as many more that have not said anything yet."""
-
-HANDSHAKE_SECONDS = 5.0
-"""From an inbound connection to its first HTTP/2 settings, TLS included; gRPC's default is two minutes."""
-
-IDLE_SECONDS = 10.0
-"""A connection without a stream is closed: who dials opens one at once."""
 
 FAILED_CHECK_SECONDS = 0.25
 """Interval of checks that the listener still takes streams."""
 
 _SERVER_OPTIONS = (
     *OPTIONS,
-    ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1_000)),
     # Who dials opens one stream on each connection; the next one may come before the last has ended.
     ("grpc.max_concurrent_streams", 2),
     # Without this a second process could share the port, and neither would know.
@@ -46,8 +34,6 @@ class Listener:
     Args:
         address: `host:port`; port 0 takes a free one.
         certificate: None for plain text.
-        max_connections: at once; further ones are closed.
-        handshake_seconds: for each.
     """
 
     def __init__(
@@ -56,8 +42,7 @@ class Listener:
         *,
         certificate: NodeCertificate | None,
         accept: Accept,
-        max_connections: int = MAX_CONNECTIONS,
-        handshake_seconds: float = HANDSHAKE_SECONDS,
+        limits: MeshLimits = DEFAULT_LIMITS,
     ) -> None:
         self.address = address
         """Where it is bound, once it is."""
@@ -65,9 +50,11 @@ class Listener:
         self._accept = accept
         self._options = (
             *_SERVER_OPTIONS,
-            ("grpc.max_allowed_incoming_connections", max_connections),
-            ("grpc.server_handshake_timeout_ms", int(handshake_seconds * 1_000)),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1_000)),
+            ("grpc.max_connection_idle_ms", int(limits.idle * 1_000)),
         )
+        self._streams = limits.streams
         self._server: grpc.aio.Server | None = None
 
     async def bind(self) -> None:
@@ -76,7 +63,7 @@ class Listener:
         Raises:
             OSError: the address cannot be listened on.
         """
-        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=MAX_STREAMS)
+        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._streams)
         # No (de)serializers: frames are bytes here.
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
         method = METHOD.rpartition("/")[2]

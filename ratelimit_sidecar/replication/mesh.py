@@ -17,13 +17,14 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
-from ratelimit_sidecar.replication.carried import GOODBYE_SECONDS, CarriedStreams
+from ratelimit_sidecar.replication.carried import CarriedStreams
 from ratelimit_sidecar.replication.carrier import Call
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.dialler import Dialler
+from ratelimit_sidecar.replication.dialler import Dialler, RedialWait, redial_seconds
 from ratelimit_sidecar.replication.flushing import Flushing
-from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS, Listener
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
+from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.progress import Progress
@@ -36,9 +37,6 @@ from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
 from ratelimit_sidecar.supervision import Supervisor
-
-DRAIN_SECONDS = 2.0
-"""The time for connected peers, at a stop, to acknowledge what is yet to be sent to them."""
 
 LISTENER = "mesh_listener"
 """The name of the listener's task in metrics and `/readyz`."""
@@ -59,7 +57,7 @@ class Mesh:
         is_gateway: it speaks for the sidecars of its region.
         certificate: None for a mesh in plain text.
         supervisor: of the tasks that run for as long as the mesh does.
-        max_connections: inbound, at once; further ones are closed.
+        redial: how long to wait before the next dial.
     """
 
     def __init__(
@@ -80,8 +78,10 @@ class Mesh:
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
         supervisor: Supervisor | None = None,
-        max_connections: int = MAX_CONNECTIONS,
+        limits: MeshLimits = DEFAULT_LIMITS,
+        redial: RedialWait = redial_seconds,
     ) -> None:
+        self._limits = limits
         self._now_us = now_us
         self._supervisor = Supervisor() if supervisor is None else supervisor
         self._steady_us = now_us if steady_us is None else steady_us
@@ -101,15 +101,15 @@ class Mesh:
             now_us=self._steady_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
+            limits=limits,
+            redial=redial,
         )
         self.certificate = certificate
         """This node's certificate; None in plain text."""
         self._listener: Listener | None = None
         """None when this node only dials."""
         if listen is not None:
-            self._listener = Listener(
-                listen, certificate=certificate, accept=self._accept, max_connections=max_connections
-            )
+            self._listener = Listener(listen, certificate=certificate, accept=self._accept, limits=limits)
         self._is_left_out_logged = False
         self._stopping = asyncio.Event()
         self._carried = CarriedStreams(
@@ -119,6 +119,7 @@ class Mesh:
             now_us=now_us,
             steady_us=self._steady_us,
             certificate=certificate,
+            limits=limits,
         )
 
     @property
@@ -204,7 +205,7 @@ class Mesh:
         kept: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh_flush": self._flush_forever,
             # As often as a flush; nothing hurries it.
-            "mesh_compare": Flushing(self._compare).run,
+            "mesh_compare": Flushing(self._compare, self._limits.flush).run,
             "mesh_dial": self._dialler.run,
         }
         if self._listener is not None:
@@ -276,7 +277,7 @@ class Mesh:
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:
-        flushing = Flushing(self._flush)
+        flushing = Flushing(self._flush, self._limits.flush)
         self._replicator.store.journal.on_urgent = flushing.hurry
         await flushing.run()
 
@@ -293,14 +294,14 @@ class Mesh:
     async def _drain(self) -> None:
         await self._flush()
         with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
+            async with asyncio.timeout(self._limits.drain):
                 await self.until(self._replicator.is_settled)
         self._carried.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
         with suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_SECONDS):
+            async with asyncio.timeout(self._limits.goodbye):
                 await self.until(lambda: not self._carried.streams)
         if self._listener is not None:
-            await self._listener.stop(GOODBYE_SECONDS)
+            await self._listener.stop(self._limits.goodbye)
 
     async def _accept(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry a stream that a peer has dialled."""

@@ -117,6 +117,7 @@ class Peer:
         self.is_skewed = False
         """True when the clock offset has been warned about."""
         self.last_error = ""
+        self.failed_dials = 0
         self.lost_us = 0
         """When its last stream ended."""
         self._spans: deque[BatchSpan | None] = deque()
@@ -221,5 +222,6 @@ class Peer:
             reconnects=max(0, self.connections - 1),
             clock_offset_seconds=None if self.reported.clock_offset_us is None else self.reported.clock_offset_us / 1e6,
             last_error=self.last_error,
+            failed_dials=self.failed_dials,
             **{counter.name: copy(getattr(self.counts, counter.name)) for counter in fields(PeerCounts)},
         )

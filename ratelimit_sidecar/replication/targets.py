@@ -36,6 +36,8 @@ class Target:
     has_failed: bool = False
     """True if a dial has shown that no peer can be reached there, or none that accepts the stream."""
     last_error: str = ""
+    failed_dials: int = 0
+    """See `PeerStatus`."""
     protocol_errors: Counter[str] = field(default_factory=Counter)
     stream: Stream | None = None
     """The current stream; None without one."""
@@ -158,6 +160,7 @@ class Targets:
                 address=target.address,
                 lag_seconds=lag_seconds,
                 last_error=target.last_error,
+                failed_dials=target.failed_dials,
                 protocol_errors=target.protocol_errors,
             )
             for target in self.unreached()

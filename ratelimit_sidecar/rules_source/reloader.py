@@ -22,9 +22,6 @@ from ratelimit_sidecar.limiter.limiter import Retired
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.threads import in_daemon_thread
 
-SLOW_READ_SECONDS = 30.0
-"""After this time reading the rules counts as slow, and is reported; 200,000 rules take less."""
-
 MAX_PROBLEMS_LOGGED = 20
 """The most problems logged for one attempt; a file that is no YAML has thousands."""
 
@@ -70,6 +67,9 @@ class Reloader:
         source: where the rules come from, for people.
         loaded: the rules in force from the start; None if the source has not given any yet.
     """
+
+    slow_read_seconds = 30.0
+    """After this time reading the rules counts as slow, and is reported; 200,000 rules take less."""
 
     def __init__(
         self, use_rules: Callable[[Rules], Retired | None], now_us: Callable[[], int], source: str, loaded: Rules | None
@@ -132,11 +132,11 @@ class Reloader:
         """
         working = asyncio.ensure_future(in_daemon_thread("rules", work))
         try:
-            await asyncio.wait([working], timeout=SLOW_READ_SECONDS)
+            await asyncio.wait([working], timeout=self.slow_read_seconds)
             if not working.done():
                 former, self.degraded_reason = (
                     self.degraded_reason,
-                    f"reading them has taken more than {SLOW_READ_SECONDS:g} s so far",
+                    f"reading them has taken more than {self.slow_read_seconds:g} s so far",
                 )
                 _log.error(
                     "rules_not_read", source=self.source, why=self.degraded_reason, in_force="the rules from before"

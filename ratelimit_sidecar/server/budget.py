@@ -99,6 +99,10 @@ class ConnectionLimiter:
         budget.connections += 1
         return budget
 
+    def has(self, address: str) -> bool:
+        """Whether this address has a connection."""
+        return address in self._addresses
+
     def leave(self, budget: AddressBudget) -> None:
         """Note that a connection of this budget is closed."""
         self._taken -= 1

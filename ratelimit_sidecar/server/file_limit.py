@@ -9,10 +9,8 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 
-RESERVED = 640
-"""Reserved for 256 dialled peers, 128 connections each of the console and of ext_authz over HTTP, and about 30 of the
-process itself.
-"""
+RESERVED = 512
+"""Reserved for 256 dialled peers, 128 connections of the console, and about 30 of the process itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +20,16 @@ class FileLimits:
     Args:
         clients: connections of Envoys and other clients.
         mesh: connections that peers dial.
+        proxies: connections to ext_authz over HTTP.
     """
 
     clients: int
     mesh: int
+    proxies: int = 0
 
     @property
     def total(self) -> int:
-        return self.clients + self.mesh + RESERVED
+        return self.clients + self.mesh + self.proxies + RESERVED
 
 
 def raise_file_limit(wanted: FileLimits) -> FileLimits:
@@ -44,5 +44,6 @@ def raise_file_limit(wanted: FileLimits) -> FileLimits:
     if soft == resource.RLIM_INFINITY or soft >= wanted.total:
         return wanted
     left = max(soft - RESERVED, soft // 2)
-    clients = left * wanted.clients // (wanted.clients + wanted.mesh)
-    return FileLimits(clients, left - clients)
+    share = wanted.total - RESERVED
+    clients, proxies = left * wanted.clients // share, left * wanted.proxies // share
+    return FileLimits(clients, left - clients - proxies, proxies)

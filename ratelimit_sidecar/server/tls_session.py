@@ -22,6 +22,14 @@ ClientHello up to 171 KiB. An established connection needs a few KiB.
 RECORD_BYTES: Final = 16_384
 """The largest record (RFC 8446, section 5.1)."""
 
+MAX_IDLE_BYTES: Final = 32_768
+"""The most bytes received that carry nothing, as KeyUpdates do. (Go's crypto/tls takes 16 records in a row.) It is more
+than the longest record, which carries nothing until it is complete.
+"""
+
+IDLE_BYTES_A_BYTE: Final = 64
+"""So many bytes received are forgotten for each that is read. The shortest record with a byte has 23."""
+
 _NAMES: Final = ("DNS", "URI", "IP Address")
 """The kinds of subject alternative names that are checked, as Python calls them."""
 
@@ -43,6 +51,8 @@ class TlsSession:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._early = b""
         """What is to be sent when the handshake is over."""
+        self._idle_bytes = 0
+        """The bytes received of an established connection, less what those that were read account for."""
         self.is_established = False
         """True when the handshake is over and the client is accepted."""
         self.has_more = False
@@ -56,6 +66,8 @@ class TlsSession:
         """Take bytes of the network. Keep them few: one `read` may have to deal with all of them."""
         self._incoming.write(data)
         self.has_more = True
+        if self.is_established:
+            self._idle_bytes += len(data)
 
     def read(self, size: int) -> bytes:
         """Decrypt at most so many bytes, or go on with the handshake. Look at `is_over` afterwards.
@@ -70,8 +82,14 @@ class TlsSession:
             data = self._object.read(size)
         except ssl.SSLWantReadError:
             self.has_more = False
+            if self._idle_bytes > MAX_IDLE_BYTES:
+                self._end("tls")
             return b""
         except ssl.SSLError:
+            self._end("tls")
+            return b""
+        self._idle_bytes = max(0, self._idle_bytes - IDLE_BYTES_A_BYTE * len(data))
+        if self._idle_bytes > MAX_IDLE_BYTES:
             self._end("tls")
             return b""
         if data:

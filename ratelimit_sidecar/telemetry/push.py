@@ -45,9 +45,6 @@ from ratelimit_sidecar.telemetry.export import (
 from ratelimit_sidecar.telemetry.exposition import sample_slices
 from ratelimit_sidecar.threads import in_daemon_thread
 
-POINTS_PER_REQUEST: Final = 2_000
-"""About 0.3 MB; collectors accept 4 MB by default."""
-
 _DEFAULT_INTERVAL_MS: Final = "60000"
 
 
@@ -71,6 +68,9 @@ def start_push(node: str, region: str, registry: CollectorRegistry) -> MetricsPu
 
 class MetricsPush:
     """Pushes the metrics to a collector while `run` runs."""
+
+    points_per_request = 2_000
+    """About 0.3 MB; collectors accept 4 MB by default."""
 
     def __init__(
         self, registry: CollectorRegistry, exporter: MetricExporter, resource: Resource, interval_seconds: float
@@ -98,7 +98,7 @@ class MetricsPush:
                 continue
             metrics += _converted(family, samples, self._began_ns, time.time_ns())
             points += len(samples)
-            if points >= POINTS_PER_REQUEST:
+            if points >= self.points_per_request:
                 if not await self._send(metrics):
                     return
                 metrics, points = [], 0

@@ -97,7 +97,14 @@ def test_json_says_what_was_read() -> None:
     write("a.yaml", GOOD.format(domain="a"))
     result = check("--format", "json", "a.yaml")
     assert result.exit_code == 0
-    assert json.loads(result.output) == {"ok": True, "files": 1, "domains": 1, "rules": 1, "problems": []}
+    assert json.loads(result.output) == {
+        "ok": True,
+        "files": 1,
+        "domains": 1,
+        "rules": 1,
+        "problems": [],
+        "warnings": [],
+    }
 
 
 def test_json_has_every_part_of_a_problem() -> None:
@@ -122,6 +129,7 @@ def test_json_has_every_part_of_a_problem() -> None:
                 ' descriptors; did you mean "descriptors"?',
             }
         ],
+        "warnings": [],
     }
 
 
@@ -209,3 +217,62 @@ def test_strict_rules_are_only_blamed_for_missing_members_where_a_configuration_
     blamed = check("rules.yaml", "--config", "sidecar.yaml")
     assert blamed.exit_code == 1
     assert "sync.members" in blamed.output
+
+
+REPLACES = """\
+domain: shop
+descriptors:
+  - {key: a, rate_limit: {unit: day, requests_per_unit: 1, name: one, replaces: [{name: two}]}}
+  - {key: b, rate_limit: {unit: day, requests_per_unit: 1, name: two, replaces: [{name: one}, {name: three}]}}
+  - {key: c, rate_limit: {unlimited: true, name: open, replaces: [{name: tow}]}}
+  - {key: d, rate_limit: {unit: day, requests_per_unit: 1, replaces: [{name: open}, {name: watched}, {name: one}]}}
+  - {key: e, shadow_mode: true, rate_limit: {unit: day, requests_per_unit: 1, name: watched}}
+  - key: f
+    descriptors:
+      - {key: g, shadow_mode: true, rate_limit: {unit: day, requests_per_unit: 1, replaces: [{name: one}]}}
+"""
+REPLACED = "descriptors[0].rate_limit.replaces[0].name"
+THREE = "domain: shop\ndescriptors: [{key: h, rate_limit: {unit: day, requests_per_unit: 1, name: three}}]\n"
+
+
+def test_what_replaces_says_and_probably_does_not_mean_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGE_DOMAIN_CONFIG", "true")
+    write("a.yaml", REPLACES)
+    write("b.yaml", THREE)
+    result = check("--format", "json", "a.yaml", "b.yaml")
+    answer = json.loads(result.output)
+    assert (result.exit_code, answer["ok"], answer["problems"]) == (0, True, [])
+    assert [
+        (warning["file"], warning["line"], warning["column"], warning["key"], warning["found"])
+        for warning in answer["warnings"]
+    ] == [
+        ("a.yaml", 3, 83, REPLACED, '"two", which replaces "one"'),
+        ("a.yaml", 4, 83, "descriptors[1].rate_limit.replaces[0].name", '"one", which replaces "two"'),
+        ("a.yaml", 5, 68, "descriptors[2].rate_limit.replaces[0].name", '"tow", which no limit has'),
+        ("a.yaml", 6, 72, "descriptors[3].rate_limit.replaces[0].name", '"open", which is unlimited'),
+        ("a.yaml", 6, 86, "descriptors[3].rate_limit.replaces[1].name", '"watched", in shadow_mode'),
+        ("a.yaml", 10, 95, f"descriptors[5].{REPLACED}", '"one", in a rule in shadow_mode'),
+    ]
+
+
+def test_a_longer_circle_is_one_too_and_who_only_replaces_a_part_of_it_is_none() -> None:
+    rules = [(1, 2), (2, 3), (3, 1), (4, 1)]
+    limit = "{{key: k{0}, rate_limit: {{unit: day, requests_per_unit: 1, name: n{0}, replaces: [{{name: n{1}}}]}}}}"
+    write("a.yaml", f"domain: d\ndescriptors: [{', '.join(limit.format(*each) for each in rules)}]\n")
+    warnings = json.loads(check("--format", "json", "a.yaml").output)["warnings"]
+    assert [warning["found"] for warning in warnings] == [
+        f'"n{replaced}", which replaces "n{own}"' for own, replaced in rules[:3]
+    ]
+
+
+def test_names_hold_within_a_domain() -> None:
+    write("a.yaml", REPLACES.partition("  - {key: b")[0])
+    write("b.yaml", THREE.replace("shop", "other").replace("three", "two"))
+    result = check("a.yaml", "b.yaml")
+    assert (result.exit_code, result.output) == (
+        0,
+        f'warning: a.yaml:3:83: {REPLACED}: found "two", which no limit has, expected the'
+        " name of a limit of the domain; correct it, or remove the entry\n"
+        "2 files, 2 domains, 2 rules: no problems, 1 warning\n",
+    )
+    assert check("--format", "github", "a.yaml", "b.yaml").output.startswith("::warning file=a.yaml,line=3,col=83,")

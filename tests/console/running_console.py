@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.proxies import ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
 
 GET = b"GET / HTTP/1.1\r\nhost: console\r\n\r\n"
@@ -75,8 +77,10 @@ class App(Starlette):
 
 
 @asynccontextmanager
-async def running(app: App | None = None) -> AsyncIterator[HttpServer]:
-    server = HttpServer(app or App(), "127.0.0.1:0")
+async def running(
+    app: App | None = None, proxies: ProxyPlaces | None = None, limits: HttpLimits = DEFAULT_LIMITS
+) -> AsyncIterator[HttpServer]:
+    server = HttpServer(app or App(), "127.0.0.1:0", proxies=proxies, limits=limits)
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())

@@ -119,6 +119,7 @@ async def test_peers_are_listed_with_all_that_is_known_of_them() -> None:
             "reconnects": 2,
             "clock_offset_seconds": 0.002,
             "last_error": "",
+            "failed_dials": 0,
             "protocol_errors": {"malformed": 1},
             "refused": {"ahead": 9},
         }

@@ -74,6 +74,16 @@ async def test_rules_are_put_into_words_once_for_all_who_ask_until_they_change()
     assert await text.pieces() is not first
 
 
+async def test_rules_that_come_while_the_former_are_put_into_words_are_shown_to_the_next_who_asks() -> None:
+    limiter = small_limiter(RULES)
+    text = RulesText(limiter)
+    making = asyncio.create_task(text.pieces())
+    await asyncio.sleep(0)
+    limiter.use_rules(Rules())
+    assert await making == lines_of(RULES)
+    assert await text.pieces() == []
+
+
 async def test_many_rules_are_sent_in_pieces() -> None:
     rules = Rules({"shop": RuleNode(exact={("user", str(n)): RuleNode(Rule(f"shop.{n}", None)) for n in range(999)})})
     pieces = await RulesText(small_limiter(rules)).pieces()

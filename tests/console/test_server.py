@@ -14,8 +14,9 @@ import httpx
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
-from ratelimit_sidecar.console.connection import BoundedConnection
-from ratelimit_sidecar.console.requests import MAX_BODY_BYTES, MAX_REQUESTS
+from ratelimit_sidecar.console.connection import ConsoleConnection
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.requests import MAX_BODY_BYTES
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.server.listeners import ListenError
 
@@ -144,10 +145,9 @@ async def test_a_stop_does_not_wait_for_connections_without_a_request() -> None:
 
 
 async def test_a_stop_waits_no_longer_than_the_drain_time_for_the_rest_of_a_request(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.server.DRAIN_SECONDS", 0.2)
-    async with running() as server, connect(server) as client:
+    async with running(limits=HttpLimits(drain=0.2)) as server, connect(server) as client:
         client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf")
         await get(server)
         await asyncio.wait_for(server.stop(), 2)
@@ -175,13 +175,9 @@ async def test_a_stop_lets_a_large_answer_be_taken() -> None:
         assert len(await client.closed()) > LARGE_BYTES
 
 
-async def test_a_handler_that_outlives_the_drain_is_cancelled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.server.DRAIN_SECONDS", 0.1)
-    monkeypatch.setattr("ratelimit_sidecar.console.server._CANCEL_SECONDS", 0.1)
+async def test_a_handler_that_outlives_the_drain_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     app = App()
-    async with running(app) as server, connect(server) as client:
+    async with running(app, limits=HttpLimits(drain=0.1, cancel=0.1)) as server, connect(server) as client:
         client.send(b"GET /slow HTTP/1.1\r\nhost: console\r\n\r\n")
         await app.slow_began.wait()
         await asyncio.wait_for(server.stop(), 2)
@@ -212,8 +208,8 @@ async def test_a_server_that_dies_raises(monkeypatch: pytest.MonkeyPatch) -> Non
 
     server = HttpServer(App(), "127.0.0.1:0")
     await server.start()
-    monkeypatch.setattr(asyncio.get_running_loop(), "create_server", fail)
-    with pytest.raises(OSError, match="out of memory"):
+    monkeypatch.setattr("uvicorn.Server.on_tick", fail)
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="out of memory")):
         await server.serve()
     await asyncio.wait_for(server.stop(), 1)
 
@@ -269,18 +265,17 @@ async def test_a_head_that_is_too_large_is_refused() -> None:
 async def test_requests_beyond_those_at_work_wait_until_one_is_answered() -> None:
     app = App()
     async with running(app) as server, asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2 * MAX_REQUESTS)]
-        await until(lambda: app.at_work == MAX_REQUESTS)
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2 * DEFAULT_LIMITS.requests)]
+        await until(lambda: app.at_work == DEFAULT_LIMITS.requests)
         app.slow_may_end.set()
         assert {(await answer).status_code for answer in slow} == {200}
 
 
-async def test_a_request_that_waits_too_long_for_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.requests.PLACE_SECONDS", 0.05)
+async def test_a_request_that_waits_too_long_for_others_is_refused() -> None:
     app = App()
-    async with running(app) as server, asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(get(server, "/slow")) for _ in range(MAX_REQUESTS)]
-        await until(lambda: app.at_work == MAX_REQUESTS)
+    async with running(app, limits=HttpLimits(place=0.05)) as server, asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(DEFAULT_LIMITS.requests)]
+        await until(lambda: app.at_work == DEFAULT_LIMITS.requests)
         refused = await get(server)
         assert refused.status_code == 503
         assert "error" in refused.json()
@@ -289,17 +284,19 @@ async def test_a_request_that_waits_too_long_for_others_is_refused(monkeypatch: 
         assert (await get(server)).status_code == 200
 
 
-async def test_a_request_that_fails_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.requests.MAX_REQUESTS", 1)
-    async with running() as server:
+async def test_a_request_that_fails_gives_its_place_back() -> None:
+    async with running(limits=HttpLimits(requests=1)) as server:
         for _ in range(2):
             assert (await get(server, "/broken")).status_code == 500
 
 
-async def test_a_new_connection_is_closed_while_all_others_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
+async def test_a_new_connection_is_closed_while_all_others_scrape() -> None:
     app = App()
-    async with running(app) as server, connect(server) as one, connect(server) as other:
+    async with (
+        running(app, limits=HttpLimits(connections=2)) as server,
+        connect(server) as one,
+        connect(server) as other,
+    ):
         for client in (one, other):
             client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
             await client.some()
@@ -308,11 +305,10 @@ async def test_a_new_connection_is_closed_while_all_others_scrape(monkeypatch: p
         assert app.endless == 2
 
 
-async def test_a_request_that_is_no_probe_makes_room_when_no_client_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit_sidecar.console.connection.MAX_CONNECTIONS", 2)
+async def test_a_request_that_is_no_probe_makes_room_when_no_client_is_slow() -> None:
     app = App()
     slow = GET.replace(b"/ ", b"/slow ", 1)
-    async with running(app) as server, connect(server) as one:
+    async with running(app, limits=HttpLimits(connections=2)) as server, connect(server) as one:
         one.send(slow)
         await until(lambda: app.at_work == 1)
         async with connect(server) as other:
@@ -389,7 +385,7 @@ async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: byte
     """Which is practically never run (`app.GC_THRESHOLDS`)."""
 
     def connections() -> int:
-        return sum(isinstance(found, BoundedConnection) for found in gc.get_objects())
+        return sum(isinstance(found, ConsoleConnection) for found in gc.get_objects())
 
     async with running() as server:
         gc.collect()

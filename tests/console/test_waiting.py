@@ -12,7 +12,8 @@ from console.small_console import Console
 from console.test_json import post
 from services.waiting_service import WaitingService
 
-from ratelimit_sidecar.console.requests import MAX_REQUESTS, BoundedRequests
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.limiter.http_mapping import EntrySource, Part
 from ratelimit_sidecar.server.deferred import HttpWaits
@@ -20,6 +21,7 @@ from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 
 GOLD = {"domain": "api", "descriptors": [{"entries": [{"key": "plan", "value": "gold"}]}]}
+AT_ONCE_S = 30
 MAPPING = ((EntrySource(b"plan", Part.HEADER, b"x-plan"),),)
 
 
@@ -38,7 +40,7 @@ class Http:
         self.console.app = BoundedRequests(self.console.app)
         with_mapping = replace(rules, http_mappings={"api": MAPPING}, default_domain="api")
         authz = ExtAuthzService(self.service.service, lambda: with_mapping)
-        self.authz = BoundedRequests(ext_authz_app(authz, HttpWaits(MAX_REQUESTS // 2)))
+        self.authz = BoundedRequests(ext_authz_app(authz, HttpWaits(DEFAULT_LIMITS.requests // 2)))
 
     async def check(self) -> httpx.Response:
         transport = httpx.ASGITransport(self.authz)
@@ -71,18 +73,19 @@ async def test_those_that_wait_leave_half_of_the_places_to_others() -> None:
     """However many would wait: those beyond half of the places are decided at once."""
     http = Http()
     for ask in (lambda: post(http.console, GOLD), http.check):
-        waiting = [asyncio.create_task(ask()) for _ in range(MAX_REQUESTS // 2)]
-        await http.service.until_waiting(MAX_REQUESTS // 2)
-        assert {(await ask()).status_code for _ in range(2 * MAX_REQUESTS)} == {429}
-        http.service.node.come(MAX_REQUESTS // 2)
+        waiting = [asyncio.create_task(ask()) for _ in range(DEFAULT_LIMITS.requests // 2)]
+        await http.service.until_waiting(DEFAULT_LIMITS.requests // 2)
+        async with asyncio.timeout(AT_ONCE_S):
+            assert {(await ask()).status_code for _ in range(2 * DEFAULT_LIMITS.requests)} == {429}
+        http.service.node.come(DEFAULT_LIMITS.requests // 2)
         assert {(await each).status_code for each in waiting} == {200}
 
 
 async def test_a_client_that_goes_ends_its_wait_and_gives_its_place_back() -> None:
     http = Http()
-    for _ in range(2 * MAX_REQUESTS):
+    for _ in range(2 * DEFAULT_LIMITS.requests):
         await ask_and_go(http.console.app, http.service)
-    assert http.service.queues.counts[Outcome.CANCELLED] == 2 * MAX_REQUESTS
+    assert http.service.queues.counts[Outcome.CANCELLED] == 2 * DEFAULT_LIMITS.requests
     answer = asyncio.create_task(post(http.console, GOLD))
     await http.service.until_waiting(1)
     http.service.node.come(1)
@@ -95,7 +98,7 @@ async def test_a_request_that_fails_before_its_answer_gives_its_place_back() -> 
 
     transport = httpx.ASGITransport(BoundedRequests(fail))
     async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
-        for _ in range(2 * MAX_REQUESTS):
+        for _ in range(2 * DEFAULT_LIMITS.requests):
             with pytest.raises(ConnectionResetError):
                 await client.get("/json")
 

@@ -104,16 +104,27 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
     assert admitted <= 100 * (now_us - began_us) / HOUR_US
 
 
+def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_changed() -> None:
+    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
+    ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
+    now_us = pass_time([ledger], HOUR_US, 5)
+    assert spent(ledger, limit, now_us) == 100
+    ledger.shares.receive("b", ShownMembership(1, both), now_us)
+    ledger.tick({}, now_us, most=0, longest_key=100)
+    assert ledger.bucket(b"k", limit, now_us + HOUR_US * 3 // 5).remaining == 15
+
+
 def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
     limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
     assert ledger.bucket(b"k", limit, now_us).remaining == 100
-    for _ in range(MAX_CHANGES):
-        for shown in (ShownMembership(1, both), ShownMembership(2, alone)):
-            ledger.shares.receive("b", shown, now_us)
-            ledger.tick({}, now_us, most=10, longest_key=100)
+    larger = [ShownMembership(2, {"a": 1, "b": 1}), ShownMembership(2, alone)]
+    for shown in [ShownMembership(1, both), *larger * MAX_CHANGES][: MAX_CHANGES + 3]:
+        ledger.shares.receive("b", shown, now_us)
+        ledger.tick({}, now_us, most=10, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us).remaining == 25
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 

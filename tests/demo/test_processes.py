@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ratelimit_sidecar.demo import processes
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Child, ChildFailed, Children, Command, first_failure
 
@@ -51,12 +50,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.fixture
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "READY_WITHIN_S", 0.5)
-    monkeypatch.setattr(processes, "STOP_WITHIN_S", 0.5)
-
-
 async def test_a_child_is_ready_once_started_and_gone_afterwards(tmp_path: Path) -> None:
     async with Children(tmp_path) as children:
         child = await children.start(http_server())
@@ -97,10 +90,8 @@ async def test_a_child_is_gone_when_its_owner_is_cancelled_while_it_waits_for_it
     assert not is_running(int(pid_file.read_text()))
 
 
-@pytest.mark.usefixtures("_impatient")
-async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "READY_WITHIN_S", 10)
-    async with Children(tmp_path) as children:
+async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    async with Children(tmp_path, stop_within_s=0.5) as children:
         child = await children.start(http_server("signal.signal(signal.SIGTERM, signal.SIG_IGN)"))
 
     assert child.returncode == -signal.SIGKILL
@@ -123,10 +114,9 @@ async def test_a_child_that_dies_before_it_is_ready_is_reported_with_its_last_ou
             await children.start(http_server("print('no such flag', flush=True); sys.exit(3)"))
 
 
-@pytest.mark.usefixtures("_impatient")
 async def test_a_child_that_is_not_ready_in_time_is_reported_and_stopped(tmp_path: Path) -> None:
-    async with Children(tmp_path) as children:
-        with pytest.raises(ChildFailed, match="server was not ready within"):
+    async with Children(tmp_path, ready_within_s=0.5) as children:
+        with pytest.raises(ChildFailed, match=r"server was not ready within 0\.5 s"):
             await children.start(http_server("time.sleep(60)"))
     # Leaving the block would have raised had the child not ended.
 

@@ -24,7 +24,7 @@ from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
-from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
 from ratelimit_sidecar.server.file_limit import RESERVED
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 
@@ -320,7 +320,9 @@ async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str
 async def test_the_soft_limit_on_descriptors_is_raised_to_what_the_bounds_on_connections_need(tmp_path: Path) -> None:
     async with serving(tmp_path, shell='ulimit -Sn 256 && exec "$@"') as sidecar:
         await sidecar.is_ready()
-        assert await sidecar.metric("process_max_fds") == MAX_CONNECTIONS + DEFAULT_LIMITS.connections + RESERVED
+        assert (
+            await sidecar.metric("process_max_fds") == MESH_LIMITS.connections + DEFAULT_LIMITS.connections + RESERVED
+        )
 
 
 @pytest.mark.parametrize(

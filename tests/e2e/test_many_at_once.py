@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import yaml
+from e2e.examples import EXAMPLES, with_ports
 
 from ratelimit_sidecar.demo.bootstrap import EnvoySettings, envoy_bootstrap, to_yaml
 from ratelimit_sidecar.demo.ports import HOST, free_ports
@@ -24,10 +25,19 @@ CONNECTIONS = 12
 AT_ONCE = 100 * CONNECTIONS
 """All that httpx sends on a connection at once; more than the 1,024 of Envoy's default circuit breaker."""
 
+HTTP_AT_ONCE = 300
+"""Of ext_authz over HTTP, which needs as many connections."""
+
 RULES = """
 domain: openclaw
 descriptors:
   - {key: agent, rate_limit: {unit: year, requests_per_unit: 1}}
+"""
+
+MAPPING = """
+ext_authz:
+  default: true
+  descriptors: [{entries: [{key: agent, from: header, name: x-agent}]}]
 """
 
 
@@ -79,6 +89,61 @@ async def test_requests_beyond_a_thousand_at_once_wait_for_their_answers(tmp_pat
         assert await asyncio.gather(*answers) == AT_ONCE * [429]
 
 
+async def test_with_ext_authz_over_http_each_request_has_a_connection_and_none_is_closed_unanswered(
+    tmp_path: Path,
+) -> None:
+    ports = free_ports(2)
+    own, of_envoy = ports.regions
+    rules = (
+        RULES + "ext_authz: {default: true, descriptors: [{entries: [{key: agent, from: header, name: x-agent}]}]}\n"
+    )
+    (tmp_path / "rules.yaml").write_text(rules)
+    listen = {
+        "grpc": [f"{HOST}:{own.grpc}"],
+        "admin": f"{HOST}:{own.admin}",
+        # Nothing else takes this port.
+        "ext_authz_http": f"{HOST}:{own.envoy}",
+    }
+    (tmp_path / "sidecar.yaml").write_text(yaml.safe_dump({"listen": listen, "rules": ["rules.yaml"]}))
+    example = (EXAMPLES / "filters" / "envoy-ext-authz-http.yaml").read_text()
+    # Whatever is closed is denied with 403, as by Envoy's default.
+    example = example.replace("failure_mode_allow: true", "failure_mode_allow: false").replace("5s", "120s")
+    example = example.replace("exact: x-user-id", "exact: x-agent").replace("/ext_authz/shop", "/ext_authz/openclaw")
+    of_ports = {8_000: own.admin, 8_082: own.envoy, 10_000: of_envoy.envoy, 9_901: of_envoy.envoy_admin}
+    (tmp_path / "envoy.yaml").write_text(with_ports(example, of_ports))
+    async with Children(tmp_path) as children, AsyncExitStack() as stack:
+        argv = [sys.executable, "-m", "ratelimit_sidecar", "serve", "--config", str(tmp_path / "sidecar.yaml")]
+        sidecar = await children.start(Command("sidecar", argv, f"http://{HOST}:{own.admin}/readyz"))
+        argv = [find_envoy(), "-c", str(tmp_path / "envoy.yaml"), "--concurrency", "1", "--disable-hot-restart"]
+        await children.start(Command("envoy", argv, f"http://{HOST}:{of_envoy.envoy_admin}/ready"))
+        envoy = await stack.enter_async_context(
+            httpx.AsyncClient(
+                base_url=f"http://{HOST}:{of_envoy.envoy}", timeout=120, limits=httpx.Limits(max_connections=None)
+            )
+        )
+        admin = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=f"http://{HOST}:{of_envoy.envoy_admin}", timeout=120)
+        )
+
+        async def code() -> int:
+            return (await envoy.get("/healthz", headers={"x-agent": "eve"})).status_code
+
+        async def asked() -> int:
+            stats = (await admin.get("/stats", params={"filter": "^cluster.sidecar.upstream_rq_active$"})).text
+            return int(stats.rpartition(" ")[2])
+
+        assert [await code(), await code()] == [200, 429]
+        sidecar.signal(signal.SIGSTOP)
+        try:
+            answers = [asyncio.ensure_future(code()) for _ in range(HTTP_AT_ONCE)]
+            async with asyncio.timeout(60):
+                while await asked() < HTTP_AT_ONCE:  # noqa: ASYNC110 (another process)
+                    await asyncio.sleep(0.05)
+        finally:
+            sidecar.signal(signal.SIGCONT)
+        assert await asyncio.gather(*answers) == HTTP_AT_ONCE * [429]
+
+
 async def test_while_one_of_two_sidecars_stops_the_other_one_answers_for_it(tmp_path: Path) -> None:
     (gateway,) = [
         patch["patch"]["value"]["typed_config"]
@@ -97,7 +162,7 @@ async def test_while_one_of_two_sidecars_stops_the_other_one_answers_for_it(tmp_
         admin=f"{HOST}:{first.envoy_admin}",
         upstream=f"{HOST}:{second.admin}",
         sidecar=f"{HOST}:{first.grpc}",
-        timeout_ms=120_000,
+        timeout_ms=60_000,
     )
     envoy = yaml.safe_load(to_yaml(envoy_bootstrap(settings)))
     (cluster,) = [each for each in envoy["static_resources"]["clusters"] if each["name"] == "ratelimit_sidecar"]

@@ -109,6 +109,27 @@ async def test_a_peer_that_accepts_and_says_nothing_does_not_keep_it_from_being_
             assert await serve.ended() == 0
 
 
+async def test_a_peer_that_answers_with_errors_is_told_of_where_it_says_that_it_is_ready(tmp_path: Path) -> None:
+    ports = free_ports(1).regions[0]
+    # Its own port for Envoys, where no peer answers.
+    address = f"127.0.0.1:{ports.grpc}"
+    file = config(tmp_path, grpc=ports.grpc, admin=ports.admin, peers=[address])
+    async with command("serve", "--config", file) as serve, httpx.AsyncClient() as console:
+        await serve.printed("] ready ")
+        degraded: list[str] = []
+        async with asyncio.timeout(60):
+            while not degraded:
+                await asyncio.sleep(0.05)
+                answer = await console.get(f"http://127.0.0.1:{ports.admin}/readyz")
+                assert answer.status_code == 200
+                degraded = answer.json()["degraded"]
+        [text] = degraded
+        assert text.startswith(f"limits are not shared with {address}: UNIMPLEMENTED: ")
+        async with command("peers", "--admin", f"http://127.0.0.1:{ports.admin}") as peers:
+            assert await peers.ended() == 1
+            assert "UNIMPLEMENTED: " in peers.output
+
+
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])
 async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]

@@ -442,12 +442,29 @@ TestAccountsMachine = AccountsMachine.TestCase
 TestAccountsMachine.settings = settings(max_examples=max(300, settings().max_examples), stateful_step_count=30)
 
 
+def machine_on(running: RedisServer) -> type[AccountsMachine]:
+    server = type("Running", (ScriptedServer,), {"path": str(running.socket)})
+    return type("ScriptedMachine", (AccountsMachine,), {"make_server": server})
+
+
+@needs_redis
+async def test_what_was_granted_counts_in_a_limit_that_is_lowered(tmp_path: Path) -> None:
+    async with RedisServer(tmp_path) as running:
+        machine = machine_on(running)()
+        machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+        for name in "ab":
+            machine.call(name, 0, 0)
+        machine.call("a", 40, 40)
+        machine.change_the_limit("b", 2, False)
+        machine.call("b", 50, 50)
+        assert [machine.sidecars[name].bucket.held for name in "ab"] == [40, 10]
+
+
 @needs_redis
 @pytest.mark.parametrize("program", SERVERS)
 async def test_the_scripts_answer_as_the_model_does(tmp_path: Path, program: str) -> None:
     async with RedisServer(tmp_path, program=program) as running:
-        server = type("Running", (ScriptedServer,), {"path": str(running.socket)})
-        machine = type("ScriptedMachine", (AccountsMachine,), {"make_server": server})
+        machine = machine_on(running)
         fewer = settings(
             max_examples=max(20, settings().max_examples // 5), stateful_step_count=20, deadline=None, database=None
         )

@@ -27,7 +27,6 @@ from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.region import region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
-from ratelimit_sidecar.persistence import redis_calls, redis_client
 from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
@@ -173,10 +172,7 @@ async def test_after_a_fault_everybody_knows_everything(
         await know_all(a, b)
 
 
-async def test_a_server_that_hangs_is_waited_for_by_no_take(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_calls, "CALL_SECONDS", 0.3)
+async def test_a_server_that_hangs_is_waited_for_by_no_take(server: RedisServer) -> None:
     a, b = Live("a", url=server.url), Live("b", url=server.url)
     async with live(a, b):
         a.take_of_each()
@@ -241,11 +237,7 @@ async def test_in_a_cluster_strict_limits_go_on_after_a_node_has_lost_its_data(c
             await each.until_it_takes_of_each_strict()
 
 
-async def test_in_a_cluster_a_node_that_hangs_is_waited_for_by_no_take(
-    cluster: list[RedisServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_client, "COMMAND_SECONDS", 0.3)
-    monkeypatch.setattr(redis_calls, "CALL_SECONDS", 0.5)
+async def test_in_a_cluster_a_node_that_hangs_is_waited_for_by_no_take(cluster: list[RedisServer]) -> None:
     a, b = (Live(name, url=url_of(cluster), cluster=True) for name in "ab")
     async with live(a, b):
         for each in (a, b):

@@ -8,7 +8,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BUSY_US, SharedRoom, Sharing
+from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BUSY_US, Ask, SharedRoom, Sharing
 
 NOW_US = 1_700_000_000_000_000
 LIMIT = Limit(5, 1_000_000, 5)
@@ -63,6 +63,28 @@ class Node:
         while (key := self.ask_next()) is not None:
             asked.append(key)
         return asked
+
+
+def test_what_changes_while_an_answer_is_awaited_that_never_comes_is_told_with_what_was_told_in_vain() -> None:
+    node = Node()
+    bucket = node.store.bucket(b"k", HUNDRED, NOW_US)
+
+    def change(slot: int) -> None:
+        node.sharing.note(bucket, [slot], NOW_US)
+
+    def ask() -> Ask:
+        asked = node.sharing.ask(b"k", NOW_US)
+        assert asked is not None
+        return asked
+
+    change(1)
+    node.sharing.check(b"epoch", 1)
+    node.sharing.answered(ask(), b"id;;", NOW_US)
+    change(2)
+    in_vain = ask()
+    change(3)
+    node.sharing.failed([in_vain])
+    assert sorted(ask().told) == [2, 3]
 
 
 def test_a_bucket_that_is_nearly_used_up_is_asked_about_before_all_others() -> None:

@@ -23,7 +23,6 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.persistence import redis_calls
 from ratelimit_sidecar.persistence.redis_calls import BackOff
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
@@ -341,10 +340,7 @@ async def test_a_server_that_comes_back_with_what_it_had_before_is_told_everythi
     assert await left_after_restart(server) == [97, 97]
 
 
-async def test_a_server_that_hangs_is_waited_for_by_nobody(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_calls, "CALL_SECONDS", 0.3)
+async def test_a_server_that_hangs_is_waited_for_by_nobody(server: RedisServer) -> None:
     hanging = server.hanging()
 
     async def begin() -> None:

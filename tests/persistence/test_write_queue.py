@@ -56,6 +56,25 @@ def test_one_that_finds_no_place_among_those_of_which_much_was_taken_keeps_its_p
     assert sorted(queue.take(9).values()) == [[1], [1], [1, 2]]
 
 
+def test_one_that_has_refilled_while_it_waits_keeps_its_turn(store: Store) -> None:
+    queue = WriteQueue(rule_key, most=100)
+    for number in range(20):
+        queue.add(bucket(store, f"invented-{number}"), [1])
+    late = bucket(store, "late", taken=90)
+    queue.add(late, [1])
+    late.advance(NOW_US + 3_600_000_000)
+    queue.add(late, [2])
+    assert queue.take(2)[late.key] == [1, 2]
+
+
+@pytest.mark.parametrize("slots", [([1], ALL), (ALL, [1])], ids=["later", "before"])
+def test_what_is_to_be_written_in_whole_is(store: Store, slots: tuple[list[int], list[int]]) -> None:
+    queue = WriteQueue(rule_key)
+    for each in slots:
+        queue.add(bucket(store, "busy"), each)
+    assert [slots is ALL for slots in queue.take(2).values()] == [True]
+
+
 def test_of_many_slots_all_are_written(store: Store) -> None:
     queue = WriteQueue(rule_key)
     for slot in range(MAX_WAITING_SLOTS + 1):

@@ -9,20 +9,26 @@ from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from replication.builders import bucket_of, node, store_of, take
+import grpc
+import grpc.aio
+from replication.builders import bucket_of, frame, node, store_of, take
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerStatus
-from ratelimit_sidecar.replication.listener import MAX_CONNECTIONS
+from ratelimit_sidecar.replication.carrier import METHOD
+from ratelimit_sidecar.replication.dialler import RedialWait, redial_seconds
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.tls import NodeCertificate
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
+from ratelimit_sidecar.replication.wire import PROTOCOL
 from ratelimit_sidecar.supervision import Supervisor
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 60
 """For anything that is waited for; it takes milliseconds, or a few redials."""
 
 
@@ -97,7 +103,8 @@ async def sidecar(
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
     supervisor: Supervisor | None = None,
-    max_connections: int = MAX_CONNECTIONS,
+    limits: MeshLimits = DEFAULT_LIMITS,
+    redial: RedialWait = redial_seconds,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
     own = store_of(local) if store is None else store
@@ -116,7 +123,8 @@ async def sidecar(
         certificate=certificate,
         resolver=resolver,
         supervisor=supervisor,
-        max_connections=max_connections,
+        limits=limits,
+        redial=redial,
     )
     await own_mesh.start()
     try:
@@ -127,6 +135,26 @@ async def sidecar(
     finally:
         # A test may be over before the task has begun.
         await own_mesh.close()
+
+
+def soon(*_: object) -> float:
+    """Of a dial, to be tried again."""
+    return 0.01
+
+
+def at_once(*_: object) -> float:
+    return 0.0
+
+
+def hello(name: str) -> bytes:
+    return frame(hello=pb.Hello(protocol=PROTOCOL, node=name, region="eu", incarnation=1, version="0"))
+
+
+@asynccontextmanager
+async def dialled(each: Sidecar) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
+    """A stream to it, on which nothing has been said."""
+    async with grpc.aio.insecure_channel(address_of(each)) as channel:
+        yield channel.stream_stream(METHOD)()
 
 
 def address_of(each: Sidecar) -> str:

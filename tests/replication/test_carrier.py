@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from itertools import count
 
-import pytest
 from replication.builders import NOW_US, frame, kind_of, node, store_of, take
 from replication.meshes import TIMEOUT_SECONDS
 
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import carrier
 from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
@@ -59,7 +57,7 @@ class Pinged:
             self.looks_until_pong.set_result(next(self._looks) - self._pinged_at)
 
 
-async def carry_over(call: Call, store: Store, scheduler: Scheduler) -> Stream:
+async def carry_over(call: Call, store: Store, scheduler: Scheduler, write_seconds: float = 5.0) -> Stream:
     """For the session no time passes, so it misses nothing."""
     woken = asyncio.Event()
     stream = Stream(Replicator(A, store, NOW_US), "10.0.0.1:1", is_dialled=True, wake=woken.set, now_us=NOW_US)
@@ -71,14 +69,14 @@ async def carry_over(call: Call, store: Store, scheduler: Scheduler) -> Stream:
         now_us=lambda: NOW_US,
         on_received=lambda: None,
         linger_seconds=0.0,
+        write_seconds=write_seconds,
     )
     return stream
 
 
-async def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier, "WRITE_SECONDS", 0.01)
+async def test_a_peer_that_does_not_read_is_given_up() -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        stream = await carry_over(Silent(), store_of(A), Scheduler())
+        stream = await carry_over(Silent(), store_of(A), Scheduler(), write_seconds=0.01)
     assert stream.is_over
     assert stream.why_ended == "the peer has not read for 0.01 s"
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ratelimit_sidecar.replication.flushing import FLUSH_SECONDS, URGENT_FLUSH_SECONDS, Flushing
+from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS, Flushing
+
+FLUSH_SECONDS = 0.02
 
 
 class Timed(asyncio.SelectorEventLoop):
@@ -48,7 +50,7 @@ async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda
     async def flush() -> None:
         flushes.append(round(loop.time() - began, 6))
 
-    flushing = Flushing(flush)
+    flushing = Flushing(flush, FLUSH_SECONDS)
     during(flushing)
     running = asyncio.create_task(flushing.run())
     await asyncio.sleep(seconds)
@@ -98,7 +100,7 @@ def test_a_flush_that_fails_ends_it(runner: asyncio.Runner) -> None:
             raise ZeroDivisionError
 
     async def run() -> None:
-        await Flushing(flush).run()
+        await Flushing(flush, FLUSH_SECONDS).run()
 
     with pytest.raises(ZeroDivisionError):
         runner.run(run())

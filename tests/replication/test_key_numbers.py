@@ -82,6 +82,17 @@ def test_the_streams_of_one_address_hold_as_many_keys_as_there_is_room_left_for(
     assert room.free == 100 * each
 
 
+def test_an_address_that_holds_more_than_is_free_by_now_may_number_other_keys() -> None:
+    room = KeyRoom(100 * NUMBER_BYTES)
+    first, second = (KeyNumbersReceived(room, address) for address in ("first", "second"))
+    first.receive(45, b"key")
+    second.receive(25, b"key")
+    first.receive(45, b"new")
+    assert first.key(45) == b"new"
+    with pytest.raises(ProtocolError):
+        first.receive(45, b"longer")
+
+
 def test_a_number_that_gets_another_key_takes_no_more_room_and_one_far_ahead_takes_that_of_all_before() -> None:
     room = KeyRoom(1_000 * NUMBER_BYTES)
     received = KeyNumbersReceived(room, "far end")

@@ -26,10 +26,11 @@ from replication.builders import (
 )
 from replication.meshes import (
     TIMEOUT_SECONDS,
-    Sidecar,
     address_of,
+    dialled,
     events,
     free_addresses,
+    hello,
     node_of,
     now_us,
     sidecar,
@@ -42,15 +43,18 @@ from tenacity import RetryCallState
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication import carried, dialler, flushing, listener, mesh
+from ratelimit_sidecar.replication.carried import SKEW_US
+from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.connections import FORGET_US
+from ratelimit_sidecar.replication.limits import MeshLimits
+from ratelimit_sidecar.replication.listener import Listener
+from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL
 from ratelimit_sidecar.supervision import Supervisor
-
-METHOD = "/ratelimit_sidecar.replication.v1.Replication/Sync"
 
 
 async def test_three_nodes_with_one_list_of_peers_that_contains_themselves_share_what_they_take() -> None:
@@ -140,15 +144,18 @@ async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing
 
 
 async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything() -> None:
-    buckets = 5_000
+    # A few frames: the first one has 256.
+    buckets = 1_000
+    # None of it is used up, however busy the machine is.
+    most_seconds = 3_600.0
     async with sidecar("b") as b, AsyncExitStack() as stack:
-        assert await b.mesh.joined(TIMEOUT_SECONDS)
+        assert await b.mesh.joined(most_seconds)
         for number in range(buckets):
             b.take(f"user {number}", 1)
         a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
         await a.until(lambda: len(a.store) > 0)
         assert len(a.store) < buckets
-        assert await a.mesh.joined(0, TIMEOUT_SECONDS)
+        assert await a.mesh.joined(0, most_seconds)
         assert len(a.store) == buckets
 
 
@@ -161,20 +168,23 @@ async def test_a_peer_that_dies_is_missed_at_once_where_its_connection_breaks() 
         assert a.mesh.status()[0].last_error in {"the peer hung up", "the connection was closed"}
 
 
-async def test_an_address_that_does_not_answer_is_dialled_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds: dict[str, float] = {}
+async def test_an_address_that_does_not_answer_is_dialled_with_growing_waits() -> None:
+    limits = MeshLimits(first_redial=0.2, most_redial=0.7)
+    longest = [0.0, 0.0, 0.0]
     dials: list[int] = []
 
-    def wait(**given: float) -> Callable[[RetryCallState], float]:
-        bounds.update(given)
-        # The wait's bound doubles with the number of dials.
-        return lambda state: dials.append(state.attempt_number) or 0.0
+    def redial(
+        _target: Target, backoff: Callable[[RetryCallState], float], _limits: MeshLimits, state: RetryCallState
+    ) -> float:
+        dials.append(state.attempt_number)
+        if len(dials) <= len(longest):
+            longest[len(dials) - 1] = max(backoff(state) for _ in range(1_000))
+        return 0.0
 
-    monkeypatch.setattr(dialler, "wait_random_exponential", wait)
-    async with sidecar("a", peers=free_addresses(1)) as a:
+    async with sidecar("a", peers=free_addresses(1), limits=limits, redial=redial) as a:
         await a.until(lambda: len(dials) >= 3)
-    assert bounds == {"multiplier": dialler.FIRST_REDIAL_SECONDS, "max": dialler.MAX_REDIAL_SECONDS}
     assert dials[:3] == [1, 2, 3]
+    assert longest == pytest.approx([0.2, 0.4, 0.7], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +274,32 @@ async def test_a_dialled_peer_that_sends_garbage_is_told_why_counted_and_dialled
         assert unreached.address == address
         assert unreached.last_error == "malformed: not a Frame"
         assert unreached.protocol_errors["malformed"] >= 2
+        assert unreached.failed_dials >= 2
         b.take("ann", 7)
         await a.knows("ann", 7)
+
+
+async def test_dials_that_are_answered_by_another_service_are_counted() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with sidecar("a", peers=[f"127.0.0.1:{port}"]) as a:
+            await a.until(lambda: a.mesh.status()[0].failed_dials == 3)
+            assert a.mesh.status()[0].last_error.startswith("UNIMPLEMENTED: ")
+            await server.stop(None)
+            await a.until(lambda: a.mesh.status()[0].failed_dials == 0)
+            assert a.mesh.status()[0].last_error.startswith("UNAVAILABLE: ")
+    finally:
+        await server.stop(None)
+
+
+async def test_dials_that_find_nobody_or_a_peer_that_stops_do_not_count_as_answered_by_an_error() -> None:
+    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)]) as a:
+        await a.connected_to("b")
+        await b.stop()
+        await a.until(lambda: a.mesh.status()[0].last_error.startswith("UNAVAILABLE"))
+        assert a.mesh.status()[0].failed_dials == 0
 
 
 async def test_a_call_whose_path_is_no_text_does_not_close_the_listener_for_good() -> None:
@@ -316,7 +350,7 @@ async def test_silent_connections_are_bounded_and_hung_up_on() -> None:
     async def accept(_requests: object, _context: object) -> None:
         accepted.set()
 
-    one = listener.Listener("127.0.0.1:0", certificate=None, accept=accept, max_connections=8, handshake_seconds=0.5)
+    one = Listener("127.0.0.1:0", certificate=None, accept=accept, limits=MeshLimits(connections=8, handshake=0.5))
     await one.bind()
     host, _, port = one.address.rpartition(":")
     silent = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
@@ -382,24 +416,10 @@ async def test_a_draining_node_first_tells_what_it_has_taken_and_then_says_goodb
         assert a.mesh.protocol_errors == b.mesh.protocol_errors == {}
 
 
-def hello(name: str) -> bytes:
-    return frame(hello=pb.Hello(protocol=PROTOCOL, node=name, region="eu", incarnation=1, version="0"))
-
-
-@asynccontextmanager
-async def dialled(each: Sidecar) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
-    """A stream to it, on which nothing has been said."""
-    async with grpc.aio.insecure_channel(address_of(each)) as channel:
-        yield channel.stream_stream(METHOD)()
-
-
-async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_not_acknowledge_as_long_as_is_allowed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_not_acknowledge() -> None:
     # As long as nothing moves it, no peer is taken for dead.
     at_us = now_us()
-    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 3_600.0)
-    async with sidecar("a", clock=lambda: at_us) as a, dialled(a) as mute:
+    async with sidecar("a", clock=lambda: at_us, limits=MeshLimits(drain=3_600.0)) as a, dialled(a) as mute:
         await mute.write(hello("b"))
         await a.connected_to("b")
         a.take("ann", 5)
@@ -407,27 +427,23 @@ async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_n
         async with dialled(a) as late, asyncio.timeout(TIMEOUT_SECONDS):
             assert await late.code() is grpc.StatusCode.UNAVAILABLE
             assert await late.details() == "draining"
-        assert not a.task.done()
+        assert [peer.connected for peer in a.mesh.status()] == [True]
         # That is all it waits for.
         mute.cancel()
         await a.stop()
 
 
-async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do() -> None:
     at_us = now_us()
-    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 0.01)
-    monkeypatch.setattr(mesh, "GOODBYE_SECONDS", 0.01)
-    monkeypatch.setattr(carried, "GOODBYE_SECONDS", 0.01)
-    async with sidecar("a", clock=lambda: at_us) as a, dialled(a) as mute:
+    async with sidecar("a", clock=lambda: at_us, limits=MeshLimits(drain=0.01, goodbye=0.01)) as a, dialled(a) as mute:
         await mute.write(hello("b"))
         await a.connected_to("b")
         a.take("ann", 5)
         await a.stop()
 
 
-async def test_streams_that_are_dialled_in_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "MAX_STREAMS", 1)
-    async with sidecar("a") as a, dialled(a) as one:
+async def test_streams_that_are_dialled_in_are_bounded() -> None:
+    async with sidecar("a", limits=MeshLimits(streams=1)) as a, dialled(a) as one:
         await one.write(hello("b"))
         await a.connected_to("b")
         async with dialled(a) as one_more, asyncio.timeout(TIMEOUT_SECONDS):
@@ -445,7 +461,7 @@ async def test_peers_are_dialled_directly_whatever_proxy_the_environment_names(m
 
 
 async def test_a_peer_whose_clock_is_off_is_warned_about_once() -> None:
-    off_us = 2 * carried.SKEW_US
+    off_us = 2 * SKEW_US
     with capture_logs() as logs:
         async with (
             sidecar("a") as a,
@@ -489,7 +505,7 @@ async def test_when_the_clock_is_set_all_is_told_anew_by_both(ahead_us: int) -> 
 async def test_while_it_waits_for_rules_nothing_is_kept_for_peers() -> None:
     local = node("a", 1)
     store = store_of(local)
-    waiting = mesh.Mesh(origin=local.origin, region="", version="0", store=store, now_us=now_us)
+    waiting = Mesh(origin=local.origin, region="", version="0", store=store, now_us=now_us)
     there_are_rules = asyncio.Event()
     async with asyncio.TaskGroup() as tasks, asyncio.timeout(TIMEOUT_SECONDS):
         wait = tasks.create_task(waiting.wait(there_are_rules))
@@ -627,9 +643,9 @@ async def test_a_node_without_strict_limits_has_no_membership() -> None:
         assert a.mesh.membership_status() is None
 
 
-async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flushing, "FLUSH_SECONDS", 3_600.0)
-    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)]) as a:
+async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up() -> None:
+    seldom = MeshLimits(flush=3_600.0)
+    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)], limits=seldom) as a:
         assert await a.mesh.joined(TIMEOUT_SECONDS)
         # Not yet: the next flush is an hour away.
         a.take("ann", 100)

@@ -8,18 +8,33 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import pytest
-from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, now_us, sidecar, told
+from replication.meshes import (
+    TIMEOUT_SECONDS,
+    Sidecar,
+    address_of,
+    at_once,
+    dialled,
+    events,
+    free_addresses,
+    hello,
+    now_us,
+    sidecar,
+    soon,
+    told,
+)
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
-from ratelimit_sidecar.replication import dialler, mesh, targets
-from ratelimit_sidecar.replication.carried import CERTAIN_US, ID_TAKEN_US
+from ratelimit_sidecar.replication.carried import CERTAIN_US
 from ratelimit_sidecar.replication.connections import FORGET_US
-from ratelimit_sidecar.replication.dialler import MISCONFIGURED_REDIAL_SECONDS, redial_seconds
-from ratelimit_sidecar.replication.replicator import Replicator
+from ratelimit_sidecar.replication.dialler import redial_seconds
+from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor
+
+ID_TAKEN_US = int(3e6 * DEFAULT_LIMITS.misconfigured_redial)
+"""Longer than a refusal is remembered: until the peer was dialled again twice."""
 
 
 class Names:
@@ -163,8 +178,7 @@ async def test_an_address_that_is_gone_is_dialled_no_more_after_a_while_and_its_
             await a.connected_to("b")
 
 
-async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are() -> None:
     dials = Counter[str]()
 
     async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -177,7 +191,12 @@ async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are(monke
             await asyncio.start_server(hang_up, "127.0.0.2", port),
             await asyncio.start_server(hang_up, "127.0.0.3", port),
             sidecar(
-                "a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver, clock=lambda: now_us() + jump_us
+                "a",
+                listen=None,
+                peers=[f"mesh:{port}"],
+                resolver=names.resolver,
+                clock=lambda: now_us() + jump_us,
+                redial=at_once,
             ) as a,
         ):
             await a.until(lambda: min(dials["127.0.0.2"], dials["127.0.0.3"]) >= 3)
@@ -192,15 +211,13 @@ async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are(monke
             assert dials["127.0.0.3"] <= before["127.0.0.3"] + 1
 
 
-async def test_a_dial_that_was_given_up_leaves_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 0.01)
+async def test_a_dial_that_was_given_up_leaves_no_connection() -> None:
+    limits = MeshLimits(connect=0.01)
     hung_up, waits = asyncio.Event(), list[bool]()
 
     def redial_soon(target: Target, *_: object) -> float:
         waits.append(target.is_mute)
         return 0.01
-
-    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -211,7 +228,11 @@ async def test_a_dial_that_was_given_up_leaves_no_connection(monkeypatch: pytest
 
     server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
-    async with server, sidecar("a", listen=None, peers=[f"{host}:{port}"]) as a, asyncio.timeout(TIMEOUT_SECONDS):
+    async with (
+        server,
+        sidecar("a", listen=None, peers=[f"{host}:{port}"], limits=limits, redial=redial_soon) as a,
+        asyncio.timeout(TIMEOUT_SECONDS),
+    ):
         await a.until(lambda: a.mesh.status()[0].last_error == "not connected within 0.01 s")
         await a.until(lambda: bool(waits) and waits[-1])
         await hung_up.wait()
@@ -220,9 +241,9 @@ async def test_a_dial_that_was_given_up_leaves_no_connection(monkeypatch: pytest
         await a.until(lambda: not waits[-1])
 
 
-async def test_a_node_that_drains_dials_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(mesh, "DRAIN_SECONDS", 3_600.0)
+async def test_a_node_that_drains_dials_no_more() -> None:
+    # As long as nothing moves it, no peer is taken for dead.
+    at_us = now_us()
     dials = Counter[str]()
 
     async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -233,11 +254,21 @@ async def test_a_node_that_drains_dials_no_more(monkeypatch: pytest.MonkeyPatch)
     async with (
         await asyncio.start_server(hang_up, "127.0.0.2", port),
         await asyncio.start_server(hang_up, "127.0.0.3", port),
-        sidecar("a", listen=None, peers=[f"127.0.0.2:{port}"]) as a,
-        sidecar("b", listen=None, peers=[f"127.0.0.3:{port}"]) as b,
+        sidecar(
+            "a",
+            peers=[f"127.0.0.2:{port}"],
+            clock=lambda: at_us,
+            limits=MeshLimits(drain=3_600.0),
+            redial=at_once,
+        ) as a,
+        sidecar("b", listen=None, peers=[f"127.0.0.3:{port}"], redial=at_once) as b,
+        dialled(a) as mute,
     ):
+        await mute.write(hello("c"))
+        await a.connected_to("c")
         await a.until(lambda: dials["127.0.0.2"] >= 3)
-        monkeypatch.setattr(Replicator, "is_settled", lambda _: False)
+        # That is never acknowledged.
+        a.take("ann", 5)
         a.mesh.stop()
         before = dials.copy()
         await b.until(lambda: dials["127.0.0.3"] >= before["127.0.0.3"] + 20)
@@ -246,19 +277,24 @@ async def test_a_node_that_drains_dials_no_more(monkeypatch: pytest.MonkeyPatch)
         assert dials["127.0.0.2"] <= before["127.0.0.2"] + 1
 
 
-async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # No clock has to jump, so the stream lives on.
-    monkeypatch.setattr(targets, "GRACE_US", 0)
-    port, names, jump_us = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"]), 0
+async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_other() -> None:
+    port, names, jump_us, steady_jump_us = port_free_on_loopback(), Names(mesh=["127.0.0.2", "127.0.0.3"]), 0, 0
     with capture_logs() as logs:
         async with sidecar(
-            "a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver, clock=lambda: now_us() + jump_us
+            "a",
+            listen=None,
+            peers=[f"mesh:{port}"],
+            resolver=names.resolver,
+            clock=lambda: now_us() + jump_us,
+            steady=lambda: now_us() + steady_jump_us,
         ) as a:
             async with sidecar("b", listen=f"0.0.0.0:{port}"):
                 [parked] = await told(logs, "peer_has_two_addresses")
                 names.addresses["mesh"].remove(parked["address"].rpartition(":")[0])
+                asked = names.asked
+                await a.until(lambda: names.asked >= asked + 2)
+                # The clock of streams does not jump, so the stream lives on.
+                steady_jump_us = GRACE_US
                 [gone] = await told(logs, "peer_address_gone")
                 assert gone["address"] == parked["address"]
                 assert events(logs, "peer_lost") == []
@@ -269,14 +305,13 @@ async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_ot
             assert [status.node for status in a.mesh.status()] == ["b"]
 
 
-async def test_an_address_of_a_connected_peer_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "PARKED_SECONDS", 0.01)
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+async def test_an_address_of_a_connected_peer_is_looked_at_now_and_then() -> None:
+    limits = MeshLimits(parked=0.01)
     async with (
         sidecar("b") as b,
         way(address_of(b)) as one,
         way(address_of(b)) as other,
-        sidecar("a", listen=None, peers=[one.address, other.address]) as a,
+        sidecar("a", listen=None, peers=[one.address, other.address], limits=limits, redial=at_once) as a,
     ):
         await a.until(lambda: sorted([one.opened, other.opened])[1] >= 4)
         assert sorted([one.opened, other.opened])[0] == 1
@@ -387,15 +422,12 @@ async def test_a_peer_under_two_addresses_has_one_stream_and_the_other_address_w
             assert len(a.mesh.status()) == 1
 
 
-async def test_an_address_of_a_connected_peer_waits_and_is_not_dialled_again_and_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.0)
+async def test_an_address_of_a_connected_peer_waits_and_is_not_dialled_again_and_again() -> None:
     async with (
         sidecar("b") as b,
         way(address_of(b)) as one,
         way(address_of(b)) as other,
-        sidecar("a", listen=None, peers=[one.address, other.address]) as a,
+        sidecar("a", listen=None, peers=[one.address, other.address], redial=at_once) as a,
     ):
         assert await a.mesh.joined(TIMEOUT_SECONDS)
         # Time enough for a dial each.
@@ -405,9 +437,7 @@ async def test_an_address_of_a_connected_peer_waits_and_is_not_dialled_again_and
         assert sorted([one.opened, other.opened]) == [1, 1]
 
 
-async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what_to_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what_to_do() -> None:
     jump_us = 0
     waits: list[bool] = []
 
@@ -415,15 +445,15 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
         waits.append(target.is_misconfigured)
         return 0.01
 
-    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
-
     def clock() -> int:
         return now_us() + jump_us
 
     with capture_logs() as logs:
         async with (
             sidecar("a", incarnation=1, clock=clock) as a,
-            sidecar("a", incarnation=2, listen=None, peers=[address_of(a)], clock=clock) as namesake,
+            sidecar(
+                "a", incarnation=2, listen=None, peers=[address_of(a)], clock=clock, redial=redial_soon
+            ) as namesake,
         ):
             await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
             # It may be the same node, just restarted.
@@ -451,18 +481,17 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
             assert events(logs, "peer_unreachable") == events(logs, "stream_refused") == []
 
 
-async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.01)
+async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so() -> None:
     jump_us = 0
     with capture_logs() as logs:
         async with (
             sidecar("a") as a,
-            sidecar("b", incarnation=1, listen=None, peers=[address_of(a)]) as b,
+            sidecar("b", incarnation=1, listen=None, peers=[address_of(a)], redial=soon) as b,
         ):
             await a.connected_to("b")
             await told(logs, "peer_connected", times=2)
             async with sidecar(
-                "b", incarnation=2, listen=None, peers=[address_of(a)], clock=lambda: now_us() + jump_us
+                "b", incarnation=2, listen=None, peers=[address_of(a)], clock=lambda: now_us() + jump_us, redial=soon
             ) as namesake:
                 # Refused twice, so it has noted the first time.
                 await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
@@ -490,7 +519,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so(monkeypa
     ("target", "seconds"),
     [
         (Target("10.0.0.1:1"), 1.5),
-        (Target("10.0.0.1:1", is_misconfigured=True), MISCONFIGURED_REDIAL_SECONDS),
+        (Target("10.0.0.1:1", is_misconfigured=True), DEFAULT_LIMITS.misconfigured_redial),
         (Target("10.0.0.1:1", is_mute=True), 0.0),
     ],
 )
@@ -499,4 +528,4 @@ def test_what_only_people_can_mend_is_tried_seldom_and_what_did_not_answer_at_on
 ) -> None:
     backoff: Callable[[RetryCallState], float] = lambda _: 1.5  # noqa: E731
     state = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type]
-    assert redial_seconds(target, backoff, state) == seconds
+    assert redial_seconds(target, backoff, DEFAULT_LIMITS, state) == seconds

@@ -13,12 +13,12 @@ import grpc
 import grpc.aio
 import pytest
 from certificates import Authority
-from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, told
+from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, soon, told
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config import tls_files
-from ratelimit_sidecar.replication import dialler
 from ratelimit_sidecar.replication.carrier import METHOD
+from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, Pinned
 
@@ -117,22 +117,19 @@ async def test_a_dialled_node_must_be_the_one_that_its_certificate_is_for(tmp_pa
         assert a.tokens("ann") == 0
 
 
-async def test_a_certificate_for_another_node_is_looked_at_again_seldom_and_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_certificate_for_another_node_is_looked_at_again_seldom_and_told_once(tmp_path: Path) -> None:
     waits: list[bool] = []
 
     def redial_soon(target: Target, *_: object) -> float:
         waits.append(target.is_misconfigured)
         return 0.01
 
-    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
     authority = Authority()
     of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c")
     with capture_logs() as logs:
         async with (
             sidecar("a", certificate=of_a) as a,
-            sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c) as b,
+            sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c, redial=redial_soon) as b,
         ):
             await a.until(lambda: a.mesh.protocol_errors.get("certificate", 0) >= 4)
             await b.until(lambda: len(waits) >= 3)
@@ -140,36 +137,32 @@ async def test_a_certificate_for_another_node_is_looked_at_again_seldom_and_told
     assert len(events(logs, "stream_refused")) == len(events(logs, "peer_unreachable")) == 1
 
 
-async def test_what_was_for_people_to_mend_and_is_no_longer_is_tried_as_often_as_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_was_for_people_to_mend_and_is_no_longer_is_tried_as_often_as_anything(tmp_path: Path) -> None:
     waits: list[bool] = []
 
     def redial_soon(target: Target, *_: object) -> float:
         waits.append(target.is_misconfigured)
         return 0.01
 
-    monkeypatch.setattr(dialler, "redial_seconds", redial_soon)
     authority, [address] = Authority(), free_addresses(1)
     of_a, of_c = authority.of(tmp_path / "a", "a"), authority.of(tmp_path / "c", "c")
-    async with sidecar("a", listen=None, peers=[address], certificate=of_a) as a:
+    async with sidecar("a", listen=None, peers=[address], certificate=of_a, redial=redial_soon) as a:
         async with sidecar("b", listen=address, certificate=of_c):
             await a.until(lambda: bool(waits) and waits[-1])
         await a.until(lambda: not waits[-1])
 
 
-async def test_a_refusal_after_all_was_in_order_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialler, "redial_seconds", lambda *_: 0.01)
+async def test_a_refusal_after_all_was_in_order_is_told_again(tmp_path: Path) -> None:
     authority = Authority()
     of_a, of_b, of_c = (authority.of(tmp_path / name, name) for name in "abc")
     with capture_logs() as logs:
         async with sidecar("a", certificate=of_a) as a:
-            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c):
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c, redial=soon):
                 await a.until(lambda: a.mesh.protocol_errors.get("certificate", 0) >= 3)
-            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b:
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b, redial=soon) as b:
                 await told(logs, "peer_connected", times=2)
                 await b.connected_to("a")
-            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c, incarnation=2):
+            async with sidecar("b", listen=None, peers=[address_of(a)], certificate=of_c, incarnation=2, redial=soon):
                 await told(logs, "stream_refused", times=2)
 
 
@@ -304,20 +297,20 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
                 await told(logs, "certificate_renewed")
 
 
-async def test_files_are_read_every_minute_though_nobody_dials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
-    authority, soon, later = Authority(), ENDS, ENDS + timedelta(days=1)
-    of_a = NodeCertificate(authority.write(tmp_path / "a", "a", not_after=soon))
+async def test_files_are_read_every_minute_though_nobody_dials(tmp_path: Path) -> None:
+    authority, near, later = Authority(), ENDS, ENDS + timedelta(days=1)
+    of_a = NodeCertificate(authority.write(tmp_path / "a", "a", not_after=near))
+    of_a.read_seconds = 0.01
     with capture_logs() as logs:
         async with sidecar("a", certificate=of_a) as a:
             assert a.mesh.certificate is not None
-            assert a.mesh.certificate.not_after_s == soon.timestamp()
+            assert a.mesh.certificate.not_after_s == near.timestamp()
             (tmp_path / "a" / "ca.crt").rename(tmp_path / "away")
             await told(logs, "certificate_not_renewed")
             failed = a.mesh.certificate.failed_renewals
             assert failed > 0
             await until(lambda: of_a.failed_renewals > failed)
-            assert of_a.not_after_s == soon.timestamp()
+            assert of_a.not_after_s == near.timestamp()
             authority.write(tmp_path / "a", "a", not_after=later)
             await told(logs, "certificate_renewed")
             assert of_a.not_after_s == later.timestamp()
@@ -382,15 +375,13 @@ class Far(NodeCertificate):
         return super().channel_credentials(pinned)
 
 
-async def test_each_of_the_two_handshakes_has_the_whole_time_for_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dialler, "CONNECT_SECONDS", 1.0)
+async def test_each_of_the_two_handshakes_has_the_whole_time_for_one(tmp_path: Path) -> None:
+    limits = MeshLimits(connect=1.0)
     authority = Authority()
     of_a, of_b = authority.of(tmp_path / "a", "a"), Far(authority.write(tmp_path / "b", "b"))
     async with (
         sidecar("a", certificate=of_a) as a,
-        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b) as b,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b, limits=limits) as b,
     ):
         await b.connected_to("a")
 

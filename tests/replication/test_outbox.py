@@ -31,6 +31,7 @@ from ratelimit_sidecar.crdt.store import MAX_FIRST_OF_LIMIT, Store
 from ratelimit_sidecar.replication.changes import (
     ENCODED_BYTES,
     ENCODED_SEGMENTS,
+    FLUSH_STEP_BUCKETS,
     FORGOTTEN_SEGMENTS,
     RECENT_US,
     RETENTION_US,
@@ -509,6 +510,10 @@ def test_no_more_than_so_much_is_on_its_way(buckets: int, key_bytes: int, batche
         note(outbox)
         assert (next_batch(outbox) is not None) is (number < batches)
     outbox.acknowledged(NOW_US)
+    assert next_batch(outbox) is not None
+    # What is lost with the stream is not on its way any more.
+    outbox.close(NOW_US)
+    open_stream(outbox)
     assert next_batch(outbox) is not None
 
 
@@ -1069,6 +1074,27 @@ def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyL
     heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     note(outbox)
     assert counts() == [6]
+
+
+def test_what_is_told_amid_a_flush_overtakes_what_that_has_encoded_so_far() -> None:
+    store, heard = (Store(local.origin, lambda _key: PER_USER) for local in (A, B))
+    outbox, reader = opened(store), DeltasReader(A.origin, is_proven=True)
+    applied_us = NOW_US + (2 << PER_USER.exponent)
+    bucket = store.bucket(b"victim", PER_USER, NOW_US)
+    bucket.take(1, NOW_US)
+    for other in range(FLUSH_STEP_BUCKETS):
+        store.bucket(b"%d" % other, PER_USER, NOW_US).take(1, NOW_US)
+    flush = outbox.log.flush_steps(NOW_US, has_peers=True)
+    next(flush)
+    bucket.take(3, NOW_US)
+    outbox.hurry(bucket)
+    found = []
+    for steps in ((), flush):
+        done(steps)
+        for batch in drained(outbox):
+            apply_all(reader, heard, deltas_of(batch), applied_us)
+            found.append(sum(heard.bucket(b"victim", PER_USER, applied_us).taken[A.origin].values()))
+    assert found == [4, 4]
 
 
 def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent() -> None:

@@ -271,7 +271,8 @@ def test_a_stream_on_which_there_are_no_numbers_left_for_wishes_is_closed_and_no
     with pytest.raises(ProtocolError) as caught:
         a.payments.check_time(a.outbox)
     assert caught.value.reason is Reason.EXHAUSTED
-    a.wait()
+    a.strict_us += TICK_EVERY_US
+    a.wait(9)
     assert not a.asks().wishes
 
 

@@ -201,6 +201,13 @@ def test_a_peer_that_says_it_reaches_both_is_believed_if_they_say_so_too(
     )
 
 
+def test_that_a_peer_reaches_one_that_says_nothing_is_believed(peers: dict[str, Peer]) -> None:
+    relay = Relay("b")
+    reach(peers, a="bcd", d="ab")
+    look(relay, peers)
+    assert list(relay.to_be_told("c")) == []
+
+
 def test_origins_that_a_peer_invents_are_not_remembered(peers: dict[str, Peer]) -> None:
     relay = Relay("b")
     reach(peers, a="b", c="b", d="b")

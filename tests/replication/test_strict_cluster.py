@@ -108,14 +108,14 @@ def hang_up(node: Node) -> None:
         end.hang_up()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[8:])
 def test_whatever_happens_nothing_is_admitted_beyond_the_limit(seed: int) -> None:
     run_faults(seed)
 
 
 def test_those_schedules_are_about_payments() -> None:
     """Lest the promise be kept by never paying."""
-    clusters = [run_faults(seed) for seed in range(8)]
+    clusters = [run_faults(seed) for seed in SEEDS[:8]]
     assert sum(cluster.payments for cluster in clusters) > 50
     assert sum(cluster.served for cluster in clusters) > 50
     assert sum(cluster.admitted.total() for cluster in clusters) > 1_000

@@ -138,7 +138,8 @@ async def test_a_folder_that_loses_all_its_files_keeps_its_rules_until_there_are
 
 
 async def test_a_domain_that_loses_all_its_rules_keeps_them_as_its_file_may_be_half_written(folder: Path) -> None:
-    read = [rules_of("one", "two"), Rules(rules_of("one").domains | {"two": RuleNode()}), rules_of("one")]
+    emptied = Rules(rules_of("one").domains | {"two": RuleNode()})
+    read = [rules_of("one", "two"), emptied, rules_of("one"), emptied]
     files = RulesFiles([folder], lambda: read.pop(0), check_seconds=NEVER_S)
     files.read_first()
     recorder = Recorder()
@@ -151,6 +152,9 @@ async def test_a_domain_that_loses_all_its_rules_keeps_them_as_its_file_may_be_h
     # Without the domain it is meant so.
     replace_file(folder / "a.yaml", "removed")
     assert await recorder.next_load() == ["one"]
+    # It loses none when it comes again.
+    replace_file(folder / "a.yaml", "there again")
+    assert await recorder.next_load() == ["one", "two"]
     running.cancel()
 
 

@@ -241,11 +241,9 @@ def test_without_any_there_is_no_success() -> None:
     assert reloader.loads == {"success": 0, "error": 0}
 
 
-async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_when_they_are_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(reloader_module, "SLOW_READ_SECONDS", 0.01)
+async def test_rules_that_take_too_long_to_read_are_told_of_and_put_in_force_when_they_are_there() -> None:
     recorder = Recorder()
+    recorder.reloader.slow_read_seconds = 0.01
     recorder.reloader.degraded_reason = "not watched"
     answers = threading.Event()
 

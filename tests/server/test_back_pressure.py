@@ -7,16 +7,22 @@ import contextlib
 import fcntl
 import itertools
 import socket
+import ssl
 import termios
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
+from certificates import Authority
 from server.raw_http2 import client_connection
+from server.tls_records import RecordWriter
 from server.work_clock import PerTurn, WorkClock
 
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS, FrontEndState, GrpcProtocol
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.server.tls import ServerCertificate
+from ratelimit_sidecar.server.tls_session import TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
 pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
@@ -35,12 +41,12 @@ class Server:
         self.transports: list[asyncio.Transport] = []
         self.clients: list[socket.socket] = []
 
-    async def connect(self, address: str) -> tuple[GrpcProtocol, AddressBudget]:
+    async def connect(self, address: str, tls: TlsSession | None = None) -> tuple[GrpcProtocol, AddressBudget]:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         budget = self._shared.enter(address)
         assert budget is not None
-        protocol = GrpcProtocol(self._shared, budget, None)
+        protocol = GrpcProtocol(self._shared, budget, None, tls)
         # It has asyncio.Protocol's methods, but is compiled.
         transport, _ = await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, ours)  # type: ignore[type-var]
         self.transports.append(transport)
@@ -111,6 +117,30 @@ async def test_when_an_address_has_to_wait_none_of_its_connections_is_read_befor
         at_once = QUANTUM_NS // LARGE_READ_NS
         counts = [len(after) - len(before) for before, after in itertools.pairwise(being_read)]
         assert counts == [at_once] * (250 // at_once) + [250 % at_once]
+
+
+async def test_after_its_handshake_a_connection_waits_for_turns_of_calls_alone(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", "sidecar.example"))
+    certificate.load()
+    authority.certificate_to(tmp_path / "trusted.crt")
+    context = ssl.create_default_context(cafile=tmp_path / "trusted.crt")
+    context.check_hostname = False
+    context.set_alpn_protocols(["h2"])
+    async with serving(Turns()) as server:
+        _, budget = await server.connect("a client", certificate.new_session())
+        assert (len(budget.handshakes.on_waiting), len(budget.calls.on_waiting)) == (1, 0)
+        await asyncio.to_thread(RecordWriter.shake_hands, server.clients[0], context, tmp_path)
+        await until(lambda: len(budget.calls.on_waiting) == 1)
+        assert not budget.handshakes.on_waiting
+
+
+async def test_a_read_is_time_of_its_address_however_little_is_read() -> None:
+    async with serving(Turns()) as server:
+        protocol, _ = await server.connect("a client")
+        for _ in range(READ_AT_ONCE):
+            protocol.data_received(b"")
+        assert server.being_read() == []
 
 
 @pytest.mark.parametrize("is_paused", ["before", "after"])

@@ -22,7 +22,7 @@ from server.work_clock import PerTurn, WorkClock
 from structlog.testing import capture_logs
 from young import collected_when_told
 
-from ratelimit_sidecar.config import tls_files
+from ratelimit_sidecar.config.tls_files import LoadedCertificate
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
@@ -368,9 +368,12 @@ async def test_handshakes_that_have_begun_count_as_memory(tmp_path: Path) -> Non
         assert await client.call(front_end) == b"hello"
 
 
-@pytest.mark.parametrize("kind_of_record", ["key updates", "a byte each"])
-async def test_records_that_carry_next_to_nothing_take_the_loop_no_longer_than_others(
-    tmp_path: Path, kind_of_record: str
+@pytest.mark.parametrize(
+    ("kind_of_record", "is_closed"),
+    [("key updates", True), ("key updates and now and then a byte", True), ("a byte each", False)],
+)
+async def test_records_that_carry_next_to_nothing_take_the_loop_no_longer_than_others_and_those_of_nothing_an_end(
+    tmp_path: Path, kind_of_record: str, is_closed: bool
 ) -> None:
     authority = Authority()
     certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME))
@@ -381,21 +384,27 @@ async def test_records_that_carry_next_to_nothing_take_the_loop_no_longer_than_o
         with socket.create_connection((host, int(port)), WITHIN_S) as connection:
             writer = RecordWriter.shake_hands(connection, context, tmp_path)
             connection.sendall(writer.data(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"))
+            # Frames of a type that nobody knows.
+            unknown = (b"\0\x40\0\x42\0\0\0\0\0" + bytes(16_384)) * 4
             if kind_of_record == "key updates":
                 records = [writer.key_update() for _ in range(20_000)]
+            elif is_closed:
+                records = [
+                    writer.key_update() if at % 4 else writer.data(unknown[at // 4 : at // 4 + 1])
+                    for at in range(20_000)
+                ]
             else:
-                # Frames of a type that nobody knows.
-                unknown = (b"\0\x40\0\x42\0\0\0\0\0" + bytes(16_384)) * 4
                 records = [writer.data(unknown[at : at + 1]) for at in range(len(unknown))]
-            connection.sendall(b"".join(records) + writer.goodbye())
-            while connection.recv(65_536):
-                pass
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"".join(records) + writer.goodbye())
+                while connection.recv(65_536):
+                    pass
 
     async with running("h2", ECHO, certificate=certificate) as front_end:
         with collected_when_told():
             async with PerTurn(time.thread_time_ns) as per_turn:
                 await asyncio.to_thread(flood)
-        assert closed(front_end) == {}
+        assert closed(front_end) == ({"tls": 1} if is_closed else {})
     # All at once it was 200 ms and more.
     assert per_turn.most < 50_000_000
 
@@ -498,11 +507,11 @@ async def test_no_session_of_before_a_renewal_is_resumed(tmp_path: Path, version
     ids=["the key is another's", "no certificate", "no authority", "no key"],
 )
 async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_once(
-    kind: str, tmp_path: Path, break_it: Callable[[Path], object], why: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, break_it: Callable[[Path], object], why: str
 ) -> None:
-    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
     authority = Authority()
     certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    certificate.read_seconds = 0.01
     client = Client(tmp_path / "client", authority, authority, "envoy.example")
     with capture_logs() as logs:
         async with running(kind, ECHO, certificate=certificate) as front_end:
@@ -518,16 +527,18 @@ async def test_files_that_are_broken_at_a_renewal_change_nothing_and_are_told_on
             assert await renewed.call(front_end) == b"hello"
 
 
-async def test_a_renewal_that_fails_for_want_of_threads_ends_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_thread(*_: object) -> None:
+class WithoutThreads(ServerCertificate):
+    """It cannot be read again."""
+
+    read_seconds = 0.01
+
+    def renew(self) -> LoadedCertificate:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(tls_files, "READ_SECONDS", 0.01)
-    monkeypatch.setattr(tls_files, "in_daemon_thread", no_thread)
+
+async def test_a_renewal_that_fails_for_want_of_threads_ends_nothing(kind: str, tmp_path: Path) -> None:
     authority = Authority()
-    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=authority))
+    certificate = WithoutThreads(authority.write_listener(tmp_path / "server", NAME, clients=authority))
     client = Client(tmp_path / "client", authority, authority, "envoy.example")
     async with running(kind, ECHO, certificate=certificate) as front_end:
         await until(lambda: certificate.failed_renewals > 1)

@@ -30,8 +30,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.serving.timed_sidecar import CallbackTimes, name_of
 from ratelimit_sidecar.app import FrontEndKind, Sidecar
-from ratelimit_sidecar.config import tls_files
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
+from ratelimit_sidecar.config.tls_files import CertificateInForce
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.telemetry.log_writer import STDERR, LogWriter
 
@@ -166,7 +166,7 @@ sync:
 
     def renew(self) -> None:
         self._issue()
-        time.sleep(3 * tls_files.READ_SECONDS)
+        time.sleep(3 * CertificateInForce.read_seconds)
         self.check_health()
 
     def be_idle(self) -> None:
@@ -230,7 +230,7 @@ def main() -> None:
         times.run(lambda: run_handle(handle), name_of(handle._callback))  # noqa: SLF001
 
     gc.callbacks.append(times.note_collection)
-    with patch.object(tls_files, "READ_SECONDS", 0.3), patch.object(asyncio.Handle, "_run", timed_run):
+    with patch.object(CertificateInForce, "read_seconds", 0.3), patch.object(asyncio.Handle, "_run", timed_run):
         crowded = Crowded(Path(sys.argv[1]))
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             longest = runner.run(run(crowded, times))

@@ -26,7 +26,6 @@ from prometheus_client import CollectorRegistry
 
 from ratelimit_sidecar.demo.ports import free_ports
 from ratelimit_sidecar.demo.processes import Children
-from ratelimit_sidecar.telemetry import push as pushing
 from ratelimit_sidecar.telemetry.export import TracingError
 from ratelimit_sidecar.telemetry.latency import BOUNDS_NS, LatencyHistogram
 from ratelimit_sidecar.telemetry.metric_registry import create_registry
@@ -102,11 +101,11 @@ async def test_all_that_is_scraped_is_pushed_under_the_same_names_with_its_kind(
     monkeypatch: pytest.MonkeyPatch, points: int
 ) -> None:
     async with receiving() as receiver:
-        monkeypatch.setattr(pushing, "POINTS_PER_REQUEST", points)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", receiver.endpoint)
         registry = some_registry()
         push = start_push("us-1", "us-east-1", registry)
         assert push is not None
+        push.points_per_request = points
         await push.push()
 
     assert (len(receiver.requests) == 1) == (points == 2_000)
@@ -168,13 +167,13 @@ async def test_without_a_collector_a_push_ends_after_its_first_request(
     with socket.socket() as taken:
         # Nobody listens on it.
         taken.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(pushing, "POINTS_PER_REQUEST", 1)
         monkeypatch.setenv("OTEL_METRICS_EXPORTER", "otlp")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
         push = start_push("us-1", "us-east-1", some_registry())
         assert push is not None
+        push.points_per_request = 1
         # Each of a hundred requests would take a second.
         async with asyncio.timeout(60):
             await push.push()

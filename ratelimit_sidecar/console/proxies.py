@@ -1,0 +1,181 @@
+"""The connections of proxies that ask over HTTP/1.1, such as Envoys with ext_authz.
+
+A proxy has one connection for each request under way, and denies the request when it is closed. So, unlike the
+console's, one is closed for another only while it is idle. An address may have as many as are free
+(`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the new one. An address without any may
+take the place of the longest idle one of others.
+
+Thousands of them may be read at the same moment. As in the gRPC front end, an address that sends more than is handled
+at once waits for its turns (`server.turns`), and so does the end of a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import Final
+
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from ratelimit_sidecar.console.connection import PIECE_BYTES, BoundedConnection
+from ratelimit_sidecar.console.limits import HttpLimits
+from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
+from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS
+from ratelimit_sidecar.server.turns import StepQueue, Turns
+
+MAX_CONNECTIONS: Final = 4_096
+"""As many as of gRPC. By its default circuit breaker an Envoy opens 1,024."""
+
+MAX_UNREAD_BYTES: Final = 64 * 1_024 * 1_024
+"""16 KiB, the longest head, for each connection."""
+
+
+class ProxyPlaces:
+    """The places of the connections of one server, and their turns.
+
+    Args:
+        most: connections at once.
+        turns: of the event loop.
+        unread_bytes: the most memory for received bytes that wait for their turn.
+    """
+
+    def __init__(self, most: int, turns: Turns, unread_bytes: int = MAX_UNREAD_BYTES) -> None:
+        self.turns = turns
+        self.lost_connections = StepQueue()
+        """The steps that free them."""
+        self._limiter = ConnectionLimiter(most, unread_bytes)
+        self._idle: dict[ProxyConnection, None] = {}
+        """The longest idle one first."""
+        self._idle_of: dict[str, dict[ProxyConnection, None]] = {}
+
+    def enter(self, address: str) -> AddressBudget | None:
+        """Take a place for a new connection of this address, to be given to `leave` later. Returns None if there is
+        none: close it.
+        """
+        budget = self._limiter.enter(address)
+        if budget is None:
+            idle = self._idle_of.get(address) or (None if self._limiter.has(address) else self._idle)
+            if idle:
+                next(iter(idle)).abort()
+                budget = self._limiter.enter(address)
+        return budget
+
+    def leave(self, connection: ProxyConnection) -> None:
+        """Give its place back."""
+        self.note_idle(connection, is_idle=False)
+        self._limiter.leave(connection.budget)
+
+    def note_idle(self, connection: ProxyConnection, *, is_idle: bool) -> None:
+        """Note whether it may be closed for another one."""
+        if is_idle is (connection in self._idle):
+            return
+        address = connection.budget.address
+        if is_idle:
+            self._idle[connection] = None
+            self._idle_of.setdefault(address, {})[connection] = None
+        else:
+            del self._idle[connection]
+            of_address = self._idle_of[address]
+            del of_address[connection]
+            if not of_address:
+                del self._idle_of[address]
+
+
+class ProxyConnection(BoundedConnection):
+    """A proxy's connection.
+
+    Args:
+        budget: its place, from `ProxyPlaces.enter`. It leaves it when it is lost, or at `forget`.
+    """
+
+    def __init__(
+        self, places: ProxyPlaces, budget: AddressBudget, config: Config, server_state: ServerState, limits: HttpLimits
+    ) -> None:
+        super().__init__(config, server_state, limits)
+        self.budget = budget
+        self._places = places
+        self._turns = places.turns
+        self._queue = budget.calls
+        self._unread = bytearray()
+        """Received bytes that wait for a turn."""
+        self._is_in_line = False
+        self._has_left = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._queue.on_waiting.add(self._stand_in_line)
+
+    def data_received(self, data: bytes) -> None:
+        if self._queue.is_waiting or self._is_in_line:
+            self._keep(data)
+            return
+        started_ns = time.perf_counter_ns()
+        super().data_received(data[:PIECE_BYTES])
+        if len(data) > PIECE_BYTES:
+            self._keep(data[PIECE_BYTES:])
+        self._turns.note(self._queue, time.perf_counter_ns() - started_ns + READ_NS)
+
+    def eof_received(self) -> None:
+        self._turns.note(self._queue, READ_NS)
+
+    def on_response_complete(self) -> None:
+        # An idle connection need not keep the last request's headers.
+        self.cycle.scope = self.scope = {}  # type: ignore[typeddict-item]
+        self.headers = []
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.forget()
+        self._turns.join(self._places.lost_connections, partial(super().connection_lost, exc))
+
+    def forget(self) -> None:
+        super().forget()
+        if not self._has_left:
+            self._has_left = True
+            self._queue.on_waiting.discard(self._stand_in_line)
+            self.budget.count(-len(self._unread))
+            self._unread.clear()
+            self._places.leave(self)
+
+    def _keep(self, data: bytes) -> None:
+        if self._has_left:
+            return
+        if not self.budget.allows(len(self._unread) + len(data), len(data)):
+            self.abort()
+            return
+        self.budget.count(len(data))
+        self._unread += data
+        self._stand_in_line()
+
+    def _stand_in_line(self) -> None:
+        """Read nothing until the address has its turn."""
+        if self._is_in_line or self.transport.is_closing():
+            return
+        self._is_in_line = True
+        # The next request may have come already.
+        self._places.note_idle(self, is_idle=False)
+        self.transport.pause_reading()
+        self._turns.join(self._queue, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._is_in_line = False
+        if self.transport.is_closing():
+            return
+        piece = bytes(self._unread[:PIECE_BYTES])
+        del self._unread[:PIECE_BYTES]
+        self.budget.count(-len(piece))
+        if piece:
+            super().data_received(piece)
+        if self._unread:
+            self._stand_in_line()
+        elif not (self.transport.is_closing() or self.flow.read_paused):
+            self.transport.resume_reading()
+            self._turns.charge(LARGE_READ_NS)
+        self._watch()
+
+    def _watch(self) -> None:
+        super()._watch()
+        if not self._has_left:
+            self._places.note_idle(self, is_idle=self.is_idle and not self._is_in_line)

@@ -1,0 +1,165 @@
+"""The connections of proxies: one for each request under way, of which none is closed before its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from contextlib import AsyncExitStack
+from itertools import count
+
+import pytest
+from console.running_console import GET, App, Client, connect, running, until
+
+from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
+from ratelimit_sidecar.server.turns import StepQueue, Turns
+
+GET_SLOW = GET.replace(b"/ ", b"/slow ", 1)
+OTHER = "127.0.0.9"
+POST = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 200000\r\n\r\n"
+
+
+async def answered(client: Client) -> Client:
+    client.send(GET)
+    assert await client.status() == 200
+    return client
+
+
+async def under_way(client: Client, app: App, number: int) -> Client:
+    client.send(GET_SLOW)
+    await until(lambda: app.at_work == number)
+    return client
+
+
+def connections() -> list[ProxyConnection]:
+    return [found for found in gc.get_objects() if isinstance(found, ProxyConnection)]
+
+
+def slow_turns() -> Turns:
+    """With a clock by which each step takes a second, so that a turn has one."""
+    return Turns(count(0, 1_000_000_000).__next__)
+
+
+def hold(turns: Turns, queue: StepQueue, is_over: asyncio.Event) -> None:
+    """Let the connections of this address wait for their turns until it is over."""
+
+    def step() -> None:
+        if not is_over.is_set():
+            queue.steps.appendleft(step)
+
+    turns.join(queue, step)
+
+
+async def test_the_longest_idle_connection_of_its_address_makes_room_for_a_new_one() -> None:
+    app = App()
+    async with running(app, ProxyPlaces(6, Turns())) as server, AsyncExitStack() as stack:
+        others = await answered(await stack.enter_async_context(connect(server, OTHER)))
+        at_work = await under_way(await stack.enter_async_context(connect(server)), app, 1)
+        first = await answered(await stack.enter_async_context(connect(server)))
+        second = await answered(await stack.enter_async_context(connect(server)))
+        await answered(first)
+        await answered(await stack.enter_async_context(connect(server)))
+        assert await second.closed() == b""
+        await answered(first)
+        await answered(others)
+        app.slow_may_end.set()
+        assert await at_work.status() == 200
+
+
+async def test_a_connection_is_not_closed_before_its_answer() -> None:
+    """However long the others of its address have been there, and of however many."""
+    app = App()
+    async with running(app, ProxyPlaces(6, Turns())) as server, AsyncExitStack() as stack:
+        at_work = [
+            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 4)
+        ]
+        async with connect(server) as one_more:
+            assert await one_more.closed() == b""
+        async with connect(server, OTHER) as other:
+            await answered(other)
+        app.slow_may_end.set()
+        assert [await each.status() for each in at_work] == [200] * 3
+
+
+async def test_an_address_without_connections_takes_the_place_of_an_idle_one() -> None:
+    async with running(proxies=ProxyPlaces(2, Turns())) as server, AsyncExitStack() as stack:
+        longest, later = [
+            await answered(await stack.enter_async_context(connect(server, address)))
+            for address in ("127.0.0.2", "127.0.0.3")
+        ]
+        await answered(await stack.enter_async_context(connect(server)))
+        assert await longest.closed() == b""
+        await answered(later)
+
+
+async def test_a_place_is_free_again_when_its_connection_is_closed() -> None:
+    async with running(proxies=ProxyPlaces(1, Turns())) as server:
+        for _ in range(3):
+            async with connect(server) as client:
+                await answered(client)
+
+
+async def test_more_requests_than_are_at_work_at_once_are_all_answered() -> None:
+    async with running(proxies=ProxyPlaces(1_024, Turns())) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(5 * DEFAULT_LIMITS.requests)]
+        for client in clients:
+            client.send(GET)
+        assert {await client.status() for client in clients} == {200}
+
+
+async def test_while_its_address_waits_for_a_turn_requests_are_kept_and_no_connection_counts_as_idle() -> None:
+    turns = slow_turns()
+    proxies = ProxyPlaces(4, turns)
+    async with running(proxies=proxies) as server, AsyncExitStack() as stack:
+        idle = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
+        queue = connections()[0].budget.calls
+        is_over = asyncio.Event()
+        hold(turns, queue, is_over)
+        for client in idle:
+            client.send(GET[:10])
+        async with connect(server) as new:
+            new.send(GET[:10])
+            async with connect(server) as one_more:
+                assert await one_more.closed() == b""
+            is_over.set()
+            for client in (*idle, new):
+                client.send(GET[10:])
+                assert await client.status() == 200
+
+
+async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
+    turns = slow_turns()
+    async with (
+        running(proxies=ProxyPlaces(4, turns, unread_bytes=100_000)) as server,
+        connect(server) as client,
+        connect(server) as other,
+    ):
+        await answered(client)
+        await answered(other)
+        is_over = asyncio.Event()
+        hold(turns, connections()[0].budget.calls, is_over)
+        client.send(POST + bytes(200_000))
+        is_over.set()
+        await client.closed()
+        await answered(other)
+
+
+async def test_a_body_is_read_and_dropped() -> None:
+    async with running(proxies=ProxyPlaces(4, Turns())) as server, connect(server) as client:
+        client.send(POST + bytes(200_000) + GET[:5])
+        assert (await client.closed()).endswith(b"\r\n\r\n0 bytes")
+
+
+@pytest.mark.parametrize("sent", [GET, GET[:-5], POST + bytes(200_000), POST + bytes(5)])
+async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: bytes) -> None:
+    async with running(proxies=ProxyPlaces(4, Turns())) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            async with connect(server) as client:
+                client.send(sent)
+                async with connect(server) as other:
+                    await answered(other)
+            await until(lambda: not connections())
+        finally:
+            gc.enable()
