@@ -115,9 +115,9 @@ again on others.
 MAX_ABANDONED: Final = 65_536
 """The most buckets of all Envoys that were to be dropped within `ABANDONED_US`. Others are named in a later report."""
 
-ABANDONED_US: Final = SILENCE_US
+ABANDONED_US: Final = 6 * REPORT_US
 """An Envoy may report on a bucket that it was told to drop, since it hears that late when it has much to do. It is not
-told again before this time: each name that it does not know makes it log the whole message that it was in.
+told again before this time: for each bucket that it does not have it logs the whole message.
 """
 
 MAX_PAIRS: Final = 32
@@ -213,7 +213,7 @@ class Quotas:
         self._buckets_to_sweep: list[EnvoyBucket] = []
         self._pools_to_sweep: list[Pool] = []
         self._abandoned: dict[tuple[QuotaStream, int], int] = {}
-        """When Envoys were told to drop buckets, by the hash of the id: the oldest first."""
+        """When Envoys were told to drop buckets, by the hash of the pairs: the oldest first."""
         self._abandoning: dict[QuotaStream, None] = {}
         """Streams with ids to be sent after the next tick."""
         self._log = DemandLog()
@@ -359,7 +359,7 @@ class Quotas:
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
             counts.errors["bad_id"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return None
         key = (domain, usage.pairs)
         bucket = stream.buckets.get(key)
@@ -416,7 +416,7 @@ class Quotas:
         has_room = len(stream.buckets) < self._max_envoy_buckets - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
-            self._abandon(stream, usage.bucket_id, now_us)
+            self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return bucket
         if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
             # It may go on with an assignment that is about to be orphaned.
@@ -474,7 +474,7 @@ class Quotas:
         if not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             self._drop(bucket, now_us)
-            self._abandon(bucket.stream, bucket.bucket_id, now_us)
+            self._abandon(bucket.stream, bucket.bucket_id, bucket.key[1], now_us)
             return
         self._leave_pool(bucket, now_us)
         bucket.pool = pool
@@ -499,13 +499,13 @@ class Quotas:
         if stream.is_crowded:
             self.counts.errors["no_room"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return True
-        return (stream, hash(usage.bucket_id)) in self._abandoned
+        return (stream, hash(usage.pairs)) in self._abandoned
 
-    def _abandon(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> None:
+    def _abandon(self, stream: QuotaStream, bucket_id: bytes, pairs: Pairs, now_us: int) -> None:
         """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
-        if not bucket_id or stream.sends_abandoned or not self._note_abandoned(stream, bucket_id, now_us):
+        if not bucket_id or stream.sends_abandoned or not self._note_abandoned(stream, pairs or bucket_id, now_us):
             return
         stream.abandoned.append(bucket_id)
         stream.abandoned_bytes += len(bucket_id)
@@ -518,9 +518,13 @@ class Quotas:
             stream.sends_abandoned = True
             stream.wake()
 
-    def _note_abandoned(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> bool:
-        """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted."""
-        told = (stream, hash(bucket_id))
+    def _note_abandoned(self, stream: QuotaStream, bucket: Pairs | bytes, now_us: int) -> bool:
+        """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted.
+
+        Args:
+            bucket: its pairs, since Envoy sends them in any order; its id if that has none.
+        """
+        told = (stream, hash(bucket))
         if told in self._abandoned or len(self._abandoned) >= MAX_ABANDONED:
             return False
         self._abandoned[told] = now_us
@@ -622,7 +626,7 @@ class Quotas:
             # The Envoy drops its assignment with the bucket.
             bucket.expires_us = now_us
             self._drop(bucket, now_us)
-            self._note_abandoned(bucket.stream, bucket.bucket_id, now_us)
+            self._note_abandoned(bucket.stream, bucket.key[1], now_us)
             return Action(bucket.bucket_id, None)
         if bucket in pool.waiting:
             return None
