@@ -152,10 +152,12 @@ class Peer:
 
     def note_unknown(self, now_us: int) -> None:
         """It has told of a bucket that no rule here knows."""
-        if self.unknown_since_us is None:
-            # A snapshot may have what is of any age.
-            is_recent = self.reported.has_ended_snapshot
-            self.unknown_since_us = max(1, now_us - LATE_US) if is_recent else 1
+        # A snapshot may have what is of any age, and an answer what was written since it was asked for.
+        since_us = max(1, now_us - LATE_US) if self.reported.has_ended_snapshot else 1
+        if self.missed_since_us:
+            since_us = min(since_us, self.missed_since_us)
+        known_us = self.unknown_since_us
+        self.unknown_since_us = since_us if known_us is None else min(known_us, since_us)
 
     def ask_for_unknown(self) -> None:
         """Other rules are in force: ask it for what no rule knew before, unless there was none."""
