@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter, deque
 from functools import partial
@@ -382,6 +383,22 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
             assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
     assert {node: view.part(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_however_many_changes_nodes_have_missed_or_taken_back_the_homes_sum_to_at_most_one(seed: int) -> None:
+    chance = random.Random(seed)
+    memberships = [Membership(1, {"a": 1, "b": 8, "c": 1})]
+    for epoch in range(2, 6):
+        weights = {node: chance.randint(1, 9) for node in "abc"}
+        memberships.append(Membership(epoch, weights, memberships[-1].weights))
+    views = {node: Shares(memberships[0], node, -OLD_LOAN_US) for node in "abc"}
+    for now_us in range(0, 60 * SECOND_US, SECOND_US):
+        restarted = chance.choice("abc")
+        views[restarted] = Shares(chance.choice(memberships), restarted, now_us - OLD_LOAN_US)
+        for one, other in permutations(views.values(), 2):
+            one.receive(other.node, ShownMembership(other.membership.epoch, other.membership.weights), now_us)
+        assert sum(view.home(b"k", 100, now_us) for view in views.values()) <= 100 * TOKEN
 
 
 def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
