@@ -68,6 +68,9 @@ SILENCE_US: Final = 3 * REPORT_US + SECOND_US
 IDLE_US: Final = 60 * SECOND_US
 """A bucket without a request for this long is dropped here, and the Envoy is told to drop it."""
 
+CROWDED_IDLE_US: Final = 2 * REPORT_US
+"""The same, while an Envoy is crowded."""
+
 LEAST_MEASURE_US: Final = SECOND_US
 """The shortest time over which a demand is measured. The first report of a bucket comes at once, so it says little."""
 
@@ -95,8 +98,8 @@ MAX_POOL_ORPHANS: Final = 2_048
 """The most orphaned assignments of a pool; further ones are added up. Peers take demands of 4,096 members."""
 
 MAX_REPORT_BYTES: Final = 1 << 21
-"""About the most bytes of a report on all buckets of an Envoy. It reports on all of them in one message, of which 4 MiB
-are taken, so it is told to drop those beyond.
+"""About the most bytes of a report on all buckets of an Envoy that are kept here. It reports every five seconds on all
+that it has, so it is told to drop those beyond.
 """
 
 _USAGE_BYTES: Final = 32
@@ -104,6 +107,14 @@ _USAGE_BYTES: Final = 32
 
 _MAX_ABANDONED_BYTES: Final = 1 << 16
 """The most ids, in bytes, that wait to be sent to an Envoy that is to drop them. It soon reports again on others."""
+
+MAX_ABANDONED: Final = 65_536
+"""The most buckets of all Envoys that were to be dropped within `ABANDONED_US`. Others are named in a later report."""
+
+ABANDONED_US: Final = SILENCE_US
+"""An Envoy may report on a bucket that it was told to drop, since it hears that late when it has much to do. It is not
+told again before this time: each name that it does not know makes it log the whole message that it was in.
+"""
 
 MAX_PAIRS: Final = 32
 """The most pairs in one bucket."""
@@ -116,6 +127,7 @@ _SWEEP_POOLS: Final = 256
 
 _SWEEP_BUCKETS: Final = 512
 _DROPPED_AT_ONCE: Final = 256
+_FORGOTTEN_AT_ONCE: Final = 1_024
 _DIVIDE_BUCKETS: Final = 256
 """A tick divides pools with this many buckets in all, and finishes the pool that exceeds it."""
 
@@ -142,9 +154,9 @@ class QuotaCounts:
         """Reports of single buckets."""
         self.requests = {"allowed": 0, "denied": 0}
         """Requests that Envoys have allowed and denied, as they report."""
-        self.errors = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0}
+        self.errors = {"no_rule": 0, "no_room": 0, "bad_id": 0, "bad_time": 0, "invalid": 0}
         """Reports with an error: no rule limits the bucket; there is no room for it; its id has no pairs, too many, or
-        is too long; its time runs backwards.
+        is too long; its time runs backwards. And streams that ended because of what came.
         """
         self.assignments = 0
         """Assignments sent, renewals included."""
@@ -196,6 +208,8 @@ class Quotas:
         self._streams_to_sweep: list[QuotaStream] = []
         self._buckets_to_sweep: list[EnvoyBucket] = []
         self._pools_to_sweep: list[Pool] = []
+        self._abandoned: dict[tuple[QuotaStream, int], int] = {}
+        """When Envoys were told to drop buckets, by the hash of the id: the oldest first."""
         self._log = DemandLog()
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
@@ -261,6 +275,7 @@ class Quotas:
             self._learnt = list(self.pools.values())
         self._charges.tick(now_us)
         self.drop_closed(now_us)
+        self._forget_abandoned(now_us)
         self._sweep_buckets(now_us)
         self._sweep_pools(now_us)
         for pool in self._learnt[-_DIVIDE_BUCKETS:]:
@@ -333,11 +348,13 @@ class Quotas:
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
             counts.errors["bad_id"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id)
+                self._abandon(stream, usage.bucket_id, now_us)
             return None
         key = (domain, usage.pairs)
         bucket = stream.buckets.get(key)
         if bucket is None:
+            if not allowed and not denied and self._is_unwanted(stream, usage, now_us):
+                return None
             bucket = self._add_bucket(stream, key, usage, elapsed_s, now_us)
         elif bucket.generation != self._limiter.generation:
             self._match_again(bucket, now_us)
@@ -367,12 +384,13 @@ class Quotas:
     def _add_bucket(
         self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, now_us: int
     ) -> EnvoyBucket:
-        """Create the record of a bucket reported for the first time. If there is no room, the record is returned
-        but not stored.
+        """Create the record of a bucket reported for the first time. It is returned but not stored if there is no room,
+        or if its Envoy is crowded and has it only now.
         """
         step = self._step_of(key)
+        is_welcome = elapsed_s > 0 or not stream.is_crowded
         # An Envoy may have as many pools and buckets as are still free.
-        pool = self._pool(step, may_add=len(stream.buckets) < self._max_pools - len(self.pools))
+        pool = self._pool(step, may_add=is_welcome and len(stream.buckets) < self._max_pools - len(self.pools))
         bucket = EnvoyBucket(stream, key, usage, pool, step)
         bucket.generation = self._limiter.generation
         bucket.active_us = now_us
@@ -381,11 +399,13 @@ class Quotas:
         if not usage.is_utf8:
             self.counts.errors["bad_id"] += 1
             return bucket
+        if not is_welcome:
+            return bucket
         id_bytes = stream.id_bytes + len(usage.bucket_id) + _USAGE_BYTES
         has_room = len(stream.buckets) < self._max_envoy_buckets - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
-            self._abandon(stream, usage.bucket_id)
+            self._abandon(stream, usage.bucket_id, now_us)
             return bucket
         if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
             # It may go on with an assignment that is about to be orphaned.
@@ -443,7 +463,7 @@ class Quotas:
         if not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             self._drop(bucket, now_us)
-            self._abandon(bucket.stream, bucket.bucket_id)
+            self._abandon(bucket.stream, bucket.bucket_id, now_us)
             return
         self._leave_pool(bucket, now_us)
         bucket.pool = pool
@@ -463,12 +483,39 @@ class Quotas:
         bucket.stream.due.pop(bucket, None)
         self._leave_pool(bucket, now_us)
 
-    def _abandon(self, stream: QuotaStream, bucket_id: bytes) -> None:
+    def _is_unwanted(self, stream: QuotaStream, usage: Usage, now_us: int) -> bool:
+        """Whether no record is made of a bucket without requests: its Envoy is crowded, or was told to drop it."""
+        if stream.is_crowded:
+            self.counts.errors["no_room"] += 1
+            if usage.is_utf8:
+                self._abandon(stream, usage.bucket_id, now_us)
+            return True
+        return (stream, hash(usage.bucket_id)) in self._abandoned
+
+    def _abandon(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> None:
         """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
-        if bucket_id and stream.abandoned_bytes < _MAX_ABANDONED_BYTES:
+        has_room = stream.abandoned_bytes < _MAX_ABANDONED_BYTES
+        if bucket_id and has_room and self._note_abandoned(stream, bucket_id, now_us):
             stream.abandoned.append(bucket_id)
             stream.abandoned_bytes += len(bucket_id)
             stream.wake()
+
+    def _note_abandoned(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> bool:
+        """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted."""
+        told = (stream, hash(bucket_id))
+        if told in self._abandoned or len(self._abandoned) >= MAX_ABANDONED:
+            return False
+        self._abandoned[told] = now_us
+        return True
+
+    def _forget_abandoned(self, now_us: int) -> None:
+        old = [
+            told
+            for told, at_us in islice(self._abandoned.items(), _FORGOTTEN_AT_ONCE)
+            if now_us - at_us >= ABANDONED_US
+        ]
+        for told in old:
+            del self._abandoned[told]
 
     def _leave_pool(self, bucket: EnvoyBucket, now_us: int) -> None:
         pool = bucket.pool
@@ -552,11 +599,12 @@ class Quotas:
 
     def _next_action(self, bucket: EnvoyBucket, now_us: int) -> Action | None:
         pool = bucket.pool
-        if now_us - bucket.active_us >= IDLE_US:
+        if now_us - bucket.active_us >= (CROWDED_IDLE_US if bucket.stream.is_crowded else IDLE_US):
             self.counts.forgotten["idle"] += 1
             # The Envoy drops its assignment with the bucket.
             bucket.expires_us = now_us
             self._drop(bucket, now_us)
+            self._note_abandoned(bucket.stream, bucket.bucket_id, now_us)
             return Action(bucket.bucket_id, None)
         if bucket in pool.waiting:
             return None

@@ -19,6 +19,12 @@ Pairs = tuple[tuple[str, str], ...]
 REPORT_US: Final = 5 * SECOND_US
 """The time between two reports of an Envoy, whatever its `reporting_interval`."""
 
+CROWDED_BYTES: Final = 1 << 18
+"""An Envoy with more than so many bytes of ids, some 2,500 buckets, is crowded: clients may have invented them. Its
+main thread copies all of them for each that is new, for each of which an assignment expires, and for each message. So
+it is told to drop those without requests soon, and new ones get no assignment before a second report has requests.
+"""
+
 MAX_RATE: Final = 2**63 - 1
 """The largest demand: nine billion requests a second."""
 
@@ -186,3 +192,7 @@ class QuotaStream:
         self.abandoned: list[bytes] = []
         """Ids of buckets that have no record here, which the Envoy is to drop."""
         self.abandoned_bytes = 0
+
+    @property
+    def is_crowded(self) -> bool:
+        return self.id_bytes > CROWDED_BYTES

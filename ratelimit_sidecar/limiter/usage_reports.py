@@ -1,7 +1,8 @@
-"""Reads envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports a few buckets at a time.
+"""Reads envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports a few buckets at a time, as the bytes come.
 
-A message of 4 MiB can hold two million buckets. To parse it whole would take a tenth of a second, and 150 MB for as
-long as its buckets are handled. So only the bytes are kept, and one step reads no more than the bounds below.
+An Envoy reports on all its buckets in one message, and callers may make it have as many as they like. So a message is
+never whole in memory: of one stream there is the field that is read, and what came with it. Messages that follow each
+other are like one of protobuf, so nothing here depends on where one ends.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
-from ratelimit_sidecar.limiter.fields import LENGTH, FieldReader, Malformed, TooManyFields, check_fields
+from ratelimit_sidecar.limiter.fields import (
+    FIXED32,
+    FIXED64,
+    LENGTH,
+    MAX_LENGTH,
+    VARINT,
+    FieldReader,
+    Malformed,
+    TooManyFields,
+    check_fields,
+)
 from ratelimit_sidecar.limiter.key import text_of
-from ratelimit_sidecar.limiter.quota import MAX_ENVOY_BUCKETS, MAX_PAIRS
+from ratelimit_sidecar.limiter.quota import MAX_PAIRS
 from ratelimit_sidecar.limiter.quota_pool import Pairs, Usage
 from ratelimit_sidecar.limiter.v1.quota_pb2 import BucketId, BucketUsage
 
@@ -22,14 +33,8 @@ USAGES_AT_ONCE: Final = 16
 limit.
 """
 
-MAX_FIELDS: Final = 4 * MAX_ENVOY_BUCKETS
-"""The most fields of a message, for which its 4 MiB leave 16 bytes each. A report on a bucket has more."""
-
 FIELDS_AT_ONCE: Final = 1_024
-"""The most fields of a step, but for those in its last group."""
-
-MAX_FIELDS_OF_STEP: Final = 2 * FIELDS_AT_ONCE
-"""A message with a longer group is refused. Envoy sends none."""
+"""The most fields of a step."""
 
 MAX_DOMAIN_BYTES: Final = 1_024
 
@@ -44,6 +49,8 @@ MAX_USAGE_BYTES: Final = 1 << 17
 _DOMAIN: Final = 1 << 3 | LENGTH
 _USAGE: Final = 2 << 3 | LENGTH
 
+_OTHER: Final = "not an envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports"
+
 _UNREADABLE: Final = Usage(b"", (), 0, 0, 0, False)
 
 
@@ -52,81 +59,100 @@ class InvalidReports(Exception):
 
 
 class ReportsReader:
-    """Reads one message. Call `look` until it `has_looked` at all of it, then `usages` until it `is_over`.
+    """Reads the messages of one stream. `feed` it their bytes as they come, then call `usages` while it `has_more`, and
+    `end` when nothing more comes.
 
-    Both methods raise InvalidReports if the bytes are no such message, or a part of it exceeds a bound.
+    All but `feed` raise InvalidReports if the bytes are no such messages, a part of one exceeds a bound, or the domain
+    is not said before the first usage.
     """
 
-    def __init__(self, raw: bytes) -> None:
-        self._fields = FieldReader(raw, MAX_FIELDS_OF_STEP)
+    def __init__(self) -> None:
+        self._fields = FieldReader(b"", FIELDS_AT_ONCE)
         self._at = 0
-        self._domain = b""
-        self._looked_at = 0
-        self.has_looked = False
+        """Where the next field begins: beyond the bytes that are here while the rest of a long one is passed over."""
+        self._least = 1
+        """The bytes from there on without which it cannot be read."""
+        self.domain = ""
+        """Of the usages returned last; "" as long as none was said."""
+
+    def feed(self, part: bytes) -> None:
+        rest = self._fields.raw[self._at :]
+        self._at = max(0, self._at - len(self._fields.raw))
+        self._fields.raw = rest + part if rest else part
 
     @property
-    def domain(self) -> str:
-        """The domain of all usages; "" when there is none. In a message of protobuf it may come last, so it is known
-        when the reader `has_looked`.
-        """
-        return text_of(self._domain)
-
-    @property
-    def is_over(self) -> bool:
-        return self._at == len(self._fields.raw)
-
-    def look(self) -> None:
-        """Look at the next fields, for the domain."""
-        self._step(None)
-        self._looked_at += self._fields.fields
-        if self._looked_at > MAX_FIELDS:
-            raise InvalidReports(f"more than {MAX_FIELDS} fields")
-        if self.is_over:
-            self.has_looked = True
-            self._at = 0
+    def has_more(self) -> bool:
+        return len(self._fields.raw) - self._at >= self._least
 
     def usages(self) -> list[Usage]:
         """The usages in the next fields."""
         usages: list[Usage] = []
-        self._step(usages)
+        self._fields.fields = 0
+        try:
+            while self.has_more and self._fields.fields < FIELDS_AT_ONCE and len(usages) < USAGES_AT_ONCE:
+                if not self._read_field(usages):
+                    break
+        except (Malformed, DecodeError) as error:
+            raise InvalidReports(_OTHER) from error
+        if usages and not self.domain:
+            raise InvalidReports("the domain of quotas must come first, and not be empty")
         return usages
 
-    def _step(self, usages: list[Usage] | None) -> None:
-        """Read the next fields.
+    def end(self) -> None:
+        """Check that nothing is missing."""
+        if self._at != len(self._fields.raw):
+            raise InvalidReports(_OTHER)
 
-        Args:
-            usages: where to add the usages; None to look for the domain.
-        """
+    def _read_field(self, usages: list[Usage]) -> bool:
+        """Read a field, if all of it is here. Returns whether the next one may be read in the same step."""
+        fields, at, end = self._fields, self._at, len(self._fields.raw)
         try:
-            self._read(usages)
-        except (Malformed, IndexError, DecodeError) as error:
-            raise InvalidReports("not an envoy.service.rate_limit_quota.v3.RateLimitQuotaUsageReports") from error
-        except TooManyFields as too_many:
-            raise InvalidReports("too many fields in a group") from too_many
+            tag, start = fields.tag(at)
+            start, after = _value(fields, start, tag)
+        except IndexError:
+            self._least = end - at + 1
+            return True
+        is_here = after <= end
+        if tag == _DOMAIN:
+            if after - start > MAX_DOMAIN_BYTES:
+                raise InvalidReports(f"a domain of more than {MAX_DOMAIN_BYTES} bytes")
+            if usages:
+                # They are of the domain before.
+                return False
+            if is_here:
+                # It need only be said once.
+                self.domain = text_of(fields.raw[start:after]) or self.domain
+        elif tag != _USAGE:
+            is_here = True
+        elif after - start > MAX_USAGE_BYTES:
+            usages.append(_UNREADABLE)
+            is_here = True
+        elif is_here:
+            usages.append(_usage(fields.raw[start:after]))
+        if is_here:
+            self._at, self._least = after, 1
+        else:
+            self._least = after - at
+        return True
 
-    def _read(self, usages: list[Usage] | None) -> None:
-        fields = self._fields
-        raw, at = fields.raw, self._at
-        end = len(raw)
-        fields.fields = 0
-        while at < end and fields.fields < FIELDS_AT_ONCE:
-            tag, at = fields.tag(at)
-            if tag == _USAGE:
-                start, at = fields.span(at, end)
-                if usages is not None:
-                    usages.append(_usage(raw[start:at]) if at - start <= MAX_USAGE_BYTES else _UNREADABLE)
-                    if len(usages) == USAGES_AT_ONCE:
-                        break
-            elif tag == _DOMAIN:
-                start, at = fields.span(at, end)
-                if at - start > MAX_DOMAIN_BYTES:
-                    raise InvalidReports(f"a domain of more than {MAX_DOMAIN_BYTES} bytes")
-                self._domain = raw[start:at]
-            else:
-                at = fields.skip(at, end, tag)
-        if at > end:
+
+def _value(fields: FieldReader, at: int, tag: int) -> tuple[int, int]:
+    """Where the value after a tag begins and ends. IndexError if the bytes that say so are not all here."""
+    wire_type = tag & 7
+    if tag < 1 << 3:
+        raise Malformed
+    if wire_type == VARINT:
+        return at, fields.varint(at)[1]
+    if wire_type == LENGTH:
+        length, start = fields.varint(at)
+        if start > at + 5 or length > MAX_LENGTH:
             raise Malformed
-        self._at = at
+        return start, start + length
+    if wire_type == FIXED64:
+        return at, at + 8
+    if wire_type == FIXED32:
+        return at, at + 4
+    raise InvalidReports("a group, which no known version has")
 
 
 def _usage(raw: bytes) -> Usage:

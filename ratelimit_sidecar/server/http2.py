@@ -464,23 +464,12 @@ class Connection:
         stream = self._streaming.get(stream_id)
         return 0 if stream is None else self._session.unsent_of(stream.request)
 
-    def acknowledge(self, stream_id: int, count: int, granted: int = 0) -> None:
-        """Acknowledge bytes of `StreamData` that are used up: the client may send as many more.
-
-        Args:
-            granted: bytes for which `grant_window` was called before.
-        """
+    def acknowledge(self, stream_id: int, count: int) -> None:
+        """Acknowledge bytes of `StreamData` that are used up: the client may send as many more."""
         stream = self._streaming.get(stream_id)
         if stream is not None:
             stream.held -= count
             self._count(-count)
-            if count > granted:
-                self._session.consume(stream.request, count - granted)
-
-    def grant_window(self, stream_id: int, count: int) -> None:
-        """Let a client send more bytes, although the handler has not used up any."""
-        stream = self._streaming.get(stream_id)
-        if stream is not None and count:
             self._session.consume(stream.request, count)
 
     def _forget_streaming(self, stream: _Stream) -> None:

@@ -12,7 +12,9 @@ that Envoy accepts by default, 60 KiB.
 """
 
 MAX_STREAMED_BYTES: Final = 65_536
-"""The largest message of most streaming calls; it also limits how much a client sends before it is read."""
+"""The largest message of a streaming call, unless it takes parts. It also limits how much a client sends before it is
+read.
+"""
 
 MAX_HEADER_BYTES: Final = 131_072
 """The largest headers of one request, decoded, with 32 bytes for each header (RFC 9113, section 6.5.2). Envoy accepts

@@ -17,7 +17,6 @@ import structlog
 
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.server.budget import Places
-from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.telemetry.traces import trace_fields
 
 
@@ -60,12 +59,14 @@ class StreamingMethod:
     """A method with a stream of messages in, out or both; a side with a single message is a stream of one.
 
     Args:
-        max_message_bytes: the largest incoming message; at most `limits.MAX_MESSAGE_BYTES`.
+        takes_parts: True to be given messages of any size in parts, as they come. Where one ends and the next begins is
+            not said: messages of protobuf can be read one after the other like one. False for whole messages of at most
+            `limits.MAX_STREAMED_BYTES`.
         places: bounds how many of its calls are open at once; None if only their memory is bounded.
     """
 
     handler: StreamHandler
-    max_message_bytes: int = MAX_STREAMED_BYTES
+    takes_parts: bool = False
     places: Places | None = None
 
 

@@ -2,9 +2,8 @@
 does not read what was sent. It begins, goes on and ends in turns of the event loop (`turns.py`).
 
 Flow control: the bytes of a message are acknowledged to the client when the handler asks for the next message. So the
-window stops a client that is faster than the handler. The bytes of a message larger than the window are acknowledged as
-they arrive, and the budget bounds them. In the other direction a handler waits while more than `MAX_UNSENT_BYTES` of
-its call are unsent.
+window, which holds a whole message, stops a client that is faster than the handler. In the other direction a handler
+waits while more than `MAX_UNSENT_BYTES` of its call are unsent.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.server.events import StreamStarted
-from ratelimit_sidecar.server.framing import PREFIX_BYTES
 from ratelimit_sidecar.server.http2 import Connection
-from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
 from ratelimit_sidecar.server.turn_event import TurnEvent
@@ -62,11 +59,10 @@ class StreamingCall:
         self._queue = queue
         self._blocked = blocked
         self._fail = fail
-        self._reader = MessageReader(opened.request, opened.method.max_message_bytes)
+        self._reader = MessageReader(opened.request)
+        self._take_next = self._reader.next_part if opened.method.takes_parts else self._reader.next_message
         self._last_bytes = 0
-        """The size of the message that the handler is working on."""
-        self._granted = 0
-        """Bytes of that message or the next one that were acknowledged before it was complete."""
+        """The bytes, with their prefix, that the handler is working on."""
         self._client_is_done = False
         self._received = TurnEvent(turns, queue)
         """Set when bytes arrived, or the client is done."""
@@ -144,24 +140,20 @@ class StreamingCall:
     async def _next_message(self) -> bytes:
         # The handler is done with the last message, so the client may send as much again.
         if self._last_bytes:
-            self._connection.acknowledge(self._opened.stream_id, self._last_bytes, self._granted)
-            self._last_bytes = self._granted = 0
+            self._connection.acknowledge(self._opened.stream_id, self._last_bytes)
+            self._last_bytes = 0
             self._flush()
         # Others have their turn, even if messages are already here.
         self._received.set()
         while True:
             await self._received.wait()
-            message = self._reader.next_message(self._client_is_done)
+            waiting = self._reader.waiting
+            message = self._take_next(self._client_is_done)
             if message is not None:
-                self._last_bytes = PREFIX_BYTES + len(message)
+                self._last_bytes = waiting - self._reader.waiting
                 return message
             if self._client_is_done:
                 raise StopAsyncIteration
-            if self._reader.waiting >= MAX_STREAMED_BYTES:
-                # The rest of this message can only arrive if the client may send more than its window.
-                self._connection.grant_window(self._opened.stream_id, self._reader.waiting - self._granted)
-                self._granted = self._reader.waiting
-                self._flush()
 
     async def _until_taken(self) -> None:
         # Others have their turn, even if the client reads fast.

@@ -10,7 +10,7 @@ as when Envoy's rate limit filter has no descriptors to send; it is counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -38,12 +38,14 @@ SERVICE_NAME: Final = "envoy.service.auth.v3.Authorization"
 DOMAIN_EXTENSION: Final = b"domain"
 """The context extension that names the domain."""
 
-MAX_HEADERS: Final = 1_024
-"""The most headers of a request. Envoy accepts 100 by default."""
+MAX_FIELDS: Final = 8_192
+"""The most fields of a request that is parsed. A header has three; Envoy accepts 100 headers by default. 4 MiB can hold
+two million empty ones, which would take a tenth of a second.
+"""
 
-MAX_FIELDS: Final = 8 * MAX_HEADERS
-"""The most fields of a request that is parsed. A header has three; 4 MiB can hold two million empty ones, which would
-take a tenth of a second.
+JOINED: Final = frozenset((b"authorization",))
+"""Headers that Envoy joins by commas when there are several of the name, before any filter sees them: of those that it
+joins, the ones that say who calls.
 """
 
 _OK: Final[bytes] = RateLimitResponse(overall_code=RateLimitResponse.OK).SerializeToString()
@@ -77,12 +79,17 @@ class ExtAuthzService:
         """For a front end."""
         return {_PATH: self.check}
 
+    def knows(self, domain: bytes) -> bool:
+        """Whether the rules have a domain, or have none at all. Clients must not choose one."""
+        domains = self._rules().domains
+        return not domain or not domains or text_of(domain) in domains
+
     def check(self, request: bytes, metadata: Metadata) -> bytes | Waiting:
         """Answer a serialized CheckRequest with a serialized CheckResponse, perhaps later.
 
         Raises:
-            RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_HEADERS` or
-                `MAX_FIELDS`; and what the rate limit service raises.
+            RpcError: INVALID_ARGUMENT for something else than a request, or one with more than `MAX_FIELDS`; and what
+                the rate limit service raises.
         """
         try:
             http = http_request(request)
@@ -124,7 +131,7 @@ def http_request(check: bytes) -> HttpRequest:
     """The HTTP request in a serialized CheckRequest.
 
     Raises:
-        RpcError: INVALID_ARGUMENT: it is no CheckRequest, or has more than `MAX_HEADERS` or `MAX_FIELDS`.
+        RpcError: INVALID_ARGUMENT: it is no CheckRequest, or has more than `MAX_FIELDS`.
     """
     try:
         # A field has two bytes or more, so most requests need not be looked at.
@@ -137,11 +144,9 @@ def http_request(check: bytes) -> HttpRequest:
         raise RpcError(Code.INVALID_ARGUMENT, "not an envoy.service.auth.v3.CheckRequest") from error
     http = attributes.request.http
     raw_headers = http.header_map.headers
-    if len(http.headers) + len(raw_headers) + len(attributes.context_extensions) > MAX_HEADERS:
-        raise RpcError(Code.INVALID_ARGUMENT, f"more than {MAX_HEADERS} headers")
     if raw_headers:
         raw_values = ((header.key, header.raw_value or header.value) for header in raw_headers)
-        headers = first_values(raw_values, are_joined=False)
+        headers = first_values(raw_values, JOINED)
     else:
         headers = first_values((entry.key, entry.value) for entry in http.headers)
     return HttpRequest(
@@ -154,16 +159,22 @@ def http_request(check: bytes) -> HttpRequest:
     )
 
 
-def first_values(headers: Iterable[tuple[bytes, bytes]], *, are_joined: bool = True) -> Mapping[bytes, bytes]:
+def first_values(
+    headers: Iterable[tuple[bytes, bytes]], joined: Container[bytes] | None = None
+) -> Mapping[bytes, bytes]:
     """Headers by name in lower case. Of several with one name the first counts, as in Envoy's rate limit filter:
     otherwise a client could get another bucket by adding a second one, which its upstream ignores.
 
     Args:
-        are_joined: True if Envoy has joined those of one name by commas. Then what is before a comma counts.
+        joined: names in lower case of which Envoy joins several values by commas, so that what is before a comma
+            counts; None for all.
     """
     values: dict[bytes, bytes] = {}
-    for name, value in headers:
-        values.setdefault(name.lower(), value.partition(b",")[0].rstrip() if are_joined else value)
+    for any_case, value in headers:
+        name = any_case.lower()
+        if name not in values:
+            is_joined = joined is None or name in joined
+            values[name] = value.partition(b",")[0].rstrip() if is_joined else value
     return values
 
 

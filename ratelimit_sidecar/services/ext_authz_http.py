@@ -3,8 +3,9 @@
 Envoy's HTTP form sends the request's method, path and the configured headers, without a body. The path begins with the
 filter's `path_prefix`, which names the domain: `/ext_authz/shop`, or `/ext_authz/` for the default one. 200 lets the
 request pass; 429 denies it, with the headers and the body for the client. A failure is 503: Envoy's filter treats
-statuses from 500 up as errors, and then follows its `failure_mode_allow`. A path without the prefix is denied with 404,
-so that a filter without a prefix is noticed.
+statuses from 500 up as errors, and then follows its `failure_mode_allow`. A path without the prefix, or with a domain
+that no rules have, is denied with 404. So a filter with another prefix is noticed: with `/ext_authz` the domain would
+be the first part of the client's path.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ratelimit_sidecar.services.ext_authz import ExtAuthzService, first_values
 
 PREFIX: Final = b"/ext_authz/"
 
-_NO_PREFIX: Final = JSONResponse({"error": "expected a path_prefix of /ext_authz/ and the domain"}, 404)
+_NO_PREFIX: Final = JSONResponse({"error": "expected a path_prefix of /ext_authz/ and a domain of the rules"}, 404)
 
 
 def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
@@ -32,9 +33,11 @@ def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         raw_path: bytes = scope["raw_path"]
-        if raw_path.startswith(PREFIX):
+        raw_domain, slash, path = raw_path[len(PREFIX) :].partition(b"/")
+        domain = unquote_to_bytes(raw_domain)
+        if raw_path.startswith(PREFIX) and service.knows(domain):
             try:
-                decision = _decide(service, scope, raw_path[len(PREFIX) :])
+                decision = _decide(service, scope, domain, slash + path)
                 raw = await waits.answer_of(decision, receive) if isinstance(decision, Waiting) else decision
                 if raw is None:
                     return
@@ -51,10 +54,9 @@ def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
     return answer
 
 
-def _decide(service: ExtAuthzService, scope: Scope, after_prefix: bytes) -> bytes | Waiting:
-    domain, slash, path = after_prefix.partition(b"/")
-    http = HttpRequest(first_values(scope["headers"]), {}, slash + path, scope["method"].encode())
-    return service.decide(unquote_to_bytes(domain), http, Headers(scope["headers"]))
+def _decide(service: ExtAuthzService, scope: Scope, domain: bytes, path: bytes) -> bytes | Waiting:
+    http = HttpRequest(first_values(scope["headers"]), {}, path, scope["method"].encode())
+    return service.decide(domain, http, Headers(scope["headers"]))
 
 
 def _answer(raw: bytes) -> Response:

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Final
 
+import structlog
+
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3 import rlqs_pb2
 from ratelimit_sidecar.limiter.quota import TTL_S, Quotas
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream
@@ -22,8 +24,7 @@ from ratelimit_sidecar.limiter.v1.quota_pb2 import (
     QuotaResponse,
 )
 from ratelimit_sidecar.server.budget import Places
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod
+from ratelimit_sidecar.server.rpc import MAX_KINDS_LOGGED, Code, Handlers, Metadata, RpcError, StreamingMethod
 from ratelimit_sidecar.server.turn_event import TurnEvent
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
@@ -36,6 +37,11 @@ ACTIONS_AT_ONCE: Final = 64
 
 MAX_STREAMS: Final = 1_024
 """The most streams, of which a connection may have an eighth of those free, and an address half."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+WARNING_US: Final = 60_000_000
+"""A warning is logged once in this time at most."""
 
 TICK_SECONDS: Final = 0.1
 IDLE_TICK_SECONDS: Final = 1.0
@@ -64,10 +70,12 @@ class QuotaService:
         self._waits_for_rules = waits_for_rules
         self._turns = turns or Turns()
         self._queue = StepQueue()
+        self._logged: set[str] = set()
+        """Why streams were refused."""
 
     def handlers(self) -> Handlers:
         """For a front end."""
-        return {_PATH: StreamingMethod(self.stream, MAX_MESSAGE_BYTES, self.places)}
+        return {_PATH: StreamingMethod(self.stream, takes_parts=True, places=self.places)}
 
     def rules_loaded(self) -> None:
         """Stop refusing streams: rules are loaded."""
@@ -75,15 +83,20 @@ class QuotaService:
 
     async def run(self) -> None:
         """Divide and charge until cancelled."""
+        warned_us = refused = 0
         while True:
             await asyncio.sleep(TICK_SECONDS if self.quotas.pools else IDLE_TICK_SECONDS)
             self.quotas.tick(self._now_us())
+            before, refused = refused, self.quotas.counts.errors["no_room"]
+            if refused > before and self._now_us() - warned_us >= WARNING_US:
+                warned_us = self._now_us()
+                _log.warning("quota_buckets_full", no_room=refused, buckets=self.quotas.bucket_count)
             while self.quotas.drop_closed(self._now_us()):  # noqa: ASYNC110 (it does the work itself)
                 await asyncio.sleep(0)
 
     async def stream(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
-        """Take serialized RateLimitQuotaUsageReports, and answer with serialized RateLimitQuotaResponses whenever there
-        are actions to send.
+        """Take serialized RateLimitQuotaUsageReports in parts, and answer with serialized RateLimitQuotaResponses
+        whenever there are actions to send.
 
         Raises:
             RpcError: UNAVAILABLE while there are no rules, INVALID_ARGUMENT for something else than reports, or
@@ -104,8 +117,8 @@ class QuotaService:
                     await woken.turn()
                 elif reading.done():
                     refusal = reading.result()
-                    if refusal:
-                        raise RpcError(Code.INVALID_ARGUMENT, refusal)
+                    if refusal is not None:
+                        raise refusal
                     return
                 else:
                     await woken.wait()
@@ -114,26 +127,33 @@ class QuotaService:
             reading.cancel()
             await asyncio.wait([reading])
 
-    async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> str:
-        """Returns why the stream is to be ended; empty when the client has ended it."""
-        domain = ""
+    async def _read(self, stream: QuotaStream, requests: AsyncIterator[bytes]) -> RpcError | None:
+        """Returns why the stream is to be ended; None when the client has ended it."""
+        reader = ReportsReader()
         next_step = TurnEvent(self._turns, self._queue)
-        async for raw in requests:
-            reader = ReportsReader(raw)
-            try:
-                while not reader.has_looked:
+        try:
+            async for part in requests:
+                reader.feed(part)
+                while reader.has_more:
                     await next_step.turn()
-                    reader.look()
-                # It need only be said once.
-                domain = reader.domain or domain
-                if not domain:
-                    return "the domain of quotas must not be empty"
-                while not reader.is_over:
-                    await next_step.turn()
-                    self.quotas.report(stream, domain, reader.usages(), self._now_us())
-            except InvalidReports as error:
-                return str(error)
-        return ""
+                    usages = reader.usages()
+                    self.quotas.report(stream, reader.domain, usages, self._now_us())
+            reader.end()
+        except InvalidReports as invalid:
+            refusal = RpcError(Code.INVALID_ARGUMENT, str(invalid))
+        except RpcError as broken:
+            refusal = broken.with_traceback(None)
+        else:
+            return None
+        self._note_refusal(refusal.message)
+        return refusal
+
+    def _note_refusal(self, why: str) -> None:
+        """Count it, and log it if it is the first of its kind: the Envoy comes back with the same every few seconds."""
+        self.quotas.counts.errors["invalid"] += 1
+        if why not in self._logged and len(self._logged) < MAX_KINDS_LOGGED:
+            self._logged.add(why)
+            _log.warning("quota_reports_refused", why=why)
 
 
 def _response(actions: Sequence[Action]) -> bytes:

@@ -793,7 +793,8 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region", "reason"),
         "Of these, of buckets that no rule limits (no_rule; Envoy is told to let all pass), for which there was no "
-        "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time).",
+        "room (no_room), with an id of no pairs, too many or too long (bad_id), whose time runs backwards (bad_time); "
+        "and streams that ended because what came was no report (invalid).",
         read_quotas_by(lambda quotas: quotas.counts.errors),
     ),
     Definition(

@@ -505,7 +505,7 @@ def test_an_envoy_is_told_to_drop_buckets_before_it_has_more_than_fit_into_a_rep
     most = quota.MAX_REPORT_BYTES // size
     actions = []
     for number in range(most + 50):
-        actions += server.report(stream, Usage(b"%0*d" % (size, number), (("agent", str(number)),), 1, 0, 0))
+        actions += server.report(stream, Usage(b"%0*d" % (size, number), (("agent", str(number)),), 1, 0, 5))
     dropped = [action for action in actions if action.assignment is None]
     assert most * 0.9 < len(stream.buckets) <= most
     assert len(dropped) == most + 50 - len(stream.buckets)
@@ -514,6 +514,95 @@ def test_an_envoy_is_told_to_drop_buckets_before_it_has_more_than_fit_into_a_rep
     while server.quotas.drop_closed(server.now_us):
         pass
     assert stream.id_bytes == 0
+
+
+def crowd(count: int, allowed: int, elapsed_s: int) -> list[Usage]:
+    """Reports on buckets with ids of 75 bytes, of which 2,450 make a crowd."""
+    return [usage(f"{number:075}", allowed, elapsed_s=elapsed_s) for number in range(count)]
+
+
+def dropped(actions: list[Action]) -> set[bytes]:
+    return {action.bucket_id for action in actions if action.assignment is None}
+
+
+def drop_until_told(server: Server, stream: QuotaStream, usages: list[Usage], after_s: float) -> list[Action]:
+    """As an Envoy that is told while it reports, a part at a time."""
+    server.world.now_us += int(after_s * SECOND_US)
+    actions = []
+    for at in range(0, len(usages), 500):
+        actions += server.report(stream, *usages[at : at + 500])
+    return actions
+
+
+def test_an_envoy_with_buckets_that_clients_invented_is_told_to_drop_them_and_those_in_use_are_assigned() -> None:
+    """As after a restart of the sidecar: it hears of all of them at once, and most of them will never be used again."""
+    server = Server()
+    stream = server.connect()
+    usages = [*crowd(10_000, 0, 5), usage("ada", elapsed_s=5)]
+    actions = drop_until_told(server, stream, usages, 0)
+    assert actions[-1].bucket_id == b"ada"
+    assert actions[-1].assignment is not None
+    gone = dropped(actions)
+    kept = [each for each in usages if each.bucket_id not in gone]
+    assert len(kept) == len(stream.buckets) < 2_500
+    assert server.quotas.counts.errors["no_room"] == len(gone) > 7_500
+    # Soon it is no crowd any more.
+    actions = drop_until_told(server, stream, kept, 5) + drop_until_told(server, stream, kept, 5)
+    assert b"ada" not in dropped(actions)
+    assert not stream.is_crowded
+
+
+def test_a_new_bucket_of_a_crowded_envoy_is_charged_and_assigned_when_it_is_still_in_use_after_a_report() -> None:
+    server = Server()
+    stream = server.connect()
+    server.report(stream, *crowd(2_500, 1, 5))
+    assert stream.is_crowded
+    pools = len(server.quotas.pools)
+    assert server.report(stream, usage("ada", allowed=7), usage("eve")) == []
+    assert len(server.quotas.pools) == pools
+    actions = server.report(stream, usage("ada", elapsed_s=3), usage("eve", 0, elapsed_s=3), after_s=3)
+    assert [(action.bucket_id, action.assignment is None) for action in actions] == [(b"eve", True), (b"ada", False)]
+    server.quotas.charge_all()
+    taken = [sum(bucket.taken[server.node.limiter.store.origin].values()) for bucket in server.node.limiter.store]
+    assert sorted(taken)[-2:] == [1, 8]
+
+
+def test_an_envoy_is_told_once_to_drop_a_bucket_although_it_reports_it_again_before_it_hears_that() -> None:
+    """It would log the whole message for each bucket in it that it does not have."""
+    server = Server()
+    stream = server.connect()
+    told = dropped(server.report(stream, *crowd(3_000, 0, 5)))
+    assert len(told) > 500
+    assert not dropped(server.report(stream, *crowd(3_000, 0, 5), after_s=5))
+    server.world.now_us += quota.ABANDONED_US - 5 * SECOND_US
+    server.quotas.tick(server.now_us)
+    assert dropped(server.report(stream, *crowd(3_000, 1, 5)[:2_450], *crowd(3_000, 0, 5)[2_450:])) == told
+
+
+def test_a_bucket_that_was_dropped_as_idle_is_not_taken_again_because_of_a_report_that_was_under_way() -> None:
+    server = Server()
+    stream = server.connect()
+    server.report(stream, usage())
+    while not dropped(server.report(stream, usage(allowed=0, elapsed_s=5), after_s=5)):
+        pass
+    assert server.report(stream, usage(allowed=0, elapsed_s=5)) == []
+    assert not server.quotas.bucket_count
+    # But it is when it is in use.
+    [action] = server.report(stream, usage())
+    assert action.assignment is not None
+
+
+def test_what_is_kept_of_buckets_that_were_to_be_dropped_is_bounded_and_forgotten() -> None:
+    server = Server()
+    stream = server.connect()
+    told = 0
+    for at in range(0, quota.MAX_ABANDONED + 500, 500):
+        told += len(server.report(stream, *[Usage(b"%d" % number, (), 1, 0, 0) for number in range(at, at + 500)]))
+    assert told == quota.MAX_ABANDONED
+    server.world.now_us += quota.ABANDONED_US
+    for _ in range(quota.MAX_ABANDONED // 1_024):
+        server.quotas.tick(server.now_us)
+    assert len(server.report(stream, *[Usage(b"%d" % number, (), 1, 0, 0) for number in range(500)])) == 500
 
 
 def test_what_an_envoy_is_to_drop_goes_out_in_messages_of_the_usual_size() -> None:

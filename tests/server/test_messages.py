@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.framing import PREFIX_BYTES, frame
 from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import Code, RpcError
@@ -44,6 +44,40 @@ def test_any_cutting_of_the_bytes_gives_the_same_messages(
             found += read_all(reader, ended=False)
     found += read_all(reader, ended=True)
     assert found == messages
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.lists(st.integers(0, 2_500), max_size=20))
+def test_parts_are_what_has_come_of_a_message_and_together_all_of_it(messages: list[bytes], cuts: list[int]) -> None:
+    reader = MessageReader(())
+    found = b""
+    for piece in pieces(b"".join(map(frame, messages)), cuts):
+        reader.feed(piece)
+        while (part := reader.next_part(ended=False)) is not None:
+            found += part
+        # Nothing but a prefix waits for more.
+        assert reader.waiting < PREFIX_BYTES
+    assert reader.next_part(ended=True) is None
+    assert found == b"".join(messages)
+
+
+def test_a_message_that_is_read_in_parts_may_have_any_size() -> None:
+    reader = MessageReader(())
+    reader.feed(b"\0\xff\xff\xff\xff")
+    assert reader.next_part(ended=False) == b""
+    for _ in range(3):
+        reader.feed(bytes(MAX_STREAMED_BYTES))
+        assert reader.next_part(ended=False) == bytes(MAX_STREAMED_BYTES)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 7])
+def test_parts_of_a_message_that_is_cut_short_come_before_the_error(cut: int) -> None:
+    reader = MessageReader(())
+    reader.feed(frame(b"first") + frame(b"second")[:cut])
+    assert reader.next_part(ended=True) == b"first"
+    if cut >= PREFIX_BYTES:
+        assert reader.next_part(ended=True) == b"second"[: cut - PREFIX_BYTES]
+    with pytest.raises(RpcError, match="the last message is cut short"):
+        reader.next_part(ended=True)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=4), st.binary(max_size=50), st.data())

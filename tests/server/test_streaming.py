@@ -240,6 +240,56 @@ async def test_a_client_that_is_faster_than_the_handler_is_stopped_and_nothing_i
     assert answer.body == frame(b"%d" % (sent + 1))
 
 
+async def test_a_handler_that_takes_parts_is_given_a_message_larger_than_the_window_as_it_comes() -> None:
+    message = b"%05d" * 100_000
+    most = 0
+
+    async def in_parts(parts, _metadata):
+        nonlocal most
+        received = b""
+        async for part in parts:
+            most = max(most, len(part))
+            received += part
+        yield b"%d" % (received == message + message)
+
+    served = {PATH: StreamingMethod(in_parts, takes_parts=True)}
+    async with running("h2", served) as front_end, channel_to(front_end.addresses[0]) as channel:
+        call = stream_of(channel)
+        for _ in range(2):
+            await call.write(message)
+        await call.done_writing()
+        assert [answer async for answer in call] == [b"1"]
+    assert most <= STREAM_WINDOW < len(message)
+
+
+async def test_a_client_of_a_handler_that_takes_parts_is_stopped_while_the_handler_is_busy() -> None:
+    go_on = asyncio.Event()
+
+    async def busy(parts, _metadata):
+        async for _ in parts:
+            await go_on.wait()
+        yield b"done"
+
+    served = {PATH: StreamingMethod(busy, takes_parts=True)}
+    async with running("h2", served) as front_end, connected(front_end.addresses[0]) as client:
+        stream = client.open(PATH)
+        client.send(stream, b"\0" + (1 << 20).to_bytes(4, "big"), end=False)
+        await client.ping()
+        sent = 0
+        while client.room(stream) >= CHUNK:
+            client.send(stream, bytes(CHUNK), end=False)
+            sent += CHUNK
+            await client.ping()
+        assert sent <= STREAM_WINDOW
+        go_on.set()
+        while sent < 1 << 20:
+            await until(lambda: client.room(stream) >= CHUNK)
+            client.send(stream, bytes(CHUNK), end=sent + CHUNK == 1 << 20)
+            sent += CHUNK
+        answer = await client.answer(stream)
+    assert answer.body == frame(b"done")
+
+
 async def test_a_grpc_client_waits_while_the_handler_does(kind: str) -> None:
     go_on = asyncio.Event()
     messages = [b"%05d" % number * 200 for number in range(5_000)]
