@@ -375,13 +375,13 @@ class StrictBucket(Bucket):
         self._lacking[peer] = max(0, lacking + amount * self._limit.period_us), at_us
 
     def restore(self, amount: int) -> None:
-        """Put back what the purse had when this replica was stopped, as far as there is room.
+        """Put back what the purse had when this replica was stopped, as far as there is room, and debt to its floor.
 
         Args:
             amount: what it had; below 0 what it owed.
         """
         top = max(self.level, self.ceiling - self.room_reserved)
-        self.level = min(top, self.level + amount * self._limit.period_us)
+        self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
     def closed(self, end: int, now_us: int) -> None:
         """Free the room reserved on a stream: it is closed, so no answer can come."""

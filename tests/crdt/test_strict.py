@@ -462,6 +462,12 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     assert bucket.level <= bucket.ceiling
 
 
+def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
+    bucket = StrictBucket(b"k", Limit(3, SECOND_US, 7), Origin("a", 1), 0, home=3 * TOKEN, from_us=0)
+    bucket.restore(-1 << 62)
+    assert bucket.level == bucket.floor
+
+
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
